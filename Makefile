@@ -1,0 +1,32 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each builds .venv with pip when it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[warmer,localhub,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
+	$(BIN)/python -m demo
+
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""LMCache remote storage on Hugging Face Buckets."""

@@ -1,0 +1,1 @@
+"""A Hugging Face Hub with buckets and Xet storage that runs on loopback, for tests and demos."""

@@ -1,0 +1,1 @@
+"""Ray actors that fill node-local LMCache tiers from a bucket before traffic arrives."""
