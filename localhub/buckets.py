@@ -1,0 +1,180 @@
+"""Buckets and the files in them, as rows."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from localhub.database import Database
+from localhub.errors import bad_request
+from localhub.hashing import to_hex
+
+REGIONS = ("us", "eu")
+"""The storage regions of the Hub (`huggingface_hub.constants.REPO_REGIONS`); the first is the default."""
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One bucket.
+
+    Attributes:
+        row: its number, never used twice.
+        namespace: the user or organization.
+        name: its name in the namespace.
+        private: whether only tokens with a right on it may see it.
+        region: where its bytes are stored; a server-side copy stays within one region.
+        created_ms: milliseconds since 1970.
+        size: bytes of all its files.
+        files: number of its files.
+    """
+
+    row: int
+    namespace: str
+    name: str
+    private: bool
+    region: str
+    created_ms: int
+    size: int
+    files: int
+
+    @property
+    def id(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+    def info(self) -> dict[str, object]:
+        """Return what `bucket_info` reads."""
+        return {
+            "id": self.id,
+            "private": self.private,
+            "visibility": "private" if self.private else "public",
+            "region": self.region,
+            "createdAt": iso(self.created_ms),
+            "size": self.size,
+            "totalFiles": self.files,
+        }
+
+
+class BucketStore:
+    """Reads and writes buckets, and reads their files; batches write files (`localhub.batch`).
+
+    Args:
+        database: where the rows are.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(self, namespace: str, name: str) -> Bucket | None:
+        """Return a bucket, or None when there is none of that name."""
+        row = self._database.reader.execute(
+            "SELECT * FROM buckets WHERE namespace = ? AND name = ?", (namespace, name)
+        ).fetchone()
+        return _bucket(row) if row else None
+
+    def create(self, namespace: str, name: str, *, private: bool, region: str) -> bool:
+        """Make a bucket; return False, changing nothing, when it exists.
+
+        Raises:
+            HubError: 400 for a name or region that cannot be.
+        """
+        for part in (namespace, name):
+            if not _NAME.fullmatch(part) or ".." in part:
+                raise bad_request(f"not a valid bucket name: {namespace}/{name}")
+        if region not in REGIONS:
+            raise bad_request(f"unknown region {region!r}, known are {', '.join(REGIONS)}")
+        with self._database.transaction() as connection:
+            made = connection.execute(
+                "INSERT OR IGNORE INTO buckets (namespace, name, private, region, created_ms) VALUES (?, ?, ?, ?, ?)",
+                (namespace, name, private, region, now_ms()),
+            )
+            return made.rowcount == 1
+
+    def delete(self, bucket: Bucket) -> None:
+        """Remove a bucket with its files, at once and for good."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM buckets WHERE id = ?", (bucket.row,))
+
+    def set_private(self, bucket: Bucket, private: bool) -> None:
+        """Change who may see a bucket."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE buckets SET private = ? WHERE id = ?", (private, bucket.row))
+
+    def of_namespace(self, namespace: str, search: str, after: str, limit: int) -> list[Bucket]:
+        """Return up to `limit` buckets of a namespace by name, from after the name `after`, whose name has `search`."""
+        rows = self._database.reader.execute(
+            "SELECT * FROM buckets"
+            " WHERE namespace = ? AND name > ? AND instr(lower(name), lower(?)) ORDER BY name LIMIT ?",
+            (namespace, after, search, limit),
+        )
+        return [_bucket(row) for row in rows]
+
+    def file(self, bucket: Bucket, path: str) -> dict[str, Any] | None:
+        """Return the entry of one file, or None."""
+        row = self._database.reader.execute(
+            "SELECT * FROM files WHERE bucket = ? AND path = ?", (bucket.row, path)
+        ).fetchone()
+        return entry(row) if row else None
+
+    def files(self, bucket: Bucket, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the entries of those paths that are files, sorted by hash, because the Hub promises no order.
+
+        An order of its own makes every client that relies on the order of its request fail here rather than there.
+        """
+        rows: list[tuple[Any, ...]] = []
+        for path in dict.fromkeys(paths):
+            rows += self._database.reader.execute(
+                "SELECT * FROM files WHERE bucket = ? AND path = ?", (bucket.row, path)
+            )
+        rows.sort(key=lambda row: (row[2], row[1]), reverse=True)
+        return [entry(row) for row in rows]
+
+    def scan(self, bucket: Bucket, start: str, stop: str | None, limit: int) -> Iterator[dict[str, Any]]:
+        """Yield the entries of up to `limit` files with `start <= path < stop`, by path."""
+        rows = self._database.reader.execute(
+            "SELECT * FROM files WHERE bucket = ? AND path >= ? AND (? IS NULL OR path < ?) ORDER BY path LIMIT ?",
+            (bucket.row, start, stop, stop, limit),
+        )
+        return map(entry, rows)
+
+
+def entry(row: tuple[Any, ...]) -> dict[str, Any]:
+    """Return a row of `files` as the clients read it."""
+    _, path, digest, size, mtime_ms, uploaded_ms, content_type = row
+    item = {
+        "type": "file",
+        "path": path,
+        "size": size,
+        "xetHash": to_hex(digest),
+        "uploadedAt": iso(uploaded_ms),
+    }
+    if mtime_ms is not None:
+        item["mtime"] = iso(mtime_ms)
+    if content_type is not None:
+        item["contentType"] = content_type
+    return item
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def iso(milliseconds: int) -> str:
+    """Return a time as the Hub writes it: UTC, millisecond precision.
+
+    Raises:
+        OverflowError: the time is outside the years 1 to 9999.
+    """
+    moment = _EPOCH + timedelta(milliseconds=milliseconds)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
+
+
+def _bucket(row: tuple[Any, ...]) -> Bucket:
+    number, namespace, name, private, region, created_ms, size, files = row
+    return Bucket(number, namespace, name, bool(private), region, created_ms, size, files)

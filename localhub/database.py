@@ -1,0 +1,135 @@
+"""One SQLite database for everything that is not bulk data, safe under many threads and several processes."""
+
+import contextlib
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+_VERSION = 1
+_BUSY_SECONDS = 60.0
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE buckets (
+    -- Never used twice, so that a token for a deleted bucket opens no later one of that name.
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    private INTEGER NOT NULL,
+    region TEXT NOT NULL,
+    created_ms INTEGER NOT NULL,
+    -- Kept by the batches, so that asking costs nothing however much is stored.
+    size INTEGER NOT NULL DEFAULT 0,
+    files INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (namespace, name)
+);
+CREATE TABLE files (
+    bucket INTEGER NOT NULL REFERENCES buckets ON DELETE CASCADE,
+    path TEXT NOT NULL,
+    hash BLOB NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ms INTEGER,
+    uploaded_ms INTEGER NOT NULL,
+    content_type TEXT,
+    PRIMARY KEY (bucket, path)
+) WITHOUT ROWID;
+CREATE INDEX files_by_hash ON files (bucket, hash);
+CREATE TABLE xorbs (
+    hash BLOB PRIMARY KEY,
+    ends BLOB NOT NULL,
+    unpacked_ends BLOB NOT NULL,
+    chunk_hashes BLOB NOT NULL
+);
+CREATE TABLE objects (hash BLOB PRIMARY KEY, size INTEGER NOT NULL, terms BLOB NOT NULL);
+-- Which objects ever came to a bucket: what its tokens may read and add.
+CREATE TABLE arrivals (
+    bucket INTEGER NOT NULL REFERENCES buckets ON DELETE CASCADE,
+    hash BLOB NOT NULL,
+    PRIMARY KEY (bucket, hash)
+) WITHOUT ROWID;
+"""
+
+
+class Database:
+    """The database of one root directory.
+
+    Every thread has its own connection, kept until `close`, because opening one costs more than most queries.
+
+    Args:
+        path: the database file; made with its schema when it is missing.
+
+    Raises:
+        RuntimeError: the file was made by another version of this package.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        # SQLite's own waiting polls with pauses of up to 100 ms; threads of one process take turns without it.
+        self._writing = threading.Lock()
+        self._create()
+
+    @property
+    def reader(self) -> sqlite3.Connection:
+        """This thread's connection, for reading."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._connect()
+        return connection
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Give this thread's connection inside a write transaction: committed at the end, undone on an exception."""
+        connection = self.reader
+        with self._writing:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def secret(self) -> bytes:
+        """Return the key that signs tokens and links: made once, shared by every process on this root."""
+        row = self.reader.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
+        return bytes(row[0])
+
+    def close(self) -> None:
+        """Close every thread's connection; nothing may use the database afterwards."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        # A killed process loses nothing; only a power cut may take the last transactions.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        with self._lock:
+            self._connections.append(connection)
+        return connection
+
+    def _create(self) -> None:
+        with self.transaction() as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO meta VALUES ('secret', ?)", (secrets.token_bytes(32),))
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            elif version != _VERSION:
+                raise RuntimeError(
+                    f"{self._path} has schema version {version}, this package reads {_VERSION}"
+                )

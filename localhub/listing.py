@@ -1,0 +1,102 @@
+"""Pages of a bucket's tree, by keyset: a page costs the same wherever it starts and however much is stored."""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Any
+
+from localhub.buckets import Bucket, BucketStore
+from localhub.errors import bad_request
+
+_LAST_CODE_POINT = 0x10FFFF
+_SURROGATES = range(0xD800, 0xE000)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a listing.
+
+    Attributes:
+        items: files and directories as the clients read them.
+        cursor: what to ask the next page with, or None on the last one.
+    """
+
+    items: list[dict[str, Any]]
+    cursor: str | None
+
+
+def tree_page(
+    store: BucketStore, bucket: Bucket, *, prefix: str, recursive: bool, cursor: str | None, limit: int
+) -> Page:
+    """Return one page of what begins with `prefix`, by path.
+
+    The prefix is lexical, as the Hub's: `v1` also matches `v10/x`. Recursive pages hold files only. Others hold
+    the files whose path goes on without a `/`, and one directory for all those that share the path up to the next
+    one (an object store's listing with a delimiter); a prefix `logs` therefore gives the directory `logs` itself.
+    Directories carry no `uploadedAt`: it would take a read of everything beneath them.
+
+    Raises:
+        HubError: 400 for a cursor that this Hub did not make.
+    """
+    start = decode_cursor(cursor) if cursor else prefix
+    stop = after_prefix(prefix)
+    if recursive:
+        items = list(store.scan(bucket, start, stop, limit + 1))
+    else:
+        items = _one_level(store, bucket, start, stop, depth=len(prefix), limit=limit + 1)
+    if len(items) <= limit:
+        return Page(items, None)
+    return Page(items[:limit], encode_cursor(_start_of(items[limit])))
+
+
+def after_prefix(prefix: str) -> str | None:
+    """Return the least string above everything that begins with `prefix`; None when nothing is above."""
+    for index in range(len(prefix) - 1, -1, -1):
+        code = ord(prefix[index]) + 1
+        if code in _SURROGATES:
+            code = _SURROGATES.stop
+        if code <= _LAST_CODE_POINT:
+            return prefix[:index] + chr(code)
+    return None
+
+
+def encode_cursor(position: str) -> str:
+    """Return an opaque cursor for a position in a listing."""
+    return base64.urlsafe_b64encode(position.encode()).decode()
+
+
+def decode_cursor(cursor: str) -> str:
+    """Return the position that a cursor stands for.
+
+    Raises:
+        HubError: 400 for a cursor that this Hub did not make.
+    """
+    try:
+        return base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeError, ValueError) as error:
+        raise bad_request("not a cursor of this Hub") from error
+
+
+def _one_level(
+    store: BucketStore, bucket: Bucket, start: str, stop: str | None, *, depth: int, limit: int
+) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    position: str | None = start
+    while position is not None and len(items) < limit:
+        following: str | None = None
+        for item in store.scan(bucket, position, stop, limit - len(items)):
+            cut = item["path"].find("/", depth)
+            if cut >= 0:
+                directory = item["path"][:cut]
+                items.append({"type": "directory", "path": directory})
+                # Step over all that is in it: '0' is the character after '/'.
+                following = directory + "0"
+                break
+            items.append(item)
+        position = following
+    return items
+
+
+def _start_of(item: dict[str, Any]) -> str:
+    path: str = item["path"]
+    return path + "/" if item["type"] == "directory" else path

@@ -1,0 +1,27 @@
+"""Which paths a bucket takes."""
+
+MAX_PATH_BYTES = 1024
+"""Longest path in UTF-8, as in the object stores that buckets are modelled after."""
+
+
+class PathError(ValueError):
+    """A bucket cannot hold a file at this path; the message says why."""
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that is empty, too long, no text, or that leads elsewhere once it is a local path.
+
+    Raises:
+        PathError: why the path is refused.
+    """
+    try:
+        length = len(path.encode())
+    except UnicodeEncodeError as error:
+        raise PathError("the path is not valid Unicode") from error
+    if length > MAX_PATH_BYTES:
+        raise PathError(f"the path is {length} bytes long, the limit is {MAX_PATH_BYTES}")
+    if "\0" in path:
+        raise PathError("the path holds a NUL character")
+    for segment in path.split("/"):
+        if segment in {"", ".", ".."}:
+            raise PathError(f"the path has a segment {segment!r}: it must be relative and lead to one place")
