@@ -1,1 +1,8 @@
-"""LMCache remote storage on Hugging Face Buckets."""
+"""LMCache remote storage on Hugging Face Buckets: the online path, and what the warmer and the jobs share with it.
+
+Nothing heavy is imported here: `hfbucket_plugin.adapter` is what LMCache loads, and the other modules stand alone.
+"""
+
+from importlib.metadata import version as _distribution_version
+
+__version__ = _distribution_version("lmcache-hfbucket")

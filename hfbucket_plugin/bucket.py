@@ -1,0 +1,260 @@
+"""The one door to a bucket: look up, list, read, write, copy, delete. Knows nothing of LMCache.
+
+Routes and fields follow `huggingface_hub` 2.x (`hf_api.py`, `_buckets.py`); they are asked here directly because
+its own calls have no timeout, cannot be told to stop, and read into files only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import AccessDeniedError, HFBucketError, ItemFailure, TransportError
+from hfbucket_plugin.transfer import Content
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from hfbucket_plugin.handle import BucketHandle
+    from hfbucket_plugin.hub import HubClient
+    from hfbucket_plugin.transfer import Transfer
+
+MAX_BATCH: Final = 1000
+"""Most paths of one paths-info, and most operations of one batch, as in `huggingface_hub`."""
+
+_CONFLICT, _UNPROCESSABLE = 409, 422
+_LIST_ATTEMPTS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object as the Hub lists it.
+
+    Attributes:
+        path: From the root of the bucket.
+        content: Its hash and size.
+        uploaded_at: When the Hub took it; falls back to the client's `mtime`. None when it says neither.
+    """
+
+    path: str
+    content: Content
+    uploaded_at: datetime | None
+
+
+class Bucket:
+    """One bucket, through one instance's token.
+
+    Args:
+        hub: Makes the requests.
+        handle: Which bucket; its prefix is left to callers, who pass whole paths.
+        transfer: Moves the bytes.
+    """
+
+    def __init__(self, hub: HubClient, handle: BucketHandle, transfer: Transfer) -> None:
+        self._hub = hub
+        self.handle = handle
+        self.transfer = transfer
+        self._api = f"/api/buckets/{handle.bucket_id}"
+
+    def stat(self, paths: Sequence[str], deadline: Deadline) -> dict[str, ObjectInfo]:
+        """Look objects up, 1000 a request.
+
+        Returns:
+            What exists, by path. The Hub leaves out what is missing, and promises no order.
+
+        Raises:
+            HFBucketError: See `HubClient.request`; nothing is known about any path then.
+        """
+        found: dict[str, ObjectInfo] = {}
+        for start in range(0, len(paths), MAX_BATCH):
+            answer = self._hub.request(
+                "POST",
+                f"{self._api}/paths-info",
+                route="paths-info",
+                deadline=deadline,
+                attempts=2,
+                json={"paths": list(paths[start : start + MAX_BATCH])},
+            )
+            for item in _items(answer.json("paths-info"), "paths-info"):
+                info = _object_info(item, "paths-info")
+                found[info.path] = info
+        return found
+
+    def list_objects(self, prefix: str, page_secs: float) -> Iterator[ObjectInfo]:
+        """Stream the objects whose path starts with `prefix`, page by page.
+
+        The Hub matches lexically: `v1` also lists `v10/…`.
+
+        Args:
+            prefix: The start of a path; empty for all.
+            page_secs: Most seconds a page may take, its retries included.
+
+        Raises:
+            HFBucketError: A page did not come; what was yielded before is no complete listing.
+        """
+        url: str | None = f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "")
+        params: dict[str, Any] = {"params": {"recursive": "true"}}
+        while url is not None:
+            answer = self._hub.request(
+                "GET",
+                url,
+                route="tree",
+                deadline=Deadline.after(page_secs),
+                attempts=_LIST_ATTEMPTS,
+                **params,
+            )
+            for item in _items(answer.json("tree"), "tree"):
+                if item.get("type") == "file":
+                    yield _object_info(item, "tree")
+            url, params = answer.next_page, {}
+
+    def add(self, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
+
+        Returns:
+            What failed, by path; empty when all are there.
+
+        Raises:
+            HFBucketError: The request failed as a whole.
+        """
+        now = int(time.time() * 1000)
+        return self._batch(
+            [
+                {"type": "addFile", "path": path, "xetHash": content.xet_hash, "mtime": now}
+                for path, content in files.items()
+            ],
+            deadline,
+        )
+
+    def copy(self, source: BucketHandle, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Copy contents of another bucket of the same storage region, by hash: no bytes move.
+
+        Args:
+            source: The bucket that holds them.
+            files: Destination path to content.
+            deadline: When to give up.
+
+        Returns:
+            What failed, by path.
+
+        Raises:
+            HFBucketError: The request failed as a whole.
+        """
+        now = int(time.time() * 1000)
+        return self._batch(
+            [
+                {
+                    "type": "copyFile",
+                    "path": path,
+                    "xetHash": content.xet_hash,
+                    "mtime": now,
+                    "sourceRepoType": "bucket",
+                    "sourceRepoId": source.bucket_id,
+                }
+                for path, content in files.items()
+            ],
+            deadline,
+        )
+
+    def delete(self, paths: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Delete objects, at once and for ever: the Hub keeps no versions.
+
+        Returns:
+            What failed, by path.
+
+        Raises:
+            HFBucketError: A request failed as a whole; earlier ones of 1000 paths were done.
+        """
+        return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline)
+
+    def _batch(self, operations: Sequence[dict[str, Any]], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Send operations, 1000 a request. A batch is no transaction: items fail one by one."""
+        failures: dict[str, ItemFailure] = {}
+        for start in range(0, len(operations), MAX_BATCH):
+            lines = "".join(json.dumps(operation) + "\n" for operation in operations[start : start + MAX_BATCH])
+            answer = self._hub.request(
+                "POST",
+                f"{self._api}/batch",
+                route="batch",
+                deadline=deadline,
+                attempts=2,  # adding, copying and deleting again changes nothing
+                allow=frozenset({_UNPROCESSABLE}),
+                content=lines.encode(),
+                headers={"Content-Type": "application/x-ndjson"},
+            )
+            failures |= _failed_items(answer.json("batch"), answer.status)
+        return failures
+
+    def create(self, deadline: Deadline) -> None:
+        """Create the bucket; one that exists is fine.
+
+        Raises:
+            HFBucketError: It could not be created, and is not there.
+        """
+        try:
+            self._hub.request(
+                "POST",
+                self._api,
+                route="create",
+                deadline=deadline,
+                attempts=2,
+                allow=frozenset({_CONFLICT}),
+                json={},
+            )
+        except AccessDeniedError:
+            # A token without the right to create may still use a bucket that is there.
+            with contextlib.suppress(HFBucketError):
+                self.info(deadline)
+                return
+            raise
+
+    def info(self, deadline: Deadline) -> dict[str, Any]:
+        """The bucket's own record: `id`, `private`, `size`, `totalFiles` and more.
+
+        Raises:
+            HFBucketError: See `HubClient.request`.
+        """
+        answer = self._hub.request("GET", self._api, route="info", deadline=deadline).json("info")
+        if not isinstance(answer, dict):
+            raise TransportError("info: the Hub's answer is not a record")
+        return answer
+
+    def close(self) -> None:
+        """End all transfers at once."""
+        self.transfer.close()
+
+
+def _items(value: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise TransportError(f"{what}: the Hub's answer is not a list of records")
+    return value
+
+
+def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
+    try:
+        return ObjectInfo(str(item["path"]), Content(str(item["xetHash"]), int(item["size"])), _time(item))
+    except (KeyError, TypeError, ValueError):
+        raise TransportError(f"{what}: the Hub's record of {item.get('path')!r} lacks its size, hash or time") from None
+
+
+def _time(item: dict[str, Any]) -> datetime | None:
+    text = item.get("uploadedAt") or item.get("mtime")
+    return datetime.fromisoformat(text) if text else None
+
+
+def _failed_items(value: Any, status: int) -> dict[str, ItemFailure]:
+    failed = value.get("failed") if isinstance(value, dict) else None
+    if failed is None and status != _UNPROCESSABLE:
+        return {}
+    if not isinstance(failed, list) or (not failed and status == _UNPROCESSABLE):
+        raise TransportError("batch: the Hub refused the batch (422) and did not say which items")
+    return {
+        str(item.get("path")): ItemFailure(str(item.get("path")), "hub", str(item.get("error", "no reason given")))
+        for item in failed
+    }

@@ -1,0 +1,88 @@
+"""The LMCache YAML of an engine, read by tools that run beside engines: the same file, as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hfbucket_plugin import settings
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hfbucket_plugin.settings import InstanceSettings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the tools need of an engine's configuration.
+
+    Attributes:
+        source: The file, for errors.
+        plugins: `remote_storage_plugins`, in their order.
+        extra: `extra_config`. It may hold an inline token, so it stays out of the `repr`.
+    """
+
+    source: str
+    plugins: tuple[str, ...]
+    extra: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, path: Path) -> EngineConfig:
+        """Read an LMCache YAML file.
+
+        Raises:
+            ConfigError: The file cannot be read, is no YAML, or is no LMCache configuration.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"LMCache configuration {str(path)!r} cannot be read: {error}") from None
+        try:
+            document = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            # Not the whole error: it quotes lines of the file, which may hold a token.
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}" if mark is not None else ""
+            problem = getattr(error, "problem", None) or "it does not parse"
+            raise ConfigError(f"LMCache configuration {str(path)!r} is no YAML{where}: {problem}") from None
+        if not isinstance(document, dict):
+            raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")
+        return cls(str(path), _plugins(document, path), _extra(document, path))
+
+    def instance(self, name: str) -> InstanceSettings:
+        """The settings of a bucket instance.
+
+        Raises:
+            ConfigError: The file declares no such instance, or its settings are wrong.
+        """
+        if name not in self.plugins:
+            declared = ", ".join(self.plugins) or "none"
+            raise ConfigError(
+                f"{self.source}: {name!r} is not in remote_storage_plugins, which declares {declared}; "
+                "name one of these, or add it there"
+            )
+        return settings.load(self.extra, name, self.plugins)
+
+    def plugin_value(self, plugin: str, setting: str) -> Any:
+        """A setting of any plugin, `remote_storage_plugin.<plugin>.<setting>`, or None."""
+        return self.extra.get(f"{settings.KEY_ROOT}{plugin}.{setting}")
+
+
+def _plugins(document: dict[str, Any], path: Path) -> tuple[str, ...]:
+    plugins = document.get("remote_storage_plugins") or []
+    if isinstance(plugins, str):  # LMCache takes a comma-separated text too
+        plugins = [name.strip() for name in plugins.split(",") if name.strip()]
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise ConfigError(f'{path}: remote_storage_plugins must be a list of names, such as ["hfbucket"]')
+    return tuple(plugins)
+
+
+def _extra(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    extra = document.get("extra_config") or {}
+    if not isinstance(extra, dict):
+        raise ConfigError(f"{path}: extra_config must be a mapping of settings")
+    return {str(key): value for key, value in extra.items()}

@@ -1,0 +1,44 @@
+"""LMCache's memory objects, as the buffers and sources of `hfbucket_plugin.chunks`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache.v1.memory_management import MemoryObj
+
+
+def bytes_of(memory_obj: MemoryObj) -> memoryview:
+    """The logical bytes of a memory object, without the padding of its allocation, as format ``B``."""
+    view: memoryview = memory_obj.byte_array
+    return view.cast("B")  # ctypes gives "<B", which cannot be assigned to
+
+
+class TargetMemory:
+    """A memory object that a chunk is read into; owns one reference until it is released or handed on."""
+
+    def __init__(self, memory_obj: MemoryObj) -> None:
+        self.memory_obj = memory_obj
+        self.view = bytes_of(memory_obj)
+
+    def release(self) -> None:
+        """Drop the reference: the allocator takes the memory back."""
+        self.memory_obj.ref_count_down()
+
+
+class SourceMemory:
+    """A memory object that a chunk is stored from; holds a reference of its own until it is released.
+
+    The engine's wrapper drops its reference when the put returns, which may be while a thread that was abandoned at
+    the deadline still reads.
+    """
+
+    def __init__(self, key: str, memory_obj: MemoryObj) -> None:
+        self.key = key
+        self._memory_obj = memory_obj
+        memory_obj.ref_count_up()
+        self.view = bytes_of(memory_obj)
+
+    def release(self) -> None:
+        """Drop the reference."""
+        self._memory_obj.ref_count_down()

@@ -1,0 +1,266 @@
+"""Requests to the Hub's API: over huggingface_hub's shared connections, each with a deadline and a typed outcome.
+
+huggingface_hub's own client has no timeout and retries for minutes; changing that is process-wide
+(`set_client_factory`), and so is not for a plugin inside somebody's engine. This asks the same client for each request,
+with a timeout of its own, and reads the body against the clock.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import httpx2
+import tenacity
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, get_session, parse_ratelimit_headers
+
+from hfbucket_plugin import metrics
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    BucketMissingError,
+    HFBucketError,
+    RefusedError,
+    ThrottledError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hfbucket_plugin.deadlines import Deadline
+
+MAX_BODY_BYTES: Final = 64 * 1024 * 1024
+"""Longest answer read. A page of 1000 objects with long names is below 2 MiB."""
+
+_MAX_SERVER_WORDS: Final = 300
+_CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
+_TOO_MANY, _SERVER_ERROR = 429, 500
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the Hub answered, with a status below 400 or one that the caller allowed."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    next_page: str | None
+
+    def json(self, what: str) -> Any:
+        """The body as JSON.
+
+        Raises:
+            TransportError: It is none: a proxy's page, or half an answer.
+        """
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise TransportError(f"{what}: the Hub's answer is not JSON ({len(self.body)} bytes)") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    address: str
+    what: str
+    deadline: Deadline
+    body: dict[str, Any]
+
+
+class HubClient:
+    """Asks one Hub, for one instance.
+
+    Args:
+        endpoint: The Hub's address.
+        instance: Named in errors and metrics.
+        token: Gives the access token, or None for none; asked anew for each request.
+        token_source: What gives the token, in words, for errors: never the token itself.
+        sink: Where requests are counted.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        instance: str,
+        token: Callable[[], str | None],
+        token_source: str,
+        sink: metrics.Sink,
+    ) -> None:
+        self.endpoint = endpoint.rstrip("/")
+        self.instance = instance
+        self._token = token
+        self._token_source = token_source
+        self._sink = sink
+
+    def headers(self) -> dict[str, str]:
+        """The headers of a request, authorization included: for requests only, never for logs."""
+        # `False`, not None: huggingface_hub would otherwise send some other token that it finds on the machine.
+        return build_hf_headers(
+            token=self._token() or False, library_name="lmcache-hfbucket", library_version=_version()
+        )
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        route: str,
+        deadline: Deadline,
+        attempts: int = 1,
+        allow: frozenset[int] = frozenset(),
+        **body: Any,
+    ) -> Answer:
+        """Make one request, with retries of what may pass.
+
+        Args:
+            method: The HTTP method.
+            url: A path on the Hub, or a full address on the same host.
+            route: A short name for metrics and errors, such as ``paths-info``.
+            deadline: When to give up, retries included.
+            attempts: Most tries. Transport failures are tried again, and throttling if the wait fits the deadline.
+            allow: Statuses of 400 and more that are answers and not errors.
+            **body: `json`, `content`, `params` or more `headers`.
+
+        Raises:
+            AccessDeniedError: 401 or 403.
+            BucketMissingError: 404.
+            RefusedError: Another 4xx: the request itself was wrong.
+            ThrottledError: 429.
+            TransportError: No answer, a 5xx, or half an answer; `DeadlineError` when the time was over.
+        """
+        request = _Request(method, self._address(url), f"instance {self.instance!r}: {route}", deadline, body)
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(attempts),
+            wait=_wait,
+            retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, deadline)),
+            reraise=True,
+        )
+        return retrying(self._once, request, route, allow)
+
+    def _address(self, url: str) -> str:
+        if url.startswith("/"):
+            return self.endpoint + url
+        if urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]:  # a page link that leads elsewhere gets no token
+            raise TransportError(f"instance {self.instance!r}: the Hub's answer leads to another host: {url!r}")
+        return url
+
+    def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
+        outcome = "ok"
+        try:
+            request.deadline.check(request.what)
+            answer = self._send(request)
+            if answer.status >= _CLIENT_ERROR and answer.status not in allow:
+                raise self._error(answer, request.what)
+        except HFBucketError as error:
+            outcome = error.kind
+            raise
+        finally:
+            self._sink.count(metrics.HUB_REQUESTS, instance=self.instance, route=route, outcome=outcome)
+        return answer
+
+    def _send(self, request: _Request) -> Answer:
+        what = request.what
+        headers = self.headers() | request.body.get("headers", {})
+        body = {name: value for name, value in request.body.items() if name != "headers"}
+        timeout = httpx2.Timeout(max(0.001, request.deadline.remaining()))
+        try:
+            with get_session().stream(
+                request.method, request.address, headers=headers, timeout=timeout, **body
+            ) as response:
+                content = _read(response, what, request.deadline)
+                return Answer(
+                    response.status_code, response.headers, content, response.links.get("next", {}).get("url")
+                )
+        except httpx2.TimeoutException:
+            request.deadline.check(what)
+            raise TransportError(f"{what}: the Hub at {self.endpoint} did not answer in time") from None
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            raise TransportError(
+                f"{what}: the Hub at {self.endpoint} cannot be reached: {self._clean(error)}"
+            ) from None
+        except OfflineModeIsEnabled:
+            raise TransportError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the Hub; unset it") from None
+        except RuntimeError as error:
+            # httpx2 raises this bare when another thread of the process closed the shared client meanwhile.
+            raise TransportError(f"{what}: the connection pool was closed under the request: {error}") from None
+
+    def _error(self, answer: Answer, what: str) -> HFBucketError:
+        words = self._clean(answer.headers.get("x-error-message") or _words(answer.body))
+        status, code = answer.status, answer.headers.get("x-error-code", "")
+        if status in (_UNAUTHORIZED, _FORBIDDEN):
+            advice = "does the token have the right to do this?" if status == _FORBIDDEN else "is the token right?"
+            return AccessDeniedError(
+                f"{what}: the Hub answered {status} ({words}); the token comes from {self._source()}: {advice}",
+                status,
+            )
+        if status == _NOT_FOUND:
+            return BucketMissingError(
+                f"{what}: the Hub answered 404 {code} ({words}): the bucket does not exist, or the token from "
+                f"{self._source()} may not see it. Create it, mend bucket_handle, or set create_bucket_if_missing"
+            )
+        if status == _TOO_MANY:
+            after = retry_after(answer.headers)
+            told = f"; it asks to wait {after:g} s" if after is not None else ""
+            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{told}", after)
+        if status >= _SERVER_ERROR or status == _REQUEST_TIMEOUT:
+            return TransportError(f"{what}: the Hub answered {status} ({words})")
+        return RefusedError(f"{what}: the Hub answered {status} ({words})")
+
+    def _source(self) -> str:
+        return self._token_source if self._token() else f"{self._token_source}, which is not set"
+
+    def _clean(self, words: object) -> str:
+        """Words of others, shortened, and without the token should they repeat it."""
+        text = " ".join(str(words).split())[:_MAX_SERVER_WORDS]
+        token = self._token()
+        return text.replace(token, "***") if token else text
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = headers.get("retry-after", "").strip()
+    return float(value) if value.isdigit() else None
+
+
+def _read(response: httpx2.Response, what: str, deadline: Deadline) -> bytes:
+    pieces, size = [], 0
+    for piece in response.iter_bytes():
+        deadline.check(what)  # a read timeout alone would let a trickle go on for ever
+        size += len(piece)
+        if size > MAX_BODY_BYTES:
+            raise TransportError(f"{what}: the Hub's answer is longer than {MAX_BODY_BYTES} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _words(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return body[:_MAX_SERVER_WORDS].decode(errors="replace") or "no reason given"
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, ThrottledError) and error.retry_after is not None:
+        return error.retry_after
+    return tenacity.wait_random_exponential(multiplier=0.1, max=5)(state)
+
+
+def _worth_another_try(error: BaseException, deadline: Deadline) -> bool:
+    if isinstance(error, ThrottledError):
+        return (error.retry_after or 1.0) < deadline.remaining()
+    return isinstance(error, TransportError) and not deadline.passed
+
+
+def _version() -> str:
+    from hfbucket_plugin import __version__  # noqa: PLC0415 - the package imports this module
+
+    return __version__

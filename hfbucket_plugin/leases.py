@@ -1,0 +1,51 @@
+"""The right to write into somebody else's buffer, which can be taken back.
+
+The engine owns the buffers that reads fill, and reuses them as soon as a read is reported as failed. A reader thread
+that is still blocked in the network at that moment must never write again: the check and the copy are one step here.
+"""
+
+from __future__ import annotations
+
+import threading
+
+
+class Lease:
+    """Lets several threads write disjoint ranges of one buffer, until it is revoked.
+
+    Args:
+        buffer: Writable, one dimension, format ``B``.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer: memoryview | None = buffer
+        self._lock = threading.Lock()
+        self.size = len(buffer)
+
+    def write(self, at: int, piece: bytes) -> bool:
+        """Copy a piece to an offset.
+
+        Pieces of a stream are at most 4 MiB (`settings.MAX_RANGE_BYTES`), so the lock is held for about a millisecond.
+
+        Returns:
+            False when the lease was revoked: stop reading.
+
+        Raises:
+            ValueError: The piece would pass the buffer's end. Nothing was written.
+        """
+        if at < 0 or at + len(piece) > self.size:
+            raise ValueError(f"{len(piece)} bytes at {at} do not fit into a buffer of {self.size}")
+        with self._lock:
+            if self._buffer is None:
+                return False
+            self._buffer[at : at + len(piece)] = piece
+            return True
+
+    def revoke(self) -> None:
+        """After this returns nothing writes any more, and the buffer is no longer referred to."""
+        with self._lock:
+            self._buffer = None
+
+    @property
+    def live(self) -> bool:
+        """Whether writes are still taken."""
+        return self._buffer is not None

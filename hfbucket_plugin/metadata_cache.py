@@ -1,0 +1,118 @@
+"""What is known of objects for a while: bounded, with lifetimes for hits and misses, and one request per question."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import cachetools
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from hfbucket_plugin.transfer import Content
+
+
+class MetadataCache:
+    """Key string → content of the object, or None for a miss.
+
+    Args:
+        entries: Most entries; the least recently used go first.
+        hit_secs: Lifetime of an object that is there.
+        miss_secs: Lifetime of one that is not.
+        clock: Seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self, entries: int, hit_secs: float, miss_secs: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._lock = threading.Lock()
+        self._cache: cachetools.TLRUCache[str, Content | None] = cachetools.TLRUCache(
+            maxsize=entries,
+            ttu=lambda _key, value, now: now + (miss_secs if value is None else hit_secs),
+            timer=clock,
+        )
+        self._asking: dict[str, Question] = {}
+
+    def get(self, key: str) -> tuple[bool, Content | None]:
+        """Whether something is known of a key, and what."""
+        with self._lock:
+            try:
+                return True, self._cache[key]
+            except KeyError:
+                return False, None
+
+    def put(self, key: str, content: Content | None) -> None:
+        """Note what this process has just done itself: it wins over the answer to a question asked before."""
+        with self._lock:
+            self._cache[key] = content
+            if (question := self._asking.get(key)) is not None:
+                question.overtaken.add(key)
+
+    def drop(self, key: str) -> None:
+        """Forget a key: ask anew the next time."""
+        with self._lock:
+            self._cache.pop(key, None)
+
+    def ask(self, keys: Iterable[str]) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
+        """Sort keys into what is known, what to ask now, and what somebody else is asking already.
+
+        Returns:
+            The known ones; a question that the caller must ask and `answer` or `fail`, or None; and the questions of
+            others, by key.
+        """
+        known: dict[str, Content | None] = {}
+        others: dict[str, Question] = {}
+        own = Question()
+        with self._lock:
+            for key in keys:
+                if key in known or key in own.keys or key in others:
+                    continue
+                if key in self._cache:
+                    known[key] = self._cache[key]
+                elif (question := self._asking.get(key)) is not None:
+                    others[key] = question
+                else:
+                    own.keys[key] = None
+                    self._asking[key] = own
+        return known, own if own.keys else None, others
+
+    def answer(self, question: Question, found: Mapping[str, Content]) -> dict[str, Content | None]:
+        """End a question with what the Hub said; keys that it left out are misses."""
+        with self._lock:
+            values: dict[str, Content | None] = {}
+            for key in question.keys:
+                if key in question.overtaken and key in self._cache:
+                    values[key] = self._cache[key]
+                else:
+                    values[key] = self._cache[key] = found.get(key)
+                self._asking.pop(key, None)
+        question.future.set_result(values)
+        return values
+
+    def fail(self, question: Question, error: BaseException) -> None:
+        """End a question without an answer: nothing is noted, and the next one asks again."""
+        with self._lock:
+            for key in question.keys:
+                self._asking.pop(key, None)
+        question.future.set_exception(error)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._cache.clear()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._cache)
+
+
+class Question:
+    """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, None] = {}
+        self.overtaken: set[str] = set()
+        self.future: Future[dict[str, Content | None]] = Future()

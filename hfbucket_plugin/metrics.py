@@ -1,0 +1,113 @@
+"""Counters and histograms behind one hook.
+
+Code that has something to tell calls a `Sink`; where the numbers go is decided once, at the outermost door. Names and
+labels are stable: they are only ever added to.
+
+======================================  =========  ====================================================================
+name                                    kind       labels
+======================================  =========  ====================================================================
+``hfbucket_operations_total``           counter    ``instance``, ``operation`` (lookup, get, put, delete, list, ping),
+                                                   ``outcome`` (ok, or the reason of a miss or failure)
+``hfbucket_chunks_total``               counter    ``instance``, ``operation`` (lookup, get, put, delete), ``outcome``:
+                                                   hit, stored, present, deleted, or the `kind` of an error
+``hfbucket_bytes_total``                counter    ``instance``, ``direction`` (read, write)
+``hfbucket_seconds``                    histogram  ``instance``, ``operation``
+``hfbucket_hub_requests_total``         counter    ``instance``, ``route``, ``outcome`` (ok or an error's `kind`)
+======================================  =========  ====================================================================
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Protocol
+
+import prometheus_client
+
+OPERATIONS = "hfbucket_operations_total"
+CHUNKS = "hfbucket_chunks_total"
+BYTES = "hfbucket_bytes_total"
+SECONDS = "hfbucket_seconds"
+HUB_REQUESTS = "hfbucket_hub_requests_total"
+
+_COUNTERS = {
+    OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
+    CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
+    BYTES: ("Bytes of chunks moved", ("instance", "direction")),
+    HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
+}
+# From a cached lookup (microseconds) to a put that ran into its deadline.
+_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+
+class Sink(Protocol):
+    """Where measurements go. Implementations are thread-safe and do not raise."""
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter."""
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Record one value of a histogram."""
+
+
+class Tally:
+    """A sink that keeps its numbers in memory, for reports and tests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] += value  # type: ignore[assignment]
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Count the observation and add up its values, as `<name>_count` and `<name>_sum`."""
+        self.count(f"{name}_count", **labels)
+        self.count(f"{name}_sum", value, **labels)
+
+    def get(self, name: str, /, **labels: str) -> float:
+        """The sum of all counters of that name whose labels include the given ones."""
+        wanted = set(labels.items())
+        with self._lock:
+            return sum(v for (n, pairs), v in self._counts.items() if n == name and wanted <= set(pairs))
+
+
+class PrometheusSink:
+    """A sink into a Prometheus registry: by default the process-wide one, which LMCache serves too."""
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry = prometheus_client.REGISTRY) -> None:
+        self._counters = {
+            name: prometheus_client.Counter(name, text, labels, registry=registry)
+            for name, (text, labels) in _COUNTERS.items()
+        }
+        self._seconds = prometheus_client.Histogram(
+            SECONDS,
+            "Duration of operations on a bucket instance",
+            ("instance", "operation"),
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter of the table above."""
+        self._counters[name].labels(**labels).inc(value)
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Record a duration in seconds."""
+        if name == SECONDS:
+            self._seconds.labels(**labels).observe(value)
+
+
+_shared: PrometheusSink | None = None
+_shared_lock = threading.Lock()
+
+
+def default_sink() -> Sink:
+    """The process's sink into the default Prometheus registry: made once, since collectors register by name."""
+    global _shared  # noqa: PLW0603 - the registry is process-wide too
+    with _shared_lock:
+        if _shared is None:
+            _shared = PrometheusSink()
+        return _shared

@@ -1,0 +1,266 @@
+"""The settings of one bucket instance, read from the LMCache configuration that the engine uses too.
+
+All keys live flat under `extra_config["remote_storage_plugin.<instance>.<setting>"]`, where the instance is
+`hfbucket`, an instance-qualified name such as `hfbucket.us`, or any other name whose `module_path` names our adapter.
+Every field states its default and the reason for it; `docs/configure.md` is checked against this model by a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from huggingface_hub import constants
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.handle import BucketHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+KEY_ROOT = "remote_storage_plugin."
+
+MIB = 1024 * 1024
+
+MIN_RANGE_BYTES = MIB
+MAX_RANGE_BYTES = 4 * MIB
+"""Reads are cut into ranges between these two. hf_xet hands a stream over in pieces as large as the range asked for,
+and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms."""
+
+
+# A variable's name; a token pasted in its place must be refused without being repeated.
+_VARIABLE = re.compile(r"(?!hf_[A-Za-z0-9]{16})[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _parse_handle(value: Any) -> BucketHandle:
+    if isinstance(value, BucketHandle):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a text that reads hf://buckets/<namespace>/<bucket>[/<prefix>]")  # noqa: TRY004 - pydantic words ValueError only
+    return BucketHandle.parse(value)
+
+
+def _check_variable(value: str) -> str:
+    if not _VARIABLE.fullmatch(value):
+        raise ValueError("must be the name of an environment variable, such as HF_TOKEN, not a token itself")
+    return value
+
+
+class InstanceSettings(BaseModel):
+    """Everything one instance is told. Immutable; a token never shows in its `repr`.
+
+    The first block is LMCache's own reference for the backend, with its meanings and defaults; the second is ours.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    bucket_handle: Annotated[BucketHandle, BeforeValidator(_parse_handle)] = Field(
+        description="`hf://buckets/<namespace>/<bucket>[/<prefix>]`. Required: there is no bucket to guess."
+    )
+    token_env: Annotated[str, AfterValidator(_check_variable)] = Field(
+        "HF_TOKEN",
+        description="Environment variable that holds the access token. A non-empty variable wins over `token`. "
+        "The default is the variable that every Hugging Face tool reads.",
+    )
+    token: SecretStr | None = Field(
+        None,
+        description="A token written into the configuration. LMCache logs its configuration, this included: "
+        "prefer `token_env`.",
+    )
+    create_bucket_if_missing: bool = Field(
+        False,
+        description="Create the bucket on the first write, not before. Off, so that a mistyped handle is an error and "
+        "not a new bucket.",
+    )
+    download_tmp_dir: Path = Field(
+        Path(tempfile.gettempdir()) / "lmcache-hfbucket",
+        description="Where temporary files go, each process in a locked subdirectory of its own. Reads need none; "
+        "`verify: hash` does. A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
+    )
+    metadata_cache_ttl_secs: NonNegativeFloat = Field(
+        30.0,
+        description="Seconds for which an object's existence, size and hash are believed. LMCache's default.",
+    )
+
+    miss_cache_ttl_secs: NonNegativeFloat = Field(
+        5.0,
+        description="Seconds for which a miss is believed; never longer than `metadata_cache_ttl_secs`. Short, so that "
+        "a chunk written elsewhere is soon seen.",
+    )
+    metadata_cache_entries: PositiveInt = Field(
+        100_000,
+        description="Most entries of the metadata cache; the least recently used go first. About 40 MB when full.",
+    )
+    lookup_timeout_secs: PositiveFloat = Field(
+        1.0,
+        description="Most seconds a lookup may take before it counts as a miss. Short, because a lookup blocks the "
+        "engine's scheduler.",
+    )
+    get_timeout_secs: PositiveFloat | None = Field(
+        None,
+        description="Most seconds a get may take; what has arrived by then is returned. Must end before LMCache's "
+        "`blocking_timeout_secs`, after which everything would be thrown away. Default: 90 % of that.",
+    )
+    put_timeout_secs: PositiveFloat = Field(
+        60.0,
+        description="Most seconds a put of one batch may take. Long: a put waits for no one.",
+    )
+    close_timeout_secs: PositiveFloat = Field(
+        5.0, description="Most seconds that closing waits for puts under way. An engine that stops must stop."
+    )
+    verify: str = Field(
+        "size",
+        pattern="^(size|hash)$",
+        description="What is checked before a chunk is served. `size`: its length. `hash`: its Xet hash too, at "
+        "0.5 to 1.7 GB/s; it also finds flipped bytes in incompressible data, which Xet's own decoder passes.",
+    )
+    max_inflight_bytes: PositiveInt = Field(
+        64 * MIB,
+        ge=MIN_RANGE_BYTES,
+        description="Most bytes asked for at one time by reads, and the size at which puts are cut into commits. "
+        "Memory beyond the engine's own follows it; 64 MiB fills 16 streams of 4 MiB.",
+    )
+    max_parallel_reads: PositiveInt = Field(
+        16,
+        le=256,
+        description="Most streams open at one time. Each costs two round trips, so 16 hide the latency of a batch of "
+        "small chunks; more did not help on two cores.",
+    )
+    max_parallel_writes: PositiveInt = Field(
+        2,
+        le=64,
+        description="Most commits under way at one time. Two keep the line busy while one is being hashed.",
+    )
+    endpoint: str = Field(
+        default_factory=lambda: constants.ENDPOINT,
+        pattern="^https?://",
+        description="The Hub's address. Default: HF_ENDPOINT, or the public Hub.",
+    )
+
+    @model_validator(mode="after")
+    def _misses_are_believed_no_longer_than_hits(self) -> InstanceSettings:
+        if "miss_cache_ttl_secs" in self.model_fields_set and self.miss_cache_ttl_secs > self.metadata_cache_ttl_secs:
+            raise ValueError(  # pydantic turns it into the ValidationError that `load` words
+                f"miss_cache_ttl_secs ({self.miss_cache_ttl_secs}) must not exceed metadata_cache_ttl_secs "
+                f"({self.metadata_cache_ttl_secs})"
+            )
+        return self
+
+    @property
+    def effective_miss_ttl_secs(self) -> float:
+        """Seconds for which a miss is believed, the cap applied."""
+        return min(self.miss_cache_ttl_secs, self.metadata_cache_ttl_secs)
+
+    @property
+    def range_bytes(self) -> int:
+        """Bytes of one read: `max_inflight_bytes` shared by the streams, within `MIN_` and `MAX_RANGE_BYTES`."""
+        return min(MAX_RANGE_BYTES, max(MIN_RANGE_BYTES, self.max_inflight_bytes // self.max_parallel_reads))
+
+    @property
+    def parallel_reads(self) -> int:
+        """Streams that may be open at once without passing `max_inflight_bytes`."""
+        return max(1, min(self.max_parallel_reads, self.max_inflight_bytes // self.range_bytes))
+
+    @property
+    def commit_bytes(self) -> int:
+        """Bytes after which a put is cut: hf_xet peaks near twice a commit, and several are written side by side."""
+        return max(MIN_RANGE_BYTES, self.max_inflight_bytes // (2 * self.max_parallel_writes))
+
+    def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
+        """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
+
+        Asked anew for each request, so that a rotated token is taken up without a restart.
+        """
+        value = (os.environ if environ is None else environ).get(self.token_env, "").strip()
+        if value:
+            return value
+        inline = self.token.get_secret_value().strip() if self.token is not None else ""
+        return inline or None
+
+
+# LMCache's own keys in the same namespace: they say which class serves the instance, and are no settings of it.
+_LOADER_KEYS = frozenset({"module_path", "class_name"})
+
+
+def load(extra_config: Mapping[Any, Any] | None, instance: str, declared: Iterable[str] = ()) -> InstanceSettings:
+    """Read one instance's settings.
+
+    Args:
+        extra_config: LMCache's `extra_config`: a flat map with dotted keys.
+        instance: The plugin name, such as `hfbucket` or `hfbucket.us`.
+        declared: All names in `remote_storage_plugins`; keys of `hfbucket.us` also begin with `hfbucket.`, and are
+            told apart from settings of `hfbucket` by the declared names and by the dot they hold.
+
+    Raises:
+        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+    """
+    values = _own_values(extra_config or {}, instance, frozenset(declared))
+    _refuse_unknown(values, instance)
+    try:
+        return InstanceSettings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_word(error, instance)) from None  # the cause would print the values, a token among them
+
+
+def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:
+    head = f"{KEY_ROOT}{instance}."
+    values: dict[str, Any] = {}
+    for key, value in extra_config.items():
+        if not isinstance(key, str) or not key.startswith(head):
+            continue
+        setting = key[len(head) :]
+        if setting in _LOADER_KEYS or _belongs_to_another(setting, instance, declared):
+            continue
+        values[setting] = value
+    return values
+
+
+def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -> bool:
+    """Whether `<instance>.<setting>` is a setting of a longer-named instance, declared or commented out."""
+    qualifier, dot, last = setting.rpartition(".")
+    if not dot:
+        return False
+    names = {".".join([instance, *qualifier.split(".")[: n + 1]]) for n in range(qualifier.count(".") + 1)}
+    return bool(names & declared) or last in InstanceSettings.model_fields or last in _LOADER_KEYS
+
+
+def _refuse_unknown(values: Mapping[str, Any], instance: str) -> None:
+    known = list(InstanceSettings.model_fields)
+    unknown = [name for name in values if name not in known]
+    if not unknown:
+        return
+    hints = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hints.append(f"{KEY_ROOT}{instance}.{name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    raise ConfigError(
+        f"instance {instance!r}: unknown setting {', '.join(hints)}; known are {', '.join(sorted(known))}"
+    )
+
+
+def _word(error: ValidationError, instance: str) -> str:
+    """One line for all that is wrong, without the values: a token may be among them."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in item["loc"])
+        name = f"{KEY_ROOT}{instance}.{where}" if where else instance
+        message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
+        parts.append(f"{name}: {message}")
+    return f"instance {instance!r}: " + "; ".join(parts)

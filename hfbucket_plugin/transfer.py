@@ -1,0 +1,275 @@
+"""Bytes: streamed from the store into a caller's buffer, uploaded from one, and hashed. Knows nothing of keys."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import hf_xet
+
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    DeadlineError,
+    HFBucketError,
+    IntegrityError,
+    TransportError,
+)
+from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.hub import HubClient
+    from hfbucket_plugin.leases import Lease
+    from hfbucket_plugin.workers import WorkerPool
+    from hfbucket_plugin.xet import Loan, Session
+
+_WRITE_PIECE: Final = 4 * 1024 * 1024
+"""Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
+
+_TRIES: Final = 2
+"""One more try after the store refused a token that had expired, or a session was given up under the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What identifies the content of an object: its Xet hash (64 hexadecimal digits) and its size in bytes."""
+
+    xet_hash: str
+    size: int
+
+
+@dataclass(slots=True)
+class Read:
+    """One object to be read into one buffer.
+
+    Attributes:
+        name: Names the object in errors: its key or path.
+        content: What to read; its size is the buffer's.
+        lease: Where to.
+        error: Why it failed; None while it has not.
+        done: Whether every byte has arrived.
+    """
+
+    name: str
+    content: Content
+    lease: Lease
+    error: HFBucketError | None = None
+    done: bool = False
+
+    def fail(self, error: HFBucketError) -> None:
+        """Note the first error, and let nothing write into the buffer any more."""
+        self.lease.revoke()
+        if self.error is None:
+            self.error = error
+
+
+class _Ticket:
+    """A task on a worker, which its coordinator may stop waiting for."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self.loan: Loan | None = None
+
+
+class Transfer:
+    """Moves the bytes of one bucket.
+
+    Args:
+        hub: For access tokens.
+        bucket_id: `<namespace>/<bucket>`.
+        read_workers: Threads for reads: as many streams are open at one time.
+        range_bytes: A larger object is read in ranges of this many bytes, several at a time. It is also the size of
+            the pieces that hf_xet hands over, and so of the memory a stream takes.
+        read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
+        write_timeout_secs: The same for writes.
+        streams: Streams open at one time.
+    """
+
+    def __init__(
+        self,
+        hub: HubClient,
+        bucket_id: str,
+        *,
+        read_workers: WorkerPool,
+        range_bytes: int,
+        read_timeout_secs: float,
+        write_timeout_secs: float,
+        streams: int,
+    ) -> None:
+        self._workers = read_workers
+        self._range_bytes = range_bytes
+        self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams))
+        self._writing = SessionPool(hub, bucket_id, "write", xet_config(write_timeout_secs, streams))
+
+    def warm_up(self, deadline: Deadline) -> None:
+        """Have a session ready for reading, so that the first read does not wait for one.
+
+        Raises:
+            HFBucketError: No access, or no answer before the deadline.
+        """
+        self._reading.give_back(self._reading.borrow(deadline))
+
+    def read(self, reads: Sequence[Read], deadline: Deadline) -> None:
+        """Fill the buffers of several reads; returns when all have ended or the deadline has passed.
+
+        Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
+        buffer of a read that is not done.
+        """
+        tasks: dict[Future[int], tuple[Read, _Ticket]] = {}
+        for read in reads:
+            for start in range(0, read.content.size, self._range_bytes):
+                end = min(start + self._range_bytes, read.content.size)
+                ticket = _Ticket()
+                try:
+                    future = self._workers.submit(self._read_range, read, start, end, deadline, ticket)
+                except RuntimeError as error:
+                    read.fail(TransportError(f"{read.name}: {error}"))
+                    break
+                tasks[future] = (read, ticket)
+        finished, unfinished = wait(tasks, timeout=deadline.remaining())
+        for future in unfinished:
+            read, ticket = tasks[future]
+            read.fail(DeadlineError(f"{read.name}: not read within {deadline.seconds:g} s; the call was abandoned"))
+            future.cancel()
+            self._abandon(ticket, self._reading)
+        arrived = dict.fromkeys(map(id, reads), 0)
+        for future in finished:
+            arrived[id(tasks[future][0])] += future.result()
+        for read in reads:
+            # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
+            if read.error is None and arrived[id(read)] != read.content.size:
+                read.fail(IntegrityError(f"{read.name}: {arrived[id(read)]} of {read.content.size} bytes arrived"))
+            read.done = read.error is None
+
+    @staticmethod
+    def _abandon(ticket: _Ticket, sessions: SessionPool) -> None:
+        ticket.abandoned = True
+        if ticket.loan is not None:
+            sessions.give_up(ticket.loan)
+
+    def _read_range(self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket) -> int:
+        """Read one range, and return how many of its bytes are in the buffer: all or, where that failed, none."""
+        try:
+            for attempt in range(_TRIES):
+                if not read.lease.live or ticket.abandoned:
+                    break
+                if self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1):
+                    return end - start
+        except HFBucketError as error:
+            read.fail(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, this read has failed and must say so
+            read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
+        return 0
+
+    def _try_range(self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket, *, last: bool) -> bool:
+        loan = self._reading.borrow(deadline)
+        ticket.loan = loan
+        try:
+            with typed_errors(read.name):
+                self._stream(loan.session, read, start, end, deadline)
+        except AccessDeniedError:
+            self._reading.retire(loan)
+            if last:
+                raise
+            return False
+        except TransportError:
+            if last or not loan.session.retired or deadline.passed:
+                raise
+            return False
+        finally:
+            self._reading.give_back(loan)
+        return True
+
+    def _stream(self, session: Session, read: Read, start: int, end: int, deadline: Deadline) -> None:
+        info = hf_xet.XetFileInfo(read.content.xet_hash, read.content.size)
+        whole = end - start == read.content.size
+        bounds = {} if whole else {"start": start, "end": end}
+        at = start
+        for piece in session.group.download_stream(info, **bounds):
+            if at + len(piece) > end:
+                raise IntegrityError(f"{read.name}: more bytes arrived than the {read.content.size} that it has")
+            if not read.lease.write(at, piece):
+                raise DeadlineError(f"{read.name}: given up while it was being read")
+            at += len(piece)
+            deadline.check(read.name)
+        if at != end:
+            raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")
+
+    def upload(self, sources: Sequence[memoryview | bytes], deadline: Deadline, upload: Upload) -> list[Content]:
+        """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.write`.
+
+        Blocks its thread beyond the deadline at worst by hf_xet's own timeouts; `abandon` frees it at once.
+
+        Args:
+            sources: Must stay as they are until this returns or raises, even when `upload` was abandoned meanwhile.
+            deadline: When to give up.
+            upload: The handle by which a coordinator can stop waiting.
+
+        Raises:
+            HFBucketError: The store did not take them. None of them may be relied on.
+        """
+        ticket = upload.ticket
+        loan = self._writing.borrow(deadline)
+        ticket.loan = loan
+        try:
+            if ticket.abandoned:
+                raise DeadlineError("upload: abandoned before it began")
+            with typed_errors("upload"):
+                return self._commit(loan.session, sources, deadline, ticket)
+        except AccessDeniedError:
+            self._writing.retire(loan)
+            raise
+        finally:
+            self._writing.give_back(loan)
+
+    def _commit(
+        self, session: Session, sources: Sequence[memoryview | bytes], deadline: Deadline, ticket: _Ticket
+    ) -> list[Content]:
+        commit = session.xet.new_upload_commit(**self._writing.connection(session.access, session.headers))
+        try:
+            handles = [self._feed(commit, source, deadline, ticket) for source in sources]
+            commit.wait_to_finish()
+        except BaseException:
+            commit.abort()
+            raise
+        infos = [handle.result().xet_info for handle in handles]
+        return [Content(info.hash, info.file_size) for info in infos]
+
+    @staticmethod
+    def _feed(commit: Any, source: memoryview | bytes, deadline: Deadline, ticket: _Ticket) -> Any:
+        deadline.check("upload")
+        if ticket.abandoned:
+            raise DeadlineError("upload: abandoned")
+        # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
+        return commit.start_upload_bytes(bytes(source), sha256=hf_xet.SKIP_SHA256)
+
+    def abandon(self, upload: Upload) -> None:
+        """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""
+        self._abandon(upload.ticket, self._writing)
+
+    def close(self) -> None:
+        """End all sessions at once."""
+        self._reading.close()
+        self._writing.close()
+
+
+class Upload:
+    """A handle on one upload, made by the coordinator before the upload begins."""
+
+    def __init__(self) -> None:
+        self.ticket = _Ticket()
+
+
+def xet_hashes(paths: Iterable[Path]) -> list[str]:
+    """The Xet hashes of files, in order: equal to `xet_hash` in a listing if and only if the content is the same.
+
+    Runs at 0.5 to 1.7 GB/s on two cores; many small files in one call are faster than one by one.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return [info.hash for info in hf_xet.hash_files([str(path) for path in paths])]

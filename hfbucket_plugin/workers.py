@@ -1,0 +1,99 @@
+"""Threads for blocking work, which never keep a process from ending.
+
+`concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits: a thread that is blocked in a dead
+connection would hold up an engine's shutdown. These threads are daemons; whoever waits for one does so up to a deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Task = tuple["Future[Any]", "Callable[..., Any]", tuple[Any, ...], dict[str, Any]]
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerPool:
+    """A fixed number of daemon threads, started when first needed, that take tasks in their order.
+
+    Args:
+        name: Names the threads, for stack dumps.
+        size: Most threads, and so most tasks that run at one time.
+        backlog: Most tasks that wait; one more is refused at once instead of being queued without end. 0: no bound,
+            for callers that bound their tasks themselves.
+    """
+
+    def __init__(self, name: str, size: int, backlog: int = 0) -> None:
+        self._name = name
+        self._size = size
+        self._backlog = backlog
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        self._waiting = 0
+        self._closed = False
+
+    def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Run a function on one of the threads.
+
+        Raises:
+            RuntimeError: The pool is closed, or its backlog is full.
+        """
+        future: Future[_T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"worker pool {self._name} is closed")
+            if self._backlog and self._waiting - self._idle >= self._backlog and self._threads >= self._size:
+                raise RuntimeError(f"worker pool {self._name} has {self._waiting} tasks waiting and takes no more")
+            self._waiting += 1
+            if self._waiting > self._idle and self._threads < self._size:
+                self._threads += 1
+                threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
+            self._tasks.put((future, function, args, kwargs))
+        return future
+
+    def close(self) -> None:
+        """Take no more tasks, and let each thread end when its present task does. Does not wait."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in range(self._threads):
+                self._tasks.put(None)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            task = self._tasks.get()
+            with self._lock:
+                self._idle -= 1
+                if task is not None:
+                    self._waiting -= 1
+            if task is None:
+                return
+            self._perform(*task)
+            del task  # else it would keep the last task's buffers alive until the next one comes
+
+    @staticmethod
+    def _perform(
+        future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+            future.set_exception(error)
+        else:
+            future.set_result(result)

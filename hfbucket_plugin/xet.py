@@ -1,0 +1,268 @@
+"""hf_xet sessions: how they are configured, shared, and given up when their threads stay blocked.
+
+A blocked reader cannot be told to stop: `stream.cancel()` raises `Already borrowed` and `group.abort()` frees it only
+when the network returns. `XetSession.sigint_abort()` frees all readers of a session at once, and the session is dead.
+So readers borrow a session, and one whose reader was abandoned is retired: new readers get a new one, and as soon as
+nobody who is still waited for reads from the old one, it is aborted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator  # noqa: TC003 - contextmanager's return type is evaluated by Sphinx and by us
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import hf_xet
+
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    DeadlineError,
+    HFBucketError,
+    ObjectMissingError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.hub import HubClient
+
+_log = logging.getLogger(__name__)
+
+_STATUS_UNAUTHORIZED = 401
+
+
+def xet_config(timeout_secs: float, streams: int) -> hf_xet.XetConfig:
+    """The configuration of our sessions.
+
+    Args:
+        timeout_secs: The deadline of the operations; connect and read time out well before it, and one retry fits.
+        streams: Streams that may be open at once. hf_xet starts with 4 downloads at a time and adapts over seconds,
+            which is why it is slow with many small objects.
+    """
+    patience = timedelta(seconds=max(0.2, timeout_secs * 0.4))
+    return hf_xet.XetConfig().with_config(
+        {
+            "client.connect_timeout": patience,
+            "client.read_timeout": patience,
+            "client.retry_max_attempts": 1,
+            "client.retry_base_delay": timedelta(milliseconds=100),
+            "client.retry_max_duration": timedelta(seconds=max(0.2, timeout_secs * 0.8)),
+            "client.ac_initial_download_concurrency": max(4, streams),
+            "client.ac_max_download_concurrency": max(64, streams),
+            "telemetry.enabled": False,
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CasAccess:
+    """What the Hub hands out to reach the content-addressed store.
+
+    Attributes:
+        url: Address of the store.
+        token: Short-lived access token; not the Hub's.
+        expires: Unix seconds.
+    """
+
+    url: str
+    token: str
+    expires: int
+
+    def __repr__(self) -> str:
+        return f"CasAccess(url={self.url!r}, expires={self.expires})"
+
+
+def fetch_access(hub: HubClient, bucket_id: str, right: Literal["read", "write"], deadline: Deadline) -> CasAccess:
+    """Ask the Hub for access to a bucket's content.
+
+    Asked here and not by hf_xet, so that it has our deadline and its refusals are typed.
+
+    Raises:
+        HFBucketError: See `HubClient.request`.
+    """
+    route = f"xet-{right}-token"
+    answer = hub.request("GET", _token_path(bucket_id, right), route=route, deadline=deadline, attempts=2)
+    fields = answer.json(route)
+    try:
+        return CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
+    except (KeyError, TypeError, ValueError):
+        raise TransportError(
+            f"instance {hub.instance!r}: {route}: the Hub's answer lacks casUrl, accessToken or exp"
+        ) from None
+
+
+def _token_path(bucket_id: str, right: str) -> str:
+    return f"/api/buckets/{bucket_id}/xet-{right}-token"
+
+
+class Session:
+    """One hf_xet session and, for reading, its stream group; counts who reads from it."""
+
+    def __init__(self, xet: Any, group: Any, access: CasAccess, hub_token_headers: dict[str, str]) -> None:
+        self.xet = xet
+        self.group = group
+        self.access = access
+        self.headers = hub_token_headers
+        self.retired = False
+        self.readers = 0
+        self.pid = os.getpid()
+
+
+class Loan:
+    """One reader's hold on a session, ended once: by the reader itself, or by whoever gives the reader up."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.ended = False
+
+
+class SessionPool:
+    """The current session of one bucket for one direction, replaced when it is retired, refused or inherited by a fork.
+
+    Args:
+        hub: For access tokens.
+        bucket_id: `<namespace>/<bucket>`.
+        right: What the sessions may do.
+        config: See `xet_config`.
+    """
+
+    def __init__(
+        self, hub: HubClient, bucket_id: str, right: Literal["read", "write"], config: hf_xet.XetConfig
+    ) -> None:
+        self._hub = hub
+        self._bucket_id = bucket_id
+        self._right = right
+        self._config = config
+        self._building = threading.Lock()
+        self._lock = threading.Lock()
+        self._current: Session | None = None
+        self._closed = False
+
+    def borrow(self, deadline: Deadline) -> Loan:
+        """Take a hold on the current session, building one if there is none.
+
+        Raises:
+            HFBucketError: No access, or no answer before the deadline.
+        """
+        if (loan := self._try_borrow()) is not None:
+            return loan
+        # One thread builds, the others wait for it, each up to its own deadline.
+        if not self._building.acquire(timeout=deadline.remaining()):
+            raise DeadlineError(
+                f"instance {self._hub.instance!r}: no session for {self._bucket_id} within {deadline.seconds:g} s"
+            )
+        try:
+            if (loan := self._try_borrow()) is not None:
+                return loan
+            session = self._build(deadline)
+            with self._lock:
+                if self._closed:
+                    raise TransportError(f"instance {self._hub.instance!r} is closed")
+                self._current = session
+                session.readers += 1
+                return Loan(session)
+        finally:
+            self._building.release()
+
+    def _try_borrow(self) -> Loan | None:
+        with self._lock:
+            session = self._current
+            if session is None or session.retired or session.pid != os.getpid():
+                return None
+            session.readers += 1
+            return Loan(session)
+
+    def _build(self, deadline: Deadline) -> Session:
+        access = fetch_access(self._hub, self._bucket_id, self._right, deadline)
+        headers = self._hub.headers()
+        xet = hf_xet.XetSession(config=self._config)
+        group = xet.new_download_stream_group(**self.connection(access, headers)) if self._right == "read" else None
+        return Session(xet, group, access, headers)
+
+    def connection(self, access: CasAccess, headers: dict[str, str]) -> dict[str, Any]:
+        """The arguments that open a group or a commit: seeded with a token, and able to refresh it."""
+        return {
+            "endpoint": access.url,
+            "token": access.token,
+            "token_expiry_unix_secs": access.expires,
+            "token_refresh_url": self._hub.endpoint + _token_path(self._bucket_id, self._right),
+            "token_refresh_headers": headers,
+        }
+
+    def give_back(self, loan: Loan) -> None:
+        """The reader is done with its session."""
+        self._end(loan, retire=False)
+
+    def give_up(self, loan: Loan) -> None:
+        """Nobody waits for this reader any more, and it may be blocked: retire its session."""
+        self._end(loan, retire=True)
+
+    def retire(self, loan: Loan) -> None:
+        """Replace the session for those who come next, such as after the store refused its token. The loan goes on."""
+        with self._lock:
+            loan.session.retired = True
+
+    def _end(self, loan: Loan, *, retire: bool) -> None:
+        with self._lock:
+            if loan.ended:
+                return
+            loan.ended = True
+            session = loan.session
+            session.readers -= 1
+            session.retired = session.retired or retire
+            dead = session.retired and session.readers == 0
+            if dead and self._current is session:
+                self._current = None
+        if dead:
+            _abort(session)
+
+    def close(self) -> None:
+        """Abort the current session; whoever reads from it gets an error at once."""
+        with self._lock:
+            self._closed = True
+            session, self._current = self._current, None
+        if session is not None:
+            _abort(session)
+
+
+def _abort(session: Session) -> None:
+    # After a fork the session belongs to the parent; touching it would hang.
+    if session.pid != os.getpid():
+        return
+    with contextlib.suppress(Exception):  # it is given up either way
+        session.xet.sigint_abort()
+
+
+@contextlib.contextmanager
+def typed_errors(what: str) -> Iterator[None]:
+    """Turn what hf_xet raises into our errors.
+
+    Raises:
+        ObjectMissingError: The store does not hold the content.
+        AccessDeniedError: The store refused the token.
+        TransportError: Anything else; `DeadlineError` where hf_xet timed out.
+    """
+    try:
+        yield
+    except HFBucketError:
+        raise
+    except hf_xet.XetObjectNotFoundError as error:
+        raise ObjectMissingError(f"{what}: the store does not hold it: {_short(error)}") from None
+    except hf_xet.XetAuthenticationError as error:
+        raise AccessDeniedError(
+            f"{what}: the store refused the access token: {_short(error)}", _STATUS_UNAUTHORIZED
+        ) from None
+    except TimeoutError as error:
+        raise DeadlineError(f"{what}: the store did not answer in time: {_short(error)}") from None
+    except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
+        # KeyboardInterrupt: what hf_xet raises in readers of a session that was aborted under them.
+        raise TransportError(f"{what}: {type(error).__name__}: {_short(error)}") from None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
