@@ -104,7 +104,8 @@ class ChunkStore:
         try:
             self._bucket.transfer.warm_up(Deadline.after(self.settings.lookup_timeout_secs))
         except HFBucketError as error:
-            self._outcomes.warn("session", error.kind, str(error))
+            if not self._is_yet_to_be_created(error):
+                self._outcomes.warn("session", error.kind, str(error))
 
     def read_many(
         self,

@@ -192,15 +192,16 @@ class HubClient:
         words = self._clean(answer.headers.get("x-error-message") or _words(answer.body))
         status, code = answer.status, answer.headers.get("x-error-code", "")
         if status in (_UNAUTHORIZED, _FORBIDDEN):
-            advice = "does the token have the right to do this?" if status == _FORBIDDEN else "is the token right?"
+            advice = "give it the right to do this" if status == _FORBIDDEN else "set one that is valid"
             return AccessDeniedError(
-                f"{what}: the Hub answered {status} ({words}); the token comes from {self._source()}: {advice}",
+                f"{what}: the Hub answered {status} ({words}) to the token from {self._source()}; {advice}",
                 status,
             )
         if status == _NOT_FOUND:
             return BucketMissingError(
-                f"{what}: the Hub answered 404 {code} ({words}): the bucket does not exist, or the token from "
-                f"{self._source()} may not see it. Create it, mend bucket_handle, or set create_bucket_if_missing"
+                f"{what}: the Hub answered 404 {code} ({words}): the bucket does not exist, or may not be "
+                f"seen with the token from {self._source()}. Create it, mend bucket_handle, or set "
+                "create_bucket_if_missing"
             )
         if status == _TOO_MANY:
             after = retry_after(answer.headers)
@@ -211,7 +212,7 @@ class HubClient:
         return RefusedError(f"{what}: the Hub answered {status} ({words})")
 
     def _source(self) -> str:
-        return self._token_source if self._token() else f"{self._token_source}, which is not set"
+        return self._token_source if self._token() else f"{self._token_source}: not set"
 
     def _clean(self, words: object) -> str:
         """Words of others, shortened, and without the token should they repeat it."""
