@@ -28,9 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="localhub", description="A Hugging Face Hub with buckets, on loopback."
-    )
+    parser = argparse.ArgumentParser(prog="localhub", description="A Hugging Face Hub with buckets, on loopback.")
     serving = parser.add_subparsers(required=True, metavar="command").add_parser(
         "serve",
         help="serve a root directory until SIGTERM or SIGINT",
@@ -40,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--root", type=Path, required=True, metavar="DIR", help="where everything is stored")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serving.add_argument("--port", type=int, default=0, help="port to listen on, 0 for any that is free")
-    serving.add_argument(
-        "--page-size", type=_positive, default=1000, metavar="N", help="entries on a listing's page"
-    )
+    serving.add_argument("--page-size", type=_positive, default=1000, metavar="N", help="entries on a listing's page")
     serving.add_argument(
         "--tokens", type=Path, metavar="FILE", help="YAML of who may do what; default: anybody anything"
     )

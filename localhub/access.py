@@ -63,8 +63,10 @@ def load_tokens(path: Path) -> dict[str, Token]:
         content = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise TokensError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise TokensError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # Not the error's own text: it quotes the file, which holds secrets.
+        mark = getattr(error, "problem_mark", None)
+        raise TokensError(f"{path} is not YAML" + (f": line {mark.line + 1}" if mark else "")) from None
     except ValidationError as error:
         problems = "; ".join(f"{_place(part['loc'])}: {part['msg']}" for part in error.errors())
         raise TokensError(f"{path}: {problems}") from None

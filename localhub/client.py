@@ -108,7 +108,5 @@ class HubControl:
                 answer = response.read()
         except urllib.error.HTTPError as error:
             with error:
-                raise ControlError(
-                    f"{method} {path}: {error.code} {error.read().decode(errors='replace')}"
-                ) from None
+                raise ControlError(f"{method} {path}: {error.code} {error.read().decode(errors='replace')}") from None
         return json.loads(answer) if answer else None

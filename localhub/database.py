@@ -1,6 +1,7 @@
 """One SQLite database for everything that is not bulk data, safe under many threads and several processes."""
 
 import contextlib
+import fcntl
 import secrets
 import sqlite3
 import threading
@@ -93,6 +94,16 @@ class Database:
                 raise
             connection.execute("COMMIT")
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Give this thread's connection for several reads of one state, whatever is written meanwhile."""
+        connection = self.reader
+        connection.execute("BEGIN")
+        try:
+            yield connection
+        finally:
+            connection.execute("ROLLBACK")
+
     def secret(self) -> bytes:
         """Return the key that signs tokens and links: made once, shared by every process on this root."""
         row = self.reader.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
@@ -113,7 +124,6 @@ class Database:
             check_same_thread=False,
             cached_statements=256,
         )
-        connection.execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing; only a power cut may take the last transactions.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -122,6 +132,13 @@ class Database:
         return connection
 
     def _create(self) -> None:
+        # SQLite does not wait for its turn to change to WAL, so several processes that start at once take theirs here.
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.reader.execute("PRAGMA journal_mode = WAL")
+            self._make_schema()
+
+    def _make_schema(self) -> None:
         with self.transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
@@ -130,6 +147,4 @@ class Database:
                 connection.execute("INSERT INTO meta VALUES ('secret', ?)", (secrets.token_bytes(32),))
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             elif version != _VERSION:
-                raise RuntimeError(
-                    f"{self._path} has schema version {version}, this package reads {_VERSION}"
-                )
+                raise RuntimeError(f"{self._path} has schema version {version}, this package reads {_VERSION}")

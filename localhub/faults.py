@@ -70,7 +70,7 @@ class Fault(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
-        actions = [name for name in _ACTIONS if getattr(self, name) not in (None, False)]
+        actions = self._actions()
         if len(actions) > 1:
             raise ValueError(f"a fault has one action, this one has {', '.join(actions)}")
         if not actions and not self.delay_s:
@@ -80,7 +80,11 @@ class Fault(BaseModel, extra="forbid", frozen=True):
     @property
     def acts(self) -> bool:
         """Whether it does more than delay."""
-        return any(getattr(self, name) not in (None, False) for name in _ACTIONS)
+        return bool(self._actions())
+
+    def _actions(self) -> list[str]:
+        # Not by truth: to truncate at 0 and to fail the items that contain "" are actions.
+        return [name for name in _ACTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
 
     def meets(self, route: str, method: str, path: str) -> bool:
         """Whether a request is one that this rule is for."""

@@ -116,9 +116,7 @@ async def _truncate(rest: bytes, transport: asyncio.Transport, receive: Receive,
     raise _CutError
 
 
-async def _trickle(
-    message: Message, body: bytes, fault: Fault, transport: asyncio.Transport, send: Send
-) -> None:
+async def _trickle(message: Message, body: bytes, fault: Fault, transport: asyncio.Transport, send: Send) -> None:
     size = fault.trickle_bytes or 1
     for start in range(0, len(body), size):
         if transport.is_closing():

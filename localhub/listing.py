@@ -5,7 +5,7 @@ import binascii
 from dataclasses import dataclass
 from typing import Any
 
-from localhub.buckets import Bucket, BucketStore
+from localhub.buckets import Bucket, BucketStore, iso
 from localhub.errors import bad_request
 
 _LAST_CODE_POINT = 0x10FFFF
@@ -30,20 +30,21 @@ def tree_page(
 ) -> Page:
     """Return one page of what begins with `prefix`, by path.
 
-    The prefix is lexical, as the Hub's: `v1` also matches `v10/x`. Recursive pages hold files only. Others hold
-    the files whose path goes on without a `/`, and one directory for all those that share the path up to the next
-    one (an object store's listing with a delimiter); a prefix `logs` therefore gives the directory `logs` itself.
-    Directories carry no `uploadedAt`: it would take a read of everything beneath them.
+    The prefix is lexical, as the Hub's: `v1` also matches `v10/x`. Recursive pages hold files only. Others hold the
+    files of one level, and one directory for all those below it, with the time of the newest among them: for the
+    prefixes `logs` and `logs/` alike, what is in `logs` (`HfFileSystem.ls` relies on it), and for `logs` its lexical
+    siblings too.
 
     Raises:
         HubError: 400 for a cursor that this Hub did not make.
     """
     start = decode_cursor(cursor) if cursor else prefix
     stop = after_prefix(prefix)
-    if recursive:
-        items = list(store.scan(bucket, start, stop, limit + 1))
-    else:
-        items = _one_level(store, bucket, start, stop, depth=len(prefix), limit=limit + 1)
+    with store.snapshot():
+        if recursive:
+            items = list(store.scan(bucket, start, stop, limit + 1))
+        else:
+            items = _one_level(store, bucket, start, stop, depth=len(prefix) + 1, limit=limit + 1)
     if len(items) <= limit:
         return Page(items, None)
     return Page(items[:limit], encode_cursor(_start_of(items[limit])))
@@ -73,7 +74,7 @@ def decode_cursor(cursor: str) -> str:
     """
     try:
         return base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError, ValueError) as error:
+    except (binascii.Error, UnicodeError) as error:
         raise bad_request("not a cursor of this Hub") from error
 
 
@@ -87,10 +88,10 @@ def _one_level(
         for item in store.scan(bucket, position, stop, limit - len(items)):
             cut = item["path"].find("/", depth)
             if cut >= 0:
-                directory = item["path"][:cut]
-                items.append({"type": "directory", "path": directory})
-                # Step over all that is in it: '0' is the character after '/'.
-                following = directory + "0"
+                # What is in it is stepped over: '0' is the character after '/'.
+                directory, following = item["path"][:cut], item["path"][:cut] + "0"
+                newest = iso(store.newest_ms(bucket, directory + "/", following))
+                items.append({"type": "directory", "path": directory, "uploadedAt": newest})
                 break
             items.append(item)
         position = following

@@ -58,14 +58,20 @@ class ObjectStore:
                 [(file.digest, bucket) for file in files],
             )
 
-    def find(self, digest: bytes, bucket: int) -> StoredObject | None:
-        """Return the content of a hash as far as a bucket's token may read it, or None."""
+    def get(self, digest: bytes) -> StoredObject | None:
+        """Return the content of a hash, or None."""
         if digest == EMPTY_FILE_HASH:
             return StoredObject(0, b"")
-        query = "SELECT size, terms FROM objects WHERE hash = ?"
-        parameters: tuple[bytes | int, ...] = (digest,)
-        if self._only_arrived:
-            query += " AND EXISTS (SELECT 1 FROM arrivals WHERE bucket = ? AND hash = objects.hash)"
-            parameters += (bucket,)
-        row = self._database.reader.execute(query, parameters).fetchone()
+        row = self._database.reader.execute("SELECT size, terms FROM objects WHERE hash = ?", (digest,)).fetchone()
         return StoredObject(*row) if row else None
+
+    def may_read(self, digest: bytes, bucket: int) -> bool:
+        """Whether a bucket's storage tokens read a hash: what came to the bucket once, or anything without control.
+
+        It stays readable after its path was overwritten or deleted, as long as the bucket is there: content is
+        addressed by hash, and a client may still hold an older listing.
+        """
+        if not self._only_arrived:
+            return True
+        query = "SELECT 1 FROM arrivals WHERE bucket = ? AND hash = ?"
+        return self._database.reader.execute(query, (bucket, digest)).fetchone() is not None

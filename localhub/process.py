@@ -203,6 +203,4 @@ def start(
 
 def _tail(stderr: IO[bytes]) -> str:
     stderr.seek(0)
-    return (
-        stderr.read()[-_SHOWN_STDERR_BYTES:].decode(errors="replace").strip() or "it wrote nothing to stderr"
-    )
+    return stderr.read()[-_SHOWN_STDERR_BYTES:].decode(errors="replace").strip() or "it wrote nothing to stderr"

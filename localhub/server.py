@@ -21,6 +21,7 @@ _KEEP_ALIVE_SECONDS = 120
 """Longer than the clients keep idle connections, so that it is never this side that closes one they just chose."""
 
 _GRACE_SECONDS = 3
+_BACKLOG = 2048
 
 
 class _WithTransport:
@@ -87,6 +88,7 @@ def serve(options: Options, host: str, port: int) -> None:
             lifespan="on",
             access_log=False,
             log_level="warning",
+            proxy_headers=False,
             server_header=False,
             date_header=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
@@ -104,4 +106,13 @@ def serve(options: Options, host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, every answer takes 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener

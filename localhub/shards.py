@@ -105,9 +105,7 @@ def parse_shard(data: bytes) -> tuple[list[FileRecord], list[XorbRecord]]:
         digest, flags, count = block
         terms = _take(data, position + _ENTRY_BYTES, count)
         files.append(FileRecord(digest, terms))
-        entries = (
-            1 + count + (count if flags & _VERIFICATION_FLAG else 0) + (1 if flags & _METADATA_FLAG else 0)
-        )
+        entries = 1 + count + (count if flags & _VERIFICATION_FLAG else 0) + (1 if flags & _METADATA_FLAG else 0)
         position += entries * _ENTRY_BYTES
     position += _ENTRY_BYTES
     while (block := _block(data, position)) is not None:
@@ -145,9 +143,7 @@ def check_shard(files: list[FileRecord], xorbs: list[XorbRecord], find: FindXorb
         for term in iter_terms(file.terms):
             nodes += _chunks_of(term, *stored(term.xorb))
         if file_hash(nodes) != file.digest:
-            raise ShardError(
-                f"the chunks of the file {to_hex(file.digest)} hash to {to_hex(file_hash(nodes))}"
-            )
+            raise ShardError(f"the chunks of the file {to_hex(file.digest)} hash to {to_hex(file_hash(nodes))}")
 
 
 def _check_xorb(xorb: XorbRecord, table: ChunkTable, hashes: bytes) -> None:

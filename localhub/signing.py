@@ -81,11 +81,7 @@ class Signer:
             HubError: 403 when it is not ours or expired, as storage services answer.
         """
         wanted = self._sign("link", f"{path} {expires}")
-        if (
-            expires is None
-            or signature is None
-            or not hmac.compare_digest(signature.encode(), wanted.encode())
-        ):
+        if expires is None or signature is None or not hmac.compare_digest(signature.encode(), wanted.encode()):
             raise HubError(403, "the link is not signed by this Hub")
         if int(expires) <= time.time():
             raise HubError(403, "the link has expired")

@@ -64,7 +64,6 @@ class Spool:
         if self._file is None:
             self._file = self._open()
         self._file.truncate(size)
-        self._file.flush()
         Path(self._file.name).replace(target)
         self._file.close()
         self._file = None
@@ -81,11 +80,12 @@ class Spool:
         if self._file is None:
             self._file = self._open()
         self._file.writelines(self._pieces)
+        self._file.flush()
         self._pieces.clear()
         self._held = 0
 
     def _open(self) -> IO[bytes]:
-        return tempfile.NamedTemporaryFile(dir=self._directory, buffering=0, delete=False)
+        return tempfile.NamedTemporaryFile(dir=self._directory, delete=False)
 
 
 def remove_stale(directory: Path) -> None:

@@ -9,13 +9,14 @@ from starlette.routing import BaseRoute
 
 from localhub.errors import HubError, bad_request
 from localhub.hashing import from_hex, to_hex
-from localhub.objects import ObjectStore, StoredObject
+from localhub.objects import ObjectStore
 from localhub.reconstruction import describe, pieces
 from localhub.routing import Routes
 from localhub.shards import ShardError
 from localhub.signing import Right, Scope, Signer
 from localhub.spool import Spool
 from localhub.streaming import FileSlice
+from localhub.unpacking import FileBytes
 from localhub.wire import Json, base_url, byte_range, read_body, run_in
 from localhub.xorb_store import XorbStore
 from localhub.xorbs import MAX_XORB_BYTES, XorbError
@@ -54,6 +55,7 @@ class StorageRoutes:
             make.route("reconstruction", "GET", "/v1/reconstructions/{hash}", self._reconstruction),
             make.route("xorb-upload", "POST", "/v1/xorbs/default/{hash}", self._upload_xorb),
             make.route("shard-upload", "POST", "/v1/shards", self._upload_shard),
+            make.route("file-data", "GET", "/file-data/{hash}", self._file_data),
             make.route("chunk-dedup", "GET", "/v1/chunks/default/{hash}", self._chunk),
         ]
 
@@ -81,7 +83,10 @@ class StorageRoutes:
 
     async def _reconstruction(self, request: Request) -> Response:
         scope = self._scope(request, "read")
-        stored = self._stored(_hash(request), scope.bucket)
+        digest = _hash(request)
+        stored = self._objects.get(digest) if self._objects.may_read(digest, scope.bucket) else None
+        if stored is None:
+            raise HubError(404, f"no such file: {to_hex(digest)}")
         start, stop = byte_range(request, stored.size) or (0, stored.size)
         found = list(pieces(stored.terms, start, stop, self._xorbs.table))
         base = base_url(request)
@@ -97,15 +102,19 @@ class StorageRoutes:
         start, stop = byte_range(request, size) or (0, size)
         return FileSlice(self._xorbs.path(digest), start, stop, size, self._executor)
 
+    async def _file_data(self, request: Request) -> Response:
+        self._check_link(request)
+        # The link was made for one who may read the file: that is right enough.
+        stored = self._objects.get(_hash(request))
+        if stored is None:
+            raise HubError(404, "no such file")
+        start, stop = byte_range(request, stored.size) or (0, stored.size)
+        found = list(pieces(stored.terms, start, stop, self._xorbs.table))
+        return FileBytes(found, start, stop, stored.size, xorbs=self._xorbs, executor=self._executor)
+
     async def _chunk(self, request: Request) -> Response:
         self._scope(request, "read")
         raise HubError(404, "no such chunk: this Hub answers no questions about single chunks")
-
-    def _stored(self, digest: bytes, bucket: int) -> StoredObject:
-        stored = self._objects.find(digest, bucket)
-        if stored is None:
-            raise HubError(404, f"no such file: {to_hex(digest)}")
-        return stored
 
     def _scope(self, request: Request, right: Right) -> Scope:
         return self._signer.open(request.headers.get("authorization"), right)

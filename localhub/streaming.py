@@ -27,9 +27,7 @@ class FileSlice(Response):
         headers = {"accept-ranges": "bytes", "content-length": str(stop - start)}
         if not whole:
             headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
-        super().__init__(
-            status_code=200 if whole else 206, headers=headers, media_type="application/octet-stream"
-        )
+        super().__init__(status_code=200 if whole else 206, headers=headers, media_type="application/octet-stream")
         self._path = path
         self._start = start
         self._stop = stop
@@ -40,9 +38,7 @@ class FileSlice(Response):
         del receive
         file = os.open(self._path, os.O_RDONLY)
         try:
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             position = self._start
             while position < self._stop and scope["method"] != "HEAD":
                 piece = await self._read(file, min(_PIECE_BYTES, self._stop - position), position)

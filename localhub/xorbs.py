@@ -126,9 +126,7 @@ def iter_chunks(source: Reader) -> Iterator[tuple[bytes | bytearray, int]]:
         if version != 0:
             raise XorbError(f"chunk header of unknown version {version} at byte {end}")
         if not 0 < unpacked_bytes <= MAX_CHUNK_BYTES or packed_bytes > 2 * MAX_CHUNK_BYTES:
-            raise XorbError(
-                f"chunk of {packed_bytes} bytes for {unpacked_bytes} at byte {end}: over the limits"
-            )
+            raise XorbError(f"chunk of {packed_bytes} bytes for {unpacked_bytes} at byte {end}: over the limits")
         packed = source.read(packed_bytes)
         if len(packed) < packed_bytes:
             raise XorbError(f"the xorb ends inside the chunk at byte {end}")
@@ -146,9 +144,7 @@ def _unpack(packed: bytes, scheme: int, unpacked_bytes: int, where: int) -> byte
         case _:
             raise XorbError(f"unknown compression scheme {scheme} in the chunk at byte {where}")
     if len(data) != unpacked_bytes:
-        raise XorbError(
-            f"the chunk at byte {where} unpacks to {len(data)} bytes, its header says {unpacked_bytes}"
-        )
+        raise XorbError(f"the chunk at byte {where} unpacks to {len(data)} bytes, its header says {unpacked_bytes}")
     return data
 
 

@@ -1,0 +1,73 @@
+"""Answers whose body is a file's own bytes, unpacked from its xorbs: what a redirect from `resolve` leads to."""
+
+import itertools
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+
+from starlette.responses import StreamingResponse
+
+from localhub.reconstruction import Piece
+from localhub.wire import run_in
+from localhub.xorb_store import XorbStore
+from localhub.xorbs import ChunkTable, iter_chunks
+
+_CHUNKS_AT_ONCE = 16
+"""At most 2 MiB."""
+
+
+class FileBytes(StreamingResponse):
+    """The bytes `start` to `stop` (not included) of a file, as a 206, or as a 200 when that is all of it.
+
+    Args:
+        found: the chunks that hold the bytes, in order.
+        start: first byte.
+        stop: end of the bytes.
+        size: bytes of the whole file.
+        xorbs: where the chunks are.
+        executor: where chunks are read and unpacked.
+    """
+
+    def __init__(
+        self, found: list[Piece], start: int, stop: int, size: int, *, xorbs: XorbStore, executor: Executor
+    ) -> None:
+        whole = (start, stop) == (0, size)
+        headers = {"accept-ranges": "bytes", "content-length": str(stop - start)}
+        if not whole:
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
+        super().__init__(
+            _wanted(found, stop - start, xorbs, executor),
+            status_code=200 if whole else 206,
+            headers=headers,
+            media_type="application/octet-stream",
+        )
+
+
+async def _wanted(found: list[Piece], length: int, xorbs: XorbStore, executor: Executor) -> AsyncIterator[bytes]:
+    """Yield `length` bytes from the chunks, less what the first chunk has before them."""
+    skip = found[0].skip if found else 0
+    async for data in _unpacked(found, xorbs, executor):
+        part = data[skip : skip + length]
+        skip = 0
+        length -= len(part)
+        yield part
+
+
+async def _unpacked(found: list[Piece], xorbs: XorbStore, executor: Executor) -> AsyncIterator[bytes]:
+    for piece in found:
+        path = xorbs.path(piece.xorb)
+        for first in range(piece.first, piece.end, _CHUNKS_AT_ONCE):
+            end = min(first + _CHUNKS_AT_ONCE, piece.end)
+            yield await run_in(executor, partial(unpack, path, piece.table, first, end))
+
+
+def unpack(path: Path, table: ChunkTable, first: int, end: int) -> bytes:
+    """Return the unpacked bytes of the chunks `first` to `end` (not included) of a stored xorb. Blocks.
+
+    Raises:
+        XorbError: the file is damaged.
+    """
+    with path.open("rb", buffering=1024 * 1024) as file:
+        file.seek(table.start(first))
+        return b"".join(chunk for chunk, _ in itertools.islice(iter_chunks(file), end - first))
