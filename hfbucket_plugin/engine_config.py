@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.settings import InstanceSettings
+
+_QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,11 @@ class EngineConfig:
             raise ConfigError(f"LMCache configuration {str(path)!r} cannot be read: {error}") from None
         try:
             document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            # Not the whole error: it quotes lines of the file, which may hold a token.
+        except Exception as error:  # noqa: BLE001 - PyYAML lets out what its constructors raise: ValueError, KeyError …
+            # Not the whole error: it quotes lines and words of the file, which may hold a token.
             mark = getattr(error, "problem_mark", None)
             where = f" at line {mark.line + 1}" if mark is not None else ""
-            problem = getattr(error, "problem", None) or "it does not parse"
+            problem = _QUOTED.sub("'…'", getattr(error, "problem", None) or "it does not parse")
             raise ConfigError(f"LMCache configuration {str(path)!r} is no YAML{where}: {problem}") from None
         if not isinstance(document, dict):
             raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")

@@ -13,6 +13,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from pydantic import (
@@ -45,8 +46,9 @@ MAX_RANGE_BYTES = 4 * MIB
 and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms."""
 
 
-# A variable's name; a token pasted in its place must be refused without being repeated.
-_VARIABLE = re.compile(r"(?!hf_[A-Za-z0-9]{16})[A-Za-z_][A-Za-z0-9_]*")
+# What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
+_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _parse_handle(value: Any) -> BucketHandle:
@@ -58,8 +60,21 @@ def _parse_handle(value: Any) -> BucketHandle:
 
 
 def _check_variable(value: str) -> str:
-    if not _VARIABLE.fullmatch(value):
+    if not _VARIABLE.fullmatch(value) or _TOKEN.match(value):
         raise ValueError("must be the name of an environment variable, such as HF_TOKEN, not a token itself")
+    return value
+
+
+def _check_endpoint(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not value.isprintable() or " " in value:
+        raise ValueError("must be the address of a Hub, such as https://huggingface.co")
+    if parts.username is not None or parts.query or parts.fragment:  # it is shown in errors
+        raise ValueError("must be an address alone: a token goes into the variable that token_env names")
     return value
 
 
@@ -148,9 +163,9 @@ class InstanceSettings(BaseModel):
         le=64,
         description="Most commits under way at one time. Two keep the line busy while one is being hashed.",
     )
-    endpoint: str = Field(
+    endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,
-        pattern="^https?://",
+        validate_default=True,
         description="The Hub's address. Default: HF_ENDPOINT, or the public Hub.",
     )
 
@@ -212,11 +227,17 @@ def load(extra_config: Mapping[Any, Any] | None, instance: str, declared: Iterab
         ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
     """
     values = _own_values(extra_config or {}, instance, frozenset(declared))
-    _refuse_unknown(values, instance)
+    complaints = _unknown(values, instance)
+    known = {name: value for name, value in values.items() if name in InstanceSettings.model_fields}
     try:
-        return InstanceSettings.model_validate(values)
+        settings = InstanceSettings.model_validate(known)
     except ValidationError as error:
-        raise ConfigError(_word(error, instance)) from None  # the cause would print the values, a token among them
+        complaints += _words(error, instance)
+    else:
+        if not complaints:
+            return settings
+    # Outside of the handler: the cause would print the values, a token among them.
+    raise ConfigError(_TOKEN.sub("***", f"instance {instance!r}: {'; '.join(complaints)}"))
 
 
 def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:
@@ -241,26 +262,23 @@ def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -
     return bool(names & declared) or last in InstanceSettings.model_fields or last in _LOADER_KEYS
 
 
-def _refuse_unknown(values: Mapping[str, Any], instance: str) -> None:
+def _unknown(values: Mapping[str, Any], instance: str) -> list[str]:
     known = list(InstanceSettings.model_fields)
-    unknown = [name for name in values if name not in known]
-    if not unknown:
-        return
-    hints = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hints.append(f"{KEY_ROOT}{instance}.{name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    raise ConfigError(
-        f"instance {instance!r}: unknown setting {', '.join(hints)}; known are {', '.join(sorted(known))}"
-    )
+    complaints = []
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
+            complaints.append(f"unknown setting {KEY_ROOT}{instance}.{name}{hint}")
+    return complaints
 
 
-def _word(error: ValidationError, instance: str) -> str:
-    """One line for all that is wrong, without the values: a token may be among them."""
-    parts = []
+def _words(error: ValidationError, instance: str) -> list[str]:
+    """What is wrong, without the values: a token may be among them."""
+    complaints = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in item["loc"])
         name = f"{KEY_ROOT}{instance}.{where}" if where else instance
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
-        parts.append(f"{name}: {message}")
-    return f"instance {instance!r}: " + "; ".join(parts)
+        complaints.append(f"{name}: {message}")
+    return complaints
