@@ -107,9 +107,13 @@ class CpuEngine:
             How many tokens were hit, and the KV: zeros where they were not.
         """
         kv, layers, hidden = self._shape
-        self.connector.kv = torch.zeros((kv, layers, len(tokens), hidden), dtype=torch.bfloat16)
-        mask = self.engine.retrieve(torch.tensor(tokens))
-        return int(mask.sum()), self.connector.kv
+        into = torch.zeros((kv, layers, len(tokens), hidden), dtype=torch.bfloat16)
+        return self.retrieve_into(tokens, into), into
+
+    def retrieve_into(self, tokens: list[int], into: torch.Tensor) -> int:
+        """Retrieve a prompt into a tensor of its shape; returns how many tokens were hit."""
+        self.connector.kv = into
+        return int(self.engine.retrieve(torch.tensor(tokens)).sum())
 
     @property
     def remotes(self) -> list[Any]:

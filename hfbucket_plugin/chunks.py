@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _PING_SECS: Final = 3.0
 """Below the 5 s that LMCache's health monitor grants a ping (`lmcache/v1/health_monitor`)."""
 
+_WARM_UP_SECS: Final = 5.0
+_WARM_UP_EVERY_SECS: Final = 10.0
+"""Apart at least, so that an outage does not double the requests of lookups."""
+
 _LIST_PAGE_SECS: Final = 30.0
 _COPY_BYTES: Final = 4 * 1024 * 1024
 
@@ -72,7 +76,7 @@ class ChunkStore:
         self._existence = Existence(self._bucket, settings, instance)
         self._putter = Putter(self._bucket, self._existence, self._outcomes, settings)
         self._scratch = Scratch(settings.download_tmp_dir)
-        self._session_asked = False
+        self._next_warm_up = 0.0
 
     def prefix_hits(self, keys: Sequence[str], size: int) -> int:
         """How many keys, from the first on without a gap, are there as full chunks of `size` bytes.
@@ -80,10 +84,7 @@ class ChunkStore:
         Returns within `lookup_timeout_secs`; a failure is 0 hits, counted and logged as what it is.
         """
         started = time.monotonic()
-        if not self._session_asked:
-            # The read that follows a hit needs a session: its token is fetched while the Hub looks the keys up.
-            self._session_asked = True
-            self._existence.in_background(self._warm_up)
+        self.warm_up()
         try:
             contents = self._existence.contents(keys, Deadline.after(self.settings.lookup_timeout_secs))
         except HFBucketError as error:
@@ -100,9 +101,19 @@ class ChunkStore:
         self._outcomes.ended("lookup", "ok", started)
         return hits
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
+        """Have a session for reading made in the background, if there is none.
+
+        At the start it spares the first read an access token, TLS and client set-up, and tells the log at once of a
+        token or bucket that will not do; beside a lookup it runs while the Hub looks the keys up.
+        """
+        if not self._bucket.transfer.ready and time.monotonic() >= self._next_warm_up:
+            self._next_warm_up = time.monotonic() + _WARM_UP_EVERY_SECS
+            self._existence.in_background(self._make_session)
+
+    def _make_session(self) -> None:
         try:
-            self._bucket.transfer.warm_up(Deadline.after(self.settings.lookup_timeout_secs))
+            self._bucket.transfer.warm_up(Deadline.after(_WARM_UP_SECS))
         except HFBucketError as error:
             if not self._is_yet_to_be_created(error):
                 self._outcomes.warn("session", error.kind, str(error))

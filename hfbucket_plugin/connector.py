@@ -13,6 +13,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lmcache.integration.vllm.utils import get_size_bytes
+from lmcache.v1.storage_backend.connector import SafeLocalCPUBackend
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
 from hfbucket_plugin.chunks import ChunkStore
@@ -96,6 +97,8 @@ class HFBucketConnector(RemoteConnector):
         self._put_calls = WorkerPool(f"hfbucket-put-call-{instance}", settings.max_parallel_writes, _PUT_BACKLOG)
         self._puts: set[Future[Any]] = set()
         self._store.sweep()
+        if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read
+            self._store.warm_up()
         if settings.resolve_token() is None:
             _log.warning(
                 "[%s] no token: the environment variable %s (token_env) is not set and there is no inline token; "

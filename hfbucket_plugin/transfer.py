@@ -105,6 +105,11 @@ class Transfer:
         self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams))
         self._writing = SessionPool(hub, bucket_id, "write", xet_config(write_timeout_secs, streams))
 
+    @property
+    def ready(self) -> bool:
+        """Whether a read would find a session."""
+        return self._reading.ready
+
     def warm_up(self, deadline: Deadline) -> None:
         """Have a session ready for reading, so that the first read does not wait for one.
 
@@ -195,6 +200,7 @@ class Transfer:
             if not read.lease.write(at, piece):
                 raise DeadlineError(f"{read.name}: given up while it was being read")
             at += len(piece)
+            del piece  # else it would stay in memory while the next one is awaited
             deadline.check(read.name)
         if at != end:
             raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")

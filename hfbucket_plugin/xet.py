@@ -169,10 +169,16 @@ class SessionPool:
         finally:
             self._building.release()
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a session to borrow."""
+        with self._lock:
+            return _usable(self._current)
+
     def _try_borrow(self) -> Loan | None:
         with self._lock:
             session = self._current
-            if session is None or session.retired or session.pid != os.getpid():
+            if session is None or not _usable(session):
                 return None
             session.readers += 1
             return Loan(session)
@@ -228,6 +234,10 @@ class SessionPool:
             session, self._current = self._current, None
         if session is not None:
             _abort(session)
+
+
+def _usable(session: Session | None) -> bool:
+    return session is not None and not session.retired and session.pid == os.getpid()
 
 
 def _abort(session: Session) -> None:
