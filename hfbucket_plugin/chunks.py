@@ -151,7 +151,7 @@ class ChunkStore:
         self._bucket.transfer.read([read for read, _ in reads.values()], deadline)
         if self.settings.verify == "hash":
             for read, buffer in reads.values():
-                self._verify(read, buffer)
+                self._verify(read, buffer, deadline)
         outcome = "ok"
         for index, (read, buffer) in reads.items():
             read.lease.revoke()
@@ -194,26 +194,34 @@ class ChunkStore:
     ) -> dict[int, tuple[Read, Buffer]]:
         reads: dict[int, tuple[Read, Buffer]] = {}
         for index, (key, content) in wanted.items():
-            buffer = open_buffer(index)
+            problem = "there is none free"
+            try:
+                buffer = open_buffer(index)
+            except Exception as error:  # noqa: BLE001 - the engine's allocator; the buffers opened before must not leak
+                buffer, problem = None, f"{type(error).__name__}: {error}"
             if buffer is None:
                 left = len(wanted) - len(reads)
                 self._outcomes.chunks("get", "allocation", left)
-                self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks; they are misses")
+                self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
                 break
             reads[index] = (Read(key, content, Lease(buffer.view)), buffer)
         return reads
 
-    def _verify(self, read: Read, buffer: Buffer) -> None:
-        """Compare the Xet hash of what was read with the listing's."""
+    def _verify(self, read: Read, buffer: Buffer, deadline: Deadline) -> None:
+        """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
         if not read.done:
             return
         try:
+            deadline.check(f"{read.name}: hash")
             with self._scratch.file() as path:
                 with path.open("wb") as out:
                     for at in range(0, read.content.size, _COPY_BYTES):
                         out.write(buffer.view[at : at + _COPY_BYTES])
                 actual = xet_hashes([path])[0]
-        except (OSError, HFBucketError) as error:
+        except HFBucketError as error:
+            read.fail(error)
+            return
+        except OSError as error:
             read.fail(TransportError(f"{read.name}: its hash could not be computed: {error}"))
             return
         if actual != read.content.xet_hash:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import cachetools
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from hfbucket_plugin.transfer import Content
 
@@ -36,9 +37,15 @@ class MetadataCache:
         )
         self._asking: dict[str, Question] = {}
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The cache for one thread, and at one time: an entry must not end between two looks at it."""
+        with self._lock, self._cache.timer:
+            yield
+
     def get(self, key: str) -> tuple[bool, Content | None]:
         """Whether something is known of a key, and what."""
-        with self._lock:
+        with self._locked():
             try:
                 return True, self._cache[key]
             except KeyError:
@@ -46,15 +53,18 @@ class MetadataCache:
 
     def put(self, key: str, content: Content | None) -> None:
         """Note what this process has just done itself: it wins over the answer to a question asked before."""
-        with self._lock:
+        with self._locked():
             self._cache[key] = content
             if (question := self._asking.get(key)) is not None:
-                question.overtaken.add(key)
+                question.overtaken[key] = content
 
     def drop(self, key: str) -> None:
-        """Forget a key: ask anew the next time."""
-        with self._lock:
+        """Forget a key: ask anew the next time, and do not believe the answer to a question asked before either."""
+        with self._locked():
             self._cache.pop(key, None)
+            if (question := self._asking.get(key)) is not None:
+                question.overtaken.pop(key, None)
+                question.doubtful.add(key)
 
     def ask(self, keys: Iterable[str]) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
         """Sort keys into what is known, what to ask now, and what somebody else is asking already.
@@ -66,7 +76,7 @@ class MetadataCache:
         known: dict[str, Content | None] = {}
         others: dict[str, Question] = {}
         own = Question()
-        with self._lock:
+        with self._locked():
             for key in keys:
                 if key in known or key in own.keys or key in others:
                     continue
@@ -81,31 +91,33 @@ class MetadataCache:
 
     def answer(self, question: Question, found: Mapping[str, Content]) -> dict[str, Content | None]:
         """End a question with what the Hub said; keys that it left out are misses."""
-        with self._lock:
+        with self._locked():
             values: dict[str, Content | None] = {}
             for key in question.keys:
-                if key in question.overtaken and key in self._cache:
-                    values[key] = self._cache[key]
+                if key in question.overtaken:
+                    values[key] = question.overtaken[key]
                 else:
-                    values[key] = self._cache[key] = found.get(key)
+                    values[key] = found.get(key)
+                    if key not in question.doubtful:
+                        self._cache[key] = values[key]
                 self._asking.pop(key, None)
         question.future.set_result(values)
         return values
 
     def fail(self, question: Question, error: BaseException) -> None:
         """End a question without an answer: nothing is noted, and the next one asks again."""
-        with self._lock:
+        with self._locked():
             for key in question.keys:
                 self._asking.pop(key, None)
         question.future.set_exception(error)
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
+        with self._locked():
             self._cache.clear()
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._locked():
             return len(self._cache)
 
 
@@ -114,5 +126,6 @@ class Question:
 
     def __init__(self) -> None:
         self.keys: dict[str, None] = {}
-        self.overtaken: set[str] = set()
+        self.overtaken: dict[str, Content | None] = {}
+        self.doubtful: set[str] = set()
         self.future: Future[dict[str, Content | None]] = Future()

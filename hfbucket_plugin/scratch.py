@@ -64,6 +64,8 @@ class Scratch:
             if self._directory is None or self._pid != os.getpid():  # a fork shares no lock with its parent
                 self._root.mkdir(parents=True, exist_ok=True)
                 self.sweep()
+                if self._lock_fd is not None:  # the parent's, whose lock would live on in us
+                    os.close(self._lock_fd)
                 directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=self._root))
                 # Locked before it bears its name, so that no sweeper ever finds it unlocked.
                 self._lock_fd = os.open(directory / f"{_LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -80,7 +82,7 @@ class Scratch:
         """
         removed = []
         for directory in sorted(self._root.glob(f"{_PREFIX}*")):
-            if directory != self._directory and _owner_is_dead(directory):
+            if directory != self._directory and not directory.is_symlink() and _owner_is_dead(directory):
                 shutil.rmtree(directory, ignore_errors=True)
                 removed.append(directory)
         if removed:
@@ -95,11 +97,12 @@ class Scratch:
             _log.warning("left-over temporary files below %s could not be looked at: %s", self._root, error)
 
     def close(self) -> None:
-        """Remove this process's directory."""
+        """Remove this process's directory; in a forked child, which has none yet, its parent's is left alone."""
         with self._lock:
             directory, self._directory = self._directory, None
             fd, self._lock_fd = self._lock_fd, None
-        if directory is not None:
+            own = self._pid == os.getpid()
+        if directory is not None and own:
             shutil.rmtree(directory, ignore_errors=True)
         if fd is not None:
             os.close(fd)

@@ -166,7 +166,7 @@ class Transfer:
                     return end - start
         except HFBucketError as error:
             read.fail(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, this read has failed and must say so
+        except BaseException as error:  # noqa: BLE001 - a panic of hf_xet's included: this read has failed
             read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
         return 0
 

@@ -58,6 +58,7 @@ class WorkerPool:
             self._waiting += 1
             if self._waiting > self._idle and self._threads < self._size:
                 self._threads += 1
+                self._idle += 1  # from its birth, so that what it will take up at once is not counted as waiting
                 threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
             self._tasks.put((future, function, args, kwargs))
         return future
@@ -72,18 +73,14 @@ class WorkerPool:
                 self._tasks.put(None)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            task = self._tasks.get()
+        while (task := self._tasks.get()) is not None:
             with self._lock:
                 self._idle -= 1
-                if task is not None:
-                    self._waiting -= 1
-            if task is None:
-                return
+                self._waiting -= 1
             self._perform(*task)
             del task  # else it would keep the last task's buffers alive until the next one comes
+            with self._lock:
+                self._idle += 1
 
     @staticmethod
     def _perform(
