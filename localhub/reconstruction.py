@@ -73,9 +73,36 @@ def describe(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
 
     Runs of one xorb that touch or overlap are fetched once.
     """
-    by_xorb: dict[bytes, list[Piece]] = {}
-    for piece in found:
-        by_xorb.setdefault(piece.xorb, []).append(piece)
+    return {
+        **_terms(found),
+        "fetch_info": {
+            to_hex(xorb): [
+                {"range": chunks, "url": url(xorb), "url_range": in_xorb} for chunks, in_xorb in _fetches(group)
+            ]
+            for xorb, group in _by_xorb(found).items()
+        },
+    }
+
+
+def describe_v2(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
+    """Return the answer of `GET /v2/reconstructions/{hash}`, which the client asks first.
+
+    It says the same as v1, by xorb: addresses, each with the ranges to fetch there in one request. Each address gets
+    one range here, so that no answer of several parts is ever asked for.
+    """
+    return {
+        **_terms(found),
+        "xorbs": {
+            to_hex(xorb): [
+                {"url": url(xorb), "ranges": [{"chunks": chunks, "bytes": in_xorb}]}
+                for chunks, in_xorb in _fetches(group)
+            ]
+            for xorb, group in _by_xorb(found).items()
+        },
+    }
+
+
+def _terms(found: list[Piece]) -> dict[str, Any]:
     return {
         "offset_into_first_range": found[0].skip if found else 0,
         "terms": [
@@ -86,8 +113,14 @@ def describe(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
             }
             for piece in found
         ],
-        "fetch_info": {to_hex(xorb): _fetches(group, url(xorb)) for xorb, group in by_xorb.items()},
     }
+
+
+def _by_xorb(found: list[Piece]) -> dict[bytes, list[Piece]]:
+    by_xorb: dict[bytes, list[Piece]] = {}
+    for piece in found:
+        by_xorb.setdefault(piece.xorb, []).append(piece)
+    return by_xorb
 
 
 def _narrow(term: Term, table: ChunkTable, start: int, stop: int) -> Piece:
@@ -97,7 +130,8 @@ def _narrow(term: Term, table: ChunkTable, start: int, stop: int) -> Piece:
     return Piece(term.xorb, table, first, end, base + start - table.unpacked_start(first))
 
 
-def _fetches(group: list[Piece], url: str) -> list[dict[str, Any]]:
+def _fetches(group: list[Piece]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Yield what to fetch of one xorb: chunks, end excluded, and their serialized bytes, end included."""
     table = group[0].table
     merged: list[tuple[int, int]] = []
     for first, end in sorted((piece.first, piece.end) for piece in group):
@@ -105,11 +139,5 @@ def _fetches(group: list[Piece], url: str) -> list[dict[str, Any]]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
             merged.append((first, end))
-    return [
-        {
-            "range": {"start": first, "end": end},
-            "url": url,
-            "url_range": {"start": table.start(first), "end": table.start(end) - 1},
-        }
-        for first, end in merged
-    ]
+    for first, end in merged:
+        yield {"start": first, "end": end}, {"start": table.start(first), "end": table.start(end) - 1}

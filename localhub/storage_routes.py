@@ -1,7 +1,9 @@
 """The routes of Xet storage (the CAS), as `hf_xet` 1.8 calls them."""
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,7 +12,7 @@ from starlette.routing import BaseRoute
 from localhub.errors import HubError, bad_request
 from localhub.hashing import from_hex, to_hex
 from localhub.objects import ObjectStore
-from localhub.reconstruction import describe, pieces
+from localhub.reconstruction import MakeUrl, Piece, describe, describe_v2, pieces
 from localhub.routing import Routes
 from localhub.shards import ShardError
 from localhub.signing import Right, Scope, Signer
@@ -52,7 +54,8 @@ class StorageRoutes:
         """Return the routes, those that are asked most first."""
         return [
             make.route("xorb-data", "GET", "/xorb-data/{hash}", self._xorb_data),
-            make.route("reconstruction", "GET", "/v1/reconstructions/{hash}", self._reconstruction),
+            make.route("reconstruction", "GET", "/v2/reconstructions/{hash}", self._reconstruction_v2),
+            make.route("reconstruction", "GET", "/v1/reconstructions/{hash}", self._reconstruction_v1),
             make.route("xorb-upload", "POST", "/v1/xorbs/default/{hash}", self._upload_xorb),
             make.route("shard-upload", "POST", "/v1/shards", self._upload_shard),
             make.route("file-data", "GET", "/file-data/{hash}", self._file_data),
@@ -81,7 +84,13 @@ class StorageRoutes:
             raise bad_request(str(error)) from error
         return Json({"result": 1})
 
-    async def _reconstruction(self, request: Request) -> Response:
+    async def _reconstruction_v1(self, request: Request) -> Response:
+        return self._reconstruct(request, describe)
+
+    async def _reconstruction_v2(self, request: Request) -> Response:
+        return self._reconstruct(request, describe_v2)
+
+    def _reconstruct(self, request: Request, description: Callable[[list[Piece], MakeUrl], dict[str, Any]]) -> Response:
         scope = self._scope(request, "read")
         digest = _hash(request)
         stored = self._objects.get(digest) if self._objects.may_read(digest, scope.bucket) else None
@@ -90,7 +99,7 @@ class StorageRoutes:
         start, stop = byte_range(request, stored.size) or (0, stored.size)
         found = list(pieces(stored.terms, start, stop, self._xorbs.table))
         base = base_url(request)
-        return Json(describe(found, lambda xorb: base + self._signer.link(f"/xorb-data/{to_hex(xorb)}")))
+        return Json(description(found, lambda xorb: base + self._signer.link(f"/xorb-data/{to_hex(xorb)}")))
 
     async def _xorb_data(self, request: Request) -> Response:
         self._check_link(request)
