@@ -248,6 +248,8 @@ def test_a_missing_handle_is_named(extra):
         ("endpoint", "http://host:99999"),
         ("endpoint", "http://[::1"),
         ("endpoint", "http://ho st"),
+        ("endpoint", "http://user:password@host"),
+        ("endpoint", "http://host?token=x"),
     ],
 )
 def test_an_ill_typed_setting_is_named(setting, value):
@@ -348,6 +350,14 @@ def test_the_hub_is_the_one_of_the_environment_unless_named(monkeypatch):
 
     assert load(config(), "hfbucket").endpoint == "http://127.0.0.1:1"
     assert load(config(endpoint="http://127.0.0.1:2"), "hfbucket").endpoint == "http://127.0.0.1:2"
+
+
+def test_a_hub_of_the_environment_that_is_none_is_told(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "localhost:8080")
+
+    assert "remote_storage_plugin.hfbucket.endpoint: must be the address of a Hub" in complaint(config())
 
 
 def test_settings_do_not_change():

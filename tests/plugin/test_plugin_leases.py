@@ -1,0 +1,99 @@
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_support import untimed
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import DeadlineError
+from hfbucket_plugin.leases import Lease
+
+
+def test_pieces_go_where_they_belong():
+    buffer = bytearray(b"........")
+    lease = Lease(memoryview(buffer))
+
+    assert lease.size == 8
+    assert lease.live
+    assert lease.write(4, b"45")
+    assert lease.write(0, b"0")
+    assert lease.write(7, b"7")
+    assert lease.write(8, b"")
+    assert buffer == b"0...45.7"
+
+
+@untimed
+@given(st.integers(0, 16), st.integers(-20, 40), st.binary(max_size=32))
+def test_a_piece_that_does_not_fit_is_refused_and_nothing_of_it_written(size, at, piece):
+    buffer = bytearray(size)
+    lease = Lease(memoryview(buffer))
+
+    if at >= 0 and at + len(piece) <= size:
+        assert lease.write(at, piece)
+        assert buffer == bytes(at) + piece + bytes(size - at - len(piece))
+    else:
+        with pytest.raises(ValueError, match="do not fit"):
+            lease.write(at, piece)
+        assert buffer == bytes(size)
+
+
+def test_after_it_was_revoked_nothing_is_written_and_the_buffer_is_let_go():
+    buffer = bytearray(4)
+    lease = Lease(memoryview(buffer))
+
+    lease.revoke()
+    lease.revoke()
+
+    assert not lease.live
+    assert not lease.write(0, b"late")
+    assert buffer == bytes(4)
+    buffer.extend(b"a bytearray cannot grow while somebody holds a view of it")
+
+
+@pytest.mark.parametrize("round_", range(20))
+def test_writers_in_full_swing_stop_with_the_revocation(round_):
+    buffer = bytearray(64 * 1024)
+    lease = Lease(memoryview(buffer))
+    piece = b"\xff" * 16 * 1024
+    begun = threading.Semaphore(0)
+
+    def write(at):
+        begun.release()
+        while lease.write(at, piece):
+            pass
+
+    writers = [threading.Thread(target=write, args=(at * len(piece),)) for at in range(4)]
+    for writer in writers:
+        writer.start()
+    for _ in writers:
+        begun.acquire()
+    time.sleep(0.001 * (round_ % 3))
+    lease.revoke()
+    buffer[:] = b"\x01" * len(buffer)
+    for writer in writers:
+        writer.join()
+
+    assert buffer == b"\x01" * len(buffer)
+
+
+def test_a_deadline_is_handed_down_and_only_ever_comes_nearer():
+    far = Deadline.after(1000)
+
+    assert not far.passed
+    assert 990 < far.remaining() <= 1000
+    assert far.within(5000) is far
+    assert far.within(10).at < far.at
+    assert far.within(10).seconds == 10
+    far.check("nothing")
+
+
+def test_a_deadline_that_is_over_says_what_was_abandoned():
+    over = Deadline.after(0)
+
+    assert over.passed
+    assert over.remaining() == 0.0
+    with pytest.raises(DeadlineError, match=r"instance 'x': paths-info: no answer within 0 s"):
+        over.check("instance 'x': paths-info")
+    assert Deadline.after(-5).remaining() == 0.0

@@ -1,0 +1,203 @@
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from plugin_support import in_threads
+
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.scratch import Scratch
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hfbucket_plugin.scratch import Scratch
+scratch = Scratch(Path(sys.argv[1]))
+with scratch.file() as path:
+    path.write_bytes(b"left over")
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has a file open below the same root; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        process.path = type(tmp_path)(process.stdout.readline().strip())
+        yield process
+        process.kill()
+
+
+def entries(root):
+    return sorted(entry.name for entry in root.iterdir())
+
+
+def test_a_file_lives_as_long_as_its_block(tmp_path):
+    scratch = Scratch(tmp_path)
+
+    with scratch.file() as path:
+        assert path.read_bytes() == b""
+        assert path.is_relative_to(tmp_path)
+        path.write_bytes(b"x")
+    assert not path.exists()
+    with pytest.raises(KeyError), scratch.file() as path:
+        raise KeyError
+    assert not path.exists()
+
+
+def test_a_file_that_was_taken_away_is_no_error(tmp_path):
+    with Scratch(tmp_path).file() as path:
+        path.unlink()
+
+
+def test_nothing_is_made_before_it_is_needed_and_nothing_stays_behind(tmp_path):
+    root = tmp_path / "a" / "b"
+    scratch = Scratch(root)
+    scratch.sweep()
+    assert not root.exists()
+
+    with scratch.file(), scratch.file():
+        assert len(entries(root)) == 1
+    scratch.close()
+    scratch.close()
+
+    assert entries(root) == []
+
+
+def test_it_can_be_used_again_after_close(tmp_path):
+    scratch = Scratch(tmp_path)
+    with scratch.file():
+        pass
+    scratch.close()
+
+    with scratch.file() as path:
+        assert path.exists()
+    scratch.close()
+    assert entries(tmp_path) == []
+
+
+def test_threads_share_one_directory(tmp_path):
+    scratch = Scratch(tmp_path)
+
+    def use(_number):
+        with scratch.file() as path:
+            return path
+
+    paths = in_threads(16, use)
+
+    assert len(set(paths)) == 16
+    assert len({path.parent for path in paths}) == 1
+    assert len(entries(tmp_path)) == 1
+    scratch.close()
+
+
+def test_only_its_owner_may_look_into_the_directory(tmp_path):
+    with Scratch(tmp_path).file() as path:
+        assert path.stat().st_mode & 0o077 == 0
+        assert path.parent.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("root", ["file", "file/below"])
+def test_a_root_that_cannot_be_used_names_the_setting(tmp_path, root):
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(tmp_path / root).file():
+        pass
+
+
+def test_sweeping_a_root_that_cannot_be_used_is_quiet(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    Scratch(tmp_path / "file").sweep_quietly()
+    Scratch(tmp_path / "file" / "below").sweep_quietly()
+    Scratch(tmp_path / "nowhere").sweep_quietly()
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, holder, caplog):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert holder.path.read_bytes() == b"left over"
+
+    with caplog.at_level(logging.INFO, logger="hfbucket_plugin.scratch"):
+        removed = Scratch(tmp_path).sweep()
+
+    assert removed == [holder.path.parent]
+    assert entries(tmp_path) == []
+    assert "1 dead process" in caplog.text
+
+
+def test_the_first_file_sweeps_too(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+
+    with Scratch(tmp_path).file():
+        assert not holder.path.exists()
+
+
+def test_what_a_living_process_holds_stays(tmp_path, holder):
+    scratch = Scratch(tmp_path)
+
+    assert scratch.sweep() == []
+    with scratch.file():
+        pass
+    scratch.close()
+
+    assert holder.path.read_bytes() == b"left over"
+
+
+def test_two_of_one_process_leave_each_other_alone(tmp_path):
+    first, second = Scratch(tmp_path), Scratch(tmp_path)
+    with first.file() as one, second.file() as two:
+        assert first.sweep() == second.sweep() == []
+        second.close()
+        assert one.exists()
+        assert not two.exists()
+    first.close()
+
+
+def test_what_is_not_ours_stays(tmp_path):
+    (tmp_path / "hfbucket-hfbucket-abc123").mkdir()  # of LMCache's built-in backend
+    (tmp_path / "lmcache-hfbucket-photos").mkdir()  # without a lock, so somebody else's
+    (tmp_path / "lmcache-hfbucket-photos" / "a.jpg").write_text("dear")
+    (tmp_path / "lmcache-hfbucket-file").write_text("dear")
+    (tmp_path / "other").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".lock").write_text("")
+    (elsewhere / "dear").write_text("dear")
+    (tmp_path / "lmcache-hfbucket-link").symlink_to(elsewhere)
+    before = entries(tmp_path)
+
+    removed = Scratch(tmp_path).sweep()
+
+    assert removed == []
+    assert entries(tmp_path) == before
+    assert (elsewhere / "dear").read_text() == "dear"
+    assert (tmp_path / "lmcache-hfbucket-photos" / "a.jpg").read_text() == "dear"
+
+
+def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alone(tmp_path):
+    scratch = Scratch(tmp_path)
+    with scratch.file() as path:
+        path.write_bytes(b"parent")
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                scratch.close()
+                with scratch.file() as own:
+                    status = 0 if own.parent != path.parent and path.exists() else 2
+                scratch.close()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert path.read_bytes() == b"parent"
+        assert Scratch(tmp_path).sweep() == [], "the parent's directory is still locked"
+    scratch.close()
+    assert entries(tmp_path) == []

@@ -1,0 +1,170 @@
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import wait
+
+import pytest
+from plugin_support import eventually
+
+from hfbucket_plugin.workers import WorkerPool
+
+
+def threads_of(name):
+    return [thread for thread in threading.enumerate() if thread.name.startswith(f"{name}-")]
+
+
+def test_tasks_run_in_their_order():
+    pool = WorkerPool("order", 1)
+    seen = []
+
+    wait([pool.submit(seen.append, number) for number in range(100)], 30)
+
+    assert seen == list(range(100))
+    pool.close()
+
+
+def test_results_and_errors_of_every_kind_reach_the_future():
+    pool = WorkerPool("results", 2)
+
+    assert pool.submit(int, "5", base=6).result(30) == 5
+    with pytest.raises(ValueError, match="invalid literal"):
+        pool.submit(int, "x").result(30)
+    with pytest.raises(SystemExit):
+        pool.submit(sys.exit, 3).result(30)
+    assert pool.submit(lambda: "still there").result(30) == "still there"
+    pool.close()
+
+
+def test_no_more_threads_than_its_size_and_none_before_they_are_needed():
+    pool = WorkerPool("size", 3)
+    assert threads_of("size") == []
+
+    release = threading.Event()
+    running = threading.Semaphore(0)
+
+    def task():
+        running.release()
+        release.wait(30)
+
+    first = pool.submit(task)
+    assert running.acquire(timeout=30)
+    assert len(threads_of("size")) == 1
+    rest = [pool.submit(task) for _ in range(5)]
+    for _ in range(2):
+        assert running.acquire(timeout=30)
+    assert len(threads_of("size")) == 3
+    assert not running.acquire(timeout=0.05)
+    release.set()
+    assert not wait([first, *rest], 30).not_done
+    pool.close()
+
+
+def test_a_free_thread_is_used_before_another_is_started():
+    pool = WorkerPool("reuse", 8)
+
+    for _ in range(50):
+        pool.submit(int).result(30)
+        eventually(lambda: pool._idle == len(threads_of("reuse")))
+
+    assert len(threads_of("reuse")) == 1
+    pool.close()
+
+
+@pytest.mark.parametrize("round_", range(20))
+def test_a_backlog_takes_what_was_promised_and_no_more(round_):
+    # Right from the start: threads that have not picked up their first task yet do not count as waiting tasks.
+    pool = WorkerPool("backlog", 2, backlog=3)
+    release = threading.Event()
+    try:
+        futures = [pool.submit(release.wait, 30) for _ in range(5)]
+        with pytest.raises(RuntimeError, match=r"backlog.*takes no more"):
+            pool.submit(int)
+    finally:
+        release.set()
+
+    assert not wait(futures, 30).not_done
+    assert eventually(lambda: pool.submit(int)).result(30) == 0
+    pool.close()
+
+
+def test_a_task_that_was_cancelled_before_it_began_never_runs():
+    pool = WorkerPool("cancel", 1)
+    release, ran = threading.Event(), []
+    blocking = pool.submit(release.wait, 30)
+    cancelled = pool.submit(ran.append, 1)
+
+    assert cancelled.cancel()
+    release.set()
+    assert blocking.result(30)
+    assert pool.submit(int).result(30) == 0
+    assert ran == []
+    pool.close()
+
+
+def test_a_closed_pool_refuses_and_its_threads_end():
+    pool = WorkerPool("closed", 2)
+    wait([pool.submit(int) for _ in range(10)], 30)
+
+    pool.close()
+    pool.close()
+
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(int)
+    eventually(lambda: not threads_of("closed"))
+
+
+def test_close_does_not_wait_and_what_was_taken_is_still_answered():
+    pool = WorkerPool("closing", 1)
+    release = threading.Event()
+    futures = [pool.submit(release.wait, 30), pool.submit(int)]
+
+    pool.close()
+
+    assert not futures[0].done()
+    release.set()
+    assert not wait(futures, 30).not_done
+    eventually(lambda: not threads_of("closing"))
+
+
+def test_a_pool_that_was_never_used_closes():
+    WorkerPool("unused", 1).close()
+
+
+def test_an_idle_thread_does_not_keep_the_last_task_alive():
+    class Big:
+        pass
+
+    pool = WorkerPool("memory", 1)
+    big = Big()
+    gone = weakref.ref(big)
+    pool.submit(lambda _big: None, big).result(30)
+    del big
+
+    def collected():
+        gc.collect()
+        return gone() is None
+
+    eventually(collected)
+    pool.close()
+
+
+def test_a_blocked_worker_does_not_keep_the_interpreter_from_ending():
+    script = (
+        "import threading\n"
+        "from hfbucket_plugin.workers import WorkerPool\n"
+        "started = threading.Event()\n"
+        "def block():\n"
+        "    started.set()\n"
+        "    threading.Event().wait()\n"
+        "pool = WorkerPool('blocked', 2)\n"
+        "pool.submit(block)\n"
+        "pool.submit(block)\n"
+        "started.wait()\n"
+        "print('leaving', flush=True)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+
+    assert (done.stdout, done.stderr) == ("leaving\n", "")
