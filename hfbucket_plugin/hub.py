@@ -21,6 +21,7 @@ from hfbucket_plugin import metrics
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
+    ConfigError,
     HFBucketError,
     RefusedError,
     ThrottledError,
@@ -38,6 +39,7 @@ MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 _MAX_SERVER_WORDS: Final = 300
 _CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
 _TOO_MANY, _SERVER_ERROR = 429, 500
+_BUCKET_MISSING: Final = "RepoNotFound"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,19 @@ class HubClient:
         self._sink = sink
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request, authorization included: for requests only, never for logs."""
+        """The headers of a request, authorization included: for requests only, never for logs.
+
+        Raises:
+            ConfigError: The token cannot be sent. Checked here: the HTTP client would show it in its own error.
+        """
+        token = self._token()
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ConfigError(
+                f"instance {self.instance!r}: the token from {self._token_source} holds line breaks or other characters "
+                "that cannot be sent; is it the content of a file with more than the token?"
+            )
         # `False`, not None: huggingface_hub would otherwise send some other token that it finds on the machine.
-        return build_hf_headers(
-            token=self._token() or False, library_name="lmcache-hfbucket", library_version=_version()
-        )
+        return build_hf_headers(token=token or False, library_name="lmcache-hfbucket", library_version=_version())
 
     def request(
         self,
@@ -127,10 +137,12 @@ class HubClient:
 
         Raises:
             AccessDeniedError: 401 or 403.
-            BucketMissingError: 404.
+            BucketMissingError: 404, and the Hub says that it is the bucket.
+            ConfigError: The token cannot be sent.
             RefusedError: Another 4xx: the request itself was wrong.
             ThrottledError: 429.
-            TransportError: No answer, a 5xx, or half an answer; `DeadlineError` when the time was over.
+            TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
+                the time was over.
         """
         request = _Request(method, self._address(url), f"instance {self.instance!r}: {route}", deadline, body)
         retrying = tenacity.Retrying(
@@ -144,8 +156,14 @@ class HubClient:
     def _address(self, url: str) -> str:
         if url.startswith("/"):
             return self.endpoint + url
-        if urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]:  # a page link that leads elsewhere gets no token
-            raise TransportError(f"instance {self.instance!r}: the Hub's answer leads to another host: {url!r}")
+        try:
+            elsewhere = urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]
+        except ValueError:
+            elsewhere = True
+        if elsewhere:  # a page link that leads elsewhere gets no token
+            raise TransportError(
+                f"instance {self.instance!r}: the Hub's answer leads to another host: {self._clean(url)!r}"
+            )
         return url
 
     def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
@@ -178,7 +196,7 @@ class HubClient:
         except httpx2.TimeoutException:
             request.deadline.check(what)
             raise TransportError(f"{what}: the Hub at {self.endpoint} did not answer in time") from None
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
+        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
             raise TransportError(
                 f"{what}: the Hub at {self.endpoint} cannot be reached: {self._clean(error)}"
             ) from None
@@ -190,16 +208,16 @@ class HubClient:
 
     def _error(self, answer: Answer, what: str) -> HFBucketError:
         words = self._clean(answer.headers.get("x-error-message") or _words(answer.body))
-        status, code = answer.status, answer.headers.get("x-error-code", "")
+        status = answer.status
         if status in (_UNAUTHORIZED, _FORBIDDEN):
             advice = "give it the right to do this" if status == _FORBIDDEN else "set one that is valid"
             return AccessDeniedError(
                 f"{what}: the Hub answered {status} ({words}) to the token from {self._source()}; {advice}",
                 status,
             )
-        if status == _NOT_FOUND:
+        if status == _NOT_FOUND and answer.headers.get("x-error-code") == _BUCKET_MISSING:
             return BucketMissingError(
-                f"{what}: the Hub answered 404 {code} ({words}): the bucket does not exist, or may not be "
+                f"{what}: the Hub answered 404 ({words}): the bucket does not exist, or may not be "
                 f"seen with the token from {self._source()}. Create it, mend bucket_handle, or set "
                 "create_bucket_if_missing"
             )
@@ -207,6 +225,11 @@ class HubClient:
             after = retry_after(answer.headers)
             told = f"; it asks to wait {after:g} s" if after is not None else ""
             return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{told}", after)
+        if status == _NOT_FOUND:  # a proxy's, or a mistyped endpoint's: nothing is known of the bucket
+            return TransportError(
+                f"{what}: {self.endpoint} answered 404 ({words}), and not as a Hub does for a missing bucket; check "
+                "endpoint or HF_ENDPOINT"
+            )
         if status >= _SERVER_ERROR or status == _REQUEST_TIMEOUT:
             return TransportError(f"{what}: the Hub answered {status} ({words})")
         return RefusedError(f"{what}: the Hub answered {status} ({words})")
@@ -215,10 +238,10 @@ class HubClient:
         return self._token_source if self._token() else f"{self._token_source}: not set"
 
     def _clean(self, words: object) -> str:
-        """Words of others, shortened, and without the token should they repeat it."""
-        text = " ".join(str(words).split())[:_MAX_SERVER_WORDS]
+        """Words of others, without the token should they repeat it, and then shortened."""
+        text = " ".join(str(words).split())
         token = self._token()
-        return text.replace(token, "***") if token else text
+        return (text.replace(token, "***") if token else text)[:_MAX_SERVER_WORDS]
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -227,7 +250,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     value = headers.get("retry-after", "").strip()
-    return float(value) if value.isdigit() else None
+    return float(value) if value.isascii() and value.isdigit() else None
 
 
 def _read(response: httpx2.Response, what: str, deadline: Deadline) -> bytes:
@@ -245,7 +268,7 @@ def _words(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
-        return body[:_MAX_SERVER_WORDS].decode(errors="replace") or "no reason given"
+        return body.decode(errors="replace") or "no reason given"
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import socket
+import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+from huggingface_hub import HfApi
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.settings import load
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.settings import InstanceSettings
 
 SECRET = "hf_Zq8yLw3VbN5tRk2XsJ7mPd4cGf6hT9aQ"
 
@@ -61,3 +76,96 @@ def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     return results
+
+
+class Recorder:
+    """A web server of somebody else's: answers `[]` to everything, and remembers the headers that it was sent.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, str]] = []
+        recorder = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                recorder.seen.append({name.lower(): value for name, value in self.headers.items()})
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(200)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"[]")
+
+            do_POST = do_GET  # noqa: N815 - http.server's spelling
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def unused_port() -> int:
+    """A port of the loopback on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def instance_settings(endpoint: str, bucket_id: str, prefix: str = "", **values: Any) -> InstanceSettings:
+    """Settings of an instance on a Hub of the tests."""
+    values = {"bucket_handle": f"hf://buckets/{bucket_id}/{prefix}", "endpoint": endpoint} | values
+    return load({f"remote_storage_plugin.hfbucket.{name}": value for name, value in values.items()}, "hfbucket")
+
+
+@contextlib.contextmanager
+def opened(
+    endpoint: str, bucket_id: str, prefix: str = "", sink: Tally | None = None, get_secs: float = 9.0, **values: Any
+) -> Iterator[Bucket]:
+    """The door to a bucket, closed at the end."""
+    own = instance_settings(endpoint, bucket_id, prefix, **values)
+    bucket = open_bucket(own, "hfbucket", sink or Tally(), get_secs)
+    try:
+        yield bucket
+    finally:
+        bucket.close()
+
+
+def upload(endpoint: str, bucket_id: str, files: Mapping[str, bytes]) -> None:
+    """Put objects into a bucket, with huggingface_hub and nothing of ours."""
+    HfApi(endpoint=endpoint, token=False).batch_bucket_files(
+        bucket_id, add=[(data, path) for path, data in files.items()]
+    )
+
+
+def download(endpoint: str, bucket_id: str, path: str) -> bytes:
+    """Read an object, with huggingface_hub and nothing of ours."""
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory, "object")
+        HfApi(endpoint=endpoint, token=False).download_bucket_files(bucket_id, [(path, str(target))])
+        return target.read_bytes()
+
+
+def paths(endpoint: str, bucket_id: str) -> list[str]:
+    """All paths of a bucket, with huggingface_hub and nothing of ours."""
+    listed = HfApi(endpoint=endpoint, token=False).list_bucket_tree(bucket_id, recursive=True)
+    return sorted(item.path for item in listed if item.type == "file")
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    """Bytes that nothing compresses, as real KV is."""
+    return random.Random(seed).randbytes(size)
+
+
+def everything_told(error: BaseException) -> str:
+    """All that a log with a traceback would show of an error."""
+    return "\n".join([str(error), repr(error), repr(vars(error)), *traceback.format_exception(error)])
