@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serving.add_argument("--root", type=Path, required=True, metavar="DIR", help="where everything is stored")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    serving.add_argument("--port", type=int, default=0, help="port to listen on, 0 for any that is free")
+    serving.add_argument("--port", type=_port, default=0, help="port to listen on, 0 for any that is free")
     serving.add_argument("--page-size", type=_positive, default=1000, metavar="N", help="entries on a listing's page")
     serving.add_argument(
         "--tokens", type=Path, metavar="FILE", help="YAML of who may do what; default: anybody anything"
@@ -57,6 +57,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if number not in range(65536):
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
     return number
 
 

@@ -1,6 +1,5 @@
 """The batch of a bucket: adding, copying and deleting files, each on its own."""
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from localhub.database import Database
 from localhub.errors import bad_request
 from localhub.hashing import EMPTY_FILE_HASH, from_hex
 from localhub.paths import PathError, check_path
+from localhub.wire import first_problem
 
 # What a time can be written with: the years 1 to 9999.
 Milliseconds = Annotated[int, Field(ge=-62_135_596_800_000, le=253_402_300_799_999)]
@@ -102,13 +102,9 @@ def parse_batch(body: bytes) -> list[AddFile | CopyFile | DeleteFile]:
         if not line.strip():
             continue
         try:
-            operations.append(_OPERATION.validate_python(json.loads(line)))
+            operations.append(_OPERATION.validate_json(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][1:])
-            raise bad_request(f"line {number} of the batch: {where}: {first['msg']}") from error
-        except ValueError as error:
-            raise bad_request(f"line {number} of the batch is not JSON: {error}") from error
+            raise bad_request(f"line {number} of the batch: {first_problem(error)}") from error
     if not operations:
         raise bad_request("the batch holds no operation")
     return operations

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 from urllib.parse import quote, urlencode
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -13,18 +13,17 @@ from starlette.routing import BaseRoute
 from localhub.access import Access, Caller
 from localhub.batch import Batches, ItemError, parse_batch
 from localhub.buckets import REGIONS, Bucket, BucketStore
-from localhub.errors import HubError, bad_request, entry_not_found
+from localhub.errors import HubError, entry_not_found
 from localhub.injection import REFUSE
 from localhub.listing import decode_cursor, encode_cursor, tree_page
 from localhub.routing import Routes
 from localhub.signing import Right, Signer
-from localhub.wire import Json, base_url, other_host, read_body, read_json_object, run_in
+from localhub.wire import Json, Result, base_url, other_host, read_body, read_model, run_in
 
 _FEW_PATHS = 32
 """As many are looked up at once, more in a thread: 1000 take several milliseconds, a change of threads a tenth."""
 
 _BUCKET = "/api/buckets/{namespace}/{name}"
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Create(BaseModel):
@@ -91,7 +90,7 @@ class BucketRoutes:
         caller = self._access.caller(request)
         namespace, name = _names(request, caller)
         caller.require_write(f"{namespace}/{name}")
-        wanted = await _parse(request, _Create)
+        wanted = await read_model(request, _Create)
         private = wanted.visibility == "private" or bool(wanted.private)
         made = await self._run(lambda: self._store.create(namespace, name, private=private, region=wanted.region))
         url = f"{base_url(request)}/buckets/{namespace}/{name}"
@@ -123,7 +122,7 @@ class BucketRoutes:
 
     async def _settings(self, request: Request) -> Response:
         bucket = self._writable(request)
-        wanted = await _parse(request, _Settings)
+        wanted = await read_model(request, _Settings)
         await self._run(lambda: self._store.set_private(bucket, wanted.private))
         return Json({"private": wanted.private})
 
@@ -142,7 +141,7 @@ class BucketRoutes:
 
     async def _paths_info(self, request: Request) -> Response:
         bucket = self._readable(request)
-        wanted = await _parse(request, _Paths)
+        wanted = await read_model(request, _Paths)
         if len(wanted.paths) <= _FEW_PATHS:
             return Json(self._store.files(bucket, wanted.paths))
         return Json(await self._run(lambda: self._store.files(bucket, wanted.paths)))
@@ -207,26 +206,13 @@ class BucketRoutes:
 
         return find
 
-    async def _run(self, work: Callable[[], "_Result"]) -> "_Result":
+    async def _run(self, work: Callable[[], Result]) -> Result:
         return await run_in(self._executor, work)
-
-
-_Result = TypeVar("_Result")
 
 
 def _names(request: Request, caller: Caller) -> tuple[str, str]:
     namespace, name = request.path_params["namespace"], request.path_params["name"]
     return (caller.user if namespace == "me" else namespace), name
-
-
-async def _parse(request: Request, model: type[_Model]) -> _Model:
-    try:
-        return model.model_validate(await read_json_object(request))
-    except ValidationError as error:
-        problems = "; ".join(
-            ".".join(str(part) for part in item["loc"]) + ": " + item["msg"] for item in error.errors()[:3]
-        )
-        raise bad_request(problems) from error
 
 
 def _link(request: Request, cursor: str | None) -> dict[str, str]:

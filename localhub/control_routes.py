@@ -11,7 +11,7 @@ from localhub.counters import Counters
 from localhub.errors import HubError, bad_request
 from localhub.faults import Fault, FaultBook
 from localhub.routing import Handler, refusal
-from localhub.wire import Json, read_body
+from localhub.wire import Json, first_problem, read_body
 
 _FAULTS: TypeAdapter[list[Fault]] = TypeAdapter(list[Fault])
 
@@ -93,9 +93,7 @@ async def _faults(request: Request) -> list[Fault]:
     try:
         return _FAULTS.validate_json(body if body.startswith(b"[") else b"[" + body + b"]")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise bad_request(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise bad_request(first_problem(error)) from error
 
 
 def _route(method: str, path: str, handler: Handler) -> Route:

@@ -1,6 +1,7 @@
 """One route of this Hub: counted, open to faults, its refusals turned into answers."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +18,7 @@ from localhub.wire import Json
 Handler = Callable[[Request], Awaitable[Response]]
 """Serves one request; raises `HubError` to refuse it."""
 
+_NOT_PRINTABLE = re.compile(r"[^ -~]")
 _log = logging.getLogger("localhub")
 
 
@@ -54,7 +56,7 @@ class Endpoint:
         """Serve one request."""
         counters = self._counters.route(self._name)
         counters.requests += 1
-        receive, send = _counted(counters, receive, send)
+        receive, send = _counted(counters, receive, send, with_body=scope["method"] != "HEAD")
         injection = self._faults and self._faults.choose(self._name, scope["method"], scope["path"])
         if injection:
             await inject(injection, self._serve, scope, receive, send)
@@ -76,14 +78,14 @@ class Endpoint:
 
 def refusal(error: HubError) -> Response:
     """Return the answer that tells of a refusal."""
-    # A header takes neither line breaks nor other alphabets; the body has the text as it is.
-    headers = {"X-Error-Message": error.message.encode("ascii", "replace").decode().replace("\n", " ")}
+    # A header takes neither control characters nor other alphabets; the body has the text as it is.
+    headers = {"X-Error-Message": _NOT_PRINTABLE.sub("?", error.message)}
     if error.code is not None:
         headers["X-Error-Code"] = error.code
     return Json({"error": error.message, **error.extra}, error.status, headers)
 
 
-def _counted(counters: RouteCounters, receive: Receive, send: Send) -> tuple[Receive, Send]:
+def _counted(counters: RouteCounters, receive: Receive, send: Send, *, with_body: bool) -> tuple[Receive, Send]:
     async def counted_receive() -> Message:
         message = await receive()
         if message["type"] == "http.request":
@@ -92,7 +94,8 @@ def _counted(counters: RouteCounters, receive: Receive, send: Send) -> tuple[Rec
 
     async def counted_send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            counters.bytes_out += len(message.get("body", b""))
+            # The server leaves the body of an answer to HEAD out.
+            counters.bytes_out += len(message.get("body", b"")) if with_body else 0
         else:
             status = str(message["status"])
             counters.statuses[status] = counters.statuses.get(status, 0) + 1

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from localhub.errors import HubError, bad_request
 
+Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -45,20 +47,24 @@ async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
     return bytes(body)
 
 
-async def read_json_object(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body; an empty body stands for an empty object.
+async def read_model(request: Request, model: type[Model]) -> Model:
+    """Return the JSON object of a body as a model; an empty body stands for an empty object.
 
     Raises:
-        HubError: 400 when it is no JSON object, 413 when it is too long.
+        HubError: 400 when it is not what the model describes, 413 when it is too long.
     """
     body = await read_body(request)
     try:
-        value = json.loads(body or b"{}")
-    except ValueError as error:
-        raise bad_request(f"the body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise bad_request("the body is not a JSON object")
-    return value
+        return model.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        raise bad_request(first_problem(error)) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong, with its place, in one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def base_url(request: Request) -> str:

@@ -1,9 +1,18 @@
-from pathlib import Path
+import json
+import signal
+import socket
+import subprocess
+import sys
 
-from hubs import HubFactory
+import pytest
+
+from localhub.__main__ import main
+from localhub.client import HubControl
+from localhub.process import HubStartError, start
+from localhub.server import _listen
 
 
-def test_a_hub_starts_serves_and_ends_cleanly(hub_factory: HubFactory, tmp_path: Path):
+def test_a_hub_starts_serves_and_ends_cleanly(hub_factory, tmp_path):
     running = hub_factory(tmp_path / "root")
     endpoint = running.endpoint
     assert running.control.counters().total.requests == 0
@@ -11,9 +20,51 @@ def test_a_hub_starts_serves_and_ends_cleanly(hub_factory: HubFactory, tmp_path:
     assert running.endpoint == endpoint
     assert running.stop() == 0
     assert running.stop() is None
+    with pytest.raises(RuntimeError, match="stopped"):
+        _ = running.pid
 
 
-def test_the_session_hub_has_a_bucket(hub, bucket):
-    from huggingface_hub import HfApi
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_says_where_it_listens_and_ends_on_signals(tmp_path, number):
+    command = [sys.executable, "-m", "localhub", "serve", "--root", str(tmp_path / "root")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        announced = json.loads(process.stdout.readline())
+        assert announced["pid"] == process.pid
+        assert announced["root"] == str(tmp_path / "root")
+        assert HubControl(announced["endpoint"]).counters().total.requests == 0
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
-    assert HfApi(endpoint=hub.endpoint).bucket_info(bucket).total_files == 0
+
+def test_a_port_that_is_taken(hub, tmp_path):
+    with pytest.raises(HubStartError, match="Address already in use"):
+        start(tmp_path / "root", port=hub.port)
+
+
+def test_a_hub_that_takes_too_long_is_given_up(tmp_path):
+    with pytest.raises(HubStartError, match="did not come up: it wrote nothing to stderr"):
+        start(tmp_path / "root", start_timeout_s=0.0)
+
+
+def test_a_root_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["serve", "--root", str(tmp_path / "file" / "root")]) == 1
+    assert "localhub: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["serve"], ["serve", "--root", "x", "--page-size", "0"], ["serve", "--root", "x", "--port", "65536"]],
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: localhub" in capsys.readouterr().err
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    # asyncio turns Nagle's algorithm off for sockets of this protocol only; with it, every answer takes 40 ms.
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

@@ -1,0 +1,215 @@
+import textwrap
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError
+from rawhub import Raw, make_shard, make_xorb, upload
+
+from localhub.access import TokensError, load_tokens
+from localhub.hashing import to_hex
+from localhub.process import HubStartError
+
+EMPTY = to_hex(bytes(32))
+TOKENS = """
+tokens:
+  - token: hf_owner
+    user: my-org
+    buckets: {"my-org/*": write, "other/*": write}
+  - token: hf_reader
+    buckets: {"my-org/*": read, "my-org/scratch": write}
+  - token: hf_stranger
+    buckets: {"elsewhere/*": write}
+"""
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    from hubs import start_on_fresh_port
+
+    root = tmp_path_factory.mktemp("guarded")
+    (root / "tokens.yaml").write_text(TOKENS)
+    with start_on_fresh_port(root / "hub", tokens=root / "tokens.yaml") as running:
+        owner = HfApi(endpoint=running.endpoint, token="hf_owner")
+        for name, private in [("my-org/private", True), ("my-org/public", False), ("my-org/scratch", True)]:
+            owner.create_bucket(name, private=private)
+            owner.batch_bucket_files(name, add=[(name.encode(), "name")])
+        owner.create_bucket("other/one", private=True)
+        yield running
+
+
+def status(guarded, token: str | None, method: str, path: str, body: object = None) -> tuple[int, str | None]:
+    answer = Raw(guarded.endpoint, token).call(method, path, body)
+    return answer.status, answer.headers["X-Error-Code"]
+
+
+FINE, HIDDEN, ANONYMOUS, UNKNOWN = (200, None), (404, "RepoNotFound"), (401, "RepoNotFound"), (401, None)
+READS = ["", "/tree", "/xet-read-token"]
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("token", "private", "public"),
+    [
+        ("hf_owner", FINE, FINE),
+        ("hf_reader", FINE, FINE),
+        ("hf_stranger", HIDDEN, FINE),
+        (None, ANONYMOUS, FINE),
+        ("hf_made_up", UNKNOWN, UNKNOWN),
+    ],
+)
+def test_who_may_read(guarded, token, private, public, read):
+    assert status(guarded, token, "GET", f"/api/buckets/my-org/private{read}") == private
+    assert status(guarded, token, "GET", f"/api/buckets/my-org/public{read}") == public
+    missing = status(guarded, token, "GET", f"/api/buckets/my-org/missing{read}")
+    assert missing == (private if private != FINE else HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("token", "private", "public", "scratch"),
+    [
+        ("hf_owner", FINE, FINE, FINE),
+        ("hf_reader", (403, None), (403, None), FINE),
+        ("hf_stranger", HIDDEN, (403, None), HIDDEN),
+        (None, ANONYMOUS, (401, None), ANONYMOUS),
+        ("hf_made_up", UNKNOWN, UNKNOWN, UNKNOWN),
+    ],
+)
+def test_who_may_write(guarded, token, private, public, scratch):
+    for name, expected in [("private", private), ("public", public), ("scratch", scratch)]:
+        path = f"/api/buckets/my-org/{name}"
+        assert status(guarded, token, "GET", f"{path}/xet-write-token") == expected
+        operation = {"type": "addFile", "path": "empty", "xetHash": EMPTY, "mtime": 0}
+        assert status(guarded, token, "POST", f"{path}/batch", operation) == expected
+        settings = {"private": name != "public"}
+        assert status(guarded, token, "PUT", f"{path}/settings", settings) == expected
+
+
+def test_who_may_make_and_delete(guarded):
+    path = "/api/buckets/my-org/new"
+    assert status(guarded, "hf_reader", "POST", path, {}) == (403, None)
+    assert status(guarded, None, "POST", path, {}) == (401, None)
+    assert status(guarded, "hf_owner", "POST", path, {}) == FINE
+    assert status(guarded, "hf_reader", "DELETE", path) == (403, None)
+    assert status(guarded, "hf_owner", "DELETE", path) == (204, None)
+
+
+def test_what_the_clients_make_of_it(guarded):
+    with pytest.raises(BucketNotFoundError):
+        HfApi(endpoint=guarded.endpoint, token="hf_stranger").bucket_info("my-org/private")
+    with pytest.raises(BucketNotFoundError):
+        HfApi(endpoint=guarded.endpoint, token=False).bucket_info("my-org/private")
+    with pytest.raises(HfHubHTTPError, match="Invalid credentials in Authorization header"):
+        HfApi(endpoint=guarded.endpoint, token="hf_made_up").bucket_info("my-org/private")
+    with pytest.raises(HfHubHTTPError, match="403 Forbidden: this token has no write access to my-org/public"):
+        HfApi(endpoint=guarded.endpoint, token="hf_reader").batch_bucket_files("my-org/public", delete=["name"])
+    reader = HfApi(endpoint=guarded.endpoint, token="hf_reader")
+    assert reader.create_bucket("my-org/public", exist_ok=True).bucket_id == "my-org/public"
+
+
+def test_lists_show_what_one_may_see(guarded):
+    def shown(token: str | bool, namespace: str | None = None) -> list[str]:
+        return [bucket.id for bucket in HfApi(endpoint=guarded.endpoint, token=token).list_buckets(namespace)]
+
+    everything = ["my-org/private", "my-org/public", "my-org/scratch"]
+    assert shown("hf_owner") == everything
+    assert shown("hf_reader", "my-org") == everything
+    assert shown("hf_reader") == []
+    assert shown("hf_stranger", "my-org") == ["my-org/public"]
+    assert shown(False, "my-org") == ["my-org/public"]
+
+
+def test_copies_need_a_right_on_the_source(guarded):
+    owner, reader = (HfApi(endpoint=guarded.endpoint, token=token) for token in ("hf_owner", "hf_reader"))
+    owner.batch_bucket_files("other/one", add=[(b"secret content", "secret")])
+    digest = next(iter(owner.get_bucket_paths_info("other/one", ["secret"]))).xet_hash
+    with pytest.raises(BucketBatchError, match="Bucket not found: other/one"):
+        reader.batch_bucket_files("my-org/scratch", copy=[("bucket", "other/one", digest, "stolen")])
+    owner.batch_bucket_files("my-org/private", copy=[("bucket", "other/one", digest, "given")])
+    reader.batch_bucket_files("my-org/scratch", copy=[("bucket", "my-org/private", digest, "taken")])
+
+
+def test_a_hash_is_no_key_to_the_bytes_of_others(guarded):
+    owner, reader = Raw(guarded.endpoint, "hf_owner"), Raw(guarded.endpoint, "hf_reader")
+    chunks = [b"another secret content"]
+    digest = upload(owner, "other/one", chunks)
+    path = f"/v1/reconstructions/{digest}"
+    assert owner.call("GET", path, headers=owner.storage_token("other/one", "read")).status == 200
+    mine = reader.storage_token("my-org/scratch")
+    assert reader.call("GET", path, headers=mine).status == 404
+    operation = {"type": "addFile", "path": "stolen", "xetHash": digest, "mtime": 0}
+    assert reader.batch("my-org/scratch", operation).status == 422
+    # Whoever has the content may have the hash.
+    upload(reader, "my-org/scratch", chunks)
+    assert reader.batch("my-org/scratch", operation).status == 200
+    assert reader.call("GET", path, headers=mine).status == 200
+
+
+def test_storage_tokens_are_scoped_and_cannot_be_made_up(guarded):
+    raw = Raw(guarded.endpoint, "hf_owner")
+    body, xorb = make_xorb([b"scoped"])
+    path = f"/v1/xorbs/default/{to_hex(xorb)}"
+    read, write = raw.storage_token("other/one", "read"), raw.storage_token("other/one", "write")
+    for headers in (read, write):
+        assert "hf_owner" not in headers["Authorization"]
+    assert raw.call("POST", path, body, read).status == 403
+    assert raw.call("POST", "/v1/shards", make_shard(xorb, [b"scoped"])[0], read).status == 403
+    forged = {"Authorization": write["Authorization"][:-1] + ("A" if write["Authorization"][-1] != "A" else "B")}
+    for headers in ({"Authorization": ""}, {"Authorization": "Bearer hf_owner"}, {"Authorization": "Bearer ü"}, forged):
+        assert raw.call("POST", path, body, headers).status == 401
+        assert raw.call("GET", f"/v1/reconstructions/{EMPTY}", headers=headers).status == 401
+        assert raw.call("GET", f"/v1/chunks/default/{EMPTY}", headers=headers).status == 401
+    assert raw.call("POST", path, body, write).status == 200
+    assert raw.call("GET", f"/v1/chunks/default/{EMPTY}", headers=read).status == 404
+
+
+def test_storage_tokens_and_links_expire(hub_factory):
+    raw = Raw(hub_factory(cas_token_ttl_s=-10).endpoint)
+    raw.call("POST", "/api/buckets/short/lived", {})
+    answer = raw.call("GET", "/api/buckets/short/lived/xet-read-token")
+    assert answer.headers["X-Xet-Access-Token"] == answer.json["accessToken"]
+    assert answer.headers["X-Xet-Token-Expiration"] == str(answer.json["exp"])
+    assert answer.headers["X-Xet-Cas-Url"] == answer.json["casUrl"] == raw.endpoint
+    expired = raw.call("GET", f"/v1/reconstructions/{EMPTY}", headers=raw.storage_token("short/lived"))
+    assert (expired.status, "expired" in expired.error) == (401, True)
+    raw.batch("short/lived", {"type": "addFile", "path": "x", "xetHash": EMPTY, "mtime": 0})
+    location = raw.call("HEAD", "/buckets/short/lived/resolve/x").headers["Location"]
+    link = raw.call("GET", "/file-data/" + location.rpartition("/")[2])
+    assert (link.status, "expired" in link.error) == (403, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "the file: "),
+        ("tokens: {", "is not YAML: line"),
+        ("token: []", "tokens: Field required; token: Extra inputs"),
+        ("tokens: [{token: a}]", r"tokens\[0\].buckets: Field required"),
+        ("tokens: [{token: '', buckets: {}}]", r"tokens\[0\].token"),
+        ("tokens: [{token: a, buckets: {}, rights: 1}]", r"tokens\[0\].rights: Extra inputs"),
+        ("tokens: [{token: a, buckets: {}}, {token: b, buckets: {x/y: all}}]", r"tokens\[1\].buckets.x/y: .*'write'"),
+        ("tokens: [{token: a, buckets: {x: read}}]", r"tokens\[0\].buckets: .*'x' is not of the form namespace/name"),
+        ("tokens: [{token: a, buckets: {}}, {token: a, buckets: {}}]", r"tokens\[1\]: this token was given before"),
+    ],
+)
+def test_a_wrong_tokens_file_names_the_entry(tmp_path, content, complaint):
+    path = tmp_path / "tokens.yaml"
+    path.write_text(content)
+    with pytest.raises(TokensError, match=complaint) as refused:
+        load_tokens(path)
+    assert str(path) in str(refused.value)
+
+
+def test_secrets_stay_out_of_messages_and_reprs(tmp_path):
+    path = tmp_path / "tokens.yaml"
+    for content in ("tokens: [{token: hf_secret, buckets: {x: read}}]", 'tokens: [{token: "hf_secret]'):
+        path.write_text(content)
+        with pytest.raises(TokensError) as refused:
+            load_tokens(path)
+        assert "hf_secret" not in str(refused.value)
+    path.write_text(textwrap.dedent(TOKENS))
+    assert "hf_owner" not in repr(load_tokens(path)["hf_owner"])
+
+
+def test_a_hub_with_a_wrong_tokens_file_does_not_start(hub_factory, tmp_path):
+    with pytest.raises(HubStartError, match="No such file"):
+        hub_factory(tokens=tmp_path / "missing.yaml")

@@ -1,0 +1,108 @@
+import os
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from huggingface_hub import HfApi
+from rawhub import Raw
+
+from localhub.hashing import to_hex
+from localhub.process import HubStartError
+from localhub.spool import remove_stale
+
+EMPTY = to_hex(bytes(32))
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_what_is_stored_outlives_the_process(hub_factory, tmp_path, end):
+    running = hub_factory()
+    api = HfApi(endpoint=running.endpoint, token=False)
+    api.create_bucket("kept/one", private=True)
+    content = os.urandom(MIB)
+    api.batch_bucket_files("kept/one", add=[(content, "content"), (b"", "empty")])
+    before = list(api.list_bucket_tree("kept/one"))
+    token = Raw(running.endpoint).storage_token("kept/one", "read")
+    getattr(running, end)()
+    running.restart()
+    assert list(api.list_bucket_tree("kept/one")) == before
+    assert api.bucket_info("kept/one").private
+    api.download_bucket_files("kept/one", [("content", tmp_path / "content")])
+    assert (tmp_path / "content").read_bytes() == content
+    digest = next(file.xet_hash for file in before if file.size)
+    assert Raw(running.endpoint).call("GET", f"/v1/reconstructions/{digest}", headers=token).status == 200
+
+
+def test_two_processes_serve_one_root(hub_factory, tmp_path):
+    # Started at once, on a root that is not there yet.
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: hub_factory(tmp_path / "root"), range(2))
+    one, two = (HfApi(endpoint=running.endpoint, token=False) for running in (first, second))
+    one.create_bucket("shared/one")
+    content = os.urandom(MIB)
+    one.batch_bucket_files("shared/one", add=[(content, "content")])
+    two.download_bucket_files("shared/one", [("content", tmp_path / "content")])
+    assert (tmp_path / "content").read_bytes() == content
+    # A token of the one opens the other.
+    digest = next(iter(two.list_bucket_tree("shared/one"))).xet_hash
+    token = Raw(first.endpoint).storage_token("shared/one", "read")
+    assert Raw(second.endpoint).call("GET", f"/v1/reconstructions/{digest}", headers=token).status == 200
+
+    def write(at: int) -> int:
+        operations = [{"type": "addFile", "path": f"{at}/{n}", "xetHash": EMPTY, "mtime": 0} for n in range(200)]
+        return Raw((first, second)[at % 2].endpoint).batch("shared/one", *operations).status
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(write, range(16))) == {200}
+    assert one.bucket_info("shared/one").total_files == two.bucket_info("shared/one").total_files == 3201
+
+
+def test_memory_does_not_grow_with_what_passes(hub_factory, tmp_path):
+    running = hub_factory()
+    api = HfApi(endpoint=running.endpoint, token=False)
+    api.create_bucket("big/one")
+    api.batch_bucket_files("big/one", add=[(os.urandom(MIB), "warm up")])
+    process = psutil.Process(running.pid)
+    before = process.memory_info().rss
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        for _ in range(32):
+            file.write(os.urandom(8 * MIB))
+    api.batch_bucket_files("big/one", add=[(big, "big")])
+    api.download_bucket_files("big/one", [("big", tmp_path / "back")])
+    assert (tmp_path / "back").stat().st_size == 256 * MIB
+    peak = int(
+        next(
+            line.split()[1]
+            for line in open(f"/proc/{running.pid}/status", encoding="ascii")  # noqa: SIM115, PTH123
+            if line.startswith("VmHWM")
+        )
+    )
+    assert peak * 1024 - before < 100 * MIB
+
+
+def test_uploads_that_were_left_behind_are_removed(tmp_path):
+    old, young = tmp_path / "old", tmp_path / "young"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    remove_stale(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_no_upload_leaves_a_file_behind(hub, bucket):
+    raw = Raw(hub.endpoint)
+    token = raw.storage_token(bucket)
+    assert raw.call("POST", f"/v1/xorbs/default/{EMPTY}", os.urandom(3 * MIB), token).status == 400
+    assert list((hub.root / "uploads").iterdir()) == []
+
+
+def test_a_root_of_another_version_is_refused(hub_factory, tmp_path):
+    root = tmp_path / "root"
+    hub_factory(root).stop()
+    with sqlite3.connect(root / "hub.sqlite") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(HubStartError, match="schema version 99, this package reads 1"):
+        hub_factory(root)

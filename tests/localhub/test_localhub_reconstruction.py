@@ -1,0 +1,81 @@
+import io
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rawhub import make_xorb
+
+from localhub.hashing import to_hex
+from localhub.reconstruction import MissingXorbError, describe, pieces
+from localhub.shards import _TERM
+from localhub.xorbs import ChunkTable, iter_chunks, read_xorb
+
+
+@st.composite
+def files(draw):
+    """Some xorbs, a file that takes runs of their chunks, and a range of its bytes."""
+    xorbs = []
+    for number in range(draw(st.integers(1, 3))):
+        sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
+        xorbs.append([bytes([number * 50 + at]) * size for at, size in enumerate(sizes)])
+    runs = []
+    for _ in range(draw(st.integers(1, 5))):
+        number = draw(st.integers(0, len(xorbs) - 1))
+        first = draw(st.integers(0, len(xorbs[number]) - 1))
+        runs.append((number, first, draw(st.integers(first + 1, len(xorbs[number])))))
+    content = b"".join(b"".join(xorbs[number][first:end]) for number, first, end in runs)
+    start = draw(st.integers(0, len(content) - 1))
+    return xorbs, runs, content, start, draw(st.integers(start + 1, len(content)))
+
+
+@given(files())
+def test_a_client_that_follows_the_answer_gets_the_bytes_and_no_chunk_too_many(drawn):
+    xorbs, runs, content, start, stop = drawn
+    bodies, tables = {}, {}
+    for chunks in xorbs:
+        body, digest = make_xorb(chunks)
+        bodies[digest], tables[digest] = body, read_xorb(io.BytesIO(body)).table
+    order = list(bodies)
+    terms = b"".join(
+        _TERM.pack(order[number], 0, len(b"".join(xorbs[number][first:end])), first, end) for number, first, end in runs
+    )
+    answer = describe(list(pieces(terms, start, stop, tables.get)), to_hex)
+
+    fetched: dict[tuple[str, int], bytes] = {}
+    for digest, body in bodies.items():
+        for fetch in answer["fetch_info"].get(to_hex(digest), []):
+            part = body[fetch["url_range"]["start"] : fetch["url_range"]["end"] + 1]
+            for at, (chunk, _) in enumerate(iter_chunks(io.BytesIO(part)), fetch["range"]["start"]):
+                fetched[fetch["url"], at] = bytes(chunk)
+            assert at + 1 == fetch["range"]["end"]
+    data = b""
+    for term in answer["terms"]:
+        run = b"".join(fetched[term["hash"], at] for at in range(term["range"]["start"], term["range"]["end"]))
+        assert len(run) == term["unpacked_length"]
+        data += run
+    offset = answer["offset_into_first_range"]
+    assert data[offset : offset + stop - start] == content[start:stop]
+    # Whole chunks only at the two ends.
+    assert offset < 40
+    assert len(data) - offset - (stop - start) < 40
+
+
+def test_no_bytes_need_no_chunks():
+    assert describe([], to_hex) == {"offset_into_first_range": 0, "terms": [], "fetch_info": {}}
+
+
+def test_runs_of_one_xorb_that_touch_are_fetched_once():
+    table = ChunkTable(array("I", [10, 20, 30, 40, 50]), array("I", [1, 2, 3, 4, 5]))
+    xorb = bytes(32)
+    terms = b"".join(_TERM.pack(xorb, 0, end - first, first, end) for first, end in [(0, 2), (1, 3), (4, 5)])
+    answer = describe(list(pieces(terms, 0, 5, {xorb: table}.get)), to_hex)
+    ranges = [
+        (one["range"]["start"], one["range"]["end"], one["url_range"]) for one in answer["fetch_info"][to_hex(xorb)]
+    ]
+    assert ranges == [(0, 3, {"start": 0, "end": 29}), (4, 5, {"start": 40, "end": 49})]
+
+
+def test_a_xorb_that_is_gone_is_noticed():
+    with pytest.raises(MissingXorbError):
+        list(pieces(_TERM.pack(bytes(32), 0, 1, 0, 1), 0, 1, lambda _digest: None))

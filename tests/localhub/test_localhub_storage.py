@@ -1,0 +1,191 @@
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import hf_xet
+import pytest
+from huggingface_hub import HfApi
+from rawhub import Raw, make_shard, make_xorb, upload
+
+from localhub.hashing import to_hex
+from localhub.storage_routes import MAX_XORB_BODY_BYTES
+
+MIB = 1024 * 1024
+
+
+def stream_group(endpoint: str, bucket: str):
+    url = f"{endpoint}/api/buckets/{bucket}/xet-read-token"
+    return hf_xet.XetSession().new_download_stream_group(token_refresh_url=url, token_refresh_headers={})
+
+
+def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket):
+    api = HfApi(endpoint=hub.endpoint, token=False)
+    content = os.urandom(20 * MIB)
+    api.batch_bucket_files(bucket, add=[(content, "big")])
+    file = next(iter(api.get_bucket_paths_info(bucket, ["big"])))
+    group = stream_group(hub.endpoint, bucket)
+    info = hf_xet.XetFileInfo(file.xet_hash, file.size)
+    for start, stop in [(0, 1), (5 * MIB, 5 * MIB + 100_000), (file.size - 10, file.size), (MIB - 1, 3 * MIB + 1)]:
+        hub.control.reset_counters()
+        assert b"".join(group.download_stream(info, start, stop)) == content[start:stop]
+        # Chunks are at most 128 KiB, so the two ends cost less than two of them.
+        assert hub.control.counters().route("xorb-data").bytes_out < stop - start + 300_000
+    assert b"".join(group.download_stream(info)) == content
+
+
+def test_many_streams_at_once(hub, bucket):
+    api = HfApi(endpoint=hub.endpoint, token=False)
+    contents = {f"file-{number}": os.urandom(300_000 + number) for number in range(24)}
+    api.batch_bucket_files(bucket, add=[(content, name) for name, content in contents.items()])
+    files = {file.path: file for file in api.list_bucket_tree(bucket, recursive=True)}
+    group = stream_group(hub.endpoint, bucket)
+
+    def fetch(name: str) -> bool:
+        info = hf_xet.XetFileInfo(files[name].xet_hash, files[name].size)
+        return b"".join(group.download_stream(info)) == contents[name]
+
+    with ThreadPoolExecutor(12) as threads:
+        assert all(threads.map(fetch, contents))
+
+
+def test_the_same_content_from_many_threads_and_processes(hub, bucket, tmp_path):
+    path = tmp_path / "content"
+    path.write_bytes(os.urandom(2 * MIB))
+    script = (
+        "import sys; from huggingface_hub import HfApi; "
+        "HfApi(endpoint=sys.argv[1], token=False)"
+        ".batch_bucket_files(sys.argv[2], add=[(sys.argv[3], sys.argv[4]), (sys.argv[3], 'shared')])"
+    )
+    command = [sys.executable, "-c", script, hub.endpoint, bucket, str(path)]
+    processes = [
+        subprocess.Popen([*command, f"process-{number}"], env=os.environ | {"HF_HOME": str(tmp_path / str(number))})
+        for number in range(3)
+    ]
+    api = HfApi(endpoint=hub.endpoint, token=False)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda at: api.batch_bucket_files(bucket, add=[(path, f"thread-{at}")]), range(16)))
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    files = list(api.list_bucket_tree(bucket, recursive=True))
+    assert len(files) == 16 + 3 + 1
+    assert len({file.xet_hash for file in files}) == 1
+    assert (api.bucket_info(bucket).total_files, api.bucket_info(bucket).size) == (20, 20 * 2 * MIB)
+
+
+@pytest.fixture
+def raw(hub):
+    return Raw(hub.endpoint)
+
+
+@pytest.fixture
+def write(raw, bucket):
+    return raw.storage_token(bucket)
+
+
+def test_a_xorb_goes_in_once(raw, write):
+    body, digest = make_xorb([os.urandom(1000)])
+    for inserted in (True, False):
+        answer = raw.call("POST", f"/v1/xorbs/default/{to_hex(digest)}", body, write)
+        assert (answer.status, answer.json) == (200, {"was_inserted": inserted})
+
+
+def test_a_xorb_must_be_the_one_that_its_hash_names(raw, write):
+    chunks = [os.urandom(1000), os.urandom(1000)]
+    body, digest = make_xorb(chunks)
+    path = f"/v1/xorbs/default/{to_hex(digest)}"
+    for wrong in (make_xorb(chunks[::-1])[0], body[:-1] + bytes([body[-1] ^ 1]), body[:1008]):
+        answer = raw.call("POST", path, wrong, write)
+        assert answer.status == 400
+        assert "the content hashes to" in answer.error
+    assert raw.call("POST", path, body[:-1], write).status == 400
+    assert raw.call("POST", "/v1/xorbs/default/xyz", body, write).status == 400
+    shard, _ = make_shard(digest, chunks)
+    assert raw.call("POST", "/v1/shards", shard, write).status == 400
+    assert raw.call("POST", path, body, write).json == {"was_inserted": True}
+    assert raw.call("POST", "/v1/shards", shard, write).json == {"result": 1}
+
+
+def test_a_shard_that_does_not_agree_leaves_nothing_behind(raw, write, bucket):
+    chunks = [os.urandom(1000), os.urandom(1000)]
+    body, xorb = make_xorb(chunks)
+    assert raw.call("POST", f"/v1/xorbs/default/{to_hex(xorb)}", body, write).status == 200
+    shard, digest = make_shard(xorb, chunks, terms=[(1999, 0, 2)])
+    answer = raw.call("POST", "/v1/shards", shard, write)
+    assert answer.status == 400
+    assert "says 1999 bytes" in answer.error
+    add = {"type": "addFile", "path": "x", "xetHash": to_hex(digest), "mtime": 0}
+    assert raw.batch(bucket, add).status == 422
+    assert raw.call("GET", f"/v1/reconstructions/{to_hex(digest)}", headers=write).status == 404
+
+
+def test_bodies_that_are_too_long(raw, bucket, write):
+    body = bytes(MAX_XORB_BODY_BYTES + 1)
+    for path in (f"/v1/xorbs/default/{'0' * 64}", "/v1/shards"):
+        assert raw.call("POST", path, body, write).status == 413
+    for path in ("batch", "paths-info"):
+        answer = raw.call("POST", f"/api/buckets/{bucket}/{path}", body[: 16 * MIB + 1])
+        assert answer.status == 413
+        assert "limit of 16777216 bytes" in answer.error
+
+
+def test_ranges_of_a_reconstruction(raw, bucket):
+    digest = upload(raw, bucket, [b"a" * 100, b"b" * 100, b"c" * 100])
+    read = raw.storage_token(bucket, "read")
+
+    def reconstruct(wanted: str | None):
+        headers = read if wanted is None else {**read, "Range": wanted}
+        return raw.call("GET", f"/v1/reconstructions/{digest}", headers=headers)
+
+    def chunks(wanted: str | None) -> tuple[int, int, int]:
+        answer = reconstruct(wanted).json
+        (term,) = answer["terms"]
+        return answer["offset_into_first_range"], term["range"]["start"], term["range"]["end"]
+
+    assert chunks(None) == (0, 0, 3)
+    assert chunks("bytes=0-299") == (0, 0, 3)
+    assert chunks("bytes=99-99") == (99, 0, 1)
+    assert chunks("bytes=100-199") == (0, 1, 2)
+    assert chunks("bytes=150-200") == (50, 1, 3)
+    assert chunks("bytes=250-") == (50, 2, 3)
+    assert chunks("bytes=250-9999999") == (50, 2, 3)
+    assert chunks("bytes=-1") == (99, 2, 3)
+    assert chunks("lines=1-2") == (0, 0, 3)
+    assert reconstruct("bytes=300-").status == 416
+    assert raw.call("GET", f"/v1/reconstructions/{'0' * 63}1", headers=read).status == 404
+
+
+def test_xorb_bytes_by_range(hub, raw, bucket):
+    chunks = [os.urandom(100_000) for _ in range(20)]
+    digest = upload(raw, bucket, chunks)
+    body, _ = make_xorb(chunks)
+    answer = raw.call("GET", f"/v1/reconstructions/{digest}", headers=raw.storage_token(bucket, "read")).json
+    (fetch,) = next(iter(answer["fetch_info"].values()))
+    path = fetch["url"].removeprefix(hub.endpoint)
+    assert (fetch["url_range"]["start"], fetch["url_range"]["end"]) == (0, len(body) - 1)
+    whole = raw.call("GET", path)
+    assert (whole.status, whole.body) == (200, body)
+    part = raw.call("GET", path, headers={"Range": "bytes=5-1500000"})
+    assert (part.status, part.headers["Content-Range"]) == (206, f"bytes 5-1500000/{len(body)}")
+    assert part.body == body[5:1_500_001]
+    assert raw.call("HEAD", path).headers["Content-Length"] == str(len(body))
+    assert raw.call("GET", path, headers={"Range": f"bytes={len(body)}-"}).status == 416
+    assert raw.call("GET", path.replace("expires=1", "expires=2")).status == 403
+    assert raw.call("GET", path.partition("?")[0]).status == 403
+
+
+def test_a_hub_that_lost_everything_refuses_what_clients_believe_is_there(hub_factory, tmp_path):
+    first = hub_factory(tmp_path / "root")
+    endpoint, content = first.endpoint, os.urandom(500_000)
+    api = HfApi(endpoint=endpoint, token=False)
+    api.create_bucket("lost/one")
+    api.batch_bucket_files("lost/one", add=[(content, "x")])
+    first.stop()
+    for path in sorted((tmp_path / "root").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    first.restart()
+    assert first.endpoint == endpoint
+    api.create_bucket("lost/one")
+    # hf_xet remembers that this endpoint has the xorb and sends the shard alone.
+    with pytest.raises(Exception, match="400"):
+        api.batch_bucket_files("lost/one", add=[(content, "x")])
+    assert list(api.list_bucket_tree("lost/one")) == []
