@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -177,7 +177,8 @@ class Bucket:
         """Send operations, 1000 a request. A batch is no transaction: items fail one by one."""
         failures: dict[str, ItemFailure] = {}
         for start in range(0, len(operations), MAX_BATCH):
-            lines = "".join(json.dumps(operation) + "\n" for operation in operations[start : start + MAX_BATCH])
+            batch = operations[start : start + MAX_BATCH]
+            paths = {operation["path"] for operation in batch}
             answer = self._hub.request(
                 "POST",
                 f"{self._api}/batch",
@@ -185,10 +186,14 @@ class Bucket:
                 deadline=deadline,
                 attempts=2,  # adding, copying and deleting again changes nothing
                 allow=frozenset({_UNPROCESSABLE}),
-                content=lines.encode(),
+                content="".join(json.dumps(operation) + "\n" for operation in batch).encode(),
                 headers={"Content-Type": "application/x-ndjson"},
             )
-            failures |= _failed_items(answer.json("batch"), answer.status)
+            for item in _failed_items(answer.json("batch"), answer.status):
+                path, reason = item.get("path"), item.get("error", "no reason given")
+                if path not in paths:  # then nothing is known of those that were asked for either
+                    raise TransportError("batch: the Hub says that an item failed which was not in the batch")
+                failures[path] = ItemFailure(path, "hub", self._hub.clean(reason))
         return failures
 
     def create(self, deadline: Deadline) -> None:
@@ -239,22 +244,22 @@ def _items(value: Any, what: str) -> list[dict[str, Any]]:
 def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
     try:
         return ObjectInfo(str(item["path"]), Content(str(item["xetHash"]), int(item["size"])), _time(item))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise TransportError(f"{what}: the Hub's record of {item.get('path')!r} lacks its size, hash or time") from None
 
 
 def _time(item: dict[str, Any]) -> datetime | None:
     text = item.get("uploadedAt") or item.get("mtime")
-    return datetime.fromisoformat(text) if text else None
+    if not text:
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _failed_items(value: Any, status: int) -> dict[str, ItemFailure]:
+def _failed_items(value: Any, status: int) -> list[dict[str, Any]]:
     failed = value.get("failed") if isinstance(value, dict) else None
     if failed is None and status != _UNPROCESSABLE:
-        return {}
-    if not isinstance(failed, list) or (not failed and status == _UNPROCESSABLE):
+        return []
+    if not failed and status == _UNPROCESSABLE:
         raise TransportError("batch: the Hub refused the batch (422) and did not say which items")
-    return {
-        str(item.get("path")): ItemFailure(str(item.get("path")), "hub", str(item.get("error", "no reason given")))
-        for item in failed
-    }
+    return _items(failed, "batch")

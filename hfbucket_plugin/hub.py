@@ -59,7 +59,7 @@ class Answer:
         """
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TransportError(f"{what}: the Hub's answer is not JSON ({len(self.body)} bytes)") from None
 
 
@@ -162,7 +162,7 @@ class HubClient:
             elsewhere = True
         if elsewhere:  # a page link that leads elsewhere gets no token
             raise TransportError(
-                f"instance {self.instance!r}: the Hub's answer leads to another host: {self._clean(url)!r}"
+                f"instance {self.instance!r}: the Hub's answer leads to another host: {self.clean(url)!r}"
             )
         return url
 
@@ -197,9 +197,7 @@ class HubClient:
             request.deadline.check(what)
             raise TransportError(f"{what}: the Hub at {self.endpoint} did not answer in time") from None
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
-            raise TransportError(
-                f"{what}: the Hub at {self.endpoint} cannot be reached: {self._clean(error)}"
-            ) from None
+            raise TransportError(f"{what}: the Hub at {self.endpoint} cannot be reached: {self.clean(error)}") from None
         except OfflineModeIsEnabled:
             raise TransportError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the Hub; unset it") from None
         except RuntimeError as error:
@@ -207,7 +205,7 @@ class HubClient:
             raise TransportError(f"{what}: the connection pool was closed under the request: {error}") from None
 
     def _error(self, answer: Answer, what: str) -> HFBucketError:
-        words = self._clean(answer.headers.get("x-error-message") or _words(answer.body))
+        words = self.clean(answer.headers.get("x-error-message") or _words(answer.body))
         status = answer.status
         if status in (_UNAUTHORIZED, _FORBIDDEN):
             advice = "give it the right to do this" if status == _FORBIDDEN else "set one that is valid"
@@ -237,7 +235,7 @@ class HubClient:
     def _source(self) -> str:
         return self._token_source if self._token() else f"{self._token_source}: not set"
 
-    def _clean(self, words: object) -> str:
+    def clean(self, words: object) -> str:
         """Words of others, without the token should they repeat it, and then shortened."""
         text = " ".join(str(words).split())
         token = self._token()
