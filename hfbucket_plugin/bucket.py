@@ -190,7 +190,7 @@ class Bucket:
                 headers={"Content-Type": "application/x-ndjson"},
             )
             for item in _failed_items(answer.json("batch"), answer.status):
-                path, reason = item.get("path"), item.get("error", "no reason given")
+                path, reason = str(item.get("path")), item.get("error", "no reason given")
                 if path not in paths:  # then nothing is known of those that were asked for either
                     raise TransportError("batch: the Hub says that an item failed which was not in the batch")
                 failures[path] = ItemFailure(path, "hub", self._hub.clean(reason))
