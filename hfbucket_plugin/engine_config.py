@@ -27,11 +27,14 @@ class EngineConfig:
         source: The file, for errors.
         plugins: `remote_storage_plugins`, in their order.
         extra: `extra_config`. It may hold an inline token, so it stays out of the `repr`.
+        layerwise: `use_layerwise`: LMCache's connectors then put a header before each chunk, whatever
+            `save_chunk_meta` says.
     """
 
     source: str
     plugins: tuple[str, ...]
     extra: dict[str, Any] = field(repr=False)
+    layerwise: bool = False
 
     @classmethod
     def read(cls, path: Path) -> EngineConfig:
@@ -54,7 +57,7 @@ class EngineConfig:
             raise ConfigError(f"LMCache configuration {str(path)!r} is no YAML{where}: {problem}") from None
         if not isinstance(document, dict):
             raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")
-        return cls(str(path), _plugins(document, path), _extra(document, path))
+        return cls(str(path), _plugins(document, path), _extra(document, path), bool(document.get("use_layerwise")))
 
     def instance(self, name: str) -> InstanceSettings:
         """The settings of a bucket instance.
