@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rawhub import make_xorb
 
 from localhub.hashing import to_hex
-from localhub.reconstruction import MissingXorbError, describe, pieces
+from localhub.reconstruction import MissingXorbError, describe, describe_v2, pieces
 from localhub.shards import _TERM
 from localhub.xorbs import ChunkTable, iter_chunks, read_xorb
 
@@ -59,6 +59,27 @@ def test_a_client_that_follows_the_answer_gets_the_bytes_and_no_chunk_too_many(d
     # Whole chunks only at the two ends.
     assert offset < 40
     assert len(data) - offset - (stop - start) < 40
+
+
+@given(files())
+def test_both_versions_say_the_same(drawn):
+    xorbs, runs, _, start, stop = drawn
+    tables = {digest: read_xorb(io.BytesIO(body)).table for body, digest in map(make_xorb, xorbs)}
+    order = [make_xorb(chunks)[1] for chunks in xorbs]
+    terms = b"".join(
+        _TERM.pack(order[number], 0, len(b"".join(xorbs[number][first:end])), first, end) for number, first, end in runs
+    )
+    found = list(pieces(terms, start, stop, tables.get))
+    one, two = describe(found, to_hex), describe_v2(found, to_hex)
+    translated = {
+        xorb: [
+            {"range": part["chunks"], "url": fetch["url"], "url_range": part["bytes"]}
+            for fetch in fetches
+            for part in fetch["ranges"]
+        ]
+        for xorb, fetches in two.pop("xorbs").items()
+    }
+    assert {**two, "fetch_info": translated} == one
 
 
 def test_no_bytes_need_no_chunks():

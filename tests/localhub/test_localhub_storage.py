@@ -2,29 +2,33 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import hf_xet
 import pytest
 from huggingface_hub import HfApi
 from rawhub import Raw, make_shard, make_xorb, upload
 
+from localhub.faults import Fault
 from localhub.hashing import to_hex
 from localhub.storage_routes import MAX_XORB_BODY_BYTES
 
 MIB = 1024 * 1024
 
 
-def stream_group(endpoint: str, bucket: str):
+def stream_group(endpoint: str, bucket: str, **settings: object):
     url = f"{endpoint}/api/buckets/{bucket}/xet-read-token"
-    return hf_xet.XetSession().new_download_stream_group(token_refresh_url=url, token_refresh_headers={})
+    config = hf_xet.XetConfig().with_config({f"client.{name}": value for name, value in settings.items()})
+    return hf_xet.XetSession(config=config).new_download_stream_group(token_refresh_url=url, token_refresh_headers={})
 
 
-def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket):
+@pytest.mark.parametrize("version", [1, 2])
+def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket, version):
     api = HfApi(endpoint=hub.endpoint, token=False)
     content = os.urandom(20 * MIB)
     api.batch_bucket_files(bucket, add=[(content, "big")])
     file = next(iter(api.get_bucket_paths_info(bucket, ["big"])))
-    group = stream_group(hub.endpoint, bucket)
+    group = stream_group(hub.endpoint, bucket, reconstruction_api_version=version)
     info = hf_xet.XetFileInfo(file.xet_hash, file.size)
     for start, stop in [(0, 1), (5 * MIB, 5 * MIB + 100_000), (file.size - 10, file.size), (MIB - 1, 3 * MIB + 1)]:
         hub.control.reset_counters()
@@ -32,6 +36,29 @@ def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket):
         # Chunks are at most 128 KiB, so the two ends cost less than two of them.
         assert hub.control.counters().route("xorb-data").bytes_out < stop - start + 300_000
     assert b"".join(group.download_stream(info)) == content
+    assert hub.control.counters().route("unknown").requests == 0
+
+
+def test_hf_xet_gets_over_faults_except_for_wrong_bytes(hub, bucket):
+    api = HfApi(endpoint=hub.endpoint, token=False)
+    content = os.urandom(MIB)
+    api.batch_bucket_files(bucket, add=[(content, "x")])
+    file = next(iter(api.get_bucket_paths_info(bucket, ["x"])))
+    info = hf_xet.XetFileInfo(file.xet_hash, file.size)
+    group = stream_group(hub.endpoint, bucket, retry_base_delay=timedelta(milliseconds=1))
+    for fault in (
+        Fault(route="xorb-data", truncate_at=1000, times=1),
+        Fault(route="xorb-data", reset=True, times=1),
+        Fault(route="xorb-data", status=503, times=1),
+        Fault(route="xorb-data", trickle_bytes=100_000, trickle_interval_s=0.001, times=1),
+        Fault(route="reconstruction", status=500, times=1),
+    ):
+        number = hub.control.add_fault(fault)
+        assert b"".join(group.download_stream(info)) == content
+        assert hub.control.hits(number) == 1
+    hub.control.add_fault(Fault(route="xorb-data", flip_at=(20_000,)))
+    received = b"".join(group.download_stream(info))
+    assert (len(received), received != content) == (len(content), True)
 
 
 def test_many_streams_at_once(hub, bucket):
