@@ -1,0 +1,115 @@
+"""`python -m warmer`: the command line. stdout holds the summary and nothing else; everything for people is on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
+from typing import Annotated, NoReturn
+
+import typer
+
+from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
+from warmer import exits
+from warmer.errors import ClusterError, Interrupted
+from warmer.interrupt import StopSwitch
+from warmer.node import CHUNK_TIMEOUT_SECS
+from warmer.run import NODE_START_SECS, NothingToDoError, Order, run
+
+# Tracebacks of Typer's show local variables, and with them a token.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def main() -> None:
+    """Fill node-local LMCache tiers from a Hugging Face Bucket, on every node of a Ray cluster."""
+
+
+@app.command("run")
+def run_command(  # noqa: PLR0917 - Typer makes options of them
+    lmcache_config: Annotated[
+        Path, typer.Option(help="The LMCache YAML of the engines: it declares the instance and the tier.")
+    ],
+    instance: Annotated[str, typer.Option(help="The bucket's instance in it, such as hfbucket.us.")],
+    prefix: Annotated[
+        list[str], typer.Option(help="Copy the chunks whose key starts with this, such as 'org/model@8@'. Repeatable.")
+    ],
+    tier: Annotated[str, typer.Option(help="The tier to fill: an fs plugin of the YAML, such as fs.warm.")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; "
+            "without either a local Ray is started."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a JSON line for every failed chunk, and the summary, to this file.")
+    ] = None,
+    fsync: Annotated[
+        bool, typer.Option(help="Force each file to the disk before it appears: for nodes that may lose power.")
+    ] = False,
+    chunk_timeout: Annotated[
+        float, typer.Option(min=1.0, help="Most seconds a chunk may take, its batch and retries included.")
+    ] = CHUNK_TIMEOUT_SECS,
+    node_timeout: Annotated[
+        float, typer.Option(min=1.0, help="Most seconds a node may take to take part.")
+    ] = NODE_START_SECS,
+) -> None:
+    """Copy chunks into a tier of every node; what is there already is passed by.
+
+    Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
+    to do, 5 when told to stop. Running again moves only what is missing.
+    """
+    if not all(prefix):
+        message = "an empty --prefix would select the whole instance; name at least a model, such as 'org/model@'"
+        _end(message, exits.USAGE)
+    order = Order(
+        config=lmcache_config,
+        instance=instance,
+        tier=tier,
+        prefixes=tuple(prefix),
+        address=address,
+        report=report,
+        fsync=fsync,
+        chunk_timeout_secs=chunk_timeout,
+        node_start_secs=node_timeout,
+    )
+    logging.basicConfig(stream=sys.stderr, format="warmer: %(message)s", level=logging.WARNING)
+    logging.getLogger("warmer").setLevel(logging.INFO)
+    stop = StopSwitch()
+    try:
+        # Ray prints where it likes.
+        with stop.listening(), contextlib.redirect_stdout(sys.stderr):
+            summary = run(order, stop)
+    except Interrupted:
+        _end("told to stop before anything was copied", exits.INTERRUPTED)
+    except (HFBucketError, OSError) as error:
+        _end(_advised(error, instance), _code(error))
+    typer.echo(json.dumps(summary))
+    raise typer.Exit(summary["exit_code"])
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, NothingToDoError):
+        return exits.REFUSED
+    if isinstance(error, (TransportError, ThrottledError)):
+        return exits.FAILED
+    return exits.USAGE
+
+
+def _advised(error: Exception, instance: str) -> str:
+    """The error's words, and the setting to look at where they do not name it."""
+    if isinstance(error, TransportError) and not isinstance(error, ClusterError):
+        return f"{error}; if it stays so, look at remote_storage_plugin.{instance}.endpoint or HF_ENDPOINT"
+    return str(error)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"warmer: {line}", err=True)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    _note(message)
+    raise typer.Exit(code)

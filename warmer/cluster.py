@@ -1,0 +1,138 @@
+"""Which Ray cluster a run uses, and which nodes it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+import ray
+import ray.exceptions
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.errors import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_log = logging.getLogger(__name__)
+
+ADDRESS_VARIABLE: Final = "RAY_ADDRESS"
+JOB_VARIABLE: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a submitted job, beside `RAY_ADDRESS`."""
+
+_ANSWER_SECS: Final = 10.0
+_LOCAL_STORE_BYTES: Final = 100 * 1024 * 1024
+"""No chunk goes through the object store, so a Ray of our own needs no more than its least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that is alive.
+
+    Attributes:
+        id: Ray's, unique.
+        name: For people.
+    """
+
+    id: str
+    name: str
+
+
+def configured_address(given: str | None) -> str | None:
+    """The address of the cluster to join; None where none is configured and a local Ray is to be started.
+
+    Args:
+        given: `--address`.
+
+    Raises:
+        ConfigError: The address is of a kind that cannot be used.
+    """
+    address = given or os.environ.get(ADDRESS_VARIABLE) or ("auto" if os.environ.get(JOB_VARIABLE) else None)
+    if address is None or address == "local":
+        return None
+    if "://" in address:
+        raise ConfigError(
+            f"Ray address {address!r}: only <host>:<port> of the cluster's GCS, or 'auto', can be joined; to run from "
+            "outside the cluster use `ray job submit`"
+        )
+    return address
+
+
+@contextlib.contextmanager
+def joined(given: str | None) -> Iterator[None]:
+    """Be in a Ray cluster: the one that this process is in already, the configured one, or a local one of our own.
+
+    Only what was joined or started here is left or shut down at the end.
+
+    Args:
+        given: `--address`.
+
+    Raises:
+        ConfigError: The address cannot be used.
+        ClusterError: The configured cluster does not answer, or refuses us. No local one is started in its place.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = configured_address(given)
+    if address is not None and address != "auto":
+        _expect_answer(address)
+    _init(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _expect_answer(address: str) -> None:
+    """Find out in seconds what `ray.init` would need minutes for."""
+    parts = urlsplit(f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise ConfigError(f"Ray address {address!r} does not read <host>:<port>")
+    try:
+        socket.create_connection((host, port), _ANSWER_SECS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"the Ray cluster at {address} does not answer: {error}; start it, or mend --address or {ADDRESS_VARIABLE}"
+        ) from None
+
+
+def _init(address: str | None) -> None:
+    try:
+        if address is not None:
+            # Workers' output goes to stdout, which is not ours to fill.
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            return
+        _log.info("no Ray cluster is configured (--address, RAY_ADDRESS): a local Ray is started, on this machine only")
+        ray.init(
+            "local",
+            include_dashboard=False,
+            object_store_memory=_LOCAL_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(f"the Ray cluster at {address} refuses us: {_first_line(error)}") from None
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        what = f"the Ray cluster at {address} cannot be joined" if address else "a local Ray cannot be started"
+        raise ClusterError(f"{what}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n\n", maxsplit=1)[0].split())[:300]
+
+
+def alive_nodes() -> list[Node]:
+    """The nodes of the cluster that are alive, ordered by name and id."""
+    records = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [Node(record["NodeID"], record["NodeName"]) for record in records if record["Alive"]]
+    return sorted(nodes, key=lambda node: (node.name, node.id))

@@ -1,0 +1,24 @@
+"""The warmer's own errors, beside those of `hfbucket_plugin.errors`: the same base, the same stable `kind`."""
+
+from __future__ import annotations
+
+from hfbucket_plugin.errors import HFBucketError
+
+
+class TierError(HFBucketError, OSError):
+    """A local tier could not be read or written: no room, no right, no such disk."""
+
+    kind = "tier"
+
+
+class ClusterError(HFBucketError, ConnectionError):
+    """The Ray cluster that is configured does not answer, or does not let us in."""
+
+    kind = "cluster"
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT came while there was nothing under way that would have to be ended in order.
+
+    An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
+    """

@@ -1,0 +1,292 @@
+"""Moves planned chunks from a bucket into one node's tier. Plain Python: `warmer.fleet` makes an actor of it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import tenacity
+
+from hfbucket_plugin import metrics
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import (
+    ConfigError,
+    HFBucketError,
+    IntegrityError,
+    ObjectMissingError,
+    ThrottledError,
+    TransportError,
+)
+from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.transfer import Content, Read, xet_hashes
+from warmer.errors import TierError
+from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.tiers import open_tier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.settings import InstanceSettings
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlannedChunk
+    from warmer.tiers import Declaration, Draft, Tier
+
+CHUNK_TIMEOUT_SECS: Final = 300.0
+"""A batch of 64 MiB has a third of it for each try: enough for a node that gets 1 MiB a second."""
+
+_TRIES: Final = 3
+_HASH_TRIES: Final = 2
+_LOOKUP_SECS: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What a node needs to know. It crosses to the nodes, so it never holds a token.
+
+    Attributes:
+        instance: Name of the bucket's instance.
+        settings: The instance's, without an inline token.
+        tier: Which tier to fill.
+        token_expected: Whether the driver has a token: a node without one is told apart from a public bucket.
+        chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
+    """
+
+    instance: str
+    settings: InstanceSettings
+    tier: Declaration
+    token_expected: bool
+    chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
+
+    def __post_init__(self) -> None:
+        if self.settings.token is not None:
+            raise ValueError("settings with an inline token must not leave the driver")
+
+
+@dataclass(slots=True)
+class _Job:
+    """One chunk that is to be fetched."""
+
+    chunk: PlannedChunk
+    error: HFBucketError | None = None
+    done: bool = False
+    wrong_hashes: int = 0
+
+    @property
+    def again(self) -> bool:
+        """Whether another try may help."""
+        if self.wrong_hashes >= _HASH_TRIES:
+            return False
+        # Integrity: wrong bytes, but also a stream that ended early without an error, as they do when the store fails.
+        return isinstance(self.error, (TransportError, ThrottledError, IntegrityError))
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """One try at one chunk."""
+
+    job: _Job
+    draft: Draft
+    read: Read = field(init=False)
+
+    def __post_init__(self) -> None:
+        chunk = self.job.chunk
+        self.read = Read(chunk.key, Content(chunk.xet_hash, chunk.size), self.draft.lease)
+
+
+class NodeWarmer:
+    """One node's part of a run. Its methods may be called from several threads.
+
+    Args:
+        bucket: Where chunks come from.
+        tier: Where they go.
+        chunk_timeout_secs: See `NodeConfig`.
+    """
+
+    def __init__(self, bucket: Bucket, tier: Tier, chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS) -> None:
+        self._bucket = bucket
+        self._tier = tier
+        self._chunk_timeout_secs = chunk_timeout_secs
+        self._stopped = threading.Event()
+
+    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+        """See to it that the tier holds some chunks.
+
+        Nothing raises for a single chunk, and none appears in the tier unless its length and hash are right.
+
+        Returns:
+            How each ended, in their order.
+        """
+        outcomes: dict[int, Outcome] = {}
+        jobs: dict[int, _Job] = {}
+        for index, chunk in enumerate(chunks):
+            try:
+                if self._tier.holds(chunk.key, chunk.size):
+                    outcomes[index] = Present(chunk.key, chunk.size)
+                    continue
+            except HFBucketError as error:
+                outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
+                continue
+            jobs[index] = _Job(chunk)
+            if chunk.gone:
+                jobs[index].error = _deleted(chunk)
+        self._fetch_all([job for job in jobs.values() if job.error is None])
+        self._look_into([job for job in jobs.values() if not job.done])
+        outcomes |= {index: self._outcome(job) for index, job in jobs.items()}
+        return [outcomes[index] for index in range(len(chunks))]
+
+    def _look_into(self, jobs: list[_Job]) -> None:
+        """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
+        failed = [job for job in jobs if isinstance(job.error, (TransportError, IntegrityError))]
+        if not failed or self._stopped.is_set():
+            return
+        try:
+            found = self._bucket.stat([job.chunk.path for job in failed], Deadline.after(_LOOKUP_SECS))
+        except HFBucketError:
+            return  # then the first error says more
+        for job in failed:
+            if job.chunk.path not in found:
+                job.error = _deleted(job.chunk)
+
+    def _outcome(self, job: _Job) -> Outcome:
+        chunk = job.chunk
+        if job.done:
+            return Copied(chunk.key, chunk.size)
+        if self._stopped.is_set():
+            return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
+        error = job.error or TransportError(f"{chunk.key}: not fetched")
+        return Failed(chunk.key, chunk.size, error.kind, str(error))
+
+    def _fetch_all(self, jobs: list[_Job]) -> None:
+        """Try until all are done, or nothing that failed is worth another try."""
+        deadline = Deadline.after(self._chunk_timeout_secs)
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(_TRIES), tenacity.stop_after_delay(self._chunk_timeout_secs)
+            ),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            retry=tenacity.retry_if_result(bool),
+            retry_error_callback=lambda _: None,
+            sleep=tenacity.sleep_using_event(self._stopped),
+        )
+        retrying(self._try, jobs, deadline)
+
+    def _try(self, jobs: list[_Job], deadline: Deadline) -> list[_Job]:
+        """Try those that are not done, once; returns those worth another try."""
+        pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
+        if self._stopped.is_set() or not pending:
+            return []
+        try:
+            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
+            self._bucket.transfer.warm_up(deadline.within(self._chunk_timeout_secs / _TRIES))
+        except HFBucketError as error:
+            for job in pending:
+                job.error = error
+            return [job for job in pending if job.again]
+        fetches: list[_Fetch] = []
+        try:
+            for job in pending:
+                self._begin(job, fetches)
+            self._bucket.transfer.read(
+                [fetch.read for fetch in fetches], deadline.within(self._chunk_timeout_secs / _TRIES)
+            )
+            self._end(fetches)
+        finally:
+            for fetch in fetches:
+                fetch.draft.discard()
+        return [job for job in pending if not job.done and job.again]
+
+    def _begin(self, job: _Job, fetches: list[_Fetch]) -> None:
+        job.error = None
+        try:
+            fetches.append(_Fetch(job, self._tier.draft(job.chunk.key, job.chunk.size)))
+        except HFBucketError as error:
+            job.error = error
+
+    def _end(self, fetches: list[_Fetch]) -> None:
+        """Verify what arrived, all in one call of the hasher, and let what is right appear."""
+        arrived = []
+        for fetch in fetches:
+            if fetch.read.done:
+                arrived.append(fetch)
+            else:
+                fetch.job.error = fetch.read.error or TransportError(f"{fetch.read.name}: not read")
+        hashes = self._hashes(arrived)
+        for fetch, actual in zip(arrived, hashes, strict=True):
+            self._appear(fetch, actual)
+
+    def _hashes(self, fetches: list[_Fetch]) -> list[str | HFBucketError]:
+        if not fetches:
+            return []
+        try:
+            return [*xet_hashes(fetch.draft.path for fetch in fetches)]
+        except (OSError, RuntimeError) as error:
+            return [TierError(f"{fetch.draft.path}: its hash cannot be computed: {error}") for fetch in fetches]
+
+    def _appear(self, fetch: _Fetch, actual: str | HFBucketError) -> None:
+        job, expected = fetch.job, fetch.job.chunk.xet_hash
+        if isinstance(actual, HFBucketError):
+            job.error = actual
+        elif actual != expected:
+            job.wrong_hashes += 1
+            job.error = IntegrityError(
+                f"{job.chunk.key}: what arrived has the hash {actual}, the listing says {expected}"
+            )
+        elif not self._stopped.is_set():
+            try:
+                fetch.draft.publish()
+                job.done = True
+            except HFBucketError as error:
+                job.error = error
+
+    def check_access(self) -> None:
+        """Ask for access to the bucket's content, as the first chunk would.
+
+        Raises:
+            AccessDeniedError: The token of this node may not read it.
+            BucketMissingError: There is no such bucket, or the token may not see it.
+        """
+        try:
+            self._bucket.transfer.warm_up(Deadline.after(self._chunk_timeout_secs / _TRIES))
+        except (TransportError, ThrottledError):
+            return  # may pass; each chunk tries again
+
+    def stop(self) -> None:
+        """End what is under way at once; what has not appeared by now does not appear."""
+        self._stopped.set()
+        self._bucket.close()
+
+    def close(self) -> None:
+        """Stop, and leave no temporary file behind."""
+        self.stop()
+        self._tier.close()
+
+
+def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
+    return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
+
+
+def open_node(config: NodeConfig) -> NodeWarmer:
+    """Make the warmer of this node.
+
+    Raises:
+        ConfigError: The token that the driver has is not in this node's environment; the message names the variable.
+        AccessDeniedError: The token of this node may not read the bucket.
+        BucketMissingError: There is no such bucket, or the token may not see it.
+        TierError: The tier cannot be written.
+    """
+    settings = config.settings
+    if config.token_expected and settings.resolve_token() is None:
+        raise ConfigError(
+            f"instance {config.instance!r}: the environment variable {settings.token_env} (token_env) is not set on "
+            "this node, but where the command runs it is; set it in the cluster's environment"
+        )
+    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
+    warmer = NodeWarmer(bucket, open_tier(config.tier), config.chunk_timeout_secs)
+    try:
+        warmer.check_access()
+    except HFBucketError:
+        warmer.close()
+        raise
+    return warmer

@@ -1,0 +1,64 @@
+"""How a chunk ended on a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+INTERRUPTED: Final = "interrupted"
+"""The kind of a chunk that was given up because the run was told to stop: neither there nor failed."""
+
+NODE_LOST: Final = "node_lost"
+"""The kind of a chunk whose node was lost before it ended there."""
+
+NODE_START: Final = "node_start"
+"""The kind of a chunk whose node never took part."""
+
+INTERNAL: Final = "internal"
+"""The kind of a chunk that failed for a reason that nobody foresaw; the message has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The chunk was fetched, verified, and is in the tier.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes.
+    """
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The tier held the chunk already, at the right size.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes.
+    """
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The chunk is not in the tier.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes.
+        kind: The `kind` of the error, or one of this module's.
+        message: What was wrong, in words.
+    """
+
+    key: str
+    size: int
+    kind: str
+    message: str
+
+
+Outcome = Copied | Present | Failed
