@@ -4,7 +4,6 @@ import json
 import selectors
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any, Self
@@ -30,7 +29,7 @@ class RunningHub:
         start_timeout_s: how long it may take to come up, in seconds.
 
     Attributes:
-        root: the directory that it serves.
+        root: the directory that it serves; what the process writes to stderr goes to `stderr.log` in it.
         endpoint: its address: what `HF_ENDPOINT` or `HfApi(endpoint=)` is set to.
         control: its faults and counters.
 
@@ -113,8 +112,10 @@ class RunningHub:
             "--port",
             str(self._port),
         ]
+        self.root.mkdir(parents=True, exist_ok=True)
         # A file, not a pipe: nobody reads along, and a full pipe would stop the Hub.
-        with tempfile.TemporaryFile() as stderr:
+        with (self.root / "stderr.log").open("a+b") as stderr:
+            before = stderr.tell()
             # Unbuffered, so that the selector sees what was not read yet.
             self._process = subprocess.Popen(  # noqa: S603 - our own module
                 [*command, *self._arguments],
@@ -126,7 +127,8 @@ class RunningHub:
             line = self._first_line()
             if not line.endswith(b"\n"):
                 self.kill()
-                raise HubStartError(f"the Hub on {self.root} did not come up: {_tail(stderr)}")
+                stderr.seek(before)
+                raise HubStartError(f"the Hub on {self.root} did not come up: {_tail(stderr.read())}")
         announcement: dict[str, Any] = json.loads(line)
         self.endpoint = announcement["endpoint"]
         self._port = int(self.endpoint.rpartition(":")[2])
@@ -187,6 +189,7 @@ def start(
 
     Raises:
         HubStartError: it does not come up.
+        OSError: the root cannot be made.
     """
     arguments: list[str] = []
     for name, value in (
@@ -201,6 +204,5 @@ def start(
     return RunningHub(root, arguments, port=port, start_timeout_s=start_timeout_s)
 
 
-def _tail(stderr: IO[bytes]) -> str:
-    stderr.seek(0)
-    return stderr.read()[-_SHOWN_STDERR_BYTES:].decode(errors="replace").strip() or "it wrote nothing to stderr"
+def _tail(written: bytes) -> str:
+    return written[-_SHOWN_STDERR_BYTES:].decode(errors="replace").strip() or "it wrote nothing to stderr"

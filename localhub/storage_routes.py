@@ -108,8 +108,7 @@ class StorageRoutes:
         if table is None:
             raise HubError(404, "no such xorb")
         size = table.ends[-1]
-        start, stop = byte_range(request, size) or (0, size)
-        return FileSlice(self._xorbs.path(digest), start, stop, size, self._executor)
+        return FileSlice(self._xorbs.path(digest), size, byte_range(request, size), self._executor)
 
     async def _file_data(self, request: Request) -> Response:
         self._check_link(request)
@@ -117,9 +116,10 @@ class StorageRoutes:
         stored = self._objects.get(_hash(request))
         if stored is None:
             raise HubError(404, "no such file")
-        start, stop = byte_range(request, stored.size) or (0, stored.size)
+        wanted = byte_range(request, stored.size)
+        start, stop = wanted or (0, stored.size)
         found = list(pieces(stored.terms, start, stop, self._xorbs.table))
-        return FileBytes(found, start, stop, stored.size, xorbs=self._xorbs, executor=self._executor)
+        return FileBytes(found, stored.size, wanted, xorbs=self._xorbs, executor=self._executor)
 
     async def _chunk(self, request: Request) -> Response:
         self._scope(request, "read")

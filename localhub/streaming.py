@@ -11,26 +11,36 @@ from starlette.types import Receive, Scope, Send
 _PIECE_BYTES = 512 * 1024
 
 
+def range_headers(wanted: tuple[int, int] | None, size: int) -> dict[str, str]:
+    """Return the headers of an answer that is the bytes from the first to the second of `wanted`, or all `size`."""
+    if wanted is None:
+        return {"accept-ranges": "bytes", "content-length": str(size)}
+    start, stop = wanted
+    return {
+        "accept-ranges": "bytes",
+        "content-length": str(stop - start),
+        "content-range": f"bytes {start}-{stop - 1}/{size}",
+    }
+
+
 class FileSlice(Response):
-    """The bytes `start` to `stop` (not included) of a file, as a 206, or as a 200 when that is all of it.
+    """A file, or a range of its bytes as a 206.
 
     Args:
         path: the file.
-        start: first byte.
-        stop: end of the bytes.
-        size: bytes of the whole file.
+        size: its bytes.
+        wanted: first byte and end (not included) of the range; None for the whole file as a 200.
         executor: where reads go that would wait for the disk.
     """
 
-    def __init__(self, path: Path, start: int, stop: int, size: int, executor: Executor) -> None:
-        whole = (start, stop) == (0, size)
-        headers = {"accept-ranges": "bytes", "content-length": str(stop - start)}
-        if not whole:
-            headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
-        super().__init__(status_code=200 if whole else 206, headers=headers, media_type="application/octet-stream")
+    def __init__(self, path: Path, size: int, wanted: tuple[int, int] | None, executor: Executor) -> None:
+        super().__init__(
+            status_code=206 if wanted else 200,
+            headers=range_headers(wanted, size),
+            media_type="application/octet-stream",
+        )
         self._path = path
-        self._start = start
-        self._stop = stop
+        self._start, self._stop = wanted or (0, size)
         self._executor = executor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from starlette.responses import StreamingResponse
 
 from localhub.reconstruction import Piece
+from localhub.streaming import range_headers
 from localhub.wire import run_in
 from localhub.xorb_store import XorbStore
 from localhub.xorbs import ChunkTable, iter_chunks
@@ -18,28 +19,24 @@ _CHUNKS_AT_ONCE = 16
 
 
 class FileBytes(StreamingResponse):
-    """The bytes `start` to `stop` (not included) of a file, as a 206, or as a 200 when that is all of it.
+    """A file made of chunks, or a range of its bytes as a 206.
 
     Args:
-        found: the chunks that hold the bytes, in order.
-        start: first byte.
-        stop: end of the bytes.
+        found: the chunks that hold the wanted bytes, in order.
         size: bytes of the whole file.
+        wanted: first byte and end (not included) of the range; None for the whole file as a 200.
         xorbs: where the chunks are.
         executor: where chunks are read and unpacked.
     """
 
     def __init__(
-        self, found: list[Piece], start: int, stop: int, size: int, *, xorbs: XorbStore, executor: Executor
+        self, found: list[Piece], size: int, wanted: tuple[int, int] | None, *, xorbs: XorbStore, executor: Executor
     ) -> None:
-        whole = (start, stop) == (0, size)
-        headers = {"accept-ranges": "bytes", "content-length": str(stop - start)}
-        if not whole:
-            headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
+        start, stop = wanted or (0, size)
         super().__init__(
             _wanted(found, stop - start, xorbs, executor),
-            status_code=200 if whole else 206,
-            headers=headers,
+            status_code=206 if wanted else 200,
+            headers=range_headers(wanted, size),
             media_type="application/octet-stream",
         )
 

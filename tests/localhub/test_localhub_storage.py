@@ -194,6 +194,8 @@ def test_xorb_bytes_by_range(hub, raw, bucket):
     part = raw.call("GET", path, headers={"Range": "bytes=5-1500000"})
     assert (part.status, part.headers["Content-Range"]) == (206, f"bytes 5-1500000/{len(body)}")
     assert part.body == body[5:1_500_001]
+    everything = raw.call("GET", path, headers={"Range": f"bytes=0-{len(body) - 1}"})
+    assert (everything.status, everything.body) == (206, body)
     assert raw.call("HEAD", path).headers["Content-Length"] == str(len(body))
     assert raw.call("GET", path, headers={"Range": f"bytes={len(body)}-"}).status == 416
     assert raw.call("GET", path.replace("expires=1", "expires=2")).status == 403
