@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
             cas_token_ttl_s=given.cas_token_ttl,
             faults=given.faults,
         )
-        serve(options, given.host, given.port)
+        serve(options, given.host, given.port, until_stdin_closes=given.until_stdin_closes)
     except (OSError, RuntimeError, TokensError) as error:
         sys.stderr.write(f"localhub: {error}\n")
         return 1
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds that storage tokens and links hold",
     )
     serving.add_argument("--faults", action="store_true", help="take orders for faults at /_control/faults")
+    serving.add_argument("--until-stdin-closes", action="store_true", help="end as well when stdin, a pipe, is closed")
     return parser
 
 

@@ -20,7 +20,7 @@ class HubStartError(RuntimeError):
 
 
 class RunningHub:
-    """A Hub in a process of its own. Use it as a context manager, or call `stop`.
+    """A Hub in a process of its own, which ends with ours. Use it as a context manager, or call `stop`.
 
     Args:
         root: the directory that it serves.
@@ -102,25 +102,17 @@ class RunningHub:
         self._launch()
 
     def _launch(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "localhub",
-            "serve",
-            "--root",
-            str(self.root),
-            "--port",
-            str(self._port),
-        ]
+        command = [sys.executable, "-m", "localhub", "serve", "--until-stdin-closes"]
+        command += ["--root", str(self.root), "--port", str(self._port), *self._arguments]
         self.root.mkdir(parents=True, exist_ok=True)
         # A file, not a pipe: nobody reads along, and a full pipe would stop the Hub.
         with (self.root / "stderr.log").open("a+b") as stderr:
             before = stderr.tell()
             # Unbuffered, so that the selector sees what was not read yet.
             self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [*command, *self._arguments],
+                command,
                 bufsize=0,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
             )
@@ -158,8 +150,9 @@ class RunningHub:
         if process is None:
             raise RuntimeError("this Hub is stopped")
         status = process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
         return status
 
 

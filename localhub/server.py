@@ -43,9 +43,10 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type] # uvicorn ch
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, announcement: dict[str, object]) -> None:
+    def __init__(self, config: uvicorn.Config, announcement: dict[str, object], *, until_stdin_closes: bool) -> None:
         super().__init__(config)
         self._announcement = announcement
+        self._until_stdin_closes = until_stdin_closes
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,6 +54,8 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        if self._until_stdin_closes:
+            loop.add_reader(sys.stdin.fileno(), self._read_stdin)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -64,8 +67,13 @@ class _Server(uvicorn.Server):
     def _stop(self) -> None:
         self.should_exit = True
 
+    def _read_stdin(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._stop()
 
-def serve(options: Options, host: str, port: int) -> None:
+
+def serve(options: Options, host: str, port: int, *, until_stdin_closes: bool = False) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Prints one line of JSON on stdout when the port is open: `endpoint`, `pid`, `root`.
@@ -74,6 +82,8 @@ def serve(options: Options, host: str, port: int) -> None:
         options: what to serve.
         host: address to listen on.
         port: port to listen on; 0 for any that is free.
+        until_stdin_closes: whether to end as well when stdin, a pipe, is closed: so a Hub does not outlive a parent
+            that was killed.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -101,7 +111,7 @@ def serve(options: Options, host: str, port: int) -> None:
             "pid": os.getpid(),
             "root": str(options.root),
         }
-        _Server(config, announcement).run(sockets=[listener])
+        _Server(config, announcement, until_stdin_closes=until_stdin_closes).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,7 +3,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from localhub.__main__ import main
@@ -35,6 +38,21 @@ def test_the_command_says_where_it_listens_and_ends_on_signals(tmp_path, number)
         process.send_signal(number)
         assert process.wait(20) == 0
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+
+
+def test_a_hub_does_not_outlive_the_process_that_started_it(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from localhub.process import start; "
+        "print(start(Path(sys.argv[1])).pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "root")]
+    started = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert started.returncode == -9
+    # Whoever inherits it may be slow to collect it, or never do.
+    with suppress(psutil.NoSuchProcess):
+        hub = psutil.Process(int(started.stdout))
+        while hub.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
 
 
 def test_a_port_that_is_taken(hub, tmp_path):
