@@ -31,7 +31,15 @@ _WRITE_PIECE: Final = 4 * 1024 * 1024
 """Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
 
 _TRIES: Final = 2
-"""One more try after the store refused a token that had expired, or a session was given up under the reader."""
+"""One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
+lost the reason why a stream ended."""
+
+_REASON_LOST: Final = "Data sender was dropped"
+"""What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
+
+
+class _ReasonLostError(TransportError):
+    """A stream failed, and hf_xet does not say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +182,8 @@ class Transfer:
         loan = self._reading.borrow(deadline)
         ticket.loan = loan
         try:
+            if ticket.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
+                raise DeadlineError(f"{read.name}: given up before it was read")
             with typed_errors(read.name):
                 self._stream(loan.session, read, start, end, deadline)
         except AccessDeniedError:
@@ -181,8 +191,10 @@ class Transfer:
             if last:
                 raise
             return False
-        except TransportError:
-            if last or not loan.session.retired or deadline.passed:
+        except TransportError as error:
+            self._reading.doubt(loan)
+            worth_it = loan.session.retired or isinstance(error, _ReasonLostError) or _REASON_LOST in str(error)
+            if last or deadline.passed or not worth_it:
                 raise
             return False
         finally:
@@ -202,6 +214,8 @@ class Transfer:
             at += len(piece)
             del piece  # else it would stay in memory while the next one is awaited
             deadline.check(read.name)
+        if at == start:
+            raise _ReasonLostError(f"{read.name}: the store sent nothing, and hf_xet does not say why")
         if at != end:
             raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")
 
@@ -228,6 +242,9 @@ class Transfer:
                 return self._commit(loan.session, sources, deadline, ticket)
         except AccessDeniedError:
             self._writing.retire(loan)
+            raise
+        except TransportError:
+            self._writing.doubt(loan)
             raise
         finally:
             self._writing.give_back(loan)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
+import time
 from collections.abc import Iterator  # noqa: TC003 - contextmanager's return type is evaluated by Sphinx and by us
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import hf_xet
 
@@ -24,6 +27,7 @@ from hfbucket_plugin.errors import (
     DeadlineError,
     HFBucketError,
     ObjectMissingError,
+    ThrottledError,
     TransportError,
 )
 
@@ -33,7 +37,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_STATUS_UNAUTHORIZED = 401
+_RENEWAL_SECS: Final = 30.0
+"""A session that failed is renewed, but no more often than this: each renewal costs the Hub a request."""
+
+_MAX_UNIX_SECS: Final = 2**40
+_STATUS = re.compile(r"HTTP status client error \((\d{3})\b")
+_STATUS_UNAUTHORIZED, _STATUS_NOT_FOUND, _STATUS_TOO_MANY = 401, 404, 429
+_STATUS_DENIED = frozenset({_STATUS_UNAUTHORIZED, 403})
 
 
 def xet_config(timeout_secs: float, streams: int) -> hf_xet.XetConfig:
@@ -89,11 +99,15 @@ def fetch_access(hub: HubClient, bucket_id: str, right: Literal["read", "write"]
     answer = hub.request("GET", _token_path(bucket_id, right), route=route, deadline=deadline, attempts=2)
     fields = answer.json(route)
     try:
-        return CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
-    except (KeyError, TypeError, ValueError):
+        access = CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
+        usable = urlsplit(access.url).scheme in {"http", "https"} and 0 <= access.expires < _MAX_UNIX_SECS
+    except (KeyError, TypeError, ValueError, OverflowError):
+        usable = False
+    if not usable:
         raise TransportError(
-            f"instance {hub.instance!r}: {route}: the Hub's answer lacks casUrl, accessToken or exp"
-        ) from None
+            f"instance {hub.instance!r}: {route}: the Hub's answer lacks a usable casUrl, accessToken or exp"
+        )
+    return access
 
 
 def _token_path(bucket_id: str, right: str) -> str:
@@ -111,6 +125,7 @@ class Session:
         self.retired = False
         self.readers = 0
         self.pid = os.getpid()
+        self.born = time.monotonic()
 
 
 class Loan:
@@ -186,8 +201,9 @@ class SessionPool:
     def _build(self, deadline: Deadline) -> Session:
         access = fetch_access(self._hub, self._bucket_id, self._right, deadline)
         headers = self._hub.headers()
-        xet = hf_xet.XetSession(config=self._config)
-        group = xet.new_download_stream_group(**self.connection(access, headers)) if self._right == "read" else None
+        with typed_errors(f"instance {self._hub.instance!r}: session"):
+            xet = hf_xet.XetSession(config=self._config)
+            group = xet.new_download_stream_group(**self.connection(access, headers)) if self._right == "read" else None
         return Session(xet, group, access, headers)
 
     def connection(self, access: CasAccess, headers: dict[str, str]) -> dict[str, Any]:
@@ -212,6 +228,11 @@ class SessionPool:
         """Replace the session for those who come next, such as after the store refused its token. The loan goes on."""
         with self._lock:
             loan.session.retired = True
+
+    def doubt(self, loan: Loan) -> None:
+        """Replace the session for those who come next if it is not new: the store may have moved since."""
+        if time.monotonic() - loan.session.born >= _RENEWAL_SECS:
+            self.retire(loan)
 
     def _end(self, loan: Loan, *, retire: bool) -> None:
         with self._lock:
@@ -255,6 +276,7 @@ def typed_errors(what: str) -> Iterator[None]:
     Raises:
         ObjectMissingError: The store does not hold the content.
         AccessDeniedError: The store refused the token.
+        ThrottledError: The store asks to come again later.
         TransportError: Anything else; `DeadlineError` where hf_xet timed out.
     """
     try:
@@ -271,7 +293,19 @@ def typed_errors(what: str) -> Iterator[None]:
         raise DeadlineError(f"{what}: the store did not answer in time: {_short(error)}") from None
     except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
         # KeyboardInterrupt: what hf_xet raises in readers of a session that was aborted under them.
-        raise TransportError(f"{what}: {type(error).__name__}: {_short(error)}") from None
+        raise _typed(what, error) from None
+
+
+def _typed(what: str, error: BaseException) -> HFBucketError:
+    """hf_xet 1.8 raises one class for every answer of the store: the status is in its text only."""
+    told = f"{what}: {type(error).__name__}: {_short(error)}"
+    found = _STATUS.search(str(error))
+    status = int(found[1]) if found else 0
+    if status == _STATUS_NOT_FOUND:
+        return ObjectMissingError(told)
+    if status in _STATUS_DENIED:
+        return AccessDeniedError(told, status)
+    return ThrottledError(told) if status == _STATUS_TOO_MANY else TransportError(told)
 
 
 def _short(error: BaseException) -> str:
