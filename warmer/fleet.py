@@ -230,7 +230,6 @@ class Fleet:
 
 def _short(error: BaseException) -> str:
     """The error's own words, without Ray's page about actors."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ray.exceptions.RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"[:500]
-    return f"{type(error).__name__}: {' '.join(lines[:1])}"[:500]
+        error = error.cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -109,6 +109,8 @@ class NodeWarmer:
         self._tier = tier
         self._chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._reading: dict[int, list[Read]] = {}
 
     def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
         """See to it that the tier holds some chunks.
@@ -188,9 +190,7 @@ class NodeWarmer:
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._bucket.transfer.read(
-                [fetch.read for fetch in fetches], deadline.within(self._chunk_timeout_secs / _TRIES)
-            )
+            self._read([fetch.read for fetch in fetches], deadline.within(self._chunk_timeout_secs / _TRIES))
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -203,6 +203,17 @@ class NodeWarmer:
             fetches.append(_Fetch(job, self._tier.draft(job.chunk.key, job.chunk.size)))
         except HFBucketError as error:
             job.error = error
+
+    def _read(self, reads: list[Read], deadline: Deadline) -> None:
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            self._reading[id(reads)] = reads
+        try:
+            self._bucket.transfer.read(reads, deadline)
+        finally:
+            with self._lock:
+                del self._reading[id(reads)]
 
     def _end(self, fetches: list[_Fetch]) -> None:
         """Verify what arrived, all in one call of the hasher, and let what is right appear."""
@@ -254,7 +265,12 @@ class NodeWarmer:
 
     def stop(self) -> None:
         """End what is under way at once; what has not appeared by now does not appear."""
-        self._stopped.set()
+        with self._lock:
+            self._stopped.set()
+            # Those that wait for a stream would else ask for a session each, one after the other.
+            for reads in self._reading.values():
+                for read in reads:
+                    read.lease.revoke()
         self._bucket.close()
 
     def close(self) -> None:

@@ -115,14 +115,14 @@ def test_content_that_the_store_does_not_hold_is_missing(stocked, node):
 
 def test_wrong_bytes_are_fetched_once_more(hub, stocked, node):
     plan = stocked.plan()
-    hub.control.add_fault(Fault(route="xorb-data", flip_every=1000, times=1))
+    hub.control.add_fault(Fault(route="xorb-data", flip_at=(2000,), times=1))
     assert kinds(node().copy(plan[:1])) == ["Copied"]
     assert_clean(stocked)
 
 
 def test_bytes_that_stay_wrong_are_reported_and_never_appear(hub, stocked, node):
     plan = stocked.plan()
-    hub.control.add_fault(Fault(route="xorb-data", flip_every=1000))
+    hub.control.add_fault(Fault(route="xorb-data", flip_at=(2000,)))
     outcomes = node().copy(plan)
     assert kinds(outcomes) == ["integrity"] * 6
     assert stocked.in_tier() == {}

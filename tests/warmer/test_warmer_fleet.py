@@ -1,0 +1,232 @@
+"""The command on a Ray cluster of several raylets."""
+
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from warming import PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
+
+from localhub.faults import Fault
+
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Raylets without a CPU to give, as those of nodes full of engines; each has the token's variable."""
+    from ray.cluster_utils import Cluster
+
+    directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
+    head = {"include_dashboard": False, "temp_dir": directory}
+    one = Cluster(initialize_head=True, head_node_args=node_options(WARM_TEST_TOKEN=SECRET) | head)
+    for _ in range(NODES - 1):
+        one.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    yield one
+    one.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def node_options(**variables):
+    return {"num_cpus": 0, "object_store_memory": 80 * 1024 * 1024, "env_vars": variables or None}
+
+
+@pytest.fixture
+def stocked(warehouse):
+    warehouse.put({classic_key(n): content(n, 20_000 + n) for n in range(150)})
+    return warehouse
+
+
+@pytest.fixture
+def on_cluster(cluster):
+    """Runs the command on the cluster, and makes sure that it does not give the token away."""
+
+    def run(config, *more):
+        ran = warm(config, "--address", cluster.address, *more, WARM_TEST_TOKEN=SECRET)
+        assert SECRET not in ran.stdout + ran.stderr
+        return ran
+
+    return run
+
+
+def begin(cluster, config):
+    """Start the command and leave it running."""
+    return subprocess.Popen(
+        [*arguments(config), "--address", cluster.address],
+        env=environment(WARM_TEST_TOKEN=SECRET),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process, timeout=90):
+    stdout, stderr = process.communicate(timeout=timeout)
+    return Ran(process.returncode, stdout, stderr)
+
+
+def all_nodes_copy(hub, number, nodes):
+    """Wait until a fault holds up chunks and every node has opened its session."""
+    while not hub.control.hits(number) or hub.control.counters().route("xet-read-token").requests < nodes:
+        time.sleep(0.05)
+
+
+def test_every_node_ends_every_chunk_and_a_second_run_moves_nothing(hub, cluster, stocked, on_cluster):
+    first = on_cluster(stocked.config)
+    assert first.code == 0, first.stderr
+    summary = first.summary
+    assert summary["result"] == "complete"
+    assert summary["selected"] == 150
+    assert summary["copied"] + summary["present"] == 150 * NODES
+    assert summary["failed"] == summary["unfinished"] == 0
+    assert len(summary["nodes"]) == NODES
+    assert all(node["copied"] + node["present"] == 150 for node in summary["nodes"])
+    assert stocked.in_tier() == stocked.chunks
+    assert stocked.leftovers() == []
+
+    hub.control.reset_counters()
+    again = on_cluster(stocked.config).summary
+    assert (again["copied"], again["present"], again["bytes"]) == (0, 150 * NODES, 0)
+    assert hub.control.counters().route("xorb-data").requests == 0
+    # Listed once, and looked up once more for all nodes together.
+    assert hub.control.counters().route("paths-info").requests == 1
+
+    # Nothing in the cluster knows the token.
+    session = Path(cluster.head_node.get_session_dir_path())
+    logs = [path for path in session.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert logs
+    assert [path for path in logs if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_several_prefixes_and_the_other_kind_of_key(stocked, on_cluster):
+    stocked.put({classic_key(1, "org/other"): b"other", mp_key(1): b"mp", classic_key(1, "org/third"): b"third"})
+    ran = on_cluster(stocked.config, "--prefix", "org/other@", "--prefix", "org/model")
+    assert ran.code == 0
+    assert ran.summary["skipped"] == {"other_kind": 1}
+    assert "1 chunks with keys of MP mode are passed by" in ran.stderr
+    expected = {key for key in stocked.chunks if not key.startswith("org/third") and key != mp_key(1)}
+    assert set(stocked.in_tier()) == expected
+
+
+def test_failed_chunks_are_named_in_the_summary_and_the_report(hub, stocked, on_cluster):
+    hub.control.add_fault(Fault(route="xorb-data", flip_at=(2000,)))
+    report = stocked.directory / "report.jsonl"
+    ran = on_cluster(stocked.config, "--report", str(report))
+    assert ran.code == 3
+    summary = ran.summary
+    assert summary["failed"] == 150 * NODES
+    assert summary["failed_by_kind"] == {"integrity": 150 * NODES}
+    assert {failure["key"] for failure in summary["failures"]} == set(stocked.chunks)
+    assert summary["failures_file"] == str(report)
+    lines = report.read_text().splitlines()
+    assert len(lines) == 150 * NODES + 1
+    assert '"event": "summary"' in lines[-1]
+    assert stocked.in_tier() == {}
+
+
+def test_a_node_without_the_token_says_which_variable_it_lacks(cluster, stocked, on_cluster):
+    bare = cluster.add_node(**node_options(WARM_TEST_TOKEN=""))
+    try:
+        ran = on_cluster(stocked.config)
+    finally:
+        cluster.remove_node(bare)
+        cluster.wait_for_nodes()  # until the cluster knows, so that the next run is not given it
+    assert ran.code == 3
+    by_id = {node["id"]: node for node in ran.summary["nodes"]}
+    assert "WARM_TEST_TOKEN" in by_id[bare.node_id]["error"]
+    assert by_id[bare.node_id]["failed"] == 150
+    assert all(node["error"] is None for name, node in by_id.items() if name != bare.node_id)
+    assert "WARM_TEST_TOKEN" in ran.stderr
+    assert stocked.in_tier() == stocked.chunks
+
+
+def test_told_to_stop_it_leaves_nothing_half_done(hub, cluster, stocked, on_cluster):
+    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    process = begin(cluster, stocked.config)
+    all_nodes_copy(hub, number, NODES)
+    process.send_signal(signal.SIGTERM)
+    ran = end(process)
+    assert ran.code == 5, ran.stderr
+    assert ran.summary["result"] == "interrupted"
+    assert ran.summary["unfinished"] == 150 * NODES
+    assert ran.summary["failed"] == 0
+    assert stocked.in_tier() == {}
+
+    hub.control.clear_faults()
+    assert on_cluster(stocked.config).code == 0
+    assert stocked.in_tier() == stocked.chunks
+
+
+def test_told_to_stop_while_it_lists(hub, cluster, stocked):
+    number = hub.control.add_fault(Fault(route="tree", hang=True))
+    process = begin(cluster, stocked.config)
+    while not hub.control.hits(number):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    ran = end(process)
+    assert (ran.code, ran.stdout) == (5, "")
+    assert ran.stderr.startswith("warmer: told to stop")
+
+
+def test_a_driver_killed_leaves_nothing_half_done(hub, cluster, stocked, on_cluster):
+    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    process = begin(cluster, stocked.config)
+    all_nodes_copy(hub, number, NODES)
+    process.kill()
+    end(process)
+    assert stocked.in_tier() == {}
+    hub.control.clear_faults()
+    assert on_cluster(stocked.config).code == 0
+    assert stocked.in_tier() == stocked.chunks
+
+
+def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
+    ran = warm(stocked.config, WARM_TEST_TOKEN=SECRET)
+    assert ran.code == 0, ran.stderr
+    assert ran.summary["copied"] == 150
+    assert "a local Ray is started" in ran.stderr
+    assert SECRET not in ran.stdout + ran.stderr
+    assert stocked.in_tier() == stocked.chunks
+    assert PREFIX in ran.summary["prefixes"]
+
+
+# From here on the cluster takes dead nodes for alive ones for a while, which a run has to bear.
+
+
+def test_a_lost_node_is_told_apart_and_the_others_complete(hub, cluster, stocked):
+    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    process = begin(cluster, stocked.config)
+    all_nodes_copy(hub, number, NODES + 1)
+    cluster.remove_node(doomed, allow_graceful=False)
+    hub.control.clear_faults()
+    ran = end(process)
+    assert ran.code == 3, ran.stderr
+    by_id = {node["id"]: node for node in ran.summary["nodes"]}
+    lost = by_id.pop(doomed.node_id)
+    assert lost["error"].startswith("node_lost: ")
+    assert lost["copied"] + lost["present"] + lost["failed"] == 150
+    named = [failure for failure in ran.summary["failures"] if failure["node"] == doomed.node_id]
+    assert len(named) == lost["failed"] > 0
+    assert {failure["kind"] for failure in named} == {"node_lost"}
+    assert all(node["copied"] + node["present"] == 150 for node in by_id.values())
+    assert stocked.in_tier() == stocked.chunks
+
+
+def test_a_node_that_takes_no_part_holds_up_no_other(cluster, stocked, on_cluster):
+    stuck = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    raylet = stuck.all_processes["raylet"][0].process
+    raylet.send_signal(signal.SIGSTOP)
+    try:
+        ran = on_cluster(stocked.config, "--node-timeout", "5")
+    finally:
+        raylet.send_signal(signal.SIGCONT)
+        cluster.remove_node(stuck, allow_graceful=False)
+    assert ran.code == 3, ran.stderr
+    by_id = {node["id"]: node for node in ran.summary["nodes"]}
+    assert by_id[stuck.node_id]["error"].startswith(("node_start: ", "node_lost: "))
+    assert by_id[stuck.node_id]["failed"] == 150
+    assert stocked.in_tier() == stocked.chunks
