@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.errors import DeadlineError, TransportError
+from hfbucket_plugin.errors import DeadlineError, HFBucketError, TransportError
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.metadata_cache import MetadataCache
 from hfbucket_plugin.workers import WorkerPool
@@ -82,11 +82,14 @@ class Existence:
 
     def _stat(self, question: Question, deadline: Deadline) -> None:
         handle = self._bucket.handle
-        paths = {handle.join(encode_name(key)): key for key in question.keys}
         try:
+            paths = {handle.join(encode_name(key)): key for key in question.keys}
             found = self._bucket.stat(list(paths), deadline)
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the answer must get one
+        except HFBucketError as error:
             self.cache.fail(question, error)
+        except BaseException as error:  # noqa: BLE001 - whoever waits must get an answer, and one that they handle
+            what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
+            self.cache.fail(question, TransportError(what))
         else:
             self.cache.answer(question, {paths[p]: info.content for p, info in found.items() if p in paths})
 

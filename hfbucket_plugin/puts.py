@@ -87,8 +87,9 @@ class Putter:
             failures += _release_unwritten(mine, error.kind, str(error))
         else:
             failures += self._commit_all(todo, deadline)
-        with self._lock:
-            self._under_way.difference_update(claimed)
+        finally:
+            with self._lock:
+                self._under_way.difference_update(claimed)
         self._tell(failures, started)
         return failures
 
@@ -174,20 +175,27 @@ class Putter:
             yield commit
 
     def _commit(self, sources: list[Source], deadline: Deadline, upload: Upload) -> list[ItemFailure]:
-        handle = self._bucket.handle
         try:
-            contents = self._bucket.transfer.upload([source.view for source in sources], deadline, upload)
-            for source, content in zip(sources, contents, strict=True):
-                if content.size != len(source.view):
-                    raise IntegrityError(f"{source.key}: {content.size} of {len(source.view)} bytes were taken")
-            files = {handle.join(encode_name(s.key)): c for s, c in zip(sources, contents, strict=True)}
-            failed = self._bucket.add(files, deadline)
-        except HFBucketError as error:
-            return [ItemFailure(source.key, error.kind, str(error)) for source in sources]
+            files, failed = self._write(sources, deadline, upload)
+        except Exception as error:  # noqa: BLE001 - whatever it is, these are not stored and whoever waits must be told
+            kind = error.kind if isinstance(error, HFBucketError) else HFBucketError.kind
+            return [ItemFailure(source.key, kind, f"{source.key}: {error}") for source in sources]
         finally:
             for source in sources:
                 source.release()
         return self._settle(sources, files, failed)
+
+    def _write(
+        self, sources: Sequence[Source], deadline: Deadline, upload: Upload
+    ) -> tuple[dict[str, Content], dict[str, ItemFailure]]:
+        """Upload contents, then name them; return them by path, and what failed."""
+        handle = self._bucket.handle
+        contents = self._bucket.transfer.upload([source.view for source in sources], deadline, upload)
+        for source, content in zip(sources, contents, strict=True):
+            if content.size != len(source.view):
+                raise IntegrityError(f"{content.size} of {len(source.view)} bytes were taken")
+        files = {handle.join(encode_name(s.key)): c for s, c in zip(sources, contents, strict=True)}
+        return files, self._bucket.add(files, deadline)
 
     def _settle(
         self, sources: Sequence[Source], files: Mapping[str, Content], failed: Mapping[str, ItemFailure]

@@ -1,0 +1,790 @@
+import logging
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from plugin_support import (
+    SECRET,
+    download,
+    eventually,
+    in_threads,
+    instance_settings,
+    noise,
+    paths,
+    unused_port,
+    upload,
+)
+
+from hfbucket_plugin import metrics
+from hfbucket_plugin.chunks import ChunkStore
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.keys import encode_name
+from hfbucket_plugin.metrics import Tally
+from localhub.faults import Fault
+
+SIZE = 100_000
+BOUND = 5.0
+"""What has a deadline of half a second ends before this many seconds, however slow the machine is."""
+
+NO_BUCKET = {"X-Error-Code": "RepoNotFound"}
+
+
+def key(number, model="org/model"):
+    return f"{model}@1@0@{number:x}@bfloat16"
+
+
+KEYS = [key(number) for number in range(6)]
+DATA = {name: noise(SIZE, number) for number, name in enumerate(KEYS)}
+
+
+def soon(seconds=60.0):
+    return Deadline.after(seconds)
+
+
+class Memory:
+    """Memory of an engine's: a buffer or a source that knows how often it was given back."""
+
+    def __init__(self, data, name=""):
+        self.key = name
+        self.data = bytearray(data)
+        self.released = 0
+
+    @property
+    def view(self):
+        assert not self.released, "used after it was given back"
+        return memoryview(self.data)
+
+    def release(self):
+        self.released += 1
+        assert self.released == 1, "given back twice"
+
+
+class Engine:
+    """What an engine does with a store, and all the memory that it lent to it."""
+
+    def __init__(self, store, tally):
+        self.store, self.tally = store, tally
+        self.buffers = []
+
+    def hits(self, keys, size=SIZE):
+        return self.store.prefix_hits(keys, size)
+
+    def get(self, keys, size=SIZE, seconds=60.0, memory=1000, **options):
+        def open_buffer(_index):
+            if len(self.buffers) >= memory:
+                return None
+            self.buffers.append(Memory(bytes(size)))
+            return self.buffers[-1]
+
+        found = self.store.read_many(keys, size, open_buffer, soon(seconds), **options)
+        assert len(found) == len(keys)
+        for buffer in self.buffers:
+            assert buffer.released == (buffer not in found), "what is not returned is given back, and nothing else"
+        self.buffers.clear()
+        return [None if buffer is None else bytes(buffer.data) for buffer in found]
+
+    def put(self, data, size=SIZE, seconds=60.0):
+        sources = [Memory(content, name) for name, content in data.items()]
+        failures = self.store.write_many(sources, size, soon(seconds))
+        eventually(lambda: all(source.released == 1 for source in sources))
+        return {failure.item: failure for failure in failures}
+
+    def count(self, operation, outcome):
+        return self.tally.get(metrics.CHUNKS, operation=operation, outcome=outcome)
+
+    def ended(self, operation, outcome):
+        return self.tally.get(metrics.OPERATIONS, operation=operation, outcome=outcome)
+
+
+@pytest.fixture
+def connect(hub, bucket, tmp_path):
+    """Makes stores on the bucket of the test, closed at its end."""
+    stores = []
+
+    def make(bucket_id=bucket, prefix="v1", get_secs=9.0, endpoint=hub.endpoint, **values):
+        values = {"download_tmp_dir": str(tmp_path / "tmp")} | values
+        tally = Tally()
+        own = instance_settings(endpoint, bucket_id, prefix, **values)
+        stores.append(ChunkStore(own, "hfbucket", tally, get_secs))
+        return Engine(stores[-1], tally)
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def engine(connect):
+    return connect()
+
+
+@pytest.fixture
+def filled(hub, bucket):
+    """The bucket of the test with chunks in it that somebody else wrote."""
+    upload(hub.endpoint, bucket, {f"v1/{encode_name(name)}": data for name, data in DATA.items()})
+    hub.control.reset_counters()
+    return bucket
+
+
+def requests(hub, route):
+    return hub.control.counters().route(route).requests
+
+
+# --- lookup --------------------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_counted_up_to_the_first_gap(hub, filled, engine):
+    assert engine.hits(KEYS) == 6
+    assert engine.hits([*KEYS[:2], "m@1@0@ff@half", *KEYS[2:]]) == 2
+    assert engine.hits(["m@1@0@ff@half", *KEYS]) == 0
+    assert engine.hits([]) == 0
+    assert engine.hits([KEYS[0]] * 3) == 3
+    assert engine.hits(KEYS, size=SIZE + 1) == 0
+    assert engine.count("lookup", "hit") == 6 + 2 + 3
+    assert engine.count("lookup", "missing") == 5 + 7 + 6
+    assert engine.ended("lookup", "ok") == 6
+
+
+def test_a_lookup_is_one_request_and_the_next_one_none(hub, filled, engine):
+    engine.hits(KEYS)
+    engine.hits(KEYS)
+    engine.hits(KEYS[2:4])
+    engine.get(KEYS[:1])
+
+    assert requests(hub, "paths-info") == 1
+
+
+def test_keys_are_forgotten_when_their_time_is_over(hub, filled, connect):
+    engine = connect(metadata_cache_ttl_secs=0)
+
+    for _ in range(3):
+        assert engine.hits(KEYS) == 6
+
+    assert requests(hub, "paths-info") == 3
+
+
+def test_a_miss_is_believed_for_a_while_only(hub, bucket, connect):
+    engine = connect(miss_cache_ttl_secs=0.4)
+    assert engine.hits(KEYS[:1]) == 0
+    upload(hub.endpoint, bucket, {f"v1/{encode_name(KEYS[0])}": DATA[KEYS[0]]})
+
+    eventually(lambda: engine.hits(KEYS[:1]) == 1)
+
+    assert connect(metadata_cache_ttl_secs=600, miss_cache_ttl_secs=600).hits(KEYS[:1]) == 1
+
+
+def test_a_miss_is_not_asked_again_at_once(hub, bucket, connect):
+    engine = connect(metadata_cache_ttl_secs=600, miss_cache_ttl_secs=600)
+    engine.hits(KEYS)
+    hub.control.reset_counters()
+
+    assert engine.hits(KEYS) == 0
+    assert requests(hub, "paths-info") == 0
+
+
+def test_lookups_of_one_key_at_once_are_one_request(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=30)
+    hub.control.add_fault(Fault(route="paths-info", delay_s=0.5))
+
+    assert in_threads(16, lambda _number: engine.hits(KEYS)) == [6] * 16
+
+    assert requests(hub, "paths-info") == 1
+
+
+def test_lookups_of_some_keys_in_common_ask_each_key_once(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=30)
+    hub.control.add_fault(Fault(route="paths-info", delay_s=0.5))
+
+    assert in_threads(6, lambda number: engine.hits(KEYS[: number + 1])) == [1, 2, 3, 4, 5, 6]
+
+    assert requests(hub, "paths-info") <= 6
+
+
+KINDS = {
+    "denied": {"status": 401},
+    "denied too": {"status": 403},
+    "bucket_missing": {"status": 404, "headers": NO_BUCKET},
+    "throttled": {"status": 429, "headers": {"Retry-After": "3600"}},
+    "transport": {"status": 500},
+    "transport: garbage": {"status": 200, "body": "<html>"},
+    "refused": {"status": 400},
+    "deadline": {"hang": True},
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_failure_is_no_miss_and_counted_as_what_it_is(hub, filled, connect, caplog, case):
+    engine = connect(get_secs=0.5, lookup_timeout_secs=0.5)
+    hub.control.add_fault(Fault(route="paths-info", **KINDS[case]))
+    kind = case.split()[0].rstrip(":")
+    started = time.monotonic()
+
+    assert engine.hits(KEYS) == 0
+    assert engine.get(KEYS, seconds=0.5) == [None] * 6
+
+    assert time.monotonic() - started < 2 * BOUND
+    for operation in ("lookup", "get"):
+        assert engine.count(operation, kind) == 6, engine.tally._counts
+        assert engine.ended(operation, kind) == 1
+        assert engine.count(operation, "missing") == 0
+        assert f"[hfbucket] {operation}: " in caplog.text
+    hub.control.clear_faults()
+    assert engine.hits(KEYS) == 6, "a failure is not kept"
+
+
+def test_a_hub_that_is_not_there(connect, filled):
+    engine = connect(endpoint=f"http://127.0.0.1:{unused_port()}")
+
+    assert engine.hits(KEYS) == 0
+    assert engine.get(KEYS) == [None] * 6
+    assert engine.put(DATA).keys() == set(KEYS)
+    assert engine.count("lookup", "transport") == engine.count("put", "transport") == 6
+
+
+def test_a_warning_comes_once_and_does_not_show_the_token(hub, filled, connect, caplog):
+    engine = connect(token=SECRET)
+    hub.control.add_fault(Fault(route="paths-info", status=500, body=f"Bearer {SECRET}"))
+
+    for _ in range(5):
+        engine.hits(KEYS)
+
+    assert caplog.text.count("lookup: ") == 1
+    assert SECRET not in caplog.text
+
+
+def test_a_failing_thread_is_a_failure_and_not_a_crash(filled, engine, monkeypatch):
+    monkeypatch.setattr(engine.store._bucket, "stat", lambda *_: {}[1])
+
+    assert engine.hits(KEYS) == 0
+    assert engine.get(KEYS) == [None] * 6
+    assert engine.put(DATA).keys() == set(KEYS)
+    assert engine.count("lookup", "transport") == 6
+
+
+def test_a_key_that_cannot_be_encoded_is_a_failure_and_not_a_hang(filled, connect):
+    engine = connect(lookup_timeout_secs=30)
+    odd = "m\ud800@1@0@ab@half"
+    started = time.monotonic()
+
+    assert engine.hits([odd]) == 0
+    assert engine.get([odd]) == [None]
+    assert engine.put({odd: bytes(SIZE)}).keys() == {odd}
+    assert time.monotonic() - started < 2 * BOUND
+
+
+def test_more_lookups_than_the_hub_answers_are_refused_and_not_queued_for_ever(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=0.5)
+    hub.control.add_fault(Fault(route="paths-info", hang=True))
+    started = time.monotonic()
+
+    hits = in_threads(100, lambda number: engine.hits([key(number, "other")]))
+
+    assert hits == [0] * 100
+    assert time.monotonic() - started < 2 * BOUND
+    hub.control.clear_faults()
+    eventually(lambda: engine.hits(KEYS) == 6)
+
+
+# --- get -----------------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_arrive_in_the_order_of_their_keys(filled, engine):
+    wanted = [KEYS[3], "m@1@0@ff@half", KEYS[0], KEYS[5]]
+
+    assert engine.get(wanted) == [DATA[KEYS[3]], None, DATA[KEYS[0]], DATA[KEYS[5]]]
+    assert engine.count("get", "hit") == 3
+    assert engine.count("get", "missing") == 1
+    assert engine.tally.get(metrics.BYTES, direction="read") == 3 * SIZE
+    assert engine.tally.get(f"{metrics.SECONDS}_count", operation="get") == 1
+
+
+def test_one_key_asked_for_twice_arrives_twice(filled, engine):
+    assert engine.get([KEYS[0], KEYS[0]]) == [DATA[KEYS[0]]] * 2
+
+
+def test_nothing_is_nothing(hub, filled, engine):
+    assert engine.get([]) == []
+    assert requests(hub, "paths-info") == 0
+
+
+def test_a_prefix_ends_at_the_first_miss(filled, engine):
+    wanted = [KEYS[0], KEYS[1], "m@1@0@ff@half", KEYS[2]]
+
+    assert engine.get(wanted, prefix_only=True) == [DATA[KEYS[0]], DATA[KEYS[1]], None, None]
+
+
+@pytest.mark.parametrize("size", [1, SIZE - 1, SIZE + 1, 2 * SIZE])
+def test_an_object_of_another_size_is_refused(hub, filled, engine, caplog, size):
+    upload(hub.endpoint, filled, {f"v1/{encode_name(key(99))}": noise(size)})
+
+    assert engine.get([KEYS[0], key(99), KEYS[1]]) == [DATA[KEYS[0]], None, DATA[KEYS[1]]]
+    assert engine.count("get", "size") == 1
+    assert engine.count("get", "missing") == 0
+    assert f"{size} bytes" in caplog.text
+    assert engine.hits([key(99)]) == 0
+
+
+def test_without_memory_the_rest_are_misses(filled, engine, caplog):
+    assert engine.get(KEYS, memory=2) == [DATA[KEYS[0]], DATA[KEYS[1]], None, None, None, None]
+    assert engine.count("get", "allocation") == 4
+    assert "no memory" in caplog.text
+
+
+def test_an_allocator_that_fails_leaks_nothing(filled, engine):
+    lent = []
+
+    def open_buffer(index):
+        if index == 3:
+            raise RuntimeError("no more")
+        lent.append(Memory(bytes(SIZE)))
+        return lent[-1]
+
+    found = engine.store.read_many(KEYS, SIZE, open_buffer, soon())
+
+    assert [buffer is not None for buffer in found] == [True, True, True, False, False, False]
+    assert [buffer.released for buffer in lent] == [0, 0, 0]
+    assert engine.count("get", "allocation") == 3
+
+
+def test_what_arrived_before_the_deadline_is_served(hub, filled, connect):
+    engine = connect(get_secs=0.5)
+    engine.get(KEYS[:1])
+    contents = engine.store._existence.contents(KEYS, soon())
+    for name in KEYS[3:5]:
+        hub.control.add_fault(Fault(route="reconstruction", path=contents[name].xet_hash, hang=True))
+    started = time.monotonic()
+
+    found = engine.get(KEYS, seconds=0.5)
+
+    assert time.monotonic() - started < BOUND
+    assert found == [DATA[name] if name not in KEYS[3:5] else None for name in KEYS]
+    assert engine.count("get", "hit") == 1 + 4
+    assert engine.count("get", "deadline") + engine.count("get", "transport") == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        ({"route": "reconstruction", "status": 404}, {"missing", "transport"}),
+        ({"route": "reconstruction", "status": 401}, {"denied", "transport"}),
+        ({"route": "xorb-data", "status": 500}, {"transport"}),
+        ({"route": "xorb-data", "truncate_at": 100}, {"transport", "integrity"}),
+        ({"route": "xet-read-token", "status": 403}, {"denied"}),
+        ({"route": "xet-read-token", "status": 429, "headers": {"Retry-After": "3600"}}, {"throttled"}),
+    ],
+    ids=str,
+)
+def test_a_failed_read_is_counted_as_what_it_is_and_service_resumes(hub, filled, engine, fault, kinds):
+    hub.control.add_fault(Fault(**fault))
+
+    assert engine.get(KEYS) == [None] * 6
+
+    assert sum(engine.count("get", kind) for kind in kinds) == 6, engine.tally._counts
+    assert engine.count("get", "hit") == 0
+    hub.control.clear_faults()
+    assert eventually(lambda: engine.get(KEYS)) == list(DATA.values())
+
+
+def test_a_chunk_found_missing_at_read_time_is_asked_for_anew(hub, filled, connect):
+    engine = connect(metadata_cache_ttl_secs=600)
+    assert engine.hits(KEYS[:1]) == 1
+    hub.control.add_fault(Fault(route="reconstruction", status=404))
+
+    def read_as_missing():
+        assert engine.get(KEYS[:1]) == [None]
+        return engine.count("get", "missing")
+
+    eventually(read_as_missing)
+    hub.control.clear_faults()
+    hub.control.reset_counters()
+
+    assert engine.get(KEYS[:1]) == [DATA[KEYS[0]]]
+    assert requests(hub, "paths-info") == 1
+
+
+# --- verify --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verify", ["size", "hash"])
+def test_flipped_bytes_are_served_by_size_and_refused_by_hash(hub, filled, connect, verify):
+    engine = connect(verify=verify)
+    hub.control.add_fault(Fault(route="xorb-data", flip_at=(1000,), times=1))
+
+    found = engine.get(KEYS[:1])[0]
+
+    if verify == "size":
+        assert found is not None
+        assert found != DATA[KEYS[0]]
+    else:
+        assert found is None
+        assert engine.count("get", "integrity") == 1
+        assert engine.get(KEYS) == list(DATA.values())
+        hub.control.reset_counters()
+        engine.get(KEYS[:1])
+        assert requests(hub, "paths-info") == 0
+
+
+def test_by_hash_good_bytes_are_served_and_no_file_stays(filled, connect, tmp_path):
+    engine = connect(verify="hash")
+
+    assert engine.get(KEYS) == list(DATA.values())
+    assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file() and path.name != ".lock"] == []
+    engine.store.close()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_by_size_no_file_is_ever_made(filled, connect, tmp_path):
+    engine = connect()
+    engine.store.sweep()
+
+    assert engine.get(KEYS) == list(DATA.values())
+    assert engine.put({key(50): noise(SIZE, 50)}) == {}
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_without_room_to_compute_a_hash_nothing_is_served(filled, connect, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    engine = connect(verify="hash", download_tmp_dir=str(tmp_path / "file"))
+
+    assert engine.get(KEYS) == [None] * 6
+    assert engine.count("get", "config") == 6
+
+
+def test_a_hash_takes_no_longer_than_the_deadline(hub, filled, connect, monkeypatch):
+    engine = connect(verify="hash")
+    hashed = []
+
+    def slowly(files):
+        hashed.extend(files)
+        time.sleep(0.4)
+        return real(files)
+
+    from hfbucket_plugin import chunks
+
+    real = chunks.xet_hashes
+    monkeypatch.setattr(chunks, "xet_hashes", slowly)
+    engine.hits(KEYS)
+    engine.get(KEYS, seconds=0.6)
+
+    assert len(hashed) <= 3
+    assert engine.count("get", "deadline") >= 3
+
+
+# --- put -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_there_for_everybody(hub, bucket, engine, connect):
+    assert engine.put(DATA) == {}
+
+    assert paths(hub.endpoint, bucket) == sorted(f"v1/{encode_name(name)}" for name in KEYS)
+    assert download(hub.endpoint, bucket, f"v1/{encode_name(KEYS[2])}") == DATA[KEYS[2]]
+    assert connect().get(KEYS) == list(DATA.values())
+    assert engine.count("put", "stored") == 6
+    assert engine.tally.get(metrics.BYTES, direction="write") == 6 * SIZE
+    assert engine.ended("put", "ok") == 1
+
+
+def test_own_writes_and_deletes_are_seen_at_once(hub, bucket, connect):
+    engine = connect(metadata_cache_ttl_secs=600, miss_cache_ttl_secs=600)
+    assert engine.hits(KEYS) == 0
+
+    engine.put(DATA)
+    assert engine.hits(KEYS) == 6
+    assert engine.store.delete(KEYS[4:], soon()) == {}
+    assert engine.hits(KEYS) == 4
+    engine.put(DATA)
+    assert engine.hits(KEYS) == 6
+    assert engine.count("put", "present") == 4
+
+
+def test_what_is_there_is_not_written_again(hub, filled, engine):
+    assert engine.put(DATA) == {}
+
+    assert engine.count("put", "present") == 6
+    for route in ("xorb-upload", "shard-upload", "batch", "xet-write-token"):
+        assert requests(hub, route) == 0
+
+
+def test_what_is_there_at_another_size_is_written_over(hub, filled, engine):
+    new = {KEYS[0]: noise(2 * SIZE, 77)}
+
+    assert engine.put(new, size=2 * SIZE) == {}
+
+    assert download(hub.endpoint, filled, f"v1/{encode_name(KEYS[0])}") == new[KEYS[0]]
+    assert engine.hits(KEYS[:1], size=2 * SIZE) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, SIZE - 1, SIZE + 1])
+def test_a_partial_chunk_is_refused_and_the_rest_of_its_batch_stored(hub, bucket, engine, size):
+    failed = engine.put({**DATA, key(99): noise(size)})
+
+    assert {item: failure.kind for item, failure in failed.items()} == {key(99): "refused"}
+    assert f"{size} bytes" in failed[key(99)].message
+    assert len(paths(hub.endpoint, bucket)) == 6
+    assert engine.count("put", "refused") == 1
+    assert engine.count("put", "stored") == 6
+
+
+def test_the_probe_of_lmcache_is_always_written(hub, bucket, engine):
+    probe = "test@1@0@0@bfloat16"
+
+    for number in range(3):
+        assert engine.put({probe: noise(SIZE, 200 + number)}) == {}
+        assert engine.get([probe]) == [noise(SIZE, 200 + number)]
+    assert engine.put({probe: noise(SIZE, 202)}) == {}
+
+    assert requests(hub, "batch") == 4
+    assert engine.count("put", "stored") == 4
+
+
+def test_one_key_put_at_once_from_many_threads_is_uploaded_once(hub, bucket, engine):
+    hub.control.add_fault(Fault(route="batch", delay_s=0.5))
+
+    results = in_threads(8, lambda _number: engine.put({KEYS[0]: DATA[KEYS[0]]}))
+
+    assert results == [{}] * 8
+    assert requests(hub, "batch") == 1
+    assert engine.count("put", "stored") == 1
+    assert engine.count("put", "under_way") + engine.count("put", "present") == 7
+
+
+def test_one_key_twice_in_a_batch_is_uploaded_once(hub, bucket, engine):
+    sources = [Memory(DATA[KEYS[0]], KEYS[0]), Memory(DATA[KEYS[0]], KEYS[0])]
+
+    assert engine.store.write_many(sources, SIZE, soon()) == []
+
+    assert [source.released for source in sources] == [1, 1]
+    assert engine.count("put", "stored") == 1
+
+
+def test_a_partly_failed_batch_is_told_item_by_item_and_may_be_put_again(hub, bucket, engine, caplog):
+    hub.control.add_fault(
+        Fault(route="batch", items=encode_name(KEYS[2]), items_error="quota of this folder exceeded", times=1)
+    )
+
+    failed = engine.put(DATA)
+
+    assert {item: failure.kind for item, failure in failed.items()} == {KEYS[2]: "hub"}
+    assert "quota of this folder exceeded" in failed[KEYS[2]].message
+    assert engine.count("put", "stored") == 5
+    assert engine.count("put", "hub") == 1
+    assert "quota of this folder exceeded" in caplog.text
+    assert engine.hits(KEYS) == 2
+    assert engine.put(DATA) == {}
+    assert engine.hits(KEYS) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ({"route": "paths-info", "status": 401}, "denied"),
+        ({"route": "paths-info", "status": 404, "headers": NO_BUCKET}, "bucket_missing"),
+        ({"route": "xet-write-token", "status": 403}, "denied"),
+        ({"route": "xorb-upload", "status": 500}, "transport"),
+        ({"route": "shard-upload", "status": 500}, "transport"),
+        ({"route": "batch", "status": 403}, "denied"),
+        ({"route": "batch", "status": 413}, "refused"),
+        ({"route": "batch", "status": 429, "headers": {"Retry-After": "3600"}}, "throttled"),
+        ({"route": "batch", "status": 500}, "transport"),
+        ({"route": "batch", "status": 200, "body": "<html>"}, "transport"),
+    ],
+    ids=str,
+)
+def test_a_put_that_fails_as_a_whole_is_told_counted_and_may_be_repeated(hub, bucket, engine, fault, kind):
+    data = {name: noise(SIZE, f"{fault} {name}") for name in KEYS}
+    hub.control.add_fault(Fault(**fault))
+
+    failed = engine.put(data)
+
+    assert {item: failure.kind for item, failure in failed.items()} == dict.fromkeys(KEYS, kind)
+    assert engine.count("put", kind) == 6
+    assert engine.count("put", "stored") == 0
+    assert engine.ended("put", kind) == 1
+    hub.control.clear_faults()
+    assert engine.put(data) == {}
+    assert engine.get(KEYS) == list(data.values())
+
+
+@pytest.mark.parametrize("route", ["paths-info", "xet-write-token", "xorb-upload", "shard-upload", "batch"])
+def test_a_put_ends_at_its_deadline_and_gives_the_memory_back(hub, bucket, connect, route):
+    engine = connect(put_timeout_secs=0.5)
+    data = {KEYS[0]: noise(SIZE, f"deadline {route}")}
+    hub.control.add_fault(Fault(route=route, hang=True))
+    started = time.monotonic()
+
+    failed = engine.put(data, seconds=0.5)
+
+    assert time.monotonic() - started < 2 * BOUND
+    assert failed[KEYS[0]].kind in {"deadline", "transport"}
+    hub.control.clear_faults()
+    assert eventually(lambda: engine.put(data) == {})
+    assert engine.get(KEYS[:1]) == [data[KEYS[0]]]
+
+
+def test_puts_are_cut_into_commits_of_bounded_bytes(hub, bucket, connect):
+    engine = connect(max_inflight_bytes=1 << 20, max_parallel_writes=1)
+    data = {key(number): noise(SIZE, number) for number in range(30)}
+
+    assert engine.put(data) == {}
+
+    assert requests(hub, "batch") == 3  # 1 MiB holds ten chunks of 100 kB
+    assert engine.get(list(data)) == list(data.values())
+
+
+def test_one_bad_commit_does_not_spoil_the_others(hub, bucket, connect):
+    engine = connect(max_inflight_bytes=1 << 20, max_parallel_writes=1)
+    data = {key(number): noise(SIZE, number) for number in range(30)}
+    hub.control.add_fault(Fault(route="batch", status=403, times=1))
+
+    failed = engine.put(data)
+
+    assert len(failed) == 10
+    assert engine.count("put", "stored") == 20
+    assert len(paths(hub.endpoint, bucket)) == 20
+
+
+def test_a_mistake_of_ours_is_a_failure_told_and_does_not_block_its_keys(bucket, engine, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.store._bucket, "add", lambda *_: {}[1])
+        failed = engine.put(DATA)
+    assert {failure.kind for failure in failed.values()} == {"error"}
+    assert engine.count("put", "error") == 6
+
+    assert engine.put(DATA) == {}
+    assert engine.count("put", "stored") == 6
+
+
+# --- create_bucket_if_missing --------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_created_on_the_first_write_and_not_before(hub, bucket, connect):
+    hub.control.reset_counters()
+    engine = connect(f"{bucket}-lazy", create_bucket_if_missing=True)
+    assert engine.hits(KEYS) == 0
+    assert engine.get(KEYS) == [None] * 6
+    engine.store.ping()
+    assert requests(hub, "bucket-create") == 0
+    assert engine.count("lookup", "missing") == engine.count("get", "missing") == 6
+    assert engine.ended("ping", "bucket_missing") == 0
+
+    assert engine.put(DATA) == {}
+    assert engine.get(KEYS) == list(DATA.values())
+    engine.put({key(9): noise(SIZE, 9)})
+    assert requests(hub, "bucket-create") == 1
+
+
+def test_many_first_writes_at_once(hub, bucket, connect):
+    engine = connect(f"{bucket}-many", create_bucket_if_missing=True)
+
+    results = in_threads(6, lambda number: engine.put({KEYS[number]: DATA[KEYS[number]]}))
+
+    assert results == [{}] * 6
+    assert connect(f"{bucket}-many").hits(KEYS) == 6
+
+
+def test_without_the_setting_nothing_is_created(hub, bucket, connect, caplog):
+    hub.control.reset_counters()
+    engine = connect(f"{bucket}-never")
+
+    assert engine.hits(KEYS) == 0
+    assert {failure.kind for failure in engine.put(DATA).values()} == {"bucket_missing"}
+    with pytest.raises(HFBucketError):
+        engine.store.ping()
+    assert requests(hub, "bucket-create") == 0
+    assert "create_bucket_if_missing" in caplog.text
+
+
+def test_a_bucket_that_may_not_be_created_is_told(hub, bucket, connect):
+    engine = connect(f"{bucket}-denied", create_bucket_if_missing=True)
+    hub.control.add_fault(Fault(route="bucket-create", status=403, times=1))
+
+    assert {failure.kind for failure in engine.put(DATA).values()} == {"denied"}
+    assert engine.put(DATA) == {}
+
+
+# --- list, delete, ping, close -------------------------------------------------------------------------------------------
+
+
+def test_only_keys_of_this_prefix_are_listed(hub, filled, engine, connect):
+    upload(
+        hub.endpoint,
+        filled,
+        {
+            f"v10/{encode_name(key(10))}": b"x",
+            f"v1/.hfbucket/{encode_name(key(11))}": b"x",
+            f"v1/nested/{encode_name(key(12))}": b"x",
+            f"v1/{key(13).replace('/', '%2f')}": b"x",
+            f"v1/{encode_name('no key')}": b"x",
+            "v1/README.md": b"x",
+            "v1": b"x",
+            encode_name(key(14)): b"x",
+            f"v1/{encode_name('m@00000001@0@ab')}": b"x",
+            f"v1/{encode_name(key(15, 'ü 模型'))}": b"x",
+        },
+    )
+
+    assert sorted(engine.store.list_keys()) == sorted([*KEYS, "m@00000001@0@ab", key(15, "ü 模型")])
+    assert list(connect(prefix="v10").store.list_keys()) == [key(10)]
+    assert list(connect(prefix="v1/nested").store.list_keys()) == [key(12)]
+    assert list(connect(prefix="v").store.list_keys()) == []
+    assert list(connect(prefix="").store.list_keys()) == [key(14)]
+
+
+def test_a_delete_that_fails_is_told_and_counted(hub, filled, engine):
+    hub.control.add_fault(Fault(route="batch", items=encode_name(KEYS[1]), items_error="locked"))
+    failed = engine.store.delete(KEYS, soon())
+    assert {item: failure.message for item, failure in failed.items()} == {KEYS[1]: "locked"}
+    assert engine.count("delete", "deleted") == 5
+    assert engine.count("delete", "hub") == 1
+    assert engine.hits([KEYS[1]]) == 1
+
+    hub.control.clear_faults()
+    hub.control.add_fault(Fault(route="batch", status=403))
+    with pytest.raises(HFBucketError):
+        engine.store.delete([KEYS[1]], soon())
+    assert engine.count("delete", "denied") == 1
+    assert engine.hits([KEYS[1]]) == 1
+
+
+def test_a_ping_asks_for_the_bucket(hub, filled, engine):
+    engine.store.ping()
+    hub.control.add_fault(Fault(route="bucket-info", status=403))
+    with pytest.raises(HFBucketError):
+        engine.store.ping()
+
+    assert engine.ended("ping", "ok") == engine.ended("ping", "denied") == 1
+
+
+def test_close_waits_for_nothing_and_frees_everybody(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=30)
+    engine.get(KEYS[:1])
+    waiting = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    results = SimpleNamespace(found=None)
+    reader = threading.Thread(target=lambda: setattr(results, "found", engine.get(KEYS[1:])))
+    reader.start()
+    eventually(lambda: hub.control.hits(waiting))
+    started = time.monotonic()
+
+    engine.store.close()
+    reader.join(30)
+
+    assert time.monotonic() - started < BOUND
+    assert results.found == [None] * 5
+    hub.control.clear_faults()
+    assert engine.hits(KEYS) == 0
+    assert engine.get(KEYS) == [None] * 6
+    assert engine.put({key(60): noise(SIZE, 60)}).keys() == {key(60)}
+    engine.store.close()
+
+
+def test_leftovers_of_dead_processes_are_swept_at_the_start(connect, tmp_path, caplog):
+    left = tmp_path / "tmp" / "lmcache-hfbucket-1-dead"
+    left.mkdir(parents=True)
+    (left / ".lock").write_text("")
+    (left / "chunk").write_text("left over")
+    with caplog.at_level(logging.INFO):
+        connect().store.sweep()
+
+        eventually(lambda: not left.exists())
