@@ -1,0 +1,126 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from warmer import progress, report
+from warmer.cluster import Node
+from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.report import FailureLog, RunReport, Task
+
+TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", ("org/",), selected=3, selected_bytes=60)
+NODES = [Node("id-a", "a"), Node("id-b", "b")]
+
+
+@pytest.fixture
+def log():
+    one = FailureLog(None)
+    yield one
+    one.close()
+    if one.path:
+        one.path.unlink()
+
+
+@pytest.fixture
+def run(log):
+    return RunReport(TASK, NODES, log)
+
+
+def complete(run, *nodes):
+    for node in nodes:
+        for outcome in (Copied("k1", 10), Copied("k2", 20), Present("k3", 30)):
+            run.ended(node, outcome)
+
+
+def test_a_complete_run(run):
+    complete(run, "id-a", "id-b")
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"]) == ("complete", 0)
+    assert (summary["copied"], summary["present"], summary["failed"], summary["unfinished"]) == (4, 2, 0, 0)
+    assert summary["bytes"] == 60
+    assert summary["nodes"][0] == {
+        "id": "id-a", "name": "a", "copied": 2, "present": 1, "failed": 0, "bytes": 30, "present_bytes": 30,
+        "error": None,
+    }  # fmt: skip
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_failed_chunk_is_named(run):
+    complete(run, "id-a")
+    run.ended("id-b", Failed("k1", 10, "integrity", "k1: wrong"))
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"], summary["failed_by_kind"]) == ("failed", 3, {"integrity": 1})
+    assert summary["failures"] == [
+        {"node": "id-b", "node_name": "b", "key": "k1", "kind": "integrity", "message": "k1: wrong"}
+    ]
+
+
+def test_a_stopped_run_is_interrupted_unless_everything_had_ended(run):
+    complete(run, "id-a")
+    run.ended("id-b", Failed("k1", 10, INTERRUPTED, "told to stop"))
+    summary = run.summary(stopped=True)
+    assert (summary["result"], summary["exit_code"]) == ("interrupted", 5)
+    assert (summary["failed"], summary["unfinished"]) == (0, 3)
+    complete(run, "id-b")
+    assert run.summary(stopped=True)["exit_code"] == 0
+
+
+def test_a_lost_node_says_why(run):
+    run.lost("id-b", "node_lost", "gone")
+    assert run.summary(stopped=False)["nodes"][1]["error"] == "node_lost: gone"
+
+
+def test_every_failure_is_named_in_a_file_when_they_are_too_many(run, log, monkeypatch):
+    monkeypatch.setattr(report, "NAMED_FAILURES", 3)
+    for number in range(5):
+        assert (log.path is None) == (number < 4)
+        run.ended("id-a", Failed(f"k{number}", 1, "transport", "no answer"))
+    summary = run.summary(stopped=False)
+    log.close(summary)
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line["key"] for line in lines[:-1]] == [f"k{number}" for number in range(5)]
+    assert lines[-1]["event"] == "summary"
+    assert "failures" not in lines[-1]
+    assert [failure["key"] for failure in summary["failures"]] == ["k0", "k1", "k2"]
+    assert summary["failures_file"] == str(log.path)
+
+
+def test_a_report_that_was_asked_for_is_written_whatever_happened(run, tmp_path):
+    asked = FailureLog(tmp_path / "report.jsonl")
+    asked.close(run.summary(stopped=False))
+    assert json.loads((tmp_path / "report.jsonl").read_text())["event"] == "summary"
+
+
+def test_progress_is_json_lines_for_machines(run):
+    out = io.StringIO()
+    lines = progress.JsonLines(out, every_secs=0)
+    complete(run, "id-a")
+    run.lost("id-b", "node_lost", "gone")
+    lines.show(run)
+    lines.close()
+    line = json.loads(out.getvalue())
+    assert line.pop("seconds") >= 0
+    assert line == {
+        "event": "progress", "nodes": 1, "chunks_ended": 3, "chunks_expected": 6, "chunks_failed": 0,
+        "bytes_copied": 30,
+    }  # fmt: skip
+
+
+def test_progress_lines_come_every_few_seconds_only(run):
+    out = io.StringIO()
+    lines = progress.JsonLines(out, every_secs=3600)
+    for _ in range(10):
+        lines.show(run)
+    assert out.getvalue() == ""
+
+
+def test_progress_is_bars_for_people(run):
+    out = io.StringIO()
+    bars = progress.Bars(Console(file=out, force_terminal=True, width=120))
+    complete(run, "id-a")
+    run.lost("id-b", "node_lost", "gone")
+    bars.show(run)
+    bars.close()
+    assert "3/6 chunks" in out.getvalue()
+    assert "node_lost" in out.getvalue()
