@@ -51,7 +51,11 @@ _GET_SHARE: Final = 0.9
 
 _DEFAULT_BLOCKING_SECS: Final = 10.0
 _CONCURRENT_CALLS: Final = 32
-"""Gets, lists, deletes and pings that may be under way: each holds a thread, and an engine has far fewer."""
+"""Gets and lists that may be under way: each holds a thread, and an engine has far fewer."""
+
+_CONCURRENT_QUESTIONS: Final = 16
+"""Lookups, pings and deletes that may be under way. They are short, and have threads of their own: behind gets that
+hang, a lookup would outlast its deadline, and a ping LMCache's patience, which then disables the whole engine."""
 
 _PUT_BACKLOG: Final = 64
 """Put calls that may wait, each a batch whose memory the engine cannot reuse meanwhile; one more is refused."""
@@ -94,6 +98,7 @@ class HFBucketConnector(RemoteConnector):
         self._get_secs = _get_timeout(config, settings, instance)
         self._store = ChunkStore(settings, instance, sink or default_sink(), self._get_secs)
         self._calls = WorkerPool(f"hfbucket-call-{instance}", _CONCURRENT_CALLS)
+        self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
         self._put_calls = WorkerPool(f"hfbucket-put-call-{instance}", settings.max_parallel_writes, _PUT_BACKLOG)
         self._puts: set[Future[Any]] = set()
         self._store.sweep()
@@ -128,7 +133,7 @@ class HFBucketConnector(RemoteConnector):
     ) -> int:
         """As `batched_contains`, off the event loop. Nothing is pinned: a bucket does not evict."""
         del lookup_id, pin
-        return await self._call(self._calls, self.batched_contains, keys)
+        return await self._call(self._questions, self.batched_contains, keys)
 
     # --- get ------------------------------------------------------------------------------------------------------
 
@@ -196,7 +201,10 @@ class HFBucketConnector(RemoteConnector):
 
         Raises:
             PartialFailureError: Some were not stored; each was counted and logged already.
+            ValueError: There are more of one than of the other.
         """
+        if len(keys) != len(memory_objs):  # before any reference is taken
+            raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: as many are needed of both")
         deadline = Deadline.after(self._settings.put_timeout_secs)
         sources = [SourceMemory(key.to_string(), obj) for key, obj in zip(keys, memory_objs, strict=True)]
         await self._call(self._put_calls, self._write, sources, deadline, refused=lambda: _release_sources(sources))
@@ -217,7 +225,7 @@ class HFBucketConnector(RemoteConnector):
         """Delete a chunk; whether it is gone. Ends within `lookup_timeout_secs`, in the caller's thread."""
         deadline = Deadline.after(self._settings.lookup_timeout_secs)
         try:
-            future = self._calls.submit(self._store.delete, [key.to_string()], deadline)
+            future = self._questions.submit(self._store.delete, [key.to_string()], deadline)
             return not future.result(timeout=deadline.remaining())
         except (HFBucketError, TimeoutError, RuntimeError):
             return False  # counted and logged where it happened
@@ -240,7 +248,7 @@ class HFBucketConnector(RemoteConnector):
         Throttling is an answer: a failed ping makes LMCache disable the whole engine, its local tiers included.
         """
         try:
-            await self._call(self._calls, self._store.ping)
+            await self._call(self._questions, self._store.ping)
         except ThrottledError:
             return PING_OK
         except AccessDeniedError:
@@ -263,8 +271,8 @@ class HFBucketConnector(RemoteConnector):
         _, unfinished = wait(self._puts.copy(), timeout=self._settings.close_timeout_secs)
         if unfinished:
             _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
-        self._calls.close()
-        self._put_calls.close()
+        for pool in (self._calls, self._questions, self._put_calls):
+            pool.close()
         self._store.close()
 
     # --- helpers --------------------------------------------------------------------------------------------------

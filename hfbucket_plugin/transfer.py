@@ -275,7 +275,8 @@ class Transfer:
         self._abandon(upload.ticket, self._writing)
 
     def close(self) -> None:
-        """End all sessions at once."""
+        """End all sessions at once, and the threads that read."""
+        self._workers.close()
         self._reading.close()
         self._writing.close()
 
