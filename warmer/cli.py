@@ -84,7 +84,7 @@ def run_command(  # noqa: PLR0917 - Typer makes options of them
         with stop.listening(), contextlib.redirect_stdout(sys.stderr):
             summary = run(order, stop)
     except Interrupted:
-        _end("told to stop before anything was copied", exits.INTERRUPTED)
+        _end("told to stop; running again moves only what is missing", exits.INTERRUPTED)
     except (HFBucketError, OSError) as error:
         _end(_advised(error, instance), _code(error))
     typer.echo(json.dumps(summary))

@@ -120,11 +120,13 @@ def _init(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except ray.exceptions.AuthenticationError as error:
-        raise ClusterError(f"the Ray cluster at {address} refuses us: {_first_line(error)}") from None
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        what = f"the Ray cluster at {address} cannot be joined" if address else "a local Ray cannot be started"
-        raise ClusterError(f"{what}: {_first_line(error)}") from None
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
+        if address is None:
+            raise ClusterError(f"a local Ray cannot be started: {_first_line(error)}") from None
+        raise ClusterError(
+            f"the Ray cluster at {address} cannot be joined: {_first_line(error)}; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

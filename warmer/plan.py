@@ -179,3 +179,13 @@ class PlanFile:
         with self.path.open("rb") as lines:
             lines.seek(self._offsets[index])
             return [PlannedChunk.from_line(lines.readline().decode()) for _ in range(count)]
+
+    def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
+        """The plan from its chunk number `start` on, counted from 0.
+
+        Raises:
+            OSError: The file cannot be read any more.
+        """
+        for index in range(start // SEGMENT_CHUNKS, self.segments):
+            segment = self.segment(index)
+            yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]

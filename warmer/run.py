@@ -199,7 +199,9 @@ class _Run:
         from warmer.fleet import Fleet  # noqa: PLC0415 - as above
 
         display = choose_display()
-        schedule = Schedule([node.id for node in nodes], FreshPlan(self.plan, self.bucket).chunks)
+        # What a lost node will never get needs no lookup.
+        fresh, rest = FreshPlan(self.plan, self.bucket).chunks, self.plan.chunks_from
+        schedule = Schedule([node.id for node in nodes], fresh, rest=rest)
         fleet = Fleet(nodes, self.config, _Watch(report, display), stop, self.order.node_start_secs)
         try:
             with stop.orderly():

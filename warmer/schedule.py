@@ -68,6 +68,7 @@ class _Lane:
         self.batches: dict[int, Batch] = {}
         self.flying_chunks = 0
         self.flying_bytes = 0
+        self.given = 0
         self._peeked: PlannedChunk | None = None
         self._ended = False
 
@@ -78,10 +79,10 @@ class _Lane:
         return self._peeked
 
     def take(self) -> Iterator[PlannedChunk]:
-        while self.peek() is not None:
-            chunk, self._peeked = self._peeked, None
-            if chunk is not None:
-                yield chunk
+        while (chunk := self.peek()) is not None:
+            self._peeked = None
+            self.given += 1
+            yield chunk
 
     def add(self, batch: Batch) -> None:
         self.batches[batch.number] = batch
@@ -100,14 +101,21 @@ class Schedule:
     Args:
         nodes: Names of the nodes.
         chunks: Gives the plan from its start, for each node anew.
-        window: How much a node is given at a time.
+        window: How much a node is given at a time; by default as `Window` has it.
+        rest: Gives the plan from its n-th chunk on, for a lost node, where that costs less than going on with
+            `chunks`; by default it does not.
     """
 
     def __init__(
-        self, nodes: Iterable[str], chunks: Callable[[], Iterator[PlannedChunk]], window: Window | None = None
+        self,
+        nodes: Iterable[str],
+        chunks: Callable[[], Iterator[PlannedChunk]],
+        window: Window | None = None,
+        rest: Callable[[int], Iterator[PlannedChunk]] | None = None,
     ) -> None:
         self._lanes = {node: _Lane(chunks()) for node in nodes}
         self._window = window or Window()
+        self._rest = rest
         self._numbers = itertools.count(1)
 
     @property
@@ -169,4 +177,4 @@ class Schedule:
         """
         lane = self._lanes.pop(node)
         flying = (chunk for batch in lane.batches.values() for chunk in batch.chunks)
-        return itertools.chain(flying, lane.take())
+        return itertools.chain(flying, self._rest(lane.given) if self._rest else lane.take())

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -33,7 +34,7 @@ class PrivateRay:
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.directory = Path(tempfile.mkdtemp(prefix="rs-"))  # short: Ray puts sockets below it
         # `ray start` and `ray job submit` know the token; the token of the Hub is only in the cluster's environment.
-        self._access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--port=0", f"--dashboard-port={dashboard}",
             f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--min-worker-port=0",
@@ -52,12 +53,13 @@ class PrivateRay:
 
     def _environment(self, **variables):
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        return environment(PATH=path, **self._access, **variables)
+        return environment(PATH=path, **self.access, **variables)
 
     def __enter__(self):
         while "Ray runtime started" not in self._log.read_text():
             assert self._process.poll() is None, self._log.read_text()
             time.sleep(0.1)
+        self.address = re.search(r"ray start --address='(.+)'", self._log.read_text())[1]
         return self
 
     def submit(self, directory, *command):

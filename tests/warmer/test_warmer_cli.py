@@ -1,14 +1,18 @@
 """What the command refuses, how it says so, and with which code: all of it before any Ray is started."""
 
 import json
+import pickle
 import socket
 
 import pytest
 from typer.testing import CliRunner
 from warming import INSTANCE, PREFIX, SECRET, Warehouse, arguments, classic_key, mp_key
 
+from hfbucket_plugin.engine_config import EngineConfig
 from localhub.faults import Fault
 from warmer.cli import app
+from warmer.node import NodeConfig
+from warmer.run import _without_token
 
 HEAD = f"remote_storage_plugin.{INSTANCE}."
 
@@ -83,6 +87,18 @@ def test_an_inline_token_never_leaves_the_driver(refused, warehouse, monkeypatch
     assert "token_env" in line
 
 
+def test_where_the_variable_is_set_an_inline_token_is_left_behind(warehouse, monkeypatch):
+    warehouse.extra = {f"{HEAD}token": SECRET}
+    settings = EngineConfig.read(warehouse.config).instance(INSTANCE)
+    monkeypatch.setenv("WARM_TEST_TOKEN", "another")
+    bare = _without_token(settings, INSTANCE)
+    config = NodeConfig(INSTANCE, bare, warehouse.declaration(), token_expected=True)
+    assert SECRET.encode() not in pickle.dumps(config)
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 - our own bytes
+    with pytest.raises(ValueError, match="must not leave"):
+        NodeConfig(INSTANCE, settings, warehouse.declaration(), token_expected=True)
+
+
 def test_a_report_that_cannot_be_written(refused, warehouse):
     assert "--report" in refused(2, warehouse.config, "--report", str(warehouse.directory / "no" / "report.jsonl"))
 
@@ -152,6 +168,20 @@ def test_a_cluster_that_does_not_answer(refused, stocked, monkeypatch):
         assert address in refused(2, stocked.config, "--address", address)
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert address in refused(2, stocked.config)
+
+
+def test_a_cluster_that_refuses_us(refused, stocked, monkeypatch):
+    import ray
+
+    def refuse(*_, **__):
+        raise ConnectionError("Failed to connect to Ray cluster\n\nA page of advice.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        line = refused(2, stocked.config, "--address", f"127.0.0.1:{listening.getsockname()[1]}")
+    assert "Failed to connect" in line
+    assert "RAY_AUTH_MODE=token" in line
+    assert "advice" not in line
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "somewhere", "host:port"])

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from warming import PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
+from warming import INSTANCE, PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
 
+from hfbucket_plugin.engine_config import EngineConfig
 from localhub.faults import Fault
 
 NODES = 3
@@ -191,6 +192,74 @@ def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
     assert SECRET not in ran.stdout + ran.stderr
     assert stocked.in_tier() == stocked.chunks
     assert PREFIX in ran.summary["prefixes"]
+
+
+class Witness:
+    def __init__(self):
+        self.outcomes, self.errors = [], {}
+
+    def ended(self, _node, outcome):
+        self.outcomes.append(outcome)
+
+    def lost(self, node, kind, message):
+        self.errors[node] = (kind, message)
+
+    def tick(self):
+        pass
+
+
+@pytest.fixture
+def fleet_of(cluster, stocked):
+    """Runs a fleet, in this process, whose nodes are told of a tier that is none of ours; returns its witness."""
+    import ray
+
+    from warmer.cluster import alive_nodes, joined
+    from warmer.fleet import Fleet
+    from warmer.interrupt import StopSwitch
+    from warmer.node import NodeConfig
+    from warmer.schedule import Schedule
+
+    def run(tier):
+        settings = EngineConfig.read(stocked.config).instance(INSTANCE)
+        plan, witness = stocked.plan(), Witness()
+        with joined(cluster.address):
+            nodes = alive_nodes()
+            with joined(None):  # it is in a cluster already, and stays there
+                pass
+            assert ray.is_initialized()
+            config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
+            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(Schedule([n.id for n in nodes], lambda: iter(plan)))
+        assert not ray.is_initialized()
+        assert len(witness.outcomes) == len(nodes) * len(plan)
+        return witness
+
+    return run
+
+
+def test_what_nobody_foresaw_fails_chunks_and_not_the_run(fleet_of, tmp_path):
+    class Exploding:
+        name, base_paths, fsync = "fs.warm", (tmp_path,), False
+
+        def file(self, key):
+            raise ArithmeticError(f"{key} is odd")
+
+    witness = fleet_of(Exploding())
+    assert {outcome.kind for outcome in witness.outcomes} == {"internal"}
+    assert "ArithmeticError" in witness.outcomes[0].message
+    assert witness.errors == {}
+
+
+def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
+    class Unreadable:
+        def __reduce__(self):
+            return _refuse_elsewhere, ()
+
+    def _refuse_elsewhere():
+        raise ImportError("no such module on this node")
+
+    witness = fleet_of(Unreadable())
+    assert {outcome.kind for outcome in witness.outcomes} == {"node_start"}
+    assert {kind for kind, _ in witness.errors.values()} == {"node_start"}
 
 
 # From here on the cluster takes dead nodes for alive ones for a while, which a run has to bear.

@@ -3,7 +3,7 @@
 import json
 
 from private_ray import PrivateRay
-from warming import INSTANCE, PREFIX, SECRET, Warehouse, classic_key, content
+from warming import INSTANCE, PREFIX, SECRET, Warehouse, classic_key, content, warm
 
 
 def summary_in(log):
@@ -43,6 +43,11 @@ def test_ray_job_submit(hub_factory, tmp_path):
         assert failed.returncode != 0
         assert "exit code 4" in failed.stdout
         assert "nothing selected" in failed.stdout
+
+        # From a shell, with the cluster's own token at hand.
+        again = warm(warehouse.config, "--address", ray.address, WARM_TEST_TOKEN=SECRET, **ray.access)
+        assert again.code == 0, again.stderr
+        assert again.summary["present"] == 20
 
         logs = [path for path in ray.directory.rglob("*") if path.is_file() and not path.is_symlink()]
         assert [path for path in logs if SECRET.encode() in path.read_bytes()] == []

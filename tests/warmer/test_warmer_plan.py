@@ -65,6 +65,8 @@ def test_a_plan_is_read_segment_by_segment(tmp_path, count):
         segments = [plan.segment(index) for index in range(plan.segments)]
         assert all(0 < len(segment) <= SEGMENT_CHUNKS for segment in segments)
         assert [chunk for segment in segments for chunk in segment] == numbered(count)
+        for start in (0, 1, SEGMENT_CHUNKS - 1, SEGMENT_CHUNKS, count):
+            assert list(plan.chunks_from(start)) == numbered(count)[start:]
 
 
 def test_a_plan_that_is_none_is_refused_with_its_line(tmp_path):

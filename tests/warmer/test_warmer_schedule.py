@@ -27,12 +27,13 @@ def plan(chunk_sizes):
 class Fleet(RuleBasedStateMachine):
     """Every chunk ends exactly once for each node, in order, and no window is ever passed."""
 
-    @initialize(window=windows, chunk_sizes=sizes, nodes=st.integers(0, 4))
-    def begin(self, window, chunk_sizes, nodes):
+    @initialize(window=windows, chunk_sizes=sizes, nodes=st.integers(0, 4), shortcut=st.booleans())
+    def begin(self, window, chunk_sizes, nodes, shortcut):
         self.window = window
         self.plan = plan(chunk_sizes)
         self.names = [f"node-{n}" for n in range(nodes)]
-        self.schedule = Schedule(self.names, lambda: iter(self.plan), window)
+        rest = (lambda start: iter(self.plan[start:])) if shortcut else None
+        self.schedule = Schedule(self.names, lambda: iter(self.plan), window, rest)
         self.flying: list[Batch] = []
         self.given = {name: [] for name in self.names}
         self.ended = {name: Counter() for name in self.names}

@@ -1,0 +1,69 @@
+"""`docs/warm.md` says what is so."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import typer.main
+import yaml
+
+from hfbucket_plugin.engine_config import EngineConfig
+from warmer import exits, outcomes
+from warmer.cli import app
+from warmer.cluster import Node
+from warmer.report import FailureLog, NodeReport, RunReport, Task
+from warmer.tiers import declared_tier
+
+PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
+
+
+def named(section):
+    """What stands in backquotes in the first column of the tables of a section."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_option_is_described():
+    options = {
+        option
+        for parameter in typer.main.get_command(app).commands["run"].params
+        for option in parameter.opts
+        if option != "--help"
+    }
+    assert {name.split()[0] for name in named("Options")} == options
+
+
+def test_every_field_of_the_summary_is_described():
+    task = Task("i", "b", "t", ("p",), 1, 1)
+    summary = RunReport(task, [Node("id", "name")], FailureLog(None)).summary(stopped=False)
+    assert set(summary) <= named("The summary")
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{field.name}`" in text for field in dataclasses.fields(NodeReport))
+    kinds = {outcomes.NODE_LOST, outcomes.NODE_START, outcomes.INTERNAL}
+    assert kinds <= named("The summary")
+
+
+def test_every_exit_code_is_described():
+    text = PAGE.read_text(encoding="utf-8")
+    codes = {value for name, value in vars(exits).items() if name.isupper()}
+    assert {int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)} == codes
+
+
+def test_the_configuration_shown_is_one_that_works(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(shown)
+    config = EngineConfig.read(path)
+    assert config.instance("hfbucket.us").bucket_handle.bucket_id == "my-org/lmcache-kv"
+    assert declared_tier(config, "fs.warm").base_paths == (Path("/mnt/nvme/lmcache"),)
+    assert set(yaml.safe_load(shown)) >= {"remote_storage_plugins", "extra_config"}
+
+
+def test_the_commands_shown_are_those_that_the_tests_run():
+    text = PAGE.read_text(encoding="utf-8")
+    commands = re.findall(r"python -m warmer run [^\n]*", text)
+    assert len(commands) >= 2
+    for command in commands:
+        options = set(re.findall(r"--[a-z-]+", command))
+        assert options == {"--lmcache-config", "--instance", "--prefix", "--tier"}  # test_warmer_job, test_warmer_fleet
