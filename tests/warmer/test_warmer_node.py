@@ -170,9 +170,9 @@ def test_a_refused_token_costs_one_request_and_not_one_for_each_chunk(hub, stock
 def test_a_hub_that_hangs_is_given_up(hub, stocked, node, route):
     hub.control.add_fault(Fault(route=route, hang=True))
     started = time.monotonic()
-    outcomes = node(3.0).copy(stocked.plan())
+    outcomes = node(1.5).copy(stocked.plan())
     assert set(kinds(outcomes)) <= UNREACHABLE
-    assert time.monotonic() - started < 30  # far above the 3 s that it may take, far below hf_xet's own minutes
+    assert time.monotonic() - started < 30  # far above the 1.5 s that it may take, far below hf_xet's own minutes
     assert_clean(stocked)
 
 
