@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.scratch import Scratch
 from warmer.node import CHUNK_TIMEOUT_SECS, NodeConfig
 from warmer.progress import choose_display
 from warmer.report import FailureLog, RunReport, Task
@@ -22,6 +21,7 @@ from warmer.tiers import declared_tier
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Sequence
+    from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.settings import InstanceSettings
@@ -97,14 +97,16 @@ def run(order: Order, stop: StopSwitch) -> dict[str, Any]:
     )
     failures = _failure_log(order.report)
     summary = None
+    scratch = Scratch(settings.download_tmp_dir)
     try:
-        with tempfile.TemporaryDirectory(prefix="warmer-plan-") as directory:
+        with scratch.file() as path:
             bucket = open_bucket(settings, order.instance, metrics.Tally(), order.chunk_timeout_secs)
-            plan, skipped = select(bucket, order.prefixes, tier.takes, Path(directory) / "plan.jsonl")
+            plan, skipped = select(bucket, order.prefixes, tier.takes, path)
             _check_selection(order, plan, skipped)
             summary = _Run(order, nodes, bucket, plan, skipped).carry_out(failures, stop)
     finally:
         failures.close(summary)
+        scratch.close()
     return summary
 
 
