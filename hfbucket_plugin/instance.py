@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.bucket import Bucket
+from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.hub import HubClient
 from hfbucket_plugin.transfer import Transfer
 from hfbucket_plugin.workers import WorkerPool
@@ -33,10 +34,11 @@ def open_bucket(settings: InstanceSettings, instance: str, sink: metrics.Sink, r
     transfer = Transfer(
         hub,
         settings.bucket_handle.bucket_id,
-        read_workers=WorkerPool(f"hfbucket-read-{instance}", settings.parallel_reads),
+        read_workers=WorkerPool(f"hfbucket-read-{instance}", settings.max_parallel_reads),
+        gate=ByteGate(settings.max_inflight_bytes),
         range_bytes=settings.range_bytes,
         read_timeout_secs=read_timeout_secs,
         write_timeout_secs=settings.put_timeout_secs,
-        streams=settings.parallel_reads,
+        streams=settings.max_parallel_reads,
     )
     return Bucket(hub, settings.bucket_handle, transfer)

@@ -40,10 +40,11 @@ KEY_ROOT = "remote_storage_plugin."
 
 MIB = 1024 * 1024
 
-MIN_RANGE_BYTES = MIB
-MAX_RANGE_BYTES = 4 * MIB
-"""Reads are cut into ranges between these two. hf_xet hands a stream over in pieces as large as the range asked for,
-and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms."""
+MIN_INFLIGHT_BYTES = MIB
+MAX_RANGE_BYTES = 3 * MIB
+"""Reads are cut into ranges of at most this size. hf_xet hands a stream over in pieces as large as the range asked for,
+and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms. glibc keeps
+a piece's memory for each thread that ever read one: 3 MiB took 85 to 91 MiB where 4 MiB took 97 to 102, at equal speed."""
 
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
@@ -121,7 +122,7 @@ class InstanceSettings(BaseModel):
     )
     metadata_cache_entries: PositiveInt = Field(
         100_000,
-        description="Most entries of the metadata cache; the least recently used go first. About 40 MB when full.",
+        description="Most entries of the metadata cache; the least recently used go first. About 50 MB when full.",
     )
     lookup_timeout_secs: PositiveFloat = Field(
         1.0,
@@ -148,15 +149,16 @@ class InstanceSettings(BaseModel):
     )
     max_inflight_bytes: PositiveInt = Field(
         64 * MIB,
-        ge=MIN_RANGE_BYTES,
-        description="Most bytes asked for at one time by reads, and the size at which puts are cut into commits. "
-        "Memory beyond the engine's own follows it; 64 MiB fills 16 streams of 4 MiB.",
+        ge=MIN_INFLIGHT_BYTES,
+        description="Most bytes asked for at one time by reads; puts are cut into commits by it too. Memory beyond the "
+        "engine's own follows it, and 32 MiB at most beyond it. A batch of 16 chunks of 4 MiB fits into 64 MiB at one "
+        "time.",
     )
     max_parallel_reads: PositiveInt = Field(
-        16,
+        32,
         le=256,
-        description="Most streams open at one time. Each costs two round trips, so 16 hide the latency of a batch of "
-        "small chunks; more did not help on two cores.",
+        description="Most streams open at one time, as far as `max_inflight_bytes` lets them. Each costs two round trips; "
+        "32 hide them for small chunks, and more did not help on two cores.",
     )
     max_parallel_writes: PositiveInt = Field(
         2,
@@ -185,18 +187,13 @@ class InstanceSettings(BaseModel):
 
     @property
     def range_bytes(self) -> int:
-        """Bytes of one read: `max_inflight_bytes` shared by the streams, within `MIN_` and `MAX_RANGE_BYTES`."""
-        return min(MAX_RANGE_BYTES, max(MIN_RANGE_BYTES, self.max_inflight_bytes // self.max_parallel_reads))
-
-    @property
-    def parallel_reads(self) -> int:
-        """Streams that may be open at once without passing `max_inflight_bytes`."""
-        return max(1, min(self.max_parallel_reads, self.max_inflight_bytes // self.range_bytes))
+        """Bytes of one read: a larger object is read in several, side by side."""
+        return min(MAX_RANGE_BYTES, self.max_inflight_bytes)
 
     @property
     def commit_bytes(self) -> int:
         """Bytes after which a put is cut: hf_xet peaks near twice a commit, and several are written side by side."""
-        return max(MIN_RANGE_BYTES, self.max_inflight_bytes // (2 * self.max_parallel_writes))
+        return max(MIN_INFLIGHT_BYTES, self.max_inflight_bytes // (2 * self.max_parallel_writes))
 
     def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
         """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.

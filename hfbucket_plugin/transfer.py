@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.gate import ByteGate
     from hfbucket_plugin.hub import HubClient
     from hfbucket_plugin.leases import Lease
     from hfbucket_plugin.workers import WorkerPool
@@ -89,7 +90,8 @@ class Transfer:
     Args:
         hub: For access tokens.
         bucket_id: `<namespace>/<bucket>`.
-        read_workers: Threads for reads: as many streams are open at one time.
+        read_workers: Threads for reads: at most as many streams are open at one time.
+        gate: Bounds the bytes that open streams were asked for.
         range_bytes: A larger object is read in ranges of this many bytes, several at a time. It is also the size of
             the pieces that hf_xet hands over, and so of the memory a stream takes.
         read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
@@ -103,12 +105,14 @@ class Transfer:
         bucket_id: str,
         *,
         read_workers: WorkerPool,
+        gate: ByteGate,
         range_bytes: int,
         read_timeout_secs: float,
         write_timeout_secs: float,
         streams: int,
     ) -> None:
         self._workers = read_workers
+        self._gate = gate
         self._range_bytes = range_bytes
         self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams))
         self._writing = SessionPool(hub, bucket_id, "write", xet_config(write_timeout_secs, streams))
@@ -170,7 +174,9 @@ class Transfer:
             for attempt in range(_TRIES):
                 if not read.lease.live or ticket.abandoned:
                     break
-                if self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1):
+                with self._gate.hold(end - start, deadline, read.name):
+                    done = self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1)
+                if done:
                     return end - start
         except HFBucketError as error:
             read.fail(error)
@@ -222,7 +228,8 @@ class Transfer:
     def upload(self, sources: Sequence[memoryview | bytes], deadline: Deadline, upload: Upload) -> list[Content]:
         """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.write`.
 
-        Blocks its thread beyond the deadline at worst by hf_xet's own timeouts; `abandon` frees it at once.
+        Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
+        timeouts say. Whoever waits for that thread calls `abandon` at the deadline, which frees it at once.
 
         Args:
             sources: Must stay as they are until this returns or raises, even when `upload` was abandoned meanwhile.
