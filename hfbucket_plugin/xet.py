@@ -174,15 +174,19 @@ class SessionPool:
         try:
             if (loan := self._try_borrow()) is not None:
                 return loan
+            self._refuse_when_closed()  # before a token is asked for: many readers may be queued when it closes
             session = self._build(deadline)
             with self._lock:
-                if self._closed:
-                    raise TransportError(f"instance {self._hub.instance!r} is closed")
+                self._refuse_when_closed()
                 self._current = session
                 session.readers += 1
                 return Loan(session)
         finally:
             self._building.release()
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise TransportError(f"instance {self._hub.instance!r} is closed")
 
     @property
     def ready(self) -> bool:
