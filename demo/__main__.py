@@ -185,6 +185,11 @@ def demo(directory: Path) -> int:
         ],
         consumed,
     )
+    return exit_code(consumed)
+
+
+def exit_code(consumed: dict[str, Any]) -> int:
+    """0 only if every token was found and hit, and every tensor is what was stored."""
     complete = consumed["hit"] == consumed["found"] == consumed["tokens"] and consumed["identical"]
     return 0 if complete else 1
 

@@ -1,0 +1,60 @@
+"""What the pages say is true: settings, links, configurations, commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hfbucket_plugin import metrics, settings
+from tools import settings_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def test_the_table_of_settings_is_the_models():
+    page = settings_table.PAGE.read_text(encoding="utf-8")
+
+    assert settings_table.rendered(page) == page, "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/configure.md"])
+def test_configurations_load(name):
+    loaded = 0
+    for text in blocks(REPOSITORY / name, "yaml"):
+        document = yaml.safe_load(text)
+        for instance in document.get("remote_storage_plugins", []):
+            own = settings.load(document["extra_config"], instance, document["remote_storage_plugins"])
+            assert own.bucket_handle.bucket == "lmcache-kv"
+            loaded += 1
+
+    assert loaded
+
+
+def test_make_targets_and_scripts_that_are_shown_exist():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for command in blocks(page, "bash"):
+            for target in re.findall(r"^make (\w+)", command, re.MULTILINE):
+                assert f"\n{target}:" in makefile, target
+            for script in re.findall(r"python (benchmarks/\S+\.py)", command):
+                assert (REPOSITORY / script).exists(), script
+
+
+def test_every_metric_is_described():
+    page = (REPOSITORY / "docs" / "operate.md").read_text(encoding="utf-8")
+    for name in (metrics.OPERATIONS, metrics.CHUNKS, metrics.BYTES, metrics.SECONDS, metrics.HUB_REQUESTS):
+        assert f"`{name}`" in page
