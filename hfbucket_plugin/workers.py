@@ -7,6 +7,7 @@ connection would hold up an engine's shutdown. These threads are daemons; whoeve
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -36,30 +37,37 @@ class WorkerPool:
         self._name = name
         self._size = size
         self._backlog = backlog
+        self._closed = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Begin without threads: at first, and in a forked child, where those of the parent do not run."""
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
         self._waiting = 0
-        self._closed = False
+        self._pid = os.getpid()
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Run a function on one of the threads.
 
         Raises:
-            RuntimeError: The pool is closed, or its backlog is full.
+            RuntimeError: The pool is closed, its backlog is full, or the system has no thread left.
         """
         future: Future[_T] = Future()
+        if self._pid != os.getpid():
+            self._start_over()
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"worker pool {self._name} is closed")
             if self._backlog and self._waiting - self._idle >= self._backlog and self._threads >= self._size:
                 raise RuntimeError(f"worker pool {self._name} has {self._waiting} tasks waiting and takes no more")
-            self._waiting += 1
-            if self._waiting > self._idle and self._threads < self._size:
+            if self._waiting >= self._idle and self._threads < self._size:
+                threading.Thread(target=self._run, name=f"{self._name}-{self._threads + 1}", daemon=True).start()
                 self._threads += 1
                 self._idle += 1  # from its birth, so that what it will take up at once is not counted as waiting
-                threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
+            self._waiting += 1
             self._tasks.put((future, function, args, kwargs))
         return future
 

@@ -1,4 +1,7 @@
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -777,6 +780,58 @@ def test_close_waits_for_nothing_and_frees_everybody(hub, filled, connect):
     assert engine.get(KEYS) == [None] * 6
     assert engine.put({key(60): noise(SIZE, 60)}).keys() == {key(60)}
     engine.store.close()
+
+
+FORK = """
+import os, sys
+from plugin_support import instance_settings
+from hfbucket_plugin.chunks import ChunkStore
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.metrics import Tally
+
+class Memory:
+    def __init__(self, data, key=""):
+        self.key, self.view = key, memoryview(bytearray(data))
+
+    def release(self):
+        pass
+
+endpoint, bucket, key, directory = sys.argv[1:]
+store = ChunkStore(instance_settings(endpoint, bucket, "v1", download_tmp_dir=directory, verify="hash"), "x", Tally(), 9)
+
+def work(name):
+    hits = store.prefix_hits([key], 100_000)
+    found = store.read_many([key], 100_000, lambda _: Memory(bytes(100_000)), Deadline.after(20))
+    own = name + key[1:]
+    failed = store.write_many([Memory(os.urandom(100_000), own)], 100_000, Deadline.after(20))
+    print(name, hits, found != [None], failed, store.prefix_hits([own], 100_000), flush=True)
+
+work("before")
+child = os.fork()
+work("child" if child == 0 else "parent")
+store.close()
+if child:
+    os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_forked_child_and_its_parent_both_go_on(hub, filled, tmp_path):
+    arguments = [hub.endpoint, filled, KEYS[0], str(tmp_path / "tmp")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
+
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env=environment,
+    )
+
+    lines = {"before 1 True [] 1", "child 1 True [] 1", "parent 1 True [] 1"}
+    assert set(done.stdout.splitlines()) == lines, done.stdout + done.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_leftovers_of_dead_processes_are_swept_at_the_start(connect, tmp_path, caplog):

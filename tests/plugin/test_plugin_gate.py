@@ -1,57 +1,90 @@
 import threading
 
 import pytest
+from plugin_support import eventually, in_threads
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import DeadlineError
 from hfbucket_plugin.gate import ByteGate
 
 
-def test_what_is_held_together_stays_within_the_limit():
+def soon(seconds=30.0):
+    return Deadline.after(seconds)
+
+
+def test_what_is_held_at_one_time_stays_within_the_limit():
+    gate, lock = ByteGate(100), threading.Lock()
+    held, most = 0, 0
+
+    def use(number):
+        nonlocal held, most
+        for amount in (10 * (number % 10) + 1, 100, 3):
+            with gate.hold(amount, soon(), "x"):
+                with lock:
+                    held += amount
+                    most = max(most, held)
+                with lock:
+                    held -= amount
+
+    assert in_threads(20, use) == [None] * 20
+    assert 0 < most <= 100
+
+
+def test_several_are_let_in_as_long_as_there_is_room():
     gate = ByteGate(100)
-    lock = threading.Lock()
-    held, peak = 0, 0
 
-    def work(amount):
-        nonlocal held, peak
-        with gate.hold(amount, Deadline.after(30), "work"):
-            with lock:
-                held += amount
-                peak = max(peak, held)
-            threading.Event().wait(0.002)
-            with lock:
-                held -= amount
+    def one_more():
+        with gate.hold(1, soon(0.05), "k"):
+            pass
 
-    threads = [threading.Thread(target=work, args=(amount,)) for amount in (40, 60, 30, 100, 10) * 6]
-    for thread in threads:
-        thread.start()
+    with gate.hold(60, soon(), "x"), gate.hold(40, soon(), "x"), gate.hold(0, soon(), "x"):
+        pytest.raises(DeadlineError, one_more).match(r"k: no room within 0\.05 s")
+    with gate.hold(100, soon(0), "x"):
+        pass
+
+
+def test_one_that_wants_more_than_all_is_let_in_alone():
+    gate, inside = ByteGate(100), threading.Event()
+    release = threading.Event()
+
+    def hold():
+        with gate.hold(1000, soon(), "x"):
+            inside.set()
+            release.wait(30)
+
+    with gate.hold(1, soon(), "x"):
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert not inside.wait(0.05)
+    assert inside.wait(30)
+    with pytest.raises(DeadlineError), gate.hold(1, soon(0.05), "x"):
+        pass
+    release.set()
+    holder.join()
+    with gate.hold(100, soon(), "x"):
+        pass
+
+
+def test_an_error_inside_gives_the_room_back():
+    gate = ByteGate(100)
+
+    for _ in range(5):
+        with pytest.raises(KeyError), gate.hold(80, soon(1), "x"):
+            raise KeyError
+
+
+def test_those_who_wait_come_in_when_there_is_room():
+    gate, came = ByteGate(100), []
+
+    def wait(number):
+        with gate.hold(50, soon(), "x"):
+            came.append(number)
+
+    with gate.hold(100, soon(), "x"):
+        threads = [threading.Thread(target=wait, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        assert came == []
+    eventually(lambda: sorted(came) == [0, 1, 2, 3])
     for thread in threads:
         thread.join()
-
-    assert 0 < peak <= 100
-    assert held == 0
-
-
-def test_more_than_the_limit_is_let_in_alone():
-    gate = ByteGate(10)
-
-    with (
-        gate.hold(50, Deadline.after(5), "large"),
-        pytest.raises(DeadlineError, match="small: no room"),
-        gate.hold(1, Deadline.after(0.01), "small"),
-    ):
-        pytest.fail("there was no room")
-
-    with gate.hold(10, Deadline.after(5), "after"):
-        pass
-
-
-def test_one_that_found_no_room_holds_nothing():
-    gate = ByteGate(10)
-    with gate.hold(10, Deadline.after(5), "first"):
-        for _ in range(3):
-            with pytest.raises(DeadlineError), gate.hold(5, Deadline.after(0), "late"):
-                pass
-
-    with gate.hold(10, Deadline.after(1), "again"):
-        pass

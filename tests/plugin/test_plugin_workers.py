@@ -132,6 +132,42 @@ def test_a_pool_that_was_never_used_closes():
     WorkerPool("unused", 1).close()
 
 
+def test_a_system_without_threads_left_refuses_and_recovers(monkeypatch):
+    pool = WorkerPool("starved", 2, backlog=1)
+
+    def start(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                pool.submit(int)
+
+    release = threading.Event()
+    futures = [pool.submit(release.wait, 30) for _ in range(3)]
+    release.set()
+    assert not wait(futures, 30).not_done
+    pool.close()
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    script = (
+        "import os\n"
+        "from hfbucket_plugin.workers import WorkerPool\n"
+        "pool = WorkerPool('forked', 2, backlog=2)\n"
+        "print(pool.submit(int, 1).result(30), flush=True)\n"
+        "child = os.fork()\n"
+        "print(pool.submit(int, 2).result(30), flush=True)\n"
+        "if child:\n"
+        "    os.waitpid(child, 0)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+
+    assert (done.stdout, done.stderr) == ("1\n2\n2\n", "")
+
+
 def test_an_idle_thread_does_not_keep_the_last_task_alive():
     class Big:
         pass
