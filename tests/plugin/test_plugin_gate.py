@@ -38,7 +38,9 @@ def test_several_are_let_in_as_long_as_there_is_room():
             pass
 
     with gate.hold(60, soon(), "x"), gate.hold(40, soon(), "x"), gate.hold(0, soon(), "x"):
-        pytest.raises(DeadlineError, one_more).match(r"k: no room within 0\.05 s")
+        assert gate._held == 100
+        with pytest.raises(DeadlineError, match=r"k: no room within 0\.05 s"):
+            one_more()
     with gate.hold(100, soon(0), "x"):
         pass
 
