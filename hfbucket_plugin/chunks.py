@@ -96,10 +96,28 @@ class ChunkStore:
             if content is None or content.size != size:
                 break
             hits += 1
-        self._outcomes.chunks("lookup", "hit", hits)
-        self._outcomes.chunks("lookup", "missing", len(keys) - hits)
+        self._tell_lookup(keys, contents, hits, size)
         self._outcomes.ended("lookup", "ok", started)
         return hits
+
+    def _tell_lookup(self, keys: Sequence[str], contents: Mapping[str, Content | None], hits: int, size: int) -> None:
+        rest = [contents.get(key) for key in keys[hits:]]
+        refused = [content for content in rest if content is not None and content.size != size]
+        missing = rest.count(None)
+        self._outcomes.chunks("lookup", "hit", hits)
+        self._outcomes.chunks("lookup", "missing", missing)
+        self._outcomes.chunks("lookup", "size", len(refused))
+        self._outcomes.chunks("lookup", "behind_a_gap", len(rest) - missing - len(refused))
+        if refused:
+            self._warn_of_size("lookup", f"{len(refused)} chunks", refused[0].size, size)
+
+    def _warn_of_size(self, operation: str, what: str, actual: int, size: int) -> None:
+        self._outcomes.warn(
+            operation,
+            "size",
+            f"{what}: refused, since the object has {actual} bytes and a full chunk {size}; was it written with another "
+            "chunk_size, dtype or layout?",
+        )
 
     def warm_up(self) -> None:
         """Have a session for reading made in the background, if there is none.
@@ -179,12 +197,7 @@ class ChunkStore:
                 self._outcomes.chunks("get", "missing", 1)
             elif content.size != size:
                 self._outcomes.chunks("get", "size", 1)
-                self._outcomes.warn(
-                    "get",
-                    "size",
-                    f"{key}: refused, since the object has {content.size} bytes and a full chunk {size}; was it "
-                    "written with another chunk_size, dtype or layout?",
-                )
+                self._warn_of_size("get", key, content.size, size)
             else:
                 wanted[index] = (key, content)
         return wanted
@@ -238,6 +251,11 @@ class ChunkStore:
         """Store full chunks; see `Putter.write_many`."""
         return self._putter.write_many(sources, size, deadline)
 
+    def puts_refused(self, keys: Sequence[str]) -> None:
+        """Tell of chunks that were not stored because no more puts are taken, or were given up while they waited."""
+        self._outcomes.chunks("put", "not_taken", len(keys))
+        self._outcomes.warn("put", "not_taken", f"{len(keys)} chunks were not stored: too many puts wait, or it closes")
+
     def delete(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
         """Delete chunks, at once and for ever.
 
@@ -252,6 +270,8 @@ class ChunkStore:
         try:
             failures = {paths.get(p, p): f for p, f in self._bucket.delete(list(paths), deadline).items()}
         except HFBucketError as error:
+            for key in keys:  # it may have been done, and only the answer be missing
+                self._existence.cache.drop(key)
             self._failed("delete", error, len(keys), started)
             raise
         for key in keys:

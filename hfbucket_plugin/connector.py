@@ -24,6 +24,7 @@ from hfbucket_plugin.errors import (
     BucketMissingError,
     ConfigError,
     HFBucketError,
+    ItemFailure,
     PartialFailureError,
     ThrottledError,
 )
@@ -101,6 +102,8 @@ class HFBucketConnector(RemoteConnector):
         self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
         self._put_calls = WorkerPool(f"hfbucket-put-call-{instance}", settings.max_parallel_writes, _PUT_BACKLOG)
         self._puts: set[Future[Any]] = set()
+        for pool in (self._calls, self._put_calls):
+            pool.prepare()
         self._store.sweep()
         if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read
             self._store.warm_up()
@@ -207,7 +210,18 @@ class HFBucketConnector(RemoteConnector):
             raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: as many are needed of both")
         deadline = Deadline.after(self._settings.put_timeout_secs)
         sources = [SourceMemory(key.to_string(), obj) for key, obj in zip(keys, memory_objs, strict=True)]
-        await self._call(self._put_calls, self._write, sources, deadline, refused=lambda: _release_sources(sources))
+        try:
+            await self._call(self._put_calls, self._write, sources, deadline, refused=lambda: self._refuse(sources))
+        except RuntimeError as error:
+            failures = tuple(ItemFailure(source.key, "not_taken", str(error)) for source in sources)
+            raise PartialFailureError(
+                f"[{self._instance}] {len(sources)} chunks not stored: {error}", failures
+            ) from None
+
+    def _refuse(self, sources: Sequence[SourceMemory]) -> None:
+        for source in sources:
+            source.release()
+        self._store.puts_refused([source.key for source in sources])
 
     def _write(self, sources: Sequence[SourceMemory], deadline: Deadline) -> None:
         failures = self._store.write_many(sources, self._chunk_size(), deadline)
@@ -328,11 +342,6 @@ def _release_all(memory_objs: Sequence[MemoryObj | None]) -> None:
     for memory_obj in memory_objs:
         if memory_obj is not None:
             memory_obj.ref_count_down()
-
-
-def _release_sources(sources: Sequence[SourceMemory]) -> None:
-    for source in sources:
-        source.release()
 
 
 def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:

@@ -52,15 +52,20 @@ class Existence:
         Raises:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
         """
-        values, question, others = self.cache.ask(keys)
-        waited = list({id(q): q for q in others.values()}.values())
-        if question is not None:
-            self._ask(question, deadline)
-            waited.append(question)
-        for one in waited:
-            answer = self._wait(one, deadline)
-            values.update({key: answer[key] for key in keys if key in answer})
-        return values
+        while True:
+            values, question, others = self.cache.ask(keys, deadline.at)
+            if question is not None:
+                self._ask(question, deadline)
+            try:
+                for one in {id(q): q for q in (*others.values(), question) if q is not None}.values():
+                    answer = self._wait(one, deadline)
+                    values.update({key: answer[key] for key in keys if key in answer})
+            except DeadlineError:
+                # A question of somebody with less time than we have: ask what it left open ourselves.
+                if not others or deadline.passed:
+                    raise
+            else:
+                return values
 
     def _ask(self, question: Question, deadline: Deadline) -> None:
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while

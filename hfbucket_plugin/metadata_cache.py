@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -66,8 +67,15 @@ class MetadataCache:
                 question.overtaken.pop(key, None)
                 question.doubtful.add(key)
 
-    def ask(self, keys: Iterable[str]) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
+    def ask(
+        self, keys: Iterable[str], until: float = math.inf
+    ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
         """Sort keys into what is known, what to ask now, and what somebody else is asking already.
+
+        Args:
+            keys: What is wanted.
+            until: When the caller's question will be given up, on `time.monotonic`. A question that should have ended
+                by now is not joined but asked anew: its thread may be blocked for long.
 
         Returns:
             The known ones; a question that the caller must ask and `answer` or `fail`, or None; and the questions of
@@ -75,14 +83,15 @@ class MetadataCache:
         """
         known: dict[str, Content | None] = {}
         others: dict[str, Question] = {}
-        own = Question()
+        own = Question(until)
+        now = time.monotonic()
         with self._locked():
             for key in keys:
                 if key in known or key in own.keys or key in others:
                     continue
                 if key in self._cache:
                     known[key] = self._cache[key]
-                elif (question := self._asking.get(key)) is not None:
+                elif (question := self._asking.get(key)) is not None and question.until > now:
                     others[key] = question
                 else:
                     own.keys[key] = None
@@ -98,9 +107,9 @@ class MetadataCache:
                     values[key] = question.overtaken[key]
                 else:
                     values[key] = found.get(key)
-                    if key not in question.doubtful:
+                    if key not in question.doubtful and self._asking.get(key) is question:
                         self._cache[key] = values[key]
-                self._asking.pop(key, None)
+                self._end(key, question)
         question.future.set_result(values)
         return values
 
@@ -108,8 +117,12 @@ class MetadataCache:
         """End a question without an answer: nothing is noted, and the next one asks again."""
         with self._locked():
             for key in question.keys:
-                self._asking.pop(key, None)
+                self._end(key, question)
         question.future.set_exception(error)
+
+    def _end(self, key: str, question: Question) -> None:
+        if self._asking.get(key) is question:  # else it was given up, and asked anew since
+            del self._asking[key]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -124,7 +137,8 @@ class MetadataCache:
 class Question:
     """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float = math.inf) -> None:
+        self.until = until
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, Content | None] = {}
         self.doubtful: set[str] = set()

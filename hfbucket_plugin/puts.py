@@ -83,8 +83,8 @@ class Putter:
         claimed = [source.key for source in mine]
         try:
             todo = self._drop_present(mine, size, deadline)
-        except HFBucketError as error:
-            failures += _release_unwritten(mine, error.kind, str(error))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
+            failures += _release_unwritten(mine, _kind(error), str(error))
         else:
             failures += self._commit_all(todo, deadline)
         finally:
@@ -177,9 +177,10 @@ class Putter:
     def _commit(self, sources: list[Source], deadline: Deadline, upload: Upload) -> list[ItemFailure]:
         try:
             files, failed = self._write(sources, deadline, upload)
-        except Exception as error:  # noqa: BLE001 - whatever it is, these are not stored and whoever waits must be told
-            kind = error.kind if isinstance(error, HFBucketError) else HFBucketError.kind
-            return [ItemFailure(source.key, kind, f"{source.key}: {error}") for source in sources]
+        except BaseException as error:  # noqa: BLE001 - hf_xet's panics too: whoever waits must be told
+            for source in sources:  # they may be there, and only the answer be missing
+                self._existence.cache.drop(source.key)
+            return [ItemFailure(source.key, _kind(error), f"{source.key}: {error}") for source in sources]
         finally:
             for source in sources:
                 source.release()
@@ -223,6 +224,10 @@ class Putter:
     def close(self) -> None:
         """Take no more work."""
         self._threads.close()
+
+
+def _kind(error: BaseException) -> str:
+    return error.kind if isinstance(error, HFBucketError) else HFBucketError.kind
 
 
 def _release_unwritten(sources: Sequence[Source], kind: str, message: str) -> list[ItemFailure]:

@@ -18,7 +18,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from hfbucket_plugin.deadlines import Deadline
@@ -138,8 +138,7 @@ class Transfer:
         """
         tasks: dict[Future[int], tuple[Read, _Ticket]] = {}
         for read in reads:
-            for start in range(0, read.content.size, self._range_bytes):
-                end = min(start + self._range_bytes, read.content.size)
+            for start, end in cut(read.content.size, self._range_bytes):
                 ticket = _Ticket()
                 try:
                     future = self._workers.submit(self._read_range, read, start, end, deadline, ticket)
@@ -293,6 +292,16 @@ class Upload:
 
     def __init__(self) -> None:
         self.ticket = _Ticket()
+
+
+def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Cut `size` bytes into as few ranges of at most `largest` as will do, all but equal.
+
+    Equal ones fill the streams evenly: a short last range costs as many round trips as a long one.
+    """
+    pieces = -(-size // largest)
+    for piece in range(pieces):
+        yield size * piece // pieces, size * (piece + 1) // pieces
 
 
 def xet_hashes(paths: Iterable[Path]) -> list[str]:

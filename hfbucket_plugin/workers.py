@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerPool:
-    """A fixed number of daemon threads, started when first needed, that take tasks in their order.
+    """At most a fixed number of daemon threads, one more than were ever busy, that take tasks in their order.
 
     Args:
         name: Names the threads, for stack dumps.
@@ -61,15 +61,50 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"worker pool {self._name} is closed")
-            if self._backlog and self._waiting - self._idle >= self._backlog and self._threads >= self._size:
+            free = self._size - (self._threads - self._idle)  # threads that are idle, or may yet be started
+            if self._backlog and self._waiting >= self._backlog + free:
                 raise RuntimeError(f"worker pool {self._name} has {self._waiting} tasks waiting and takes no more")
-            if self._waiting >= self._idle and self._threads < self._size:
-                threading.Thread(target=self._run, name=f"{self._name}-{self._threads + 1}", daemon=True).start()
-                self._threads += 1
-                self._idle += 1  # from its birth, so that what it will take up at once is not counted as waiting
+            if not self._threads:
+                self._start_thread()
             self._waiting += 1
             self._tasks.put((future, function, args, kwargs))
         return future
+
+    def prepare(self) -> None:
+        """Have the first thread started, so that a first `submit` from an event loop does not wait for it.
+
+        Raises:
+            RuntimeError: The system has no thread left.
+        """
+        with self._lock:
+            if not self._threads and not self._closed:
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        number = self._threads + 1
+        threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+        self._threads = number
+        self._idle += 1  # from its birth, so that what it will take up at once is not counted as waiting
+
+    def _wants_successor(self) -> bool:
+        """Whether a thread that goes to work starts another one, counted as idle from now on.
+
+        So there is always an idle one as long as there may be more, and those who submit, event loops among them,
+        start none: starting a thread waits for it, up to 5 ms while others hold the GIL.
+        """
+        if self._idle or self._threads >= self._size or self._closed:
+            return False
+        self._threads += 1
+        self._idle += 1
+        return True
+
+    def _start_successor(self) -> None:
+        try:
+            threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
+        except RuntimeError:  # the system has none left: the tasks wait for those there are
+            with self._lock:
+                self._threads -= 1
+                self._idle -= 1
 
     def close(self) -> None:
         """Take no more tasks, and let each thread end when its present task does. Does not wait."""
@@ -85,6 +120,9 @@ class WorkerPool:
             with self._lock:
                 self._idle -= 1
                 self._waiting -= 1
+                successor = self._wants_successor()
+            if successor:
+                self._start_successor()
             self._perform(*task)
             del task  # else it would keep the last task's buffers alive until the next one comes
             with self._lock:

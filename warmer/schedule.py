@@ -28,15 +28,18 @@ class Window:
             that little is lost with a node.
         chunks: Most chunks given and not yet finished: two batches, so that one is fetched while another is hashed.
         bytes: Most bytes given and not yet finished; a larger chunk goes when nothing else is under way.
+        batches: Most batches given and not yet finished: an actor has a slot for each, and one more for the order to
+            stop, which must not queue behind copies.
     """
 
     batch_chunks: int = 64
     batch_bytes: int = 64 * _MIB
     chunks: int = 128
     bytes: int = 128 * _MIB
+    batches: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.batch_chunks, self.batch_bytes, self.chunks, self.bytes) < 1:
+        if min(self.batch_chunks, self.batch_bytes, self.chunks, self.bytes, self.batches) < 1:
             raise ValueError("a window has room for at least one chunk and one byte")
 
 
@@ -152,7 +155,7 @@ class Schedule:
         window = self._window
         if batch_chunks == lane.flying_chunks == 0:
             return True  # however large it is, it must go some time
-        if lane.flying_chunks + batch_chunks >= window.chunks:
+        if len(lane.batches) >= window.batches or lane.flying_chunks + batch_chunks >= window.chunks:
             return False
         if lane.flying_bytes + batch_bytes + size > window.bytes:
             return False

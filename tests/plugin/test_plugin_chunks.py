@@ -146,7 +146,9 @@ def test_hits_are_counted_up_to_the_first_gap(hub, filled, engine):
     assert engine.hits([KEYS[0]] * 3) == 3
     assert engine.hits(KEYS, size=SIZE + 1) == 0
     assert engine.count("lookup", "hit") == 6 + 2 + 3
-    assert engine.count("lookup", "missing") == 5 + 7 + 6
+    assert engine.count("lookup", "missing") == 2
+    assert engine.count("lookup", "behind_a_gap") == 4 + 6
+    assert engine.count("lookup", "size") == 6
     assert engine.ended("lookup", "ok") == 6
 
 
@@ -288,6 +290,19 @@ def test_more_lookups_than_the_hub_answers_are_refused_and_not_queued_for_ever(h
     assert time.monotonic() - started < 2 * BOUND
     hub.control.clear_faults()
     eventually(lambda: engine.hits(KEYS) == 6)
+
+
+def test_who_has_more_time_is_not_bound_by_a_lookup_of_the_same_key(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=0.5)
+    hub.control.add_fault(Fault(route="paths-info", hang=True, times=1))
+    lookup = threading.Thread(target=engine.hits, args=(KEYS,))
+    lookup.start()
+    eventually(lambda: requests(hub, "paths-info") == 1)
+
+    assert engine.get(KEYS[:2]) == [DATA[KEYS[0]], DATA[KEYS[1]]]
+
+    lookup.join()
+    assert engine.count("lookup", "deadline") == len(KEYS)
 
 
 # --- get -----------------------------------------------------------------------------------------------------------------

@@ -288,7 +288,9 @@ def test_more_puts_than_may_wait_are_refused_and_give_everything_back(hub, rigs,
 
     failures = [future.exception(30) for future in futures]
 
-    assert sum(not isinstance(failure, PartialFailureError) for failure in failures) == 5
+    assert all(isinstance(failure, PartialFailureError) for failure in failures)
+    assert sum(failure.failures[0].kind == "not_taken" for failure in failures) == 5
+    assert rig.count("put", "not_taken") == 5
     assert all("takes no more" in str(failure) for failure in failures if not isinstance(failure, PartialFailureError))
     eventually(lambda: {memory_obj.get_ref_count() for memory_obj in memory_objs} == {1})
     for memory_obj in memory_objs:

@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pytest
@@ -200,3 +201,17 @@ def test_a_question_that_nobody_answers_stays_open():
 
     with pytest.raises(FutureTimeoutError):
         question.future.result(0.01)
+
+
+def test_a_question_that_should_have_ended_is_asked_anew_and_its_late_answer_is_not_believed():
+    one = cache()
+    _, hung, _ = one.ask(["key"], until=time.monotonic() - 1)
+
+    _, fresh, others = one.ask(["key"], until=time.monotonic() + 60)
+
+    assert fresh is not None
+    assert not others
+    one.answer(hung, {})
+    assert one.get("key") == (False, None)
+    one.answer(fresh, {"key": A})
+    assert one.get("key") == (True, A)

@@ -50,7 +50,7 @@ def test_no_more_threads_than_its_size_and_none_before_they_are_needed():
 
     first = pool.submit(task)
     assert running.acquire(timeout=30)
-    assert len(threads_of("size")) == 1
+    assert len(threads_of("size")) == 2  # the busy one, and one that is ready
     rest = [pool.submit(task) for _ in range(5)]
     for _ in range(2):
         assert running.acquire(timeout=30)
@@ -68,7 +68,27 @@ def test_a_free_thread_is_used_before_another_is_started():
         pool.submit(int).result(30)
         eventually(lambda: pool._idle == len(threads_of("reuse")))
 
-    assert len(threads_of("reuse")) == 1
+    assert len(threads_of("reuse")) == 2  # one that is busy at times, and one that is ready meanwhile
+    pool.close()
+
+
+def test_who_submits_starts_no_thread_once_the_pool_is_prepared(monkeypatch):
+    starters = set()
+    started = threading.Thread.start
+
+    def start(thread):
+        starters.add(threading.get_ident())
+        started(thread)
+
+    pool = WorkerPool("prepared", 6)
+    pool.prepare()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    barrier = threading.Barrier(6)
+    futures = [pool.submit(barrier.wait, 30) for _ in range(6)]  # done only when all six run at one time
+
+    assert not wait(futures, 30).not_done
+    assert starters
+    assert threading.get_ident() not in starters
     pool.close()
 
 

@@ -199,3 +199,10 @@ def test_ranges_written_by_many_threads_all_arrive(tmp_path):
         thread.join()
     one.close(fsync=True)
     assert (tmp_path / "file").read_bytes() == data
+
+
+def test_a_key_that_no_file_can_bear_is_the_chunks_failure(tier):
+    odd = f"{KEY}@t%\x00"
+
+    with pytest.raises(TierError, match="null byte"):
+        tier.holds(odd, 10)

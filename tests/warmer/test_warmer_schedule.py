@@ -176,3 +176,10 @@ def test_no_nodes_and_no_chunks_are_done_at_once():
 def test_a_window_without_room_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Window(chunks=0)
+
+
+def test_no_more_batches_are_under_way_than_an_actor_has_slots_for():
+    mib = 1024 * 1024
+    schedule = Schedule(["node"], lambda: iter(plan([n * mib for n in (11, 23, 25, 33, 40, 42)])))
+
+    assert [schedule.next_batch("node") is not None for _ in range(4)] == [True, True, False, False]

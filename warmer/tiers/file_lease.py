@@ -11,6 +11,7 @@ import os
 import threading
 
 from hfbucket_plugin.leases import Lease
+from warmer.errors import TierError
 
 
 class FileLease(Lease):
@@ -37,7 +38,7 @@ class FileLease(Lease):
 
         Raises:
             ValueError: The piece would pass the file's end. Nothing was written.
-            OSError: The disk did not take it.
+            TierError: The disk did not take it: no matter of the store's, whose errors are told apart from it.
         """
         if at < 0 or at + len(piece) > self.size:
             raise ValueError(f"{len(piece)} bytes at {at} do not fit into a file of {self.size}")
@@ -47,7 +48,10 @@ class FileLease(Lease):
                 return False
             view = memoryview(piece)
             while view:
-                written = os.pwrite(self._descriptor, view, at)
+                try:
+                    written = os.pwrite(self._descriptor, view, at)
+                except OSError as error:
+                    raise TierError(f"the tier's disk did not take {len(view)} bytes: {error}") from None
                 view, at = view[written:], at + written
             return True
 

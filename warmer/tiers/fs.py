@@ -139,3 +139,5 @@ def _named(tier: str, path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise TierError(f"tier {tier!r}: {path}: {reason}") from None
+    except ValueError as error:  # a key may hold what no file name can, such as NUL: that chunk fails, and no other
+        raise TierError(f"tier {tier!r}: {str(path)!r}: {error}") from None
