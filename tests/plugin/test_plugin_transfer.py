@@ -154,6 +154,16 @@ def test_an_object_that_is_shorter_than_listed_is_never_done(hub, door, size):
     assert not into.read.done
 
 
+def test_a_read_is_judged_by_the_bytes_that_arrived(hub, door, monkeypatch):
+    content = stored(door, hub, {"a": DATA})["a"]
+    monkeypatch.setattr(door.transfer, "_try_range", lambda *_, **__: False)  # neither done nor an error: it has none
+
+    into = read(door, content)
+
+    assert isinstance(into.error, IntegrityError)
+    assert not into.read.done
+
+
 # --- faults at the wire --------------------------------------------------------------------------------------------------
 
 # hf_xet 1.8 loses the reason of about every other failed stream. Reads are tried once more for that, so that one kind
