@@ -44,7 +44,7 @@ MIN_INFLIGHT_BYTES = MIB
 MAX_RANGE_BYTES = 3 * MIB
 """Reads are cut into ranges of at most this size. hf_xet hands a stream over in pieces as large as the range asked for,
 and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms. glibc keeps
-a piece's memory for each thread that ever read one: about 3 MiB took 85 to 91 MiB where 4 MiB took 97 to 102, at equal speed."""
+a piece's memory for each thread that ever read one: 3 MiB took 82 to 92 MiB where 4 MiB took 97 to 102, at equal speed."""
 
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.

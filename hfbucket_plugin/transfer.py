@@ -295,13 +295,9 @@ class Upload:
 
 
 def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut `size` bytes into as few ranges of at most `largest` as will do, all but equal.
-
-    Equal ones fill the streams evenly: a short last range costs as many round trips as a long one.
-    """
-    pieces = -(-size // largest)
-    for piece in range(pieces):
-        yield size * piece // pieces, size * (piece + 1) // pieces
+    """Cut `size` bytes into ranges of `largest`, the last one with what is left."""
+    for start in range(0, size, largest):
+        yield start, min(start + largest, size)
 
 
 def xet_hashes(paths: Iterable[Path]) -> list[str]:
