@@ -102,7 +102,9 @@ class HFBucketConnector(RemoteConnector):
         self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
         self._put_calls = WorkerPool(f"hfbucket-put-call-{instance}", settings.max_parallel_writes, _PUT_BACKLOG)
         self._puts: set[Future[Any]] = set()
-        for pool in (self._calls, self._put_calls):
+        self._closed = False
+        self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
+        for pool in (self._calls, self._put_calls, self._closer):
             pool.prepare()
         self._store.sweep()
         if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read
@@ -274,12 +276,14 @@ class HFBucketConnector(RemoteConnector):
         return PING_OK
 
     async def close(self) -> None:
-        """Wait up to `close_timeout_secs` for puts under way, then end everything at once."""
-        closer = WorkerPool(f"hfbucket-close-{self._instance}", 1)
+        """Wait up to `close_timeout_secs` for puts under way, then end everything at once; once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         try:
-            await self._call(closer, self._close)
+            await self._call(self._closer, self._close)
         finally:
-            closer.close()
+            self._closer.close()
 
     def _close(self) -> None:
         _, unfinished = wait(self._puts.copy(), timeout=self._settings.close_timeout_secs)
