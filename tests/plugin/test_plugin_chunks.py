@@ -702,6 +702,15 @@ def test_many_first_writes_at_once(hub, bucket, connect):
     assert connect(f"{bucket}-many").hits(KEYS) == 6
 
 
+def test_a_put_of_what_is_there_creates_nothing(hub, filled, connect):
+    engine = connect(create_bucket_if_missing=True)
+
+    assert engine.put(DATA) == {}
+
+    assert engine.count("put", "present") == 6
+    assert requests(hub, "bucket-create") == 0
+
+
 def test_without_the_setting_nothing_is_created(hub, bucket, connect, caplog):
     hub.control.reset_counters()
     engine = connect(f"{bucket}-never")
