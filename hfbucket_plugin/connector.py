@@ -104,7 +104,7 @@ class HFBucketConnector(RemoteConnector):
         self._puts: set[Future[Any]] = set()
         self._closed = False
         self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
-        for pool in (self._calls, self._put_calls, self._closer):
+        for pool in (self._calls, self._questions, self._put_calls, self._closer):
             pool.prepare()
         self._store.sweep()
         if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read

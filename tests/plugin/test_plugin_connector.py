@@ -339,7 +339,7 @@ def test_an_allocator_that_raises_is_a_miss_and_leaks_nothing(rig, monkeypatch):
 
 
 def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monkeypatch):
-    threads = {"allocate": set(), "write": set(), "feed": set(), "request": set()}
+    threads = {"allocate": set(), "write": set(), "feed": set(), "request": set(), "start": set()}
     real_allocate, real_write = rig.memory.allocate, Lease.write
     store = rig.connector._store
     real_feed, real_request = store._bucket.transfer._feed, store._bucket._hub.request
@@ -356,6 +356,8 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
     monkeypatch.setattr(Lease, "write", noted("write", real_write))
     monkeypatch.setattr(store._bucket.transfer, "_feed", noted("feed", real_feed))
     monkeypatch.setattr(store._bucket._hub, "request", noted("request", real_request))
+    # Starting a thread waits for it: up to 5 ms while others hold the GIL.
+    monkeypatch.setattr(threading.Thread, "start", noted("start", threading.Thread.start))
 
     async def on_the_loop():
         keys = [key(n) for n in range(4)]
@@ -366,6 +368,7 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
         found += await rig.connection.batched_get_non_blocking("x", keys)
         await rig.connection.list()
         await rig.connection.ping()
+        await rig.connection.close()
         return threading.get_ident(), found
 
     loop_thread, found = rig.run(on_the_loop())
