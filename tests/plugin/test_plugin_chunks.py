@@ -625,6 +625,19 @@ def test_a_put_that_fails_as_a_whole_is_told_counted_and_may_be_repeated(hub, bu
     assert engine.get(KEYS) == list(data.values())
 
 
+def test_what_was_done_though_the_answer_was_lost_is_seen_at_once(hub, bucket, connect):
+    engine = connect(metadata_cache_ttl_secs=600, miss_cache_ttl_secs=600)
+    assert engine.hits(KEYS) == 0
+    hub.control.add_fault(Fault(route="batch", truncate_at=0))
+
+    assert engine.put(DATA).keys() == set(KEYS)
+    assert engine.hits(KEYS) == 6
+
+    with pytest.raises(HFBucketError):
+        engine.store.delete(KEYS, soon())
+    assert engine.hits(KEYS) == 0
+
+
 @pytest.mark.parametrize("route", ["paths-info", "xet-write-token", "xorb-upload", "shard-upload", "batch"])
 def test_a_put_ends_at_its_deadline_and_gives_the_memory_back(hub, bucket, connect, route):
     engine = connect(put_timeout_secs=0.5)
@@ -831,6 +844,11 @@ def work(name):
     print(name, hits, found != [None], failed, store.prefix_hits([own], 100_000), flush=True)
 
 work("before")
+closing = os.fork()
+if closing == 0:  # what a child inherits is its parent's: closing it neither hangs nor takes it away
+    store.close()
+    os._exit(0)
+os.waitpid(closing, 0)
 child = os.fork()
 work("child" if child == 0 else "parent")
 store.close()

@@ -377,6 +377,39 @@ def test_a_session_whose_readers_were_abandoned_is_replaced(hub, hasty):
     eventually(lambda: before.readers == 0)
 
 
+def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store_for_nothing(hub, door, monkeypatch):
+    content = stored(door, hub, {"a": DATA})["a"]
+    read(door, content)
+    sessions, ended = door.transfer._reading, threading.Event()
+    real, real_end = sessions.borrow, sessions.give_back
+
+    def slowly(deadline):
+        eventually(lambda: deadline.passed)
+        time.sleep(0.2)
+        return real(deadline)
+
+    monkeypatch.setattr(sessions, "borrow", slowly)
+    monkeypatch.setattr(sessions, "give_back", lambda loan: (real_end(loan), ended.set()))
+    hub.control.reset_counters()
+
+    assert isinstance(read(door, content, 0.2).error, DeadlineError)
+
+    assert ended.wait(30)
+    assert hub.control.counters().route("reconstruction").requests == 0
+
+
+def test_a_reason_that_was_lost_is_looked_for_once_more(hub, door):
+    content = stored(door, hub, {"a": DATA})["a"]
+
+    def survived():
+        # Told as what it is, a missing xorb is not asked for again; with its reason lost it is, and is there then.
+        hub.control.clear_faults()
+        hub.control.add_fault(Fault(route="xorb-data", status=404, times=1))
+        return read(door, content).read.done
+
+    eventually(survived)
+
+
 def test_more_reads_than_streams_wait_for_their_turn_and_end_with_the_deadline(hub, bucket):
     with opened(hub.endpoint, bucket, get_secs=0.5, max_parallel_reads=2) as door:
         content = stored(door, hub, {"a": DATA})["a"]

@@ -19,8 +19,11 @@ NODES = 3
 @pytest.fixture(scope="module")
 def cluster():
     """Raylets without a CPU to give, as those of nodes full of engines; each has the token's variable."""
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
+    # Ray notes a cluster's address there, and does not make the directory on a machine that never ran it.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
     head = {"include_dashboard": False, "temp_dir": directory}
     one = Cluster(initialize_head=True, head_node_args=node_options(WARM_TEST_TOKEN=SECRET) | head)
