@@ -11,6 +11,8 @@
     │   └── BucketMissingError            for a writer: create it, or mend the handle
     ├── AccessDeniedError (PermissionError)   mend the token or its rights
     ├── ThrottledError                    wait `retry_after`
+    │   └── BudgetError                   our own cap; raise `max_hub_calls_per_minute`, or ask less
+    ├── BreakerOpenError                  not asked at all; closes by itself
     ├── TransportError (ConnectionError)  try again later
     │   └── DeadlineError (TimeoutError)
     ├── IntegrityError                    never serve these bytes
@@ -118,6 +120,18 @@ class ThrottledError(HFBucketError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class BudgetError(ThrottledError):
+    """`max_hub_calls_per_minute` is used up: the Hub was not asked."""
+
+    kind = "budget"
+
+
+class BreakerOpenError(HFBucketError):
+    """The instance's breaker is open after repeated transport failures: nothing was asked, so that nothing stalls."""
+
+    kind = "breaker"
 
 
 class TransportError(HFBucketError, ConnectionError):

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 KEY_ROOT = "remote_storage_plugin."
 
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 
 MIN_INFLIGHT_BYTES = MIB
 MAX_RANGE_BYTES = 3 * MIB
@@ -141,11 +142,15 @@ class InstanceSettings(BaseModel):
     close_timeout_secs: PositiveFloat = Field(
         5.0, description="Most seconds that closing waits for puts under way. An engine that stops must stop."
     )
-    verify: str = Field(
+    verify: Literal["size", "hash"] = Field(
         "size",
-        pattern="^(size|hash)$",
         description="What is checked before a chunk is served. `size`: its length. `hash`: its Xet hash too, at "
         "0.5 to 1.7 GB/s; it also finds flipped bytes in incompressible data, which Xet's own decoder passes.",
+    )
+    role: Literal["read-write", "read-only", "write-only"] = Field(
+        "read-write",
+        description="What the engine may do here. LMCache sends every put to all its instances and looks all of them up: "
+        "`read-only` stores and deletes nothing, `write-only` is never looked up or read. Default: LMCache's behaviour.",
     )
     max_inflight_bytes: PositiveInt = Field(
         64 * MIB,
@@ -165,6 +170,36 @@ class InstanceSettings(BaseModel):
         le=64,
         description="Most commits under way at one time. Two keep the line busy while one is being hashed.",
     )
+    max_waiting_put_bytes: PositiveInt = Field(
+        2 * GIB,
+        description="Most bytes of chunks whose puts wait or are under way; what comes beyond it is refused and counted as "
+        "`not_taken`. They lie in the engine's own memory, which cannot be reused meanwhile: keep it well below that.",
+    )
+    put_window_secs: NonNegativeFloat = Field(
+        1.0,
+        description="Longest that uploaded chunks wait to be named together with others, by one call to the Hub, while "
+        "more are being uploaded; when none are, they do not wait. Nobody waits for a put, and calls are scarce.",
+    )
+    max_hub_calls_per_minute: PositiveInt | None = Field(
+        None,
+        description="Most calls of this instance in this process to the Hub's API in any 60 s. Over it, lookups are misses "
+        "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
+        "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
+    )
+    breaker_failures: PositiveInt = Field(
+        3,
+        description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
+        "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
+    )
+    breaker_probe_secs: PositiveFloat = Field(
+        1.0,
+        description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
+        "`breaker_max_probe_secs`.",
+    )
+    breaker_max_probe_secs: PositiveFloat = Field(
+        10.0,
+        description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
+    )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,
         validate_default=True,
@@ -179,6 +214,16 @@ class InstanceSettings(BaseModel):
                 f"({self.metadata_cache_ttl_secs})"
             )
         return self
+
+    @property
+    def reads(self) -> bool:
+        """Whether the engine may look chunks up and read them."""
+        return self.role != "write-only"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the engine may store and delete chunks."""
+        return self.role != "read-only"
 
     @property
     def effective_miss_ttl_secs(self) -> float:
@@ -207,6 +252,8 @@ class InstanceSettings(BaseModel):
         return inline or None
 
 
+_Model = TypeVar("_Model", bound=InstanceSettings)
+
 # LMCache's own keys in the same namespace: they say which class serves the instance, and are no settings of it.
 _LOADER_KEYS = frozenset({"module_path", "class_name"})
 
@@ -224,12 +271,27 @@ def load(extra_config: Mapping[Any, Any] | None, instance: str, declared: Iterab
         ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
     """
     values = _own_values(extra_config or {}, instance, frozenset(declared))
-    complaints = _unknown(values, instance)
-    known = {name: value for name, value in values.items() if name in InstanceSettings.model_fields}
+    return validated(InstanceSettings, values, instance, f"{KEY_ROOT}{instance}.")
+
+
+def validated(model: type[_Model], values: Mapping[str, Any], instance: str, where: str) -> _Model:
+    """Settings from values under the names that users gave them.
+
+    Args:
+        model: `InstanceSettings`, or a model with more settings.
+        values: Setting to value.
+        instance: Named in errors.
+        where: What stands before a setting's name where the user wrote it.
+
+    Raises:
+        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+    """
+    complaints = _unknown(model, values, where)
+    known = {name: value for name, value in values.items() if name in model.model_fields}
     try:
-        settings = InstanceSettings.model_validate(known)
+        settings = model.model_validate(known)
     except ValidationError as error:
-        complaints += _words(error, instance)
+        complaints += _words(error, instance, where)
     else:
         if not complaints:
             return settings
@@ -259,23 +321,23 @@ def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -
     return bool(names & declared) or last in InstanceSettings.model_fields or last in _LOADER_KEYS
 
 
-def _unknown(values: Mapping[str, Any], instance: str) -> list[str]:
-    known = list(InstanceSettings.model_fields)
+def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> list[str]:
+    known = list(model.model_fields)
     complaints = []
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
-            complaints.append(f"unknown setting {KEY_ROOT}{instance}.{name}{hint}")
+            complaints.append(f"unknown setting {where}{name}{hint}")
     return complaints
 
 
-def _words(error: ValidationError, instance: str) -> list[str]:
+def _words(error: ValidationError, instance: str, where: str) -> list[str]:
     """What is wrong, without the values: a token may be among them."""
     complaints = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
-        where = ".".join(str(part) for part in item["loc"])
-        name = f"{KEY_ROOT}{instance}.{where}" if where else instance
+        setting = ".".join(str(part) for part in item["loc"])
+        name = f"{where}{setting}" if setting else instance
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
         complaints.append(f"{name}: {message}")
     return complaints

@@ -21,6 +21,8 @@ TREE = {
     "BucketMissingError": ((errors.MissingError,), "bucket_missing"),
     "AccessDeniedError": ((HFBucketError, PermissionError), "denied"),
     "ThrottledError": ((HFBucketError,), "throttled"),
+    "BudgetError": ((errors.ThrottledError,), "budget"),
+    "BreakerOpenError": ((HFBucketError,), "breaker"),
     "TransportError": ((HFBucketError, ConnectionError), "transport"),
     "DeadlineError": ((errors.TransportError, TimeoutError), "deadline"),
     "IntegrityError": ((HFBucketError,), "integrity"),

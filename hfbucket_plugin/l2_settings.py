@@ -1,0 +1,115 @@
+"""The settings of an instance in MP mode: the JSON that `lmcache server --l2-adapter` takes, read by it and by our tools.
+
+::
+
+    {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter", "class_name": "HFBucketL2Adapter",
+     "adapter_params": {"bucket_handle": "hf://buckets/my-org/lmcache-kv/prod", "token_env": "HF_TOKEN"}}
+
+The JSON of LMCache's built-in adapter, `{"type": "hfbucket", "bucket_handle": ...}`, names the same settings and objects,
+so tools take it too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.settings import InstanceSettings, validated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODULE: Final = "hfbucket_plugin.l2_adapter"
+DEFAULT_GET_SECS: Final = 9.0
+"""What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
+chosen like the classic engine's default, 90 % of 10 s."""
+
+_LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
+"""What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
+
+
+class L2Settings(InstanceSettings):
+    """What an L2 adapter of LMCache's MP mode is told: the settings of an instance, and some of its own."""
+
+    name: str = Field(
+        "hfbucket",
+        pattern=r"^[A-Za-z0-9_.:/-]{1,64}$",
+        description="Names the instance in logs and metrics. Give each `--l2-adapter` a name of its own, such as "
+        "`hfbucket.us`.",
+    )
+    max_capacity_gb: NonNegativeFloat = Field(
+        0.0,
+        description="GiB that the objects below the prefix may take, for LMCache's `eviction`. 0: no bound, and only "
+        "eviction by quota (`IsolatedLRU`) works. A bucket has no bound of its own.",
+    )
+    usage_refresh_secs: NonNegativeFloat = Field(
+        3600.0,
+        description="Seconds between two listings that tell how much the bucket really holds; own writes and deletes are "
+        "counted at once. A listing costs a call for every 1,000 objects. 0: never list.",
+    )
+    usage_max_pages: PositiveInt = Field(
+        100,
+        description="Most pages of such a listing where no `max_capacity_gb` is set: the figure is then only told, and "
+        "says that it is a lower bound. With a capacity, all pages are read.",
+    )
+    object_sizes: Literal["layout", "any"] = Field(
+        "layout",
+        description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
+        "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
+    )
+    num_workers: PositiveInt | None = Field(
+        None,
+        description="LMCache's built-in adapter takes it; without effect here, where `max_parallel_reads` and "
+        "`max_parallel_writes` bound the work.",
+    )
+
+    @property
+    def load_timeout_secs(self) -> float:
+        """Most seconds that a load may take."""
+        return self.get_timeout_secs if self.get_timeout_secs is not None else DEFAULT_GET_SECS
+
+
+def from_params(params: Mapping[str, Any]) -> L2Settings:
+    """The settings of `adapter_params`.
+
+    Raises:
+        ConfigError: One message that names every wrong setting, and the nearest known name.
+    """
+    name = params.get("name")
+    instance = name if isinstance(name, str) else "hfbucket"
+    misplaced = sorted(_LMCACHE_KEYS & params.keys())
+    if misplaced:
+        raise ConfigError(
+            f"instance {instance!r}: {', '.join(misplaced)} must stand beside adapter_params, not in it: LMCache reads it there"
+        )
+    return validated(L2Settings, params, instance, "adapter_params.")
+
+
+def from_json(text: str) -> L2Settings:
+    """The settings in the JSON of an `--l2-adapter`, ours or the built-in's.
+
+    Raises:
+        ConfigError: It is no JSON object, names no adapter of a bucket, or holds wrong settings.
+    """
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError("--l2-adapter: this is no JSON; give it the very text that `lmcache server` takes") from None
+    if not isinstance(spec, dict):
+        raise ConfigError('--l2-adapter: must be a JSON object, such as {"type": "plugin", ...}')
+    kind = spec.get("type")
+    if kind == "hfbucket":
+        return from_params({key: value for key, value in spec.items() if key not in _LMCACHE_KEYS})
+    if kind != "plugin" or spec.get("module_path") != MODULE:
+        named = f"type {kind!r}" + (f", module_path {spec.get('module_path')!r}" if kind == "plugin" else "")
+        raise ConfigError(
+            f'--l2-adapter: {named} is no adapter of a bucket; these are {{"type": "plugin", "module_path": "{MODULE}", ...}} '
+            'and the built-in {"type": "hfbucket", ...}'
+        )
+    params = spec.get("adapter_params", {})
+    if not isinstance(params, dict):
+        raise ConfigError("--l2-adapter: adapter_params must be a JSON object of settings")
+    return from_params(params)

@@ -1,0 +1,76 @@
+"""Which instances a tool works on: named by the configuration that engines use too, classic or MP, as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from hfbucket_plugin import l2_settings
+from hfbucket_plugin.engine_config import EngineConfig
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hfbucket_plugin.settings import InstanceSettings
+
+_BUILT_IN_TYPE: Final = "hfbucket"
+_OUR_MODULE: Final = "hfbucket_plugin.adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedInstance:
+    """One instance, as a configuration names it.
+
+    Attributes:
+        name: `hfbucket.us`, or the `name` of an L2 adapter's JSON.
+        settings: Its settings.
+        mode: Which engines use the configuration, and so which kind of key their objects have.
+    """
+
+    name: str
+    settings: InstanceSettings
+    mode: Literal["classic", "mp"]
+
+
+def named_instances(
+    lmcache_config: Path | None = None, instances: Sequence[str] = (), l2_adapters: Sequence[str] = ()
+) -> list[NamedInstance]:
+    """The instances that options name.
+
+    Args:
+        lmcache_config: The LMCache YAML of a classic engine.
+        instances: Names in it; none for all bucket instances that it declares.
+        l2_adapters: JSON texts as `lmcache server --l2-adapter` takes them.
+
+    Raises:
+        ConfigError: Nothing is named, a file cannot be read, or settings are wrong.
+    """
+    if lmcache_config is None and not l2_adapters:
+        raise ConfigError(
+            "name a configuration: --lmcache-config FILE, or --l2-adapter JSON as lmcache server takes it"
+        )
+    if instances and lmcache_config is None:
+        raise ConfigError("--instance names an instance of an LMCache YAML: give --lmcache-config FILE with it")
+    found = _classic(EngineConfig.read(lmcache_config), instances) if lmcache_config is not None else []
+    for text in l2_adapters:
+        settings = l2_settings.from_json(text)
+        found.append(NamedInstance(settings.name, settings, "mp"))
+    return found
+
+
+def _classic(config: EngineConfig, instances: Sequence[str]) -> list[NamedInstance]:
+    names = list(instances) or [name for name in config.plugins if _is_bucket(config, name)]
+    if not names:
+        declared = ", ".join(config.plugins) or "none"
+        raise ConfigError(
+            f"{config.source}: remote_storage_plugins declares no bucket instance; it declares {declared}"
+        )
+    return [NamedInstance(name, config.instance(name), "classic") for name in names]
+
+
+def _is_bucket(config: EngineConfig, plugin: str) -> bool:
+    return (
+        plugin.split(".", maxsplit=1)[0] == _BUILT_IN_TYPE or config.plugin_value(plugin, "module_path") == _OUR_MODULE
+    )
