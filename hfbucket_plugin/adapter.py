@@ -25,6 +25,7 @@ from lmcache.v1.storage_backend.connector import (
 from hfbucket_plugin import settings
 from hfbucket_plugin.connector import HFBucketConnector
 from hfbucket_plugin.errors import ConfigError, HFBucketError
+from hfbucket_plugin.health_shield import lift_threshold
 
 if TYPE_CHECKING:
     from lmcache.v1.storage_backend.connector import ConnectorContext
@@ -60,6 +61,7 @@ class HFBucketConnectorAdapter(ConnectorAdapter):
             if context.config is None or context.metadata is None:
                 raise ConfigError(f"instance {instance!r}: LMCache gave no configuration or no metadata")
             own = settings.load(context.config.extra_config, instance, context.config.remote_storage_plugins or ())
+            lift_threshold(context.config, lambda name: _is_ours(context.config, name))
             return HFBucketConnector(
                 context.local_cpu_backend, context.config, context.metadata, settings=own, instance=instance
             )
@@ -76,8 +78,16 @@ def _instance_name(context: ConnectorContext) -> str:
 
 def _adapter_named_by(context: ConnectorContext) -> HFBucketConnectorAdapter | None:
     """Our adapter, if the configuration names it (or a subclass of it) for this instance."""
-    extra = (context.config.extra_config if context.config is not None else None) or {}
-    head = f"{settings.KEY_ROOT}{_instance_name(context)}."
+    return _adapter_of(context.config, _instance_name(context))
+
+
+def _is_ours(config: Any, instance: str) -> bool:
+    return _adapter_of(config, instance) is not None
+
+
+def _adapter_of(config: Any, instance: str) -> HFBucketConnectorAdapter | None:
+    extra = (config.extra_config if config is not None else None) or {}
+    head = f"{settings.KEY_ROOT}{instance}."
     module_path, class_name = extra.get(f"{head}module_path"), extra.get(f"{head}class_name")
     if not module_path or not class_name:
         return None

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import AccessDeniedError, HFBucketError, ItemFailure, TransportError
@@ -62,8 +62,18 @@ class Bucket:
         self.transfer = transfer
         self._api = f"/api/buckets/{handle.bucket_id}"
 
-    def stat(self, paths: Sequence[str], deadline: Deadline) -> dict[str, ObjectInfo]:
+    @property
+    def paused_secs(self) -> float:
+        """Seconds left of a pause that the Hub asked for; 0 when there is none."""
+        return self._hub.pacing.paused_secs
+
+    def stat(self, paths: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, ObjectInfo]:
         """Look objects up, 1000 a request.
+
+        Args:
+            paths: From the root of the bucket.
+            deadline: When to give up.
+            patient: See `HubClient.request`.
 
         Returns:
             What exists, by path. The Hub leaves out what is missing, and promises no order.
@@ -79,6 +89,7 @@ class Bucket:
                 route="paths-info",
                 deadline=deadline,
                 attempts=2,
+                patient=patient,
                 json={"paths": list(paths[start : start + MAX_BATCH])},
             )
             for item in _items(answer.json("paths-info"), "paths-info"):
@@ -98,21 +109,41 @@ class Bucket:
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
-        url: str | None = f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "")
-        params: dict[str, Any] = {"params": {"recursive": "true"}}
+        url: str | None = self._tree(prefix)
         while url is not None:
-            answer = self._hub.request(
-                "GET",
-                url,
-                route="tree",
-                deadline=Deadline.after(page_secs),
-                attempts=_LIST_ATTEMPTS,
-                **params,
-            )
-            for item in _items(answer.json("tree"), "tree"):
-                if item.get("type") == "file":
-                    yield _object_info(item, "tree")
-            url, params = answer.next_page, {}
+            infos, url = self._list(url, Deadline.after(page_secs))
+            yield from infos
+
+    def list_page(self, prefix: str, cursor: str | None, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
+        """One page of the objects whose path starts with `prefix`, for callers that keep no state; see `list_objects`.
+
+        Args:
+            prefix: The start of a path; empty for all.
+            cursor: Of the page before; None for the first page. It can lead to no other part of the Hub than this listing.
+            deadline: When to give up, retries included.
+
+        Returns:
+            The objects, and the cursor of the next page, or None when this was the last.
+
+        Raises:
+            HFBucketError: The page did not come.
+        """
+        tree = urlsplit(self._tree(prefix))
+        infos, following = self._list(tree._replace(query=cursor or tree.query).geturl(), deadline)
+        if following is None:
+            return infos, None
+        link = urlsplit(following)
+        if unquote(link.path) != unquote(urlsplit(self._hub.endpoint).path + tree.path) or not link.query:
+            raise TransportError(f"tree: the Hub's next page is elsewhere: {self._hub.clean(following)!r}")
+        return infos, link.query
+
+    def _tree(self, prefix: str) -> str:
+        return f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "") + "?recursive=true"
+
+    def _list(self, url: str, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
+        answer = self._hub.request("GET", url, route="tree", deadline=deadline, attempts=_LIST_ATTEMPTS)
+        items = _items(answer.json("tree"), "tree")
+        return [_object_info(item, "tree") for item in items if item.get("type") == "file"], answer.next_page
 
     def add(self, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
         """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.

@@ -52,7 +52,7 @@ def list_chunks(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[ChunkEn
     """
     for prefix in _without_covered(key_prefixes):
         for info in bucket.list_objects(bucket.handle.join(encode_name(prefix)), _PAGE_SECS):
-            entry = _entry(bucket, info)
+            entry = chunk_entry(bucket, info)
             if entry is not None and entry.text.startswith(prefix):
                 yield entry
 
@@ -66,7 +66,8 @@ def _without_covered(prefixes: Iterable[str]) -> list[str]:
     return kept
 
 
-def _entry(bucket: Bucket, info: ObjectInfo) -> ChunkEntry | None:
+def chunk_entry(bucket: Bucket, info: ObjectInfo) -> ChunkEntry | None:
+    """The chunk that an object is, or None for an object of another instance or of no chunk."""
     name = bucket.handle.relative(info.path)
     if name is None or "/" in name or name == RESERVED:
         return None

@@ -20,14 +20,11 @@ from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.engine_memory import SourceMemory, TargetMemory
 from hfbucket_plugin.errors import (
-    AccessDeniedError,
-    BucketMissingError,
     ConfigError,
     HFBucketError,
-    ItemFailure,
     PartialFailureError,
-    ThrottledError,
 )
+from hfbucket_plugin.health_shield import HealthShield
 from hfbucket_plugin.metrics import default_sink
 from hfbucket_plugin.workers import WorkerPool
 
@@ -58,10 +55,7 @@ _CONCURRENT_QUESTIONS: Final = 16
 """Lookups, pings and deletes that may be under way. They are short, and have threads of their own: behind gets that
 hang, a lookup would outlast its deadline, and a ping LMCache's patience, which then disables the whole engine."""
 
-_PUT_BACKLOG: Final = 64
-"""Put calls that may wait, each a batch whose memory the engine cannot reuse meanwhile; one more is refused."""
-
-PING_OK, PING_TRANSPORT, PING_DENIED, PING_BUCKET_MISSING = 0, 1, 2, 3
+PING_OK, PING_CLOSED = 0, 1
 
 
 class HFBucketConnector(RemoteConnector):
@@ -100,11 +94,10 @@ class HFBucketConnector(RemoteConnector):
         self._store = ChunkStore(settings, instance, sink or default_sink(), self._get_secs)
         self._calls = WorkerPool(f"hfbucket-call-{instance}", _CONCURRENT_CALLS)
         self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
-        self._put_calls = WorkerPool(f"hfbucket-put-call-{instance}", settings.max_parallel_writes, _PUT_BACKLOG)
-        self._puts: set[Future[Any]] = set()
         self._closed = False
+        self._shield = HealthShield(config.extra_config or {})
         self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
-        for pool in (self._calls, self._questions, self._put_calls, self._closer):
+        for pool in (self._calls, self._questions, self._closer):
             pool.prepare()
         self._store.sweep()
         if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read
@@ -131,6 +124,9 @@ class HFBucketConnector(RemoteConnector):
 
     def batched_contains(self, keys: builtins.list[CacheEngineKey]) -> int:
         """How many keys, from the first on without a gap, are there as full chunks."""
+        if self._shield.raised:
+            self._store.not_looked_up(len(keys), "shield")
+            return 0
         return self._store.prefix_hits([key.to_string() for key in keys], self._chunk_size())
 
     async def batched_async_contains(
@@ -176,8 +172,13 @@ class HFBucketConnector(RemoteConnector):
 
     def _read(self, keys: Sequence[str], deadline: Deadline, prefix_only: bool) -> builtins.list[MemoryObj | None]:
         buffers = self._store.read_many(
-            keys, self._chunk_size(), lambda _index: self._allocate(), deadline, prefix_only=prefix_only
+            keys,
+            [self._chunk_size()] * len(keys),
+            lambda _index: self._allocate(),
+            deadline,
+            prefix_only=prefix_only,
         )
+        self._shield.got(everything=None not in buffers)
         return [buffer.memory_obj if isinstance(buffer, TargetMemory) else None for buffer in buffers]
 
     def _allocate(self) -> TargetMemory | None:
@@ -212,21 +213,9 @@ class HFBucketConnector(RemoteConnector):
             raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: as many are needed of both")
         deadline = Deadline.after(self._settings.put_timeout_secs)
         sources = [SourceMemory(key.to_string(), obj) for key, obj in zip(keys, memory_objs, strict=True)]
-        try:
-            await self._call(self._put_calls, self._write, sources, deadline, refused=lambda: self._refuse(sources))
-        except RuntimeError as error:
-            failures = tuple(ItemFailure(source.key, "not_taken", str(error)) for source in sources)
-            raise PartialFailureError(
-                f"[{self._instance}] {len(sources)} chunks not stored: {error}", failures
-            ) from None
-
-    def _refuse(self, sources: Sequence[SourceMemory]) -> None:
-        for source in sources:
-            source.release()
-        self._store.puts_refused([source.key for source in sources])
-
-    def _write(self, sources: Sequence[SourceMemory], deadline: Deadline) -> None:
-        failures = self._store.write_many(sources, self._chunk_size(), deadline)
+        future = self._store.puts.submit(sources, self._chunk_size(), deadline)
+        report = await asyncio.wrap_future(future)
+        failures = [failure for failure in report.failures if failure.kind != "role"]
         if failures:
             names = ", ".join(failure.item for failure in failures[:3]) + (", …" if failures[3:] else "")
             raise PartialFailureError(
@@ -255,25 +244,18 @@ class HFBucketConnector(RemoteConnector):
         return await self._call(self._calls, lambda: [*self._store.list_keys()])
 
     def support_ping(self) -> bool:
-        """Yes: the bucket's record is asked for."""
+        """Yes; see `ping`."""
         return True
 
     async def ping(self) -> int:
-        """0 when the bucket answers; else why not: 1 transport, 2 denied, 3 no such bucket.
+        """0 as long as this connector is open.
 
-        Throttling is an answer: a failed ping makes LMCache disable the whole engine, its local tiers included.
+        LMCache asks in order to protect the engine from a backend that stalls, and disables the whole engine's cache,
+        local tiers included, on one failed answer. Here deadlines and breakers protect it: whatever the Hub does, a
+        lookup is a miss in time. So this answers for the connector, and asks the Hub nothing: a fleet that pinged it
+        every 30 s from each worker would use up its member's quota. The state of the Hub is in the metrics and the log.
         """
-        try:
-            await self._call(self._questions, self._store.ping)
-        except ThrottledError:
-            return PING_OK
-        except AccessDeniedError:
-            return PING_DENIED
-        except BucketMissingError:
-            return PING_BUCKET_MISSING
-        except (HFBucketError, RuntimeError):
-            return PING_TRANSPORT
-        return PING_OK
+        return PING_CLOSED if self._closed else PING_OK
 
     async def close(self) -> None:
         """Wait up to `close_timeout_secs` for puts under way, then end everything at once; once is enough."""
@@ -286,10 +268,10 @@ class HFBucketConnector(RemoteConnector):
             self._closer.close()
 
     def _close(self) -> None:
-        _, unfinished = wait(self._puts.copy(), timeout=self._settings.close_timeout_secs)
+        _, unfinished = wait(self._store.puts.pending.copy(), timeout=self._settings.close_timeout_secs)
         if unfinished:
             _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
-        for pool in (self._calls, self._questions, self._put_calls):
+        for pool in (self._calls, self._questions):
             pool.close()
         self._store.close()
 
@@ -304,7 +286,6 @@ class HFBucketConnector(RemoteConnector):
         function: Callable[..., _T],
         *args: Any,
         dropped: Callable[[_T], None] | None = None,
-        refused: Callable[[], None] | None = None,
     ) -> _T:
         """Run a blocking function on a pool and await it.
 
@@ -313,19 +294,8 @@ class HFBucketConnector(RemoteConnector):
             function: What to run.
             *args: Its arguments.
             dropped: Given the result when the awaiting task was cancelled meanwhile; runs on the pool's thread.
-            refused: Called when the pool takes no more work, or the task is cancelled before the function began.
         """
-        try:
-            future = pool.submit(function, *args)
-        except RuntimeError:
-            if refused is not None:
-                refused()
-            raise
-        if refused is not None:
-            future.add_done_callback(lambda done: refused() if done.cancelled() else None)
-        if pool is self._put_calls:
-            self._puts.add(future)
-            future.add_done_callback(self._puts.discard)
+        future = pool.submit(function, *args)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

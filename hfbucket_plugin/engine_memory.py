@@ -42,3 +42,14 @@ class SourceMemory:
     def release(self) -> None:
         """Drop the reference."""
         self._memory_obj.ref_count_down()
+
+
+class BorrowedMemory:
+    """A memory object of `lmcache server`'s, which counts no references for us: it is theirs again when the task ends."""
+
+    def __init__(self, key: str, memory_obj: MemoryObj) -> None:
+        self.key = key
+        self.view = bytes_of(memory_obj)
+
+    def release(self) -> None:
+        """Nothing to do: leases see to it that nothing touches the memory any more."""

@@ -16,6 +16,8 @@
     ├── TransportError (ConnectionError)  try again later
     │   └── DeadlineError (TimeoutError)
     ├── IntegrityError                    never serve these bytes
+    │   └── HashMismatchError             nor trust the object
+    ├── ScratchError                      make room in `download_tmp_dir`
     └── PartialFailureError               look at `failures`, item by item
 
 `kind` is a stable, machine-readable word: it labels metrics and reports, and is only ever added to.
@@ -150,6 +152,18 @@ class IntegrityError(HFBucketError):
     """Bytes arrived that are not the object: too few, too many, or of another hash."""
 
     kind = "integrity"
+
+
+class HashMismatchError(IntegrityError):
+    """As many bytes arrived as the object has, and they are not those that its Xet hash names."""
+
+    kind = "integrity"
+
+
+class ScratchError(HFBucketError):
+    """There was no space for a temporary file. Says nothing against the bucket."""
+
+    kind = "scratch"
 
 
 @dataclass(frozen=True, slots=True)

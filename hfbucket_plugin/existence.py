@@ -5,7 +5,9 @@ from __future__ import annotations
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.errors import DeadlineError, HFBucketError, TransportError
+from hfbucket_plugin import metrics
+from hfbucket_plugin.errors import BreakerOpenError, DeadlineError, HFBucketError, TransportError
+from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.metadata_cache import MetadataCache
 from hfbucket_plugin.workers import WorkerPool
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.guard import Guard
     from hfbucket_plugin.metadata_cache import Question
     from hfbucket_plugin.settings import InstanceSettings
     from hfbucket_plugin.transfer import Content
@@ -31,11 +34,17 @@ class Existence:
         bucket: Where they are looked up.
         settings: The instance's.
         instance: Its name.
+        guard: Its `lookup` breaker.
+        sink: Where the size of the cache is told.
     """
 
-    def __init__(self, bucket: Bucket, settings: InstanceSettings, instance: str) -> None:
+    def __init__(
+        self, bucket: Bucket, settings: InstanceSettings, instance: str, guard: Guard, sink: metrics.Sink
+    ) -> None:
         self._bucket = bucket
         self._instance = instance
+        self._guard = guard
+        self._sink = sink
         self.cache = MetadataCache(
             settings.metadata_cache_entries,
             settings.metadata_cache_ttl_secs,
@@ -43,11 +52,21 @@ class Existence:
         )
         self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
 
-    def contents(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Content | None]:
+    def known(self, keys: Sequence[str]) -> dict[str, Content | None]:
+        """What is known already of some of the keys; the Hub is not asked."""
+        found = {key: self.cache.get(key) for key in keys}
+        return {key: content for key, (is_known, content) in found.items() if is_known}
+
+    def contents(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False) -> dict[str, Content | None]:
         """What the bucket holds under each key: its content, or None for a miss.
 
         What is cached costs nothing; the rest is one request, and a key that is being asked for already is not asked
         for again.
+
+        Args:
+            keys: Key strings.
+            deadline: When to give up.
+            patient: Whether a question waits for the Hub's pauses and our budget, see `HubClient.request`.
 
         Raises:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
@@ -55,7 +74,7 @@ class Existence:
         while True:
             values, question, others = self.cache.ask(keys, deadline.at)
             if question is not None:
-                self._ask(question, deadline)
+                self._ask(question, deadline, patient=patient)
             try:
                 for one in {id(q): q for q in (*others.values(), question) if q is not None}.values():
                     answer = self._wait(one, deadline)
@@ -67,11 +86,16 @@ class Existence:
             else:
                 return values
 
-    def _ask(self, question: Question, deadline: Deadline) -> None:
+    def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
+        try:
+            self._guard.check("lookup")
+        except BreakerOpenError as error:
+            self.cache.fail(question, error)
+            return
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while
         # a name server or a proxy does not.
         try:
-            self._threads.submit(self._stat, question, deadline)
+            self._threads.submit(self._stat, question, deadline, patient)
         except RuntimeError as error:
             self.cache.fail(question, TransportError(f"instance {self._instance!r}: lookup: {error}"))
 
@@ -81,22 +105,41 @@ class Existence:
         except FutureTimeoutError as error:
             if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the request's own
                 raise
-            raise DeadlineError(
+            late = DeadlineError(
                 f"instance {self._instance!r}: lookup: no answer within {deadline.seconds:g} s; the call was abandoned"
-            ) from None
+            )
+            self._tell_guard(question, late)
+            raise late from None
 
-    def _stat(self, question: Question, deadline: Deadline) -> None:
+    def _tell_guard(self, question: Question, error: HFBucketError | None) -> None:
+        """Count a question once: by its thread, or by who stopped waiting for it."""
+        if not question.counted:
+            question.counted = True
+            self._guard.ended("lookup", error)
+
+    def _stat(self, question: Question, deadline: Deadline, patient: bool) -> None:
         handle = self._bucket.handle
         try:
             paths = {handle.join(encode_name(key)): key for key in question.keys}
-            found = self._bucket.stat(list(paths), deadline)
+            found = self._bucket.stat(list(paths), deadline, patient=patient)
         except HFBucketError as error:
+            self._tell_guard(question, error)
             self.cache.fail(question, error)
         except BaseException as error:  # noqa: BLE001 - whoever waits must get an answer, and one that they handle
             what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
             self.cache.fail(question, TransportError(what))
         else:
+            self._tell_guard(question, None)
+            self._sink.gauge(metrics.CACHE_ENTRIES, len(self.cache), instance=self._instance)
             self.cache.answer(question, {paths[p]: info.content for p, info in found.items() if p in paths})
+
+    def probe(self, deadline: Deadline) -> None:
+        """Ask what a lookup asks: whether the Hub answers.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        self._bucket.stat([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=False)
 
     def in_background(self, function: Callable[[], None]) -> None:
         """Run something small beside the lookups, if a thread is free for it."""

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 import tenacity
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session, parse_ratelimit_headers
+from huggingface_hub.utils import build_hf_headers, get_session
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.errors import (
@@ -27,6 +27,7 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
+from hfbucket_plugin.pacing import Pacing, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,6 +70,7 @@ class _Request:
     address: str
     what: str
     deadline: Deadline
+    patient: bool
     body: dict[str, Any]
 
 
@@ -81,6 +83,7 @@ class HubClient:
         token: Gives the access token, or None for none; asked anew for each request.
         token_source: What gives the token, in words, for errors: never the token itself.
         sink: Where requests are counted.
+        pacing: Admits requests; by default without a cap of our own.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class HubClient:
         token: Callable[[], str | None],
         token_source: str,
         sink: metrics.Sink,
+        pacing: Pacing | None = None,
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.instance = instance
         self._token = token
         self._token_source = token_source
         self._sink = sink
+        self.pacing = pacing or Pacing(instance, None)
 
     def headers(self) -> dict[str, str]:
         """The headers of a request, authorization included: for requests only, never for logs.
@@ -121,6 +126,7 @@ class HubClient:
         route: str,
         deadline: Deadline,
         attempts: int = 1,
+        patient: bool = True,
         allow: frozenset[int] = frozenset(),
         **body: Any,
     ) -> Answer:
@@ -131,7 +137,8 @@ class HubClient:
             url: A path on the Hub, or a full address on the same host.
             route: A short name for metrics and errors, such as ``paths-info``.
             deadline: When to give up, retries included.
-            attempts: Most tries. Transport failures are tried again, and throttling if the wait fits the deadline.
+            attempts: Most tries: transport failures are tried again, and throttling by the patient.
+            patient: Whether to wait, within the deadline, for a pause that the Hub asked for or for our own budget.
             allow: Statuses of 400 and more that are answers and not errors.
             **body: `json`, `content`, `params` or more `headers`.
 
@@ -140,15 +147,15 @@ class HubClient:
             BucketMissingError: 404, and the Hub says that it is the bucket.
             ConfigError: The token cannot be sent.
             RefusedError: Another 4xx: the request itself was wrong.
-            ThrottledError: 429.
+            ThrottledError: 429, or a pause after one is not over; `BudgetError` when our own cap is used up.
             TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
                 the time was over.
         """
-        request = _Request(method, self._address(url), f"instance {self.instance!r}: {route}", deadline, body)
+        request = _Request(method, self._address(url), f"instance {self.instance!r}: {route}", deadline, patient, body)
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(attempts),
             wait=_wait,
-            retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, deadline)),
+            retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, request)),
             reraise=True,
         )
         return retrying(self._once, request, route, allow)
@@ -167,10 +174,12 @@ class HubClient:
         return url
 
     def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
+        request.deadline.check(request.what)
+        self.pacing.admit(request.what, request.deadline, patient=request.patient)
         outcome = "ok"
         try:
-            request.deadline.check(request.what)
             answer = self._send(request)
+            self.pacing.heed(answer.status, answer.headers)
             if answer.status >= _CLIENT_ERROR and answer.status not in allow:
                 raise self._error(answer, request.what)
         except HFBucketError as error:
@@ -242,15 +251,6 @@ class HubClient:
         return (text.replace(token, "***") if token else text)[:_MAX_SERVER_WORDS]
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
-    value = headers.get("retry-after", "").strip()
-    return float(value) if value.isascii() and value.isdigit() else None
-
-
 def _read(response: httpx2.Response, what: str, deadline: Deadline) -> bytes:
     pieces, size = [], 0
     for piece in response.iter_bytes():
@@ -270,16 +270,15 @@ def _words(body: bytes) -> str:
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, ThrottledError) and error.retry_after is not None:
-        return error.retry_after
+    if isinstance(state.outcome and state.outcome.exception(), ThrottledError):
+        return 0.0  # the next try waits where all calls do
     return tenacity.wait_random_exponential(multiplier=0.1, max=5)(state)
 
 
-def _worth_another_try(error: BaseException, deadline: Deadline) -> bool:
+def _worth_another_try(error: BaseException, request: _Request) -> bool:
     if isinstance(error, ThrottledError):
-        return (error.retry_after or 1.0) < deadline.remaining()
-    return isinstance(error, TransportError) and not deadline.passed
+        return request.patient and (error.retry_after or 0.0) < request.deadline.remaining()
+    return isinstance(error, TransportError) and not request.deadline.passed
 
 
 def _version() -> str:

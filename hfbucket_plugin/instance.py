@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hfbucket_plugin.bucket import Bucket
 from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.hub import HubClient
+from hfbucket_plugin.pacing import Pacing
 from hfbucket_plugin.transfer import Transfer
 from hfbucket_plugin.workers import WorkerPool
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.settings import InstanceSettings
 
 
-def open_bucket(settings: InstanceSettings, instance: str, sink: metrics.Sink, read_timeout_secs: float) -> Bucket:
+def open_bucket(
+    settings: InstanceSettings, instance: str, sink: metrics.Sink, read_timeout_secs: float, *, online: bool = False
+) -> Bucket:
     """Make the door to an instance's bucket.
 
     Args:
@@ -23,6 +26,7 @@ def open_bucket(settings: InstanceSettings, instance: str, sink: metrics.Sink, r
         instance: Its name, for errors and metrics.
         sink: Where requests are counted.
         read_timeout_secs: The deadline that reads will have; hf_xet's own timeouts are set below it.
+        online: Whether an engine waits for reads: they then fail at once where tools wait for the Hub's pauses.
     """
     hub = HubClient(
         settings.endpoint,
@@ -30,6 +34,7 @@ def open_bucket(settings: InstanceSettings, instance: str, sink: metrics.Sink, r
         token=settings.resolve_token,
         token_source=f"the environment variable {settings.token_env} (token_env)",
         sink=sink,
+        pacing=Pacing(instance, settings.max_hub_calls_per_minute),
     )
     transfer = Transfer(
         hub,
@@ -40,5 +45,6 @@ def open_bucket(settings: InstanceSettings, instance: str, sink: metrics.Sink, r
         read_timeout_secs=read_timeout_secs,
         write_timeout_secs=settings.put_timeout_secs,
         streams=settings.max_parallel_reads,
+        patient=not online,
     )
     return Bucket(hub, settings.bucket_handle, transfer)

@@ -1,7 +1,8 @@
-"""The right to write into somebody else's buffer, which can be taken back.
+"""The right to write into somebody else's buffer, or to read from it, which can be taken back.
 
-The engine owns the buffers that reads fill, and reuses them as soon as a read is reported as failed. A reader thread
-that is still blocked in the network at that moment must never write again: the check and the copy are one step here.
+The engine owns the buffers that reads fill and that puts are stored from, and reuses them as soon as the call is reported
+as failed. A thread that is still blocked in the network at that moment must never touch them again: it would write into
+another chunk, or store another chunk's bytes. The check and the copy are one step here.
 """
 
 from __future__ import annotations
@@ -49,3 +50,26 @@ class Lease:
     def live(self) -> bool:
         """Whether writes are still taken."""
         return self._buffer is not None
+
+
+class SourceLease:
+    """Lets a thread copy a buffer, until it is revoked.
+
+    Args:
+        buffer: One dimension, format ``B``. It stays as it is until `revoke` returns.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer: memoryview | None = buffer
+        self._lock = threading.Lock()
+        self.size = len(buffer)
+
+    def read(self) -> bytes | None:
+        """A copy of the bytes, or None when the lease was revoked."""
+        with self._lock:
+            return None if self._buffer is None else bytes(self._buffer)
+
+    def revoke(self) -> None:
+        """After this returns nothing reads any more, and the buffer is no longer referred to."""
+        with self._lock:
+            self._buffer = None

@@ -139,6 +139,7 @@ class Question:
 
     def __init__(self, until: float = math.inf) -> None:
         self.until = until
+        self.counted = False
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, Content | None] = {}
         self.doubtful: set[str] = set()

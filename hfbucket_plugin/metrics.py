@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Protocol
+from typing import Literal, Protocol
 
 import prometheus_client
 
@@ -29,12 +29,29 @@ CHUNKS = "hfbucket_chunks_total"
 BYTES = "hfbucket_bytes_total"
 SECONDS = "hfbucket_seconds"
 HUB_REQUESTS = "hfbucket_hub_requests_total"
+BREAKER_OPEN = "hfbucket_breaker_open"
+BREAKER_CHANGES = "hfbucket_breaker_changes_total"
+IN_FLIGHT = "hfbucket_in_flight"
+WAITING_PUT_BYTES = "hfbucket_waiting_put_bytes"
+CACHE_ENTRIES = "hfbucket_metadata_cache_entries"
+QUARANTINED = "hfbucket_quarantined_contents"
+BAD_OBJECTS = "hfbucket_bad_objects_total"
 
 _COUNTERS = {
     OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
     CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
     BYTES: ("Bytes of chunks moved", ("instance", "direction")),
     HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
+    BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
+    BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
+}
+# How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
+_GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
+    BREAKER_OPEN: ("Whether a breaker is open: its calls are misses at once", ("instance", "part"), "livemax"),
+    IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
+    WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
+    CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
+    QUARANTINED: ("Contents that could not be served of late, and are not offered", ("instance",), "livesum"),
 }
 # From a cached lookup (microseconds) to a put that ran into its deadline.
 _BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -48,6 +65,9 @@ class Sink(Protocol):
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Record one value of a histogram."""
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Set a gauge."""
 
 
 class Tally:
@@ -66,6 +86,11 @@ class Tally:
         """Count the observation and add up its values, as `<name>_count` and `<name>_sum`."""
         self.count(f"{name}_count", **labels)
         self.count(f"{name}_sum", value, **labels)
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Note the present value."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] = value  # type: ignore[assignment]
 
     def get(self, name: str, /, **labels: str) -> float:
         """The sum of all counters of that name whose labels include the given ones."""
@@ -89,6 +114,10 @@ class PrometheusSink:
             buckets=_BUCKETS,
             registry=registry,
         )
+        self._gauges = {
+            name: prometheus_client.Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
+            for name, (text, labels, mode) in _GAUGES.items()
+        }
 
     def count(self, name: str, value: float = 1, /, **labels: str) -> None:
         """Add `value` to a counter of the table above."""
@@ -98,6 +127,10 @@ class PrometheusSink:
         """Record a duration in seconds."""
         if name == SECONDS:
             self._seconds.labels(**labels).observe(value)
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Set a gauge of the table above."""
+        self._gauges[name].labels(**labels).set(value)
 
 
 _shared: PrometheusSink | None = None

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.errors import (
+    BreakerOpenError,
     BucketMissingError,
     DeadlineError,
     HFBucketError,
     IntegrityError,
     ItemFailure,
+    TransportError,
 )
+from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name, is_probe
+from hfbucket_plugin.leases import SourceLease
+from hfbucket_plugin.namer import Namer
 from hfbucket_plugin.transfer import Upload
 from hfbucket_plugin.workers import WorkerPool
 
@@ -24,9 +31,15 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.existence import Existence
+    from hfbucket_plugin.guard import Guard
     from hfbucket_plugin.outcomes import Outcomes
+    from hfbucket_plugin.quarantine import Quarantine
     from hfbucket_plugin.settings import InstanceSettings
+    from hfbucket_plugin.traffic import Traffic
     from hfbucket_plugin.transfer import Content
+
+_YIELD_SECS: Final = 1.0
+"""Longest that a commit waits for reads to end. Engines that read without a pause must not keep puts out for ever."""
 
 
 class Source(Protocol):
@@ -44,6 +57,48 @@ class Source(Protocol):
         """The bytes are not needed any more. Called once for every source, whatever became of it."""
 
 
+@dataclass(slots=True)
+class PutReport:
+    """What became of a put.
+
+    Attributes:
+        failures: What was not stored, item by item.
+        stored: The keys that were written; neither those that were there already nor those written by another put.
+    """
+
+    failures: list[ItemFailure] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+
+    def __iadd__(self, other: PutReport) -> Self:
+        self.failures += other.failures
+        self.stored += other.stored
+        return self
+
+
+class _Commit:
+    """Sources that are uploaded together; their memory is given back once, when nothing can read it any more."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self.leases = [SourceLease(source.view) for source in sources]
+        self.upload = Upload()
+        self.files: Mapping[str, Content] = {}
+        self._lock = threading.Lock()
+        self._released = False
+
+    def release(self) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        for lease, source in zip(self.leases, self.sources, strict=True):
+            lease.revoke()
+            source.release()
+
+    def failures(self, kind: str, message: str) -> list[ItemFailure]:
+        return [ItemFailure(source.key, kind, f"{source.key}: {message}") for source in self.sources]
+
+
 class Putter:
     """Writes the chunks of one instance.
 
@@ -52,19 +107,38 @@ class Putter:
         existence: Says what is there already, and is told what was written.
         outcomes: Where results are told.
         settings: The instance's.
+        guard: Its `write` breaker.
+        traffic: Lets reads go first.
+        quarantine: Contents that cannot be served: they are written again although they are there.
     """
 
-    def __init__(self, bucket: Bucket, existence: Existence, outcomes: Outcomes, settings: InstanceSettings) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        existence: Existence,
+        outcomes: Outcomes,
+        settings: InstanceSettings,
+        *,
+        guard: Guard,
+        traffic: Traffic,
+        quarantine: Quarantine,
+    ) -> None:
         self._bucket = bucket
         self._existence = existence
         self._outcomes = outcomes
         self._settings = settings
+        self._guard = guard
+        self._traffic = traffic
+        self._quarantine = quarantine
+        self._namer = Namer(bucket, settings.put_window_secs)
         self._threads = WorkerPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
         self._lock = threading.Lock()
         self._under_way: set[str] = set()
+        self._commits: set[_Commit] = set()
+        self._closed = False
         self._bucket_is_there = False
 
-    def write_many(self, sources: Sequence[Source], size: int, deadline: Deadline) -> list[ItemFailure]:
+    def write_many(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> PutReport:
         """Store chunks; returns when all are stored or failed, at the deadline at the latest.
 
         A key that is there at the right size is not written again, nor is one that is being written at this moment.
@@ -72,35 +146,37 @@ class Putter:
 
         Args:
             sources: The chunks. Each is released exactly once, when nothing reads its memory any more.
-            size: Bytes of a full chunk; a source of another size is refused.
+            size: Bytes of a full chunk: a source of another size is refused. None: each is whole, whatever its size.
             deadline: When to give up.
-
-        Returns:
-            What failed, item by item; the others are stored.
         """
         started = time.monotonic()
-        mine, failures = self._claim(sources, size)
-        claimed = [source.key for source in mine]
         try:
-            todo = self._drop_present(mine, size, deadline)
+            self._guard.check("write")
+        except BreakerOpenError as error:
+            report = PutReport(_release_unwritten(sources, error.kind, str(error)))
+            self._tell(report.failures, started)
+            return report
+        mine, refused = self._claim(sources, size)
+        report = PutReport(refused)
+        try:
+            todo = self._drop_present(mine, deadline)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
-            failures += _release_unwritten(mine, _kind(error), str(error))
+            self._unclaim(mine)
+            report.failures += _release_unwritten(mine, _kind(error), str(error))
         else:
-            failures += self._commit_all(todo, deadline)
-        finally:
-            with self._lock:
-                self._under_way.difference_update(claimed)
-        self._tell(failures, started)
-        return failures
+            report += self._commit_all(todo, deadline)
+        self._tell(report.failures, started)
+        return report
 
-    def _claim(self, sources: Sequence[Source], size: int) -> tuple[list[Source], list[ItemFailure]]:
+    def _claim(self, sources: Sequence[Source], size: int | None) -> tuple[list[Source], list[ItemFailure]]:
         """Refuse what is no full chunk, pass over what is being written already, and mark the rest as ours."""
         mine: list[Source] = []
         failures: list[ItemFailure] = []
         for source in sources:
             actual = len(source.view)
-            if actual != size:
-                message = f"{source.key}: {actual} bytes are no full chunk of {size}; partial uploads are refused"
+            if not actual or size not in (None, actual):
+                wanted = f"no full chunk of {size}; partial uploads are refused" if actual else "no chunk"
+                message = f"{source.key}: {actual} bytes are {wanted}"
                 failures.append(ItemFailure(source.key, "refused", message))
                 source.release()
                 continue
@@ -114,51 +190,120 @@ class Putter:
                 mine.append(source)
         return mine, failures
 
-    def _drop_present(self, sources: Sequence[Source], size: int, deadline: Deadline) -> list[Source]:
+    def _unclaim(self, sources: Sequence[Source]) -> None:
+        with self._lock:
+            self._under_way.difference_update(source.key for source in sources)
+
+    def _drop_present(self, sources: Sequence[Source], deadline: Deadline) -> list[Source]:
         """Release the sources that need no writing, and return the others; where it raises it released none."""
         asked = [source.key for source in sources if not is_probe(source.key)]
         try:
-            contents = self._existence.contents(asked, deadline) if asked else {}
+            contents = self._existence.contents(asked, deadline, patient=True) if asked else {}
         except BucketMissingError:
             if not self._settings.create_bucket_if_missing:
                 raise
             contents = {}
-        present = {key for key, content in contents.items() if content is not None and content.size == size}
+        present = [source for source in sources if self._is_there(source, contents.get(source.key))]
         if len(present) < len(sources):
             self._create_bucket_once(deadline)
-        for source in sources:
-            if source.key in present:
-                self._outcomes.chunks("put", "present", 1)
-                source.release()
-        return [source for source in sources if source.key not in present]
+        self._unclaim(present)
+        for source in present:
+            self._outcomes.chunks("put", "present", 1)
+            source.release()
+        gone = set(map(id, present))
+        return [source for source in sources if id(source) not in gone]
+
+    def _is_there(self, source: Source, content: Content | None) -> bool:
+        return (
+            content is not None
+            and content.size == len(source.view)
+            and not is_probe(source.key)
+            and not self._quarantine.knows(content.xet_hash)
+        )
 
     def _create_bucket_once(self, deadline: Deadline) -> None:
         if self._settings.create_bucket_if_missing and not self._bucket_is_there:
             self._bucket.create(deadline)
             self._bucket_is_there = True
 
-    def _commit_all(self, sources: Sequence[Source], deadline: Deadline) -> list[ItemFailure]:
+    # --- commits ----------------------------------------------------------------------------------------------------
+
+    def _commit_all(self, sources: Sequence[Source], deadline: Deadline) -> PutReport:
         """Write commits side by side, and abandon those that the deadline finds unfinished."""
-        tasks: dict[Future[list[ItemFailure]], tuple[list[Source], Upload]] = {}
+        tasks: dict[Future[Future[dict[str, ItemFailure]]], _Commit] = {}
         failures: list[ItemFailure] = []
-        for commit in self._cut(sources):
-            upload = Upload()
+        for commit in map(_Commit, self._cut(sources)):
             try:
-                tasks[self._threads.submit(self._commit, commit, deadline, upload)] = (commit, upload)
+                with self._lock:
+                    if self._closed:
+                        raise RuntimeError(f"instance {self._outcomes.instance!r} is closed")  # noqa: TRY301
+                    self._commits.add(commit)
+                future = self._threads.submit(self._upload, commit, deadline)
             except RuntimeError as error:
-                failures += _release_unwritten(commit, "transport", str(error))
-        finished, unfinished = wait(tasks, timeout=deadline.remaining())
-        for future in finished:
-            failures += future.result()
-        for future in unfinished:
-            commit, upload = tasks[future]
-            message = f"not stored within {deadline.seconds:g} s; abandoned"
-            if future.cancel():  # it had not begun, so nothing reads its memory
-                failures += _release_unwritten(commit, DeadlineError.kind, message)
+                self._end(commit)
+                failures += commit.failures("transport", str(error))
             else:
-                self._bucket.transfer.abandon(upload)
-                failures += [ItemFailure(s.key, DeadlineError.kind, f"{s.key}: {message}") for s in commit]
-        return failures
+                future.add_done_callback(lambda _, commit=commit: self._unclaim(commit.sources))  # type: ignore[misc]
+                tasks[future] = commit
+        namings, lost = self._wait_for_uploads(tasks, deadline)
+        report = self._wait_for_names(namings, deadline)
+        report.failures += failures + lost
+        return report
+
+    def _wait_for_uploads(
+        self, tasks: Mapping[Future[Future[dict[str, ItemFailure]]], _Commit], deadline: Deadline
+    ) -> tuple[dict[_Commit, Future[dict[str, ItemFailure]]], list[ItemFailure]]:
+        """The namings of what was uploaded, and what was not; the memory of all is given back."""
+        namings, failures = {}, []
+        unfinished = set(tasks)
+        while unfinished and not deadline.passed:
+            patience = min(deadline.remaining(), max(0.05, self._namer.window_secs))
+            _, unfinished = wait(unfinished, timeout=patience)
+            self._namer.flush(only_due=True)
+        for future, commit in tasks.items():
+            if future in unfinished:
+                if not future.cancel():
+                    self._bucket.transfer.abandon(commit.upload)
+                error: BaseException | None = DeadlineError(f"not stored within {deadline.seconds:g} s; abandoned")
+            else:
+                error = future.exception()
+            self._end(commit)
+            if error is None:
+                namings[commit] = future.result()
+            else:
+                failures += self._lost(commit, error)
+        return namings, failures
+
+    def _wait_for_names(
+        self, namings: Mapping[_Commit, Future[dict[str, ItemFailure]]], deadline: Deadline
+    ) -> PutReport:
+        report = PutReport()
+        for commit, naming in namings.items():
+            while not naming.done() and not deadline.passed:
+                self._namer.flush(only_due=True)
+                wait([naming], timeout=min(deadline.remaining(), max(0.05, self._namer.window_secs)))
+            if not naming.done():
+                report.failures += self._lost(
+                    commit, DeadlineError(f"not named within {deadline.seconds:g} s; abandoned")
+                )
+            elif (error := naming.exception()) is not None:
+                report.failures += self._lost(commit, error)
+            else:
+                self._guard.succeeded("write")
+                report += self._settle(commit, naming.result())
+        return report
+
+    def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
+        if not self._closed:
+            self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
+        for source in commit.sources:  # they may be there, and only the answer be missing
+            self._existence.cache.drop(source.key)
+        return commit.failures(_kind(error), str(error))
+
+    def _end(self, commit: _Commit) -> None:
+        commit.release()
+        with self._lock:
+            self._commits.discard(commit)
 
     def _cut(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
         """Cut into commits: hf_xet peaks near twice a commit in memory, and several are written side by side."""
@@ -174,46 +319,40 @@ class Putter:
         if commit:
             yield commit
 
-    def _commit(self, sources: list[Source], deadline: Deadline, upload: Upload) -> list[ItemFailure]:
-        try:
-            files, failed = self._write(sources, deadline, upload)
-        except BaseException as error:  # noqa: BLE001 - hf_xet's panics too: whoever waits must be told
-            for source in sources:  # they may be there, and only the answer be missing
-                self._existence.cache.drop(source.key)
-            return [ItemFailure(source.key, _kind(error), f"{source.key}: {error}") for source in sources]
-        finally:
-            for source in sources:
-                source.release()
-        return self._settle(sources, files, failed)
+    def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
+        """Upload a commit, give its memory back, and have its contents named."""
+        with self._namer.expecting():
+            self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+            sizes = [lease.size for lease in commit.leases]
+            try:
+                contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload)
+            finally:
+                commit.release()
+            if [content.size for content in contents] != sizes:
+                raise IntegrityError(f"{[content.size for content in contents]} of {sizes} bytes were taken")
+            if commit.upload.abandoned:
+                raise DeadlineError("abandoned")
+            join = self._bucket.handle.join
+            files = {join(encode_name(s.key)): c for s, c in zip(commit.sources, contents, strict=True)}
+            commit.files = files
+            return self._namer.name(files, deadline)
 
-    def _write(
-        self, sources: Sequence[Source], deadline: Deadline, upload: Upload
-    ) -> tuple[dict[str, Content], dict[str, ItemFailure]]:
-        """Upload contents, then name them; return them by path, and what failed."""
-        handle = self._bucket.handle
-        contents = self._bucket.transfer.upload([source.view for source in sources], deadline, upload)
-        for source, content in zip(sources, contents, strict=True):
-            if content.size != len(source.view):
-                raise IntegrityError(f"{content.size} of {len(source.view)} bytes were taken")
-        files = {handle.join(encode_name(s.key)): c for s, c in zip(sources, contents, strict=True)}
-        return files, self._bucket.add(files, deadline)
-
-    def _settle(
-        self, sources: Sequence[Source], files: Mapping[str, Content], failed: Mapping[str, ItemFailure]
-    ) -> list[ItemFailure]:
+    def _settle(self, commit: _Commit, failed: Mapping[str, ItemFailure]) -> PutReport:
         """Tell item by item what became of a commit."""
-        failures = []
+        report = PutReport()
         written = 0
-        for source, (path, content) in zip(sources, files.items(), strict=True):
+        for source, (path, content) in zip(commit.sources, commit.files.items(), strict=True):
             if path in failed:
-                failures.append(ItemFailure(source.key, failed[path].kind, f"{source.key}: {failed[path].message}"))
+                message = f"{source.key}: {failed[path].message}"
+                report.failures.append(ItemFailure(source.key, failed[path].kind, message))
                 self._existence.cache.drop(source.key)
             else:
+                report.stored.append(source.key)
                 self._existence.cache.put(source.key, content)
                 written += content.size
-        self._outcomes.chunks("put", "stored", len(sources) - len(failures))
+        self._outcomes.chunks("put", "stored", len(report.stored))
         self._outcomes.bytes("write", written)
-        return failures
+        return report
 
     def _tell(self, failures: Sequence[ItemFailure], started: float) -> None:
         for failure in failures:
@@ -221,9 +360,37 @@ class Putter:
             self._outcomes.warn("put", failure.kind, failure.message)
         self._outcomes.ended("put", failures[0].kind if failures else "ok", started)
 
+    # --- probing ----------------------------------------------------------------------------------------------------
+
+    def probe(self, deadline: Deadline) -> None:
+        """Upload a few bytes that no object names, and ask for an empty deed: whether writing works.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        upload = Upload()
+        try:
+            future = self._threads.submit(self._bucket.transfer.upload, [os.urandom(64)], deadline, upload)
+        except RuntimeError as error:
+            raise TransportError(str(error)) from None
+        wait([future], timeout=deadline.remaining())
+        if not future.done():
+            future.cancel()
+            self._bucket.transfer.abandon(upload)
+            raise DeadlineError(f"probe: not uploaded within {deadline.seconds:g} s; abandoned")
+        future.result()
+        self._bucket.delete([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
+
     def close(self) -> None:
-        """Take no more work."""
+        """Take no more work, name nothing any more, and read no memory of the engine's any more."""
+        with self._lock:
+            self._closed = True
+            commits = list(self._commits)
         self._threads.close()
+        self._namer.close()
+        for commit in commits:
+            self._bucket.transfer.abandon(commit.upload)
+            commit.release()
 
 
 def _kind(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     TransportError,
 )
+from hfbucket_plugin.leases import Lease
 from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.gate import ByteGate
     from hfbucket_plugin.hub import HubClient
-    from hfbucket_plugin.leases import Lease
+    from hfbucket_plugin.leases import SourceLease
     from hfbucket_plugin.workers import WorkerPool
     from hfbucket_plugin.xet import Loan, Session
 
@@ -51,7 +52,7 @@ class Content:
     size: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Read:
     """One object to be read into one buffer.
 
@@ -97,6 +98,7 @@ class Transfer:
         read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
         write_timeout_secs: The same for writes.
         streams: Streams open at one time.
+        patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
     """
 
     def __init__(
@@ -110,11 +112,12 @@ class Transfer:
         read_timeout_secs: float,
         write_timeout_secs: float,
         streams: int,
+        patient: bool = True,
     ) -> None:
         self._workers = read_workers
         self._gate = gate
         self._range_bytes = range_bytes
-        self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams))
+        self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams), patient=patient)
         self._writing = SessionPool(hub, bucket_id, "write", xet_config(write_timeout_secs, streams))
 
     @property
@@ -130,15 +133,35 @@ class Transfer:
         """
         self._reading.give_back(self._reading.borrow(deadline))
 
+    def renew(self) -> None:
+        """Have later reads go through a session of their own: nothing that this one keeps serves them."""
+        self._reading.renew()
+
     def read(self, reads: Sequence[Read], deadline: Deadline) -> None:
         """Fill the buffers of several reads; returns when all have ended or the deadline has passed.
 
         Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
         buffer of a read that is not done.
         """
+        self._fill([(read, read.content.size) for read in reads], deadline)
+
+    def sample(self, content: Content, length: int, deadline: Deadline) -> None:
+        """Read the first bytes of a content and throw them away: whether the store serves.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        wanted = min(length, content.size)
+        read = Read("sample", content, Lease(memoryview(bytearray(wanted))))
+        self._fill([(read, wanted)], deadline)
+        if read.error is not None:
+            raise read.error
+
+    def _fill(self, reads: Sequence[tuple[Read, int]], deadline: Deadline) -> None:
+        """Read so many first bytes of each."""
         tasks: dict[Future[int], tuple[Read, _Ticket]] = {}
-        for read in reads:
-            for start, end in cut(read.content.size, self._range_bytes):
+        for read, wanted in reads:
+            for start, end in cut(wanted, self._range_bytes):
                 ticket = _Ticket()
                 try:
                     future = self._workers.submit(self._read_range, read, start, end, deadline, ticket)
@@ -152,13 +175,13 @@ class Transfer:
             read.fail(DeadlineError(f"{read.name}: not read within {deadline.seconds:g} s; the call was abandoned"))
             future.cancel()
             self._abandon(ticket, self._reading)
-        arrived = dict.fromkeys(map(id, reads), 0)
+        arrived = {id(read): 0 for read, _ in reads}
         for future in finished:
             arrived[id(tasks[future][0])] += future.result()
-        for read in reads:
+        for read, wanted in reads:
             # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
-            if read.error is None and arrived[id(read)] != read.content.size:
-                read.fail(IntegrityError(f"{read.name}: {arrived[id(read)]} of {read.content.size} bytes arrived"))
+            if read.error is None and arrived[id(read)] != wanted:
+                read.fail(IntegrityError(f"{read.name}: {arrived[id(read)]} of {wanted} bytes arrived"))
             read.done = read.error is None
 
     @staticmethod
@@ -224,14 +247,14 @@ class Transfer:
         if at != end:
             raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")
 
-    def upload(self, sources: Sequence[memoryview | bytes], deadline: Deadline, upload: Upload) -> list[Content]:
-        """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.write`.
+    def upload(self, sources: Sequence[SourceLease | bytes], deadline: Deadline, upload: Upload) -> list[Content]:
+        """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
 
         Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
         timeouts say. Whoever waits for that thread calls `abandon` at the deadline, which frees it at once.
 
         Args:
-            sources: Must stay as they are until this returns or raises, even when `upload` was abandoned meanwhile.
+            sources: Bytes, or leases on memory that stays as it is until its lease is revoked.
             deadline: When to give up.
             upload: The handle by which a coordinator can stop waiting.
 
@@ -256,7 +279,7 @@ class Transfer:
             self._writing.give_back(loan)
 
     def _commit(
-        self, session: Session, sources: Sequence[memoryview | bytes], deadline: Deadline, ticket: _Ticket
+        self, session: Session, sources: Sequence[SourceLease | bytes], deadline: Deadline, ticket: _Ticket
     ) -> list[Content]:
         commit = session.xet.new_upload_commit(**self._writing.connection(session.access, session.headers))
         try:
@@ -269,12 +292,13 @@ class Transfer:
         return [Content(info.hash, info.file_size) for info in infos]
 
     @staticmethod
-    def _feed(commit: Any, source: memoryview | bytes, deadline: Deadline, ticket: _Ticket) -> Any:
+    def _feed(commit: Any, source: SourceLease | bytes, deadline: Deadline, ticket: _Ticket) -> Any:
         deadline.check("upload")
-        if ticket.abandoned:
-            raise DeadlineError("upload: abandoned")
         # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
-        return commit.start_upload_bytes(bytes(source), sha256=hf_xet.SKIP_SHA256)
+        data = source if isinstance(source, bytes) else source.read()
+        if data is None or ticket.abandoned:
+            raise DeadlineError("upload: abandoned")
+        return commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
 
     def abandon(self, upload: Upload) -> None:
         """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""
@@ -292,6 +316,11 @@ class Upload:
 
     def __init__(self) -> None:
         self.ticket = _Ticket()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ticket.abandoned
 
 
 def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:

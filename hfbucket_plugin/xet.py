@@ -87,7 +87,9 @@ class CasAccess:
         return f"CasAccess(url={self.url!r}, expires={self.expires})"
 
 
-def fetch_access(hub: HubClient, bucket_id: str, right: Literal["read", "write"], deadline: Deadline) -> CasAccess:
+def fetch_access(
+    hub: HubClient, bucket_id: str, right: Literal["read", "write"], deadline: Deadline, *, patient: bool = True
+) -> CasAccess:
     """Ask the Hub for access to a bucket's content.
 
     Asked here and not by hf_xet, so that it has our deadline and its refusals are typed.
@@ -96,7 +98,9 @@ def fetch_access(hub: HubClient, bucket_id: str, right: Literal["read", "write"]
         HFBucketError: See `HubClient.request`.
     """
     route = f"xet-{right}-token"
-    answer = hub.request("GET", _token_path(bucket_id, right), route=route, deadline=deadline, attempts=2)
+    answer = hub.request(
+        "GET", _token_path(bucket_id, right), route=route, deadline=deadline, attempts=2, patient=patient
+    )
     fields = answer.json(route)
     try:
         access = CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
@@ -144,15 +148,23 @@ class SessionPool:
         bucket_id: `<namespace>/<bucket>`.
         right: What the sessions may do.
         config: See `xet_config`.
+        patient: Whether asking for a token waits for the Hub's pauses, see `HubClient.request`.
     """
 
     def __init__(
-        self, hub: HubClient, bucket_id: str, right: Literal["read", "write"], config: hf_xet.XetConfig
+        self,
+        hub: HubClient,
+        bucket_id: str,
+        right: Literal["read", "write"],
+        config: hf_xet.XetConfig,
+        *,
+        patient: bool = True,
     ) -> None:
         self._hub = hub
         self._bucket_id = bucket_id
         self._right = right
         self._config = config
+        self._patient = patient
         self._building = threading.Lock()
         self._lock = threading.Lock()
         self._current: Session | None = None
@@ -203,7 +215,7 @@ class SessionPool:
             return Loan(session)
 
     def _build(self, deadline: Deadline) -> Session:
-        access = fetch_access(self._hub, self._bucket_id, self._right, deadline)
+        access = fetch_access(self._hub, self._bucket_id, self._right, deadline, patient=self._patient)
         headers = self._hub.headers()
         with typed_errors(f"instance {self._hub.instance!r}: session"):
             xet = hf_xet.XetSession(config=self._config)
@@ -232,6 +244,19 @@ class SessionPool:
         """Replace the session for those who come next, such as after the store refused its token. The loan goes on."""
         with self._lock:
             loan.session.retired = True
+
+    def renew(self) -> None:
+        """Replace the current session for those who come next. Whoever reads from it reads on."""
+        with self._lock:
+            session = self._current
+            if session is None:
+                return
+            session.retired = True
+            idle = session.readers == 0
+            if idle:
+                self._current = None
+        if idle:
+            _abort(session)
 
     def doubt(self, loan: Loan) -> None:
         """Replace the session for those who come next if it is not new: the store may have moved since."""

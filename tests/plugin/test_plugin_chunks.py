@@ -81,7 +81,7 @@ class Engine:
             self.buffers.append(Memory(bytes(size)))
             return self.buffers[-1]
 
-        found = self.store.read_many(keys, size, open_buffer, soon(seconds), **options)
+        found = self.store.read_many(keys, [size] * len(keys), open_buffer, soon(seconds), **options)
         assert len(found) == len(keys)
         for buffer in self.buffers:
             assert buffer.released == (buffer not in found), "what is not returned is given back, and nothing else"
@@ -90,7 +90,7 @@ class Engine:
 
     def put(self, data, size=SIZE, seconds=60.0):
         sources = [Memory(content, name) for name, content in data.items()]
-        failures = self.store.write_many(sources, size, soon(seconds))
+        failures = self.store.puts.submit(sources, size, soon(seconds)).result().failures
         eventually(lambda: all(source.released == 1 for source in sources))
         return {failure.item: failure for failure in failures}
 
@@ -260,7 +260,7 @@ def test_a_warning_comes_once_and_does_not_show_the_token(hub, filled, connect, 
 
 
 def test_a_failing_thread_is_a_failure_and_not_a_crash(filled, engine, monkeypatch):
-    monkeypatch.setattr(engine.store._bucket, "stat", lambda *_: {}[1])
+    monkeypatch.setattr(engine.store.bucket, "stat", lambda *_: {}[1])
 
     assert engine.hits(KEYS) == 0
     assert engine.get(KEYS) == [None] * 6
@@ -359,7 +359,7 @@ def test_an_allocator_that_fails_leaks_nothing(filled, engine):
         lent.append(Memory(bytes(SIZE)))
         return lent[-1]
 
-    found = engine.store.read_many(KEYS, SIZE, open_buffer, soon())
+    found = engine.store.read_many(KEYS, [SIZE] * len(KEYS), open_buffer, soon())
 
     assert [buffer is not None for buffer in found] == [True, True, True, False, False, False]
     assert [buffer.released for buffer in lent] == [0, 0, 0]
@@ -571,7 +571,7 @@ def test_one_key_put_at_once_from_many_threads_is_uploaded_once(hub, bucket, eng
 def test_one_key_twice_in_a_batch_is_uploaded_once(hub, bucket, engine):
     sources = [Memory(DATA[KEYS[0]], KEYS[0]), Memory(DATA[KEYS[0]], KEYS[0])]
 
-    assert engine.store.write_many(sources, SIZE, soon()) == []
+    assert engine.store.puts.submit(sources, SIZE, soon()).result().failures == []
 
     assert [source.released for source in sources] == [1, 1]
     assert engine.count("put", "stored") == 1
@@ -678,7 +678,7 @@ def test_one_bad_commit_does_not_spoil_the_others(hub, bucket, connect):
 
 def test_a_mistake_of_ours_is_a_failure_told_and_does_not_block_its_keys(bucket, engine, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(engine.store._bucket, "add", lambda *_: {}[1])
+        patched.setattr(engine.store.bucket, "add", lambda *_: {}[1])
         failed = engine.put(DATA)
     assert {failure.kind for failure in failed.values()} == {"error"}
     assert engine.count("put", "error") == 6
@@ -838,9 +838,9 @@ store = ChunkStore(instance_settings(endpoint, bucket, "v1", download_tmp_dir=di
 
 def work(name):
     hits = store.prefix_hits([key], 100_000)
-    found = store.read_many([key], 100_000, lambda _: Memory(bytes(100_000)), Deadline.after(20))
+    found = store.read_many([key], [100_000], lambda _: Memory(bytes(100_000)), Deadline.after(20))
     own = name + key[1:]
-    failed = store.write_many([Memory(os.urandom(100_000), own)], 100_000, Deadline.after(20))
+    failed = store.puts.submit([Memory(os.urandom(100_000), own)], 100_000, Deadline.after(20)).result().failures
     print(name, hits, found != [None], failed, store.prefix_hits([own], 100_000), flush=True)
 
 work("before")

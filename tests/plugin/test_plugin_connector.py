@@ -342,7 +342,7 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
     threads = {"allocate": set(), "write": set(), "feed": set(), "request": set(), "start": set()}
     real_allocate, real_write = rig.memory.allocate, Lease.write
     store = rig.connector._store
-    real_feed, real_request = store._bucket.transfer._feed, store._bucket._hub.request
+    real_feed, real_request = store.bucket.transfer._feed, store.bucket._hub.request
 
     def noted(name, function):
         def run(*args, **kwargs):
@@ -354,8 +354,8 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
     memory_objs = [rig.chunk(n) for n in range(4)]
     monkeypatch.setattr(rig.memory, "allocate", noted("allocate", real_allocate))
     monkeypatch.setattr(Lease, "write", noted("write", real_write))
-    monkeypatch.setattr(store._bucket.transfer, "_feed", noted("feed", real_feed))
-    monkeypatch.setattr(store._bucket._hub, "request", noted("request", real_request))
+    monkeypatch.setattr(store.bucket.transfer, "_feed", noted("feed", real_feed))
+    monkeypatch.setattr(store.bucket._hub, "request", noted("request", real_request))
     # Starting a thread waits for it: up to 5 ms while others hold the GIL.
     monkeypatch.setattr(threading.Thread, "start", noted("start", threading.Thread.start))
 

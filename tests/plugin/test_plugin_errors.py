@@ -26,6 +26,8 @@ TREE = {
     "TransportError": ((HFBucketError, ConnectionError), "transport"),
     "DeadlineError": ((errors.TransportError, TimeoutError), "deadline"),
     "IntegrityError": ((HFBucketError,), "integrity"),
+    "HashMismatchError": ((errors.IntegrityError,), "integrity"),
+    "ScratchError": ((HFBucketError,), "scratch"),
     "PartialFailureError": ((HFBucketError,), "partial"),
 }
 

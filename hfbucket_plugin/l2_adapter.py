@@ -1,0 +1,391 @@
+"""LMCache's MP mode (`lmcache server`): an L2 adapter over `ChunkStore`.
+
+    lmcache server … --l2-adapter '{"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter",
+        "class_name": "HFBucketL2Adapter", "adapter_params": {"bucket_handle": "hf://buckets/my-org/lmcache-kv/prod"}}'
+
+LMCache's controllers submit tasks and poll event descriptors; every task here ends by its deadline, with whatever was done.
+The buffers are theirs: once a task is told as ended, or the adapter is closed, nothing touches them any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from concurrent.futures import wait
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.internal_api import L2StoreResult
+from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
+from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
+
+from hfbucket_plugin import l2_settings
+from hfbucket_plugin.chunks import ChunkStore
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.engine_memory import BorrowedMemory
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.keys import encode_name
+from hfbucket_plugin.l2_keys import key_string, layout_bytes
+from hfbucket_plugin.l2_listing import list_page
+from hfbucket_plugin.l2_tasks import TaskBoard
+from hfbucket_plugin.l2_usage import Usage
+from hfbucket_plugin.l2_usage_listing import UsageListing
+from hfbucket_plugin.metrics import default_sink
+from hfbucket_plugin.workers import WorkerPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from lmcache.v1.distributed.api import KeyListPage, MemoryLayoutDesc, ObjectKey
+    from lmcache.v1.distributed.internal_api import L2AdapterListener
+    from lmcache.v1.memory_management import MemoryObj
+
+    from hfbucket_plugin import metrics
+    from hfbucket_plugin.l2_settings import L2Settings
+    from hfbucket_plugin.puts import PutReport
+
+_log = logging.getLogger(__name__)
+
+_LOOKUPS: Final = 16
+_LOADS: Final = 32
+"""Lookups and loads that may be under way: each holds a thread. They have threads of their own, so that a lookup does not
+wait behind loads that hang."""
+
+_BACKLOG: Final = 1024
+"""Tasks that may wait for a thread, each up to its own deadline; one more is a miss at once."""
+
+_DELETE_SECS: Final = 10.0
+_GIB: Final = 1024**3
+
+
+class HFBucketL2AdapterConfig(L2AdapterConfigBase):
+    """What `adapter_params` say; LMCache finds it by its name.
+
+    Args:
+        settings: The instance's.
+    """
+
+    def __init__(self, settings: L2Settings) -> None:
+        self.settings = settings
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> HFBucketL2AdapterConfig:
+        """Read `adapter_params`.
+
+        Raises:
+            ConfigError: A setting is missing, unknown or impossible; it is a ValueError, with which the server stops.
+        """
+        return cls(l2_settings.from_params(d))
+
+    @classmethod
+    def help(cls) -> str:
+        """The settings, a line each."""
+        fields = l2_settings.L2Settings.model_fields.items()
+        return "adapter_params:\n" + "\n".join(f"- {name}: {field.description}" for name, field in fields)
+
+
+class HFBucketL2Adapter(L2AdapterInterface):
+    """One bucket instance as an L2 store of `lmcache server`.
+
+    Args:
+        config: Its settings.
+        l1_memory_desc: LMCache's own memory; not needed here.
+        sink: Where outcomes are counted; by default the Prometheus registry that the server's `/metrics` shows.
+
+    A wrong token, a missing bucket or an unreachable Hub never raise here: the server would not start. They are logged,
+    counted, and told by `report_status`.
+    """
+
+    def __init__(
+        self, config: HFBucketL2AdapterConfig, l1_memory_desc: Any = None, *, sink: metrics.Sink | None = None
+    ) -> None:
+        del l1_memory_desc
+        settings = config.settings
+        super().__init__(max_capacity_bytes=int(settings.max_capacity_gb * _GIB))
+        self._settings = settings
+        self._store = ChunkStore(settings, settings.name, sink or default_sink(), settings.load_timeout_secs)
+        self._stores: TaskBoard[L2StoreResult] = TaskBoard()
+        self._lookups: TaskBoard[Bitmap] = TaskBoard()
+        self._loads: TaskBoard[Bitmap] = TaskBoard()
+        self._lookup_threads = WorkerPool(f"hfbucket-l2-lookup-{settings.name}", _LOOKUPS, _BACKLOG)
+        self._load_threads = WorkerPool(f"hfbucket-l2-load-{settings.name}", _LOADS, _BACKLOG)
+        for pool in (self._lookup_threads, self._load_threads):
+            pool.prepare()
+        self._locks: Counter[ObjectKey] = Counter()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._usage = Usage()
+        self._usage_listing = UsageListing(
+            self._store.bucket,
+            self._usage,
+            settings.usage_refresh_secs,
+            None if settings.max_capacity_gb else settings.usage_max_pages,
+            self._tell_listeners,
+        )
+        self._store.sweep()
+        self._store.warm_up()
+        if settings.resolve_token() is None:
+            _log.warning(
+                "[%s] no token: the environment variable %s (token_env) is not set and there is no inline token; "
+                "only public buckets can be used", settings.name, settings.token_env,
+            )  # fmt: skip
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def get_store_event_fd(self) -> int:
+        """Signalled when a store task ends."""
+        return self._stores.fd
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        """Signalled when a lookup task ends."""
+        return self._lookups.fd
+
+    def get_load_event_fd(self) -> int:
+        """Signalled when a load task ends."""
+        return self._loads.fd
+
+    # --- store ------------------------------------------------------------------------------------------------------
+
+    def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
+        """Store objects; ends within `put_timeout_secs`. What is there at the same size is not written again.
+
+        Raises:
+            ValueError: There are more of one than of the other.
+        """
+        sources = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
+        names = {source.key: key for source, key in zip(sources, keys, strict=True)}
+        sizes = {source.key: len(source.view) for source in sources}
+        task = self._stores.begin()
+        future = self._store.puts.submit(sources, None, Deadline.after(self._settings.put_timeout_secs))
+        future.add_done_callback(lambda done: self._end_store(task, names, sizes, done))
+        return task
+
+    def _end_store(
+        self, task: int, names: Mapping[str, ObjectKey], sizes: Mapping[str, int], future: Future[PutReport]
+    ) -> None:
+        result = L2StoreResult(False, 0)
+        try:
+            if not future.cancelled() and future.exception() is None:
+                report = future.result()
+                stored = [names[key] for key in report.stored]
+                amounts = [sizes[key] for key in report.stored]
+                result = L2StoreResult(not report.failures, sum(amounts))
+                if stored and not self._closed:
+                    self._usage.changed(self._entries(stored, amounts), 1)
+                    self._notify_keys_stored(stored, amounts)
+        except Exception:  # noqa: BLE001 - a listener's; the task must end all the same
+            _log.exception("[%s] a listener failed", self._settings.name)
+        finally:
+            self._stores.finish(task, result)
+
+    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
+        """The results of store tasks that ended since the last call."""
+        return self._stores.take_all()
+
+    # --- lookup and lock --------------------------------------------------------------------------------------------
+
+    def submit_lookup_and_lock_task(
+        self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
+    ) -> int:
+        """Look objects up, of exactly the size of their group's layout; ends within `lookup_timeout_secs`."""
+        task = self._lookups.begin()
+        sizes: dict[int, int | None] = {}
+        if self._settings.object_sizes == "layout":
+            sizes = {group: layout_bytes(layout) for group, layout in group_layout_descs.items()}
+        deadline = Deadline.after(self._settings.lookup_timeout_secs)
+        self._submit(self._lookup_threads, self._lookups, task, len(keys), self._lookup, list(keys), sizes, deadline)
+        return task
+
+    def _lookup(self, keys: Sequence[ObjectKey], sizes: Mapping[int, int | None], deadline: Deadline) -> Sequence[bool]:
+        names = [key_string(key) for key in keys]
+        hits = self._store.found(names, [sizes.get(key.object_group_id) for key in keys], deadline=deadline)
+        found = [key for key, hit in zip(keys, hits, strict=True) if hit]
+        if found:
+            with self._lock:
+                self._locks.update(found)
+            self._notify_keys_accessed(found)
+        return hits
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
+        """Which objects were found and locked, once; None before that."""
+        return self._lookups.take(task_id)
+
+    def submit_unlock(self, keys: list[ObjectKey]) -> None:
+        """Take back one lock of each object."""
+        with self._lock:
+            for key in keys:
+                if self._locks[key] > 1:
+                    self._locks[key] -= 1
+                else:
+                    del self._locks[key]
+
+    # --- load -------------------------------------------------------------------------------------------------------
+
+    def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
+        """Load objects into buffers; ends within `get_timeout_secs` (9 s by default).
+
+        Raises:
+            ValueError: There are more of one than of the other.
+        """
+        buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
+        task = self._loads.begin()
+        deadline = Deadline.after(self._settings.load_timeout_secs)
+        self._submit(self._load_threads, self._loads, task, len(keys), self._load, buffers, deadline)
+        return task
+
+    def _load(self, buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
+        names = [buffer.key for buffer in buffers]
+        sizes = [len(buffer.view) for buffer in buffers]
+        filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
+        return [buffer is not None for buffer in filled]
+
+    def query_load_result(self, task_id: int) -> Bitmap | None:
+        """Which objects were loaded, once; None before that."""
+        return self._loads.take(task_id)
+
+    def _submit(
+        self,
+        pool: WorkerPool,
+        board: TaskBoard[Bitmap],
+        task: int,
+        bits: int,
+        function: Callable[..., Sequence[bool]],
+        *args: Any,
+    ) -> None:
+        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails."""
+
+        def run() -> None:
+            bitmap = Bitmap(bits)
+            try:
+                for index, found in enumerate(function(*args)):
+                    if found:
+                        bitmap.set(index)
+            except Exception:  # noqa: BLE001 - whoever polls must be told
+                _log.exception("[%s] a task failed", self._settings.name)
+                bitmap = Bitmap(bits)
+            finally:
+                board.finish(task, bitmap)
+
+        try:
+            pool.submit(run)
+        except RuntimeError as error:
+            _log.warning("[%s] not tried: %s", self._settings.name, error)
+            board.finish(task, Bitmap(bits))
+
+    # --- delete, list, usage ----------------------------------------------------------------------------------------
+
+    def delete(self, keys: list[ObjectKey]) -> None:
+        """Delete objects that nobody has locked, at once and for ever. What fails is logged and counted, and stays.
+
+        Blocks its thread for 10 s at most.
+        """
+        with self._lock:
+            names = {key_string(key): key for key in keys if not self._locks[key]}
+            self._locks += Counter()  # looking at a Counter makes entries of 0
+        if not names or self._closed or not self._settings.writes:
+            return
+        deadline = Deadline.after(_DELETE_SECS)
+        try:
+            held = self._store.contents(list(names), deadline)
+            there = [name for name, content in held.items() if content is not None]
+            failures = self._store.delete(there, deadline) if there else {}
+        except HFBucketError as error:
+            _log.warning("[%s] %d objects were not deleted: %s", self._settings.name, len(names), error)
+            return
+        sizes = {name: content.size if (content := held.get(name)) is not None else 0 for name in names}
+        there = [name for name in there if name not in failures]
+        self._usage.changed(self._entries([names[name] for name in there], [sizes[name] for name in there]), -1)
+        gone = [name for name in names if name not in failures]  # what was not there included: LMCache may drop it too
+        if gone:
+            self._credit(sum(sizes.values()))
+            self._notify_keys_deleted([names[name] for name in gone], [sizes[name] for name in gone])
+
+    def _credit(self, amount: int) -> None:
+        """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
+        with self._usage_lock:
+            self._total_bytes_used: int = max(self._total_bytes_used, amount)
+
+    def _entries(self, keys: Sequence[ObjectKey], sizes: Sequence[int]) -> list[tuple[str, str, int]]:
+        join = self._store.bucket.handle.join
+        return [
+            (join(encode_name(key_string(key))), key.cache_salt, size) for key, size in zip(keys, sizes, strict=True)
+        ]
+
+    def list_l2_keys(
+        self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
+    ) -> KeyListPage:
+        """One page of the keys that the bucket holds, whoever wrote them; see `list_page`."""
+        return list_page(self._store.bucket, model_name, page_size, cursor)
+
+    def get_usage(self) -> AdapterUsage:
+        """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one."""
+        return AdapterUsage(
+            total_bytes_used=self._usage.total,
+            total_capacity_bytes=self._max_capacity_bytes,
+            bytes_by_cache_salt=MappingProxyType(dict(self._usage.by_salt())),
+        )
+
+    def register_listener(self, listener: L2AdapterListener) -> None:
+        """Tell a listener of changes; and, by the listing that follows, of what is there already."""
+        super().register_listener(listener)
+        self._usage_listing.again()
+
+    def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
+        """Objects of others' that a listing found, oldest first: what LMCache evicts by."""
+        for listener in list(self._listeners):
+            listener.on_l2_keys_stored(keys, sizes)
+
+    # --- status and the end -----------------------------------------------------------------------------------------
+
+    def report_status(self) -> dict[str, Any]:
+        """The state of this adapter; `reasons` say in words why it is not healthy."""
+        open_parts = self._store.guard.status()
+        reasons = [f"{part} is given up for now: {why}" for part, why in open_parts.items()]
+        if self._closed:
+            reasons.append("the adapter is closed")
+        if pause := self._store.bucket.paused_secs:
+            reasons.append(f"the Hub told this token to wait {pause:.0f} s more: its quota is used up")
+        with self._lock:
+            locked = len(self._locks)
+        return {
+            "is_healthy": not open_parts and not self._closed,
+            "type": type(self).__name__,
+            "reasons": reasons,
+            "instance": self._settings.name,
+            "bucket": str(self._settings.bucket_handle),
+            "role": self._settings.role,
+            "breakers_open": sorted(open_parts),
+            "tasks": {
+                "store": self._stores.under_way,
+                "lookup": self._lookups.under_way,
+                "load": self._loads.under_way,
+            },
+            "waiting_put_bytes": self._store.puts.waiting_bytes,
+            "locked_key_count": locked,
+            "object_count": self._usage.objects,
+            "current_size_bytes": self._usage.total,
+            "usage_is_complete": self._usage.complete,
+            "max_capacity_bytes": self._max_capacity_bytes,
+        }
+
+    def close(self) -> None:
+        """Wait up to `close_timeout_secs` for stores under way, then end everything; once is enough."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._usage_listing.close()
+        end = time.monotonic() + self._settings.close_timeout_secs
+        pending = self._store.puts.pending.copy()
+        _, unfinished = wait(pending, timeout=max(0.0, end - time.monotonic()))
+        if unfinished:
+            _log.warning("[%s] closed with %d stores unfinished", self._settings.name, len(unfinished))
+        self._lookup_threads.close()
+        self._load_threads.close()
+        self._store.close()
+        for board in (self._stores, self._lookups, self._loads):
+            board.close()

@@ -1,0 +1,137 @@
+"""How often one instance may call the Hub: its own cap, and the pauses that the Hub asks for.
+
+The Hub counts calls per member in fixed windows of 5 minutes, and a fleet shares one quota. It answers 429 with
+`Retry-After` when it is used up, and tells beforehand with `RateLimit: "<name>";r=<left>;t=<seconds to reset>`.
+Reads from the store are no calls to the Hub: they go on during a pause.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from hfbucket_plugin.errors import BudgetError, ThrottledError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hfbucket_plugin.deadlines import Deadline
+
+_WINDOW_SECS: Final = 60.0
+_FIRST_PAUSE_SECS: Final = 1.0
+_LONGEST_PAUSE_SECS: Final = 30.0
+"""Bounds of the pauses after a 429 that does not say how long to wait; each is twice the one before it."""
+
+_LONGEST_ASKED_SECS: Final = 300.0
+"""A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
+
+
+class Pacing:
+    """Admits calls of one instance; thread-safe.
+
+    Args:
+        instance: Its name, for errors.
+        calls_per_minute: Most calls in any 60 s; None for no cap.
+        clock: Seconds, monotonic; tests hand in their own.
+        sleep: Waits that many seconds.
+    """
+
+    def __init__(
+        self,
+        instance: str,
+        calls_per_minute: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._instance = instance
+        self._cap = calls_per_minute
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._calls: deque[float] = deque()
+        self._paused_until = float("-inf")
+        self._unexplained = 0
+
+    def admit(self, what: str, deadline: Deadline, *, patient: bool) -> None:
+        """Take a call from the budget, and return when it may be made.
+
+        Args:
+            what: Names the call in errors.
+            deadline: When the caller gives up.
+            patient: Whether to wait for a pause or for the budget, as far as the deadline allows. A lookup does not: a
+                miss now is better than an answer later.
+
+        Raises:
+            ThrottledError: The Hub asked for a pause that is not over; `BudgetError` when the own cap is used up.
+        """
+        while (error := self._take(what)) is not None:
+            wait = error.retry_after or 0.0
+            if not patient or wait >= deadline.remaining():
+                raise error
+            self._sleep(wait)
+
+    def _take(self, what: str) -> ThrottledError | None:
+        with self._lock:
+            now = self._clock()
+            pause = self._paused_until - now
+            if pause > 0:
+                message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more"
+                return ThrottledError(message, pause)
+            if self._cap is not None:
+                while self._calls and self._calls[0] <= now - _WINDOW_SECS:
+                    self._calls.popleft()
+                if len(self._calls) >= self._cap:
+                    wait = self._calls[0] + _WINDOW_SECS - now
+                    return BudgetError(
+                        f"{what}: not asked, since instance {self._instance!r} made {self._cap} calls to the Hub within a "
+                        f"minute (max_hub_calls_per_minute); the next is free in {wait:.1f} s",
+                        wait,
+                    )
+                self._calls.append(now)
+        return None
+
+    def heed(self, status: int, headers: Mapping[str, str]) -> None:
+        """Note what an answer says about the quota.
+
+        Args:
+            status: Of the answer.
+            headers: Of the answer.
+        """
+        asked = retry_after(headers)
+        with self._lock:
+            if status != _TOO_MANY:
+                self._unexplained = 0
+                if not _used_up(headers):
+                    return
+            elif asked is None:
+                asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)
+                self._unexplained = min(self._unexplained + 1, 10)
+            pause = min(asked or 0.0, _LONGEST_ASKED_SECS)
+            self._paused_until = max(self._paused_until, self._clock() + pause)
+
+    @property
+    def paused_secs(self) -> float:
+        """Seconds left of a pause that the Hub asked for; 0 when there is none."""
+        with self._lock:
+            return max(0.0, self._paused_until - self._clock())
+
+
+_TOO_MANY: Final = 429
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = headers.get("retry-after", "").strip()
+    return float(value) if value.isascii() and value.isdigit() else None
+
+
+def _used_up(headers: Mapping[str, str]) -> bool:
+    limit = parse_ratelimit_headers(headers)
+    return limit is not None and limit.remaining == 0

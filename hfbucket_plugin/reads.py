@@ -1,0 +1,289 @@
+"""Reading chunks into the engine's buffers: what is served, and what is a miss and why."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    HashMismatchError,
+    HFBucketError,
+    IntegrityError,
+    MissingError,
+    ScratchError,
+    ThrottledError,
+    TransportError,
+)
+from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.transfer import Read, xet_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hfbucket_plugin.bad_objects import BadObjects
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.existence import Existence
+    from hfbucket_plugin.guard import Guard
+    from hfbucket_plugin.outcomes import Outcomes
+    from hfbucket_plugin.quarantine import Quarantine
+    from hfbucket_plugin.scratch import Scratch
+    from hfbucket_plugin.settings import InstanceSettings
+    from hfbucket_plugin.traffic import Traffic
+    from hfbucket_plugin.transfer import Content
+
+_COPY_BYTES: Final = 4 * 1024 * 1024
+_SAMPLE_BYTES: Final = 64 * 1024
+"""What a probe reads: within one piece of content-defined chunking's largest size, 128 KiB."""
+
+
+_STORES_FAULT: Final = (TransportError, ThrottledError, AccessDeniedError, IntegrityError)
+
+
+class Buffer(Protocol):
+    """Memory of the engine's that one chunk is read into."""
+
+    @property
+    def view(self) -> memoryview:
+        """Writable bytes, exactly as many as a full chunk has."""
+
+    def release(self) -> None:
+        """Give the memory back: the chunk was not read. Called at most once, and nothing writes afterwards."""
+
+
+class Reader:
+    """Reads the chunks of one instance.
+
+    Args:
+        bucket: Where from.
+        existence: Says what is there, and is told what could not be served.
+        outcomes: Where results are told.
+        settings: The instance's.
+        guard: Its `read` breaker.
+        traffic: Counts the reads, so that puts let them pass.
+        quarantine: Contents that could not be served of late.
+        bad: Where objects are recorded that are proven bad.
+        scratch: Space for hashing.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        existence: Existence,
+        outcomes: Outcomes,
+        settings: InstanceSettings,
+        *,
+        guard: Guard,
+        traffic: Traffic,
+        quarantine: Quarantine,
+        bad: BadObjects,
+        scratch: Scratch,
+    ) -> None:
+        self._bucket = bucket
+        self._existence = existence
+        self._outcomes = outcomes
+        self._settings = settings
+        self._guard = guard
+        self._traffic = traffic
+        self._quarantine = quarantine
+        self._bad = bad
+        self._scratch = scratch
+        self._lock = threading.Lock()
+        self._active: set[Read] = set()
+        self._closed = False
+        self._served: Content | None = None
+        self._failed: Content | None = None
+
+    def read_many(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        open_buffer: Callable[[int], Buffer | None],
+        deadline: Deadline,
+        *,
+        prefix_only: bool = False,
+    ) -> list[Buffer | None]:
+        """Read chunks; see `ChunkStore.read_many`."""
+        started = time.monotonic()
+        results: list[Buffer | None] = [None] * len(keys)
+        try:
+            self._guard.check("read")
+            # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
+            asking = deadline.within(self._settings.lookup_timeout_secs)
+            contents = self._existence.contents(keys, asking)
+        except HFBucketError as error:
+            self._outcomes.failed("get", error, len(keys), started)
+            return results
+        with self._traffic.reading():
+            self._outcomes.in_flight("get", self._traffic.reads)
+            outcome = self._serve(keys, self._full_chunks(keys, contents, sizes), open_buffer, results, deadline)
+        self._outcomes.in_flight("get", self._traffic.reads)
+        served = [index for index, buffer in enumerate(results) if buffer is not None]
+        self._outcomes.chunks("get", "hit", len(served))
+        self._outcomes.bytes("read", sum(sizes[index] for index in served))
+        self._outcomes.ended("get", outcome, started)
+        if prefix_only:
+            _release_behind_first_miss(results)
+        return results
+
+    def _full_chunks(
+        self, keys: Sequence[str], contents: Mapping[str, Content | None], sizes: Sequence[int]
+    ) -> dict[int, tuple[str, Content]]:
+        wanted = {}
+        for index, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+            content = contents.get(key)
+            if content is None:
+                self._outcomes.chunks("get", "missing", 1)
+            elif content.size != size:
+                self._outcomes.chunks("get", "size", 1)
+                self._outcomes.warn_of_size("get", key, content.size, size)
+            elif self._quarantine.holds(content.xet_hash):
+                self._outcomes.chunks("get", "quarantined", 1)
+            else:
+                wanted[index] = (key, content)
+        return wanted
+
+    def _serve(
+        self,
+        keys: Sequence[str],
+        wanted: Mapping[int, tuple[str, Content]],
+        open_buffer: Callable[[int], Buffer | None],
+        results: list[Buffer | None],
+        deadline: Deadline,
+    ) -> str:
+        """Fill buffers into `results`; return how the operation ended, in a word."""
+        reads = self._open(wanted, open_buffer)
+        try:
+            self._bucket.transfer.read([read for read, _ in reads.values()], deadline)
+            if self._settings.verify == "hash":
+                for read, buffer in reads.values():
+                    self._verify(read, buffer, deadline)
+        finally:
+            with self._lock:
+                self._active.difference_update(read for read, _ in reads.values())
+        outcome = "ok"
+        store_works = self._tell_guard([read for read, _ in reads.values()])
+        for index, (read, buffer) in reads.items():
+            read.lease.revoke()
+            if read.error is None:
+                self._quarantine.clear(read.content.xet_hash)
+                results[index] = buffer
+            else:
+                buffer.release()
+                outcome = read.error.kind
+                self._missed(keys[index], read, store_works=store_works)
+        return outcome
+
+    def _open(
+        self, wanted: Mapping[int, tuple[str, Content]], open_buffer: Callable[[int], Buffer | None]
+    ) -> dict[int, tuple[Read, Buffer]]:
+        reads: dict[int, tuple[Read, Buffer]] = {}
+        for index, (key, content) in wanted.items():
+            problem = "there is none free"
+            try:
+                buffer = open_buffer(index)
+            except Exception as error:  # noqa: BLE001 - the engine's allocator; the buffers opened before must not leak
+                buffer, problem = None, f"{type(error).__name__}: {error}"
+            if buffer is None:
+                left = len(wanted) - len(reads)
+                self._outcomes.chunks("get", "allocation", left)
+                self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
+                break
+            read = Read(key, content, Lease(buffer.view))
+            with self._lock:
+                self._active.add(read)
+                closed = self._closed
+            if closed:
+                read.fail(TransportError(f"{key}: the instance is closed"))
+            reads[index] = (read, buffer)
+        return reads
+
+    def _verify(self, read: Read, buffer: Buffer, deadline: Deadline) -> None:
+        """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
+        if not read.done:
+            return
+        try:
+            deadline.check(f"{read.name}: hash")
+            with self._scratch.file() as path:
+                with path.open("wb") as out:
+                    for at in range(0, read.content.size, _COPY_BYTES):
+                        out.write(buffer.view[at : at + _COPY_BYTES])
+                actual = xet_hashes([path])[0]
+        except HFBucketError as error:
+            read.fail(error)
+            return
+        except OSError as error:
+            # No word against the store or the object: nothing is wrong with either.
+            read.fail(ScratchError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
+            return
+        if actual != read.content.xet_hash:
+            expected = read.content.xet_hash
+            read.fail(
+                HashMismatchError(f"{read.name}: what arrived has the hash {actual}, the listing says {expected}")
+            )
+
+    def _tell_guard(self, reads: Sequence[Read]) -> bool:
+        """Whether the store served anything: only then is what failed the objects' own fault."""
+        for read in reads:
+            if read.error is None:
+                self._served = read.content
+            if read.error is None or isinstance(read.error, HashMismatchError):
+                self._guard.succeeded("read")
+                return True
+        for read in reads:
+            if isinstance(read.error, _STORES_FAULT) and not self._closed:
+                self._failed = read.content
+                self._guard.failed("read", read.error)
+                break
+        return False
+
+    def _missed(self, key: str, read: Read, *, store_works: bool) -> None:
+        error = read.error
+        if error is None or self._closed:
+            return
+        self._outcomes.chunks("get", error.kind, 1)
+        self._outcomes.warn("get", error.kind, str(error))
+        if isinstance(error, MissingError):
+            # The store lacks what the Hub lists, or listed a while ago: what is believed of others is asked anew too,
+            # so that stale answers cannot add up to what disables the engine.
+            self._existence.cache.clear()
+        elif isinstance(error, HashMismatchError):
+            self._existence.cache.drop(key)
+            self._bucket.transfer.renew()  # so that the next fetch is independent of this one
+        elif not (store_works and isinstance(error, (IntegrityError, TransportError))):
+            return
+        if self._quarantine.add(read.content.xet_hash, wrong_hash=isinstance(error, HashMismatchError)):
+            self._bad.record(key, read.content, str(error))
+        self._outcomes.quarantined(len(self._quarantine))
+
+    def probe(self, deadline: Deadline) -> None:
+        """Read a little of what was served last, or else of what failed: whether the store serves.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        content = self._served or self._failed
+        if content is None:
+            self._bucket.transfer.warm_up(deadline)
+        else:
+            self._bucket.transfer.sample(content, _SAMPLE_BYTES, deadline)
+
+    def close(self) -> None:
+        """Write into no buffer any more."""
+        with self._lock:
+            self._closed = True
+            active = list(self._active)
+        for read in active:
+            read.fail(TransportError(f"{read.name}: the instance was closed"))
+
+
+def _release_behind_first_miss(results: list[Buffer | None]) -> None:
+    missed = False
+    for index, buffer in enumerate(results):
+        if buffer is None:
+            missed = True
+        elif missed:
+            buffer.release()
+            results[index] = None
