@@ -207,7 +207,9 @@ class MPServer:
         command = [sys.executable, "-m", "demo.mp_launch", "server", "--host", HOST, "--port", str(self.port)]
         command += ["--http-host", HOST, "--http-port", str(http_port), *self._arguments]
         own = {"TMPDIR": self._home.name, "HF_HOME": self._home.name}
-        env = os.environ | _QUIET | own | self._env
+        # An engine in this process names that directory, for metrics of several processes; the server's are its own.
+        ours = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+        env = ours | _QUIET | own | self._env
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
         with self._log_path.open("wb") as log:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
