@@ -1,0 +1,42 @@
+"""L2 adapters over a bucket, which the same tests run against: what each takes as `--l2-adapter`."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+OURS = "hfbucket_plugin.l2_adapter"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter keeps its objects."""
+
+    endpoint: str
+    bucket_id: str
+    prefix: str = "kv/mp"
+
+    @property
+    def handle(self) -> str:
+        return f"hf://buckets/{self.bucket_id}/{self.prefix}"
+
+
+def built_in(place: Place) -> dict[str, Any]:
+    """LMCache's own; its endpoint is `HF_ENDPOINT`."""
+    return {"type": "hfbucket", "bucket_handle": place.handle}
+
+
+def ours(place: Place) -> dict[str, Any]:
+    return {
+        "type": "plugin",
+        "module_path": OURS,
+        "class_name": "HFBucketL2Adapter",
+        "adapter_params": {"bucket_handle": place.handle, "endpoint": place.endpoint},
+    }
+
+
+EVERY_ADAPTER = [
+    pytest.param(built_in, id="built-in"),
+    pytest.param(ours, id="ours", marks=pytest.mark.skipif(find_spec(OURS) is None, reason="not there yet")),
+]
