@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hfbucket_plugin.leases import Lease
+
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
@@ -20,6 +22,7 @@ class TargetMemory:
     def __init__(self, memory_obj: MemoryObj) -> None:
         self.memory_obj = memory_obj
         self.view = bytes_of(memory_obj)
+        self.lease = Lease(self.view)
 
     def release(self) -> None:
         """Drop the reference: the allocator takes the memory back."""
@@ -50,6 +53,7 @@ class BorrowedMemory:
     def __init__(self, key: str, memory_obj: MemoryObj) -> None:
         self.key = key
         self.view = bytes_of(memory_obj)
+        self.lease = Lease(self.view)
 
     def release(self) -> None:
         """Nothing to do: leases see to it that nothing touches the memory any more."""

@@ -116,6 +116,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         for pool in (self._lookup_threads, self._load_threads):
             pool.prepare()
         self._locks: Counter[ObjectKey] = Counter()
+        self._loading: dict[ObjectKey, list[BorrowedMemory]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._usage = Usage()
@@ -215,13 +216,21 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """Take back one lock of each object."""
+        """Take back one lock of each object.
+
+        LMCache unlocks what it has loaded, and also what a load that it gives up is still loading, whose buffers it frees
+        at once: where more loads of a key are under way than locks are left, none of them writes any more.
+        """
         with self._lock:
             for key in keys:
                 if self._locks[key] > 1:
                     self._locks[key] -= 1
                 else:
                     del self._locks[key]
+                loading = self._loading.get(key, ())
+                if len(loading) > self._locks[key]:
+                    for buffer in loading:
+                        buffer.lease.revoke()
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -234,14 +243,31 @@ class HFBucketL2Adapter(L2AdapterInterface):
         buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         task = self._loads.begin()
         deadline = Deadline.after(self._settings.load_timeout_secs)
-        self._submit(self._load_threads, self._loads, task, len(keys), self._load, buffers, deadline)
+        with self._lock:
+            for key, buffer in zip(keys, buffers, strict=True):
+                self._loading.setdefault(key, []).append(buffer)
+        args = (list(keys), buffers, deadline)
+        if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, *args):
+            self._end_load(keys, buffers)
         return task
 
-    def _load(self, buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
+    def _load(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
         names = [buffer.key for buffer in buffers]
-        sizes = [len(buffer.view) for buffer in buffers]
-        filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
-        return [buffer is not None for buffer in filled]
+        sizes = [buffer.lease.size for buffer in buffers]
+        try:
+            filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
+            return [buffer is not None for buffer in filled]
+        finally:
+            self._end_load(keys, buffers)
+
+    def _end_load(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> None:
+        with self._lock:
+            for key, buffer in zip(keys, buffers, strict=True):
+                loading = self._loading.get(key, [])
+                if buffer in loading:
+                    loading.remove(buffer)
+                if not loading:
+                    self._loading.pop(key, None)
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         """Which objects were loaded, once; None before that."""
@@ -255,8 +281,12 @@ class HFBucketL2Adapter(L2AdapterInterface):
         bits: int,
         function: Callable[..., Sequence[bool]],
         *args: Any,
-    ) -> None:
-        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails."""
+    ) -> bool:
+        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails.
+
+        Returns:
+            Whether the pool took it; if not, the task is finished already.
+        """
 
         def run() -> None:
             bitmap = Bitmap(bits)
@@ -275,6 +305,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         except RuntimeError as error:
             _log.warning("[%s] not tried: %s", self._settings.name, error)
             board.finish(task, Bitmap(bits))
+            return False
+        return True
 
     # --- delete, list, usage ----------------------------------------------------------------------------------------
 
@@ -285,7 +317,6 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """
         with self._lock:
             names = {key_string(key): key for key in keys if not self._locks[key]}
-            self._locks += Counter()  # looking at a Counter makes entries of 0
         if not names or self._closed or not self._settings.writes:
             return
         deadline = Deadline.after(_DELETE_SECS)

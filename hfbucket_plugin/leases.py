@@ -41,8 +41,13 @@ class Lease:
             self._buffer[at : at + len(piece)] = piece
             return True
 
+    def read(self, at: int, length: int) -> bytes | None:
+        """A copy of a range, or None when the lease was revoked: the memory may be gone."""
+        with self._lock:
+            return None if self._buffer is None else bytes(self._buffer[at : at + length])
+
     def revoke(self) -> None:
-        """After this returns nothing writes any more, and the buffer is no longer referred to."""
+        """After this returns nothing writes or reads any more, and the buffer is no longer referred to."""
         with self._lock:
             self._buffer = None
 

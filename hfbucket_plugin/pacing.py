@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.deadlines import Deadline
 
+_TOO_MANY: Final = 429
 _WINDOW_SECS: Final = 60.0
 _FIRST_PAUSE_SECS: Final = 1.0
 _LONGEST_PAUSE_SECS: Final = 30.0
@@ -28,6 +29,10 @@ _LONGEST_PAUSE_SECS: Final = 30.0
 
 _LONGEST_ASKED_SECS: Final = 300.0
 """A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
+
+_SCOUT_SECS: Final = 15.0
+"""In a long pause one call is let through this often: whether the quota is back, or was only a proxy's whim. Four calls a
+minute are a sixtieth of the smallest quota."""
 
 
 class Pacing:
@@ -54,6 +59,8 @@ class Pacing:
         self._lock = threading.Lock()
         self._calls: deque[float] = deque()
         self._paused_until = float("-inf")
+        self._paused_since = float("-inf")
+        self._scout_at = float("inf")
         self._unexplained = 0
 
     def admit(self, what: str, deadline: Deadline, *, patient: bool) -> None:
@@ -72,13 +79,15 @@ class Pacing:
             wait = error.retry_after or 0.0
             if not patient or wait >= deadline.remaining():
                 raise error
-            self._sleep(wait)
+            self._sleep(min(wait, _SCOUT_SECS))
 
     def _take(self, what: str) -> ThrottledError | None:
         with self._lock:
             now = self._clock()
             pause = self._paused_until - now
-            if pause > 0:
+            if pause > 0 and now >= self._scout_at:
+                self._scout_at = now + _SCOUT_SECS
+            elif pause > 0:
                 message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more"
                 return ThrottledError(message, pause)
             if self._cap is not None:
@@ -103,24 +112,25 @@ class Pacing:
         """
         asked = retry_after(headers)
         with self._lock:
+            now = self._clock()
             if status != _TOO_MANY:
                 self._unexplained = 0
                 if not _used_up(headers):
+                    if now - self._paused_since >= _SCOUT_SECS:
+                        self._paused_until = float("-inf")  # an answer to a scout, not to a call from before the pause
                     return
             elif asked is None:
                 asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)
                 self._unexplained = min(self._unexplained + 1, 10)
-            pause = min(asked or 0.0, _LONGEST_ASKED_SECS)
-            self._paused_until = max(self._paused_until, self._clock() + pause)
+            if self._paused_until <= now:
+                self._paused_since, self._scout_at = now, now + _SCOUT_SECS
+            self._paused_until = max(self._paused_until, now + min(asked or 0.0, _LONGEST_ASKED_SECS))
 
     @property
     def paused_secs(self) -> float:
         """Seconds left of a pause that the Hub asked for; 0 when there is none."""
         with self._lock:
             return max(0.0, self._paused_until - self._clock())
-
-
-_TOO_MANY: Final = 429
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

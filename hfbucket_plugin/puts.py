@@ -241,9 +241,9 @@ class Putter:
                 future = self._threads.submit(self._upload, commit, deadline)
             except RuntimeError as error:
                 self._end(commit)
+                self._unclaim(commit.sources)
                 failures += commit.failures("transport", str(error))
             else:
-                future.add_done_callback(lambda _, commit=commit: self._unclaim(commit.sources))  # type: ignore[misc]
                 tasks[future] = commit
         namings, lost = self._wait_for_uploads(tasks, deadline)
         report = self._wait_for_names(namings, deadline)
@@ -298,6 +298,8 @@ class Putter:
             self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.cache.drop(source.key)
+        # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.
+        self._unclaim(commit.sources)
         return commit.failures(_kind(error), str(error))
 
     def _end(self, commit: _Commit) -> None:
@@ -350,6 +352,7 @@ class Putter:
                 report.stored.append(source.key)
                 self._existence.cache.put(source.key, content)
                 written += content.size
+        self._unclaim(commit.sources)
         self._outcomes.chunks("put", "stored", len(report.stored))
         self._outcomes.bytes("write", written)
         return report

@@ -16,6 +16,9 @@ _FIRST_SECS: Final = 15.0
 """Short, so that service is back soon after something else than the object was at fault; doubled each time."""
 
 _LONGEST_SECS: Final = 3600.0
+_PROOF: Final = 2
+"""Fetches that failed the hash, one after the other and independent of each other, that prove an object bad."""
+
 _ENTRIES: Final = 10_000
 
 
@@ -82,6 +85,3 @@ class Quarantine:
 
     def __len__(self) -> int:
         return len(self._records)
-
-
-_PROOF: Final = 2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hfbucket_plugin.errors import (
     AccessDeniedError,
+    DeadlineError,
     HashMismatchError,
     HFBucketError,
     IntegrityError,
@@ -16,7 +17,6 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from hfbucket_plugin.leases import Lease
 from hfbucket_plugin.transfer import Read, xet_hashes
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.existence import Existence
     from hfbucket_plugin.guard import Guard
+    from hfbucket_plugin.leases import Lease
     from hfbucket_plugin.outcomes import Outcomes
     from hfbucket_plugin.quarantine import Quarantine
     from hfbucket_plugin.scratch import Scratch
@@ -48,6 +49,10 @@ class Buffer(Protocol):
     @property
     def view(self) -> memoryview:
         """Writable bytes, exactly as many as a full chunk has."""
+
+    @property
+    def lease(self) -> Lease:
+        """The right to write into them, which the owner may take back at any moment."""
 
     def release(self) -> None:
         """Give the memory back: the chunk was not read. Called at most once, and nothing writes afterwards."""
@@ -158,8 +163,8 @@ class Reader:
         try:
             self._bucket.transfer.read([read for read, _ in reads.values()], deadline)
             if self._settings.verify == "hash":
-                for read, buffer in reads.values():
-                    self._verify(read, buffer, deadline)
+                for read, _ in reads.values():
+                    self._verify(read, deadline)
         finally:
             with self._lock:
                 self._active.difference_update(read for read, _ in reads.values())
@@ -191,7 +196,7 @@ class Reader:
                 self._outcomes.chunks("get", "allocation", left)
                 self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
                 break
-            read = Read(key, content, Lease(buffer.view))
+            read = Read(key, content, buffer.lease)
             with self._lock:
                 self._active.add(read)
                 closed = self._closed
@@ -200,7 +205,7 @@ class Reader:
             reads[index] = (read, buffer)
         return reads
 
-    def _verify(self, read: Read, buffer: Buffer, deadline: Deadline) -> None:
+    def _verify(self, read: Read, deadline: Deadline) -> None:
         """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
         if not read.done:
             return
@@ -209,7 +214,9 @@ class Reader:
             with self._scratch.file() as path:
                 with path.open("wb") as out:
                     for at in range(0, read.content.size, _COPY_BYTES):
-                        out.write(buffer.view[at : at + _COPY_BYTES])
+                        if (piece := read.lease.read(at, _COPY_BYTES)) is None:
+                            raise DeadlineError(f"{read.name}: given up while it was being hashed")
+                        out.write(piece)
                 actual = xet_hashes([path])[0]
         except HFBucketError as error:
             read.fail(error)

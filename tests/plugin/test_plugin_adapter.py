@@ -21,6 +21,7 @@ from hfbucket_plugin import adapter
 from hfbucket_plugin.adapter import HFBucketConnectorAdapter
 from hfbucket_plugin.connector import HFBucketConnector
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.health_shield import LIFTED
 
 THIRD = """
 from lmcache.v1.storage_backend.connector import ConnectorAdapter
@@ -391,8 +392,20 @@ def test_a_token_of_the_configuration_is_in_no_log_of_ours(build, caplog):
     assert SECRET not in repr(connector)
 
 
-def test_the_engines_configuration_is_left_as_it_was(build, tmp_path, loop):
+def test_of_the_engines_configuration_only_the_health_monitors_threshold_is_changed(build, tmp_path, loop):
     config = engine_config(tmp_path / "own.yaml", yaml.safe_dump(instances("hfbucket")))
+    before = dict(config.extra_config)
+    CreateConnector("plugin://hfbucket", loop, None, config, engine_metadata(), plugin_name="hfbucket")
+
+    assert config.extra_config == before | {"get_blocking_failed_threshold": LIFTED}
+
+
+@pytest.mark.parametrize("text", [{"get_blocking_failed_threshold": 3}, {"others": ["fs.warm"]}], ids=str)
+def test_a_threshold_that_somebody_wants_is_left_alone(tmp_path, loop, text):
+    document = instances("hfbucket")
+    document["remote_storage_plugins"] += text.pop("others", [])
+    document["extra_config"] |= text
+    config = engine_config(tmp_path / "own.yaml", yaml.safe_dump(document))
     before = dict(config.extra_config)
     CreateConnector("plugin://hfbucket", loop, None, config, engine_metadata(), plugin_name="hfbucket")
 

@@ -18,7 +18,7 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
 from hfbucket_plugin.transfer import Content, Read, Upload, cut, xet_hashes
 from localhub.faults import Fault
@@ -272,7 +272,7 @@ def test_a_token_that_cannot_be_replaced_is_a_failure_that_does_not_show_the_hub
         ({"status": 401}, AccessDeniedError),
         ({"status": 403}, AccessDeniedError),
         ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, BucketMissingError),
-        ({"status": 429, "headers": {"Retry-After": "3600"}}, ThrottledError),
+        ({"status": 429, "headers": {"Retry-After": "1"}}, ThrottledError),
         ({"status": 500}, TransportError),
         ({"status": 200, "body": "[]"}, TransportError),
         ({"status": 200, "body": "{}"}, TransportError),
@@ -464,7 +464,7 @@ def put(door, sources, seconds=60.0, handle=None):
 def test_what_was_uploaded_can_be_read_and_has_the_hash_of_its_bytes(door, tmp_path):
     sources = [DATA, memoryview(DATA[::-1]), b"x", memoryview(bytearray(BIG))]
 
-    contents = put(door, sources)
+    contents = put(door, [source if isinstance(source, bytes) else SourceLease(source) for source in sources])
 
     assert [content.size for content in contents] == [len(source) for source in sources]
     for number, source in enumerate(sources):
