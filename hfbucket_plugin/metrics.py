@@ -6,7 +6,7 @@ labels are stable: they are only ever added to.
 ======================================  =========  ====================================================================
 name                                    kind       labels
 ======================================  =========  ====================================================================
-``hfbucket_operations_total``           counter    ``instance``, ``operation`` (lookup, get, put, delete, list, ping),
+``hfbucket_operations_total``           counter    ``instance``, ``operation`` (lookup, get, put, delete, list),
                                                    ``outcome`` (ok, or the reason of a miss or failure)
 ``hfbucket_chunks_total``               counter    ``instance``, ``operation`` (lookup, get, put, delete), ``outcome``:
                                                    hit, stored, present, deleted, or the `kind` of an error

@@ -1,4 +1,4 @@
-"""Writes the table of settings in docs/configure.md from the model: `make docs`. A test checks that it was run."""
+"""Writes the tables of settings in docs/configure.md from the models: `make docs`. A test checks that it was run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
+from hfbucket_plugin.l2_settings import L2Settings
 from hfbucket_plugin.settings import InstanceSettings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configure.md"
-BEGIN = "<!-- settings: written by `make docs` from hfbucket_plugin/settings.py -->"
-END = "<!-- /settings -->"
+PLACES = {
+    "settings": "<!-- settings: written by `make docs` from hfbucket_plugin/settings.py -->",
+    "l2_settings": "<!-- l2_settings: written by `make docs` from hfbucket_plugin/l2_settings.py -->",
+}
 
 
 def default_of(field: FieldInfo) -> str:
@@ -32,27 +35,35 @@ def default_of(field: FieldInfo) -> str:
     return f"`{value}`"
 
 
-def table() -> str:
-    """The table, in the order of the model."""
+def table(fields: dict[str, FieldInfo]) -> str:
+    """The table of some settings, in the order of their model."""
     rows = ["| setting | default | meaning, and why the default |", "|---|---|---|"]
     rows += [
         f"| `{name}` | {default_of(field)} | {' '.join((field.description or '').split())} |"
-        for name, field in InstanceSettings.model_fields.items()
+        for name, field in fields.items()
     ]
     return "\n".join(rows)
 
 
 def rendered(page: str) -> str:
-    """The page with the table in its place.
+    """The page with the tables in their places.
 
     Raises:
-        ValueError: The page has no place for it.
+        ValueError: The page has no place for one.
     """
-    head, found, rest = page.partition(BEGIN)
-    _, ended, tail = rest.partition(END)
-    if not found or not ended:
-        raise ValueError(f"{PAGE} lacks the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    common = dict(InstanceSettings.model_fields)
+    fields = {
+        "settings": common,
+        "l2_settings": {name: field for name, field in L2Settings.model_fields.items() if name not in common},
+    }
+    for name, begin in PLACES.items():
+        end = f"<!-- /{name} -->"
+        head, found, rest = page.partition(begin)
+        _, ended, tail = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"{PAGE} lacks the lines {begin} and {end}")
+        page = f"{head}{begin}\n{table(fields[name])}\n{end}{tail}"
+    return page
 
 
 def main() -> None:
