@@ -189,7 +189,7 @@ def test_flipped_bytes_never_reach_a_tensor_when_hashes_are_verified(engines, hu
     assert engine.retrieve(tokens)[0] == 0
     hub.control.clear_faults()
 
-    hit, found = eventually(lambda: (result := engine.retrieve(tokens))[0] == len(tokens) and result)
+    _hit, found = eventually(lambda: (result := engine.retrieve(tokens))[0] == len(tokens) and result)
     assert torch.equal(found, kv)
 
 
