@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from hfbucket_plugin.cli.command_doctor import doctor
+from hfbucket_plugin.cli.command_ls import ls
+from hfbucket_plugin.cli.command_stat import stat
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -16,3 +18,5 @@ def main() -> None:
 
 
 app.command("doctor")(doctor)
+app.command("ls")(ls)
+app.command("stat")(stat)
