@@ -12,6 +12,7 @@ so tools take it too.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -26,6 +27,8 @@ MODULE: Final = "hfbucket_plugin.l2_adapter"
 DEFAULT_GET_SECS: Final = 9.0
 """What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
 chosen like the classic engine's default, 90 % of 10 s."""
+
+_TOKEN: Final = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 
 _LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
 """What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
@@ -72,6 +75,11 @@ class L2Settings(InstanceSettings):
         return self.get_timeout_secs if self.get_timeout_secs is not None else DEFAULT_GET_SECS
 
 
+def _refused(message: str) -> ConfigError:
+    """The error for a text that repeats values, should a token have been pasted in place of one."""
+    return ConfigError(_TOKEN.sub("***", message))
+
+
 def from_params(params: Mapping[str, Any]) -> L2Settings:
     """The settings of `adapter_params`.
 
@@ -82,7 +90,7 @@ def from_params(params: Mapping[str, Any]) -> L2Settings:
     instance = name if isinstance(name, str) else "hfbucket"
     misplaced = sorted(_LMCACHE_KEYS & params.keys())
     if misplaced:
-        raise ConfigError(
+        raise _refused(
             f"instance {instance!r}: {', '.join(misplaced)} must stand beside adapter_params, not in it: LMCache reads it there"
         )
     return validated(L2Settings, params, instance, "adapter_params.")
@@ -105,7 +113,7 @@ def from_json(text: str) -> L2Settings:
         return from_params({key: value for key, value in spec.items() if key not in _LMCACHE_KEYS})
     if kind != "plugin" or spec.get("module_path") != MODULE:
         named = f"type {kind!r}" + (f", module_path {spec.get('module_path')!r}" if kind == "plugin" else "")
-        raise ConfigError(
+        raise _refused(
             f'--l2-adapter: {named} is no adapter of a bucket; these are {{"type": "plugin", "module_path": "{MODULE}", ...}} '
             'and the built-in {"type": "hfbucket", ...}'
         )
