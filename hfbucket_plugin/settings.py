@@ -53,6 +53,11 @@ _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def hide_tokens(text: str) -> str:
+    """The text without what looks like a token of the Hub."""
+    return _TOKEN.sub("***", text)
+
+
 def _parse_handle(value: Any) -> BucketHandle:
     if isinstance(value, BucketHandle):
         return value
@@ -296,7 +301,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], instance: str, whe
         if not complaints:
             return settings
     # Outside of the handler: the cause would print the values, a token among them.
-    raise ConfigError(_TOKEN.sub("***", f"instance {instance!r}: {'; '.join(complaints)}"))
+    raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(complaints)}"))
 
 
 def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:
