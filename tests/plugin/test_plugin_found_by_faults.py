@@ -2,6 +2,8 @@
 
 import pytest
 
+from faults.mp import MP
+from faults.surface import Limits, content
 from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.health_shield import LIFTED, HealthShield
 from hfbucket_plugin.l2_adapter import HFBucketL2Adapter, HFBucketL2AdapterConfig
@@ -39,3 +41,19 @@ def test_a_listing_in_mp_mode_is_counted_by_how_it_ends(hub, l2_adapter):
     with pytest.raises(AccessDeniedError):
         adapter.list_l2_keys()
     assert tally.get(OPERATIONS, operation="list", outcome="denied") == 1
+
+
+def test_a_bucket_that_cannot_be_seen_for_a_while_says_nothing_against_its_objects(hub, bucket, tmp_path):
+    hub.control.add_fault(Fault(route="xet-read-token", status=404, headers={"X-Error-Code": "RepoNotFound"}))
+    handle = f"hf://buckets/{bucket}/mp"
+    surface = MP("hfbucket.unseen", tmp_path, handle=handle, endpoint=hub.endpoint, limits=Limits(5, 10, 30))
+    try:
+        assert surface.put([1, 2])
+        assert surface.lookup([1, 2]) == [True, True]
+        assert surface.get([1, 2]) == [None, None]
+
+        hub.control.clear_faults()
+        assert surface.lookup([1, 2]) == [True, True], "they are not in quarantine"
+        assert surface.get([1, 2]) == [content(1), content(2)]
+    finally:
+        surface.close()
