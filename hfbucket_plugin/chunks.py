@@ -6,6 +6,7 @@ single chunk: a chunk that is not served is a miss with a reason, counted and lo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -232,10 +233,16 @@ class ChunkStore:
         Raises:
             HFBucketError: A page did not come.
         """
-        started = time.monotonic()
-        try:
+        with self.listing():
             for entry in list_chunks(self.bucket, [""]):
                 yield entry.text
+
+    @contextlib.contextmanager
+    def listing(self) -> Iterator[None]:
+        """Count, by how it ends, what lists the bucket in a `with` block: all of it, or a page."""
+        started = time.monotonic()
+        try:
+            yield
         except HFBucketError as error:
             self._outcomes.failed("list", error, 0, started)
             raise

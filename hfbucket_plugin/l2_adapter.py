@@ -347,7 +347,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
         """One page of the keys that the bucket holds, whoever wrote them; see `list_page`."""
-        return list_page(self._store.bucket, model_name, page_size, cursor)
+        with self._store.listing():
+            return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
         """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one."""
