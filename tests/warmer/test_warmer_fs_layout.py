@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from warmer.tiers import declared_tier
-from warmer.tiers.fs_declaration import FsDeclaration
+from warmer.tiers.declaration import DirectoryDeclaration
 
 BASE = "remote_storage_plugin.fs.warm.base_path"
 
@@ -51,7 +51,7 @@ def engine_keys(draw):
 @given(engine_keys(), st.integers(1, 4))
 def test_every_key_has_the_file_that_the_connector_looks_for(connector, key, paths):
     base_paths = tuple(Path(f"/tiers/{n}") for n in range(paths))
-    ours = FsDeclaration("fs.warm", base_paths).file(key.to_string())
+    ours = DirectoryDeclaration("fs.warm", base_paths).file(key.to_string())
     assert ours == connector(*base_paths)._get_file_path(key)
 
 
