@@ -84,6 +84,7 @@ class Room:
         self._drafts = 0
         self._there = 0
         self._written = 0
+        self._refused = 0
         self._kept: set[str] = set()
         self._oldest: dict[tuple[Path, ...], _Oldest] = {}
         self._look()
@@ -100,16 +101,18 @@ class Room:
             TierFullError: There is none, and none could be made.
         """
         over = self._over_budget(size)
-        if over and self._written:
+        if over and self._worth_a_look():
             self._look()
             over = self._over_budget(size)
         if over and (self._too_large(size) or not self._evict(self._directories, over)):
+            self._refused += 1
             raise TierFullError(
                 f"tier {self._declaration.name!r}: no room for {size} bytes: its chunks take {self._there + self._drafts} "
                 f"of the {self._options.max_bytes} that max_bytes allows"
             )
         self._keep_free(directory, on_disk)
         self._drafts += size
+        self._refused = 0
 
     def give_back(self, size: int) -> None:
         """A chunk for which room was taken does not appear."""
@@ -140,6 +143,10 @@ class Room:
             os.utime(file)
         except OSError:
             self._kept.add(file.name)
+
+    def _worth_a_look(self) -> bool:
+        """Whether to see if somebody made room, before a chunk is refused: ever more seldom while nobody does."""
+        return self._refused & (self._refused - 1) == 0
 
     def _over_budget(self, size: int) -> int:
         if self._options.max_bytes is None:
