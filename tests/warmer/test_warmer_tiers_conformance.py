@@ -18,7 +18,7 @@ from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.errors import TierError, TierFullError
-from warmer.tiers import Place, TierOptions, declared_tier, open_tier
+from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
 from warmer.tiers import room as rooms
 
 TOKEN = 2 * 2 * 4 * 2
@@ -552,6 +552,7 @@ def test_whatever_was_put_into_a_tier_is_read_back_as_it_was_or_was_refused(empt
     if layout.alignment == 1:
         assert dict(tier.inventory()) == held
     assert all(tier.holds(text, size) for text, size in held.items())
+    assert {key for path in tier.declaration.base_paths for key in directory_keys(path)} == set(held)
 
 
 def test_foreign_files_are_in_no_inventory(subject):
@@ -568,3 +569,8 @@ def test_foreign_files_are_in_no_inventory(subject):
     (Path(os.fsdecode(os.fsencode(directory) + b"/\xff@1@0@1@half.data"))).write_bytes(b"no UTF-8")
     (directory / subject.file(subject.key()).name).symlink_to(subject.file(key))
     assert [held.key for held in tier.inventory()] == [key]
+
+
+def test_a_directory_that_cannot_be_read_has_no_keys(tmp_path):
+    with pytest.raises(ConfigError, match="no-such"):
+        next(directory_keys(tmp_path / "no-such"))

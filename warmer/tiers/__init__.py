@@ -12,6 +12,7 @@ from hfbucket_plugin.errors import ConfigError
 from warmer.tiers.classic_fs import declared_fs
 from warmer.tiers.declaration import DirectoryDeclaration
 from warmer.tiers.directory import DirectoryTier, Held
+from warmer.tiers.listing import directory_keys
 from warmer.tiers.mp_fs import declared_mp
 from warmer.tiers.options import TierOptions
 from warmer.tiers.place import Place
@@ -149,4 +150,14 @@ def open_tier(declaration: Declaration, place: Place = Place()) -> Tier:  # noqa
     return DirectoryTier(declaration.at(place))
 
 
-__all__ = ["Declaration", "Draft", "Held", "Place", "Tier", "TierOptions", "declared_tier", "open_tier"]
+__all__ = [
+    "Declaration",
+    "Draft",
+    "Held",
+    "Place",
+    "Tier",
+    "TierOptions",
+    "declared_tier",
+    "directory_keys",
+    "open_tier",
+]

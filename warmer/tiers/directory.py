@@ -14,8 +14,9 @@ from warmer.errors import TierError, TierFullError
 from warmer.tiers.file_lease import FileLease
 from warmer.tiers.file_names import file_name, unambiguous
 from warmer.tiers.leftovers import RunFiles
+from warmer.tiers.listing import chunk_files
 from warmer.tiers.ownership import Ownership
-from warmer.tiers.room import Room, chunk_files
+from warmer.tiers.room import Room
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

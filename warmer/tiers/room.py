@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
-import stat
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from warmer.errors import TierFullError
-from warmer.tiers.file_names import key_of
 from warmer.tiers.leftovers import began
+from warmer.tiers.listing import chunk_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from hfbucket_plugin.keys import Key
     from warmer.tiers.declaration import DirectoryDeclaration
 
 _CANDIDATES: Final = 256
@@ -28,39 +26,6 @@ _ROUNDS: Final = 3
 
 _SHARE: Final = 16
 """After this part of the budget is written, the directory is looked at again: engines and other runs write there too."""
-
-
-class ChunkFile(NamedTuple):
-    """The file of a chunk, as a directory lists it.
-
-    Attributes:
-        key: By the file's name.
-        name: Of the file.
-        size: Of the file.
-        written: When, in nanoseconds.
-    """
-
-    key: Key
-    name: str
-    size: int
-    written: int
-
-
-def chunk_files(declaration: DirectoryDeclaration, directory: Path) -> Iterator[ChunkFile]:
-    """Stream the files of a directory that are chunks by their name, and lie where engines look for them.
-
-    Raises:
-        OSError: The directory cannot be read.
-    """
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            key = key_of(entry.name)
-            if key is None or not isinstance(key, declaration.takes) or declaration.directory(key) != directory:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                found = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(found.st_mode):
-                    yield ChunkFile(key, entry.name, found.st_size, found.st_mtime_ns)
 
 
 class Room:
