@@ -304,3 +304,25 @@ def test_a_node_that_takes_no_part_holds_up_no_other(cluster, stocked, on_cluste
     assert by_id[stuck.node_id]["error"].startswith(("node_start: ", "node_lost: "))
     assert by_id[stuck.node_id]["failed"] == 150
     assert stocked.in_tier() == stocked.chunks
+
+
+def test_a_path_may_differ_from_node_to_node(on_cluster, stocked):
+    path = "{node_name}/{node_id}/{label:ray.io/node-id}"
+    stocked.extra = {"remote_storage_plugin.fs.warm.base_path": f"{stocked.tier}/{path}"}
+
+    ran = on_cluster(stocked.config)
+
+    assert ran.code == 0, ran.stderr
+    nodes = {node["id"]: node["name"] for node in ran.summary["nodes"]}
+    assert len(nodes) == NODES
+    for node, name in nodes.items():
+        assert stocked.in_tier(stocked.tier / name / node / node) == stocked.chunks
+
+
+def test_a_node_without_a_label_that_the_path_asks_for_says_so(on_cluster, stocked):
+    stocked.extra = {"remote_storage_plugin.fs.warm.base_path": f"{stocked.tier}/{{label:no-such-label}}"}
+
+    ran = on_cluster(stocked.config)
+
+    assert ran.code == 3
+    assert all("no value for {label:no-such-label}" in node["error"] for node in ran.summary["nodes"])
