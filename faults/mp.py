@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -74,6 +75,7 @@ class MP:
         self._deletions = _Deletions()
         self.adapter.register_listener(self._deletions)
         self._stores: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
     def lookup(self, numbers: Sequence[int]) -> list[bool]:
         """Look up and lock; what is locked is unlocked at once."""
@@ -101,8 +103,9 @@ class MP:
         return bool(result.is_successful())
 
     def _stored(self, task: int) -> Any:
-        self._stores |= self.adapter.pop_completed_store_tasks()
-        return self._stores.pop(task, None)
+        with self._lock:  # the adapter gives all results at once, whoever's they are
+            self._stores |= self.adapter.pop_completed_store_tasks()
+            return self._stores.pop(task, None)
 
     def delete(self, numbers: Sequence[int]) -> bool | None:
         """Delete: LMCache is told of what is gone by its listener."""
