@@ -245,7 +245,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         deadline = Deadline.after(self._settings.load_timeout_secs)
         with self._lock:
             for key, buffer in zip(keys, buffers, strict=True):
-                self._loading.setdefault(key, []).append(buffer)
+                if self._locks[key]:  # LMCache's always are
+                    self._loading.setdefault(key, []).append(buffer)
         args = (list(keys), buffers, deadline)
         if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, *args):
             self._end_load(keys, buffers)
