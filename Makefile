@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults lint format docs clean
+.PHONY: demo test faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ test: $(STAMP)  ## every test
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m faults
+
+soak: $(STAMP)  ## five minutes of random faults under load
+	$(BIN)/python -m faults.soak --minutes 5
 
 lint: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

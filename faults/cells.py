@@ -30,7 +30,8 @@ def tables(reports: Iterable[Report]) -> str:
         rows = [f"**{_NAMES[surface]}**", "", "| fault | " + " | ".join(OPERATIONS) + " |", "|---" * 6 + "|"]
         for fault, title in TITLES.items():
             texts = [_cell(cells[surface, fault, operation]) for operation in OPERATIONS]
-            rows.append(f"| {title} | " + " | ".join(texts) + " |")
+            if set(texts) != {NOTHING}:
+                rows.append(f"| {title} | " + " | ".join(texts) + " |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 

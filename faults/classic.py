@@ -124,6 +124,12 @@ class Classic:
         """What a retrieve gets, in its own way."""
         return [_taken(obj) for obj in self.remote.batched_get_blocking([_key(number) for number in numbers])]
 
+    def retrieve(self, numbers: Sequence[int]) -> tuple[list[bool], list[bytes | None]]:
+        """What a retrieve does: look up, and get what was found before the first miss."""
+        hits = self.lookup(numbers)
+        found = [number for number, hit in zip(numbers, hits, strict=True) if hit]
+        return hits, self.get(found) if found else []
+
     def put(self, numbers: Sequence[int]) -> bool | None:
         """Store as an engine does: it is told that the task ended, and not how."""
         objects = [self._chunk(number) for number in numbers]
@@ -131,6 +137,8 @@ class Classic:
         self.remote.batched_submit_put_task(
             [_key(number) for number in numbers], objects, on_complete_callback=lambda _: left.release()
         )
+        for memory_obj in objects:  # LMCache's storage manager does so too: whoever stores holds a reference of its own
+            memory_obj.ref_count_down()
         for _ in numbers:
             if not left.acquire(timeout=_PATIENCE_SECS):
                 raise TimeoutError("the put never ended")
@@ -164,13 +172,6 @@ class Classic:
         """What LMCache's health monitor finds."""
         return bool(self._check.check())
 
-    def _chunk(self, number: int) -> MemoryObj:
-        memory_obj = self.memory.allocate(self._metadata.get_shapes(), self._metadata.get_dtypes(), busy_loop=False)
-        if memory_obj is None:
-            raise MemoryError("the engine's memory is used up")
-        memory_obj.byte_array.cast("B")[:] = content(number)
-        return memory_obj
-
     def free_chunks(self) -> int:
         """How many chunks there is memory for."""
         held = []
@@ -180,6 +181,13 @@ class Classic:
         for memory_obj in held:
             memory_obj.ref_count_down()
         return len(held)
+
+    def _chunk(self, number: int) -> MemoryObj:
+        memory_obj = self.memory.allocate(self._metadata.get_shapes(), self._metadata.get_dtypes(), busy_loop=False)
+        if memory_obj is None:
+            raise MemoryError("the engine's memory is used up")
+        memory_obj.byte_array.cast("B")[:] = content(number)
+        return memory_obj
 
     def close(self) -> None:
         """End the backend and its memory."""

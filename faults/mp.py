@@ -24,13 +24,25 @@ if TYPE_CHECKING:
 _DELETE_SECS: Final = 10.0
 _LIST_SECS: Final = 30.0
 _PATIENCE_SECS: Final = 120.0
+_POLL_SECS: Final = 0.05
+"""Longest wait for an event: with several threads another one may have consumed it."""
+
 _SHAPE: Final = torch.Size([CHUNK_BYTES // 2])
 _LAYOUTS: Final = {0: MemoryLayoutDesc([_SHAPE], [torch.bfloat16])}
 
 
 class _Deletions(L2AdapterListener):  # type: ignore[misc]
+    """Remembers for each thread what its deletes were told to be gone."""
+
     def __init__(self) -> None:
-        self.keys: list[ObjectKey] = []
+        self._own = threading.local()
+
+    @property
+    def keys(self) -> list[ObjectKey]:
+        if not hasattr(self._own, "keys"):
+            self._own.keys = []
+        found: list[ObjectKey] = self._own.keys
+        return found
 
     def on_l2_keys_stored(self, keys: list[ObjectKey], sizes: list[int]) -> None:
         pass
@@ -39,11 +51,11 @@ class _Deletions(L2AdapterListener):  # type: ignore[misc]
         pass
 
     def on_l2_keys_deleted(self, keys: list[ObjectKey]) -> None:
-        self.keys += keys
+        self.keys.extend(keys)
 
 
 class MP:
-    """One L2 adapter.
+    """One L2 adapter; thread-safe.
 
     Args:
         instance: Its name.
@@ -79,14 +91,29 @@ class MP:
 
     def lookup(self, numbers: Sequence[int]) -> list[bool]:
         """Look up and lock; what is locked is unlocked at once."""
+        hits = self._lock_what_is_there(numbers)
+        self._unlock(numbers, hits)
+        return hits
+
+    def retrieve(self, numbers: Sequence[int]) -> tuple[list[bool], list[bytes | None]]:
+        """What a retrieve does: look up and lock, load what was found, unlock."""
+        hits = self._lock_what_is_there(numbers)
+        found = [number for number, hit in zip(numbers, hits, strict=True) if hit]
+        try:
+            return hits, self.get(found) if found else []
+        finally:
+            self._unlock(numbers, hits)
+
+    def _lock_what_is_there(self, numbers: Sequence[int]) -> list[bool]:
         keys = [_key(number) for number in numbers]
         task = self.adapter.submit_lookup_and_lock_task(keys, _LAYOUTS)
         bitmap = _await(
             self.adapter.get_lookup_and_lock_event_fd(), lambda: self.adapter.query_lookup_and_lock_result(task)
         )
-        hits = [bool(bitmap.test(index)) for index in range(len(keys))]
-        self.adapter.submit_unlock([key for key, hit in zip(keys, hits, strict=True) if hit])
-        return hits
+        return [bool(bitmap.test(index)) for index in range(len(keys))]
+
+    def _unlock(self, numbers: Sequence[int], hits: Sequence[bool]) -> None:
+        self.adapter.submit_unlock([_key(number) for number, hit in zip(numbers, hits, strict=True) if hit])
 
     def get(self, numbers: Sequence[int]) -> list[bytes | None]:
         """Load, alone, into buffers that held something else before."""
@@ -141,6 +168,10 @@ class MP:
         """LMCache has no check of an L2 adapter that would disable anything."""
         return True
 
+    def free_chunks(self) -> int:
+        """Buffers are the controllers'."""
+        return 0
+
     def close(self) -> None:
         """End it."""
         self.adapter.close()
@@ -155,7 +186,7 @@ def _await(descriptor: int, query: Callable[[], Any]) -> Any:
         left = end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the task never ended")
-        if poller.poll(min(left, 1.0) * 1000):
+        if poller.poll(min(left, _POLL_SECS) * 1000):
             consume_fd(descriptor)
     return result
 

@@ -44,6 +44,9 @@ class Surface(Protocol):
     def get(self, numbers: Sequence[int]) -> list[bytes | None]:
         """The bytes of chunks, None for a miss."""
 
+    def retrieve(self, numbers: Sequence[int]) -> tuple[list[bool], list[bytes | None]]:
+        """Look chunks up, as `lookup`, and get those that were found."""
+
     def put(self, numbers: Sequence[int]) -> bool | None:
         """Store chunks; whether all are stored, or None where the surface does not say."""
 
@@ -61,6 +64,9 @@ class Surface(Protocol):
 
     def healthy(self) -> bool:
         """What LMCache's own check of this surface says."""
+
+    def free_chunks(self) -> int:
+        """For how many chunks the engine has memory now; 0 where it has none of its own."""
 
     def close(self) -> None:
         """End it."""

@@ -85,6 +85,7 @@ class Report:
         operations: What the metrics say of the calls.
         wrong: Chunks that came back with wrong bytes, under the fault or after it.
         lost: Chunks that the engine was told are stored, and that are not.
+        leaked: Chunks of the engine's memory that did not come back.
         healthy: Whether LMCache's check held, under the fault and after it.
         back_secs: From the fault's end to a full round trip; None when it did not come in time.
         same_secs: Of gets, until the very chunks that failed are served again; None when they were not in time.
@@ -99,6 +100,7 @@ class Report:
     operations: dict[str, int] = field(default_factory=dict)
     wrong: int = 0
     lost: int = 0
+    leaked: int = 0
     healthy: bool = True
     back_secs: float | None = None
     same_secs: float | None = None
@@ -224,6 +226,7 @@ class _Run:
             if not cold and not self._serves([self._warm]):
                 self._result.problem = "no service before the fault"
                 return self._result
+            free = self._surface.free_chunks()
             if trial.operation == "get" and trial.route != "paths-info":
                 self._surface.lookup(self._wanted)
             if not cold:
@@ -231,6 +234,8 @@ class _Run:
             self._under_fault()
             bench.end_fault(trial)
             self._afterwards()
+            self._wait(lambda: self._surface.free_chunks() >= free, time.monotonic(), _SETTLE_SECS)
+            self._result.leaked = free - self._surface.free_chunks()
         finally:
             if trial.route != WHOLE_HUB:
                 bench.end_fault(trial)
@@ -342,8 +347,8 @@ class _Run:
             result.lost = len(set(self._told_stored) - there) + max(0, counted - len(there))
 
     @staticmethod
-    def _wait(condition: Callable[[], bool], since: float) -> float | None:
-        while time.monotonic() - since < _PATIENCE_SECS:
+    def _wait(condition: Callable[[], bool], since: float, patience: float = _PATIENCE_SECS) -> float | None:
+        while time.monotonic() - since < patience:
             if condition():
                 return time.monotonic() - since
             time.sleep(_POLL_SECS)

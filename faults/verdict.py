@@ -63,5 +63,7 @@ def _safety(report: Report, one: Promise) -> Iterator[str]:
         yield f"{report.wrong} chunks came back with wrong bytes"
     if report.lost:
         yield f"{report.lost} chunks that were told or counted as stored are not there"
+    if report.leaked:
+        yield f"memory of {report.leaked} chunks did not come back to the engine"
     if not report.healthy:
         yield "LMCache's health check failed"

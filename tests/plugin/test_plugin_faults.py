@@ -89,6 +89,7 @@ def test_what_keeps_its_promise_is_passed():
         (kept(back_secs=None), "came back never"),
         (kept(wrong=1), "1 chunks came back with wrong bytes"),
         (kept(lost=1), "1 chunks that were told"),
+        (kept(leaked=3), "memory of 3 chunks did not come back"),
         (kept(healthy=False), "health check failed"),
         (kept(problem="Boom: no"), "could not be made: Boom: no"),
         (kept(Trial("mp", "flipped", "get", "xorb-data", "hash"), "wrong", "hit", wrong=2), "wrong bytes"),
