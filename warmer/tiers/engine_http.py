@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import httpx2
 
@@ -12,10 +12,15 @@ from hfbucket_plugin.errors import ConfigError
 from warmer.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from hfbucket_plugin.deadlines import Deadline
 
 _ANSWER_SECS: Final = 30.0
+_WAIT_SECS: Final = 1.0
 _SHOWN: Final = 300
+
+_Answer = TypeVar("_Answer")
 
 
 class NotReadyError(EngineError):
@@ -81,3 +86,23 @@ class EngineHTTP:
         if not isinstance(answer, dict):
             raise EngineError(f"{what}: the answer is no JSON object")
         return answer
+
+
+def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
+    """Ask until it is ready.
+
+    Args:
+        ask: Raises `NotReadyError` until it is.
+        ends: When to give up.
+        pause: Waits; given the seconds.
+
+    Raises:
+        EngineError: It was not ready in time.
+    """
+    while True:
+        try:
+            return ask()
+        except NotReadyError as error:
+            if ends.passed:
+                raise EngineError(f"waited in vain: {error}") from None
+            pause(min(_WAIT_SECS, ends.remaining()))

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hfbucket_plugin.deadlines import Deadline
 from warmer.errors import EngineError
-from warmer.tiers.engine_http import EngineHTTP, NotReadyError
+from warmer.tiers.engine_http import EngineHTTP, when_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _POLL_SECS: Final = 0.02
-_WAIT_SECS: Final = 1.0
 _LARGEST_STEP: Final = 64
 """Chunks: so many are loaded for nothing at most when one before them is missing."""
 
@@ -83,24 +82,14 @@ def prefetch(
     with EngineHTTP(http) as server:
         loader = _Loader(server, {"model_name": model, "world_size": world_size, "cache_salt": salt}, load_secs, pause)
         ends = Deadline.after(wait_secs)
-        chunk_size = _when_ready(loader.chunk_size, ends, pause)
+        chunk_size = when_ready(loader.chunk_size, ends, pause)
         chunks = len(token_ids) // chunk_size
         if not chunks:
             room = loader.room()
             return Warmed(0, 0, "complete", room.used, room.total)
         tokens = list(token_ids[: chunks * chunk_size])
-        _when_ready(loader.begin_nothing, ends, pause)
+        when_ready(loader.begin_nothing, ends, pause)
         return _grow(loader, tokens, chunk_size)
-
-
-def _when_ready(ask: Callable[[], Any], ends: Deadline, pause: Callable[[float], object]) -> Any:
-    while True:
-        try:
-            return ask()
-        except NotReadyError as error:
-            if ends.remaining() <= 0:
-                raise EngineError(f"waited in vain: {error}") from None
-            pause(min(_WAIT_SECS, max(ends.remaining(), _POLL_SECS)))
 
 
 @dataclass(frozen=True, slots=True)
