@@ -19,6 +19,7 @@ from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.errors import TierError, TierFullError
 from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
+from warmer.tiers import directory as directories
 from warmer.tiers import room as rooms
 
 TOKEN = 2 * 2 * 4 * 2
@@ -228,6 +229,19 @@ def test_a_full_disk_is_no_room_and_leaves_nothing(subject, monkeypatch):
     with pytest.raises(TierFullError, match="No space left"):
         tier.draft(subject.key(), SIZE)
     assert subject.names() == names
+
+
+def test_a_file_system_that_can_do_little_is_used_all_the_same(subject, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    monkeypatch.setattr(directories, "_PIECE", 100)
+    tier, key = subject.open(fsync=True), subject.key()
+    data = subject.put(tier, key)
+    assert subject.read(key) == data
+    assert subject.file(key).stat().st_size == subject.stored()
 
 
 def aged(subject, *keys):
