@@ -42,7 +42,7 @@ class Node:
 
     id: str
     name: str
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def configured_address(given: str | None) -> str | None:

@@ -17,6 +17,12 @@ class TierFullError(TierError):
     kind = "no_room"
 
 
+class EngineError(HFBucketError, ConnectionError):
+    """An engine, or the `lmcache server` of a node, does not answer, or does not do what it was asked for."""
+
+    kind = "engine"
+
+
 class ClusterError(HFBucketError, ConnectionError):
     """The Ray cluster that is configured does not answer, or does not let us in."""
 

@@ -19,6 +19,7 @@ from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.errors import TierError, TierFullError
 from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
+from warmer.tiers import directory as directories
 from warmer.tiers import room as rooms
 
 TOKEN = 2 * 2 * 4 * 2
@@ -146,8 +147,10 @@ def test_a_discarded_chunk_leaves_nothing(subject):
 
 
 def test_a_file_of_another_size_is_overwritten(subject):
-    tier, key = subject.open(max_bytes=2 * subject.stored()), subject.key()
+    subject.open()
+    key = subject.key()
     subject.file(key).write_bytes(b"half")
+    tier = subject.open(max_bytes=subject.stored())
     assert not tier.holds(key, SIZE)
     for size in (OTHER_SIZE, SIZE, SIZE):  # what it replaces gives room
         subject.put(tier, key, size)
@@ -226,6 +229,19 @@ def test_a_full_disk_is_no_room_and_leaves_nothing(subject, monkeypatch):
     with pytest.raises(TierFullError, match="No space left"):
         tier.draft(subject.key(), SIZE)
     assert subject.names() == names
+
+
+def test_a_file_system_that_can_do_little_is_used_all_the_same(subject, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    monkeypatch.setattr(directories, "_PIECE", 100)
+    tier, key = subject.open(fsync=True), subject.key()
+    data = subject.put(tier, key)
+    assert subject.read(key) == data
+    assert subject.file(key).stat().st_size == subject.stored()
 
 
 def aged(subject, *keys):
@@ -387,12 +403,11 @@ def test_keys_of_the_other_kind_are_refused(subject):
 def test_a_key_that_no_file_can_bear_is_the_failure_of_that_chunk(subject, model, words):
     tier, key = subject.open(max_bytes=subject.stored()), subject.key(model=model)
     for _ in range(2):
-        draft = tier.draft(key, SIZE)
         with pytest.raises(TierError, match=words):
-            draft.publish()
-        draft.discard()
+            tier.draft(key, SIZE)
     with pytest.raises(TierError, match=words):
         tier.holds(key, SIZE)
+    subject.put(tier, subject.key())
 
 
 def owner(path):

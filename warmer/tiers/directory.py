@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import TierError, TierFullError
-from warmer.tiers.file_lease import FileLease
+from warmer.tiers.file_lease import FULL, FileLease
 from warmer.tiers.file_names import file_name, unambiguous
 from warmer.tiers.leftovers import RunFiles
 from warmer.tiers.listing import chunk_files
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from warmer.tiers.declaration import DirectoryDeclaration
-
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Held(NamedTuple):
@@ -127,7 +125,7 @@ class DirectoryTier:
         target = directory / file_name(parsed)
         on_disk = stored + size if header else stored
         with _named(self.declaration.name, target), self.room.lock:
-            self.room.take(directory, stored, on_disk)
+            self.room.take(directory, stored, on_disk, _size_of(target))
             try:
                 try:
                     return DirectoryDraft(self, target, size, header)
@@ -299,7 +297,7 @@ def _size_of(path: Path) -> int:
 
 
 def _is_full(error: OSError) -> bool:
-    return isinstance(error, TierFullError) or error.errno in _FULL
+    return isinstance(error, TierFullError) or error.errno in FULL
 
 
 @contextlib.contextmanager
@@ -310,7 +308,7 @@ def _named(tier: str, path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        kind = TierFullError if error.errno in _FULL else TierError
+        kind = TierFullError if error.errno in FULL else TierError
         raise kind(f"tier {tier!r}: {path}: {reason}") from None
     except ValueError as error:  # a key may hold what no file name can, such as NUL: that chunk fails, and no other
         raise TierError(f"tier {tier!r}: {str(path)!r}: {error}") from None

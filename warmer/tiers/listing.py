@@ -40,7 +40,7 @@ def chunk_files(declaration: DirectoryDeclaration, directory: Path) -> Iterator[
     Raises:
         OSError: The directory cannot be read.
     """
-    for file in _listed(directory):
+    for file in listed(directory):
         if isinstance(file.key, declaration.takes) and declaration.directory(file.key) == directory:
             yield file
 
@@ -54,13 +54,18 @@ def directory_keys(directory: Path) -> Iterator[str]:
         ConfigError: The directory cannot be read.
     """
     try:
-        for file in _listed(directory):
+        for file in listed(directory):
             yield str(file.key)
     except OSError as error:
         raise ConfigError(f"directory {str(directory)!r} cannot be read: {error.strerror}") from None
 
 
-def _listed(directory: Path) -> Iterator[ChunkFile]:
+def listed(directory: Path) -> Iterator[ChunkFile]:
+    """Stream the files of a directory that are chunks by their name.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
     with os.scandir(directory) as entries:
         for entry in entries:
             key = key_of(entry.name)

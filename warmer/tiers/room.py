@@ -54,21 +54,22 @@ class Room:
         self._oldest: dict[tuple[Path, ...], _Oldest] = {}
         self._look()
 
-    def take(self, directory: Path, size: int, on_disk: int) -> None:
+    def take(self, directory: Path, size: int, on_disk: int, replaced: int = 0) -> None:
         """Take room for one chunk.
 
         Args:
             directory: Where it will lie.
             size: Bytes of its file.
             on_disk: Bytes that it needs until then.
+            replaced: Bytes of the file in whose place it comes.
 
         Raises:
             TierFullError: There is none, and none could be made.
         """
-        over = self._over_budget(size)
+        over = self._over_budget(size - replaced)
         if over and self._worth_a_look():
             self._look()
-            over = self._over_budget(size)
+            over = self._over_budget(size - replaced)
         if over and (self._too_large(size) or not self._evict(self._directories, over)):
             self._refused += 1
             raise TierFullError(
