@@ -33,9 +33,8 @@ from benchmarks.tables import Verdict, print_scenario, print_verdicts, summarise
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from localhub.process import RunningHub
-
     from benchmarks.tables import Row
+    from localhub.process import RunningHub
 
 Mode = Literal["classic", "mp"]
 Action = Literal["get", "put"]
