@@ -11,24 +11,26 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import AccessDeniedError, HFBucketError, ItemFailure, TransportError
 from hfbucket_plugin.transfer import Content
+from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.handle import BucketHandle
-    from hfbucket_plugin.hub import HubClient
+    from hfbucket_plugin.hub import Answer, HubClient
     from hfbucket_plugin.transfer import Transfer
 
 MAX_BATCH: Final = 1000
 """Most paths of one paths-info, and most operations of one batch, as in `huggingface_hub`."""
 
 _CONFLICT, _UNPROCESSABLE = 409, 422
+_REFUSALS: Final = frozenset(range(400, 500))
 _LIST_ATTEMPTS: Final = 5
 
 
@@ -260,6 +262,25 @@ class Bucket:
         if not isinstance(answer, dict):
             raise TransportError("info: the Hub's answer is not a record")
         return answer
+
+    def greet(self, deadline: Deadline) -> Answer:
+        """What the Hub answers when asked for the bucket's record, a refusal included.
+
+        For tools that look at the way to the Hub, and at its clock.
+
+        Raises:
+            HFBucketError: No answer, or a 5xx.
+        """
+        return self._hub.request("GET", self._api, route="info", deadline=deadline, allow=_REFUSALS)
+
+    def check_right(self, right: Literal["read", "write"], deadline: Deadline) -> None:
+        """Ask the Hub whether the token has a right on the content of the bucket. Nothing is read or written.
+
+        Raises:
+            AccessDeniedError: It has not.
+            HFBucketError: See `HubClient.request`.
+        """
+        fetch_access(self._hub, self.handle.bucket_id, right, deadline)
 
     def close(self) -> None:
         """End all transfers at once."""

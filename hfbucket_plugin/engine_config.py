@@ -29,12 +29,15 @@ class EngineConfig:
         extra: `extra_config`. It may hold an inline token, so it stays out of the `repr`.
         layerwise: `use_layerwise`: LMCache's connectors then put a header before each chunk, whatever
             `save_chunk_meta` says.
+        engine: The settings of the engine itself: all but `extra_config`, as written. Addresses among them may hold
+            passwords, so they stay out of the `repr` too.
     """
 
     source: str
     plugins: tuple[str, ...]
     extra: dict[str, Any] = field(repr=False)
     layerwise: bool = False
+    engine: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, path: Path) -> EngineConfig:
@@ -57,7 +60,13 @@ class EngineConfig:
             raise ConfigError(f"LMCache configuration {str(path)!r} is no YAML{where}: {problem}") from None
         if not isinstance(document, dict):
             raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")
-        return cls(str(path), _plugins(document, path), _extra(document, path), bool(document.get("use_layerwise")))
+        return cls(
+            str(path),
+            _plugins(document, path),
+            _extra(document, path),
+            bool(document.get("use_layerwise")),
+            {str(name): value for name, value in document.items() if name != "extra_config"},
+        )
 
     def instance(self, name: str) -> InstanceSettings:
         """The settings of a bucket instance.

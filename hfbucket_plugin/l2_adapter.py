@@ -245,7 +245,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         deadline = Deadline.after(self._settings.load_timeout_secs)
         with self._lock:
             for key, buffer in zip(keys, buffers, strict=True):
-                self._loading.setdefault(key, []).append(buffer)
+                if self._locks[key]:  # LMCache's always are
+                    self._loading.setdefault(key, []).append(buffer)
         args = (list(keys), buffers, deadline)
         if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, *args):
             self._end_load(keys, buffers)
@@ -319,21 +320,18 @@ class HFBucketL2Adapter(L2AdapterInterface):
             names = {key_string(key): key for key in keys if not self._locks[key]}
         if not names or self._closed or not self._settings.writes:
             return
-        deadline = Deadline.after(_DELETE_SECS)
         try:
-            held = self._store.contents(list(names), deadline)
-            there = [name for name, content in held.items() if content is not None]
-            failures = self._store.delete(there, deadline) if there else {}
+            held, failures = self._store.delete_held(list(names), Deadline.after(_DELETE_SECS))
         except HFBucketError as error:
             _log.warning("[%s] %d objects were not deleted: %s", self._settings.name, len(names), error)
             return
-        sizes = {name: content.size if (content := held.get(name)) is not None else 0 for name in names}
-        there = [name for name in there if name not in failures]
-        self._usage.changed(self._entries([names[name] for name in there], [sizes[name] for name in there]), -1)
+        there = [name for name in held if name not in failures]
+        self._usage.changed(self._entries([names[name] for name in there], [held[name].size for name in there]), -1)
         gone = [name for name in names if name not in failures]  # what was not there included: LMCache may drop it too
+        sizes = [held[name].size if name in held else 0 for name in gone]
         if gone:
-            self._credit(sum(sizes.values()))
-            self._notify_keys_deleted([names[name] for name in gone], [sizes[name] for name in gone])
+            self._credit(sum(sizes))
+            self._notify_keys_deleted([names[name] for name in gone], sizes)
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
@@ -350,7 +348,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
         """One page of the keys that the bucket holds, whoever wrote them; see `list_page`."""
-        return list_page(self._store.bucket, model_name, page_size, cursor)
+        with self._store.listing():
+            return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
         """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.settings import InstanceSettings, validated
+from hfbucket_plugin.settings import InstanceSettings, hide_tokens, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,6 +72,11 @@ class L2Settings(InstanceSettings):
         return self.get_timeout_secs if self.get_timeout_secs is not None else DEFAULT_GET_SECS
 
 
+def _refused(message: str) -> ConfigError:
+    """The error for a text that repeats values, should a token have been pasted in place of one."""
+    return ConfigError(hide_tokens(message))
+
+
 def from_params(params: Mapping[str, Any]) -> L2Settings:
     """The settings of `adapter_params`.
 
@@ -82,7 +87,7 @@ def from_params(params: Mapping[str, Any]) -> L2Settings:
     instance = name if isinstance(name, str) else "hfbucket"
     misplaced = sorted(_LMCACHE_KEYS & params.keys())
     if misplaced:
-        raise ConfigError(
+        raise _refused(
             f"instance {instance!r}: {', '.join(misplaced)} must stand beside adapter_params, not in it: LMCache reads it there"
         )
     return validated(L2Settings, params, instance, "adapter_params.")
@@ -105,7 +110,7 @@ def from_json(text: str) -> L2Settings:
         return from_params({key: value for key, value in spec.items() if key not in _LMCACHE_KEYS})
     if kind != "plugin" or spec.get("module_path") != MODULE:
         named = f"type {kind!r}" + (f", module_path {spec.get('module_path')!r}" if kind == "plugin" else "")
-        raise ConfigError(
+        raise _refused(
             f'--l2-adapter: {named} is no adapter of a bucket; these are {{"type": "plugin", "module_path": "{MODULE}", ...}} '
             'and the built-in {"type": "hfbucket", ...}'
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from hfbucket_plugin import l2_settings
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.settings import KEY_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from hfbucket_plugin.settings import InstanceSettings
 
 _BUILT_IN_TYPE: Final = "hfbucket"
-_OUR_MODULE: Final = "hfbucket_plugin.adapter"
+OUR_MODULE: Final = "hfbucket_plugin.adapter"
+"""The `module_path` of the instances that this package serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,17 @@ class NamedInstance:
         name: `hfbucket.us`, or the `name` of an L2 adapter's JSON.
         settings: Its settings.
         mode: Which engines use the configuration, and so which kind of key their objects have.
+        engine: The rest of a classic engine's configuration; None in MP mode, whose server has no file.
     """
 
     name: str
     settings: InstanceSettings
     mode: Literal["classic", "mp"]
+    engine: EngineConfig | None = None
+
+    def setting(self, name: str) -> str:
+        """A setting of the instance under the name that it has where users write it."""
+        return f"{KEY_ROOT}{self.name}.{name}" if self.mode == "classic" else f"adapter_params.{name}"
 
 
 def named_instances(
@@ -67,10 +75,10 @@ def _classic(config: EngineConfig, instances: Sequence[str]) -> list[NamedInstan
         raise ConfigError(
             f"{config.source}: remote_storage_plugins declares no bucket instance; it declares {declared}"
         )
-    return [NamedInstance(name, config.instance(name), "classic") for name in names]
+    return [NamedInstance(name, config.instance(name), "classic", config) for name in names]
 
 
 def _is_bucket(config: EngineConfig, plugin: str) -> bool:
     return (
-        plugin.split(".", maxsplit=1)[0] == _BUILT_IN_TYPE or config.plugin_value(plugin, "module_path") == _OUR_MODULE
+        plugin.split(".", maxsplit=1)[0] == _BUILT_IN_TYPE or config.plugin_value(plugin, "module_path") == OUR_MODULE
     )

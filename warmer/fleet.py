@@ -13,6 +13,7 @@ import ray.exceptions
 from hfbucket_plugin.errors import HFBucketError
 from warmer.node import open_node
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
+from warmer.tiers import Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +61,9 @@ class _NodeActor:
     def __init__(self) -> None:
         self._warmer: NodeWarmer | None = None
 
-    def start(self, config: NodeConfig) -> HFBucketError | None:
+    def start(self, config: NodeConfig, place: Place) -> HFBucketError | None:
         try:
-            self._warmer = open_node(config)
+            self._warmer = open_node(config, place)
         except HFBucketError as error:
             return error
         return None
@@ -137,7 +138,8 @@ class Fleet:
                 num_cpus=0, max_concurrency=_BATCHES_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
             ).remote()
             self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
-            self._flying[actor.start.remote(self._config)] = (node.id, None)
+            place = Place(node.name, node.id, node.labels)
+            self._flying[actor.start.remote(self._config, place)] = (node.id, None)
 
     def _feed(self, schedule: Schedule) -> None:
         for name in schedule.nodes:

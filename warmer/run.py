@@ -16,7 +16,7 @@ from warmer.progress import choose_display
 from warmer.report import FailureLog, RunReport, Task
 from warmer.schedule import Schedule
 from warmer.selection import FreshPlan, select
-from warmer.tiers import declared_tier
+from warmer.tiers import TierOptions, declared_tier
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -87,7 +87,7 @@ def run(order: Order, stop: StopSwitch) -> dict[str, Any]:
     """
     config = EngineConfig.read(order.config)
     settings = config.instance(order.instance)
-    tier = declared_tier(config, order.tier, fsync=order.fsync)
+    tier = declared_tier(config, order.tier, TierOptions(fsync=order.fsync))
     nodes = NodeConfig(
         instance=order.instance,
         settings=_without_token(settings, order.instance),

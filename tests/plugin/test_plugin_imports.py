@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("hfbucket_plugin", "warmer", "jobs", "localhub", "demo", "benchmarks", "tests")
+PACKAGES = ("hfbucket_plugin", "warmer", "jobs", "localhub", "demo", "benchmarks", "faults", "tests")
 # Downward only. The CLI that starts a local Hub may import it: localhub's own.
 MAY_IMPORT = {
     "hfbucket_plugin": {"hfbucket_plugin"},
@@ -51,13 +51,32 @@ def test_imports_go_downwards_only(package):
     assert wrong == []
 
 
+def is_command_line(path):
+    return path.name == "__main__.py" or "cli" in path.relative_to(ROOT / "hfbucket_plugin").parts
+
+
+def core():
+    """The modules that an engine imports: all of the plugin but its command line."""
+    return [path for path in modules_of("hfbucket_plugin") if not is_command_line(path)]
+
+
 def rooms():
     """The modules of the plugin, each with those that it imports."""
     return {
         path.stem: {name.split(".")[1] for name in imported_by(path) if name.startswith("hfbucket_plugin.")}
-        for path in modules_of("hfbucket_plugin")
+        for path in core()
         if path.stem != "__init__"
     }
+
+
+def test_nothing_imports_the_command_line():
+    assert [
+        path.name for path in core() if any(name.startswith("hfbucket_plugin.cli") for name in imported_by(path))
+    ] == []
+
+
+def test_only_the_command_line_needs_its_extra():
+    assert [path.name for path in core() if {name.split(".")[0] for name in imported_by(path)} & HEAVY] == []
 
 
 def below(room):
@@ -105,7 +124,7 @@ def test_the_lower_rooms_know_nothing_of_lmcache(module):
 
 
 def test_an_engine_that_imports_the_plugin_imports_neither_ray_nor_a_web_server():
-    names = [f"hfbucket_plugin.{path.stem}" for path in modules_of("hfbucket_plugin") if path.stem != "__init__"]
+    names = [f"hfbucket_plugin.{path.stem}" for path in core() if path.stem != "__init__"]
     script = (
         "import importlib, json, sys\n"
         "import lmcache.v1.storage_backend.connector\n"  # what LMCache itself brings is not ours
@@ -122,7 +141,7 @@ def test_an_engine_that_imports_the_plugin_imports_neither_ray_nor_a_web_server(
 
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert "hfbucket_plugin" in imported
-    assert not imported & (HEAVY | {"warmer", "jobs", "localhub", "demo"})
+    assert not imported & (HEAVY | {"warmer", "jobs", "localhub", "demo", "faults"})
 
 
 def test_the_package_itself_imports_nothing_heavy():
@@ -149,10 +168,17 @@ def test_what_an_engine_installs_holds_neither_ray_nor_a_web_server():
 DISTRIBUTIONS = {"yaml": "pyyaml", "torch": "lmcache"}
 
 
+def declared_as(modules):
+    """The distributions of what is imported."""
+    imported = {name.split(".")[0] for path in modules for name in imported_by(path)}
+    foreign = imported - set(sys.stdlib_module_names) - {"hfbucket_plugin"}
+    return {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in foreign}
+
+
 def test_what_the_plugin_imports_directly_is_declared_directly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    core = {requirement(text) for text in project["dependencies"]}
-    imported = {name.split(".")[0] for path in modules_of("hfbucket_plugin") for name in imported_by(path)}
-    foreign = imported - set(sys.stdlib_module_names) - {"hfbucket_plugin"}
+    engine = {requirement(text) for text in project["dependencies"]}
+    tools = {requirement(text) for text in project["optional-dependencies"]["tools"]}
 
-    assert {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in foreign} <= core
+    assert declared_as(core()) <= engine
+    assert declared_as(modules_of("hfbucket_plugin")) <= engine | tools

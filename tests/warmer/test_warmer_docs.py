@@ -1,18 +1,21 @@
 """`docs/warm.md` says what is so."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
+import pytest
 import typer.main
 import yaml
 
 from hfbucket_plugin.engine_config import EngineConfig
+from hfbucket_plugin.errors import ConfigError
 from warmer import exits, outcomes
 from warmer.cli import app
 from warmer.cluster import Node
 from warmer.report import FailureLog, NodeReport, RunReport, Task
-from warmer.tiers import declared_tier
+from warmer.tiers import TierOptions, declared_tier
 
 PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
 
@@ -58,6 +61,29 @@ def test_the_configuration_shown_is_one_that_works(tmp_path):
     assert config.instance("hfbucket.us").bucket_handle.bucket_id == "my-org/lmcache-kv"
     assert declared_tier(config, "fs.warm").base_paths == (Path("/mnt/nvme/lmcache"),)
     assert set(yaml.safe_load(shown)) >= {"remote_storage_plugins", "extra_config"}
+
+
+def test_the_tiers_shown_are_taken_and_those_named_as_impossible_refused():
+    text = PAGE.read_text(encoding="utf-8").split("## Tiers\n")[1].split("\n## ")[0]
+    (shown,) = re.findall(r"--l2-adapter '(\{.*?\})'", text)
+    declared = declared_tier(None, shown)
+    assert (declared.name, declared.layout.alignment) == ("fs_native:/mnt/nvme/kv", 4096)
+
+    (line,) = re.findall(r"^  (remote_storage_plugin\.fs\.warm\.kv_shape: .*)$", text, re.MULTILINE)
+    extra = yaml.safe_load(line) | {"remote_storage_plugin.fs.warm.base_path": "/mnt/kv"}
+    header = declared_tier(EngineConfig("lmcache.yaml", ("fs.warm",), extra), "fs.warm").layout.header
+    assert header.size == 28
+
+    (impossible,) = re.findall(r"; MP (.*?) \|", text)
+    for kind in re.findall(r"`(\w+)", impossible.replace("nixl_*", "nixl_store")):
+        with pytest.raises(ConfigError, match="cannot be filled from outside"):
+            declared_tier(None, json.dumps({"type": kind}))
+
+
+def test_every_option_of_a_tier_is_described():
+    text = PAGE.read_text(encoding="utf-8")
+    options = {field.name for field in dataclasses.fields(TierOptions)}
+    assert [name for name in options if f"`{name}`" not in text and f"`--{name}`" not in text] == []
 
 
 def test_the_commands_shown_are_those_that_the_tests_run():

@@ -18,7 +18,7 @@ from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import encode_name
 from warmer.plan import PlannedChunk
 from warmer.selection import select
-from warmer.tiers import declared_tier
+from warmer.tiers import TierOptions, declared_tier
 
 INSTANCE = "hfbucket.us"
 MODEL = "org/model"
@@ -85,7 +85,7 @@ class Warehouse:
         return open_bucket(settings, INSTANCE, metrics.Tally(), timeout)
 
     def declaration(self, **options: Any) -> Any:
-        return declared_tier(EngineConfig.read(self.config), "fs.warm", **options)
+        return declared_tier(EngineConfig.read(self.config), "fs.warm", TierOptions(**options))
 
     def plan(self, *prefixes: str) -> list[PlannedChunk]:
         path = self.directory / "plan.jsonl"

@@ -1,0 +1,23 @@
+"""`python -m hfbucket_plugin`."""
+
+from __future__ import annotations
+
+import sys
+
+_EXTRA = frozenset({"typer", "rich"})
+
+
+def main() -> None:
+    """Run the command line; an engine's environment need not have what it is made of."""
+    try:
+        from hfbucket_plugin.cli.app import app  # noqa: PLC0415 - it may be missing
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRA:
+            raise
+        sys.stderr.write("hfbucket: the command line needs typer and rich: pip install 'lmcache-hfbucket[tools]'\n")
+        sys.exit(2)
+    app(prog_name="python -m hfbucket_plugin")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""`python -m hfbucket_plugin`: the commands. They change nothing, but for `doctor --probe-write`, which cleans up."""
+
+from __future__ import annotations
+
+import typer
+
+from hfbucket_plugin.cli.command_doctor import doctor
+from hfbucket_plugin.cli.command_ls import ls
+from hfbucket_plugin.cli.command_stat import stat
+
+# Tracebacks of Typer's show local variables, and with them a token.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def main() -> None:
+    """Look at LMCache's bucket instances, named by the configuration that the engines use."""
+
+
+app.command("doctor")(doctor)
+app.command("ls")(ls)
+app.command("stat")(stat)

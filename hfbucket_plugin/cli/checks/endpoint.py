@@ -1,0 +1,120 @@
+"""The way to the Hub: whether it answers, how long that takes, and what time it has."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.cli.findings import Finding, from_error, note, ok, warning
+from hfbucket_plugin.cli.words import count
+from hfbucket_plugin.errors import HFBucketError, TransportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hfbucket_plugin.cli.case import Case
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.named import NamedInstance
+
+NAME: Final = "endpoint"
+CLOCK: Final = "clock"
+
+MAX_SKEW_SECS: Final = 30.0
+"""How far two clocks may be apart. The Hub's are whole seconds, and an answer takes a while."""
+
+_ROUNDS: Final = 3
+_MILLI: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """One answer.
+
+    Attributes:
+        seconds: How long it took.
+        date: The Hub's `Date` header; empty when it sends none.
+        at: Our clock halfway, in Unix seconds.
+    """
+
+    seconds: float
+    date: str
+    at: float
+
+
+def check(case: Case) -> tuple[Finding, Greeting | None]:
+    """Ask a few times. The first request also opens the connection, and is left out of the median.
+
+    Returns:
+        What was found, and an answer to look at the clock of: None where the Hub does not answer.
+
+    Raises:
+        ConfigError: The token cannot be sent.
+    """
+    try:
+        first = _greet(case)
+    except TransportError as caught:
+        finding = from_error(NAME, caught, case.named)
+        return replace(finding, found=f"{case.settings.endpoint} does not answer: {finding.found}"), None
+    rounds: list[Greeting] = []
+    try:
+        while len(rounds) < _ROUNDS:
+            rounds.append(_greet(case))
+    except HFBucketError as caught:
+        found = f"answered {count(len(rounds) + 1, 'time')}, and then: {caught}"
+        return warning(NAME, found, f"look at the network, and at {case.named.setting('endpoint')}"), first
+    return judge_way(case.named, first.seconds, [one.seconds for one in rounds]), rounds[-1]
+
+
+def _greet(case: Case) -> Greeting:
+    def ask(deadline: Deadline) -> Greeting:
+        started, at = time.monotonic(), case.now()
+        answer = case.bucket.greet(deadline)
+        seconds = time.monotonic() - started
+        return Greeting(seconds, answer.headers.get("date", ""), at + seconds / 2)
+
+    return case.ask(f"the Hub at {case.settings.endpoint}", ask)
+
+
+def judge_way(named: NamedInstance, first: float, rounds: Sequence[float]) -> Finding:
+    """Whether lookups can be answered in the time that they have.
+
+    Args:
+        named: The instance.
+        first: Seconds of the first request, connection included.
+        rounds: Seconds of the others.
+    """
+    median = statistics.median(rounds)
+    settings = named.settings
+    found = (
+        f"{settings.endpoint} answers in {median * _MILLI:.0f} ms (median of {len(rounds)}; the first took "
+        f"{first * _MILLI:.0f} ms)"
+    )
+    if settings.reads and median >= settings.lookup_timeout_secs:
+        return warning(
+            NAME,
+            f"{found}, later than a lookup waits ({settings.lookup_timeout_secs:g} s): every lookup is a miss",
+            f"raise {named.setting('lookup_timeout_secs')}, or use a Hub that is nearer",
+        )
+    return ok(NAME, found)
+
+
+def judge_clock(greeting: Greeting) -> Finding:
+    """Whether our clock agrees with the Hub's: tokens of the storage expire by it."""
+    try:
+        moment = parsedate_to_datetime(greeting.date)
+    except ValueError:
+        return note(CLOCK, "the Hub's answers tell no time to compare ours with")
+    if moment.tzinfo is None:  # "-0000": UTC, says RFC 5322
+        moment = moment.replace(tzinfo=UTC)
+    ahead = greeting.at - moment.timestamp()
+    if abs(ahead) <= MAX_SKEW_SECS:
+        return ok(CLOCK, f"within {MAX_SKEW_SECS:g} s of the Hub's")
+    return warning(
+        CLOCK,
+        f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the Hub's: access tokens of the storage expire by it",
+        "set this machine's clock, as by NTP",
+    )

@@ -1,0 +1,92 @@
+"""What is configured: the instance, and the engine around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
+from hfbucket_plugin.engine_rules import complaints
+from hfbucket_plugin.named import OUR_MODULE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from hfbucket_plugin.engine_config import EngineConfig
+    from hfbucket_plugin.named import NamedInstance
+
+CONFIG: Final = "config"
+ENGINE: Final = "engine"
+HASH_SEED: Final = "hash seed"
+
+_DEFAULT_BLOCKING_SECS: Final = 10.0
+_UNFULL: Final = ("save_unfull_chunk", "enable_blending", "enable_pd")
+"""The last two make LMCache turn the first one on."""
+
+
+def check(named: NamedInstance, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Look at the configuration. What the settings' own model refuses never comes here."""
+    settings = named.settings
+    yield ok(CONFIG, f"{settings.bucket_handle} on {settings.endpoint}, {named.mode}, role {settings.role}")
+    if named.engine is None:
+        return
+    yield _engine(named, named.engine)
+    yield _hash_seed(environ)
+
+
+def _engine(named: NamedInstance, engine: EngineConfig) -> Finding:
+    """The engine's own settings, as our connector judges them when it starts."""
+    if wrong := [*refused(engine), *_timeouts(named, engine)]:
+        return error(ENGINE, "; ".join(wrong), f"mend it in {engine.source}: LMCache would run without the instance")
+    if engine.plugin_value(named.name, "module_path") != OUR_MODULE:
+        return note(
+            ENGINE,
+            "LMCache's built-in backend serves this instance",
+            f"set {named.setting('module_path')} to {OUR_MODULE} for this package to serve it",
+        )
+    return ok(ENGINE, "full chunks without metadata; timeouts fit")
+
+
+def refused(engine: EngineConfig) -> list[str]:
+    """Why our connector would refuse an engine: each setting, and the reason."""
+    own = engine.engine
+    return complaints(
+        save_unfull_chunk=any(_truth(own.get(name)) for name in _UNFULL),
+        save_chunk_meta=bool(engine.extra.get("save_chunk_meta", False)),
+        use_layerwise=_truth(own.get("use_layerwise")),
+        serde=own.get("remote_serde", "naive"),
+    )
+
+
+def _timeouts(named: NamedInstance, engine: EngineConfig) -> list[str]:
+    own = named.settings.get_timeout_secs
+    blocking = blocking_secs(engine)
+    if own is None or own < blocking:
+        return []
+    setting = named.setting("get_timeout_secs")
+    late = f"{setting} ({own:g}) must end before LMCache's blocking_timeout_secs ({blocking:g})"
+    return [f"{late}, which throws away whatever has arrived by then"]
+
+
+def blocking_secs(engine: EngineConfig) -> float:
+    """LMCache's `blocking_timeout_secs` as it reads it: whole seconds, its default for what is no number."""
+    try:
+        return float(int(engine.engine.get("blocking_timeout_secs", 0))) or _DEFAULT_BLOCKING_SECS
+    except (TypeError, ValueError, OverflowError):
+        return _DEFAULT_BLOCKING_SECS
+
+
+def _truth(value: Any) -> bool:
+    """Whether LMCache reads a value of the YAML as true."""
+    return str(value).strip().lower() in {"true", "1"}
+
+
+def _hash_seed(environ: Mapping[str, str]) -> Finding:
+    value = environ.get("PYTHONHASHSEED", "")
+    if value.isdecimal():
+        return ok(HASH_SEED, f"PYTHONHASHSEED is {value} here; every engine needs the same")
+    return warning(
+        HASH_SEED,
+        f"PYTHONHASHSEED is {value or 'not set'} here: LMCache's keys then differ from process to process, and no "
+        "engine finds what another one stored",
+        "set PYTHONHASHSEED to the same number for every engine of the instance, and where doctor runs",
+    )

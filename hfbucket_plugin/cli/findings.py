@@ -1,0 +1,119 @@
+"""What the checks of `doctor` find, and how errors become findings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.cli import exits
+from hfbucket_plugin.cli.words import printable
+from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ThrottledError, TransportError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.settings import InstanceSettings
+
+_SHORTEST_SECRET: Final = 8
+"""A shorter text is no token of the Hub's (those have 37 characters), and may be a part of any word."""
+
+
+class Severity(IntEnum):
+    """How bad a finding is."""
+
+    OK = 0
+    NOTE = 1
+    WARNING = 2
+    ERROR = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: The check's name, stable.
+        severity: How bad it is.
+        found: What was found, in words.
+        mend: What to do about it, with the name of the setting; empty where there is nothing to do.
+    """
+
+    check: str
+    severity: Severity
+    found: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.check}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+
+    def cleaned(self, secrets: Iterable[str]) -> Finding:
+        """The same for people's eyes: without secrets, should a server have repeated one, and on one line."""
+        found, mend = self.found, self.mend
+        for secret in secrets:
+            found, mend = found.replace(secret, "***"), mend.replace(secret, "***")
+        return replace(self, found=printable(found), mend=printable(mend))
+
+
+def ok(check: str, found: str) -> Finding:
+    """All is well."""
+    return Finding(check, Severity.OK, found)
+
+
+def note(check: str, found: str, mend: str = "") -> Finding:
+    """Worth knowing, and nothing that must be mended."""
+    return Finding(check, Severity.NOTE, found, mend)
+
+
+def warning(check: str, found: str, mend: str) -> Finding:
+    """The instance works, and not as it should."""
+    return Finding(check, Severity.WARNING, found, mend)
+
+
+def error(check: str, found: str, mend: str) -> Finding:
+    """The instance does not do what it is configured for."""
+    return Finding(check, Severity.ERROR, found, mend)
+
+
+def skipped(check: str, why: str) -> Finding:
+    """Not looked at."""
+    return note(check, f"skipped: {why}")
+
+
+def from_error(check: str, caught: HFBucketError, named: NamedInstance) -> Finding:
+    """What a check found that could not be carried out. The Hub's client words most advice in its messages itself."""
+    found = caught.message.removeprefix(f"instance {named.name!r}: ")
+    if isinstance(caught, ThrottledError):
+        return warning(check, found, f"wait, or ask less: {named.setting('max_hub_calls_per_minute')}")
+    if isinstance(caught, TransportError):
+        return error(check, found, f"look at the network, and at {named.setting('endpoint')} or HF_ENDPOINT")
+    if isinstance(caught, AccessDeniedError):
+        return error(check, found, f"look at {named.setting('token_env')} and at the rights of its token")
+    if isinstance(caught, BucketMissingError):
+        return error(check, found, f"look at {named.setting('bucket_handle')}, and at what its token may see")
+    return error(check, found, "")
+
+
+def secrets_of(settings: InstanceSettings, environ: Mapping[str, str] | None = None) -> list[str]:
+    """What must never be shown of an instance."""
+    inline = settings.token.get_secret_value().strip() if settings.token is not None else ""
+    return [secret for secret in (settings.resolve_token(environ) or "", inline) if len(secret) >= _SHORTEST_SECRET]
+
+
+def in_words(caught: HFBucketError, named: NamedInstance) -> str:
+    """What ended a listing, in one line that names the instance, what was wrong, and what to do."""
+    finding = from_error("", caught, named)
+    if isinstance(caught, ThrottledError):
+        finding = replace(finding, mend="give --timeout as many seconds to wait for it, or come back later")
+    finding = finding.cleaned(secrets_of(named.settings))
+    return f"instance {named.name!r}: {finding.found}" + (f"; {finding.mend}" if finding.mend else "")
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """The code that tells the worst of some findings."""
+    worst = max((finding.severity for finding in findings), default=Severity.OK)
+    return {Severity.WARNING: exits.WARNINGS, Severity.ERROR: exits.ERRORS}.get(worst, exits.OK)

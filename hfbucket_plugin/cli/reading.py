@@ -1,0 +1,70 @@
+"""One object, read whole into memory and compared with its hash."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfbucket_plugin.errors import IntegrityError
+from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.transfer import Read, xet_hashes
+
+if TYPE_CHECKING:
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.transfer import Content
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was read.
+
+    Attributes:
+        data: The bytes.
+        seconds: How long they took, without what comes before the first of them.
+    """
+
+    data: bytearray
+    seconds: float
+
+
+def fetch(bucket: Bucket, name: str, content: Content, deadline: Deadline) -> Fetched:
+    """Read an object as the engine does: by the streams of `Transfer`.
+
+    Args:
+        bucket: Where from.
+        name: Names the object in errors.
+        content: What to read.
+        deadline: When to give up.
+
+    Raises:
+        IntegrityError: What arrived is not the object.
+        HFBucketError: It did not arrive.
+    """
+    bucket.transfer.warm_up(deadline)  # else the session's making would be measured too
+    data = bytearray(content.size)
+    read = Read(name, content, Lease(memoryview(data)))
+    started = time.monotonic()
+    bucket.transfer.read([read], deadline)
+    seconds = time.monotonic() - started
+    if read.error is not None:
+        raise read.error
+    if (actual := hash_of(data)) != content.xet_hash:
+        raise IntegrityError(f"{name}: what arrived has the hash {actual}, the listing says {content.xet_hash}")
+    return Fetched(data, seconds)
+
+
+def hash_of(data: bytearray) -> str:
+    """The Xet hash of bytes. hf_xet hashes files only; this one is in memory, so that no directory is needed.
+
+    Raises:
+        OSError: The system has no memory for it.
+    """
+    number = os.memfd_create("hfbucket-hash")
+    with open(number, "wb") as file:  # noqa: PTH123 - it has no path
+        file.write(data)
+        file.flush()
+        return xet_hashes([Path(f"/proc/self/fd/{number}")])[0]

@@ -1,0 +1,66 @@
+"""What LMCache's own adapter wrote, ours reads in a real server, and the reverse; and what ours tells there."""
+
+import itertools
+import json
+
+import pytest
+from huggingface_hub import HfApi
+from mp_adapters import Place, built_in, ours
+from test_mp_adapters import CHUNK, CHUNKS, HIT_L2, MODEL, TOKENS, objects, retrieved
+
+from demo.engine import prompt
+from demo.mp_client import MPClient
+from demo.mp_server import MPServer
+from demo.waiting import wait_until
+from localhub.faults import Fault
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def place(hub):
+    place = Place(hub.endpoint, f"tests/mp-cross-{next(_numbers)}")
+    HfApi(endpoint=hub.endpoint, token=False).create_bucket(place.bucket_id)
+    return place
+
+
+def serving(adapter, place):
+    return MPServer([adapter(place)], chunk_size=CHUNK, env={"HF_ENDPOINT": place.endpoint})
+
+
+def filled_by(adapter, place):
+    api = HfApi(endpoint=place.endpoint, token=False)
+    with serving(adapter, place) as server:
+        with MPClient(server.address, model=MODEL) as client:
+            client.store(prompt(1, TOKENS), client.random_kv(TOKENS, 1))
+        wait_until(lambda: len(objects(api, place)) == CHUNKS, 120, "every chunk in the bucket")
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(built_in, ours), (ours, built_in)])
+def test_one_reads_what_the_other_wrote(place, writer, reader):
+    filled_by(writer, place)
+
+    with serving(reader, place) as server:
+        assert retrieved(server, MODEL) == (CHUNKS * CHUNK, True)
+        wait_until(lambda: server.count(HIT_L2, model_name=MODEL) == CHUNKS * CHUNK, 60, "hits of the adapter")
+
+
+def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(hub, place):
+    filled_by(ours, place)
+
+    with serving(ours, place) as server:
+        hub.control.add_fault(Fault(route="paths-info", hang=True))
+        with MPClient(server.address, model=MODEL) as client:
+            assert [client.lookup(prompt(1, TOKENS)) for _ in range(5)] == [0] * 5
+
+        wait_until(lambda: server.count("hfbucket_breaker_open", part="lookup") == 1, 60, "an open breaker")
+        assert server.count("hfbucket_chunks_total", operation="lookup", outcome="deadline") == 3 * CHUNKS
+        assert server.count("hfbucket_chunks_total", operation="lookup", outcome="breaker") >= CHUNKS
+        told = json.dumps(server.status())
+        assert "lookup is given up for now" in told
+        assert '"breakers_open": ["lookup"]' in told
+
+        hub.control.clear_faults()
+        wait_until(lambda: retrieved(server, MODEL) == (CHUNKS * CHUNK, True), 60, "full service by itself")
+        wait_until(lambda: not server.count("hfbucket_breaker_open"), 60, "closed breakers")
+        assert server.count("hfbucket_bytes_total", direction="read") > 0
