@@ -93,7 +93,8 @@ class Choice(BaseModel):
     )
     keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
         (),
-        description="Only the keys in this file: one a line, or lines of JSON with a `key`, such as an earlier plan or report.",
+        description="Only the keys in this file: one a line, or lines of JSON with a `key`, such as an earlier plan or report; "
+        "or those of the chunks in this directory of LMCache's.",
     )
     prompts: Path | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Keys that were written down: one a line, or in the lines of an earlier plan or report."""
+"""Keys that were written down: one a line, in the lines of an earlier plan or report, or as the files of an engine's tier."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hfbucket_plugin.catalog import ChunkEntry
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import encode_name, parse_key
+from warmer.tiers import directory_keys
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -23,13 +24,14 @@ _LOOKUP_SECS = 60.0
 
 
 def keys_of(path: Path) -> Iterator[str]:
-    """Stream the key strings of a file.
+    """Stream the key strings of a file, or of the chunks in a directory of LMCache's.
 
     Raises:
         ConfigError: It cannot be read, or a line holds no key; the message says which.
     """
     if path.is_dir():
-        raise ConfigError(f"--keys-from {str(path)!r} is a directory, which is not supported yet; give a file of keys")
+        yield from directory_keys(path)
+        return
     number = 0
     try:
         with path.open(encoding="utf-8") as lines:

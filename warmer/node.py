@@ -63,6 +63,10 @@ class NodeConfig:
         if self.settings.token is not None:
             raise ValueError("settings with an inline token must not leave the driver")
 
+    def open(self, place: Place) -> NodeWarmer:
+        """See `open_node`."""
+        return open_node(self, place)
+
 
 @dataclass(slots=True)
 class _Job:

@@ -47,6 +47,7 @@ class Choosing:
         prompts: Where chunks stand among the prompts, when the choice names some.
         skipped: Chunks passed by, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
             told apart by a filter) and ``not_in_bucket`` (keys of a file).
+        chosen: Chunks that passed all that, a budget not regarded.
     """
 
     choice: Choice
@@ -54,6 +55,7 @@ class Choosing:
     now: datetime
     prompts: PromptOrder | None = None
     skipped: Counter[str] = field(default_factory=Counter)
+    chosen: int = 0
 
     def planned(self, bucket: Bucket, scratch: Path) -> Iterator[PlannedChunk]:
         """Yield the chosen chunks, in the order in which they are to be copied.
@@ -86,7 +88,9 @@ class Choosing:
         """The chosen ones among some chunks, as they come."""
         planner = Planner(bucket.handle, self.takes)
         planner.skipped = self.skipped
-        return planner.plan(self._chosen(entries))
+        for chunk in planner.plan(self._chosen(entries)):
+            self.chosen += 1
+            yield chunk
 
     def _entries(self, bucket: Bucket) -> Iterator[ChunkEntry]:
         files = self.choice.keys_from
@@ -125,7 +129,7 @@ class Choosing:
         if self.skipped["other_kind"] or self.choice.keys_from:
             return self.skipped["other_kind"] > 0
         other = MPKey if self.takes is ClassicKey else ClassicKey
-        filtered = self.choice.filter(self.now)  # the hashes of prompts are of one kind
+        filtered = self.choice.filter(self.now)
         entries = itertools.islice(list_chunks(bucket, self.listed(other)), _LOOKED_THROUGH)
         return any(isinstance(entry.key, other) and not is_probe(entry.text) and filtered(entry) for entry in entries)
 

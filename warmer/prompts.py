@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,6 +86,7 @@ def classic_hasher(config: Path) -> Hasher:
     Raises:
         ConfigError: LMCache cannot read the file; or the hashes need what is not there.
     """
+    _quieten()
     # LMCache takes seconds to import.
     from lmcache.v1.config import LMCacheEngineConfig  # noqa: PLC0415
     from lmcache.v1.token_database import ChunkedTokenDatabase  # noqa: PLC0415
@@ -110,6 +112,7 @@ def mp_hasher(chunk_size: int, algorithm: str) -> Hasher:
     Raises:
         ConfigError: The hashes need what is not there.
     """
+    _quieten()
     from lmcache.v1.multiprocess.token_hasher import TokenHasher  # noqa: PLC0415 - as above
 
     hasher: Any = TokenHasher(chunk_size, algorithm)
@@ -119,6 +122,11 @@ def mp_hasher(chunk_size: int, algorithm: str) -> Hasher:
         return [value.hex() for value in hasher.compute_chunk_hashes(token_ids)]
 
     return hashes
+
+
+def _quieten() -> None:
+    """LMCache tells much while it is loaded, on the stream on which we tell errors."""
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
 
 
 def _refuse_fallback(algorithm: str, function: Any) -> None:

@@ -29,6 +29,13 @@ def test_keys_of_an_earlier_report_or_plan(tmp_path):
     assert list(keys_of(written(tmp_path, failure, chunk, summary))) == [classic_key(1), classic_key(2)]
 
 
+def test_keys_of_the_directory_of_an_engine(tmp_path):
+    (tmp_path / f"{classic_key(1).replace('/', '-SEP-')}.data").touch()
+    (tmp_path / "org-SEP-model@0x01000100@0@00001002.data").touch()
+    (tmp_path / "something else").touch()
+    assert sorted(keys_of(tmp_path)) == sorted([mp_key(2), classic_key(1)])
+
+
 @pytest.mark.parametrize(
     ("line", "said"), [("no key", "line 2: 'no key'"), ("{", "line 2"), ('{"key": 3}', "line 2: its key is no text")]
 )
@@ -40,8 +47,6 @@ def test_what_is_no_key_is_named_with_its_line(tmp_path, line, said):
 def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         list(keys_of(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="is a directory"):
-        list(keys_of(tmp_path))
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         list(keys_of(tmp_path / "binary"))
