@@ -37,6 +37,8 @@ class PlannedChunk:
         size: Bytes.
         uploaded_at: When the Hub took it; None when it did not say.
         gone: Whether the bucket no longer held it when it was last looked up.
+        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
+            what all its workers share (MLA) as if it had one.
     """
 
     key: str
@@ -45,6 +47,7 @@ class PlannedChunk:
     size: int
     uploaded_at: datetime | None = None
     gone: bool = False
+    worker: int | None = None
 
     def to_line(self) -> str:
         """The chunk as one line of JSON, its newline included."""
@@ -53,6 +56,8 @@ class PlannedChunk:
             record["uploaded_at"] = self.uploaded_at.isoformat()
         if self.gone:
             record["gone"] = True
+        if self.worker is not None:
+            record["worker"] = self.worker
         return json.dumps(record) + "\n"
 
     @classmethod
@@ -65,11 +70,13 @@ class PlannedChunk:
         record = json.loads(line)
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
             raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
-        size, uploaded_at = record.get("size"), record.get("uploaded_at")
+        size, uploaded_at, worker = record.get("size"), record.get("uploaded_at"), record.get("worker")
         if type(size) is not int or size < 0:
             raise ValueError("a planned chunk needs a size in bytes")
+        if worker is not None and (type(worker) is not int or worker < 0):
+            raise ValueError("the worker of a planned chunk is a rank")
         at = None if uploaded_at is None else datetime.fromisoformat(uploaded_at)
-        return cls(record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True)
+        return cls(record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True, worker)
 
 
 _TEXTS: Final = ("key", "path", "xet_hash")
@@ -101,8 +108,9 @@ class Planner:
                 self.skipped["probe"] += 1
             else:
                 path = self._handle.join(encode_name(entry.text))
-                content = entry.content
-                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at)
+                content, key = entry.content, entry.key
+                worker = key.worker_id if key.world_size > 1 else None
+                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at, worker=worker)
 
 
 def gone(chunk: PlannedChunk) -> PlannedChunk:
