@@ -19,7 +19,7 @@ os.environ.update(
 )
 
 from hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
-from hypothesis import settings
+from hypothesis import settings  # noqa: E402 - the same
 
 __all__ = ["bucket", "hub", "hub_factory", "new_bucket", "session_hub"]
 
