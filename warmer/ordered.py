@@ -86,10 +86,11 @@ def _spill(
     out: IO[bytes],
     cut: Callable[[Iterable[PlannedChunk]], Iterator[PlannedChunk]],
 ) -> tuple[int, int]:
-    """Write a run; what a budget would not take of it alone, it takes even less of the whole."""
+    """Write a run: what a budget takes of it alone, and the first that it does not take, which ends the whole too."""
     start = out.tell()
     run.sort(key=lambda chunk: (place(chunk), chunk.key))
-    for chunk in cut(run):
+    taken = sum(1 for _ in cut(run))
+    for chunk in run[: taken + 1]:
         out.write(chunk.to_line().encode())
     return start, out.tell()
 
