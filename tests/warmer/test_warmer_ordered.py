@@ -52,3 +52,11 @@ def test_every_chunk_comes_once(tmp_path_factory, chunks, run_chunks):
 @given(listings, budgets)
 def test_a_budget_keeps_the_order(chunks, budget):
     assert is_prefix(list(within(chunks, *budget)), chunks)
+
+
+def test_a_chunk_that_does_not_fit_ends_the_budget_in_whichever_run_it_is(tmp_path):
+    chunks = [PlannedChunk(f"k{n}", f"p{n}", "ab" * 32, size) for n, size in enumerate((50, 10, 10, 10))]
+    chosen = in_order(
+        chunks, lambda chunk: int(chunk.key[1:]), tmp_path / "f", partial(within, most=None, max_bytes=40), 2
+    )
+    assert list(chosen) == []
