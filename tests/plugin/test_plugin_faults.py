@@ -93,6 +93,8 @@ def test_what_keeps_its_promise_is_passed():
         (kept(seconds=1.1), "0.60 s after its deadline"),
         (kept(back_secs=31.0), "came back after 31.0 s"),
         (kept(back_secs=None), "came back never"),
+        (kept(repeated=True), "not served again within 30 s"),
+        (kept(repeated=True, same_secs=31.0), "not served again within 30 s"),
         (kept(wrong=1), "1 chunks came back with wrong bytes"),
         (kept(lost=1), "1 chunks that were told"),
         (kept(leaked=3), "memory of 3 chunks did not come back"),
