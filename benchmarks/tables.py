@@ -61,7 +61,8 @@ def print_scenario(title: str, sides: Mapping[str, Row]) -> None:
         )
     for side, row in sides.items():
         for phase, requests in row["wire"].items():
-            print(f"  {side:9} {phase:10} {_requests(requests)}")
+            if requests:
+                print(f"  {side:9} {phase:10} {_requests(requests)}")
     if len(late := sides["ours"]["slow_callbacks"]):
         print(f"  ours      callbacks over 5 ms: {late[0]}" + (f" and {late[1:]} more" if late[1:] else ""))
     print(flush=True)
