@@ -335,7 +335,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._usage_listing.again()
 
     def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Objects of others' that a listing found, oldest first: what LMCache evicts by."""
+        """Objects of others' that a listing found, the newest first: what LMCache evicts by, from the end on."""
         for listener in list(self._listeners):
             listener.on_l2_keys_stored(keys, sizes)
 

@@ -41,7 +41,8 @@ class UsageListing:
         usage: Is told what is there.
         refresh_secs: From the end of a listing to the next one; 0 never lists.
         max_pages: Most pages of a listing; None for all.
-        tell: Given objects that are new to this process, oldest first, with their sizes.
+        tell: Given objects that are new to this process, with their sizes. The newest come first: LMCache takes the keys of
+            a call for one request's, and evicts those at its end first.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class UsageListing:
             if cursor is None or pages == self._max_pages:
                 break
         self._usage.end(complete=cursor is None)
-        found.sort(key=lambda entry: entry[0])
+        found.sort(key=lambda entry: entry[0], reverse=True)
         if found and not self._closed.is_set():
             self._tell([key for _, key, _ in found], [size for _, _, size in found])
         self._told_until = began - _SLACK
