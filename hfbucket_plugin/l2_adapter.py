@@ -175,6 +175,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 amounts = [sizes[key] for key in report.stored]
                 result = L2StoreResult(not report.failures, sum(amounts))
                 if stored and not self._closed:
+                    gone = {names[key]: report.replaced[key] for key in report.stored if key in report.replaced}
+                    self._usage.changed(self._entries(list(gone), list(gone.values())), -1)
                     self._usage.changed(self._entries(stored, amounts), 1)
                     self._notify_keys_stored(stored, amounts)
         except Exception:  # noqa: BLE001 - a listener's; the task must end all the same
