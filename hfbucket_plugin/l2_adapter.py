@@ -178,11 +178,16 @@ class HFBucketL2Adapter(L2AdapterInterface):
                     gone = {names[key]: report.replaced[key] for key in report.stored if key in report.replaced}
                     self._usage.changed(self._entries(list(gone), list(gone.values())), -1)
                     self._usage.changed(self._entries(stored, amounts), 1)
-                    self._notify_keys_stored(stored, amounts)
-        except Exception:  # noqa: BLE001 - a listener's; the task must end all the same
-            _log.exception("[%s] a listener failed", self._settings.name)
+                    self._tell(self._notify_keys_stored, stored, amounts)
         finally:
             self._stores.finish(task, result)
+
+    def _tell(self, notify: Callable[..., None], *args: Any) -> None:
+        """Tell LMCache's listeners; one that raises changes nothing here."""
+        try:
+            notify(*args)
+        except Exception:  # noqa: BLE001 - theirs, and the task must end all the same
+            _log.exception("[%s] a listener failed", self._settings.name)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         """The results of store tasks that ended since the last call."""
@@ -209,7 +214,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         if found:
             with self._lock:
                 self._locks.update(found)
-            self._notify_keys_accessed(found)
+            self._tell(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -304,7 +309,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         gone = [name for name in names if name not in failures]  # what was not there included: LMCache may drop it too
         if gone:
             self._credit(sum(sizes.values()))
-            self._notify_keys_deleted([names[name] for name in gone], [sizes[name] for name in gone])
+            self._tell(self._notify_keys_deleted, [names[name] for name in gone], [sizes[name] for name in gone])
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
@@ -339,7 +344,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
         """Objects of others' that a listing found, the newest first: what LMCache evicts by, from the end on."""
         for listener in list(self._listeners):
-            listener.on_l2_keys_stored(keys, sizes)
+            self._tell(listener.on_l2_keys_stored, keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
 
