@@ -61,13 +61,14 @@ class UsageListing:
         self._wanted = threading.Event()
         self._closed = threading.Event()
         self._told_until: datetime | None = None
+        self._anew = False
         if refresh_secs:
             self._wanted.set()
             threading.Thread(target=self._run, name="hfbucket-usage", daemon=True).start()
 
     def again(self) -> None:
         """List soon, and tell of everything anew."""
-        self._told_until = None
+        self._anew = True  # taken up at the start of a listing: one that is under way has passed objects by
         self._wanted.set()
 
     def close(self) -> None:
@@ -92,9 +93,15 @@ class UsageListing:
                 self._usage.give_up()
                 wait = min(_RETRY_SECS, self._refresh_secs)
                 _log.warning("usage: the listing did not complete, the figure of before stands: %s", error)
+            except Exception:  # noqa: BLE001 - whatever it was, the next listing must come
+                self._usage.give_up()
+                wait = min(_RETRY_SECS, self._refresh_secs)
+                _log.exception("usage: the listing failed")
 
     def _list(self) -> None:
         began = datetime.now(UTC)
+        if self._anew:
+            self._anew, self._told_until = False, None
         self._usage.begin()
         found: list[tuple[datetime, ObjectKey, int]] = []
         prefix = self._bucket.handle.join("")
