@@ -105,7 +105,7 @@ class Pacing:
         with self._lock:
             if status != _TOO_MANY:
                 self._unexplained = 0
-                if not _used_up(headers):
+                if _used_up_for(headers) is None:
                     return
             elif asked is None:
                 asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)
@@ -125,13 +125,16 @@ _TOO_MANY: Final = 429
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
+    if (reset := _used_up_for(headers)) is not None:
+        return reset
     value = headers.get("retry-after", "").strip()
     return float(value) if value.isascii() and value.isdigit() else None
 
 
-def _used_up(headers: Mapping[str, str]) -> bool:
-    limit = parse_ratelimit_headers(headers)
-    return limit is not None and limit.remaining == 0
+def _used_up_for(headers: Mapping[str, str]) -> float | None:
+    """Seconds to the reset of a quota that is used up; None where none is, or where that is no number."""
+    try:
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
+    except (ValueError, OverflowError):  # thousands of digits
+        return None
