@@ -251,7 +251,7 @@ def test_one_thread_probes_all_that_is_open_and_what_opens_meanwhile(make):
     one = make()
     one.guard._breakers["lookup"]._first = one.guard._breakers["lookup"]._backoff = SECRETLY_FAR
     one.open("lookup")
-    eventually(lambda: one.guard._prober is not None)
+    eventually(lambda: one.guard._wake._cond._waiters)
 
     one.open("read")  # due at once, while the thread waits for what is due in an hour
     one.open("write")
