@@ -4,11 +4,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_support import untimed
+from plugin_support import opened, untimed
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import DeadlineError
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import Lease, SourceLease
+from hfbucket_plugin.transfer import Upload
 
 
 def test_pieces_go_where_they_belong():
@@ -76,6 +77,58 @@ def test_writers_in_full_swing_stop_with_the_revocation(round_):
         writer.join()
 
     assert buffer == b"\x01" * len(buffer)
+
+
+def test_a_source_is_copied_as_often_as_wanted_until_it_is_taken_back():
+    buffer = bytearray(b"chunk")
+    lease = SourceLease(memoryview(buffer))
+    assert lease.size == 5
+
+    first = lease.read()
+    buffer[:] = b"other"
+
+    assert first == b"chunk", "a copy, not a view"
+    assert type(first) is bytes
+    assert lease.read() == b"other"
+    lease.revoke()
+    lease.revoke()
+    assert lease.read() is None
+    assert lease.size == 5
+    buffer.extend(b"a bytearray cannot grow while somebody holds a view of it")
+
+
+@pytest.mark.parametrize("round_", range(10))
+def test_readers_in_full_swing_never_see_what_the_owner_writes_after_the_revocation(round_):
+    buffer = bytearray(b"\x01" * 256 * 1024)
+    lease = SourceLease(memoryview(buffer))
+    begun, seen = threading.Semaphore(0), []
+
+    def read():
+        begun.release()
+        while (copy := lease.read()) is not None:
+            seen.append(copy.count(b"\x01"))
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for _ in readers:
+        begun.acquire()
+    time.sleep(0.001 * (round_ % 3))
+    lease.revoke()
+    buffer[:] = b"\x02" * len(buffer)
+    for reader in readers:
+        reader.join()
+
+    assert set(seen) <= {len(buffer)}
+
+
+def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
+    with opened(hub.endpoint, bucket) as door:
+        lease = SourceLease(memoryview(b"chunk"))
+        lease.revoke()
+
+        with pytest.raises(DeadlineError, match="abandoned"):
+            door.transfer.upload([b"before", lease, b"after"], Deadline.after(30), Upload())
 
 
 def test_a_deadline_is_handed_down_and_only_ever_comes_nearer():
