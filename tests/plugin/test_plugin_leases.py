@@ -4,11 +4,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_support import opened, untimed
+from plugin_support import in_threads, opened, untimed
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import DeadlineError
 from hfbucket_plugin.leases import Lease, SourceLease
+from hfbucket_plugin.puts import _Commit
 from hfbucket_plugin.transfer import Upload
 
 
@@ -120,6 +121,25 @@ def test_readers_in_full_swing_never_see_what_the_owner_writes_after_the_revocat
         reader.join()
 
     assert set(seen) <= {len(buffer)}
+
+
+def test_a_commit_gives_its_memory_back_once_and_after_nothing_reads_it_any_more():
+    given_back = []
+
+    class Source:
+        key, view = "chunk", memoryview(b"chunk")
+
+        def release(self):
+            given_back.append([lease.read() for lease in commit.leases])
+
+    commit = _Commit([Source(), Source()])
+    assert [lease.read() for lease in commit.leases] == [b"chunk", b"chunk"]
+
+    in_threads(8, lambda _number: commit.release())
+
+    assert len(given_back) == 2
+    assert given_back[0][0] is None
+    assert given_back[1] == [None, None]
 
 
 def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
