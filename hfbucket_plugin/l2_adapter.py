@@ -176,12 +176,19 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 amounts = [sizes[key] for key in report.stored]
                 result = L2StoreResult(not report.failures, sum(amounts))
                 if stored and not self._closed:
+                    gone = {names[key]: report.replaced[key] for key in report.stored if key in report.replaced}
+                    self._usage.changed(self._entries(list(gone), list(gone.values())), -1)
                     self._usage.changed(self._entries(stored, amounts), 1)
-                    self._notify_keys_stored(stored, amounts)
-        except Exception:  # noqa: BLE001 - a listener's; the task must end all the same
-            _log.exception("[%s] a listener failed", self._settings.name)
+                    self._tell(self._notify_keys_stored, stored, amounts)
         finally:
             self._stores.finish(task, result)
+
+    def _tell(self, notify: Callable[..., None], *args: Any) -> None:
+        """Tell LMCache's listeners; one that raises changes nothing here."""
+        try:
+            notify(*args)
+        except Exception:  # noqa: BLE001 - theirs, and the task must end all the same
+            _log.exception("[%s] a listener failed", self._settings.name)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         """The results of store tasks that ended since the last call."""
@@ -208,7 +215,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         if found:
             with self._lock:
                 self._locks.update(found)
-            self._notify_keys_accessed(found)
+            self._tell(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -339,7 +346,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         sizes = [held[name].size if name in held else 0 for name in gone]
         if gone:
             self._credit(sum(sizes))
-            self._notify_keys_deleted([names[name] for name in gone], sizes)
+            self._tell(self._notify_keys_deleted, [names[name] for name in gone], sizes)
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
@@ -383,7 +390,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """
         for listener in list(self._listeners):
             if self._max_capacity_bytes and not getattr(getattr(listener, "policy", None), "support_isolation", True):
-                listener.on_l2_keys_stored(keys, sizes)
+                self._tell(listener.on_l2_keys_stored, keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class Pacing:
             now = self._clock()
             if status != _TOO_MANY:
                 self._unexplained = 0
-                if not _used_up(headers):
+                if _used_up_for(headers) is None:
                     if now - self._paused_since >= _SCOUT_SECS:
                         self._paused_until = float("-inf")  # an answer to a scout, not to a call from before the pause
                     return
@@ -136,13 +136,16 @@ class Pacing:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
+    if (reset := _used_up_for(headers)) is not None:
+        return reset
     value = headers.get("retry-after", "").strip()
     return float(value) if value.isascii() and value.isdigit() else None
 
 
-def _used_up(headers: Mapping[str, str]) -> bool:
-    limit = parse_ratelimit_headers(headers)
-    return limit is not None and limit.remaining == 0
+def _used_up_for(headers: Mapping[str, str]) -> float | None:
+    """Seconds to the reset of a quota that is used up; None where none is, or where that is no number."""
+    try:
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
+    except (ValueError, OverflowError):  # thousands of digits
+        return None
