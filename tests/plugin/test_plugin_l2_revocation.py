@@ -74,10 +74,36 @@ def test_an_unlock_of_another_request_revokes_nothing(hub, mp):
     locked(mp)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([_key(0), _key(99)])
 
     assert loaded(mp, task)
     assert bytes_of(memory) == content(0)
+
+
+def test_a_load_that_is_given_up_while_others_hold_locks_writes_no_more(hub, mp):
+    locked(mp)
+    locked(mp)
+    task, memory = loading(hub, mp)
+
+    mp.adapter.submit_unlock([_key(0)])
+
+    assert not loaded(mp, task)
+    assert bytes_of(memory) == UNTOUCHED
+
+
+def test_the_unlock_after_a_load_revokes_no_other_of_the_same_keys(hub, mp):
+    locked(mp)
+    locked(mp)
+    done = mp.adapter.submit_load_task([_key(0)], [_memory(UNTOUCHED)])
+    assert loaded(mp, done)
+    task, memory = loading(hub, mp)
+
+    mp.adapter.submit_unlock([_key(0)])
+    assert loaded(mp, task)
+    mp.adapter.submit_unlock([_key(0)])
+
+    assert bytes_of(memory) == content(0)
+    assert mp.adapter.report_status()["locked_key_count"] == 0
 
 
 def test_closing_revokes_all(hub, mp):
