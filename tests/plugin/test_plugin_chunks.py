@@ -144,6 +144,21 @@ def requests(hub, route):
 # --- lookup --------------------------------------------------------------------------------------------------------------
 
 
+def test_of_a_lookup_of_thousands_a_page_that_fails_leaves_the_others_known(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=3.0)
+    many = [*KEYS, *(key(number, "org/none") for number in range(3000))]
+    hub.control.add_fault(Fault(route="paths-info", hang=True, times=1))
+
+    found = engine.store.found(many, [SIZE] * len(many))
+
+    assert requests(hub, "paths-info") == 4
+    told = engine.tally
+    assert engine.count("lookup", "missing") + sum(found) in (2006, 3000)  # of four pages, whichever hung
+    assert told.get(metrics.CHUNKS, operation="lookup", outcome="deadline") in (6, 1000)
+    assert not engine.store.guard.status()
+    assert engine.store.found(many, [SIZE] * len(many))[:6] == [True] * 6
+
+
 def test_hits_are_counted_up_to_the_first_gap(hub, filled, engine):
     assert engine.hits(KEYS) == 6
     assert engine.hits([*KEYS[:2], "m@1@0@ff@half", *KEYS[2:]]) == 2
