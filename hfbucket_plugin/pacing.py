@@ -30,6 +30,7 @@ _LONGEST_PAUSE_SECS: Final = 30.0
 _LONGEST_ASKED_SECS: Final = 300.0
 """A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
 
+_BACKGROUND_SHARE: Final = 4
 _SHORTEST_SLEEP_SECS: Final = 0.001
 _SCOUT_SECS: Final = 15.0
 """In a long pause one call is let through this often: whether the quota is back, or was only a proxy's whim. Four calls a
@@ -132,6 +133,15 @@ class Pacing:
         """Seconds left of a pause that the Hub asked for; 0 when there is none."""
         with self._lock:
             return max(0.0, self._paused_until - self._clock())
+
+    @property
+    def background_wait_secs(self) -> float:
+        """Seconds until work in the background may take its next call: it leaves three quarters of the cap to others."""
+        with self._lock:
+            if self._cap is None:
+                return 0.0
+            share = max(1, self._cap // _BACKGROUND_SHARE)
+            return max(0.0, self._calls[-share] + _WINDOW_SECS - self._clock()) if len(self._calls) >= share else 0.0
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

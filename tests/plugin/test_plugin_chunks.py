@@ -144,6 +144,17 @@ def requests(hub, route):
 # --- lookup --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_read_that_ends_as_nobody_expected_gives_all_memory_back(filled, engine, monkeypatch):
+    def fail(_reads, _deadline):
+        raise KeyError("unexpected")
+
+    monkeypatch.setattr(engine.store.bucket.transfer, "read", fail)
+
+    with pytest.raises(KeyError):
+        engine.get(KEYS)
+    assert [buffer.released for buffer in engine.buffers] == [1] * len(KEYS)
+
+
 def test_of_a_lookup_of_thousands_a_page_that_fails_leaves_the_others_known(hub, filled, connect):
     engine = connect(lookup_timeout_secs=3.0)
     many = [*KEYS, *(key(number, "org/none") for number in range(3000))]

@@ -140,3 +140,16 @@ def test_no_header_makes_it_raise(headers):
     value = retry_after(headers)
 
     assert value is None or value >= 0
+
+
+def test_work_in_the_background_leaves_three_quarters_of_the_cap_to_others():
+    lane = Lane(8)
+    assert lane.pacing.background_wait_secs == 0
+    for _ in range(2):
+        assert lane.call() is None
+        lane.clock.now += 10
+
+    assert lane.pacing.background_wait_secs == 40
+    lane.clock.now += 41
+    assert lane.pacing.background_wait_secs == 0
+    assert Lane(None).pacing.background_wait_secs == 0
