@@ -44,7 +44,7 @@ _GET_MEMORY_MIB = 96
 """`max_inflight_bytes` and 32 MiB: what docs/operate.md says that reads take at most."""
 
 _LARGER_PUT = 1.25
-"""Memory of a put of four times as many chunks: it follows the commits, not the batch."""
+"""Memory of a put of twice as many chunks: it follows the commits, not the batch."""
 
 
 @dataclass(frozen=True)
