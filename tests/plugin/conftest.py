@@ -44,3 +44,24 @@ def surfaces(request, hub, bucket, tmp_path, loop):
     hub.control.clear_faults()
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def l2_adapters(hub, bucket, tmp_path):
+    """Makes L2 adapters over the bucket of the test, below `v1`."""
+    from faults.mp import MP
+    from faults.surface import Limits
+
+    patient = Limits(lookup=20, get=20, put=30)
+    made = []
+
+    def make(limits=patient, handle=f"hf://buckets/{bucket}/v1", endpoint=hub.endpoint, **values):
+        name = f"hfbucket.l{next(_numbers)}"
+        values = {"metadata_cache_ttl_secs": 0} | values
+        made.append(MP(name, tmp_path, handle=handle, endpoint=endpoint, limits=limits, **values))
+        return made[-1]
+
+    yield make
+    hub.control.clear_faults()
+    for one in made:
+        one.close()
