@@ -13,8 +13,10 @@ from hfbucket_plugin.breaker import Breaker
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BreakerOpenError,
+    BucketMissingError,
     BudgetError,
     DeadlineError,
+    ObjectMissingError,
     ThrottledError,
     TransportError,
 )
@@ -163,6 +165,9 @@ def test_what_was_never_asked_says_nothing(guards, error):
     [
         ("lookup", AccessDeniedError("no", 403), True),
         ("read", AccessDeniedError("no", 403), False),
+        ("write", AccessDeniedError("no", 403), True),
+        ("lookup", BucketMissingError("none"), True),
+        ("read", ObjectMissingError("none"), True),
         ("lookup", ThrottledError("later"), False),
         ("read", BudgetError("used up"), False),
         ("read", ValueError(), False),
