@@ -10,7 +10,7 @@ from plugin_support import download, eventually, noise, paths, upload
 from surface_support import PREFIX, path_of, store_of
 
 from faults.classic import Classic
-from faults.surface import CHUNK_BYTES, chunks_counted, content
+from faults.surface import CHUNK_BYTES, Limits, chunks_counted, content
 from hfbucket_plugin.keys import encode_name
 from localhub.faults import Fault
 
@@ -290,3 +290,41 @@ def test_temporary_files_do_not_stay(hub, surfaces, tmp_path):
     reader.close()
 
     assert [path for path in Path(tmp_path / "space").rglob("*") if path.is_file()] == []
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "denied": {"status": 403},
+    "bucket_missing": {"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}},
+    "throttled": {"status": 429, "headers": {"Retry-After": "3600"}},
+    "transport": {"status": 500},
+    "deadline": {"hang": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_is_a_miss_that_is_counted_as_what_it_is_and_never_raised(hub, surfaces, kind):
+    short = [Limits(lookup=0.3, get=0.3, put=0.3)] if kind == "deadline" else []
+    surface = surfaces(*short, breaker_failures=100)
+    hub.control.add_fault(Fault(route="paths-info", **KINDS[kind]))
+
+    assert surface.lookup([0, 1]) == [False, False]
+    assert surface.get([0, 1]) == [None, None]
+    assert surface.put([0, 1]) is not True
+
+    assert chunks_counted(surface.instance, "lookup") == {kind: 2}
+    assert chunks_counted(surface.instance, "get") == {kind: 2}
+    assert chunks_counted(surface.instance, "put") == {kind: 2}
+
+
+def test_what_fails_in_a_batch_fails_alone(hub, bucket, surface):
+    hub.control.add_fault(Fault(route="batch", items=encode_name(surface.name(1)), items_error="no room"))
+
+    assert surface.put(range(3)) is not True
+
+    assert paths(hub.endpoint, bucket) == sorted(path_of(surface, number) for number in (0, 2))
+    assert chunks_counted(surface.instance, "put") == {"stored": 2, "hub": 1}
+    hub.control.clear_faults()
+    assert surface.put(range(3)) is not False
+    assert surface.get(range(3)) == [content(number) for number in range(3)]

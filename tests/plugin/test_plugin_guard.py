@@ -225,10 +225,16 @@ def test_after_close_nothing_is_probed_or_counted_any_more(make, caplog):
     assert "write is given up" not in caplog.text
 
 
+def probers():
+    return {one for one in threading.enumerate() if one.name == "hfbucket-probe-hfbucket.eu"}
+
+
 def test_many_threads_at_once_open_a_breaker_once(far, caplog):
+    before = probers()
+
     in_threads(16, lambda number: [far.guard.failed(PARTS[number % 3], TransportError("x")) for _ in range(10)])
 
     assert sorted(far.guard.status()) == sorted(PARTS)
     assert [far.changes(part, "open") for part in PARTS] == [1, 1, 1]
     assert caplog.text.count("is given up for now") == 3
-    assert len([one for one in threading.enumerate() if one.name == "hfbucket-probe-hfbucket.eu"]) == 1
+    assert len(probers() - before) == 1
