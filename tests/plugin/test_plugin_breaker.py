@@ -208,15 +208,6 @@ def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_as
     assert eventually(works)
 
 
-def test_several_parts_are_probed_by_one_thread(guards):
-    guard = guards(lambda: None)
-    for part in PARTS:
-        fail(guard, part)
-
-    eventually(lambda: not guard.status())
-    assert len([one for one in threading.enumerate() if one.name == "hfbucket-probe-hfbucket"]) <= 1
-
-
 def test_a_closed_guard_probes_no_more(guards):
     probes = []
     guard = guards(lambda: probes.append(1), breaker_probe_secs=60, breaker_max_probe_secs=60)
