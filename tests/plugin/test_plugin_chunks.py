@@ -431,7 +431,7 @@ def test_what_arrived_before_the_deadline_is_served(hub, filled, connect):
         ({"route": "xet-read-token", "status": 403}, {"denied"}),
         ({"route": "xet-read-token", "status": 429, "headers": {"Retry-After": "1"}}, {"throttled"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "-".join(sorted(value)),
 )
 @pytest.mark.usefixtures("hasty_quarantine")
 def test_a_failed_read_is_counted_as_what_it_is_and_service_resumes(hub, filled, engine, fault, kinds):

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from l2_support import mp_key
 from plugin_support import Recorder, any_text, instance_settings, untimed, upload
-from surfaces import mp_key
 
 from hfbucket_plugin.bucket import ObjectInfo
 from hfbucket_plugin.errors import HFBucketError
