@@ -249,13 +249,15 @@ def test_lookups_of_the_same_keys_ask_once(hub, surfaces):
 def test_puts_of_several_requests_are_named_together(hub, surfaces):
     """While one is being uploaded, what another has uploaded waits to share its call."""
     surface = surfaces(put_window_secs=20)
-    held = hub.control.add_fault(Fault(route="shard-upload", delay_s=2.0, times=1))
+    held = hub.control.add_fault(Fault(route="shard-upload", hang=True, times=1))
     hub.control.reset_counters()
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(surface.put, [100])
         eventually(lambda: hub.control.hits(held) == 1)
         second = threads.submit(surface.put, [101])
+        eventually(lambda: hub.control.counters().route("shard-upload").requests == 2)
+        hub.control.clear_faults()
         first.result(60)
         second.result(60)
 
