@@ -108,8 +108,9 @@ class UsageListing:
         cursor: str | None = None
         pages = 0
         while not self._closed.is_set():
-            while (busy := self._bucket.background_wait_secs) and not self._closed.wait(busy):
-                pass
+            if busy := self._bucket.background_wait_secs:
+                self._closed.wait(busy)
+                continue
             infos, cursor = self._bucket.list_page(prefix, cursor, Deadline.after(_PAGE_SECS))
             pages += 1
             for info in infos:

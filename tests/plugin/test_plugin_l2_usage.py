@@ -160,6 +160,7 @@ class ListedBucket:
         self.objects = {}
         self.errors = []
         self.pages = 0
+        self.waits = []
         self.gate = threading.Event()
         self.gate.set()
         self.inside = threading.Event()
@@ -167,6 +168,10 @@ class ListedBucket:
     def write(self, key, size, minutes=0):
         path = self.handle.join(encode_name(key if isinstance(key, str) else key_string(key)))
         self.objects[path] = ObjectInfo(path, Content("0" * 64, size), NOW + timedelta(minutes=minutes))
+
+    @property
+    def background_wait_secs(self):
+        return self.waits.pop(0) if self.waits else 0.0
 
     def list_page(self, prefix, cursor, deadline):
         assert prefix == "v1/"
@@ -300,6 +305,22 @@ def test_at_most_so_many_pages_are_read(objects, max_pages, page_size):
     assert bucket.pages == read
     assert usage.total == sum(objects[: read * page_size])
     assert usage.complete == (read == pages)
+
+
+def test_a_listing_waits_before_each_page_until_others_leave_it_a_share_of_the_calls(listings):
+    bucket = ListedBucket(page_size=1)
+    for number in range(3):
+        bucket.write(mp_key(number), 1)
+    bucket.waits = [0.01, 0.0, 0.0, 600.0]  # none before the third page
+
+    listing, usage, told = listings(bucket)
+    eventually(lambda: not bucket.waits)
+    listing.close()
+    eventually(lambda: not listers())
+
+    assert bucket.pages == 2
+    assert not usage.complete
+    assert told == []
 
 
 def test_a_listing_that_fails_keeps_the_figure_and_comes_again_soon(listings, caplog):
