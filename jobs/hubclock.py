@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 import time
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
+
+from hfbucket_plugin.deadlines import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from hfbucket_plugin.bucket import Bucket
 
 
 class HubClock:
@@ -62,3 +67,21 @@ class HubClock:
 
 def _moment(seconds: float) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+
+
+def ask(bucket: Bucket, clock: HubClock, request_secs: float) -> bool:
+    """Set a clock by the `Date` header of an answer; say whether there was one.
+
+    Raises:
+        HFBucketError: No answer.
+    """
+    sent = clock.monotonic()
+    header = bucket.greet(Deadline.after(request_secs)).headers.get("date", "")
+    try:
+        moment = parsedate_to_datetime(header)
+    except ValueError:
+        return False
+    if moment.tzinfo is None:
+        return False
+    clock.stamped(moment, sent, clock.monotonic(), unsure_secs=1.0)
+    return True

@@ -72,6 +72,7 @@ class Lock:
         self._mutex = threading.Lock()
         self._renewals = 0
         self._content: Content | None = None
+        self._stops: datetime | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lock]:
@@ -99,11 +100,20 @@ class Lock:
         """
         with self._mutex:
             own = self._own(self._claims())
-            left = self._left(own)
-            if left < self._holder.seconds * _RENEW_AT:
+            if self._seconds_to(own.stops) < self._holder.seconds * _RENEW_AT:
                 own = self._renew(own)
-                left = self._left(own)
-            return left
+            self._stops = own.stops
+            return self._seconds_to(own.stops)
+
+    def keep(self) -> None:
+        """Renew the lock where that is due, and ask nothing where it is not: for stretches that delete nothing.
+
+        Raises:
+            LockLostError: It is not ours any more.
+            HFBucketError: Nobody knows: the Hub did not tell.
+        """
+        if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
+            self.confirm()
 
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
@@ -119,6 +129,7 @@ class Lock:
         self.clock.stamped(own.since, sent, answered)
         for claim in claims[: claims.index(own)]:
             self._pass_over(claim)
+        self._stops = own.stops
 
     def _pass_over(self, claim: Claim) -> None:
         """Do so with a claim before ours, if it is dead.
@@ -153,14 +164,14 @@ class Lock:
                 raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is deleted")
         raise LockLostError("our lock was taken away: nothing more is deleted; run again")
 
-    def _left(self, own: Claim) -> float:
-        return (own.stops - self.clock.latest()).total_seconds()
+    def _seconds_to(self, moment: datetime) -> float:
+        return (moment - self.clock.latest()).total_seconds()
 
     def _renew(self, own: Claim) -> Claim:
         if self._content is None:
             raise LockLostError("the lock was never ours")
         self._renewals += 1
-        deadline = Deadline.after(min(self._secs, self._left(own)))
+        deadline = Deadline.after(min(self._secs, self._seconds_to(own.stops)))
         small.put(self._bucket, self._holder.name(str(self._renewals)), self._content, deadline)
         renewed = self._own(self._claims())
         with contextlib.suppress(HFBucketError):  # they are deleted at the end, too
