@@ -369,3 +369,28 @@ def test_a_stopped_run_goes_on_from_its_plan(stocked, tmp_path):
     again = stocked.run("apply", ran.summary["plan"], "--yes")
     assert again.code == 0, again.stderr
     assert stocked.left() == stocked.paths_of(NEW)
+
+
+def test_a_plan_by_a_clock_that_is_ahead_of_the_hubs_is_refused(stocked, tmp_path):
+    planned = stocked.cleanup("--max-age", "14d", "--plan-dir", str(tmp_path))
+    plan = tmp_path / planned.summary["plan"].rpartition("/")[2]
+    made_at = json.loads(plan.read_text().splitlines()[0])["made_at"]
+    plan.write_text(plan.read_text().replace(made_at, made_at.replace("20", "21", 1), 1))
+
+    ran = stocked.run("apply", str(plan), "--yes")
+
+    assert ran.code == 4
+    assert "ahead of the Hub's" in ran.stderr
+    assert len(stocked.left()) == 24
+
+
+def test_the_hubs_date_sets_the_clock_of_a_plan(stocked):
+    header = {"Date": "Fri, 13 Aug 2010 00:00:00 GMT", "Content-Type": "application/json"}
+    stocked.hub.control.add_fault(Fault(route="bucket-info", status=200, headers=header, body="{}"))
+
+    ran = stocked.cleanup("--max-age", "14d")
+
+    first = json.loads(open(ran.summary["plan"]).readline())  # noqa: PTH123, SIM115 - a line of a small file
+    assert (first["clock"], first["made_at"][:10]) == ("hub", "2010-08-13")
+    assert ran.counts("planned") == [0]
+    assert "too-young: 24 objects" in ran.stderr
