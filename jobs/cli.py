@@ -11,6 +11,7 @@ import typer
 from hfbucket_plugin.errors import ConfigError
 from jobs import guards, options, show, units
 from jobs.cleanup import ByPolicy
+from jobs.command_status import status
 from jobs.executors import in_process
 from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
@@ -35,6 +36,9 @@ def main() -> None:
     """Keep LMCache's bucket instances in order. What deletes only plans, unless it is told --yes or asked at a terminal."""
 
 
+app.command("status")(status)
+
+
 @app.command()
 def cleanup(  # noqa: PLR0917 - Typer makes options of them
     lmcache_config: options.LMCacheConfig = None,
@@ -48,7 +52,7 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
     keep_newest: options.KeepNewest = None,
     keep_prefix: options.KeepPrefix = None,
     keep_model: options.KeepModel = None,
-    min_age: Annotated[str | None, typer.Option(metavar="AGE", help="Nothing younger is deleted. Default: 1h.")] = None,
+    min_age: options.OwnMinAge = None,
     yes: options.Yes = False,
     dry_run: options.DryRun = False,
     max_delete: options.MaxDelete = None,

@@ -62,6 +62,9 @@ Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or that of the job.")
 ]
 MinAge = Annotated[str, typer.Option(metavar="AGE", help="Nothing younger is ever deleted.")]
+OwnMinAge = Annotated[
+    str | None, typer.Option("--min-age", metavar="AGE", help="Nothing younger is ever deleted. Default: 1h.")
+]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="retention.yaml: a policy for each instance.")
 ]
