@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -298,7 +299,7 @@ def default_plan_dir() -> Path:
 
 def _file_name(header: Header) -> str:
     safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
-    return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{os.getpid()}.jsonl"
+    return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
 
 def _files_in(bucket: Bucket) -> int | None:
