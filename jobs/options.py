@@ -48,9 +48,7 @@ Parallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches of 1000
 BatchSize = Annotated[int, typer.Option(min=1, max=1000, help="Most objects of a batch.")]
 LockLifetime = Annotated[
     str,
-    typer.Option(
-        metavar="TIME", help="How long the lock of a killed run keeps others out; 6min at least.", hidden=True
-    ),
+    typer.Option(metavar="TIME", help="How long the lock of a killed run keeps others out.", hidden=True),
 ]
 PlanDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep plans here. Default: temporary files.")]
 Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line for every object, and summaries.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sqlite3
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -136,6 +137,9 @@ class Job:
         except HFBucketError as error:
             code = code_of(error)
             self._message = str(error)
+        except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
+            code = exits.FAILED
+            self._message = f"a file of this machine failed: {error}"
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exits.COMPLETE and self._applied and self._plan is not None:

@@ -51,5 +51,8 @@ def plan(shown: PlanFile) -> None:
 
 
 def ask(shown: PlanFile) -> bool:
-    """Ask whether to carry a plan out."""
-    return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)
+    """Ask whether to carry a plan out; no answer is none."""
+    try:
+        return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)
+    except typer.Abort:
+        return False

@@ -69,6 +69,8 @@ def test_at_a_terminal_it_asks(stocked, monkeypatch, answer, left):
 
     ran = stocked.cleanup("--max-age", "14d", stdin=answer)
 
+    assert ran.code == 0
+    assert ran.summary["result"] == ("complete" if left == 20 else "planned")
     assert "Delete 4 objects" in ran.stderr
     assert len(stocked.left()) == left
 
@@ -204,7 +206,8 @@ def test_a_partly_failed_batch_is_tried_again_for_what_failed_only(stocked):
     assert ran.counts("deleted", "failed") == [4, 0]
 
 
-def test_what_goes_on_failing_is_named(stocked, tmp_path):
+def test_what_goes_on_failing_is_named(stocked, tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.apply._BACKOFF_SECS", 0.01)
     # Locks and reports lie below .hfbucket/, and are let through.
     stocked.hub.control.add_fault(Fault(route="batch", items="%401000%40", items_error="quota of Mars"))
 
@@ -347,6 +350,19 @@ def test_what_deletes_goes_by_no_default(depot):
     done = CliRunner().invoke(app, ["cleanup", "--lmcache-config", str(depot.config), "--max-age", "14d"])
 
     assert (done.exit_code, "--all-instances" in done.stderr) == (2, True)
+
+
+def test_a_disk_that_is_full_is_told(stocked, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jobs.plan.PlanWriter.add", full)
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, "No space left" in ran.stderr) == (3, True)
+    assert len(stocked.left()) == 24
+    assert not [path for path in stocked.all_paths() if "/locks/" in path]
 
 
 def test_a_stopped_run_goes_on_from_its_plan(stocked, tmp_path):
