@@ -69,3 +69,18 @@ def test_a_lock_that_was_lost_stops_the_deleting(depot):
     assert "nothing more is deleted" in late.stderr
     assert late.counts("deleted") == [0]
     assert len(depot.left()) == 24
+
+
+def test_one_that_is_stopped_while_it_lists_lets_the_next_one_in(depot):
+    stock(depot)
+    control = depot.hub.control
+    fault = control.add_fault(Fault(route="tree", path_regex=r"/tree/kv/us/$", hang=True))
+    process = depot.started("cleanup", "--max-age", "14d", "--yes")
+    eventually(lambda: control.hits(fault))
+    process.terminate()
+    ran = ended(process)
+    control.clear_faults()
+
+    assert ran.code == 5, ran.stderr
+    assert not [path for path in depot.all_paths() if "/locks/" in path]
+    assert depot.cleanup("--max-age", "14d", "--yes").counts("deleted") == [4]
