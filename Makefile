@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,12 @@ demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -q
 
+faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
+	$(BIN)/python -m faults
+
+soak: $(STAMP)  ## five minutes of random faults under load
+	$(BIN)/python -m faults.soak --minutes 5
+
 lint: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -27,8 +33,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP)  ## what is written from code: the table of settings
+docs: $(STAMP)  ## what is written from code: the tables of settings and of promises
 	$(BIN)/python -m tools.settings_table
+	$(BIN)/python -m faults.pages
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -6,6 +6,7 @@ single chunk: a chunk that is not served is a miss with a reason, counted and lo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -127,14 +128,6 @@ class ChunkStore:
         """How many keys, from the first on without a gap, are there as full chunks of `size` bytes; see `found`."""
         return sum(self.found(keys, [size] * len(keys), prefix_only=True))
 
-    def contents(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Content | None]:
-        """What is stored under each key, or None.
-
-        Raises:
-            HFBucketError: The Hub did not say.
-        """
-        return self._existence.contents(keys, deadline, patient=True)
-
     def warm_up(self) -> None:
         """Have a session for reading made in the background, if there is none.
 
@@ -216,16 +209,40 @@ class ChunkStore:
         self._outcomes.ended("delete", "hub" if failures else "ok", started)
         return failures
 
+    def delete_held(self, keys: Sequence[str], deadline: Deadline) -> tuple[dict[str, Content], dict[str, ItemFailure]]:
+        """Delete those of some chunks that are there, at once and for ever.
+
+        Returns:
+            What was there, and what of it failed to be deleted, by key.
+
+        Raises:
+            HFBucketError: The Hub did not say what is there, or the request failed as a whole.
+        """
+        started = time.monotonic()
+        try:
+            contents = self._existence.contents(keys, deadline, patient=True)
+        except HFBucketError as error:
+            self._outcomes.failed("delete", error, len(keys), started)
+            raise
+        held = {key: content for key, content in contents.items() if content is not None}
+        return held, self.delete(list(held), deadline) if held else {}
+
     def list_keys(self) -> Iterator[str]:
         """Stream the key strings of this instance: not those of a longer prefix, nor objects that are no chunks.
 
         Raises:
             HFBucketError: A page did not come.
         """
-        started = time.monotonic()
-        try:
+        with self.listing():
             for entry in list_chunks(self.bucket, [""]):
                 yield entry.text
+
+    @contextlib.contextmanager
+    def listing(self) -> Iterator[None]:
+        """Count, by how it ends, what lists the bucket in a `with` block: all of it, or a page."""
+        started = time.monotonic()
+        try:
+            yield
         except HFBucketError as error:
             self._outcomes.failed("list", error, 0, started)
             raise

@@ -19,6 +19,7 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.engine_memory import SourceMemory, TargetMemory
+from hfbucket_plugin.engine_rules import complaints
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
@@ -320,19 +321,14 @@ def _release_all(memory_objs: Sequence[MemoryObj | None]) -> None:
 
 def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:
     """Refuse what cannot work with full chunks that carry no metadata."""
-    extra = config.extra_config or {}
-    wrong = {
-        "save_unfull_chunk must be false: only full chunks are stored": bool(config.save_unfull_chunk),
-        "extra_config.save_chunk_meta must be false or left out: objects hold no chunk metadata": bool(
-            extra.get("save_chunk_meta", False)
-        ),
-        "use_layerwise must be false: chunks of single layers are not full chunks": bool(config.use_layerwise),
-        f"remote_serde must be naive, not {config.remote_serde!r}: other serdes change the size of a chunk": (
-            config.remote_serde not in (None, "naive")
-        ),
-    }
-    if complaints := [text for text, is_wrong in wrong.items() if is_wrong]:
-        raise ConfigError(f"instance {instance!r}: {'; '.join(complaints)}")
+    wrong = complaints(
+        save_unfull_chunk=bool(config.save_unfull_chunk),
+        save_chunk_meta=bool((config.extra_config or {}).get("save_chunk_meta", False)),
+        use_layerwise=bool(config.use_layerwise),
+        serde=config.remote_serde,
+    )
+    if wrong:
+        raise ConfigError(f"instance {instance!r}: {'; '.join(wrong)}")
 
 
 def _without_chunk_meta(config: LMCacheEngineConfig) -> LMCacheEngineConfig:

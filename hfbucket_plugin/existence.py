@@ -6,7 +6,13 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin import metrics
-from hfbucket_plugin.errors import BreakerOpenError, DeadlineError, HFBucketError, TransportError
+from hfbucket_plugin.errors import (
+    BreakerOpenError,
+    DeadlineError,
+    HFBucketError,
+    ThrottledError,
+    TransportError,
+)
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.metadata_cache import MetadataCache
@@ -72,7 +78,7 @@ class Existence:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
         """
         while True:
-            values, question, others = self.cache.ask(keys, deadline.at)
+            values, question, others = self.cache.ask(keys, deadline.at, patient=patient)
             if question is not None:
                 self._ask(question, deadline, patient=patient)
             try:
@@ -83,13 +89,18 @@ class Existence:
                 # A question of somebody with less time than we have: ask what it left open ourselves.
                 if not others or deadline.passed:
                     raise
+            except ThrottledError:  # or with less patience
+                if not others or not patient or deadline.passed:
+                    raise
             else:
                 return values
 
     def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
         try:
+            question.counted = deadline.passed  # then it says nothing of the Hub
+            deadline.check(f"instance {self._instance!r}: lookup")
             self._guard.check("lookup")
-        except BreakerOpenError as error:
+        except (BreakerOpenError, DeadlineError) as error:
             self.cache.fail(question, error)
             return
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while

@@ -5,9 +5,9 @@ for, and from `get_blocking_failed_threshold` (10) of them within `ping_interval
 cache off, local CPU memory included, for 5 minutes at least. It means to protect the engine from a backend that stalls.
 Here deadlines and breakers do that, so:
 
-- while half as many gets have failed, lookups are misses, and so nothing more is got that may fail;
 - where an operator has not set the threshold, and all remote stores of the engine are ours, it is lifted: requests that a
-  scheduler had admitted together, before anything was known to fail, would reach 10 at one blow.
+  scheduler had admitted together, before anything was known to fail, would reach 10 at one blow;
+- where it stays, lookups are misses while half as many gets have failed, and so nothing more is got that may fail.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIFTED: Final = 1_000_000_000
 
 
 class HealthShield:
-    """Counts gets that failed of late; thread-safe.
+    """Counts gets that failed of late; thread-safe. Where the threshold is lifted there is nothing to shield.
 
     Args:
         extra: The engine's `extra_config`.
@@ -42,17 +42,16 @@ class HealthShield:
 
     def __init__(self, extra: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
         threshold = _number(extra.get(_THRESHOLD_KEY), _DEFAULT_THRESHOLD)
-        if threshold >= LIFTED:
-            threshold = _DEFAULT_THRESHOLD
+        self._needed = threshold < LIFTED
         self._limit = max(1, int(threshold // 2))
         self._window = _number(extra.get(_INTERVAL_KEY), _DEFAULT_INTERVAL_SECS)
         self._clock = clock
         self._lock = threading.Lock()
-        self._failed: deque[float] = deque(maxlen=self._limit)
+        self._failed: deque[float] = deque(maxlen=self._limit if self._needed else 0)
 
     def got(self, *, everything: bool) -> None:
         """Note a get: whether it returned all that it was asked for."""
-        if not everything:
+        if self._needed and not everything:
             with self._lock:
                 self._failed.append(self._clock())
 

@@ -12,13 +12,12 @@ so tools take it too.
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.settings import InstanceSettings, validated
+from hfbucket_plugin.settings import InstanceSettings, hide_tokens, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +26,6 @@ MODULE: Final = "hfbucket_plugin.l2_adapter"
 DEFAULT_GET_SECS: Final = 9.0
 """What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
 chosen like the classic engine's default, 90 % of 10 s."""
-
-_TOKEN: Final = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 
 _LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
 """What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
@@ -77,7 +74,7 @@ class L2Settings(InstanceSettings):
 
 def _refused(message: str) -> ConfigError:
     """The error for a text that repeats values, should a token have been pasted in place of one."""
-    return ConfigError(_TOKEN.sub("***", message))
+    return ConfigError(hide_tokens(message))
 
 
 def from_params(params: Mapping[str, Any]) -> L2Settings:

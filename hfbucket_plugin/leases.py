@@ -69,10 +69,13 @@ class SourceLease:
         self._lock = threading.Lock()
         self.size = len(buffer)
 
-    def read(self) -> bytes | None:
-        """A copy of the bytes, or None when the lease was revoked."""
+    def read(self, start: int, end: int) -> bytes | None:
+        """A copy of some bytes, or None when the lease was revoked.
+
+        Copying holds the lock, and the GIL: ask for a few MiB at a time.
+        """
         with self._lock:
-            return None if self._buffer is None else bytes(self._buffer)
+            return None if self._buffer is None else bytes(self._buffer[start:end])
 
     def revoke(self) -> None:
         """After this returns nothing reads any more, and the buffer is no longer referred to."""

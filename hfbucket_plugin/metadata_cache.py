@@ -68,7 +68,7 @@ class MetadataCache:
                 question.doubtful.add(key)
 
     def ask(
-        self, keys: Iterable[str], until: float = math.inf
+        self, keys: Iterable[str], until: float = math.inf, *, patient: bool = False
     ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
         """Sort keys into what is known, what to ask now, and what somebody else is asking already.
 
@@ -76,6 +76,7 @@ class MetadataCache:
             keys: What is wanted.
             until: When the caller's question will be given up, on `time.monotonic`. A question that should have ended
                 by now is not joined but asked anew: its thread may be blocked for long.
+            patient: Whether the caller's question may wait for the Hub's pauses; who is not patient does not join such.
 
         Returns:
             The known ones; a question that the caller must ask and `answer` or `fail`, or None; and the questions of
@@ -83,7 +84,7 @@ class MetadataCache:
         """
         known: dict[str, Content | None] = {}
         others: dict[str, Question] = {}
-        own = Question(until)
+        own = Question(until, patient=patient)
         now = time.monotonic()
         with self._locked():
             for key in keys:
@@ -91,7 +92,11 @@ class MetadataCache:
                     continue
                 if key in self._cache:
                     known[key] = self._cache[key]
-                elif (question := self._asking.get(key)) is not None and question.until > now:
+                elif (
+                    (question := self._asking.get(key)) is not None
+                    and question.until > now
+                    and (patient or not question.patient)
+                ):
                     others[key] = question
                 else:
                     own.keys[key] = None
@@ -137,8 +142,9 @@ class MetadataCache:
 class Question:
     """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
 
-    def __init__(self, until: float = math.inf) -> None:
+    def __init__(self, until: float = math.inf, *, patient: bool = False) -> None:
         self.until = until
+        self.patient = patient
         self.counted = False
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, Content | None] = {}

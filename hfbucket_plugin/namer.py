@@ -7,17 +7,21 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import HFBucketError, TransportError
+from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.transfer import Content
+
+_THREADS: Final = 4
+"""Calls under way at one time: one as a rule, more where the Hub is slow to answer the first ones."""
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class Namer:
         self._uploads = 0
         self._waiting: list[_Request] = []
         self._closed = False
+        self._threads = WorkerPool("hfbucket-name", _THREADS)
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
@@ -75,7 +80,7 @@ class Namer:
         return request.future
 
     def flush(self, *, only_due: bool) -> None:
-        """Name what waits, in this thread.
+        """Have what waits named, in another thread: whoever calls has a deadline of their own, and work to go on with.
 
         Args:
             only_due: Leave it waiting while uploads are under way and the window is not over.
@@ -84,6 +89,13 @@ class Namer:
             if not self._waiting or (only_due and not self._is_due()):
                 return
             requests, self._waiting = self._waiting, []
+        try:
+            self._threads.submit(self._name_all, requests)
+        except RuntimeError as error:
+            for request in requests:
+                request.future.set_exception(TransportError(f"naming: {error}"))
+
+    def _name_all(self, requests: Sequence[_Request]) -> None:
         files: dict[str, Content] = {}
         for request in requests:
             files.update(request.files)
@@ -104,5 +116,6 @@ class Namer:
         with self._lock:
             self._closed = True
             requests, self._waiting = self._waiting, []
+        self._threads.close()
         for request in requests:
             request.future.set_exception(TransportError("naming: the instance was closed"))

@@ -30,6 +30,7 @@ _LONGEST_PAUSE_SECS: Final = 30.0
 _LONGEST_ASKED_SECS: Final = 300.0
 """A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
 
+_SHORTEST_SLEEP_SECS: Final = 0.001
 _SCOUT_SECS: Final = 15.0
 """In a long pause one call is let through this often: whether the quota is back, or was only a proxy's whim. Four calls a
 minute are a sixtieth of the smallest quota."""
@@ -79,7 +80,7 @@ class Pacing:
             wait = error.retry_after or 0.0
             if not patient or wait >= deadline.remaining():
                 raise error
-            self._sleep(min(wait, _SCOUT_SECS))
+            self._sleep(min(max(wait, _SHORTEST_SLEEP_SECS), _SCOUT_SECS))
 
     def _take(self, what: str) -> ThrottledError | None:
         with self._lock:

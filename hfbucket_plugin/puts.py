@@ -18,6 +18,7 @@ from hfbucket_plugin.errors import (
     ItemFailure,
     TransportError,
 )
+from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name, is_probe
 from hfbucket_plugin.leases import SourceLease
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.transfer import Content
 
 _YIELD_SECS: Final = 1.0
-"""Longest that a commit waits for reads to end. Engines that read without a pause must not keep puts out for ever."""
+_YIELD_BYTES: Final = 32 * 1024 * 1024
+"""A commit waits for reads to end before it begins, and again after so many bytes, for a second at most: engines that read
+without a pause must not keep puts out for ever."""
 
 
 class Source(Protocol):
@@ -76,22 +79,22 @@ class PutReport:
 
 
 class _Commit:
-    """Sources that are uploaded together; their memory is given back once, when nothing can read it any more."""
+    """Sources that are uploaded together; the memory of each is given back once, when nothing can read it any more."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
         self.leases = [SourceLease(source.view) for source in sources]
         self.upload = Upload()
         self.files: Mapping[str, Content] = {}
+        self.begun = False
         self._lock = threading.Lock()
-        self._released = False
+        self._held = dict(zip(self.leases, sources, strict=True))
 
-    def release(self) -> None:
+    def release(self, *leases: SourceLease) -> None:
+        """Give the memory of some sources back, or of all."""
         with self._lock:
-            if self._released:
-                return
-            self._released = True
-        for lease, source in zip(self.leases, self.sources, strict=True):
+            gone = {lease: self._held.pop(lease) for lease in leases or self.leases if lease in self._held}
+        for lease, source in gone.items():
             lease.revoke()
             source.release()
 
@@ -131,6 +134,7 @@ class Putter:
         self._traffic = traffic
         self._quarantine = quarantine
         self._namer = Namer(bucket, settings.put_window_secs)
+        self._gate = ByteGate(settings.max_inflight_bytes)
         self._threads = WorkerPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
         self._lock = threading.Lock()
         self._under_way: set[str] = set()
@@ -151,8 +155,9 @@ class Putter:
         """
         started = time.monotonic()
         try:
+            deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
             self._guard.check("write")
-        except BreakerOpenError as error:
+        except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
             self._tell(report.failures, started)
             return report
@@ -294,7 +299,7 @@ class Putter:
         return report
 
     def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
-        if not self._closed:
+        if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
             self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.cache.drop(source.key)
@@ -308,7 +313,7 @@ class Putter:
             self._commits.discard(commit)
 
     def _cut(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
-        """Cut into commits: hf_xet peaks near twice a commit in memory, and several are written side by side."""
+        """Cut into commits, so that a failure costs no more than one."""
         limit = self._settings.commit_bytes
         commit: list[Source] = []
         amount = 0
@@ -323,11 +328,22 @@ class Putter:
 
     def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
         """Upload a commit, give its memory back, and have its contents named."""
-        with self._namer.expecting():
+        sizes = [lease.size for lease in commit.leases]
+        with self._namer.expecting(), self._gate.hold(sum(sizes), deadline, "put"):
+            unyielding = 0
+
+            def taken(lease: SourceLease) -> None:
+                nonlocal unyielding
+                commit.release(lease)
+                unyielding += lease.size
+                if unyielding >= _YIELD_BYTES:
+                    unyielding = 0
+                    self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+
             self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
-            sizes = [lease.size for lease in commit.leases]
+            commit.begun = True
             try:
-                contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload)
+                contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload, taken)
             finally:
                 commit.release()
             if [content.size for content in contents] != sizes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hfbucket_plugin.errors import (
     AccessDeniedError,
+    BucketMissingError,
     DeadlineError,
     HashMismatchError,
     HFBucketError,
@@ -256,6 +257,8 @@ class Reader:
             # The store lacks what the Hub lists, or listed a while ago: what is believed of others is asked anew too,
             # so that stale answers cannot add up to what disables the engine.
             self._existence.cache.clear()
+            if isinstance(error, BucketMissingError):  # no word against the object
+                return
         elif isinstance(error, HashMismatchError):
             self._existence.cache.drop(key)
             self._bucket.transfer.renew()  # so that the next fetch is independent of this one

@@ -42,6 +42,7 @@ MIB = 1024 * 1024
 GIB = 1024 * MIB
 
 MIN_INFLIGHT_BYTES = MIB
+_XORB_BYTES = 64 * MIB
 MAX_RANGE_BYTES = 3 * MIB
 """Reads are cut into ranges of at most this size. hf_xet hands a stream over in pieces as large as the range asked for,
 and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms. glibc keeps
@@ -51,6 +52,11 @@ a piece's memory for each thread that ever read one: 3 MiB took 82 to 92 MiB whe
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
 _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def hide_tokens(text: str) -> str:
+    """The text without what looks like a token of the Hub."""
+    return _TOKEN.sub("***", text)
 
 
 def _parse_handle(value: Any) -> BucketHandle:
@@ -155,9 +161,9 @@ class InstanceSettings(BaseModel):
     max_inflight_bytes: PositiveInt = Field(
         64 * MIB,
         ge=MIN_INFLIGHT_BYTES,
-        description="Most bytes asked for at one time by reads; puts are cut into commits by it too. Memory beyond the "
-        "engine's own follows it, and 32 MiB at most beyond it. A batch of 16 chunks of 4 MiB fits into 64 MiB at one "
-        "time.",
+        description="Most bytes asked for at one time by reads, whose memory beyond the engine's own is this and 32 MiB at "
+        "most; 16 chunks of 4 MiB fit into 64 MiB. Puts are cut into commits of four times as much (of as much, below "
+        "64 MiB), stored whole or not at all: where one takes longer than `put_timeout_secs`, lower this.",
     )
     max_parallel_reads: PositiveInt = Field(
         32,
@@ -168,7 +174,8 @@ class InstanceSettings(BaseModel):
     max_parallel_writes: PositiveInt = Field(
         2,
         le=64,
-        description="Most commits under way at one time. Two keep the line busy while one is being hashed.",
+        description="Most commits under way at one time, as far as they fit into `max_inflight_bytes` together; a larger one "
+        "goes alone, and keeps the line busy by itself. Two, so that a small put need not wait for another's round trips.",
     )
     max_waiting_put_bytes: PositiveInt = Field(
         2 * GIB,
@@ -237,8 +244,12 @@ class InstanceSettings(BaseModel):
 
     @property
     def commit_bytes(self) -> int:
-        """Bytes after which a put is cut: hf_xet peaks near twice a commit, and several are written side by side."""
-        return max(MIN_INFLIGHT_BYTES, self.max_inflight_bytes // (2 * self.max_parallel_writes))
+        """Bytes after which a put is cut.
+
+        hf_xet packs what it is fed into units of 64 MiB and keeps about four of them in memory, however long a commit is;
+        a short one takes about two and a half times its own bytes.
+        """
+        return self.max_inflight_bytes * (1 if self.max_inflight_bytes < _XORB_BYTES else 4)
 
     def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
         """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
@@ -296,7 +307,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], instance: str, whe
         if not complaints:
             return settings
     # Outside of the handler: the cause would print the values, a token among them.
-    raise ConfigError(_TOKEN.sub("***", f"instance {instance!r}: {'; '.join(complaints)}"))
+    raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(complaints)}"))
 
 
 def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:

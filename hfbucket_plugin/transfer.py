@@ -15,17 +15,16 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     TransportError,
 )
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.gate import ByteGate
     from hfbucket_plugin.hub import HubClient
-    from hfbucket_plugin.leases import SourceLease
     from hfbucket_plugin.workers import WorkerPool
     from hfbucket_plugin.xet import Loan, Session
 
@@ -247,7 +246,13 @@ class Transfer:
         if at != end:
             raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")
 
-    def upload(self, sources: Sequence[SourceLease | bytes], deadline: Deadline, upload: Upload) -> list[Content]:
+    def upload(
+        self,
+        sources: Sequence[SourceLease | bytes],
+        deadline: Deadline,
+        upload: Upload,
+        taken: Callable[[SourceLease], None] = lambda _source: None,
+    ) -> list[Content]:
         """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
 
         Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
@@ -257,6 +262,7 @@ class Transfer:
             sources: Bytes, or leases on memory that stays as it is until its lease is revoked.
             deadline: When to give up.
             upload: The handle by which a coordinator can stop waiting.
+            taken: Told of each lease when its memory is not needed any more.
 
         Raises:
             HFBucketError: The store did not take them. None of them may be relied on.
@@ -268,7 +274,8 @@ class Transfer:
             if ticket.abandoned:
                 raise DeadlineError("upload: abandoned before it began")
             with typed_errors("upload"):
-                return self._commit(loan.session, sources, deadline, ticket)
+                leases = [SourceLease(memoryview(one)) if isinstance(one, bytes) else one for one in sources]
+                return self._commit(loan.session, leases, deadline, ticket, taken)
         except AccessDeniedError:
             self._writing.retire(loan)
             raise
@@ -279,26 +286,41 @@ class Transfer:
             self._writing.give_back(loan)
 
     def _commit(
-        self, session: Session, sources: Sequence[SourceLease | bytes], deadline: Deadline, ticket: _Ticket
+        self,
+        session: Session,
+        sources: Sequence[SourceLease],
+        deadline: Deadline,
+        ticket: _Ticket,
+        taken: Callable[[SourceLease], None],
     ) -> list[Content]:
         commit = session.xet.new_upload_commit(**self._writing.connection(session.access, session.headers))
+        contents = []
         try:
-            handles = [self._feed(commit, source, deadline, ticket) for source in sources]
+            for source in sources:
+                contents.append(self._feed(commit, source, deadline, ticket))
+                taken(source)
             commit.wait_to_finish()
         except BaseException:
             commit.abort()
             raise
-        infos = [handle.result().xet_info for handle in handles]
-        return [Content(info.hash, info.file_size) for info in infos]
+        return contents
 
     @staticmethod
-    def _feed(commit: Any, source: SourceLease | bytes, deadline: Deadline, ticket: _Ticket) -> Any:
-        deadline.check("upload")
-        # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
-        data = source if isinstance(source, bytes) else source.read()
-        if data is None or ticket.abandoned:
-            raise DeadlineError("upload: abandoned")
-        return commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
+    def _feed(commit: Any, source: SourceLease, deadline: Deadline, ticket: _Ticket) -> Content:
+        """Hand a content over piece by piece; hf_xet takes no more than it is uploading at the time.
+
+        One after the other: it takes a few streams at a time, and would wait for one to end that nobody writes to.
+        """
+        stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
+        for start, end in cut(source.size, _WRITE_PIECE):
+            deadline.check("upload")
+            # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
+            piece = source.read(start, end)
+            if piece is None or ticket.abandoned:
+                raise DeadlineError("upload: abandoned")
+            stream.write(piece)
+        info = stream.finish().xet_info
+        return Content(info.hash, info.file_size)
 
     def abandon(self, upload: Upload) -> None:
         """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""

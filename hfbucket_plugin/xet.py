@@ -64,6 +64,9 @@ def xet_config(timeout_secs: float, streams: int) -> hf_xet.XetConfig:
             "client.retry_max_duration": timedelta(seconds=max(0.2, timeout_secs * 0.8)),
             "client.ac_initial_download_concurrency": max(4, streams),
             "client.ac_max_download_concurrency": max(64, streams),
+            # One question to the store for every file, before its upload: what a bucket holds already is found by its
+            # key, and other people's bytes are never KV of ours.
+            "deduplication.global_dedup_query_enabled": False,
             "telemetry.enabled": False,
         }
     )

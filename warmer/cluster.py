@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ from hfbucket_plugin.errors import ConfigError
 from warmer.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +37,12 @@ class Node:
     Attributes:
         id: Ray's, unique.
         name: For people.
+        labels: As Ray has them.
     """
 
     id: str
     name: str
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def configured_address(given: str | None) -> str | None:
@@ -136,5 +138,7 @@ def _first_line(error: BaseException) -> str:
 def alive_nodes() -> list[Node]:
     """The nodes of the cluster that are alive, ordered by name and id."""
     records = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [Node(record["NodeID"], record["NodeName"]) for record in records if record["Alive"]]
+    nodes = [
+        Node(record["NodeID"], record["NodeName"], record.get("Labels") or {}) for record in records if record["Alive"]
+    ]
     return sorted(nodes, key=lambda node: (node.name, node.id))

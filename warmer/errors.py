@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.errors import HFBucketError, RefusedError
 
 
 class TierError(HFBucketError, OSError):
-    """A local tier could not be read or written: no room, no right, no such disk."""
+    """A local tier could not be read or written: no right, no such disk."""
 
     kind = "tier"
+
+
+class TierFullError(TierError):
+    """A local tier has no room for a chunk: its budget, its floor of free space, or its disk."""
+
+    kind = "no_room"
+
+
+class EngineError(HFBucketError, ConnectionError):
+    """An engine, or the `lmcache server` of a node, does not answer, or does not do what it was asked for."""
+
+    kind = "engine"
 
 
 class ClusterError(HFBucketError, ConnectionError):
     """The Ray cluster that is configured does not answer, or does not let us in."""
 
     kind = "cluster"
+
+
+class NothingToDoError(RefusedError):
+    """Nothing is selected that the tiers can take, or no node is there to take it."""
 
 
 class Interrupted(BaseException):

@@ -11,14 +11,13 @@ import ray
 import ray.exceptions
 
 from hfbucket_plugin.errors import HFBucketError
-from warmer.node import open_node
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
+from warmer.tiers import Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from warmer.cluster import Node
-    from warmer.node import NodeConfig, NodeWarmer
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
     from warmer.schedule import Batch, Schedule
@@ -54,15 +53,39 @@ class Stop(Protocol):
         """Whether it is."""
 
 
+class Worker(Protocol):
+    """What works on a node: a `NodeWarmer`, or a `NodeChecker`."""
+
+    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+        """Do what there is to do with some chunks; nothing raises for a single one."""
+
+    def stop(self) -> None:
+        """End what is under way at once."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class Config(Protocol):
+    """What a node is told. It crosses to the nodes."""
+
+    def open(self, place: Place) -> Worker:
+        """Begin, on the node.
+
+        Raises:
+            HFBucketError: This node cannot take part.
+        """
+
+
 class _NodeActor:
-    """What runs on a node: a `NodeWarmer`, made in its own method so that its errors come back as they are."""
+    """What runs on a node: a worker, made in its own method so that its errors come back as they are."""
 
     def __init__(self) -> None:
-        self._warmer: NodeWarmer | None = None
+        self._warmer: Worker | None = None
 
-    def start(self, config: NodeConfig) -> HFBucketError | None:
+    def start(self, config: Config, place: Place) -> HFBucketError | None:
         try:
-            self._warmer = open_node(config)
+            self._warmer = config.open(place)
         except HFBucketError as error:
             return error
         return None
@@ -102,9 +125,7 @@ class Fleet:
         start_secs: Most seconds that a node may take to take part.
     """
 
-    def __init__(
-        self, nodes: Sequence[Node], config: NodeConfig, witness: Witness, stop: Stop, start_secs: float
-    ) -> None:
+    def __init__(self, nodes: Sequence[Node], config: Config, witness: Witness, stop: Stop, start_secs: float) -> None:
         self._nodes = nodes
         self._config = config
         self._witness = witness
@@ -137,7 +158,8 @@ class Fleet:
                 num_cpus=0, max_concurrency=_BATCHES_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
             ).remote()
             self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
-            self._flying[actor.start.remote(self._config)] = (node.id, None)
+            place = Place(node.name, node.id, node.labels)
+            self._flying[actor.start.remote(self._config, place)] = (node.id, None)
 
     def _feed(self, schedule: Schedule) -> None:
         for name in schedule.nodes:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.settings import InstanceSettings
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
-    from warmer.tiers import Declaration, Draft, Tier
+    from warmer.tiers import Declaration, Draft, Place, Tier
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
 """A batch of 64 MiB has a third of it for each try: enough for a node that gets 1 MiB a second."""
@@ -62,6 +62,10 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.settings.token is not None:
             raise ValueError("settings with an inline token must not leave the driver")
+
+    def open(self, place: Place) -> NodeWarmer:
+        """See `open_node`."""
+        return open_node(self, place)
 
 
 @dataclass(slots=True)
@@ -283,11 +287,16 @@ def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
     return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
 
 
-def open_node(config: NodeConfig) -> NodeWarmer:
+def open_node(config: NodeConfig, place: Place) -> NodeWarmer:
     """Make the warmer of this node.
+
+    Args:
+        config: What it is told.
+        place: Which node this is.
 
     Raises:
         ConfigError: The token that the driver has is not in this node's environment; the message names the variable.
+            Or the node has no value for a placeholder in the tier's path.
         AccessDeniedError: The token of this node may not read the bucket.
         BucketMissingError: There is no such bucket, or the token may not see it.
         TierError: The tier cannot be written.
@@ -299,7 +308,7 @@ def open_node(config: NodeConfig) -> NodeWarmer:
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
     bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
-    warmer = NodeWarmer(bucket, open_tier(config.tier), config.chunk_timeout_secs)
+    warmer = NodeWarmer(bucket, open_tier(config.tier, place), config.chunk_timeout_secs)
     try:
         warmer.check_access()
     except HFBucketError:

@@ -1,11 +1,12 @@
 """Which node gets which chunks next, and what a lost node means. Pure: driven by events, knows nothing of Ray.
 
-Every node gets every chunk, in the order of the plan and at its own pace, a bounded window of it at a time. Each
-chunk ends exactly once for each node: in a batch that was finished, or among those that `lost` yields.
+Every node gets every chunk that is for it, in the order of the plan and at its own pace, a bounded window of it at a
+time. Each such chunk ends exactly once for each node: in a batch that was finished, or among those that `lost` yields.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,10 +65,15 @@ class Batch:
 
 
 class _Lane:
-    """One node's way through the plan."""
+    """One node's way through the plan.
 
-    def __init__(self, chunks: Iterator[PlannedChunk]) -> None:
+    Attributes:
+        given: How much of the plan lies behind it, the chunks that are not for it included.
+    """
+
+    def __init__(self, chunks: Iterator[PlannedChunk], takes: Callable[[PlannedChunk], bool]) -> None:
         self.chunks = chunks
+        self.takes = takes
         self.batches: dict[int, Batch] = {}
         self.flying_chunks = 0
         self.flying_bytes = 0
@@ -76,9 +82,13 @@ class _Lane:
         self._ended = False
 
     def peek(self) -> PlannedChunk | None:
-        if self._peeked is None and not self._ended:
-            self._peeked = next(self.chunks, None)
-            self._ended = self._peeked is None
+        while self._peeked is None and not self._ended:
+            chunk = next(self.chunks, None)
+            self._ended = chunk is None
+            if chunk is None or self.takes(chunk):
+                self._peeked = chunk
+            else:
+                self.given += 1
         return self._peeked
 
     def take(self) -> Iterator[PlannedChunk]:
@@ -107,6 +117,7 @@ class Schedule:
         window: How much a node is given at a time; by default as `Window` has it.
         rest: Gives the plan from its n-th chunk on, for a lost node, where that costs less than going on with
             `chunks`; by default it does not.
+        takes: Whether a chunk is for a node; by default each is.
     """
 
     def __init__(
@@ -115,8 +126,9 @@ class Schedule:
         chunks: Callable[[], Iterator[PlannedChunk]],
         window: Window | None = None,
         rest: Callable[[int], Iterator[PlannedChunk]] | None = None,
+        takes: Callable[[str, PlannedChunk], bool] = lambda _node, _chunk: True,
     ) -> None:
-        self._lanes = {node: _Lane(chunks()) for node in nodes}
+        self._lanes = {node: _Lane(chunks(), functools.partial(takes, node)) for node in nodes}
         self._window = window or Window()
         self._rest = rest
         self._numbers = itertools.count(1)
@@ -180,4 +192,5 @@ class Schedule:
         """
         lane = self._lanes.pop(node)
         flying = (chunk for batch in lane.batches.values() for chunk in batch.chunks)
-        return itertools.chain(flying, self._rest(lane.given) if self._rest else lane.take())
+        rest = filter(lane.takes, self._rest(lane.given)) if self._rest else lane.take()
+        return itertools.chain(flying, rest)

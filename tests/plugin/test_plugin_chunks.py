@@ -26,6 +26,7 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.leases import Lease
 from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.traffic import Traffic
 from localhub.faults import Fault
 
 SIZE = 100_000
@@ -310,7 +311,8 @@ def test_who_has_more_time_is_not_bound_by_a_lookup_of_the_same_key(hub, filled,
     lookup.start()
     eventually(lambda: requests(hub, "paths-info") == 1)
 
-    assert engine.get(KEYS[:2]) == [DATA[KEYS[0]], DATA[KEYS[1]]]
+    assert engine.put(DATA) == {}
+    assert engine.count("put", "present") == len(KEYS)
 
     lookup.join()
     assert engine.count("lookup", "deadline") == len(KEYS)
@@ -676,6 +678,37 @@ def test_puts_are_cut_into_commits_of_bounded_bytes(hub, bucket, connect):
     assert engine.get(list(data)) == list(data.values())
 
 
+def test_puts_together_stay_within_the_bytes_in_flight(hub, bucket, connect):
+    engine = connect(max_inflight_bytes=1 << 20, max_parallel_writes=4)
+    waiting = hub.control.add_fault(Fault(route="shard-upload", hang=True))
+    puts = [{key(number): noise(400_000, f"together {number}")} for number in range(4)]
+    results = []
+    threads = [
+        threading.Thread(target=lambda data=data: results.append(engine.put(data, size=400_000))) for data in puts
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: hub.control.hits(waiting) == 2)
+    time.sleep(0.3)
+
+    assert hub.control.hits(waiting) == 2  # a third would be 1.2 MB
+    hub.control.clear_faults()
+    for thread in threads:
+        thread.join()
+    assert results == [{}] * 4
+
+
+def test_a_long_commit_lets_reads_pass_between_its_chunks(hub, bucket, engine, monkeypatch):
+    size = 9 * 1024 * 1024
+    passed = []
+    monkeypatch.setattr(Traffic, "let_reads_pass", lambda _self, _deadline: passed.append(1))
+
+    assert engine.put({key(number): noise(size, number) for number in range(8)}, size=size) == {}
+
+    assert requests(hub, "shard-upload") == 1
+    assert len(passed) == 3  # before it began, and after every 32 MiB
+
+
 def test_one_bad_commit_does_not_spoil_the_others(hub, bucket, connect):
     engine = connect(max_inflight_bytes=1 << 20, max_parallel_writes=1)
     data = {key(number): noise(SIZE, number) for number in range(30)}
@@ -825,6 +858,7 @@ from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.leases import Lease
 from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.traffic import Traffic
 
 class Memory:
     def __init__(self, data, key=""):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("hfbucket_plugin", "warmer", "jobs", "localhub", "demo", "benchmarks", "tests")
+PACKAGES = ("hfbucket_plugin", "warmer", "jobs", "localhub", "demo", "benchmarks", "faults", "tests")
 # Downward only. The CLI that starts a local Hub may import it: localhub's own.
 MAY_IMPORT = {
     "hfbucket_plugin": {"hfbucket_plugin"},
@@ -141,7 +141,7 @@ def test_an_engine_that_imports_the_plugin_imports_neither_ray_nor_a_web_server(
 
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert "hfbucket_plugin" in imported
-    assert not imported & (HEAVY | {"warmer", "jobs", "localhub", "demo"})
+    assert not imported & (HEAVY | {"warmer", "jobs", "localhub", "demo", "faults"})
 
 
 def test_the_package_itself_imports_nothing_heavy():

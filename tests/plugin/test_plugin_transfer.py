@@ -569,6 +569,46 @@ def test_an_upload_that_was_abandoned_frees_its_thread(hub, bucket, route):
         assert bytes(read(door, content).buffer) == data
 
 
+def test_memory_is_given_back_as_soon_as_it_is_taken(hub, door):
+    waiting = hub.control.add_fault(Fault(route="shard-upload", hang=True))
+    sources = [SourceLease(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
+    taken, handle = [], Upload()
+    writer = threading.Thread(
+        target=lambda: door.transfer.upload(sources, soon(), handle, taken.append),
+    )
+    writer.start()
+    eventually(lambda: hub.control.hits(waiting))
+
+    assert taken == sources
+    hub.control.clear_faults()
+    writer.join(30)
+    assert not writer.is_alive()
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"hang": True}], ids=str)
+def test_an_upload_that_fails_before_all_was_handed_over_ends_soon(hub, hasty, fault):
+    """More than hf_xet takes at a time: it is still being fed when the store fails."""
+    block = noise(4 * 1024 * 1024, seed=f"large {fault}")
+    large = SourceLease(memoryview(b"".join(number.to_bytes(8, "big") + block for number in range(64))))
+    hub.control.add_fault(Fault(route="xorb-upload", **fault))
+    handle, outcome = Upload(), []
+
+    def run():
+        try:
+            put(hasty, [large], 1, handle)
+        except HFBucketError as error:
+            outcome.append(error)
+
+    writer = threading.Thread(target=run)
+    writer.start()
+    writer.join(1)
+    hasty.transfer.abandon(handle)
+    writer.join(BOUND)
+
+    assert not writer.is_alive()
+    assert isinstance(outcome[0], TransportError)
+
+
 def test_an_upload_that_was_abandoned_before_it_began_does_not_begin(hub, door):
     handle = Upload()
     door.transfer.abandon(handle)

@@ -11,7 +11,7 @@ from warmer.outcomes import Copied
 from warmer.tiers import open_tier
 
 
-def engine(name, directory, base_path):
+def engine(name, directory, base_path, *, headers=False):
     config = directory / f"{name}.yaml"
     document = {
         "chunk_size": 64,
@@ -19,7 +19,7 @@ def engine(name, directory, base_path):
         "max_local_cpu_size": 0.1,
         "save_unfull_chunk": False,
         "remote_storage_plugins": ["fs.warm"],
-        "extra_config": {"save_chunk_meta": False, "remote_storage_plugin.fs.warm.base_path": base_path},
+        "extra_config": {"save_chunk_meta": headers, "remote_storage_plugin.fs.warm.base_path": base_path},
     }
     config.write_text(json.dumps(document))
     return CpuEngine(f"{name}-{directory.name}", config, model="org/tiny model", world_size=2, worker_id=1)
@@ -55,3 +55,42 @@ def test_an_engine_hits_on_every_warmed_chunk(hub, bucket, tmp_path, base_paths)
     consumer.close()
     assert hit == len(tokens)
     assert torch.equal(back, kv)
+
+
+@pytest.mark.parametrize("base_paths", [1, 2])
+def test_an_engine_with_headers_hits_on_every_warmed_chunk(hub, bucket, tmp_path, base_paths):
+    import torch
+
+    tokens = list(range(64 * 6))
+    raw = engine("raw", tmp_path, str(tmp_path / "raw"))
+    kv = raw.random_kv(len(tokens), seed=2)
+    raw.store(tokens, kv)
+    raw.wait_written(tokens)
+    raw.close()
+    warehouse = Warehouse(hub.endpoint, bucket, tmp_path)
+    warehouse.put(warehouse.in_tier(tmp_path / "raw"))
+
+    paths = [tmp_path / f"tier-{number}" for number in range(base_paths)]
+    where = "remote_storage_plugin.fs.warm"
+    listed = ", ".join(map(str, paths))
+    shape = {"save_chunk_meta": True, f"{where}.kv_shape": "4, 2, 64, 1, 128"}
+    warehouse.extra = {f"{where}.base_path": listed} | shape
+    warmer = NodeWarmer(warehouse.open(), open_tier(warehouse.declaration()))
+    outcomes = warmer.copy(warehouse.plan("org/tiny model@2@1@"))
+    warmer.close()
+    assert [type(outcome) for outcome in outcomes] == [Copied] * 6
+    warmed = {file.name: file.read_bytes() for path in paths for file in path.iterdir()}
+
+    consumer = engine("consumer", tmp_path, listed, headers=True)
+    hit, back = consumer.retrieve(tokens)
+    assert hit == len(tokens)
+    assert torch.equal(back, kv)
+    # What the engine writes itself is the same, byte for byte.
+    for path in paths:
+        for file in path.iterdir():
+            file.unlink()
+    consumer.forget_local()
+    consumer.store(tokens, kv)
+    consumer.wait_written(tokens)
+    consumer.close()
+    assert {file.name: file.read_bytes() for path in paths for file in path.iterdir()} == warmed

@@ -12,6 +12,7 @@ from warming import INSTANCE, PREFIX, SECRET, Ran, arguments, classic_key, conte
 
 from hfbucket_plugin.engine_config import EngineConfig
 from localhub.faults import Fault
+from warmer.tiers.declaration import DirectoryDeclaration
 
 NODES = 3
 
@@ -110,9 +111,31 @@ def test_several_prefixes_and_the_other_kind_of_key(stocked, on_cluster):
     ran = on_cluster(stocked.config, "--prefix", "org/other@", "--prefix", "org/model")
     assert ran.code == 0
     assert ran.summary["skipped"] == {"other_kind": 1}
-    assert "1 chunks with keys of MP mode are passed by" in ran.stderr
+    assert "1 chunks have keys of MP mode (`lmcache server`) and are passed by" in ran.stderr
     expected = {key for key in stocked.chunks if not key.startswith("org/third") and key != mp_key(1)}
     assert set(stocked.in_tier()) == expected
+
+
+def test_a_path_may_differ_from_node_to_node(on_cluster, stocked):
+    path = "{node_name}/{node_id}/{label:ray.io/node-id}"
+    stocked.extra = {"remote_storage_plugin.fs.warm.base_path": f"{stocked.tier}/{path}"}
+
+    ran = on_cluster(stocked.config)
+
+    assert ran.code == 0, ran.stderr
+    nodes = {node["id"]: node["name"] for node in ran.summary["nodes"]}
+    assert len(nodes) == NODES
+    for node, name in nodes.items():
+        assert stocked.in_tier(stocked.tier / name / node / node) == stocked.chunks
+
+
+def test_a_node_without_a_label_that_the_path_asks_for_says_so(on_cluster, stocked):
+    stocked.extra = {"remote_storage_plugin.fs.warm.base_path": f"{stocked.tier}/{{label:no-such-label}}"}
+
+    ran = on_cluster(stocked.config)
+
+    assert ran.code == 3
+    assert all("no value for {label:no-such-label}" in node["error"] for node in ran.summary["nodes"])
 
 
 def test_failed_chunks_are_named_in_the_summary_and_the_report(hub, stocked, on_cluster):
@@ -194,7 +217,7 @@ def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
     assert "a local Ray is started" in ran.stderr
     assert SECRET not in ran.stdout + ran.stderr
     assert stocked.in_tier() == stocked.chunks
-    assert PREFIX in ran.summary["prefixes"]
+    assert ran.summary["choice"] == {"prefix": [PREFIX]}
 
 
 class Witness:
@@ -240,13 +263,14 @@ def fleet_of(cluster, stocked):
 
 
 def test_what_nobody_foresaw_fails_chunks_and_not_the_run(fleet_of, tmp_path):
-    class Exploding:
-        name, base_paths, fsync = "fs.warm", (tmp_path,), False
+    class Exploding(DirectoryDeclaration):
+        def at(self, place):
+            return self
 
-        def file(self, key):
-            raise ArithmeticError(f"{key} is odd")
+        def file(self, text):
+            raise ArithmeticError(f"{text} is odd")
 
-    witness = fleet_of(Exploding())
+    witness = fleet_of(Exploding("fs.warm", (tmp_path,)))
     assert {outcome.kind for outcome in witness.outcomes} == {"internal"}
     assert "ArithmeticError" in witness.outcomes[0].message
     assert witness.errors == {}

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import parse_key
+from warmer.errors import TierError
 from warmer.tiers import declared_tier
-from warmer.tiers.fs_declaration import FsDeclaration
+from warmer.tiers.declaration import DirectoryDeclaration
 
-BASE = "remote_storage_plugin.fs.warm.base_path"
+BASE, SHAPE, DTYPE = (f"remote_storage_plugin.fs.warm.{name}" for name in ("base_path", "kv_shape", "kv_dtype"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def engine_keys(draw):
 @given(engine_keys(), st.integers(1, 4))
 def test_every_key_has_the_file_that_the_connector_looks_for(connector, key, paths):
     base_paths = tuple(Path(f"/tiers/{n}") for n in range(paths))
-    ours = FsDeclaration("fs.warm", base_paths).file(key.to_string())
+    ours = DirectoryDeclaration("fs.warm", base_paths).file(key.to_string())
     assert ours == connector(*base_paths)._get_file_path(key)
 
 
@@ -88,13 +90,98 @@ def test_a_base_path_that_no_other_process_would_find_is_refused(value):
     assert BASE in refusal(raw(**{BASE: value}))
 
 
-def test_a_tier_with_headers_is_refused_with_the_setting_and_what_to_set():
+def test_a_tier_with_headers_of_unknown_shape_is_refused_with_the_settings_and_what_to_set():
     for engine in (config(**{BASE: "/mnt/tier"}), config(**{BASE: "/mnt/tier", "save_chunk_meta": True})):
         message = refusal(engine)
         assert "extra_config.save_chunk_meta" in message
         assert "save_chunk_meta: false" in message
-    message = refusal(config(layerwise=True, save_chunk_meta=False, **{BASE: "/mnt/tier"}))
-    assert "use_layerwise: false" in message
+        assert "remote_storage_plugin.fs.warm.kv_shape" in message
+
+
+def test_a_layerwise_tier_is_refused_whatever_else_is_set():
+    for meta in (True, False):
+        message = refusal(config(layerwise=True, save_chunk_meta=meta, **{BASE: "/mnt/tier", SHAPE: "4,2,64,2,8"}))
+        assert "use_layerwise: false" in message
+
+
+def headed(shape, dtype=None):
+    return declared_tier(config(**{BASE: "/mnt/tier", SHAPE: shape} | ({DTYPE: dtype} if dtype else {})), "fs.warm")
+
+
+@st.composite
+def headers(draw):
+    """Groups of layers as LMCache has them, and the text that says the same."""
+    import torch
+
+    kv, chunk, tokens = draw(st.integers(1, 2)), draw(st.integers(1, 300)), draw(st.integers(1, 300))
+    names = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "float64": torch.double,
+             "uint8": torch.uint8, "fp8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}  # fmt: skip
+    groups = draw(
+        st.lists(
+            st.tuples(st.integers(1, 99), st.integers(1, 9), st.integers(1, 99), st.sampled_from([*names])),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    tokens = min(tokens, chunk)
+    shape = ";".join(f"{layers},{kv},{chunk},{heads},{head}" for layers, heads, head, _ in groups)
+    shapes = [torch.Size([kv, layers, tokens, heads * head]) for layers, heads, head, _ in groups]
+    return shape, ";".join(name for *_, name in groups), shapes, [names[name] for *_, name in groups], kv == 1
+
+
+@given(headers())
+def test_a_header_is_the_one_that_lmcache_writes(given):
+    from lmcache.v1 import protocol
+    from lmcache.v1.memory_management import MemoryFormat
+
+    shape, dtypes, shapes, torch_dtypes, mla = given
+    size = sum(one.numel() * dtype.itemsize for one, dtype in zip(shapes, torch_dtypes, strict=True))
+    protocol.init_remote_metadata_info(len(shapes))
+    fmt = MemoryFormat.KV_MLA_FMT if mla else MemoryFormat.KV_2LTD
+    theirs = protocol.RemoteMetadata(size, shapes, torch_dtypes, fmt).serialize()
+
+    layout = headed(shape, dtypes).layout
+
+    assert layout.header.bytes_for(parse_key("m@1@0@1@half"), size) == theirs
+    assert layout.stored(size) == len(theirs) + size
+    assert layout.content(layout.stored(size)) == size
+    assert layout.content(3) is None
+
+
+def test_the_dtype_is_that_of_the_key_unless_it_is_given():
+    def heads(engine):
+        header = engine.layout.header
+        return {dtype: header.bytes_for(parse_key(f"m@1@0@1@{dtype}"), 8)[8] for dtype in ("half", "bfloat16")}
+
+    assert heads(headed([1, 2, 64, 1, 2])) == {"half": 2, "bfloat16": 3}
+    assert heads(headed("(1, 2, 64, 1, 4)", "uint8")) == {"half": 6, "bfloat16": 6}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "words"),
+    [("int64", 64, "int64"), ("half", 9, "does not fit kv_shape"), ("half", 0, "fit"), ("half", 8 * 65, "64 tokens")],
+)
+def test_a_chunk_that_is_none_of_the_engines_has_no_header(dtype, size, words):
+    with pytest.raises(TierError, match=words):
+        headed("1,2,64,1,2").layout.header.bytes_for(parse_key(f"m@1@0@1@{dtype}"), size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ("1,2,64,1", None, "kv_shape"),
+        ("1,3,64,1,2", None, "kv_shape"),
+        ("0,2,64,1,2", None, "kv_shape"),
+        ("a,2,64,1,2", None, "kv_shape"),
+        (True, None, "kv_shape"),
+        ("1,2,64,1,2;1,1,64,1,2", None, "differ"),
+        ("1,2,64,1,2", "int4", "int4"),
+        ("1,2,64,1,2", "half;half", "2 dtypes"),
+    ],
+)
+def test_a_shape_that_does_not_read_so_is_refused(shape, dtype, words):
+    with pytest.raises(ConfigError, match=words):
+        headed(shape, dtype)
 
 
 def test_a_tier_that_is_not_declared_is_refused_with_those_that_are():

@@ -9,8 +9,8 @@ from warming import classic_key, content
 
 from warmer.errors import TierError
 from warmer.tiers import open_tier
+from warmer.tiers.declaration import DirectoryDeclaration
 from warmer.tiers.file_lease import FileLease
-from warmer.tiers.fs_declaration import FsDeclaration
 from warmer.tiers.leftovers import RunFiles, sweep
 
 KEY = classic_key(1)
@@ -18,7 +18,7 @@ KEY = classic_key(1)
 
 @pytest.fixture
 def declaration(tmp_path):
-    return FsDeclaration("fs.warm", (tmp_path / "a" / "b", tmp_path / "c"))
+    return DirectoryDeclaration("fs.warm", (tmp_path / "a" / "b", tmp_path / "c"))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_key_too_long_for_a_file_name_is_a_failure_of_that_chunk(tier):
 def test_a_tier_whose_directory_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(TierError, match="file"):
-        open_tier(FsDeclaration("fs.warm", (tmp_path / "file" / "tier",)))
+        open_tier(DirectoryDeclaration("fs.warm", (tmp_path / "file" / "tier",)))
 
 
 def test_a_file_system_that_cannot_reserve_is_used_all_the_same(tier, declaration, monkeypatch):
@@ -111,8 +111,8 @@ LEAVE_BEHIND = """
 import os, sys
 from pathlib import Path
 from warmer.tiers import open_tier
-from warmer.tiers.fs_declaration import FsDeclaration
-tier = open_tier(FsDeclaration("fs.warm", (Path(sys.argv[1]),)))
+from warmer.tiers.declaration import DirectoryDeclaration
+tier = open_tier(DirectoryDeclaration("fs.warm", (Path(sys.argv[1]),)))
 tier.draft("org/model@1@0@1@half", 1000)
 os._exit(9)
 """

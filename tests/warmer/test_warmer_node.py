@@ -183,7 +183,7 @@ def test_a_tier_without_room_is_a_failure_of_the_tier(stocked, node, monkeypatch
     one = node()
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     outcomes = one.copy(stocked.plan())
-    assert kinds(outcomes) == ["tier"] * 6
+    assert kinds(outcomes) == ["no_room"] * 6
     assert "No space left" in outcomes[0].message
     assert_clean(stocked)
 

@@ -25,15 +25,25 @@ def plan(chunk_sizes):
 
 
 class Fleet(RuleBasedStateMachine):
-    """Every chunk ends exactly once for each node, in order, and no window is ever passed."""
+    """Every chunk ends exactly once for each node that it is for, in order, and no window is ever passed."""
 
-    @initialize(window=windows, chunk_sizes=sizes, nodes=st.integers(0, 4), shortcut=st.booleans())
-    def begin(self, window, chunk_sizes, nodes, shortcut):
+    @initialize(
+        window=windows, chunk_sizes=sizes, nodes=st.integers(0, 4), shortcut=st.booleans(), ranks=st.integers(1, 3)
+    )
+    def begin(self, window, chunk_sizes, nodes, shortcut, ranks):
         self.window = window
         self.plan = plan(chunk_sizes)
         self.names = [f"node-{n}" for n in range(nodes)]
         rest = (lambda start: iter(self.plan[start:])) if shortcut else None
-        self.schedule = Schedule(self.names, lambda: iter(self.plan), window, rest)
+        # With one rank all nodes take all; with more, each takes some of the chunks, or none.
+        wanted = {name: number % ranks for number, name in enumerate(self.names)}
+        self.own = {
+            name: [chunk for number, chunk in enumerate(self.plan) if number % ranks == wanted[name]]
+            for name in self.names
+        }
+        own = {name: set(chunks) for name, chunks in self.own.items()}
+        takes = lambda node, chunk: chunk in own[node]  # noqa: E731
+        self.schedule = Schedule(self.names, lambda: iter(self.plan), window, rest, takes)
         self.flying: list[Batch] = []
         self.given = {name: [] for name in self.names}
         self.ended = {name: Counter() for name in self.names}
@@ -47,7 +57,7 @@ class Fleet(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.alive()))
         batch = self.schedule.next_batch(name)
         if batch is None:
-            left = self.plan[len(self.given[name]) :]
+            left = self.own[name][len(self.given[name]) :]
             assert not left or self.under_way(name), "an idle node with work left is given some"
             return
         assert batch.node == name
@@ -75,7 +85,7 @@ class Fleet(RuleBasedStateMachine):
         rest = self.schedule.lost(name)
         assert name not in self.alive()  # at once, not when the rest was read
         self.ended[name].update(rest)
-        assert self.ended[name] == Counter(self.plan)
+        assert self.ended[name] == Counter(self.own[name])
         for batch in flying:
             with pytest.raises(KeyError):
                 self.schedule.finished(batch)
@@ -99,12 +109,12 @@ class Fleet(RuleBasedStateMachine):
     @invariant()
     def order_holds(self):
         for name in getattr(self, "names", []):
-            assert self.given[name] == self.plan[: len(self.given[name])]
+            assert self.given[name] == self.own[name][: len(self.given[name])]
 
     @invariant()
     def done_means_done(self):
         if hasattr(self, "schedule"):
-            complete = all(self.ended[name] == Counter(self.plan) for name in self.names)
+            complete = all(self.ended[name] == Counter(self.own[name]) for name in self.names)
             assert self.schedule.done == complete
 
     def teardown(self):
@@ -119,7 +129,7 @@ class Fleet(RuleBasedStateMachine):
                 self.schedule.finished(batch)
                 self.ended[batch.node].update(batch.chunks)
             self.flying = []
-        assert all(ended == Counter(self.plan) for ended in self.ended.values())
+        assert all(ended == Counter(self.own[name]) for name, ended in self.ended.items())
 
 
 Fleet.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -18,7 +18,7 @@ from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import encode_name
 from warmer.plan import PlannedChunk
 from warmer.selection import select
-from warmer.tiers import declared_tier
+from warmer.tiers import TierOptions, declared_tier
 
 INSTANCE = "hfbucket.us"
 MODEL = "org/model"
@@ -85,7 +85,7 @@ class Warehouse:
         return open_bucket(settings, INSTANCE, metrics.Tally(), timeout)
 
     def declaration(self, **options: Any) -> Any:
-        return declared_tier(EngineConfig.read(self.config), "fs.warm", **options)
+        return declared_tier(EngineConfig.read(self.config), "fs.warm", TierOptions(**options))
 
     def plan(self, *prefixes: str) -> list[PlannedChunk]:
         path = self.directory / "plan.jsonl"
@@ -120,6 +120,19 @@ def environment(**variables: str | None) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     inherited |= {"HOME": os.environ["HF_HOME"], "PYTHONWARNINGS": "ignore"}
     return inherited | {name: value for name, value in variables.items() if value is not None}
+
+
+def command(*arguments: str, timeout: float = 120.0, **variables: str | None) -> Ran:
+    """Run `python -m warmer` with some arguments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "warmer", *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def arguments(config: Path, *more: str) -> list[str]:

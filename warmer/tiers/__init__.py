@@ -9,17 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.tiers.fs import FsTier
-from warmer.tiers.fs_declaration import FsDeclaration, declared_fs
+from warmer.tiers.classic_fs import declared_fs
+from warmer.tiers.declaration import DirectoryDeclaration
+from warmer.tiers.directory import DirectoryTier, Held
+from warmer.tiers.listing import directory_keys
+from warmer.tiers.mp_fs import declared_mp
+from warmer.tiers.options import TierOptions
+from warmer.tiers.place import Place
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hfbucket_plugin.engine_config import EngineConfig
     from hfbucket_plugin.leases import Lease
 
-Declaration = FsDeclaration
-"""What the driver hands to the nodes; more kinds of tier will be alternatives here."""
+Declaration = DirectoryDeclaration
+"""What the driver hands to the nodes."""
 
 
 class Draft(Protocol):
@@ -27,7 +33,7 @@ class Draft(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where the bytes are meanwhile, for hashing."""
+        """Where the bytes are meanwhile, and nothing else, for hashing."""
 
     @property
     def lease(self) -> Lease:
@@ -51,6 +57,7 @@ class Tier(Protocol):
         """Whether the chunk is there at that size, in bytes.
 
         Raises:
+            KeyFormatError: The tier can hold no chunk of that key.
             TierError: The tier cannot be looked into.
         """
 
@@ -58,7 +65,16 @@ class Tier(Protocol):
         """Begin a chunk of that many bytes, with the room for it reserved.
 
         Raises:
-            TierError: There is no room, or no right.
+            KeyFormatError: The tier can hold no chunk of that key.
+            TierFullError: There is no room.
+            TierError: There is no right; or the chunk is none of the engine's that uses the tier.
+        """
+
+    def inventory(self) -> Iterator[Held]:
+        """Stream what the tier holds, in any order. What engines would not find there is passed by.
+
+        Raises:
+            TierError: The tier cannot be read.
         """
 
     def close(self) -> None:
@@ -67,50 +83,81 @@ class Tier(Protocol):
 
 _IMPOSSIBLE: Final = {
     "local_disk": "LMCache's local disk tier keeps its index in the engine's memory and cannot be filled from outside",
-    "local_cpu": "filling an engine's memory from outside is not supported yet",
+    "local_cpu": "an engine's memory is no directory, and as a tier of a run it is not supported yet",
+    "l1": "the memory of `lmcache server` is no directory, and as a tier of a run it is not supported yet",
     "raw_block": "a raw block device has its index in the engine's memory and cannot be filled from outside",
     "dax": "a DAX device has its index in the engine's memory and cannot be filled from outside",
     "gds": "a GDS directory needs each chunk's dtype and shape in a side file, which is not supported yet",
-    "fs_native": "fs_native is a tier of `lmcache server` (MP mode), which is not supported yet",
 }
 
 
-def declared_tier(config: EngineConfig, name: str, *, fsync: bool = False) -> Declaration:
+def declared_tier(config: EngineConfig | None, text: str, options: TierOptions = TierOptions()) -> Declaration:  # noqa: B008 - frozen
     """Find a tier in the engine's configuration.
 
     Args:
-        config: The engine's.
-        name: As `remote_storage_plugins` has it, such as `fs.warm`.
-        fsync: Whether files are forced to the disk before they appear.
+        config: The classic engine's; None where there is none, as in MP mode.
+        text: A name in its `remote_storage_plugins`, such as `fs.warm`; or a JSON object as `lmcache server
+            --l2-adapter` takes it.
+        options: How the tier is filled.
 
     Raises:
         ConfigError: The configuration declares no such tier, or it is one that cannot be filled; the message has the
             reason and what to do.
     """
-    kind = name.split(".", 1)[0]
+    if text.lstrip().startswith("{"):
+        return declared_mp(text, options)
+    kind = text.split(".", 1)[0]
+    if kind == "fs_native":
+        raise ConfigError(
+            f"tier {text!r}: fs_native is a tier of `lmcache server` (MP mode), and no plugin of the classic engine, so it "
+            "cannot be filled from outside by that name: give the JSON that --l2-adapter takes"
+        )
     if kind in _IMPOSSIBLE:
-        raise ConfigError(f"tier {name!r}: {_IMPOSSIBLE[kind]}; name an fs plugin of {config.source}, such as fs.warm")
-    if name not in config.plugins:
+        raise ConfigError(f"tier {text!r}: {_IMPOSSIBLE[kind]}; {_instead(config)}")
+    if config is None:
+        raise ConfigError(f"tier {text!r} is the name of a plugin, and no LMCache YAML is given; {_instead(config)}")
+    if text not in config.plugins:
         declared = ", ".join(config.plugins) or "none"
         raise ConfigError(
-            f"tier {name!r} is not in remote_storage_plugins of {config.source}, which declares {declared}; "
+            f"tier {text!r} is not in remote_storage_plugins of {config.source}, which declares {declared}; "
             "engines would not read it: add it there, before the bucket's instance"
         )
     if kind != "fs":
         raise ConfigError(
-            f"tier {name!r} is of type {kind!r}, which is no directory on a node; only plugins of type fs can be "
+            f"tier {text!r} is of type {kind!r}, which is no directory on a node; only plugins of type fs can be "
             "filled, such as fs.warm"
         )
-    return declared_fs(config, name, fsync=fsync)
+    return declared_fs(config, text, options)
 
 
-def open_tier(declaration: Declaration) -> Tier:
+def _instead(config: EngineConfig | None) -> str:
+    if config is None:
+        return 'give the JSON of an L2 adapter, such as {"type": "fs", "base_path": "/mnt/nvme/kv"}'
+    return f"name an fs plugin of {config.source}, such as fs.warm"
+
+
+def open_tier(declaration: Declaration, place: Place = Place()) -> Tier:  # noqa: B008 - frozen
     """Open a tier on this node.
 
+    Args:
+        declaration: From `declared_tier`.
+        place: Which node this is, for the placeholders in paths.
+
     Raises:
+        ConfigError: This node has no value for a placeholder.
         TierError: Its directories cannot be made or written.
     """
-    return FsTier(declaration)
+    return DirectoryTier(declaration.at(place))
 
 
-__all__ = ["Declaration", "Draft", "Tier", "declared_tier", "open_tier"]
+__all__ = [
+    "Declaration",
+    "Draft",
+    "Held",
+    "Place",
+    "Tier",
+    "TierOptions",
+    "declared_tier",
+    "directory_keys",
+    "open_tier",
+]

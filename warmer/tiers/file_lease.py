@@ -7,11 +7,16 @@ mapping holds the GIL while `pwrite` does not.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from typing import Final
 
 from hfbucket_plugin.leases import Lease
-from warmer.errors import TierError
+from warmer.errors import TierError, TierFullError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk, or a full quota of it, says."""
 
 
 class FileLease(Lease):
@@ -51,7 +56,8 @@ class FileLease(Lease):
                 try:
                     written = os.pwrite(self._descriptor, view, at)
                 except OSError as error:
-                    raise TierError(f"the tier's disk did not take {len(view)} bytes: {error}") from None
+                    kind = TierFullError if error.errno in FULL else TierError
+                    raise kind(f"the tier's disk did not take {len(view)} bytes: {error}") from None
                 view, at = view[written:], at + written
             return True
 

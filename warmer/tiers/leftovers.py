@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ class RunFiles:
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
             _remove(self._directory, self._run)
         os.close(descriptor)
+
+
+def began(directory: Path) -> int:
+    """When the oldest run in a directory that still goes on began, in nanoseconds, by the clock of its file system.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
+    times = [time.time_ns()]
+    for run in _runs(directory):
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            times.append((directory / f"{_HEAD}{run}.lock").stat().st_mtime_ns)
+    return min(times)
 
 
 def sweep(directory: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
+from hfbucket_plugin.engine_rules import complaints
 from hfbucket_plugin.named import OUR_MODULE
 
 if TYPE_CHECKING:
@@ -48,18 +49,12 @@ def _engine(named: NamedInstance, engine: EngineConfig) -> Finding:
 def refused(engine: EngineConfig) -> list[str]:
     """Why our connector would refuse an engine: each setting, and the reason."""
     own = engine.engine
-    serde = own.get("remote_serde", "naive")
-    wrong = {
-        "save_unfull_chunk must be false: only full chunks are stored": any(_truth(own.get(name)) for name in _UNFULL),
-        "extra_config.save_chunk_meta must be false or left out: objects hold no chunk metadata": bool(
-            engine.extra.get("save_chunk_meta", False)
-        ),
-        "use_layerwise must be false: chunks of single layers are not full chunks": _truth(own.get("use_layerwise")),
-        f"remote_serde must be naive, not {serde!r}: other serdes change the size of a chunk": (
-            serde not in (None, "naive")
-        ),
-    }
-    return [text for text, is_wrong in wrong.items() if is_wrong]
+    return complaints(
+        save_unfull_chunk=any(_truth(own.get(name)) for name in _UNFULL),
+        save_chunk_meta=bool(engine.extra.get("save_chunk_meta", False)),
+        use_layerwise=_truth(own.get("use_layerwise")),
+        serde=own.get("remote_serde", "naive"),
+    )
 
 
 def _timeouts(named: NamedInstance, engine: EngineConfig) -> list[str]:

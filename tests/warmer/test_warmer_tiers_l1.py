@@ -1,0 +1,170 @@
+"""The memory of a real `lmcache server`, loaded for a prompt."""
+
+import os
+import shutil
+import socket
+
+import pytest
+import torch
+
+from demo.engine import prompt
+from demo.mp_client import MPClient
+from demo.mp_server import MPServer
+from demo.waiting import wait_until
+from hfbucket_plugin.errors import ConfigError
+from warmer.errors import EngineError
+from warmer.tiers.l1 import prefetch
+
+if not os.environ.get("WARMER_ENGINE_TIERS"):
+    pytest.skip("starts engines in this process: set WARMER_ENGINE_TIERS=1 to run it", allow_module_level=True)
+
+CHUNK = 32
+CHUNKS = 60
+ROOM = 51
+"""Chunks of 128 KiB in 80 % of 8 MiB, and none more."""
+
+TOKENS = prompt(5, CHUNKS * CHUNK + 7)
+SHAPE = {"layers": 4, "hidden": 256, "tokens": len(TOKENS)}
+
+
+class Node:
+    """A server, what its only tier holds, and a copy of that."""
+
+    def __init__(self, server, tier, copy):
+        self.server, self.tier, self.copy = server, tier, copy
+
+    def client(self, model="org/model", salt=""):
+        return MPClient(self.server.address, model=model, salt=salt, **SHAPE)
+
+    def prefetch(self, tokens, *, model="org/model", salt="", **more):
+        return prefetch(self.server.http, model, 1, tokens, salt, **more)
+
+    def used(self):
+        return self.server.status()["storage_manager"]["l1_usage"][0]
+
+    def hits(self, model):
+        return [
+            self.server.count(f"lmcache_mp_lookup_hit_{tier}_tokens_total", model_name=model) for tier in ("l1", "l2")
+        ]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A node on which an engine has stored a prompt."""
+    tier, copy = tmp_path_factory.mktemp("tier"), tmp_path_factory.mktemp("copy")
+    with MPServer([{"type": "fs", "base_path": str(tier)}], chunk_size=CHUNK, l1_mib=8) as server:
+        node = Node(server, tier, copy)
+        with node.client() as client:
+            assert client.chunk_bytes * (ROOM + 1) > 0.8 * 8 * 2**20 > client.chunk_bytes * ROOM
+            client.store(TOKENS, client.random_kv(len(TOKENS), seed=5))
+            wait_until(lambda: len(list(tier.glob("*.data"))) == CHUNKS, 60, "every chunk in the tier")
+            for file in tier.iterdir():
+                shutil.copy(file, copy)
+            yield node
+
+
+@pytest.fixture
+def node(stored):
+    """The same with nothing in L1."""
+    for file in stored.copy.iterdir():
+        shutil.copy(file, stored.tier)
+    stored.server.clear_l1()
+    return stored
+
+
+def test_a_prompt_is_hit_in_l1_when_its_tiers_are_gone(node):
+    tokens = TOKENS[: 20 * CHUNK + 3]
+
+    warmed = node.prefetch(tokens)
+
+    assert (warmed.chunks, warmed.warmed, warmed.ended) == (20, 20, "complete")
+    assert warmed.used_bytes == 20 * 131072
+    assert warmed.total_bytes == 8 * 2**20
+    for file in node.tier.glob("*.data"):
+        file.unlink()
+    before = node.hits("org/model")
+    with node.client() as client:
+        hit, kv = client.retrieve(tokens)
+        expected = client.random_kv(len(TOKENS), seed=5)[:, :, :hit]
+        assert hit == 20 * CHUNK
+        assert torch.equal(kv[:, :, :hit], expected)
+    wait_until(lambda: node.hits("org/model") == [before[0] + hit, before[1]], 60, "hits in L1 and nowhere else")
+    # Again, with nothing to load from: it is all there.
+    again = node.prefetch(tokens)
+    assert (again.warmed, again.ended, again.used_bytes) == (20, "complete", warmed.used_bytes)
+
+
+def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
+    warmed = node.prefetch(TOKENS)
+
+    assert (warmed.chunks, warmed.warmed, warmed.ended) == (CHUNKS, ROOM, "no_room")
+    assert node.used() == ROOM * 131072
+    with node.client() as client:
+        assert client.lookup(TOKENS) == CHUNKS * CHUNK  # the rest from the tier below
+    # A full L1 does not tell what it holds, and asking must not make it evict.
+    again = node.prefetch(TOKENS)
+    assert (again.ended, again.used_bytes) == ("no_room", ROOM * 131072)
+    assert 0 < again.warmed <= ROOM
+    # With other chunks in L1 there is room for fewer.
+    node.server.clear_l1()
+    node.prefetch(TOKENS[: 30 * CHUNK])
+    other = [token + 1 for token in TOKENS]
+    with node.client() as client:
+        client.store(other[: 10 * CHUNK], client.random_kv(10 * CHUNK, seed=6))
+    wait_until(lambda: node.used() == 40 * 131072, 30, "all of them in L1")
+    warmed = node.prefetch(TOKENS)
+    assert (warmed.warmed, warmed.ended) == (ROOM - 10, "no_room")
+
+
+def test_what_follows_a_chunk_that_is_missing_is_not_loaded_for_long(node):
+    file_of(node, 6).unlink()
+
+    warmed = node.prefetch(TOKENS[: 30 * CHUNK])
+
+    assert (warmed.chunks, warmed.warmed, warmed.ended) == (30, 6, "missing")
+    assert warmed.used_bytes < 20 * 131072
+
+
+def file_of(node, chunk):
+    """The file of one of the prompt's chunks."""
+    from lmcache.v1.multiprocess.token_hasher import TokenHasher
+
+    hashes = TokenHasher(CHUNK, "blake3").compute_chunk_hashes(TOKENS)
+    (file,) = node.tier.glob(f"*@{hashes[chunk].hex()}.data")
+    return file
+
+
+def test_it_waits_until_an_engine_with_the_model_is_there(node):
+    clients = []
+
+    def pause(_):
+        if not clients:
+            clients.append(node.client(model="late"))
+
+    warmed = node.prefetch(TOKENS, model="late", pause=pause)
+
+    assert (warmed.warmed, warmed.ended) == (0, "missing")
+    clients[0].close()
+    with pytest.raises(EngineError, match=r"waited in vain: .*no layout registered for model_name='never'"):
+        node.prefetch(TOKENS, model="never", wait_secs=0)
+
+
+def test_a_prompt_without_a_full_chunk_needs_nothing(node):
+    warmed = node.prefetch(TOKENS[: CHUNK - 1])
+    assert (warmed.chunks, warmed.warmed, warmed.ended, warmed.used_bytes) == (0, 0, "complete", 0)
+
+
+def test_prompts_of_another_salt_are_others(node):
+    assert node.prefetch(TOKENS, salt="tenant").warmed == 0
+    with pytest.raises(ConfigError, match="cache_salt must not contain"):
+        node.prefetch(TOKENS, salt="a@b")
+
+
+def test_a_server_that_is_not_there_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(EngineError, match="no answer"):
+        prefetch(f"http://127.0.0.1:{port}", "m", 1, TOKENS, wait_secs=0)
+    for address in ("127.0.0.1:80", "ftp://x"):
+        with pytest.raises(ConfigError, match="engine address"):
+            prefetch(address, "m", 1, TOKENS)

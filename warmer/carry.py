@@ -1,0 +1,136 @@
+"""A plan carried out on a cluster: tier after tier, each on all the nodes that take part."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from warmer.combined import combined
+from warmer.nodes import assigned, unknown_ranks
+from warmer.progress import choose_display
+from warmer.report import RunReport, Share, Task
+from warmer.schedule import Schedule
+from warmer.selection import FreshPlan
+from warmer.units import format_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from warmer.interrupt import StopSwitch
+    from warmer.nodes import Assigned
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlanFile
+    from warmer.progress import Display
+    from warmer.report import FailureLog
+    from warmer.sources import Bound
+    from warmer.tiers import Declaration
+    from warmer.warmup import Nodes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """A plan that is to be copied.
+
+    Attributes:
+        bound: From where to where.
+        plan: What.
+    """
+
+    bound: Bound
+    plan: PlanFile
+
+    def carry_out(self, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
+        """Copy it; returns the summary.
+
+        Raises:
+            ConfigError: The warm-up names a node that there is not.
+            NothingToDoError: No node takes part.
+            ClusterError: The configured Ray cluster does not answer.
+        """
+        # Ray takes a second to import, which a refused command should not wait for.
+        from warmer.cluster import alive_nodes, joined  # noqa: PLC0415
+
+        warm_up = self.bound.warm_up
+        with joined(warm_up.address):
+            stop.take_back()
+            nodes = taking_part(alive_nodes(), warm_up.nodes)
+            reports = [
+                RunReport(self._task(tier), [one.node for one in nodes], failures, shares(self.plan, nodes))
+                for tier in self.bound.tiers
+            ]
+            for tier, report in zip(self.bound.tiers, reports, strict=True):
+                if not stop.requested:
+                    report.begin()
+                    self._copy(tier, nodes, report, stop)
+                    report.end()
+            return combined([report.summary(stopped=stop.requested) for report in reports])
+
+    def _task(self, tier: Declaration) -> Task:
+        return Task(
+            instance=self.bound.instance.name,
+            bucket=str(self.bound.instance.settings.bucket_handle),
+            tier=tier.name,
+            choice=self.bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True),
+            selected=self.plan.chunks,
+            selected_bytes=self.plan.bytes,
+            skipped=dict(self.plan.header.get("skipped", {})),
+        )
+
+    def _copy(self, tier: Declaration, nodes: Sequence[Assigned], report: RunReport, stop: StopSwitch) -> None:
+        from warmer.fleet import Fleet  # noqa: PLC0415 - as above
+
+        display = choose_display()
+        # What a lost node will never get needs no lookup.
+        fresh, rest = FreshPlan(self.plan, self.bound.bucket()).chunks, self.plan.chunks_from
+        by_id = {one.node.id: one for one in nodes}
+        schedule = Schedule(by_id, fresh, rest=rest, takes=lambda node, chunk: by_id[node].takes(chunk))
+        fleet = Fleet(
+            [one.node for one in nodes],
+            self.bound.node_config(tier),
+            _Watch(report, display),
+            stop,
+            self.bound.warm_up.limits.node_timeout,
+        )
+        try:
+            with stop.orderly():
+                fleet.run(schedule)
+        finally:
+            display.close()
+
+
+def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
+    """As `warmer.nodes.assigned`, with a word about ranks that are given for nobody."""
+    nodes = assigned(alive, wanted)
+    absent = unknown_ranks(alive, wanted)
+    if absent:
+        _log.warning("ranks are given for %s: no such node is alive", ", ".join(absent))
+    return nodes
+
+
+def shares(plan: PlanFile, nodes: Sequence[Assigned]) -> dict[str, Share]:
+    """What of a plan each node is to hold, by its id."""
+    return {
+        one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
+        for one in nodes
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """The fleet's witness: the report, and a display of it."""
+
+    report: RunReport
+    display: Display
+
+    def ended(self, node: str, outcome: Outcome) -> None:
+        self.report.ended(node, outcome)
+
+    def lost(self, node: str, kind: str, message: str) -> None:
+        _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
+        self.report.lost(node, kind, message)
+
+    def tick(self) -> None:
+        self.display.show(self.report)

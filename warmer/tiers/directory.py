@@ -1,0 +1,314 @@
+"""Directories of LMCache's as a tier: each chunk a file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from hfbucket_plugin.keys import ClassicKey
+from warmer.errors import TierError, TierFullError
+from warmer.tiers.file_lease import FULL, FileLease
+from warmer.tiers.file_names import file_name, unambiguous
+from warmer.tiers.leftovers import RunFiles
+from warmer.tiers.listing import chunk_files
+from warmer.tiers.ownership import Ownership
+from warmer.tiers.room import Room
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from warmer.tiers.declaration import DirectoryDeclaration
+
+
+class Held(NamedTuple):
+    """A chunk that a tier holds.
+
+    Attributes:
+        key: Its key string.
+        size: Its bytes; with the padding, where the tier's files have one.
+    """
+
+    key: str
+    size: int
+
+
+class DirectoryTier:
+    """The directories of one declaration, on this node.
+
+    Args:
+        declaration: Which directories, without placeholders. They are made when missing, as LMCache does; what dead
+            runs left in them is removed.
+
+    Raises:
+        TierError: A directory cannot be made or written, or its files cannot be given to whom they are to belong.
+    """
+
+    def __init__(self, declaration: DirectoryDeclaration) -> None:
+        self.declaration = declaration
+        self.ownership = Ownership(declaration.name, declaration.options)
+        self._runs: dict[Path, RunFiles] = {}
+        self._numbers = itertools.count(1)
+        try:
+            for path in dict.fromkeys(declaration.base_paths):
+                with _named(declaration.name, path):
+                    self.ownership.make(path)
+                    self._runs[path] = RunFiles(path)
+                    self._try_ownership(path)
+            with _named(declaration.name, declaration.base_paths[0]):
+                self.room = Room(declaration)
+        except TierError:
+            self.close()
+            raise
+
+    def _try_ownership(self, directory: Path) -> None:
+        """Find out now, and not at the end of the first chunk, whether files can be given away."""
+        path, descriptor = self.temporary(directory)
+        try:
+            self.ownership.check_readable(descriptor, directory.stat())
+        finally:
+            os.close(descriptor)
+            path.unlink()
+
+    def temporary(self, directory: Path) -> tuple[Path, int]:
+        """A new temporary file, as the files of the tier are to be, open for reading and writing.
+
+        Raises:
+            OSError: It cannot be made.
+            TierError: It cannot be given to whom it is to belong.
+        """
+        path = self._runs[directory].temporary(next(self._numbers))
+        mode = self.declaration.layout.mode
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            self.ownership.give(descriptor, directory.stat())
+        except OSError:
+            os.close(descriptor)
+            path.unlink()
+            raise
+        return path, descriptor
+
+    def holds(self, key: str, size: int) -> bool:
+        """Whether the chunk's file is there at that size.
+
+        Raises:
+            KeyFormatError: The tier can hold no chunk of that key.
+            TierError: The directory cannot be looked into.
+        """
+        file = self.declaration.file(key)
+        with _named(self.declaration.name, file), self.room.lock:
+            try:
+                found = file.stat()
+            except FileNotFoundError:
+                return False
+            right = stat.S_ISREG(found.st_mode) and found.st_size == self.declaration.layout.stored(size)
+            if right:
+                self.room.keep(file)
+            return right
+
+    def draft(self, key: str, size: int) -> DirectoryDraft:
+        """Begin a chunk, with the room for it reserved.
+
+        Raises:
+            KeyFormatError: The tier can hold no chunk of that key.
+            TierFullError: There is no room.
+            TierError: There is no right; or the chunk is none of this engine's.
+        """
+        parsed = unambiguous(key, self.declaration.takes)
+        layout = self.declaration.layout
+        header = layout.header.bytes_for(parsed, size) if layout.header and isinstance(parsed, ClassicKey) else b""
+        directory, stored = self.declaration.directory(parsed), layout.stored(size)
+        target = directory / file_name(parsed)
+        on_disk = stored + size if header else stored
+        with _named(self.declaration.name, target), self.room.lock:
+            self.room.take(directory, stored, on_disk, _size_of(target))
+            try:
+                try:
+                    return DirectoryDraft(self, target, size, header)
+                except OSError as error:
+                    if not _is_full(error) or not self.room.make(directory, on_disk):
+                        raise
+                return DirectoryDraft(self, target, size, header)
+            except BaseException:
+                self.room.give_back(stored)
+                raise
+
+    def inventory(self) -> Iterator[Held]:
+        """Stream the chunks that the tier holds, by the names and sizes of its files.
+
+        Raises:
+            TierError: A directory cannot be read.
+        """
+        for directory in dict.fromkeys(self.declaration.base_paths):
+            with _named(self.declaration.name, directory):
+                for file in chunk_files(self.declaration, directory):
+                    size = self.declaration.layout.content(file.size)
+                    if size is not None:
+                        yield Held(str(file.key), size)
+
+    def close(self) -> None:
+        """Remove this process's lock files and drafts."""
+        for run in self._runs.values():
+            run.close()
+
+
+class DirectoryDraft:
+    """One chunk's temporary file, in the directory in which it will appear.
+
+    Args:
+        tier: Whose it is. Room was taken for it; whoever fails to make a draft gives it back.
+        target: The file that appears.
+        size: Bytes of the chunk.
+        header: Stands before them.
+
+    Attributes:
+        path: The temporary file: the chunk's bytes and nothing else.
+        lease: Where a reader writes.
+
+    Raises:
+        OSError: There is no room, or no right; nothing is left behind.
+    """
+
+    def __init__(self, tier: DirectoryTier, target: Path, size: int, header: bytes) -> None:
+        self._tier = tier
+        self._target = target
+        self._size = size
+        self._stored = tier.declaration.layout.stored(size)
+        self._counted = False
+        self._whole: _Whole | None = None
+        self.path, descriptor = tier.temporary(target.parent)
+        self.lease = FileLease(descriptor, size)
+        try:
+            _reserve(descriptor, size)
+            if header:
+                self._whole = _Whole(tier, target.parent, header, size)
+        except BaseException:
+            self.discard()
+            raise
+        self._counted = True
+
+    def publish(self) -> None:
+        """Rename the file into its place.
+
+        Raises:
+            TierError: It could not be; the file that was there before, if any, is as it was.
+        """
+        fsync = self._tier.declaration.options.fsync
+        with _named(self._tier.declaration.name, self._target):
+            if self._whole is not None:
+                self.lease.close()
+                self._whole.fill(self.path, fsync=fsync)
+            else:
+                self.lease.revoke()
+                if self._stored != self._size:
+                    os.truncate(self.path, self._stored)
+                self.lease.close(fsync=fsync)
+            path = self.path if self._whole is None else self._whole.path
+            with self._tier.room.lock:
+                replaced = _size_of(self._target)
+                path.replace(self._target)
+                if self._counted:
+                    self._counted = False
+                    self._tier.room.appeared(self._stored, replaced)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the temporary files, if they are still there."""
+        with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
+            self.lease.close()
+        if self._whole is not None:
+            self._whole.discard()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        with self._tier.room.lock:
+            if self._counted:
+                self._counted = False
+                self._tier.room.give_back(self._stored)
+
+
+class _Whole:
+    """The file with a header, beside the chunk's own bytes, which are hashed without it."""
+
+    def __init__(self, tier: DirectoryTier, directory: Path, header: bytes, size: int) -> None:
+        self.path, self._descriptor = tier.temporary(directory)
+        self._open = True
+        self._at = len(header)
+        try:
+            _reserve(self._descriptor, self._at + size)
+            os.pwrite(self._descriptor, header, 0)
+        except BaseException:
+            self.discard()
+            raise
+
+    def fill(self, content: Path, *, fsync: bool) -> None:
+        with content.open("rb") as source:
+            at = self._at
+            while copied := _copy(source.fileno(), self._descriptor, at - self._at, at):
+                at += copied
+        if fsync:
+            os.fsync(self._descriptor)
+        self._close()
+
+    def discard(self) -> None:
+        self._close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._descriptor)
+
+
+_PIECE: Final = 8 * 1024 * 1024
+
+
+def _copy(source: int, target: int, start: int, at: int) -> int:
+    """Copy a piece between files, inside the kernel where it can; 0 at the end."""
+    try:
+        return os.copy_file_range(source, target, _PIECE, start, at)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return os.pwrite(target, os.pread(source, _PIECE, start), at)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserve the blocks, so that a full disk is an error here and not in the middle of a chunk."""
+    if size == 0:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)  # a file system that cannot reserve
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _is_full(error: OSError) -> bool:
+    return isinstance(error, TierFullError) or error.errno in FULL
+
+
+@contextlib.contextmanager
+def _named(tier: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except TierError:
+        raise
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        kind = TierFullError if error.errno in FULL else TierError
+        raise kind(f"tier {tier!r}: {path}: {reason}") from None
+    except ValueError as error:  # a key may hold what no file name can, such as NUL: that chunk fails, and no other
+        raise TierError(f"tier {tier!r}: {str(path)!r}: {error}") from None

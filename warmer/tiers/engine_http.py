@@ -1,0 +1,108 @@
+"""Questions to the HTTP servers of engines: JSON there and back, a deadline always."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import httpx2
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hfbucket_plugin.deadlines import Deadline
+
+_ANSWER_SECS: Final = 30.0
+_WAIT_SECS: Final = 1.0
+_SHOWN: Final = 300
+
+_Answer = TypeVar("_Answer")
+
+
+class NotReadyError(EngineError):
+    """It answers nothing yet, or that it is not ready: worth another try."""
+
+
+class EngineHTTP:
+    """A client of one server. Use it as a context manager.
+
+    Args:
+        address: Such as `http://127.0.0.1:8080`.
+
+    Raises:
+        ConfigError: The address is none.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(f"engine address {address!r} does not read http://<host>:<port>")
+        self._client = httpx2.Client(trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, secs: float = _ANSWER_SECS
+    ) -> dict[str, Any]:
+        """Ask, and return the answer.
+
+        Args:
+            method: Of HTTP.
+            path: Such as `/status`.
+            body: Sent as JSON, unless None.
+            secs: Most seconds that the answer may take.
+
+        Raises:
+            NotReadyError: Nobody answers there, or 503.
+            ConfigError: It refuses what was asked for: 400 or 422.
+            EngineError: It answers what cannot be used.
+        """
+        what = f"{method} {self.address}{path}"
+        try:
+            response = self._client.request(method, self.address + path, json=body, timeout=secs)
+        except httpx2.TransportError as error:
+            raise NotReadyError(f"{what}: no answer: {str(error) or type(error).__name__}") from None
+        except httpx2.InvalidURL as error:
+            raise ConfigError(f"{what}: {error}") from None
+        words = f"{what}: {response.status_code} {' '.join(response.text.split())[:_SHOWN]}"
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise NotReadyError(words)
+        if response.status_code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
+            raise ConfigError(words)
+        if not response.is_success:
+            raise EngineError(words)
+        try:
+            answer = json.loads(response.content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EngineError(f"{what}: the answer is no JSON object")
+        return answer
+
+
+def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
+    """Ask until it is ready.
+
+    Args:
+        ask: Raises `NotReadyError` until it is.
+        ends: When to give up.
+        pause: Waits; given the seconds.
+
+    Raises:
+        EngineError: It was not ready in time.
+    """
+    while True:
+        try:
+            return ask()
+        except NotReadyError as error:
+            if ends.passed:
+                raise EngineError(f"waited in vain: {error}") from None
+            pause(min(_WAIT_SECS, ends.remaining()))

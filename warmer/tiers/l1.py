@@ -1,0 +1,193 @@
+"""The memory of `lmcache server` (its L1) as a tier: loaded by itself, from its own L2 tiers, for prompts that it is told.
+
+Follows `lmcache/v1/multiprocess/http_apis/cache_api.py` of LMCache 0.5.6. The server takes token ids and no keys, tells
+how many of a prompt's keys it has in L1 after a load, and reserves room for all of them or for none. From a watermark
+on it evicts a fifth of L1, and so what was just loaded. A prompt is therefore loaded in growing prefixes, as long as L1
+stays below the watermark: what there is then is always a prefix, which is what an engine can use.
+
+What is in L1 already takes no room, but the server tells of it only when it is asked to load it. So a prompt is not
+followed to its end in an L1 that has no room left, though all of it may be there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from hfbucket_plugin.deadlines import Deadline
+from warmer.errors import EngineError
+from warmer.tiers.engine_http import EngineHTTP, when_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_POLL_SECS: Final = 0.02
+_LARGEST_STEP: Final = 64
+"""Chunks: so many are loaded for nothing at most when one before them is missing."""
+
+_UNSEEN: Final = 2
+"""Until a chunk was seen to take room, it is taken to be so many times the mean of what L1 holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What L1 holds of a prompt.
+
+    Attributes:
+        chunks: Full chunks of the prompt.
+        warmed: How many of them, from its start, are known to be in L1 for all ranks.
+        ended: Why no more are: `complete`, `missing` (the server's L2 tiers do not hold the next one) or `no_room`.
+        used_bytes: Of L1, in the end.
+        total_bytes: Of L1.
+    """
+
+    chunks: int
+    warmed: int
+    ended: Literal["complete", "missing", "no_room"]
+    used_bytes: int
+    total_bytes: int
+
+
+def prefetch(
+    http: str,
+    model: str,
+    world_size: int,
+    token_ids: Sequence[int],
+    salt: str = "",
+    *,
+    wait_secs: float = 600.0,
+    load_secs: float = 120.0,
+    pause: Callable[[float], object] = time.sleep,
+) -> Warmed:
+    """Load a prompt into the L1 of one server, as far as there is room.
+
+    Args:
+        http: Address of the server's HTTP, such as `http://127.0.0.1:8080`.
+        model: The model's name, as the engine tells it.
+        world_size: Workers of the engine.
+        token_ids: The prompt.
+        salt: Its `cache_salt`.
+        wait_secs: How long to wait for the server, and for an engine with that model to register there.
+        load_secs: Most seconds that one load may take.
+        pause: Waits; given the seconds. It may raise to give up.
+
+    Returns:
+        What is there in the end.
+
+    Raises:
+        EngineError: The server or the model is not there in time, or a load does not end.
+        ConfigError: The server refuses the request: a salt that cannot be, or too many tokens.
+    """
+    with EngineHTTP(http) as server:
+        loader = _Loader(server, {"model_name": model, "world_size": world_size, "cache_salt": salt}, load_secs, pause)
+        ends = Deadline.after(wait_secs)
+        chunk_size = when_ready(loader.chunk_size, ends, pause)
+        chunks = len(token_ids) // chunk_size
+        if not chunks:
+            room = loader.room()
+            return Warmed(0, 0, "complete", room.used, room.total)
+        tokens = list(token_ids[: chunks * chunk_size])
+        when_ready(loader.begin_nothing, ends, pause)
+        return _grow(loader, tokens, chunk_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How full L1 is: bytes, and the mean of an object's."""
+
+    used: int
+    total: int
+    free: int
+    mean: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """How a load ended."""
+
+    found: int
+    keys: int
+
+    @property
+    def complete(self) -> bool:
+        return self.found == self.keys
+
+
+class _Loader:
+    """One model on one server."""
+
+    def __init__(
+        self, server: EngineHTTP, request: dict[str, Any], load_secs: float, pause: Callable[[float], object]
+    ) -> None:
+        self._server = server
+        self._request = request
+        self._load_secs = load_secs
+        self._pause = pause
+
+    def chunk_size(self) -> int:
+        return int(self._server.ask("GET", "/status")["chunk_size"])
+
+    def room(self) -> _Room:
+        """What L1 may take before it evicts; of several, the fullest."""
+        status = self._server.ask("GET", "/status")["storage_manager"]
+        rooms = []
+        for name, one in status["l1_managers"].items():
+            watermark = status["l1_eviction_controllers"].get(name, {}).get("trigger_watermark", 1.0)
+            used, total = one["memory_used_bytes"], one["memory_total_bytes"]
+            mean = used // one["total_object_count"] if one["total_object_count"] else 0
+            rooms.append(_Room(used, total, int(watermark * total) - used - 1, mean))
+        return min(rooms, key=lambda room: room.free)
+
+    def begin_nothing(self) -> None:
+        """Ask for less than a chunk: answered as any load, and so not before the model has registered."""
+        self._submit([])
+
+    def _submit(self, tokens: list[int]) -> dict[str, Any]:
+        return self._server.ask("POST", "/cache/prefetches", {**self._request, "token_ids": tokens})
+
+    def load(self, tokens: list[int]) -> _Load:
+        """Load a prompt, and wait for the end."""
+        number, ends = self._submit(tokens)["request_id"], Deadline.after(self._load_secs)
+        while True:
+            answer = self._server.ask("GET", f"/cache/prefetches/{number}")
+            if answer["status"] == "completed":  # told only once
+                return _Load(int(answer["found_keys"]), int(answer["total_keys"]))
+            if ends.remaining() <= 0:
+                raise EngineError(
+                    f"{self._server.address}: the load of {len(tokens)} tokens did not end within {self._load_secs:g} s"
+                )
+            self._pause(_POLL_SECS)
+
+
+def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
+    """Load ever longer prefixes: twice as much more each time, half as much after one that did not load whole."""
+    chunks, warmed, step = len(tokens) // chunk_size, 0, 1
+    keys = seen = loads = 0
+    ended: Literal["complete", "missing", "no_room"] = "complete"
+    room = loader.room()
+    while warmed < chunks:
+        step = min(step, chunks - warmed, room.free // max(1, seen, room.mean * keys * (1 if seen else _UNSEEN)))
+        if step < 1:
+            ended = "no_room"
+            break
+        load = loader.load(tokens[: (warmed + step) * chunk_size])
+        loads += 1
+        keys = load.keys // (warmed + step)
+        before, room = room, loader.room()
+        grown = room.used - before.used
+        if step == 1:  # of several, some may have been there
+            seen = max(seen, grown)
+        if load.complete:
+            warmed += step
+            step = 1 if grown > 0 and not seen else min(2 * step, _LARGEST_STEP)
+        elif step > 1:
+            step //= 2
+        else:
+            ended = "missing"
+            break
+    # What others stored meanwhile may have driven out what was loaded first.
+    while loads > 1 and warmed and not loader.load(tokens[: warmed * chunk_size]).complete:
+        warmed, ended = warmed // 2, "no_room"
+    room = loader.room()
+    return Warmed(chunks, warmed, ended, room.used, room.total)

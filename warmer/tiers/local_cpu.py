@@ -1,0 +1,164 @@
+"""The memory of a classic engine's worker (LocalCPU) as a tier: loaded by the engine itself, from a staging directory.
+
+Follows `lmcache/v1/internal_api_server/vllm/load_fs_chunks_api.py` of LMCache 0.5.6. The engine's YAML needs
+`internal_api_server_enabled: true` and `local_cpu: true`. Each worker listens on a port of its own and loads all that a
+directory holds, whosever it is: so a staging directory is looked through first. An engine whose memory is full evicts to
+make room, what was just loaded included: so there must be room for all of it. Whether the files have headers, the
+engine's own `save_chunk_meta` says, and not the configuration that it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import ClassicKey
+from warmer.errors import TierError, TierFullError
+from warmer.tiers.engine_http import EngineHTTP, when_ready
+from warmer.tiers.listing import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from warmer.tiers.declaration import DirectoryDeclaration
+
+_GIB: Final = 1024**3
+_SHARE: Final = 0.8
+"""Of the engine's memory: the rest is for what it works on."""
+
+_NAMED: Final = 1000
+_URL_MARKS: Final = frozenset("?#,;%")
+"""What a path in LMCache's `remote_url` cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker made of a staging directory.
+
+    Attributes:
+        chunks: Loaded, or there before.
+        files: In the directory.
+        failed: Keys that were not loaded, 1000 at most.
+    """
+
+    chunks: int
+    files: int
+    failed: tuple[str, ...]
+
+
+def worker_address(host: str, port_start: int, worker_id: int) -> str:
+    """Where a worker listens.
+
+    Args:
+        host: Of the node; `127.0.0.1` unless `internal_api_server_host` says otherwise.
+        port_start: `internal_api_server_port_start`, 6999 by default.
+        worker_id: The worker's global number.
+    """
+    return f"http://{host}:{port_start + 1 + worker_id}"
+
+
+def load(
+    http: str,
+    staging: DirectoryDeclaration,
+    *,
+    wait_secs: float = 600.0,
+    load_secs: float = 3600.0,
+    pause: Callable[[float], object] = time.sleep,
+) -> Loaded:
+    """Have one worker load a staging directory.
+
+    Args:
+        http: The worker's address, see `worker_address`.
+        staging: A classic `fs` tier of one directory on the worker's node, without placeholders, that holds the worker's
+            chunks and no others; with headers if the engine has them.
+        wait_secs: How long to wait for the worker.
+        load_secs: Most seconds that the load may take.
+        pause: Waits; given the seconds. It may raise to give up.
+
+    Raises:
+        EngineError: The worker is not there in time, or does not do it.
+        ConfigError: The directory holds other chunks than the worker's, or in another form than the engine reads; or the
+            engine keeps none in memory.
+        TierFullError: There is not room for all.
+        TierError: The directory cannot be read or written.
+    """
+    with EngineHTTP(http) as engine:
+        meta = when_ready(lambda: engine.ask("GET", "/meta"), Deadline.after(wait_secs), pause)
+        conf = engine.ask("GET", "/conf")
+        directory = _directory(staging, conf)
+        _check(directory, meta, conf)
+        path = directory / f".hfbucket-load-{secrets.token_hex(8)}.yaml"
+        try:
+            path.write_text(json.dumps(_config(directory)), encoding="utf-8")  # JSON is YAML
+            answer = engine.ask(
+                "POST", "/cache/load-fs-chunks", {"config_path": str(path), "max_failed_keys": _NAMED}, load_secs
+            )
+        except OSError as error:
+            if isinstance(error, ConnectionError):  # EngineError is one
+                raise
+            raise TierError(f"staging directory {str(directory)!r}: {error.strerror}") from None
+        finally:
+            path.unlink(missing_ok=True)
+    return Loaded(int(answer["loaded_chunks"]), int(answer["total_files"]), tuple(answer["failed_keys"]))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """What the engine is told, and that is where the chunks are; the rest it takes from its own configuration."""
+    return {"remote_url": f"fs://localhost:0{directory}"}
+
+
+def _directory(staging: DirectoryDeclaration, conf: dict[str, Any]) -> Path:
+    """The directory, when the engine can read it."""
+    paths = [str(path) for path in staging.base_paths]
+    if len(paths) != 1 or staging.takes is not ClassicKey or _URL_MARKS & set(paths[0]):
+        raise ConfigError(
+            f"staging tier {staging.name!r} must be one directory of the classic engine, and its path hold none of "
+            f"{' '.join(sorted(_URL_MARKS))}: LMCache is told of it in a URL"
+        )
+    if not conf.get("local_cpu", True):
+        raise ConfigError("local_cpu is off in the engine's configuration: it keeps no chunks in memory")
+    if conf.get("use_layerwise"):
+        raise ConfigError("use_layerwise is on in the engine's configuration: it keeps no whole chunks")
+    headers = bool((conf.get("extra_config") or {}).get("save_chunk_meta", True))
+    if headers != (staging.layout.header is not None):
+        raise ConfigError(
+            f"extra_config.save_chunk_meta is {'on' if headers else 'off'} in the engine's configuration, and the files "
+            f"of {staging.name!r} have {'no' if headers else 'a'} header; fill it by the YAML that the engine uses"
+        )
+    return staging.base_paths[0]
+
+
+def _check(staging: Path, meta: dict[str, Any], conf: dict[str, Any]) -> None:
+    """See whether the directory holds the worker's chunks, and no more of them than there is room for."""
+    path = str(staging)
+    size = 0
+    try:
+        for file in listed(staging):
+            if not _belongs(file.key, meta):
+                raise ConfigError(
+                    f"staging directory {path!r} holds {str(file.key)!r}, which is no chunk of worker "
+                    f"{meta['worker_id']} of {meta['world_size']} of {meta['model_name']!r}; it would load it all the same"
+                )
+            size += file.size
+    except OSError as error:
+        raise TierError(f"staging directory {path!r} cannot be read: {error.strerror}") from None
+    room = int(float(conf.get("max_local_cpu_size", 0)) * _GIB * _SHARE)
+    if size > room:
+        raise TierFullError(
+            f"staging directory {path!r} holds {size} bytes, and the engine has room for {room} ({_SHARE:.0%} of "
+            "max_local_cpu_size): it would evict what it loads first"
+        )
+
+
+def _belongs(key: object, meta: dict[str, Any]) -> bool:
+    if not isinstance(key, ClassicKey) or key.layer_id is not None:
+        return False
+    # With MLA all workers share what the first one wrote.
+    whose = [(meta["world_size"], meta["worker_id"])] + ([(1, 0)] if meta.get("use_mla") else [])
+    return key.model == meta["model_name"] and (key.world_size, key.worker_id) in whose
