@@ -7,12 +7,12 @@ import logging
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Generic, Protocol
 
 from hfbucket_plugin.bucket import MAX_BATCH
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from hfbucket_plugin.workers import WorkerPool
-from jobs.batch import Batch, Result, attempt
+from jobs.batch import Batch, Result, T, attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,13 +33,13 @@ _ATTEMPT_SECS: Final = 60.0
 """Most seconds of a try, far less than the lock holds."""
 
 
-class Executor(Protocol):
+class Executor(Protocol[T]):
     """Where batches are tried."""
 
     width: int
     """How many at one time."""
 
-    def submit(self, batch: Batch, not_after: datetime, seconds: float) -> Future[Result]:
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float) -> Future[Result[T]]:
         """Begin a try at a batch (see `jobs.batch.attempt`)."""
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class InProcess:
         self._bucket = bucket
         self._pool = WorkerPool("jobs-delete", width)
 
-    def submit(self, batch: Batch, not_after: datetime, seconds: float) -> Future[Result]:
+    def submit(self, batch: Batch[Item], not_after: datetime, seconds: float) -> Future[Result[Item]]:
         """Begin a try at a batch."""
         return self._pool.submit(attempt, self._bucket, batch, not_after, seconds)
 
@@ -84,11 +84,11 @@ class End:
         why: None when the plan was carried out to its end; else why it was not.
     """
 
-    why: HFBucketError | None = None
+    why: HFBucketError | OSError | None = None
     stopped: bool = False
 
 
-class Applier:
+class Applier(Generic[T]):
     """Carries plans out.
 
     Args:
@@ -99,18 +99,22 @@ class Applier:
         stop: Whether to stop.
         until: When to begin no more.
         batch_size: Most objects of a batch.
+        batch_bytes: Most bytes of a batch of several; None for no bound.
+        attempt_secs: Most seconds of a try.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Executor[T],
         *,
         confirm: Callable[[], float],
         not_after: datetime,
-        told: Callable[[Ended], None],
+        told: Callable[[Ended[T]], None],
         stop: Stop,
         until: Deadline,
         batch_size: int = MAX_BATCH,
+        batch_bytes: int | None = None,
+        attempt_secs: float = _ATTEMPT_SECS,
     ) -> None:
         self._executor = executor
         self._confirm = confirm
@@ -119,16 +123,18 @@ class Applier:
         self._stop = stop
         self._until = until
         self._size = min(batch_size, MAX_BATCH)
-        self._fresh: Iterator[Batch] = iter(())
+        self._batch_bytes = batch_bytes
+        self._attempt_secs = attempt_secs
+        self._fresh: Iterator[Batch[T]] = iter(())
         self._exhausted = False
-        self._again: list[tuple[float, Batch]] = []
+        self._again: list[tuple[float, Batch[T]]] = []
         self._quiet_until = 0.0
-        self._why: HFBucketError | None = None
+        self._why: HFBucketError | OSError | None = None
 
-    def run(self, items: Iterator[Item]) -> End:
-        """Delete what is still as planned. Returns when all has ended that was begun."""
-        self._fresh, self._exhausted, self._why = _batches(items, self._size), False, None
-        running: set[Future[Result]] = set()
+    def run(self, items: Iterator[T]) -> End:
+        """Do what is still as planned. Returns when all has ended that was begun."""
+        self._fresh, self._exhausted, self._why = _batches(items, self._size, self._batch_bytes), False, None
+        running: set[Future[Result[T]]] = set()
         while True:
             self._feed(running)
             if running:
@@ -140,11 +146,11 @@ class Applier:
             else:
                 time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
 
-    def _feed(self, running: set[Future[Result]]) -> None:
+    def _feed(self, running: set[Future[Result[T]]]) -> None:
         """Begin as many batches as may run."""
         while not self._over and len(running) < self._executor.width and (batch := self._next()) is not None:
             try:
-                seconds = min(_ATTEMPT_SECS, self._confirm())
+                seconds = min(self._attempt_secs, self._confirm())
             except (ThrottledError, TransportError) as error:  # nobody knows whether the lock is ours
                 self._hold(batch, error)
             except HFBucketError as error:
@@ -156,7 +162,7 @@ class Applier:
     def _over(self) -> bool:
         return self._why is not None or self._stop.requested or self._until.passed
 
-    def _next(self) -> Batch | None:
+    def _next(self) -> Batch[T] | None:
         """The batch that is due; None where there is none now."""
         now = time.monotonic()
         if now < self._quiet_until:
@@ -169,16 +175,16 @@ class Applier:
         self._exhausted = batch_or_none is None
         return batch_or_none
 
-    def _hold(self, batch: Batch, error: HFBucketError) -> None:
+    def _hold(self, batch: Batch[T], error: HFBucketError) -> None:
         asked = error.retry_after if isinstance(error, ThrottledError) else None
         _log.warning("waiting, since the lock could not be confirmed: %s", error)
         self._be_quiet(asked or _BACKOFF_SECS)
         self._again.append((0.0, batch))
 
-    def _take(self, future: Future[Result]) -> None:
+    def _take(self, future: Future[Result[T]]) -> None:
         try:
             result = future.result()
-        except HFBucketError as error:
+        except (HFBucketError, OSError) as error:  # an OSError is a disk's
             self._why = self._why or error
             return
         for ended in result.ended:
@@ -193,6 +199,18 @@ class Applier:
         self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
 
 
-def _batches(items: Iterator[Item], size: int) -> Iterator[Batch]:
-    while batch := tuple(itertools.islice(items, size)):
-        yield Batch(batch)
+def _batches(items: Iterator[T], size: int, most_bytes: int | None) -> Iterator[Batch[T]]:
+    if most_bytes is None:
+        while batch := tuple(itertools.islice(items, size)):
+            yield Batch(batch)
+        return
+    taken: list[T] = []
+    nbytes = 0
+    for item in items:
+        if taken and (len(taken) == size or nbytes + item.size > most_bytes):
+            yield Batch(tuple(taken))
+            taken, nbytes = [], 0
+        taken.append(item)
+        nbytes += item.size
+    if taken:
+        yield Batch(tuple(taken))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ThrottledError, TransportError
@@ -22,6 +22,29 @@ _PAUSE_SECS: Final = 1.0
 """After a 429 that does not say how long to wait."""
 
 
+class Thing(Protocol):
+    """An object that a batch is about."""
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+
+    @property
+    def key(self) -> str:
+        """Its key, or its name."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is in the plan."""
+
+
+T = TypeVar("T", bound=Thing)
+
+
 class Outcome(StrEnum):
     """How an object ended. The values stand in reports."""
 
@@ -33,7 +56,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Generic[T]):
     """An object that has ended.
 
     Attributes:
@@ -42,28 +65,28 @@ class Ended:
         message: Why, where it failed.
     """
 
-    item: Item
-    outcome: Outcome
+    item: T
+    outcome: StrEnum
     message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Objects that are to go.
+class Batch(Generic[T]):
+    """Objects that are to go, or to be copied.
 
     Attributes:
         items: At most 1000.
         tries: How often it was tried.
-        asked: Paths that the Hub was asked to delete, and of which it did not tell what became.
+        asked: Paths that the Hub was asked to delete or to name, and of which it did not tell what became.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[T, ...]
     tries: int = 0
     asked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(Generic[T]):
     """What came of a try.
 
     Attributes:
@@ -72,12 +95,12 @@ class Result:
         wait_secs: How long the Hub wants to be left alone.
     """
 
-    ended: tuple[Ended, ...]
-    left: Batch | None = None
+    ended: tuple[Ended[T], ...]
+    left: Batch[T] | None = None
     wait_secs: float = 0.0
 
 
-def attempt(bucket: Bucket, batch: Batch, not_after: datetime, seconds: float) -> Result:
+def attempt(bucket: Bucket, batch: Batch[Item], not_after: datetime, seconds: float) -> Result[Item]:
     """Try once. What was rewritten or is too young stays; between the look and the delete lies one request.
 
     Args:
@@ -112,9 +135,11 @@ def attempt(bucket: Bucket, batch: Batch, not_after: datetime, seconds: float) -
     return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
 
 
-def _compare(batch: Batch, found: dict[str, ObjectInfo], not_after: datetime) -> tuple[list[Ended], dict[str, Item]]:
+def _compare(
+    batch: Batch[Item], found: dict[str, ObjectInfo], not_after: datetime
+) -> tuple[list[Ended[Item]], dict[str, Item]]:
     """What has ended, and by path what is still as planned."""
-    ended: list[Ended] = []
+    ended: list[Ended[Item]] = []
     todo: dict[str, Item] = {}
     for item in batch.items:
         info = found.get(item.path)
@@ -132,8 +157,8 @@ def _compare(batch: Batch, found: dict[str, ObjectInfo], not_after: datetime) ->
 
 
 def _again(
-    batch: Batch, left: tuple[Item, ...], asked: frozenset[str], why: dict[str, str], ended: list[Ended]
-) -> Result:
+    batch: Batch[Item], left: tuple[Item, ...], asked: frozenset[str], why: dict[str, str], ended: list[Ended[Item]]
+) -> Result[Item]:
     """The result of a try that left something, or the last of it."""
     tries = batch.tries + 1
     if not left:

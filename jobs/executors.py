@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import Executor
+    from jobs.plan import Item
     from jobs.run import Order
 
 _RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -21,14 +22,14 @@ _RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 @contextlib.contextmanager
-def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Executor]:
+def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Executor[Item]]:
     """An executor as an order wants it, ended at the end.
 
     Raises:
         HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
     """
     if order.local:
-        executor: Executor = InProcess(bucket, order.parallel)
+        executor: Executor[Item] = InProcess(bucket, order.parallel)
     else:
         from jobs.actors import OnActors  # noqa: PLC0415 - Ray takes a second to import
 

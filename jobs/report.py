@@ -16,11 +16,13 @@ from jobs.batch import Outcome
 from jobs.guards import Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from enum import StrEnum
     from pathlib import Path
 
     from jobs.batch import Ended
     from jobs.plan import Header, PlanFile
+    from jobs.session import Summary as Told
 
 NAMED_FAILURES: Final = 1000
 """Failed objects that a summary names; the report file names all."""
@@ -68,11 +70,11 @@ class Tally:
     """
 
     def __init__(self, file: ReportFile) -> None:
-        self.ended: defaultdict[Outcome, Extent] = defaultdict(Extent)
+        self.ended: defaultdict[StrEnum, Extent] = defaultdict(Extent)
         self.failures: list[dict[str, str]] = []
         self._file = file
 
-    def add(self, ended: Ended) -> None:
+    def add(self, ended: Ended[Any]) -> None:
         """Count an object."""
         item = ended.item
         self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
@@ -82,7 +84,7 @@ class Tally:
             | {"outcome": str(ended.outcome)}
             | told
         )
-        if ended.outcome is Outcome.FAILED and len(self.failures) < NAMED_FAILURES:
+        if ended.outcome == Outcome.FAILED and len(self.failures) < NAMED_FAILURES:
             self.failures.append({"path": item.path, "message": ended.message})
 
     @property
@@ -117,7 +119,7 @@ class Summary:
     applied: bool
     message: str = ""
     plan: PlanFile | None = None
-    ended: dict[Outcome, Extent] = field(default_factory=dict)
+    ended: dict[StrEnum, Extent] = field(default_factory=dict)
     failures: tuple[dict[str, str], ...] = ()
     seconds: float = 0.0
     absent: tuple[str, ...] = ()
@@ -141,6 +143,31 @@ class Summary:
         for outcome in (Outcome.DELETED, Outcome.GONE):
             left = left.minus(self.ended.get(outcome, Extent()))
         return left
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        if self.message:
+            yield f"{exits.RESULTS[self.code]}: {self.message}"
+        if self.absent:
+            yield f"{len(self.absent)} keys that were asked for are not there, such as {self.absent[0]!r}"
+        if self.plan is not None and not self.applied:
+            yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
+            return
+        if self.ended:
+            yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
+        if self.plan is not None and self.code in (exits.FAILED, exits.INTERRUPTED):
+            yield f"to go on: python -m jobs apply {self.plan.path} --yes"
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics."""
+        deleted, failed = (self.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
+        known: dict[str, float] = {} if self.plan is None else {"objects": self.left.objects, "bytes": self.left.bytes}
+        return known | {
+            "deleted_objects": deleted.objects,
+            "deleted_bytes": deleted.bytes,
+            "failed_objects": failed.objects,
+            "unfinished_objects": self.unfinished.objects,
+        }
 
     def record(self) -> dict[str, Any]:
         """For JSON; the fields are described in `docs/retention.md`."""
@@ -168,19 +195,21 @@ def header_record(header: Header) -> dict[str, Any]:
     return header.record() | {"record": "report"}
 
 
-_GAUGES: Final = {
+GAUGES: Final = {
     "hfbucket_jobs_objects": "Objects of the instance after the last run",
     "hfbucket_jobs_bytes": "Bytes of these objects",
     "hfbucket_jobs_deleted_objects": "Objects deleted by the last run",
     "hfbucket_jobs_deleted_bytes": "Bytes deleted by the last run",
-    "hfbucket_jobs_failed_objects": "Objects that the last run could not delete",
+    "hfbucket_jobs_copied_objects": "Objects copied by the last run, by the Hub or as bytes",
+    "hfbucket_jobs_copied_bytes": "Bytes of these objects",
+    "hfbucket_jobs_failed_objects": "Objects that the last run could not delete or copy",
     "hfbucket_jobs_unfinished_objects": "Objects that the last run did not come to",
     "hfbucket_jobs_exit_code": "How the last run ended",
     "hfbucket_jobs_last_run_timestamp_seconds": "When the last run ended",
 }
 
 
-def write_metrics(path: Path, summaries: Iterable[Summary], now: float) -> None:
+def write_metrics(path: Path, summaries: Iterable[Told], now: float) -> None:
     """Write the file that Prometheus' textfile collector reads; it appears whole.
 
     Raises:
@@ -189,19 +218,10 @@ def write_metrics(path: Path, summaries: Iterable[Summary], now: float) -> None:
     registry = prometheus_client.CollectorRegistry()
     gauges = {
         name: prometheus_client.Gauge(name, text, ("instance", "job_name"), registry=registry)
-        for name, text in _GAUGES.items()
+        for name, text in GAUGES.items()
     }
     for summary in summaries:
-        deleted, failed = (summary.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
-        known = {} if summary.plan is None else {"objects": summary.left.objects, "bytes": summary.left.bytes}
-        values: dict[str, float] = known | {
-            "deleted_objects": deleted.objects,
-            "deleted_bytes": deleted.bytes,
-            "failed_objects": failed.objects,
-            "unfinished_objects": summary.unfinished.objects,
-            "exit_code": summary.code,
-            "last_run_timestamp_seconds": now,
-        }
+        values = summary.gauges() | {"exit_code": summary.code, "last_run_timestamp_seconds": now}
         for name, value in values.items():
             gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
     try:

@@ -128,18 +128,13 @@ class Job:
 
     def _told(self, work: Callable[[Bucket], int]) -> Summary:
         """Do the work, and report however it ends."""
-        try:
+
+        def with_bucket() -> int:
             with opened(self._named, REQUEST_SECS) as bucket:
-                code = work(bucket)
-        except Interrupted:
-            code = exits.INTERRUPTED
-            self._message = "told to stop"
-        except HFBucketError as error:
-            code = code_of(error)
-            self._message = str(error)
-        except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
-            code = exits.FAILED
-            self._message = f"a file of this machine failed: {error}"
+                return work(bucket)
+
+        code, message = coded(with_bucket)
+        self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exits.COMPLETE and self._applied and self._plan is not None:
@@ -287,11 +282,23 @@ class Job:
         return code
 
 
-def code_of(error: HFBucketError) -> int:
+def coded(work: Callable[[], int]) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did."""
+    try:
+        return work(), ""
+    except Interrupted:
+        return exits.INTERRUPTED, "told to stop"
+    except HFBucketError as error:
+        return code_of(error), str(error)
+    except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
+        return exits.FAILED, f"a file of this machine failed: {error}"
+
+
+def code_of(error: HFBucketError | OSError) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, RefusedError):
         return exits.REFUSED
-    if isinstance(error, (TransportError, ThrottledError, IntegrityError)):
+    if not isinstance(error, HFBucketError) or isinstance(error, (TransportError, ThrottledError, IntegrityError)):
         return exits.FAILED
     return exits.USAGE
 

@@ -8,20 +8,45 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import typer
 
 from hfbucket_plugin.errors import HFBucketError
 from jobs import exits, show
-from jobs.report import ReportFile, Summary, write_metrics
+from jobs.report import ReportFile, write_metrics
 from jobs.run import code_of
 from warmer.errors import Interrupted
 from warmer.interrupt import StopSwitch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+
+class Summary(Protocol):
+    """What came of one job."""
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+
+    @property
+    def job(self) -> str:
+        """Which job."""
+
+    @property
+    def instance(self) -> str:
+        """What it was about, for people and for metrics."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics, by the names in `jobs.report.GAUGES`."""
 
 
 @dataclass
@@ -38,8 +63,8 @@ class Session:
     metrics: Path | None
     summaries: list[Summary] = field(default_factory=list)
 
-    def run(self, works: list[Callable[[ReportFile, StopSwitch], Summary]]) -> NoReturn:
-        """Do the jobs, each whatever came of the one before, and end the command."""
+    def run(self, works: Sequence[Callable[[ReportFile, StopSwitch], Summary | None]]) -> NoReturn:
+        """Do the jobs, each whatever came of the one before unless it says None, and end the command."""
         logging.basicConfig(stream=sys.stderr, format="jobs: %(message)s", level=logging.WARNING)
         stop = StopSwitch()
         try:
@@ -47,8 +72,8 @@ class Session:
             # Ray prints where it likes.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
                 for work in works:
-                    if not stop.requested:
-                        self._add(work(file, stop))
+                    if not stop.requested and (summary := work(file, stop)) is not None:
+                        self._add(summary)
             file.close()
             if self.metrics is not None:
                 write_metrics(self.metrics, self.summaries, time.time())
@@ -64,23 +89,8 @@ class Session:
 
     def _add(self, summary: Summary) -> None:
         self.summaries.append(summary)
-        for line in _told(summary):
+        for line in summary.lines():
             show.note(f"{summary.instance}: {line}")
-
-
-def _told(summary: Summary) -> Iterator[str]:
-    if summary.message:
-        yield f"{exits.RESULTS[summary.code]}: {summary.message}"
-    if summary.absent:
-        yield f"{len(summary.absent)} keys that were asked for are not there, such as {summary.absent[0]!r}"
-    if summary.plan is not None and not summary.applied:
-        yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {summary.plan.path} --yes"
-        return
-    counted = {str(outcome): extent for outcome, extent in summary.ended.items()}
-    if counted:
-        yield ", ".join(f"{outcome}: {extent}" for outcome, extent in counted.items())
-    if summary.plan is not None and summary.code in (exits.FAILED, exits.INTERRUPTED):
-        yield f"to go on: python -m jobs apply {summary.plan.path} --yes"
 
 
 @contextlib.contextmanager
