@@ -11,8 +11,11 @@ import typer
 from hfbucket_plugin.errors import ConfigError
 from jobs import guards, options, show, units
 from jobs.cleanup import ByPolicy
+from jobs.command_export import apply_export, export
 from jobs.command_status import status
 from jobs.executors import in_process
+from jobs.export import ExportOrder
+from jobs.export_plan import is_export
 from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
 from jobs.remove import ByName, read_keys
@@ -37,6 +40,7 @@ def main() -> None:
 
 
 app.command("status")(status)
+app.command("export")(export)
 
 
 @app.command()
@@ -161,7 +165,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
 
 @app.command()
 def apply(  # noqa: PLR0917 - Typer makes options of them
-    plan: Annotated[Path, typer.Argument(help="A plan of cleanup or rm.")],
+    plan: Annotated[Path, typer.Argument(help="A plan of cleanup, rm or export.")],
     lmcache_config: options.LMCacheConfig = None,
     l2_adapters: options.L2Adapters = None,
     yes: options.Yes = False,
@@ -180,6 +184,20 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     The instance is taken from the LMCache YAML that the plan names, or from the one given here. Exit codes as those of
     `cleanup`.
     """
+    with options_checked():
+        exporting = is_export(plan)
+    if exporting:
+        with options_checked():
+            own = ExportOrder(
+                dry_run=dry_run,
+                yes=yes,
+                ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
+                max_duration_secs=options.seconds(max_duration, "--max-duration"),
+                local=in_process(address, local=local),
+                address=address,
+                parallel=parallel,
+            )
+        apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile))
     with options_checked():
         header = PlanFile.open(plan).header
         if lmcache_config is None and not l2_adapters and header.config is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,10 +37,13 @@ class InstanceEnd:
     Args:
         name: Of the instance.
         settings: Its settings.
+        may_be_missing: Whether a bucket that is not there holds nothing, and is no error: a destination that is to
+            be created. Never so for a source, whose mirror would be emptied.
     """
 
-    def __init__(self, name: str, settings: InstanceSettings) -> None:
+    def __init__(self, name: str, settings: InstanceSettings, *, may_be_missing: bool = False) -> None:
         self._name = name
+        self._may_be_missing = may_be_missing
         self.settings = settings
         # hf_xet's own patience follows the deadlines that an instance has.
         patient = settings.model_copy(update={"put_timeout_secs": _REQUEST_SECS})
@@ -63,7 +67,7 @@ class InstanceEnd:
         try:
             self.bucket.info(deadline)
         except BucketMissingError:
-            if not self.settings.create_bucket_if_missing:
+            if not self._may_be_missing:
                 raise
             self.bucket.create(deadline)
 
@@ -75,12 +79,12 @@ class InstanceEnd:
         return look_up_keys(self.bucket, keys, skipped)
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-        """See `End`. A bucket that will only be created holds nothing."""
+        """See `End`."""
         by_path = {self._path(key): key for key in keys}
         try:
             found = self.bucket.stat(list(by_path), deadline)
         except BucketMissingError:
-            if not self.settings.create_bucket_if_missing:
+            if not self._may_be_missing:
                 raise
             return {}
         return {by_path[path]: Held(info.content, info.uploaded_at) for path, info in found.items() if path in by_path}
@@ -130,6 +134,14 @@ class InstanceEnd:
         by_path = {self._path(key): content for key, content in wanted.items()}
         failed = self.bucket.copy(source.bucket.handle, by_path, deadline)
         return {key: failed[path].message for key in wanted if (path := self._path(key)) in failed}
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[InstanceEnd]:
+        """Itself, closed at the end."""
+        try:
+            yield self
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End all transfers."""

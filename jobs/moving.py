@@ -93,8 +93,8 @@ class Mover:
     def __init__(self, source: Source, destination: Destination, how: How, window_bytes: int) -> None:
         self._source = source
         self._destination = destination
-        self._how = how
-        self._window = window_bytes
+        self.how = how
+        self.window_bytes = window_bytes
 
     def attempt(self, batch: Batch[Move], seconds: float) -> Result[Move]:
         """Try once.
@@ -108,7 +108,7 @@ class Mover:
             OSError: The disk of a directory is full.
         """
         deadline, tried = Deadline.after(seconds), Try(batch)
-        copying = self._how is How.COPY or (self._how is How.COPY_OR_STREAM and not batch.tries)
+        copying = self.how is How.COPY or (self.how is How.COPY_OR_STREAM and not batch.tries)
         try:
             if copying:
                 self._copy(tried, deadline)
@@ -131,7 +131,7 @@ class Mover:
         self.verify(tried, todo, failed, Moved.COPIED, deadline)
 
     def _stream(self, tried: Try, deadline: Deadline) -> None:
-        for moves in _windows(tried.batch.items, self._window):
+        for moves in _windows(tried.batch.items, self.window_bytes):
             if deadline.passed:
                 return
             todo = self.as_planned(tried, moves, deadline)
@@ -192,7 +192,7 @@ class Mover:
 
     @property
     def _ours(self) -> Moved:
-        return Moved.STREAMED if self._how is How.STREAM else Moved.COPIED
+        return Moved.STREAMED if self.how is How.STREAM else Moved.COPIED
 
     def verify(self, tried: Try, moves: list[Move], failed: dict[str, str], outcome: Moved, deadline: Deadline) -> None:
         """End those that are there now; say of the others why not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,3 +178,8 @@ def foreign(text: str) -> bool:
     if text not in ("keep", "delete"):
         raise ConfigError(f"--foreign {text!r}: must be keep or delete")
     return text == "delete"
+
+
+def now() -> datetime:
+    """The local clock: what `--since` counts back from."""
+    return datetime.now(UTC)

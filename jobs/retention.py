@@ -31,6 +31,7 @@ class Reason(StrEnum):
     MODEL_RETIRED = "model-retired"
     FOREIGN = "foreign"
     ASKED = "asked"  # by `rm`
+    NOT_AT_SOURCE = "not-at-source"  # of a mirror
     NO_DATE = "no-date"
     TOO_YOUNG = "too-young"
     SHIELDED = "shielded"

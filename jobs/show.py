@@ -10,8 +10,10 @@ from rich.console import Console
 
 from hfbucket_plugin.cli import tables
 from hfbucket_plugin.cli.words import printable, size
+from jobs.export_plan import REPLACED
 
 if TYPE_CHECKING:
+    from jobs.export_plan import PlanFile as ExportPlan
     from jobs.plan import PlanFile
 
 _HEADER = ("model", "reason", "objects", "bytes")
@@ -54,5 +56,14 @@ def ask(shown: PlanFile) -> bool:
     """Ask whether to carry a plan out; no answer is none."""
     try:
         return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)
+    except typer.Abort:
+        return False
+
+
+def ask_to_replace(shown: ExportPlan) -> bool:
+    """Ask whether to carry out an export that replaces; no answer is none."""
+    replaced, destination = shown.left[REPLACED], shown.header.destination.where
+    try:
+        return typer.confirm(f"Replace {replaced} in {destination}, for ever?", default=False, err=True)
     except typer.Abort:
         return False
