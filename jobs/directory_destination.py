@@ -70,7 +70,7 @@ class DirectoryDestination:
             raise ConfigError(f"--to {self.name!r} cannot be written to: {error.strerror}") from None
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-        """See `End`. The contents are hashed."""
+        """See `Destination`. The contents are hashed."""
         return look_up(self._directory, keys, deadline)
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:

@@ -61,9 +61,10 @@ class DirectorySource:
             if wanted is None or line.key in wanted:
                 yield ChunkEntry(line.key, parse_key(line.key), line.content, line.uploaded_at)
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-        """See `End`. The contents are hashed."""
-        return look_up(self._directory, keys, deadline)
+    @staticmethod
+    def gone(_wanted: Mapping[str, Content], _deadline: Deadline) -> frozenset[str]:
+        """See `Source`. A file that is not what its manifest says is damage, and no deletion."""
+        return frozenset()
 
     def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
         """See `Source`."""

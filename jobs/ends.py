@@ -56,13 +56,6 @@ class End(Protocol):
     def name(self) -> str:
         """For people, and for plans."""
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-        """What it holds of some keys.
-
-        Raises:
-            HFBucketError: Nobody knows.
-        """
-
     def close(self) -> None:
         """Let go of what was opened."""
 
@@ -80,9 +73,23 @@ class Source(End, Protocol):
     def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
         """Read chunks, by key; of one that cannot be read, why."""
 
+    def gone(self, wanted: Mapping[str, Content], deadline: Deadline) -> frozenset[str]:
+        """Keys under which there is now, rightly, no such content: it was deleted or written anew.
+
+        Raises:
+            HFBucketError: Nobody knows.
+        """
+
 
 class Destination(End, Protocol):
     """Where chunks go."""
+
+    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
+        """What it holds of some keys.
+
+        Raises:
+            HFBucketError: Nobody knows.
+        """
 
     def begin(self) -> None:
         """Be ready to be written to.

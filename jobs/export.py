@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
-from jobs import exits
+from jobs import exits, run
 from jobs.apply import Applier
 from jobs.batch import Ended
 from jobs.carriers import carrying
@@ -25,9 +25,9 @@ from jobs.export_report import NAMED_CONFLICTS, ExportSummary, conflict_record
 from jobs.instance_end import InstanceEnd
 from jobs.manifest import Line
 from jobs.moving import How, Method, Moved, Mover, find_out
+from jobs.progress import Progress
 from jobs.rename import Renames
 from jobs.report import Tally
-from jobs.run import code_of, coded, default_plan_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,6 +104,7 @@ class Export:
         self._plan: PlanFile | None = None
         self._applied = False
         self._method: Method | None = None
+        self._conflicts: list[dict[str, Any]] = []
         self._in_manifest: int | None = None
         self._tally = Tally(file)
         self._message = ""
@@ -132,22 +133,17 @@ class Export:
                 stack.callback(destination.close)
                 return work(source, destination)
 
-        code, message = coded(with_ends)
+        code, message = run.coded(with_ends)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exits.COMPLETE and self._applied and self._plan is not None and not summary.conflicts:
             with contextlib.suppress(OSError):
-                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
+                if self._plan.path.parent == run.default_plan_dir():  # one that nobody asked to keep
                     self._plan.path.unlink()
         return summary
 
     def _summary(self, code: int) -> ExportSummary:
-        conflicts: tuple[dict[str, Any], ...] = ()
-        if self._plan is not None:
-            with contextlib.suppress(OSError):
-                named = itertools.islice(self._plan.moves(CONFLICT), NAMED_CONFLICTS)
-                conflicts = tuple(conflict_record(move) for move in named)
         return ExportSummary(
             self._ends[0].place,
             self._ends[1].place,
@@ -158,7 +154,7 @@ class Export:
             self._method,
             dict(self._tally.ended),
             tuple(self._tally.failures),
-            conflicts,
+            tuple(self._conflicts),
             self._in_manifest,
             time.monotonic() - self._started,
         )
@@ -181,7 +177,7 @@ class Export:
         )
         self._file.write(header.record() | {"record": "report"})
         name = f"{JOB}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
-        path = (order.plan_dir or default_plan_dir()) / name
+        path = (order.plan_dir or run.default_plan_dir()) / name
 
         def each() -> None:
             if self._until.passed:
@@ -203,18 +199,24 @@ class Export:
         return self._carry_out(source, destination, plan)
 
     def _carry_out(self, source: Source, destination: Destination, plan: PlanFile) -> int:
-        for move in plan.moves(CONFLICT):
-            told = {"record": "object", "path": move.path, "size": move.size, "reason": CONFLICT, "outcome": CONFLICT}
-            self._file.write(told | conflict_record(move))
+        if CONFLICT in plan.left:
+            self._name_conflicts(plan)
         if not self._ordered(plan):
             return exits.COMPLETE
         self._applied = True
         destination.begin()
         with Known() as known, self._stop.orderly():
-            code = self._apply(source, destination, plan, known)
+            code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exits.COMPLETE
             if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
                 self._in_manifest = destination.finish(known)
         return code
+
+    def _name_conflicts(self, plan: PlanFile) -> None:
+        for move in plan.moves(CONFLICT):
+            told = {"record": "object", "path": move.path, "size": move.size, "reason": CONFLICT, "outcome": CONFLICT}
+            self._file.write(told | conflict_record(move))
+            if len(self._conflicts) < NAMED_CONFLICTS:
+                self._conflicts.append(conflict_record(move))
 
     def _ordered(self, plan: PlanFile) -> bool:
         """Whether to carry a plan out: what only adds needs no order, what replaces does."""
@@ -225,7 +227,10 @@ class Export:
         return self._order.ask is not None and self._order.ask(plan)
 
     def _apply(self, source: Source, destination: Destination, plan: PlanFile, known: Known) -> int:
+        progress = Progress(plan.moves_left, self._ends[1].place.name)
+
         def told(ended: Ended[Move]) -> None:
+            progress.add(ended.item.size)
             if ended.outcome in (Moved.STREAMED, Moved.SAME):
                 move = ended.item
                 known.add(Line(move.to, move.content, move.uploaded_at))
@@ -311,7 +316,7 @@ class Export:
         unfinished = self._summary(exits.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)
-            return code_of(end.why)
+            return run.code_of(end.why)
         if end.stopped and unfinished:
             self._message = "told to stop"
             return exits.INTERRUPTED

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jobs import exits
 from jobs.export_plan import JOB
 from jobs.guards import Extent
-from jobs.moving import Moved
+from jobs.moving import How, Moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +77,14 @@ class ExportSummary:
         return self.destination.name
 
     @property
+    def how(self) -> str | None:
+        """How bytes were moved, where any were."""
+        if self.method is None:
+            return None
+        mixed = self.method.how is How.COPY_OR_STREAM
+        return str(How.COPY if mixed and Moved.STREAMED not in self.ended else self.method.how)
+
+    @property
     def moved(self) -> Extent:
         """What was copied, by the Hub or as bytes."""
         kinds = [self.ended[one] for one in (Moved.COPIED, Moved.STREAMED) if one in self.ended]
@@ -109,7 +117,7 @@ class ExportSummary:
             )
             return
         if self.method is not None:
-            yield f"{self.method.how}, since {self.method.why}"
+            yield f"{self.how}, since {self.method.why}"
         if self.ended:
             yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
         if self.code in (exits.FAILED, exits.INTERRUPTED):
@@ -143,7 +151,7 @@ class ExportSummary:
             "exit_code": self.code,
             "message": self.message,
             "seconds": round(self.seconds, 3),
-            "how": None if self.method is None else str(self.method.how),
+            "how": self.how,
             "why": None if self.method is None else self.method.why,
         }
         if self.plan is not None:

@@ -79,7 +79,7 @@ class InstanceEnd:
         return look_up_keys(self.bucket, keys, skipped)
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-        """See `End`."""
+        """See `Destination`."""
         by_path = {self._path(key): key for key in keys}
         try:
             found = self.bucket.stat(list(by_path), deadline)
@@ -95,6 +95,11 @@ class InstanceEnd:
         reads = {key: Read(key, content, Lease(memoryview(buffers[key]))) for key, content in wanted.items()}
         self.bucket.transfer.read(list(reads.values()), deadline)
         return {key: buffers[key] if read.error is None else read.error for key, read in reads.items()}
+
+    def gone(self, wanted: Mapping[str, Content], deadline: Deadline) -> frozenset[str]:
+        """See `Source`."""
+        held = self.look_up(list(wanted), deadline)
+        return frozenset(key for key, content in wanted.items() if key not in held or held[key].content != content)
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
         """See `Destination`. What the client hashed while it sent it is compared with what it should be."""

@@ -207,16 +207,10 @@ class Mover:
 
     def _end_gone(self, tried: Try, moves: list[Move], deadline: Deadline) -> None:
         """End those that the source no longer has as planned."""
-        if not moves:
-            return
-        held = self._source.look_up([move.key for move in moves], deadline)
+        gone = self._source.gone({move.key: move.content for move in moves}, deadline) if moves else frozenset()
         for move in moves:
-            there = held.get(move.key)
-            if there is None or there.content != move.content:
-                if isinstance(self._source, InstanceEnd):
-                    tried.end(move, Moved.GONE)
-                else:  # a file that is not what its manifest says is damage, and no deletion
-                    tried.end(move, Moved.FAILED, tried.why.get(move.to, ""))
+            if move.key in gone:
+                tried.end(move, Moved.GONE)
 
 
 def _state(held: Held | None) -> object:
@@ -285,7 +279,6 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move
             return Method(
                 How.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
             )
-        held = source.look_up([move.key], deadline).get(move.key)
-        if held is not None and held.content == move.content:
+        if not source.gone({move.key: move.content}, deadline):
             return Method(How.STREAM, f"the Hub refused to copy: {failed[move.to]}")
     return Method(How.STREAM, "there was nothing to ask the Hub with")

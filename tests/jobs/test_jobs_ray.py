@@ -34,6 +34,11 @@ def command(*more):
     ]
 
 
+def export(*more):
+    ends = ("--from", INSTANCE, "--to", "hfbucket.eu", "--lmcache-config", "lmcache.yaml")
+    return ["python", "-m", "jobs", "export", *ends, "--mode", "stream", "--window", "1KB", "--parallel", "2", *more]
+
+
 def summary_in(log):
     lines = [line for line in log.splitlines() if line.startswith('{"record": "summary"')]
     assert lines, log
@@ -51,7 +56,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
     api.create_bucket("org/kv")
     directory = tmp_path / "job"
     directory.mkdir()
-    depot = Depot(hub, "org/kv", directory)
+    depot = Depot(hub, "org/kv", directory, others={"hfbucket.eu": "kv/eu"})
     assert depot.config.exists()
     api.batch_bucket_files("org/kv", add=[(one.encode(), depot.path(one)) for one in OLD + NEW])
     depot.make_older(depot.paths_of(OLD), 20 * DAY)
@@ -73,6 +78,15 @@ def test_ray_job_submit(hub_factory, tmp_path):
 
         listed = {item.path for item in api.list_bucket_tree("org/kv", recursive=True)}
         assert listed == depot.paths_of([OLD[0], *NEW]) | {f"{depot.prefix}/.hfbucket/reports/cleanup.json"}
-        assert SECRET not in refused.stdout + failed.stdout
+
+        exported = ray.submit(directory, *export("--max-bytes", "2KB"))
+        assert exported.returncode == 0, exported.stdout
+        summary = summary_in(exported.stdout)
+        assert (summary["how"], summary["streamed"], summary["failed"]["objects"]) == ("stream", summary["chosen"], 0)
+        listed = {item.path: item.xet_hash for item in api.list_bucket_tree("org/kv", recursive=True)}
+        there = {path: found for path, found in listed.items() if path.startswith("kv/eu/")}
+        assert len(there) == summary["chosen"]["objects"] > 10
+        assert all(listed[path.replace("kv/eu/", "kv/us/")] == found for path, found in there.items())
+        assert SECRET not in refused.stdout + failed.stdout + exported.stdout
         logs = [path for path in ray.directory.rglob("*") if path.is_file() and not path.is_symlink()]
         assert [path for path in logs if SECRET.encode() in path.read_bytes()] == []
