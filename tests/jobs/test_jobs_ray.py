@@ -79,7 +79,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
         listed = {item.path for item in api.list_bucket_tree("org/kv", recursive=True)}
         assert listed == depot.paths_of([OLD[0], *NEW]) | {f"{depot.prefix}/.hfbucket/reports/cleanup.json"}
 
-        exported = ray.submit(directory, *export("--max-bytes", "2KB"))
+        exported = ray.submit(directory, *export("--max-bytes", "1KiB"))
         assert exported.returncode == 0, exported.stdout
         summary = summary_in(exported.stdout)
         assert (summary["how"], summary["streamed"], summary["failed"]["objects"]) == ("stream", summary["chosen"], 0)
