@@ -1,4 +1,4 @@
-"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, status.
+"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, export and import, status.
 
 ::
 
@@ -9,6 +9,12 @@
                          ├─ apply → batch, executors → actors      what is still as planned is deleted
                          └─ report, history                        what happened
 
-`retention`, `guards`, `claims` and `policy` are pure; only `actors` knows of Ray. They delete other people's data, so they
+    cli → command_export → export ─┬─ endpoints → instance_end, directory_source, directory_destination (ends)
+                                   ├─ choosing, rename → export_planning → export_plan
+                                   ├─ moving ← carriers → actors    a try at a batch: by the Hub, or as bytes
+                                   ├─ manifest                      what lies in a directory
+                                   └─ mirror → run                  what goes at the destination, as a cleanup
+
+`retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` knows of Ray. They delete other people's data, so they
 fail closed.
 """

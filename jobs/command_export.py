@@ -67,7 +67,7 @@ Mirror = Annotated[
 WithoutManifest = Annotated[
     bool, typer.Option("--without-manifest", help="Import files of a directory that no manifest vouches for.")
 ]
-Window = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of chunks in memory at one time.")]
+Window = Annotated[str, typer.Option(metavar="SIZE", help="Most memory that chunks on their way take.")]
 ExportYes = Annotated[
     bool, typer.Option("--yes", help="Replace and delete without asking. What only adds needs no order.")
 ]
@@ -76,7 +76,7 @@ ExportLocal = Annotated[
 ]
 ExportParallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches at one time.")]
 
-_WINDOW: Final = "256MiB"
+_WINDOW: Final = "512MiB"
 
 
 def with_choice(command: Callable[..., None]) -> Callable[..., None]:

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 ATTEMPT_SECS: Final = 600.0
 """Most seconds of a try: a window of bytes between two continents takes minutes."""
 
+_TIMES_IN_MEMORY: Final = 3
+"""Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
+
 _LOOK_UP_SECS: Final = 330.0
 """A look-up waits out the longest pause that the Hub asks for."""
 
@@ -64,7 +67,7 @@ class ExportOrder:
         local: Whether bytes go through this process, whatever Ray cluster is configured.
         address: Of the Ray cluster; None for the configured one.
         parallel: Most batches at one time.
-        window_bytes: Most bytes of chunks in memory at one time, over all batches.
+        window_bytes: Most memory of bytes on their way, over all batches.
         config: The LMCache YAML, noted in plans.
     """
 
@@ -80,7 +83,7 @@ class ExportOrder:
     local: bool = True
     address: str | None = None
     parallel: int = 4
-    window_bytes: int = 256 * 1024 * 1024
+    window_bytes: int = 512 * 1024 * 1024
     config: str | None = None
 
 
@@ -238,7 +241,7 @@ class Export:
 
         moves = self._fresh(destination, plan, told)
         self._method, moves = self._find_out(source, destination, plan, moves, told)
-        window = max(1, self._order.window_bytes // self._order.parallel)
+        window = max(1, self._order.window_bytes // (_TIMES_IN_MEMORY * self._order.parallel))
         streams = self._method.how is How.STREAM
         named = (self._ends[0].named, self._ends[1].named)
         mover = Mover(source, destination, self._method.how, window)

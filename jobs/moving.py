@@ -87,7 +87,7 @@ class Mover:
         source: Where chunks come from.
         destination: Where they go.
         how: How; copying by the Hub needs two instances.
-        window_bytes: Most bytes of chunks in memory at one time; a larger chunk goes alone.
+        window_bytes: Most bytes that one try fetches at one time; a larger chunk goes alone.
     """
 
     def __init__(self, source: Source, destination: Destination, how: How, window_bytes: int) -> None:

@@ -13,7 +13,7 @@ from jobs import exits, policy
 from jobs.batch import Outcome
 from jobs.cli import app
 from jobs.objects import Kind
-from jobs.report import _GAUGES
+from jobs.report import GAUGES
 from jobs.retention import Reason
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_units_hold_together():
         *map(str, Reason),
         *map(str, Outcome),
         *(str(kind) for kind in Kind if kind is not Kind.CHUNK),
-        *_GAUGES,
+        *GAUGES,
         *policy.Policy.model_fields.keys() - {"models"},
     ],
 )
