@@ -381,6 +381,24 @@ def test_a_destination_that_stores_nothing_is_refused(lane):
     assert (ran.code, "role is read-only" in ran.stderr) == (4, True)
 
 
+def test_a_token_in_the_configuration_never_travels(lane, monkeypatch):
+    lane.us.settings = {"token": SECRET}
+
+    ran = lane.export("--mode", "stream", "--address", "127.0.0.1:9")
+
+    assert (ran.code, lane.listing(lane.eu)) == (2, {})
+    assert "token is written into the configuration" in ran.stderr
+    assert "--local" in ran.stderr
+    assert lane.export("--mode", "stream", "--address", "127.0.0.1:9", "--local").code == 0
+
+
+def test_a_cluster_that_does_not_answer_is_told_and_copying_needs_none(lane):
+    refused = lane.export("--mode", "stream", "--address", "127.0.0.1:9")
+    assert refused.code == 2
+    assert "127.0.0.1:9" in refused.stderr
+    assert lane.export("--address", "127.0.0.1:9").counts("copied") == [9]
+
+
 def test_metrics(lane, tmp_path):
     path = tmp_path / "jobs.prom"
     assert lane.export("--metrics-textfile", str(path)).code == 0
