@@ -15,6 +15,7 @@ from jobs import exits, guards, options, show
 from jobs.run import PAGE_SECS, REQUEST_SECS, code_of
 from jobs.session import options_checked
 from jobs.status import examine
+from jobs.status_page import write_page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,7 @@ def status(  # noqa: PLR0917 - Typer makes options of them
     min_age: options.OwnMinAge = None,
     max_delete: options.MaxDelete = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    html: options.HtmlFile = None,
 ) -> None:
     """Say what instances hold, by model, worker and age; how they grew; with a policy, what the next cleanup would do.
 
@@ -52,7 +54,9 @@ def status(  # noqa: PLR0917 - Typer makes options of them
         named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
         policies = {one.name: flags.of(one.name) if flags.given else None for one in named}
         limits = guards.MaxDelete.parse(max_delete or [])
-    codes = []
+    codes: list[int] = []
+    statuses: list[Status] = []
+    troubles: list[str] = []
     with output.results():
         for one in named:
             try:
@@ -61,13 +65,18 @@ def status(  # noqa: PLR0917 - Typer makes options of them
                         one.name, bucket, policies[one.name], limits, request_secs=REQUEST_SECS, page_secs=PAGE_SECS
                     )
             except HFBucketError as error:
-                show.note(f"{one.name}: no status without a complete listing: {error}")
+                troubles.append(f"{one.name}: no status without a complete listing: {error}")
+                show.note(troubles[-1])
                 codes.append(code_of(error))
                 continue
+            statuses.append(found)
             if as_json:
                 output.line(json.dumps(found.record()))
             else:
                 _show(found)
+    if html is not None:
+        with options_checked():
+            write_page(html, statuses, troubles)
     raise typer.Exit(exits.worst(codes))
 
 

@@ -56,6 +56,10 @@ Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON 
 MetricsFile = Annotated[
     Path | None, typer.Option("--metrics-textfile", metavar="FILE", help="For Prometheus' textfile collector.")
 ]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page for people too, with plots; it loads nothing."),
+]
 Local = Annotated[bool, typer.Option("--local", help="Delete in this process, whatever Ray cluster is configured.")]
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or that of the job.")

@@ -1,6 +1,7 @@
 """`python -m jobs status` on a real local Hub."""
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 from depot import DAY, HOUR, INSTANCE, MODEL, PREFIX, key, mp_key
@@ -76,3 +77,52 @@ def test_a_listing_that_fails_is_no_status(stocked):
 
     assert (ran.code, ran.stdout) == (3, "")
     assert "no status without a complete listing" in ran.stderr
+
+
+class Page(HTMLParser):
+    """What a page shows, and whether its tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.shown, self.links = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "action")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.shown.append(data.strip())
+
+
+def test_a_page_for_people_loads_nothing_and_runs_nothing(stocked, tmp_path):
+    stocked.put({key(1, "org/<script>alert('x')</script>"): b"y" * 9}, age=5 * DAY)
+    path = tmp_path / "status.html"
+
+    ran = stocked.run("status", "--max-age", "1d", "--html", str(path))
+
+    assert ran.code == 0, ran.stderr
+    text = path.read_text()
+    page = Page(text)
+    assert (page.links, "script" in page.tags, "url(" in text, "@import" in text) == ([], False, False, False)
+    assert "org/<script>alert('x')</script>" in page.shown
+    for told in ("28 chunks, 2.6 KiB", "By model", "By age", "below 7d", "The next cleanup deletes", INSTANCE):
+        assert told in page.shown, told
+    assert "The next cleanup would be refused" in text
+    assert page.tags.count("svg") == page.tags.count("rect") > 8
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".status")] == []
+
+
+def test_a_page_says_of_what_nothing_is_known(stocked, tmp_path):
+    stocked.hub.control.add_fault(Fault(route="tree", status=403))
+    path = tmp_path / "status.html"
+    assert stocked.run("status", "--html", str(path)).code == 2
+    assert "no status without a complete listing" in path.read_text()
+    assert stocked.run("status", "--html", "/nowhere/status.html").code == 2
