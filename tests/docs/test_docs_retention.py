@@ -21,6 +21,7 @@ PAGE = ROOT / "docs" / "retention.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(app).commands
 CRONJOB = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/retention-cronjob.yaml").read_text()))
+RAYCRONJOB = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/retention-raycronjob.yaml").read_text()))
 SERVICE = ROOT / "deploy" / "systemd" / "lmcache-retention.service"
 
 
@@ -39,8 +40,8 @@ def in_cronjob():
 def every_command():
     texts = [TEXT, SERVICE.read_text(), (ROOT / "deploy/cron/lmcache-retention").read_text()]
     commands = [command for text in texts for command in shown(text)]
-    line = in_cronjob()
-    return [*commands, line[line.index("jobs") + 1 :]]
+    line, entrypoint = in_cronjob(), shlex.split(RAYCRONJOB[1]["spec"]["jobTemplate"]["entrypoint"])
+    return [*commands, line[line.index("jobs") + 1 :], entrypoint[3:]]
 
 
 @pytest.mark.parametrize("arguments", every_command(), ids=" ".join)
@@ -59,8 +60,8 @@ def test_there_are_commands_in_every_file():
 
 def test_policies_are_taken(tmp_path):
     shown_policies = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    shown_policies.append(CRONJOB[0]["data"]["retention.yaml"])
-    assert len(shown_policies) == 2
+    shown_policies += [files[0]["data"]["retention.yaml"] for files in (CRONJOB, RAYCRONJOB)]
+    assert len(shown_policies) == 3
     for text in shown_policies:
         path = tmp_path / "retention.yaml"
         path.write_text(text)
@@ -74,6 +75,16 @@ def test_the_cronjob_names_an_instance_that_its_policy_has(tmp_path):
     path.write_text(CRONJOB[0]["data"]["lmcache.yaml"])
     assert CRONJOB[1]["spec"]["concurrencyPolicy"] == "Forbid"
     assert [one.name for one in named_instances(path)] == ["hfbucket.us"]
+
+
+def test_the_raycronjob_is_the_cronjob_without_a_cluster():
+    template = RAYCRONJOB[1]["spec"]["jobTemplate"]
+    assert RAYCRONJOB[0] == CRONJOB[0]
+    assert RAYCRONJOB[1]["spec"]["schedule"] == CRONJOB[1]["spec"]["schedule"]
+    assert (template["backoffLimit"], template["shutdownAfterJobFinishes"]) == (0, True)
+    (head,) = template["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert [one["name"] for one in head["env"]] == ["HF_US_TOKEN"]
+    assert head["volumeMounts"] == [{"name": "config", "mountPath": "/config"}]
 
 
 def test_units_hold_together():
