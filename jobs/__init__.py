@@ -15,6 +15,6 @@
                                    ├─ manifest                      what lies in a directory
                                    └─ mirror → run                  what goes at the destination, as a cleanup
 
-`retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` knows of Ray. They delete other people's data, so they
+`retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` and `ray_counts` know of Ray. They delete other people's data, so they
 fail closed.
 """

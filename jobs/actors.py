@@ -1,4 +1,4 @@
-"""Batches on actors of a Ray cluster: the only part of the jobs that knows of Ray.
+"""Batches on actors of a Ray cluster: with `ray_counts` the only part of the jobs that knows of Ray.
 
 The driver confirms the lock before each batch of deletes and says for how long it holds; an actor asks nothing of the Hub
 after that. Settings travel to the actors, tokens never: each takes its own from its node's environment.
@@ -19,6 +19,7 @@ from hfbucket_plugin.metrics import Tally
 from jobs.batch import TRIES, Batch, Ended, Outcome, Result, T, attempt
 from jobs.instance_end import InstanceEnd
 from jobs.moving import How, Moved, Mover
+from jobs.ray_counts import RayCounts
 from warmer.cluster import joined
 from warmer.errors import ClusterError
 
@@ -103,6 +104,7 @@ class _OnActors(Generic[T]):
     ) -> None:
         self.width = width
         self._failed = failed
+        self._counts = RayCounts(instances[-1].name)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(joined(address))
         try:
@@ -134,6 +136,7 @@ class _OnActors(Generic[T]):
             if isinstance(result, HFBucketError):
                 told.set_exception(result)
             else:
+                self._counts.add(result)
                 told.set_result(result)
 
         actor.attempt.remote(batch, not_after, seconds).future().add_done_callback(settle)

@@ -69,9 +69,9 @@ class DirectoryDestination:
         except OSError as error:
             raise ConfigError(f"--to {self.name!r} cannot be written to: {error.strerror}") from None
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
+    def look_up(self, keys: Sequence[str], _deadline: Deadline) -> dict[str, Held]:
         """See `Destination`. The contents are hashed."""
-        return look_up(self._directory, keys, deadline)
+        return look_up(self._directory, keys)
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
         """See `Destination`. What was written is read again, and hashed.

@@ -113,12 +113,11 @@ def moment_of(found: os.stat_result) -> datetime:
     return _EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000)
 
 
-def look_up(directory: Path, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
-    """What a directory holds of some keys, hashed.
+def look_up(directory: Path, keys: Sequence[str]) -> dict[str, Held]:
+    """What a directory holds of some keys, hashed, however long that takes: a disk that is slow is none that hangs.
 
     Raises:
         ConfigError: Something lies there that is no file, or cannot be read.
-        DeadlineError: There was not enough time.
     """
     files: dict[str, tuple[Path, os.stat_result]] = {}
     for key in keys:
@@ -135,7 +134,6 @@ def look_up(directory: Path, keys: Sequence[str], deadline: Deadline) -> dict[st
     held: dict[str, Held] = {}
     names = iter(files)
     while some := list(islice(names, _HASHED_AT_ONCE)):
-        deadline.check(str(directory))
         try:
             hashes = xet_hashes(files[key][0] for key in some)
         except OSError as error:

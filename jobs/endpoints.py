@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.handle import SCHEME
 from hfbucket_plugin.named import named_instances
 from jobs.directory_destination import DirectoryDestination
 from jobs.directory_source import DirectorySource
@@ -72,6 +73,10 @@ def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[
     Raises:
         ConfigError: It names neither an instance nor a directory.
     """
+    if text.startswith(SCHEME):
+        raise ConfigError(
+            f"{option} {text!r}: name the instance that has this bucket_handle; tokens belong to instances"
+        )
     if "/" in text or text in (".", ".."):
         return Endpoint(directory=Path(text).absolute())
     for one in named_instances(None, (), l2_adapters) if l2_adapters else ():

@@ -351,6 +351,7 @@ def test_adapters_of_mp_mode(lane):
     [
         (["--to", US], "same place"),
         (["--to", "mars"], "'mars'"),
+        (["--to", "hf://buckets/org/kv"], "name the instance"),
         (["--mode", "teleport"], "--mode"),
         (["--on-conflict", "fight"], "--on-conflict"),
         (["--rename", "a@"], "OLD=NEW"),

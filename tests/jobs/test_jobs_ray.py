@@ -1,11 +1,16 @@
 """As a schedule runs it: `ray job submit`, on a cluster that `ray start` made, with batches on actors."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
-from depot import DAY, INSTANCE, Depot, key
-from plugin_support import SECRET
+from depot import DAY, INSTANCE, Depot, ended, key
+from plugin_support import SECRET, eventually
 
 from localhub.faults import Fault
 
@@ -39,6 +44,54 @@ def export(*more):
     return ["python", "-m", "jobs", "export", *ends, "--mode", "stream", "--window", "1KB", "--parallel", "2", *more]
 
 
+def scraped(ray):
+    """What the metrics agents of a cluster tell."""
+    (found,) = ray.directory.glob("prom_metrics_service_discovery.json")
+    told = []
+    for target in {target for one in json.loads(found.read_text()) for target in one["targets"]}:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+            told.append(answer.read().decode())
+    return "".join(told)
+
+
+def carriers(ray):
+    """The processes of the actors of a cluster, which its token tells from those of others."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = ray.access["RAY_AUTH_TOKEN"].encode() in (path / "environ").read_bytes()
+            if ours and (path / "cmdline").read_bytes().startswith(b"ray::_Carrier"):
+                found.append(int(path.name))
+    return found
+
+
+def check_that_a_lost_actor_is_made_up_for(ray, hub, directory):
+    """An export from outside of the cluster, through actors of which one is killed, told by the cluster's own metrics."""
+    hub.control.clear_faults()
+    hub.control.add_fault(Fault(route="batch", delay_s=1.0))
+    command = [*export("--rename", "org/model@=org/again@", "--address", ray.address), "--report", "report.jsonl"]
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]],
+        cwd=directory,
+        env=ray._environment(JOBS_TEST_TOKEN=SECRET, PYTHONWARNINGS="ignore"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    report = directory / "report.jsonl"
+    eventually(lambda: process.poll() is not None or (report.exists() and '"streamed"' in report.read_text()), 60)
+    hub.control.add_fault(Fault(route="batch", hang=True))
+    eventually(lambda: process.poll() is not None or "ray_jobs_objects_total" in scraped(ray), 60)
+    assert process.poll() is None, process.communicate()
+    (pid, *_) = carriers(ray)
+    os.kill(pid, signal.SIGKILL)
+    hub.control.clear_faults()
+    ran = ended(process)
+    assert ran.code == 0, ran.stderr
+    assert SECRET not in ran.stdout + ran.stderr
+    return ran.summary
+
+
 def summary_in(log):
     lines = [line for line in log.splitlines() if line.startswith('{"record": "summary"')]
     assert lines, log
@@ -62,7 +115,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
     depot.make_older(depot.paths_of(OLD), 20 * DAY)
     depot.make_older(depot.paths_of(NEW), 1 * DAY)
 
-    with PrivateRay(JOBS_TEST_TOKEN=SECRET) as ray:
+    with PrivateRay(JOBS_TEST_TOKEN=SECRET, RAY_metrics_report_interval_ms="500") as ray:
         refused = ray.submit(directory, *command("--max-delete", "5"))
         assert refused.returncode == 1
         assert "exit code 4" in refused.stdout
@@ -88,5 +141,15 @@ def test_ray_job_submit(hub_factory, tmp_path):
         assert len(there) == summary["chosen"]["objects"] > 10
         assert all(listed[path.replace("kv/eu/", "kv/us/")] == found for path, found in there.items())
         assert SECRET not in refused.stdout + failed.stdout + exported.stdout
+
+        again = check_that_a_lost_actor_is_made_up_for(ray, hub, directory)
+        assert (again["how"], again["failed"]["objects"], again["unfinished"]["objects"]) == ("stream", 0, 0)
+        assert again["streamed"]["objects"] + again["same"]["objects"] == again["chosen"]["objects"] == 41
+        listed = {item.path: item.xet_hash for item in api.list_bucket_tree("org/kv", recursive=True)}
+        copies = {path: found for path, found in listed.items() if path.startswith("kv/eu/org%2Fagain")}
+        assert len(copies) == 41
+        assert all(
+            listed[path.replace("kv/eu/org%2Fagain", "kv/us/org%2Fmodel")] == found for path, found in copies.items()
+        )
         logs = [path for path in ray.directory.rglob("*") if path.is_file() and not path.is_symlink()]
         assert [path for path in logs if SECRET.encode() in path.read_bytes()] == []
