@@ -261,7 +261,8 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move
         seconds: How long one try may take.
 
     Raises:
-        HFBucketError: The Hub did not answer; nothing is known then.
+        TransportError: The Hub did not answer; nothing is known then.
+        HFBucketError: The destination cannot be looked at.
     """
     for move in moves:
         deadline = Deadline.after(seconds)
@@ -273,6 +274,10 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move
             failed = destination.copy(source, {move.to: move.content}, deadline)
         except (RefusedError, AccessDeniedError, BucketMissingError) as error:
             return Method(How.STREAM, f"the Hub refused to copy: {error}")
+        except TransportError as error:
+            raise TransportError(
+                f"whether the Hub copies is not known: {error}. Run again, or give --mode stream"
+            ) from None
         if not failed:
             mover.verify(tried, [move], failed, Moved.COPIED, deadline)
             moved = move if tried.ended else None

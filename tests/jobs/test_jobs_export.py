@@ -241,6 +241,26 @@ def test_single_objects_that_the_hub_does_not_copy_are_streamed(lane):
     assert lane.listing(lane.eu) == lane.listing(lane.us)
 
 
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_hub_that_refuses_copies_as_a_whole_is_believed(lane, status):
+    lane.hub.control.add_fault(Fault(route="batch", status=status, body='{"error": "no copyFile here"}', times=1))
+
+    ran = lane.export()
+
+    assert (ran.code, ran.summary["how"], ran.counts("streamed")) == (0, "stream", [9]), ran.stderr
+    assert "no copyFile here" in ran.summary["why"]
+    assert lane.listing(lane.eu) == lane.listing(lane.us)
+
+
+def test_a_hub_that_does_not_say_whether_it_copies_is_not_guessed_at(lane):
+    lane.hub.control.add_fault(Fault(route="batch", status=500))
+
+    ran = lane.export()
+
+    assert (ran.code, lane.listing(lane.eu)) == (3, {})
+    assert "give --mode stream" in ran.stderr
+
+
 def test_what_fails_is_named_and_a_plan_goes_on(lane, tmp_path):
     lane.hub.control.add_fault(Fault(route="batch", items="%401003%40", items_error="quota of Mars"))
 

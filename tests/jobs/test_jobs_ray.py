@@ -31,6 +31,8 @@ def command(*more):
         "--max-age",
         "14d",
         "--yes",
+        "--plan-dir",
+        "plans",  # in the job's own directory, which goes with the cluster
         "--batch-size",
         "3",
         "--parallel",
@@ -41,7 +43,8 @@ def command(*more):
 
 def export(*more):
     ends = ("--from", INSTANCE, "--to", "hfbucket.eu", "--lmcache-config", "lmcache.yaml")
-    return ["python", "-m", "jobs", "export", *ends, "--mode", "stream", "--window", "1KB", "--parallel", "2", *more]
+    bounds = ("--window", "1KB", "--parallel", "2", "--plan-dir", "plans")
+    return ["python", "-m", "jobs", "export", *ends, "--mode", "stream", *bounds, *more]
 
 
 def scraped(ray):
