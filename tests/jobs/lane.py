@@ -89,7 +89,7 @@ class Lane:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return subprocess.Popen(
             [sys.executable, "-m", "jobs", *self.arguments(*more, source=source, to=to)],
-            env=environment | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            env=environment | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "TMPDIR": str(self.directory)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -159,3 +159,19 @@ def test_times_of_files_lose_nothing(tmp_path):
         data = bytearray(random.Random(1).randbytes(10))
         part = DirectoryDestination(tmp_path)._write(Chunk(data, Content("0" * 64, 10), moment))
         assert moment_of(part.stat()) == moment
+
+
+def test_progress_is_told_now_and_then(capsys):
+    from plugin_support import Clock
+
+    from jobs.guards import Extent
+    from jobs.progress import Progress
+
+    clock = Clock()
+    progress = Progress(Extent(4, 4096), "hfbucket.eu", clock)
+    progress.add(1024)
+    assert capsys.readouterr().err == ""
+    clock.now += 60
+    progress.add(1024)
+    progress.add(1024)
+    assert capsys.readouterr().err == "jobs: hfbucket.eu: 2 objects, 2.0 KiB of 4 objects, 4.0 KiB\n"

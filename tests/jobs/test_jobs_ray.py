@@ -47,6 +47,17 @@ def export(*more):
     return ["python", "-m", "jobs", "export", *ends, "--mode", "stream", *bounds, *more]
 
 
+def exit_codes(ray):
+    """`JobDetails.driver_exit_code` of the jobs that were submitted, in their order."""
+    code = (
+        "import sys\nfrom ray.job_submission import JobSubmissionClient\n"
+        "jobs = [job for job in JobSubmissionClient(sys.argv[1]).list_jobs() if job.submission_id]\n"
+        "print(*[job.driver_exit_code for job in sorted(jobs, key=lambda job: job.start_time)])"
+    )
+    command = [sys.executable, "-c", code, ray.dashboard]
+    return subprocess.run(command, env=ray._environment(), capture_output=True, text=True, check=True).stdout.split()
+
+
 def scraped(ray):
     """What the metrics agents of a cluster tell."""
     (found,) = ray.directory.glob("prom_metrics_service_discovery.json")
@@ -144,6 +155,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
         assert len(there) == summary["chosen"]["objects"] > 10
         assert all(listed[path.replace("kv/eu/", "kv/us/")] == found for path, found in there.items())
         assert SECRET not in refused.stdout + failed.stdout + exported.stdout
+        assert exit_codes(ray) == ["4", "3", "0"]
 
         again = check_that_a_lost_actor_is_made_up_for(ray, hub, directory)
         assert (again["how"], again["failed"]["objects"], again["unfinished"]["objects"]) == ("stream", 0, 0)
