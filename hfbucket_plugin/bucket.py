@@ -200,8 +200,14 @@ class Bucket:
             deadline,
         )
 
-    def delete(self, paths: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
+    def delete(self, paths: Sequence[str], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
         """Delete objects, at once and for ever: the Hub keeps no versions.
+
+        Args:
+            paths: From the root of the bucket.
+            deadline: When to give up.
+            once: Ask now or not at all, and never again: for callers that looked the objects up just before, and would
+                have to do so again before another try.
 
         Returns:
             What failed, by path.
@@ -209,9 +215,11 @@ class Bucket:
         Raises:
             HFBucketError: A request failed as a whole; earlier ones of 1000 paths were done.
         """
-        return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline)
+        return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline, once=once)
 
-    def _batch(self, operations: Sequence[dict[str, Any]], deadline: Deadline) -> dict[str, ItemFailure]:
+    def _batch(
+        self, operations: Sequence[dict[str, Any]], deadline: Deadline, *, once: bool = False
+    ) -> dict[str, ItemFailure]:
         """Send operations, 1000 a request. A batch is no transaction: items fail one by one."""
         failures: dict[str, ItemFailure] = {}
         for start in range(0, len(operations), MAX_BATCH):
@@ -222,7 +230,8 @@ class Bucket:
                 f"{self._api}/batch",
                 route="batch",
                 deadline=deadline,
-                attempts=2,  # adding, copying and deleting again changes nothing
+                attempts=1 if once else 2,  # adding, copying and deleting again changes nothing
+                patient=not once,
                 allow=frozenset({_UNPROCESSABLE}),
                 content="".join(json.dumps(operation) + "\n" for operation in batch).encode(),
                 headers={"Content-Type": "application/x-ndjson"},

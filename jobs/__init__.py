@@ -1,4 +1,20 @@
-"""Export, import and retention cleanup of bucket instances.
+"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, export and import, status.
 
-The room is laid and empty: see the table of what is supported in README.md.
+::
+
+    cli → session → run ─┬─ cleanup, remove → planning → plan     what is to go, as a file
+                         │    policy → retention → ordering
+                         ├─ guards, objects                        what refuses it
+                         ├─ lock → claims, hubclock                one at a time, by the Hub's clock
+                         ├─ apply → batch, executors → actors      what is still as planned is deleted
+                         └─ report, history                        what happened
+
+    cli → command_export → export ─┬─ endpoints → instance_end, directory_source, directory_destination (ends)
+                                   ├─ choosing, rename → export_planning → export_plan
+                                   ├─ moving ← carriers → actors    a try at a batch: by the Hub, or as bytes
+                                   ├─ manifest                      what lies in a directory
+                                   └─ mirror → run                  what goes at the destination, as a cleanup
+
+`retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` and `ray_counts` know of Ray. They delete other people's data, so they
+fail closed.
 """

@@ -13,6 +13,7 @@ from hfbucket_plugin.errors import (
     DeadlineError,
     HFBucketError,
     RefusedError,
+    ThrottledError,
     TransportError,
 )
 from hfbucket_plugin.handle import BucketHandle
@@ -415,3 +416,18 @@ def test_who_is_nobody(guarded, token):
 
     assert denied.value.status == 401
     assert ("not set" in str(denied.value)) == (token is None)
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status": 503}, {"truncate_at": 3}, {"status": 429, "headers": {"Retry-After": "0"}}]
+)
+def test_a_delete_that_is_asked_once_is_not_repeated(hub, bucket, fault):
+    upload(hub.endpoint, bucket, {"a": b"x"})
+    hub.control.reset_counters()
+    hub.control.add_fault(Fault(route="batch", times=1, **fault))
+    with opened(hub.endpoint, bucket) as one:
+        with pytest.raises((TransportError, ThrottledError)):
+            one.delete(["a"], soon(), once=True)
+        assert hub.control.counters().route("batch").requests == 1
+        assert one.delete(["a"], soon(), once=True) == {}
+    assert paths(hub.endpoint, bucket) == []

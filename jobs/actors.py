@@ -1,0 +1,205 @@
+"""Batches on actors of a Ray cluster: with `ray_counts` the only part of the jobs that knows of Ray.
+
+The driver confirms the lock before each batch of deletes and says for how long it holds; an actor asks nothing of the Hub
+after that. Settings travel to the actors, tokens never: each takes its own from its node's environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, Generic
+
+import ray
+import ray.exceptions
+
+from hfbucket_plugin.errors import ConfigError, HFBucketError
+from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.metrics import Tally
+from jobs.batch import TRIES, Batch, Ended, Outcome, Result, T, attempt
+from jobs.instance_end import InstanceEnd
+from jobs.moving import How, Moved, Mover
+from jobs.ray_counts import RayCounts
+from warmer.cluster import joined
+from warmer.errors import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from enum import StrEnum
+
+    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.settings import InstanceSettings
+    from jobs.export_plan import Move
+    from jobs.plan import Item
+
+_REQUEST_SECS: Final = 60.0
+_START_SECS: Final = 120.0
+
+
+class _Deleter:
+    """The actor that deletes: one door to the bucket, one batch at a time."""
+
+    def __init__(self, settings: InstanceSettings, instance: str) -> None:
+        self._settings = settings
+        self._bucket = open_bucket(settings, instance, Tally(), _REQUEST_SECS)
+
+    def tokens(self) -> list[bool]:
+        """Whether its node has a token for the instance."""
+        return [self._settings.resolve_token() is not None]
+
+    def attempt(self, batch: Batch[Item], not_after: datetime, seconds: float) -> Result[Item] | HFBucketError:
+        """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
+        try:
+            return attempt(self._bucket, batch, not_after, seconds)
+        except HFBucketError as error:
+            return error
+
+
+class _Carrier:
+    """The actor that carries bytes from one instance to another, a window of them at a time."""
+
+    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int) -> None:
+        self._settings = [settings for _, settings in ends]
+        source, destination = (InstanceEnd(name, settings) for name, settings in ends)
+        self._mover = Mover(source, destination, How.STREAM, window_bytes)
+
+    def tokens(self) -> list[bool]:
+        """Whether its node has a token for each of the two instances."""
+        return [settings.resolve_token() is not None for settings in self._settings]
+
+    def attempt(self, batch: Batch[Move], _not_after: datetime, seconds: float) -> Result[Move] | HFBucketError:
+        """Try at a batch, as `_Deleter` does."""
+        try:
+            return self._mover.attempt(batch, seconds)
+        except HFBucketError as error:
+            return error
+
+
+class _OnActors(Generic[T]):
+    """Batches on actors, as many as may run at one time.
+
+    Args:
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+        instances: Whose tokens the actors need.
+        failed: What an object is whose actors were lost, again and again.
+        actor: The class of the actors.
+        arguments: Of its constructor.
+
+    Raises:
+        ConfigError: A node lacks the variable of a token.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        address: str | None,
+        instances: Sequence[NamedInstance],
+        failed: StrEnum,
+        *,
+        actor: type,
+        arguments: Sequence[Any],
+    ) -> None:
+        self.width = width
+        self._failed = failed
+        self._counts = RayCounts(instances[-1].name)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(joined(address))
+        try:
+            remote: Any = ray.remote(num_cpus=0, max_restarts=TRIES)(actor)
+            self._idle: list[Any] = [remote.remote(*arguments) for _ in range(width)]
+            have = ray.get([one.tokens.remote() for one in self._idle], timeout=_START_SECS)
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise ClusterError(f"the Ray cluster starts no actors: {str(error).splitlines()[0]}") from None
+        for place, named in enumerate(instances):
+            settings = named.settings
+            if settings.resolve_token() is not None and not all(found[place] for found in have):
+                self.close()
+                raise ConfigError(
+                    f"a node of the Ray cluster lacks {settings.token_env} ({named.setting('token_env')} names it)"
+                )
+
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float) -> Future[Result[T]]:
+        """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
+        actor = self._idle.pop()
+        told: Future[Result[T]] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            self._idle.append(actor)
+            try:
+                result = done.result()
+            except ray.exceptions.RayError as error:
+                result = _lost(batch, self._failed, str(error).splitlines()[0])
+            if isinstance(result, HFBucketError):
+                told.set_exception(result)
+            else:
+                self._counts.add(result)
+                told.set_result(result)
+
+        actor.attempt.remote(batch, not_after, seconds).future().add_done_callback(settle)
+        return told
+
+    def close(self) -> None:
+        """End the actors, and leave the cluster."""
+        self._stack.close()
+
+
+class OnActors(_OnActors["Item"]):
+    """Batches of deletes on actors.
+
+    Args:
+        named: The instance.
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+
+    Raises:
+        ConfigError: A token is written into the configuration, or a node lacks its variable.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(self, named: NamedInstance, width: int, address: str | None) -> None:
+        arguments = (_without_token(named), named.name)
+        super().__init__(width, address, [named], Outcome.FAILED, actor=_Deleter, arguments=arguments)
+
+
+class OnCarriers(_OnActors["Move"]):
+    """Batches of copies on actors, through which the bytes go.
+
+    Args:
+        ends: Where chunks come from, and where they go.
+        window_bytes: Most bytes of chunks in the memory of one actor.
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+
+    Raises:
+        ConfigError: A token is written into the configuration, or a node lacks its variable.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(
+        self, ends: tuple[NamedInstance, NamedInstance], window_bytes: int, width: int, address: str | None
+    ) -> None:
+        own = [(named.name, _without_token(named)) for named in ends]
+        super().__init__(width, address, ends, Moved.FAILED, actor=_Carrier, arguments=(own, window_bytes))
+
+
+def _without_token(named: NamedInstance) -> InstanceSettings:
+    """Settings as they may leave this process."""
+    settings = named.settings.model_copy(update={"token": None})
+    if named.settings.resolve_token() is not None and settings.resolve_token() is None:
+        raise ConfigError(
+            f"{named.setting('token')} is written into the configuration; it would have to travel through Ray, which is "
+            f"never done. Set {settings.token_env} on all nodes, or give --local"
+        )
+    return settings
+
+
+def _lost(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
+    """What came of a try whose actor was lost: nobody knows, so every object is looked up again."""
+    if batch.tries + 1 >= TRIES:
+        return Result(tuple(Ended(item, failed, f"its actor was lost: {why}") for item in batch.items))
+    asked = batch.asked | {item.path for item in batch.items}
+    return Result((), Batch(batch.items, batch.tries + 1, asked))

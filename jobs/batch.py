@@ -1,0 +1,168 @@
+"""One try at one batch: look every object up again, and delete those that are still the ones that were planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import ThrottledError, TransportError
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from jobs.plan import Item
+
+TRIES: Final = 4
+"""Most tries at an object that fails; waiting for the Hub's quota is none."""
+
+_PAUSE_SECS: Final = 1.0
+"""After a 429 that does not say how long to wait."""
+
+
+class Thing(Protocol):
+    """An object that a batch is about."""
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+
+    @property
+    def key(self) -> str:
+        """Its key, or its name."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is in the plan."""
+
+
+T = TypeVar("T", bound=Thing)
+
+
+class Outcome(StrEnum):
+    """How an object ended. The values stand in reports."""
+
+    DELETED = "deleted"
+    GONE = "gone"  # before we came to it
+    CHANGED = "changed"  # written anew since it was planned: it stays
+    TOO_YOUNG = "too-young"  # only a plan that was edited names one
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Generic[T]):
+    """An object that has ended.
+
+    Attributes:
+        item: The object.
+        outcome: How.
+        message: Why, where it failed.
+    """
+
+    item: T
+    outcome: StrEnum
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[T]):
+    """Objects that are to go, or to be copied.
+
+    Attributes:
+        items: At most 1000.
+        tries: How often it was tried.
+        asked: Paths that the Hub was asked to delete or to name, and of which it did not tell what became.
+    """
+
+    items: tuple[T, ...]
+    tries: int = 0
+    asked: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Generic[T]):
+    """What came of a try.
+
+    Attributes:
+        ended: Objects that have ended.
+        left: What is to be tried again; None when nothing is.
+        wait_secs: How long the Hub wants to be left alone.
+    """
+
+    ended: tuple[Ended[T], ...]
+    left: Batch[T] | None = None
+    wait_secs: float = 0.0
+
+
+def attempt(bucket: Bucket, batch: Batch[Item], not_after: datetime, seconds: float) -> Result[Item]:
+    """Try once. What was rewritten or is too young stays; between the look and the delete lies one request.
+
+    Args:
+        bucket: The instance's.
+        batch: What is to go.
+        not_after: An object that was uploaded later is too young.
+        seconds: How long this may take; nothing is asked of the Hub after that.
+
+    Raises:
+        HFBucketError: What will not pass by waiting: no rights, no such bucket.
+    """
+    deadline = Deadline.after(seconds)
+    paths = [item.path for item in batch.items]
+    try:
+        found = bucket.stat(paths, deadline, patient=False)
+    except ThrottledError as error:
+        return Result((), batch, error.retry_after or _PAUSE_SECS)
+    except TransportError as error:
+        return _again(batch, batch.items, batch.asked, dict.fromkeys(paths, str(error)), [])
+    ended, todo = _compare(batch, found, not_after)
+    if not todo:
+        return Result(tuple(ended))
+    left = tuple(todo.values())
+    try:
+        failed = bucket.delete(list(todo), deadline, once=True)
+    except ThrottledError as error:
+        return Result(tuple(ended), Batch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
+    except TransportError as error:
+        return _again(batch, left, batch.asked | todo.keys(), dict.fromkeys(todo, str(error)), ended)
+    ended += [Ended(item, Outcome.DELETED) for path, item in todo.items() if path not in failed]
+    left = tuple(item for path, item in todo.items() if path in failed)
+    return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
+
+
+def _compare(
+    batch: Batch[Item], found: dict[str, ObjectInfo], not_after: datetime
+) -> tuple[list[Ended[Item]], dict[str, Item]]:
+    """What has ended, and by path what is still as planned."""
+    ended: list[Ended[Item]] = []
+    todo: dict[str, Item] = {}
+    for item in batch.items:
+        info = found.get(item.path)
+        if info is None:
+            ended.append(Ended(item, Outcome.DELETED if item.path in batch.asked else Outcome.GONE))
+        elif info.uploaded_at != item.uploaded_at or info.content.xet_hash != item.xet_hash:
+            ended.append(Ended(item, Outcome.CHANGED))
+        elif item.uploaded_at > not_after:
+            ended.append(Ended(item, Outcome.TOO_YOUNG))
+        elif item.path in todo:  # a listing that shifted under its pages names an object twice
+            ended.append(Ended(item, Outcome.GONE))
+        else:
+            todo[item.path] = item
+    return ended, todo
+
+
+def _again(
+    batch: Batch[Item], left: tuple[Item, ...], asked: frozenset[str], why: dict[str, str], ended: list[Ended[Item]]
+) -> Result[Item]:
+    """The result of a try that left something, or the last of it."""
+    tries = batch.tries + 1
+    if not left:
+        return Result(tuple(ended))
+    if tries >= TRIES:
+        return Result((*ended, *(Ended(item, Outcome.FAILED, why[item.path]) for item in left)))
+    return Result(tuple(ended), Batch(left, tries, asked & {item.path for item in left}))

@@ -1,0 +1,112 @@
+"""Claims on an instance, as objects of its bucket tell of them. Pure: which claim holds, which are dead.
+
+A claim is one object that is never written again, so that its `uploaded_at` gives it its place in the queue; renewals are
+objects beside it. Owner, lifetime and number are in the names, so that one listing tells everything:
+
+    <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@claim
+    <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@<number of the renewal>
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote, unquote
+
+from hfbucket_plugin.errors import RefusedError
+from hfbucket_plugin.handle import RESERVED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hfbucket_plugin.bucket import ObjectInfo
+
+DIRECTORY: Final = f"{RESERVED}/locks"
+CLAIM: Final = "claim"
+
+_NAME: Final = re.compile(
+    r"(?P<id>[0-9a-f]{16})@(?P<secs>[1-9][0-9]{0,5})@(?P<owner>[^@/]{1,300})@(?P<part>claim|[0-9]{1,9})"
+)
+_MARGIN: Final = 0.1
+"""Share of its lifetime by which a holder stops early, and others wait longer: clocks are known within bounds only."""
+
+
+class LockHeldError(RefusedError):
+    """Another one holds the instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who claims.
+
+    Attributes:
+        id: Unique.
+        owner: Host, process and what for, in words.
+        seconds: For how long a claim and each of its renewals holds.
+    """
+
+    id: str
+    owner: str
+    seconds: int
+
+    def name(self, part: str) -> str:
+        """The name of an object of the claim, below the instance's prefix."""
+        return f"{DIRECTORY}/{self.id}@{self.seconds}@{quote(self.owner, safe=' :')[:300]}@{part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        holder: Who.
+        since: When the Hub took it; None when only renewals are left of it.
+        renewed: When the Hub took its last object.
+        paths: Of all its objects.
+    """
+
+    holder: Holder
+    since: datetime | None
+    renewed: datetime
+    paths: tuple[str, ...] = field(repr=False)
+
+    @property
+    def rank(self) -> tuple[datetime, str]:
+        """Its place in the queue: the smallest that lives holds."""
+        return self.since or self.renewed, self.holder.id
+
+    @property
+    def stops(self) -> datetime:
+        """When its holder does nothing more, unless it renews before."""
+        return self.renewed + timedelta(seconds=self.holder.seconds * (1 - _MARGIN))
+
+    @property
+    def stale(self) -> datetime:
+        """When others may pass it over."""
+        return self.renewed + timedelta(seconds=self.holder.seconds * (1 + _MARGIN))
+
+
+def claims_in(infos: Iterable[ObjectInfo]) -> list[Claim]:
+    """The claims that a listing of `DIRECTORY` tells of, in their order.
+
+    Raises:
+        RefusedError: An object there is none of a claim: of a newer version perhaps, whose rules are not known here.
+    """
+    parts: dict[Holder, list[tuple[str, ObjectInfo, datetime]]] = {}
+    for info in infos:
+        match = _NAME.fullmatch(info.path.rpartition("/")[2])
+        if match is None or info.uploaded_at is None:
+            raise RefusedError(
+                f"{info.path} lies where locks do and is none that is known: nothing is deleted. If no newer version "
+                "works on this instance, delete it"
+            )
+        holder = Holder(match["id"], unquote(match["owner"]), int(match["secs"]))
+        parts.setdefault(holder, []).append((match["part"], info, info.uploaded_at))
+    return sorted((_claim(holder, found) for holder, found in parts.items()), key=lambda claim: claim.rank)
+
+
+def _claim(holder: Holder, found: list[tuple[str, ObjectInfo, datetime]]) -> Claim:
+    since = next((at for part, _, at in found if part == CLAIM), None)
+    return Claim(holder, since, max(at for _, _, at in found), tuple(info.path for _, info, _ in found))

@@ -1,0 +1,236 @@
+"""A directory as the destination of an export: files appear whole, one export at a time, the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import sqlite3
+import tempfile
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from hfbucket_plugin.errors import ConfigError, IntegrityError, RefusedError
+from hfbucket_plugin.transfer import Content, xet_hashes
+from jobs import manifest
+from jobs.directory_source import chunk_files, look_up, moment_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from hfbucket_plugin.deadlines import Deadline
+    from jobs.ends import Chunk, Held
+
+_PART: Final = ".part-"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+"""What file systems without hard links say."""
+
+
+class DirectoryDestination:
+    """A directory to export to.
+
+    Args:
+        directory: For the chunks; made where it is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The directory."""
+        return str(self._directory)
+
+    def begin(self) -> None:
+        """Keep other exports out, and take away what a killed one left.
+
+        Raises:
+            RefusedError: Another export writes to it; or its manifest is damaged.
+            ConfigError: It cannot be made, or not be written to.
+        """
+        if self._number is not None:
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._number = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in self._directory.glob(f"{_PART}*"):
+                left.unlink()
+        except BlockingIOError:
+            raise RefusedError(
+                f"another export writes to {self.name!r} now; nothing is copied. Run again later"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"--to {self.name!r} cannot be written to: {error.strerror}") from None
+
+    def look_up(self, keys: Sequence[str], _deadline: Deadline) -> dict[str, Held]:
+        """See `Destination`. The contents are hashed."""
+        return look_up(self._directory, keys)
+
+    def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
+        """See `Destination`. What was written is read again, and hashed.
+
+        Raises:
+            OSError: There is no room, or the disk fails.
+        """
+        staged: dict[str, Any] = {}
+        try:
+            for key, chunk in chunks.items():
+                deadline.check(key)
+                staged[key] = self._write(chunk)
+            written = {key: one for key, one in staged.items() if isinstance(one, Path)}
+            for (key, part), xet_hash in zip(written.items(), xet_hashes(written.values()), strict=True):
+                chunk = chunks[key]
+                found = Content(xet_hash, part.stat().st_size)
+                if found != chunk.content:
+                    part.unlink()
+                    staged[key] = IntegrityError(
+                        f"{key}: its bytes have the hash {found.xet_hash}, and should have {chunk.content.xet_hash}; they "
+                        "were not kept. Its copy at the source is damaged"
+                    )
+        except BaseException:
+            self.drop(staged)
+            raise
+        return staged
+
+    def _write(self, chunk: Chunk) -> Path:
+        part = self._directory / f"{_PART}{secrets.token_hex(8)}"
+        try:
+            with part.open("xb") as out:
+                out.write(chunk.data)
+                out.flush()
+                if chunk.uploaded_at is not None:
+                    nanos = (chunk.uploaded_at - _EPOCH) // timedelta(microseconds=1) * 1000
+                    os.utime(out.fileno(), ns=(nanos, nanos))
+                os.fsync(out.fileno())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return part
+
+    def publish(self, staged: Mapping[str, Path], replacing: frozenset[str], _deadline: Deadline) -> dict[str, str]:
+        """See `Destination`."""
+        failed: dict[str, str] = {}
+        for key, part in staged.items():
+            path = self._directory / manifest.file_name(key)
+            try:
+                _move(part, path, replace=key in replacing)
+            except FileExistsError:
+                failed[key] = f"{str(path)!r} appeared meanwhile, and stays"
+            except OSError as error:
+                failed[key] = f"{str(path)!r} cannot be written: {error.strerror}"
+        return failed
+
+    def drop(self, staged: Mapping[str, Any]) -> None:
+        """See `Destination`."""
+        for part in staged.values():
+            if isinstance(part, Path):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    def finish(self, known: Known) -> int:
+        """Write the manifest: every chunk that lies here, whoever brought it.
+
+        Args:
+            known: What was written now. What else lies here is hashed, unless the present manifest knows it.
+
+        Returns:
+            How many there are.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        try:
+            with contextlib.suppress(manifest.ManifestError):
+                known.add_older(manifest.read(self._directory))
+            return manifest.write(self._directory, known.lying_in(self._directory))
+        except OSError as error:
+            raise ConfigError(f"{self.name!r}: its manifest cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Let other exports in."""
+        if self._number is not None:
+            os.close(self._number)
+            self._number = None
+
+
+def _move(part: Path, path: Path, *, replace: bool) -> None:
+    """Give a file its name; one that has it already is replaced only where that was wanted."""
+    if not replace:
+        try:
+            path.hardlink_to(part)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "File exists") from None
+        else:
+            part.unlink()
+            return
+    part.replace(path)
+
+
+class Known:
+    """Files whose hash is known, in a temporary file. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="manifest-")
+        self._base = sqlite3.connect(
+            Path(self._directory.name, "known.sqlite"), isolation_level=None, check_same_thread=False
+        )
+        self._base.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE known (key TEXT PRIMARY KEY, hash TEXT, size INTEGER, at TEXT) WITHOUT ROWID;"
+            "CREATE TABLE there (key TEXT PRIMARY KEY, hash TEXT, size INTEGER, at TEXT) WITHOUT ROWID; BEGIN"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.close()
+        self._directory.cleanup()
+
+    def add(self, line: manifest.Line) -> None:
+        """Note a file that was written now."""
+        self._base.execute("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", _row(line))
+
+    def add_older(self, lines: Iterator[manifest.Line]) -> None:
+        """Note files of an earlier manifest."""
+        self._base.executemany("INSERT OR IGNORE INTO known VALUES (?, ?, ?, ?)", (_row(line) for line in lines))
+
+    def lying_in(self, directory: Path) -> Iterator[manifest.Line]:
+        """What lies in a directory, by key.
+
+        A hash is believed where size and time are those of the file that had it; else the file is hashed.
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        passed_by: Counter[str] = Counter()
+        for key, path, found in chunk_files(directory, passed_by):
+            line = self._line(key, found) or manifest.Line(
+                key, Content(xet_hashes([path])[0], found.st_size), moment_of(found)
+            )
+            self._base.execute("INSERT OR REPLACE INTO there VALUES (?, ?, ?, ?)", _row(line))
+        rows = self._base.execute("SELECT key, hash, size, at FROM there ORDER BY key")
+        for key, xet_hash, size, at in rows:
+            yield manifest.Line(key, Content(xet_hash, size), None if at is None else datetime.fromisoformat(at))
+
+    def _line(self, key: str, found: os.stat_result) -> manifest.Line | None:
+        row = self._base.execute("SELECT hash, size, at FROM known WHERE key = ?", (key,)).fetchone()
+        if row is None or row[2] is None or row[1] != found.st_size:
+            return None
+        at = datetime.fromisoformat(row[2])
+        return manifest.Line(key, Content(row[0], row[1]), at) if at == moment_of(found) else None
+
+
+def _row(line: manifest.Line) -> tuple[str, str, int, str | None]:
+    at = None if line.uploaded_at is None else line.uploaded_at.isoformat()
+    return line.key, line.content.xet_hash, line.content.size, at

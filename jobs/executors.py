@@ -1,0 +1,57 @@
+"""Where batches are tried: in this process, or on actors of the configured Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final
+
+from jobs.apply import InProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.named import NamedInstance
+    from jobs.apply import Executor
+    from jobs.plan import Item
+    from jobs.run import Order
+
+_RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+"""Without one of them no cluster is configured (`warmer.cluster`)."""
+
+
+@contextlib.contextmanager
+def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Executor[Item]]:
+    """An executor as an order wants it, ended at the end.
+
+    Raises:
+        HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
+    """
+    if order.local:
+        executor: Executor[Item] = InProcess(bucket, order.parallel)
+    else:
+        from jobs.actors import OnActors  # noqa: PLC0415 - Ray takes a second to import
+
+        executor = OnActors(named, order.parallel, order.address)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def in_process(address: str | None, *, local: bool) -> bool:
+    """Whether to delete in this process: when that was asked for, or no Ray cluster is configured.
+
+    Args:
+        address: `--address`.
+        local: `--local`.
+
+    Raises:
+        ConfigError: The address is of a kind that cannot be used.
+    """
+    if local or not (address or any(os.environ.get(name) for name in _RAY_VARIABLES)):
+        return True
+    from warmer.cluster import configured_address  # noqa: PLC0415 - Ray takes a second to import
+
+    return configured_address(address) is None

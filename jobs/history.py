@@ -1,0 +1,76 @@
+"""The last report of each kind of job, kept in the bucket: a submitted job has no disk of its own.
+
+It lies at `<prefix>/.hfbucket/reports/<job>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.handle import RESERVED
+from jobs import small
+from jobs.guards import Extent, GuardError
+
+if TYPE_CHECKING:
+    from hfbucket_plugin.bucket import Bucket
+    from jobs.report import Summary
+
+DIRECTORY: Final = f"{RESERVED}/reports"
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What the last run told.
+
+    Attributes:
+        job: Which.
+        at: When the Hub took its report.
+        left: What it left of the instance.
+        record: All of it.
+    """
+
+    job: str
+    at: datetime
+    left: Extent
+    record: dict[str, Any]
+
+
+def last_run(bucket: Bucket, request_secs: float) -> Last | None:
+    """The newest report of any job, or None when there is none.
+
+    Raises:
+        GuardError: There is one that cannot be read: nobody knows then what there should be.
+        HFBucketError: The Hub did not tell.
+    """
+    prefix = bucket.handle.join(f"{DIRECTORY}/")
+    oldest = datetime.min.replace(tzinfo=UTC)
+    infos = sorted(bucket.list_objects(prefix, request_secs), key=lambda info: info.uploaded_at or oldest)
+    if not infos:
+        return None
+    newest = infos[-1]
+    record = small.read_json(bucket, newest, Deadline.after(request_secs))
+    try:
+        left = Extent.from_record(record.get("left"))
+    except ValueError as error:
+        raise GuardError(
+            f"{newest.path} is no report of ours ({error}): nothing is deleted. Delete it, and give --accept-shrunk once"
+        ) from None
+    return Last(str(record.get("job")), newest.uploaded_at or oldest, left, record)
+
+
+def keep(bucket: Bucket, summary: Summary, request_secs: float) -> None:
+    """Keep a report in the bucket, in place of the last one of its kind.
+
+    Raises:
+        HFBucketError: It is not kept.
+    """
+    # The plan's place is on the machine of the run, and no concern of those who read the bucket.
+    record = {name: value for name, value in summary.record().items() if name != "plan"}
+    record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    deadline = Deadline.after(request_secs)
+    content = small.upload(bucket, json.dumps(record).encode(), deadline)
+    small.put(bucket, f"{DIRECTORY}/{summary.job}.json", content, deadline)

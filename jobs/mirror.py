@@ -1,0 +1,83 @@
+"""What a mirror deletes at its destination: chunks of the choice that the source does not have. Guarded as a cleanup is."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import parse_key
+from hfbucket_plugin.transfer import Content
+from jobs.planning import by_age
+from jobs.retention import Decision, Entry, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from datetime import datetime, timedelta
+
+    from jobs.instance_end import InstanceEnd
+    from jobs.rename import Renames
+    from warmer.choose import Choice
+
+JOB: Final = "mirror"
+
+_PAGE: Final = 1000
+_LOOK_UP_SECS: Final = 330.0
+_PARTS: Final = ("since", "newest", "max_bytes", "keys_from", "prompts")
+
+
+def check_mirror(choice: Choice, renames: Renames, *, directories: bool) -> None:
+    """Refuse what a mirror cannot be of: only names say what both ends should have.
+
+    Raises:
+        ConfigError: The choice goes by more than names, or one of the ends is a directory.
+    """
+    if directories:
+        raise ConfigError("--mirror works between two instances: files of a directory are yours to delete")
+    if renames.rules:
+        raise ConfigError("--mirror and --rename contradict each other: the source does not have the copies' names")
+    flags = [f"--{name.replace('_', '-')}" for name in _PARTS if getattr(choice, name) not in (None, ())]
+    if flags:
+        raise ConfigError(
+            f"--mirror and {', '.join(flags)} contradict each other: what was not chosen would be deleted. Choose by names "
+            "(--prefix, --model, --world-size, --workers, --include, --exclude)"
+        )
+
+
+class NotAtSource:
+    """A selection: chunks of a choice that the source does not have now.
+
+    Args:
+        source: The source of the mirror.
+        choice: Which chunks the mirror is about.
+        min_age: Nothing younger goes.
+    """
+
+    def __init__(self, source: InstanceEnd, choice: Choice, min_age: timedelta) -> None:
+        self._source = source
+        self._choice = choice
+        self._min_age = min_age
+
+    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+        """Decide upon the chunks, a page at a time: the source is asked for each by name."""
+        chosen = self._choice.filter(now)
+        entries = iter(entries)
+        while page := list(itertools.islice(entries, _PAGE)):
+            ours = {entry.key for entry in page if chosen(_chunk(entry))}
+            there = self._source.look_up(sorted(ours), Deadline.after(_LOOK_UP_SECS)) if ours else {}
+            for entry in page:
+                if entry.key in ours and entry.key not in there:
+                    yield by_age(entry, now, self._min_age, Reason.NOT_AT_SOURCE)
+                else:
+                    yield Decision(entry, Reason.KEPT, delete=False)
+
+    @staticmethod
+    def foreign(entry: Entry, _now: datetime) -> Decision:
+        """What is no chunk stays."""
+        return Decision(entry, Reason.KEPT, delete=False)
+
+
+def _chunk(entry: Entry) -> ChunkEntry:
+    return ChunkEntry(entry.key, parse_key(entry.key), Content(entry.xet_hash, entry.size), entry.uploaded_at)

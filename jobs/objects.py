@@ -1,0 +1,103 @@
+"""What the objects of an instance are to the jobs: chunks, or what is never deleted unless it is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from hfbucket_plugin.catalog import chunk_entry
+from hfbucket_plugin.handle import RESERVED
+from hfbucket_plugin.keys import is_probe
+from jobs.retention import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.catalog import ChunkEntry
+    from hfbucket_plugin.handle import BucketHandle
+
+
+class Kind(StrEnum):
+    """What an object is. The values stand in plans and reports."""
+
+    CHUNK = "chunk"
+    PROBE = "probe"  # with which LMCache's health monitor tests a backend
+    FOREIGN = "foreign"  # a name that does not parse, or a nested path
+    NEIGHBOUR = "neighbour"  # of another instance that the configuration names
+    OWN = "own"  # ours, below `.hfbucket/`: never deleted, whatever is asked for
+
+    @property
+    def foreign(self) -> bool:
+        """Whether `--foreign delete` names it."""
+        return self in (Kind.PROBE, Kind.FOREIGN)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object of a listing.
+
+    Attributes:
+        info: As the Hub lists it.
+        kind: What it is.
+        name: Of the object, below the instance's prefix.
+        chunk: Its key, where it has one.
+    """
+
+    info: ObjectInfo
+    kind: Kind
+    name: str
+    chunk: ChunkEntry | None
+
+    @property
+    def entry(self) -> Entry:
+        """The object as retention looks at it: one that has no key goes by its name."""
+        content = self.info.content
+        key = self.chunk.text if self.chunk is not None else self.name
+        return Entry(key, content.xet_hash, content.size, self.info.uploaded_at)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name below an instance's prefix is ours, or that of an instance nested in it."""
+    return RESERVED in name.split("/")
+
+
+class Classifier:
+    """Says what the objects of an instance are.
+
+    Args:
+        bucket: The instance's.
+        neighbours: The handles of all instances that the configuration names: what lies below the prefix of another
+            one is not this one's, nested though it may be.
+    """
+
+    def __init__(self, bucket: Bucket, neighbours: Sequence[BucketHandle] = ()) -> None:
+        self._bucket = bucket
+        own, head = bucket.handle, bucket.handle.join("")
+        others = [f"{other.prefix}/" for other in neighbours if other.bucket_id == own.bucket_id and other.prefix]
+        self._nested = tuple(other for other in others if other.startswith(head) and other != head)
+
+    def classify(self, info: ObjectInfo) -> Listed | None:
+        """Say what an object is; None where it does not lie below the instance's prefix at all."""
+        name = self._bucket.handle.relative(info.path)
+        if name is None:
+            return None
+        chunk = chunk_entry(self._bucket, info)
+        if is_reserved(name):
+            return Listed(info, Kind.OWN, name, None)
+        if chunk is not None:
+            return Listed(info, Kind.PROBE if is_probe(chunk.text) else Kind.CHUNK, name, chunk)
+        nested = info.path.startswith(self._nested)
+        return Listed(info, Kind.NEIGHBOUR if nested else Kind.FOREIGN, name, None)
+
+    def walk(self, page_secs: float) -> Iterator[Listed]:
+        """Stream all objects of the instance.
+
+        Raises:
+            HFBucketError: A page did not come: what was yielded is no complete listing.
+        """
+        for info in self._bucket.list_objects(self._bucket.handle.join(""), page_secs):
+            listed = self.classify(info)
+            if listed is not None:
+                yield listed

@@ -1,0 +1,352 @@
+"""What is to be deleted, as a JSONL file: a header, one object a line, and an end without which it is no plan.
+
+A plan may be read, kept, and cut: lines taken out are objects that stay. It is applied by `jobs.apply`, as often as wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Self
+
+from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
+from hfbucket_plugin.handle import BucketHandle
+from hfbucket_plugin.keys import decode_name, is_probe, parse_key
+from jobs.guards import Extent, MaxDelete
+from jobs.objects import is_reserved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a plan is for.
+
+    Attributes:
+        job: `cleanup` or `rm`.
+        instance: Whose objects.
+        bucket: Its handle.
+        made_at: When it was planned.
+        clock: Whose clock that is: `hub` or `local`.
+        min_age: Nothing younger may be deleted.
+        max_delete: Most that may be deleted.
+        foreign: Whether objects that are no chunks may be deleted.
+        config: The LMCache YAML that names the instance; None where it was named by an adapter's JSON.
+        wanted: The policy, or what was asked for.
+    """
+
+    job: str
+    instance: str
+    bucket: BucketHandle
+    made_at: datetime
+    clock: str
+    min_age: timedelta
+    max_delete: MaxDelete
+    foreign: bool = False
+    config: str | None = None
+    wanted: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "record": "plan",
+            "version": VERSION,
+            "job": self.job,
+            "instance": self.instance,
+            "bucket": str(self.bucket),
+            "made_at": self.made_at.isoformat(),
+            "clock": self.clock,
+            "min_age_seconds": self.min_age.total_seconds(),
+            "max_delete": self.max_delete.record(),
+            "foreign": self.foreign,
+            "config": self.config,
+            "wanted": self.wanted,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Header:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no header, or of another version.
+        """
+        if record.get("record") != "plan" or record.get("version") != VERSION:
+            raise ValueError(f"this is no plan of version {VERSION}")
+        texts = [record.get(name) for name in ("job", "instance", "bucket", "made_at", "clock")]
+        config = record.get("config")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(config, str | None):
+            raise ValueError("a plan's header needs job, instance, bucket, made_at and clock, as texts")
+        return cls(
+            record["job"],
+            record["instance"],
+            BucketHandle.parse(record["bucket"]),
+            _moment(record["made_at"]),
+            record["clock"],
+            timedelta(seconds=float(record["min_age_seconds"])),
+            MaxDelete.from_record(record.get("max_delete")),
+            record.get("foreign") is True,
+            config,
+            record.get("wanted", {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One object that is to go, if it is still the one that was listed.
+
+    Attributes:
+        path: From the root of the bucket.
+        key: Its key; of what is no chunk, its name.
+        xet_hash: Of its content.
+        size: Bytes.
+        uploaded_at: When the Hub took it.
+        reason: Why it goes.
+    """
+
+    path: str
+    key: str
+    xet_hash: str
+    size: int
+    uploaded_at: datetime
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": self.path,
+            "key": self.key,
+            "xet_hash": self.xet_hash,
+            "size": self.size,
+            "uploaded_at": self.uploaded_at.isoformat(),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Item:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        texts = [record.get(name) for name in ("path", "key", "xet_hash", "uploaded_at", "reason")]
+        nbytes = record.get("size")
+        if not all(isinstance(text, str) for text in texts) or type(nbytes) is not int or nbytes < 0:
+            raise ValueError("an object of a plan needs path, key, xet_hash, size, uploaded_at and reason")
+        at = _moment(record["uploaded_at"])
+        return cls(record["path"], record["key"], record["xet_hash"], nbytes, at, record["reason"])
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What was found while planning.
+
+    Attributes:
+        listed: The objects of the instance: chunks, and what `foreign` names.
+        planned: Those that are to go.
+        by_reason: Those, by model and reason. What is no chunk has no model.
+        kept: Those that stay, by reason.
+        passed_by: Objects that are none of the instance's, by kind.
+    """
+
+    listed: Extent
+    planned: Extent
+    by_reason: dict[tuple[str, str], Extent]
+    kept: dict[str, Extent]
+    passed_by: dict[str, Extent]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "listed": self.listed.record(),
+            "planned": self.planned.record(),
+            "by_reason": [
+                {"model": model, "reason": reason} | extent.record()
+                for (model, reason), extent in sorted(self.by_reason.items())
+            ],
+            "kept": {reason: extent.record() for reason, extent in sorted(self.kept.items())},
+            "passed_by": {kind: extent.record() for kind, extent in sorted(self.passed_by.items())},
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Totals:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        named = {(one["model"], one["reason"]): Extent.from_record(one) for one in record["by_reason"]}
+        kept, passed_by = (
+            {name: Extent.from_record(one) for name, one in record[part].items()} for part in ("kept", "passed_by")
+        )
+        listed, planned = (Extent.from_record(record[part]) for part in ("listed", "planned"))
+        return cls(listed, planned, named, kept, passed_by)
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return moment
+
+
+class PlanWriter:
+    """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
+
+    Args:
+        path: Of the plan.
+        header: What it is for.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self._path = path
+        self._planned = Extent()
+        self._by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, self._part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        except OSError as error:
+            raise ConfigError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
+        self._out: IO[str] = os.fdopen(fd, "w", encoding="utf-8")
+        self._write(header.record())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+        Path(self._part).unlink(missing_ok=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._out.write(json.dumps(record) + "\n")
+
+    def add(self, item: Item, model: str) -> None:
+        """Plan the deletion of an object."""
+        self._write(item.record())
+        self._planned = self._planned.plus(item.size)
+        group = (model, item.reason)
+        self._by_reason[group] = self._by_reason[group].plus(item.size)
+
+    def finish(self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent]) -> None:
+        """End the plan: from now on it is there."""
+        totals = Totals(listed, self._planned, dict(self._by_reason), kept, passed_by)
+        self._write({"record": "end"} | totals.record())
+        self._out.flush()
+        os.fsync(self._out.fileno())
+        Path(self._part).replace(self._path)
+
+
+class PlanFile:
+    """A plan on disk.
+
+    Attributes:
+        path: Of the file.
+        header: What it is for.
+        totals: What was found while planning.
+        left: What is still in it: less than planned where lines were taken out.
+    """
+
+    def __init__(self, path: Path, header: Header, totals: Totals, left: Extent) -> None:
+        self.path = path
+        self.header = header
+        self.totals = totals
+        self.left = left
+
+    @classmethod
+    def open(cls, path: Path) -> PlanFile:
+        """Read a plan, every line of it.
+
+        Raises:
+            ConfigError: It cannot be read, is none, or is not whole.
+            RefusedError: It names what is never deleted, or more than was planned.
+        """
+        reader = _Reader()
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    reader.take(line)
+        except OSError as error:
+            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+        except RefusedError as error:
+            raise RefusedError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
+        header, totals, left = reader.header, reader.totals, reader.left
+        if header is None or totals is None:
+            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
+        if left.objects > totals.planned.objects:
+            raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
+        return cls(path, header, totals, left)
+
+    def items(self) -> Iterator[Item]:
+        """What is to go, in the plan's order.
+
+        Raises:
+            OSError: The file cannot be read any more.
+        """
+        with self.path.open(encoding="utf-8") as lines:
+            next(lines)
+            for line in lines:
+                record = json.loads(line)
+                if record.get("record") == "end":
+                    return
+                yield Item.from_record(record)
+
+
+class _Reader:
+    """Reads a plan line by line."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.header: Header | None = None
+        self.totals: Totals | None = None
+        self.left = Extent()
+
+    def take(self, line: str) -> None:
+        self.number += 1
+        record = _record(line)
+        if self.totals is not None:
+            raise ValueError("there is more after its end")
+        if self.header is None:
+            self.header = Header.from_record(record)
+        elif record.get("record") == "end":
+            self.totals = Totals.from_record(record)
+        else:
+            item = Item.from_record(record)
+            _expect_allowed(item, self.header)
+            self.left = self.left.plus(item.size)
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("this line is no JSON object")  # noqa: TRY004 - worded like every other fault of a plan
+    return record
+
+
+def _expect_allowed(item: Item, header: Header) -> None:
+    """Refuse what no plan of ours would name, whoever wrote it there."""
+    name = header.bucket.relative(item.path)
+    if name is None or is_reserved(name):
+        raise RefusedError(f"{item.path!r} is never deleted: nothing is")
+    if header.foreign:
+        return
+    try:
+        text = decode_name(name)
+        parse_key(text)
+    except KeyFormatError:
+        text = None
+    if text is None or text != item.key or is_probe(text):
+        raise RefusedError(
+            f"{item.path!r} is no chunk of that key, and --foreign delete was not given: nothing is deleted"
+        )

@@ -1,0 +1,116 @@
+"""A listing, turned into a plan: what is to go, and what was found on the way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
+from hfbucket_plugin.keys import encode_name
+from jobs.guards import Extent, GuardError
+from jobs.objects import Kind
+from jobs.plan import Item
+from jobs.retention import Decision, Entry, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime, timedelta
+
+    from jobs.objects import Listed
+    from jobs.plan import Header, PlanWriter
+
+TICK_OBJECTS: Final = 1000
+"""As many as a page has."""
+
+
+class Selection(Protocol):
+    """What is to go."""
+
+    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+        """Decide upon the chunks, in any order."""
+
+    def foreign(self, entry: Entry, now: datetime) -> Decision:
+        """Decide upon what is no chunk, where that is to go."""
+
+
+class Planning:
+    """Counts a listing, and writes what is to go into a plan.
+
+    Args:
+        header: Of the plan.
+        selection: What is to go.
+        writer: Of the plan.
+        tick: Called for every page: what must be done meanwhile.
+
+    Attributes:
+        listed: The objects of the instance.
+        seen: All objects of the listing.
+    """
+
+    def __init__(self, header: Header, selection: Selection, writer: PlanWriter, tick: Callable[[], None]) -> None:
+        self._header = header
+        self._selection = selection
+        self._writer = writer
+        self._tick = tick
+        self.listed = Extent()
+        self.seen = 0
+        self.kept: defaultdict[str, Extent] = defaultdict(Extent)
+        self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
+
+    def run(self, listing: Iterable[Listed]) -> None:
+        """Plan a listing.
+
+        Raises:
+            GuardError: It did not come whole.
+            HFBucketError: It never will: no rights, no such bucket.
+        """
+        now = self._header.made_at
+        for decision in self._selection.chunks(self._chunks(listing), now):
+            self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
+
+    def _chunks(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+        for one in _whole(listing):
+            if self.seen % TICK_OBJECTS == 0:
+                self._tick()
+            self.seen += 1
+            entry = one.entry
+            if one.kind is Kind.CHUNK:
+                self.listed = self.listed.plus(entry.size)
+                yield entry
+            elif one.kind.foreign and self._header.foreign:
+                self.listed = self.listed.plus(entry.size)
+                self._take(self._selection.foreign(entry, self._header.made_at), one.info.path, "")
+            else:
+                self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+
+    def _take(self, decision: Decision, path: str, model: str) -> None:
+        entry = decision.entry
+        if not decision.delete or entry.uploaded_at is None:
+            reason = str(decision.reason)
+            self.kept[reason] = self.kept[reason].plus(entry.size)
+            return
+        item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason))
+        self._writer.add(item, model)
+
+    def finish(self) -> None:
+        """End the plan."""
+        self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by))
+
+
+def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:
+    """A listing that refuses where it breaks off."""
+    try:
+        yield from listing
+    except (AccessDeniedError, BucketMissingError, ConfigError, RefusedError):
+        raise
+    except HFBucketError as error:
+        raise GuardError(f"the listing is not complete, so nothing is deleted: {error}") from None
+
+
+def by_age(entry: Entry, now: datetime, min_age: timedelta, reason: Reason) -> Decision:
+    """Delete whatever is old enough to be deleted at all."""
+    if entry.uploaded_at is None:
+        return Decision(entry, Reason.NO_DATE, delete=False)
+    if now - entry.uploaded_at < min_age:
+        return Decision(entry, Reason.TOO_YOUNG, delete=False)
+    return Decision(entry, reason, delete=True)

@@ -1,0 +1,230 @@
+"""What happened to the objects of an instance: counted, and named in a JSONL file. Pure but for that file."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import prometheus_client
+
+from hfbucket_plugin.errors import ConfigError
+from jobs import exits
+from jobs.batch import Outcome
+from jobs.guards import Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from enum import StrEnum
+    from pathlib import Path
+
+    from jobs.batch import Ended
+    from jobs.plan import Header, PlanFile
+    from jobs.session import Summary as Told
+
+NAMED_FAILURES: Final = 1000
+"""Failed objects that a summary names; the report file names all."""
+
+
+class ReportFile:
+    """The file that `--report` names: for each instance a header, a line an object, and a summary; thread-safe.
+
+    Args:
+        path: Of the file; None for none.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._out: IO[str] | None = path.open("w", encoding="utf-8") if path else None
+        except OSError as error:
+            raise ConfigError(f"--report {str(path)!r} cannot be written: {error.strerror}") from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line."""
+        with self._lock:
+            if self._out is not None:
+                self._out.write(json.dumps(record) + "\n")
+                self._out.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        if self._out is not None:
+            self._out.close()
+
+
+class Tally:
+    """Counts the objects of one plan as they end.
+
+    Args:
+        file: Where each is named.
+
+    Attributes:
+        ended: How much ended, by outcome.
+        failures: The first objects that failed.
+    """
+
+    def __init__(self, file: ReportFile) -> None:
+        self.ended: defaultdict[StrEnum, Extent] = defaultdict(Extent)
+        self.failures: list[dict[str, str]] = []
+        self._file = file
+
+    def add(self, ended: Ended[Any]) -> None:
+        """Count an object."""
+        item = ended.item
+        self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
+        told = {"message": ended.message} if ended.message else {}
+        self._file.write(
+            {"record": "object", "path": item.path, "key": item.key, "size": item.size, "reason": item.reason}
+            | {"outcome": str(ended.outcome)}
+            | told
+        )
+        if ended.outcome == Outcome.FAILED and len(self.failures) < NAMED_FAILURES:
+            self.failures.append({"path": item.path, "message": ended.message})
+
+    @property
+    def all_ended(self) -> Extent:
+        """How much ended, well or not."""
+        extents = self.ended.values()
+        return Extent(sum(one.objects for one in extents), sum(one.bytes for one in extents))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came of a job on one instance.
+
+    Attributes:
+        job: `cleanup` or `rm`.
+        instance: Which.
+        bucket: Its handle.
+        code: The exit code.
+        applied: Whether anything was to be deleted; a plan that is only shown is not.
+        message: Why it did not end well; empty where it did.
+        plan: The plan, where there is one.
+        ended: How much ended, by outcome.
+        failures: The first objects that failed.
+        seconds: How long it took.
+        absent: Keys that were asked for and are not there.
+    """
+
+    job: str
+    instance: str
+    bucket: str
+    code: int
+    applied: bool
+    message: str = ""
+    plan: PlanFile | None = None
+    ended: dict[StrEnum, Extent] = field(default_factory=dict)
+    failures: tuple[dict[str, str], ...] = ()
+    seconds: float = 0.0
+    absent: tuple[str, ...] = ()
+
+    @property
+    def unfinished(self) -> Extent:
+        """What was planned and has not ended."""
+        if self.plan is None or not self.applied:
+            return Extent()
+        left = self.plan.left
+        for extent in self.ended.values():
+            left = left.minus(extent)
+        return left
+
+    @property
+    def left(self) -> Extent:
+        """What the instance has now, as far as this job knows."""
+        if self.plan is None:
+            return Extent()
+        left = self.plan.totals.listed
+        for outcome in (Outcome.DELETED, Outcome.GONE):
+            left = left.minus(self.ended.get(outcome, Extent()))
+        return left
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        if self.message:
+            yield f"{exits.RESULTS[self.code]}: {self.message}"
+        if self.absent:
+            yield f"{len(self.absent)} keys that were asked for are not there, such as {self.absent[0]!r}"
+        if self.plan is not None and not self.applied:
+            yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
+            return
+        if self.ended:
+            yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
+        if self.plan is not None and self.code in (exits.FAILED, exits.INTERRUPTED):
+            yield f"to go on: python -m jobs apply {self.plan.path} --yes"
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics."""
+        deleted, failed = (self.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
+        known: dict[str, float] = {} if self.plan is None else {"objects": self.left.objects, "bytes": self.left.bytes}
+        return known | {
+            "deleted_objects": deleted.objects,
+            "deleted_bytes": deleted.bytes,
+            "failed_objects": failed.objects,
+            "unfinished_objects": self.unfinished.objects,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; the fields are described in `docs/retention.md`."""
+        code = self.code
+        result = exits.RESULTS[code] if self.applied or code else "planned"
+        record: dict[str, Any] = {
+            "record": "summary",
+            "job": self.job,
+            "instance": self.instance,
+            "bucket": self.bucket,
+            "result": result,
+            "exit_code": code,
+            "message": self.message,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.plan is not None:
+            record |= {"plan": str(self.plan.path)} | self.plan.totals.record()
+            record |= {"left": self.left.record(), "unfinished": self.unfinished.record()}
+        record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Outcome}
+        return record | {"failures": list(self.failures), "absent": list(self.absent)}
+
+
+def header_record(header: Header) -> dict[str, Any]:
+    """The first line of an instance's part of a report."""
+    return header.record() | {"record": "report"}
+
+
+GAUGES: Final = {
+    "hfbucket_jobs_objects": "Objects of the instance after the last run",
+    "hfbucket_jobs_bytes": "Bytes of these objects",
+    "hfbucket_jobs_deleted_objects": "Objects deleted by the last run",
+    "hfbucket_jobs_deleted_bytes": "Bytes deleted by the last run",
+    "hfbucket_jobs_copied_objects": "Objects copied by the last run, by the Hub or as bytes",
+    "hfbucket_jobs_copied_bytes": "Bytes of these objects",
+    "hfbucket_jobs_failed_objects": "Objects that the last run could not delete or copy",
+    "hfbucket_jobs_unfinished_objects": "Objects that the last run did not come to",
+    "hfbucket_jobs_exit_code": "How the last run ended",
+    "hfbucket_jobs_last_run_timestamp_seconds": "When the last run ended",
+}
+
+
+def write_metrics(path: Path, summaries: Iterable[Told], now: float) -> None:
+    """Write the file that Prometheus' textfile collector reads; it appears whole.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    registry = prometheus_client.CollectorRegistry()
+    gauges = {
+        name: prometheus_client.Gauge(name, text, ("instance", "job_name"), registry=registry)
+        for name, text in GAUGES.items()
+    }
+    for summary in summaries:
+        values = summary.gauges() | {"exit_code": summary.code, "last_run_timestamp_seconds": now}
+        for name, value in values.items():
+            gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
+    try:
+        prometheus_client.write_to_textfile(str(path), registry)
+    except OSError as error:
+        raise ConfigError(f"--metrics-textfile {str(path)!r} cannot be written: {error.strerror}") from None

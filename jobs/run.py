@@ -1,0 +1,323 @@
+"""One job on one instance: plan → guards → apply → report, with the lock around what deletes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.cli.case import opened
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import (
+    ConfigError,
+    HFBucketError,
+    IntegrityError,
+    RefusedError,
+    ThrottledError,
+    TransportError,
+)
+from jobs import exits, history
+from jobs.apply import Applier
+from jobs.executors import executing
+from jobs.guards import MaxDelete, check_listing
+from jobs.hubclock import HubClock, ask
+from jobs.lock import DEFAULT_SECONDS, Lock
+from jobs.objects import Classifier
+from jobs.plan import Header, PlanFile, PlanWriter
+from jobs.planning import Planning
+from jobs.report import Summary, Tally, header_record
+from warmer.errors import Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.handle import BucketHandle
+    from hfbucket_plugin.named import NamedInstance
+    from jobs.apply import End
+    from jobs.planning import Selection
+    from jobs.report import ReportFile
+    from warmer.interrupt import StopSwitch
+
+PAGE_SECS: Final = 330.0
+"""A page of a listing waits out the longest pause that the Hub asks for."""
+
+REQUEST_SECS: Final = 60.0
+_SKEW: Final = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a job is to be done.
+
+    Attributes:
+        yes: Whether to delete without asking.
+        ask: Asks whether to carry a plan out; None where nobody can be asked, and nothing is deleted.
+        show: Shows a plan.
+        max_delete: Most that may be deleted.
+        min_age: Nothing younger is deleted.
+        foreign: Whether objects that are no chunks may be deleted.
+        accept_shrunk: Whether a listing is believed that lacks much of what there was.
+        max_duration_secs: When to begin no more.
+        lock_secs: How long the lock of a killed run keeps others out.
+        plan_dir: Where plans are written; None for a directory of temporary files.
+        local: Whether to delete in this process, whatever Ray cluster is configured.
+        address: Of the Ray cluster; None for the configured one.
+        parallel: Most batches at one time.
+        batch_size: Most objects of a batch.
+        config: The LMCache YAML, noted in plans.
+        neighbours: Handles of all instances that the configuration names.
+    """
+
+    max_delete: MaxDelete
+    min_age: timedelta
+    yes: bool = False
+    ask: Callable[[PlanFile], bool] | None = None
+    show: Callable[[PlanFile], None] = field(default=lambda _: None)
+    foreign: bool = False
+    accept_shrunk: bool = False
+    max_duration_secs: float = 3600.0
+    lock_secs: int = DEFAULT_SECONDS
+    plan_dir: Path | None = None
+    local: bool = True
+    address: str | None = None
+    parallel: int = 4
+    batch_size: int = 1000
+    config: str | None = None
+    neighbours: tuple[BucketHandle, ...] = ()
+
+
+class Job:
+    """A job on one instance.
+
+    Args:
+        name: `cleanup` or `rm`.
+        named: The instance.
+        order: How it is to be done.
+        file: Where it is told of every object.
+        stop: Whether to stop.
+    """
+
+    def __init__(self, name: str, named: NamedInstance, order: Order, file: ReportFile, stop: StopSwitch) -> None:
+        self._name = name
+        self._named = named
+        self._order = order
+        self._file = file
+        self._stop = stop
+        self._started = time.monotonic()
+        self._until = Deadline.after(order.max_duration_secs)
+        self._plan: PlanFile | None = None
+        self._applied = order.yes
+        self._tally = Tally(file)
+        self._message = ""
+
+    def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
+        """Plan what a selection wants, and carry it out if that was ordered."""
+        return self._told(lambda bucket: self._select(bucket, selection, wanted))
+
+    def resume(self, path: Path) -> Summary:
+        """Carry a plan out that was made before."""
+        return self._told(lambda bucket: self._resume(bucket, path))
+
+    def _told(self, work: Callable[[Bucket], int]) -> Summary:
+        """Do the work, and report however it ends."""
+
+        def with_bucket() -> int:
+            with opened(self._named, REQUEST_SECS) as bucket:
+                return work(bucket)
+
+        code, message = coded(with_bucket)
+        self._message = message or self._message
+        summary = self._summary(code)
+        self._file.write(summary.record())
+        if code == exits.COMPLETE and self._applied and self._plan is not None:
+            with contextlib.suppress(OSError):
+                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
+                    self._plan.path.unlink()
+        return summary
+
+    def _summary(self, code: int) -> Summary:
+        return Summary(
+            self._name,
+            self._named.name,
+            str(self._named.settings.bucket_handle),
+            code,
+            self._applied,
+            self._message,
+            self._plan,
+            dict(self._tally.ended),
+            tuple(self._tally.failures),
+            time.monotonic() - self._started,
+        )
+
+    def _select(self, bucket: Bucket, selection: Selection, wanted: dict[str, Any]) -> int:
+        if self._order.yes:
+            with self._lock(bucket).held() as lock:
+                plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep)
+                return self._apply(bucket, lock, plan)
+        clock = HubClock()
+        ask(bucket, clock, REQUEST_SECS)
+        plan = self._make(bucket, clock, selection, wanted, tick=lambda: None)
+        if self._order.ask is None or not plan.left.objects or not self._order.ask(plan):
+            return exits.COMPLETE
+        self._applied = True
+        with self._lock(bucket).held() as lock:
+            return self._apply(bucket, lock, plan)
+
+    def _resume(self, bucket: Bucket, path: Path) -> int:
+        self._plan = plan = PlanFile.open(path)
+        self._name = plan.header.job
+        if plan.header.bucket != bucket.handle:
+            raise ConfigError(
+                f"plan {str(path)!r} is for {plan.header.bucket}, and {self._named.name!r} is {bucket.handle}"
+            )
+        self._file.write(header_record(plan.header))
+        self._order.show(plan)
+        plan.header.max_delete.check(plan.left, plan.totals.listed)
+        if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
+            return exits.COMPLETE
+        self._applied = True
+        with self._lock(bucket).held() as lock:
+            return self._apply(bucket, lock, plan)
+
+    def _lock(self, bucket: Bucket) -> Lock:
+        if not self._named.settings.writes:
+            raise RefusedError(f"role is {self._named.settings.role}, so nothing is deleted through this instance")
+        return Lock(bucket, self._name, seconds=self._order.lock_secs, request_secs=REQUEST_SECS)
+
+    def _make(
+        self, bucket: Bucket, clock: HubClock, selection: Selection, wanted: dict[str, Any], *, tick: Callable[[], None]
+    ) -> PlanFile:
+        """List, plan, and judge the plan.
+
+        Raises:
+            GuardError: It looks wrong.
+        """
+        order = self._order
+        header = Header(
+            self._name,
+            self._named.name,
+            bucket.handle,
+            clock.earliest() if clock.known else datetime.now(UTC),
+            "hub" if clock.known else "local",
+            order.min_age,
+            order.max_delete,
+            order.foreign,
+            order.config,
+            wanted,
+        )
+        self._file.write(header_record(header))
+        last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
+        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
+        path = (order.plan_dir or default_plan_dir()) / _file_name(header)
+
+        def each() -> None:
+            if self._until.passed:
+                raise RefusedError("--max-duration was over before all was listed: nothing is deleted")
+            tick()
+
+        with PlanWriter(path, header) as writer:
+            planning = Planning(header, selection, writer, each)
+            planning.run(Classifier(bucket, order.neighbours).walk(min(PAGE_SECS, order.max_duration_secs)))
+            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=None if last is None else last.left)
+            planning.finish()
+        self._plan = plan = PlanFile.open(path)
+        order.show(plan)
+        order.max_delete.check(plan.left, plan.totals.listed)
+        return plan
+
+    def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        now = lock.clock.earliest()
+        if plan.header.made_at > lock.clock.latest() + _SKEW:
+            raise RefusedError(
+                f"the plan was made at {plan.header.made_at.isoformat(timespec='seconds')} by a clock that is ahead of the "
+                f"Hub's ({now.isoformat(timespec='seconds')}), so its ages are wrong: nothing is deleted. Plan anew"
+            )
+        with self._stop.orderly(), executing(self._named, bucket, self._order) as executor:
+            if not self._order.local:
+                self._stop.take_back()  # `ray.init` puts handlers of its own
+            applier = Applier(
+                executor,
+                confirm=lock.confirm,
+                not_after=now - plan.header.min_age,
+                told=self._tally.add,
+                stop=self._stop,
+                until=self._until,
+                batch_size=self._order.batch_size,
+            )
+            end = applier.run(plan.items())
+            code = self._judge(end)
+            if not isinstance(end.why, RefusedError):
+                code = self._keep(bucket, code)
+        return code
+
+    def _judge(self, end: End) -> int:
+        unfinished = self._summary(exits.COMPLETE).unfinished.objects
+        if end.why is not None:
+            self._message = str(end.why)
+            return code_of(end.why)
+        if end.stopped and unfinished:
+            self._message = "told to stop"
+            return exits.INTERRUPTED
+        if unfinished:
+            self._message = f"--max-duration was over before all was done: {unfinished} objects are left"
+            return exits.FAILED
+        return exits.FAILED if self._tally.failures else exits.COMPLETE
+
+    def _keep(self, bucket: Bucket, code: int) -> int:
+        """Keep the report in the bucket: the next run judges its listing by it."""
+        try:
+            history.keep(bucket, self._summary(code), REQUEST_SECS)
+        except HFBucketError as error:
+            self._message = f"{self._message}; " if self._message else ""
+            self._message += f"the report could not be kept in the bucket: {error}"
+            return code or exits.FAILED
+        return code
+
+
+def coded(work: Callable[[], int]) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did."""
+    try:
+        return work(), ""
+    except Interrupted:
+        return exits.INTERRUPTED, "told to stop"
+    except HFBucketError as error:
+        return code_of(error), str(error)
+    except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
+        return exits.FAILED, f"a file of this machine failed: {error}"
+
+
+def code_of(error: HFBucketError | OSError) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, RefusedError):
+        return exits.REFUSED
+    if not isinstance(error, HFBucketError) or isinstance(error, (TransportError, ThrottledError, IntegrityError)):
+        return exits.FAILED
+    return exits.USAGE
+
+
+def default_plan_dir() -> Path:
+    """Where plans go that nobody wanted elsewhere."""
+    return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
+
+
+def _file_name(header: Header) -> str:
+    safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
+    return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+
+
+def _files_in(bucket: Bucket) -> int | None:
+    total = bucket.info(Deadline.after(REQUEST_SECS)).get("totalFiles")
+    return total if type(total) is int else None
+
+
+def handles_of(instances: Iterable[NamedInstance]) -> tuple[BucketHandle, ...]:
+    """The handles of instances, each once."""
+    return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

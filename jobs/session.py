@@ -1,0 +1,113 @@
+"""A command from its options to its exit: several jobs one after the other, signals, summaries, metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import typer
+
+from hfbucket_plugin.errors import HFBucketError
+from jobs import exits, show
+from jobs.report import ReportFile, write_metrics
+from jobs.run import code_of
+from warmer.errors import Interrupted
+from warmer.interrupt import StopSwitch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+
+class Summary(Protocol):
+    """What came of one job."""
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+
+    @property
+    def job(self) -> str:
+        """Which job."""
+
+    @property
+    def instance(self) -> str:
+        """What it was about, for people and for metrics."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics, by the names in `jobs.report.GAUGES`."""
+
+
+@dataclass
+class Session:
+    """One command.
+
+    Attributes:
+        report: The file that tells of every object; None for none.
+        metrics: The file for Prometheus; None for none.
+        summaries: What came of the jobs so far.
+    """
+
+    report: Path | None
+    metrics: Path | None
+    summaries: list[Summary] = field(default_factory=list)
+
+    def run(self, works: Sequence[Callable[[ReportFile, StopSwitch], Summary | None]]) -> NoReturn:
+        """Do the jobs, each whatever came of the one before unless it says None, and end the command."""
+        logging.basicConfig(stream=sys.stderr, format="jobs: %(message)s", level=logging.WARNING)
+        stop = StopSwitch()
+        try:
+            file = ReportFile(self.report)
+            # Ray prints where it likes.
+            with stop.listening(), contextlib.redirect_stdout(sys.stderr):
+                for work in works:
+                    if not stop.requested and (summary := work(file, stop)) is not None:
+                        self._add(summary)
+            file.close()
+            if self.metrics is not None:
+                write_metrics(self.metrics, self.summaries, time.time())
+        except Interrupted:
+            end("told to stop", exits.INTERRUPTED)
+        except HFBucketError as error:
+            end(str(error), exits.worst([code_of(error), *(one.code for one in self.summaries)]))
+        finally:
+            for summary in self.summaries:
+                sys.stdout.write(json.dumps(summary.record()) + "\n")
+            sys.stdout.flush()
+        raise typer.Exit(exits.worst(one.code for one in self.summaries))
+
+    def _add(self, summary: Summary) -> None:
+        self.summaries.append(summary)
+        for line in summary.lines():
+            show.note(f"{summary.instance}: {line}")
+
+
+@contextlib.contextmanager
+def options_checked() -> Iterator[None]:
+    """End the command where its options are wrong."""
+    try:
+        yield
+    except HFBucketError as error:
+        end(str(error), code_of(error))
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Say why, and end the command."""
+    show.note(message)
+    raise typer.Exit(code)
+
+
+def record_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, for a plan's header: without what was not."""
+    return {name: value for name, value in values.items() if value}

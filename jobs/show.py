@@ -1,0 +1,69 @@
+"""Plans and summaries for people, on stderr: stdout is for programs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from hfbucket_plugin.cli import tables
+from hfbucket_plugin.cli.words import printable, size
+from jobs.export_plan import REPLACED
+
+if TYPE_CHECKING:
+    from jobs.export_plan import PlanFile as ExportPlan
+    from jobs.plan import PlanFile
+
+_HEADER = ("model", "reason", "objects", "bytes")
+
+
+def note(line: str) -> None:
+    """One line for people."""
+    sys.stderr.write(f"jobs: {printable(line)}\n")
+    sys.stderr.flush()
+
+
+def at_terminal() -> bool:
+    """Whether somebody can be shown a plan, and asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def plan(shown: PlanFile) -> None:
+    """Objects and bytes by model and reason: a table in a terminal, else a line for each."""
+    totals, name = shown.totals, shown.header.instance
+    rows = [
+        (printable(model) if model else "(no chunk)", reason, f"{extent.objects:,}", size(extent.bytes))
+        for (model, reason), extent in sorted(totals.by_reason.items())
+    ]
+    kept = [("", f"kept: {reason}", f"{e.objects:,}", size(e.bytes)) for reason, e in sorted(totals.kept.items())]
+    passed = [
+        ("", f"not ours: {kind}", f"{e.objects:,}", size(e.bytes)) for kind, e in sorted(totals.passed_by.items())
+    ]
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    if console.is_terminal:
+        rows.append(("", "to be deleted", f"{shown.left.objects:,}", size(shown.left.bytes)))
+        title = f"{name}  {shown.header.bucket}: {shown.header.job}"
+        console.print(tables.columns(title, _HEADER, rows + kept + passed))
+        return
+    for model, reason, objects, nbytes in rows + kept + passed:
+        note(f"{name}: {model + ': ' if model else ''}{reason}: {objects} objects, {nbytes}")
+    note(f"{name}: to be deleted: {shown.left}, of {totals.listed}")
+
+
+def ask(shown: PlanFile) -> bool:
+    """Ask whether to carry a plan out; no answer is none."""
+    try:
+        return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)
+    except typer.Abort:
+        return False
+
+
+def ask_to_replace(shown: ExportPlan) -> bool:
+    """Ask whether to carry out an export that replaces; no answer is none."""
+    replaced, destination = shown.left[REPLACED], shown.header.destination.where
+    try:
+        return typer.confirm(f"Replace {replaced} in {destination}, for ever?", default=False, err=True)
+    except typer.Abort:
+        return False

@@ -1,0 +1,228 @@
+"""What an instance holds, how it grows, and what the next cleanup would do. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from jobs import history, hubclock
+from jobs.guards import Extent, GuardError, MaxDelete, check_listing
+from jobs.hubclock import HubClock
+from jobs.objects import Classifier, Kind
+from jobs.retention import decide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hfbucket_plugin.bucket import Bucket
+    from jobs.history import Last
+    from jobs.objects import Listed
+    from jobs.policy import Policy
+    from jobs.retention import Entry
+
+AGES: Final = (
+    ("1h", timedelta(hours=1)),
+    ("1d", timedelta(days=1)),
+    ("7d", timedelta(days=7)),
+    ("14d", timedelta(days=14)),
+    ("30d", timedelta(days=30)),
+    ("90d", timedelta(days=90)),
+)
+"""Bounds of the histogram: what is younger than each, and not younger than the one before."""
+
+OLDER: Final = "older"
+UNKNOWN: Final = "unknown"
+
+_DAY: Final = timedelta(days=1)
+
+
+@dataclass
+class Census:
+    """Counts a listing.
+
+    Attributes:
+        now: By the Hub's clock, where it tells.
+        chunks: All chunks.
+        seen: All objects.
+        models: Chunks by model.
+        workers: Chunks by model, world size and worker.
+        ages: Chunks by age.
+        passed_by: What is no chunk, by kind.
+    """
+
+    now: datetime
+    chunks: Extent = field(default_factory=Extent)
+    seen: int = 0
+    models: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    workers: defaultdict[tuple[str, int, int], Extent] = field(default_factory=lambda: defaultdict(Extent))
+    ages: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    passed_by: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+
+    def entries(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+        """Count a listing, and pass its chunks on."""
+        for one in listing:
+            self.seen += 1
+            entry = one.entry
+            if one.kind is not Kind.CHUNK or one.chunk is None:
+                self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+                continue
+            key, size = one.chunk.key, entry.size
+            self.chunks = self.chunks.plus(size)
+            self.models[key.model] = self.models[key.model].plus(size)
+            worker = (key.model, key.world_size, key.worker_id)
+            self.workers[worker] = self.workers[worker].plus(size)
+            age = self._age(entry.uploaded_at)
+            self.ages[age] = self.ages[age].plus(size)
+            yield entry
+
+    def _age(self, uploaded_at: datetime | None) -> str:
+        if uploaded_at is None:
+            return UNKNOWN
+        age = self.now - uploaded_at
+        return next((name for name, bound in AGES if age < bound), OLDER)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the next cleanup would do.
+
+    Attributes:
+        planned: What would go.
+        by_reason: The same, by model and reason.
+        kept: What would stay, by reason.
+        refused: Why it would be refused; empty where it would not.
+    """
+
+    planned: Extent
+    by_reason: dict[tuple[str, str], Extent]
+    kept: dict[str, Extent]
+    refused: str
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "planned": self.planned.record(),
+            "by_reason": [
+                {"model": model, "reason": reason} | extent.record()
+                for (model, reason), extent in sorted(self.by_reason.items())
+            ],
+            "kept": {reason: extent.record() for reason, extent in sorted(self.kept.items())},
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an instance holds.
+
+    Attributes:
+        instance: Which.
+        bucket: Its handle.
+        census: The counts.
+        last: The last run that left a report; None where there is none.
+        trouble: Why that report cannot be read; empty where it can.
+        outlook: What the next cleanup would do; None where no policy was given.
+    """
+
+    instance: str
+    bucket: str
+    census: Census
+    last: Last | None
+    trouble: str
+    outlook: Outlook | None
+
+    @property
+    def growth(self) -> dict[str, float] | None:
+        """Since the last run; None where there was none."""
+        if self.last is None:
+            return None
+        since = self.census.now - self.last.at
+        nbytes = self.census.chunks.bytes - self.last.left.bytes
+        days = since / _DAY
+        return {
+            "objects": self.census.chunks.objects - self.last.left.objects,
+            "bytes": nbytes,
+            "seconds": round(since.total_seconds(), 3),
+            "bytes_per_day": round(nbytes / days) if days > 0 else 0,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; the fields are described in `docs/retention.md`."""
+        census, last = self.census, self.last
+        order = [name for name, _ in AGES] + [OLDER, UNKNOWN]
+        return {
+            "instance": self.instance,
+            "bucket": self.bucket,
+            "now": census.now.isoformat(timespec="seconds"),
+            "chunks": census.chunks.record(),
+            "by_model": [{"model": model} | extent.record() for model, extent in sorted(census.models.items())],
+            "by_worker": [
+                {"model": model, "world_size": world, "worker": worker} | extent.record()
+                for (model, world, worker), extent in sorted(census.workers.items())
+            ],
+            "ages": [{"younger_than": name} | census.ages[name].record() for name in order if name in census.ages],
+            "passed_by": {kind: extent.record() for kind, extent in sorted(census.passed_by.items())},
+            "last_run": None
+            if last is None
+            else {"job": last.job, "at": last.at.isoformat(timespec="seconds"), "left": last.left.record()},
+            "last_run_trouble": self.trouble,
+            "growth": self.growth,
+            "next_cleanup": None if self.outlook is None else self.outlook.record(),
+        }
+
+
+def examine(
+    instance: str, bucket: Bucket, policy: Policy | None, limits: MaxDelete, *, request_secs: float, page_secs: float
+) -> Status:
+    """Look at an instance, by one listing.
+
+    Args:
+        instance: Its name.
+        bucket: The door to it.
+        policy: What the next cleanup will go by; None where that is not asked.
+        limits: What it may delete.
+        request_secs: Most seconds of a request.
+        page_secs: Most seconds of a page of the listing.
+
+    Raises:
+        HFBucketError: The listing is not complete.
+    """
+    clock = HubClock()
+    hubclock.ask(bucket, clock, request_secs)
+    now = clock.earliest() if clock.known else datetime.now(UTC)
+    census = Census(now)
+    last, trouble = None, ""
+    try:
+        last = history.last_run(bucket, request_secs)
+    except GuardError as error:
+        trouble = str(error)
+    entries = census.entries(Classifier(bucket).walk(page_secs))
+    outlook = None
+    if policy is None:
+        for _ in entries:
+            pass
+    else:
+        outlook = _outlook(policy, entries, census, limits, last)
+    return Status(instance, str(bucket.handle), census, last, trouble, outlook)
+
+
+def _outlook(policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None) -> Outlook:
+    planned = Extent()
+    by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
+    kept: defaultdict[str, Extent] = defaultdict(Extent)
+    for decision in decide(policy, entries, census.now):
+        entry, reason = decision.entry, str(decision.reason)
+        if decision.delete:
+            planned = planned.plus(entry.size)
+            by_reason[entry.model, reason] = by_reason[entry.model, reason].plus(entry.size)
+        else:
+            kept[reason] = kept[reason].plus(entry.size)
+    refused = ""
+    try:
+        check_listing(census.chunks, census.seen, in_bucket=None, last=None if last is None else last.left)
+        limits.check(planned, census.chunks)
+    except GuardError as error:
+        refused = str(error)
+    return Outlook(planned, dict(by_reason), dict(kept), refused)

@@ -1,0 +1,172 @@
+"""What `python -m jobs cleanup` refuses or leaves alone, on a real local Hub."""
+
+import json
+
+import pytest
+from depot import DAY, PREFIX, key
+from plugin_support import SECRET
+
+from localhub.faults import Fault
+
+OLD = [key(number) for number in range(4)]
+NEW = [key(number) for number in range(100, 120)]
+
+
+@pytest.fixture
+def stocked(depot):
+    depot.put(OLD, age=20 * DAY)
+    depot.put(NEW, age=1 * DAY)
+    return depot
+
+
+def test_more_than_max_delete_refuses_the_whole(stocked):
+    before = stocked.left()
+    for limit in ("3", "16%", "100B"):
+        ran = stocked.cleanup("--max-age", "14d", "--yes", "--max-delete", limit)
+        assert ran.code == 4
+        assert "more than --max-delete allows" in ran.stderr
+    assert stocked.cleanup("--max-age", "1h", "--yes").code == 4, "30% is the default"
+    assert stocked.left() == before
+    assert stocked.cleanup("--max-age", "14d", "--yes", "--max-delete", "17%", "--max-delete", "4").code == 0
+
+
+def test_an_empty_listing_refuses(depot):
+    ran = depot.cleanup("--max-age", "14d", "--yes")
+
+    assert ran.code == 4
+    assert "the listing is empty" in ran.stderr
+    assert depot.all_paths() == set()
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"truncate_at": 100}])
+def test_a_listing_that_fails_refuses(stocked, fault):
+    stocked.hub.control.add_fault(Fault(route="tree", path_regex=r"/tree/kv/us/$", **fault))
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert ran.code == 4, ran.stderr
+    assert "the listing is not complete, so nothing is deleted" in ran.stderr
+    stocked.hub.control.clear_faults()
+    assert len(stocked.left()) == 24
+
+
+def test_a_listing_that_lacks_what_the_bucket_has_refuses(depot):
+    depot.prefix = ""
+    depot.put(OLD + NEW, age=20 * DAY)
+    first = [{"type": "file", "path": depot.path(OLD[0]), "size": 1, "xetHash": "0" * 64, "uploadedAt": "2020-01-01"}]
+    depot.hub.control.add_fault(
+        Fault(route="tree", path_regex=r"/tree$", status=200, body=json.dumps(first), headers={})
+    )
+
+    ran = depot.cleanup("--max-age", "14d", "--yes", "--max-delete", "100%")
+
+    assert ran.code == 4, ran.stderr
+    assert "truncated" in ran.stderr
+
+
+def test_one_that_shrank_by_more_than_half_refuses_until_that_is_accepted(stocked):
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=stocked.hub.endpoint, token=False)
+    api.batch_bucket_files(stocked.bucket_id, delete=[stocked.path(one) for one in NEW[:11]])
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+    assert ran.code == 4
+    assert "less than half of the 20" in ran.stderr
+    assert stocked.cleanup("--max-age", "14d", "--yes", "--accept-shrunk").code == 0
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+
+
+def test_a_report_that_cannot_be_read_refuses(stocked):
+    stocked.put_paths({f"{PREFIX}/.hfbucket/reports/cleanup.json": b"{}"})
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert ran.code == 4
+    assert "no report of ours" in ran.stderr
+
+
+OURS = [f"{PREFIX}/.hfbucket/bad/x.json", f"{PREFIX}/nested/.hfbucket/locks/y"]
+THEIRS = [f"{PREFIX}/README.md", f"{PREFIX}/org/model@2@0@1@half", f"{PREFIX}/test%401%400%400%40bfloat16"]
+
+
+def test_what_is_not_ours_is_counted_and_kept(stocked):
+    stocked.put_paths(dict.fromkeys([*OURS, *THEIRS, f"{PREFIX}-east/x"], b"?"), age=90 * DAY)
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert ran.code == 0, ran.stderr
+    assert {f"{PREFIX}-east/x", *OURS, *THEIRS} < stocked.all_paths()
+    passed = {kind: extent["objects"] for kind, extent in ran.summary["passed_by"].items()}
+    assert passed == {"foreign": 2, "probe": 1, "own": 3}  # the lock is ours too
+
+
+def test_what_is_foreign_goes_only_when_it_is_named_and_ours_never(stocked):
+    stocked.others = {"hfbucket.eu": f"{PREFIX}/eu"}
+    neighbour = f"{PREFIX}/eu/{stocked.path(key(1))}"
+    stocked.put_paths(dict.fromkeys([*OURS, *THEIRS, neighbour], b"?"), age=90 * DAY)
+    stocked.put_paths({f"{PREFIX}/young": b"?"}, age=0)
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes", "--foreign", "delete", "--max-delete", "50%")
+
+    assert ran.code == 0, ran.stderr
+    assert {*OURS, neighbour, f"{PREFIX}/young"} < stocked.all_paths()
+    assert not set(THEIRS) & stocked.all_paths()
+    assert ran.counts("deleted") == [7]
+
+
+def test_no_right_to_write_ends_it(hub_factory, tmp_path, monkeypatch):
+    from depot import Depot
+    from huggingface_hub import HfApi
+
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(
+        f"tokens:\n  - {{token: hf_writer, buckets: {{'org/*': write}}}}\n  - {{token: {SECRET}, buckets: {{'org/*': read}}}}\n"
+    )
+    hub = hub_factory(tokens=tokens)
+    api = HfApi(endpoint=hub.endpoint, token="hf_writer")
+    api.create_bucket("org/kv")
+    depot = Depot(hub, "org/kv", tmp_path)
+    api.batch_bucket_files("org/kv", add=[(one.encode(), depot.path(one)) for one in OLD])
+    depot.make_older(depot.paths_of(OLD), 20 * DAY)
+    monkeypatch.setenv("JOBS_TEST_TOKEN", SECRET)
+
+    assert depot.cleanup("--max-age", "14d", "--max-delete", "100%").counts("planned") == [4]
+    ran = depot.cleanup("--max-age", "14d", "--max-delete", "100%", "--yes")
+    assert ran.code == 2
+    assert "403" in ran.stderr
+
+
+def test_an_instance_that_only_reads_deletes_nothing(stocked):
+    stocked.settings = {"role": "read-only"}
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert ran.code == 4
+    assert "role is read-only" in ran.stderr
+
+
+def test_a_plan_by_a_clock_that_is_ahead_of_the_hubs_is_refused(stocked, tmp_path):
+    planned = stocked.cleanup("--max-age", "14d", "--plan-dir", str(tmp_path))
+    plan = tmp_path / planned.summary["plan"].rpartition("/")[2]
+    made_at = json.loads(plan.read_text().splitlines()[0])["made_at"]
+    plan.write_text(plan.read_text().replace(made_at, made_at.replace("20", "21", 1), 1))
+
+    ran = stocked.run("apply", str(plan), "--yes")
+
+    assert ran.code == 4
+    assert "ahead of the Hub's" in ran.stderr
+    assert len(stocked.left()) == 24
+
+
+def test_the_hubs_date_sets_the_clock_of_a_plan(stocked):
+    header = {"Date": "Fri, 13 Aug 2010 00:00:00 GMT", "Content-Type": "application/json"}
+    stocked.hub.control.add_fault(Fault(route="bucket-info", status=200, headers=header, body="{}"))
+
+    ran = stocked.cleanup("--max-age", "14d")
+
+    first = json.loads(open(ran.summary["plan"]).readline())  # noqa: PTH123, SIM115 - a line of a small file
+    assert (first["clock"], first["made_at"][:10]) == ("hub", "2010-08-13")
+    assert ran.counts("planned") == [0]
+    assert "too-young: 24 objects" in ran.stderr

@@ -1,0 +1,86 @@
+"""Several jobs on one instance, in real processes."""
+
+from depot import DAY, ended, key
+from plugin_support import eventually
+
+from localhub.faults import Fault
+
+OLD = [key(number) for number in range(4)]
+NEW = [key(number) for number in range(100, 120)]
+
+
+def stock(depot):
+    depot.put(OLD, age=20 * DAY)
+    depot.put(NEW, age=1 * DAY)
+
+
+def hanging(depot, *more):
+    """A cleanup that holds the lock and hangs in its first batch."""
+    control = depot.hub.control
+    fault = control.add_fault(Fault(route="paths-info", hang=True))
+    process = depot.started("cleanup", "--max-age", "14d", "--yes", *more)
+    eventually(lambda: control.hits(fault) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def test_two_at_once_one_works_and_one_names_it(depot):
+    stock(depot)
+    first = hanging(depot)
+
+    second = ended(depot.started("rm", OLD[0], "--yes"))
+    depot.hub.control.clear_faults()
+    worked = ended(first)
+
+    assert second.code == 4
+    assert "is locked by cleanup on" in second.stderr
+    assert f"pid {first.pid}" in second.stderr
+    assert second.summary["result"] == "refused"
+    assert (worked.code, worked.counts("deleted")) == (0, [4]), worked.stderr
+    assert not [path for path in depot.all_paths() if "/locks/" in path]
+
+
+def test_after_a_kill_the_next_one_takes_over(depot):
+    stock(depot)
+    first = hanging(depot, "--lock-lifetime", "2s")
+    first.kill()
+    first.communicate()
+    depot.hub.control.clear_faults()
+    assert [path for path in depot.all_paths() if "/locks/" in path]
+
+    worked = eventually(lambda: (ran := depot.cleanup("--max-age", "14d", "--yes")).code != 4 and ran)
+
+    assert (worked.code, worked.counts("deleted")) == (0, [4]), worked.stderr
+    assert depot.left() == depot.paths_of(NEW)
+    assert not [path for path in depot.all_paths() if "/locks/" in path]
+
+
+def test_a_lock_that_was_lost_stops_the_deleting(depot):
+    """A holder that hung for longer than its lock lived deletes nothing when the Hub comes back."""
+    stock(depot)
+    first = hanging(depot, "--lock-lifetime", "2s", "--batch-size", "1", "--parallel", "1")
+    # Only the lock's routes are asked by this one: there is nothing that it may delete.
+    other = eventually(lambda: (ran := depot.run("rm", "nobody", "--yes")).code != 4 and ran)
+    assert other.code == 0, other.stderr
+    depot.hub.control.clear_faults()
+    late = ended(first)
+
+    assert late.code == 4, late.stderr
+    assert "nothing more is deleted" in late.stderr
+    assert late.counts("deleted") == [0]
+    assert len(depot.left()) == 24
+
+
+def test_one_that_is_stopped_while_it_lists_lets_the_next_one_in(depot):
+    stock(depot)
+    control = depot.hub.control
+    fault = control.add_fault(Fault(route="tree", path_regex=r"/tree/kv/us/$", hang=True))
+    process = depot.started("cleanup", "--max-age", "14d", "--yes")
+    eventually(lambda: control.hits(fault))
+    process.terminate()
+    ran = ended(process)
+    control.clear_faults()
+
+    assert ran.code == 5, ran.stderr
+    assert not [path for path in depot.all_paths() if "/locks/" in path]
+    assert depot.cleanup("--max-age", "14d", "--yes").counts("deleted") == [4]
