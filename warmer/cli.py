@@ -7,19 +7,41 @@ import json
 import logging
 import sys
 from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from warmer import exits
 from warmer.errors import ClusterError, Interrupted
 from warmer.interrupt import StopSwitch
+from warmer.moving import OBJECT_STORE_FRACTION, Moving
 from warmer.node import CHUNK_TIMEOUT_SECS
 from warmer.run import NODE_START_SECS, NothingToDoError, Order, run
 
+if TYPE_CHECKING:
+    from warmer.receive import Verify
+
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _size(text: str) -> int:
+    """A size such as 500MiB."""
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size; write it as 500MiB or 2GiB")
+    return int(size)
+
+
+def _verify(text: str) -> Verify:
+    if text not in {"hash", "length"}:
+        _end(f"--verify {text!r}: there are 'hash' and 'length'", exits.USAGE)
+    return "length" if text == "length" else "hash"
 
 
 @app.callback()
@@ -56,6 +78,30 @@ def run_command(  # noqa: PLR0917 - Typer makes options of them
     node_timeout: Annotated[
         float, typer.Option(min=1.0, help="Most seconds a node may take to take part.")
     ] = NODE_START_SECS,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Have every node fetch for itself, and hand nothing to the others.")
+    ] = False,
+    object_store_fraction: Annotated[
+        float, typer.Option(min=0.01, max=0.7, help="Most of each node's Ray object store that chunks may take.")
+    ] = OBJECT_STORE_FRACTION,
+    verify: Annotated[
+        str, typer.Option(help="What is checked before a chunk appears: 'hash', or 'length' only.")
+    ] = "hash",
+    max_bandwidth: Annotated[
+        int | None, typer.Option(parser=_size, help="Most bytes a second from the Hub in the whole run: 500MiB.")
+    ] = None,
+    max_node_bandwidth: Annotated[
+        int | None, typer.Option(parser=_size, help="Most bytes a second that reach a node, from wherever: 100MiB.")
+    ] = None,
+    max_inflight_bytes: Annotated[
+        int | None, typer.Option(parser=_size, help="Most bytes being fetched from the Hub in the whole run: 2GiB.")
+    ] = None,
+    max_duration: Annotated[
+        float | None, typer.Option(min=1.0, help="Stop in good order after so many seconds of copying.")
+    ] = None,
+    replace_nodes: Annotated[
+        bool, typer.Option("--replace-nodes", help="Have nodes that join take the places of those that are lost.")
+    ] = False,
 ) -> None:
     """Copy chunks into a tier of every node; what is there already is passed by.
 
@@ -75,6 +121,16 @@ def run_command(  # noqa: PLR0917 - Typer makes options of them
         fsync=fsync,
         chunk_timeout_secs=chunk_timeout,
         node_start_secs=node_timeout,
+        moving=Moving(
+            direct=direct,
+            store_fraction=object_store_fraction,
+            verify=_verify(verify),
+            max_bandwidth=max_bandwidth,
+            max_node_bandwidth=max_node_bandwidth,
+            max_inflight_bytes=max_inflight_bytes,
+            max_secs=max_duration,
+            replace_nodes=replace_nodes,
+        ),
     )
     logging.basicConfig(stream=sys.stderr, format="warmer: %(message)s", level=logging.WARNING)
     logging.getLogger("warmer").setLevel(logging.INFO)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from warmer import exits
+from warmer.orders import Counts
 from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
 
 if TYPE_CHECKING:
@@ -33,28 +34,33 @@ class NodeReport:
     Attributes:
         id: Ray's.
         name: For people.
-        copied: Chunks fetched, verified and now in the tier.
+        copied: Chunks moved, verified and now in the tier.
+        received: Of those, the chunks that came from another node and not from the Hub.
         present: Chunks that were there before.
         failed: Chunks that are not there.
         bytes: Bytes of the chunks copied.
         present_bytes: Bytes of the chunks that were there before.
         error: Why the node took no part, or was lost; None when it was neither.
+        replaced_by: The id of the node that took its place when it was lost; None when none did.
     """
 
     id: str
     name: str
     copied: int = 0
+    received: int = 0
     present: int = 0
     failed: int = 0
     bytes: int = 0
     present_bytes: int = 0
     error: str | None = None
+    replaced_by: str | None = None
 
     def add(self, outcome: Outcome) -> None:
         """Count a chunk."""
         match outcome:
             case Copied():
                 self.copied += 1
+                self.received += outcome.received
                 self.bytes += outcome.size
             case Present():
                 self.present += 1
@@ -98,6 +104,9 @@ class RunReport:
         task: What was asked.
         nodes: Who was to do it.
         failures: Where failed chunks are named.
+
+    Attributes:
+        counts: What the schedule had to do; set when it is over.
     """
 
     def __init__(self, task: Task, nodes: Sequence[Node], failures: FailureLog) -> None:
@@ -105,6 +114,7 @@ class RunReport:
         self.nodes = {node.id: NodeReport(node.id, node.name) for node in nodes}
         self.kinds: Counter[str] = Counter()
         self._failures = failures
+        self.counts = Counts()
         self._started = time.monotonic()
 
     def ended(self, node: str, outcome: Outcome) -> None:
@@ -120,6 +130,11 @@ class RunReport:
         """Note why a node takes no part any more."""
         self.nodes[node].error = f"{kind}: {message}"
 
+    def replaced(self, node: str, by: Node) -> None:
+        """Note that a node took the place of a lost one, which is not waited for any more."""
+        self.nodes[node].replaced_by = by.id
+        self.nodes[by.id] = NodeReport(by.id, by.name)
+
     @property
     def seconds(self) -> float:
         """Since the run began."""
@@ -127,8 +142,8 @@ class RunReport:
 
     @property
     def expected(self) -> int:
-        """Chunks to end, over all nodes."""
-        return self.task.selected * len(self.nodes)
+        """Chunks to end, over all nodes; those of a node that was replaced count as far as they ended there."""
+        return sum(self.task.selected if node.replaced_by is None else node.ended for node in self.nodes.values())
 
     def total(self, name: str) -> int:
         """A number of `NodeReport`, over all nodes."""
@@ -151,10 +166,15 @@ class RunReport:
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
             "copied": self.total("copied"),
+            "received": self.total("received"),
             "present": self.total("present"),
             "failed": failed,
             "unfinished": unfinished,
             "bytes": self.total("bytes"),
+            "fetched": self.counts.fetched,
+            "fetched_bytes": self.counts.fetched_bytes,
+            "refetched": self.counts.refetched,
+            "fetched_alone": self.counts.own,
             "seconds": round(self.seconds, 3),
             "failed_by_kind": dict(self.kinds),
             "nodes": [asdict(node) for node in self.nodes.values()],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin import metrics
@@ -11,10 +11,10 @@ from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.scratch import Scratch
+from warmer.moving import Moving, TimeLimit
 from warmer.node import CHUNK_TIMEOUT_SECS, NodeConfig
 from warmer.progress import choose_display
 from warmer.report import FailureLog, RunReport, Task
-from warmer.schedule import Schedule
 from warmer.selection import FreshPlan, select
 from warmer.tiers import TierOptions, declared_tier
 
@@ -51,6 +51,7 @@ class Order:
         fsync: Whether files are forced to the disk before they appear.
         chunk_timeout_secs: Most seconds that a chunk may take, retries included.
         node_start_secs: Most seconds that a node may take to take part.
+        moving: How bytes move.
     """
 
     config: Path
@@ -62,6 +63,7 @@ class Order:
     fsync: bool = False
     chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
     node_start_secs: float = NODE_START_SECS
+    moving: Moving = field(default_factory=Moving)
 
 
 class NothingToDoError(RefusedError):
@@ -94,6 +96,7 @@ def run(order: Order, stop: StopSwitch) -> dict[str, Any]:
         tier=tier,
         token_expected=settings.resolve_token() is not None,
         chunk_timeout_secs=order.chunk_timeout_secs,
+        verify=order.moving.verify,
     )
     failures = _failure_log(order.report)
     summary = None
@@ -159,6 +162,10 @@ class _Watch:
         _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
         self.report.lost(node, kind, message)
 
+    def replaced(self, node: str, by: Node) -> None:
+        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
+        self.report.replaced(node, by)
+
     def tick(self) -> None:
         self.display.show(self.report)
 
@@ -183,8 +190,9 @@ class _Run:
             if not nodes:
                 raise NothingToDoError("the Ray cluster has no node that is alive")
             report = RunReport(self._task(), nodes, failures)
-            self._copy(nodes, report, stop)
-            return report.summary(stopped=stop.requested)
+            limit = TimeLimit(stop, self.order.moving.max_secs)
+            self._copy(nodes, report, limit, stop)
+            return report.summary(stopped=limit.requested)
 
     def _task(self) -> Task:
         return Task(
@@ -197,16 +205,20 @@ class _Run:
             skipped=dict(self.skipped),
         )
 
-    def _copy(self, nodes: Sequence[Node], report: RunReport, stop: StopSwitch) -> None:
-        from warmer.fleet import Fleet  # noqa: PLC0415 - as above
+    def _copy(self, nodes: Sequence[Node], report: RunReport, limit: TimeLimit, stop: StopSwitch) -> None:
+        from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
+        from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
 
         display = choose_display()
+        moving = self.order.moving
         # What a lost node will never get needs no lookup.
-        fresh, rest = FreshPlan(self.plan, self.bucket).chunks, self.plan.chunks_from
-        schedule = Schedule([node.id for node in nodes], fresh, rest=rest)
-        fleet = Fleet(nodes, self.config, _Watch(report, display), stop, self.order.node_start_secs)
+        schedule = moving.schedule(nodes, FreshPlan(self.plan, self.bucket).chunks, self.plan.chunks_from)
+        replacing = Replacing(alive_nodes, moving.store_bytes) if moving.replace_nodes else None
+        watch = _Watch(report, display)
+        fleet = Fleet(nodes, self.config, watch, limit, self.order.node_start_secs, replacing=replacing)
         try:
             with stop.orderly():
                 fleet.run(schedule)
         finally:
             display.close()
+            report.counts = schedule.counts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.catalog import list_chunks
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
-from warmer.plan import PlanFile, Planner, gone
+from warmer.plan import SEGMENT_CHUNKS, PlanFile, Planner, gone
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -64,10 +64,10 @@ class FreshPlan:
         self._bucket = bucket
         self._segments: OrderedDict[int, list[PlannedChunk]] = OrderedDict()
 
-    def chunks(self) -> Iterator[PlannedChunk]:
-        """The plan from its start; chunks that were deleted meanwhile are `gone`."""
-        for index in range(self._plan.segments):
-            yield from self._segment(index)
+    def chunks(self, start: int = 0) -> Iterator[PlannedChunk]:
+        """The plan from its chunk number `start` on; chunks that were deleted meanwhile are `gone`."""
+        for index in range(start // SEGMENT_CHUNKS, self._plan.segments):
+            yield from self._segment(index)[max(0, start - index * SEGMENT_CHUNKS) :]
 
     def _segment(self, index: int) -> list[PlannedChunk]:
         segment = self._segments.get(index)

@@ -230,6 +230,9 @@ class Witness:
     def lost(self, node, kind, message):
         self.errors[node] = (kind, message)
 
+    def replaced(self, node, by):
+        pass
+
     def tick(self):
         pass
 
@@ -254,7 +257,8 @@ def fleet_of(cluster, stocked):
                 pass
             assert ray.is_initialized()
             config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
-            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(Schedule([n.id for n in nodes], lambda: iter(plan)))
+            schedule = Schedule({node.id: 10**7 for node in nodes}, lambda start: iter(plan[start:]))
+            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(schedule)
         assert not ray.is_initialized()
         assert len(witness.outcomes) == len(nodes) * len(plan)
         return witness
