@@ -254,8 +254,6 @@ class Dispatch:
         size = total_bytes(chunks)
         self._bucket.spend(size)
         self._fetching_bytes += size
-        self.counts.fetched += len(chunks)
-        self.counts.fetched_bytes += size
         return order
 
     def _fly(self, order: Order, lot: Lot | None) -> None:

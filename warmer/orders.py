@@ -94,10 +94,10 @@ class Counts:
     """What a schedule had to do.
 
     Attributes:
-        fetched: Chunks ordered from the Hub, again ones included.
+        fetched: Chunks that came from the Hub, again ones included.
         fetched_bytes: Their bytes.
-        refetched: Chunks that were ordered once more because their holder was lost, or the first fetch failed.
-        own: Chunks that a node fetched for itself: it lagged behind the others, joined later, or did not receive them.
+        refetched: Chunks that were asked for once more because their holder was lost or slow, or the first fetch failed.
+        own: Chunks that a node asked for by itself: it lagged behind the others, joined later, or did not receive them.
         lags: How often a node fell behind.
         slow_fetches: Orders whose node took so long that another one was asked.
     """

@@ -132,7 +132,10 @@ class Schedule(Dispatch):
         """
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
-        size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))
+        copied = [outcome.size for outcome in outcomes if isinstance(outcome, Copied)]
+        size = sum(copied)
+        self.counts.fetched += len(copied)
+        self.counts.fetched_bytes += size
         if size:
             self._lanes[order.node].pace.add(size, now - flight.since)
             self._pace.add(size, now - flight.since)

@@ -1,13 +1,12 @@
 """The command on a Ray cluster of several raylets."""
 
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from raylets import node_options, raylets
 from warming import INSTANCE, PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
 
 from hfbucket_plugin.engine_config import EngineConfig
@@ -19,24 +18,8 @@ NODES = 3
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Raylets without a CPU to give, as those of nodes full of engines; each has the token's variable."""
-    from ray._private.utils import get_ray_address_file
-    from ray.cluster_utils import Cluster
-
-    # Ray notes a cluster's address there, and does not make the directory on a machine that never ran it.
-    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
-    directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
-    head = {"include_dashboard": False, "temp_dir": directory}
-    one = Cluster(initialize_head=True, head_node_args=node_options(WARM_TEST_TOKEN=SECRET) | head)
-    for _ in range(NODES - 1):
-        one.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    yield one
-    one.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def node_options(**variables):
-    return {"num_cpus": 0, "object_store_memory": 80 * 1024 * 1024, "env_vars": variables or None}
+    with raylets(NODES) as one:
+        yield one
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Fleet:
         self.unstarted = list(names)
         self.flying, self.objects, self.dead_sources = {}, {}, set()
         self.ended = {name: Counter() for name in names}
-        self.fetched, self.excused = Counter(), Counter()
+        self.fetched, self.excused, self.copied = Counter(), Counter(), 0
         self.released = set()
         self.vacant, self.numbers = {}, len(names)
 
@@ -141,6 +141,7 @@ class Fleet:
         if isinstance(order, Fetch):
             results = [outcome(kind, chunk) for kind, chunk in zip(kinds, order.chunks, strict=True)]
             stored = [c for c, result in zip(order.chunks, results, strict=True) if isinstance(result, Copied)]
+            self.copied += len(stored)
             shared = order.share and bool(stored) and (well or chance.random() < 0.9)
             if shared:
                 self.objects[order.number] = (order.node, stored)
@@ -232,7 +233,7 @@ class Fleet:
     def fetched_once_or_for_a_reason(self):
         if self.direct:
             return
-        assert sum(self.fetched.values()) == self.schedule.counts.fetched
+        assert self.copied == self.schedule.counts.fetched
         counts = self.schedule.counts
         if not counts.lags and not counts.slow_fetches and all(c.size <= self.bound for c in self.plan):
             for key, count in self.fetched.items():
