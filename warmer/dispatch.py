@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from warmer.convoys import Convoy
 from warmer.lanes import Backlog, Lane
-from warmer.lots import Lot, Stage, Stock
+from warmer.lots import Flight, Lot, Stage, Stock
 from warmer.orders import Counts, Fetch, Receive, Window, total_bytes
 from warmer.pace import Pace, TokenBucket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from warmer.lanes import Reader
     from warmer.orders import Order
+    from warmer.pace import Caps
     from warmer.plan import PlannedChunk
 
     Takers = Callable[[PlannedChunk], frozenset[str] | None]
@@ -27,43 +28,10 @@ _SCAN: Final = 16
 _LOOK_SECS: Final = 0.25
 """How often slow nodes are looked for."""
 
-_LATE: Final = 4.0
-"""A fetch is slow when it takes so many times what one of its size usually takes."""
-
-_PARTS: Final = 4
+PARTS: Final = 4
 """A store has room for so many lots at least, so that one is fetched while others are received."""
 
 _TYPICAL_SECS_PER_BYTE: Final = 1e-8
-
-
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """Most bytes a second.
-
-    Attributes:
-        run: That the Hub is asked for, in the whole run; None for no cap.
-        node: That reach a node, from the Hub or from others; None for no cap.
-    """
-
-    run: float | None = None
-    node: float | None = None
-
-
-@dataclass(slots=True)
-class Flight:
-    """An order under way.
-
-    Attributes:
-        order: The order.
-        lot: Whose chunks they are; None for those that a node fetches for itself.
-        since: When it was given.
-        hold: Bytes that it may leave in its node's store though no lot counts them.
-    """
-
-    order: Order
-    lot: Lot | None
-    since: float
-    hold: int = 0
 
 
 class Dispatch:
@@ -89,7 +57,7 @@ class Dispatch:
         )
         self._bucket = TokenBucket(caps.run, now)
         self._stock = Stock(nodes)
-        self._pace = Pace()
+        self._pace, self._receive_pace = Pace(), Pace()
         self._numbers = itertools.count(1)
         self._lots: dict[int, Lot] = {}
         self._stored: dict[int, Lot] = {}
@@ -98,27 +66,32 @@ class Dispatch:
         self._fetching_bytes = 0
         self._out: list[Order] = []
         self._released: list[int] = []
-        # The convoy: the plan's chunks that go into lots.
-        self._source: Iterator[PlannedChunk] | None = None
-        self._peeked: PlannedChunk | None = None
-        self._position = 0
-        self._over = False
-        self._turn = 0
-        self._full = False
-        self._blocked_since: float | None = None
-        self._members: list[str] | None = None
+        # Most nodes are in the first; those that cannot keep up with it go on together in the second.
+        self._convoys = (Convoy(plan), Convoy(plan))
         self._lanes: dict[str, Lane] = {}
-        self._astray: dict[str, Lane] = {}  # those that lag, or have something to fetch for themselves
+        self._astray: dict[str, Lane] = {}  # those that have something to fetch for themselves
         for name in nodes:
             self._add_lane(name, name)
 
     def _add_lane(self, name: str, role: str) -> Lane:
         backlog = Backlog(self._plan, self._wanted(role))
-        lane = self._lanes[name] = Lane(name, role, backlog, window=self._window, rate=self._caps.node, now=self._now)
-        self._members = None
+        lane = self._lanes[name] = Lane(
+            name, role, backlog, self._convoys[0], window=self._window, rate=self._caps.node, now=self._now
+        )
+        self._changed()
         if self._direct:
             self._detach(lane, 0)
         return lane
+
+    def _changed(self) -> None:
+        """Something has come or gone: decide anew."""
+        for convoy in self._convoys:
+            convoy.full = False
+            convoy.changed()
+
+    def _room(self) -> None:
+        for convoy in self._convoys:
+            convoy.full = False
 
     def _wanted(self, role: str) -> Callable[[PlannedChunk], bool]:
         takers = self._takers
@@ -127,94 +100,84 @@ class Dispatch:
     def _decide(self) -> None:
         """Give all orders that can be given now."""
         if self._now >= self._looked + _LOOK_SECS or not self._flights:
-            self._looked = self._now
-            self._look()
+            since, self._looked = self._looked, self._now
+            self._look(since)
         for _ in range(min(len(self._ready), _SCAN)):
             lot = self._ready.popleft()
             if lot.number in self._lots and lot.stage is Stage.READY and lot.pending and not self._assign(lot):
                 self._ready.append(lot)
-        self._move_on()
+        for convoy in self._convoys:
+            self._move_on(convoy)
         for lane in list(self._astray.values()):
-            if lane.lagging and not lane.detached and lane.idle and lane.started:
-                self._rejoin(lane)
             self._feed(lane)
-            if not lane.lagging and not lane.backlog:
+            if not lane.backlog:
                 del self._astray[lane.name]
 
     # From the plan into lots, and from the Hub to one node.
 
-    def _peek(self) -> PlannedChunk | None:
-        """The next chunk of the plan that goes into a lot."""
-        if self._peeked is None and not self._over:
-            if self._source is None:
-                self._source = self._plan(self._position)
-            self._peeked = next(self._source, None)
-            self._over = self._peeked is None
-        return self._peeked
-
-    def _advance(self) -> None:
-        self._peeked = None
-        self._position += 1
-
-    def _member_names(self) -> list[str]:
-        if self._members is None:
-            self._members = [name for name, lane in self._lanes.items() if not lane.lagging]
-        return self._members
-
-    def _needers(self, chunk: PlannedChunk) -> list[str]:
-        members = self._member_names()
+    def _needers(self, convoy: Convoy, chunk: PlannedChunk) -> list[str]:
+        """Those in a convoy that are to have its next chunk from it."""
         of = self._takers(chunk) if self._takers else None
-        return members if of is None else [name for name in members if self._lanes[name].role in of]
+        return [
+            lane.name
+            for lane in convoy.members(self._lanes.values())
+            if lane.entry <= convoy.position and (of is None or lane.role in of)
+        ]
 
-    def _move_on(self) -> None:
+    def _move_on(self, convoy: Convoy) -> None:
         """Make lots, and have them fetched, as far as there is room."""
-        while not self._full and self._member_names() and (chunk := self._peek()) is not None:
-            needers = self._needers(chunk)
+        while not convoy.full and convoy.members(self._lanes.values()) and (chunk := convoy.peek()) is not None:
+            if not self._may_fetch(chunk.size):
+                return
+            needers = self._needers(convoy, chunk)
             if not needers:
-                self._advance()
+                convoy.advance()
                 continue
             shared = len(needers) > 1
             if shared and not self._stock.can_ever(chunk.size):
                 # No store takes it: from here on each node goes on by itself.
-                for name in list(self._member_names()):
-                    self._detach(self._lanes[name], self._position)
+                for lane in list(convoy.members(self._lanes.values())):
+                    self._detach(lane, max(convoy.position, lane.entry))
                 return
-            if len(self._lots) >= self._window.lots or (shared and not self._stock.fits(needers, chunk.size)):
-                self._full = True
-                self._blocked_since = self._now if self._blocked_since is None else self._blocked_since
+            if convoy.lots >= self._window.lots or (shared and not self._stock.fits(needers, chunk.size)):
+                convoy.block(self._now)
                 return
-            turn = self._turn % len(needers)
-            self._turn += 1
+            turn = convoy.turn % len(needers)
+            convoy.turn += 1
             order = needers[turn:] + needers[:turn]
-            lanes = (self._lanes[name] for name in order[:_SCAN])
-            if not self._may_fetch(chunk.size) or not any(lane.may_fetch(chunk.size, self._now) for lane in lanes):
+            if not any(self._lanes[name].may_fetch(chunk.size, self._now) for name in order[:_SCAN]):
                 return
-            self._begin_lot(order, self._cut(chunk, needers, shared=shared), shared=shared)
+            self._begin_lot(convoy, order, self._cut(convoy, chunk, needers), shared=shared)
 
-    def _cut(self, first: PlannedChunk, needers: list[str], *, shared: bool) -> tuple[PlannedChunk, ...]:
+    def _cut(self, convoy: Convoy, first: PlannedChunk, needers: list[str]) -> tuple[PlannedChunk, ...]:
         """The next chunks of the plan that the same nodes lack."""
+        shared = len(needers) > 1
         least = self._stock.least if shared else None
-        most = self._most_bytes if least is None else max(1, min(self._most_bytes, least // _PARTS))
+        most = self._most_bytes if least is None else max(1, min(self._most_bytes, least // PARTS))
         takers = self._takers(first) if self._takers else None
         chunks: list[PlannedChunk] = []
         size = 0
-        while (chunk := self._peek()) is not None and len(chunks) < self._window.batch_chunks:
+        entries = {lane.entry for lane in convoy.members(self._lanes.values())}
+        while (chunk := convoy.peek()) is not None and len(chunks) < self._window.batch_chunks:
             together = size + chunk.size
             if chunks and (together > most or (shared and not self._stock.fits(needers, together))):
                 break
+            if chunks and convoy.position in entries:
+                break  # from here on one more lacks them
             if chunks and (not self._may_fetch(together) or (self._takers and self._takers(chunk) != takers)):
                 break
             chunks.append(chunk)
             size = together
-            self._advance()
+            convoy.advance()
         return tuple(chunks)
 
-    def _begin_lot(self, needers: list[str], chunks: tuple[PlannedChunk, ...], *, shared: bool) -> None:
-        lot = Lot(next(self._numbers), chunks, needers)
+    def _begin_lot(self, convoy: Convoy, needers: list[str], chunks: tuple[PlannedChunk, ...], *, shared: bool) -> None:
+        lot = Lot(next(self._numbers), chunks, needers, convoy)
         self._lots[lot.number] = lot
+        convoy.lots += 1
         if shared:
             self._stock.reserve(lot, needers)
-        self._blocked_since = None
+        convoy.blocked_since = None
         if not self._assign(lot):
             self._ready.append(lot)
 
@@ -314,79 +277,37 @@ class Dispatch:
                     self._released.append(lot.source)
             self._stock.free_all(lot)
             del self._lots[lot.number]
-            self._full = False
+            lot.convoy.lots -= 1
+            self._room()
         elif lot.stage is Stage.READY and lot.pending:
             if lot not in self._ready:
                 self._ready.append(lot)
-        elif lot.stage is Stage.STORED and not lot.pending and all(self._lanes[name].lagging for name in lot.receiving):
+        elif lot.stage is Stage.STORED and not lot.pending and all(map(self._left_behind(lot), lot.receiving)):
             # Copies elsewhere may be thrown away by their stores: nobody that matters takes them from there.
             self._stock.free_all(lot, but=(lot.holder, *lot.receiving))
-            self._full = False
+            self._room()
 
-    # Nodes that hold up the others.
-
-    def _look(self) -> None:
-        self._full = False
+    def _look(self, since: float) -> None:  # noqa: ARG002 - for those who look for more
+        """Look for what was missed; it was done before at `since`."""
+        self._room()
         for lane in self._lanes.values():
             self._ask(lane)
-        patience, pace = self._window.patience_secs, self._pace.secs_per_byte
-        for flight in list(self._flights.values()) if pace is not None else ():
-            lot = flight.lot
-            if lot is None or lot.stage is not Stage.FETCHING or lot.source != flight.order.number or not lot.pending:
-                continue
-            if self._now - flight.since > max(patience, _LATE * lot.size * (pace or 0.0)):
-                self._go_on_without(flight, lot)
-        if self._blocked_since is not None and self._now - self._blocked_since > patience:
-            self._leave_behind()
-            self._blocked_since = self._now
 
-    def _go_on_without(self, flight: Flight, lot: Lot) -> None:
-        """One fetches so slowly that another one is asked; what it fetches is for itself."""
-        node = flight.order.node
-        self.counts.slow_fetches += 1
-        self.counts.refetched += len(lot.chunks)
-        if node in lot.reserved:
-            lot.reserved.discard(node)
-            flight.hold = lot.size
-        flight.lot = None
-        lot.ready_again()
-        self._ready.append(lot)
+    @staticmethod
+    def _in(lane: Lane, convoy: Convoy) -> bool:
+        return lane.convoy is convoy and not lane.detached
 
-    def _leave_behind(self) -> None:
-        """Leave out those for whom alone the oldest lot lies in the store."""
-        for lot in self._stored.values():
-            waiting = [*lot.pending, *lot.receiving]
-            slow = [name for name in waiting if not self._lanes[name].lagging]
-            if slow and len(waiting) <= lot.done + 1:
-                for name in slow:
-                    self._lag(self._lanes[name])
-                return
+    def _left_behind(self, lot: Lot) -> Callable[[str], bool]:
+        """Tells whether a node waits for a lot of a convoy that it is in no longer."""
+        return lambda name: not self._in(self._lanes[name], lot.convoy)
 
-    def _lag(self, lane: Lane) -> None:
-        self.counts.lags += 1
-        lane.lags += 1
-        lane.lagging = True
-        lane.lag_from = self._position
-        self._members = None
+    def _alone(self, lane: Lane) -> Backlog:
+        """What a node fetches for itself, to be added to."""
         self._astray[lane.name] = lane
-        for lot in list(self._lots.values()):
-            if lane.name in lot.pending:
-                del lot.pending[lane.name]
-                lane.backlog.add(lot.chunks)
-                self._stock.free(lot, lane.name)
-            self._settle(lot)
-        if lane.lags > self._window.lags:
-            self._detach(lane, lane.lag_from)
-        self._full = False
-
-    def _rejoin(self, lane: Lane) -> None:
-        lane.lagging = False
-        lane.backlog.add_stretch(lane.lag_from, self._position)
-        self._members = None
+        return lane.backlog
 
     def _detach(self, lane: Lane, start: int) -> None:
-        """Have a node go on by itself from a chunk of the plan to its end."""
-        lane.lagging = lane.detached = True
-        lane.backlog.add_stretch(start, None)
-        self._astray[lane.name] = lane
-        self._members = None
+        """From a chunk of the plan on, a node goes on by itself."""
+        lane.detached = True
+        self._alone(lane).add_stretch(start, None)
+        self._changed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from warmer.pace import Pace, TokenBucket
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from warmer.convoys import Convoy
     from warmer.orders import Window
     from warmer.plan import PlannedChunk
 
@@ -114,23 +116,31 @@ class Lane:
         name: Its name.
         role: Whose chunks it is to have: its own, or those of the node that it replaces.
         backlog: What it fetches for itself.
+        convoy: With whom it is to keep pace.
         window: How much may be under way on it.
         rate: Most bytes a second that reach it; None for no cap.
         now: The time.
 
     Attributes:
         started: Whether it may be given orders.
-        lagging: Whether it is left out of new lots until it has ended what it was given.
         detached: Whether it fetches all that is left for itself.
-        lag_from: The number of the first chunk of the plan whose lot it was left out of.
-        lags: How often it lagged.
+        convoy: With whom it keeps pace.
+        entry: The number of the first chunk of the plan that it takes from its convoy.
         fetches, receives: Orders under way.
         bytes: Under way.
-        pace: How fast it fetches.
+        pace, receive_pace: How fast it fetches, and receives.
     """
 
     def __init__(
-        self, name: str, role: str, backlog: Backlog, *, window: Window, rate: float | None, now: float
+        self,
+        name: str,
+        role: str,
+        backlog: Backlog,
+        convoy: Convoy,
+        *,
+        window: Window,
+        rate: float | None,
+        now: float,
     ) -> None:
         self.name = name
         self.role = role
@@ -138,14 +148,26 @@ class Lane:
         self.bucket = TokenBucket(rate, now)
         self._window = window
         self.started = False
-        self.lagging = False
         self.detached = False
-        self.lag_from = 0
-        self.lags = 0
+        self.convoy = convoy
+        self.entry = 0
         self.fetches = 0
         self.receives = 0
         self.bytes = 0
         self.pace = Pace()
+        self.receive_pace = Pace()
+        self._blame = 0.0
+        self._blamed_at = now
+
+    def blame(self, secs: float, now: float, memory_secs: float) -> float:
+        """Note that it held up the others for so long; returns what is remembered of all such times."""
+        self._blame = self._blame * math.exp((self._blamed_at - now) / memory_secs) + secs
+        self._blamed_at = now
+        return self._blame
+
+    def forgive(self) -> None:
+        """Remember none of it."""
+        self._blame = 0.0
 
     def may_fetch(self, size: int, now: float) -> bool:
         """Whether it may be told to fetch so many bytes now."""
@@ -159,11 +181,6 @@ class Lane:
         if not self.started or (self.bytes and self.bytes + size > self._window.bytes):
             return False
         return self.bucket.ready(now)
-
-    @property
-    def idle(self) -> bool:
-        """Whether no order is under way."""
-        return not self.fetches and not self.receives
 
     def begin(self, chunks: tuple[PlannedChunk, ...], *, fetch: bool) -> None:
         """An order is under way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from warmer.orders import total_bytes
@@ -10,6 +11,8 @@ from warmer.orders import total_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from warmer.convoys import Convoy
+    from warmer.orders import Order
     from warmer.plan import PlannedChunk
 
 
@@ -28,6 +31,7 @@ class Lot:
         number: Names it, in the order of their making.
         chunks: Never empty.
         size: Their bytes.
+        convoy: For whose members it was made.
         pending: Who lacks them and has not been told to take them. In the order in which they are asked.
         receiving: Who has been told to take them from the store.
         reserved: On whose store its bytes are counted.
@@ -39,7 +43,7 @@ class Lot:
         avoid: Who failed to fetch it, and fetches it again only when nobody else can.
     """
 
-    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str]) -> None:
+    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], convoy: Convoy) -> None:
         self.number = number
         self.chunks = chunks
         self.size = total_bytes(chunks)
@@ -50,6 +54,7 @@ class Lot:
         self.holder: str | None = None
         self.source = 0
         self.done = 0
+        self.convoy = convoy
         self.attempts = 0
         self.avoid: frozenset[str] = frozenset()
 
@@ -65,6 +70,23 @@ class Lot:
     def ready_again(self) -> None:
         """What was fetched of it, or was to be, is of no use to the others any more."""
         self.stage, self.holder, self.source, self.done = Stage.READY, None, 0, 0
+
+
+@dataclass(slots=True)
+class Flight:
+    """An order under way.
+
+    Attributes:
+        order: The order.
+        lot: Whose chunks they are; None for those that a node fetches for itself.
+        since: When it was given.
+        hold: Bytes that it may leave in its node's store though no lot counts them.
+    """
+
+    order: Order
+    lot: Lot | None
+    since: float
+    hold: int = 0
 
 
 class Stock:
@@ -127,6 +149,12 @@ class Stock:
         child.reserved = lot.reserved.intersection(nodes)
         for node in lot.reserved - child.reserved:
             self.give_back(node, child.size)
+
+    def shrink(self, lot: Lot, size: int) -> None:
+        """A lot has no more than so many bytes left."""
+        for node in lot.reserved:
+            self.give_back(node, lot.size - size)
+        lot.size = size
 
     def drop(self, node: str) -> None:
         """A node is lost."""

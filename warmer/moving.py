@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from warmer.dispatch import Caps
 from warmer.orders import Window
+from warmer.pace import Caps
 from warmer.schedule import Schedule
 
 if TYPE_CHECKING:

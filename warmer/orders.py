@@ -27,7 +27,6 @@ class Window:
             but those of the nodes.
         fan: Most nodes that receive a batch at one time for each node that has it already.
         patience_secs: How long a node may hold up the others, or be slower than they are, before they go on without.
-        lags: How often a node may fall behind before it goes on by itself to the end.
     """
 
     batch_chunks: int = 64
@@ -39,7 +38,6 @@ class Window:
     run_bytes: int | None = None
     fan: int = 4
     patience_secs: float = 10.0
-    lags: int = 4
 
     def __post_init__(self) -> None:
         least = min(self.batch_chunks, self.batch_bytes, self.fetches, self.receives, self.bytes, self.lots, self.fan)
@@ -96,7 +94,8 @@ class Counts:
     Attributes:
         fetched: Chunks that came from the Hub, again ones included.
         fetched_bytes: Their bytes.
-        refetched: Chunks that were asked for once more because their holder was lost or slow, or the first fetch failed.
+        refetched: Chunks that were asked for once more: their holder was lost or slow, the first fetch failed, or those
+            that fell behind go on without the others.
         own: Chunks that a node asked for by itself: it lagged behind the others, joined later, or did not receive them.
         lags: How often a node fell behind.
         slow_fetches: Orders whose node took so long that another one was asked.

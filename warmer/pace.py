@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 _BURST_SECS: Final = 1.0
 _WEIGHT: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Most bytes a second.
+
+    Attributes:
+        run: That the Hub is asked for, in the whole run; None for no cap.
+        node: That reach a node, from the Hub or from others; None for no cap.
+    """
+
+    run: float | None = None
+    node: float | None = None
 
 
 class TokenBucket:

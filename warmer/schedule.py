@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from warmer.dispatch import Caps, Dispatch, Flight
+from warmer.laggards import Laggards
 from warmer.lots import Lot, Stage
 from warmer.orders import Fetch, Receive, Window, total_bytes
 from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, Copied, Failed
+from warmer.pace import Caps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from warmer.dispatch import Takers
     from warmer.lanes import Lane, Reader
+    from warmer.lots import Flight
     from warmer.orders import Order
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
@@ -33,7 +35,7 @@ _OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
 """Failures that say nothing about other nodes."""
 
 
-class Schedule(Dispatch):
+class Schedule(Laggards):
     """The state of a run.
 
     Args:
@@ -86,9 +88,10 @@ class Schedule(Dispatch):
         """Whether nothing is under way or left to give to the nodes that there are."""
         if self._flights or self._lots:
             return False
-        if any(lane.backlog or (lane.lagging and not lane.detached) for lane in self._astray.values()):
+        if any(lane.backlog for lane in self._astray.values()):
             return False
-        return all(lane.detached for lane in self._lanes.values()) or self._peek() is None
+        lanes = self._lanes.values()
+        return all(not convoy.members(lanes) or convoy.peek() is None for convoy in self._convoys)
 
     @property
     def store_bytes(self) -> dict[str, int]:
@@ -172,11 +175,12 @@ class Schedule(Dispatch):
             if shared:
                 self._released.append(order.number)
         lot.chunks, lot.stage = tuple(stored), Stage.STORED
+        self._stock.shrink(lot, total_bytes(lot.chunks))
         self._stored[lot.number] = lot
         self._settle(lot)
         if lot.number in self._lots:
             self._offer(lot)
-        self._full = False
+        self._room()
         return ended
 
     def _split(
@@ -185,7 +189,8 @@ class Schedule(Dispatch):
         """Some chunks of a lot go on as a lot of their own."""
         if not chunks:
             return
-        child = Lot(next(self._numbers), tuple(chunks), nodes)
+        child = Lot(next(self._numbers), tuple(chunks), nodes, lot.convoy)
+        child.convoy.lots += 1
         child.avoid, child.attempts = lot.avoid, lot.attempts
         if failed_on is not None:
             child.avoid, child.attempts = frozenset({failed_on}), lot.attempts + 1
@@ -216,6 +221,10 @@ class Schedule(Dispatch):
         order, lane = flight.order, self._lanes[flight.order.node]
         lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
         missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
+        size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))
+        if size:
+            lane.receive_pace.add(size, now - flight.since)
+            self._receive_pace.add(size, now - flight.since)
         if lot is not None:
             lot.receiving.discard(lane.name)
             lot.done += not missed
@@ -233,9 +242,8 @@ class Schedule(Dispatch):
     ) -> None:
         source = order.source if isinstance(order, Receive) else 0
         whole = lot is not None and lot.chunks is order.chunks and len(missed) == len(order.chunks)
-        if lot is None or not whole or lane.lagging or (lot.source == source and not holder_lost):
-            lane.backlog.add(missed)
-            self._astray[lane.name] = lane
+        if lot is None or not whole or not self._in(lane, lot.convoy) or (lot.source == source and not holder_lost):
+            self._alone(lane).add(missed)
             return
         # Others lack it too: it is fetched again for all of them together.
         lot.pending[lane.name] = None
@@ -265,8 +273,7 @@ class Schedule(Dispatch):
         """
         lane = self._lanes.pop(node)
         self._astray.pop(node, None)
-        self._members = None
-        self._full = False
+        self._changed()
         self._out = [order for order in self._out if order.node != node]
         named: list[PlannedChunk] = []
         for number in [number for number, flight in self._flights.items() if flight.order.node == node]:
@@ -287,7 +294,7 @@ class Schedule(Dispatch):
                     lot.ready_again()
             self._settle(lot)
         self._stock.drop(node)
-        start = None if lane.detached else lane.lag_from if lane.lagging else self._position
+        start = None if lane.detached else max(lane.entry, lane.convoy.position)
         if keep_place:
             self._vacant[node] = (lane.role, lambda: self._remains(named, lane, start))
             return iter(())
@@ -320,8 +327,7 @@ class Schedule(Dispatch):
         self._stock.admit(node, store_bytes)
         lane = self._add_lane(node, role)
         if not self._direct:
-            lane.backlog.add_stretch(0, self._position)
-            self._astray[node] = lane
+            self._alone(lane).add_stretch(0, lane.convoy.position)
 
     def _land(self, number: int, now: float) -> Flight:
         self._now = max(self._now, now)
