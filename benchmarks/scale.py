@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--ray-calls", type=int, help="measure instead how many orders of 64 chunks Ray itself passes on"
     )
+    parser.add_argument("--order-chunks", type=int, default=64, help="chunks of each of these orders")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.ray_calls:
