@@ -117,9 +117,13 @@ class MP:
 
     def get(self, numbers: Sequence[int]) -> list[bytes | None]:
         """Load, alone, into buffers that held something else before."""
+        keys = [_key(number) for number in numbers]
         objects = [_memory(b"\xa5" * CHUNK_BYTES) for _ in numbers]
-        task = self.adapter.submit_load_task([_key(number) for number in numbers], objects)
+        with self.adapter._lock:  # noqa: SLF001 - locked, as all that LMCache loads is, without a lookup of its own
+            self.adapter._locks.update(keys)  # noqa: SLF001
+        task = self.adapter.submit_load_task(keys, objects)
         bitmap = _await(self.adapter.get_load_event_fd(), lambda: self.adapter.query_load_result(task))
+        self.adapter.submit_unlock(keys)
         return [bytes(obj.byte_array.cast("B")) if bitmap.test(index) else None for index, obj in enumerate(objects)]
 
     def put(self, numbers: Sequence[int]) -> bool | None:

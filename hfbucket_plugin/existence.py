@@ -97,8 +97,10 @@ class Existence:
 
     def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
         try:
+            question.counted = deadline.passed  # then it says nothing of the Hub
+            deadline.check(f"instance {self._instance!r}: lookup")
             self._guard.check("lookup")
-        except BreakerOpenError as error:
+        except (BreakerOpenError, DeadlineError) as error:
             self.cache.fail(question, error)
             return
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while

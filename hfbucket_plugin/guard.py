@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.breaker import Breaker
-from hfbucket_plugin.errors import BreakerOpenError, BudgetError, HFBucketError, TransportError
+from hfbucket_plugin.errors import (
+    BreakerOpenError,
+    BudgetError,
+    HFBucketError,
+    MissingError,
+    ThrottledError,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,6 +75,8 @@ class Guard:
             BreakerOpenError: It is open; the message tells why it opened and when it is probed next.
         """
         if self.is_open(part):
+            if not self._breakers[part].probe_in:  # due, and perhaps nobody's: no thread was left, or this is a fork
+                self._start_prober()
             raise BreakerOpenError(
                 f"instance {self._instance!r}: {part}: not tried, since {self.reason(part)}; probed again in "
                 f"{self._breakers[part].probe_in:.1f} s"
@@ -142,11 +151,15 @@ class Guard:
             return
         try:
             self._probes[part]()
-        except (TransportError, BudgetError, BreakerOpenError) as error:
+        except (TransportError, ThrottledError, BreakerOpenError) as error:
             self._reasons[part] = str(error)
             self._breakers[part].probed(well=False)
-        except HFBucketError:
-            self._close(part)  # an answer, if a refusal: work is refused at once too, and told as what it is
+        except HFBucketError as error:
+            if part == "read" and not isinstance(error, MissingError):  # what opened it: nothing would be served
+                self._reasons[part] = str(error)
+                self._breakers[part].probed(well=False)
+            else:
+                self._close(part)  # an answer, if a refusal: work is refused at once too, and told as what it is
         except BaseException as error:  # noqa: BLE001 - hf_xet's panics too; the prober must live
             self._reasons[part] = f"the probe failed: {type(error).__name__}: {error}"
             self._breakers[part].probed(well=False)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import wait
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lmcache.lmcache_native import Bitmap
@@ -23,6 +22,7 @@ from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInter
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 
 from hfbucket_plugin import l2_settings
+from hfbucket_plugin.bucket import MAX_BATCH
 from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.engine_memory import BorrowedMemory
@@ -320,11 +320,19 @@ class HFBucketL2Adapter(L2AdapterInterface):
             names = {key_string(key): key for key in keys if not self._locks[key]}
         if not names or self._closed or not self._settings.writes:
             return
-        try:
-            held, failures = self._store.delete_held(list(names), Deadline.after(_DELETE_SECS))
-        except HFBucketError as error:
-            _log.warning("[%s] %d objects were not deleted: %s", self._settings.name, len(names), error)
-            return
+        deadline = Deadline.after(_DELETE_SECS)
+        texts = list(names)
+        for start in range(0, len(texts), MAX_BATCH):  # each told as soon as it is done: time may run out in between
+            batch = {text: names[text] for text in texts[start : start + MAX_BATCH]}
+            try:
+                self._delete_batch(batch, deadline)
+            except HFBucketError as error:
+                left = len(texts) - start
+                _log.warning("[%s] %d of %d objects were not deleted: %s", self._settings.name, left, len(texts), error)
+                return
+
+    def _delete_batch(self, names: Mapping[str, ObjectKey], deadline: Deadline) -> None:
+        held, failures = self._store.delete_held(list(names), deadline)
         there = [name for name in held if name not in failures]
         self._usage.changed(self._entries([names[name] for name in there], [held[name].size for name in there]), -1)
         gone = [name for name in names if name not in failures]  # what was not there included: LMCache may drop it too
@@ -352,11 +360,15 @@ class HFBucketL2Adapter(L2AdapterInterface):
             return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
-        """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one."""
+        """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one.
+
+        By cache salt it tells this process's own writes only: LMCache deletes all that it knows of a salt without a quota,
+        and a server that has just started has no quotas.
+        """
         return AdapterUsage(
             total_bytes_used=self._usage.total,
             total_capacity_bytes=self._max_capacity_bytes,
-            bytes_by_cache_salt=MappingProxyType(dict(self._usage.by_salt())),
+            bytes_by_cache_salt=super().get_usage().bytes_by_cache_salt,
         )
 
     def register_listener(self, listener: L2AdapterListener) -> None:
@@ -365,9 +377,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._usage_listing.again()
 
     def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Objects of others' that a listing found, oldest first: what LMCache evicts by."""
+        """Tell of objects that a listing found, newest first, whoever evicts by the capacity of the whole.
+
+        Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
+        """
         for listener in list(self._listeners):
-            listener.on_l2_keys_stored(keys, sizes)
+            if self._max_capacity_bytes and not getattr(getattr(listener, "policy", None), "support_isolation", True):
+                listener.on_l2_keys_stored(keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
 

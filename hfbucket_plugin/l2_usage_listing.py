@@ -41,7 +41,7 @@ class UsageListing:
         usage: Is told what is there.
         refresh_secs: From the end of a listing to the next one; 0 never lists.
         max_pages: Most pages of a listing; None for all.
-        tell: Given objects that are new to this process, oldest first, with their sizes.
+        tell: Given objects that are new to this process, newest first, with their sizes.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class UsageListing:
             if cursor is None or pages == self._max_pages:
                 break
         self._usage.end(complete=cursor is None)
-        found.sort(key=lambda entry: entry[0])
+        # Newest first: LMCache takes the end of a list for the least worth keeping, as the end of a prompt is.
+        found.sort(key=lambda entry: entry[0], reverse=True)
         if found and not self._closed.is_set():
             self._tell([key for _, key, _ in found], [size for _, _, size in found])
         self._told_until = began - _SLACK
@@ -117,8 +118,10 @@ class UsageListing:
         if chunk is None:
             return
         key = object_key(chunk.text)
-        self._usage.seen(info.path, key.cache_salt if key is not None else "", info.content.size)
+        if key is None:  # the classic engine's: LMCache could not evict it, and would evict all others in its stead
+            return
+        self._usage.seen(info.path, key.cache_salt, info.content.size)
         uploaded = info.uploaded_at or datetime.fromtimestamp(0, UTC)
         is_new = self._told_until is None or uploaded > self._told_until
-        if key is not None and is_new and len(found) < _MOST_TOLD:
+        if is_new and len(found) < _MOST_TOLD:
             found.append((uploaded, key, info.content.size))

@@ -86,6 +86,7 @@ class _Commit:
         self.leases = [SourceLease(source.view) for source in sources]
         self.upload = Upload()
         self.files: Mapping[str, Content] = {}
+        self.begun = False
         self._lock = threading.Lock()
         self._held = dict(zip(self.leases, sources, strict=True))
 
@@ -154,8 +155,9 @@ class Putter:
         """
         started = time.monotonic()
         try:
+            deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
             self._guard.check("write")
-        except BreakerOpenError as error:
+        except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
             self._tell(report.failures, started)
             return report
@@ -297,7 +299,7 @@ class Putter:
         return report
 
     def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
-        if not self._closed:
+        if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
             self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.cache.drop(source.key)
@@ -339,6 +341,7 @@ class Putter:
                     self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
 
             self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+            commit.begun = True
             try:
                 contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload, taken)
             finally:

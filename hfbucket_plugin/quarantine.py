@@ -54,7 +54,9 @@ class Quarantine:
             Whether this proves the object bad: a second, independent fetch has failed the hash.
         """
         with self._lock:
-            record = self._records.get(xet_hash) or _Record(0.0, 0, 0)
+            record = self._records.get(xet_hash) or _Record(float("-inf"), 0, 0)
+            if self._clock() < record.until:  # asked for beside the fetch that failed: the same failure, seen twice
+                return False
             record.until = self._clock() + min(_LONGEST_SECS, _FIRST_SECS * 2.0 ** min(record.strikes, 10))
             record.strikes += 1
             record.wrong_hashes += wrong_hash

@@ -19,5 +19,10 @@ os.environ.update(
 )
 
 from hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
+from hypothesis import settings  # noqa: E402 - the same
 
 __all__ = ["bucket", "hub", "hub_factory", "new_bucket", "session_hub"]
+
+# How long an example takes is no matter of any test's.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")

@@ -1,4 +1,4 @@
-"""`python -m warmer`: the command line. stdout holds the summary and nothing else; everything for people is on stderr."""
+"""`python -m warmer`: the command line. stdout holds one record and nothing else; everything for people is on stderr."""
 
 from __future__ import annotations
 
@@ -6,42 +6,37 @@ import contextlib
 import json
 import logging
 import sys
-from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from collections.abc import Mapping  # noqa: TC003 - `with_flags` and Typer evaluate the annotations
+from pathlib import Path  # noqa: TC003 - as above
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
-from warmer import exits
-from warmer.errors import ClusterError, Interrupted
+from warmer import exits, run
+from warmer.errors import ClusterError, Interrupted, NothingToDoError
+from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
-from warmer.moving import OBJECT_STORE_FRACTION, Moving
-from warmer.node import CHUNK_TIMEOUT_SECS
-from warmer.run import NODE_START_SECS, NothingToDoError, Order, run
+from warmer.plan import PlanFile
+from warmer.warm_file import warm_up
 
 if TYPE_CHECKING:
-    from warmer.receive import Verify
+    from collections.abc import Callable
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell what would be copied, and copy nothing.", show_default=False)
+]
 
-def _size(text: str) -> int:
-    """A size such as 500MiB."""
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        size = ByteSize(0)
-    if size < 1:
-        raise typer.BadParameter(f"{text!r} is no size; write it as 500MiB or 2GiB")
-    return int(size)
-
-
-def _verify(text: str) -> Verify:
-    if text not in {"hash", "length"}:
-        _end(f"--verify {text!r}: there are 'hash' and 'length'", exits.USAGE)
-    return "length" if text == "length" else "hash"
+_PLANNING = flags_of("source", "choose", "tiers", "filling", "moving", "nodes", "limits", "address")
+_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report")
+_CHECKING = tuple(
+    flag
+    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address")
+    if flag.name != "--replace-nodes"  # nobody waits for nodes to join
+)
 
 
 @app.callback()
@@ -50,101 +45,115 @@ def main() -> None:
 
 
 @app.command("run")
-def run_command(  # noqa: PLR0917 - Typer makes options of them
-    lmcache_config: Annotated[
-        Path, typer.Option(help="The LMCache YAML of the engines: it declares the instance and the tier.")
-    ],
-    instance: Annotated[str, typer.Option(help="The bucket's instance in it, such as hfbucket.us.")],
-    prefix: Annotated[
-        list[str], typer.Option(help="Copy the chunks whose key starts with this, such as 'org/model@8@'. Repeatable.")
-    ],
-    tier: Annotated[str, typer.Option(help="The tier to fill: an fs plugin of the YAML, such as fs.warm.")],
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; "
-            "without either a local Ray is started."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a JSON line for every failed chunk, and the summary, to this file.")
-    ] = None,
-    fsync: Annotated[
-        bool, typer.Option(help="Force each file to the disk before it appears: for nodes that may lose power.")
-    ] = False,
-    chunk_timeout: Annotated[
-        float, typer.Option(min=1.0, help="Most seconds a chunk may take, its batch and retries included.")
-    ] = CHUNK_TIMEOUT_SECS,
-    node_timeout: Annotated[
-        float, typer.Option(min=1.0, help="Most seconds a node may take to take part.")
-    ] = NODE_START_SECS,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="Have every node fetch for itself, and hand nothing to the others.")
-    ] = False,
-    object_store_fraction: Annotated[
-        float, typer.Option(min=0.01, max=0.7, help="Most of each node's Ray object store that chunks may take.")
-    ] = OBJECT_STORE_FRACTION,
-    verify: Annotated[
-        str, typer.Option(help="What is checked before a chunk appears: 'hash', or 'length' only.")
-    ] = "hash",
-    max_bandwidth: Annotated[
-        int | None, typer.Option(parser=_size, help="Most bytes a second from the Hub in the whole run: 500MiB.")
-    ] = None,
-    max_node_bandwidth: Annotated[
-        int | None, typer.Option(parser=_size, help="Most bytes a second that reach a node, from wherever: 100MiB.")
-    ] = None,
-    max_inflight_bytes: Annotated[
-        int | None, typer.Option(parser=_size, help="Most bytes being fetched from the Hub in the whole run: 2GiB.")
-    ] = None,
-    max_duration: Annotated[
-        float | None, typer.Option(min=1.0, help="Stop in good order after so many seconds of copying.")
-    ] = None,
-    replace_nodes: Annotated[
-        bool, typer.Option("--replace-nodes", help="Have nodes that join take the places of those that are lost.")
-    ] = False,
-) -> None:
-    """Copy chunks into a tier of every node; what is there already is passed by.
+@with_flags(FLAGS)
+def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _DryRun = False) -> None:
+    """Copy chosen chunks into tiers of every node; what is there already is passed by.
 
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
     to do, 5 when told to stop. Running again moves only what is missing.
     """
-    if not all(prefix):
-        message = "an empty --prefix would select the whole instance; name at least a model, such as 'org/model@'"
-        _end(message, exits.USAGE)
-    order = Order(
-        config=lmcache_config,
-        instance=instance,
-        tier=tier,
-        prefixes=tuple(prefix),
-        address=address,
-        report=report,
-        fsync=fsync,
-        chunk_timeout_secs=chunk_timeout,
-        node_start_secs=node_timeout,
-        moving=Moving(
-            direct=direct,
-            store_fraction=object_store_fraction,
-            verify=_verify(verify),
-            max_bandwidth=max_bandwidth,
-            max_node_bandwidth=max_node_bandwidth,
-            max_inflight_bytes=max_inflight_bytes,
-            max_secs=max_duration,
-            replace_nodes=replace_nodes,
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        wanted = warm_up(config, given)
+        return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop)
+
+    _end_with(work)
+
+
+@app.command("plan")
+@with_flags(_PLANNING)
+def plan_command(
+    *,
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    out: Annotated[Path, typer.Option("--out", help="The plan file to write.", metavar="FILE", show_default=False)],
+) -> None:
+    """Choose chunks and write down which, for `apply`. No Ray is needed.
+
+    Exits 0 when the plan is written, 2 for a wrong configuration or command, 3 when the Hub could not be reached, 4 when
+    nothing was chosen, 5 when told to stop.
+    """
+    _end_with(lambda _: _planned(run.plan(warm_up(config, given), out)) | {"plan": str(out)})
+
+
+@app.command("apply")
+@with_flags(_APPLYING)
+def apply_command(
+    *,
+    plan: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN", show_default=False)],
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    dry_run: _DryRun = False,
+) -> None:
+    """Copy what a plan says; what is there already is passed by. Flags win over what the plan was made with.
+
+    Exits as `run` does. Applying again moves only what is missing: that is how to go on after a stop or a crash.
+    """
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        made = PlanFile.open(plan)
+        wanted = warm_up(config, given, run.planned_warm_up(made))
+        if not dry_run:
+            return run.apply(wanted, made, stop)
+        return _planned({**made.header, "selected": made.chunks, "selected_bytes": made.bytes}) | {"plan": str(plan)}
+
+    _end_with(work)
+
+
+@app.command("check")
+@with_flags(_CHECKING)
+def check_command(
+    *,
+    plan: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A plan file; without one, chunks are chosen by the flags.", metavar="[PLAN]", show_default=False
         ),
-    )
+    ] = None,
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    require: Annotated[
+        float, typer.Option("--require", min=0.0, max=1.0, help="The share that every tier of every node must hold.")
+    ] = 1.0,
+    verify: Annotated[
+        str, typer.Option("--verify", help="hash: contents are read and hashed. length: files are only looked at.")
+    ] = "hash",
+) -> None:
+    """Tell how warm every node is: what of a choice is right, wrong or missing in each tier. Nothing is written.
+
+    Exits 0 when every tier of every node holds the required share, 3 when one does not, 2 for a wrong configuration or
+    command, 4 when there was nothing to check, 5 when told to stop.
+    """
+    if verify not in {"hash", "length"}:
+        _end(f"--verify {verify!r} is neither hash nor length", exits.USAGE)
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        made = PlanFile.open(plan) if plan is not None else None
+        wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
+        return run.check(wanted, made, stop, require=require, hashes=verify == "hash")
+
+    _end_with(work)
+
+
+def _planned(header: dict[str, Any]) -> dict[str, Any]:
+    return {"event": "plan", "exit_code": exits.COMPLETE, **header}
+
+
+def _end_with(work: Callable[[StopSwitch], dict[str, Any]]) -> NoReturn:
+    """Do the work of a command, print its record, and exit with its code."""
     logging.basicConfig(stream=sys.stderr, format="warmer: %(message)s", level=logging.WARNING)
     logging.getLogger("warmer").setLevel(logging.INFO)
     stop = StopSwitch()
     try:
         # Ray prints where it likes.
         with stop.listening(), contextlib.redirect_stdout(sys.stderr):
-            summary = run(order, stop)
+            record = work(stop)
     except Interrupted:
         _end("told to stop; running again moves only what is missing", exits.INTERRUPTED)
     except (HFBucketError, OSError) as error:
-        _end(_advised(error, instance), _code(error))
-    typer.echo(json.dumps(summary))
-    raise typer.Exit(summary["exit_code"])
+        _end(_advised(error), _code(error))
+    typer.echo(json.dumps(record))
+    raise typer.Exit(record["exit_code"])
 
 
 def _code(error: Exception) -> int:
@@ -155,10 +164,10 @@ def _code(error: Exception) -> int:
     return exits.USAGE
 
 
-def _advised(error: Exception, instance: str) -> str:
+def _advised(error: Exception) -> str:
     """The error's words, and the setting to look at where they do not name it."""
     if isinstance(error, TransportError) and not isinstance(error, ClusterError):
-        return f"{error}; if it stays so, look at remote_storage_plugin.{instance}.endpoint or HF_ENDPOINT"
+        return f"{error}; if it stays so, look at the instance's endpoint, or HF_ENDPOINT"
     return str(error)
 
 

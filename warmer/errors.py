@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.errors import HFBucketError, RefusedError
 
 
 class TierError(HFBucketError, OSError):
@@ -27,6 +27,10 @@ class ClusterError(HFBucketError, ConnectionError):
     """The Ray cluster that is configured does not answer, or does not let us in."""
 
     kind = "cluster"
+
+
+class NothingToDoError(RefusedError):
+    """Nothing is selected that the tiers can take, or no node is there to take it."""
 
 
 class Interrupted(BaseException):

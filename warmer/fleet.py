@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from hfbucket_plugin.errors import HFBucketError
+    from warmer.actor import Config
     from warmer.cluster import Node
-    from warmer.node import NodeConfig
     from warmer.orders import Order
     from warmer.outcomes import Outcome
     from warmer.schedule import Ended, Schedule
@@ -71,10 +71,12 @@ class Replacing:
 
     Attributes:
         candidates: The nodes that are alive and may take part.
+        fits: Whether one may take the place of a lost one, which is told by its id.
         store_bytes: The bytes that chunks may take in a node's object store.
     """
 
     candidates: Callable[[], Sequence[Node]]
+    fits: Callable[[str, Node], bool]
     store_bytes: Callable[[Node], int]
 
 
@@ -104,7 +106,7 @@ class Fleet:
     def __init__(
         self,
         nodes: Sequence[Node],
-        config: NodeConfig,
+        config: Config,
         witness: Witness,
         stop: Stop,
         start_secs: float,
@@ -255,8 +257,10 @@ class Fleet:
         if self._replacing is None or not self._vacant or now < self._next_look:
             return
         self._next_look = now + _JOIN_SECS
-        joined = [node for node in self._replacing.candidates() if node.id not in self._crews]
-        for name, node in zip(list(self._vacant), joined, strict=False):
+        for node in [node for node in self._replacing.candidates() if node.id not in self._crews]:
+            name = next((name for name in self._vacant if self._replacing.fits(name, node)), None)
+            if name is None:
+                continue
             del self._vacant[name]
             schedule.replace(name, node.id, self._replacing.store_bytes(node))
             self._witness.replaced(name, node)

@@ -1,10 +1,9 @@
-"""How bytes move in a run: through whom, how many at a time, how fast, and for how long."""
+"""How bytes move in a run: what the warm-up says of it, as a schedule has it; and for how long."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from warmer.orders import Window
 from warmer.pace import Caps
@@ -14,53 +13,46 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from warmer.cluster import Node
+    from warmer.dispatch import Takers
     from warmer.interrupt import StopSwitch
     from warmer.lanes import Reader
-    from warmer.receive import Verify
+    from warmer.nodes import Assigned
+    from warmer.plan import PlannedChunk
+    from warmer.warmup import Moving
 
-OBJECT_STORE_FRACTION: Final = 0.3
-"""Ray begins to write objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
+
+def store_bytes(moving: Moving, node: Node) -> int:
+    """The bytes that chunks may take in a node's object store."""
+    return int(node.store_bytes * moving.object_store_fraction)
 
 
-@dataclass(frozen=True, slots=True)
-class Moving:
-    """What was asked for.
+def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: Reader, rest: Reader) -> Schedule:
+    """The schedule of a run; see `Schedule` for `plan` and `rest`."""
+    return Schedule(
+        {one.node.id: store_bytes(moving, one.node) for one in nodes},
+        plan,
+        Window(run_bytes=moving.max_inflight_bytes),
+        rest=rest,
+        takers=takers(nodes),
+        caps=Caps(moving.max_bandwidth, moving.max_node_bandwidth),
+        direct=moving.direct,
+        now=time.monotonic(),
+    )
 
-    Attributes:
-        direct: Every node fetches everything for itself.
-        store_fraction: Most of each node's object store that chunks may take.
-        verify: What is checked before a chunk appears: its length, or its Xet hash too.
-        max_bandwidth: Most bytes a second from the Hub, in the whole run; None for no cap.
-        max_node_bandwidth: Most bytes a second that reach a node, from the Hub or from others; None for no cap.
-        max_inflight_bytes: Most bytes being fetched from the Hub, in the whole run; None for no cap.
-        max_secs: When to stop, in seconds from the first actor; None for never.
-        replace_nodes: Whether nodes that join take the places of lost ones.
-    """
 
-    direct: bool = False
-    store_fraction: float = OBJECT_STORE_FRACTION
-    verify: Verify = "hash"
-    max_bandwidth: int | None = None
-    max_node_bandwidth: int | None = None
-    max_inflight_bytes: int | None = None
-    max_secs: float | None = None
-    replace_nodes: bool = False
+def direct_schedule(nodes: Sequence[Assigned], plan: Reader) -> Schedule:
+    """A schedule by which every node works through all that is for it by itself."""
+    names = dict.fromkeys((one.node.id for one in nodes), 0)
+    return Schedule(names, plan, takers=takers(nodes), direct=True, now=time.monotonic())
 
-    def store_bytes(self, node: Node) -> int:
-        """The bytes that chunks may take in a node's object store."""
-        return int(node.store_bytes * self.store_fraction)
 
-    def schedule(self, nodes: Sequence[Node], plan: Reader, rest: Reader) -> Schedule:
-        """The schedule of a run; see `Schedule` for `plan` and `rest`."""
-        return Schedule(
-            {node.id: self.store_bytes(node) for node in nodes},
-            plan,
-            Window(run_bytes=self.max_inflight_bytes),
-            rest=rest,
-            caps=Caps(self.max_bandwidth, self.max_node_bandwidth),
-            direct=self.direct,
-            now=time.monotonic(),
-        )
+def takers(nodes: Sequence[Assigned]) -> Takers:
+    """Tells which nodes a chunk is for."""
+
+    def of(chunk: PlannedChunk) -> frozenset[str]:
+        return frozenset(one.node.id for one in nodes if one.takes(chunk))
+
+    return of
 
 
 class TimeLimit:

@@ -68,6 +68,10 @@ class NodeConfig:
         if self.settings.token is not None:
             raise ValueError("settings with an inline token must not leave the driver")
 
+    def open(self, place: Place) -> NodeWarmer:
+        """See `open_node`."""
+        return open_node(self, place)
+
 
 @dataclass(slots=True)
 class _Job:
@@ -110,6 +114,9 @@ class NodeWarmer:
         tier: Where they go.
         chunk_timeout_secs: See `NodeConfig`.
         verify: See `NodeConfig`.
+
+    Attributes:
+        chunk_timeout_secs: See `NodeConfig`.
     """
 
     def __init__(
@@ -122,7 +129,7 @@ class NodeWarmer:
         self._bucket = bucket
         self._verify = verify
         self._tier = tier
-        self._chunk_timeout_secs = chunk_timeout_secs
+        self.chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
         self._receiver = Receiver(tier, verify, self._stopped)
         self._lock = threading.Lock()
@@ -202,10 +209,10 @@ class NodeWarmer:
 
     def _fetch_all(self, jobs: list[_Job]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
-        deadline = Deadline.after(self._chunk_timeout_secs)
+        deadline = Deadline.after(self.chunk_timeout_secs)
         retrying = tenacity.Retrying(
             stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(_TRIES), tenacity.stop_after_delay(self._chunk_timeout_secs)
+                tenacity.stop_after_attempt(_TRIES), tenacity.stop_after_delay(self.chunk_timeout_secs)
             ),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
             retry=tenacity.retry_if_result(bool),
@@ -221,7 +228,7 @@ class NodeWarmer:
             return []
         try:
             # One request that fails tells as much as one for each chunk. Costs none when there is a session.
-            self._bucket.transfer.warm_up(deadline.within(self._chunk_timeout_secs / _TRIES))
+            self._bucket.transfer.warm_up(deadline.within(self.chunk_timeout_secs / _TRIES))
         except HFBucketError as error:
             for job in pending:
                 job.error = error
@@ -230,7 +237,7 @@ class NodeWarmer:
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._read([fetch.read for fetch in fetches], deadline.within(self._chunk_timeout_secs / _TRIES))
+            self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -294,7 +301,7 @@ class NodeWarmer:
             BucketMissingError: There is no such bucket, or the token may not see it.
         """
         try:
-            self._bucket.transfer.warm_up(Deadline.after(self._chunk_timeout_secs / _TRIES))
+            self._bucket.transfer.warm_up(Deadline.after(self.chunk_timeout_secs / _TRIES))
         except (TransportError, ThrottledError):
             return  # may pass; each chunk tries again
 

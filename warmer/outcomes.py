@@ -69,4 +69,45 @@ class Failed:
     message: str
 
 
-Outcome = Copied | Present | Failed
+@dataclass(frozen=True, slots=True)
+class Right:
+    """A check found the chunk in the tier, as the plan has it.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes.
+    """
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """A check found something else in the chunk's place: an engine would serve it, or stumble over it.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes that the chunk should have.
+        message: What is wrong with it.
+    """
+
+    key: str
+    size: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A check found nothing in the chunk's place.
+
+    Attributes:
+        key: Its key string.
+        size: Bytes that the chunk should have.
+    """
+
+    key: str
+    size: int
+
+
+Outcome = Copied | Present | Failed | Right | Wrong | Missing

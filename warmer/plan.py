@@ -6,6 +6,7 @@ A plan is read segment by segment, so that neither a driver's memory nor its sta
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,12 +16,20 @@ from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import encode_name, is_probe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from hfbucket_plugin.catalog import ChunkEntry
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.keys import Key
+
+VERSION: Final = 1
+"""Of the format of plan files. A reader refuses a newer one."""
+
+_HEADER: Final = "warmer_plan"
+_HEAD: Final = f'{{"{_HEADER}":'.encode()
+_HEADER_ROOM: Final = 2048
+"""Bytes kept for what is known of a header only when the plan is written: counts."""
 
 SEGMENT_CHUNKS: Final = 1000
 """Chunks of a segment: as many as the Hub looks up in one request."""
@@ -37,6 +46,8 @@ class PlannedChunk:
         size: Bytes.
         uploaded_at: When the Hub took it; None when it did not say.
         gone: Whether the bucket no longer held it when it was last looked up.
+        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
+            what all its workers share (MLA) as if it had one.
     """
 
     key: str
@@ -45,6 +56,7 @@ class PlannedChunk:
     size: int
     uploaded_at: datetime | None = None
     gone: bool = False
+    worker: int | None = None
 
     def to_line(self) -> str:
         """The chunk as one line of JSON, its newline included."""
@@ -53,6 +65,8 @@ class PlannedChunk:
             record["uploaded_at"] = self.uploaded_at.isoformat()
         if self.gone:
             record["gone"] = True
+        if self.worker is not None:
+            record["worker"] = self.worker
         return json.dumps(record) + "\n"
 
     @classmethod
@@ -65,11 +79,13 @@ class PlannedChunk:
         record = json.loads(line)
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
             raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
-        size, uploaded_at = record.get("size"), record.get("uploaded_at")
+        size, uploaded_at, worker = record.get("size"), record.get("uploaded_at"), record.get("worker")
         if type(size) is not int or size < 0:
             raise ValueError("a planned chunk needs a size in bytes")
+        if worker is not None and (type(worker) is not int or worker < 0):
+            raise ValueError("the worker of a planned chunk is a rank")
         at = None if uploaded_at is None else datetime.fromisoformat(uploaded_at)
-        return cls(record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True)
+        return cls(record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True, worker)
 
 
 _TEXTS: Final = ("key", "path", "xet_hash")
@@ -101,8 +117,9 @@ class Planner:
                 self.skipped["probe"] += 1
             else:
                 path = self._handle.join(encode_name(entry.text))
-                content = entry.content
-                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at)
+                content, key = entry.content, entry.key
+                worker = key.worker_id if key.world_size > 1 else None
+                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at, worker=worker)
 
 
 def gone(chunk: PlannedChunk) -> PlannedChunk:
@@ -111,36 +128,68 @@ def gone(chunk: PlannedChunk) -> PlannedChunk:
 
 
 class PlanFile:
-    """A plan on disk.
+    """A plan on disk: a header, if it has one, and chunks, a line each.
 
     Attributes:
         path: Of the file.
+        header: What the plan is of, as it was written; empty when the file has no header.
         chunks: How many it holds.
         bytes: The sum of their sizes.
+        shares: The same for each worker that chunks are for; under None, for those that are for all.
     """
 
-    def __init__(self, path: Path, offsets: list[int], chunks: int, size: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.chunks = chunks
-        self.bytes = size
-        self._offsets = offsets
+        self.header: dict[str, Any] = {}
+        self.chunks = 0
+        self.bytes = 0
+        self.shares: dict[int | None, tuple[int, int]] = {}
+        self._offsets: list[int] = []
+
+    def _count(self, chunk: PlannedChunk, at: int) -> None:
+        if self.chunks % SEGMENT_CHUNKS == 0:
+            self._offsets.append(at)
+        self.chunks += 1
+        self.bytes += chunk.size
+        chunks, size = self.shares.get(chunk.worker, (0, 0))
+        self.shares[chunk.worker] = (chunks + 1, size + chunk.size)
 
     @classmethod
-    def write(cls, path: Path, chunks: Iterable[PlannedChunk]) -> PlanFile:
+    def write(
+        cls,
+        path: Path,
+        chunks: Iterable[PlannedChunk],
+        header: Callable[[PlanFile], dict[str, Any]] | None = None,
+    ) -> PlanFile:
         """Write a plan, as the chunks come.
+
+        Args:
+            path: Of the file.
+            chunks: In their order.
+            header: Makes the header, first of an empty plan and then of the whole, which may be longer by some counts.
 
         Raises:
             OSError: The file cannot be written.
         """
-        offsets, count, size, at = [], 0, 0, 0
+        plan, at = cls(path), 0
         with path.open("wb") as out:
+            room = 0
+            if header is not None:
+                room = len(_header_line(header(plan))) + _HEADER_ROOM
+                at += out.write(b" " * (room - 1) + b"\n")
             for chunk in chunks:
-                if count % SEGMENT_CHUNKS == 0:
-                    offsets.append(at)
+                plan._count(chunk, at)
                 at += out.write(chunk.to_line().encode())
-                count += 1
-                size += chunk.size
-        return cls(path, offsets, count, size)
+            if header is not None:
+                plan.header = header(plan)
+                line = _header_line(plan.header)
+                if len(line) > room - 1:
+                    raise ValueError("the header of a plan grew beyond the room that was kept for it")
+                out.seek(0)
+                out.write(line)
+            out.flush()
+            os.fsync(out.fileno())
+        return plan
 
     @classmethod
     def open(cls, path: Path) -> PlanFile:
@@ -149,20 +198,20 @@ class PlanFile:
         Raises:
             ConfigError: The file cannot be read, or a line of it is no planned chunk; the message says which.
         """
-        offsets, count, size, at = [], 0, 0, 0
+        plan, at, number = cls(path), 0, 0
         try:
             with path.open("rb") as lines:
-                for line in lines:
-                    if count % SEGMENT_CHUNKS == 0:
-                        offsets.append(at)
-                    size += PlannedChunk.from_line(line.decode()).size
+                for number, line in enumerate(lines, 1):
+                    if number == 1 and line.startswith(_HEAD):
+                        plan.header = _read_header(line)
+                    else:
+                        plan._count(PlannedChunk.from_line(line.decode()), at)
                     at += len(line)
-                    count += 1
         except OSError as error:
-            raise ConfigError(f"plan {str(path)!r} cannot be read: {error}") from None
-        except ValueError as error:
-            raise ConfigError(f"plan {str(path)!r}, line {count + 1}: {error}") from None
-        return cls(path, offsets, count, size)
+            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"plan {str(path)!r}, line {number}: {error}") from None
+        return plan
 
     @property
     def segments(self) -> int:
@@ -189,3 +238,31 @@ class PlanFile:
         for index in range(start // SEGMENT_CHUNKS, self.segments):
             segment = self.segment(index)
             yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]
+
+    def share(self, ranks: frozenset[int] | None) -> tuple[int, int]:
+        """How many chunks are for some workers, and their bytes.
+
+        Args:
+            ranks: Of the workers; None for all.
+        """
+        shares = [share for worker, share in self.shares.items() if is_for(worker, ranks)]
+        return sum(chunks for chunks, _ in shares), sum(size for _, size in shares)
+
+
+def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:
+    """Whether a chunk of a worker is to be where some workers are; None stands for all."""
+    return ranks is None or worker is None or worker in ranks
+
+
+def _header_line(header: dict[str, Any]) -> bytes:
+    return json.dumps({_HEADER: VERSION, **header}).encode()
+
+
+def _read_header(line: bytes) -> dict[str, Any]:
+    header = json.loads(line)
+    if not isinstance(header, dict) or type(header.get(_HEADER)) is not int:
+        raise ValueError("this is no header of a plan")
+    version = header.pop(_HEADER)
+    if version > VERSION:
+        raise ValueError(f"the plan has the format {version}, of a newer warmer; this one reads up to {VERSION}")
+    return header

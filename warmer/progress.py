@@ -85,13 +85,14 @@ class Bars:
     def show(self, report: RunReport) -> None:
         """Move the bars."""
         nodes = list(report.nodes.values())
-        size = report.task.selected_bytes
         for node in nodes if len(nodes) <= _SHOWN_NODES else []:
             failed = f"{node.failed} failed" if node.failed else ""
-            self._bar(f"{node.name} {node.id[:6]}", size, node.bytes + node.present_bytes, node.error or failed)
+            self._bar(
+                f"{node.name} {node.id[:6]}", node.selected_bytes, node.bytes + node.present_bytes, node.error or failed
+            )
         done = report.total("bytes") + report.total("present_bytes")
         note = f"{report.total('ended')}/{report.expected} chunks"
-        self._bar("all nodes", size * len(nodes), done, note)
+        self._bar("all nodes", report.expected_bytes, done, note)
 
     def _bar(self, name: str, total: int, done: int, note: str) -> None:
         if name not in self._tasks:

@@ -18,7 +18,7 @@ from warmer.orders import Counts
 from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from warmer.cluster import Node
     from warmer.outcomes import Outcome
@@ -38,6 +38,9 @@ class NodeReport:
         received: Of those, the chunks that came from another node and not from the Hub.
         present: Chunks that were there before.
         failed: Chunks that are not there.
+        selected: Chunks that the node is to hold.
+        selected_bytes: The sum of their sizes.
+        ranks: The workers whose chunks these are; None for all.
         bytes: Bytes of the chunks copied.
         present_bytes: Bytes of the chunks that were there before.
         error: Why the node took no part, or was lost; None when it was neither.
@@ -52,6 +55,9 @@ class NodeReport:
     failed: int = 0
     bytes: int = 0
     present_bytes: int = 0
+    selected: int = 0
+    selected_bytes: int = 0
+    ranks: str | None = None
     error: str | None = None
     replaced_by: str | None = None
 
@@ -82,19 +88,37 @@ class Task:
         instance: Name of the bucket's instance.
         bucket: Its handle.
         tier: Name of the tier.
-        prefixes: Starts of the keys selected.
-        selected: Chunks selected, which every node is to hold.
+        choice: What of it was chosen (`warmer.choose.Choice`), ready for JSON.
+        selected: Chunks selected, which every node is to hold, as far as they are for its workers.
         selected_bytes: The sum of their sizes.
-        skipped: Chunks passed by, by reason (see `warmer.plan.Planner`).
+        skipped: Chunks passed by, by reason (see `warmer.planning.Choosing`).
     """
 
     instance: str
     bucket: str
     tier: str
-    prefixes: tuple[str, ...]
+    choice: dict[str, Any]
     selected: int
     selected_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one node is to hold.
+
+    Attributes:
+        chunks: How many.
+        bytes: The sum of their sizes.
+        ranks: The workers whose chunks these are; None for all.
+    """
+
+    chunks: int
+    bytes: int
+    ranks: str | None = None
+
+
+_NO_SHARES: Final[Mapping[str, Share]] = {}
 
 
 class RunReport:
@@ -104,18 +128,37 @@ class RunReport:
         task: What was asked.
         nodes: Who was to do it.
         failures: Where failed chunks are named.
+        shares: Of the chunks selected, how many each node is to hold, their bytes, and whose; by its id. All of them
+            where it says nothing.
 
     Attributes:
         counts: What the schedule had to do; set when it is over.
     """
 
-    def __init__(self, task: Task, nodes: Sequence[Node], failures: FailureLog) -> None:
+    def __init__(
+        self, task: Task, nodes: Sequence[Node], failures: FailureLog, shares: Mapping[str, Share] = _NO_SHARES
+    ) -> None:
         self.task = task
-        self.nodes = {node.id: NodeReport(node.id, node.name) for node in nodes}
+        whole = Share(task.selected, task.selected_bytes)
+        self.nodes = {}
+        for node in nodes:
+            share = shares.get(node.id, whole)
+            self.nodes[node.id] = NodeReport(
+                node.id, node.name, selected=share.chunks, selected_bytes=share.bytes, ranks=share.ranks
+            )
         self.kinds: Counter[str] = Counter()
         self._failures = failures
         self.counts = Counts()
+        self._started: float | None = None
+        self._ended: float | None = None
+
+    def begin(self) -> None:
+        """The first chunk is about to be copied."""
         self._started = time.monotonic()
+
+    def end(self) -> None:
+        """No chunk will be copied any more."""
+        self._ended = time.monotonic()
 
     def ended(self, node: str, outcome: Outcome) -> None:
         """Count a chunk; one that was given up because the run was told to stop is left as unfinished."""
@@ -123,7 +166,7 @@ class RunReport:
             if outcome.kind == INTERRUPTED:
                 return
             self.kinds[outcome.kind] += 1
-            self._failures.add(self.nodes[node], outcome)
+            self._failures.add(self.task.tier, self.nodes[node], outcome)
         self.nodes[node].add(outcome)
 
     def lost(self, node: str, kind: str, message: str) -> None:
@@ -132,18 +175,37 @@ class RunReport:
 
     def replaced(self, node: str, by: Node) -> None:
         """Note that a node took the place of a lost one, which is not waited for any more."""
-        self.nodes[node].replaced_by = by.id
-        self.nodes[by.id] = NodeReport(by.id, by.name)
+        lost = self.nodes[node]
+        lost.replaced_by = by.id
+        self.nodes[by.id] = NodeReport(
+            by.id, by.name, selected=lost.selected, selected_bytes=lost.selected_bytes, ranks=lost.ranks
+        )
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
-        return time.monotonic() - self._started
+        """Since the run began, until it ended; 0 before."""
+        if self._started is None:
+            return 0.0
+        return (self._ended if self._ended is not None else time.monotonic()) - self._started
 
     @property
     def expected(self) -> int:
         """Chunks to end, over all nodes; those of a node that was replaced count as far as they ended there."""
-        return sum(self.task.selected if node.replaced_by is None else node.ended for node in self.nodes.values())
+        nodes = self.nodes.values()
+        return sum(node.selected if node.replaced_by is None else node.ended for node in nodes)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Their bytes."""
+        nodes = self.nodes.values()
+        return sum(
+            node.selected_bytes if node.replaced_by is None else node.bytes + node.present_bytes for node in nodes
+        )
+
+    @property
+    def unfinished(self) -> int:
+        """Chunks that have not ended, over all nodes."""
+        return self.expected - self.total("ended")
 
     def total(self, name: str) -> int:
         """A number of `NodeReport`, over all nodes."""
@@ -151,17 +213,16 @@ class RunReport:
 
     def summary(self, *, stopped: bool) -> dict[str, Any]:
         """The summary, ready for JSON; its fields are described in `docs/warm.md`."""
-        unfinished = self.expected - self.total("ended")
         failed = self.total("failed")
-        code = exits.INTERRUPTED if stopped and unfinished else exits.FAILED if failed else exits.COMPLETE
+        code = exits.INTERRUPTED if stopped and self.unfinished else exits.FAILED if failed else exits.COMPLETE
         return {
             "event": "summary",
-            "result": _RESULTS[code],
+            "result": RESULTS[code],
             "exit_code": code,
             "instance": self.task.instance,
             "bucket": self.task.bucket,
             "tier": self.task.tier,
-            "prefixes": list(self.task.prefixes),
+            "choice": self.task.choice,
             "selected": self.task.selected,
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
@@ -169,7 +230,7 @@ class RunReport:
             "received": self.total("received"),
             "present": self.total("present"),
             "failed": failed,
-            "unfinished": unfinished,
+            "unfinished": self.unfinished,
             "bytes": self.total("bytes"),
             "fetched": self.counts.fetched,
             "fetched_bytes": self.counts.fetched_bytes,
@@ -183,7 +244,8 @@ class RunReport:
         }
 
 
-_RESULTS: Final = {exits.COMPLETE: "complete", exits.FAILED: "failed", exits.INTERRUPTED: "interrupted"}
+RESULTS: Final = {exits.COMPLETE: "complete", exits.FAILED: "failed", exits.INTERRUPTED: "interrupted"}
+"""What the exit codes of a run that began mean, in a word."""
 
 
 class FailureLog:
@@ -202,9 +264,10 @@ class FailureLog:
         self.path = report
         self._out: IO[str] | None = report.open("w", encoding="utf-8") if report else None
 
-    def add(self, node: NodeReport, failed: Failed) -> None:
+    def add(self, tier: str, node: NodeReport, failed: Failed) -> None:
         """Name a chunk."""
         record = {
+            "tier": tier,
             "node": node.id,
             "node_name": node.name,
             "key": failed.key,
@@ -230,7 +293,7 @@ class FailureLog:
             self._out.write(json.dumps(record) + "\n")
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """End the file with the summary, without the failures that the file names already."""
+        """End the file with the summary, without the failures that the file names already. Further calls do nothing."""
         if self._out is None:
             return
         if summary is not None:

@@ -1,81 +1,61 @@
-"""One run, from a configuration to a summary: select, join the cluster, copy, report."""
+"""From a warm-up to a plan, and from a plan to what the tiers hold: `plan`, `apply`, and `run`, which is both."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import dataclass, field
+import os
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from hfbucket_plugin import metrics
-from hfbucket_plugin.engine_config import EngineConfig
-from hfbucket_plugin.errors import ConfigError, RefusedError
-from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
-from warmer.moving import Moving, TimeLimit
-from warmer.node import CHUNK_TIMEOUT_SECS, NodeConfig
-from warmer.progress import choose_display
-from warmer.report import FailureLog, RunReport, Task
-from warmer.selection import FreshPlan, select
-from warmer.tiers import TierOptions, declared_tier
+from warmer import check as checks
+from warmer.carry import CopyRun
+from warmer.choose import ADVICE
+from warmer.errors import NothingToDoError
+from warmer.plan import PlanFile
+from warmer.planning import WORDS, Choosing
+from warmer.report import FailureLog
+from warmer.sources import bind, recorded
+from warmer.warm_file import validated
 
 if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
-    from hfbucket_plugin.settings import InstanceSettings
-    from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
-    from warmer.outcomes import Outcome
-    from warmer.plan import PlanFile
-    from warmer.progress import Display
+    from warmer.sources import Bound
+    from warmer.warmup import WarmUp
 
 _log = logging.getLogger(__name__)
 
-NODE_START_SECS = 60.0
-"""Enough to start a worker process on a node that is busy loading a model."""
+_KINDS = {"classic": ClassicKey, "mp": MPKey}
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the user asked for.
-
-    Attributes:
-        config: The LMCache YAML.
-        instance: The bucket's instance in it.
-        tier: The tier in it.
-        prefixes: Starts of the keys to copy; at least one, none empty.
-        address: Of the Ray cluster; None for the configured one, or a local one.
-        report: File that names every failed chunk; None for none.
-        fsync: Whether files are forced to the disk before they appear.
-        chunk_timeout_secs: Most seconds that a chunk may take, retries included.
-        node_start_secs: Most seconds that a node may take to take part.
-        moving: How bytes move.
-    """
-
-    config: Path
-    instance: str
-    tier: str
-    prefixes: tuple[str, ...]
-    address: str | None = None
-    report: Path | None = None
-    fsync: bool = False
-    chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
-    node_start_secs: float = NODE_START_SECS
-    moving: Moving = field(default_factory=Moving)
-
-
-class NothingToDoError(RefusedError):
-    """Nothing is selected that the tier can take, or no node is alive."""
-
-
-def run(order: Order, stop: StopSwitch) -> dict[str, Any]:
-    """Carry out an order.
+def plan(warm_up: WarmUp, out: Path | None) -> dict[str, Any]:
+    """Choose chunks, and write down which.
 
     Args:
-        order: What was asked for.
-        stop: Whether to stop.
+        warm_up: What was asked for.
+        out: The plan file, which appears when it is complete; None to only tell what it would hold.
+
+    Returns:
+        The plan's header.
+
+    Raises:
+        ConfigError: The configuration is wrong, or asks for what is not supported.
+        NothingToDoError: Nothing is chosen that the tiers can take.
+        HFBucketError: The chunks could not be listed.
+    """
+    with _planned(bind(warm_up), out) as made:
+        return made.header
+
+
+def run(warm_up: WarmUp, stop: StopSwitch) -> dict[str, Any]:
+    """Choose chunks and copy them.
 
     Returns:
         The summary, its `exit_code` included.
@@ -84,141 +64,194 @@ def run(order: Order, stop: StopSwitch) -> dict[str, Any]:
         ConfigError: The configuration is wrong, or asks for what is not supported.
         NothingToDoError: There is nothing to do, or nowhere.
         ClusterError: The configured Ray cluster does not answer.
-        HFBucketError: The selection could not be listed.
+        HFBucketError: The chunks could not be listed.
         Interrupted: Told to stop before copying began.
     """
-    config = EngineConfig.read(order.config)
-    settings = config.instance(order.instance)
-    tier = declared_tier(config, order.tier, TierOptions(fsync=order.fsync))
-    nodes = NodeConfig(
-        instance=order.instance,
-        settings=_without_token(settings, order.instance),
-        tier=tier,
-        token_expected=settings.resolve_token() is not None,
-        chunk_timeout_secs=order.chunk_timeout_secs,
-        verify=order.moving.verify,
-    )
-    failures = _failure_log(order.report)
-    summary = None
-    scratch = Scratch(settings.download_tmp_dir)
-    try:
-        with scratch.file() as path:
-            bucket = open_bucket(settings, order.instance, metrics.Tally(), order.chunk_timeout_secs)
-            plan, skipped = select(bucket, order.prefixes, tier.takes, path)
-            _check_selection(order, plan, skipped)
-            summary = _Run(order, nodes, bucket, plan, skipped).carry_out(failures, stop)
-    finally:
-        failures.close(summary)
-        scratch.close()
+    bound = bind(warm_up)
+    with _reported(bound) as failures, _planned(bound, None) as made:
+        return _carried_out(bound, made, failures, stop)
+
+
+def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch) -> dict[str, Any]:
+    """Copy what a plan says; what is there already is passed by.
+
+    Args:
+        warm_up: Of the plan, see `planned_warm_up`.
+        made: The plan.
+        stop: Whether to stop.
+
+    Returns:
+        The summary, its `exit_code` included.
+
+    Raises:
+        ConfigError: The configuration is wrong, or is not that of the plan.
+        NothingToDoError: There is nothing to do, or nowhere.
+        ClusterError: The configured Ray cluster does not answer.
+        Interrupted: Told to stop before copying began.
+    """
+    bound = bind(warm_up)
+    expect_fitting(bound, made)
+    with _reported(bound) as failures:
+        return _carried_out(bound, made, failures, stop)
+
+
+def _carried_out(bound: Bound, made: PlanFile, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
+    summary = CopyRun(bound, made).carry_out(failures, stop)
+    failures.close(summary)
     return summary
 
 
-def _without_token(settings: InstanceSettings, instance: str) -> InstanceSettings:
-    """The settings as they may leave this process."""
-    bare = settings.model_copy(update={"token": None})
-    if settings.resolve_token() is not None and bare.resolve_token() is None:
+def check(warm_up: WarmUp, made: PlanFile | None, stop: StopSwitch, *, require: float, hashes: bool) -> dict[str, Any]:
+    """Tell how warm every node is.
+
+    Args:
+        warm_up: Of the plan, or what to choose.
+        made: The plan; None to choose anew.
+        stop: Whether to stop.
+        require: The share that each tier of each node must hold.
+        hashes: Whether contents are hashed.
+
+    Returns:
+        The report, its `exit_code` included.
+
+    Raises:
+        ConfigError: The configuration is wrong, or is not that of the plan.
+        NothingToDoError: There is nothing to check, or nowhere.
+        ClusterError: The configured Ray cluster does not answer.
+        HFBucketError: The chunks could not be listed.
+        Interrupted: Told to stop before the check began.
+    """
+    bound = bind(warm_up)
+    if made is not None:
+        expect_fitting(bound, made)
+        return checks.check(bound, made, stop, require=require, hashes=hashes)
+    with _planned(bound, None) as chosen:
+        return checks.check(bound, chosen, stop, require=require, hashes=hashes)
+
+
+def planned_warm_up(made: PlanFile) -> dict[str, Any]:
+    """What a plan was made of, for `warmer.warm_file`; empty for a plan without a header.
+
+    Raises:
+        ConfigError: The header is not readable.
+    """
+    document = made.header.get("warm_up", {})
+    validated(document, str(made.path))
+    return dict(document)
+
+
+def expect_fitting(bound: Bound, made: PlanFile) -> None:
+    """Make sure that a plan is of the bucket and the kind of tier that a configuration names by now.
+
+    Raises:
+        ConfigError: It is of another.
+        NothingToDoError: It is empty.
+    """
+    if not made.chunks:
+        raise NothingToDoError(f"plan {str(made.path)!r} holds no chunk")
+    bucket, kind = str(bound.instance.settings.bucket_handle), made.header.get("takes")
+    if made.header.get("bucket", bucket) != bucket:
         raise ConfigError(
-            f"instance {instance!r}: remote_storage_plugin.{instance}.token is written into the configuration; it "
-            f"would have to travel through Ray to the nodes, which is never done. Set the environment variable "
-            f"{settings.token_env} on all nodes (token_env names it), and leave the token out"
+            f"plan {str(made.path)!r} is of {made.header['bucket']}, and instance {bound.instance.name!r} is {bucket}: "
+            "plan anew"
         )
-    return bare
+    if kind in _KINDS and _KINDS[kind] is not bound.takes:
+        raise ConfigError(
+            f"plan {str(made.path)!r} holds {WORDS[_KINDS[kind]]}, and tier {bound.tiers[0].name!r} takes "
+            f"{WORDS[bound.takes]}"
+        )
 
 
-def _failure_log(report: Path | None) -> FailureLog:
+@contextlib.contextmanager
+def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
+    """A plan in a file: `out`, or one that is gone with the block."""
+    if not bound.warm_up.choose.given:
+        raise ConfigError(ADVICE)
+    choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), bound.prompts())
+    bucket = bound.bucket()
+    scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
-        return FailureLog(report)
+        with scratch.file() as sorting, scratch.file() as path:
+            made = PlanFile.write(
+                path, choosing.planned(bucket, sorting), lambda whole: _header(bound, choosing, whole)
+            )
+            _expect_some(bound, choosing, made, bucket)
+            if out is not None:
+                _put_out(path, out)
+            yield made
+    finally:
+        scratch.close()
+
+
+def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
+    skipped = dict(choosing.skipped)
+    if choosing.chosen > made.chunks:
+        skipped["over_budget"] = choosing.chosen - made.chunks
+    kinds = {kind: name for name, kind in _KINDS.items()}
+    header: dict[str, Any] = {
+        "made": choosing.now.isoformat(timespec="seconds"),
+        "instance": bound.instance.name,
+        "bucket": str(bound.instance.settings.bucket_handle),
+        "takes": kinds[bound.takes],
+        "tiers": [tier.name for tier in bound.tiers],
+        "warm_up": recorded(bound.warm_up).model_dump(mode="json", exclude_defaults=True, exclude={"report"}),
+        "selected": made.chunks,
+        "selected_bytes": made.bytes,
+        "skipped": skipped,
+    }
+    if choosing.prompts is not None:
+        header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
+    return header
+
+
+def _put_out(path: Path, out: Path) -> None:
+    """Let a plan appear whole; it may be on another file system."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        try:
+            with path.open("rb") as source, part.open("wb") as target:
+                while piece := source.read(1 << 20):
+                    target.write(piece)
+            part.replace(out)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from None
+
+
+def _expect_some(bound: Bound, choosing: Choosing, made: PlanFile, bucket: Bucket) -> None:
+    other = choosing.skipped["other_kind"]
+    tiers, words = ", ".join(repr(tier.name) for tier in bound.tiers), WORDS[bound.takes]
+    found = WORDS[MPKey if bound.takes is ClassicKey else ClassicKey]
+    if made.chunks:
+        if other:
+            _log.info("%d chunks have %s and are passed by: tier %s takes %s only", other, found, tiers, words)
+        return
+    if choosing.chosen:
+        raise NothingToDoError(f"nothing selected: the first of {choosing.chosen} chunks is larger than --max-bytes")
+    if choosing.prompts is None and choosing.other_kind_found(bucket):  # the hashes of prompts are of one kind
+        raise NothingToDoError(
+            f"nothing selected that tier {tiers} can take: what was found has {found}, and the tier takes {words} only"
+        )
+    asked = bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True)
+    passed = choosing.skipped["not_chosen"]
+    reason = f"; {passed} that were listed are told apart by it" if passed else ""
+    if choosing.prompts is not None:
+        reason += (
+            ". The prompts' hashes are those of LMCache as it runs here: engines need the same chunk size, hash algorithm, "
+            "vLLM and PYTHONHASHSEED"
+        )
+    raise NothingToDoError(f"nothing selected: instance {bound.instance.name!r} holds no chunk of {asked}{reason}")
+
+
+@contextlib.contextmanager
+def _reported(bound: Bound) -> Iterator[FailureLog]:
+    report = bound.warm_up.report
+    try:
+        failures = FailureLog(report)
     except OSError as error:
         raise ConfigError(f"--report {str(report)!r} cannot be written: {error.strerror}") from None
-
-
-def _check_selection(order: Order, plan: PlanFile, skipped: Counter[str]) -> None:
-    other = skipped["other_kind"]
-    if other and not plan.chunks:
-        raise NothingToDoError(
-            f"nothing selected that tier {order.tier!r} can take: all {other} chunks have keys of MP mode "
-            "(`lmcache server`), and a classic fs directory holds keys of the classic engine only"
-        )
-    if not plan.chunks:
-        raise NothingToDoError(
-            f"nothing selected: instance {order.instance!r} holds no chunk whose key starts with "
-            + " or ".join(map(repr, order.prefixes))
-        )
-    if other:
-        _log.info("%d chunks with keys of MP mode are passed by: tier %r takes classic keys only", other, order.tier)
-
-
-@dataclass(frozen=True, slots=True)
-class _Watch:
-    """The fleet's witness: the report, and a display of it."""
-
-    report: RunReport
-    display: Display
-
-    def ended(self, node: str, outcome: Outcome) -> None:
-        self.report.ended(node, outcome)
-
-    def lost(self, node: str, kind: str, message: str) -> None:
-        _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
-        self.report.lost(node, kind, message)
-
-    def replaced(self, node: str, by: Node) -> None:
-        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
-        self.report.replaced(node, by)
-
-    def tick(self) -> None:
-        self.display.show(self.report)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A selection that is to be copied."""
-
-    order: Order
-    config: NodeConfig
-    bucket: Bucket
-    plan: PlanFile
-    skipped: Counter[str]
-
-    def carry_out(self, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
-        # Ray takes a second to import, which a refused command should not wait for.
-        from warmer.cluster import alive_nodes, joined  # noqa: PLC0415
-
-        with joined(self.order.address):
-            stop.take_back()
-            nodes = alive_nodes()
-            if not nodes:
-                raise NothingToDoError("the Ray cluster has no node that is alive")
-            report = RunReport(self._task(), nodes, failures)
-            limit = TimeLimit(stop, self.order.moving.max_secs)
-            self._copy(nodes, report, limit, stop)
-            return report.summary(stopped=limit.requested)
-
-    def _task(self) -> Task:
-        return Task(
-            instance=self.order.instance,
-            bucket=str(self.bucket.handle),
-            tier=self.order.tier,
-            prefixes=self.order.prefixes,
-            selected=self.plan.chunks,
-            selected_bytes=self.plan.bytes,
-            skipped=dict(self.skipped),
-        )
-
-    def _copy(self, nodes: Sequence[Node], report: RunReport, limit: TimeLimit, stop: StopSwitch) -> None:
-        from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
-        from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
-
-        display = choose_display()
-        moving = self.order.moving
-        # What a lost node will never get needs no lookup.
-        schedule = moving.schedule(nodes, FreshPlan(self.plan, self.bucket).chunks, self.plan.chunks_from)
-        replacing = Replacing(alive_nodes, moving.store_bytes) if moving.replace_nodes else None
-        watch = _Watch(report, display)
-        fleet = Fleet(nodes, self.config, watch, limit, self.order.node_start_secs, replacing=replacing)
-        try:
-            with stop.orderly():
-                fleet.run(schedule)
-        finally:
-            display.close()
-            report.counts = schedule.counts
+    try:
+        yield failures
+    finally:
+        failures.close()

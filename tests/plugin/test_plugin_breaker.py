@@ -159,9 +159,16 @@ def test_what_was_never_asked_says_nothing(guards, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "closes"), [(AccessDeniedError("no", 403), True), (BudgetError("used up"), False), (ValueError(), False)]
+    ("part", "error", "closes"),
+    [
+        ("lookup", AccessDeniedError("no", 403), True),
+        ("read", AccessDeniedError("no", 403), False),
+        ("lookup", ThrottledError("later"), False),
+        ("read", BudgetError("used up"), False),
+        ("read", ValueError(), False),
+    ],
 )
-def test_what_a_probe_says(guards, error, closes):
+def test_what_a_probe_says(guards, part, error, closes):
     probed = threading.Event()
 
     def probe():
@@ -169,14 +176,31 @@ def test_what_a_probe_says(guards, error, closes):
         raise error
 
     guard = guards(probe, breaker_max_probe_secs=60)
-    fail(guard)
+    fail(guard, part)
 
     assert probed.wait(30)
     if closes:
-        eventually(lambda: not guard.is_open("read"))
+        eventually(lambda: not guard.is_open(part))
     else:
-        eventually(lambda: "no answer" not in guard.reason("read"))
-        assert guard.is_open("read")
+        eventually(lambda: "no answer" not in guard.reason(part))
+        assert guard.is_open(part)
+
+
+def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_asks(guards, monkeypatch):
+    guard = guards(lambda: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread left")))
+        fail(guard)
+    assert guard.is_open("read")
+
+    def works():
+        try:
+            guard.check("read")
+        except BreakerOpenError:
+            return False
+        return True
+
+    assert eventually(works)
 
 
 def test_several_parts_are_probed_by_one_thread(guards):

@@ -36,11 +36,23 @@ def test_what_was_served_after_all_begins_anew():
 
 
 def test_two_wrong_hashes_are_proof_and_told_once():
-    quarantine = Quarantine(Clock())
-
-    told = [quarantine.add("a", wrong_hash=wrong) for wrong in (False, True, False, True, True, True)]
+    clock = Clock()
+    quarantine = Quarantine(clock)
+    told = []
+    for wrong in (False, True, False, True, True, True):
+        told.append(quarantine.add("a", wrong_hash=wrong))
+        clock.now += 3601
 
     assert told == [False, False, False, True, False, False]
+
+
+def test_one_failure_that_several_saw_is_one():
+    clock = Clock()
+    quarantine = Quarantine(clock)
+    assert [quarantine.add("a", wrong_hash=True) for _ in range(8)] == [False] * 8
+    clock.now += 15.1
+
+    assert not quarantine.holds("a")
 
 
 def test_it_is_bounded():

@@ -12,10 +12,13 @@ import yaml
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from warmer import exits, outcomes
+from warmer.check import CheckReport, NodeCheck
 from warmer.cli import app
 from warmer.cluster import Node
+from warmer.flags import FLAGS
 from warmer.report import FailureLog, NodeReport, RunReport, Task
 from warmer.tiers import TierOptions, declared_tier
+from warmer.warm_file import warm_up
 
 PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
 
@@ -30,15 +33,50 @@ def named(section):
 def test_every_option_is_described():
     options = {
         option
-        for parameter in typer.main.get_command(app).commands["run"].params
+        for command in typer.main.get_command(app).commands.values()
+        for parameter in command.params
         for option in parameter.opts
-        if option != "--help"
+        if option.startswith("--") and option != "--help"
     }
-    assert {name.split()[0] for name in named("Options")} == options
+    assert {name.split()[0] for name in named("Options") if name.startswith("--")} == options
+
+
+def shown_yaml(section):
+    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    return shown
+
+
+def test_the_warm_yaml_shown_loads_and_has_every_setting(tmp_path):
+    path = tmp_path / "warm.yaml"
+    path.write_text(shown_yaml("warm.yaml"))
+    wanted = warm_up(path, {})
+    assert wanted.choose.max_bytes == 50 * 2**30
+    assert wanted.nodes.ranks["gpu-b"] == {4, 5, 6, 7}
+    said = yaml.safe_load(path.read_text())
+    for place in (flag.place for flag in FLAGS):
+        value = said
+        for step in place:
+            value = value.get(step)
+        assert value is not None or f"# {place[-1]}: " in path.read_text() or place[-1] == "l2_adapter", place
+
+
+def test_every_field_of_a_check_is_described():
+    text = PAGE.read_text(encoding="utf-8").split("## Checking\n")[1].split("\n## ")[0]
+    names = {field.name for field in dataclasses.fields(NodeCheck)} | set(CheckReport(1.0).record(stopped=False))
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_every_reason_for_passing_by_is_described():
+    text = PAGE.read_text(encoding="utf-8").split("## The summary\n")[1].split("\n## ")[0]
+    source = "".join(path.read_text() for path in (PAGE.parents[1] / "warmer").glob("*.py"))
+    reasons = set(re.findall(r'skipped\["(\w+)"\]', source))
+    assert len(reasons) >= 5
+    assert [reason for reason in reasons if f"`{reason}`" not in text] == []
 
 
 def test_every_field_of_the_summary_is_described():
-    task = Task("i", "b", "t", ("p",), 1, 1)
+    task = Task("i", "b", "t", {"prefix": ["p"]}, 1, 1)
     summary = RunReport(task, [Node("id", "name")], FailureLog(None)).summary(stopped=False)
     assert set(summary) <= named("The summary")
     text = PAGE.read_text(encoding="utf-8")
@@ -54,7 +92,7 @@ def test_every_exit_code_is_described():
 
 
 def test_the_configuration_shown_is_one_that_works(tmp_path):
-    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    shown = shown_yaml("What the YAML must say")
     path = tmp_path / "lmcache.yaml"
     path.write_text(shown)
     config = EngineConfig.read(path)
@@ -84,6 +122,16 @@ def test_every_option_of_a_tier_is_described():
     text = PAGE.read_text(encoding="utf-8")
     options = {field.name for field in dataclasses.fields(TierOptions)}
     assert [name for name in options if f"`{name}`" not in text and f"`--{name}`" not in text] == []
+
+
+def test_the_commands_shown_take_their_options():
+    text = PAGE.read_text(encoding="utf-8")
+    commands = re.findall(r"python -m warmer (plan|apply|check) ([^\n`]*)", text)
+    assert {name for name, _ in commands} == {"plan", "apply", "check"}
+    known = typer.main.get_command(app).commands
+    for name, arguments in commands:
+        options = {option for parameter in known[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= options
 
 
 def test_the_commands_shown_are_those_that_the_tests_run():

@@ -94,7 +94,7 @@ def test_several_prefixes_and_the_other_kind_of_key(stocked, on_cluster):
     ran = on_cluster(stocked.config, "--prefix", "org/other@", "--prefix", "org/model")
     assert ran.code == 0
     assert ran.summary["skipped"] == {"other_kind": 1}
-    assert "1 chunks with keys of MP mode are passed by" in ran.stderr
+    assert "1 chunks have keys of MP mode (`lmcache server`) and are passed by" in ran.stderr
     expected = {key for key in stocked.chunks if not key.startswith("org/third") and key != mp_key(1)}
     assert set(stocked.in_tier()) == expected
 
@@ -200,7 +200,7 @@ def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
     assert "a local Ray is started" in ran.stderr
     assert SECRET not in ran.stdout + ran.stderr
     assert stocked.in_tier() == stocked.chunks
-    assert PREFIX in ran.summary["prefixes"]
+    assert ran.summary["choice"] == {"prefix": [PREFIX]}
 
 
 class Witness:

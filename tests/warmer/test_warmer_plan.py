@@ -1,4 +1,6 @@
 import datetime as dt
+import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ chunks = st.builds(
     size=st.integers(0, 2**50),
     uploaded_at=st.none() | st.datetimes(timezones=st.just(dt.UTC)),
     gone=st.booleans(),
+    worker=st.none() | st.integers(0, 255),
 )
 
 
@@ -45,6 +48,8 @@ def test_a_line_reads_back_as_the_chunk_that_it_was(chunk):
         '{"key": "k", "path": "p", "xet_hash": "h", "size": true}',
         '{"key": 1, "path": "p", "xet_hash": "h", "size": 1}',
         '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "uploaded_at": "yesterday"}',
+        '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "worker": "0"}',
+        '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "worker": -1}',
     ],
 )
 def test_what_is_no_planned_chunk_is_refused(line):
@@ -76,6 +81,46 @@ def test_a_plan_that_is_none_is_refused_with_its_line(tmp_path):
         PlanFile.open(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         PlanFile.open(tmp_path / "none.jsonl")
+
+
+headers = st.dictionaries(st.text(max_size=5).filter(lambda name: name != "warmer_plan"), st.text() | st.integers())
+
+
+@given(headers, st.lists(chunks, max_size=5))
+def test_a_plan_reads_back_with_its_header(tmp_path_factory, header, planned):
+    path = tmp_path_factory.getbasetemp() / "plan.jsonl"
+    written = PlanFile.write(path, planned, lambda plan: {**header, "chunks": plan.chunks})
+    read = PlanFile.open(path)
+    assert read.header == written.header == {**header, "chunks": len(planned)}
+    assert (read.chunks, read.bytes, read.shares) == (written.chunks, written.bytes, written.shares)
+    assert [chunk for index in range(read.segments) for chunk in read.segment(index)] == planned
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first["warmer_plan"] == 1  # a line of JSON like the others, for other tools
+
+
+def test_a_plan_of_a_newer_warmer_is_refused(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    for header, said in (
+        ('{"warmer_plan": 2}', "newer"),
+        ('{"warmer_plan": "x"}', "no header"),
+        ('{"warmer_plan":', "1:"),
+    ):
+        path.write_text(f"{header}\n{numbered(1)[0].to_line()}")
+        with pytest.raises(ConfigError, match=said):
+            PlanFile.open(path)
+
+
+def test_a_header_that_grows_too_much_is_an_error_and_no_plan(tmp_path):
+    with pytest.raises(ValueError, match="grew"):
+        PlanFile.write(tmp_path / "plan", numbered(3), lambda plan: {"x": "y" * 1000 * plan.chunks})
+
+
+@given(st.lists(chunks, max_size=20), st.none() | st.frozensets(st.integers(0, 4)))
+def test_a_share_is_what_workers_are_to_hold(tmp_path_factory, planned, ranks):
+    planned = [replace(chunk, worker=chunk.worker if chunk.worker is None else chunk.worker % 6) for chunk in planned]
+    plan = PlanFile.write(tmp_path_factory.getbasetemp() / "plan.jsonl", planned)
+    own = [chunk for chunk in planned if ranks is None or chunk.worker is None or chunk.worker in ranks]
+    assert plan.share(ranks) == (len(own), sum(chunk.size for chunk in own))
 
 
 def entry(key):

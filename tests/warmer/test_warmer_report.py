@@ -1,15 +1,17 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from warmer import progress, report
 from warmer.cluster import Node
+from warmer.combined import combined
 from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
-from warmer.report import FailureLog, RunReport, Task
+from warmer.report import FailureLog, RunReport, Share, Task
 
-TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", ("org/",), selected=3, selected_bytes=60)
+TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
 NODES = [Node("id-a", "a"), Node("id-b", "b")]
 
 
@@ -41,9 +43,37 @@ def test_a_complete_run(run):
     assert summary["bytes"] == 60
     assert summary["nodes"][0] == {
         "id": "id-a", "name": "a", "copied": 2, "received": 0, "present": 1, "failed": 0, "bytes": 30,
-        "present_bytes": 30, "error": None, "replaced_by": None,
+        "present_bytes": 30, "selected": 3, "selected_bytes": 60, "ranks": None, "error": None, "replaced_by": None,
     }  # fmt: skip
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_node_is_to_hold_its_own_share(log):
+    run = RunReport(TASK, NODES, log, {"id-a": Share(1, 10, "0-3")})
+    assert run.expected == 4
+    run.ended("id-a", Copied("k1", 10))
+    complete(run, "id-b")
+    summary = run.summary(stopped=True)
+    assert (summary["result"], summary["unfinished"]) == ("complete", 0)
+    assert [node["selected"] for node in summary["nodes"]] == [1, 3]
+    assert [node["ranks"] for node in summary["nodes"]] == ["0-3", None]
+
+
+def test_several_tiers_are_one_summary(log):
+    tiers = [RunReport(TASK, NODES, log), RunReport(replace(TASK, tier="fs.cold"), NODES, log)]
+    for tier in tiers:
+        complete(tier, "id-a")
+    complete(tiers[0], "id-b")
+    tiers[1].ended("id-b", Failed("k1", 10, "tier", "k1: no such disk"))
+    one = combined([tiers[0].summary(stopped=False)])
+    assert one["tier"] == "fs.warm"
+    both = combined([tier.summary(stopped=False) for tier in tiers])
+    assert (both["result"], both["exit_code"], both["tier"]) == ("failed", 3, ["fs.warm", "fs.cold"])
+    assert (both["copied"], both["present"], both["failed"], both["unfinished"]) == (6, 3, 1, 2)
+    assert [tier["result"] for tier in both["tiers"]] == ["complete", "failed"]
+    assert [failure["tier"] for failure in both["failures"]] == ["fs.cold"]
+    assert combined([tier.summary(stopped=True) for tier in tiers])["result"] == "interrupted"
+    assert json.loads(json.dumps(both)) == both
 
 
 def test_a_failed_chunk_is_named(run):
@@ -52,7 +82,7 @@ def test_a_failed_chunk_is_named(run):
     summary = run.summary(stopped=False)
     assert (summary["result"], summary["exit_code"], summary["failed_by_kind"]) == ("failed", 3, {"integrity": 1})
     assert summary["failures"] == [
-        {"node": "id-b", "node_name": "b", "key": "k1", "kind": "integrity", "message": "k1: wrong"}
+        {"tier": "fs.warm", "node": "id-b", "node_name": "b", "key": "k1", "kind": "integrity", "message": "k1: wrong"}
     ]
 
 

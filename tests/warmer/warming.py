@@ -122,6 +122,19 @@ def environment(**variables: str | None) -> dict[str, str]:
     return inherited | {name: value for name, value in variables.items() if value is not None}
 
 
+def command(*arguments: str, timeout: float = 120.0, **variables: str | None) -> Ran:
+    """Run `python -m warmer` with some arguments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "warmer", *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
 def arguments(config: Path, *more: str) -> list[str]:
     command = [sys.executable, "-m", "warmer", "run", "--lmcache-config", str(config), "--instance", INSTANCE]
     options = list(more)

@@ -1,0 +1,84 @@
+import pytest
+from warming import classic_key
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.cluster import Node
+from warmer.errors import NothingToDoError
+from warmer.nodes import Assigned, Selector, assigned, unknown_ranks
+from warmer.plan import PlannedChunk
+from warmer.warmup import Nodes
+
+A = Node("id-a", "gpu-1", {"pool": "serving", "zone": "x", "lmcache.workers": "0-3"})
+B = Node("id-b", "gpu-1", {"pool": "serving", "zone": "y", "lmcache.workers": "4-5_7"})
+C = Node("id-c", "cpu-1", {"pool": "batch", "ray.io/node-id": "id-c"})
+ALIVE = [A, B, C]
+
+
+def chosen(**wanted):
+    return [one.node for one in assigned(ALIVE, Nodes(**wanted))]
+
+
+@pytest.mark.parametrize(
+    ("selector", "nodes"),
+    [
+        ((), [A, B, C]),
+        ("pool=serving", [A, B]),
+        (["pool=serving", "zone=y"], [B]),
+        ({"pool": "serving", "zone": "x"}, [A]),
+        ("zone=!x", [B, C]),
+        ("zone=in(x, z)", [A]),
+        ("zone = !in(x,y)", [C]),
+    ],
+)
+def test_nodes_by_label(selector, nodes):
+    assert chosen(selector=selector) == nodes
+
+
+@pytest.mark.parametrize("text", ["pool", "=x", "pool=", "pool=a,zone=b", "pool=in()", "pool=in(a,)", "pool=!!a", ""])
+def test_what_is_no_selector(text):
+    with pytest.raises(ConfigError, match="--node-selector"):
+        Selector.parse(text)
+
+
+def test_no_node_with_the_label_is_refused_with_those_there_are():
+    with pytest.raises(NothingToDoError, match=r"pool=other.*gpu-1 \(id-a: .*pool=serving, zone=x\).*cpu-1") as raised:
+        chosen(selector="pool=other")
+    assert "ray.io/" not in str(raised.value)
+    with pytest.raises(NothingToDoError, match="no node that is alive"):
+        assigned([], Nodes())
+
+
+def test_nodes_by_name_or_id():
+    assert chosen(names="id-b,cpu-1") == [B, C]
+    assert chosen(names=["gpu-1"]) == [A, B]
+    assert chosen(names="gpu-1", selector="zone=x") == [A]
+
+
+def test_an_unknown_name_is_an_error_that_names_the_nodes():
+    with pytest.raises(ConfigError, match=r"--nodes gpu-9: .*gpu-1 \(id-a\), gpu-1 \(id-b\), cpu-1 \(id-c\)"):
+        chosen(names="gpu-1,gpu-9")
+    many = [Node(f"id-{n}", f"n-{n}") for n in range(50)]
+    with pytest.raises(ConfigError, match="and 30 more"):
+        assigned(many, Nodes(names="x"))
+
+
+def ranks(**wanted):
+    return [one.ranks for one in assigned(ALIVE, Nodes(**wanted))]
+
+
+def test_ranks_from_the_label_and_from_the_file():
+    assert ranks() == [{0, 1, 2, 3}, {4, 5, 7}, None]
+    assert ranks(ranks={"id-b": "4", "cpu-1": "0-1"}) == [{0, 1, 2, 3}, {4}, {0, 1}]
+    assert ranks(ranks_label="none") == [None, None, None]
+    assert unknown_ranks(ALIVE, Nodes(ranks={"gpu-1": 0, "gpu-9": "1"})) == ["gpu-9"]
+
+
+def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
+    with pytest.raises(ConfigError, match=r"node gpu-1 \(id-a\): label pool: 'serving'"):
+        ranks(ranks_label="pool")
+
+
+def test_a_node_takes_its_own_workers_chunks_and_those_for_all():
+    chunks = [PlannedChunk(classic_key(n), "p", "h", 1, worker=worker) for n, worker in enumerate((None, 0, 3, 4))]
+    assert [Assigned(A, frozenset({0, 1, 2, 3})).takes(chunk) for chunk in chunks] == [True, True, True, False]
+    assert all(Assigned(A).takes(chunk) for chunk in chunks)

@@ -1,0 +1,162 @@
+"""warm.yaml and flags over it."""
+
+import inspect
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.flags import FLAGS, nested
+from warmer.warm_file import warm_up
+from warmer.warmup import WarmUp
+
+
+def given(**values):
+    flags = {flag.variable: flag for flag in FLAGS}
+    return {flags[name]: value for name, value in values.items()}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(document):
+        path = tmp_path / "warm.yaml"
+        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False))
+        return path
+
+    return write
+
+
+def places(model=WarmUp, above=()):
+    for name, field in model.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            yield from places(field.annotation, (*above, name))
+        else:
+            yield (*above, name)
+
+
+def test_every_flag_has_its_place_and_every_place_its_flag():
+    assert sorted(flag.place for flag in FLAGS) == sorted(places())
+    assert all(flag.help for flag in FLAGS)
+
+
+def test_flags_alone():
+    wanted = warm_up(
+        None,
+        given(
+            prefix=["a", "b"], max_bytes="5GiB", since="24h", workers="0-3", nodes=["a,b"], chmod="0640", newest="7",
+            node_selector=["pool=serving"], ranks=["gpu=1=0-3"], fsync=True, chunk_timeout="20",
+        ),
+    )  # fmt: skip
+    assert wanted.choose.prefix == ("a", "b")
+    assert (wanted.choose.max_bytes, wanted.choose.since) == (5 * 2**30, timedelta(days=1))
+    assert (wanted.choose.newest, wanted.choose.workers) == (7, {0, 1, 2, 3})
+    assert (wanted.nodes.names, wanted.nodes.selector) == (("a", "b"), ("pool=serving",))
+    assert wanted.nodes.ranks == {"gpu=1": {0, 1, 2, 3}}
+    assert (wanted.filling.fsync, wanted.filling.chmod, wanted.limits.chunk_timeout) == (True, 0o640, 20)
+
+
+def test_a_warm_up_reads_back_as_what_it_was():
+    wanted = warm_up(None, given(prefix=["a"], since="1h", chmod="0640", workers="1-2", keys_from=["k"], ranks=["a=0"]))
+    assert WarmUp.model_validate(wanted.model_dump(mode="json", exclude_defaults=True)) == wanted
+    assert WarmUp.model_validate(wanted.model_dump(mode="json")) == wanted
+
+
+def test_flags_win_over_the_file(file):
+    path = file(
+        {"choose": {"model": "m", "newest": 3, "workers": 3}, "limits": {"node_timeout": 5}, "tiers": "fs.warm"}
+    )
+    wanted = warm_up(path, given(newest="4", tier=["fs.cold", "fs.colder"]))
+    assert (wanted.choose.model, wanted.choose.newest, wanted.choose.workers) == (("m",), 4, {3})
+    assert wanted.tiers == ("fs.cold", "fs.colder")
+    assert wanted.limits.node_timeout == 5
+
+
+def test_the_file_wins_over_a_plan_and_flags_over_both(file):
+    planned = {"tiers": ["fs.warm"], "nodes": {"names": ["a"]}, "limits": {"node_timeout": 5}}
+    wanted = warm_up(file({"nodes": {"names": ["b"]}}), given(node_timeout="6"), planned)
+    assert (wanted.tiers, wanted.nodes.names, wanted.limits.node_timeout) == (("fs.warm",), ("b",), 6)
+
+
+def test_a_plan_alone_says_which_chunks(file):
+    planned = {"choose": {"model": ["m"]}}
+    assert warm_up(file({"choose": {"all": True}}), {}, planned).choose.model_dump(exclude_defaults=True) == {
+        "model": ("m",)
+    }
+    with pytest.raises(ConfigError, match="--newest: the plan says"):
+        warm_up(None, given(newest="3"), planned)
+
+
+def test_what_excludes_each_other_takes_the_others_place(file):
+    path = file({"choose": {"all": True}, "source": {"lmcache_config": "x.yaml", "instance": "i"}})
+    assert warm_up(path, given(prefix=["a"])).choose.all is False
+    assert warm_up(file({"choose": {"prefix": "a"}}), given(all=True)).choose.prefix == ()
+    with pytest.raises(ConfigError, match="contradict"):
+        warm_up(path, given(prefix=["a"], all=True))
+    path = file({"source": {"lmcache_config": "x.yaml", "instance": "i"}})
+    source = warm_up(path, given(l2_adapter="{}")).source
+    assert (source.l2_adapter, source.lmcache_config, source.instance) == ("{}", None, None)
+    assert warm_up(file({"source": {"l2_adapter": {}}}), given(lmcache_config="y")).source.l2_adapter is None
+    both = warm_up(path, given(l2_adapter="{}", lmcache_config="y")).source
+    assert (both.l2_adapter, both.lmcache_config) == ("{}", Path("y"))
+
+
+def test_json_may_stand_as_yaml(file):
+    wanted = warm_up(
+        file({"source": {"l2_adapter": {"type": "hfbucket"}}, "tiers": ["fs.warm", {"type": "fs", "base_path": "/x"}]}),
+        {},
+    )
+    assert wanted.source.l2_adapter == '{"type": "hfbucket"}'
+    assert wanted.tiers == ("fs.warm", '{"type": "fs", "base_path": "/x"}')
+    assert warm_up(file({"tiers": {"type": "fs"}}), {}).tiers == ('{"type": "fs"}',)
+
+
+@pytest.mark.parametrize("text", ["", "choose:\n", "choose: {all: true}\nnodes:\n"])
+def test_an_empty_section_says_nothing(file, text):
+    assert warm_up(file(text), given(newest="3")).choose.newest == 3
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"chose": {}}, "unknown setting chose (did you mean 'choose'?)"),
+        ({"choose": {"modle": "m"}}, "unknown setting choose.modle (did you mean 'model'?)"),
+        ({"choose": {"zzzz": "m"}}, "unknown setting choose.zzzz; known are all, chunk_size"),
+        ({"nodes": {"selektor": "m"}}, "did you mean 'selector'?"),
+        ({"choose": {"max_bytes": "50GB"}}, "--max-bytes (choose.max_bytes): '50GB'"),
+        ({"choose": {"all": True, "prefix": ["m"]}}, "choose: all and prefix contradict"),
+        ({"nodes": {"ranks": {"a": "7-0"}}}, "--ranks (nodes.ranks.a): '7-0'"),
+        ({"nodes": {"ranks": ["a"]}}, "--ranks (nodes.ranks)"),
+        ({"filling": {"chmod": 640}}, "write the mode as a text"),
+        ({"filling": {"chmod": "999"}}, "no mode of a file"),
+        ({"limits": {"chunk_timeout": 0}}, "--chunk-timeout (limits.chunk_timeout)"),
+        ({"tiers": 3}, "--tier (tiers)"),
+        ({"choose": "all"}, "choose: Input should be"),
+        ("[1]", "is no mapping"),
+        ('{"a": "secret', "is no YAML at line 1"),
+        ("a: !!binary x", "is no YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(file, document, said):
+    with pytest.raises(ConfigError) as raised:
+        warm_up(file(document), {})
+    assert said in str(raised.value)
+    assert "warm.yaml" in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"--newest.*; --max-bytes|--max-bytes.*; --newest"):
+        warm_up(None, given(newest="x", max_bytes="y"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        warm_up(tmp_path / "none.yaml", {})
+    with pytest.raises(ConfigError, match=r"--ranks .*are no ranks"):
+        warm_up(None, given(ranks=["gpu-1"]))
+
+
+def test_what_flags_gave_is_nested():
+    assert nested(given(instance="i", all=True, report="r")) == {
+        "source": {"instance": "i"}, "choose": {"all": True}, "report": "r",
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""A plan carried out on a cluster: tier after tier, each on all the nodes that take part."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from warmer.combined import combined
+from warmer.moving import TimeLimit, schedule_of, store_bytes
+from warmer.nodes import assigned, unknown_ranks
+from warmer.places import Places
+from warmer.progress import choose_display
+from warmer.report import RunReport, Share, Task
+from warmer.selection import FreshPlan
+from warmer.units import format_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from warmer.cluster import Node
+    from warmer.interrupt import StopSwitch
+    from warmer.nodes import Assigned
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlanFile
+    from warmer.progress import Display
+    from warmer.report import FailureLog
+    from warmer.sources import Bound
+    from warmer.tiers import Declaration
+    from warmer.warmup import Nodes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """A plan that is to be copied.
+
+    Attributes:
+        bound: From where to where.
+        plan: What.
+    """
+
+    bound: Bound
+    plan: PlanFile
+
+    def carry_out(self, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
+        """Copy it; returns the summary.
+
+        Raises:
+            ConfigError: The warm-up names a node that there is not.
+            NothingToDoError: No node takes part.
+            ClusterError: The configured Ray cluster does not answer.
+        """
+        # Ray takes a second to import, which a refused command should not wait for.
+        from warmer.cluster import alive_nodes, joined  # noqa: PLC0415
+
+        warm_up = self.bound.warm_up
+        with joined(warm_up.address):
+            stop.take_back()
+            places = Places(taking_part(alive_nodes(), warm_up.nodes), warm_up.nodes)
+            limit = TimeLimit(stop, warm_up.limits.max_duration)
+            reports = []
+            for tier in self.bound.tiers:
+                # Who took a lost node's place for one tier does so for those that follow.
+                nodes = places.nodes
+                report = RunReport(self._task(tier), [one.node for one in nodes], failures, shares(self.plan, nodes))
+                reports.append(report)
+                if not limit.requested:
+                    report.begin()
+                    with stop.orderly():
+                        self._copy(tier, places, report, limit)
+                    report.end()
+            return combined([report.summary(stopped=limit.requested) for report in reports])
+
+    def _task(self, tier: Declaration) -> Task:
+        return Task(
+            instance=self.bound.instance.name,
+            bucket=str(self.bound.instance.settings.bucket_handle),
+            tier=tier.name,
+            choice=self.bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True),
+            selected=self.plan.chunks,
+            selected_bytes=self.plan.bytes,
+            skipped=dict(self.plan.header.get("skipped", {})),
+        )
+
+    def _copy(self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit) -> None:
+        from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
+        from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
+
+        moving, wanted = self.bound.warm_up.moving, self.bound.warm_up.nodes
+        replacing = Replacing(
+            candidates=lambda: places.candidates(alive_nodes()),
+            fits=places.fits,
+            store_bytes=lambda node: store_bytes(moving, node),
+        )
+        display = choose_display()
+        # What a lost node will never get needs no lookup.
+        fresh, rest = FreshPlan(self.plan, self.bound.bucket()).chunks, self.plan.chunks_from
+        schedule = schedule_of(moving, places.nodes, fresh, rest)
+        fleet = Fleet(
+            [one.node for one in places.nodes],
+            self.bound.node_config(tier),
+            _Watch(report, display, places),
+            limit,
+            self.bound.warm_up.limits.node_timeout,
+            replacing=replacing if wanted.replace else None,
+        )
+        try:
+            fleet.run(schedule)
+        finally:
+            display.close()
+            report.counts = schedule.counts
+
+
+def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
+    """As `warmer.nodes.assigned`, with a word about ranks that are given for nobody."""
+    nodes = assigned(alive, wanted)
+    absent = unknown_ranks(alive, wanted)
+    if absent:
+        _log.warning("ranks are given for %s: no such node is alive", ", ".join(absent))
+    return nodes
+
+
+def shares(plan: PlanFile, nodes: Sequence[Assigned]) -> dict[str, Share]:
+    """What of a plan each node is to hold, by its id."""
+    return {
+        one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
+        for one in nodes
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """The fleet's witness: the report, and a display of it."""
+
+    report: RunReport
+    display: Display
+    places: Places
+
+    def ended(self, node: str, outcome: Outcome) -> None:
+        self.report.ended(node, outcome)
+
+    def lost(self, node: str, kind: str, message: str) -> None:
+        _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
+        self.report.lost(node, kind, message)
+
+    def replaced(self, node: str, by: Node) -> None:
+        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
+        self.report.replaced(node, by)
+        self.places.take(node, by)
+
+    def tick(self) -> None:
+        self.display.show(self.report)

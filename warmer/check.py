@@ -1,0 +1,186 @@
+"""`check`: how warm every node is, tier by tier, without writing anything; and the gate that it is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from warmer import exits
+from warmer.carry import shares, taking_part
+from warmer.checking import CheckConfig
+from warmer.moving import TimeLimit, direct_schedule
+from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from warmer.cluster import Node
+    from warmer.interrupt import StopSwitch
+    from warmer.nodes import Assigned
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlanFile
+    from warmer.report import Share
+    from warmer.sources import Bound
+
+_log = logging.getLogger(__name__)
+
+NAMED: Final = 1000
+"""Chunks that are named at most for each reason."""
+
+
+@dataclass(slots=True)
+class NodeCheck:
+    """What a check found in one tier of one node.
+
+    Attributes:
+        tier: Its name.
+        id: The node's, Ray's.
+        name: The node's, for people.
+        selected: Chunks that the node is to hold.
+        ranks: The workers whose chunks these are; None for all.
+        right: Chunks that are there as the plan has them.
+        wrong: Chunks in whose place is something else.
+        missing: Chunks that are not there.
+        unknown: Chunks that could not be looked at.
+        error: Why the node took no part, or was lost; None when it was neither.
+    """
+
+    tier: str
+    id: str
+    name: str
+    selected: int
+    ranks: str | None = None
+    right: int = 0
+    wrong: int = 0
+    missing: int = 0
+    unknown: int = 0
+    error: str | None = None
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a chunk."""
+        match outcome:
+            case Right():
+                self.right += 1
+            case Wrong():
+                self.wrong += 1
+            case Missing():
+                self.missing += 1
+            case Failed():
+                self.unknown += 1
+
+    @property
+    def share(self) -> float:
+        """Of the chunks that the node is to hold, the part that is right; of none, all of it."""
+        return self.right / self.selected if self.selected else 1.0
+
+
+class CheckReport:
+    """Collects what a check finds.
+
+    Args:
+        require: The share of right chunks that each tier of each node must have.
+    """
+
+    def __init__(self, require: float) -> None:
+        self.require = require
+        self.found: list[NodeCheck] = []
+        self.named: dict[str, list[dict[str, str]]] = {"wrong": [], "unknown": []}
+
+    def watch(self, tier: str, nodes: Iterable[Assigned], expected: dict[str, Share]) -> TierWatch:
+        """The witness of a fleet that looks into one tier."""
+        checks = {}
+        for one in nodes:
+            share = expected[one.node.id]
+            checks[one.node.id] = NodeCheck(tier, one.node.id, one.node.name, share.chunks, share.ranks)
+        self.found += checks.values()
+        return TierWatch(checks, self.named)
+
+    def record(self, *, stopped: bool) -> dict[str, Any]:
+        """The report, ready for JSON; its fields are described in `docs/warm.md`."""
+        least = min((check.share for check in self.found), default=0.0)
+        seen = all(check.right + check.wrong + check.missing + check.unknown == check.selected for check in self.found)
+        if stopped and not seen:
+            result, code = "interrupted", exits.INTERRUPTED
+        elif least >= self.require and all(check.error is None for check in self.found):
+            result, code = "warm", exits.COMPLETE
+        else:
+            result, code = "cold", exits.FAILED
+        return {
+            "event": "check",
+            "result": result,
+            "exit_code": code,
+            "require": self.require,
+            "share": round(least, 6),
+            "nodes": [asdict(check) | {"share": round(check.share, 6)} for check in self.found],
+            **self.named,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TierWatch:
+    """The witness of a fleet that looks into one tier."""
+
+    checks: dict[str, NodeCheck]
+    named: dict[str, list[dict[str, str]]]
+
+    def ended(self, node: str, outcome: Outcome) -> None:
+        """Count a chunk, and name it when something is wrong with it."""
+        if isinstance(outcome, Failed) and outcome.kind == INTERRUPTED:
+            return
+        check = self.checks[node]
+        check.add(outcome)
+        if isinstance(outcome, (Wrong, Failed)):
+            names = self.named["wrong" if isinstance(outcome, Wrong) else "unknown"]
+            if len(names) < NAMED:
+                names.append({"tier": check.tier, "node": node, "key": outcome.key, "message": outcome.message})
+
+    def lost(self, node: str, kind: str, message: str) -> None:
+        """Note why a node takes no part any more."""
+        _log.warning("node %s: %s: %s", self.checks[node].name, kind, message)
+        self.checks[node].error = f"{kind}: {message}"
+
+    def replaced(self, node: str, by: Node) -> None:
+        """Nobody takes another's place in a check."""
+
+    def tick(self) -> None:
+        """Nothing is shown meanwhile."""
+
+
+def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, hashes: bool) -> dict[str, Any]:
+    """Look into every tier of every node that takes part.
+
+    Args:
+        bound: Which tiers.
+        plan: What they are to hold.
+        stop: Whether to stop.
+        require: The share that each must hold.
+        hashes: Whether contents are hashed.
+
+    Returns:
+        The report, its `exit_code` included.
+
+    Raises:
+        ConfigError: The warm-up names a node that there is not.
+        NothingToDoError: No node takes part.
+        ClusterError: The configured Ray cluster does not answer.
+    """
+    from warmer.cluster import alive_nodes, joined  # noqa: PLC0415 - Ray takes a second to import
+    from warmer.fleet import Fleet  # noqa: PLC0415
+
+    report = CheckReport(require)
+    with joined(bound.warm_up.address):
+        stop.take_back()
+        nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
+        limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
+        expected = shares(plan, nodes)
+        watches = [report.watch(tier.name, nodes, expected) for tier in bound.tiers]
+        for tier, watch in zip(bound.tiers, watches, strict=True):
+            if limit.requested:
+                break
+            schedule = direct_schedule(nodes, plan.chunks_from)
+            config = CheckConfig(tier, hashes=hashes)
+            start_secs = bound.warm_up.limits.node_timeout
+            with stop.orderly():
+                Fleet([one.node for one in nodes], config, watch, limit, start_secs).run(schedule)
+        return report.record(stopped=limit.requested)

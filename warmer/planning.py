@@ -1,0 +1,141 @@
+"""From a choice to a plan: what is listed, what passes the filters, in which order, and how much of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.catalog import list_chunks
+from hfbucket_plugin.keys import ClassicKey, MPKey, is_probe, parse_key
+from warmer.key_files import keys_of, look_up_keys
+from warmer.ordered import in_order, newest_first, within
+from warmer.plan import Planner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime
+    from pathlib import Path
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.catalog import ChunkEntry
+    from hfbucket_plugin.keys import Key
+    from warmer.choose import Choice
+    from warmer.plan import PlannedChunk
+    from warmer.prompts import PromptOrder
+
+    Listing = Callable[[Iterable[str]], Iterator[ChunkEntry]]
+
+_LOOKED_THROUGH: Final = 100_000
+"""Chunks that are looked through at most for one of the other kind, to say that it was there."""
+
+WORDS: Final[dict[type[Key], str]] = {
+    ClassicKey: "keys of the classic engine",
+    MPKey: "keys of MP mode (`lmcache server`)",
+}
+
+
+@dataclass(slots=True)
+class Choosing:
+    """One choice, carried out on one bucket.
+
+    Attributes:
+        choice: What is wanted.
+        takes: The kind of key that the tiers take.
+        now: What `since` counts back from.
+        prompts: Where chunks stand among the prompts, when the choice names some.
+        skipped: Chunks passed by, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
+            told apart by a filter) and ``not_in_bucket`` (keys of a file).
+        chosen: Chunks that passed all that, a budget not regarded.
+    """
+
+    choice: Choice
+    takes: type[Key]
+    now: datetime
+    prompts: PromptOrder | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    chosen: int = 0
+
+    def planned(self, bucket: Bucket, scratch: Path) -> Iterator[PlannedChunk]:
+        """Yield the chosen chunks, in the order in which they are to be copied.
+
+        That is: as the prompts have them, each from its start; or the newest first, where `newest` or `max_bytes` is
+        given; or as a file of keys has them; or by key.
+
+        Args:
+            bucket: The instance's.
+            scratch: A file to sort in.
+
+        Raises:
+            ConfigError: A file of keys cannot be read.
+            HFBucketError: The listing is not complete.
+            OSError: There is no room to sort in.
+        """
+        chunks = self.of(self._entries(bucket), bucket)
+        choice, prompts = self.choice, self.prompts
+
+        def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
+            return within(ordered, choice.newest, choice.max_bytes)
+
+        if prompts is not None:
+            return in_order(chunks, lambda chunk: _placed(prompts, chunk), scratch, cut)
+        if choice.newest is None and choice.max_bytes is None:
+            return chunks
+        return in_order(chunks, newest_first, scratch, cut)
+
+    def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[PlannedChunk]:
+        """The chosen ones among some chunks, as they come."""
+        planner = Planner(bucket.handle, self.takes)
+        planner.skipped = self.skipped
+        for chunk in planner.plan(self._chosen(entries)):
+            self.chosen += 1
+            yield chunk
+
+    def _entries(self, bucket: Bucket) -> Iterator[ChunkEntry]:
+        files = self.choice.keys_from
+        if files:
+            keys = itertools.chain.from_iterable(keys_of(path) for path in files)
+            return look_up_keys(bucket, keys, self.skipped)
+        return list_chunks(bucket, self.listed(self.takes))
+
+    def listed(self, kind: type[Key]) -> list[str]:
+        """Starts of keys that are listed for one kind."""
+        choice = self.choice
+        if self.prompts is not None and self.prompts.models is not None and not choice.model:
+            choice = choice.model_copy(update={"model": tuple(sorted(self.prompts.models))})
+        return choice.listing_prefixes(kind)
+
+    def _chosen(self, entries: Iterable[ChunkEntry]) -> Iterator[ChunkEntry]:
+        passes = self._passes()
+        for entry in entries:
+            if passes(entry):
+                yield entry
+            else:
+                self.skipped["not_chosen"] += 1
+
+    def _passes(self) -> Callable[[ChunkEntry], bool]:
+        prompts, filtered = self.prompts, self.choice.filter(self.now)
+        if prompts is None:
+            return filtered
+        return lambda entry: filtered(entry) and prompts.place(entry.key) is not None
+
+    def other_kind_found(self, bucket: Bucket) -> bool:
+        """Whether the choice would hold chunks of the kind that the tiers do not take.
+
+        Raises:
+            HFBucketError: The Hub did not tell.
+        """
+        if self.skipped["other_kind"] or self.choice.keys_from:
+            return self.skipped["other_kind"] > 0
+        other = MPKey if self.takes is ClassicKey else ClassicKey
+        filtered = self.choice.filter(self.now)
+        entries = itertools.islice(list_chunks(bucket, self.listed(other)), _LOOKED_THROUGH)
+        return any(isinstance(entry.key, other) and not is_probe(entry.text) and filtered(entry) for entry in entries)
+
+
+def _placed(prompts: PromptOrder, chunk: PlannedChunk) -> int:
+    place = prompts.place(parse_key(chunk.key))
+    if place is None:
+        raise ValueError(f"{chunk.key} is of no prompt")
+    return place

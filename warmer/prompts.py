@@ -1,0 +1,178 @@
+"""Chunks of prompts: token ids, hashed as LMCache itself hashes them, and where each hash stands among the prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from hfbucket_plugin.keys import Key
+
+_FIELDS = frozenset({"token_ids", "model", "cache_salt"})
+_MOST_TOKEN_ID = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        token_ids: Its tokens.
+        model: Only chunks of this model; None for those of any.
+        cache_salt: Only chunks with this salt, empty for none; None for those with any. MP mode only.
+    """
+
+    token_ids: list[int]
+    model: str | None = None
+    cache_salt: str | None = None
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """Stream the prompts of a file, a line of JSON each.
+
+    Raises:
+        ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
+    """
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 - it is told in the error
+                if line.strip():
+                    yield _prompt(line)
+    except OSError as error:
+        raise ConfigError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompts {str(path)!r}, line {number + 1}: this is no text in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+        raise ConfigError(f"--prompts {str(path)!r}, line {number}: {reason}") from None
+
+
+def _prompt(line: str) -> Prompt:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError('a prompt reads {"token_ids": [1, 2, 3]}')  # noqa: TRY004 - worded with its line by the caller
+    unknown = sorted(record.keys() - _FIELDS)
+    if unknown:
+        raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(sorted(_FIELDS))}")
+    token_ids, model, salt = record.get("token_ids"), record.get("model"), record.get("cache_salt")
+    if not isinstance(token_ids, list) or not all(
+        type(token) is int and 0 <= token < _MOST_TOKEN_ID for token in token_ids
+    ):
+        raise ValueError("token_ids must be a list of token ids, as numbers")
+    for name, text in (("model", model), ("cache_salt", salt)):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} must be a text")
+    return Prompt(token_ids, model, salt)
+
+
+class Hasher(Protocol):
+    """Hashes the chunks of a prompt."""
+
+    def __call__(self, token_ids: list[int]) -> list[str]:
+        """The hashes of its chunks, from its start, as keys have them."""
+
+
+def classic_hasher(config: Path) -> Hasher:
+    """What the classic engine of an LMCache YAML hashes with.
+
+    Raises:
+        ConfigError: LMCache cannot read the file; or the hashes need what is not there.
+    """
+    _quieten()
+    # LMCache takes seconds to import.
+    from lmcache.v1.config import LMCacheEngineConfig  # noqa: PLC0415
+    from lmcache.v1.token_database import ChunkedTokenDatabase  # noqa: PLC0415
+
+    try:
+        settings: Any = LMCacheEngineConfig.from_file(str(config))
+        database: Any = ChunkedTokenDatabase(settings, None)
+    except Exception as error:  # noqa: BLE001 - whatever LMCache raises about the file
+        raise ConfigError(f"--prompts: LMCache cannot hash with {str(config)!r}: {type(error).__name__}") from None
+    if settings.enable_blending:
+        raise ConfigError(f"--prompts: enable_blending in {str(config)!r} cuts prompts at separators, not into chunks")
+    _refuse_fallback(settings.pre_caching_hash_algorithm, database.hash_func)
+
+    def hashes(token_ids: list[int]) -> list[str]:
+        return [f"{value:x}" for _, _, value in database.process_tokens(tokens=token_ids, make_key=False)]
+
+    return hashes
+
+
+def mp_hasher(chunk_size: int, algorithm: str) -> Hasher:
+    """What `lmcache server` hashes with.
+
+    Raises:
+        ConfigError: The hashes need what is not there.
+    """
+    _quieten()
+    from lmcache.v1.multiprocess.token_hasher import TokenHasher  # noqa: PLC0415 - as above
+
+    hasher: Any = TokenHasher(chunk_size, algorithm)
+    _refuse_fallback(algorithm, hasher.hash_func)
+
+    def hashes(token_ids: list[int]) -> list[str]:
+        return [value.hex() for value in hasher.compute_chunk_hashes(token_ids)]
+
+    return hashes
+
+
+def _quieten() -> None:
+    """LMCache tells much while it is loaded, on the stream on which we tell errors."""
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
+
+
+def _refuse_fallback(algorithm: str, function: Any) -> None:
+    """LMCache warns and hashes with Python's `hash` where it does not find an algorithm: not one chunk would match."""
+    if function is hash and algorithm != "builtin":
+        raise ConfigError(
+            f"--prompts: the hash algorithm {algorithm!r} comes with vLLM, which is not installed where this command runs"
+        )
+
+
+class PromptOrder:
+    """Where chunks stand among some prompts: prompt by prompt, each from its start.
+
+    Args:
+        prompts: In the order of their worth.
+        hasher: Hashes them as the engines do.
+
+    Attributes:
+        prompts: How many there are.
+        chunks: How many chunks they have, those that several share counted once.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt], hasher: Hasher) -> None:
+        self.prompts = 0
+        self._places: dict[tuple[str | None, str | None], dict[str, int]] = {}
+        self.chunks = 0
+        for prompt in prompts:
+            self.prompts += 1
+            places = self._places.setdefault((prompt.model, prompt.cache_salt), {})
+            for value in hasher(prompt.token_ids):
+                if value not in places:
+                    places[value] = self.chunks
+                    self.chunks += 1
+
+    @property
+    def models(self) -> frozenset[str] | None:
+        """Whose chunks may be among them."""
+        models = {model for model, _ in self._places}
+        return None if None in models else frozenset(model for model in models if model is not None)
+
+    def place(self, key: Key) -> int | None:
+        """Where a chunk stands; None when it is of no prompt."""
+        salt = getattr(key, "salt", None)
+        found = [
+            place
+            for wanted in {(key.model, salt), (key.model, None), (None, salt), (None, None)}
+            if (place := self._places.get(wanted, {}).get(key.chunk_hash)) is not None
+        ]
+        return min(found, default=None)

@@ -1,0 +1,94 @@
+"""Quantities as people write them: sizes, times, ranks of workers. Parsed strictly; what is wrong is said, with the way out."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)")
+_BYTES: Final = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST_SECS: Final = 100 * 366 * 86400
+
+_RANKS: Final = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7}))?")
+_MOST_RANKS: Final = 65536
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size, such as `50GiB`; without a unit it is in bytes.
+
+    Raises:
+        ValueError: It is none; the message says what would be.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: it reads 50GiB, 512MiB, 64KiB or a number of bytes")
+    number, unit = match[1], match[2]
+    if unit not in _BYTES:
+        raise ValueError(f"{text!r}: the unit {unit!r} is not known{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB")
+    size = Decimal(number) * _BYTES[unit]
+    if size != int(size):
+        raise ValueError(f"{text!r} is no whole number of bytes")
+    return int(size)
+
+
+def _nearest_unit(unit: str) -> str:
+    """`GB`, `Gi`, `gib` and `G` mean GiB to most, but 7 % less to some: asked for, not guessed."""
+    near = f"{unit[:1].upper()}iB"
+    return f" (did you mean {near}?)" if near in _BYTES else ""
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read a time, such as `24h`; its unit is never left out.
+
+    Raises:
+        ValueError: It is none; the message says what would be.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None or match[2] not in _SECONDS:
+        raise ValueError(f"{text!r} is no length of time: it reads 90s, 30m, 24h or 7d")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > _LONGEST_SECS:
+        raise ValueError(f"{text!r} is more than a hundred years")
+    return timedelta(seconds=seconds)
+
+
+def format_duration(value: timedelta) -> str:
+    """A length of time as `parse_duration` reads it."""
+    return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "s"
+
+
+def parse_ranks(text: str) -> frozenset[int]:
+    """Read ranks of workers, such as `0-3,7`.
+
+    Raises:
+        ValueError: They are none; the message says what would be.
+    """
+    ranks: set[int] = set()
+    for part in text.split(","):
+        match = _RANKS.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"{text!r} are no ranks of workers: they read 0-3 or 0-3,7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{text!r}: {part.strip()!r} ends before it begins")
+        if last - first >= _MOST_RANKS:
+            raise ValueError(f"{text!r}: {part.strip()!r} are more workers than any engine has")
+        ranks.update(range(first, last + 1))
+    return frozenset(ranks)
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Ranks as `parse_ranks` reads them."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
