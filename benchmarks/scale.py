@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from warmer.orders import Fetch, Order, total_bytes  # noqa: E402 - found by the line above
+from warmer.convoys import Part  # noqa: E402 - found by the line above
+from warmer.orders import Fetch, Order, total_bytes  # noqa: E402
 from warmer.outcomes import Copied  # noqa: E402
 from warmer.plan import SEGMENT_CHUNKS, PlannedChunk  # noqa: E402
 from warmer.schedule import Schedule  # noqa: E402
@@ -59,7 +60,7 @@ class Fleet:
         healthy = [name for name in names if name not in self.slow]
         self.doomed = self.chance.sample(healthy, options.lost)
         started = time.perf_counter()
-        self.schedule = Schedule(dict.fromkeys(names, self.store), self.plan, rest=self.listed)
+        self.schedule = Schedule(dict.fromkeys(names, self.store), [Part(self.plan, rest=self.listed)])
         for name in names:
             self.schedule.started(name)
         self.spent += time.perf_counter() - started

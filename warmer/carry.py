@@ -12,7 +12,6 @@ from warmer.nodes import assigned, unknown_ranks
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
-from warmer.selection import FreshPlan
 from warmer.units import format_ranks
 
 if TYPE_CHECKING:
@@ -95,9 +94,7 @@ class CopyRun:
             store_bytes=lambda node: store_bytes(moving, node),
         )
         display = choose_display()
-        # What a lost node will never get needs no lookup.
-        fresh, rest = FreshPlan(self.plan, self.bound.bucket()).chunks, self.plan.chunks_from
-        schedule = schedule_of(moving, places.nodes, fresh, rest)
+        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket())
         fleet = Fleet(
             [one.node for one in places.nodes],
             self.bound.node_config(tier),

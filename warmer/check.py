@@ -178,7 +178,7 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
         for tier, watch in zip(bound.tiers, watches, strict=True):
             if limit.requested:
                 break
-            schedule = direct_schedule(nodes, plan.chunks_from)
+            schedule = direct_schedule(nodes, plan)
             config = CheckConfig(tier, hashes=hashes)
             start_secs = bound.warm_up.limits.node_timeout
             with stop.orderly():

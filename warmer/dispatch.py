@@ -6,21 +6,19 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from warmer.convoys import Convoy
+from warmer.convoys import Convoy, Seat
 from warmer.lanes import Backlog, Lane
 from warmer.lots import Flight, Lot, Stage, Stock
 from warmer.orders import Counts, Fetch, Receive, Window, total_bytes
 from warmer.pace import Pace, TokenBucket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from warmer.lanes import Reader
+    from warmer.convoys import Part
     from warmer.orders import Order
     from warmer.pace import Caps
     from warmer.plan import PlannedChunk
-
-    Takers = Callable[[PlannedChunk], frozenset[str] | None]
 
 _SCAN: Final = 16
 """How many nodes are looked at for an order: the best of them is nearly the best of all."""
@@ -31,6 +29,9 @@ _LOOK_SECS: Final = 0.25
 PARTS: Final = 4
 """A store has room for so many lots at least, so that one is fetched while others are received."""
 
+_LEAST_LOTS: Final = 16
+"""Each convoy may have so many batches under way, into however many parts the plan falls."""
+
 _TYPICAL_SECS_PER_BYTE: Final = 1e-8
 
 
@@ -40,16 +41,16 @@ class Dispatch:
     def __init__(
         self,
         nodes: Mapping[str, int],
-        plan: Reader,
+        parts: Sequence[Part],
         window: Window,
-        takers: Takers | None,
         caps: Caps,
         *,
         direct: bool,
         now: float,
     ) -> None:
         self.counts = Counts()
-        self._plan, self._takers, self._window, self._caps = plan, takers, window, caps
+        self._window, self._caps = window, caps
+        self._most_lots = max(min(window.lots, _LEAST_LOTS), window.lots // max(1, len(parts)))
         self._direct = direct
         self._now = self._looked = now
         self._most_bytes = int(
@@ -66,21 +67,22 @@ class Dispatch:
         self._fetching_bytes = 0
         self._out: list[Order] = []
         self._released: list[int] = []
-        # Most nodes are in the first; those that cannot keep up with it go on together in the second.
-        self._convoys = (Convoy(plan), Convoy(plan))
+        # Of each part, most nodes are in the first; those that cannot keep up with it go on together in the second.
+        self._leading = [Convoy(part, Convoy(part)) for part in parts]
+        self._convoys = [convoy for first in self._leading for convoy in (first, first.behind) if convoy is not None]
         self._lanes: dict[str, Lane] = {}
         self._astray: dict[str, Lane] = {}  # those that have something to fetch for themselves
         for name in nodes:
             self._add_lane(name, name)
 
     def _add_lane(self, name: str, role: str) -> Lane:
-        backlog = Backlog(self._plan, self._wanted(role))
-        lane = self._lanes[name] = Lane(
-            name, role, backlog, self._convoys[0], window=self._window, rate=self._caps.node, now=self._now
-        )
+        lane = self._lanes[name] = Lane(name, role, self._window, self._caps.node, self._now)
+        for convoy in self._leading:
+            if convoy.part.is_for(role):
+                seat = lane.seats[convoy.part] = Seat(lane, convoy, self._now)
+                if self._direct:
+                    self._detach(seat, 0)
         self._changed()
-        if self._direct:
-            self._detach(lane, 0)
         return lane
 
     def _changed(self) -> None:
@@ -93,10 +95,6 @@ class Dispatch:
         for convoy in self._convoys:
             convoy.full = False
 
-    def _wanted(self, role: str) -> Callable[[PlannedChunk], bool]:
-        takers = self._takers
-        return lambda chunk: takers is None or (of := takers(chunk)) is None or role in of
-
     def _decide(self) -> None:
         """Give all orders that can be given now."""
         if self._now >= self._looked + _LOOK_SECS or not self._flights:
@@ -106,7 +104,8 @@ class Dispatch:
             lot = self._ready.popleft()
             if lot.number in self._lots and lot.stage is Stage.READY and lot.pending and not self._assign(lot):
                 self._ready.append(lot)
-        for convoy in self._convoys:
+        # Who takes part in several is given the chunks of those that are less far first.
+        for convoy in sorted(self._convoys, key=lambda convoy: convoy.position):
             self._move_on(convoy)
         for lane in list(self._astray.values()):
             self._feed(lane)
@@ -115,31 +114,29 @@ class Dispatch:
 
     # From the plan into lots, and from the Hub to one node.
 
-    def _needers(self, convoy: Convoy, chunk: PlannedChunk) -> list[str]:
+    def _needers(self, convoy: Convoy) -> list[str]:
         """Those in a convoy that are to have its next chunk from it."""
-        of = self._takers(chunk) if self._takers else None
-        return [
-            lane.name
-            for lane in convoy.members(self._lanes.values())
-            if lane.entry <= convoy.position and (of is None or lane.role in of)
-        ]
+        return [seat.lane.name for seat in self._members(convoy) if seat.entry <= convoy.position]
+
+    def _members(self, convoy: Convoy) -> list[Seat]:
+        return convoy.members(self._lanes.values())
 
     def _move_on(self, convoy: Convoy) -> None:
         """Make lots, and have them fetched, as far as there is room."""
-        while not convoy.full and convoy.members(self._lanes.values()) and (chunk := convoy.peek()) is not None:
+        while not convoy.full and self._members(convoy) and (chunk := convoy.peek()) is not None:
             if not self._may_fetch(chunk.size):
                 return
-            needers = self._needers(convoy, chunk)
+            needers = self._needers(convoy)
             if not needers:
                 convoy.advance()
                 continue
             shared = len(needers) > 1
-            if shared and not self._stock.can_ever(chunk.size):
+            if shared and not self._stock.can_ever(needers, chunk.size):
                 # No store takes it: from here on each node goes on by itself.
-                for lane in list(convoy.members(self._lanes.values())):
-                    self._detach(lane, max(convoy.position, lane.entry))
+                for seat in list(self._members(convoy)):
+                    self._detach(seat, max(convoy.position, seat.entry))
                 return
-            if convoy.lots >= self._window.lots or (shared and not self._stock.fits(needers, chunk.size)):
+            if convoy.lots >= self._most_lots or (shared and not self._stock.fits(needers, chunk.size)):
                 convoy.block(self._now)
                 return
             turn = convoy.turn % len(needers)
@@ -147,24 +144,22 @@ class Dispatch:
             order = needers[turn:] + needers[:turn]
             if not any(self._lanes[name].may_fetch(chunk.size, self._now) for name in order[:_SCAN]):
                 return
-            self._begin_lot(convoy, order, self._cut(convoy, chunk, needers), shared=shared)
+            self._begin_lot(convoy, order, self._cut(convoy, needers), shared=shared)
 
-    def _cut(self, convoy: Convoy, first: PlannedChunk, needers: list[str]) -> tuple[PlannedChunk, ...]:
-        """The next chunks of the plan that the same nodes lack."""
+    def _cut(self, convoy: Convoy, needers: list[str]) -> tuple[PlannedChunk, ...]:
+        """The next chunks of a convoy that the same nodes lack."""
         shared = len(needers) > 1
-        least = self._stock.least if shared else None
-        most = self._most_bytes if least is None else max(1, min(self._most_bytes, least // PARTS))
-        takers = self._takers(first) if self._takers else None
+        most = max(1, min(self._most_bytes, self._stock.least(needers) // PARTS)) if shared else self._most_bytes
         chunks: list[PlannedChunk] = []
         size = 0
-        entries = {lane.entry for lane in convoy.members(self._lanes.values())}
+        entries = {seat.entry for seat in self._members(convoy)}
         while (chunk := convoy.peek()) is not None and len(chunks) < self._window.batch_chunks:
             together = size + chunk.size
             if chunks and (together > most or (shared and not self._stock.fits(needers, together))):
                 break
             if chunks and convoy.position in entries:
                 break  # from here on one more lacks them
-            if chunks and (not self._may_fetch(together) or (self._takers and self._takers(chunk) != takers)):
+            if chunks and not self._may_fetch(together):
                 break
             chunks.append(chunk)
             size = together
@@ -295,7 +290,7 @@ class Dispatch:
 
     @staticmethod
     def _in(lane: Lane, convoy: Convoy) -> bool:
-        return lane.convoy is convoy and not lane.detached
+        return lane.seats[convoy.part].convoy is convoy
 
     def _left_behind(self, lot: Lot) -> Callable[[str], bool]:
         """Tells whether a node waits for a lot of a convoy that it is in no longer."""
@@ -306,8 +301,8 @@ class Dispatch:
         self._astray[lane.name] = lane
         return lane.backlog
 
-    def _detach(self, lane: Lane, start: int) -> None:
-        """From a chunk of the plan on, a node goes on by itself."""
-        lane.detached = True
-        self._alone(lane).add_stretch(start, None)
+    def _detach(self, seat: Seat, start: int) -> None:
+        """From a chunk of a part on, a node goes on by itself."""
+        seat.convoy = None
+        self._alone(seat.lane).add_stretch(seat.part, start, None)
         self._changed()

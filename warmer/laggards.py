@@ -9,7 +9,7 @@ from warmer.lots import Flight, Lot, Stage
 from warmer.orders import total_bytes
 
 if TYPE_CHECKING:
-    from warmer.convoys import Convoy
+    from warmer.convoys import Convoy, Seat
     from warmer.lanes import Lane
 
 _LATE: Final = 4.0
@@ -60,13 +60,13 @@ class Laggards(Dispatch):
         """
         lots = [lot for lot in self._stored.values() if lot.convoy is convoy]
         few = [lot for lot in lots[: max(1, len(lots) // PARTS)] if self._awaited_by_few(lot)]
-        slow: list[Lane] = []
-        patience = self._window.patience_secs * (1.0 if convoy is self._convoys[0] else _SLOW_PATIENCE)
+        slow: list[Seat] = []
+        patience = self._window.patience_secs * (1.0 if convoy.behind is not None else _SLOW_PATIENCE)
         for name in dict.fromkeys(name for lot in few for name in (*lot.pending, *lot.receiving)):
-            lane = self._lanes[name]
-            much = lane.blame(secs, self._now, _FADING * patience) > patience
-            if much and self._in(lane, convoy) and self._is_slow(lane):
-                slow.append(lane)
+            seat = self._lanes[name].seats[convoy.part]
+            much = seat.blame(secs, self._now, _FADING * patience) > patience
+            if much and seat.convoy is convoy and self._is_slow(seat.lane):
+                slow.append(seat)
         if slow:
             self._leave_behind(convoy, slow)
 
@@ -84,35 +84,34 @@ class Laggards(Dispatch):
         waiting = [*lot.pending, *lot.receiving]
         return len(waiting) <= lot.done + 1 and not all(map(self._left_behind(lot), waiting))
 
-    def _leave_behind(self, convoy: Convoy, slow: list[Lane]) -> None:
+    def _leave_behind(self, convoy: Convoy, slow: list[Seat]) -> None:
         """Have nodes go on together in the second convoy; those that hold up that one too, each by itself."""
-        second = self._convoys[1]
+        second = convoy.behind
         self.counts.lags += len(slow)
-        for lane in slow:
-            lane.forgive()
-            lane.entry = max(lane.entry, convoy.position)
-            if convoy is second:
-                self._detach(lane, lane.entry)
+        for seat in slow:
+            seat.forgive()
+            seat.entry = max(seat.entry, convoy.position)
+            if second is None:
+                self._detach(seat, seat.entry)
             else:
-                second.begin(lane.entry)
-                lane.convoy = second
-                self._alone(lane).add_stretch(lane.entry, second.position)
+                second.begin(seat.entry)
+                seat.convoy = second
+                self._alone(seat.lane).add_stretch(seat.part, seat.entry, second.position)
         self._changed()
         for lot in [lot for lot in self._lots.values() if lot.convoy is convoy]:
-            left = [lane for lane in slow if lane.name in lot.pending]
+            left = [seat.lane for seat in slow if seat.lane.name in lot.pending]
             for lane in left:
                 del lot.pending[lane.name]
-            if convoy is second or len(left) == 1:
+            if second is None or len(left) == 1:
                 for lane in left:
                     self._alone(lane).add(lot.chunks)
                     self._stock.free(lot, lane.name)
             elif left:
-                self._part(lot, [lane.name for lane in left])
+                self._part(lot, [lane.name for lane in left], second)
             self._settle(lot)
 
-    def _part(self, lot: Lot, nodes: list[str]) -> None:
+    def _part(self, lot: Lot, nodes: list[str], second: Convoy) -> None:
         """Some go on to wait for a lot in the second convoy: one of them fetches it for all of them."""
-        second = self._convoys[1]
         child = Lot(next(self._numbers), lot.chunks, nodes, second)
         child.reserved = lot.reserved.intersection(nodes)
         lot.reserved -= child.reserved

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from warmer.orders import total_bytes
@@ -13,27 +13,26 @@ from warmer.pace import Pace, TokenBucket
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from warmer.convoys import Convoy
+    from warmer.convoys import Part, Seat
     from warmer.orders import Window
     from warmer.plan import PlannedChunk
 
-    Reader = Callable[[int], Iterator[PlannedChunk]]
-    Wanted = Callable[[PlannedChunk], bool]
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The chunks of a part of the plan from number `start` up to `end`, or to its end."""
+
+    part: Part
+    start: int
+    end: int | None
 
 
 class Backlog:
-    """What a node fetches for itself: chunks that are named, and stretches of the plan that are read when it comes to them.
+    """What a node fetches for itself: chunks that are named, and stretches of the plan that are read when it comes to them."""
 
-    Args:
-        plan: Reads the plan from its n-th chunk on.
-        wanted: Whether the node is to have a chunk.
-    """
-
-    def __init__(self, plan: Reader, wanted: Wanted) -> None:
-        self._plan = plan
-        self._wanted = wanted
+    def __init__(self) -> None:
         self._named: deque[tuple[PlannedChunk, ...]] = deque()
-        self._stretches: deque[tuple[int, int | None]] = deque()
+        self._stretches: deque[Stretch] = deque()
         self._reading: Iterator[PlannedChunk] | None = None
         self._at = 0
         self._peeked: PlannedChunk | None = None
@@ -43,10 +42,10 @@ class Backlog:
         if chunks:
             self._named.append(chunks)
 
-    def add_stretch(self, start: int, end: int | None) -> None:
-        """Add the chunks of the plan from number `start` up to `end`, or to its end."""
+    def add_stretch(self, part: Part, start: int, end: int | None) -> None:
+        """Add the chunks of a part of the plan from number `start` up to `end`, or to its end."""
         if end is None or start < end:
-            self._stretches.append((start, end))
+            self._stretches.append(Stretch(part, start, end))
 
     def __bool__(self) -> bool:
         """Whether anything is left."""
@@ -55,18 +54,15 @@ class Backlog:
     def _peek(self) -> PlannedChunk | None:
         """The next chunk of the stretches."""
         while self._peeked is None and self._stretches:
-            start, end = self._stretches[0]
+            stretch = self._stretches[0]
             if self._reading is None:
-                self._at = start
-                self._reading = self._plan(start)
-            chunk = next(self._reading, None) if end is None or self._at < end else None
-            if chunk is None:
+                self._at = stretch.start
+                self._reading = stretch.part.plan(stretch.start)
+            self._peeked = next(self._reading, None) if stretch.end is None or self._at < stretch.end else None
+            self._at += 1
+            if self._peeked is None:
                 self._stretches.popleft()
                 self._reading = None
-                continue
-            self._at += 1
-            if self._wanted(chunk):
-                self._peeked = chunk
         return self._peeked
 
     def cut(self, most_chunks: int, most_bytes: int, fits: Callable[[int], bool]) -> tuple[PlannedChunk, ...]:
@@ -98,15 +94,14 @@ class Backlog:
         if rest:
             self._named.appendleft(rest)
 
-    def rest(self, plan: Reader) -> Iterator[PlannedChunk]:
-        """What is left, by another reader of the plan; nothing is to be taken any more."""
+    def rest(self) -> Iterator[PlannedChunk]:
+        """What is left of a lost node's; nothing is to be taken any more."""
         yield from itertools.chain.from_iterable(self._named)
         if self._peeked is not None:
             yield self._peeked
-        for number, (start, end) in enumerate(self._stretches):
-            first = self._at if number == 0 and self._reading is not None else start
-            chunks = plan(first) if end is None else itertools.islice(plan(first), end - first)
-            yield from (chunk for chunk in chunks if self._wanted(chunk))
+        for number, stretch in enumerate(self._stretches):
+            first = self._at if number == 0 and self._reading is not None else stretch.start
+            yield from itertools.islice(stretch.part.left(first), None if stretch.end is None else stretch.end - first)
 
 
 class Lane:
@@ -115,59 +110,32 @@ class Lane:
     Args:
         name: Its name.
         role: Whose chunks it is to have: its own, or those of the node that it replaces.
-        backlog: What it fetches for itself.
-        convoy: With whom it is to keep pace.
         window: How much may be under way on it.
         rate: Most bytes a second that reach it; None for no cap.
         now: The time.
 
     Attributes:
         started: Whether it may be given orders.
-        detached: Whether it fetches all that is left for itself.
-        convoy: With whom it keeps pace.
-        entry: The number of the first chunk of the plan that it takes from its convoy.
+        backlog: What it fetches for itself.
+        seats: Where it is in each part of the plan that it is to have.
         fetches, receives: Orders under way.
         bytes: Under way.
         pace, receive_pace: How fast it fetches, and receives.
     """
 
-    def __init__(
-        self,
-        name: str,
-        role: str,
-        backlog: Backlog,
-        convoy: Convoy,
-        *,
-        window: Window,
-        rate: float | None,
-        now: float,
-    ) -> None:
+    def __init__(self, name: str, role: str, window: Window, rate: float | None, now: float) -> None:
         self.name = name
         self.role = role
-        self.backlog = backlog
+        self.backlog = Backlog()
+        self.seats: dict[Part, Seat] = {}
         self.bucket = TokenBucket(rate, now)
         self._window = window
         self.started = False
-        self.detached = False
-        self.convoy = convoy
-        self.entry = 0
         self.fetches = 0
         self.receives = 0
         self.bytes = 0
         self.pace = Pace()
         self.receive_pace = Pace()
-        self._blame = 0.0
-        self._blamed_at = now
-
-    def blame(self, secs: float, now: float, memory_secs: float) -> float:
-        """Note that it held up the others for so long; returns what is remembered of all such times."""
-        self._blame = self._blame * math.exp((self._blamed_at - now) / memory_secs) + secs
-        self._blamed_at = now
-        return self._blame
-
-    def forgive(self) -> None:
-        """Remember none of it."""
-        self._blame = 0.0
 
     def may_fetch(self, size: int, now: float) -> bool:
         """Whether it may be told to fetch so many bytes now."""

@@ -108,14 +108,13 @@ class Stock:
         self._bounds[node] = bound
         self.used[node] = 0
 
-    def can_ever(self, size: int) -> bool:
-        """Whether so much would fit into empty stores."""
-        return all(size <= bound for bound in self._bounds.values())
+    def can_ever(self, nodes: Iterable[str], size: int) -> bool:
+        """Whether so much would fit into the stores of those nodes if they were empty."""
+        return size <= self.least(nodes)
 
-    @property
-    def least(self) -> int | None:
-        """The bound of the smallest store; None without nodes."""
-        return min(self._bounds.values(), default=None)
+    def least(self, nodes: Iterable[str]) -> int:
+        """The bound of the smallest store among those of some nodes, one at least."""
+        return min(map(self._bounds.__getitem__, nodes))
 
     def fits(self, nodes: Iterable[str], size: int) -> bool:
         """Whether there is room on all those nodes."""

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
 
+from warmer.convoys import Part
 from warmer.orders import Window
 from warmer.pace import Caps
+from warmer.plan import is_for
+from warmer.plan_part import PlanPart
 from warmer.schedule import Schedule
+from warmer.selection import CACHED_SEGMENTS, FreshPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hfbucket_plugin.bucket import Bucket
     from warmer.cluster import Node
-    from warmer.dispatch import Takers
     from warmer.interrupt import StopSwitch
-    from warmer.lanes import Reader
     from warmer.nodes import Assigned
-    from warmer.plan import PlannedChunk
+    from warmer.plan import PlanFile
     from warmer.warmup import Moving
+
+_LEAST_CACHED: Final = 2
 
 
 def store_bytes(moving: Moving, node: Node) -> int:
@@ -26,33 +32,43 @@ def store_bytes(moving: Moving, node: Node) -> int:
     return int(node.store_bytes * moving.object_store_fraction)
 
 
-def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: Reader, rest: Reader) -> Schedule:
-    """The schedule of a run; see `Schedule` for `plan` and `rest`."""
+def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucket: Bucket) -> Schedule:
+    """The schedule of a run, in which each chunk is looked up once more just before its turn.
+
+    Args:
+        moving: How bytes are to move.
+        nodes: Who takes part, with whose chunks.
+        plan: What is to be moved.
+        bucket: From where.
+    """
+    chosen = parts_of(nodes, plan)
+    cached = max(_LEAST_CACHED, CACHED_SEGMENTS // max(1, len(chosen)))
+    # What a lost node will never get needs no lookup.
+    parts = [
+        Part(FreshPlan(part, bucket, cached).chunks, names, rest=part.chunks_from) for names, part in chosen.items()
+    ]
     return Schedule(
         {one.node.id: store_bytes(moving, one.node) for one in nodes},
-        plan,
+        parts,
         Window(run_bytes=moving.max_inflight_bytes),
-        rest=rest,
-        takers=takers(nodes),
         caps=Caps(moving.max_bandwidth, moving.max_node_bandwidth),
         direct=moving.direct,
         now=time.monotonic(),
     )
 
 
-def direct_schedule(nodes: Sequence[Assigned], plan: Reader) -> Schedule:
-    """A schedule by which every node works through all that is for it by itself."""
-    names = dict.fromkeys((one.node.id for one in nodes), 0)
-    return Schedule(names, plan, takers=takers(nodes), direct=True, now=time.monotonic())
+def direct_schedule(nodes: Sequence[Assigned], plan: PlanFile) -> Schedule:
+    """A schedule by which every node works by itself through all that is for it, as it is planned."""
+    parts = [Part(part.chunks_from, names) for names, part in parts_of(nodes, plan).items()]
+    return Schedule(dict.fromkeys((one.node.id for one in nodes), 0), parts, direct=True, now=time.monotonic())
 
 
-def takers(nodes: Sequence[Assigned]) -> Takers:
-    """Tells which nodes a chunk is for."""
-
-    def of(chunk: PlannedChunk) -> frozenset[str]:
-        return frozenset(one.node.id for one in nodes if one.takes(chunk))
-
-    return of
+def parts_of(nodes: Sequence[Assigned], plan: PlanFile) -> dict[frozenset[str], PlanPart]:
+    """The parts of a plan that the same nodes are to have, by these nodes; what nobody is to have is in none."""
+    workers: defaultdict[frozenset[str], set[int | None]] = defaultdict(set)
+    for worker in plan.shares:
+        workers[frozenset(one.node.id for one in nodes if is_for(worker, one.ranks))].add(worker)
+    return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}
 
 
 class TimeLimit:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.errors import NothingToDoError
-from warmer.plan import is_for
 from warmer.units import parse_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from warmer.cluster import Node
-    from warmer.plan import PlannedChunk
     from warmer.warmup import Nodes
 
 _SELECTOR: Final = re.compile(r"\s*([^=\s!]+)\s*=\s*(!?)\s*(?:in\(([^()]*)\)|([^,()!\s]+))\s*")
@@ -33,10 +31,6 @@ class Assigned:
 
     node: Node
     ranks: frozenset[int] | None = None
-
-    def takes(self, chunk: PlannedChunk) -> bool:
-        """Whether a chunk is for this node."""
-        return is_for(chunk.worker, self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

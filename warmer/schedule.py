@@ -1,7 +1,8 @@
 """Which node fetches which chunks, who takes them from the object store and when, and what a lost node means.
 
-Pure: told what happened and what time it is, it says what to do; knows nothing of Ray. The plan moves on in *lots*: one
-node fetches a lot from the Hub, and every other node that lacks it takes it from the object store. A node that cannot
+Pure: told what happened and what time it is, it says what to do; knows nothing of Ray. The plan falls into *parts*, each of
+which the same nodes are to have, and each part moves on in *lots*: one node fetches a lot from the Hub, and every other
+node that is to have it and lacks it takes it from the object store. A node that cannot
 keep up is left out of the lots that come, and fetches for itself what it missed. Each chunk ends exactly once for each
 node: among what an event returns, or among what `lost` or `abandon` yields.
 """
@@ -19,8 +20,8 @@ from warmer.pace import Caps
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from warmer.dispatch import Takers
-    from warmer.lanes import Lane, Reader
+    from warmer.convoys import Part
+    from warmer.lanes import Lane
     from warmer.lots import Flight
     from warmer.orders import Order
     from warmer.outcomes import Outcome
@@ -40,10 +41,8 @@ class Schedule(Laggards):
 
     Args:
         nodes: Names of the nodes, and the bytes that lots may take in the object store of each.
-        plan: Reads the plan from its n-th chunk on.
+        parts: The plan: which chunks which nodes are to have. No chunk is in two of them.
         window: How much is under way at a time; by default as `Window` has it.
-        rest: Reads the plan from its n-th chunk on, for a lost node, where that costs less than `plan`.
-        takers: The nodes that are to have a chunk; None for all of them. It may answer None for all, too.
         caps: Most bytes a second.
         direct: Every node fetches everything for itself.
         now: The time, in seconds of any clock that goes forwards.
@@ -55,17 +54,14 @@ class Schedule(Laggards):
     def __init__(
         self,
         nodes: Mapping[str, int],
-        plan: Reader,
+        parts: Sequence[Part],
         window: Window | None = None,
         *,
-        rest: Reader | None = None,
-        takers: Takers | None = None,
         caps: Caps = Caps(),  # noqa: B008 - frozen
         direct: bool = False,
         now: float = 0.0,
     ) -> None:
-        super().__init__(nodes, plan, window or Window(), takers, caps, direct=direct, now=now)
-        self._rest = rest or plan
+        super().__init__(nodes, parts, window or Window(), caps, direct=direct, now=now)
         self._vacant: dict[str, tuple[str, Callable[[], Iterator[PlannedChunk]]]] = {}  # with its role
 
     @property
@@ -90,8 +86,7 @@ class Schedule(Laggards):
             return False
         if any(lane.backlog for lane in self._astray.values()):
             return False
-        lanes = self._lanes.values()
-        return all(not convoy.members(lanes) or convoy.peek() is None for convoy in self._convoys)
+        return all(not self._members(convoy) or convoy.peek() is None for convoy in self._convoys)
 
     @property
     def store_bytes(self) -> dict[str, int]:
@@ -294,17 +289,21 @@ class Schedule(Laggards):
                     lot.ready_again()
             self._settle(lot)
         self._stock.drop(node)
-        start = None if lane.detached else max(lane.entry, lane.convoy.position)
+        starts = [(seat.part, seat.start) for seat in lane.seats.values()]
         if keep_place:
-            self._vacant[node] = (lane.role, lambda: self._remains(named, lane, start))
+            self._vacant[node] = (lane.role, lambda: self._remains(named, lane, starts))
             return iter(())
-        return self._remains(named, lane, start)
+        return self._remains(named, lane, starts)
 
-    def _remains(self, named: list[PlannedChunk], lane: Lane, start: int | None) -> Iterator[PlannedChunk]:
+    @staticmethod
+    def _remains(
+        named: list[PlannedChunk], lane: Lane, starts: list[tuple[Part, int | None]]
+    ) -> Iterator[PlannedChunk]:
         yield from named
-        yield from lane.backlog.rest(self._rest)
-        if start is not None:
-            yield from filter(self._wanted(lane.role), self._rest(start))
+        yield from lane.backlog.rest()
+        for part, start in starts:
+            if start is not None:
+                yield from part.left(start)
 
     def abandon(self, node: str) -> Iterator[PlannedChunk]:
         """Nobody takes the place of a lost node.
@@ -326,8 +325,9 @@ class Schedule(Laggards):
         role, _ = self._vacant.pop(lost)
         self._stock.admit(node, store_bytes)
         lane = self._add_lane(node, role)
-        if not self._direct:
-            self._alone(lane).add_stretch(0, lane.convoy.position)
+        for seat in lane.seats.values():
+            if seat.convoy is not None:
+                self._alone(lane).add_stretch(seat.part, 0, seat.convoy.position)
 
     def _land(self, number: int, now: float) -> Flight:
         self._now = max(self._now, now)

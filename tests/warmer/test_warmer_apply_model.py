@@ -15,14 +15,14 @@ from hfbucket_plugin.keys import ClassicKey, parse_key
 from warmer.checking import NodeChecker
 from warmer.choose import Choice
 from warmer.cluster import Node
-from warmer.moving import direct_schedule
+from warmer.moving import schedule_of
 from warmer.node import NodeWarmer
 from warmer.nodes import Assigned
 from warmer.outcomes import Copied, Failed, Missing, Present, Right, Wrong
 from warmer.plan import PlanFile
 from warmer.planning import Choosing
-from warmer.selection import FreshPlan
 from warmer.tiers import open_tier
+from warmer.warmup import Moving
 
 KEYS = [f"{MODEL}@2@{worker}@{0xA00 + number:x}@half" for worker in range(2) for number in range(4)]
 KEYS += [f"org/other@1@0@{0xB00 + number:x}@half" for number in range(2)]
@@ -122,7 +122,8 @@ class Applying(RuleBasedStateMachine):
         node = NodeWarmer(self.warehouse.open(), open_tier(self.warehouse.declaration()))
         try:
             bucket = self.warehouse.open()
-            schedule = direct_schedule([Assigned(Node("n", "n"), ranks)], FreshPlan(self.plan, bucket).chunks)
+            moving = Moving.model_validate({})
+            schedule = schedule_of(moving, [Assigned(Node("n", "n"), ranks)], self.plan, bucket)
             schedule.started("n")
             outcomes = []
             while not schedule.done and batches != 0:

@@ -40,10 +40,10 @@ def on_cluster(cluster):
     return run
 
 
-def begin(cluster, config):
+def begin(cluster, config, *more):
     """Start the command and leave it running."""
     return subprocess.Popen(
-        [*arguments(config), "--address", cluster.address],
+        [*arguments(config, *more), "--address", cluster.address],
         env=environment(WARM_TEST_TOKEN=SECRET),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -226,6 +226,7 @@ def fleet_of(cluster, stocked):
     import ray
 
     from warmer.cluster import alive_nodes, joined
+    from warmer.convoys import Part
     from warmer.fleet import Fleet
     from warmer.interrupt import StopSwitch
     from warmer.node import NodeConfig
@@ -240,7 +241,7 @@ def fleet_of(cluster, stocked):
                 pass
             assert ray.is_initialized()
             config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
-            schedule = Schedule({node.id: 10**7 for node in nodes}, lambda start: iter(plan[start:]))
+            schedule = Schedule({node.id: 10**7 for node in nodes}, [Part(lambda start: iter(plan[start:]))])
             Fleet(nodes, config, witness, StopSwitch(), 60.0).run(schedule)
         assert not ray.is_initialized()
         assert len(witness.outcomes) == len(nodes) * len(plan)
@@ -282,7 +283,8 @@ def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
 def test_a_lost_node_is_told_apart_and_the_others_complete(hub, cluster, stocked):
     number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
     doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    process = begin(cluster, stocked.config)
+    # Six batches, so that each of the four nodes has one to fetch when it is lost.
+    process = begin(cluster, stocked.config, "--max-node-bandwidth", "512KiB")
     all_nodes_copy(hub, number, NODES + 1)
     cluster.remove_node(doomed, allow_graceful=False)
     # Its worker outlives its raylet for a moment: with the Hub served again it might complete.
