@@ -50,7 +50,7 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
     """Copy chosen chunks into tiers of every node; what is there already is passed by.
 
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
-    to do, 5 when told to stop. Running again moves only what is missing.
+    to do, nowhere to do it or no room for any of it, 5 when told to stop. Running again moves only what is missing.
     """
 
     def work(stop: StopSwitch) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = summaries[0]
     if len(summaries) == 1:
         return first
-    codes = {summary["exit_code"] for summary in summaries}
-    code = next(code for code in (exits.INTERRUPTED, exits.FAILED, exits.COMPLETE) if code in codes)
+    code = _code({summary["exit_code"] for summary in summaries})
     kinds: Counter[str] = Counter()
     for summary in summaries:
         kinds.update(summary["failed_by_kind"])
@@ -46,3 +45,9 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes": [node for summary in summaries for node in summary["nodes"]],
         "tiers": own,
     }  # fmt: skip
+
+
+def _code(codes: set[int]) -> int:
+    if len(codes) == 1:
+        return next(iter(codes))
+    return exits.INTERRUPTED if exits.INTERRUPTED in codes else exits.FAILED

@@ -17,7 +17,10 @@ NODE_START: Final = "node_start"
 MISSING: Final = "missing"
 """The kind of a chunk that the bucket holds no longer."""
 
-TIER_KINDS: Final = frozenset({"tier", "no_room", "key"})
+NO_ROOM: Final = "no_room"
+"""The kind of a chunk for which a tier had no room."""
+
+TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key"})
 """The kinds of chunks that a node's own tier did not take."""
 
 INTERNAL: Final = "internal"

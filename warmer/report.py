@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from warmer import exits
 from warmer.orders import Counts
-from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.outcomes import INTERRUPTED, NO_ROOM, Copied, Failed, Present
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -214,7 +214,7 @@ class RunReport:
     def summary(self, *, stopped: bool) -> dict[str, Any]:
         """The summary, ready for JSON; its fields are described in `docs/warm.md`."""
         failed = self.total("failed")
-        code = exits.INTERRUPTED if stopped and self.unfinished else exits.FAILED if failed else exits.COMPLETE
+        code = self._code(stopped=stopped)
         return {
             "event": "summary",
             "result": RESULTS[code],
@@ -243,8 +243,20 @@ class RunReport:
             "failures_file": str(self._failures.path) if self._failures.path else None,
         }
 
+    def _code(self, *, stopped: bool) -> int:
+        if stopped and self.unfinished:
+            return exits.INTERRUPTED
+        if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
+            return exits.REFUSED
+        return exits.FAILED if self.kinds else exits.COMPLETE
 
-RESULTS: Final = {exits.COMPLETE: "complete", exits.FAILED: "failed", exits.INTERRUPTED: "interrupted"}
+
+RESULTS: Final = {
+    exits.COMPLETE: "complete",
+    exits.FAILED: "failed",
+    exits.REFUSED: "refused",
+    exits.INTERRUPTED: "interrupted",
+}
 """What the exit codes of a run that began mean, in a word."""
 
 

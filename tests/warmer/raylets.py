@@ -16,29 +16,39 @@ NOTICES_DEATHS_SOON = {
 }
 
 
-def node_options(**variables):
+def node_options(labels=None, **variables):
     """Of a raylet without a CPU to give, as those of nodes full of engines; with these variables in its environment."""
-    return {"num_cpus": 0, "object_store_memory": STORE_BYTES, "env_vars": variables or None}
+    return {"num_cpus": 0, "object_store_memory": STORE_BYTES, "env_vars": variables or None, "labels": labels}
 
 
 @contextlib.contextmanager
-def raylets(count, **system):
-    """A cluster of so many, each with the token's variable; `system` are settings of Ray's own."""
+def raylets(labels):
+    """A cluster of nodes with these labels, each with the token's variable."""
     from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     # Ray notes a cluster's address there, and does not make the directory on a machine that never ran it.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
-    head = {"include_dashboard": False, "temp_dir": directory} | ({"_system_config": system} if system else {})
-    cluster = Cluster(initialize_head=True, head_node_args=node_options(WARM_TEST_TOKEN=SECRET) | head)
+    head = {"include_dashboard": False, "temp_dir": directory, "_system_config": NOTICES_DEATHS_SOON}
+    cluster = Cluster(initialize_head=True, head_node_args=node_options(labels[0], WARM_TEST_TOKEN=SECRET) | head)
     try:
-        for _ in range(count - 1):
-            cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+        for one in labels[1:]:
+            cluster.add_node(**node_options(one, WARM_TEST_TOKEN=SECRET))
         yield cluster
     finally:
         cluster.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def as_it_was(cluster):
+    """Lend a cluster: once nodes that died before are gone from its view; and without those that are added meanwhile."""
+    cluster.wait_for_nodes(60)
+    own = cluster.list_all_nodes()
+    yield cluster
+    for node in set(cluster.list_all_nodes()).difference(own):
+        cluster.remove_node(node, allow_graceful=False)
 
 
 def raylet(node):

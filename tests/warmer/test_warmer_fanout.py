@@ -3,14 +3,15 @@
 import contextlib
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from huggingface_hub import HfApi
-from raylets import NOTICES_DEATHS_SOON, STORE_BYTES, actors, memory_bytes, node_options, raylet, raylets
-from warming import SECRET, Ran, Warehouse, arguments, classic_key, content, environment
+from raylets import STORE_BYTES, actors, as_it_was, memory_bytes, node_options, raylet, raylets
+from warming import MODEL, SECRET, Ran, Warehouse, arguments, classic_key, command, content, environment
 
 MIB = 1024 * 1024
 CHUNKS = 256
@@ -18,8 +19,14 @@ NODES = 4
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with raylets(NODES, **NOTICES_DEATHS_SOON) as one:
+def four_raylets():
+    with raylets([None] * NODES) as one:
+        yield one
+
+
+@pytest.fixture
+def cluster(four_raylets):
+    with as_it_was(four_raylets) as one:
         yield one
 
 
@@ -68,6 +75,16 @@ def holdings(warehouse, node_id):
 def begin(cluster, config, *more):
     return subprocess.Popen(
         [*arguments(config, *more), "--address", cluster.address],
+        env=environment(WARM_TEST_TOKEN=SECRET),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def apply(cluster, plan, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "warmer", "apply", plan, *more, "--address", cluster.address],
         env=environment(WARM_TEST_TOKEN=SECRET),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -147,7 +164,7 @@ def test_time_is_up_and_the_next_run_goes_on(hub, cluster, few):
     assert ran.code == 5, ran.stderr
     assert ran.summary["result"] == "interrupted"
     assert ran.summary["unfinished"] > 0
-    missing = {key for key in few.chunks for node_id in ids(cluster) if key not in holdings(few, node_id)}
+    missing = missing_in(few, cluster)
     hub.control.reset_counters()
     again = run(cluster, few.config)
     assert again.code == 0, again.stderr
@@ -156,25 +173,53 @@ def test_time_is_up_and_the_next_run_goes_on(hub, cluster, few):
     assert all(holdings(few, node_id) == few.chunks for node_id in ids(cluster))
 
 
-def test_a_driver_that_is_killed_leaves_nothing_half_done(hub, cluster, few):
-    process = begin(cluster, few.config, "--max-bandwidth", "8MiB")
-    wait_for(lambda: all(len(list(tier(few, node_id).glob("*.data"))) >= 16 for node_id in ids(cluster)))
-    process.send_signal(signal.SIGKILL)
-    end(process)
-    psutil.wait_procs(actors(cluster))
+def missing_in(few, cluster):
+    """Chunks that one node at least does not hold; no node holds anything else, nor half of one."""
     for node_id in ids(cluster):
         assert holdings(few, node_id).items() <= few.chunks.items()
-    missing = {key for key in few.chunks for node_id in ids(cluster) if key not in holdings(few, node_id)}
+    return {key for key in few.chunks for node_id in ids(cluster) if key not in holdings(few, node_id)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_apply_is_resumed_by_another_of_the_same_plan(cluster, few, number):
+    plan = str(few.directory / "plan.jsonl")
+    chosen = ["--lmcache-config", str(few.config), "--model", MODEL, "--tier", "fs.warm", "--out", plan]
+    assert command("plan", *chosen, WARM_TEST_TOKEN=SECRET).code == 0
+    process = apply(cluster, plan, "--max-bandwidth", "8MiB")
+    wait_for(lambda: all(len(list(tier(few, node_id).glob("*.data"))) >= 12 for node_id in ids(cluster)))
+    process.send_signal(number)
+    ran = end(process)
+    if number == signal.SIGTERM:
+        assert ran.code == 5, ran.stderr
+        assert ran.summary["result"] == "interrupted"
+    psutil.wait_procs(actors(cluster))
+    missing = missing_in(few, cluster)
     assert missing
-    again = run(cluster, few.config)
+    again = end(apply(cluster, plan))
     assert again.code == 0, again.stderr
+    # Those that hold a chunk neither fetch nor receive it; who lacks it fetches it once for all that lack it.
     assert again.summary["fetched"] == len(missing) < len(few.chunks)
-    for node_id in ids(cluster):
-        assert holdings(few, node_id) == few.chunks
-        assert few.leftovers(tier(few, node_id)) == []
+    assert missing_in(few, cluster) == set()
+    assert all(few.leftovers(tier(few, node_id)) == [] for node_id in ids(cluster))
 
 
-# From here on the cluster takes dead nodes for alive ones for a while, which a run has to bear.
+def test_those_with_the_same_workers_share_their_chunks_and_no_others(hub, cluster, store, tmp_path):
+    of_workers = {
+        worker: {classic_key(n, "org/two", worker, 2): content(n, MIB) for n in range(8)} for worker in (0, 1)
+    }
+    warehouse = warehouse_of(hub, store, tmp_path, "two", {})
+    warehouse.put(of_workers[0] | of_workers[1])
+    first, second, third, fourth = ids(cluster)
+    ranks = {first: 0, second: 1, third: 0, fourth: "0-1"}
+    hub.control.reset_counters()
+    ran = run(
+        cluster, warehouse.config, "--prefix", "org/two@", *(f"--ranks={name}={of}" for name, of in ranks.items())
+    )
+    assert ran.code == 0, ran.stderr
+    for name, of in ranks.items():
+        assert holdings(warehouse, name) == (warehouse.chunks if of == "0-1" else of_workers[of])
+    assert (ran.summary["fetched"], ran.summary["received"], ran.summary["copied"]) == (16, 24, 40)
+    assert hub.control.counters().total.bytes_out <= 1.05 * 16 * MIB
 
 
 def lose_in_mid_run(cluster, few, *more):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from raylets import node_options, raylets
+from raylets import node_options
 from warming import INSTANCE, PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
 
 from hfbucket_plugin.engine_config import EngineConfig
@@ -14,12 +14,6 @@ from localhub.faults import Fault
 from warmer.tiers.declaration import DirectoryDeclaration
 
 NODES = 3
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with raylets(NODES) as one:
-        yield one
 
 
 @pytest.fixture
@@ -275,9 +269,6 @@ def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
     witness = fleet_of(Unreadable())
     assert {outcome.kind for outcome in witness.outcomes} == {"node_start"}
     assert {kind for kind, _ in witness.errors.values()} == {"node_start"}
-
-
-# From here on the cluster takes dead nodes for alive ones for a while, which a run has to bear.
 
 
 def test_a_lost_node_is_told_apart_and_the_others_complete(hub, cluster, stocked):

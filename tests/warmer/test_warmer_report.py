@@ -96,6 +96,30 @@ def test_a_stopped_run_is_interrupted_unless_everything_had_ended(run):
     assert run.summary(stopped=True)["exit_code"] == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "result"),
+    [(Present("k2", 20), "refused"), (Copied("k2", 20), "failed"), (Failed("k2", 20, "transport", "no"), "failed")],
+)
+def test_a_run_that_found_no_room_at_all_is_refused(run, more, result):
+    run.ended("id-a", Present("k1", 10))
+    run.ended("id-b", Failed("k1", 10, "no_room", "k1: 10 bytes do not fit"))
+    run.ended("id-b", more)
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"]) == (result, 4 if result == "refused" else 3)
+
+
+def test_one_tier_without_room_is_a_failure_and_all_of_them_are_a_refusal(log):
+    full = RunReport(TASK, NODES, log)
+    full.ended("id-a", Failed("k1", 10, "no_room", "k1: 10 bytes do not fit"))
+    full, complete = full.summary(stopped=False), RunReport(TASK, [], log).summary(stopped=False)
+    assert [combined(tiers)["exit_code"] for tiers in ([full, full], [full, complete], [complete, complete])] == [
+        4,
+        3,
+        0,
+    ]
+    assert combined([full, full])["result"] == "refused"
+
+
 def test_a_lost_node_says_why(run):
     run.lost("id-b", "node_lost", "gone")
     assert run.summary(stopped=False)["nodes"][1]["error"] == "node_lost: gone"
