@@ -1,6 +1,6 @@
 """The scheduling core against a simulated fleet, without Ray: what it costs the driver, the Hub and the nodes that wait.
 
-    python benchmarks/scale.py [--nodes 1000] [--chunks 1000] [--chunk-mib 32] [--lost 10] [--slow 20] [--json FILE]
+    python benchmarks/scale.py [--nodes 1000] [--chunks 1000] [--chunk-mib 32] [--groups 1] [--lost 10] [--slow 20] [--json FILE]
 
 The clock is simulated, the decisions are not: `warmer.schedule` is driven by the events that a fleet of so many nodes
 would send, and the time spent in it is measured. A placement is one chunk on one node.
@@ -60,7 +60,7 @@ class Fleet:
         healthy = [name for name in names if name not in self.slow]
         self.doomed = self.chance.sample(healthy, options.lost)
         started = time.perf_counter()
-        self.schedule = Schedule(dict.fromkeys(names, self.store), [Part(self.plan, rest=self.listed)])
+        self.schedule = Schedule(dict.fromkeys(names, self.store), [self.part(names, n) for n in range(options.groups)])
         for name in names:
             self.schedule.started(name)
         self.spent += time.perf_counter() - started
@@ -74,11 +74,16 @@ class Fleet:
         self.ended_at: dict[str, float] = {}
         self.holders: dict[int, str] = {}
 
-    def listed(self, start: int) -> Iterator[PlannedChunk]:
-        """The plan, made as it is read."""
+    def part(self, names: list[str], group: int) -> Part:
+        """The chunks of one group of nodes."""
+        own = frozenset(names[group :: self.options.groups])
+        return Part(lambda start: self.plan(group, start), own, rest=lambda start: self.listed(group, start))
+
+    def listed(self, group: int, start: int) -> Iterator[PlannedChunk]:
+        """The plan of a group, made as it is read."""
         for number in range(start, self.options.chunks):
             yield PlannedChunk(
-                f"org/model@8@0@{number:064x}@bfloat16", f"kv/{number:064x}", f"{number:064x}", self.size
+                f"org/model@8@{group}@{number:064x}@bfloat16", f"kv/{group}/{number:064x}", f"{number:064x}", self.size
             )
 
     @property
@@ -86,9 +91,9 @@ class Fleet:
         """Bytes of a chunk."""
         return int(self.options.chunk_mib * MIB)
 
-    def plan(self, start: int) -> Iterator[PlannedChunk]:
-        """The plan as it is looked up once more, segment by segment."""
-        for chunk, number in zip(self.listed(start), itertools.count(start), strict=False):
+    def plan(self, group: int, start: int) -> Iterator[PlannedChunk]:
+        """The same as it is looked up once more, segment by segment."""
+        for chunk, number in zip(self.listed(group, start), itertools.count(start), strict=False):
             if number == start or number % SEGMENT_CHUNKS == 0:
                 self.requests["paths-info"] += 1
             yield chunk
@@ -227,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--chunks", type=int, default=1000)
+    parser.add_argument("--groups", type=int, default=1, help="groups of nodes, each of which has so many of its own")
     parser.add_argument("--chunk-mib", type=float, default=32.0)
     parser.add_argument("--lost", type=int, default=10)
     parser.add_argument("--slow", type=int, default=20)
@@ -253,10 +259,11 @@ def main() -> None:
     fleet.run()
     wall = time.perf_counter() - wall
     counts = fleet.schedule.counts
-    copies = counts.fetched / options.chunks
+    copies = counts.fetched / options.chunks / options.groups
     figures = {
         "nodes": options.nodes,
         "chunks": options.chunks,
+        "groups": options.groups,
         "chunk_mib": options.chunk_mib,
         "lost": options.lost,
         "slow": options.slow,
