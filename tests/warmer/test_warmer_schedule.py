@@ -258,3 +258,16 @@ def test_a_window_without_room_is_refused():
         Window(lots=0)
     with pytest.raises(ValueError, match="at least one"):
         Window(run_bytes=0)
+
+
+def test_no_more_orders_are_under_way_than_an_actor_has_slots_for():
+    from warmer.fleet import ORDERS_AT_ONCE  # which imports Ray
+
+    assert Window().fetches + Window().receives == ORDERS_AT_ONCE
+
+
+def test_a_chunk_larger_than_the_window_goes_alone():
+    schedule = begin(["a"], plan([10, 300, 10]), window=Window(bytes=100, batch_bytes=100))
+    orders, _ = carry_out(schedule)
+    assert [len(order.chunks) for order in orders] == [1, 1, 1]
+    assert schedule.done
