@@ -40,6 +40,7 @@ CASES: Final = {
         Case("8 x 32 MiB", 8, 32, 1024),
         Case("1 x 32 MiB", 1, 32, 1024),
         Case("32 x 32 MiB", 32, 32, 1024),
+        Case("64 x 32 MiB", 64, 32, 1024),
     )
 }
 

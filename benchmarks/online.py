@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from benchmarks.tables import Row
+    from localhub.faults import Fault
     from localhub.process import RunningHub
 
 Mode = Literal["classic", "mp"]
@@ -43,7 +44,7 @@ _GET_MEMORY_MIB = 96
 """`max_inflight_bytes` and 32 MiB: what docs/operate.md says that reads take at most."""
 
 _LARGER_PUT = 1.25
-"""Memory of a put of four times as many chunks: it follows the commits, not the batch."""
+"""Memory of a put of twice as many chunks: it follows the commits, not the batch."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,19 @@ def scenarios() -> Iterator[Scenario]:
         yield Scenario(mode, "get", "1 x 32 MiB", 1.0)
         for case in ("16 x 512 KiB", "16 x 4 MiB", "8 x 32 MiB"):
             yield Scenario(mode, "put", case, 1.0, 1.0)
-        yield Scenario(mode, "put", "32 x 32 MiB", None, sides=("ours",))
+        for case in ("32 x 32 MiB", "64 x 32 MiB"):
+            yield Scenario(mode, "put", case, None, sides=("ours",))
 
 
-def measure(hub: RunningHub, scenario: Scenario, runs: int, delay: Any) -> dict[str, Row]:
+def measure(hub: RunningHub, scenario: Scenario, runs: int, delay: Fault | None) -> dict[str, Row]:
     """Run every side, alternating."""
     module = f"benchmarks.{scenario.mode}"
     folder = scenario.name.replace(" ", "-")
     hub.control.clear_faults()
     if scenario.action == "get":
         children.run(hub, module, "prepare", case=scenario.case, folder=folder, seeds=[7])
-    hub.control.add_fault(delay)
+    if delay is not None:
+        hub.control.add_fault(delay)
     rows: dict[str, list[Row]] = {side: [] for side in scenario.sides}
     for number in range(runs):
         for place, side in enumerate(scenario.sides):
@@ -117,10 +120,10 @@ def judge(scenario: Scenario, figures: Mapping[str, Mapping[str, Row]]) -> Itera
             yield Verdict(f"{scenario.name}, hot", ratio, scenario.hot_target)
     if scenario.action == "get":
         yield Verdict(f"{scenario.name}, memory", ours["extra_mib"], _GET_MEMORY_MIB, "MiB")
-    smaller = figures.get(f"{scenario.mode} put 8 x 32 MiB")
-    if scenario.name.endswith("put 32 x 32 MiB") and smaller:
-        ratio = ours["extra_mib"] / smaller["ours"]["extra_mib"]
-        yield Verdict(f"{scenario.mode} put, memory, 32 chunks to 8", ratio, _LARGER_PUT)
+    half = figures.get(f"{scenario.mode} put 32 x 32 MiB")
+    if scenario.name.endswith("put 64 x 32 MiB") and half:  # 8 commits, and 4: in one alone not all of it has begun
+        ratio = ours["extra_mib"] / half["ours"]["extra_mib"]
+        yield Verdict(f"{scenario.mode} put, memory, 64 chunks to 32", ratio, _LARGER_PUT)
 
 
 def main() -> None:
@@ -138,7 +141,8 @@ def main() -> None:
     from localhub.process import start
 
     # The benchmark's own listings are not delayed: they tell when a put is done.
-    delay = Fault(delay_s=options.delay_ms / 1000, path_regex=r"^(?!/api/buckets/[^/]+/[^/]+/tree)")
+    but_listings = r"^(?!/api/buckets/[^/]+/[^/]+/tree)"
+    delay = Fault(delay_s=options.delay_ms / 1000, path_regex=but_listings) if options.delay_ms else None
     chosen = [one for one in scenarios() if not options.only or any(text in one.name for text in options.only)]
     if not chosen:
         parser.error(f"no scenario has such a name; there are: {'; '.join(one.name for one in scenarios())}")
@@ -149,7 +153,8 @@ def main() -> None:
             figures[scenario.name] = measure(hub, scenario, options.runs, delay)
             chunk = CASES[scenario.case].chunk_bytes
             print_scenario(f"{scenario.name} ({chunk} bytes a chunk)", figures[scenario.name])
-    print_verdicts(verdict for scenario in chosen for verdict in judge(scenario, figures))
+    verdicts = (verdict for scenario in chosen for verdict in judge(scenario, figures))
+    print_verdicts(verdicts, "ours against the built-in, and bounds of our own")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
 

@@ -22,7 +22,7 @@ class Verdict:
         what: What was compared.
         value: The figure.
         target: It is to be this at most.
-        unit: `x` or `MiB`.
+        unit: `x`, `MiB` or `s`.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Verdict:
 
     def __str__(self) -> str:
         word = "met" if self.value <= self.target else "MISSED"
-        digits = 2 if self.unit == "x" else 0
+        digits = {"x": 2, "s": 1}.get(self.unit, 0)
         return f"{self.what:42} {self.value:7.{digits}f} {self.unit:3}  at most {self.target:5.{digits}f}   {word}"
 
 
@@ -61,7 +61,8 @@ def print_scenario(title: str, sides: Mapping[str, Row]) -> None:
         )
     for side, row in sides.items():
         for phase, requests in row["wire"].items():
-            print(f"  {side:9} {phase:10} {_requests(requests)}")
+            if requests:
+                print(f"  {side:9} {phase:10} {_requests(requests)}")
     if len(late := sides["ours"]["slow_callbacks"]):
         print(f"  ours      callbacks over 5 ms: {late[0]}" + (f" and {late[1:]} more" if late[1:] else ""))
     print(flush=True)
@@ -76,8 +77,8 @@ def _requests(requests: Mapping[str, int]) -> str:
     return "   ".join(parts)
 
 
-def print_verdicts(verdicts: Iterable[Verdict]) -> None:
+def print_verdicts(verdicts: Iterable[Verdict], title: str) -> None:
     """Print all figures against their targets."""
-    print("ours against the built-in, and bounds of our own")
+    print(title)
     for verdict in verdicts:
         print(f"  {verdict}")

@@ -25,6 +25,7 @@ _ROUTES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 _RETRY_AFTER_SECS: Final = 1
+_LONG_SECS: Final = 120
 _JSON: Final = {"content-type": "application/json"}
 
 _ACTIONS: Final[Mapping[str, dict[str, Any]]] = {
@@ -33,6 +34,7 @@ _ACTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "bucket-gone": {"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}},
     "object-gone": {"status": 404},
     "429-after": {"status": 429, "headers": {"Retry-After": str(_RETRY_AFTER_SECS)}},
+    "429-long": {"status": 429, "headers": {"Retry-After": str(_LONG_SECS)}},
     "429": {"status": 429},
     "500-once": {"status": 500, "times": 1},
     "500": {"status": 500},
@@ -68,6 +70,8 @@ def routes(surface: str, fault: str, operation: str) -> tuple[str, ...]:
         return tuple(route for route in used if route == ("reconstruction" if operation == "get" else "batch"))
     if fault == "bucket-gone":
         return tuple(route for route in used if route in HUB)
+    if fault == "429-long":  # one pause is for all calls to the Hub, whatever route began it
+        return used[:1]
     if fault == "object-gone":  # nobody but a read can notice
         return ("reconstruction", "xorb-data") if operation == "get" else ("reconstruction",)
     return used

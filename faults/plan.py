@@ -54,7 +54,7 @@ def _seconds(trial: Trial) -> float:
     """About how long it takes."""
     if trial.outage_secs:
         return trial.outage_secs + 20
-    if trial.fault == "429" and trial.operation in ("list", "delete"):
+    if trial.fault == "429-long" or (trial.fault == "429" and trial.operation in ("list", "delete")):
         return 25
     if trial.fault in _SLOW:
         return 12 if trial.operation == "delete" else 8

@@ -88,7 +88,8 @@ class Report:
         leaked: Chunks of the engine's memory that did not come back.
         healthy: Whether LMCache's check held, under the fault and after it.
         back_secs: From the fault's end to a full round trip; None when it did not come in time.
-        same_secs: Of gets, until the very chunks that failed are served again; None when they were not in time.
+        repeated: Whether what failed was asked for again, until it was served.
+        same_secs: Until that was so; None when it was not in time.
         deadline: Most seconds that a call may take.
         problem: What kept the trial from being made.
     """
@@ -103,6 +104,7 @@ class Report:
     leaked: int = 0
     healthy: bool = True
     back_secs: float | None = None
+    repeated: bool = False
     same_secs: float | None = None
     deadline: float = 0.0
     problem: str = ""
@@ -223,7 +225,7 @@ class _Run:
             bench.start_fault(trial, item)
         self._surface = bench.surface(trial, self._number, self._limits)
         try:
-            if not cold and not self._serves([self._warm]):
+            if not cold and self._wait(lambda: self._serves([self._warm]), time.monotonic()) is None:
                 self._result.problem = "no service before the fault"
                 return self._result
             free = self._surface.free_chunks()
@@ -338,6 +340,7 @@ class _Run:
         result.back_secs = self._wait(lambda: self._serves(self._others), ended)
         result.healthy = result.healthy and self._surface.healthy()
         if self._trial.operation == "get" and self._bench.to_the_end:
+            result.repeated = True
             result.same_secs = self._wait(self._serves_what_failed, ended)
         if self._trial.operation == "put" and result.back_secs is not None:
             found = self._surface.get(self._fresh)

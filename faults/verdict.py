@@ -30,6 +30,8 @@ def timing(report: Report) -> list[str]:
     if report.back_secs is None or report.back_secs > BACK_SECS:
         took = "never" if report.back_secs is None else f"after {report.back_secs:.1f} s"
         found.append(f"service came back {took}, promised are {BACK_SECS:g} s")
+    if report.repeated and (report.same_secs is None or report.same_secs > BACK_SECS):
+        found.append(f"the chunks that failed were not served again within {BACK_SECS:g} s")
     return found
 
 

@@ -69,6 +69,11 @@ class Bucket:
         """Seconds left of a pause that the Hub asked for; 0 when there is none."""
         return self._hub.pacing.paused_secs
 
+    @property
+    def background_wait_secs(self) -> float:
+        """Seconds until work in the background may call the Hub; see `Pacing.background_wait_secs`."""
+        return self._hub.pacing.background_wait_secs
+
     def stat(self, paths: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, ObjectInfo]:
         """Look objects up, 1000 a request.
 
@@ -283,8 +288,9 @@ class Bucket:
         fetch_access(self._hub, self.handle.bucket_id, right, deadline)
 
     def close(self) -> None:
-        """End all transfers at once."""
+        """End all transfers at once, and ask the Hub nothing more."""
         self.transfer.close()
+        self._hub.close()
 
 
 def _items(value: Any, what: str) -> list[dict[str, Any]]:

@@ -48,10 +48,14 @@ class SourceMemory:
 
 
 class BorrowedMemory:
-    """A memory object of `lmcache server`'s, which counts no references for us: it is theirs again when the task ends."""
+    """A memory object of `lmcache server`'s, which counts no references for us: it is theirs again when the task ends.
+
+    The object itself is held until then, since its view holds nothing: it is made of an address.
+    """
 
     def __init__(self, key: str, memory_obj: MemoryObj) -> None:
         self.key = key
+        self._memory_obj = memory_obj
         self.view = bytes_of(memory_obj)
         self.lease = Lease(self.view)
 

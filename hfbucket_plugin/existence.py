@@ -6,6 +6,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin import metrics
+from hfbucket_plugin.bucket import MAX_BATCH
 from hfbucket_plugin.errors import (
     BreakerOpenError,
     DeadlineError,
@@ -15,7 +16,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.metadata_cache import MetadataCache
+from hfbucket_plugin.metadata_cache import MetadataCache, Told
 from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class Existence:
     def contents(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False) -> dict[str, Content | None]:
         """What the bucket holds under each key: its content, or None for a miss.
 
-        What is cached costs nothing; the rest is one request, and a key that is being asked for already is not asked
-        for again.
+        What is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key that is being asked for
+        already is not asked for again.
 
         Args:
             keys: Key strings.
@@ -77,14 +78,56 @@ class Existence:
         Raises:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
         """
+        if len(keys) <= MAX_BATCH:
+            return self._contents([keys], deadline, patient=patient)
+        values = self.known(keys)
+        left = list(dict.fromkeys(key for key in keys if key not in values))
+        pages = [left[start : start + MAX_BATCH] for start in range(0, len(left), MAX_BATCH)]
+        return values | self._contents(pages, deadline, patient=patient)
+
+    def _contents(
+        self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
+    ) -> dict[str, Content | None]:
+        """Ask for all pages at once. Each is cached as it comes, so that what one that fails leaves out is all that is unknown."""
+        values: dict[str, Content | None] = {}
+        failure: HFBucketError | None = None
+        told = Told()
+        asked = [self._ask_page(page, deadline, told, patient=patient) for page in pages]
+        for page, (known, question, others) in zip(pages, asked, strict=True):
+            values.update(known)
+            try:
+                values.update(self._answers(page, question, others, deadline, patient=patient))
+            except HFBucketError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return values
+
+    def _ask_page(
+        self, page: Sequence[str], deadline: Deadline, told: Told, *, patient: bool
+    ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
+        known, question, others = self.cache.ask(page, deadline.at, patient=patient)
+        if question is not None:
+            question.told = told
+            self._ask(question, deadline, patient=patient)
+        return known, question, others
+
+    def _answers(
+        self,
+        page: Sequence[str],
+        question: Question | None,
+        others: dict[str, Question],
+        deadline: Deadline,
+        *,
+        patient: bool,
+    ) -> dict[str, Content | None]:
+        """Wait for what was asked of a page, by us and by others."""
+        values: dict[str, Content | None] = {}
         while True:
-            values, question, others = self.cache.ask(keys, deadline.at, patient=patient)
-            if question is not None:
-                self._ask(question, deadline, patient=patient)
             try:
                 for one in {id(q): q for q in (*others.values(), question) if q is not None}.values():
                     answer = self._wait(one, deadline)
-                    values.update({key: answer[key] for key in keys if key in answer})
+                    values.update({key: answer[key] for key in page if key in answer})
             except DeadlineError:
                 # A question of somebody with less time than we have: ask what it left open ourselves.
                 if not others or deadline.passed:
@@ -94,10 +137,12 @@ class Existence:
                     raise
             else:
                 return values
+            known, question, others = self._ask_page(page, deadline, Told(), patient=patient)
+            values.update(known)
 
     def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
         try:
-            question.counted = deadline.passed  # then it says nothing of the Hub
+            question.told.already |= deadline.passed  # then it says nothing of the Hub
             deadline.check(f"instance {self._instance!r}: lookup")
             self._guard.check("lookup")
         except (BreakerOpenError, DeadlineError) as error:
@@ -123,9 +168,9 @@ class Existence:
             raise late from None
 
     def _tell_guard(self, question: Question, error: HFBucketError | None) -> None:
-        """Count a question once: by its thread, or by who stopped waiting for it."""
-        if not question.counted:
-            question.counted = True
+        """Count the questions of a call once: by the first thread, or by who stopped waiting for it."""
+        if not question.told.already:
+            question.told.already = True
             self._guard.ended("lookup", error)
 
     def _stat(self, question: Question, deadline: Deadline, patient: bool) -> None:

@@ -75,7 +75,8 @@ class Guard:
             BreakerOpenError: It is open; the message tells why it opened and when it is probed next.
         """
         if self.is_open(part):
-            if not self._breakers[part].probe_in:  # due, and perhaps nobody's: no thread was left, or this is a fork
+            if not self._breakers[part].probe_in or self._prober is None or not self._prober.is_alive():
+                # Due, and perhaps nobody's: no thread was left, or this is a fork.
                 self._start_prober()
             raise BreakerOpenError(
                 f"instance {self._instance!r}: {part}: not tried, since {self.reason(part)}; probed again in "
@@ -128,7 +129,7 @@ class Guard:
             thread = threading.Thread(target=self._probe_all, name=f"hfbucket-probe-{self._instance}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread left: whoever asks next finds it due
+            except RuntimeError:  # no thread left: whoever asks next tries again
                 return
             self._prober = thread
 

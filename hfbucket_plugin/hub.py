@@ -8,6 +8,7 @@ with a timeout of its own, and reads the body against the clock.
 from __future__ import annotations
 
 import json
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -22,12 +23,14 @@ from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
     ConfigError,
+    DeadlineError,
     HFBucketError,
     RefusedError,
     ThrottledError,
     TransportError,
 )
 from hfbucket_plugin.pacing import Pacing, retry_after
+from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,6 +41,10 @@ MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 """Longest answer read. A page of 1000 objects with long names is below 2 MiB."""
 
 _MAX_SERVER_WORDS: Final = 300
+_THREADS: Final = 32
+_BACKLOG: Final = 256
+"""Requests under way, and waiting. Lookups have 8 at most, uploads 4, reads one for a token; tools a few more."""
+
 _CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
 _TOO_MANY, _SERVER_ERROR = 429, 500
 _BUCKET_MISSING: Final = "RepoNotFound"
@@ -102,6 +109,11 @@ class HubClient:
         self._token_source = token_source
         self._sink = sink
         self.pacing = pacing or Pacing(instance, None)
+        self._threads = WorkerPool(f"hfbucket-hub-{instance}", _THREADS, _BACKLOG)
+
+    def close(self) -> None:
+        """Send nothing more; what is under way is left to end by itself."""
+        self._threads.close()
 
     def headers(self) -> dict[str, str]:
         """The headers of a request, authorization included: for requests only, never for logs.
@@ -190,6 +202,22 @@ class HubClient:
         return answer
 
     def _send(self, request: _Request) -> Answer:
+        """Send on a thread of our own: a name server that hangs, or headers that trickle in, heed no timeout."""
+        try:
+            answer = self._threads.submit(self._exchange, request)
+        except RuntimeError as error:
+            raise TransportError(f"{request.what}: not sent: {error}") from None
+        try:
+            return answer.result(timeout=request.deadline.remaining())
+        except FutureTimeoutError as error:
+            answer.cancel()
+            if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the thread's own
+                raise
+            raise DeadlineError(
+                f"{request.what}: no answer within {request.deadline.seconds:g} s; the call was abandoned"
+            ) from None
+
+    def _exchange(self, request: _Request) -> Answer:
         what = request.what
         headers = self.headers() | request.body.get("headers", {})
         body = {name: value for name, value in request.body.items() if name != "headers"}

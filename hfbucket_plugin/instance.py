@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.bucket import Bucket
-from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.hub import HubClient
 from hfbucket_plugin.pacing import Pacing
+from hfbucket_plugin.settings import PIECE_BYTES
 from hfbucket_plugin.transfer import Transfer
 from hfbucket_plugin.workers import WorkerPool
 
@@ -40,8 +40,9 @@ def open_bucket(
         hub,
         settings.bucket_handle.bucket_id,
         read_workers=WorkerPool(f"hfbucket-read-{instance}", settings.max_parallel_reads),
-        gate=ByteGate(settings.max_inflight_bytes),
         range_bytes=settings.range_bytes,
+        piece_bytes=min(PIECE_BYTES, settings.range_bytes),
+        buffer_bytes=settings.buffer_bytes,
         read_timeout_secs=read_timeout_secs,
         write_timeout_secs=settings.put_timeout_secs,
         streams=settings.max_parallel_reads,

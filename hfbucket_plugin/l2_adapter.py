@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakValueDictionary
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
@@ -30,6 +30,7 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_keys import key_string, layout_bytes
 from hfbucket_plugin.l2_listing import list_page
+from hfbucket_plugin.l2_locks import Locks
 from hfbucket_plugin.l2_tasks import TaskBoard
 from hfbucket_plugin.l2_usage import Usage
 from hfbucket_plugin.l2_usage_listing import UsageListing
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
     from hfbucket_plugin import metrics
+    from hfbucket_plugin.l2_locks import Load
     from hfbucket_plugin.l2_settings import L2Settings
     from hfbucket_plugin.puts import PutReport
 
@@ -115,8 +117,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._load_threads = WorkerPool(f"hfbucket-l2-load-{settings.name}", _LOADS, _BACKLOG)
         for pool in (self._lookup_threads, self._load_threads):
             pool.prepare()
-        self._locks: Counter[ObjectKey] = Counter()
-        self._loading: dict[ObjectKey, list[BorrowedMemory]] = {}
+        self._locks = Locks()
+        self._loads_by_task: WeakValueDictionary[int, Load] = WeakValueDictionary()  # some are never asked for again
         self._lock = threading.Lock()
         self._closed = False
         self._usage = Usage()
@@ -176,12 +178,19 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 amounts = [sizes[key] for key in report.stored]
                 result = L2StoreResult(not report.failures, sum(amounts))
                 if stored and not self._closed:
+                    gone = {names[key]: report.replaced[key] for key in report.stored if key in report.replaced}
+                    self._usage.changed(self._entries(list(gone), list(gone.values())), -1)
                     self._usage.changed(self._entries(stored, amounts), 1)
-                    self._notify_keys_stored(stored, amounts)
-        except Exception:  # noqa: BLE001 - a listener's; the task must end all the same
-            _log.exception("[%s] a listener failed", self._settings.name)
+                    self._tell(self._notify_keys_stored, stored, amounts)
         finally:
             self._stores.finish(task, result)
+
+    def _tell(self, notify: Callable[..., None], *args: Any) -> None:
+        """Tell LMCache's listeners; one that raises changes nothing here."""
+        try:
+            notify(*args)
+        except Exception:  # noqa: BLE001 - theirs, and the task must end all the same
+            _log.exception("[%s] a listener failed", self._settings.name)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         """The results of store tasks that ended since the last call."""
@@ -206,9 +215,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         hits = self._store.found(names, [sizes.get(key.object_group_id) for key in keys], deadline=deadline)
         found = [key for key, hit in zip(keys, hits, strict=True) if hit]
         if found:
-            with self._lock:
-                self._locks.update(found)
-            self._notify_keys_accessed(found)
+            self._locks.add(found)
+            self._tell(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -216,21 +224,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """Take back one lock of each object.
-
-        LMCache unlocks what it has loaded, and also what a load that it gives up is still loading, whose buffers it frees
-        at once: where more loads of a key are under way than locks are left, none of them writes any more.
-        """
-        with self._lock:
-            for key in keys:
-                if self._locks[key] > 1:
-                    self._locks[key] -= 1
-                else:
-                    del self._locks[key]
-                loading = self._loading.get(key, ())
-                if len(loading) > self._locks[key]:
-                    for buffer in loading:
-                        buffer.lease.revoke()
+        """Take back one lock of each object; a load that LMCache gives up with it writes no more, see `Locks.unlock`."""
+        self._locks.unlock(keys)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -243,36 +238,27 @@ class HFBucketL2Adapter(L2AdapterInterface):
         buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         task = self._loads.begin()
         deadline = Deadline.after(self._settings.load_timeout_secs)
-        with self._lock:
-            for key, buffer in zip(keys, buffers, strict=True):
-                if self._locks[key]:  # LMCache's always are
-                    self._loading.setdefault(key, []).append(buffer)
-        args = (list(keys), buffers, deadline)
-        if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, *args):
-            self._end_load(keys, buffers)
+        load = self._locks.begin(keys, buffers)
+        self._loads_by_task[task] = load
+        if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, load, buffers, deadline):
+            self._locks.end(load)
         return task
 
-    def _load(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
+    def _load(self, load: Load, buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
         names = [buffer.key for buffer in buffers]
         sizes = [buffer.lease.size for buffer in buffers]
         try:
             filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
             return [buffer is not None for buffer in filled]
         finally:
-            self._end_load(keys, buffers)
-
-    def _end_load(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> None:
-        with self._lock:
-            for key, buffer in zip(keys, buffers, strict=True):
-                loading = self._loading.get(key, [])
-                if buffer in loading:
-                    loading.remove(buffer)
-                if not loading:
-                    self._loading.pop(key, None)
+            self._locks.end(load)
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         """Which objects were loaded, once; None before that."""
-        return self._loads.take(task_id)
+        result = self._loads.take(task_id)
+        if result is not None and (load := self._loads_by_task.pop(task_id, None)) is not None:
+            self._locks.fetched(load)
+        return result
 
     def _submit(
         self,
@@ -316,8 +302,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
         Blocks its thread for 10 s at most.
         """
-        with self._lock:
-            names = {key_string(key): key for key in keys if not self._locks[key]}
+        names = {key_string(key): key for key in self._locks.free(keys)}
         if not names or self._closed or not self._settings.writes:
             return
         deadline = Deadline.after(_DELETE_SECS)
@@ -339,7 +324,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         sizes = [held[name].size if name in held else 0 for name in gone]
         if gone:
             self._credit(sum(sizes))
-            self._notify_keys_deleted([names[name] for name in gone], sizes)
+            self._tell(self._notify_keys_deleted, [names[name] for name in gone], sizes)
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
@@ -383,7 +368,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """
         for listener in list(self._listeners):
             if self._max_capacity_bytes and not getattr(getattr(listener, "policy", None), "support_isolation", True):
-                listener.on_l2_keys_stored(keys, sizes)
+                self._tell(listener.on_l2_keys_stored, keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
 
@@ -395,8 +380,6 @@ class HFBucketL2Adapter(L2AdapterInterface):
             reasons.append("the adapter is closed")
         if pause := self._store.bucket.paused_secs:
             reasons.append(f"the Hub told this token to wait {pause:.0f} s more: its quota is used up")
-        with self._lock:
-            locked = len(self._locks)
         return {
             "is_healthy": not open_parts and not self._closed,
             "type": type(self).__name__,
@@ -411,7 +394,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 "load": self._loads.under_way,
             },
             "waiting_put_bytes": self._store.puts.waiting_bytes,
-            "locked_key_count": locked,
+            "locked_key_count": len(self._locks),
             "object_count": self._usage.objects,
             "current_size_bytes": self._usage.total,
             "usage_is_complete": self._usage.complete,

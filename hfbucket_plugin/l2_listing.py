@@ -45,6 +45,7 @@ def list_page(bucket: Bucket, model: str | None, page_size: int, cursor: str | N
     last: tuple[str | None, str] = (place, "")
     while True:
         infos, following = bucket.list_page(prefix, place, Deadline.after(_PAGE_SECS))
+        passed = after is None or any(info.path >= after for info in infos)
         for info in _behind(infos, after):
             entry = _entry(bucket, info, model)
             if entry is None:
@@ -55,7 +56,8 @@ def list_page(bucket: Bucket, model: str | None, page_size: int, cursor: str | N
             last = (place, info.path)
         if following is None:
             return KeyListPage(tuple(entries), None)
-        place, after = following, None
+        # Objects that came meanwhile push others into the next page: told ones too.
+        place, after = following, None if passed else after
 
 
 def _behind(infos: Sequence[ObjectInfo], after: str | None) -> Iterator[ObjectInfo]:
@@ -84,7 +86,10 @@ def _decode(cursor: str) -> tuple[str | None, str]:
     try:
         if len(cursor) > _LONGEST_CURSOR:
             raise ValueError  # noqa: TRY301 - worded below
-        place, after = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
+        given = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
+        if not isinstance(given, list):
+            raise TypeError  # noqa: TRY301 - worded below
+        place, after = given
         if not (place is None or isinstance(place, str)) or not isinstance(after, str):
             raise TypeError  # noqa: TRY301 - worded below
     except (binascii.Error, ValueError, TypeError, RecursionError):

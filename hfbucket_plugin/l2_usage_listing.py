@@ -41,7 +41,8 @@ class UsageListing:
         usage: Is told what is there.
         refresh_secs: From the end of a listing to the next one; 0 never lists.
         max_pages: Most pages of a listing; None for all.
-        tell: Given objects that are new to this process, newest first, with their sizes.
+        tell: Given objects that are new to this process, with their sizes. The newest come first: LMCache takes the keys of
+            a call for one request's, and evicts those at its end first.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class UsageListing:
         self._wanted = threading.Event()
         self._closed = threading.Event()
         self._told_until: datetime | None = None
+        self._anew = False
         if refresh_secs:
             self._wanted.set()
             threading.Thread(target=self._run, name="hfbucket-usage", daemon=True).start()
 
     def again(self) -> None:
         """List soon, and tell of everything anew."""
-        self._told_until = None
+        self._anew = True  # taken up at the start of a listing: one that is under way has passed objects by
         self._wanted.set()
 
     def close(self) -> None:
@@ -91,15 +93,24 @@ class UsageListing:
                 self._usage.give_up()
                 wait = min(_RETRY_SECS, self._refresh_secs)
                 _log.warning("usage: the listing did not complete, the figure of before stands: %s", error)
+            except Exception:  # noqa: BLE001 - whatever it was, the next listing must come
+                self._usage.give_up()
+                wait = min(_RETRY_SECS, self._refresh_secs)
+                _log.exception("usage: the listing failed")
 
     def _list(self) -> None:
         began = datetime.now(UTC)
+        if self._anew:
+            self._anew, self._told_until = False, None
         self._usage.begin()
         found: list[tuple[datetime, ObjectKey, int]] = []
         prefix = self._bucket.handle.join("")
         cursor: str | None = None
         pages = 0
         while not self._closed.is_set():
+            if busy := self._bucket.background_wait_secs:
+                self._closed.wait(busy)
+                continue
             infos, cursor = self._bucket.list_page(prefix, cursor, Deadline.after(_PAGE_SECS))
             pages += 1
             for info in infos:
@@ -107,7 +118,6 @@ class UsageListing:
             if cursor is None or pages == self._max_pages:
                 break
         self._usage.end(complete=cursor is None)
-        # Newest first: LMCache takes the end of a list for the least worth keeping, as the end of a prompt is.
         found.sort(key=lambda entry: entry[0], reverse=True)
         if found and not self._closed.is_set():
             self._tell([key for _, key, _ in found], [size for _, _, size in found])

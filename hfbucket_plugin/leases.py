@@ -25,7 +25,7 @@ class Lease:
     def write(self, at: int, piece: bytes) -> bool:
         """Copy a piece to an offset.
 
-        Pieces of a stream are at most 4 MiB (`settings.MAX_RANGE_BYTES`), so the lock is held for about a millisecond.
+        Pieces of a stream are less than 4 MiB (`settings.PIECE_BYTES`), so the lock is held for about a millisecond.
 
         Returns:
             False when the lease was revoked: stop reading.

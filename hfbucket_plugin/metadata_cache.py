@@ -139,13 +139,20 @@ class MetadataCache:
             return len(self._cache)
 
 
+class Told:
+    """Whether a breaker was told already how a call ended: it counts calls, however many questions they asked."""
+
+    def __init__(self) -> None:
+        self.already = False
+
+
 class Question:
     """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
 
     def __init__(self, until: float = math.inf, *, patient: bool = False) -> None:
         self.until = until
         self.patient = patient
-        self.counted = False
+        self.told = Told()
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, Content | None] = {}
         self.doubtful: set[str] = set()

@@ -92,18 +92,19 @@ class Namer:
         try:
             self._threads.submit(self._name_all, requests)
         except RuntimeError as error:
-            for request in requests:
-                request.future.set_exception(TransportError(f"naming: {error}"))
+            _fail(requests, TransportError(f"naming: {error}"))
 
     def _name_all(self, requests: Sequence[_Request]) -> None:
+        if self._closed:  # while they waited for a thread
+            _fail(requests, TransportError("naming: the instance was closed"))
+            return
         files: dict[str, Content] = {}
         for request in requests:
             files.update(request.files)
         try:
             failed = self._bucket.add(files, max((request.deadline for request in requests), key=lambda one: one.at))
         except BaseException as error:  # noqa: BLE001 - whoever waits must be told
-            for request in requests:
-                request.future.set_exception(error if isinstance(error, HFBucketError) else TransportError(str(error)))
+            _fail(requests, error if isinstance(error, HFBucketError) else TransportError(str(error)))
             return
         for request in requests:
             request.future.set_result({path: failed[path] for path in request.files if path in failed})
@@ -117,5 +118,9 @@ class Namer:
             self._closed = True
             requests, self._waiting = self._waiting, []
         self._threads.close()
-        for request in requests:
-            request.future.set_exception(TransportError("naming: the instance was closed"))
+        _fail(requests, TransportError("naming: the instance was closed"))
+
+
+def _fail(requests: Sequence[_Request], error: HFBucketError) -> None:
+    for request in requests:
+        request.future.set_exception(error)

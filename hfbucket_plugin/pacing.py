@@ -30,6 +30,7 @@ _LONGEST_PAUSE_SECS: Final = 30.0
 _LONGEST_ASKED_SECS: Final = 300.0
 """A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
 
+_BACKGROUND_SHARE: Final = 4
 _SHORTEST_SLEEP_SECS: Final = 0.001
 _SCOUT_SECS: Final = 15.0
 """In a long pause one call is let through this often: whether the quota is back, or was only a proxy's whim. Four calls a
@@ -116,7 +117,7 @@ class Pacing:
             now = self._clock()
             if status != _TOO_MANY:
                 self._unexplained = 0
-                if not _used_up(headers):
+                if _used_up_for(headers) is None:
                     if now - self._paused_since >= _SCOUT_SECS:
                         self._paused_until = float("-inf")  # an answer to a scout, not to a call from before the pause
                     return
@@ -133,16 +134,28 @@ class Pacing:
         with self._lock:
             return max(0.0, self._paused_until - self._clock())
 
+    @property
+    def background_wait_secs(self) -> float:
+        """Seconds until work in the background may take its next call: it leaves three quarters of the cap to others."""
+        with self._lock:
+            if self._cap is None:
+                return 0.0
+            share = max(1, self._cap // _BACKGROUND_SHARE)
+            return max(0.0, self._calls[-share] + _WINDOW_SECS - self._clock()) if len(self._calls) >= share else 0.0
+
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
+    if (reset := _used_up_for(headers)) is not None:
+        return reset
     value = headers.get("retry-after", "").strip()
     return float(value) if value.isascii() and value.isdigit() else None
 
 
-def _used_up(headers: Mapping[str, str]) -> bool:
-    limit = parse_ratelimit_headers(headers)
-    return limit is not None and limit.remaining == 0
+def _used_up_for(headers: Mapping[str, str]) -> float | None:
+    """Seconds to the reset of a quota that is used up; None where none is, or where that is no number."""
+    try:
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
+    except (ValueError, OverflowError):  # thousands of digits
+        return None

@@ -67,14 +67,17 @@ class PutReport:
     Attributes:
         failures: What was not stored, item by item.
         stored: The keys that were written; neither those that were there already nor those written by another put.
+        replaced: Bytes of the objects that were there before under keys that were to be written, as far as that was known.
     """
 
     failures: list[ItemFailure] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
+    replaced: dict[str, int] = field(default_factory=dict)
 
     def __iadd__(self, other: PutReport) -> Self:
         self.failures += other.failures
         self.stored += other.stored
+        self.replaced |= other.replaced
         return self
 
 
@@ -164,7 +167,7 @@ class Putter:
         mine, refused = self._claim(sources, size)
         report = PutReport(refused)
         try:
-            todo = self._drop_present(mine, deadline)
+            todo = self._drop_present(mine, deadline, report)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
             self._unclaim(mine)
             report.failures += _release_unwritten(mine, _kind(error), str(error))
@@ -199,7 +202,7 @@ class Putter:
         with self._lock:
             self._under_way.difference_update(source.key for source in sources)
 
-    def _drop_present(self, sources: Sequence[Source], deadline: Deadline) -> list[Source]:
+    def _drop_present(self, sources: Sequence[Source], deadline: Deadline, report: PutReport) -> list[Source]:
         """Release the sources that need no writing, and return the others; where it raises it released none."""
         asked = [source.key for source in sources if not is_probe(source.key)]
         try:
@@ -216,7 +219,9 @@ class Putter:
             self._outcomes.chunks("put", "present", 1)
             source.release()
         gone = set(map(id, present))
-        return [source for source in sources if id(source) not in gone]
+        todo = [source for source in sources if id(source) not in gone]
+        report.replaced = {source.key: old.size for source in todo if (old := contents.get(source.key)) is not None}
+        return todo
 
     def _is_there(self, source: Source, content: Content | None) -> bool:
         return (

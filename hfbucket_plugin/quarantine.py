@@ -78,12 +78,12 @@ class Quarantine:
         with self._lock:
             return xet_hash in self._records
 
-    def clear(self, xet_hash: str) -> None:
-        """Note that a content was served after all."""
+    def clear(self, xet_hash: str) -> bool:
+        """Note that a content was served after all; return whether it had failed before."""
         if not self._records:
-            return
+            return False
         with self._lock:
-            self._records.pop(xet_hash, None)
+            return self._records.pop(xet_hash, None) is not None
 
     def __len__(self) -> int:
         return len(self._records)

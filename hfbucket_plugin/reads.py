@@ -166,6 +166,11 @@ class Reader:
             if self._settings.verify == "hash":
                 for read, _ in reads.values():
                     self._verify(read, deadline)
+        except BaseException:  # whatever it is, the memory is the engine's again
+            for read, buffer in reads.values():
+                read.lease.revoke()
+                buffer.release()
+            raise
         finally:
             with self._lock:
                 self._active.difference_update(read for read, _ in reads.values())
@@ -174,7 +179,8 @@ class Reader:
         for index, (read, buffer) in reads.items():
             read.lease.revoke()
             if read.error is None:
-                self._quarantine.clear(read.content.xet_hash)
+                if self._quarantine.clear(read.content.xet_hash):
+                    self._outcomes.quarantined(len(self._quarantine))
                 results[index] = buffer
             else:
                 buffer.release()

@@ -43,10 +43,12 @@ GIB = 1024 * MIB
 
 MIN_INFLIGHT_BYTES = MIB
 _XORB_BYTES = 64 * MIB
-MAX_RANGE_BYTES = 3 * MIB
-"""Reads are cut into ranges of at most this size. hf_xet hands a stream over in pieces as large as the range asked for,
-and building the `bytes` of a piece holds the GIL: up to 4 MiB keep an event loop's heartbeat within a few ms. glibc keeps
-a piece's memory for each thread that ever read one: 3 MiB took 82 to 92 MiB where 4 MiB took 97 to 102, at equal speed."""
+PIECE_BYTES = 2 * MIB
+"""hf_xet fetches a stream in pieces of this size, each with two round trips that overlap those of the next piece, and hands
+them over one by one: at most twice as much where the end is near. Building the `bytes` of a piece holds the GIL."""
+
+MAX_RANGE_BYTES = 3 * PIECE_BYTES
+"""A larger object is read as several streams: one alone asks for two pieces at a time."""
 
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
@@ -239,8 +241,13 @@ class InstanceSettings(BaseModel):
 
     @property
     def range_bytes(self) -> int:
-        """Bytes of one read: a larger object is read in several, side by side."""
+        """Bytes of one stream: a larger object is read in several, side by side."""
         return min(MAX_RANGE_BYTES, self.max_inflight_bytes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What hf_xet may hold of all streams together; the rest of `max_inflight_bytes` is for pieces being copied."""
+        return self.max_inflight_bytes * 3 // 4
 
     @property
     def commit_bytes(self) -> int:

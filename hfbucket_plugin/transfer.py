@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.deadlines import Deadline
-    from hfbucket_plugin.gate import ByteGate
     from hfbucket_plugin.hub import HubClient
     from hfbucket_plugin.workers import WorkerPool
     from hfbucket_plugin.xet import Loan, Session
@@ -91,9 +90,9 @@ class Transfer:
         hub: For access tokens.
         bucket_id: `<namespace>/<bucket>`.
         read_workers: Threads for reads: at most as many streams are open at one time.
-        gate: Bounds the bytes that open streams were asked for.
-        range_bytes: A larger object is read in ranges of this many bytes, several at a time. It is also the size of
-            the pieces that hf_xet hands over, and so of the memory a stream takes.
+        range_bytes: A larger object is read in ranges of this many bytes, several at a time.
+        piece_bytes: What a stream asks for and hands over at a time, see `xet_config`.
+        buffer_bytes: What all streams may hold together.
         read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
         write_timeout_secs: The same for writes.
         streams: Streams open at one time.
@@ -106,18 +105,20 @@ class Transfer:
         bucket_id: str,
         *,
         read_workers: WorkerPool,
-        gate: ByteGate,
         range_bytes: int,
+        piece_bytes: int,
+        buffer_bytes: int,
         read_timeout_secs: float,
         write_timeout_secs: float,
         streams: int,
         patient: bool = True,
     ) -> None:
         self._workers = read_workers
-        self._gate = gate
         self._range_bytes = range_bytes
-        self._reading = SessionPool(hub, bucket_id, "read", xet_config(read_timeout_secs, streams), patient=patient)
-        self._writing = SessionPool(hub, bucket_id, "write", xet_config(write_timeout_secs, streams))
+        reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes)
+        writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
+        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient)
+        self._writing = SessionPool(hub, bucket_id, "write", writing)
 
     @property
     def ready(self) -> bool:
@@ -195,9 +196,7 @@ class Transfer:
             for attempt in range(_TRIES):
                 if not read.lease.live or ticket.abandoned:
                     break
-                with self._gate.hold(end - start, deadline, read.name):
-                    done = self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1)
-                if done:
+                if self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1):
                     return end - start
         except HFBucketError as error:
             read.fail(error)

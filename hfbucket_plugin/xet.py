@@ -46,13 +46,16 @@ _STATUS_UNAUTHORIZED, _STATUS_NOT_FOUND, _STATUS_TOO_MANY = 401, 404, 429
 _STATUS_DENIED = frozenset({_STATUS_UNAUTHORIZED, 403})
 
 
-def xet_config(timeout_secs: float, streams: int) -> hf_xet.XetConfig:
+def xet_config(timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes: int) -> hf_xet.XetConfig:
     """The configuration of our sessions.
 
     Args:
         timeout_secs: The deadline of the operations; connect and read time out well before it, and one retry fits.
         streams: Streams that may be open at once. hf_xet starts with 4 downloads at a time and adapts over seconds,
             which is why it is slow with many small objects.
+        piece_bytes: What a stream asks the store for at a time, and hands over at a time.
+        buffer_bytes: What all streams of a session may hold together, from the moment that it is asked for until it is
+            handed over.
     """
     patience = timedelta(seconds=max(0.2, timeout_secs * 0.4))
     return hf_xet.XetConfig().with_config(
@@ -67,6 +70,13 @@ def xet_config(timeout_secs: float, streams: int) -> hf_xet.XetConfig:
             # One question to the store for every file, before its upload: what a bucket holds already is found by its
             # key, and other people's bytes are never KV of ours.
             "deduplication.global_dedup_query_enabled": False,
+            "reconstruction.min_reconstruction_fetch_size": piece_bytes,
+            "reconstruction.max_reconstruction_fetch_size": piece_bytes,
+            "reconstruction.min_prefetch_buffer": buffer_bytes,
+            # All of it at once, none more for each stream.
+            "reconstruction.download_buffer_size": buffer_bytes,
+            "reconstruction.download_buffer_perfile_size": 1,
+            "reconstruction.download_buffer_limit": buffer_bytes,
             "telemetry.enabled": False,
         }
     )

@@ -79,17 +79,19 @@ def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
 
 
 class Recorder:
-    """A web server of somebody else's: answers `[]` to everything, and remembers the headers that it was sent.
+    """A web server of somebody else's: answers `[]` to everything, and remembers the headers that it was sent, and where to.
 
     Use it as a context manager.
     """
 
     def __init__(self) -> None:
         self.seen: list[dict[str, str]] = []
+        self.targets: list[str] = []
         recorder = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                recorder.targets.append(f"{self.command} {self.path}")
                 recorder.seen.append({name.lower(): value for name, value in self.headers.items()})
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.send_response(200)

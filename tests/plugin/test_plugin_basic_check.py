@@ -1,5 +1,6 @@
-"""LMCache's own check of a remote backend, as an operator runs it."""
+"""LMCache's own checks of a remote backend and of an L2 adapter, as an operator runs them."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,22 @@ import sys
 
 import yaml
 from plugin_rig import OURS
+from plugin_support import paths
+
+
+def rows_of(mode, *options, env, cwd):
+    """The rows in which everything passed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lmcache.v1.basic_check", "--mode", mode, *options],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert "hfbucket_plugin" not in done.stderr or "Traceback" not in done.stderr
+    return dict(re.findall(r"^\| ([A-Z][^|]*?) *\|.*?\| +(\d+/\d+) \| +100\.0% \|", done.stdout, re.MULTILINE))
 
 
 def test_put_get_and_exists_pass_with_default_settings(hub, bucket, tmp_path):
@@ -26,17 +43,25 @@ def test_put_get_and_exists_pass_with_default_settings(hub, bucket, tmp_path):
         "HF_HOME": str(tmp_path / "home"),
     }
 
-    done = subprocess.run(
-        [sys.executable, "-m", "lmcache.v1.basic_check", "--mode", "test_remote"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-
-    rows = dict(re.findall(r"^\| ([A-Z][^|]*?) *\|.*?\| +(\d+/\d+) \| +100\.0% \|", done.stdout, re.MULTILINE))
-    assert rows == {"EXISTS (non-exist)": "5/5", "PUT": "5/5", "EXISTS (exist)": "5/5", "GET": "5/5"}, done.stdout
-    assert "hfbucket_plugin" not in done.stderr or "Traceback" not in done.stderr
+    assert rows_of("test_remote", env=environment, cwd=tmp_path) == {
+        "EXISTS (non-exist)": "5/5",
+        "PUT": "5/5",
+        "EXISTS (exist)": "5/5",
+        "GET": "5/5",
+    }
     assert hub.control.counters().route("batch").requests >= 1, "it was our Hub that answered"
+
+
+def test_an_l2_adapter_passes_in_every_row(hub, bucket, tmp_path):
+    spec = {
+        "type": "plugin",
+        "module_path": "hfbucket_plugin.l2_adapter",
+        "class_name": "HFBucketL2Adapter",
+        "adapter_params": {"bucket_handle": f"hf://buckets/{bucket}/check", "endpoint": hub.endpoint},
+    }
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+
+    assert rows_of(
+        "test_l2_adapter", "--obj-size", "12345", "--l2-adapter", json.dumps(spec), env=environment, cwd=tmp_path
+    ) == {"LOOKUP (absent)": "5/5", "STORE": "5/5", "LOOKUP (exist)": "5/5", "LOAD": "5/5"}
+    assert len(paths(hub.endpoint, bucket)) == 5

@@ -13,8 +13,10 @@ from hfbucket_plugin.breaker import Breaker
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BreakerOpenError,
+    BucketMissingError,
     BudgetError,
     DeadlineError,
+    ObjectMissingError,
     ThrottledError,
     TransportError,
 )
@@ -163,6 +165,9 @@ def test_what_was_never_asked_says_nothing(guards, error):
     [
         ("lookup", AccessDeniedError("no", 403), True),
         ("read", AccessDeniedError("no", 403), False),
+        ("write", AccessDeniedError("no", 403), True),
+        ("lookup", BucketMissingError("none"), True),
+        ("read", ObjectMissingError("none"), True),
         ("lookup", ThrottledError("later"), False),
         ("read", BudgetError("used up"), False),
         ("read", ValueError(), False),
@@ -201,15 +206,6 @@ def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_as
         return True
 
     assert eventually(works)
-
-
-def test_several_parts_are_probed_by_one_thread(guards):
-    guard = guards(lambda: None)
-    for part in PARTS:
-        fail(guard, part)
-
-    eventually(lambda: not guard.status())
-    assert len([one for one in threading.enumerate() if one.name == "hfbucket-probe-hfbucket"]) <= 1
 
 
 def test_a_closed_guard_probes_no_more(guards):

@@ -103,7 +103,7 @@ def test_without_the_right_to_read_it_is_not_read_back(desk, hub):
         (Fault(route="xorb-data", status=404), "reading it back"),
         (Fault(route="xorb-data", flip_at=(5000,)), "reading it back"),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.route}-{'-'.join(value.model_fields_set)}",
+    ids=lambda value: value if isinstance(value, str) else f"{value.route}-{'-'.join(sorted(value.model_fields_set))}",
 )
 def test_nothing_is_left_whatever_fails(desk, hub, fault, step):
     hub.control.add_fault(fault)

@@ -7,54 +7,20 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from plugin_support import download, eventually, noise, paths, upload
+from surface_support import PREFIX, path_of, store_of
 
-from faults.classic import Classic, running_loop
-from faults.mp import MP
+from faults.classic import Classic
 from faults.surface import CHUNK_BYTES, Limits, chunks_counted, content
 from hfbucket_plugin.keys import encode_name
 from localhub.faults import Fault
 
-PREFIX = "fleet/v1"
 ALL = range(6)
-PATIENT = Limits(lookup=20, get=20, put=30)
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def loop():
-    with running_loop() as one:
-        yield one
-
-
-@pytest.fixture(params=["classic", "mp"])
-def surfaces(request, hub, bucket, tmp_path, loop):
-    """Makes surfaces of one kind over one bucket."""
-    made = []
-
-    def make(limits=PATIENT, **values):
-        handle = f"hf://buckets/{bucket}/{PREFIX}"
-        number = next(_numbers)
-        common = {"handle": handle, "endpoint": hub.endpoint, "limits": limits, "metadata_cache_ttl_secs": 0} | values
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        if request.param == "classic":
-            made.append(Classic(f"hfbucket.c{number}", loop, directory, **common))
-        else:
-            made.append(MP(f"hfbucket.m{number}", directory, **common))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @pytest.fixture
 def surface(surfaces):
     return surfaces()
-
-
-def path_of(surface, number):
-    return f"{PREFIX}/{encode_name(surface.name(number))}"
 
 
 def test_what_is_put_is_found_got_and_listed_and_lies_there_as_it_is(hub, bucket, surface, surfaces):
@@ -159,6 +125,37 @@ def test_keys_twice_in_one_call(surface):
 
     assert surface.lookup([0, 0, 1]) == [True] * 3
     assert surface.get([1, 0, 1]) == [content(1), content(0), content(1)]
+    assert chunks_counted(surface.instance, "put") == {"stored": 2, "under_way": 1}
+    assert surface.delete([1, 1])
+    assert surface.list() == [surface.name(0)]
+
+
+def test_nothing_asked_for_is_answered_with_nothing_and_costs_no_request(hub, surface):
+    eventually(lambda: store_of(surface).bucket.transfer.ready)  # made at the start, for whoever reads first
+    hub.control.reset_counters()
+
+    surface.put([])
+    assert surface.lookup([]) == []
+    assert surface.get([]) == []
+    surface.delete([])
+
+    asked = hub.control.counters()
+    assert [asked.route(route).requests for route in ("paths-info", "batch", "reconstruction")] == [0] * 3
+
+
+def test_what_was_deleted_is_gone_at_once_though_lookups_are_remembered(hub, bucket, surfaces):
+    surface = surfaces(metadata_cache_ttl_secs=600)
+    surface.put(range(3))
+    assert surface.lookup(range(3)) == [True] * 3
+
+    assert surface.delete([0, 2])
+    assert surface.delete([2, 99]), "what is not there is as it should be"
+
+    assert surface.lookup([1, 0]) == [True, False]
+    assert surface.get(range(3)) == [None, content(1), None]
+    assert paths(hub.endpoint, bucket) == [path_of(surface, 1)]
+    assert surface.put([2]) is not False
+    assert surface.get([2]) == [content(2)]
 
 
 def test_many_threads_at_once(surface):
@@ -252,13 +249,15 @@ def test_lookups_of_the_same_keys_ask_once(hub, surfaces):
 def test_puts_of_several_requests_are_named_together(hub, surfaces):
     """While one is being uploaded, what another has uploaded waits to share its call."""
     surface = surfaces(put_window_secs=20)
-    held = hub.control.add_fault(Fault(route="shard-upload", delay_s=2.0, times=1))
+    held = hub.control.add_fault(Fault(route="shard-upload", hang=True, times=1))
     hub.control.reset_counters()
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(surface.put, [100])
         eventually(lambda: hub.control.hits(held) == 1)
         second = threads.submit(surface.put, [101])
+        eventually(lambda: hub.control.counters().route("shard-upload").requests == 2)
+        hub.control.clear_faults()
         first.result(60)
         second.result(60)
 
@@ -293,3 +292,41 @@ def test_temporary_files_do_not_stay(hub, surfaces, tmp_path):
     reader.close()
 
     assert [path for path in Path(tmp_path / "space").rglob("*") if path.is_file()] == []
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "denied": {"status": 403},
+    "bucket_missing": {"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}},
+    "throttled": {"status": 429, "headers": {"Retry-After": "3600"}},
+    "transport": {"status": 500},
+    "deadline": {"hang": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_is_a_miss_that_is_counted_as_what_it_is_and_never_raised(hub, surfaces, kind):
+    short = [Limits(lookup=0.3, get=0.3, put=0.3)] if kind == "deadline" else []
+    surface = surfaces(*short, breaker_failures=100)
+    hub.control.add_fault(Fault(route="paths-info", **KINDS[kind]))
+
+    assert surface.lookup([0, 1]) == [False, False]
+    assert surface.get([0, 1]) == [None, None]
+    assert surface.put([0, 1]) is not True
+
+    assert chunks_counted(surface.instance, "lookup") == {kind: 2}
+    assert chunks_counted(surface.instance, "get") == {kind: 2}
+    assert chunks_counted(surface.instance, "put") == {kind: 2}
+
+
+def test_what_fails_in_a_batch_fails_alone(hub, bucket, surface):
+    hub.control.add_fault(Fault(route="batch", items=encode_name(surface.name(1)), items_error="no room"))
+
+    assert surface.put(range(3)) is not True
+
+    assert paths(hub.endpoint, bucket) == sorted(path_of(surface, number) for number in (0, 2))
+    assert chunks_counted(surface.instance, "put") == {"stored": 2, "hub": 1}
+    hub.control.clear_faults()
+    assert surface.put(range(3)) is not False
+    assert surface.get(range(3)) == [content(number) for number in range(3)]

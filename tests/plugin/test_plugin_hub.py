@@ -1,4 +1,7 @@
+import contextlib
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -163,6 +166,30 @@ def test_a_call_ends_at_its_deadline(hub, bucket, fault, attempts):
     assert time.monotonic() - started < BOUND
     assert type(error) is DeadlineError
     assert "within 0.5 s" in str(error)
+
+
+def test_headers_that_trickle_in_for_ever_are_not_waited_for():
+    def trickle(connection):
+        with contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: trickle(server.accept()[0]), daemon=True).start()
+        one = client(f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        assert isinstance(failure(one, "tests/none", SHORT), DeadlineError)
+        assert time.monotonic() - started < BOUND
+
+
+def test_a_closed_client_sends_nothing(hub, bucket):
+    one = client(hub.endpoint)
+    one.close()
+
+    assert "is closed" in str(failure(one, bucket))
+    assert requests(hub) == 0
 
 
 def test_a_call_whose_deadline_is_over_asks_nothing(hub, bucket):

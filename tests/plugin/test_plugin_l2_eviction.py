@@ -1,5 +1,6 @@
 """LMCache's eviction over a bucket that others write too: what goes, in which order, and what must never go."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,29 +10,15 @@ from lmcache.v1.distributed.eviction_policy.lru import LRUEvictionPolicy
 from plugin_support import eventually, paths, upload
 
 from faults.mp import MP, _key
-from faults.surface import CHUNK_BYTES, Limits, content
+from faults.surface import CHUNK_BYTES, content
 from hfbucket_plugin.keys import encode_name
 
-_numbers = itertools.count(1)
 GIB = 1024**3
 
 
 @pytest.fixture
-def adapters(hub, bucket, tmp_path):
-    made = []
-
-    def make(**values):
-        name = f"hfbucket.e{next(_numbers)}"
-        limits = Limits(lookup=20, get=20, put=30)
-        values = {"usage_refresh_secs": 3600} | values
-        made.append(
-            MP(name, tmp_path, handle=f"hf://buckets/{bucket}/v1", endpoint=hub.endpoint, limits=limits, **values)
-        )
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def adapters(l2_adapters):
+    return functools.partial(l2_adapters, usage_refresh_secs=3600)
 
 
 def by_others(hub, bucket, numbers):

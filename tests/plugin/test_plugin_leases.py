@@ -1,14 +1,18 @@
+"""Rights to somebody else's memory that are taken back, and deadlines."""
+
 import threading
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_support import untimed
+from plugin_support import in_threads, opened, untimed
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import DeadlineError
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import Lease, SourceLease
+from hfbucket_plugin.puts import _Commit
+from hfbucket_plugin.transfer import Upload
 
 
 def test_pieces_go_where_they_belong():
@@ -76,6 +80,126 @@ def test_writers_in_full_swing_stop_with_the_revocation(round_):
         writer.join()
 
     assert buffer == b"\x01" * len(buffer)
+
+
+def test_a_range_is_copied_out_until_the_lease_is_revoked():
+    buffer = bytearray(b"01234567")
+    lease = Lease(memoryview(buffer))
+
+    first = lease.read(2, 3)
+    buffer[:] = b"x" * 8
+
+    assert first == b"234", "a copy, not a view"
+    assert lease.read(6, 100) == b"xx"
+    lease.revoke()
+    assert lease.read(2, 3) is None
+
+
+def test_a_source_is_copied_as_often_as_wanted_until_it_is_taken_back():
+    buffer = bytearray(b"chunk")
+    lease = SourceLease(memoryview(buffer))
+    assert lease.size == 5
+
+    first = lease.read(1, 4)
+    buffer[:] = b"other"
+
+    assert first == b"hun", "a copy, not a view"
+    assert type(first) is bytes
+    assert lease.read(0, 5) == b"other"
+    lease.revoke()
+    lease.revoke()
+    assert lease.read(0, 5) is None
+    assert lease.size == 5
+    buffer.extend(b"a bytearray cannot grow while somebody holds a view of it")
+
+
+@pytest.mark.parametrize("round_", range(10))
+def test_readers_in_full_swing_never_see_what_the_owner_writes_after_the_revocation(round_):
+    buffer = bytearray(b"\x01" * 256 * 1024)
+    half = len(buffer) // 2
+    lease = SourceLease(memoryview(buffer))
+    begun, seen = threading.Semaphore(0), set()
+
+    def read(start):
+        begun.release()
+        while (copy := lease.read(start, start + half)) is not None:
+            seen.add(copy.count(b"\x01"))
+
+    readers = [threading.Thread(target=read, args=(at % 2 * half,)) for at in range(4)]
+    for reader in readers:
+        reader.start()
+    for _ in readers:
+        begun.acquire()
+    time.sleep(0.001 * (round_ % 3))
+    lease.revoke()
+    buffer[:] = b"\x02" * len(buffer)
+    for reader in readers:
+        reader.join()
+
+    assert seen <= {half}
+
+
+# --- a commit's -------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A chunk that notes, whenever it is given back, which leases of its commit could still be read."""
+
+    key = "chunk"
+
+    def __init__(self, log):
+        self.view = memoryview(b"chunk")
+        self.commit = None
+        self._log = log
+
+    def release(self):
+        self._log.append((self, [lease.read(0, 5) is not None for lease in self.commit.leases]))
+
+
+@pytest.fixture
+def commit():
+    """A commit of three sources, and what they noted."""
+    log = []
+    sources = [Source(log) for _ in range(3)]
+    made = _Commit(sources)
+    for source in sources:
+        source.commit = made
+    return made, log
+
+
+def test_a_commit_gives_its_memory_back_once_and_after_nothing_reads_it_any_more(commit):
+    made, log = commit
+    assert [lease.read(0, 5) for lease in made.leases] == [b"chunk"] * 3
+
+    in_threads(8, lambda _number: made.release())
+
+    assert [source for source, _ in log] == made.sources
+    assert [readable for _, readable in log] == [[False, True, True], [False, False, True], [False] * 3]
+
+
+def test_a_commit_gives_each_chunk_back_when_it_was_taken_and_the_others_at_the_end(commit):
+    made, log = commit
+
+    made.release(made.leases[1])
+    made.release(made.leases[1])
+    assert [source for source, _ in log] == [made.sources[1]]
+    made.release()
+    made.release()
+
+    assert [source for source, _ in log] == [made.sources[1], made.sources[0], made.sources[2]]
+    assert log[-1][1] == [False] * 3
+
+
+def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
+    with opened(hub.endpoint, bucket) as door:
+        lease = SourceLease(memoryview(b"chunk"))
+        lease.revoke()
+
+        with pytest.raises(DeadlineError, match="abandoned"):
+            door.transfer.upload([b"before", lease, b"after"], Deadline.after(30), Upload())
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
 
 
 def test_a_deadline_is_handed_down_and_only_ever_comes_nearer():

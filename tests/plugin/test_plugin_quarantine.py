@@ -1,11 +1,9 @@
-"""Contents that could not be served, and the engine's health monitor: what is held back, and for how long."""
+"""Contents that could not be served: for how long they are held back, and what proves them bad."""
 
-from types import SimpleNamespace
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_support import Clock, in_threads, untimed
 
-import pytest
-from plugin_support import Clock
-
-from hfbucket_plugin.health_shield import LIFTED, HealthShield, lift_threshold
 from hfbucket_plugin.quarantine import Quarantine
 
 
@@ -65,51 +63,60 @@ def test_it_is_bounded():
     assert quarantine.holds("10049")
 
 
-# --- the health monitor's counter ---------------------------------------------------------------------------------------
+def test_it_forgets_what_was_looked_at_least(monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.quarantine._ENTRIES", 3)
+    quarantine = Quarantine(Clock())
+    for name in "abc":
+        quarantine.add(name, wrong_hash=False)
+    assert quarantine.holds("a")
+
+    quarantine.add("d", wrong_hash=False)
+
+    assert [quarantine.holds(name) for name in "abcd"] == [True, False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("extra", "limit", "window"), [({}, 5, 30), ({"get_blocking_failed_threshold": 4, "ping_interval": 2}, 2, 2)]
-)
-def test_nothing_is_found_while_half_as_many_gets_have_failed_as_disable_the_engine(extra, limit, window):
+def test_what_is_offered_again_is_still_known_for_what_it_was():
     clock = Clock()
-    shield = HealthShield(extra, clock)
-    for _ in range(limit):
-        assert not shield.raised
-        shield.got(everything=True)
-        shield.got(everything=False)
-        clock.now += 0.1
-    assert shield.raised
+    quarantine = Quarantine(clock)
+    quarantine.add("a", wrong_hash=False)
+    clock.now += 1000
 
-    clock.now += window
-    assert not shield.raised
-
-
-def test_where_the_threshold_is_lifted_there_is_nothing_to_shield():
-    shield = HealthShield({"get_blocking_failed_threshold": LIFTED})
-    for _ in range(100):
-        shield.got(everything=False)
-
-    assert not shield.raised
+    assert not quarantine.holds("a")
+    quarantine.clear("b")
+    assert quarantine.knows("a")
+    assert not quarantine.knows("b")
+    assert len(quarantine) == 1
 
 
-def config(plugins=("hfbucket",), url=None, **extra):
-    return SimpleNamespace(extra_config=extra, remote_storage_plugins=list(plugins), remote_url=url)
+@untimed
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.booleans(), st.floats(0, 100)), max_size=40))
+def test_as_a_plain_model(steps):
+    clock = Clock()
+    quarantine = Quarantine(clock)
+    strikes, wrong, until = {}, {}, {}
+    for name, served, wrong_hash, seconds in steps:
+        if served:
+            quarantine.clear(name)
+            for record in (strikes, wrong, until):
+                record.pop(name, None)
+        else:
+            proven = quarantine.add(name, wrong_hash=wrong_hash)
+            seen_already = clock.now < until.get(name, 0.0)
+            if not seen_already:
+                until[name] = clock.now + min(3600.0, 15.0 * 2 ** strikes.get(name, 0))
+                strikes[name] = strikes.get(name, 0) + 1
+                wrong[name] = wrong.get(name, 0) + wrong_hash
+            assert proven == (not seen_already and wrong_hash and wrong[name] == 2)
+        clock.now += seconds
+        for one in "abc":
+            assert quarantine.holds(one) == (clock.now < until.get(one, 0.0))
+            assert quarantine.knows(one) == (one in strikes)
 
 
-@pytest.mark.parametrize(
-    ("own", "lifted"),
-    [
-        (config(), True),
-        (config(("hfbucket.us", "hfbucket.eu")), True),
-        (config(get_blocking_failed_threshold=10), False),
-        (config(("hfbucket", "fs.warm")), False),
-        (config(url="lm://somewhere:1"), False),
-    ],
-)
-def test_the_threshold_is_lifted_only_where_nobody_else_needs_it(own, lifted):
-    before = dict(own.extra_config)
+def test_of_many_threads_one_is_told_of_the_proof():
+    clock = Clock()
+    quarantine = Quarantine(clock)
+    quarantine.add("a", wrong_hash=True)
+    clock.now += 16
 
-    lift_threshold(own, lambda name: name.startswith("hfbucket"))
-
-    assert own.extra_config == (before | {"get_blocking_failed_threshold": LIFTED} if lifted else before)
+    assert sum(in_threads(8, lambda _number: quarantine.add("a", wrong_hash=True))) == 1

@@ -99,6 +99,25 @@ def test_large_objects_arrive_by_ranges_in_their_places(hub, bucket, inflight_mi
         assert bytes(read(door, content).buffer) == BIG
 
 
+def test_streams_together_ask_for_no_more_than_may_be_in_flight(hub, bucket):
+    with opened(hub.endpoint, bucket, max_inflight_bytes=8 << 20, max_parallel_reads=16) as door:
+        contents = stored(door, hub, {str(number): noise(6 << 20, seed=number) for number in range(8)})
+        waiting = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+        intos = [Into(content) for content in contents.values()]
+        reader = threading.Thread(target=door.transfer.read, args=([into.read for into in intos], soon()))
+        reader.start()
+        eventually(lambda: hub.control.hits(waiting) >= 2)
+        time.sleep(0.5)
+
+        # 6 of the 8 MiB are for what is asked for: three pieces of 2 MiB, and more where one lies in two units of the
+        # store. All would be 24 pieces.
+        assert hub.control.hits(waiting) <= 6
+
+        hub.control.clear_faults()
+        reader.join(30)
+        assert [into.error for into in intos] == [None] * 8
+
+
 def test_nothing_to_read_is_done_at_once(hub, door):
     hub.control.reset_counters()
     empty = Into(Content("00" * 32, 0))

@@ -1,0 +1,46 @@
+"""The benchmarks still run. What they measure is in docs/benchmarks.md; nothing here depends on the machine's speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(script, tmp_path, *arguments, exits=(0,)):
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", "--json", str(figures), *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode in exits, done.stderr
+    return done.stdout, json.loads(figures.read_text())
+
+
+@pytest.mark.parametrize(
+    ("scenario", "verdict"), [("classic get 16 x 512 KiB", ", hot"), ("mp put 16 x 512 KiB", ", cold")]
+)
+def test_the_online_path(tmp_path, scenario, verdict):
+    told, figures = run("online.py", tmp_path, "--runs", "1", "--delay-ms", "0", "--only", scenario)
+
+    assert figures[scenario].keys() == {"built-in", "ours"}
+    assert f"{scenario}{verdict}" in told
+
+
+def test_an_outage(tmp_path):
+    bounds_missed = 1
+    arguments = ("--hang-secs", "4", "--only", "paths-info hangs")
+    told, figures = run("outage.py", tmp_path, *arguments, exits=(0, bounds_missed))
+
+    assert figures["paths-info hangs"].keys() == {"built-in", "ours"}
+    assert all(len(row["took"]) == 5 for row in figures["paths-info hangs"].values())
+    assert "ratio of five" in told
