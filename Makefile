@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults soak lint format docs clean
+FIRST := tests/plugin tests/localhub $(wildcard tests/jobs)
+
+.PHONY: demo test test-first test-others faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +17,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
 	$(BIN)/python -m demo
 
-test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest -q
+test: $(STAMP)  ## every test: two processes side by side, since most tests wait for servers
+	$(MAKE) --no-print-directory --jobs=2 test-first test-others
+
+test-first: $(STAMP)
+	$(BIN)/python -m pytest -q $(FIRST)
+
+test-others: $(STAMP)
+	$(BIN)/python -m pytest -q $(filter-out $(FIRST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m faults

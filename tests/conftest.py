@@ -18,7 +18,6 @@ os.environ.update(
     DO_NOT_TRACK="1",
 )
 
-import pytest  # noqa: E402 - after the environment
 from hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402 - the same
 
@@ -27,11 +26,3 @@ __all__ = ["bucket", "hub", "hub_factory", "new_bucket", "session_hub"]
 # How long an example takes is no matter of any test's.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist the tests of a file share a process; so do all that start Ray, of which one is enough at a time."""
-    for item in items:
-        starts_ray = "private_ray" in item.path.read_text(encoding="utf-8")
-        group = "ray" if starts_ray else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
