@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from warmer.combined import combined
+from warmer.moving import TimeLimit, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
+from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
-from warmer.schedule import Schedule
-from warmer.selection import FreshPlan
 from warmer.units import format_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
     from warmer.outcomes import Outcome
@@ -56,17 +57,20 @@ class CopyRun:
         warm_up = self.bound.warm_up
         with joined(warm_up.address):
             stop.take_back()
-            nodes = taking_part(alive_nodes(), warm_up.nodes)
-            reports = [
-                RunReport(self._task(tier), [one.node for one in nodes], failures, shares(self.plan, nodes))
-                for tier in self.bound.tiers
-            ]
-            for tier, report in zip(self.bound.tiers, reports, strict=True):
-                if not stop.requested:
+            places = Places(taking_part(alive_nodes(), warm_up.nodes), warm_up.nodes)
+            limit = TimeLimit(stop, warm_up.limits.max_duration)
+            reports = []
+            for tier in self.bound.tiers:
+                # Who took a lost node's place for one tier does so for those that follow.
+                nodes = places.nodes
+                report = RunReport(self._task(tier), [one.node for one in nodes], failures, shares(self.plan, nodes))
+                reports.append(report)
+                if not limit.requested:
                     report.begin()
-                    self._copy(tier, nodes, report, stop)
+                    with stop.orderly():
+                        self._copy(tier, places, report, limit)
                     report.end()
-            return combined([report.summary(stopped=stop.requested) for report in reports])
+            return combined([report.summary(stopped=limit.requested) for report in reports])
 
     def _task(self, tier: Declaration) -> Task:
         return Task(
@@ -79,26 +83,31 @@ class CopyRun:
             skipped=dict(self.plan.header.get("skipped", {})),
         )
 
-    def _copy(self, tier: Declaration, nodes: Sequence[Assigned], report: RunReport, stop: StopSwitch) -> None:
-        from warmer.fleet import Fleet  # noqa: PLC0415 - as above
+    def _copy(self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit) -> None:
+        from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
+        from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
 
+        moving, wanted = self.bound.warm_up.moving, self.bound.warm_up.nodes
+        replacing = Replacing(
+            candidates=lambda: places.candidates(alive_nodes()),
+            fits=places.fits,
+            store_bytes=lambda node: store_bytes(moving, node),
+        )
         display = choose_display()
-        # What a lost node will never get needs no lookup.
-        fresh, rest = FreshPlan(self.plan, self.bound.bucket()).chunks, self.plan.chunks_from
-        by_id = {one.node.id: one for one in nodes}
-        schedule = Schedule(by_id, fresh, rest=rest, takes=lambda node, chunk: by_id[node].takes(chunk))
+        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket())
         fleet = Fleet(
-            [one.node for one in nodes],
+            [one.node for one in places.nodes],
             self.bound.node_config(tier),
-            _Watch(report, display),
-            stop,
+            _Watch(report, display, places),
+            limit,
             self.bound.warm_up.limits.node_timeout,
+            replacing=replacing if wanted.replace else None,
         )
         try:
-            with stop.orderly():
-                fleet.run(schedule)
+            fleet.run(schedule)
         finally:
             display.close()
+            report.counts = schedule.counts
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
@@ -124,6 +133,7 @@ class _Watch:
 
     report: RunReport
     display: Display
+    places: Places
 
     def ended(self, node: str, outcome: Outcome) -> None:
         self.report.ended(node, outcome)
@@ -131,6 +141,11 @@ class _Watch:
     def lost(self, node: str, kind: str, message: str) -> None:
         _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
         self.report.lost(node, kind, message)
+
+    def replaced(self, node: str, by: Node) -> None:
+        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
+        self.report.replaced(node, by)
+        self.places.take(node, by)
 
     def tick(self) -> None:
         self.display.show(self.report)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 from warmer import exits
 from warmer.carry import shares, taking_part
 from warmer.checking import CheckConfig
+from warmer.moving import TimeLimit, direct_schedule
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
-from warmer.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
     from warmer.outcomes import Outcome
@@ -139,6 +140,9 @@ class TierWatch:
         _log.warning("node %s: %s: %s", self.checks[node].name, kind, message)
         self.checks[node].error = f"{kind}: {message}"
 
+    def replaced(self, node: str, by: Node) -> None:
+        """Nobody takes another's place in a check."""
+
     def tick(self) -> None:
         """Nothing is shown meanwhile."""
 
@@ -168,15 +172,15 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
     with joined(bound.warm_up.address):
         stop.take_back()
         nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
-        by_id = {one.node.id: one for one in nodes}
+        limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
         expected = shares(plan, nodes)
         watches = [report.watch(tier.name, nodes, expected) for tier in bound.tiers]
         for tier, watch in zip(bound.tiers, watches, strict=True):
-            if stop.requested:
+            if limit.requested:
                 break
-            schedule = Schedule(by_id, lambda: plan.chunks_from(0), takes=lambda node, chunk: by_id[node].takes(chunk))
+            schedule = direct_schedule(nodes, plan)
             config = CheckConfig(tier, hashes=hashes)
             start_secs = bound.warm_up.limits.node_timeout
             with stop.orderly():
-                Fleet([one.node for one in nodes], config, watch, stop, start_secs).run(schedule)
-        return report.record(stopped=stop.requested)
+                Fleet([one.node for one in nodes], config, watch, limit, start_secs).run(schedule)
+        return report.record(stopped=limit.requested)

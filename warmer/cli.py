@@ -30,9 +30,13 @@ _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Tell what would be copied, and copy nothing.", show_default=False)
 ]
 
-_PLANNING = flags_of("source", "choose", "tiers", "filling", "nodes", "limits", "address")
-_APPLYING = flags_of("source", "tiers", "filling", "nodes", "limits", "address", "report")
-_CHECKING = flags_of("source", "choose", "tiers", "nodes", "limits", "address")
+_PLANNING = flags_of("source", "choose", "tiers", "filling", "moving", "nodes", "limits", "address")
+_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report")
+_CHECKING = tuple(
+    flag
+    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address")
+    if flag.name != "--replace-nodes"  # nobody waits for nodes to join
+)
 
 
 @app.callback()
@@ -46,7 +50,7 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
     """Copy chosen chunks into tiers of every node; what is there already is passed by.
 
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
-    to do, 5 when told to stop. Running again moves only what is missing.
+    to do, nowhere to do it or no room for any of it, 5 when told to stop. Running again moves only what is missing.
     """
 
     def work(stop: StopSwitch) -> dict[str, Any]:

@@ -27,7 +27,7 @@ JOB_VARIABLE: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 _ANSWER_SECS: Final = 10.0
 _LOCAL_STORE_BYTES: Final = 100 * 1024 * 1024
-"""No chunk goes through the object store, so a Ray of our own needs no more than its least."""
+"""One node hands nothing to others through the object store, so a Ray of our own needs no more than its least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,13 @@ class Node:
         id: Ray's, unique.
         name: For people.
         labels: As Ray has them.
+        store_bytes: Of its object store.
     """
 
     id: str
     name: str
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    store_bytes: int = 0
 
 
 def configured_address(given: str | None) -> str | None:
@@ -139,6 +141,13 @@ def alive_nodes() -> list[Node]:
     """The nodes of the cluster that are alive, ordered by name and id."""
     records = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [
-        Node(record["NodeID"], record["NodeName"], record.get("Labels") or {}) for record in records if record["Alive"]
+        Node(
+            record["NodeID"],
+            record["NodeName"],
+            record.get("Labels") or {},
+            int(record["Resources"].get("object_store_memory", 0)),
+        )
+        for record in records
+        if record["Alive"]
     ]
     return sorted(nodes, key=lambda node: (node.name, node.id))

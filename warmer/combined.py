@@ -11,7 +11,10 @@ from warmer.report import RESULTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SUMS: Final = ("copied", "present", "failed", "unfinished", "bytes")
+_SUMS: Final = (
+    "copied", "received", "present", "failed", "unfinished", "bytes",
+    "fetched", "fetched_bytes", "refetched", "fetched_alone",
+)  # fmt: skip
 _OF_A_TIER: Final = ("tier", "result", "exit_code", *_SUMS, "seconds", "failed_by_kind", "nodes")
 
 
@@ -27,8 +30,7 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = summaries[0]
     if len(summaries) == 1:
         return first
-    codes = {summary["exit_code"] for summary in summaries}
-    code = next(code for code in (exits.INTERRUPTED, exits.FAILED, exits.COMPLETE) if code in codes)
+    code = _code({summary["exit_code"] for summary in summaries})
     kinds: Counter[str] = Counter()
     for summary in summaries:
         kinds.update(summary["failed_by_kind"])
@@ -43,3 +45,9 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes": [node for summary in summaries for node in summary["nodes"]],
         "tiers": own,
     }  # fmt: skip
+
+
+def _code(codes: set[int]) -> int:
+    if len(codes) == 1:
+        return next(iter(codes))
+    return exits.INTERRUPTED if exits.INTERRUPTED in codes else exits.FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hfbucket_plugin.errors import HFBucketError, RefusedError
+from warmer.outcomes import NO_ROOM
 
 
 class TierError(HFBucketError, OSError):
@@ -14,7 +15,7 @@ class TierError(HFBucketError, OSError):
 class TierFullError(TierError):
     """A local tier has no room for a chunk: its budget, its floor of free space, or its disk."""
 
-    kind = "no_room"
+    kind = NO_ROOM
 
 
 class EngineError(HFBucketError, ConnectionError):

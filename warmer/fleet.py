@@ -10,26 +10,35 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import ray
 import ray.exceptions
 
-from hfbucket_plugin.errors import HFBucketError
+from warmer.actor import NodeActor
+from warmer.orders import Fetch
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
 from warmer.tiers import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from hfbucket_plugin.errors import HFBucketError
+    from warmer.actor import Config
     from warmer.cluster import Node
+    from warmer.orders import Order
     from warmer.outcomes import Outcome
-    from warmer.plan import PlannedChunk
-    from warmer.schedule import Batch, Schedule
+    from warmer.schedule import Ended, Schedule
 
-_BATCHES_AT_ONCE: Final = 2
 _TICK_SECS: Final = 0.25
 """How late an order to stop is noticed at most."""
+
+_IDLE_SECS: Final = 0.05
+_JOIN_SECS: Final = 1.0
+"""How often nodes that joined are looked for."""
 
 _STOP_SECS: Final = 1.5
 """What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
+
+ORDERS_AT_ONCE: Final = 4
+"""Orders that an actor carries out at one time: two to fetch and two to receive, as `Window` has it."""
 
 
 class Witness(Protocol):
@@ -39,7 +48,10 @@ class Witness(Protocol):
         """A chunk has ended on a node."""
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        """A node takes no part any more; its other chunks end as `Failed` at once."""
+        """A node takes no part any more; its other chunks end as `Failed`, unless another takes its place."""
+
+    def replaced(self, node: str, by: Node) -> None:
+        """A node that joined takes the place of a lost one: what it was to have, the new one is to have."""
 
     def tick(self) -> None:
         """Time has passed: called a few times a second."""
@@ -53,55 +65,19 @@ class Stop(Protocol):
         """Whether it is."""
 
 
-class Worker(Protocol):
-    """What works on a node: a `NodeWarmer`, or a `NodeChecker`."""
+@dataclass(frozen=True, slots=True)
+class Replacing:
+    """How lost nodes are replaced.
 
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
-        """Do what there is to do with some chunks; nothing raises for a single one."""
+    Attributes:
+        candidates: The nodes that are alive and may take part.
+        fits: Whether one may take the place of a lost one, which is told by its id.
+        store_bytes: The bytes that chunks may take in a node's object store.
+    """
 
-    def stop(self) -> None:
-        """End what is under way at once."""
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-
-
-class Config(Protocol):
-    """What a node is told. It crosses to the nodes."""
-
-    def open(self, place: Place) -> Worker:
-        """Begin, on the node.
-
-        Raises:
-            HFBucketError: This node cannot take part.
-        """
-
-
-class _NodeActor:
-    """What runs on a node: a worker, made in its own method so that its errors come back as they are."""
-
-    def __init__(self) -> None:
-        self._warmer: Worker | None = None
-
-    def start(self, config: Config, place: Place) -> HFBucketError | None:
-        try:
-            self._warmer = config.open(place)
-        except HFBucketError as error:
-            return error
-        return None
-
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
-        if self._warmer is None:
-            raise RuntimeError("this node was not started")
-        return self._warmer.copy(chunks)
-
-    def stop(self) -> None:
-        if self._warmer is not None:
-            self._warmer.stop()
-
-    def close(self) -> None:
-        if self._warmer is not None:
-            self._warmer.close()
+    candidates: Callable[[], Sequence[Node]]
+    fits: Callable[[str, Node], bool]
+    store_bytes: Callable[[Node], int]
 
 
 @dataclass(slots=True)
@@ -122,55 +98,82 @@ class Fleet:
         config: What each is told.
         witness: Is told what happens.
         stop: Says whether to stop.
-        start_secs: Most seconds that a node may take to take part.
+        start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
+            nothing else to do.
+        replacing: How lost nodes are replaced; None when they are not.
     """
 
-    def __init__(self, nodes: Sequence[Node], config: Config, witness: Witness, stop: Stop, start_secs: float) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        config: Config,
+        witness: Witness,
+        stop: Stop,
+        start_secs: float,
+        *,
+        replacing: Replacing | None = None,
+    ) -> None:
         self._nodes = nodes
         self._config = config
         self._witness = witness
         self._stop = stop
         self._start_secs = start_secs
+        self._replacing = replacing
         self._crews: dict[str, _Crew] = {}
-        # The window of the schedule bounds it, whatever the plan's length.
-        self._flying: dict[Any, tuple[str, Batch | None]] = {}
+        # The windows of the schedule bound both, whatever the plan's length.
+        self._flying: dict[Any, tuple[str, Order | None]] = {}
+        self._objects: dict[int, Any] = {}
+        self._vacant: dict[str, tuple[str, str, float]] = {}
+        self._next_look = 0.0
 
     def run(self, schedule: Schedule) -> None:
         """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop."""
         try:
-            self._launch()
+            for node in self._nodes:
+                self._launch(node)
             while not schedule.done and not self._stop.requested:
-                self._feed(schedule)
+                self._give(schedule)
                 for ref in self._landed():
                     self._take(schedule, ref)
                 self._give_up_late_starters(schedule)
+                self._fill_vacancies(schedule)
                 self._witness.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
         finally:
             self._dismiss()
 
-    def _launch(self) -> None:
-        actor_class: Any = ray.remote(_NodeActor)
-        for node in self._nodes:
-            # No CPU: nodes full of engines must take it too. Room for `stop` beside the batches.
-            actor = actor_class.options(
-                num_cpus=0, max_concurrency=_BATCHES_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
-            ).remote()
-            self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
-            place = Place(node.name, node.id, node.labels)
-            self._flying[actor.start.remote(self._config, place)] = (node.id, None)
+    def _launch(self, node: Node) -> None:
+        actor_class: Any = ray.remote(NodeActor)
+        # No CPU: nodes full of engines must take it too. Room for `stop` beside the orders.
+        actor = actor_class.options(
+            num_cpus=0, max_concurrency=ORDERS_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
+        ).remote()
+        self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
+        place = Place(node.name, node.id, node.labels)
+        self._flying[actor.start.remote(self._config, place)] = (node.id, None)
 
-    def _feed(self, schedule: Schedule) -> None:
-        for name in schedule.nodes:
-            crew = self._crews[name]
-            while crew.started and (batch := schedule.next_batch(name)) is not None:
-                self._flying[crew.actor.copy.remote(batch.chunks)] = (name, batch)
+    def _give(self, schedule: Schedule) -> None:
+        for order in schedule.orders(time.monotonic()):
+            actor = self._crews[order.node].actor
+            if isinstance(order, Fetch):
+                ref = actor.fetch.remote(order.chunks, share=order.share)
+            else:
+                # In a list: Ray would else fetch it before the actor can say that it holds the chunks already.
+                ref = actor.receive.remote(order.chunks, [self._objects[order.source]])
+            self._flying[ref] = (order.node, order)
+        self._release(schedule)
+
+    def _release(self, schedule: Schedule) -> None:
+        """Forget objects, which has their owners throw them away everywhere."""
+        for number in schedule.released():
+            self._objects.pop(number, None)
 
     def _landed(self) -> list[Any]:
         """What has ended; waits for a tick at most."""
         flying = list(self._flying)
         if not flying:
+            time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
             return []
         landed, _ = ray.wait(flying, num_returns=1, timeout=_TICK_SECS, fetch_local=False)
         if landed:
@@ -180,37 +183,51 @@ class Fleet:
     def _take(self, schedule: Schedule, ref: Any) -> None:
         if ref not in self._flying:  # its node was lost a moment ago
             return
-        name, batch = self._flying.pop(ref)
+        name, order = self._flying.pop(ref)
         try:
             result = ray.get(ref)
         except ray.exceptions.RayTaskError as error:
-            self._broken(schedule, name, batch, error)
+            self._broken(schedule, name, order, error)
         except ray.exceptions.RayError as error:
             # Unavailable counts as lost too: its work is done again by the next run, never waited for without end.
             self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {_short(error)}")
         else:
-            if batch is None:
+            if order is None:
                 self._started(schedule, name, result)
             else:
-                schedule.finished(batch)
-                for outcome in result:
-                    self._witness.ended(name, outcome)
+                self._ended(schedule, order, result)
+
+    def _ended(self, schedule: Schedule, order: Order, result: Any) -> None:
+        now = time.monotonic()
+        if isinstance(order, Fetch):
+            outcomes, objects = result
+            if objects:
+                self._objects[order.number] = objects[0]
+            self._note(schedule.fetched(order.number, outcomes, shared=bool(objects), now=now))
+        else:
+            outcomes, holder_lost = result
+            self._note(schedule.received(order.number, outcomes, now=now, holder_lost=holder_lost))
+        self._release(schedule)
+
+    def _note(self, ended: Iterable[Ended]) -> None:
+        for node, outcome in ended:
+            self._witness.ended(node, outcome)
 
     def _started(self, schedule: Schedule, name: str, error: HFBucketError | None) -> None:
         if error is None:
             self._crews[name].started = True
+            schedule.started(name)
         else:
             self._lose(schedule, name, error.kind, str(error))
 
-    def _broken(self, schedule: Schedule, name: str, batch: Batch | None, error: Exception) -> None:
+    def _broken(self, schedule: Schedule, name: str, order: Order | None, error: Exception) -> None:
         """Something raised that nobody foresaw."""
         message = _short(error)
-        if batch is None:
+        if order is None:
             self._lose(schedule, name, NODE_START, message)
             return
-        schedule.finished(batch)
-        for chunk in batch.chunks:
-            self._witness.ended(name, Failed(chunk.key, chunk.size, INTERNAL, f"{chunk.key}: {message}"))
+        failed = [Failed(chunk.key, chunk.size, INTERNAL, f"{chunk.key}: {message}") for chunk in order.chunks]
+        self._ended(schedule, order, (failed, None) if isinstance(order, Fetch) else (failed, False))
 
     def _give_up_late_starters(self, schedule: Schedule) -> None:
         now = time.monotonic()
@@ -223,8 +240,35 @@ class Fleet:
         self._flying = {ref: entry for ref, entry in self._flying.items() if entry[0] != name}
         self._kill(self._crews[name].actor)
         self._witness.lost(name, kind, message)
-        for chunk in schedule.lost(name):
+        keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}
+        rest = schedule.lost(name, keep_place=keep)
+        self._release(schedule)
+        if keep:
+            self._vacant[name] = (kind, message, time.monotonic() + self._start_secs)
+        self._fail(name, rest, kind, message)
+
+    def _fail(self, name: str, rest: Iterable[Any], kind: str, message: str) -> None:
+        for chunk in rest:
             self._witness.ended(name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}"))
+
+    def _fill_vacancies(self, schedule: Schedule) -> None:
+        """Have nodes that joined take the places of lost ones; give up those that nobody takes."""
+        now = time.monotonic()
+        if self._replacing is None or not self._vacant or now < self._next_look:
+            return
+        self._next_look = now + _JOIN_SECS
+        for node in [node for node in self._replacing.candidates() if node.id not in self._crews]:
+            name = next((name for name in self._vacant if self._replacing.fits(name, node)), None)
+            if name is None:
+                continue
+            del self._vacant[name]
+            schedule.replace(name, node.id, self._replacing.store_bytes(node))
+            self._witness.replaced(name, node)
+            self._launch(node)
+        for name, (kind, message, deadline) in list(self._vacant.items()):
+            if now > deadline and schedule.exhausted:
+                del self._vacant[name]
+                self._fail(name, schedule.abandon(name), kind, f"{message}; no node took its place")
 
     def _wind_down(self, schedule: Schedule) -> None:
         """Have what is under way ended, and note how."""
@@ -237,6 +281,7 @@ class Fleet:
 
     def _dismiss(self) -> None:
         """Let the actors clean up after themselves, then end them."""
+        self._objects.clear()
         secs = _STOP_SECS / 2 if self._stop.requested else _CLOSE_SECS
         closing = [crew.actor.close.remote() for crew in self._crews.values() if crew.started]
         with contextlib.suppress(ray.exceptions.RayError):

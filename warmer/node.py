@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import tenacity
 
 from hfbucket_plugin import metrics
@@ -19,9 +20,10 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.instance import open_bucket
-from hfbucket_plugin.transfer import Content, Read, xet_hashes
+from hfbucket_plugin.transfer import Content, Read
 from warmer.errors import TierError
-from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.outcomes import Copied, Failed, Present
+from warmer.receive import Receiver, given_up, hashes_of
 from warmer.tiers import open_tier
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.settings import InstanceSettings
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
+    from warmer.receive import Bytes, Verify
     from warmer.tiers import Declaration, Draft, Place, Tier
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
@@ -51,6 +54,7 @@ class NodeConfig:
         tier: Which tier to fill.
         token_expected: Whether the driver has a token: a node without one is told apart from a public bucket.
         chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
+        verify: What is checked before a chunk appears: its length, or its Xet hash too.
     """
 
     instance: str
@@ -58,6 +62,7 @@ class NodeConfig:
     tier: Declaration
     token_expected: bool
     chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
+    verify: Verify = "hash"
 
     def __post_init__(self) -> None:
         if self.settings.token is not None:
@@ -70,9 +75,11 @@ class NodeConfig:
 
 @dataclass(slots=True)
 class _Job:
-    """One chunk that is to be fetched."""
+    """One chunk that is to be fetched, and its bytes where they are to be kept for other nodes."""
 
     chunk: PlannedChunk
+    keep: bool = False
+    kept: Bytes | None = None
     error: HFBucketError | None = None
     done: bool = False
     wrong_hashes: int = 0
@@ -106,13 +113,25 @@ class NodeWarmer:
         bucket: Where chunks come from.
         tier: Where they go.
         chunk_timeout_secs: See `NodeConfig`.
+        verify: See `NodeConfig`.
+
+    Attributes:
+        chunk_timeout_secs: See `NodeConfig`.
     """
 
-    def __init__(self, bucket: Bucket, tier: Tier, chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        tier: Tier,
+        chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS,
+        verify: Verify = "hash",
+    ) -> None:
         self._bucket = bucket
+        self._verify = verify
         self._tier = tier
-        self._chunk_timeout_secs = chunk_timeout_secs
+        self.chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
+        self._receiver = Receiver(tier, verify, self._stopped)
         self._lock = threading.Lock()
         self._reading: dict[int, list[Read]] = {}
 
@@ -124,6 +143,18 @@ class NodeWarmer:
         Returns:
             How each ended, in their order.
         """
+        return self.fetch(chunks, keep=False)[0]
+
+    def fetch(self, chunks: Sequence[PlannedChunk], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
+        """As `copy`, and keeps what it copied in memory.
+
+        Args:
+            chunks: Which.
+            keep: Whether to keep their bytes.
+
+        Returns:
+            How each ended, in their order; and the bytes of those that were copied, in their order, or nothing.
+        """
         outcomes: dict[int, Outcome] = {}
         jobs: dict[int, _Job] = {}
         for index, chunk in enumerate(chunks):
@@ -134,13 +165,25 @@ class NodeWarmer:
             except HFBucketError as error:
                 outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
                 continue
-            jobs[index] = _Job(chunk)
+            jobs[index] = _Job(chunk, keep)
             if chunk.gone:
                 jobs[index].error = _deleted(chunk)
         self._fetch_all([job for job in jobs.values() if job.error is None])
         self._look_into([job for job in jobs.values() if not job.done])
         outcomes |= {index: self._outcome(job) for index, job in jobs.items()}
-        return [outcomes[index] for index in range(len(chunks))]
+        kept = [job.kept for job in jobs.values() if job.done and job.kept is not None]
+        return [outcomes[index] for index in range(len(chunks))], kept
+
+    def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
+        """Whether the tier lacks any of some chunks, as far as it can tell."""
+        try:
+            return not all(self._tier.holds(chunk.key, chunk.size) for chunk in chunks)
+        except HFBucketError:
+            return True
+
+    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+        """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
+        return self._receiver.receive(chunks, contents)
 
     def _look_into(self, jobs: list[_Job]) -> None:
         """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
@@ -160,16 +203,16 @@ class NodeWarmer:
         if job.done:
             return Copied(chunk.key, chunk.size)
         if self._stopped.is_set():
-            return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
+            return given_up(chunk)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
         return Failed(chunk.key, chunk.size, error.kind, str(error))
 
     def _fetch_all(self, jobs: list[_Job]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
-        deadline = Deadline.after(self._chunk_timeout_secs)
+        deadline = Deadline.after(self.chunk_timeout_secs)
         retrying = tenacity.Retrying(
             stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(_TRIES), tenacity.stop_after_delay(self._chunk_timeout_secs)
+                tenacity.stop_after_attempt(_TRIES), tenacity.stop_after_delay(self.chunk_timeout_secs)
             ),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
             retry=tenacity.retry_if_result(bool),
@@ -185,7 +228,7 @@ class NodeWarmer:
             return []
         try:
             # One request that fails tells as much as one for each chunk. Costs none when there is a session.
-            self._bucket.transfer.warm_up(deadline.within(self._chunk_timeout_secs / _TRIES))
+            self._bucket.transfer.warm_up(deadline.within(self.chunk_timeout_secs / _TRIES))
         except HFBucketError as error:
             for job in pending:
                 job.error = error
@@ -194,7 +237,7 @@ class NodeWarmer:
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._read([fetch.read for fetch in fetches], deadline.within(self._chunk_timeout_secs / _TRIES))
+            self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -227,17 +270,10 @@ class NodeWarmer:
                 arrived.append(fetch)
             else:
                 fetch.job.error = fetch.read.error or TransportError(f"{fetch.read.name}: not read")
-        hashes = self._hashes(arrived)
+        drafts, expected = [fetch.draft for fetch in arrived], [fetch.job.chunk.xet_hash for fetch in arrived]
+        hashes = hashes_of(drafts, expected, self._verify)
         for fetch, actual in zip(arrived, hashes, strict=True):
             self._appear(fetch, actual)
-
-    def _hashes(self, fetches: list[_Fetch]) -> list[str | HFBucketError]:
-        if not fetches:
-            return []
-        try:
-            return [*xet_hashes(fetch.draft.path for fetch in fetches)]
-        except (OSError, RuntimeError) as error:
-            return [TierError(f"{fetch.draft.path}: its hash cannot be computed: {error}") for fetch in fetches]
 
     def _appear(self, fetch: _Fetch, actual: str | HFBucketError) -> None:
         job, expected = fetch.job, fetch.job.chunk.xet_hash
@@ -250,6 +286,8 @@ class NodeWarmer:
             )
         elif not self._stopped.is_set():
             try:
+                if job.keep:
+                    job.kept = _bytes_of(fetch.draft)
                 fetch.draft.publish()
                 job.done = True
             except HFBucketError as error:
@@ -263,7 +301,7 @@ class NodeWarmer:
             BucketMissingError: There is no such bucket, or the token may not see it.
         """
         try:
-            self._bucket.transfer.warm_up(Deadline.after(self._chunk_timeout_secs / _TRIES))
+            self._bucket.transfer.warm_up(Deadline.after(self.chunk_timeout_secs / _TRIES))
         except (TransportError, ThrottledError):
             return  # may pass; each chunk tries again
 
@@ -281,6 +319,14 @@ class NodeWarmer:
         """Stop, and leave no temporary file behind."""
         self.stop()
         self._tier.close()
+
+
+def _bytes_of(draft: Draft) -> Bytes:
+    """What is in a draft, from the page cache as a rule."""
+    try:
+        return np.fromfile(draft.path, dtype=np.uint8)
+    except OSError as error:
+        raise TierError(f"{draft.path}: cannot be read back: {error}") from None
 
 
 def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
@@ -308,7 +354,7 @@ def open_node(config: NodeConfig, place: Place) -> NodeWarmer:
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
     bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
-    warmer = NodeWarmer(bucket, open_tier(config.tier, place), config.chunk_timeout_secs)
+    warmer = NodeWarmer(bucket, open_tier(config.tier, place), config.chunk_timeout_secs, config.verify)
     try:
         warmer.check_access()
     except HFBucketError:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.errors import NothingToDoError
-from warmer.plan import is_for
 from warmer.units import parse_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from warmer.cluster import Node
-    from warmer.plan import PlannedChunk
     from warmer.warmup import Nodes
 
 _SELECTOR: Final = re.compile(r"\s*([^=\s!]+)\s*=\s*(!?)\s*(?:in\(([^()]*)\)|([^,()!\s]+))\s*")
@@ -33,10 +31,6 @@ class Assigned:
 
     node: Node
     ranks: frozenset[int] | None = None
-
-    def takes(self, chunk: PlannedChunk) -> bool:
-        """Whether a chunk is for this node."""
-        return is_for(chunk.worker, self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +83,28 @@ def assigned(alive: Sequence[Node], wanted: Nodes) -> list[Assigned]:
     """
     if not alive:
         raise NothingToDoError("the Ray cluster has no node that is alive")
-    selectors = [Selector.parse(text) for text in wanted.selector]
     _expect_known(alive, wanted.names)
-    chosen = [
-        node
-        for node in alive
-        if all(selector.fits(node.labels) for selector in selectors)
-        and (not wanted.names or node.name in wanted.names or node.id in wanted.names)
-    ]
+    chosen = eligible(alive, wanted)
     if not chosen:
         raise NothingToDoError(
             f"no node has the labels {', '.join(wanted.selector)}; there are {_described(alive, labels=True)}"
         )
     return [Assigned(node, ranks_of(node, wanted)) for node in chosen]
+
+
+def eligible(alive: Sequence[Node], wanted: Nodes) -> list[Node]:
+    """Those among some nodes that have the labels and names that are asked for.
+
+    Raises:
+        ConfigError: A condition cannot be read.
+    """
+    selectors = [Selector.parse(text) for text in wanted.selector]
+    return [
+        node
+        for node in alive
+        if all(selector.fits(node.labels) for selector in selectors)
+        and (not wanted.names or node.name in wanted.names or node.id in wanted.names)
+    ]
 
 
 def ranks_of(node: Node, wanted: Nodes) -> frozenset[int] | None:

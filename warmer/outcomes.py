@@ -14,21 +14,32 @@ NODE_LOST: Final = "node_lost"
 NODE_START: Final = "node_start"
 """The kind of a chunk whose node never took part."""
 
+MISSING: Final = "missing"
+"""The kind of a chunk that the bucket holds no longer."""
+
+NO_ROOM: Final = "no_room"
+"""The kind of a chunk for which a tier had no room."""
+
+TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key"})
+"""The kinds of chunks that a node's own tier did not take."""
+
 INTERNAL: Final = "internal"
 """The kind of a chunk that failed for a reason that nobody foresaw; the message has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """The chunk was fetched, verified, and is in the tier.
+    """The chunk was moved, verified, and is in the tier.
 
     Attributes:
         key: Its key string.
         size: Bytes.
+        received: Whether it came from another node, and not from the Hub.
     """
 
     key: str
     size: int
+    received: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import encode_name, is_probe
@@ -127,6 +127,32 @@ def gone(chunk: PlannedChunk) -> PlannedChunk:
     return replace(chunk, gone=True)
 
 
+class Segments(Protocol):
+    """Chunks that are read segment by segment: a plan, or the part of one."""
+
+    @property
+    def segments(self) -> int:
+        """How many segments there are."""
+
+    def segment(self, index: int) -> list[PlannedChunk]:
+        """The chunks of one: `SEGMENT_CHUNKS`, and in the last what is left.
+
+        Raises:
+            OSError: The file cannot be read any more.
+        """
+
+
+def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
+    """The chunks of a plan, or of a part of one, from its number `start` on, counted from 0.
+
+    Raises:
+        OSError: The file cannot be read any more.
+    """
+    for index in range(start // SEGMENT_CHUNKS, source.segments):
+        segment = source.segment(index)
+        yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]
+
+
 class PlanFile:
     """A plan on disk: a header, if it has one, and chunks, a line each.
 
@@ -136,6 +162,7 @@ class PlanFile:
         chunks: How many it holds.
         bytes: The sum of their sizes.
         shares: The same for each worker that chunks are for; under None, for those that are for all.
+        workers: Of each segment, how many chunks are for which worker.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,11 +171,14 @@ class PlanFile:
         self.chunks = 0
         self.bytes = 0
         self.shares: dict[int | None, tuple[int, int]] = {}
+        self.workers: list[Counter[int | None]] = []
         self._offsets: list[int] = []
 
     def _count(self, chunk: PlannedChunk, at: int) -> None:
         if self.chunks % SEGMENT_CHUNKS == 0:
             self._offsets.append(at)
+            self.workers.append(Counter())
+        self.workers[-1][chunk.worker] += 1
         self.chunks += 1
         self.bytes += chunk.size
         chunks, size = self.shares.get(chunk.worker, (0, 0))
@@ -235,9 +265,7 @@ class PlanFile:
         Raises:
             OSError: The file cannot be read any more.
         """
-        for index in range(start // SEGMENT_CHUNKS, self.segments):
-            segment = self.segment(index)
-            yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]
+        return chunks_from(self, start)
 
     def share(self, ranks: frozenset[int] | None) -> tuple[int, int]:
         """How many chunks are for some workers, and their bytes.

@@ -92,7 +92,7 @@ class Bars:
             )
         done = report.total("bytes") + report.total("present_bytes")
         note = f"{report.total('ended')}/{report.expected} chunks"
-        self._bar("all nodes", report.total("selected_bytes"), done, note)
+        self._bar("all nodes", report.expected_bytes, done, note)
 
     def _bar(self, name: str, total: int, done: int, note: str) -> None:
         if name not in self._tasks:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from warmer import exits
-from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.orders import Counts
+from warmer.outcomes import INTERRUPTED, NO_ROOM, Copied, Failed, Present
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ class NodeReport:
     Attributes:
         id: Ray's.
         name: For people.
-        copied: Chunks fetched, verified and now in the tier.
+        copied: Chunks moved, verified and now in the tier.
+        received: Of those, the chunks that came from another node and not from the Hub.
         present: Chunks that were there before.
         failed: Chunks that are not there.
         selected: Chunks that the node is to hold.
@@ -42,11 +44,13 @@ class NodeReport:
         bytes: Bytes of the chunks copied.
         present_bytes: Bytes of the chunks that were there before.
         error: Why the node took no part, or was lost; None when it was neither.
+        replaced_by: The id of the node that took its place when it was lost; None when none did.
     """
 
     id: str
     name: str
     copied: int = 0
+    received: int = 0
     present: int = 0
     failed: int = 0
     bytes: int = 0
@@ -55,12 +59,14 @@ class NodeReport:
     selected_bytes: int = 0
     ranks: str | None = None
     error: str | None = None
+    replaced_by: str | None = None
 
     def add(self, outcome: Outcome) -> None:
         """Count a chunk."""
         match outcome:
             case Copied():
                 self.copied += 1
+                self.received += outcome.received
                 self.bytes += outcome.size
             case Present():
                 self.present += 1
@@ -124,6 +130,9 @@ class RunReport:
         failures: Where failed chunks are named.
         shares: Of the chunks selected, how many each node is to hold, their bytes, and whose; by its id. All of them
             where it says nothing.
+
+    Attributes:
+        counts: What the schedule had to do; set when it is over.
     """
 
     def __init__(
@@ -139,6 +148,7 @@ class RunReport:
             )
         self.kinds: Counter[str] = Counter()
         self._failures = failures
+        self.counts = Counts()
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -163,6 +173,14 @@ class RunReport:
         """Note why a node takes no part any more."""
         self.nodes[node].error = f"{kind}: {message}"
 
+    def replaced(self, node: str, by: Node) -> None:
+        """Note that a node took the place of a lost one, which is not waited for any more."""
+        lost = self.nodes[node]
+        lost.replaced_by = by.id
+        self.nodes[by.id] = NodeReport(
+            by.id, by.name, selected=lost.selected, selected_bytes=lost.selected_bytes, ranks=lost.ranks
+        )
+
     @property
     def seconds(self) -> float:
         """Since the run began, until it ended; 0 before."""
@@ -172,8 +190,17 @@ class RunReport:
 
     @property
     def expected(self) -> int:
-        """Chunks to end, over all nodes."""
-        return self.total("selected")
+        """Chunks to end, over all nodes; those of a node that was replaced count as far as they ended there."""
+        nodes = self.nodes.values()
+        return sum(node.selected if node.replaced_by is None else node.ended for node in nodes)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Their bytes."""
+        nodes = self.nodes.values()
+        return sum(
+            node.selected_bytes if node.replaced_by is None else node.bytes + node.present_bytes for node in nodes
+        )
 
     @property
     def unfinished(self) -> int:
@@ -187,7 +214,7 @@ class RunReport:
     def summary(self, *, stopped: bool) -> dict[str, Any]:
         """The summary, ready for JSON; its fields are described in `docs/warm.md`."""
         failed = self.total("failed")
-        code = exits.INTERRUPTED if stopped and self.unfinished else exits.FAILED if failed else exits.COMPLETE
+        code = self._code(stopped=stopped)
         return {
             "event": "summary",
             "result": RESULTS[code],
@@ -200,10 +227,15 @@ class RunReport:
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
             "copied": self.total("copied"),
+            "received": self.total("received"),
             "present": self.total("present"),
             "failed": failed,
             "unfinished": self.unfinished,
             "bytes": self.total("bytes"),
+            "fetched": self.counts.fetched,
+            "fetched_bytes": self.counts.fetched_bytes,
+            "refetched": self.counts.refetched,
+            "fetched_alone": self.counts.own,
             "seconds": round(self.seconds, 3),
             "failed_by_kind": dict(self.kinds),
             "nodes": [asdict(node) for node in self.nodes.values()],
@@ -211,8 +243,20 @@ class RunReport:
             "failures_file": str(self._failures.path) if self._failures.path else None,
         }
 
+    def _code(self, *, stopped: bool) -> int:
+        if stopped and self.unfinished:
+            return exits.INTERRUPTED
+        if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
+            return exits.REFUSED
+        return exits.FAILED if self.kinds else exits.COMPLETE
 
-RESULTS: Final = {exits.COMPLETE: "complete", exits.FAILED: "failed", exits.INTERRUPTED: "interrupted"}
+
+RESULTS: Final = {
+    exits.COMPLETE: "complete",
+    exits.FAILED: "failed",
+    exits.REFUSED: "refused",
+    exits.INTERRUPTED: "interrupted",
+}
 """What the exit codes of a run that began mean, in a word."""
 
 

@@ -1,137 +1,68 @@
-"""Which node gets which chunks next, and what a lost node means. Pure: driven by events, knows nothing of Ray.
+"""Which node fetches which chunks, who takes them from the object store and when, and what a lost node means.
 
-Every node gets every chunk that is for it, in the order of the plan and at its own pace, a bounded window of it at a
-time. Each such chunk ends exactly once for each node: in a batch that was finished, or among those that `lost` yields.
+Pure: told what happened and what time it is, it says what to do; knows nothing of Ray. The plan falls into *parts*, each of
+which the same nodes are to have, and each part moves on in *lots*: one node fetches a lot from the Hub, and every other
+node that is to have it and lacks it takes it from the object store. A node that cannot
+keep up is left out of the lots that come, and fetches for itself what it missed. Each chunk ends exactly once for each
+node: among what an event returns, or among what `lost` or `abandon` yields.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from warmer.laggards import Laggards
+from warmer.lots import Lot, Stage
+from warmer.orders import Fetch, Receive, Window, total_bytes
+from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, Copied, Failed
+from warmer.pace import Caps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from warmer.convoys import Part
+    from warmer.lanes import Lane
+    from warmer.lots import Flight
+    from warmer.orders import Order
+    from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
 
-_MIB = 1024 * 1024
+    Ended = tuple[str, Outcome]
+
+_TRIES: Final = 2
+"""How many nodes try to fetch a chunk before it has failed for all of them."""
+
+_OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
+"""Failures that say nothing about other nodes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """How much one node is given at a time.
-
-    Attributes:
-        batch_chunks: Most chunks of a batch. 64 share one call of the hasher, which is slow with few small files.
-        batch_bytes: Most bytes of a batch; a larger chunk goes alone. 64 MiB are a fraction of a second of work, so
-            that little is lost with a node.
-        chunks: Most chunks given and not yet finished: two batches, so that one is fetched while another is hashed.
-        bytes: Most bytes given and not yet finished; a larger chunk goes when nothing else is under way.
-        batches: Most batches given and not yet finished: an actor has a slot for each, and one more for the order to
-            stop, which must not queue behind copies.
-    """
-
-    batch_chunks: int = 64
-    batch_bytes: int = 64 * _MIB
-    chunks: int = 128
-    bytes: int = 128 * _MIB
-    batches: int = 2
-
-    def __post_init__(self) -> None:
-        if min(self.batch_chunks, self.batch_bytes, self.chunks, self.bytes, self.batches) < 1:
-            raise ValueError("a window has room for at least one chunk and one byte")
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Chunks that one node is given together.
-
-    Attributes:
-        number: Names the batch among all of a schedule.
-        node: Whose it is.
-        chunks: In the order of the plan; never empty.
-    """
-
-    number: int
-    node: str
-    chunks: tuple[PlannedChunk, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The sum of the chunks' sizes."""
-        return sum(chunk.size for chunk in self.chunks)
-
-
-class _Lane:
-    """One node's way through the plan.
-
-    Attributes:
-        given: How much of the plan lies behind it, the chunks that are not for it included.
-    """
-
-    def __init__(self, chunks: Iterator[PlannedChunk], takes: Callable[[PlannedChunk], bool]) -> None:
-        self.chunks = chunks
-        self.takes = takes
-        self.batches: dict[int, Batch] = {}
-        self.flying_chunks = 0
-        self.flying_bytes = 0
-        self.given = 0
-        self._peeked: PlannedChunk | None = None
-        self._ended = False
-
-    def peek(self) -> PlannedChunk | None:
-        while self._peeked is None and not self._ended:
-            chunk = next(self.chunks, None)
-            self._ended = chunk is None
-            if chunk is None or self.takes(chunk):
-                self._peeked = chunk
-            else:
-                self.given += 1
-        return self._peeked
-
-    def take(self) -> Iterator[PlannedChunk]:
-        while (chunk := self.peek()) is not None:
-            self._peeked = None
-            self.given += 1
-            yield chunk
-
-    def add(self, batch: Batch) -> None:
-        self.batches[batch.number] = batch
-        self.flying_chunks += len(batch.chunks)
-        self.flying_bytes += batch.bytes
-
-    def remove(self, batch: Batch) -> None:
-        del self.batches[batch.number]
-        self.flying_chunks -= len(batch.chunks)
-        self.flying_bytes -= batch.bytes
-
-
-class Schedule:
+class Schedule(Laggards):
     """The state of a run.
 
     Args:
-        nodes: Names of the nodes.
-        chunks: Gives the plan from its start, for each node anew.
-        window: How much a node is given at a time; by default as `Window` has it.
-        rest: Gives the plan from its n-th chunk on, for a lost node, where that costs less than going on with
-            `chunks`; by default it does not.
-        takes: Whether a chunk is for a node; by default each is.
+        nodes: Names of the nodes, and the bytes that lots may take in the object store of each.
+        parts: The plan: which chunks which nodes are to have. No chunk is in two of them.
+        window: How much is under way at a time; by default as `Window` has it.
+        caps: Most bytes a second.
+        direct: Every node fetches everything for itself.
+        now: The time, in seconds of any clock that goes forwards.
+
+    Attributes:
+        counts: What it had to do.
     """
 
     def __init__(
         self,
-        nodes: Iterable[str],
-        chunks: Callable[[], Iterator[PlannedChunk]],
+        nodes: Mapping[str, int],
+        parts: Sequence[Part],
         window: Window | None = None,
-        rest: Callable[[int], Iterator[PlannedChunk]] | None = None,
-        takes: Callable[[str, PlannedChunk], bool] = lambda _node, _chunk: True,
+        *,
+        caps: Caps = Caps(),  # noqa: B008 - frozen
+        direct: bool = False,
+        now: float = 0.0,
     ) -> None:
-        self._lanes = {node: _Lane(chunks(), functools.partial(takes, node)) for node in nodes}
-        self._window = window or Window()
-        self._rest = rest
-        self._numbers = itertools.count(1)
+        super().__init__(nodes, parts, window or Window(), caps, direct=direct, now=now)
+        self._vacant: dict[str, tuple[str, Callable[[], Iterator[PlannedChunk]]]] = {}  # with its role
 
     @property
     def nodes(self) -> list[str]:
@@ -139,58 +70,271 @@ class Schedule:
         return list(self._lanes)
 
     @property
+    def vacant(self) -> list[str]:
+        """The lost nodes whose place is kept for others."""
+        return list(self._vacant)
+
+    @property
     def done(self) -> bool:
-        """Whether nothing is under way or left to give, on any node that is not lost."""
-        return all(not lane.batches and lane.peek() is None for lane in self._lanes.values())
+        """Whether nothing is under way or left to give, and no place is kept."""
+        return not self._vacant and self.exhausted
 
-    def next_batch(self, node: str) -> Batch | None:
-        """What the node is to be given now; None when its window is full or the plan is at its end.
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is under way or left to give to the nodes that there are."""
+        if self._flights or self._lots:
+            return False
+        if any(lane.backlog for lane in self._astray.values()):
+            return False
+        return all(not self._members(convoy) or convoy.peek() is None for convoy in self._convoys)
 
-        The batch counts as under way from now on.
+    @property
+    def store_bytes(self) -> dict[str, int]:
+        """The bytes that are counted on the object store of each node."""
+        return dict(self._stock.used)
+
+    def released(self) -> list[int]:
+        """The numbers of orders to fetch whose chunks nobody waits for any more; each is told once."""
+        released, self._released = self._released, []
+        return released
+
+    def started(self, node: str) -> None:
+        """A node takes part from now on.
 
         Raises:
             KeyError: There is no such node, or it is lost.
         """
-        lane = self._lanes[node]
-        chunks: list[PlannedChunk] = []
-        size = 0
-        while (chunk := lane.peek()) is not None and self._fits(lane, chunk.size, len(chunks), size):
-            chunks.append(next(lane.take()))
-            size += chunk.size
-        if not chunks:
-            return None
-        batch = Batch(next(self._numbers), node, tuple(chunks))
-        lane.add(batch)
-        return batch
+        self._lanes[node].started = True
 
-    def _fits(self, lane: _Lane, size: int, batch_chunks: int, batch_bytes: int) -> bool:
-        window = self._window
-        if batch_chunks == lane.flying_chunks == 0:
-            return True  # however large it is, it must go some time
-        if len(lane.batches) >= window.batches or lane.flying_chunks + batch_chunks >= window.chunks:
-            return False
-        if lane.flying_bytes + batch_bytes + size > window.bytes:
-            return False
-        return batch_chunks == 0 or (batch_chunks < window.batch_chunks and batch_bytes + size <= window.batch_bytes)
+    def orders(self, now: float) -> list[Order]:
+        """What nodes are to be told now; each order counts as under way from now on."""
+        self._now = max(self._now, now)
+        self._decide()
+        out, self._out = self._out, []
+        return out
 
-    def finished(self, batch: Batch) -> None:
-        """A batch has ended on its node, well or not.
+    def fetched(self, number: int, outcomes: Sequence[Outcome], *, shared: bool, now: float) -> list[Ended]:
+        """An order to fetch has ended.
 
-        Raises:
-            KeyError: The batch is not under way: it was finished before, or its node is lost.
-        """
-        self._lanes[batch.node].remove(batch)
-
-    def lost(self, node: str) -> Iterator[PlannedChunk]:
-        """A node is given nothing any more.
+        Args:
+            number: Of the order.
+            outcomes: How each of its chunks ended, in their order.
+            shared: Whether those that were copied lie in the object store.
+            now: The time.
 
         Returns:
-            The chunks that did not end on it: those under way, then those that it was never given.
+            What has ended for which node by this.
+
+        Raises:
+            KeyError: The order is not under way, or its node is lost.
+        """
+        flight = self._land(number, now)
+        order, lot = flight.order, flight.lot
+        copied = [outcome.size for outcome in outcomes if isinstance(outcome, Copied)]
+        size = sum(copied)
+        self.counts.fetched += len(copied)
+        self.counts.fetched_bytes += size
+        if size:
+            self._lanes[order.node].pace.add(size, now - flight.since)
+            self._pace.add(size, now - flight.since)
+        if flight.hold:
+            self._stock.give_back(order.node, flight.hold)
+        if lot is None:
+            if shared:
+                self._released.append(number)
+            return [(order.node, outcome) for outcome in outcomes]
+        return self._sort(lot, order, outcomes, shared=shared)
+
+    def _sort(self, lot: Lot, order: Order, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
+        """Tell apart what is in the store, what others have to fetch, and what failed for all."""
+        node, others = order.node, tuple(lot.pending)
+        ended: list[Ended] = []
+        stored, again, retry = [], [], []
+        for chunk, outcome in zip(order.chunks, outcomes, strict=True):
+            if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS:
+                if outcome.kind != MISSING and others and lot.attempts + 1 < _TRIES:
+                    retry.append(chunk)
+                    continue
+                ended += [(other, outcome) for other in others]
+            elif isinstance(outcome, Copied) and shared:
+                stored.append(chunk)
+            else:
+                again.append(chunk)
+            ended.append((node, outcome))
+        if others:
+            self._split(lot, again, others)
+            self._split(lot, retry, (*others, node), failed_on=node)
+        if not stored:
+            lot.pending.clear()
+            lot.source = 0
+            if shared:
+                self._released.append(order.number)
+        lot.chunks, lot.stage = tuple(stored), Stage.STORED
+        self._stock.shrink(lot, total_bytes(lot.chunks))
+        self._stored[lot.number] = lot
+        self._settle(lot)
+        if lot.number in self._lots:
+            self._offer(lot)
+        self._room()
+        return ended
+
+    def _split(
+        self, lot: Lot, chunks: Sequence[PlannedChunk], nodes: tuple[str, ...], *, failed_on: str | None = None
+    ) -> None:
+        """Some chunks of a lot go on as a lot of their own."""
+        if not chunks:
+            return
+        child = Lot(next(self._numbers), tuple(chunks), nodes, lot.convoy)
+        child.convoy.lots += 1
+        child.avoid, child.attempts = lot.avoid, lot.attempts
+        if failed_on is not None:
+            child.avoid, child.attempts = frozenset({failed_on}), lot.attempts + 1
+            self.counts.refetched += len(chunks)
+        self._stock.hand_on(lot, child, nodes)
+        lot.size -= child.size
+        self._lots[child.number] = child
+        self._ready.append(child)
+
+    def received(
+        self, number: int, outcomes: Sequence[Outcome | None], *, now: float, holder_lost: bool = False
+    ) -> list[Ended]:
+        """An order to receive has ended.
+
+        Args:
+            number: Of the order.
+            outcomes: How each of its chunks ended, in their order; None for one that did not arrive, or not rightly.
+            now: The time.
+            holder_lost: Whether they did not arrive because whoever left them in the store is lost.
+
+        Returns:
+            What has ended for which node by this.
+
+        Raises:
+            KeyError: The order is not under way, or its node is lost.
+        """
+        flight = self._land(number, now)
+        order, lane = flight.order, self._lanes[flight.order.node]
+        lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
+        missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
+        size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))
+        if size:
+            lane.receive_pace.add(size, now - flight.since)
+            self._receive_pace.add(size, now - flight.since)
+        if lot is not None:
+            lot.receiving.discard(lane.name)
+            lot.done += not missed
+        if missed:
+            self._undelivered(lane, lot, order, missed, holder_lost=holder_lost)
+        if lot is not None:
+            self._settle(lot)
+            if lot.stage is Stage.STORED and lot.number in self._lots:
+                self._offer(lot)
+        self._ask(lane)
+        return [(lane.name, outcome) for outcome in outcomes if outcome is not None]
+
+    def _undelivered(
+        self, lane: Lane, lot: Lot | None, order: Order, missed: tuple[PlannedChunk, ...], *, holder_lost: bool
+    ) -> None:
+        source = order.source if isinstance(order, Receive) else 0
+        whole = lot is not None and lot.chunks is order.chunks and len(missed) == len(order.chunks)
+        if lot is None or not whole or not self._in(lane, lot.convoy) or (lot.source == source and not holder_lost):
+            self._alone(lane).add(missed)
+            return
+        # Others lack it too: it is fetched again for all of them together.
+        lot.pending[lane.name] = None
+        if lot.source == source:
+            self._fetch_again(lot)
+
+    def _fetch_again(self, lot: Lot) -> None:
+        """What was stored of a lot is gone."""
+        self._stored.pop(lot.number, None)
+        self._released.append(lot.source)
+        lot.ready_again()
+        if lot.pending:
+            self.counts.refetched += len(lot.chunks)
+
+    def lost(self, node: str, *, keep_place: bool = False) -> Iterator[PlannedChunk]:
+        """A node is given nothing any more.
+
+        Args:
+            node: Its name.
+            keep_place: Whether another node may take its place: then its chunks are kept for `replace` or `abandon`.
+
+        Returns:
+            The chunks that did not end on it; none when its place is kept.
 
         Raises:
             KeyError: There is no such node, or it was lost before.
         """
         lane = self._lanes.pop(node)
-        flying = (chunk for batch in lane.batches.values() for chunk in batch.chunks)
-        rest = filter(lane.takes, self._rest(lane.given)) if self._rest else lane.take()
-        return itertools.chain(flying, rest)
+        self._astray.pop(node, None)
+        self._changed()
+        self._out = [order for order in self._out if order.node != node]
+        named: list[PlannedChunk] = []
+        for number in [number for number, flight in self._flights.items() if flight.order.node == node]:
+            order = self._flights.pop(number).order
+            named += order.chunks
+            self._fetching_bytes -= total_bytes(order.chunks) if isinstance(order, Fetch) else 0
+        for lot in list(self._lots.values()):
+            if node in lot.pending:
+                named += lot.chunks
+                del lot.pending[node]
+            lot.receiving.discard(node)
+            self._stock.free(lot, node)
+            if lot.holder == node:
+                if lot.stage is Stage.STORED:
+                    self._fetch_again(lot)
+                else:
+                    self.counts.refetched += len(lot.chunks) if lot.pending else 0
+                    lot.ready_again()
+            self._settle(lot)
+        self._stock.drop(node)
+        starts = [(seat.part, seat.start) for seat in lane.seats.values()]
+        if keep_place:
+            self._vacant[node] = (lane.role, lambda: self._remains(named, lane, starts))
+            return iter(())
+        return self._remains(named, lane, starts)
+
+    @staticmethod
+    def _remains(
+        named: list[PlannedChunk], lane: Lane, starts: list[tuple[Part, int | None]]
+    ) -> Iterator[PlannedChunk]:
+        yield from named
+        yield from lane.backlog.rest()
+        for part, start in starts:
+            if start is not None:
+                yield from part.left(start)
+
+    def abandon(self, node: str) -> Iterator[PlannedChunk]:
+        """Nobody takes the place of a lost node.
+
+        Returns:
+            The chunks that did not end on it.
+
+        Raises:
+            KeyError: Its place is not kept.
+        """
+        return self._vacant.pop(node)[1]()
+
+    def replace(self, lost: str, node: str, store_bytes: int) -> None:
+        """A node takes the place of a lost one, and is to have all the chunks that the other was to have.
+
+        Raises:
+            KeyError: The place is not kept.
+        """
+        role, _ = self._vacant.pop(lost)
+        self._stock.admit(node, store_bytes)
+        lane = self._add_lane(node, role)
+        for seat in lane.seats.values():
+            if seat.convoy is not None:
+                self._alone(lane).add_stretch(seat.part, 0, seat.convoy.position)
+
+    def _land(self, number: int, now: float) -> Flight:
+        self._now = max(self._now, now)
+        flight = self._flights.pop(number)
+        order = flight.order
+        fetch = isinstance(order, Fetch)
+        self._lanes[order.node].end(order.chunks, fetch=fetch)
+        if fetch:
+            self._fetching_bytes -= total_bytes(order.chunks)
+        return flight

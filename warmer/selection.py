@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.catalog import list_chunks
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
-from warmer.plan import PlanFile, Planner, gone
+from warmer.plan import PlanFile, Planner, chunks_from, gone
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.keys import Key
-    from warmer.plan import PlannedChunk
+    from warmer.plan import PlannedChunk, Segments
 
 _log = logging.getLogger(__name__)
 
 _LOOKUP_SECS: Final = 15.0
-_CACHED_SEGMENTS: Final = 16
+CACHED_SEGMENTS: Final = 16
+"""Segments that are remembered: nodes that read the plan for themselves are rarely further apart."""
 
 
 def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path) -> tuple[PlanFile, Counter[str]]:
@@ -55,26 +56,33 @@ class FreshPlan:
     pace share one lookup of a segment, so it costs the Hub as many requests as the listing did.
 
     Args:
-        plan: The plan.
+        plan: The plan, or a part of it.
         bucket: Where it was listed.
+        cached: Segments that are remembered.
     """
 
-    def __init__(self, plan: PlanFile, bucket: Bucket) -> None:
+    def __init__(self, plan: Segments, bucket: Bucket, cached: int = CACHED_SEGMENTS) -> None:
         self._plan = plan
         self._bucket = bucket
+        self._cached = cached
         self._segments: OrderedDict[int, list[PlannedChunk]] = OrderedDict()
 
-    def chunks(self) -> Iterator[PlannedChunk]:
-        """The plan from its start; chunks that were deleted meanwhile are `gone`."""
-        for index in range(self._plan.segments):
-            yield from self._segment(index)
+    def chunks(self, start: int = 0) -> Iterator[PlannedChunk]:
+        """The plan from its chunk number `start` on; chunks that were deleted meanwhile are `gone`."""
+        return chunks_from(self, start)
 
-    def _segment(self, index: int) -> list[PlannedChunk]:
+    @property
+    def segments(self) -> int:
+        """How many segments it has."""
+        return self._plan.segments
+
+    def segment(self, index: int) -> list[PlannedChunk]:
+        """The chunks of one segment, as the bucket has them."""
         segment = self._segments.get(index)
         if segment is None:
             segment = look_up(self._bucket, self._plan.segment(index))
             self._segments[index] = segment
-            if len(self._segments) > _CACHED_SEGMENTS:
+            if len(self._segments) > self._cached:
                 self._segments.popitem(last=False)
         return segment
 

@@ -62,6 +62,7 @@ class Bound:
             tier=tier,
             token_expected=self.instance.settings.resolve_token() is not None,
             chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
+            verify=self.warm_up.moving.verify,
         )
 
     def prompts(self) -> PromptOrder | None:

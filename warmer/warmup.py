@@ -10,11 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from warmer.choose import Bytes, Choice, Ranks, Texts
 from warmer.node import CHUNK_TIMEOUT_SECS
+from warmer.receive import Verify  # noqa: TC001 - as above
 from warmer.units import parse_bytes
 
 RANKS_LABEL: Final = "lmcache.workers"
 NODE_START_SECS: Final = 60.0
 """Enough to start a worker process on a node that is busy loading a model."""
+
+OBJECT_STORE_FRACTION: Final = 0.3
+"""Ray begins to write objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
 
 _OCTAL: Final = 8
 
@@ -95,6 +99,34 @@ class Filling(_Part):
     )
 
 
+class Moving(_Part):
+    """How bytes move: through whom, how many at a time, how fast."""
+
+    direct: bool = Field(False, description="Every node fetches for itself, and hands nothing to others.")
+    object_store_fraction: float = Field(
+        OBJECT_STORE_FRACTION,
+        ge=0.01,
+        le=0.7,
+        description="Most of each node's Ray object store that chunks may take. Default: 0.3. Ray begins to write objects to "
+        "disk at 0.8.",
+    )
+    verify: Verify = Field(
+        "hash",
+        description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Default: hash.",
+    )
+    max_bandwidth: Bytes | None = Field(
+        None, description="Most bytes a second from the Hub, in the whole run, as 500MiB."
+    )
+    max_node_bandwidth: Bytes | None = Field(
+        None, description="Most bytes a second that reach a node, from the Hub or from other nodes, as 100MiB."
+    )
+    max_inflight_bytes: Bytes | None = Field(
+        None,
+        description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in two "
+        "batches at most.",
+    )
+
+
 class Nodes(_Part):
     """Which nodes take part, and with which workers' chunks."""
 
@@ -115,6 +147,9 @@ class Nodes(_Part):
         default_factory=dict,
         description="The same by name or id of the node, as gpu-a=0-3; wins over the label.",
     )
+    replace: bool = Field(
+        False, description="Nodes that join the cluster meanwhile take the places of those that are lost."
+    )
 
 
 class Limits(_Part):
@@ -126,6 +161,9 @@ class Limits(_Part):
     )
     node_timeout: PositiveFloat = Field(
         NODE_START_SECS, description="Most seconds until a node takes part. Default: 60."
+    )
+    max_duration: PositiveFloat | None = Field(
+        None, description="Stop in good order after so many seconds of copying, with exit code 5."
     )
 
 
@@ -140,6 +178,7 @@ class WarmUp(_Part):
         "`lmcache server`. Several are filled one after the other.",
     )
     filling: Filling = Field(default_factory=lambda: Filling.model_validate({}))
+    moving: Moving = Field(default_factory=lambda: Moving.model_validate({}))
     nodes: Nodes = Field(default_factory=lambda: Nodes.model_validate({}))
     limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
     address: str | None = Field(

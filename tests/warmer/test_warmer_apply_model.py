@@ -14,14 +14,15 @@ from warming import MODEL, Warehouse, content
 from hfbucket_plugin.keys import ClassicKey, parse_key
 from warmer.checking import NodeChecker
 from warmer.choose import Choice
+from warmer.cluster import Node
+from warmer.moving import schedule_of
 from warmer.node import NodeWarmer
 from warmer.nodes import Assigned
 from warmer.outcomes import Copied, Failed, Missing, Present, Right, Wrong
 from warmer.plan import PlanFile
 from warmer.planning import Choosing
-from warmer.schedule import Schedule
-from warmer.selection import FreshPlan
 from warmer.tiers import open_tier
+from warmer.warmup import Moving
 
 KEYS = [f"{MODEL}@2@{worker}@{0xA00 + number:x}@half" for worker in range(2) for number in range(4)]
 KEYS += [f"org/other@1@0@{0xB00 + number:x}@half" for number in range(2)]
@@ -121,15 +122,16 @@ class Applying(RuleBasedStateMachine):
         node = NodeWarmer(self.warehouse.open(), open_tier(self.warehouse.declaration()))
         try:
             bucket = self.warehouse.open()
-            assigned = Assigned(None, ranks)
-            schedule = Schedule(
-                ["n"], FreshPlan(self.plan, bucket).chunks, takes=lambda _, chunk: assigned.takes(chunk)
-            )
+            moving = Moving.model_validate({})
+            schedule = schedule_of(moving, [Assigned(Node("n", "n"), ranks)], self.plan, bucket)
+            schedule.started("n")
             outcomes = []
             while not schedule.done and batches != 0:
-                batch = schedule.next_batch("n")
-                outcomes += node.copy(batch.chunks[:2] if batches else batch.chunks)
-                schedule.finished(batch)
+                for order in schedule.orders(0.0):
+                    ended = node.copy(order.chunks[:2] if batches else order.chunks)
+                    outcomes += ended
+                    if len(ended) == len(order.chunks):
+                        schedule.fetched(order.number, ended, shared=False, now=0.0)
                 batches = None if batches is None else 0
             return outcomes
         finally:

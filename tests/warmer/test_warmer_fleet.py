@@ -1,13 +1,12 @@
 """The command on a Ray cluster of several raylets."""
 
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from raylets import node_options
 from warming import INSTANCE, PREFIX, SECRET, Ran, arguments, classic_key, content, environment, mp_key, warm
 
 from hfbucket_plugin.engine_config import EngineConfig
@@ -15,28 +14,6 @@ from localhub.faults import Fault
 from warmer.tiers.declaration import DirectoryDeclaration
 
 NODES = 3
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Raylets without a CPU to give, as those of nodes full of engines; each has the token's variable."""
-    from ray._private.utils import get_ray_address_file
-    from ray.cluster_utils import Cluster
-
-    # Ray notes a cluster's address there, and does not make the directory on a machine that never ran it.
-    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
-    directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
-    head = {"include_dashboard": False, "temp_dir": directory}
-    one = Cluster(initialize_head=True, head_node_args=node_options(WARM_TEST_TOKEN=SECRET) | head)
-    for _ in range(NODES - 1):
-        one.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    yield one
-    one.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def node_options(**variables):
-    return {"num_cpus": 0, "object_store_memory": 80 * 1024 * 1024, "env_vars": variables or None}
 
 
 @pytest.fixture
@@ -230,6 +207,9 @@ class Witness:
     def lost(self, node, kind, message):
         self.errors[node] = (kind, message)
 
+    def replaced(self, node, by):
+        pass
+
     def tick(self):
         pass
 
@@ -240,6 +220,7 @@ def fleet_of(cluster, stocked):
     import ray
 
     from warmer.cluster import alive_nodes, joined
+    from warmer.convoys import Part
     from warmer.fleet import Fleet
     from warmer.interrupt import StopSwitch
     from warmer.node import NodeConfig
@@ -254,7 +235,8 @@ def fleet_of(cluster, stocked):
                 pass
             assert ray.is_initialized()
             config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
-            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(Schedule([n.id for n in nodes], lambda: iter(plan)))
+            schedule = Schedule({node.id: 10**7 for node in nodes}, [Part(lambda start: iter(plan[start:]))])
+            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(schedule)
         assert not ray.is_initialized()
         assert len(witness.outcomes) == len(nodes) * len(plan)
         return witness
@@ -289,10 +271,10 @@ def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
     assert {kind for kind, _ in witness.errors.values()} == {"node_start"}
 
 
-# From here on the cluster takes dead nodes for alive ones for a while, which a run has to bear.
-
-
 def test_a_lost_node_is_told_apart_and_the_others_complete(hub, cluster, stocked):
+    # So many batches that each of the four nodes is fetching two when one is lost.
+    stocked.put({classic_key(1000 + n): content(n, 500) for n in range(500)})
+    chunks = len(stocked.chunks)
     number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
     doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
     process = begin(cluster, stocked.config)
@@ -306,11 +288,11 @@ def test_a_lost_node_is_told_apart_and_the_others_complete(hub, cluster, stocked
     by_id = {node["id"]: node for node in ran.summary["nodes"]}
     lost = by_id.pop(doomed.node_id)
     assert lost["error"].startswith("node_lost: ")
-    assert lost["copied"] + lost["present"] + lost["failed"] == 150
+    assert lost["copied"] + lost["present"] + lost["failed"] == chunks
     named = [failure for failure in ran.summary["failures"] if failure["node"] == doomed.node_id]
     assert len(named) == lost["failed"] > 0
     assert {failure["kind"] for failure in named} == {"node_lost"}
-    assert all(node["copied"] + node["present"] == 150 for node in by_id.values())
+    assert all(node["copied"] + node["present"] == chunks for node in by_id.values())
     assert stocked.in_tier() == stocked.chunks
 
 
@@ -319,7 +301,7 @@ def test_a_node_that_takes_no_part_holds_up_no_other(cluster, stocked, on_cluste
     raylet = stuck.all_processes["raylet"][0].process
     raylet.send_signal(signal.SIGSTOP)
     try:
-        ran = on_cluster(stocked.config, "--node-timeout", "5")
+        ran = on_cluster(stocked.config, "--node-timeout", "15")
     finally:
         raylet.send_signal(signal.SIGCONT)
         cluster.remove_node(stuck, allow_graceful=False)

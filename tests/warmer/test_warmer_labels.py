@@ -1,46 +1,12 @@
 """Nodes chosen by their labels, each with its own workers' chunks, several tiers, plans and checks, on real raylets."""
 
 import json
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import pytest
-from warming import MODEL, SECRET, command, content, environment
+from warming import MODEL, SECRET, command, content
 
-from localhub.faults import Fault
-
-LABELS = (
-    {"pool": "serving", "lmcache.workers": "0-1"},
-    {"pool": "serving", "lmcache.workers": "2_3"},
-    {"pool": "batch"},
-)
 ALL = {f"{MODEL}@4@{worker}@{0xA0 + number:x}@half" for worker in range(4) for number in range(6)}
 SHARED = f"{MODEL}@1@0@ff@half"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Three raylets with labels; each has the token's variable."""
-    from ray._private.utils import get_ray_address_file
-    from ray.cluster_utils import Cluster
-
-    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
-    directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it
-    common = {"num_cpus": 0, "object_store_memory": 80 * 1024 * 1024, "env_vars": {"WARM_TEST_TOKEN": SECRET}}
-    one = Cluster(
-        initialize_head=True,
-        head_node_args={**common, "include_dashboard": False, "temp_dir": directory, "labels": LABELS[0]},
-    )
-    for labels in LABELS[1:]:
-        one.add_node(**common, labels=labels)
-    yield one
-    one.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -85,6 +51,7 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     summary = first.summary
     # Twelve of its workers and one that all share, on each of two nodes, in each of two tiers.
     assert (summary["copied"], summary["present"], summary["tier"]) == (52, 0, ["fs.warm", "fs.cold"])
+    assert (summary["fetched"], summary["received"]) == (50, 2)
     by_ranks = {node["ranks"]: node for node in summary["tiers"][0]["nodes"]}
     assert by_ranks.keys() == {"0-1", "2-3"}
     assert all(node["selected"] == 13 for node in by_ranks.values())
@@ -116,10 +83,16 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     assert warmer("check", plan, "--verify", "length", "--require", "0.9").code == 0
     assert not files[0].exists()
 
-    # By name, with ranks of its own, a node that the label leaves out; and what has gone from the bucket is named.
+    # By name, with ranks of its own, a node that the label leaves out: without room for any of it.
     batch = next(node["NodeID"] for node in nodes_of(cluster) if node["Labels"].get("pool") == "batch")
+    other = ["apply", plan, "--node-selector", "pool=!serving", "--nodes", batch, "--ranks", f"{batch}=3"]
+    ran = warmer(*other, "--tier", "fs.cold", "--tier-max-bytes", "9KiB")
+    assert ran.code == 4, ran.stderr
+    assert (ran.summary["result"], ran.summary["failed_by_kind"]) == ("refused", {"no_room": 7})
+
+    # What has gone from the bucket is named.
     warehouse.delete(SHARED)
-    ran = warmer("apply", plan, "--node-selector", "pool=!serving", "--ranks", f"{batch}=3", "--tier", "fs.warm")
+    ran = warmer(*other, "--tier", "fs.warm")
     assert ran.code == 3, ran.stderr
     assert [(failure["key"], failure["kind"]) for failure in ran.summary["failures"]] == [(SHARED, "missing")]
     assert held(warehouse, "warm", batch) == of_workers(3)
@@ -144,40 +117,3 @@ def test_no_such_node_is_refused(stocked, warmer):
     assert unknown.code == 2
     assert "gpu-17" in unknown.stderr
     assert unknown.stdout == ""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_apply_is_resumed_by_another_of_the_same_plan(hub, cluster, stocked, warmer, number):
-    warehouse, config = stocked
-    plan = warehouse.directory / "plan.jsonl"
-    chosen = ["--lmcache-config", config, "--model", MODEL, "--world-size", "4", "--tier", "fs.warm"]
-    assert command(*map(str, ["plan", *chosen, "--node-selector", "lmcache.workers=0-1", "--out", plan])).code == 0
-    # Some are there already, the others hang.
-    partly = ["apply", plan, "--ranks-label", "none", "--ranks", "x=0"]
-    keys = [json.loads(line)["key"] for line in plan.read_text().splitlines()[1:]]
-    some = warehouse.directory / "some"
-    some.write_text("\n".join(keys[:5]))
-    node = next(one["NodeID"] for one in nodes_of(cluster) if one["Labels"].get("lmcache.workers") == "0-1")
-    ran = warmer("run", *chosen, "--keys-from", some, "--nodes", node, "--ranks-label", "none")
-    assert ran.code == 0, ran.stderr
-    fault = hub.control.add_fault(Fault(route="xorb-data", hang=True))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "warmer", *map(str, partly), "--address", cluster.address],
-        env=environment(WARM_TEST_TOKEN=SECRET),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not hub.control.hits(fault):
-        time.sleep(0.05)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=90)
-    if number == signal.SIGTERM:
-        assert process.returncode == 5, stderr
-        assert json.loads(stdout)["result"] == "interrupted"
-    assert held(warehouse, "warm", node) == set(keys[:5])
-    hub.control.clear_faults()
-    ran = warmer(*partly)
-    assert ran.code == 0, ran.stderr
-    assert (ran.summary["present"], ran.summary["copied"]) == (5, 19)
-    assert held(warehouse, "warm", node) == ALL

@@ -1,9 +1,11 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from warming import PREFIX, Warehouse, classic_key, content
 
@@ -243,3 +245,72 @@ def test_a_node_killed_in_mid_copy_leaves_nothing_visible_and_the_next_run_compl
 def test_prefixes_select_by_key(stocked):
     stocked.put({classic_key(1, "org/model2"): b"x", classic_key(1, worker=1): b"y"})
     assert {chunk.key for chunk in stocked.plan(PREFIX)} == {classic_key(n) for n in range(6)}
+
+
+def arrays(contents):
+    return [np.frombuffer(data, dtype=np.uint8) for data in contents]
+
+
+def test_what_was_fetched_for_others_is_kept_and_received_byte_by_byte(stocked, node, tmp_path):
+    plan = stocked.plan()
+    outcomes, kept = node().fetch(plan, keep=True)
+    assert kinds(outcomes) == ["Copied"] * 6
+    assert [bytes(content) for content in kept] == [stocked.chunks[chunk.key] for chunk in plan]
+    shutil.rmtree(stocked.tier)
+    stocked.tier.mkdir()
+    assert node().receive(plan, kept) == [Copied(chunk.key, chunk.size, received=True) for chunk in plan]
+    assert stocked.in_tier() == stocked.chunks
+
+
+def test_what_others_do_not_need_is_not_kept(stocked, node):
+    assert node().fetch(stocked.plan(), keep=False)[1] == []
+
+
+def test_only_what_was_fetched_is_kept(stocked, node):
+    plan = stocked.plan()
+    one = node()
+    one.copy(plan[:2])
+    outcomes, kept = one.fetch([*plan[:3], gone(plan[3])], keep=True)
+    assert kinds(outcomes) == ["Present", "Present", "Copied", "missing"]
+    assert [bytes(content) for content in kept] == [stocked.chunks[plan[2].key]]
+
+
+def test_what_is_there_is_not_received(stocked, node):
+    plan = stocked.plan()
+    one = node()
+    assert one.lacks(plan)
+    one.copy(plan)
+    assert not one.lacks(plan)
+    contents = arrays(stocked.chunks[chunk.key] for chunk in plan)
+    assert one.receive(plan, contents) == [Present(chunk.key, chunk.size) for chunk in plan]
+
+
+def test_wrong_bytes_of_another_node_never_appear(stocked, node):
+    plan = stocked.plan()[:3]
+    wrong = arrays([b"x" * plan[0].size, stocked.chunks[plan[1].key], b"short"])
+    assert node().receive(plan, wrong) == [None, Copied(plan[1].key, plan[1].size, received=True), None]
+    assert set(stocked.in_tier()) == {plan[1].key}
+    assert_clean(stocked)
+
+
+def test_where_only_lengths_count_nothing_is_hashed(stocked, monkeypatch):
+    def never(_):
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr("warmer.receive.xet_hashes", never)
+    one = NodeWarmer(stocked.open(), open_tier(stocked.declaration()), verify="length")
+    plan = stocked.plan()
+    assert kinds(one.copy(plan[:3])) == ["Copied"] * 3
+    contents = arrays([b"x" * plan[3].size, b"short"])
+    assert one.receive(plan[3:5], contents) == [Copied(plan[3].key, plan[3].size, received=True), None]
+    one.close()
+
+
+def test_nothing_is_received_after_the_order_to_stop(stocked, node):
+    plan = stocked.plan()
+    one = node()
+    one.stop()
+    contents = arrays(stocked.chunks[chunk.key] for chunk in plan)
+    assert kinds(one.receive(plan, contents)) == ["interrupted"] * 6
+    assert stocked.in_tier() == {}
+    assert_clean(stocked)

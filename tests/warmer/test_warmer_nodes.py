@@ -1,11 +1,9 @@
 import pytest
-from warming import classic_key
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.cluster import Node
 from warmer.errors import NothingToDoError
-from warmer.nodes import Assigned, Selector, assigned, unknown_ranks
-from warmer.plan import PlannedChunk
+from warmer.nodes import Selector, assigned, unknown_ranks
 from warmer.warmup import Nodes
 
 A = Node("id-a", "gpu-1", {"pool": "serving", "zone": "x", "lmcache.workers": "0-3"})
@@ -76,9 +74,3 @@ def test_ranks_from_the_label_and_from_the_file():
 def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
     with pytest.raises(ConfigError, match=r"node gpu-1 \(id-a\): label pool: 'serving'"):
         ranks(ranks_label="pool")
-
-
-def test_a_node_takes_its_own_workers_chunks_and_those_for_all():
-    chunks = [PlannedChunk(classic_key(n), "p", "h", 1, worker=worker) for n, worker in enumerate((None, 0, 3, 4))]
-    assert [Assigned(A, frozenset({0, 1, 2, 3})).takes(chunk) for chunk in chunks] == [True, True, True, False]
-    assert all(Assigned(A).takes(chunk) for chunk in chunks)

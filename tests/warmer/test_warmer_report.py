@@ -42,9 +42,8 @@ def test_a_complete_run(run):
     assert (summary["copied"], summary["present"], summary["failed"], summary["unfinished"]) == (4, 2, 0, 0)
     assert summary["bytes"] == 60
     assert summary["nodes"][0] == {
-        "id": "id-a", "name": "a", "copied": 2, "present": 1, "failed": 0, "bytes": 30, "present_bytes": 30,
-        "selected": 3, "selected_bytes": 60, "ranks": None,
-        "error": None,
+        "id": "id-a", "name": "a", "copied": 2, "received": 0, "present": 1, "failed": 0, "bytes": 30,
+        "present_bytes": 30, "selected": 3, "selected_bytes": 60, "ranks": None, "error": None, "replaced_by": None,
     }  # fmt: skip
     assert json.loads(json.dumps(summary)) == summary
 
@@ -97,9 +96,52 @@ def test_a_stopped_run_is_interrupted_unless_everything_had_ended(run):
     assert run.summary(stopped=True)["exit_code"] == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "result"),
+    [(Present("k2", 20), "refused"), (Copied("k2", 20), "failed"), (Failed("k2", 20, "transport", "no"), "failed")],
+)
+def test_a_run_that_found_no_room_at_all_is_refused(run, more, result):
+    run.ended("id-a", Present("k1", 10))
+    run.ended("id-b", Failed("k1", 10, "no_room", "k1: 10 bytes do not fit"))
+    run.ended("id-b", more)
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"]) == (result, 4 if result == "refused" else 3)
+
+
+def test_one_tier_without_room_is_a_failure_and_all_of_them_are_a_refusal(log):
+    full = RunReport(TASK, NODES, log)
+    full.ended("id-a", Failed("k1", 10, "no_room", "k1: 10 bytes do not fit"))
+    full, complete = full.summary(stopped=False), RunReport(TASK, [], log).summary(stopped=False)
+    assert [combined(tiers)["exit_code"] for tiers in ([full, full], [full, complete], [complete, complete])] == [
+        4,
+        3,
+        0,
+    ]
+    assert combined([full, full])["result"] == "refused"
+
+
 def test_a_lost_node_says_why(run):
     run.lost("id-b", "node_lost", "gone")
     assert run.summary(stopped=False)["nodes"][1]["error"] == "node_lost: gone"
+
+
+def test_what_came_from_another_node_is_told_apart(run):
+    run.ended("id-a", Copied("k1", 10, received=True))
+    run.ended("id-a", Copied("k2", 10))
+    summary = run.summary(stopped=False)
+    assert (summary["copied"], summary["received"]) == (2, 1)
+
+
+def test_a_node_that_was_replaced_is_not_waited_for(run):
+    complete(run, "id-a")
+    run.ended("id-b", Copied("k1", 10))
+    run.lost("id-b", "node_lost", "gone")
+    run.replaced("id-b", Node("id-c", "c"))
+    assert run.summary(stopped=True)["unfinished"] == 3
+    complete(run, "id-c")
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["unfinished"]) == ("complete", 0)
+    assert [node["replaced_by"] for node in summary["nodes"]] == [None, "id-c", None]
 
 
 def test_every_failure_is_named_in_a_file_when_they_are_too_many(run, log, monkeypatch):

@@ -1,195 +1,273 @@
-"""The schedule against a simulated fleet: nodes that work at any pace, and are lost at any moment."""
+"""The schedule against a simulated fleet: nodes that work at any pace, fail, lag, and are lost at any moment."""
 
+import random
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play
 
-from warmer.plan import PlannedChunk
-from warmer.schedule import Batch, Schedule, Window
+from warmer.convoys import Part
+from warmer.orders import Fetch, Receive, Window, total_bytes
+from warmer.outcomes import Copied, Failed
+from warmer.pace import Caps
+from warmer.schedule import Schedule
 
-windows = st.builds(
-    Window,
-    batch_chunks=st.integers(1, 5),
-    batch_bytes=st.integers(1, 50),
-    chunks=st.integers(1, 8),
-    bytes=st.integers(1, 80),
-)
 sizes = st.lists(st.integers(0, 100), max_size=30)
 
 
-def plan(chunk_sizes):
-    return [PlannedChunk(f"key-{n}", f"path-{n}", "00" * 32, size) for n, size in enumerate(chunk_sizes)]
+@settings(max_examples=1500, deadline=None)
+@given(st.integers(0, 2**32))
+def test_any_fleet(seed):
+    Fleet(seed).play()
 
 
-class Fleet(RuleBasedStateMachine):
-    """Every chunk ends exactly once for each node that it is for, in order, and no window is ever passed."""
-
-    @initialize(
-        window=windows, chunk_sizes=sizes, nodes=st.integers(0, 4), shortcut=st.booleans(), ranks=st.integers(1, 3)
-    )
-    def begin(self, window, chunk_sizes, nodes, shortcut, ranks):
-        self.window = window
-        self.plan = plan(chunk_sizes)
-        self.names = [f"node-{n}" for n in range(nodes)]
-        rest = (lambda start: iter(self.plan[start:])) if shortcut else None
-        # With one rank all nodes take all; with more, each takes some of the chunks, or none.
-        wanted = {name: number % ranks for number, name in enumerate(self.names)}
-        self.own = {
-            name: [chunk for number, chunk in enumerate(self.plan) if number % ranks == wanted[name]]
-            for name in self.names
-        }
-        own = {name: set(chunks) for name, chunks in self.own.items()}
-        takes = lambda node, chunk: chunk in own[node]  # noqa: E731
-        self.schedule = Schedule(self.names, lambda: iter(self.plan), window, rest, takes)
-        self.flying: list[Batch] = []
-        self.given = {name: [] for name in self.names}
-        self.ended = {name: Counter() for name in self.names}
-
-    def alive(self):
-        return self.schedule.nodes
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data())
-    def feed(self, data):
-        name = data.draw(st.sampled_from(self.alive()))
-        batch = self.schedule.next_batch(name)
-        if batch is None:
-            left = self.own[name][len(self.given[name]) :]
-            assert not left or self.under_way(name), "an idle node with work left is given some"
-            return
-        assert batch.node == name
-        assert batch.chunks
-        assert len(batch.chunks) <= self.window.batch_chunks
-        assert batch.bytes <= self.window.batch_bytes or len(batch.chunks) == 1
-        self.given[name] += batch.chunks
-        self.flying.append(batch)
-
-    @precondition(lambda self: self.flying)
-    @rule(data=st.data())
-    def finish(self, data):
-        batch = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-        self.schedule.finished(batch)
-        self.ended[batch.node].update(batch.chunks)
-        with pytest.raises(KeyError):
-            self.schedule.finished(batch)
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data())
-    def lose(self, data):
-        name = data.draw(st.sampled_from(self.alive()))
-        flying = self.under_way(name)
-        self.flying = [batch for batch in self.flying if batch.node != name]
-        rest = self.schedule.lost(name)
-        assert name not in self.alive()  # at once, not when the rest was read
-        self.ended[name].update(rest)
-        assert self.ended[name] == Counter(self.own[name])
-        for batch in flying:
-            with pytest.raises(KeyError):
-                self.schedule.finished(batch)
-        with pytest.raises(KeyError):
-            self.schedule.next_batch(name)
-
-    @rule()
-    def rest(self):
-        """Nothing happens: there is always something that may."""
-
-    def under_way(self, name):
-        return [batch for batch in self.flying if batch.node == name]
-
-    @invariant()
-    def windows_hold(self):
-        for name in getattr(self, "names", []):
-            chunks = [chunk for batch in self.under_way(name) for chunk in batch.chunks]
-            assert len(chunks) <= self.window.chunks
-            assert sum(chunk.size for chunk in chunks) <= self.window.bytes or len(chunks) == 1
-
-    @invariant()
-    def order_holds(self):
-        for name in getattr(self, "names", []):
-            assert self.given[name] == self.own[name][: len(self.given[name])]
-
-    @invariant()
-    def done_means_done(self):
-        if hasattr(self, "schedule"):
-            complete = all(self.ended[name] == Counter(self.own[name]) for name in self.names)
-            assert self.schedule.done == complete
-
-    def teardown(self):
-        """Whatever happened, what is left can be carried out to the end."""
-        if not hasattr(self, "schedule"):
-            return
-        while not self.schedule.done:
-            for name in self.alive():
-                while (batch := self.schedule.next_batch(name)) is not None:
-                    self.flying.append(batch)
-            for batch in self.flying:
-                self.schedule.finished(batch)
-                self.ended[batch.node].update(batch.chunks)
-            self.flying = []
-        assert all(ended == Counter(self.own[name]) for name, ended in self.ended.items())
+def test_each_chunk_is_fetched_once_and_the_work_is_shared_out():
+    chunks = plan([MIB] * 1000)
+    names = [f"n{n}" for n in range(8)]
+    schedule = begin(names, chunks, window=Window(batch_chunks=4))
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    assert keys(orders, Fetch) == Counter(chunk.key for chunk in chunks)
+    for name in names:
+        assert keys(orders, Fetch, name) + keys(orders, Receive, name) == Counter(chunk.key for chunk in chunks)
+        assert 80 <= sum(keys(orders, Fetch, name).values()) <= 170
+    assert schedule.counts.fetched == 1000
 
 
-Fleet.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestFleet = Fleet.TestCase
+def test_directly_every_node_fetches_for_itself():
+    schedule = begin(["a", "b", "c"], plan([MIB] * 200), direct=True)
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    assert schedule.counts.fetched == 600
+    assert keys(orders, Receive) == Counter()
+    assert not any(order.share for order in orders)
+
+
+def test_one_node_leaves_nothing_in_the_store():
+    schedule = begin({"a": 0}, plan([MIB] * 200))
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    assert not any(order.share for order in orders)
+
+
+def test_a_node_that_answers_nothing_is_left_behind_and_catches_up():
+    chunks = plan([MIB] * 400)
+    schedule = begin(dict.fromkeys(["a", "b", "c", "slow"], 16 * MIB), chunks, window=Window(batch_chunks=4))
+    held, seen, now = [], Counter(), 0.0
+    while sum(seen.values()) < 3 * 400:
+        for order in schedule.orders(now):
+            if order.node == "slow":
+                held.append(order)
+                continue
+            seen.update(chunk.key for chunk in order.chunks)
+            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+            if isinstance(order, Fetch):
+                schedule.fetched(order.number, results, shared=order.share, now=now)
+            else:
+                schedule.received(order.number, results, now=now)
+        now += 0.1
+        assert now < 300
+    assert schedule.counts.lags == 1
+    for order in held:
+        results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+        if isinstance(order, Fetch):
+            schedule.fetched(order.number, results, shared=order.share, now=now)
+        else:
+            schedule.received(order.number, results, now=now)
+    orders, _ = carry_out(schedule, now)
+    assert schedule.done
+    slow = keys(held + orders, Fetch, "slow") + keys(held, Receive, "slow")
+    assert slow == Counter(chunk.key for chunk in chunks)
+    assert schedule.counts.fetched <= 2 * 400
+
+
+def test_slow_nodes_go_on_together_and_the_others_do_not_wait():
+    chunks = plan([MIB] * 1600)
+    names = [f"n{n}" for n in range(12)]
+    secs = {name: 2.0 if name in ("n3", "n7", "n8") else 0.1 for name in names}
+    schedule = begin(dict.fromkeys(names, 64 * MIB), chunks, window=Window(batch_chunks=4))
+    last = play(schedule, secs, 2000)
+    slow = {name: at for name, at in last.items() if secs[name] == 2.0}
+    assert schedule.counts.lags == 3
+    # 400 orders each, two at a time: 20 s, and the time until it was clear who is slow.
+    assert max(at for name, at in last.items() if name not in slow) < 60
+    assert min(slow.values()) > 200
+    assert schedule.counts.fetched <= 2 * 1600
+
+
+def test_nodes_of_much_the_same_pace_stay_together():
+    chance = random.Random(5)
+    names = [f"n{n}" for n in range(8)]
+    secs = {name: chance.uniform(0.8, 1.1) for name in names}
+    schedule = begin(dict.fromkeys(names, 64 * MIB), plan([MIB] * 1600), window=Window(batch_chunks=4))
+    play(schedule, secs, 2000)
+    assert schedule.counts.lags == 0
+    assert schedule.counts.fetched == 1600
+
+
+def test_when_all_are_slow_none_is_left_behind():
+    schedule = begin(dict.fromkeys(["a", "b", "c", "d"], 8 * MIB), plan([MIB] * 100))
+    for order in schedule.orders(0.0):
+        results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+        schedule.fetched(order.number, results, shared=True, now=1.0)
+    for second in range(2, 200):
+        schedule.orders(float(second))
+    assert schedule.counts.lags == 0
+
+
+def test_a_fetch_that_takes_much_longer_than_others_is_given_to_another_node():
+    chunks = plan([MIB] * 64)
+    schedule = begin(["a", "b"], chunks, window=Window(batch_chunks=4, fetches=1))
+    first = schedule.orders(0.0)
+    slow = next(order for order in first if order.node == "a")
+    orders, now = carry_out(schedule, holds={"a"}, most=1)
+    for order in first:
+        if order.node == "b":
+            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+            schedule.fetched(order.number, results, shared=order.share, now=0.1)
+    orders, now = carry_out(schedule, now, holds={"a"}, step=1.0, most=30)
+    assert schedule.counts.slow_fetches == 1
+    assert keys(orders, Fetch, "b")[slow.chunks[0].key] == 1
+    results = [Copied(chunk.key, chunk.size) for chunk in slow.chunks]
+    assert schedule.fetched(slow.number, results, shared=True, now=now) == [("a", result) for result in results]
+    assert slow.number in schedule.released()
+
+
+@pytest.mark.parametrize(("kind", "fetches"), [("transport", 2), ("missing", 1)])
+def test_what_cannot_be_fetched_is_tried_on_another_node_once(kind, fetches):
+    schedule = begin(["a", "b", "c"], plan([10]))
+    ended, nodes = [], []
+    for now in range(5):
+        for order in schedule.orders(float(now)):
+            nodes.append(order.node)
+            results = [Failed(chunk.key, chunk.size, kind, "no") for chunk in order.chunks]
+            ended += schedule.fetched(order.number, results, shared=False, now=float(now))
+    assert schedule.done
+    assert len(nodes) == len(set(nodes)) == fetches
+    assert sorted(node for node, _ in ended) == ["a", "b", "c"]
+
+
+def test_a_second_node_helps_the_one_that_could_not_fetch():
+    schedule = begin(["a", "b"], plan([10]))
+    (order,) = schedule.orders(0.0)
+    failed = [Failed(chunk.key, chunk.size, "transport", "no") for chunk in order.chunks]
+    assert schedule.fetched(order.number, failed, shared=False, now=0.0) == []
+    orders, _ = carry_out(schedule)
+    assert [(type(each).__name__, each.node == order.node) for each in orders] == [("Fetch", False), ("Receive", True)]
+    assert schedule.done
+
+
+def test_a_full_disk_is_one_nodes_matter():
+    schedule = begin(["a", "b"], plan([10]))
+    (order,) = schedule.orders(0.0)
+    ended = schedule.fetched(order.number, [Failed("key-0", 10, "no_room", "no")], shared=False, now=0.0)
+    assert [node for node, _ in ended] == [order.node]
+    orders, _ = carry_out(schedule)
+    assert [each.node == order.node for each in orders] == [False]
+    assert schedule.done
+
+
+def test_what_a_lost_node_had_left_in_the_store_is_fetched_again_by_another():
+    schedule = begin(["a", "b", "c"], plan([10]))
+    (order,) = schedule.orders(0.0)
+    schedule.fetched(order.number, [Copied("key-0", 10)], shared=True, now=0.0)
+    receives = schedule.orders(0.0)
+    assert {type(each) for each in receives} == {Receive}
+    assert list(schedule.lost(order.node)) == []  # its own had ended
+    assert schedule.released() == [order.number]
+    for each in receives:
+        assert schedule.received(each.number, [None], now=1.0, holder_lost=True) == []
+    orders, _ = carry_out(schedule, 1.0)
+    assert sorted(type(each).__name__ for each in orders) == ["Fetch", "Receive"]
+    assert schedule.done
+    assert schedule.counts.fetched == 2
+
+
+def test_a_node_that_joins_in_place_of_a_lost_one_is_given_everything():
+    chunks = plan([MIB] * 100)
+    schedule = begin(["a", "b"], chunks, window=Window(batch_chunks=4))
+    orders, now = carry_out(schedule, most=4)
+    assert list(schedule.lost("b", keep_place=True)) == []
+    orders, now = carry_out(schedule, now)
+    assert not schedule.done
+    assert schedule.vacant == ["b"]
+    schedule.replace("b", "new", 10**9)
+    schedule.started("new")
+    orders, _ = carry_out(schedule, now)
+    assert schedule.done
+    assert keys(orders, Fetch, "new") + keys(orders, Receive, "new") == Counter(chunk.key for chunk in chunks)
+
+
+def test_caps_bound_what_is_ordered_in_any_time():
+    schedule = begin(["a", "b"], plan([MIB] * 400), caps=Caps(run=10 * MIB, node=8 * MIB))
+    ordered, now = [], 0.0
+    while not schedule.done:
+        for order in schedule.orders(now):
+            ordered.append((now, order))
+            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+            if isinstance(order, Fetch):
+                schedule.fetched(order.number, results, shared=order.share, now=now)
+            else:
+                schedule.received(order.number, results, now=now)
+        now += 0.1
+    # 400 MiB reach each node, at 8 MiB a second: no faster, and hardly slower.
+    assert 48 <= now <= 60
+    for at, _ in ordered:
+        second = [order for then, order in ordered if at <= then < at + 1]
+        assert sum(total_bytes(order.chunks) for order in second if isinstance(order, Fetch)) <= 30 * MIB
+        for name in ("a", "b"):
+            assert sum(total_bytes(order.chunks) for order in second if order.node == name) <= 24 * MIB
+
+
+def test_a_chunk_that_no_store_takes_is_fetched_by_each_for_itself():
+    chunks = plan([10, 10**12, 10])
+    schedule = begin(["a", "b"], chunks, window=Window())
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    for name in ("a", "b"):
+        assert sum(keys(orders, Fetch, name).values()) + sum(keys(orders, Receive, name).values()) == 3
+    assert not any(order.share for order in orders if any(chunk.size > 10**9 for chunk in order.chunks))
 
 
 @given(sizes)
 def test_a_schedule_reads_no_further_than_its_windows(chunk_sizes):
     read = 0
 
-    def chunks():
+    def chunks(start):
         nonlocal read
-        for chunk in plan(chunk_sizes):
+        for chunk in plan(chunk_sizes)[start:]:
             read += 1
             yield chunk
 
-    schedule = Schedule(["node"], chunks, Window(batch_chunks=2, batch_bytes=100, chunks=4, bytes=10**6))
-    while schedule.next_batch("node") is not None:
-        pass
+    schedule = Schedule({"a": 1000, "b": 1000}, [Part(chunks)], Window(batch_chunks=2, batch_bytes=100, lots=2))
+    schedule.started("a")
+    schedule.started("b")
+    schedule.orders(0.0)
     assert read <= 5  # four under way, and one looked at
 
 
-def test_by_default_two_batches_are_under_way():
-    schedule = Schedule(["node"], lambda: iter(plan([1024 * 1024] * 200)))
-    batches = [schedule.next_batch("node"), schedule.next_batch("node")]
-    assert [len(batch.chunks) for batch in batches] == [64, 64]
-    assert schedule.next_batch("node") is None
-
-
-def test_a_chunk_larger_than_the_window_goes_alone():
-    schedule = Schedule(["node"], lambda: iter(plan([1, 10**12, 1])))
-    first = schedule.next_batch("node")
-    assert [chunk.size for chunk in first.chunks] == [1]
-    assert schedule.next_batch("node") is None
-    schedule.finished(first)
-    assert [chunk.size for chunk in schedule.next_batch("node").chunks] == [10**12]
-
-
-def test_a_slow_node_holds_up_no_other():
-    schedule = Schedule(["slow", "fast"], lambda: iter(plan([1] * 1000)))
-    schedule.next_batch("slow")
-    done = 0
-    while (batch := schedule.next_batch("fast")) is not None:
-        schedule.finished(batch)
-        done += len(batch.chunks)
-    assert done == 1000
-
-
 def test_no_nodes_and_no_chunks_are_done_at_once():
-    assert Schedule([], lambda: iter(plan([1]))).done
-    assert Schedule(["node"], lambda: iter([])).done
+    assert begin([], plan([1])).done
+    assert begin(["node"], []).done
 
 
 def test_a_window_without_room_is_refused():
     with pytest.raises(ValueError, match="at least one"):
-        Window(chunks=0)
+        Window(lots=0)
+    with pytest.raises(ValueError, match="at least one"):
+        Window(run_bytes=0)
 
 
-def test_no_more_batches_are_under_way_than_an_actor_has_slots_for():
-    mib = 1024 * 1024
-    schedule = Schedule(["node"], lambda: iter(plan([n * mib for n in (11, 23, 25, 33, 40, 42)])))
+def test_no_more_orders_are_under_way_than_an_actor_has_slots_for():
+    from warmer.fleet import ORDERS_AT_ONCE  # which imports Ray
 
-    assert [schedule.next_batch("node") is not None for _ in range(4)] == [True, True, False, False]
+    assert Window().fetches + Window().receives == ORDERS_AT_ONCE
+
+
+def test_a_chunk_larger_than_the_window_goes_alone():
+    schedule = begin(["a"], plan([10, 300, 10]), window=Window(bytes=100, batch_bytes=100))
+    orders, _ = carry_out(schedule)
+    assert [len(order.chunks) for order in orders] == [1, 1, 1]
+    assert schedule.done

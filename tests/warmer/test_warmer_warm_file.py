@@ -58,8 +58,30 @@ def test_flags_alone():
     assert (wanted.filling.fsync, wanted.filling.chmod, wanted.limits.chunk_timeout) == (True, 0o640, 20)
 
 
+def test_flags_of_how_bytes_move():
+    wanted = warm_up(
+        None,
+        given(
+            direct=True, object_store_fraction="0.2", verify="length", max_bandwidth="2GiB", max_node_bandwidth="500MiB",
+            max_inflight_bytes="1GiB", max_duration="90", replace_nodes=True,
+        ),
+    )  # fmt: skip
+    moving = wanted.moving
+    assert (moving.direct, moving.object_store_fraction, moving.verify) == (True, 0.2, "length")
+    assert (moving.max_bandwidth, moving.max_node_bandwidth, moving.max_inflight_bytes) == (2**31, 500 * 2**20, 2**30)
+    assert (wanted.limits.max_duration, wanted.nodes.replace) == (90, True)
+    bare = warm_up(None, {})
+    assert (bare.moving.verify, bare.moving.max_bandwidth, bare.limits.max_duration) == ("hash", None, None)
+
+
 def test_a_warm_up_reads_back_as_what_it_was():
-    wanted = warm_up(None, given(prefix=["a"], since="1h", chmod="0640", workers="1-2", keys_from=["k"], ranks=["a=0"]))
+    wanted = warm_up(
+        None,
+        given(
+            prefix=["a"], since="1h", chmod="0640", workers="1-2", keys_from=["k"], ranks=["a=0"],
+            max_bandwidth="1GiB", verify="length", max_duration="60",
+        ),
+    )  # fmt: skip
     assert WarmUp.model_validate(wanted.model_dump(mode="json", exclude_defaults=True)) == wanted
     assert WarmUp.model_validate(wanted.model_dump(mode="json")) == wanted
 
@@ -132,6 +154,11 @@ def test_an_empty_section_says_nothing(file, text):
         ({"filling": {"chmod": 640}}, "write the mode as a text"),
         ({"filling": {"chmod": "999"}}, "no mode of a file"),
         ({"limits": {"chunk_timeout": 0}}, "--chunk-timeout (limits.chunk_timeout)"),
+        ({"limits": {"max_duration": 0}}, "--max-duration (limits.max_duration)"),
+        ({"moving": {"max_bandwith": 1}}, "did you mean 'max_bandwidth'?"),
+        ({"moving": {"max_bandwidth": "0"}}, "--max-bandwidth (moving.max_bandwidth)"),
+        ({"moving": {"object_store_fraction": 0.9}}, "--object-store-fraction (moving.object_store_fraction)"),
+        ({"moving": {"verify": "luck"}}, "--verify (moving.verify): Input should be 'hash' or 'length'"),
         ({"tiers": 3}, "--tier (tiers)"),
         ({"choose": "all"}, "choose: Input should be"),
         ("[1]", "is no mapping"),

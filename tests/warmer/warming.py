@@ -26,8 +26,8 @@ PREFIX = f"{MODEL}@1@0@"
 SECRET = "hf_this-must-never-be-printed"
 
 
-def classic_key(number: int, model: str = MODEL, worker: int = 0) -> str:
-    return f"{model}@1@{worker}@{number + 0x1000:x}@bfloat16"
+def classic_key(number: int, model: str = MODEL, worker: int = 0, world: int = 1) -> str:
+    return f"{model}@{world}@{worker}@{number + 0x1000:x}@bfloat16"
 
 
 def mp_key(number: int, model: str = MODEL) -> str:

@@ -1,0 +1,129 @@
+"""What runs on a node: the warmer's Ray actor. Chunks that it fetched for others lie in the object store, owned by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import ray
+import ray.exceptions
+
+from hfbucket_plugin.errors import HFBucketError
+from warmer.outcomes import Present
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlannedChunk
+    from warmer.receive import Bytes
+    from warmer.tiers import Place
+
+
+class Worker(Protocol):
+    """What works on a node by itself: a `NodeChecker`, or a `NodeWarmer`."""
+
+    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+        """Do what there is to do with some chunks; nothing raises for a single one."""
+
+    def stop(self) -> None:
+        """End what is under way at once."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class Sharer(Worker, Protocol):
+    """What shares chunks with other nodes too: a `NodeWarmer`. Schedules that are not direct need one."""
+
+    chunk_timeout_secs: float
+
+    def fetch(self, chunks: Sequence[PlannedChunk], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
+        """As `copy`; returns the bytes of those that were copied, too."""
+
+    def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
+        """Whether any of some chunks is not there."""
+
+    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+        """Take chunks that another node has fetched; None stands for one that did not arrive rightly."""
+
+
+class Config(Protocol):
+    """What a node is told. It crosses to the nodes."""
+
+    def open(self, place: Place) -> Worker:
+        """Begin, on the node.
+
+        Raises:
+            HFBucketError: This node cannot take part.
+        """
+
+
+class NodeActor:
+    """A worker, made in its own method so that its errors come back as they are."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def start(self, config: Config, place: Place) -> HFBucketError | None:
+        """Take part; returns why it cannot."""
+        try:
+            self._worker = config.open(place)
+        except HFBucketError as error:
+            return error
+        return None
+
+    def fetch(self, chunks: Sequence[PlannedChunk], *, share: bool) -> tuple[list[Outcome], list[Any]]:
+        """Fetch chunks from the Hub, or do whatever else this worker does with them.
+
+        Returns:
+            How each ended; and, in a list, the object that holds the bytes of those that were copied, in their order.
+            It lives as long as this actor does and somebody knows it.
+        """
+        if not share:
+            return self._ready.copy(chunks), []
+        outcomes, kept = self._sharing.fetch(chunks, keep=True)
+        if not kept:
+            return outcomes, []
+        try:
+            return outcomes, [ray.put(kept)]
+        except ray.exceptions.RayError:  # no room in the store: others fetch for themselves
+            return outcomes, []
+
+    def receive(self, chunks: Sequence[PlannedChunk], objects: list[Any]) -> tuple[list[Outcome | None], bool]:
+        """Take chunks from the object store.
+
+        Returns:
+            How each ended, None for those that did not arrive; and whether that is so because the object is lost.
+        """
+        sharer = self._sharing
+        if not sharer.lacks(chunks):  # then their bytes need not come here at all
+            return [Present(chunk.key, chunk.size) for chunk in chunks], False
+        nothing: list[Outcome | None] = [None] * len(chunks)
+        try:
+            contents = ray.get(objects[0], timeout=sharer.chunk_timeout_secs)
+        except ray.exceptions.GetTimeoutError:
+            return nothing, False
+        except ray.exceptions.RayError as error:
+            return nothing, isinstance(error, ray.exceptions.ObjectLostError)
+        # Views of the store, which keep the object there until they are gone.
+        return sharer.receive(chunks, contents), False
+
+    @property
+    def _ready(self) -> Worker:
+        if self._worker is None:
+            raise RuntimeError("this node was not started")
+        return self._worker
+
+    @property
+    def _sharing(self) -> Sharer:
+        return cast("Sharer", self._ready)
+
+    def stop(self) -> None:
+        """End what is under way at once."""
+        if self._worker is not None:
+            self._worker.stop()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self._worker is not None:
+            self._worker.close()

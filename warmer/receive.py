@@ -1,0 +1,107 @@
+"""Moves chunks that another node has fetched into one node's tier, and verifies what goes into a tier. Plain Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal
+
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.transfer import xet_hashes
+from warmer.errors import TierError
+from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from warmer.outcomes import Outcome
+    from warmer.plan import PlannedChunk
+    from warmer.tiers import Draft, Tier
+
+    Bytes = npt.NDArray[np.uint8]
+
+Verify = Literal["hash", "length"]
+
+_PIECE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of a chunk that are written at a time: an order to stop is noticed between two."""
+
+
+class Receiver:
+    """One node's way from the object store into its tier. May be used by several threads.
+
+    Args:
+        tier: Where chunks go.
+        verify: What is checked before one appears: its length, or its Xet hash too.
+        stopped: Set when the run is told to stop.
+    """
+
+    def __init__(self, tier: Tier, verify: Verify, stopped: threading.Event) -> None:
+        self._tier = tier
+        self._verify = verify
+        self._stopped = stopped
+
+    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+        """Put chunks into the tier that another node has fetched. As with those fetched, none appears unless it is right.
+
+        Returns:
+            How each ended, in their order; None for one whose bytes were not right.
+        """
+        outcomes: dict[int, Outcome | None] = {}
+        drafts: dict[int, Draft] = {}
+        try:
+            for index, (chunk, content) in enumerate(zip(chunks, contents, strict=True)):
+                try:
+                    if self._tier.holds(chunk.key, chunk.size):
+                        outcomes[index] = Present(chunk.key, chunk.size)
+                    elif len(content) != chunk.size:
+                        outcomes[index] = None
+                    else:
+                        drafts[index] = draft = self._tier.draft(chunk.key, chunk.size)
+                        self._fill(draft, content)
+                except HFBucketError as error:
+                    outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
+            filled = {index: draft for index, draft in drafts.items() if index not in outcomes}
+            hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], self._verify)
+            for (index, draft), actual in zip(filled.items(), hashes, strict=True):
+                outcomes[index] = self._accept(chunks[index], draft, actual)
+        finally:
+            for draft in drafts.values():
+                draft.discard()
+        return [outcomes[index] for index in range(len(chunks))]
+
+    def _fill(self, draft: Draft, content: Bytes) -> None:
+        for at in range(0, len(content), _PIECE_BYTES):
+            if self._stopped.is_set():
+                return
+            draft.lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
+
+    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError) -> Outcome | None:
+        if self._stopped.is_set():
+            return given_up(chunk)
+        if not isinstance(actual, HFBucketError):
+            if actual != chunk.xet_hash:
+                return None
+            try:
+                draft.publish()
+            except HFBucketError as error:
+                actual = error
+            else:
+                return Copied(chunk.key, chunk.size, received=True)
+        return Failed(chunk.key, chunk.size, actual.kind, str(actual))
+
+
+def hashes_of(drafts: Sequence[Draft], expected: Sequence[str], verify: Verify) -> Sequence[str | HFBucketError]:
+    """The hashes of what is in drafts, all by one call of the hasher; where only lengths count, those expected."""
+    if not drafts or verify == "length":
+        return expected
+    try:
+        return xet_hashes(draft.path for draft in drafts)
+    except (OSError, RuntimeError) as error:
+        return [TierError(f"{draft.path}: its hash cannot be computed: {error}") for draft in drafts]
+
+
+def given_up(chunk: PlannedChunk) -> Failed:
+    """How a chunk ends that the run was told to stop with."""
+    return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
