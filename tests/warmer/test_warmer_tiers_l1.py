@@ -1,6 +1,5 @@
 """The memory of a real `lmcache server`, loaded for a prompt."""
 
-import os
 import shutil
 import socket
 
@@ -14,9 +13,6 @@ from demo.waiting import wait_until
 from hfbucket_plugin.errors import ConfigError
 from warmer.errors import EngineError
 from warmer.tiers.l1 import prefetch
-
-if not os.environ.get("WARMER_ENGINE_TIERS"):
-    pytest.skip("starts engines in this process: set WARMER_ENGINE_TIERS=1 to run it", allow_module_level=True)
 
 CHUNK = 32
 CHUNKS = 60

@@ -19,9 +19,6 @@ from warmer.node import NodeWarmer
 from warmer.tiers import declared_tier, open_tier
 from warmer.tiers.local_cpu import load, worker_address
 
-if not os.environ.get("WARMER_ENGINE_TIERS"):
-    pytest.skip("starts engines in this process: set WARMER_ENGINE_TIERS=1 to run it", allow_module_level=True)
-
 MODEL = "org/tiny model"
 CHUNK = 64
 CHUNKS = 10
