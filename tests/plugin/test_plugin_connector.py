@@ -592,6 +592,7 @@ def test_a_partial_chunk_is_refused_while_the_rest_of_its_batch_is_stored(hub, b
 
 
 def test_a_ping_answers_for_the_connector_and_asks_the_hub_nothing(hub, rig):
+    eventually(lambda: hub.control.counters().route("xet-read-token").statuses)  # what an engine that starts asks for
     hub.control.add_fault(Fault(route="*", hang=True))
     hub.control.reset_counters()
 
