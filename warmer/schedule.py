@@ -246,10 +246,15 @@ class Schedule(Laggards):
             self._fetch_again(lot)
 
     def _fetch_again(self, lot: Lot) -> None:
-        """What was stored of a lot is gone."""
+        """What was stored of a lot is gone, also for those that were about to be told to take it."""
         self._stored.pop(lot.number, None)
-        self._released.append(lot.source)
+        source = lot.source
+        self._released.append(source)
         lot.ready_again()
+        untold = [order for order in self._out if isinstance(order, Receive) and order.source == source]
+        self._out = [order for order in self._out if order not in untold]
+        for order in untold:
+            self.received(order.number, [None] * len(order.chunks), now=self._now, holder_lost=True)
         if lot.pending:
             self.counts.refetched += len(lot.chunks)
 
