@@ -101,6 +101,7 @@ class CopyRun:
             _Watch(report, display, places),
             limit,
             self.bound.warm_up.limits.node_timeout,
+            chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
         )
         try:

@@ -180,7 +180,15 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
                 break
             schedule = direct_schedule(nodes, plan)
             config = CheckConfig(tier, hashes=hashes)
-            start_secs = bound.warm_up.limits.node_timeout
+            limits = bound.warm_up.limits
+            fleet = Fleet(
+                [one.node for one in nodes],
+                config,
+                watch,
+                limit,
+                limits.node_timeout,
+                chunk_secs=limits.chunk_timeout,
+            )
             with stop.orderly():
-                Fleet([one.node for one in nodes], config, watch, limit, start_secs).run(schedule)
+                fleet.run(schedule)
         return report.record(stopped=limit.requested)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -11,7 +12,8 @@ import ray
 import ray.exceptions
 
 from warmer.actor import NodeActor
-from warmer.orders import Fetch
+from warmer.node import CHUNK_TIMEOUT_SECS
+from warmer.orders import Fetch, total_bytes
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
 from warmer.tiers import Place
 
@@ -36,6 +38,15 @@ _STOP_SECS: Final = 1.5
 """What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
+
+_ANSWER_SECS: Final = 1.0
+"""How long the driver waits for an answer that is there, but on another node; then it asks again later."""
+
+_HUNG_SECS: Final = 60.0
+_HUNG_TIMEOUTS: Final = 2.0
+_HUNG_BYTES_PER_SEC: Final = 1024 * 1024
+"""A node answers nothing when an order takes longer than a minute, twice what a chunk and its batch may take, and the time
+to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
 
 ORDERS_AT_ONCE: Final = 4
 """Orders that an actor carries out at one time: two to fetch and two to receive, as `Window` has it."""
@@ -90,6 +101,21 @@ class _Crew:
     started: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A call under way.
+
+    Attributes:
+        node: Whose it is.
+        order: What it carries out; None for the start of a node.
+        deadline: When the node counts as hung.
+    """
+
+    node: str
+    order: Order | None
+    deadline: float
+
+
 class Fleet:
     """The actors of a run.
 
@@ -100,6 +126,7 @@ class Fleet:
         stop: Says whether to stop.
         start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
             nothing else to do.
+        chunk_secs: Most seconds that a node may take for a chunk, with its batch and retries.
         replacing: How lost nodes are replaced; None when they are not.
     """
 
@@ -111,6 +138,7 @@ class Fleet:
         stop: Stop,
         start_secs: float,
         *,
+        chunk_secs: float = CHUNK_TIMEOUT_SECS,
         replacing: Replacing | None = None,
     ) -> None:
         self._nodes = nodes
@@ -118,10 +146,11 @@ class Fleet:
         self._witness = witness
         self._stop = stop
         self._start_secs = start_secs
+        self._chunk_secs = chunk_secs
         self._replacing = replacing
         self._crews: dict[str, _Crew] = {}
         # The windows of the schedule bound both, whatever the plan's length.
-        self._flying: dict[Any, tuple[str, Order | None]] = {}
+        self._flying: dict[Any, _Flight] = {}
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
         self._next_look = 0.0
@@ -136,6 +165,7 @@ class Fleet:
                 for ref in self._landed():
                     self._take(schedule, ref)
                 self._give_up_late_starters(schedule)
+                self._give_up_hung(schedule)
                 self._fill_vacancies(schedule)
                 self._witness.tick()
             if self._stop.requested:
@@ -151,7 +181,7 @@ class Fleet:
         ).remote()
         self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
         place = Place(node.name, node.id, node.labels)
-        self._flying[actor.start.remote(self._config, place)] = (node.id, None)
+        self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
 
     def _give(self, schedule: Schedule) -> None:
         for order in schedule.orders(time.monotonic()):
@@ -161,8 +191,12 @@ class Fleet:
             else:
                 # In a list: Ray would else fetch it before the actor can say that it holds the chunks already.
                 ref = actor.receive.remote(order.chunks, [self._objects[order.source]])
-            self._flying[ref] = (order.node, order)
+            self._flying[ref] = _Flight(order.node, order, time.monotonic() + self._patience(order))
         self._release(schedule)
+
+    def _patience(self, order: Order) -> float:
+        """How many seconds an order may take. Its chunks have one deadline on the node, and none wait for others there."""
+        return _HUNG_SECS + _HUNG_TIMEOUTS * self._chunk_secs + total_bytes(order.chunks) / _HUNG_BYTES_PER_SEC
 
     def _release(self, schedule: Schedule) -> None:
         """Forget objects, which has their owners throw them away everywhere."""
@@ -183,9 +217,12 @@ class Fleet:
     def _take(self, schedule: Schedule, ref: Any) -> None:
         if ref not in self._flying:  # its node was lost a moment ago
             return
-        name, order = self._flying.pop(ref)
+        flight = self._flying.pop(ref)
+        name, order = flight.node, flight.order
         try:
-            result = ray.get(ref)
+            result = ray.get(ref, timeout=_ANSWER_SECS)
+        except ray.exceptions.GetTimeoutError:
+            self._flying[ref] = flight
         except ray.exceptions.RayTaskError as error:
             self._broken(schedule, name, order, error)
         except ray.exceptions.RayError as error:
@@ -236,8 +273,14 @@ class Fleet:
             if not crew.started and now > crew.deadline:
                 self._lose(schedule, name, NODE_START, f"took no part within {self._start_secs:g} s; is it overloaded?")
 
+    def _give_up_hung(self, schedule: Schedule) -> None:
+        now = time.monotonic()
+        for name, order in [(flight.node, flight.order) for flight in self._flying.values() if now > flight.deadline]:
+            if order is not None and name in schedule.nodes:
+                self._lose(schedule, name, NODE_LOST, f"answered nothing for {self._patience(order):.0f} s")
+
     def _lose(self, schedule: Schedule, name: str, kind: str, message: str) -> None:
-        self._flying = {ref: entry for ref, entry in self._flying.items() if entry[0] != name}
+        self._flying = {ref: flight for ref, flight in self._flying.items() if flight.node != name}
         self._kill(self._crews[name].actor)
         self._witness.lost(name, kind, message)
         keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}

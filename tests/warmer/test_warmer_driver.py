@@ -1,5 +1,6 @@
 """The driver's loop without a cluster: what it does with nodes that die, hang or join at any moment."""
 
+import pytest
 import ray.exceptions
 from fake_ray import FakeRay, Witness, well
 from scheduling import MIB, part, plan
@@ -7,13 +8,16 @@ from scheduling import MIB, part, plan
 from warmer.fleet import Fleet
 from warmer.interrupt import StopSwitch
 from warmer.orders import Window
+from warmer.outcomes import Copied
+from warmer.pace import Caps
 from warmer.schedule import Schedule
 
 
-def drive(world, chunks=40, **options):
+def drive(world, chunks=40, caps=None, **options):
     """Carry out a schedule of some chunks on all nodes of a world; returns what its witness saw."""
     names = [node.id for node in world.nodes]
-    schedule = Schedule(dict.fromkeys(names, 10**9), [part(plan([MIB] * chunks))], Window(batch_chunks=4))
+    parts = [part(plan([MIB] * chunks))]
+    schedule = Schedule(dict.fromkeys(names, 10**9), parts, Window(batch_chunks=4), caps=caps or Caps())
     witness = Witness()
     Fleet(world.nodes, None, witness, StopSwitch(), 60.0, **options).run(schedule)
     return witness
@@ -43,3 +47,46 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
     assert {node: kind for node, (kind, _) in witness.errors.items()} == {"a": "node_lost"}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
     assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+
+
+@pytest.mark.parametrize("method", ["fetch", "receive"])
+@pytest.mark.parametrize("chunk_secs", [5.0, 300.0])
+def test_a_node_that_answers_nothing_is_lost_after_a_while(monkeypatch, method, chunk_secs):
+    world = FakeRay("abc", lambda call, _now: None if (call.node, call.method) == ("c", method) else well(call))
+    witness = drive(world.under(monkeypatch), chunk_secs=chunk_secs)
+    kind, message = witness.errors.pop("c")
+    assert kind == "node_lost"
+    assert message.startswith("answered nothing for ")
+    assert witness.errors == {}
+    assert "c" in world.killed
+    every = sorted(chunk.key for chunk in plan([MIB] * 40))
+    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+    assert 60 + 2 * chunk_secs <= world.now <= 90 + 2 * chunk_secs
+
+
+def test_a_node_that_takes_all_the_time_that_it_may_is_not_lost(monkeypatch):
+    """Its chunks fail late, each batch in twice the chunk's time: once on the Hub, and once on its disk."""
+    begun = {}
+
+    def answer(call, now):
+        begun.setdefault(id(call), now)
+        if call.node != "c" or now >= begun[id(call)] + 600:
+            well(call)
+
+    witness = drive(FakeRay("abc", answer).under(monkeypatch), chunk_secs=300.0, caps=Caps(node=MIB))
+    assert witness.errors == {}
+    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
+
+
+def test_an_answer_that_does_not_come_over_is_asked_for_again(monkeypatch):
+    world, asked = FakeRay("ab").under(monkeypatch), []
+    get = world.get
+
+    def late(ref, timeout):
+        asked.append(ref)
+        if ref.method == "fetch" and asked.count(ref) < 3:
+            raise ray.exceptions.GetTimeoutError
+        return get(ref)
+
+    monkeypatch.setattr(world, "get", late)
+    assert drive(world).errors == {}
