@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from warmer.dispatch import PARTS, Dispatch
 from warmer.lots import Flight, Lot, Stage
-from warmer.orders import total_bytes
+from warmer.orders import Receive, total_bytes
 
 if TYPE_CHECKING:
     from warmer.convoys import Convoy, Seat
@@ -72,10 +72,13 @@ class Laggards(Dispatch):
 
     def _is_slow(self, lane: Lane) -> bool:
         """Whether a node receives much more slowly than most; or nothing at all."""
+        if not lane.started:
+            return True
+        flights = [flight for flight in self._flights.values() if flight.order.node == lane.name]
         typical = self._receive_pace.secs_per_byte
-        if not lane.started or typical is None:
-            return not lane.started
-        flights = (flight for flight in self._flights.values() if flight.order.node == lane.name)
+        if typical is None:  # nobody has received anything: there may be nobody else to receive
+            begun = (flight.since for flight in flights if isinstance(flight.order, Receive))
+            return self._now - min(begun, default=self._now) > _SLOW_PATIENCE * self._window.patience_secs
         waits = ((self._now - flight.since) / max(1, total_bytes(flight.order.chunks)) for flight in flights)
         return max(lane.receive_pace.secs_per_byte or 0.0, *waits, 0.0) > _SLOW * typical
 

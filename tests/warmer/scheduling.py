@@ -281,6 +281,14 @@ def begin(nodes, chunks, **options):
     return schedule
 
 
+def well(schedule, order, now):
+    """An order ends well; returns what has ended by this."""
+    results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+    if isinstance(order, Fetch):
+        return schedule.fetched(order.number, results, shared=order.share, now=now)
+    return schedule.received(order.number, results, now=now)
+
+
 def carry_out(schedule, now=0.0, *, holds=(), step=0.01, most=100_000):
     """Let every order end well at once, but those of some nodes; returns what was ordered, and the time."""
     seen = []
@@ -289,11 +297,7 @@ def carry_out(schedule, now=0.0, *, holds=(), step=0.01, most=100_000):
         seen += orders
         now += step
         for order in orders:
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         if schedule.done or (not orders and not holds):
             break
     return seen, now
@@ -318,9 +322,5 @@ def play(schedule, secs, until):
         for at, order in [entry for entry in flying if entry[0] <= now]:
             flying.remove((at, order))
             last[order.node] = now
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
     return last

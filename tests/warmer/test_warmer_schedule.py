@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play
+from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
 
 from warmer.convoys import Part
 from warmer.orders import Fetch, Receive, Window, total_bytes
@@ -62,20 +62,12 @@ def test_a_node_that_answers_nothing_is_left_behind_and_catches_up():
                 held.append(order)
                 continue
             seen.update(chunk.key for chunk in order.chunks)
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         now += 0.1
         assert now < 300
     assert schedule.counts.lags == 1
     for order in held:
-        results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-        if isinstance(order, Fetch):
-            schedule.fetched(order.number, results, shared=order.share, now=now)
-        else:
-            schedule.received(order.number, results, now=now)
+        well(schedule, order, now)
     orders, _ = carry_out(schedule, now)
     assert schedule.done
     slow = keys(held + orders, Fetch, "slow") + keys(held, Receive, "slow")
@@ -206,11 +198,7 @@ def test_caps_bound_what_is_ordered_in_any_time():
     while not schedule.done:
         for order in schedule.orders(now):
             ordered.append((now, order))
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         now += 0.1
     # 400 MiB reach each node, at 8 MiB a second: no faster, and hardly slower.
     assert 48 <= now <= 60
@@ -271,3 +259,17 @@ def test_a_chunk_larger_than_the_window_goes_alone():
     orders, _ = carry_out(schedule)
     assert [len(order.chunks) for order in orders] == [1, 1, 1]
     assert schedule.done
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_a_hung_node_is_left_behind_also_where_nobody_has_received_yet(names):
+    schedule = begin(dict.fromkeys(names, 16 * MIB), plan([MIB] * 200), window=Window(batch_chunks=4))
+    others = [name for name in names if name != "b"]
+    ended, now = Counter(), 0.0
+    while any(ended[name] < 200 for name in others):
+        for order in schedule.orders(now):
+            if order.node != "b":
+                ended.update(node for node, _ in well(schedule, order, now))
+        now += 0.25
+        assert now < 200
+    assert schedule.counts.lags == 1
