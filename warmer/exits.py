@@ -14,8 +14,8 @@ FAILED: Final = 3
 """Some chunks are not there, each named; or the Hub could not be reached. Running again moves only what is missing."""
 
 REFUSED: Final = 4
-"""There was nothing to do or nowhere to do it: nothing selected that fits the tier, no node that takes part, or no room on
-any of them for a single chunk."""
+"""There was nothing to do or nowhere to do it: nothing selected that fits the tier, no node that takes part or takes
+any of it, or no room on any of them for a single chunk."""
 
 INTERRUPTED: Final = 5
 """SIGTERM or SIGINT. Running again moves only what is missing."""

@@ -71,6 +71,12 @@ def parts_of(nodes: Sequence[Assigned], plan: PlanFile) -> dict[frozenset[str], 
     return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}
 
 
+def for_nobody(nodes: Sequence[Assigned], plan: PlanFile) -> int:
+    """How many chunks of a plan none of these nodes takes."""
+    shares = plan.shares.items()
+    return sum(chunks for worker, (chunks, _) in shares if not any(is_for(worker, one.ranks) for one in nodes))
+
+
 class TimeLimit:
     """Says whether a run is to stop: it was told to, or its time is up.
 

@@ -92,6 +92,7 @@ class Task:
         selected: Chunks selected, which every node is to hold, as far as they are for its workers.
         selected_bytes: The sum of their sizes.
         skipped: Chunks passed by, by reason (see `warmer.planning.Choosing`).
+        for_nobody: Of those selected, the chunks of workers whose chunks no node takes.
     """
 
     instance: str
@@ -101,6 +102,7 @@ class Task:
     selected: int
     selected_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
+    for_nobody: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,7 @@ class RunReport:
             "selected": self.task.selected,
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
+            "for_nobody": self.task.for_nobody,
             "copied": self.total("copied"),
             "received": self.total("received"),
             "present": self.total("present"),
