@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from warmer.laggards import Laggards
 from warmer.lots import Lot, Stage
 from warmer.orders import Fetch, Receive, Window, total_bytes
-from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, Copied, Failed
+from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
 from warmer.pace import Caps
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
+        self._bucket.give_back(self._unmoved(order, outcomes))
         copied = [outcome.size for outcome in outcomes if isinstance(outcome, Copied)]
         size = sum(copied)
         self.counts.fetched += len(copied)
@@ -144,6 +145,21 @@ class Schedule(Laggards):
                 self._released.append(number)
             return [(order.node, outcome) for outcome in outcomes]
         return self._sort(lot, order, outcomes, shared=shared)
+
+    def _unmoved(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool = False) -> int:
+        """Give the node back what it let go for chunks that did not move, such as those that were there; returns their bytes.
+
+        A chunk that failed in any other way may have moved, even several times.
+        """
+        size = sum(
+            chunk.size
+            for chunk, outcome in zip(order.chunks, outcomes, strict=True)
+            if isinstance(outcome, Present)
+            or (isinstance(outcome, Failed) and outcome.kind in UNMOVED_KINDS)
+            or (outcome is None and lost)
+        )
+        self._lanes[order.node].bucket.give_back(size)
+        return size
 
     def _sort(self, lot: Lot, order: Order, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
         """Tell apart what is in the store, what others have to fetch, and what failed for all."""
@@ -214,6 +230,7 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lane = flight.order, self._lanes[flight.order.node]
+        self._unmoved(order, outcomes, lost=holder_lost)
         lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
         missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
         size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))

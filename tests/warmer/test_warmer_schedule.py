@@ -10,7 +10,7 @@ from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
 
 from warmer.convoys import Part
 from warmer.orders import Fetch, Receive, Window, total_bytes
-from warmer.outcomes import Copied, Failed
+from warmer.outcomes import Copied, Failed, Present
 from warmer.pace import Caps
 from warmer.schedule import Schedule
 
@@ -273,3 +273,26 @@ def test_a_hung_node_is_left_behind_also_where_nobody_has_received_yet(names):
         now += 0.25
         assert now < 200
     assert schedule.counts.lags == 1
+
+
+@pytest.mark.parametrize("caps", [Caps(run=10 * MIB), Caps(node=10 * MIB), Caps(run=10 * MIB, node=10 * MIB)])
+@pytest.mark.parametrize(
+    ("ending", "free"),
+    [
+        (lambda chunk: Present(chunk.key, chunk.size), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "no_room", "no"), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "missing", "no"), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "integrity", "its bytes came"), False),
+    ],
+)
+def test_what_did_not_move_costs_no_bandwidth(caps, ending, free):
+    schedule, now = begin("ab", plan([MIB] * 100), caps=caps), 0.0
+    while not schedule.done:
+        for order in schedule.orders(now):
+            results = [ending(chunk) for chunk in order.chunks]
+            if isinstance(order, Fetch):
+                schedule.fetched(order.number, results, shared=False, now=now)
+            else:
+                schedule.received(order.number, results, now=now)
+        now += 0.05
+    assert now < 3 if free else now > 8
