@@ -99,7 +99,7 @@ class CopyRun:
             store_bytes=lambda node: store_bytes(moving, node),
         )
         display = choose_display()
-        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket())
+        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
         fleet = Fleet(
             [one.node for one in places.nodes],
             self.bound.node_config(tier),

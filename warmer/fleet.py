@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.errors import HFBucketError
     from warmer.actor import Config
     from warmer.cluster import Node
+    from warmer.interrupt import Stop
     from warmer.orders import Order
     from warmer.outcomes import Outcome
     from warmer.schedule import Ended, Schedule
@@ -66,14 +67,6 @@ class Witness(Protocol):
 
     def tick(self) -> None:
         """Time has passed: called a few times a second."""
-
-
-class Stop(Protocol):
-    """Says whether the run is to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +177,10 @@ class Fleet:
         self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
 
     def _give(self, schedule: Schedule) -> None:
-        for order in schedule.orders(time.monotonic()):
+        orders = schedule.orders(time.monotonic())
+        if self._stop.requested:  # told so while chunks were looked up
+            return
+        for order in orders:
             actor = self._crews[order.node].actor
             if isinstance(order, Fetch):
                 ref = actor.fetch.remote(order.chunks, share=order.share)
