@@ -49,7 +49,7 @@ class Laggards(Dispatch):
         if node in lot.reserved:
             lot.reserved.discard(node)
             flight.hold = lot.size
-        flight.lot = None
+        flight.lot, flight.was_of = None, lot
         lot.ready_again()
         self._ready.append(lot)
 

@@ -81,12 +81,14 @@ class Flight:
         lot: Whose chunks they are; None for those that a node fetches for itself.
         since: When it was given.
         hold: Bytes that it may leave in its node's store though no lot counts them.
+        was_of: The lot that went on without it, since it took so long; None where it did not.
     """
 
     order: Order
     lot: Lot | None
     since: float
     hold: int = 0
+    was_of: Lot | None = None
 
 
 class Stock:
@@ -126,6 +128,11 @@ class Stock:
         lot.reserved = set(nodes)
         for node in lot.reserved:
             self.used[node] += lot.size
+
+    def reserve_too(self, lot: Lot, node: str) -> None:
+        """Count a lot on one more node."""
+        lot.reserved.add(node)
+        self.used[node] += lot.size
 
     def free(self, lot: Lot, node: str) -> None:
         """Count a lot on a node no more."""

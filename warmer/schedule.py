@@ -143,8 +143,33 @@ class Schedule(Laggards):
         if lot is None:
             if shared:
                 self._released.append(number)
-            return [(order.node, outcome) for outcome in outcomes]
+            return self._end_alone(flight, outcomes)
         return self._sort(lot, order, outcomes, shared=shared)
+
+    def _end_alone(self, flight: Flight, outcomes: Sequence[Outcome]) -> list[Ended]:
+        """What a node fetched for itself has ended. Where it did so only because it was slow, others help it once."""
+        node, lot = flight.order.node, flight.was_of
+        if lot is None:
+            return [(node, outcome) for outcome in outcomes]
+        ended: list[Ended] = []
+        failed: list[PlannedChunk] = []
+        for chunk, outcome in zip(flight.order.chunks, outcomes, strict=True):
+            if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS and outcome.kind != MISSING:
+                failed.append(chunk)
+            else:
+                ended.append((node, outcome))
+        lane = self._lanes[node]
+        lives = lot.number in self._lots and self._in(lane, lot.convoy) and self._stock.fits([node], lot.size)
+        if lives and len(failed) == len(lot.chunks) and lot.chunks == tuple(failed):
+            lot.pending[node] = None
+            lot.avoid |= {node}
+            self._stock.reserve_too(lot, node)
+            self._settle(lot)
+            if lot.stage is Stage.STORED:
+                self._offer(lot)
+        elif failed:
+            self._alone(lane).add(tuple(failed))
+        return ended
 
     def _unmoved(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool = False) -> int:
         """Give the node back what it let go for chunks that did not move, such as those that were there; returns their bytes.

@@ -296,3 +296,50 @@ def test_what_did_not_move_costs_no_bandwidth(caps, ending, free):
                 schedule.received(order.number, results, now=now)
         now += 0.05
     assert now < 3 if free else now > 8
+
+
+def slow_fetch(schedule):
+    """Begins a run of which node a fetches something so slowly that b is asked; returns its order, and the time."""
+    slow, now = None, 0.0
+    while not schedule.counts.slow_fetches:
+        for order in schedule.orders(now):
+            if order.node == "a" and isinstance(order, Fetch) and slow is None:
+                slow = order
+            else:
+                well(schedule, order, now + 0.01)
+        now += 0.5
+        assert now < 60
+    return slow, now
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_slow_fetch_that_fails_at_last_is_made_up_for_by_another_node(stored):
+    schedule = begin("abc", plan([MIB] * 8), window=Window(batch_chunks=4, fetches=1))
+    slow, now = slow_fetch(schedule)
+    receives = []
+    while stored and not receives:  # the others have begun to take it
+        for order in schedule.orders(now):
+            receives.append(order) if isinstance(order, Receive) else well(schedule, order, now)
+    failed = [Failed(chunk.key, chunk.size, "transport", "no") for chunk in slow.chunks]
+    assert schedule.fetched(slow.number, failed, shared=False, now=now) == []
+    for order in receives:
+        well(schedule, order, now)
+    orders, _ = carry_out(schedule, now)
+    assert schedule.done
+    assert keys(orders, Receive, "a") == Counter(chunk.key for chunk in slow.chunks)
+    assert keys(orders, Fetch, "a") == Counter()
+
+
+def test_a_slow_fetch_that_fails_after_its_lot_is_gone_is_tried_once_more():
+    schedule = begin("ab", plan([MIB] * 8), window=Window(batch_chunks=4, fetches=1))
+    slow, now = slow_fetch(schedule)
+    _, now = carry_out(schedule, now)
+    kinds = ["transport", "missing", "tier"]
+    results = [Failed(chunk.key, chunk.size, kind, "no") for chunk, kind in zip(slow.chunks, kinds, strict=False)]
+    results.append(Copied(slow.chunks[3].key, MIB))
+    ended = schedule.fetched(slow.number, results, shared=True, now=now)
+    assert [outcome for _, outcome in ended] == results[1:]
+    (again,) = schedule.orders(now)
+    assert (again.node, again.chunks) == ("a", slow.chunks[:1])
+    assert schedule.fetched(again.number, results[:1], shared=False, now=now) == [("a", results[0])]
+    assert schedule.done
