@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
 
 from warmer.convoys import Part
+from warmer.lanes import MOST_STRETCHES
 from warmer.orders import Fetch, Receive, Window, total_bytes
 from warmer.outcomes import Copied, Failed, Present
 from warmer.pace import Caps
@@ -343,3 +344,29 @@ def test_a_slow_fetch_that_fails_after_its_lot_is_gone_is_tried_once_more():
     assert (again.node, again.chunks) == ("a", slow.chunks[:1])
     assert schedule.fetched(again.number, results[:1], shared=False, now=now) == [("a", results[0])]
     assert schedule.done
+
+
+def test_one_chunk_that_a_store_has_no_room_for_changes_nothing_for_the_rest():
+    chunks = plan([64 * MIB, *[MIB] * 300, 64 * MIB, *[MIB] * 300])
+    schedule = begin({**dict.fromkeys("abcdefg", 10**10), "head": 60 * MIB}, chunks)
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    fetched = keys(orders, Fetch)
+    assert {fetched[chunk.key] for chunk in chunks if chunk.size > MIB} == {8}
+    assert {fetched[chunk.key] for chunk in chunks if chunk.size == MIB} == {1}
+    assert schedule.counts.own == 16
+
+
+def test_a_node_that_lags_far_behind_with_such_chunks_goes_on_by_itself():
+    chunks = plan([MIB, 10] * 4000)
+    schedule = begin({"a": 1000, "slow": 1000}, chunks)
+    carry_out(schedule, holds={"slow"}, most=20_000)
+    assert len(schedule._lanes["slow"].backlog._stretches) <= MOST_STRETCHES + 1
+    assert sum(1 for _ in schedule.lost("slow")) == 8000
+
+
+def test_chunks_one_after_the_other_that_no_store_has_room_for_are_one_stretch():
+    schedule = begin({"a": 5, "slow": 5}, plan([10] * 5000))
+    carry_out(schedule, holds={"slow"}, most=300)
+    assert len(schedule._lanes["slow"].backlog._stretches) == 1
+    assert sum(1 for _ in schedule.lost("slow")) == 5000
