@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 
 from warmer.actor import NodeActor
+from warmer.cluster import alive_nodes
 from warmer.node import CHUNK_TIMEOUT_SECS
 from warmer.orders import Fetch, total_bytes
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
@@ -153,7 +154,7 @@ class Fleet:
         try:
             for node in self._nodes:
                 self._launch(node)
-            while not schedule.done and not self._stop.requested:
+            while not self._stop.requested and not self._over(schedule):
                 self._give(schedule)
                 for ref in self._landed():
                     self._take(schedule, ref)
@@ -165,6 +166,15 @@ class Fleet:
                 self._wind_down(schedule)
         finally:
             self._dismiss()
+
+    def _over(self, schedule: Schedule) -> bool:
+        """Whether everything is done, by nodes that are still there: one that ended its part may have died since."""
+        if not schedule.done:
+            return False
+        alive = {node.id for node in alive_nodes()}
+        for name in [name for name in schedule.nodes if name not in alive]:
+            self._lose(schedule, name, NODE_LOST, "lost after it had ended its part")
+        return schedule.done
 
     def _launch(self, node: Node) -> None:
         actor_class: Any = ray.remote(NodeActor)

@@ -249,6 +249,8 @@ class RunReport:
     def _code(self, *, stopped: bool) -> int:
         if stopped and self.unfinished:
             return exits.INTERRUPTED
+        if any(node.error is not None and node.replaced_by is None for node in self.nodes.values()):
+            return exits.FAILED
         if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
             return exits.REFUSED
         return exits.FAILED if self.kinds else exits.COMPLETE

@@ -42,7 +42,7 @@ class FakeRay:
     def under(self, monkeypatch):
         monkeypatch.setattr(fleet, "ray", self)
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
-        monkeypatch.setattr(fleet, "alive_nodes", lambda: self.alive, raising=False)
+        monkeypatch.setattr(fleet, "alive_nodes", lambda: self.alive)
         return self
 
     def _sleep(self, secs):

@@ -5,7 +5,9 @@ import ray.exceptions
 from fake_ray import FakeRay, Witness, well
 from scheduling import MIB, part, plan
 
-from warmer.fleet import Fleet
+from warmer import fleet
+from warmer.cluster import Node
+from warmer.fleet import Fleet, Replacing
 from warmer.interrupt import StopSwitch
 from warmer.orders import Window
 from warmer.outcomes import Copied
@@ -90,3 +92,37 @@ def test_an_answer_that_does_not_come_over_is_asked_for_again(monkeypatch):
 
     monkeypatch.setattr(world, "get", late)
     assert drive(world).errors == {}
+
+
+def dies_after_its_part(world):
+    """Has node b leave the cluster when all calls have ended; nobody is told."""
+
+    def alive():
+        if all(call.ended for call in world.calls):
+            world.alive = [node for node in world.alive if node.id != "b"]
+        return world.alive
+
+    return alive
+
+
+def test_a_node_that_dies_after_its_last_chunk_is_noticed(monkeypatch):
+    world = FakeRay("ab").under(monkeypatch)
+    monkeypatch.setattr(fleet, "alive_nodes", dies_after_its_part(world))
+    witness = drive(world)
+    assert witness.errors == {"b": ("node_lost", "lost after it had ended its part")}
+    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
+    assert len(witness.outcomes) == 2 * 40
+
+
+def test_a_node_that_dies_after_its_last_chunk_is_replaced(monkeypatch):
+    world = FakeRay("ab").under(monkeypatch)
+    monkeypatch.setattr(fleet, "alive_nodes", dies_after_its_part(world))
+    joined = Node("new", "new")
+
+    def candidates():
+        world.alive = [*(node for node in world.alive if node != joined), joined]
+        return world.alive
+
+    witness = drive(world, replacing=Replacing(candidates, lambda _lost, _node: True, lambda _node: 10**9))
+    assert witness.places == {"b": "new"}
+    assert len(keys_by_node(witness)["new"]) == 40

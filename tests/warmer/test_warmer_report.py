@@ -125,6 +125,12 @@ def test_a_lost_node_says_why(run):
     assert run.summary(stopped=False)["nodes"][1]["error"] == "node_lost: gone"
 
 
+def test_a_run_whose_node_was_lost_after_its_last_chunk_is_not_complete(run):
+    complete(run, "id-a", "id-b")
+    run.lost("id-b", "node_lost", "gone")
+    assert run.summary(stopped=False)["exit_code"] == 3
+
+
 def test_what_came_from_another_node_is_told_apart(run):
     run.ended("id-a", Copied("k1", 10, received=True))
     run.ended("id-a", Copied("k2", 10))
