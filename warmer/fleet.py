@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -19,7 +21,7 @@ from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
 from warmer.tiers import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hfbucket_plugin.errors import HFBucketError
     from warmer.actor import Config
@@ -40,6 +42,9 @@ _STOP_SECS: Final = 1.5
 """What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
+
+_NAMED_AT_ONCE: Final = 1000
+"""How many chunks of lost nodes are named before the driver looks at what else there is to do."""
 
 _ANSWER_SECS: Final = 1.0
 """How long the driver waits for an answer that is there, but on another node; then it asks again later."""
@@ -147,6 +152,7 @@ class Fleet:
         self._flying: dict[Any, _Flight] = {}
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
+        self._failing: deque[Iterator[tuple[str, Failed]]] = deque()
         self._next_look = 0.0
 
     def run(self, schedule: Schedule) -> None:
@@ -161,6 +167,7 @@ class Fleet:
                 self._give_up_late_starters(schedule)
                 self._give_up_hung(schedule)
                 self._fill_vacancies(schedule)
+                self._name_failed()
                 self._witness.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
@@ -172,9 +179,10 @@ class Fleet:
         if not schedule.done:
             return False
         alive = {node.id for node in alive_nodes()}
-        for name in [name for name in schedule.nodes if name not in alive]:
+        gone = [name for name in schedule.nodes if name not in alive]
+        for name in gone:
             self._lose(schedule, name, NODE_LOST, "lost after it had ended its part")
-        return schedule.done
+        return not gone and not self._failing
 
     def _launch(self, node: Node) -> None:
         actor_class: Any = ray.remote(NodeActor)
@@ -213,9 +221,10 @@ class Fleet:
         """What has ended; waits for a tick at most."""
         flying = list(self._flying)
         if not flying:
-            time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
+            if not self._failing:
+                time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
             return []
-        landed, _ = ray.wait(flying, num_returns=1, timeout=_TICK_SECS, fetch_local=False)
+        landed, _ = ray.wait(flying, num_returns=1, timeout=0 if self._failing else _TICK_SECS, fetch_local=False)
         if landed:
             landed, _ = ray.wait(flying, num_returns=len(flying), timeout=0, fetch_local=False)
         return list(landed)
@@ -297,8 +306,18 @@ class Fleet:
         self._fail(name, rest, kind, message)
 
     def _fail(self, name: str, rest: Iterable[Any], kind: str, message: str) -> None:
-        for chunk in rest:
-            self._witness.ended(name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}"))
+        """Have chunks named that a node will not get, by and by: there may be millions."""
+        self._failing.append(
+            (name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}")) for chunk in rest
+        )
+
+    def _name_failed(self) -> None:
+        """Name some of them."""
+        if self._failing:
+            some = list(itertools.islice(self._failing[0], _NAMED_AT_ONCE))
+            self._note(some)
+            if len(some) < _NAMED_AT_ONCE:
+                self._failing.popleft()
 
     def _fill_vacancies(self, schedule: Schedule) -> None:
         """Have nodes that joined take the places of lost ones; give up those that nobody takes."""

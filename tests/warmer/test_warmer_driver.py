@@ -10,7 +10,7 @@ from warmer.cluster import Node
 from warmer.fleet import Fleet, Replacing
 from warmer.interrupt import StopSwitch
 from warmer.orders import Window
-from warmer.outcomes import Copied
+from warmer.outcomes import Copied, Failed
 from warmer.pace import Caps
 from warmer.schedule import Schedule
 
@@ -126,3 +126,37 @@ def test_a_node_that_dies_after_its_last_chunk_is_replaced(monkeypatch):
     witness = drive(world, replacing=Replacing(candidates, lambda _lost, _node: True, lambda _node: 10**9))
     assert witness.places == {"b": "new"}
     assert len(keys_by_node(witness)["new"]) == 40
+
+
+class Stopping(Witness):
+    """Tells the run to stop when so many chunks have ended as lost."""
+
+    requested, after, failed = False, None, 0
+
+    def ended(self, node, outcome):
+        super().ended(node, outcome)
+        self.failed += isinstance(outcome, Failed)
+        self.requested = self.requested or self.failed == self.after
+
+
+def lose_much(monkeypatch, after):
+    """A run whose node b dies with all to do, while a fetches for itself."""
+    dead = ray.exceptions.ActorDiedError()
+    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
+    witness = Stopping()
+    witness.after = after
+    schedule = Schedule(dict.fromkeys("ab", 0), [part(plan([10] * 5000))], direct=True)
+    Fleet(world.nodes, None, witness, witness, 60.0).run(schedule)
+    return witness
+
+
+def test_a_lost_nodes_chunks_are_named_bit_by_bit_and_a_stop_is_obeyed_meanwhile(monkeypatch):
+    witness = lose_much(monkeypatch, after=1500)
+    assert 1500 <= sum(node == "b" for node, _ in witness.outcomes) <= 3000
+
+
+def test_the_others_go_on_while_a_lost_nodes_chunks_are_named(monkeypatch):
+    witness = lose_much(monkeypatch, after=None)
+    assert len(keys_by_node(witness)["b"]) == len(set(keys_by_node(witness)["b"])) == 5000
+    named = [index for index, (node, _) in enumerate(witness.outcomes) if node == "b"]
+    assert {node for node, _ in witness.outcomes[named[0] : named[-1]]} == {"a", "b"}
