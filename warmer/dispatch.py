@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -65,6 +66,8 @@ class Dispatch:
         self._ready: deque[Lot] = deque()
         self._flights: dict[int, Flight] = {}
         self._fetching_bytes = 0
+        self._well_since = -math.inf  # when the latest fetch was given that ended in time
+        self._last_in_time = True  # whether the last one to end did
         self._out: list[Order] = []
         self._released: list[int] = []
         # Of each part, most nodes are in the first; those that cannot keep up with it go on together in the second.

@@ -41,6 +41,7 @@ class Lot:
         done: How many have received it.
         attempts: How often fetching it has failed.
         avoid: Who failed to fetch it, and fetches it again only when nobody else can.
+        handed_over: Whether another node was asked for it because the first took so long; that is done once.
     """
 
     def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], convoy: Convoy) -> None:
@@ -57,6 +58,7 @@ class Lot:
         self.convoy = convoy
         self.attempts = 0
         self.avoid: frozenset[str] = frozenset()
+        self.handed_over = False
 
     def allowance(self, fan: int) -> int:
         """How many more may take it now: those that have it serve the others."""

@@ -136,6 +136,9 @@ class Schedule(Laggards):
         self.counts.fetched += len(copied)
         self.counts.fetched_bytes += size
         if size:
+            self._last_in_time = not self._is_late(flight)
+            if self._last_in_time:
+                self._well_since = max(self._well_since, flight.since)
             self._lanes[order.node].pace.add(size, now - flight.since)
             self._pace.add(size, now - flight.since)
         if flight.hold:
@@ -160,7 +163,7 @@ class Schedule(Laggards):
                 ended.append((node, outcome))
         lane = self._lanes[node]
         lives = lot.number in self._lots and self._in(lane, lot.convoy) and self._stock.fits([node], lot.size)
-        if lives and len(failed) == len(lot.chunks) and lot.chunks == tuple(failed):
+        if failed and lives and lot.chunks == tuple(failed):
             lot.pending[node] = None
             lot.avoid |= {node}
             self._stock.reserve_too(lot, node)
@@ -227,7 +230,7 @@ class Schedule(Laggards):
             return
         child = Lot(next(self._numbers), tuple(chunks), nodes, lot.convoy)
         child.convoy.lots += 1
-        child.avoid, child.attempts = lot.avoid, lot.attempts
+        child.avoid, child.attempts, child.handed_over = lot.avoid, lot.attempts, lot.handed_over
         if failed_on is not None:
             child.avoid, child.attempts = frozenset({failed_on}), lot.attempts + 1
             self.counts.refetched += len(chunks)

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
 
@@ -18,6 +18,7 @@ from warmer.schedule import Schedule
 sizes = st.lists(st.integers(0, 100), max_size=30)
 
 
+@example(4892634)  # a slow fetch ends whose lot has no chunk left
 @settings(max_examples=1500, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_fleet(seed):
@@ -370,3 +371,48 @@ def test_chunks_one_after_the_other_that_no_store_has_room_for_are_one_stretch()
     carry_out(schedule, holds={"slow"}, most=300)
     assert len(schedule._lanes["slow"].backlog._stretches) == 1
     assert sum(1 for _ in schedule.lost("slow")) == 5000
+
+
+def fetch_slowly(schedule, secs_of, until=20_000):
+    """Carry it out; `secs_of` says how long an order takes, None for ever. Returns the fetches of each chunk."""
+    flying, fetches, now = [], Counter(), 0.0
+    while not schedule.done and now < until:
+        for order in schedule.orders(now):
+            if isinstance(order, Fetch):
+                fetches.update(chunk.key for chunk in order.chunks)
+            if (secs := secs_of(order, now)) is not None:
+                flying.append((now + secs, order))
+        now += 0.25
+        ended = [entry for entry in flying if entry[0] <= now]
+        flying = [entry for entry in flying if entry[0] > now]
+        for _, order in ended:
+            well(schedule, order, now)
+    return fetches
+
+
+@pytest.mark.parametrize("secs", [8.0, 30.0, 90.0])
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_a_hub_that_is_slow_for_all_is_not_asked_more(nodes, secs):
+    schedule = begin([f"n{n}" for n in range(nodes)], plan([MIB] * 1000 * nodes))
+    fetches = fetch_slowly(schedule, lambda order, now: 0.2 if isinstance(order, Receive) else 1.0 if now < 2 else secs)
+    assert schedule.done
+    assert schedule.counts.slow_fetches == 0
+    assert set(fetches.values()) == {1}
+
+
+def test_hung_nodes_hold_up_none_even_when_nothing_but_their_fetches_is_left():
+    schedule = begin(dict.fromkeys("abcdefgh", 256 * MIB), plan([MIB] * 1000))
+    fetch_slowly(schedule, lambda order, _: None if order.node in "ab" else 0.5, until=400)
+    assert schedule.counts.slow_fetches > 0
+    for name in "ab":
+        list(schedule.lost(name))
+    assert not schedule._lots
+    assert schedule.counts.fetched <= 1100
+
+
+def test_a_lot_is_handed_over_once():
+    schedule = begin("abcd", plan([MIB] * 1000), window=Window(batch_chunks=4))
+    slow = {chunk.key for chunk in plan([MIB] * 4)}
+    fetches = fetch_slowly(schedule, lambda order, _: None if order.chunks[0].key in slow else 0.2, until=600)
+    assert {fetches[key] for key in slow} == {2}
+    assert {times for key, times in fetches.items() if key not in slow} == {1}
