@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from warmer.combined import combined
-from warmer.moving import TimeLimit, schedule_of, store_bytes
+from warmer.errors import NothingToDoError
+from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
 from warmer.places import Places
 from warmer.progress import choose_display
@@ -48,7 +49,7 @@ class CopyRun:
 
         Raises:
             ConfigError: The warm-up names a node that there is not.
-            NothingToDoError: No node takes part.
+            NothingToDoError: No node takes part, or none takes any of the chunks.
             ClusterError: The configured Ray cluster does not answer.
         """
         # Ray takes a second to import, which a refused command should not wait for.
@@ -58,12 +59,15 @@ class CopyRun:
         with joined(warm_up.address):
             stop.take_back()
             places = Places(taking_part(alive_nodes(), warm_up.nodes), warm_up.nodes)
+            left_out = chunks_for_nobody(self.plan, places.nodes)
             limit = TimeLimit(stop, warm_up.limits.max_duration)
             reports = []
             for tier in self.bound.tiers:
                 # Who took a lost node's place for one tier does so for those that follow.
                 nodes = places.nodes
-                report = RunReport(self._task(tier), [one.node for one in nodes], failures, shares(self.plan, nodes))
+                report = RunReport(
+                    self._task(tier, left_out), [one.node for one in nodes], failures, shares(self.plan, nodes)
+                )
                 reports.append(report)
                 if not limit.requested:
                     report.begin()
@@ -72,7 +76,7 @@ class CopyRun:
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
-    def _task(self, tier: Declaration) -> Task:
+    def _task(self, tier: Declaration, left_out: int) -> Task:
         return Task(
             instance=self.bound.instance.name,
             bucket=str(self.bound.instance.settings.bucket_handle),
@@ -81,6 +85,7 @@ class CopyRun:
             selected=self.plan.chunks,
             selected_bytes=self.plan.bytes,
             skipped=dict(self.plan.header.get("skipped", {})),
+            for_nobody=left_out,
         )
 
     def _copy(self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit) -> None:
@@ -94,13 +99,14 @@ class CopyRun:
             store_bytes=lambda node: store_bytes(moving, node),
         )
         display = choose_display()
-        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket())
+        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
         fleet = Fleet(
             [one.node for one in places.nodes],
             self.bound.node_config(tier),
             _Watch(report, display, places),
             limit,
             self.bound.warm_up.limits.node_timeout,
+            chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
         )
         try:
@@ -125,6 +131,25 @@ def shares(plan: PlanFile, nodes: Sequence[Assigned]) -> dict[str, Share]:
         one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
         for one in nodes
     }
+
+
+def chunks_for_nobody(plan: PlanFile, nodes: Sequence[Assigned]) -> int:
+    """How many chunks of a plan no node takes, with a word about them.
+
+    Raises:
+        NothingToDoError: No node takes any.
+    """
+    count = for_nobody(nodes, plan)
+    if not count:
+        return 0
+    workers = sorted(worker for worker in plan.shares if worker is not None)
+    taken = frozenset[int]().union(*(one.ranks or () for one in nodes))
+    words = f"the plan has those of workers {format_ranks(workers)}, nodes take those of {format_ranks(taken)}"
+    advice = "look at --ranks, --ranks-label and the nodes' labels"
+    if count == plan.chunks:
+        raise NothingToDoError(f"no node takes any of the {count} chunks: {words}; {advice}")
+    _log.warning("%d of %d chunks are for no node: %s; %s", count, plan.chunks, words, advice)
+    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from warmer import exits
-from warmer.carry import shares, taking_part
+from warmer.carry import chunks_for_nobody, shares, taking_part
 from warmer.checking import CheckConfig
 from warmer.moving import TimeLimit, direct_schedule
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
@@ -80,10 +80,12 @@ class CheckReport:
 
     Args:
         require: The share of right chunks that each tier of each node must have.
+        for_nobody: How many chunks no node takes: with any, the nodes are not warm.
     """
 
-    def __init__(self, require: float) -> None:
+    def __init__(self, require: float, for_nobody: int = 0) -> None:
         self.require = require
+        self.for_nobody = for_nobody
         self.found: list[NodeCheck] = []
         self.named: dict[str, list[dict[str, str]]] = {"wrong": [], "unknown": []}
 
@@ -102,7 +104,7 @@ class CheckReport:
         seen = all(check.right + check.wrong + check.missing + check.unknown == check.selected for check in self.found)
         if stopped and not seen:
             result, code = "interrupted", exits.INTERRUPTED
-        elif least >= self.require and all(check.error is None for check in self.found):
+        elif least >= self.require and not self.for_nobody and all(check.error is None for check in self.found):
             result, code = "warm", exits.COMPLETE
         else:
             result, code = "cold", exits.FAILED
@@ -112,6 +114,7 @@ class CheckReport:
             "exit_code": code,
             "require": self.require,
             "share": round(least, 6),
+            "for_nobody": self.for_nobody,
             "nodes": [asdict(check) | {"share": round(check.share, 6)} for check in self.found],
             **self.named,
         }
@@ -162,16 +165,16 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
 
     Raises:
         ConfigError: The warm-up names a node that there is not.
-        NothingToDoError: No node takes part.
+        NothingToDoError: No node takes part, or none takes any of the chunks.
         ClusterError: The configured Ray cluster does not answer.
     """
     from warmer.cluster import alive_nodes, joined  # noqa: PLC0415 - Ray takes a second to import
     from warmer.fleet import Fleet  # noqa: PLC0415
 
-    report = CheckReport(require)
     with joined(bound.warm_up.address):
         stop.take_back()
         nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
+        report = CheckReport(require, chunks_for_nobody(plan, nodes))
         limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
         expected = shares(plan, nodes)
         watches = [report.watch(tier.name, nodes, expected) for tier in bound.tiers]
@@ -180,7 +183,15 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
                 break
             schedule = direct_schedule(nodes, plan)
             config = CheckConfig(tier, hashes=hashes)
-            start_secs = bound.warm_up.limits.node_timeout
+            limits = bound.warm_up.limits
+            fleet = Fleet(
+                [one.node for one in nodes],
+                config,
+                watch,
+                limit,
+                limits.node_timeout,
+                chunk_secs=limits.chunk_timeout,
+            )
             with stop.orderly():
-                Fleet([one.node for one in nodes], config, watch, limit, start_secs).run(schedule)
+                fleet.run(schedule)
         return report.record(stopped=limit.requested)

@@ -18,6 +18,7 @@ from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
 from warmer.plan import PlanFile
+from warmer.sources import bind
 from warmer.warm_file import warm_up
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def apply_command(
         wanted = warm_up(config, given, run.planned_warm_up(made))
         if not dry_run:
             return run.apply(wanted, made, stop)
+        run.expect_fitting(bind(wanted), made)
         return _planned({**made.header, "selected": made.chunks, "selected_bytes": made.bytes}) | {"plan": str(plan)}
 
     _end_with(work)

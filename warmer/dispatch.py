@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -65,6 +66,8 @@ class Dispatch:
         self._ready: deque[Lot] = deque()
         self._flights: dict[int, Flight] = {}
         self._fetching_bytes = 0
+        self._well_since = -math.inf  # when the latest fetch was given that ended in time
+        self._last_in_time = True  # whether the last one to end did
         self._out: list[Order] = []
         self._released: list[int] = []
         # Of each part, most nodes are in the first; those that cannot keep up with it go on together in the second.
@@ -132,10 +135,8 @@ class Dispatch:
                 continue
             shared = len(needers) > 1
             if shared and not self._stock.can_ever(needers, chunk.size):
-                # No store takes it: from here on each node goes on by itself.
-                for seat in list(self._members(convoy)):
-                    self._detach(seat, max(convoy.position, seat.entry))
-                return
+                self._each_alone(convoy)
+                continue
             if convoy.lots >= self._most_lots or (shared and not self._stock.fits(needers, chunk.size)):
                 convoy.block(self._now)
                 return
@@ -145,6 +146,17 @@ class Dispatch:
             if not any(self._lanes[name].may_fetch(chunk.size, self._now) for name in order[:_SCAN]):
                 return
             self._begin_lot(convoy, order, self._cut(convoy, needers), shared=shared)
+
+    def _each_alone(self, convoy: Convoy) -> None:
+        """The next chunk fits into no store: each node fetches it for itself, and all go on together behind it."""
+        start = convoy.position
+        for seat in [seat for seat in self._members(convoy) if seat.entry <= start]:
+            backlog = self._alone(seat.lane)
+            if backlog.full:
+                self._detach(seat, start)
+            else:
+                backlog.add_stretch(seat.part, start, start + 1)
+        convoy.advance()
 
     def _cut(self, convoy: Convoy, needers: list[str]) -> tuple[PlannedChunk, ...]:
         """The next chunks of a convoy that the same nodes lack."""

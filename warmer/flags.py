@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from hfbucket_plugin.errors import ConfigError
 from warmer.warmup import WarmUp
 
 if TYPE_CHECKING:
@@ -143,16 +144,27 @@ def with_flags(flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callabl
 
 
 def nested(given: Mapping[Flag, Any]) -> dict[str, Any]:
-    """What flags gave, as a warm-up has it."""
+    """What flags gave, as a warm-up has it.
+
+    Raises:
+        ConfigError: Ranks name no node, or one twice.
+    """
     values: dict[str, Any] = {}
     for flag, value in given.items():
         section = values
         for step in flag.place[:-1]:
             section = section.setdefault(step, {})
-        section[flag.place[-1]] = dict(_pair(one) for one in value) if flag.name == "--ranks" else value
+        section[flag.place[-1]] = _ranks(value) if flag.name == "--ranks" else value
     return values
 
 
-def _pair(text: str) -> tuple[str, str]:
-    node, _, ranks = text.rpartition("=")
-    return node, ranks
+def _ranks(texts: Iterable[str]) -> dict[str, str]:
+    ranks: dict[str, str] = {}
+    for text in texts:
+        node, _, of = text.rpartition("=")
+        if not node:
+            raise ConfigError(f"--ranks {text!r} reads NODE=RANKS, as gpu-a=0-3")
+        if node in ranks:
+            raise ConfigError(f"--ranks names {node} twice; several ranges are joined by ',', as 0-3,8-11")
+        ranks[node] = of
+    return ranks

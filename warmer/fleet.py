@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -11,16 +14,19 @@ import ray
 import ray.exceptions
 
 from warmer.actor import NodeActor
-from warmer.orders import Fetch
+from warmer.cluster import alive_nodes
+from warmer.node import CHUNK_TIMEOUT_SECS
+from warmer.orders import Fetch, total_bytes
 from warmer.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
 from warmer.tiers import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hfbucket_plugin.errors import HFBucketError
     from warmer.actor import Config
     from warmer.cluster import Node
+    from warmer.interrupt import Stop
     from warmer.orders import Order
     from warmer.outcomes import Outcome
     from warmer.schedule import Ended, Schedule
@@ -36,6 +42,18 @@ _STOP_SECS: Final = 1.5
 """What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
+
+_NAMED_AT_ONCE: Final = 1000
+"""How many chunks of lost nodes are named before the driver looks at what else there is to do."""
+
+_ANSWER_SECS: Final = 1.0
+"""How long the driver waits for an answer that is there, but on another node; then it asks again later."""
+
+_HUNG_SECS: Final = 60.0
+_HUNG_TIMEOUTS: Final = 2.0
+_HUNG_BYTES_PER_SEC: Final = 1024 * 1024
+"""A node answers nothing when an order takes longer than a minute, twice what a chunk and its batch may take, and the time
+to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
 
 ORDERS_AT_ONCE: Final = 4
 """Orders that an actor carries out at one time: two to fetch and two to receive, as `Window` has it."""
@@ -55,14 +73,6 @@ class Witness(Protocol):
 
     def tick(self) -> None:
         """Time has passed: called a few times a second."""
-
-
-class Stop(Protocol):
-    """Says whether the run is to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,21 @@ class _Crew:
     started: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A call under way.
+
+    Attributes:
+        node: Whose it is.
+        order: What it carries out; None for the start of a node.
+        deadline: When the node counts as hung.
+    """
+
+    node: str
+    order: Order | None
+    deadline: float
+
+
 class Fleet:
     """The actors of a run.
 
@@ -100,6 +125,7 @@ class Fleet:
         stop: Says whether to stop.
         start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
             nothing else to do.
+        chunk_secs: Most seconds that a node may take for a chunk, with its batch and retries.
         replacing: How lost nodes are replaced; None when they are not.
     """
 
@@ -111,6 +137,7 @@ class Fleet:
         stop: Stop,
         start_secs: float,
         *,
+        chunk_secs: float = CHUNK_TIMEOUT_SECS,
         replacing: Replacing | None = None,
     ) -> None:
         self._nodes = nodes
@@ -118,12 +145,14 @@ class Fleet:
         self._witness = witness
         self._stop = stop
         self._start_secs = start_secs
+        self._chunk_secs = chunk_secs
         self._replacing = replacing
         self._crews: dict[str, _Crew] = {}
         # The windows of the schedule bound both, whatever the plan's length.
-        self._flying: dict[Any, tuple[str, Order | None]] = {}
+        self._flying: dict[Any, _Flight] = {}
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
+        self._failing: deque[Iterator[tuple[str, Failed]]] = deque()
         self._next_look = 0.0
 
     def run(self, schedule: Schedule) -> None:
@@ -131,17 +160,29 @@ class Fleet:
         try:
             for node in self._nodes:
                 self._launch(node)
-            while not schedule.done and not self._stop.requested:
+            while not self._stop.requested and not self._over(schedule):
                 self._give(schedule)
                 for ref in self._landed():
                     self._take(schedule, ref)
                 self._give_up_late_starters(schedule)
+                self._give_up_hung(schedule)
                 self._fill_vacancies(schedule)
+                self._name_failed()
                 self._witness.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
         finally:
             self._dismiss()
+
+    def _over(self, schedule: Schedule) -> bool:
+        """Whether everything is done, by nodes that are still there: one that ended its part may have died since."""
+        if not schedule.done:
+            return False
+        alive = {node.id for node in alive_nodes()}
+        gone = [name for name in schedule.nodes if name not in alive]
+        for name in gone:
+            self._lose(schedule, name, NODE_LOST, "lost after it had ended its part")
+        return not gone and not self._failing
 
     def _launch(self, node: Node) -> None:
         actor_class: Any = ray.remote(NodeActor)
@@ -151,18 +192,25 @@ class Fleet:
         ).remote()
         self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
         place = Place(node.name, node.id, node.labels)
-        self._flying[actor.start.remote(self._config, place)] = (node.id, None)
+        self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
 
     def _give(self, schedule: Schedule) -> None:
-        for order in schedule.orders(time.monotonic()):
+        orders = schedule.orders(time.monotonic())
+        if self._stop.requested:  # told so while chunks were looked up
+            return
+        for order in orders:
             actor = self._crews[order.node].actor
             if isinstance(order, Fetch):
                 ref = actor.fetch.remote(order.chunks, share=order.share)
             else:
                 # In a list: Ray would else fetch it before the actor can say that it holds the chunks already.
                 ref = actor.receive.remote(order.chunks, [self._objects[order.source]])
-            self._flying[ref] = (order.node, order)
+            self._flying[ref] = _Flight(order.node, order, time.monotonic() + self._patience(order))
         self._release(schedule)
+
+    def _patience(self, order: Order) -> float:
+        """How many seconds an order may take. Its chunks have one deadline on the node, and none wait for others there."""
+        return _HUNG_SECS + _HUNG_TIMEOUTS * self._chunk_secs + total_bytes(order.chunks) / _HUNG_BYTES_PER_SEC
 
     def _release(self, schedule: Schedule) -> None:
         """Forget objects, which has their owners throw them away everywhere."""
@@ -173,9 +221,10 @@ class Fleet:
         """What has ended; waits for a tick at most."""
         flying = list(self._flying)
         if not flying:
-            time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
+            if not self._failing:
+                time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
             return []
-        landed, _ = ray.wait(flying, num_returns=1, timeout=_TICK_SECS, fetch_local=False)
+        landed, _ = ray.wait(flying, num_returns=1, timeout=0 if self._failing else _TICK_SECS, fetch_local=False)
         if landed:
             landed, _ = ray.wait(flying, num_returns=len(flying), timeout=0, fetch_local=False)
         return list(landed)
@@ -183,9 +232,12 @@ class Fleet:
     def _take(self, schedule: Schedule, ref: Any) -> None:
         if ref not in self._flying:  # its node was lost a moment ago
             return
-        name, order = self._flying.pop(ref)
+        flight = self._flying.pop(ref)
+        name, order = flight.node, flight.order
         try:
-            result = ray.get(ref)
+            result = ray.get(ref, timeout=_ANSWER_SECS)
+        except ray.exceptions.GetTimeoutError:
+            self._flying[ref] = flight
         except ray.exceptions.RayTaskError as error:
             self._broken(schedule, name, order, error)
         except ray.exceptions.RayError as error:
@@ -236,8 +288,14 @@ class Fleet:
             if not crew.started and now > crew.deadline:
                 self._lose(schedule, name, NODE_START, f"took no part within {self._start_secs:g} s; is it overloaded?")
 
+    def _give_up_hung(self, schedule: Schedule) -> None:
+        now = time.monotonic()
+        for name, order in [(flight.node, flight.order) for flight in self._flying.values() if now > flight.deadline]:
+            if order is not None and name in schedule.nodes:
+                self._lose(schedule, name, NODE_LOST, f"answered nothing for {self._patience(order):.0f} s")
+
     def _lose(self, schedule: Schedule, name: str, kind: str, message: str) -> None:
-        self._flying = {ref: entry for ref, entry in self._flying.items() if entry[0] != name}
+        self._flying = {ref: flight for ref, flight in self._flying.items() if flight.node != name}
         self._kill(self._crews[name].actor)
         self._witness.lost(name, kind, message)
         keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}
@@ -248,8 +306,18 @@ class Fleet:
         self._fail(name, rest, kind, message)
 
     def _fail(self, name: str, rest: Iterable[Any], kind: str, message: str) -> None:
-        for chunk in rest:
-            self._witness.ended(name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}"))
+        """Have chunks named that a node will not get, by and by: there may be millions."""
+        self._failing.append(
+            (name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}")) for chunk in rest
+        )
+
+    def _name_failed(self) -> None:
+        """Name some of them."""
+        if self._failing:
+            some = list(itertools.islice(self._failing[0], _NAMED_AT_ONCE))
+            self._note(some)
+            if len(some) < _NAMED_AT_ONCE:
+                self._failing.popleft()
 
     def _fill_vacancies(self, schedule: Schedule) -> None:
         """Have nodes that joined take the places of lost ones; give up those that nobody takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from warmer.errors import Interrupted
 
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop(Protocol):
+    """Says whether the run is to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether it is."""
 
 
 class StopSwitch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from warmer.dispatch import PARTS, Dispatch
-from warmer.lots import Flight, Lot, Stage
-from warmer.orders import total_bytes
+from warmer.lots import Flight, Lot
+from warmer.orders import Fetch, Receive, total_bytes
 
 if TYPE_CHECKING:
     from warmer.convoys import Convoy, Seat
@@ -30,16 +30,32 @@ class Laggards(Dispatch):
 
     def _look(self, since: float) -> None:
         super()._look(since)
-        patience, pace = self._window.patience_secs, self._pace.secs_per_byte
-        for flight in list(self._flights.values()) if pace is not None else ():
-            lot = flight.lot
-            if lot is None or lot.stage is not Stage.FETCHING or lot.source != flight.order.number or not lot.pending:
-                continue
-            if self._now - flight.since > max(patience, _LATE * lot.size * (pace or 0.0)):
-                self._go_on_without(flight, lot)
+        self._look_for_late_fetches()
         for convoy in self._convoys:
             if convoy.blocked_since is not None:
                 self._blame(convoy, self._now - max(convoy.blocked_since, since))
+
+    def _look_for_late_fetches(self) -> None:
+        """Give those that take much longer than usual to others, unless it is the Hub that is slow."""
+        fetches = [flight for flight in self._flights.values() if isinstance(flight.order, Fetch)]
+        late = [flight for flight in fetches if self._is_late(flight)]
+        # More requests help only where the Hub is not slow itself: a fetch that was given no sooner has ended in time
+        # meanwhile, or one node alone fetches, and the last one to end did so in time.
+        one = len({flight.order.node for flight in fetches}) == 1 and self._last_in_time
+        for flight in late:
+            lot = flight.lot
+            if lot is None or lot.handed_over or not lot.pending:
+                continue
+            if lot.source == flight.order.number and (one or self._well_since >= flight.since):
+                self._go_on_without(flight, lot)
+
+    def _is_late(self, flight: Flight) -> bool:
+        """Whether a fetch takes much longer than one of its size usually does."""
+        pace = self._pace.secs_per_byte
+        if pace is None:
+            return False
+        usual = total_bytes(flight.order.chunks) * pace
+        return self._now - flight.since > max(self._window.patience_secs, _LATE * usual)
 
     def _go_on_without(self, flight: Flight, lot: Lot) -> None:
         """One fetches so slowly that another one is asked; what it fetches is for itself."""
@@ -49,7 +65,7 @@ class Laggards(Dispatch):
         if node in lot.reserved:
             lot.reserved.discard(node)
             flight.hold = lot.size
-        flight.lot = None
+        flight.lot, flight.was_of, lot.handed_over = None, lot, True
         lot.ready_again()
         self._ready.append(lot)
 
@@ -72,10 +88,13 @@ class Laggards(Dispatch):
 
     def _is_slow(self, lane: Lane) -> bool:
         """Whether a node receives much more slowly than most; or nothing at all."""
+        if not lane.started:
+            return True
+        flights = [flight for flight in self._flights.values() if flight.order.node == lane.name]
         typical = self._receive_pace.secs_per_byte
-        if not lane.started or typical is None:
-            return not lane.started
-        flights = (flight for flight in self._flights.values() if flight.order.node == lane.name)
+        if typical is None:  # nobody has received anything: there may be nobody else to receive
+            begun = (flight.since for flight in flights if isinstance(flight.order, Receive))
+            return self._now - min(begun, default=self._now) > _SLOW_PATIENCE * self._window.patience_secs
         waits = ((self._now - flight.since) / max(1, total_bytes(flight.order.chunks)) for flight in flights)
         return max(lane.receive_pace.secs_per_byte or 0.0, *waits, 0.0) > _SLOW * typical
 

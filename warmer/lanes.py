@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from warmer.orders import total_bytes
 from warmer.pace import Pace, TokenBucket
+
+MOST_STRETCHES: Final = 64
+"""A node with more stretches of the plan to fetch for itself takes all that follows for itself, too, as one."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,8 +47,16 @@ class Backlog:
 
     def add_stretch(self, part: Part, start: int, end: int | None) -> None:
         """Add the chunks of a part of the plan from number `start` up to `end`, or to its end."""
-        if end is None or start < end:
+        last = self._stretches[-1] if self._stretches else None
+        if last is not None and last.part is part and last.end == start:
+            self._stretches[-1] = Stretch(part, last.start, end)
+        elif end is None or start < end:
             self._stretches.append(Stretch(part, start, end))
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many stretches as are kept."""
+        return len(self._stretches) >= MOST_STRETCHES
 
     def __bool__(self) -> bool:
         """Whether anything is left."""

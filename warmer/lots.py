@@ -41,6 +41,7 @@ class Lot:
         done: How many have received it.
         attempts: How often fetching it has failed.
         avoid: Who failed to fetch it, and fetches it again only when nobody else can.
+        handed_over: Whether another node was asked for it because the first took so long; that is done once.
     """
 
     def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], convoy: Convoy) -> None:
@@ -57,6 +58,7 @@ class Lot:
         self.convoy = convoy
         self.attempts = 0
         self.avoid: frozenset[str] = frozenset()
+        self.handed_over = False
 
     def allowance(self, fan: int) -> int:
         """How many more may take it now: those that have it serve the others."""
@@ -81,12 +83,14 @@ class Flight:
         lot: Whose chunks they are; None for those that a node fetches for itself.
         since: When it was given.
         hold: Bytes that it may leave in its node's store though no lot counts them.
+        was_of: The lot that went on without it, since it took so long; None where it did not.
     """
 
     order: Order
     lot: Lot | None
     since: float
     hold: int = 0
+    was_of: Lot | None = None
 
 
 class Stock:
@@ -126,6 +130,11 @@ class Stock:
         lot.reserved = set(nodes)
         for node in lot.reserved:
             self.used[node] += lot.size
+
+    def reserve_too(self, lot: Lot, node: str) -> None:
+        """Count a lot on one more node."""
+        lot.reserved.add(node)
+        self.used[node] += lot.size
 
     def free(self, lot: Lot, node: str) -> None:
         """Count a lot on a node no more."""

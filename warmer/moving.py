@@ -12,14 +12,14 @@ from warmer.pace import Caps
 from warmer.plan import is_for
 from warmer.plan_part import PlanPart
 from warmer.schedule import Schedule
-from warmer.selection import CACHED_SEGMENTS, FreshPlan
+from warmer.selection import CACHED_SEGMENTS, FreshPlan, LookUps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfbucket_plugin.bucket import Bucket
     from warmer.cluster import Node
-    from warmer.interrupt import StopSwitch
+    from warmer.interrupt import Stop, StopSwitch
     from warmer.nodes import Assigned
     from warmer.plan import PlanFile
     from warmer.warmup import Moving
@@ -32,7 +32,7 @@ def store_bytes(moving: Moving, node: Node) -> int:
     return int(node.store_bytes * moving.object_store_fraction)
 
 
-def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucket: Bucket) -> Schedule:
+def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucket: Bucket, stop: Stop) -> Schedule:
     """The schedule of a run, in which each chunk is looked up once more just before its turn.
 
     Args:
@@ -40,12 +40,14 @@ def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucke
         nodes: Who takes part, with whose chunks.
         plan: What is to be moved.
         bucket: From where.
+        stop: Says whether the run is to stop.
     """
     chosen = parts_of(nodes, plan)
     cached = max(_LEAST_CACHED, CACHED_SEGMENTS // max(1, len(chosen)))
+    look_up = LookUps(bucket, stop).look_up
     # What a lost node will never get needs no lookup.
     parts = [
-        Part(FreshPlan(part, bucket, cached).chunks, names, rest=part.chunks_from) for names, part in chosen.items()
+        Part(FreshPlan(part, look_up, cached).chunks, names, rest=part.chunks_from) for names, part in chosen.items()
     ]
     return Schedule(
         {one.node.id: store_bytes(moving, one.node) for one in nodes},
@@ -69,6 +71,12 @@ def parts_of(nodes: Sequence[Assigned], plan: PlanFile) -> dict[frozenset[str], 
     for worker in plan.shares:
         workers[frozenset(one.node.id for one in nodes if is_for(worker, one.ranks))].add(worker)
     return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}
+
+
+def for_nobody(nodes: Sequence[Assigned], plan: PlanFile) -> int:
+    """How many chunks of a plan none of these nodes takes."""
+    shares = plan.shares.items()
+    return sum(chunks for worker, (chunks, _) in shares if not any(is_for(worker, one.ranks) for one in nodes))
 
 
 class TimeLimit:

@@ -23,6 +23,9 @@ NO_ROOM: Final = "no_room"
 TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key"})
 """The kinds of chunks that a node's own tier did not take."""
 
+UNMOVED_KINDS: Final = frozenset({MISSING, NO_ROOM, "key"})
+"""The kinds of chunks of which no byte was asked for."""
+
 INTERNAL: Final = "internal"
 """The kind of a chunk that failed for a reason that nobody foresaw; the message has it."""
 

@@ -54,6 +54,11 @@ class TokenBucket:
         if self.rate is not None:
             self._level -= amount
 
+    def give_back(self, amount: int) -> None:
+        """So many bytes were let go and did not move. More than one second's worth is not saved up."""
+        if self.rate is not None:
+            self._level = min(self.rate * _BURST_SECS, self._level + amount)
+
 
 class Pace:
     """Seconds a byte, as measured: the latest count most."""

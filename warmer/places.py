@@ -34,8 +34,15 @@ class Places:
         return list(self._held.values())
 
     def candidates(self, alive: Sequence[Node]) -> list[Node]:
-        """Those among some nodes that may take part."""
-        return eligible(alive, self._wanted)
+        """Those among some nodes that may take part. First those that take certain workers' chunks: others fit anywhere."""
+        return sorted(eligible(alive, self._wanted), key=lambda node: self._ranks(node) is None)
+
+    def _ranks(self, node: Node) -> frozenset[int] | None:
+        """Whose chunks a node says that it takes; None for all, or where it cannot be read."""
+        try:
+            return ranks_of(node, self._wanted)
+        except ConfigError:
+            return None
 
     def fits(self, lost: str, node: Node) -> bool:
         """Whether a node may take the place of a lost one: it takes the same workers' chunks, or does not say whose."""

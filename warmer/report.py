@@ -6,6 +6,7 @@ A summary is one JSON record. It names up to `NAMED_FAILURES` failed chunks; a f
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from warmer.cluster import Node
     from warmer.outcomes import Outcome
+
+_log = logging.getLogger(__name__)
 
 NAMED_FAILURES: Final = 1000
 """Failed chunks in a summary: about 300 kB, which a job's log still passes on as one line."""
@@ -92,6 +95,7 @@ class Task:
         selected: Chunks selected, which every node is to hold, as far as they are for its workers.
         selected_bytes: The sum of their sizes.
         skipped: Chunks passed by, by reason (see `warmer.planning.Choosing`).
+        for_nobody: Of those selected, the chunks of workers whose chunks no node takes.
     """
 
     instance: str
@@ -101,6 +105,7 @@ class Task:
     selected: int
     selected_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
+    for_nobody: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +231,7 @@ class RunReport:
             "selected": self.task.selected,
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
+            "for_nobody": self.task.for_nobody,
             "copied": self.total("copied"),
             "received": self.total("received"),
             "present": self.total("present"),
@@ -246,6 +252,8 @@ class RunReport:
     def _code(self, *, stopped: bool) -> int:
         if stopped and self.unfinished:
             return exits.INTERRUPTED
+        if any(node.error is not None and node.replaced_by is None for node in self.nodes.values()):
+            return exits.FAILED
         if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
             return exits.REFUSED
         return exits.FAILED if self.kinds else exits.COMPLETE
@@ -274,6 +282,7 @@ class FailureLog:
     def __init__(self, report: Path | None) -> None:
         self.named: list[dict[str, Any]] = []
         self.path = report
+        self._broken = False
         self._out: IO[str] | None = report.open("w", encoding="utf-8") if report else None
 
     def add(self, tier: str, node: NodeReport, failed: Failed) -> None:
@@ -293,6 +302,14 @@ class FailureLog:
         self._write({"event": "failure", **record})
 
     def _spill(self) -> None:
+        if self._broken:
+            return
+        try:
+            self._begin()
+        except OSError as error:
+            self._give_up(error)
+
+    def _begin(self) -> None:
         self._out = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed by `close`
             "w", encoding="utf-8", prefix="warmer-failures-", suffix=".jsonl", delete=False
         )
@@ -302,7 +319,25 @@ class FailureLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._out is not None:
-            self._out.write(json.dumps(record) + "\n")
+            try:
+                self._out.write(json.dumps(record) + "\n")
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """The disk is full, say: the run goes on, and names no more than its summary does."""
+        _log.warning("the file of failures cannot be written any more: %s", error)
+        self._broken, self.path = True, None
+        self._shut()
+
+    def _shut(self) -> None:
+        out, self._out = self._out, None
+        if out is not None:
+            try:
+                out.close()
+            except OSError as error:
+                if not self._broken:
+                    self._give_up(error)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """End the file with the summary, without the failures that the file names already. Further calls do nothing."""
@@ -310,5 +345,4 @@ class FailureLog:
             return
         if summary is not None:
             self._write({name: value for name, value in summary.items() if name != "failures"})
-        self._out.close()
-        self._out = None
+        self._shut()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from warmer.laggards import Laggards
 from warmer.lots import Lot, Stage
 from warmer.orders import Fetch, Receive, Window, total_bytes
-from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, Copied, Failed
+from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
 from warmer.pace import Caps
 
 if TYPE_CHECKING:
@@ -130,11 +130,15 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
+        self._bucket.give_back(self._unmoved(order, outcomes))
         copied = [outcome.size for outcome in outcomes if isinstance(outcome, Copied)]
         size = sum(copied)
         self.counts.fetched += len(copied)
         self.counts.fetched_bytes += size
         if size:
+            self._last_in_time = not self._is_late(flight)
+            if self._last_in_time:
+                self._well_since = max(self._well_since, flight.since)
             self._lanes[order.node].pace.add(size, now - flight.since)
             self._pace.add(size, now - flight.since)
         if flight.hold:
@@ -142,8 +146,48 @@ class Schedule(Laggards):
         if lot is None:
             if shared:
                 self._released.append(number)
-            return [(order.node, outcome) for outcome in outcomes]
+            return self._end_alone(flight, outcomes)
         return self._sort(lot, order, outcomes, shared=shared)
+
+    def _end_alone(self, flight: Flight, outcomes: Sequence[Outcome]) -> list[Ended]:
+        """What a node fetched for itself has ended. Where it did so only because it was slow, others help it once."""
+        node, lot = flight.order.node, flight.was_of
+        if lot is None:
+            return [(node, outcome) for outcome in outcomes]
+        ended: list[Ended] = []
+        failed: list[PlannedChunk] = []
+        for chunk, outcome in zip(flight.order.chunks, outcomes, strict=True):
+            if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS and outcome.kind != MISSING:
+                failed.append(chunk)
+            else:
+                ended.append((node, outcome))
+        lane = self._lanes[node]
+        lives = lot.number in self._lots and self._in(lane, lot.convoy) and self._stock.fits([node], lot.size)
+        if failed and lives and lot.chunks == tuple(failed):
+            lot.pending[node] = None
+            lot.avoid |= {node}
+            self._stock.reserve_too(lot, node)
+            self._settle(lot)
+            if lot.stage is Stage.STORED:
+                self._offer(lot)
+        elif failed:
+            self._alone(lane).add(tuple(failed))
+        return ended
+
+    def _unmoved(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool = False) -> int:
+        """Give the node back what it let go for chunks that did not move, such as those that were there; returns their bytes.
+
+        A chunk that failed in any other way may have moved, even several times.
+        """
+        size = sum(
+            chunk.size
+            for chunk, outcome in zip(order.chunks, outcomes, strict=True)
+            if isinstance(outcome, Present)
+            or (isinstance(outcome, Failed) and outcome.kind in UNMOVED_KINDS)
+            or (outcome is None and lost)
+        )
+        self._lanes[order.node].bucket.give_back(size)
+        return size
 
     def _sort(self, lot: Lot, order: Order, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
         """Tell apart what is in the store, what others have to fetch, and what failed for all."""
@@ -186,7 +230,7 @@ class Schedule(Laggards):
             return
         child = Lot(next(self._numbers), tuple(chunks), nodes, lot.convoy)
         child.convoy.lots += 1
-        child.avoid, child.attempts = lot.avoid, lot.attempts
+        child.avoid, child.attempts, child.handed_over = lot.avoid, lot.attempts, lot.handed_over
         if failed_on is not None:
             child.avoid, child.attempts = frozenset({failed_on}), lot.attempts + 1
             self.counts.refetched += len(chunks)
@@ -214,6 +258,7 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lane = flight.order, self._lanes[flight.order.node]
+        self._unmoved(order, outcomes, lost=holder_lost)
         lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
         missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
         size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))
@@ -246,10 +291,15 @@ class Schedule(Laggards):
             self._fetch_again(lot)
 
     def _fetch_again(self, lot: Lot) -> None:
-        """What was stored of a lot is gone."""
+        """What was stored of a lot is gone, also for those that were about to be told to take it."""
         self._stored.pop(lot.number, None)
-        self._released.append(lot.source)
+        source = lot.source
+        self._released.append(source)
         lot.ready_again()
+        untold = [order for order in self._out if isinstance(order, Receive) and order.source == source]
+        self._out = [order for order in self._out if order not in untold]
+        for order in untold:
+            self.received(order.number, [None] * len(order.chunks), now=self._now, holder_lost=True)
         if lot.pending:
             self.counts.refetched += len(lot.chunks)
 

@@ -55,6 +55,7 @@ class Fleet:
         self.groups = {chunk.key: chance.choice(groups) for chunk in self.plan}
         self.direct = chance.random() < 0.1
         self.reliable = chance.random() < 0.3
+        self.lossy = chance.random() < 0.3
         self.pauses = [0.0, 0.1, 1.0] if self.reliable else [0.0, 0.1, 1.0, 1.0, 11.0]
         self.schedule = Schedule(
             dict.fromkeys(names, self.bound),
@@ -63,7 +64,7 @@ class Fleet:
             direct=self.direct,
         )
         self.unstarted = list(names)
-        self.flying, self.objects, self.dead_sources = {}, {}, set()
+        self.flying, self.objects, self.lost_objects = {}, {}, set()
         self.ended = {name: Counter() for name in names}
         self.fetched, self.excused, self.copied = Counter(), Counter(), 0
         self.released = set()
@@ -134,7 +135,8 @@ class Fleet:
             assert total_bytes(order.chunks) <= self.window.batch_bytes or len(order.chunks) == 1
             assert not {chunk.key for chunk in order.chunks} & set(self.ended[order.node])
             if isinstance(order, Receive):
-                assert order.source in self.objects or order.source in self.dead_sources
+                assert order.source not in self.released, "nobody has it any more"
+                assert order.source in self.objects or order.source in self.lost_objects
                 if order.source in self.objects:
                     assert tuple(self.objects[order.source][1]) == order.chunks
             else:
@@ -156,6 +158,9 @@ class Fleet:
                     self.excused[chunk.key] += 1  # others have to fetch it themselves
             self.end(self.schedule.fetched(order.number, results, shared=shared, now=self.now))
         else:
+            if self.lossy and chance.random() < 0.05 and self.objects.pop(order.source, None):
+                self.lost_objects.add(order.source)  # though its holder lives
+                self.excused.update(chunk.key for chunk in self.plan)
             gone = order.source not in self.objects
             if gone or not well:
                 kinds = ["undelivered"] * len(kinds) if gone or chance.random() < 0.3 else kinds
@@ -172,10 +177,7 @@ class Fleet:
 
     def lose(self, name, *, keep):
         self.flying = {number: order for number, order in self.flying.items() if order.node != name}
-        for number, (holder, _) in list(self.objects.items()):
-            if holder == name:
-                del self.objects[number]
-                self.dead_sources.add(number)
+        self.objects = {number: held for number, held in self.objects.items() if held[0] != name}
         for chunk in self.plan:
             self.excused[chunk.key] += 1
         rest = self.schedule.lost(name, keep_place=keep)
@@ -279,6 +281,14 @@ def begin(nodes, chunks, **options):
     return schedule
 
 
+def well(schedule, order, now):
+    """An order ends well; returns what has ended by this."""
+    results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
+    if isinstance(order, Fetch):
+        return schedule.fetched(order.number, results, shared=order.share, now=now)
+    return schedule.received(order.number, results, now=now)
+
+
 def carry_out(schedule, now=0.0, *, holds=(), step=0.01, most=100_000):
     """Let every order end well at once, but those of some nodes; returns what was ordered, and the time."""
     seen = []
@@ -287,11 +297,7 @@ def carry_out(schedule, now=0.0, *, holds=(), step=0.01, most=100_000):
         seen += orders
         now += step
         for order in orders:
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         if schedule.done or (not orders and not holds):
             break
     return seen, now
@@ -316,9 +322,5 @@ def play(schedule, secs, until):
         for at, order in [entry for entry in flying if entry[0] <= now]:
             flying.remove((at, order))
             last[order.node] = now
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
     return last

@@ -15,6 +15,7 @@ from hfbucket_plugin.keys import ClassicKey, parse_key
 from warmer.checking import NodeChecker
 from warmer.choose import Choice
 from warmer.cluster import Node
+from warmer.interrupt import StopSwitch
 from warmer.moving import schedule_of
 from warmer.node import NodeWarmer
 from warmer.nodes import Assigned
@@ -123,7 +124,7 @@ class Applying(RuleBasedStateMachine):
         try:
             bucket = self.warehouse.open()
             moving = Moving.model_validate({})
-            schedule = schedule_of(moving, [Assigned(Node("n", "n"), ranks)], self.plan, bucket)
+            schedule = schedule_of(moving, [Assigned(Node("n", "n"), ranks)], self.plan, bucket, StopSwitch())
             schedule.started("n")
             outcomes = []
             while not schedule.done and batches != 0:

@@ -181,6 +181,13 @@ def test_nothing_to_hold_is_warm():
     assert one.record(stopped=False)["exit_code"] == 0
 
 
+def test_chunks_that_no_node_takes_never_open_the_gate():
+    one = CheckReport(0.0, for_nobody=3)
+    one.watch("t", NODES[:1], {"id-a": Share(0, 0, "9")})
+    record = one.record(stopped=False)
+    assert (record["exit_code"], record["for_nobody"]) == (3, 3)
+
+
 def test_the_configuration_of_a_check_has_no_bucket(warehouse):
     import pickle
 

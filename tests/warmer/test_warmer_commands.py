@@ -73,6 +73,15 @@ def test_a_plan_may_be_edited(stocked, warmer, tmp_path):
     assert (record["selected"], record["selected_bytes"]) == (2, 200)
 
 
+def test_a_dry_run_refuses_what_apply_refuses(stocked, warmer, tmp_path):
+    out, header = tmp_path / "plan.jsonl", "remote_storage_plugin."
+    warmer("plan", *source(stocked), "--all", "--out", out)
+    stocked.extra = {f"{header}{INSTANCE}.bucket_handle": "hf://buckets/org/another/kv"}
+    for more in (["--dry-run"], []):
+        line = warmer("apply", out, "--lmcache-config", stocked.config, *more, code=2)
+        assert "is hf://buckets/org/another/kv: plan anew" in line
+
+
 def test_a_dry_run_writes_nothing(stocked, warmer, hub):
     hub.control.reset_counters()
     record = warmer("run", *source(stocked, "--instance", INSTANCE), "--prefix", PREFIX, "--dry-run")

@@ -90,11 +90,16 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     assert ran.code == 4, ran.stderr
     assert (ran.summary["result"], ran.summary["failed_by_kind"]) == ("refused", {"no_room": 7})
 
+    # A gate stays closed where chunks are for nobody: here those of the workers 0-2.
+    checked = warmer("check", *other[1:], "--tier", "fs.warm", "--require", "0")
+    assert (checked.code, checked.summary["for_nobody"]) == (3, 18), checked.stderr
+
     # What has gone from the bucket is named.
     warehouse.delete(SHARED)
     ran = warmer(*other, "--tier", "fs.warm")
     assert ran.code == 3, ran.stderr
     assert [(failure["key"], failure["kind"]) for failure in ran.summary["failures"]] == [(SHARED, "missing")]
+    assert ran.summary["for_nobody"] == 18
     assert held(warehouse, "warm", batch) == of_workers(3)
 
 

@@ -1,9 +1,13 @@
+import logging
+
 import pytest
 
 from hfbucket_plugin.errors import ConfigError
+from warmer.carry import chunks_for_nobody
 from warmer.cluster import Node
 from warmer.errors import NothingToDoError
-from warmer.nodes import Selector, assigned, unknown_ranks
+from warmer.nodes import Assigned, Selector, assigned, unknown_ranks
+from warmer.plan import PlanFile, PlannedChunk
 from warmer.warmup import Nodes
 
 A = Node("id-a", "gpu-1", {"pool": "serving", "zone": "x", "lmcache.workers": "0-3"})
@@ -74,3 +78,18 @@ def test_ranks_from_the_label_and_from_the_file():
 def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
     with pytest.raises(ConfigError, match=r"node gpu-1 \(id-a\): label pool: 'serving'"):
         ranks(ranks_label="pool")
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(None, 0), ({0, 1, 2, 3}, 0), ({1, 9}, 9)])
+def test_chunks_that_no_node_takes_are_counted(tmp_path, caplog, ranks, count):
+    plan = PlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    nodes = [Assigned(A, ranks if ranks is None else frozenset(ranks)), Assigned(B, frozenset({1}))]
+    with caplog.at_level(logging.WARNING):
+        assert chunks_for_nobody(plan, nodes) == count
+    assert ("9 of 12 chunks are for no node: the plan has those of workers 0-3" in caplog.text) == bool(count)
+
+
+def test_chunks_of_which_no_node_takes_any_are_refused(tmp_path):
+    plan = PlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    with pytest.raises(NothingToDoError, match=r"any of the 12 chunks: .* workers 0-3, nodes take those of 8-11"):
+        chunks_for_nobody(plan, [Assigned(A, frozenset(range(8, 12)))])

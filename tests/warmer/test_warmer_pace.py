@@ -68,3 +68,17 @@ def test_a_time_limit_stops_a_run_that_nobody_stopped():
     assert TimeLimit(Stop(), 0.0).requested
     Stop.requested = True
     assert TimeLimit(Stop(), None).requested
+
+
+def test_what_is_given_back_is_no_more_than_one_burst():
+    bucket = TokenBucket(100.0)
+    bucket.spend(1000)
+    bucket.give_back(300)
+    assert not bucket.ready(5.9)
+    assert bucket.ready(6.1)
+    bucket.give_back(5000)
+    bucket.spend(100)
+    assert not bucket.ready(6.1)
+    free = TokenBucket(None)
+    free.give_back(10)
+    assert free.ready(0.0)

@@ -44,3 +44,13 @@ def test_who_took_a_place_keeps_it_with_its_workers_chunks():
     one.take("id-a", new)
     assert [(held.node.id, held.ranks) for held in one.nodes] == [("id-new", {0, 1, 2, 3}), ("id-b", {4, 5, 6, 7})]
     assert one.fits("id-new", joined("newer", lmcache_workers="0-3"))
+
+
+def test_who_names_its_workers_is_asked_before_those_that_take_any():
+    any_one, fitting, unreadable = (
+        joined("any"),
+        joined("fitting", lmcache_workers="0-3"),
+        joined("x", lmcache_workers="?"),
+    )
+    assert places().candidates([any_one, unreadable, fitting]) == [fitting, any_one, unreadable]
+    assert places(ranks={"any": "4-7"}).candidates([unreadable, any_one]) == [any_one, unreadable]

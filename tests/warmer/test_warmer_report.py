@@ -1,6 +1,8 @@
 import io
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -125,6 +127,12 @@ def test_a_lost_node_says_why(run):
     assert run.summary(stopped=False)["nodes"][1]["error"] == "node_lost: gone"
 
 
+def test_a_run_whose_node_was_lost_after_its_last_chunk_is_not_complete(run):
+    complete(run, "id-a", "id-b")
+    run.lost("id-b", "node_lost", "gone")
+    assert run.summary(stopped=False)["exit_code"] == 3
+
+
 def test_what_came_from_another_node_is_told_apart(run):
     run.ended("id-a", Copied("k1", 10, received=True))
     run.ended("id-a", Copied("k2", 10))
@@ -197,3 +205,27 @@ def test_progress_is_bars_for_people(run):
     bars.close()
     assert "3/6 chunks" in out.getvalue()
     assert "node_lost" in out.getvalue()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_full_disk_costs_the_file_of_failures_and_not_the_summary(asked, monkeypatch, caplog, tmp_path):
+    full = Path("/dev/full")
+    if not asked:
+        monkeypatch.setattr(report, "NAMED_FAILURES", 3)
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda *_, **__: full.open("w"))
+    log = FailureLog(full if asked else None)
+    run = RunReport(TASK, NODES, log)
+    for number in range(2000):
+        run.ended("id-a", Failed(f"k{number}", 1, "transport", "no answer"))
+    summary = run.summary(stopped=False)
+    log.close(summary)
+    log.close()
+    assert (summary["failed"], summary["exit_code"], summary["failures_file"]) == (2000, 3, None)
+    assert len(summary["failures"]) == (1000 if asked else 3)
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_disk_that_is_full_at_the_end_is_a_warning(run, caplog):
+    log = FailureLog(Path("/dev/full"))
+    log.close(run.summary(stopped=False))
+    assert "cannot be written" in caplog.text

@@ -4,19 +4,21 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play
+from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
 
 from warmer.convoys import Part
+from warmer.lanes import MOST_STRETCHES
 from warmer.orders import Fetch, Receive, Window, total_bytes
-from warmer.outcomes import Copied, Failed
+from warmer.outcomes import Copied, Failed, Present
 from warmer.pace import Caps
 from warmer.schedule import Schedule
 
 sizes = st.lists(st.integers(0, 100), max_size=30)
 
 
+@example(4892634)  # a slow fetch ends whose lot has no chunk left
 @settings(max_examples=1500, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_fleet(seed):
@@ -62,20 +64,12 @@ def test_a_node_that_answers_nothing_is_left_behind_and_catches_up():
                 held.append(order)
                 continue
             seen.update(chunk.key for chunk in order.chunks)
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         now += 0.1
         assert now < 300
     assert schedule.counts.lags == 1
     for order in held:
-        results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-        if isinstance(order, Fetch):
-            schedule.fetched(order.number, results, shared=order.share, now=now)
-        else:
-            schedule.received(order.number, results, now=now)
+        well(schedule, order, now)
     orders, _ = carry_out(schedule, now)
     assert schedule.done
     slow = keys(held + orders, Fetch, "slow") + keys(held, Receive, "slow")
@@ -206,11 +200,7 @@ def test_caps_bound_what_is_ordered_in_any_time():
     while not schedule.done:
         for order in schedule.orders(now):
             ordered.append((now, order))
-            results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-            if isinstance(order, Fetch):
-                schedule.fetched(order.number, results, shared=order.share, now=now)
-            else:
-                schedule.received(order.number, results, now=now)
+            well(schedule, order, now)
         now += 0.1
     # 400 MiB reach each node, at 8 MiB a second: no faster, and hardly slower.
     assert 48 <= now <= 60
@@ -271,3 +261,158 @@ def test_a_chunk_larger_than_the_window_goes_alone():
     orders, _ = carry_out(schedule)
     assert [len(order.chunks) for order in orders] == [1, 1, 1]
     assert schedule.done
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_a_hung_node_is_left_behind_also_where_nobody_has_received_yet(names):
+    schedule = begin(dict.fromkeys(names, 16 * MIB), plan([MIB] * 200), window=Window(batch_chunks=4))
+    others = [name for name in names if name != "b"]
+    ended, now = Counter(), 0.0
+    while any(ended[name] < 200 for name in others):
+        for order in schedule.orders(now):
+            if order.node != "b":
+                ended.update(node for node, _ in well(schedule, order, now))
+        now += 0.25
+        assert now < 200
+    assert schedule.counts.lags == 1
+
+
+@pytest.mark.parametrize("caps", [Caps(run=10 * MIB), Caps(node=10 * MIB), Caps(run=10 * MIB, node=10 * MIB)])
+@pytest.mark.parametrize(
+    ("ending", "free"),
+    [
+        (lambda chunk: Present(chunk.key, chunk.size), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "no_room", "no"), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "missing", "no"), True),
+        (lambda chunk: Failed(chunk.key, chunk.size, "integrity", "its bytes came"), False),
+    ],
+)
+def test_what_did_not_move_costs_no_bandwidth(caps, ending, free):
+    schedule, now = begin("ab", plan([MIB] * 100), caps=caps), 0.0
+    while not schedule.done:
+        for order in schedule.orders(now):
+            results = [ending(chunk) for chunk in order.chunks]
+            if isinstance(order, Fetch):
+                schedule.fetched(order.number, results, shared=False, now=now)
+            else:
+                schedule.received(order.number, results, now=now)
+        now += 0.05
+    assert now < 3 if free else now > 8
+
+
+def slow_fetch(schedule):
+    """Begins a run of which node a fetches something so slowly that b is asked; returns its order, and the time."""
+    slow, now = None, 0.0
+    while not schedule.counts.slow_fetches:
+        for order in schedule.orders(now):
+            if order.node == "a" and isinstance(order, Fetch) and slow is None:
+                slow = order
+            else:
+                well(schedule, order, now + 0.01)
+        now += 0.5
+        assert now < 60
+    return slow, now
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_slow_fetch_that_fails_at_last_is_made_up_for_by_another_node(stored):
+    schedule = begin("abc", plan([MIB] * 8), window=Window(batch_chunks=4, fetches=1))
+    slow, now = slow_fetch(schedule)
+    receives = []
+    while stored and not receives:  # the others have begun to take it
+        for order in schedule.orders(now):
+            receives.append(order) if isinstance(order, Receive) else well(schedule, order, now)
+    failed = [Failed(chunk.key, chunk.size, "transport", "no") for chunk in slow.chunks]
+    assert schedule.fetched(slow.number, failed, shared=False, now=now) == []
+    for order in receives:
+        well(schedule, order, now)
+    orders, _ = carry_out(schedule, now)
+    assert schedule.done
+    assert keys(orders, Receive, "a") == Counter(chunk.key for chunk in slow.chunks)
+    assert keys(orders, Fetch, "a") == Counter()
+
+
+def test_a_slow_fetch_that_fails_after_its_lot_is_gone_is_tried_once_more():
+    schedule = begin("ab", plan([MIB] * 8), window=Window(batch_chunks=4, fetches=1))
+    slow, now = slow_fetch(schedule)
+    _, now = carry_out(schedule, now)
+    kinds = ["transport", "missing", "tier"]
+    results = [Failed(chunk.key, chunk.size, kind, "no") for chunk, kind in zip(slow.chunks, kinds, strict=False)]
+    results.append(Copied(slow.chunks[3].key, MIB))
+    ended = schedule.fetched(slow.number, results, shared=True, now=now)
+    assert [outcome for _, outcome in ended] == results[1:]
+    (again,) = schedule.orders(now)
+    assert (again.node, again.chunks) == ("a", slow.chunks[:1])
+    assert schedule.fetched(again.number, results[:1], shared=False, now=now) == [("a", results[0])]
+    assert schedule.done
+
+
+def test_one_chunk_that_a_store_has_no_room_for_changes_nothing_for_the_rest():
+    chunks = plan([64 * MIB, *[MIB] * 300, 64 * MIB, *[MIB] * 300])
+    schedule = begin({**dict.fromkeys("abcdefg", 10**10), "head": 60 * MIB}, chunks)
+    orders, _ = carry_out(schedule)
+    assert schedule.done
+    fetched = keys(orders, Fetch)
+    assert {fetched[chunk.key] for chunk in chunks if chunk.size > MIB} == {8}
+    assert {fetched[chunk.key] for chunk in chunks if chunk.size == MIB} == {1}
+    assert schedule.counts.own == 16
+
+
+def test_a_node_that_lags_far_behind_with_such_chunks_goes_on_by_itself():
+    chunks = plan([MIB, 10] * 4000)
+    schedule = begin({"a": 1000, "slow": 1000}, chunks)
+    carry_out(schedule, holds={"slow"}, most=20_000)
+    assert len(schedule._lanes["slow"].backlog._stretches) <= MOST_STRETCHES + 1
+    assert sum(1 for _ in schedule.lost("slow")) == 8000
+
+
+def test_chunks_one_after_the_other_that_no_store_has_room_for_are_one_stretch():
+    schedule = begin({"a": 5, "slow": 5}, plan([10] * 5000))
+    carry_out(schedule, holds={"slow"}, most=300)
+    assert len(schedule._lanes["slow"].backlog._stretches) == 1
+    assert sum(1 for _ in schedule.lost("slow")) == 5000
+
+
+def fetch_slowly(schedule, secs_of, until=20_000):
+    """Carry it out; `secs_of` says how long an order takes, None for ever. Returns the fetches of each chunk."""
+    flying, fetches, now = [], Counter(), 0.0
+    while not schedule.done and now < until:
+        for order in schedule.orders(now):
+            if isinstance(order, Fetch):
+                fetches.update(chunk.key for chunk in order.chunks)
+            if (secs := secs_of(order, now)) is not None:
+                flying.append((now + secs, order))
+        now += 0.25
+        ended = [entry for entry in flying if entry[0] <= now]
+        flying = [entry for entry in flying if entry[0] > now]
+        for _, order in ended:
+            well(schedule, order, now)
+    return fetches
+
+
+@pytest.mark.parametrize("secs", [8.0, 30.0, 90.0])
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_a_hub_that_is_slow_for_all_is_not_asked_more(nodes, secs):
+    schedule = begin([f"n{n}" for n in range(nodes)], plan([MIB] * 1000 * nodes))
+    fetches = fetch_slowly(schedule, lambda order, now: 0.2 if isinstance(order, Receive) else 1.0 if now < 2 else secs)
+    assert schedule.done
+    assert schedule.counts.slow_fetches == 0
+    assert set(fetches.values()) == {1}
+
+
+def test_hung_nodes_hold_up_none_even_when_nothing_but_their_fetches_is_left():
+    schedule = begin(dict.fromkeys("abcdefgh", 256 * MIB), plan([MIB] * 1000))
+    fetch_slowly(schedule, lambda order, _: None if order.node in "ab" else 0.5, until=400)
+    assert schedule.counts.slow_fetches > 0
+    for name in "ab":
+        list(schedule.lost(name))
+    assert not schedule._lots
+    assert schedule.counts.fetched <= 1100
+
+
+def test_a_lot_is_handed_over_once():
+    schedule = begin("abcd", plan([MIB] * 1000), window=Window(batch_chunks=4))
+    slow = {chunk.key for chunk in plan([MIB] * 4)}
+    fetches = fetch_slowly(schedule, lambda order, _: None if order.chunks[0].key in slow else 0.2, until=600)
+    assert {fetches[key] for key in slow} == {2}
+    assert {times for key, times in fetches.items() if key not in slow} == {1}

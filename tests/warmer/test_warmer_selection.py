@@ -1,4 +1,5 @@
 import logging
+import threading
 
 import pytest
 from huggingface_hub import HfApi
@@ -9,8 +10,9 @@ from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.keys import ClassicKey
 from localhub.faults import Fault
 from warmer import selection
+from warmer.interrupt import StopSwitch
 from warmer.plan import SEGMENT_CHUNKS, PlanFile, gone
-from warmer.selection import FreshPlan, select
+from warmer.selection import FreshPlan, LookUps, select
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_deleted_and_rewritten_chunks_are_told_just_before_they_are_copied(stock
     bucket, before = stocked.open(), stocked.plan()
     stocked.delete(classic_key(0))
     stocked.put({classic_key(1): b"written anew"})
-    after = selection.look_up(bucket, before)
+    after = LookUps(bucket, StopSwitch()).look_up(before)
     assert after[0] == gone(before[0])
     assert after[1].size == len(b"written anew")
     assert after[1].xet_hash != before[1].xet_hash
@@ -57,27 +59,76 @@ def test_deleted_and_rewritten_chunks_are_told_just_before_they_are_copied(stock
 
 
 def test_a_lookup_that_fails_changes_nothing_and_says_so(hub, stocked, caplog):
-    bucket, before = stocked.open(), stocked.plan()
-    hub.control.add_fault(Fault(route="paths-info", status=500))
+    before, now = stocked.plan(), [0.0]
+    lookups = LookUps(stocked.open(), StopSwitch(), clock=lambda: now[0])
+    number = hub.control.add_fault(Fault(route="paths-info", status=500))
     with caplog.at_level(logging.WARNING):
-        assert selection.look_up(bucket, before) == before
+        assert lookups.look_up(before) == before
     assert "copied as they were listed" in caplog.text
+    asked = hub.control.hits(number)
+    now[0] = 29.0
+    assert lookups.look_up(before) == before
+    assert hub.control.hits(number) == asked  # it is left alone for half a minute
+    now[0] = 31.0
+    hub.control.clear_faults()
+    stocked.delete(classic_key(0))
+    assert lookups.look_up(before)[0] == gone(before[0])
 
 
-def test_nodes_that_keep_pace_share_one_lookup(stocked, tmp_path, monkeypatch):
+class Stopping:
+    """Is told to stop after it has been asked some times."""
+
+    def __init__(self, asked):
+        self._left = asked
+
+    @property
+    def requested(self):
+        self._left -= 1
+        return self._left < 0
+
+
+def test_told_to_stop_while_the_hub_hangs_nobody_waits_for_it(stocked, caplog):
+    hangs = threading.Event()
+
+    class Bucket:
+        def stat(self, paths, deadline):
+            asked.append(1)
+            hangs.wait(60)
+
+    asked, before = [], stocked.plan()
+    lookups = LookUps(Bucket(), Stopping(3), clock=lambda: 0.0)
+    assert [lookups.look_up(before) for _ in range(8)] == [before] * 8
+    assert asked == [1]
+    assert caplog.text == ""
+    hangs.set()
+
+
+def test_a_lookup_that_never_ends_is_given_up(stocked, caplog):
+    hangs, times = threading.Event(), iter(range(0, 1000, 10))
+
+    class Bucket:
+        def stat(self, paths, deadline):
+            hangs.wait(60)
+
+    before = stocked.plan()
+    with caplog.at_level(logging.WARNING):
+        assert LookUps(Bucket(), StopSwitch(), clock=lambda: next(times)).look_up(before) == before
+    assert "no answer" in caplog.text
+    hangs.set()
+
+
+def test_nodes_that_keep_pace_share_one_lookup(stocked, tmp_path):
     listed = stocked.plan(PREFIX)
     many = [listed[n % 5] for n in range(2 * SEGMENT_CHUNKS + 1)]
     plan = PlanFile.write(tmp_path / "plan.jsonl", many)
     lookups = []
-    monkeypatch.setattr(selection, "look_up", lambda _bucket, chunks: lookups.append(len(chunks)) or chunks)
-    fresh = FreshPlan(plan, stocked.open())
+    fresh = FreshPlan(plan, lambda chunks: lookups.append(len(chunks)) or chunks)
     assert [list(fresh.chunks()), list(fresh.chunks())] == [many, many]
     assert lookups == [SEGMENT_CHUNKS, SEGMENT_CHUNKS, 1]
 
 
-def test_few_segments_are_kept(stocked, tmp_path, monkeypatch):
+def test_few_segments_are_kept(stocked, tmp_path):
     plan = PlanFile.write(tmp_path / "plan.jsonl", stocked.plan() * 8000)
-    monkeypatch.setattr(selection, "look_up", lambda _bucket, chunks: chunks)
-    fresh = FreshPlan(plan, stocked.open())
+    fresh = FreshPlan(plan, lambda chunks: chunks)
     for _ in fresh.chunks():
         assert len(fresh._segments) <= 16

@@ -180,7 +180,18 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         warm_up(tmp_path / "none.yaml", {})
     with pytest.raises(ConfigError, match=r"--ranks .*are no ranks"):
-        warm_up(None, given(ranks=["gpu-1"]))
+        warm_up(None, given(ranks=["gpu-1="]))
+
+
+@pytest.mark.parametrize("ranks", [["0-3"], ["=0-3"], ["gpu-1=0", "0-3"]])
+def test_ranks_are_those_of_a_node(ranks):
+    with pytest.raises(ConfigError, match=r"--ranks '=?0-3' reads NODE=RANKS"):
+        warm_up(None, given(ranks=ranks))
+
+
+def test_a_node_has_its_ranks_once():
+    with pytest.raises(ConfigError, match=r"--ranks names gpu-1 twice"):
+        warm_up(None, given(ranks=["gpu-1=0", "gpu-2=0", "gpu-1=1"]))
 
 
 def test_what_flags_gave_is_nested():
