@@ -199,7 +199,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             )
         apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile))
     with options_checked():
-        header = PlanFile.open(plan).header
+        opened = PlanFile.open(plan)
+        header = opened.header
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)
         only = [header.instance] if lmcache_config is not None else []
@@ -211,7 +212,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
         order = replace(order, min_age=header.min_age)
 
     def work(file: ReportFile, stop: StopSwitch) -> Summary:
-        return Job(header.job, mine[0], order, file, stop).resume(plan)
+        return Job(header.job, mine[0], order, file, stop).resume(opened)
 
     Session(report, metrics_textfile).run([work])
 

@@ -214,7 +214,8 @@ def apply_export(
         session: Reports it.
     """
     with options_checked():
-        header = PlanFile.open(plan).header
+        opened = PlanFile.open(plan)
+        header = opened.header
         config = lmcache_config or (None if header.config is None else Path(header.config))
         found = [
             endpoint(place.instance or place.where, option, config, l2_adapters or [])
@@ -223,7 +224,7 @@ def apply_export(
         order = replace(order, believe_files=header.believe_files, renames=header.renames, mode=header.mode)
 
     def work(file: ReportFile, stop: StopSwitch) -> ExportSummary:
-        return Export((found[0], found[1]), order, file, stop).resume(plan)
+        return Export((found[0], found[1]), order, file, stop).resume(opened)
 
     session.run([work])
 

@@ -121,9 +121,9 @@ class Export:
         """
         return self._told(lambda source, destination: self._select(source, destination, wanted, asked))
 
-    def resume(self, path: Path) -> ExportSummary:
+    def resume(self, plan: PlanFile) -> ExportSummary:
         """Carry a plan out that was made before."""
-        return self._told(lambda source, destination: self._resume(source, destination, path))
+        return self._told(lambda source, destination: self._resume(source, destination, plan))
 
     def _told(self, work: Callable[[Source, Destination], int]) -> ExportSummary:
         """Do the work, and report however it ends."""
@@ -193,11 +193,13 @@ class Export:
             planning.run(wanted, Path(scratch, "order"))
         return PlanFile.open(path)
 
-    def _resume(self, source: Source, destination: Destination, path: Path) -> int:
-        self._plan = plan = PlanFile.open(path)
+    def _resume(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+        self._plan = plan
         for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
             if one != end.place:
-                raise ConfigError(f"plan {str(path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now")
+                raise ConfigError(
+                    f"plan {str(plan.path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now"
+                )
         self._file.write(plan.header.record() | {"record": "report"})
         return self._carry_out(source, destination, plan)
 

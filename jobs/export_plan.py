@@ -21,6 +21,7 @@ from jobs.ends import Held
 from jobs.guards import Extent
 from jobs.manifest import Line
 from jobs.rename import Renames
+from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -286,11 +287,12 @@ class PlanFile:
         left: What is still in it, by reason: less than planned where lines were taken out.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent]) -> None:
+    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent], lines: Sealed) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
+        self._lines = lines
 
     @property
     def moves_left(self) -> Extent:
@@ -307,19 +309,19 @@ class PlanFile:
         """
         left: defaultdict[str, Extent] = defaultdict(Extent)
         header, totals, number = None, None, 0
+        lines = Sealed(path, "plan")
         try:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):  # noqa: B007 - it is told in the error
-                    record = json.loads(line)
-                    if totals is not None:
-                        raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
-                    if header is None:
-                        header = Header.from_record(record)
-                    elif record.get("record") == "end":
-                        totals = Totals.from_record(record)
-                    else:
-                        reason = str(record.get("reason"))
-                        left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
+            for number, line in enumerate(lines.lines(), 1):  # noqa: B007 - it is told in the error
+                record = json.loads(line)
+                if totals is not None:
+                    raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
+                if header is None:
+                    header = Header.from_record(record)
+                elif record.get("record") == "end":
+                    totals = Totals.from_record(record)
+                else:
+                    reason = str(record.get("reason"))
+                    left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -327,7 +329,7 @@ class PlanFile:
             raise kind(f"plan {str(path)!r}, line {number}: {error}") from None
         if header is None or totals is None:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
-        return cls(path, header, totals, dict(left))
+        return cls(path, header, totals, dict(left), lines)
 
     def moves(self, *reasons: str) -> Iterator[Move]:
         """What is to be copied, or other lines of the plan, in its order.
@@ -336,15 +338,16 @@ class PlanFile:
             reasons: Of the lines; none for what is to be copied.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was opened.
+            OSError: It cannot be read any more.
         """
         wanted = reasons or (NEW, REPLACED)
-        with self.path.open(encoding="utf-8") as lines:
-            next(lines)
-            for line in lines:
-                record = json.loads(line)
-                if record.get("reason") in wanted:
-                    yield Move.from_record(record, self.header.renames)
+        lines = self._lines.lines_again()
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            if record.get("reason") in wanted:
+                yield Move.from_record(record, self.header.renames)
 
 
 def is_export(path: Path) -> bool:
@@ -353,9 +356,9 @@ def is_export(path: Path) -> bool:
     Raises:
         ConfigError: It cannot be read.
     """
+    lines = Sealed(path, "plan")
     try:
-        with path.open(encoding="utf-8") as lines:
-            return bool(json.loads(lines.readline()).get("job") == JOB)
+        return bool(json.loads(next(lines.lines(), b"")).get("job") == JOB)
     except OSError as error:
         raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, RecursionError):

@@ -19,6 +19,7 @@ from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import decode_name, is_probe, parse_key
 from jobs.guards import Extent, MaxDelete
 from jobs.objects import is_reserved
+from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -256,11 +257,12 @@ class PlanFile:
         left: What is still in it: less than planned where lines were taken out.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: Extent) -> None:
+    def __init__(self, path: Path, header: Header, totals: Totals, left: Extent, lines: Sealed) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
+        self._lines = lines
 
     @classmethod
     def open(cls, path: Path) -> PlanFile:
@@ -270,11 +272,10 @@ class PlanFile:
             ConfigError: It cannot be read, is none, or is not whole.
             RefusedError: It names what is never deleted, or more than was planned.
         """
-        reader = _Reader()
+        reader, lines = _Reader(), Sealed(path, "plan")
         try:
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    reader.take(line)
+            for line in lines.lines():
+                reader.take(line)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except RefusedError as error:
@@ -286,21 +287,22 @@ class PlanFile:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
         if left.objects > totals.planned.objects:
             raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
-        return cls(path, header, totals, left)
+        return cls(path, header, totals, left, lines)
 
     def items(self) -> Iterator[Item]:
-        """What is to go, in the plan's order.
+        """What is to go, in the plan's order: what was in it when it was opened, whatever its file holds now.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since.
+            OSError: It cannot be read any more.
         """
-        with self.path.open(encoding="utf-8") as lines:
-            next(lines)
-            for line in lines:
-                record = json.loads(line)
-                if record.get("record") == "end":
-                    return
-                yield Item.from_record(record)
+        lines = self._lines.lines_again()
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            if record.get("record") == "end":
+                return
+            yield Item.from_record(record)
 
 
 class _Reader:
@@ -312,7 +314,7 @@ class _Reader:
         self.totals: Totals | None = None
         self.left = Extent()
 
-    def take(self, line: str) -> None:
+    def take(self, line: bytes) -> None:
         self.number += 1
         record = _record(line)
         if self.totals is not None:
@@ -327,7 +329,7 @@ class _Reader:
             self.left = self.left.plus(item.size)
 
 
-def _record(line: str) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError("this line is no JSON object")  # noqa: TRY004 - worded like every other fault of a plan

@@ -122,9 +122,9 @@ class Job:
         """Plan what a selection wants, and carry it out if that was ordered."""
         return self._told(lambda bucket: self._select(bucket, selection, wanted))
 
-    def resume(self, path: Path) -> Summary:
+    def resume(self, plan: PlanFile) -> Summary:
         """Carry a plan out that was made before."""
-        return self._told(lambda bucket: self._resume(bucket, path))
+        return self._told(lambda bucket: self._resume(bucket, plan))
 
     def _told(self, work: Callable[[Bucket], int]) -> Summary:
         """Do the work, and report however it ends."""
@@ -171,12 +171,12 @@ class Job:
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
 
-    def _resume(self, bucket: Bucket, path: Path) -> int:
-        self._plan = plan = PlanFile.open(path)
+    def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
+        self._plan = plan
         self._name = plan.header.job
         if plan.header.bucket != bucket.handle:
             raise ConfigError(
-                f"plan {str(path)!r} is for {plan.header.bucket}, and {self._named.name!r} is {bucket.handle}"
+                f"plan {str(plan.path)!r} is for {plan.header.bucket}, and {self._named.name!r} is {bucket.handle}"
             )
         self._file.write(header_record(plan.header))
         self._order.show(plan)
