@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfbucket_plugin.errors import ConfigError
-from jobs import guards, options, show, units
+from jobs import guards, options, show
 from jobs.cleanup import ByPolicy
 from jobs.command_export import apply_export, export
 from jobs.command_status import status
@@ -144,7 +144,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
         )
         order = replace(
             order,
-            min_age=units.duration(min_age),
+            min_age=options.age(min_age),
             foreign=options.foreign(foreign),
             accept_shrunk=accept_shrunk,
             config=_absolute(lmcache_config),
@@ -170,6 +170,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     l2_adapters: options.L2Adapters = None,
     yes: options.Yes = False,
     dry_run: options.DryRun = False,
+    max_delete: options.StricterMaxDelete = None,
+    min_age: options.StricterMinAge = None,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
     parallel: options.Parallel = 4,
@@ -186,6 +188,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         exporting = is_export(plan)
+        if exporting and (max_delete or min_age):
+            raise ConfigError("--max-delete and --min-age are for plans that delete: this one copies")
     if exporting:
         with options_checked():
             own = ExportOrder(
@@ -199,7 +203,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             )
         apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile))
     with options_checked():
-        opened = PlanFile.open(plan)
+        opened = PlanFile.open(plan, ours=True)
         header = opened.header
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)
@@ -209,7 +213,11 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
         if not mine:
             raise ConfigError(f"the plan is for instance {header.instance!r}: give the --l2-adapter of that name")
         order = _order(yes, dry_run, None, max_duration, lock_lifetime, parallel, batch_size, local, address, None)
-        order = replace(order, min_age=header.min_age)
+        order = replace(
+            order,
+            max_delete=guards.MaxDelete.parse(max_delete) if max_delete else guards.MaxDelete(),
+            min_age=options.age(min_age) if min_age else header.min_age,
+        )
 
     def work(file: ReportFile, stop: StopSwitch) -> Summary:
         return Job(header.job, mine[0], order, file, stop).resume(opened)

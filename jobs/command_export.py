@@ -156,7 +156,7 @@ def export(
         wanted = Wanted(choice, options.now(), prompts_of(choice, ends[0].named, lmcache_config))
         deleting = Order(
             max_delete=guards.MaxDelete.parse(max_delete or []),
-            min_age=units.duration(min_age),
+            min_age=options.age(min_age),
             yes=yes and not dry_run,
             ask=show.ask if show.at_terminal() and not dry_run else None,
             show=show.plan,
@@ -214,7 +214,7 @@ def apply_export(
         session: Reports it.
     """
     with options_checked():
-        opened = PlanFile.open(plan)
+        opened = PlanFile.open(plan, ours=True)
         header = opened.header
         config = lmcache_config or (None if header.config is None else Path(header.config))
         found = [

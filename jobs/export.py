@@ -180,7 +180,7 @@ class Export:
         )
         self._file.write(header.record() | {"record": "report"})
         name = f"{JOB}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
-        path = (order.plan_dir or run.default_plan_dir()) / name
+        path = run.plan_dir(order.plan_dir) / name
 
         def each() -> None:
             if self._until.passed:

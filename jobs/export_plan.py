@@ -301,15 +301,22 @@ class PlanFile:
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @classmethod
-    def open(cls, path: Path) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
         """Read a plan, every line of it.
+
+        Args:
+            path: Of the plan.
+            ours: Whether to refuse one that somebody else could have written.
 
         Raises:
             ConfigError: It cannot be read, is none, or is not whole.
+            RefusedError: It may be somebody else's.
         """
         left: defaultdict[str, Extent] = defaultdict(Extent)
         header, totals, number = None, None, 0
         lines = Sealed(path, "plan")
+        if ours:
+            lines.expect_ours()
         try:
             for number, line in enumerate(lines.lines(), 1):  # noqa: B007 - it is told in the error
                 record = json.loads(line)

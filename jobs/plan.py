@@ -265,14 +265,20 @@ class PlanFile:
         self._lines = lines
 
     @classmethod
-    def open(cls, path: Path) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
         """Read a plan, every line of it.
+
+        Args:
+            path: Of the plan.
+            ours: Whether to refuse one that somebody else could have written.
 
         Raises:
             ConfigError: It cannot be read, is none, or is not whole.
-            RefusedError: It names what is never deleted, or more than was planned.
+            RefusedError: It names what is never deleted, or more than was planned; or it may be somebody else's.
         """
         reader, lines = _Reader(), Sealed(path, "plan")
+        if ours:
+            lines.expect_ours()
         try:
             for line in lines.lines():
                 reader.take(line)

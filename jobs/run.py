@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import stat
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -180,7 +181,8 @@ class Job:
             )
         self._file.write(header_record(plan.header))
         self._order.show(plan)
-        plan.header.max_delete.check(plan.left, plan.totals.listed)
+        for limits in (plan.header.max_delete, self._order.max_delete):
+            limits.check(plan.left, plan.totals.listed)
         if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
             return exits.COMPLETE
         self._applied = True
@@ -216,7 +218,7 @@ class Job:
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
         in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
-        path = (order.plan_dir or default_plan_dir()) / _file_name(header)
+        path = plan_dir(order.plan_dir) / _file_name(header)
 
         def each() -> None:
             if self._until.passed:
@@ -246,7 +248,7 @@ class Job:
             applier = Applier(
                 executor,
                 confirm=lock.confirm,
-                not_after=now - plan.header.min_age,
+                not_after=now - max(plan.header.min_age, self._order.min_age),
                 told=self._tally.add,
                 stop=self._stop,
                 until=self._until,
@@ -306,6 +308,27 @@ def code_of(error: HFBucketError | OSError) -> int:
 def default_plan_dir() -> Path:
     """Where plans go that nobody wanted elsewhere."""
     return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
+
+
+def plan_dir(wanted: Path | None) -> Path:
+    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
+
+    Raises:
+        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
+        OSError: It cannot be made.
+    """
+    if wanted is not None:
+        return wanted
+    directory = default_plan_dir()
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RefusedError(
+            f"{str(directory)!r}, where plans go, is no directory that is only yours: others could change a plan there. Take "
+            "it away, or give --plan-dir DIR"
+        )
+    return directory
 
 
 def _file_name(header: Header) -> str:

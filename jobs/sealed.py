@@ -51,6 +51,18 @@ class Sealed:
         if not stat.S_ISREG(self.status.st_mode):
             raise ConfigError(f"{self._name} cannot be read: it is no file")
 
+    def expect_ours(self) -> None:
+        """Refuse a file that somebody else could have written.
+
+        Raises:
+            RefusedError: It belongs to another user, or others may write to it.
+        """
+        if self.status.st_uid != os.geteuid() or self.status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RefusedError(
+                f"{self._name} belongs to another user, or others may write to it: nobody knows who wrote what is in it, and "
+                "nothing of it is carried out. Plan anew; or read it, and copy it with `install -m 600 PLAN COPY`"
+            )
+
     def lines(self) -> Iterator[bytes]:
         """All lines, for the first time.
 

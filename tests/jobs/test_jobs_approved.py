@@ -2,6 +2,8 @@
 
 import json
 import os
+import stat
+from pathlib import Path
 
 import pytest
 from depot import DAY, key
@@ -63,3 +65,50 @@ def test_a_plan_that_is_no_file(stocked, tmp_path):
     for path in (tmp_path / "fifo", tmp_path):
         ran = stocked.run("apply", str(path), "--yes")
         assert (ran.code, "no file" in ran.stderr or "directory" in ran.stderr) == (2, True), ran.stderr
+
+
+def test_the_directory_of_plans_is_ours_alone(stocked, tmp_path):
+    plans = tmp_path / "plans"
+    planned = stocked.cleanup("--max-age", "14d")
+    assert stat.S_IMODE(plans.stat().st_mode) == 0o700
+    assert stat.S_IMODE(Path(planned.summary["plan"]).stat().st_mode) == 0o600
+
+    plans.chmod(0o770)
+    refused = stocked.cleanup("--max-age", "14d", "--yes")
+    assert (refused.code, "--plan-dir" in refused.stderr) == (4, True)
+    plans.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").chmod(0o700)
+    plans.symlink_to(tmp_path / "elsewhere")
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 4
+    assert len(stocked.left()) == 24
+
+
+def test_a_plan_that_others_could_have_written_is_not_carried_out(stocked, tmp_path, monkeypatch):
+    planned = stocked.cleanup("--max-age", "14d", "--plan-dir", str(tmp_path / "kept"))
+    plan = Path(planned.summary["plan"])
+    plan.chmod(0o620)
+    writable = stocked.run("apply", str(plan), "--yes")
+    plan.chmod(0o600)
+    with monkeypatch.context() as other:
+        other.setattr("os.geteuid", lambda: os.getuid() + 1)
+        of_another = stocked.run("apply", str(plan), "--yes")
+
+    for ran in (writable, of_another):
+        assert (ran.code, "install -m 600" in ran.stderr) == (4, True)
+    assert len(stocked.left()) == 24
+    assert stocked.run("apply", str(plan), "--yes").counts("deleted") == [4]
+
+
+def test_apply_may_be_stricter_than_its_plan_and_never_laxer(stocked, tmp_path):
+    plans = ("--plan-dir", str(tmp_path / "kept"))
+    plan = stocked.cleanup("--max-age", "14d", *plans).summary["plan"]
+
+    assert stocked.run("apply", plan, "--yes", "--max-delete", "3").code == 4
+    young = stocked.run("apply", plan, "--yes", "--min-age", "30d")
+    assert (young.code, young.counts("deleted", "too-young")) == (0, [0, 4])
+    assert stocked.run("apply", plan, "--yes", "--max-delete", "100%", "--min-age", "0s").counts("deleted") == [4]
+
+    text = Path(plan).read_text()
+    Path(plan).write_text(text.replace('"percent": 30.0', '"percent": 1.0'))
+    assert stocked.run("apply", plan, "--yes", "--max-delete", "100%").code == 4
+    assert stocked.run("rm", OLD[0], "--min-age", "5").code == 2
