@@ -40,10 +40,12 @@ class Place:
     Attributes:
         instance: The name of the instance; None for a directory.
         where: The handle of its bucket, or the path of the directory.
+        endpoint: The Hub of the bucket; None for a directory.
     """
 
     instance: str | None
     where: str
+    endpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Place:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return {"instance": self.instance, "where": self.where}
+        return {"instance": self.instance, "where": self.where, "endpoint": self.endpoint}
 
     @classmethod
     def from_record(cls, record: Any) -> Place:
@@ -63,10 +65,10 @@ class Place:
         """
         if not isinstance(record, dict) or not isinstance(record.get("where"), str):
             raise ValueError("an end needs instance and where")  # noqa: TRY004 - worded like every other fault
-        instance = record.get("instance")
-        if not isinstance(instance, str | None):
-            raise ValueError("the instance of an end is a text")  # noqa: TRY004 - as above
-        return cls(instance, record["where"])
+        instance, endpoint = record.get("instance"), record.get("endpoint")
+        if not isinstance(instance, str | None) or not isinstance(endpoint, str | None):
+            raise ValueError("the instance and the endpoint of an end are texts")  # noqa: TRY004 - as above
+        return cls(instance, record["where"], endpoint)
 
 
 @dataclass(frozen=True, slots=True)

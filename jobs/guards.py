@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -149,8 +150,10 @@ class MaxDelete:
         """
         if not isinstance(record, dict) or not record or set(record) - {"objects", "percent", "bytes"}:
             raise ValueError("max_delete needs objects, percent or bytes")
-        if not all(isinstance(value, (int, float)) and value >= 0 for value in record.values()):
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in record.values()):
             raise ValueError("the limits of max_delete are numbers")
+        if record.get("percent", 0) > _WHOLE:
+            raise ValueError("max_delete has a percent of more than 100")
         return cls(**record)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 
+_LONGEST_AGE_SECS: Final = 100 * 365 * 86400.0
+"""More is no less strict, and no date any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -35,6 +38,7 @@ class Header:
         job: `cleanup` or `rm`.
         instance: Whose objects.
         bucket: Its handle.
+        endpoint: Its Hub.
         made_at: When it was planned.
         clock: Whose clock that is: `hub` or `local`.
         min_age: Nothing younger may be deleted.
@@ -47,6 +51,7 @@ class Header:
     job: str
     instance: str
     bucket: BucketHandle
+    endpoint: str
     made_at: datetime
     clock: str
     min_age: timedelta
@@ -63,6 +68,7 @@ class Header:
             "job": self.job,
             "instance": self.instance,
             "bucket": str(self.bucket),
+            "endpoint": self.endpoint,
             "made_at": self.made_at.isoformat(),
             "clock": self.clock,
             "min_age_seconds": self.min_age.total_seconds(),
@@ -81,17 +87,18 @@ class Header:
         """
         if record.get("record") != "plan" or record.get("version") != VERSION:
             raise ValueError(f"this is no plan of version {VERSION}")
-        texts = [record.get(name) for name in ("job", "instance", "bucket", "made_at", "clock")]
+        texts = [record.get(name) for name in ("job", "instance", "bucket", "endpoint", "made_at", "clock")]
         config = record.get("config")
         if not all(isinstance(text, str) for text in texts) or not isinstance(config, str | None):
-            raise ValueError("a plan's header needs job, instance, bucket, made_at and clock, as texts")
+            raise ValueError("a plan's header needs job, instance, bucket, endpoint, made_at and clock, as texts")
         return cls(
             record["job"],
             record["instance"],
             BucketHandle.parse(record["bucket"]),
+            record["endpoint"],
             _moment(record["made_at"]),
             record["clock"],
-            timedelta(seconds=float(record["min_age_seconds"])),
+            _age(record["min_age_seconds"]),
             MaxDelete.from_record(record.get("max_delete")),
             record.get("foreign") is True,
             config,
@@ -189,6 +196,12 @@ class Totals:
         )
         listed, planned = (Extent.from_record(record[part]) for part in ("listed", "planned"))
         return cls(listed, planned, named, kept, passed_by)
+
+
+def _age(seconds: Any) -> timedelta:
+    if type(seconds) not in (int, float) or not 0 <= seconds <= timedelta.max.total_seconds():
+        raise ValueError(f"min_age_seconds is {seconds!r}, and no number of seconds")
+    return timedelta(seconds=min(float(seconds), _LONGEST_AGE_SECS))
 
 
 def _moment(text: str) -> datetime:

@@ -175,9 +175,11 @@ class Job:
     def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
         self._plan = plan
         self._name = plan.header.job
-        if plan.header.bucket != bucket.handle:
+        endpoint = self._named.settings.endpoint
+        if (plan.header.bucket, plan.header.endpoint) != (bucket.handle, endpoint):
             raise ConfigError(
-                f"plan {str(plan.path)!r} is for {plan.header.bucket}, and {self._named.name!r} is {bucket.handle}"
+                f"plan {str(plan.path)!r} is for {plan.header.bucket} of {plan.header.endpoint}, and {self._named.name!r} is "
+                f"{bucket.handle} of {endpoint}"
             )
         self._file.write(header_record(plan.header))
         self._order.show(plan)
@@ -207,6 +209,7 @@ class Job:
             self._name,
             self._named.name,
             bucket.handle,
+            self._named.settings.endpoint,
             clock.earliest() if clock.known else datetime.now(UTC),
             "hub" if clock.known else "local",
             order.min_age,

@@ -112,3 +112,13 @@ def test_apply_may_be_stricter_than_its_plan_and_never_laxer(stocked, tmp_path):
     Path(plan).write_text(text.replace('"percent": 30.0', '"percent": 1.0'))
     assert stocked.run("apply", plan, "--yes", "--max-delete", "100%").code == 4
     assert stocked.run("rm", OLD[0], "--min-age", "5").code == 2
+
+
+def test_a_plan_goes_to_the_hub_that_it_was_made_for(stocked, tmp_path):
+    plan = stocked.cleanup("--max-age", "14d", "--plan-dir", str(tmp_path / "kept")).summary["plan"]
+    stocked.settings = {"endpoint": stocked.hub.endpoint.replace("127.0.0.1", "localhost")}
+
+    ran = stocked.run("apply", plan, "--yes")
+
+    assert (ran.code, f"of {stocked.hub.endpoint}, and" in ran.stderr) == (2, True), ran.stderr
+    assert len(stocked.left()) == 24

@@ -31,7 +31,8 @@ HANDLE = BucketHandle.parse("hf://buckets/org/kv/kv/us")
 
 
 def header(**values):
-    own = {"job": "cleanup", "instance": "hfbucket.us", "bucket": HANDLE, "made_at": AT, "clock": "hub"}
+    own = {"job": "cleanup", "instance": "hfbucket.us", "bucket": HANDLE, "endpoint": "https://hub", "made_at": AT}
+    own["clock"] = "hub"
     return Header(**(own | {"min_age": timedelta(hours=1), "max_delete": MaxDelete(percent=30.0)} | values))
 
 
@@ -92,6 +93,14 @@ def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
         (lambda lines: ['{"record": "plan", "version": 99}', *lines[1:]], ConfigError, "no plan of version 1"),
         (lambda lines: [*lines[:2], *lines[1:]], RefusedError, "more objects than were planned"),
         (lambda lines: [lines[0].replace('{"percent": 30.0}', "{}"), *lines[1:]], ConfigError, "max_delete"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"percent": 101'), *lines[1:]], ConfigError, "than 100"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"bytes": Infinity'), *lines[1:]], ConfigError, "numbers"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"objects": true'), *lines[1:]], ConfigError, "numbers"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": -3600.0"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": NaN"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": Infinity"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": 1e300"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace('"https://hub"', "null"), *lines[1:]], ConfigError, "endpoint"),
     ],
 )
 def test_a_plan_that_is_broken_is_refused(plan, change, error, told):
