@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from time import monotonic
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
-from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import ThrottledError, TransportError
+from hfbucket_plugin.errors import DeadlineError, ThrottledError, TransportError
+from jobs.hubclock import HubClock
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.deadlines import Deadline
     from jobs.plan import Item
 
 TRIES: Final = 4
 """Most tries at an object that fails; waiting for the Hub's quota is none."""
+
+_FRESH_SECS: Final = 3.0
+"""How old a look may be, from when it was asked for, when the delete that goes by it is sent."""
+
+_DELETE_SECS: Final = 10.0
+"""When a delete is given up: the longer it is under way, the older the look that it goes by."""
 
 _PAUSE_SECS: Final = 1.0
 """After a 429 that does not say how long to wait."""
@@ -100,32 +108,60 @@ class Result(Generic[T]):
     wait_secs: float = 0.0
 
 
-def attempt(bucket: Bucket, batch: Batch[Item], not_after: datetime, seconds: float) -> Result[Item]:
-    """Try once. What was rewritten or is too young stays; between the look and the delete lies one request.
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What there was of a batch.
+
+    Attributes:
+        found: By path.
+        sent: When it was asked for: it is true of no moment before.
+        deadline: Until when something may be deleted by it.
+    """
+
+    found: dict[str, ObjectInfo]
+    sent: float
+    deadline: Deadline
+
+    @property
+    def fresh(self) -> bool:
+        """Whether something may still be deleted by it."""
+        return monotonic() - self.sent <= _FRESH_SECS
+
+
+def attempt(
+    bucket: Bucket, batch: Batch[Item], not_after: datetime, deadline: Deadline, ends: datetime | None = None
+) -> Result[Item]:
+    """Try once. What was rewritten or is too young stays.
+
+    Between the look and the delete lies one request: a look that has become old before the delete is sent is done again.
 
     Args:
         bucket: The instance's.
         batch: What is to go.
         not_after: An object that was uploaded later is too young.
-        seconds: How long this may take; nothing is asked of the Hub after that.
+        deadline: Nothing is asked of the Hub after that.
+        ends: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
+            late; None where `deadline` was set when the lock was confirmed.
 
     Raises:
         HFBucketError: What will not pass by waiting: no rights, no such bucket.
     """
-    deadline = Deadline.after(seconds)
     paths = [item.path for item in batch.items]
     try:
-        found = bucket.stat(paths, deadline, patient=False)
+        while True:
+            look = _look(bucket, paths, deadline, ends)
+            ended, todo = _compare(batch, look.found, not_after)
+            if look.fresh or not todo:
+                break
     except ThrottledError as error:
         return Result((), batch, error.retry_after or _PAUSE_SECS)
     except TransportError as error:
         return _again(batch, batch.items, batch.asked, dict.fromkeys(paths, str(error)), [])
-    ended, todo = _compare(batch, found, not_after)
     if not todo:
         return Result(tuple(ended))
     left = tuple(todo.values())
     try:
-        failed = bucket.delete(list(todo), deadline, once=True)
+        failed = bucket.delete(list(todo), look.deadline.within(_DELETE_SECS), once=True)
     except ThrottledError as error:
         return Result(tuple(ended), Batch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
     except TransportError as error:
@@ -133,6 +169,29 @@ def attempt(bucket: Bucket, batch: Batch[Item], not_after: datetime, seconds: fl
     ended += [Ended(item, Outcome.DELETED) for path, item in todo.items() if path not in failed]
     left = tuple(item for path, item in todo.items() if path in failed)
     return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
+
+
+def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime | None) -> _Look:
+    """Look up what there is.
+
+    Raises:
+        DeadlineError: The lock has ended.
+        HFBucketError: Nobody knows.
+    """
+    sent = monotonic()
+    if ends is None:
+        return _Look(bucket.stat(paths, deadline, patient=False), sent, deadline)
+    found, date = bucket.stat_dated(paths, deadline)
+    if date is None:
+        raise TransportError(
+            "the Hub's answer has no Date, so nobody knows here whether the lock still holds: give --local"
+        )
+    clock = HubClock(monotonic)
+    clock.stamped(date, sent, monotonic(), unsure_secs=1.0)
+    seconds = (ends - clock.latest()).total_seconds()
+    if seconds <= 0:
+        raise DeadlineError("the lock ended before this batch could be deleted")
+    return _Look(found, sent, deadline.within(seconds))
 
 
 def _compare(

@@ -73,6 +73,12 @@ class Lock:
         self._renewals = 0
         self._content: Content | None = None
         self._stops: datetime | None = None
+        self._left = False
+
+    @property
+    def stops(self) -> datetime | None:
+        """Until when it is ours by the Hub's clock, as last confirmed; None while it is not."""
+        return self._stops
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lock]:
@@ -114,6 +120,10 @@ class Lock:
         """
         if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
             self.confirm()
+
+    def leave(self) -> None:
+        """Release it not, but let it end by itself: something is under way that may still delete."""
+        self._left = True
 
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
@@ -182,6 +192,9 @@ class Lock:
     def _release(self) -> None:
         """Take all of our objects away; they end by themselves where that fails."""
         if self._content is None:
+            return
+        if self._left:
+            _log.warning("batches are still under way: our lock ends by itself, in %d s", self._holder.seconds)
             return
         problem: HFBucketError | None = None
         for _ in range(_RELEASE_TRIES):

@@ -256,8 +256,14 @@ class Job:
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._order.batch_size,
+                ends=lambda: lock.stops,
+                keep=lock.keep,
             )
-            end = applier.run(plan.items())
+            try:
+                end = applier.run(plan.items())
+            finally:
+                if applier.undrained:
+                    lock.leave()
             code = self._judge(end)
             if not isinstance(end.why, RefusedError):
                 code = self._keep(bucket, code)

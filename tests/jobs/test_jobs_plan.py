@@ -169,11 +169,11 @@ def outcomes(result):
 
 def test_a_lost_answer_is_no_second_delete():
     shelf = Shelf(ITEMS, TransportError("cut"))
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, 9)
+    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
     assert (first.ended, first.left.tries) == ((), 1)
     shelf.objects[ITEMS[0].path] = ObjectInfo(ITEMS[0].path, Content("f" * 64, 1), AT)  # written anew meanwhile
 
-    second = attempt(shelf, first.left, AT, 9)
+    second = attempt(shelf, first.left, AT, Deadline.after(9))
 
     assert len(shelf.deletes) == 1
     assert list(outcomes(second).values()) == [Outcome.CHANGED, *[Outcome.DELETED] * 4]
@@ -181,9 +181,9 @@ def test_a_lost_answer_is_no_second_delete():
 
 def test_only_what_failed_is_tried_again():
     shelf = Shelf(ITEMS, [ITEMS[1].path], [ITEMS[1].path])
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, 9)
-    second = attempt(shelf, first.left, AT, 9)
-    third = attempt(shelf, second.left, AT, 9)
+    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
+    second = attempt(shelf, first.left, AT, Deadline.after(9))
+    third = attempt(shelf, second.left, AT, Deadline.after(9))
 
     assert [len(paths) for paths in shelf.deletes] == [5, 1, 1]
     assert (len(first.ended), second.ended, outcomes(third)) == (4, (), {ITEMS[1].path: Outcome.DELETED})
@@ -192,13 +192,13 @@ def test_only_what_failed_is_tried_again():
 def test_what_is_too_young_is_left_even_if_a_plan_names_it():
     shelf = Shelf(ITEMS)
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), 9)
+    result = attempt(shelf, Batch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), Deadline.after(9))
 
     assert list(outcomes(result).values()) == [*[Outcome.TOO_YOUNG] * 2, *[Outcome.DELETED] * 3]
 
 
 def test_an_object_that_was_planned_twice_ends_twice():
-    result = attempt(Shelf(ITEMS), Batch((ITEMS[0], ITEMS[0])), AT, 9)
+    result = attempt(Shelf(ITEMS), Batch((ITEMS[0], ITEMS[0])), AT, Deadline.after(9))
 
     assert sorted(ended.outcome for ended in result.ended) == [Outcome.DELETED, Outcome.GONE]
 
