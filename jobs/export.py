@@ -27,7 +27,7 @@ from jobs.manifest import Line
 from jobs.moving import How, Method, Moved, Mover, find_out
 from jobs.progress import Progress
 from jobs.rename import Renames
-from jobs.report import Tally
+from jobs.report import NAMED_FAILURES, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,7 +214,17 @@ class Export:
             code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exits.COMPLETE
             if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
                 self._in_manifest = destination.finish(known)
+                if known.damaged:
+                    code = self._name_damaged(known.damaged) or code
         return code
+
+    def _name_damaged(self, names: list[str]) -> int:
+        """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
+        message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
+        self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
+        told = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
+        self._message = f"{self._message}; {told}" if self._message else told
+        return exits.FAILED
 
     def _name_conflicts(self, plan: PlanFile) -> None:
         for move in plan.moves(CONFLICT):
