@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket
-    from jobs.batch import Ended
+    from jobs.batch import Elsewhere, Ended
     from jobs.plan import Item
 
 _log = logging.getLogger(__name__)
@@ -70,18 +70,21 @@ class InProcess:
     Args:
         bucket: The instance's.
         width: How many at one time.
+        source: Of a mirror.
     """
 
-    def __init__(self, bucket: Bucket, width: int) -> None:
+    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
         self.width = width
         self._bucket = bucket
+        self._source = source
         self._pool = WorkerPool("jobs-delete", width)
 
     def submit(
         self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
     ) -> Future[Result[Item]]:
         """Begin a try at a batch. However late its thread gets to it, it ends in time."""
-        return self._pool.submit(attempt, self._bucket, batch, not_after, Deadline.after(seconds))
+        deadline = Deadline.after(seconds)
+        return self._pool.submit(attempt, self._bucket, batch, not_after, deadline, source=self._source)
 
     def lose(self, _future: Future[Result[Item]]) -> None:
         """Threads end by themselves: every request has its deadline."""

@@ -11,6 +11,7 @@ from hfbucket_plugin.errors import DeadlineError, ThrottledError, TransportError
 from jobs.hubclock import HubClock
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
@@ -58,7 +59,7 @@ class Outcome(StrEnum):
 
     DELETED = "deleted"
     GONE = "gone"  # before we came to it
-    CHANGED = "changed"  # written anew since it was planned: it stays
+    CHANGED = "changed"  # written anew since it was planned, or at a mirror's source again: it stays
     TOO_YOUNG = "too-young"  # only a plan that was edited names one
     FAILED = "failed"
 
@@ -128,8 +129,25 @@ class _Look:
         return monotonic() - self.sent <= _FRESH_SECS
 
 
+class Elsewhere(Protocol):
+    """Where an object must not be for it to be deleted here: the source of a mirror."""
+
+    def look_up(self, keys: Sequence[str], deadline: Deadline) -> Container[str]:
+        """Keys that it has, and maybe others.
+
+        Raises:
+            HFBucketError: Nobody knows.
+        """
+
+
 def attempt(
-    bucket: Bucket, batch: Batch[Item], not_after: datetime, deadline: Deadline, ends: datetime | None = None
+    bucket: Bucket,
+    batch: Batch[Item],
+    not_after: datetime,
+    deadline: Deadline,
+    ends: datetime | None = None,
+    *,
+    source: Elsewhere | None = None,
 ) -> Result[Item]:
     """Try once. What was rewritten or is too young stays.
 
@@ -142,6 +160,7 @@ def attempt(
         deadline: Nothing is asked of the Hub after that.
         ends: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
             late; None where `deadline` was set when the lock was confirmed.
+        source: Of a mirror: what it has is `changed`, and stays.
 
     Raises:
         HFBucketError: What will not pass by waiting: no rights, no such bucket.
@@ -149,8 +168,9 @@ def attempt(
     paths = [item.path for item in batch.items]
     try:
         while True:
+            at_source = () if source is None else source.look_up([item.key for item in batch.items], deadline)
             look = _look(bucket, paths, deadline, ends)
-            ended, todo = _compare(batch, look.found, not_after)
+            ended, todo = _compare(batch, look.found, at_source, not_after)
             if look.fresh or not todo:
                 break
     except ThrottledError as error:
@@ -195,7 +215,7 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime |
 
 
 def _compare(
-    batch: Batch[Item], found: dict[str, ObjectInfo], not_after: datetime
+    batch: Batch[Item], found: dict[str, ObjectInfo], at_source: Container[str], not_after: datetime
 ) -> tuple[list[Ended[Item]], dict[str, Item]]:
     """What has ended, and by path what is still as planned."""
     ended: list[Ended[Item]] = []
@@ -204,7 +224,7 @@ def _compare(
         info = found.get(item.path)
         if info is None:
             ended.append(Ended(item, Outcome.DELETED if item.path in batch.asked else Outcome.GONE))
-        elif info.uploaded_at != item.uploaded_at or info.content.xet_hash != item.xet_hash:
+        elif info.uploaded_at != item.uploaded_at or info.content.xet_hash != item.xet_hash or item.key in at_source:
             ended.append(Ended(item, Outcome.CHANGED))
         elif item.uploaded_at > not_after:
             ended.append(Ended(item, Outcome.TOO_YOUNG))

@@ -11,11 +11,13 @@ import typer
 from hfbucket_plugin.errors import ConfigError
 from jobs import guards, options, show
 from jobs.cleanup import ByPolicy
-from jobs.command_export import apply_export, export
+from jobs.command_export import apply_export, export, mirror_source
 from jobs.command_status import status
 from jobs.executors import in_process
 from jobs.export import ExportOrder
 from jobs.export_plan import is_export
+from jobs.instance_end import InstanceEnd
+from jobs.mirror import JOB as MIRROR
 from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
 from jobs.remove import ByName, read_keys
@@ -218,9 +220,14 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             max_delete=guards.MaxDelete.parse(max_delete) if max_delete else guards.MaxDelete(),
             min_age=options.age(min_age) if min_age else header.min_age,
         )
+        source = mirror_source(opened, lmcache_config, l2_adapters or []) if header.job == MIRROR else None
 
     def work(file: ReportFile, stop: StopSwitch) -> Summary:
-        return Job(header.job, mine[0], order, file, stop).resume(opened)
+        if source is None:
+            return Job(header.job, mine[0], order, file, stop).resume(opened)
+        with InstanceEnd(source.name, source.settings).opened() as end:
+            own = replace(order, local=True, source=end)
+            return Job(header.job, mine[0], own, file, stop).resume(opened)
 
     Session(report, metrics_textfile).run([work])
 

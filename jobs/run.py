@@ -24,7 +24,7 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from jobs import exits, history
+from jobs import exits, history, mirror
 from jobs.apply import Applier
 from jobs.executors import executing
 from jobs.guards import MaxDelete, check_listing
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import End
+    from jobs.instance_end import InstanceEnd
     from jobs.planning import Selection
     from jobs.report import ReportFile
     from warmer.interrupt import StopSwitch
@@ -75,6 +76,7 @@ class Order:
         batch_size: Most objects of a batch.
         config: The LMCache YAML, noted in plans.
         neighbours: Handles of all instances that the configuration names.
+        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
     """
 
     max_delete: MaxDelete
@@ -93,6 +95,7 @@ class Order:
     batch_size: int = 1000
     config: str | None = None
     neighbours: tuple[BucketHandle, ...] = ()
+    source: InstanceEnd | None = None
 
 
 class Job:
@@ -239,6 +242,8 @@ class Job:
         return plan
 
     def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        if self._name == mirror.JOB:
+            mirror.expect_source(self._order.source)
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
