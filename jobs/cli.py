@@ -95,7 +95,7 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
             config=_absolute(lmcache_config),
             neighbours=handles_of(every),
         )
-    Session(report, metrics_textfile).run([_cleaning(one, policies[one.name], order) for one in named])
+    Session(report, metrics_textfile).run([(one.name, _cleaning(one, policies[one.name], order)) for one in named])
 
 
 def _cleaning(named: NamedInstance, policy: Policy, order: Order) -> Callable[[ReportFile, StopSwitch], Summary]:
@@ -162,7 +162,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
 
         return work
 
-    Session(report, metrics_textfile).run([removing(one) for one in named])
+    Session(report, metrics_textfile).run([(one.name, removing(one)) for one in named])
 
 
 @app.command()
@@ -229,7 +229,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             own = replace(order, local=True, source=end)
             return Job(header.job, mine[0], own, file, stop).resume(opened)
 
-    Session(report, metrics_textfile).run([work])
+    Session(report, metrics_textfile).run([(header.instance, work)])
 
 
 def _order(  # noqa: PLR0917 - as the options come

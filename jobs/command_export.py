@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jobs.export_report import ExportSummary
     from jobs.plan import PlanFile as DeletePlan
     from jobs.report import ReportFile, Summary
+    from jobs.session import Work
     from warmer.choose import Choice
     from warmer.interrupt import StopSwitch
 
@@ -184,7 +185,10 @@ def export(
         own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
         return _mirror(ends, choice, own, file, stop)
 
-    Session(report, metrics_textfile).run([copying, mirroring] if mirror else [copying])
+    works: list[tuple[str, Work]] = [("the export", copying)]
+    if mirror:
+        works.append(("the mirror", mirroring))
+    Session(report, metrics_textfile).run(works)
 
 
 def _mirror(
@@ -252,7 +256,7 @@ def apply_export(
     def work(file: ReportFile, stop: StopSwitch) -> ExportSummary:
         return Export((found[0], found[1]), order, file, stop).resume(opened)
 
-    session.run([work])
+    session.run([("the export", work)])
 
 
 def _check_ends(ends: tuple[Endpoint, Endpoint], renames: Renames, *, without_manifest: bool) -> None:

@@ -31,14 +31,21 @@ NAMED_FAILURES: Final = 1000
 class ReportFile:
     """The file that `--report` names: for each instance a header, a line an object, and a summary; thread-safe.
 
+    What cannot be written any more holds nothing up: the jobs go on, and `problem` says so.
+
     Args:
         path: Of the file; None for none.
+
+    Attributes:
+        problem: Why it is not whole; empty while it is.
 
     Raises:
         ConfigError: The file cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
+        self.problem = ""
+        self._path = path
         self._lock = threading.Lock()
         try:
             self._out: IO[str] | None = path.open("w", encoding="utf-8") if path else None
@@ -48,14 +55,24 @@ class ReportFile:
     def write(self, record: dict[str, Any]) -> None:
         """Add a line."""
         with self._lock:
-            if self._out is not None:
+            if self._out is None or self.problem:
+                return
+            try:
                 self._out.write(json.dumps(record) + "\n")
                 self._out.flush()
+            except OSError as error:
+                self._failed(error)
 
     def close(self) -> None:
         """End the file."""
         if self._out is not None:
-            self._out.close()
+            try:
+                self._out.close()
+            except OSError as error:
+                self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.problem = self.problem or f"--report {str(self._path)!r} is not whole: {error.strerror}"
 
 
 class Tally:
