@@ -210,7 +210,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)
         only = [header.instance] if lmcache_config is not None else []
-        named, _ = options.chosen(lmcache_config, only, l2_adapters, everything=False)
+        named, every = options.chosen(lmcache_config, only, l2_adapters, everything=False)
         mine = [one for one in named if one.name == header.instance]
         if not mine:
             raise ConfigError(f"the plan is for instance {header.instance!r}: give the --l2-adapter of that name")
@@ -219,6 +219,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             order,
             max_delete=guards.MaxDelete.parse(max_delete) if max_delete else guards.MaxDelete(),
             min_age=options.age(min_age) if min_age else header.min_age,
+            neighbours=handles_of(every),
         )
         source = mirror_source(opened, lmcache_config, l2_adapters or []) if header.job == MIRROR else None
 

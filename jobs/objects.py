@@ -88,8 +88,11 @@ class Classifier:
             return Listed(info, Kind.OWN, name, None)
         if chunk is not None:
             return Listed(info, Kind.PROBE if is_probe(chunk.text) else Kind.CHUNK, name, chunk)
-        nested = info.path.startswith(self._nested)
-        return Listed(info, Kind.NEIGHBOUR if nested else Kind.FOREIGN, name, None)
+        return Listed(info, Kind.NEIGHBOUR if self.is_neighbour(info.path) else Kind.FOREIGN, name, None)
+
+    def is_neighbour(self, path: str) -> bool:
+        """Whether a path lies below another instance that is nested in this one."""
+        return path.startswith(self._nested)
 
     def walk(self, page_secs: float) -> Iterator[Listed]:
         """Stream all objects of the instance.

@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.handle import BucketHandle
-from hfbucket_plugin.keys import decode_name, is_probe, parse_key
-from jobs.guards import Extent, MaxDelete
+from hfbucket_plugin.keys import decode_name, encode_name, is_probe, parse_key
+from jobs.guards import NOTHING, Extent, MaxDelete
 from jobs.objects import is_reserved
 from jobs.sealed import Sealed
 
@@ -126,6 +126,15 @@ class Item:
     uploaded_at: datetime
     reason: str
 
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is a chunk: its name is that of its key. What is no chunk has its name in place of a key."""
+        try:
+            parse_key(self.key)
+        except KeyFormatError:
+            return False
+        return not is_probe(self.key) and self.path.rpartition("/")[2] == encode_name(self.key)
+
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -157,7 +166,8 @@ class Totals:
     """What was found while planning.
 
     Attributes:
-        listed: The objects of the instance: chunks, and what `foreign` names.
+        listed: The chunks of the instance.
+        foreign: What is no chunk, and may be deleted: nothing but with `--foreign delete`.
         planned: Those that are to go.
         by_reason: Those, by model and reason. What is no chunk has no model.
         kept: Those that stay, by reason.
@@ -165,6 +175,7 @@ class Totals:
     """
 
     listed: Extent
+    foreign: Extent
     planned: Extent
     by_reason: dict[tuple[str, str], Extent]
     kept: dict[str, Extent]
@@ -174,6 +185,7 @@ class Totals:
         """For JSON."""
         return {
             "listed": self.listed.record(),
+            "foreign": self.foreign.record(),
             "planned": self.planned.record(),
             "by_reason": [
                 {"model": model, "reason": reason} | extent.record()
@@ -194,8 +206,8 @@ class Totals:
         kept, passed_by = (
             {name: Extent.from_record(one) for name, one in record[part].items()} for part in ("kept", "passed_by")
         )
-        listed, planned = (Extent.from_record(record[part]) for part in ("listed", "planned"))
-        return cls(listed, planned, named, kept, passed_by)
+        listed, foreign, planned = (Extent.from_record(record[part]) for part in ("listed", "foreign", "planned"))
+        return cls(listed, foreign, planned, named, kept, passed_by)
 
 
 def _age(seconds: Any) -> timedelta:
@@ -251,9 +263,11 @@ class PlanWriter:
         group = (model, item.reason)
         self._by_reason[group] = self._by_reason[group].plus(item.size)
 
-    def finish(self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent]) -> None:
-        """End the plan: from now on it is there."""
-        totals = Totals(listed, self._planned, dict(self._by_reason), kept, passed_by)
+    def finish(
+        self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent], foreign: Extent = NOTHING
+    ) -> None:
+        """End the plan: from now on it is there. See `Totals`."""
+        totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by)
         self._write({"record": "end"} | totals.record())
         self._out.flush()
         os.fsync(self._out.fileno())
@@ -268,13 +282,17 @@ class PlanFile:
         header: What it is for.
         totals: What was found while planning.
         left: What is still in it: less than planned where lines were taken out.
+        chunks_left: The chunks among it.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: Extent, lines: Sealed) -> None:
+    def __init__(
+        self, path: Path, header: Header, totals: Totals, left: Extent, *, chunks_left: Extent, lines: Sealed
+    ) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
+        self.chunks_left = chunks_left
         self._lines = lines
 
     @classmethod
@@ -306,7 +324,19 @@ class PlanFile:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
         if left.objects > totals.planned.objects:
             raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
-        return cls(path, header, totals, left, lines)
+        return cls(path, header, totals, left, chunks_left=reader.chunks_left, lines=lines)
+
+    def check(self, limits: MaxDelete) -> None:
+        """Refuse it where it deletes more than limits allow.
+
+        Shares are of chunks for chunks, and of everything for everything: what is no chunk lends chunks no room.
+
+        Raises:
+            GuardError: It does.
+        """
+        listed = self.totals.listed
+        limits.check(self.left, listed.and_(self.totals.foreign))
+        limits.check(self.chunks_left, listed, "chunk")
 
     def items(self) -> Iterator[Item]:
         """What is to go, in the plan's order: what was in it when it was opened, whatever its file holds now.
@@ -331,7 +361,7 @@ class _Reader:
         self.number = 0
         self.header: Header | None = None
         self.totals: Totals | None = None
-        self.left = Extent()
+        self.left = self.chunks_left = Extent()
 
     def take(self, line: bytes) -> None:
         self.number += 1
@@ -346,6 +376,8 @@ class _Reader:
             item = Item.from_record(record)
             _expect_allowed(item, self.header)
             self.left = self.left.plus(item.size)
+            if item.is_chunk:
+                self.chunks_left = self.chunks_left.plus(item.size)
 
 
 def _record(line: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import prometheus_client
 from hfbucket_plugin.errors import ConfigError
 from jobs import exits
 from jobs.batch import Outcome
-from jobs.guards import Extent
+from jobs.guards import NOTHING, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -124,6 +124,7 @@ class Summary:
         message: Why it did not end well; empty where it did.
         plan: The plan, where there is one.
         ended: How much ended, by outcome.
+        chunks_gone: The chunks among what is no longer there.
         failures: The first objects that failed.
         seconds: How long it took.
         absent: Keys that were asked for and are not there.
@@ -137,6 +138,7 @@ class Summary:
     message: str = ""
     plan: PlanFile | None = None
     ended: dict[StrEnum, Extent] = field(default_factory=dict)
+    chunks_gone: Extent = NOTHING
     failures: tuple[dict[str, str], ...] = ()
     seconds: float = 0.0
     absent: tuple[str, ...] = ()
@@ -153,13 +155,8 @@ class Summary:
 
     @property
     def left(self) -> Extent:
-        """What the instance has now, as far as this job knows."""
-        if self.plan is None:
-            return Extent()
-        left = self.plan.totals.listed
-        for outcome in (Outcome.DELETED, Outcome.GONE):
-            left = left.minus(self.ended.get(outcome, Extent()))
-        return left
+        """The chunks that the instance has now, as far as this job knows."""
+        return Extent() if self.plan is None else self.plan.totals.listed.minus(self.chunks_gone)
 
     def lines(self) -> Iterator[str]:
         """For people."""

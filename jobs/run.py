@@ -26,8 +26,9 @@ from hfbucket_plugin.errors import (
 )
 from jobs import exits, history, mirror
 from jobs.apply import Applier
+from jobs.batch import Outcome
 from jobs.executors import executing
-from jobs.guards import MaxDelete, check_listing
+from jobs.guards import Extent, MaxDelete, check_listing
 from jobs.hubclock import HubClock, ask
 from jobs.lock import DEFAULT_SECONDS, Lock
 from jobs.objects import Classifier
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import End
+    from jobs.batch import Ended
     from jobs.instance_end import InstanceEnd
+    from jobs.plan import Item
     from jobs.planning import Selection
     from jobs.report import ReportFile
     from warmer.interrupt import StopSwitch
@@ -120,6 +123,7 @@ class Job:
         self._plan: PlanFile | None = None
         self._applied = order.yes
         self._tally = Tally(file)
+        self._chunks_gone = Extent()
         self._message = ""
 
     def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
@@ -157,6 +161,7 @@ class Job:
             self._message,
             self._plan,
             dict(self._tally.ended),
+            self._chunks_gone,
             tuple(self._tally.failures),
             time.monotonic() - self._started,
         )
@@ -186,13 +191,25 @@ class Job:
             )
         self._file.write(header_record(plan.header))
         self._order.show(plan)
+        if plan.header.foreign:
+            self._expect_no_neighbour(bucket, plan)
         for limits in (plan.header.max_delete, self._order.max_delete):
-            limits.check(plan.left, plan.totals.listed)
+            plan.check(limits)
         if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
             return exits.COMPLETE
         self._applied = True
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
+
+    def _expect_no_neighbour(self, bucket: Bucket, plan: PlanFile) -> None:
+        """Refuse a plan that deletes what is of another instance by now."""
+        classifier = Classifier(bucket, self._order.neighbours)
+        for item in plan.items():
+            if classifier.is_neighbour(item.path):
+                raise RefusedError(
+                    f"{item.path!r}, which the plan deletes, belongs to another instance of the configuration: nothing is "
+                    "deleted. Plan anew"
+                )
 
     def _lock(self, bucket: Bucket) -> Lock:
         if not self._named.settings.writes:
@@ -234,11 +251,12 @@ class Job:
         with PlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each)
             planning.run(Classifier(bucket, order.neighbours).walk(min(PAGE_SECS, order.max_duration_secs)))
-            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=None if last is None else last.left)
+            left = None if last is None else last.left
+            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
         self._plan = plan = PlanFile.open(path)
         order.show(plan)
-        order.max_delete.check(plan.left, plan.totals.listed)
+        plan.check(order.max_delete)
         return plan
 
     def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
@@ -257,7 +275,7 @@ class Job:
                 executor,
                 confirm=lock.confirm,
                 not_after=now - max(plan.header.min_age, self._order.min_age),
-                told=self._tally.add,
+                told=self._count,
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._order.batch_size,
@@ -273,6 +291,11 @@ class Job:
             if not isinstance(end.why, RefusedError):
                 code = self._keep(bucket, code)
         return code
+
+    def _count(self, ended: Ended[Item]) -> None:
+        if ended.outcome in (Outcome.DELETED, Outcome.GONE) and ended.item.is_chunk:
+            self._chunks_gone = self._chunks_gone.plus(ended.item.size)
+        self._tally.add(ended)
 
     def _judge(self, end: End) -> int:
         unfinished = self._summary(exits.COMPLETE).unfinished.objects
