@@ -124,6 +124,7 @@ class Job:
         self._applied = order.yes
         self._tally = Tally(file)
         self._chunks_gone = Extent()
+        self._resumed = False
         self._message = ""
 
     def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
@@ -181,7 +182,7 @@ class Job:
             return self._apply(bucket, lock, plan)
 
     def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
-        self._plan = plan
+        self._plan, self._resumed = plan, True
         self._name = plan.header.job
         endpoint = self._named.settings.endpoint
         if (plan.header.bucket, plan.header.endpoint) != (bucket.handle, endpoint):
@@ -310,10 +311,20 @@ class Job:
             return exits.FAILED
         return exits.FAILED if self._tally.failures else exits.COMPLETE
 
+    def _left(self, bucket: Bucket) -> Extent:
+        """The chunks that the instance has now: what an old plan knew of it is not less than what the last run left.
+
+        Raises:
+            HFBucketError: The last report cannot be read.
+        """
+        left = self._summary(exits.COMPLETE).left
+        last = history.last_run(bucket, REQUEST_SECS) if self._resumed else None
+        return left if last is None else max(left, last.left.minus(self._chunks_gone), key=lambda one: one.objects)
+
     def _keep(self, bucket: Bucket, code: int) -> int:
         """Keep the report in the bucket: the next run judges its listing by it."""
         try:
-            history.keep(bucket, self._summary(code), REQUEST_SECS)
+            history.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
         except HFBucketError as error:
             self._message = f"{self._message}; " if self._message else ""
             self._message += f"the report could not be kept in the bucket: {error}"

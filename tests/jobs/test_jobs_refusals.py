@@ -4,6 +4,7 @@ import json
 
 import pytest
 from depot import DAY, PREFIX, key
+from huggingface_hub import HfApi
 from plugin_support import SECRET
 
 from localhub.faults import Fault
@@ -216,3 +217,19 @@ def test_a_plan_deletes_nothing_of_an_instance_that_was_declared_since(stocked, 
 
     assert (ran.code, "belongs to another instance" in ran.stderr) == (4, True)
     assert len(stocked.left()) == 25
+
+
+def test_an_old_plan_does_not_make_the_next_run_believe_a_shrunk_listing(stocked, tmp_path):
+    """What is kept of a run that carries out an old plan is no less than what the last run left."""
+    plans = ("--plan-dir", str(tmp_path / "kept"))
+    plan = stocked.cleanup("--max-age", "14d", *plans).summary["plan"]
+    many = [key(number) for number in range(1000, 1200)]
+    stocked.put(many, age=1 * DAY)
+    assert stocked.cleanup("--max-age", "90d", "--yes").counts("left") == [224]
+    assert stocked.run("apply", plan, "--yes").counts("deleted") == [4]
+    bulk = stocked.paths_of(many)
+    HfApi(endpoint=stocked.hub.endpoint, token=False).batch_bucket_files(stocked.bucket_id, delete=sorted(bulk))
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, "less than half of the 220" in ran.stderr) == (4, True), ran.stderr
