@@ -21,7 +21,7 @@ from hfbucket_plugin.transfer import Content
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.hub import Answer, HubClient
@@ -129,7 +129,9 @@ class Bucket:
         infos = [_object_info(item, "paths-info") for item in _items(answer.json("paths-info"), "paths-info")]
         return {info.path: info for info in infos}, answer
 
-    def list_objects(self, prefix: str, page_secs: float) -> Iterator[ObjectInfo]:
+    def list_objects(
+        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None
+    ) -> Iterator[ObjectInfo]:
         """Stream the objects whose path starts with `prefix`, page by page.
 
         The Hub matches lexically: `v1` also lists `v10/…`.
@@ -137,12 +139,18 @@ class Bucket:
         Args:
             prefix: The start of a path; empty for all.
             page_secs: Most seconds a page may take, its retries included.
+            each_page: Called before each page is asked for, empty ones too: what it raises ends the listing.
 
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
         url: str | None = self._tree(prefix)
+        asked: set[int] = set()
         while url is not None:
+            if hash(url) in asked:
+                raise TransportError(f"tree: the Hub's pages lead back to one that was there: {self._hub.clean(url)!r}")
+            asked.add(hash(url))
+            each_page()
             infos, url = self._list(url, Deadline.after(page_secs))
             yield from infos
 

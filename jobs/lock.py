@@ -44,6 +44,10 @@ class LockLostError(RefusedError):
     """The lock is no longer ours: nothing more may be deleted."""
 
 
+class LockLapsedError(LockLostError):
+    """The lock ended before it could be renewed: the Hub wanted to be left alone for too long, or we slept."""
+
+
 class Lock:
     """The lock of one instance; thread-safe.
 
@@ -168,7 +172,7 @@ class Lock:
         for claim in claims:
             if claim.holder == self._holder and claim.since is not None:
                 if self.clock.latest() >= claim.stops:
-                    raise LockLostError("our lock was not renewed in time: nothing more is deleted; run again")
+                    raise LockLapsedError("our lock was not renewed in time: nothing more is deleted; run again")
                 return claim
             if self.clock.earliest() <= claim.stale:
                 raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is deleted")

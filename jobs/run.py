@@ -30,7 +30,7 @@ from jobs.batch import Outcome
 from jobs.executors import executing
 from jobs.guards import Extent, MaxDelete, check_listing
 from jobs.hubclock import HubClock, ask
-from jobs.lock import DEFAULT_SECONDS, Lock
+from jobs.lock import DEFAULT_SECONDS, Lock, LockLapsedError
 from jobs.objects import Classifier
 from jobs.plan import Header, PlanFile, PlanWriter
 from jobs.planning import Planning
@@ -244,14 +244,18 @@ class Job:
         in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
         path = plan_dir(order.plan_dir) / _file_name(header)
 
-        def each() -> None:
+        def in_time() -> None:
             if self._until.passed:
                 raise RefusedError("--max-duration was over before all was listed: nothing is deleted")
+
+        def each() -> None:
+            in_time()
             tick()
 
         with PlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each)
-            planning.run(Classifier(bucket, order.neighbours).walk(min(PAGE_SECS, order.max_duration_secs)))
+            page_secs = min(PAGE_SECS, order.max_duration_secs)
+            planning.run(Classifier(bucket, order.neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
             check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
@@ -346,6 +350,8 @@ def coded(work: Callable[[], int]) -> tuple[int, str]:
 
 def code_of(error: HFBucketError | OSError) -> int:
     """The exit code that an error stands for."""
+    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
+        return exits.FAILED
     if isinstance(error, RefusedError):
         return exits.REFUSED
     if not isinstance(error, HFBucketError) or isinstance(error, (TransportError, ThrottledError, IntegrityError)):

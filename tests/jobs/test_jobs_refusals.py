@@ -7,6 +7,7 @@ from depot import DAY, PREFIX, key
 from huggingface_hub import HfApi
 from plugin_support import SECRET
 
+from hfbucket_plugin.bucket import Bucket
 from localhub.faults import Fault
 
 OLD = [key(number) for number in range(4)]
@@ -233,3 +234,24 @@ def test_an_old_plan_does_not_make_the_next_run_believe_a_shrunk_listing(stocked
     ran = stocked.cleanup("--max-age", "14d", "--yes")
 
     assert (ran.code, "less than half of the 220" in ran.stderr) == (4, True), ran.stderr
+
+
+@pytest.mark.parametrize(("distinct", "told"), [(True, "--max-duration was over"), (False, "lead back")])
+def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
+    """Empty pages, each of which names another one, end with the time; pages that name each other end at once."""
+    own, pages = Bucket._list, []
+
+    def endless(self, url, deadline):
+        if ".hfbucket" in url:
+            return own(self, url, deadline)
+        pages.append(url)
+        assert len(pages) < 50, "it goes on for ever"
+        return [], f"{url.partition('&')[0]}&again={len(pages) if distinct else 0}"
+
+    monkeypatch.setattr(Bucket, "_list", endless)
+    if distinct:
+        monkeypatch.setattr("jobs.run.Deadline.passed", property(lambda _: len(pages) > 5))
+
+    ran = stocked.run("rm", OLD[0])
+
+    assert (ran.code, told in ran.stderr) == (4, True), ran.stderr
