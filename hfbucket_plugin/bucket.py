@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
@@ -20,7 +21,7 @@ from hfbucket_plugin.transfer import Content
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.hub import Answer, HubClient
@@ -90,21 +91,47 @@ class Bucket:
         """
         found: dict[str, ObjectInfo] = {}
         for start in range(0, len(paths), MAX_BATCH):
-            answer = self._hub.request(
-                "POST",
-                f"{self._api}/paths-info",
-                route="paths-info",
-                deadline=deadline,
-                attempts=2,
-                patient=patient,
-                json={"paths": list(paths[start : start + MAX_BATCH])},
-            )
-            for item in _items(answer.json("paths-info"), "paths-info"):
-                info = _object_info(item, "paths-info")
-                found[info.path] = info
+            found |= self._paths_info(paths[start : start + MAX_BATCH], deadline, patient=patient)[0]
         return found
 
-    def list_objects(self, prefix: str, page_secs: float) -> Iterator[ObjectInfo]:
+    def stat_dated(self, paths: Sequence[str], deadline: Deadline) -> tuple[dict[str, ObjectInfo], datetime | None]:
+        """Look up to 1000 objects up by one request, and tell when the Hub answered it.
+
+        Args:
+            paths: From the root of the bucket.
+            deadline: When to give up.
+
+        Returns:
+            What exists, by path, and the answer's `Date`, to the second; None where it has none.
+
+        Raises:
+            HFBucketError: See `HubClient.request`. Pauses that the Hub asked for are not waited out.
+        """
+        found, answer = self._paths_info(paths, deadline, patient=False)
+        try:
+            date = parsedate_to_datetime(answer.headers.get("date", ""))
+        except ValueError:
+            return found, None
+        return found, date if date.tzinfo is not None else None
+
+    def _paths_info(
+        self, paths: Sequence[str], deadline: Deadline, *, patient: bool
+    ) -> tuple[dict[str, ObjectInfo], Answer]:
+        answer = self._hub.request(
+            "POST",
+            f"{self._api}/paths-info",
+            route="paths-info",
+            deadline=deadline,
+            attempts=2,
+            patient=patient,
+            json={"paths": list(paths)},
+        )
+        infos = [_object_info(item, "paths-info") for item in _items(answer.json("paths-info"), "paths-info")]
+        return {info.path: info for info in infos}, answer
+
+    def list_objects(
+        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None
+    ) -> Iterator[ObjectInfo]:
         """Stream the objects whose path starts with `prefix`, page by page.
 
         The Hub matches lexically: `v1` also lists `v10/…`.
@@ -112,12 +139,18 @@ class Bucket:
         Args:
             prefix: The start of a path; empty for all.
             page_secs: Most seconds a page may take, its retries included.
+            each_page: Called before each page is asked for, empty ones too: what it raises ends the listing.
 
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
         url: str | None = self._tree(prefix)
+        asked: set[int] = set()
         while url is not None:
+            if hash(url) in asked:
+                raise TransportError(f"tree: the Hub's pages lead back to one that was there: {self._hub.clean(url)!r}")
+            asked.add(hash(url))
+            each_page()
             infos, url = self._list(url, Deadline.after(page_secs))
             yield from infos
 

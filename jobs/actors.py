@@ -1,18 +1,21 @@
 """Batches on actors of a Ray cluster: with `ray_counts` the only part of the jobs that knows of Ray.
 
-The driver confirms the lock before each batch of deletes and says for how long it holds; an actor asks nothing of the Hub
-after that. Settings travel to the actors, tokens never: each takes its own from its node's environment.
+The driver confirms the lock before each batch of deletes and says until when, by the Hub's clock, it holds; an actor that
+gets to the batch later, by the date of the Hub's answers to it, deletes nothing. One that does not answer in time is lost:
+it is ended, and another one takes its place. Settings travel to the actors, tokens never: each takes its own from its node's environment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Generic
 
 import ray
 import ray.exceptions
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.metrics import Tally
@@ -24,7 +27,7 @@ from warmer.cluster import joined
 from warmer.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
     from enum import StrEnum
 
@@ -48,10 +51,12 @@ class _Deleter:
         """Whether its node has a token for the instance."""
         return [self._settings.resolve_token() is not None]
 
-    def attempt(self, batch: Batch[Item], not_after: datetime, seconds: float) -> Result[Item] | HFBucketError:
+    def attempt(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, ends: datetime
+    ) -> Result[Item] | HFBucketError:
         """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
         try:
-            return attempt(self._bucket, batch, not_after, seconds)
+            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), ends)
         except HFBucketError as error:
             return error
 
@@ -68,7 +73,9 @@ class _Carrier:
         """Whether its node has a token for each of the two instances."""
         return [settings.resolve_token() is not None for settings in self._settings]
 
-    def attempt(self, batch: Batch[Move], _not_after: datetime, seconds: float) -> Result[Move] | HFBucketError:
+    def attempt(
+        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: None
+    ) -> Result[Move] | HFBucketError:
         """Try at a batch, as `_Deleter` does."""
         try:
             return self._mover.attempt(batch, seconds)
@@ -104,12 +111,15 @@ class _OnActors(Generic[T]):
     ) -> None:
         self.width = width
         self._failed = failed
+        self._mutex = threading.Lock()
+        self._busy: dict[Future[Result[T]], tuple[Any, Batch[T]]] = {}
         self._counts = RayCounts(instances[-1].name)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(joined(address))
         try:
             remote: Any = ray.remote(num_cpus=0, max_restarts=TRIES)(actor)
-            self._idle: list[Any] = [remote.remote(*arguments) for _ in range(width)]
+            self._start: Callable[[], Any] = lambda: remote.remote(*arguments)
+            self._idle: list[Any] = [self._start() for _ in range(width)]
             have = ray.get([one.tokens.remote() for one in self._idle], timeout=_START_SECS)
         except ray.exceptions.RayError as error:
             self.close()
@@ -122,25 +132,55 @@ class _OnActors(Generic[T]):
                     f"a node of the Ray cluster lacks {settings.token_env} ({named.setting('token_env')} names it)"
                 )
 
-    def submit(self, batch: Batch[T], not_after: datetime, seconds: float) -> Future[Result[T]]:
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
         """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
         actor = self._idle.pop()
         told: Future[Result[T]] = Future()
-
-        def settle(done: Future[Any]) -> None:
-            self._idle.append(actor)
-            try:
-                result = done.result()
-            except ray.exceptions.RayError as error:
-                result = _lost(batch, self._failed, str(error).splitlines()[0])
-            if isinstance(result, HFBucketError):
-                told.set_exception(result)
-            else:
-                self._counts.add(result)
-                told.set_result(result)
-
-        actor.attempt.remote(batch, not_after, seconds).future().add_done_callback(settle)
+        with self._mutex:
+            self._busy[told] = (actor, batch)
+        answer = actor.attempt.remote(batch, not_after, seconds, ends).future()
+        answer.add_done_callback(lambda done: self._settle(told, done))
         return told
+
+    def _settle(self, told: Future[Result[T]], done: Future[Any]) -> None:
+        """Tell what an actor answered, whatever that is: somebody waits for it."""
+        with self._mutex:
+            busy = self._busy.pop(told, None)
+        if busy is None:  # it was given up before
+            return
+        actor, batch = busy
+        self._idle.append(actor)
+        try:
+            result = self._result(batch, done)
+            self._counts.add(result)
+        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+            told.set_exception(error)
+        else:
+            told.set_result(result)
+
+    def _result(self, batch: Batch[T], done: Future[Any]) -> Result[T]:
+        try:
+            result: Result[T] | HFBucketError = done.result()
+        except ray.exceptions.RayError as error:
+            return _lost(batch, self._failed, str(error).splitlines()[0])
+        if isinstance(result, HFBucketError):
+            raise result
+        return result
+
+    def lose(self, future: Future[Result[T]]) -> None:
+        """End an actor that does not answer, and put another one in its place."""
+        with self._mutex:
+            busy = self._busy.pop(future, None)
+        if busy is None:
+            return
+        actor, batch = busy
+        try:
+            ray.kill(actor)
+            self._idle.append(self._start())
+        except Exception as error:  # noqa: BLE001 - as above
+            future.set_exception(error)
+        else:
+            future.set_result(_lost(batch, self._failed, "it did not answer in time"))
 
     def close(self) -> None:
         """End the actors, and leave the cluster."""

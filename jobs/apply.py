@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import math
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Protocol
 
 from hfbucket_plugin.bucket import MAX_BATCH
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from hfbucket_plugin.workers import WorkerPool
 from jobs.batch import Batch, Result, T, attempt
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket
-    from hfbucket_plugin.deadlines import Deadline
-    from jobs.batch import Ended
+    from jobs.batch import Elsewhere, Ended
     from jobs.plan import Item
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ _BACKOFF_SECS: Final = 0.5
 _ATTEMPT_SECS: Final = 60.0
 """Most seconds of a try, far less than the lock holds."""
 
+_LOST_SECS: Final = 10.0
+"""A try that has not ended so long after it should have is lost."""
+
+_KEEP_SECS: Final = 5.0
+"""How long to leave the Hub alone after the lock could not be renewed, while tries are under way."""
+
 
 class Executor(Protocol[T]):
     """Where batches are tried."""
@@ -39,8 +47,18 @@ class Executor(Protocol[T]):
     width: int
     """How many at one time."""
 
-    def submit(self, batch: Batch[T], not_after: datetime, seconds: float) -> Future[Result[T]]:
-        """Begin a try at a batch (see `jobs.batch.attempt`)."""
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
+        """Begin a try at a batch.
+
+        Args:
+            batch: What it is about.
+            not_after: See `jobs.batch.attempt`.
+            seconds: How long it may take, from now on.
+            ends: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
+        """
+
+    def lose(self, future: Future[Result[T]]) -> None:
+        """Give a try up that should have ended long ago; where that is possible, it ends by this."""
 
     def close(self) -> None:
         """Begin no more."""
@@ -52,16 +70,24 @@ class InProcess:
     Args:
         bucket: The instance's.
         width: How many at one time.
+        source: Of a mirror.
     """
 
-    def __init__(self, bucket: Bucket, width: int) -> None:
+    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
         self.width = width
         self._bucket = bucket
+        self._source = source
         self._pool = WorkerPool("jobs-delete", width)
 
-    def submit(self, batch: Batch[Item], not_after: datetime, seconds: float) -> Future[Result[Item]]:
-        """Begin a try at a batch."""
-        return self._pool.submit(attempt, self._bucket, batch, not_after, seconds)
+    def submit(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[Item]]:
+        """Begin a try at a batch. However late its thread gets to it, it ends in time."""
+        deadline = Deadline.after(seconds)
+        return self._pool.submit(attempt, self._bucket, batch, not_after, deadline, source=self._source)
+
+    def lose(self, _future: Future[Result[Item]]) -> None:
+        """Threads end by themselves: every request has its deadline."""
 
     def close(self) -> None:
         """Begin no more."""
@@ -94,6 +120,8 @@ class Applier(Generic[T]):
     Args:
         executor: Where batches are tried.
         confirm: Makes sure that the lock is held, and says for how many seconds it is; raises when it is not.
+        ends: Until when, by the Hub's clock, it then is.
+        keep: Keeps the lock meanwhile; raises when it is not held.
         not_after: An object that was uploaded later is too young.
         told: Is told of every object that has ended.
         stop: Whether to stop.
@@ -101,6 +129,9 @@ class Applier(Generic[T]):
         batch_size: Most objects of a batch.
         batch_bytes: Most bytes of a batch of several; None for no bound.
         attempt_secs: Most seconds of a try.
+
+    Attributes:
+        undrained: Whether `run` broke off while tries were under way that did not end.
     """
 
     def __init__(
@@ -115,6 +146,8 @@ class Applier(Generic[T]):
         batch_size: int = MAX_BATCH,
         batch_bytes: int | None = None,
         attempt_secs: float = _ATTEMPT_SECS,
+        ends: Callable[[], datetime | None] = lambda: None,
+        keep: Callable[[], None] = lambda: None,
     ) -> None:
         self._executor = executor
         self._confirm = confirm
@@ -125,6 +158,10 @@ class Applier(Generic[T]):
         self._size = min(batch_size, MAX_BATCH)
         self._batch_bytes = batch_bytes
         self._attempt_secs = attempt_secs
+        self._ends = ends
+        self._keep = keep
+        self._keep_at = 0.0
+        self.undrained = False
         self._fresh: Iterator[Batch[T]] = iter(())
         self._exhausted = False
         self._again: list[tuple[float, Batch[T]]] = []
@@ -132,21 +169,64 @@ class Applier(Generic[T]):
         self._why: HFBucketError | OSError | None = None
 
     def run(self, items: Iterator[T]) -> End:
-        """Do what is still as planned. Returns when all has ended that was begun."""
-        self._fresh, self._exhausted, self._why = _batches(items, self._size, self._batch_bytes), False, None
-        running: set[Future[Result[T]]] = set()
-        while True:
-            self._feed(running)
-            if running:
-                done, running = wait(running, _LOOK_SECS, FIRST_COMPLETED)
-                for future in done:
-                    self._take(future)
-            elif self._over or (self._exhausted and not self._again):
-                return End(self._why, self._stop.requested)
-            else:
-                time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
+        """Do what is still as planned. Returns when all has ended that was begun.
 
-    def _feed(self, running: set[Future[Result[T]]]) -> None:
+        An error waits for what was begun, too, and counts it: nothing is deleted after this has ended, unless `undrained`.
+        """
+        self._fresh, self._exhausted, self._why = _batches(items, self._size, self._batch_bytes), False, None
+        running: dict[Future[Result[T]], float] = {}
+        try:
+            while True:
+                self._feed(running)
+                if running:
+                    for future in self._ended(running):
+                        self._take(future)
+                    self._keep_lock()
+                elif self._over or (self._exhausted and not self._again):
+                    return End(self._why, self._stop.requested)
+                else:
+                    time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
+        except BaseException as error:
+            # A second order to stop does not wait for long.
+            self._drain(running, self._attempt_secs + 2 * _LOST_SECS if isinstance(error, Exception) else _LOOK_SECS)
+            raise
+
+    def _drain(self, running: dict[Future[Result[T]], float], seconds: float) -> None:
+        """Wait for what is under way, and count it; nothing new is begun."""
+        self.undrained = bool(running)
+        until = Deadline.after(seconds)
+        while running:
+            for future in self._ended(running):
+                with contextlib.suppress(Exception):  # one error is being told already
+                    self._take(future)
+            if until.passed:
+                break
+        self.undrained = bool(running)
+
+    def _ended(self, running: dict[Future[Result[T]], float]) -> Iterator[Future[Result[T]]]:
+        """Tries that have ended, taken out of those that are under way; what should have, long ago, is given up."""
+        done, _ = wait(running, _LOOK_SECS, FIRST_COMPLETED)
+        for future in done:
+            del running[future]
+            yield future
+        late = [future for future, lost_at in running.items() if time.monotonic() >= lost_at]
+        for future in late:
+            running[future] = math.inf
+            self._executor.lose(future)
+
+    def _keep_lock(self) -> None:
+        """Keep the lock while tries are under way: those who wait for it must not get it before they have ended."""
+        if self._why is not None or time.monotonic() < self._keep_at:
+            return
+        try:
+            self._keep()
+        except (ThrottledError, TransportError) as error:
+            _log.warning("the lock could not be renewed yet: %s", error)
+            self._keep_at = time.monotonic() + _KEEP_SECS
+        except HFBucketError as error:
+            self._why = error
+
+    def _feed(self, running: dict[Future[Result[T]], float]) -> None:
         """Begin as many batches as may run."""
         while not self._over and len(running) < self._executor.width and (batch := self._next()) is not None:
             try:
@@ -156,7 +236,8 @@ class Applier(Generic[T]):
             except HFBucketError as error:
                 self._why = error
             else:
-                running.add(self._executor.submit(batch, self._not_after, seconds))
+                future = self._executor.submit(batch, self._not_after, seconds, self._ends())
+                running[future] = time.monotonic() + seconds + _LOST_SECS
 
     @property
     def _over(self) -> bool:

@@ -34,9 +34,14 @@ class CarriersInProcess:
         self._mover = mover
         self._pool = WorkerPool("jobs-export", width)
 
-    def submit(self, batch: Batch[Move], _not_after: datetime, seconds: float) -> Future[Result[Move]]:
+    def submit(
+        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[Move]]:
         """Begin a try at a batch."""
         return self._pool.submit(self._mover.attempt, batch, seconds)
+
+    def lose(self, _future: Future[Result[Move]]) -> None:
+        """Threads end by themselves: every request has its deadline."""
 
     def close(self) -> None:
         """Begin no more."""

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfbucket_plugin.errors import ConfigError
-from jobs import guards, options, show, units
+from jobs import guards, options, show
 from jobs.cleanup import ByPolicy
-from jobs.command_export import apply_export, export
+from jobs.command_export import apply_export, export, mirror_source
 from jobs.command_status import status
 from jobs.executors import in_process
 from jobs.export import ExportOrder
 from jobs.export_plan import is_export
+from jobs.instance_end import InstanceEnd
+from jobs.mirror import JOB as MIRROR
 from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
 from jobs.remove import ByName, read_keys
@@ -93,7 +95,7 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
             config=_absolute(lmcache_config),
             neighbours=handles_of(every),
         )
-    Session(report, metrics_textfile).run([_cleaning(one, policies[one.name], order) for one in named])
+    Session(report, metrics_textfile).run([(one.name, _cleaning(one, policies[one.name], order)) for one in named])
 
 
 def _cleaning(named: NamedInstance, policy: Policy, order: Order) -> Callable[[ReportFile, StopSwitch], Summary]:
@@ -144,7 +146,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
         )
         order = replace(
             order,
-            min_age=units.duration(min_age),
+            min_age=options.age(min_age),
             foreign=options.foreign(foreign),
             accept_shrunk=accept_shrunk,
             config=_absolute(lmcache_config),
@@ -160,7 +162,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
 
         return work
 
-    Session(report, metrics_textfile).run([removing(one) for one in named])
+    Session(report, metrics_textfile).run([(one.name, removing(one)) for one in named])
 
 
 @app.command()
@@ -170,6 +172,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     l2_adapters: options.L2Adapters = None,
     yes: options.Yes = False,
     dry_run: options.DryRun = False,
+    max_delete: options.StricterMaxDelete = None,
+    min_age: options.StricterMinAge = None,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
     parallel: options.Parallel = 4,
@@ -186,6 +190,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         exporting = is_export(plan)
+        if exporting and (max_delete or min_age):
+            raise ConfigError("--max-delete and --min-age are for plans that delete: this one copies")
     if exporting:
         with options_checked():
             own = ExportOrder(
@@ -199,21 +205,32 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             )
         apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile))
     with options_checked():
-        header = PlanFile.open(plan).header
+        opened = PlanFile.open(plan, ours=True)
+        header = opened.header
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)
         only = [header.instance] if lmcache_config is not None else []
-        named, _ = options.chosen(lmcache_config, only, l2_adapters, everything=False)
+        named, every = options.chosen(lmcache_config, only, l2_adapters, everything=False)
         mine = [one for one in named if one.name == header.instance]
         if not mine:
             raise ConfigError(f"the plan is for instance {header.instance!r}: give the --l2-adapter of that name")
         order = _order(yes, dry_run, None, max_duration, lock_lifetime, parallel, batch_size, local, address, None)
-        order = replace(order, min_age=header.min_age)
+        order = replace(
+            order,
+            max_delete=guards.MaxDelete.parse(max_delete) if max_delete else guards.MaxDelete(),
+            min_age=options.age(min_age) if min_age else header.min_age,
+            neighbours=handles_of(every),
+        )
+        source = mirror_source(opened, lmcache_config, l2_adapters or []) if header.job == MIRROR else None
 
     def work(file: ReportFile, stop: StopSwitch) -> Summary:
-        return Job(header.job, mine[0], order, file, stop).resume(plan)
+        if source is None:
+            return Job(header.job, mine[0], order, file, stop).resume(opened)
+        with InstanceEnd(source.name, source.settings).opened() as end:
+            own = replace(order, local=True, source=end)
+            return Job(header.job, mine[0], own, file, stop).resume(opened)
 
-    Session(report, metrics_textfile).run([work])
+    Session(report, metrics_textfile).run([(header.instance, work)])
 
 
 def _order(  # noqa: PLR0917 - as the options come

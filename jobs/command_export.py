@@ -17,7 +17,7 @@ from jobs.choosing import CHOOSING, Wanted, choice_of, prompts_of
 from jobs.endpoints import Endpoint, endpoint
 from jobs.executors import in_process
 from jobs.export import Export, ExportOrder
-from jobs.export_plan import PlanFile
+from jobs.export_plan import Place, PlanFile
 from jobs.export_planning import OnConflict
 from jobs.instance_end import InstanceEnd
 from jobs.mirror import JOB as MIRROR
@@ -28,10 +28,13 @@ from jobs.session import Session, options_checked
 from warmer.flags import Flag  # noqa: TC001 - as above
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from hfbucket_plugin.named import NamedInstance
     from jobs.export_report import ExportSummary
+    from jobs.plan import PlanFile as DeletePlan
     from jobs.report import ReportFile, Summary
+    from jobs.session import Work
     from warmer.choose import Choice
     from warmer.interrupt import StopSwitch
 
@@ -156,7 +159,7 @@ def export(
         wanted = Wanted(choice, options.now(), prompts_of(choice, ends[0].named, lmcache_config))
         deleting = Order(
             max_delete=guards.MaxDelete.parse(max_delete or []),
-            min_age=units.duration(min_age),
+            min_age=options.age(min_age),
             yes=yes and not dry_run,
             ask=show.ask if show.at_terminal() and not dry_run else None,
             show=show.plan,
@@ -182,7 +185,10 @@ def export(
         own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
         return _mirror(ends, choice, own, file, stop)
 
-    Session(report, metrics_textfile).run([copying, mirroring] if mirror else [copying])
+    works: list[tuple[str, Work]] = [("the export", copying)]
+    if mirror:
+        works.append(("the mirror", mirroring))
+    Session(report, metrics_textfile).run(works)
 
 
 def _mirror(
@@ -194,7 +200,31 @@ def _mirror(
     order = replace(order, neighbours=handles_of((source, destination)))
     with InstanceEnd(source.name, source.settings).opened() as end:
         selection = NotAtSource(end, choice, order.min_age)
-        return Job(MIRROR, destination, order, file, stop).select(selection, {"source": str(ends[0].place.where)})
+        order = replace(order, local=True, source=end)
+        return Job(MIRROR, destination, order, file, stop).select(selection, {"source": ends[0].place.record()})
+
+
+def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[str]) -> NamedInstance:
+    """The source of a mirror whose plan is to be carried out.
+
+    Args:
+        plan: The plan.
+        config: The LMCache YAML; None for none.
+        l2_adapters: The JSON of MP adapters.
+
+    Raises:
+        ConfigError: The plan names none, or another place than the configuration does.
+    """
+    try:
+        place = Place.from_record(plan.header.wanted.get("source"))
+    except ValueError:
+        place = Place(None, "")
+    if place.instance is None:
+        raise ConfigError(f"plan {str(plan.path)!r} of a mirror names no source: nothing is deleted. Plan anew")
+    found = endpoint(place.instance, "the plan's source", config, l2_adapters)
+    if found.named is None or found.place != place:
+        raise ConfigError(f"the plan's source is {place.where}, and {place.name!r} is {found.place.where} now")
+    return found.named
 
 
 def apply_export(
@@ -214,7 +244,8 @@ def apply_export(
         session: Reports it.
     """
     with options_checked():
-        header = PlanFile.open(plan).header
+        opened = PlanFile.open(plan, ours=True)
+        header = opened.header
         config = lmcache_config or (None if header.config is None else Path(header.config))
         found = [
             endpoint(place.instance or place.where, option, config, l2_adapters or [])
@@ -223,9 +254,9 @@ def apply_export(
         order = replace(order, believe_files=header.believe_files, renames=header.renames, mode=header.mode)
 
     def work(file: ReportFile, stop: StopSwitch) -> ExportSummary:
-        return Export((found[0], found[1]), order, file, stop).resume(plan)
+        return Export((found[0], found[1]), order, file, stop).resume(opened)
 
-    session.run([work])
+    session.run([("the export", work)])
 
 
 def _check_ends(ends: tuple[Endpoint, Endpoint], renames: Renames, *, without_manifest: bool) -> None:

@@ -62,6 +62,7 @@ class DirectoryDestination:
             fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in self._directory.glob(f"{_PART}*"):
                 left.unlink()
+            manifest.expect_whole(self._directory)
         except BlockingIOError:
             raise RefusedError(
                 f"another export writes to {self.name!r} now; nothing is copied. Run again later"
@@ -138,16 +139,18 @@ class DirectoryDestination:
         """Write the manifest: every chunk that lies here, whoever brought it.
 
         Args:
-            known: What was written now. What else lies here is hashed, unless the present manifest knows it.
+            known: What was written now. What else lies here is hashed, unless the present manifest knows it; what is not
+                what the present manifest says keeps its line, by which an import refuses it, and is noted as damaged.
 
         Returns:
             How many there are.
 
         Raises:
+            ManifestError: The present one was damaged meanwhile.
             ConfigError: It cannot be written.
         """
         try:
-            with contextlib.suppress(manifest.ManifestError):
+            if os.path.lexists(self._directory / manifest.NAME):
                 known.add_older(manifest.read(self._directory))
             return manifest.write(self._directory, known.lying_in(self._directory))
         except OSError as error:
@@ -177,9 +180,14 @@ def _move(part: Path, path: Path, *, replace: bool) -> None:
 
 
 class Known:
-    """Files whose hash is known, in a temporary file. Use it as a context manager."""
+    """Files whose hash is known, in a temporary file. Use it as a context manager.
+
+    Attributes:
+        damaged: Names of files that are not what is known of them.
+    """
 
     def __init__(self) -> None:
+        self.damaged: list[str] = []
         self._directory = tempfile.TemporaryDirectory(prefix="manifest-")
         self._base = sqlite3.connect(
             Path(self._directory.name, "known.sqlite"), isolation_level=None, check_same_thread=False
@@ -208,27 +216,34 @@ class Known:
     def lying_in(self, directory: Path) -> Iterator[manifest.Line]:
         """What lies in a directory, by key.
 
-        A hash is believed where size and time are those of the file that had it; else the file is hashed.
+        A hash is believed where size and time are those of the file that had it; else the file is hashed. One that has
+        another hash than is known of it was damaged: what is known stays.
 
         Raises:
             ConfigError: It cannot be read.
         """
         passed_by: Counter[str] = Counter()
         for key, path, found in chunk_files(directory, passed_by):
-            line = self._line(key, found) or manifest.Line(
-                key, Content(xet_hashes([path])[0], found.st_size), moment_of(found)
-            )
+            line = self._line(key, path, found)
             self._base.execute("INSERT OR REPLACE INTO there VALUES (?, ?, ?, ?)", _row(line))
         rows = self._base.execute("SELECT key, hash, size, at FROM there ORDER BY key")
-        for key, xet_hash, size, at in rows:
-            yield manifest.Line(key, Content(xet_hash, size), None if at is None else datetime.fromisoformat(at))
+        for row in rows:
+            yield _line_of(*row)
 
-    def _line(self, key: str, found: os.stat_result) -> manifest.Line | None:
-        row = self._base.execute("SELECT hash, size, at FROM known WHERE key = ?", (key,)).fetchone()
-        if row is None or row[2] is None or row[1] != found.st_size:
-            return None
-        at = datetime.fromisoformat(row[2])
-        return manifest.Line(key, Content(row[0], row[1]), at) if at == moment_of(found) else None
+    def _line(self, key: str, path: Path, found: os.stat_result) -> manifest.Line:
+        row = self._base.execute("SELECT key, hash, size, at FROM known WHERE key = ?", (key,)).fetchone()
+        known = None if row is None else _line_of(*row)
+        if known is not None and (known.content.size, known.uploaded_at) == (found.st_size, moment_of(found)):
+            return known
+        line = manifest.Line(key, Content(xet_hashes([path])[0], found.st_size), moment_of(found))
+        if known is None or known.content == line.content:
+            return line
+        self.damaged.append(path.name)
+        return known
+
+
+def _line_of(key: str, xet_hash: str, size: int, at: str | None) -> manifest.Line:
+    return manifest.Line(key, Content(xet_hash, size), None if at is None else datetime.fromisoformat(at))
 
 
 def _row(line: manifest.Line) -> tuple[str, str, int, str | None]:

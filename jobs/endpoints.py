@@ -38,7 +38,8 @@ class Endpoint:
         """As plans and reports name it."""
         if self.named is None:
             return Place(None, str(self.directory))
-        return Place(self.named.name, str(self.named.settings.bucket_handle))
+        settings = self.named.settings
+        return Place(self.named.name, str(settings.bucket_handle), settings.endpoint)
 
     def source(self, *, believe_files: bool) -> Source:
         """Open it to copy from it.

@@ -29,7 +29,7 @@ def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Ex
         HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
     """
     if order.local:
-        executor: Executor[Item] = InProcess(bucket, order.parallel)
+        executor: Executor[Item] = InProcess(bucket, order.parallel, order.source)
     else:
         from jobs.actors import OnActors  # noqa: PLC0415 - Ray takes a second to import
 

@@ -27,7 +27,7 @@ from jobs.manifest import Line
 from jobs.moving import How, Method, Moved, Mover, find_out
 from jobs.progress import Progress
 from jobs.rename import Renames
-from jobs.report import Tally
+from jobs.report import NAMED_FAILURES, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,9 +121,9 @@ class Export:
         """
         return self._told(lambda source, destination: self._select(source, destination, wanted, asked))
 
-    def resume(self, path: Path) -> ExportSummary:
+    def resume(self, plan: PlanFile) -> ExportSummary:
         """Carry a plan out that was made before."""
-        return self._told(lambda source, destination: self._resume(source, destination, path))
+        return self._told(lambda source, destination: self._resume(source, destination, plan))
 
     def _told(self, work: Callable[[Source, Destination], int]) -> ExportSummary:
         """Do the work, and report however it ends."""
@@ -180,7 +180,7 @@ class Export:
         )
         self._file.write(header.record() | {"record": "report"})
         name = f"{JOB}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
-        path = (order.plan_dir or run.default_plan_dir()) / name
+        path = run.plan_dir(order.plan_dir) / name
 
         def each() -> None:
             if self._until.passed:
@@ -193,11 +193,13 @@ class Export:
             planning.run(wanted, Path(scratch, "order"))
         return PlanFile.open(path)
 
-    def _resume(self, source: Source, destination: Destination, path: Path) -> int:
-        self._plan = plan = PlanFile.open(path)
+    def _resume(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+        self._plan = plan
         for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
             if one != end.place:
-                raise ConfigError(f"plan {str(path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now")
+                raise ConfigError(
+                    f"plan {str(plan.path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now"
+                )
         self._file.write(plan.header.record() | {"record": "report"})
         return self._carry_out(source, destination, plan)
 
@@ -212,7 +214,17 @@ class Export:
             code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exits.COMPLETE
             if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
                 self._in_manifest = destination.finish(known)
+                if known.damaged:
+                    code = self._name_damaged(known.damaged) or code
         return code
+
+    def _name_damaged(self, names: list[str]) -> int:
+        """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
+        message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
+        self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
+        told = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
+        self._message = f"{self._message}; {told}" if self._message else told
+        return exits.FAILED
 
     def _name_conflicts(self, plan: PlanFile) -> None:
         for move in plan.moves(CONFLICT):

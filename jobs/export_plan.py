@@ -21,6 +21,7 @@ from jobs.ends import Held
 from jobs.guards import Extent
 from jobs.manifest import Line
 from jobs.rename import Renames
+from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,10 +40,12 @@ class Place:
     Attributes:
         instance: The name of the instance; None for a directory.
         where: The handle of its bucket, or the path of the directory.
+        endpoint: The Hub of the bucket; None for a directory.
     """
 
     instance: str | None
     where: str
+    endpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,7 +54,7 @@ class Place:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return {"instance": self.instance, "where": self.where}
+        return {"instance": self.instance, "where": self.where, "endpoint": self.endpoint}
 
     @classmethod
     def from_record(cls, record: Any) -> Place:
@@ -62,10 +65,10 @@ class Place:
         """
         if not isinstance(record, dict) or not isinstance(record.get("where"), str):
             raise ValueError("an end needs instance and where")  # noqa: TRY004 - worded like every other fault
-        instance = record.get("instance")
-        if not isinstance(instance, str | None):
-            raise ValueError("the instance of an end is a text")  # noqa: TRY004 - as above
-        return cls(instance, record["where"])
+        instance, endpoint = record.get("instance"), record.get("endpoint")
+        if not isinstance(instance, str | None) or not isinstance(endpoint, str | None):
+            raise ValueError("the instance and the endpoint of an end are texts")  # noqa: TRY004 - as above
+        return cls(instance, record["where"], endpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +289,12 @@ class PlanFile:
         left: What is still in it, by reason: less than planned where lines were taken out.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent]) -> None:
+    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent], lines: Sealed) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
+        self._lines = lines
 
     @property
     def moves_left(self) -> Extent:
@@ -299,27 +303,34 @@ class PlanFile:
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @classmethod
-    def open(cls, path: Path) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
         """Read a plan, every line of it.
+
+        Args:
+            path: Of the plan.
+            ours: Whether to refuse one that somebody else could have written.
 
         Raises:
             ConfigError: It cannot be read, is none, or is not whole.
+            RefusedError: It may be somebody else's.
         """
         left: defaultdict[str, Extent] = defaultdict(Extent)
         header, totals, number = None, None, 0
+        lines = Sealed(path, "plan")
+        if ours:
+            lines.expect_ours()
         try:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):  # noqa: B007 - it is told in the error
-                    record = json.loads(line)
-                    if totals is not None:
-                        raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
-                    if header is None:
-                        header = Header.from_record(record)
-                    elif record.get("record") == "end":
-                        totals = Totals.from_record(record)
-                    else:
-                        reason = str(record.get("reason"))
-                        left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
+            for number, line in enumerate(lines.lines(), 1):  # noqa: B007 - it is told in the error
+                record = json.loads(line)
+                if totals is not None:
+                    raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
+                if header is None:
+                    header = Header.from_record(record)
+                elif record.get("record") == "end":
+                    totals = Totals.from_record(record)
+                else:
+                    reason = str(record.get("reason"))
+                    left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -327,7 +338,7 @@ class PlanFile:
             raise kind(f"plan {str(path)!r}, line {number}: {error}") from None
         if header is None or totals is None:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
-        return cls(path, header, totals, dict(left))
+        return cls(path, header, totals, dict(left), lines)
 
     def moves(self, *reasons: str) -> Iterator[Move]:
         """What is to be copied, or other lines of the plan, in its order.
@@ -336,15 +347,16 @@ class PlanFile:
             reasons: Of the lines; none for what is to be copied.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was opened.
+            OSError: It cannot be read any more.
         """
         wanted = reasons or (NEW, REPLACED)
-        with self.path.open(encoding="utf-8") as lines:
-            next(lines)
-            for line in lines:
-                record = json.loads(line)
-                if record.get("reason") in wanted:
-                    yield Move.from_record(record, self.header.renames)
+        lines = self._lines.lines_again()
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            if record.get("reason") in wanted:
+                yield Move.from_record(record, self.header.renames)
 
 
 def is_export(path: Path) -> bool:
@@ -353,9 +365,9 @@ def is_export(path: Path) -> bool:
     Raises:
         ConfigError: It cannot be read.
     """
+    lines = Sealed(path, "plan")
     try:
-        with path.open(encoding="utf-8") as lines:
-            return bool(json.loads(lines.readline()).get("job") == JOB)
+        return bool(json.loads(next(lines.lines(), b"")).get("job") == JOB)
     except OSError as error:
         raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, RecursionError):

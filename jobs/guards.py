@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -44,6 +45,10 @@ class Extent:
         """With one more object of that size."""
         return Extent(self.objects + 1, self.bytes + nbytes)
 
+    def and_(self, other: Extent) -> Extent:
+        """With another extent."""
+        return Extent(self.objects + other.objects, self.bytes + other.bytes)
+
     def minus(self, other: Extent) -> Extent:
         """Without another extent; never below nothing."""
         return Extent(max(0, self.objects - other.objects), max(0, self.bytes - other.bytes))
@@ -66,6 +71,9 @@ class Extent:
 
     def __str__(self) -> str:
         return f"{count(self.objects, 'object')}, {size(self.bytes)}"
+
+
+NOTHING: Final = Extent()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +124,13 @@ class MaxDelete:
                 f"--max-delete {text!r}: must be a number of objects (5000), a share of them (30%) or bytes (500GiB)"
             ) from None
 
-    def check(self, planned: Extent, listed: Extent) -> None:
+    def check(self, planned: Extent, listed: Extent, what: str = "object") -> None:
         """Refuse a plan that deletes more.
+
+        Args:
+            planned: What it deletes.
+            listed: What the instance has.
+            what: What these are, for people.
 
         Raises:
             GuardError: It does; the message says by how much and how to allow it.
@@ -126,7 +139,7 @@ class MaxDelete:
         if self.objects is not None and planned.objects > self.objects:
             told.append(f"{self.objects:,} objects")
         if self.percent is not None and planned.objects > listed.objects * self.percent / _WHOLE:
-            told.append(f"{self.percent:g}% of {count(listed.objects, 'object')}")
+            told.append(f"{self.percent:g}% of {count(listed.objects, what)}")
         if self.bytes is not None and planned.bytes > self.bytes:
             told.append(size(self.bytes))
         if told:
@@ -149,24 +162,29 @@ class MaxDelete:
         """
         if not isinstance(record, dict) or not record or set(record) - {"objects", "percent", "bytes"}:
             raise ValueError("max_delete needs objects, percent or bytes")
-        if not all(isinstance(value, (int, float)) and value >= 0 for value in record.values()):
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in record.values()):
             raise ValueError("the limits of max_delete are numbers")
+        if record.get("percent", 0) > _WHOLE:
+            raise ValueError("max_delete has a percent of more than 100")
         return cls(**record)
 
 
-def check_listing(listed: Extent, seen: int, *, in_bucket: int | None, last: Extent | None) -> None:
+def check_listing(
+    listed: Extent, seen: int, *, in_bucket: int | None, last: Extent | None, foreign: Extent = NOTHING
+) -> None:
     """Refuse a listing that cannot be all of it.
 
     Args:
-        listed: The objects of the instance in it: chunks, and what `--foreign delete` names.
+        listed: The chunks of the instance in it.
+        foreign: What else may be deleted.
         seen: All objects in it, ours included.
         in_bucket: How many the bucket says it has; None where the instance is only a part of it.
-        last: What the last run left of the instance; None where there was none, or the shrinking was accepted.
+        last: What the last run left of its chunks; None where there was none, or the shrinking was accepted.
 
     Raises:
         GuardError: It is empty, truncated, or has less than half of what there was.
     """
-    if not listed.objects:
+    if not listed.and_(foreign).objects:
         raise GuardError("the listing is empty: nothing is deleted. Is bucket_handle, with its prefix, the right one?")
     if in_bucket is not None and (in_bucket - seen) * _MISSING > in_bucket:
         raise GuardError(

@@ -62,14 +62,21 @@ def last_run(bucket: Bucket, request_secs: float) -> Last | None:
     return Last(str(record.get("job")), newest.uploaded_at or oldest, left, record)
 
 
-def keep(bucket: Bucket, summary: Summary, request_secs: float) -> None:
+def keep(bucket: Bucket, summary: Summary, left: Extent, request_secs: float) -> None:
     """Keep a report in the bucket, in place of the last one of its kind.
+
+    Args:
+        bucket: The instance's.
+        summary: What came of the run.
+        left: The chunks of the instance, by which the next run judges its listing.
+        request_secs: Most seconds of a request.
 
     Raises:
         HFBucketError: It is not kept.
     """
     # The plan's place is on the machine of the run, and no concern of those who read the bucket.
     record = {name: value for name, value in summary.record().items() if name != "plan"}
+    record["left"] = left.record()
     record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     deadline = Deadline.after(request_secs)
     content = small.upload(bucket, json.dumps(record).encode(), deadline)

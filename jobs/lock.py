@@ -44,6 +44,10 @@ class LockLostError(RefusedError):
     """The lock is no longer ours: nothing more may be deleted."""
 
 
+class LockLapsedError(LockLostError):
+    """The lock ended before it could be renewed: the Hub wanted to be left alone for too long, or we slept."""
+
+
 class Lock:
     """The lock of one instance; thread-safe.
 
@@ -73,6 +77,12 @@ class Lock:
         self._renewals = 0
         self._content: Content | None = None
         self._stops: datetime | None = None
+        self._left = False
+
+    @property
+    def stops(self) -> datetime | None:
+        """Until when it is ours by the Hub's clock, as last confirmed; None while it is not."""
+        return self._stops
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lock]:
@@ -114,6 +124,10 @@ class Lock:
         """
         if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
             self.confirm()
+
+    def leave(self) -> None:
+        """Release it not, but let it end by itself: something is under way that may still delete."""
+        self._left = True
 
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
@@ -158,7 +172,7 @@ class Lock:
         for claim in claims:
             if claim.holder == self._holder and claim.since is not None:
                 if self.clock.latest() >= claim.stops:
-                    raise LockLostError("our lock was not renewed in time: nothing more is deleted; run again")
+                    raise LockLapsedError("our lock was not renewed in time: nothing more is deleted; run again")
                 return claim
             if self.clock.earliest() <= claim.stale:
                 raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is deleted")
@@ -182,6 +196,9 @@ class Lock:
     def _release(self) -> None:
         """Take all of our objects away; they end by themselves where that fails."""
         if self._content is None:
+            return
+        if self._left:
+            _log.warning("batches are still under way: our lock ends by itself, in %d s", self._holder.seconds)
             return
         problem: HFBucketError | None = None
         for _ in range(_RELEASE_TRIES):

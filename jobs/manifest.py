@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -123,6 +124,16 @@ def _records(lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
         yield line.record()
 
 
+def expect_whole(directory: Path) -> None:
+    """Refuse a manifest that is damaged; a directory may well have none.
+
+    Raises:
+        ManifestError: It is.
+    """
+    if os.path.lexists(directory / NAME):
+        next(read(directory), None)
+
+
 def sync(directory: Path) -> None:
     """Have the names of a directory on its disk.
 
@@ -145,11 +156,14 @@ def read(directory: Path) -> Iterator[Line]:
     path = directory / NAME
     try:
         # A file of somebody else that the name leads to is no manifest of this directory.
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hold us up
     except FileNotFoundError:
         raise ManifestError(f"{str(directory)!r} has no {NAME}: the export to it did not end, or it is none") from None
     except OSError as error:
         raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ManifestError(f"{str(path)!r} is no file: nothing of the directory is used")
     with os.fdopen(number, "rb") as file:
         _check(path, file)
         file.seek(0)  # the same file, whatever the name leads to meanwhile

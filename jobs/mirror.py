@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.catalog import ChunkEntry, list_chunks
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import parse_key
 from hfbucket_plugin.transfer import Content
 from jobs.planning import by_age
@@ -44,6 +44,19 @@ def check_mirror(choice: Choice, renames: Renames, *, directories: bool) -> None
             f"--mirror and {', '.join(flags)} contradict each other: what was not chosen would be deleted. Choose by names "
             "(--prefix, --model, --world-size, --workers, --include, --exclude)"
         )
+
+
+def expect_source(source: InstanceEnd | None) -> None:
+    """Refuse a source that has nothing: its mirror would be emptied.
+
+    Raises:
+        RefusedError: It has no chunk, or is not known.
+        HFBucketError: It does not tell, or is not there.
+    """
+    if source is None:
+        raise RefusedError("the source of the mirror is not known: nothing is deleted")
+    if next(list_chunks(source.bucket, [""]), None) is None:
+        raise RefusedError(f"{source.name}, the source of the mirror, has no chunk: nothing is deleted")
 
 
 class NotAtSource:

@@ -12,7 +12,7 @@ from hfbucket_plugin.keys import is_probe
 from jobs.retention import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.catalog import ChunkEntry
@@ -88,16 +88,23 @@ class Classifier:
             return Listed(info, Kind.OWN, name, None)
         if chunk is not None:
             return Listed(info, Kind.PROBE if is_probe(chunk.text) else Kind.CHUNK, name, chunk)
-        nested = info.path.startswith(self._nested)
-        return Listed(info, Kind.NEIGHBOUR if nested else Kind.FOREIGN, name, None)
+        return Listed(info, Kind.NEIGHBOUR if self.is_neighbour(info.path) else Kind.FOREIGN, name, None)
 
-    def walk(self, page_secs: float) -> Iterator[Listed]:
+    def is_neighbour(self, path: str) -> bool:
+        """Whether a path lies below another instance that is nested in this one."""
+        return path.startswith(self._nested)
+
+    def walk(self, page_secs: float, each_page: Callable[[], None] = lambda: None) -> Iterator[Listed]:
         """Stream all objects of the instance.
+
+        Args:
+            page_secs: Most seconds of a page.
+            each_page: Called before each page: whether to go on.
 
         Raises:
             HFBucketError: A page did not come: what was yielded is no complete listing.
         """
-        for info in self._bucket.list_objects(self._bucket.handle.join(""), page_secs):
+        for info in self._bucket.list_objects(self._bucket.handle.join(""), page_secs, each_page):
             listed = self.classify(info)
             if listed is not None:
                 yield listed

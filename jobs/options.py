@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +67,13 @@ Address = Annotated[
 MinAge = Annotated[str, typer.Option(metavar="AGE", help="Nothing younger is ever deleted.")]
 OwnMinAge = Annotated[
     str | None, typer.Option("--min-age", metavar="AGE", help="Nothing younger is ever deleted. Default: 1h.")
+]
+StricterMaxDelete = Annotated[
+    list[str] | None,
+    typer.Option("--max-delete", metavar="LIMIT", help="As of cleanup, beside the limits of the plan. Repeatable."),
+]
+StricterMinAge = Annotated[
+    str | None, typer.Option("--min-age", metavar="AGE", help="Nothing younger is deleted, nor than the plan allows.")
 ]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="retention.yaml: a policy for each instance.")
@@ -171,6 +178,18 @@ def seconds(text: str, option: str) -> float:
     if not math.isfinite(length) or length <= 0:
         raise ConfigError(f"{option} {text!r}: must be more than nothing")
     return length
+
+
+def age(text: str) -> timedelta:
+    """The value of `--min-age`.
+
+    Raises:
+        ConfigError: It is no duration.
+    """
+    try:
+        return units.duration(text)
+    except ValueError as error:
+        raise ConfigError(f"--min-age {text!r}: {error}") from None
 
 
 def foreign(text: str) -> bool:

@@ -16,14 +16,18 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.handle import BucketHandle
-from hfbucket_plugin.keys import decode_name, is_probe, parse_key
-from jobs.guards import Extent, MaxDelete
+from hfbucket_plugin.keys import decode_name, encode_name, is_probe, parse_key
+from jobs.guards import NOTHING, Extent, MaxDelete
 from jobs.objects import is_reserved
+from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
+
+_LONGEST_AGE_SECS: Final = 100 * 365 * 86400.0
+"""More is no less strict, and no date any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Header:
         job: `cleanup` or `rm`.
         instance: Whose objects.
         bucket: Its handle.
+        endpoint: Its Hub.
         made_at: When it was planned.
         clock: Whose clock that is: `hub` or `local`.
         min_age: Nothing younger may be deleted.
@@ -46,6 +51,7 @@ class Header:
     job: str
     instance: str
     bucket: BucketHandle
+    endpoint: str
     made_at: datetime
     clock: str
     min_age: timedelta
@@ -62,6 +68,7 @@ class Header:
             "job": self.job,
             "instance": self.instance,
             "bucket": str(self.bucket),
+            "endpoint": self.endpoint,
             "made_at": self.made_at.isoformat(),
             "clock": self.clock,
             "min_age_seconds": self.min_age.total_seconds(),
@@ -80,17 +87,18 @@ class Header:
         """
         if record.get("record") != "plan" or record.get("version") != VERSION:
             raise ValueError(f"this is no plan of version {VERSION}")
-        texts = [record.get(name) for name in ("job", "instance", "bucket", "made_at", "clock")]
+        texts = [record.get(name) for name in ("job", "instance", "bucket", "endpoint", "made_at", "clock")]
         config = record.get("config")
         if not all(isinstance(text, str) for text in texts) or not isinstance(config, str | None):
-            raise ValueError("a plan's header needs job, instance, bucket, made_at and clock, as texts")
+            raise ValueError("a plan's header needs job, instance, bucket, endpoint, made_at and clock, as texts")
         return cls(
             record["job"],
             record["instance"],
             BucketHandle.parse(record["bucket"]),
+            record["endpoint"],
             _moment(record["made_at"]),
             record["clock"],
-            timedelta(seconds=float(record["min_age_seconds"])),
+            _age(record["min_age_seconds"]),
             MaxDelete.from_record(record.get("max_delete")),
             record.get("foreign") is True,
             config,
@@ -117,6 +125,15 @@ class Item:
     size: int
     uploaded_at: datetime
     reason: str
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is a chunk: its name is that of its key. What is no chunk has its name in place of a key."""
+        try:
+            parse_key(self.key)
+        except KeyFormatError:
+            return False
+        return not is_probe(self.key) and self.path.rpartition("/")[2] == encode_name(self.key)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -149,7 +166,8 @@ class Totals:
     """What was found while planning.
 
     Attributes:
-        listed: The objects of the instance: chunks, and what `foreign` names.
+        listed: The chunks of the instance.
+        foreign: What is no chunk, and may be deleted: nothing but with `--foreign delete`.
         planned: Those that are to go.
         by_reason: Those, by model and reason. What is no chunk has no model.
         kept: Those that stay, by reason.
@@ -157,6 +175,7 @@ class Totals:
     """
 
     listed: Extent
+    foreign: Extent
     planned: Extent
     by_reason: dict[tuple[str, str], Extent]
     kept: dict[str, Extent]
@@ -166,6 +185,7 @@ class Totals:
         """For JSON."""
         return {
             "listed": self.listed.record(),
+            "foreign": self.foreign.record(),
             "planned": self.planned.record(),
             "by_reason": [
                 {"model": model, "reason": reason} | extent.record()
@@ -186,8 +206,14 @@ class Totals:
         kept, passed_by = (
             {name: Extent.from_record(one) for name, one in record[part].items()} for part in ("kept", "passed_by")
         )
-        listed, planned = (Extent.from_record(record[part]) for part in ("listed", "planned"))
-        return cls(listed, planned, named, kept, passed_by)
+        listed, foreign, planned = (Extent.from_record(record[part]) for part in ("listed", "foreign", "planned"))
+        return cls(listed, foreign, planned, named, kept, passed_by)
+
+
+def _age(seconds: Any) -> timedelta:
+    if type(seconds) not in (int, float) or not 0 <= seconds <= timedelta.max.total_seconds():
+        raise ValueError(f"min_age_seconds is {seconds!r}, and no number of seconds")
+    return timedelta(seconds=min(float(seconds), _LONGEST_AGE_SECS))
 
 
 def _moment(text: str) -> datetime:
@@ -237,9 +263,11 @@ class PlanWriter:
         group = (model, item.reason)
         self._by_reason[group] = self._by_reason[group].plus(item.size)
 
-    def finish(self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent]) -> None:
-        """End the plan: from now on it is there."""
-        totals = Totals(listed, self._planned, dict(self._by_reason), kept, passed_by)
+    def finish(
+        self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent], foreign: Extent = NOTHING
+    ) -> None:
+        """End the plan: from now on it is there. See `Totals`."""
+        totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by)
         self._write({"record": "end"} | totals.record())
         self._out.flush()
         os.fsync(self._out.fileno())
@@ -254,27 +282,37 @@ class PlanFile:
         header: What it is for.
         totals: What was found while planning.
         left: What is still in it: less than planned where lines were taken out.
+        chunks_left: The chunks among it.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: Extent) -> None:
+    def __init__(
+        self, path: Path, header: Header, totals: Totals, left: Extent, *, chunks_left: Extent, lines: Sealed
+    ) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
+        self.chunks_left = chunks_left
+        self._lines = lines
 
     @classmethod
-    def open(cls, path: Path) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
         """Read a plan, every line of it.
+
+        Args:
+            path: Of the plan.
+            ours: Whether to refuse one that somebody else could have written.
 
         Raises:
             ConfigError: It cannot be read, is none, or is not whole.
-            RefusedError: It names what is never deleted, or more than was planned.
+            RefusedError: It names what is never deleted, or more than was planned; or it may be somebody else's.
         """
-        reader = _Reader()
+        reader, lines = _Reader(), Sealed(path, "plan")
+        if ours:
+            lines.expect_ours()
         try:
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    reader.take(line)
+            for line in lines.lines():
+                reader.take(line)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except RefusedError as error:
@@ -286,21 +324,34 @@ class PlanFile:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
         if left.objects > totals.planned.objects:
             raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
-        return cls(path, header, totals, left)
+        return cls(path, header, totals, left, chunks_left=reader.chunks_left, lines=lines)
 
-    def items(self) -> Iterator[Item]:
-        """What is to go, in the plan's order.
+    def check(self, limits: MaxDelete) -> None:
+        """Refuse it where it deletes more than limits allow.
+
+        Shares are of chunks for chunks, and of everything for everything: what is no chunk lends chunks no room.
 
         Raises:
-            OSError: The file cannot be read any more.
+            GuardError: It does.
         """
-        with self.path.open(encoding="utf-8") as lines:
-            next(lines)
-            for line in lines:
-                record = json.loads(line)
-                if record.get("record") == "end":
-                    return
-                yield Item.from_record(record)
+        listed = self.totals.listed
+        limits.check(self.left, listed.and_(self.totals.foreign))
+        limits.check(self.chunks_left, listed, "chunk")
+
+    def items(self) -> Iterator[Item]:
+        """What is to go, in the plan's order: what was in it when it was opened, whatever its file holds now.
+
+        Raises:
+            RefusedError: The file was changed since.
+            OSError: It cannot be read any more.
+        """
+        lines = self._lines.lines_again()
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            if record.get("record") == "end":
+                return
+            yield Item.from_record(record)
 
 
 class _Reader:
@@ -310,9 +361,9 @@ class _Reader:
         self.number = 0
         self.header: Header | None = None
         self.totals: Totals | None = None
-        self.left = Extent()
+        self.left = self.chunks_left = Extent()
 
-    def take(self, line: str) -> None:
+    def take(self, line: bytes) -> None:
         self.number += 1
         record = _record(line)
         if self.totals is not None:
@@ -325,9 +376,11 @@ class _Reader:
             item = Item.from_record(record)
             _expect_allowed(item, self.header)
             self.left = self.left.plus(item.size)
+            if item.is_chunk:
+                self.chunks_left = self.chunks_left.plus(item.size)
 
 
-def _record(line: str) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError("this line is no JSON object")  # noqa: TRY004 - worded like every other fault of a plan

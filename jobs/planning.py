@@ -43,7 +43,8 @@ class Planning:
         tick: Called for every page: what must be done meanwhile.
 
     Attributes:
-        listed: The objects of the instance.
+        listed: The chunks of the instance.
+        foreign: What is no chunk, and may be deleted.
         seen: All objects of the listing.
     """
 
@@ -52,7 +53,7 @@ class Planning:
         self._selection = selection
         self._writer = writer
         self._tick = tick
-        self.listed = Extent()
+        self.listed = self.foreign = Extent()
         self.seen = 0
         self.kept: defaultdict[str, Extent] = defaultdict(Extent)
         self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
@@ -78,7 +79,7 @@ class Planning:
                 self.listed = self.listed.plus(entry.size)
                 yield entry
             elif one.kind.foreign and self._header.foreign:
-                self.listed = self.listed.plus(entry.size)
+                self.foreign = self.foreign.plus(entry.size)
                 self._take(self._selection.foreign(entry, self._header.made_at), one.info.path, "")
             else:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
@@ -94,7 +95,7 @@ class Planning:
 
     def finish(self) -> None:
         """End the plan."""
-        self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by))
+        self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by), self.foreign)
 
 
 def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:

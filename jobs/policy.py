@@ -16,6 +16,7 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    Strict,
     ValidationError,
     model_validator,
 )
@@ -31,11 +32,11 @@ Start = Annotated[str, Field(min_length=1)]
 MIN_AGE: Final = timedelta(hours=1)
 
 
-class _Strict(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Limits(_Strict):
+class Limits(_Section):
     """Bounds of a set of objects."""
 
     max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
@@ -44,10 +45,10 @@ class Limits(_Strict):
     max_bytes: Size | None = Field(
         None, description="While the objects take more than this, the oldest are deleted (`over-budget`)."
     )
-    max_objects: PositiveInt | None = Field(
+    max_objects: Annotated[PositiveInt, Strict()] | None = Field(
         None, description="While there are more objects than this, the oldest are deleted (`over-budget`)."
     )
-    keep_newest: NonNegativeInt = Field(
+    keep_newest: Annotated[NonNegativeInt, Strict()] = Field(
         0, description="So many of the newest objects are kept, whatever other rules say (`shielded`)."
     )
 
@@ -80,7 +81,7 @@ class Rule(Limits):
         return by_model and (self.prefix is None or key.startswith(self.prefix))
 
 
-class Models(_Strict):
+class Models(_Section):
     """Which models are still served."""
 
     keep: Annotated[tuple[Start, ...], Field(min_length=1)] = Field(
@@ -145,6 +146,24 @@ def _in_words(problem: Any) -> str:
     return f"{setting}: {message}" if setting else message
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses mappings that name a key twice: YAML itself lets the last one win, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key is there twice.
+        """
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
 def read(path: Path, instance: str) -> Policy:
     """The policy of an instance in a `retention.yaml`: its own below `instances`, else `default`.
 
@@ -152,7 +171,7 @@ def read(path: Path, instance: str) -> Policy:
         ConfigError: The file cannot be read, has no policy for the instance, or a wrong one.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--policy {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
     instances = document.get("instances", {}) if isinstance(document, dict) else None

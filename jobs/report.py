@@ -13,7 +13,7 @@ import prometheus_client
 from hfbucket_plugin.errors import ConfigError
 from jobs import exits
 from jobs.batch import Outcome
-from jobs.guards import Extent
+from jobs.guards import NOTHING, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -31,14 +31,21 @@ NAMED_FAILURES: Final = 1000
 class ReportFile:
     """The file that `--report` names: for each instance a header, a line an object, and a summary; thread-safe.
 
+    What cannot be written any more holds nothing up: the jobs go on, and `problem` says so.
+
     Args:
         path: Of the file; None for none.
+
+    Attributes:
+        problem: Why it is not whole; empty while it is.
 
     Raises:
         ConfigError: The file cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
+        self.problem = ""
+        self._path = path
         self._lock = threading.Lock()
         try:
             self._out: IO[str] | None = path.open("w", encoding="utf-8") if path else None
@@ -48,14 +55,24 @@ class ReportFile:
     def write(self, record: dict[str, Any]) -> None:
         """Add a line."""
         with self._lock:
-            if self._out is not None:
+            if self._out is None or self.problem:
+                return
+            try:
                 self._out.write(json.dumps(record) + "\n")
                 self._out.flush()
+            except OSError as error:
+                self._failed(error)
 
     def close(self) -> None:
         """End the file."""
         if self._out is not None:
-            self._out.close()
+            try:
+                self._out.close()
+            except OSError as error:
+                self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.problem = self.problem or f"--report {str(self._path)!r} is not whole: {error.strerror}"
 
 
 class Tally:
@@ -107,6 +124,7 @@ class Summary:
         message: Why it did not end well; empty where it did.
         plan: The plan, where there is one.
         ended: How much ended, by outcome.
+        chunks_gone: The chunks among what is no longer there.
         failures: The first objects that failed.
         seconds: How long it took.
         absent: Keys that were asked for and are not there.
@@ -120,6 +138,7 @@ class Summary:
     message: str = ""
     plan: PlanFile | None = None
     ended: dict[StrEnum, Extent] = field(default_factory=dict)
+    chunks_gone: Extent = NOTHING
     failures: tuple[dict[str, str], ...] = ()
     seconds: float = 0.0
     absent: tuple[str, ...] = ()
@@ -136,13 +155,8 @@ class Summary:
 
     @property
     def left(self) -> Extent:
-        """What the instance has now, as far as this job knows."""
-        if self.plan is None:
-            return Extent()
-        left = self.plan.totals.listed
-        for outcome in (Outcome.DELETED, Outcome.GONE):
-            left = left.minus(self.ended.get(outcome, Extent()))
-        return left
+        """The chunks that the instance has now, as far as this job knows."""
+        return Extent() if self.plan is None else self.plan.totals.listed.minus(self.chunks_gone)
 
     def lines(self) -> Iterator[str]:
         """For people."""

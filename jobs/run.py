@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import stat
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -23,12 +24,13 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from jobs import exits, history
+from jobs import exits, history, mirror
 from jobs.apply import Applier
+from jobs.batch import Outcome
 from jobs.executors import executing
-from jobs.guards import MaxDelete, check_listing
+from jobs.guards import Extent, MaxDelete, check_listing
 from jobs.hubclock import HubClock, ask
-from jobs.lock import DEFAULT_SECONDS, Lock
+from jobs.lock import DEFAULT_SECONDS, Lock, LockLapsedError
 from jobs.objects import Classifier
 from jobs.plan import Header, PlanFile, PlanWriter
 from jobs.planning import Planning
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import End
+    from jobs.batch import Ended
+    from jobs.instance_end import InstanceEnd
+    from jobs.plan import Item
     from jobs.planning import Selection
     from jobs.report import ReportFile
     from warmer.interrupt import StopSwitch
@@ -74,6 +79,7 @@ class Order:
         batch_size: Most objects of a batch.
         config: The LMCache YAML, noted in plans.
         neighbours: Handles of all instances that the configuration names.
+        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
     """
 
     max_delete: MaxDelete
@@ -92,6 +98,7 @@ class Order:
     batch_size: int = 1000
     config: str | None = None
     neighbours: tuple[BucketHandle, ...] = ()
+    source: InstanceEnd | None = None
 
 
 class Job:
@@ -116,15 +123,17 @@ class Job:
         self._plan: PlanFile | None = None
         self._applied = order.yes
         self._tally = Tally(file)
+        self._chunks_gone = Extent()
+        self._resumed = False
         self._message = ""
 
     def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
         """Plan what a selection wants, and carry it out if that was ordered."""
         return self._told(lambda bucket: self._select(bucket, selection, wanted))
 
-    def resume(self, path: Path) -> Summary:
+    def resume(self, plan: PlanFile) -> Summary:
         """Carry a plan out that was made before."""
-        return self._told(lambda bucket: self._resume(bucket, path))
+        return self._told(lambda bucket: self._resume(bucket, plan))
 
     def _told(self, work: Callable[[Bucket], int]) -> Summary:
         """Do the work, and report however it ends."""
@@ -153,6 +162,7 @@ class Job:
             self._message,
             self._plan,
             dict(self._tally.ended),
+            self._chunks_gone,
             tuple(self._tally.failures),
             time.monotonic() - self._started,
         )
@@ -171,21 +181,36 @@ class Job:
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
 
-    def _resume(self, bucket: Bucket, path: Path) -> int:
-        self._plan = plan = PlanFile.open(path)
+    def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
+        self._plan, self._resumed = plan, True
         self._name = plan.header.job
-        if plan.header.bucket != bucket.handle:
+        endpoint = self._named.settings.endpoint
+        if (plan.header.bucket, plan.header.endpoint) != (bucket.handle, endpoint):
             raise ConfigError(
-                f"plan {str(path)!r} is for {plan.header.bucket}, and {self._named.name!r} is {bucket.handle}"
+                f"plan {str(plan.path)!r} is for {plan.header.bucket} of {plan.header.endpoint}, and {self._named.name!r} is "
+                f"{bucket.handle} of {endpoint}"
             )
         self._file.write(header_record(plan.header))
         self._order.show(plan)
-        plan.header.max_delete.check(plan.left, plan.totals.listed)
+        if plan.header.foreign:
+            self._expect_no_neighbour(bucket, plan)
+        for limits in (plan.header.max_delete, self._order.max_delete):
+            plan.check(limits)
         if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
             return exits.COMPLETE
         self._applied = True
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
+
+    def _expect_no_neighbour(self, bucket: Bucket, plan: PlanFile) -> None:
+        """Refuse a plan that deletes what is of another instance by now."""
+        classifier = Classifier(bucket, self._order.neighbours)
+        for item in plan.items():
+            if classifier.is_neighbour(item.path):
+                raise RefusedError(
+                    f"{item.path!r}, which the plan deletes, belongs to another instance of the configuration: nothing is "
+                    "deleted. Plan anew"
+                )
 
     def _lock(self, bucket: Bucket) -> Lock:
         if not self._named.settings.writes:
@@ -205,6 +230,7 @@ class Job:
             self._name,
             self._named.name,
             bucket.handle,
+            self._named.settings.endpoint,
             clock.earliest() if clock.known else datetime.now(UTC),
             "hub" if clock.known else "local",
             order.min_age,
@@ -216,24 +242,31 @@ class Job:
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
         in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
-        path = (order.plan_dir or default_plan_dir()) / _file_name(header)
+        path = plan_dir(order.plan_dir) / _file_name(header)
 
-        def each() -> None:
+        def in_time() -> None:
             if self._until.passed:
                 raise RefusedError("--max-duration was over before all was listed: nothing is deleted")
+
+        def each() -> None:
+            in_time()
             tick()
 
         with PlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each)
-            planning.run(Classifier(bucket, order.neighbours).walk(min(PAGE_SECS, order.max_duration_secs)))
-            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=None if last is None else last.left)
+            page_secs = min(PAGE_SECS, order.max_duration_secs)
+            planning.run(Classifier(bucket, order.neighbours).walk(page_secs, in_time))
+            left = None if last is None else last.left
+            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
         self._plan = plan = PlanFile.open(path)
         order.show(plan)
-        order.max_delete.check(plan.left, plan.totals.listed)
+        plan.check(order.max_delete)
         return plan
 
     def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        if self._name == mirror.JOB:
+            mirror.expect_source(self._order.source)
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
@@ -246,17 +279,28 @@ class Job:
             applier = Applier(
                 executor,
                 confirm=lock.confirm,
-                not_after=now - plan.header.min_age,
-                told=self._tally.add,
+                not_after=now - max(plan.header.min_age, self._order.min_age),
+                told=self._count,
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._order.batch_size,
+                ends=lambda: lock.stops,
+                keep=lock.keep,
             )
-            end = applier.run(plan.items())
+            try:
+                end = applier.run(plan.items())
+            finally:
+                if applier.undrained:
+                    lock.leave()
             code = self._judge(end)
             if not isinstance(end.why, RefusedError):
                 code = self._keep(bucket, code)
         return code
+
+    def _count(self, ended: Ended[Item]) -> None:
+        if ended.outcome in (Outcome.DELETED, Outcome.GONE) and ended.item.is_chunk:
+            self._chunks_gone = self._chunks_gone.plus(ended.item.size)
+        self._tally.add(ended)
 
     def _judge(self, end: End) -> int:
         unfinished = self._summary(exits.COMPLETE).unfinished.objects
@@ -271,10 +315,20 @@ class Job:
             return exits.FAILED
         return exits.FAILED if self._tally.failures else exits.COMPLETE
 
+    def _left(self, bucket: Bucket) -> Extent:
+        """The chunks that the instance has now: what an old plan knew of it is not less than what the last run left.
+
+        Raises:
+            HFBucketError: The last report cannot be read.
+        """
+        left = self._summary(exits.COMPLETE).left
+        last = history.last_run(bucket, REQUEST_SECS) if self._resumed else None
+        return left if last is None else max(left, last.left.minus(self._chunks_gone), key=lambda one: one.objects)
+
     def _keep(self, bucket: Bucket, code: int) -> int:
         """Keep the report in the bucket: the next run judges its listing by it."""
         try:
-            history.keep(bucket, self._summary(code), REQUEST_SECS)
+            history.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
         except HFBucketError as error:
             self._message = f"{self._message}; " if self._message else ""
             self._message += f"the report could not be kept in the bucket: {error}"
@@ -296,6 +350,8 @@ def coded(work: Callable[[], int]) -> tuple[int, str]:
 
 def code_of(error: HFBucketError | OSError) -> int:
     """The exit code that an error stands for."""
+    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
+        return exits.FAILED
     if isinstance(error, RefusedError):
         return exits.REFUSED
     if not isinstance(error, HFBucketError) or isinstance(error, (TransportError, ThrottledError, IntegrityError)):
@@ -306,6 +362,27 @@ def code_of(error: HFBucketError | OSError) -> int:
 def default_plan_dir() -> Path:
     """Where plans go that nobody wanted elsewhere."""
     return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
+
+
+def plan_dir(wanted: Path | None) -> Path:
+    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
+
+    Raises:
+        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
+        OSError: It cannot be made.
+    """
+    if wanted is not None:
+        return wanted
+    directory = default_plan_dir()
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RefusedError(
+            f"{str(directory)!r}, where plans go, is no directory that is only yours: others could change a plan there. Take "
+            "it away, or give --plan-dir DIR"
+        )
+    return directory
 
 
 def _file_name(header: Header) -> str:

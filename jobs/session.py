@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -20,7 +21,7 @@ from warmer.errors import Interrupted
 from warmer.interrupt import StopSwitch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -49,6 +50,10 @@ class Summary(Protocol):
         """For metrics, by the names in `jobs.report.GAUGES`."""
 
 
+Work = Callable[[ReportFile, StopSwitch], Summary | None]
+"""Does a job. None where it is not to be done, for what became of the one before."""
+
+
 @dataclass
 class Session:
     """One command.
@@ -63,34 +68,55 @@ class Session:
     metrics: Path | None
     summaries: list[Summary] = field(default_factory=list)
 
-    def run(self, works: Sequence[Callable[[ReportFile, StopSwitch], Summary | None]]) -> NoReturn:
-        """Do the jobs, each whatever came of the one before unless it says None, and end the command."""
+    def run(self, works: Sequence[tuple[str, Work]]) -> NoReturn:
+        """Do the jobs, each whatever came of the one before unless it says None, and end the command.
+
+        Args:
+            works: What each is called, and does.
+        """
         logging.basicConfig(stream=sys.stderr, format="jobs: %(message)s", level=logging.WARNING)
         stop = StopSwitch()
+        waiting = list(works)
         try:
             file = ReportFile(self.report)
             # Ray prints where it likes.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
-                for work in works:
-                    if not stop.requested and (summary := work(file, stop)) is not None:
+                while waiting and not stop.requested:
+                    _, work = waiting[0]
+                    summary = work(file, stop)
+                    del waiting[0]
+                    if summary is not None:
                         self._add(summary)
             file.close()
             if self.metrics is not None:
                 write_metrics(self.metrics, self.summaries, time.time())
         except Interrupted:
-            end("told to stop", exits.INTERRUPTED)
+            end(_told_to_stop(waiting), exits.INTERRUPTED)
         except HFBucketError as error:
-            end(str(error), exits.worst([code_of(error), *(one.code for one in self.summaries)]))
+            end(str(error), exits.worst([code_of(error), *self._codes]))
         finally:
             for summary in self.summaries:
                 sys.stdout.write(json.dumps(summary.record()) + "\n")
             sys.stdout.flush()
-        raise typer.Exit(exits.worst(one.code for one in self.summaries))
+        if file.problem:
+            show.note(file.problem)
+        if waiting:
+            end(_told_to_stop(waiting), exits.INTERRUPTED)
+        raise typer.Exit(exits.worst([*self._codes, exits.FAILED if file.problem else exits.COMPLETE]))
+
+    @property
+    def _codes(self) -> list[int]:
+        return [one.code for one in self.summaries]
 
     def _add(self, summary: Summary) -> None:
         self.summaries.append(summary)
         for line in summary.lines():
             show.note(f"{summary.instance}: {line}")
+
+
+def _told_to_stop(waiting: Sequence[tuple[str, Work]]) -> str:
+    names = ", ".join(name for name, _ in waiting)
+    return "told to stop" + (f"; not done: {names}" if names else "")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from email.utils import formatdate
 from typing import Annotated, Literal
 from urllib.parse import quote, urlencode
 
@@ -143,8 +144,12 @@ class BucketRoutes:
         bucket = self._readable(request)
         wanted = await read_model(request, _Paths)
         if len(wanted.paths) <= _FEW_PATHS:
-            return Json(self._store.files(bucket, wanted.paths))
-        return Json(await self._run(lambda: self._store.files(bucket, wanted.paths)))
+            answer = Json(self._store.files(bucket, wanted.paths))
+        else:
+            answer = Json(await self._run(lambda: self._store.files(bucket, wanted.paths)))
+        # The Hub dates all of its answers; of these, clients make use.
+        answer.headers["Date"] = formatdate(usegmt=True)
+        return answer
 
     async def _batch(self, request: Request) -> Response:
         caller = self._access.caller(request)

@@ -256,3 +256,14 @@ def test_a_stopped_run_goes_on_from_its_plan(stocked, tmp_path):
     again = stocked.run("apply", ran.summary["plan"], "--yes")
     assert again.code == 0, again.stderr
     assert stocked.left() == stocked.paths_of(NEW)
+
+
+def test_a_pause_that_outlasts_the_lock_leaves_a_rest(stocked):
+    """No failure of anybody: what is left can be carried out later (3), and no other job is named (4)."""
+    throttled = {"status": 429, "headers": {"Retry-After": "3"}, "times": 1}
+    stocked.hub.control.add_fault(Fault(route="paths-info", **throttled))
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes", "--lock-lifetime", "2s")
+
+    assert (ran.code, "was not renewed in time" in ran.stderr) == (3, True), ran.stderr
+    assert stocked.run("apply", ran.summary["plan"], "--yes").counts("deleted") == [4]

@@ -260,3 +260,52 @@ def test_a_directory_whose_files_cannot_be_written(lane, tmp_path):
     ran = lane.export(to=str(tmp_path / "file"))
     assert ran.code == 2
     assert os.fspath(tmp_path / "file") in ran.stderr
+
+
+def test_a_damaged_file_keeps_its_line_and_is_named(lane, backup):
+    """The next export must not make what was damaged a chunk that the manifest vouches for."""
+    damaged = backup / encode_name(KEYS[0])
+    damaged.write_bytes(noise(2000, 77))
+    lane.us.put({key(50): b"new"}, age=1 * DAY)
+
+    ran = lane.export("--prefix", key(50), to=str(backup))
+
+    assert (ran.code, ran.counts("streamed"), ran.summary["in_manifest"]) == (3, [1], 7)
+    assert [one["path"] for one in ran.summary["failures"]] == [damaged.name]
+    assert damaged.name in ran.stderr
+    imported = restored(lane, backup)
+    assert (imported.code, imported.counts("streamed", "failed")) == (3, [6, 1])
+    assert damaged.name not in lane.listing(lane.eu)
+
+    mended = lane.export("--on-conflict", "overwrite", "--yes", to=str(backup))
+    assert (mended.code, mended.counts("streamed")) == (0, [1]), mended.stderr
+    assert restored(lane, backup).code == 0
+
+
+def test_a_file_that_was_only_touched_is_as_good_as_before(lane, backup):
+    os.utime(backup / encode_name(KEYS[0]))
+    lane.us.put({key(50): b"new"}, age=1 * DAY)
+    assert lane.export("--prefix", key(50), to=str(backup)).code == 0
+    assert restored(lane, backup).counts("streamed", "failed") == [7, 0]
+
+
+def test_an_export_does_not_replace_a_damaged_manifest(lane, backup):
+    path = backup / manifest.NAME
+    damaged = path.read_bytes().replace(b"2000", b"2009", 1)
+    path.write_bytes(damaged)
+    lane.us.put({key(50): b"new"}, age=1 * DAY)
+
+    ran = lane.export(to=str(backup))
+
+    assert (ran.code, "MANIFEST.jsonl" in ran.stderr) == (4, True)
+    assert path.read_bytes() == damaged
+    assert {one.name for one in backup.iterdir()} == names(KEYS) | {manifest.NAME}
+
+
+def test_a_manifest_that_is_no_file(lane, backup):
+    (backup / manifest.NAME).unlink()
+    os.mkfifo(backup / manifest.NAME)
+    assert restored(lane, backup).code == 4
+    (backup / manifest.NAME).unlink()
+    (backup / manifest.NAME).mkdir()
+    assert restored(lane, backup).code == 4

@@ -6,6 +6,7 @@ from huggingface_hub import HfApi
 from lane import Lane, names
 from plugin_support import noise
 
+from hfbucket_plugin.keys import encode_name
 from jobs.lock import Lock
 from localhub.faults import Fault
 
@@ -124,3 +125,47 @@ def test_a_read_only_source_is_enough(lane):
     assert lane.export("--mirror", "--yes").code == 0
     assert lane.listing(lane.eu) == lane.listing(lane.us)
     assert lane.eu.all_paths() >= lane.eu.paths_of(KEPT)
+
+
+def test_a_plan_asks_the_source_again(lane, tmp_path):
+    plan = lane.export("--mirror", "--plan-dir", str(tmp_path / "kept")).summaries[1]["plan"]
+    lane.us.put(EXTRA[:1])  # the source has it again; the destination's own is as it was planned
+
+    ran = lane.apply(plan, "--yes")
+
+    assert (ran.code, ran.counts("deleted", "changed")) == (0, [2, 1]), ran.stderr
+    assert names(EXTRA) & lane.listing(lane.eu).keys() == names(EXTRA[:1])
+
+
+def test_the_source_is_asked_just_before_the_delete(lane, monkeypatch):
+    """It gets a chunk between the plan and the batch."""
+    confirm = Lock.confirm
+
+    def confirmed(lock):
+        if encode_name(EXTRA[0]) not in lane.listing(lane.us):
+            lane.us.put(EXTRA[:1])
+        return confirm(lock)
+
+    monkeypatch.setattr(Lock, "confirm", confirmed)
+    ran = lane.export("--mirror", "--yes")
+    assert [ran.summaries[1][name]["objects"] for name in ("deleted", "changed")] == [2, 1]
+    assert names(EXTRA) & lane.listing(lane.eu).keys() == names(EXTRA[:1])
+
+
+@pytest.mark.parametrize(("change", "code"), [("empty", 4), ("gone", 2), ("elsewhere", 2), ("silent", 3)])
+def test_a_plan_whose_source_is_no_longer_what_it_was_deletes_nothing(lane, tmp_path, change, code):
+    plan = lane.export("--mirror", "--plan-dir", str(tmp_path / "kept")).summaries[1]["plan"]
+    if change == "empty":
+        empty(lane, lane.us)
+    elif change == "gone":
+        HfApi(endpoint=lane.hub.endpoint, token=False).delete_bucket(lane.us.bucket_id)
+    elif change == "elsewhere":
+        lane.us.prefix = "kv/other"
+        assert lane.config
+    else:
+        lane.hub.control.add_fault(Fault(route="paths-info", path_regex=lane.us.bucket_id, status=503))
+
+    ran = lane.apply(plan, "--yes")
+
+    assert ran.code == code, ran.stderr
+    assert names(EXTRA) <= lane.listing(lane.eu).keys()

@@ -31,7 +31,8 @@ HANDLE = BucketHandle.parse("hf://buckets/org/kv/kv/us")
 
 
 def header(**values):
-    own = {"job": "cleanup", "instance": "hfbucket.us", "bucket": HANDLE, "made_at": AT, "clock": "hub"}
+    own = {"job": "cleanup", "instance": "hfbucket.us", "bucket": HANDLE, "endpoint": "https://hub", "made_at": AT}
+    own["clock"] = "hub"
     return Header(**(own | {"min_age": timedelta(hours=1), "max_delete": MaxDelete(percent=30.0)} | values))
 
 
@@ -92,6 +93,14 @@ def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
         (lambda lines: ['{"record": "plan", "version": 99}', *lines[1:]], ConfigError, "no plan of version 1"),
         (lambda lines: [*lines[:2], *lines[1:]], RefusedError, "more objects than were planned"),
         (lambda lines: [lines[0].replace('{"percent": 30.0}', "{}"), *lines[1:]], ConfigError, "max_delete"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"percent": 101'), *lines[1:]], ConfigError, "than 100"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"bytes": Infinity'), *lines[1:]], ConfigError, "numbers"),
+        (lambda lines: [lines[0].replace('"percent": 30.0', '"objects": true'), *lines[1:]], ConfigError, "numbers"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": -3600.0"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": NaN"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": Infinity"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace(": 3600.0", ": 1e300"), *lines[1:]], ConfigError, "number of seconds"),
+        (lambda lines: [lines[0].replace('"https://hub"', "null"), *lines[1:]], ConfigError, "endpoint"),
     ],
 )
 def test_a_plan_that_is_broken_is_refused(plan, change, error, told):
@@ -160,11 +169,11 @@ def outcomes(result):
 
 def test_a_lost_answer_is_no_second_delete():
     shelf = Shelf(ITEMS, TransportError("cut"))
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, 9)
+    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
     assert (first.ended, first.left.tries) == ((), 1)
     shelf.objects[ITEMS[0].path] = ObjectInfo(ITEMS[0].path, Content("f" * 64, 1), AT)  # written anew meanwhile
 
-    second = attempt(shelf, first.left, AT, 9)
+    second = attempt(shelf, first.left, AT, Deadline.after(9))
 
     assert len(shelf.deletes) == 1
     assert list(outcomes(second).values()) == [Outcome.CHANGED, *[Outcome.DELETED] * 4]
@@ -172,9 +181,9 @@ def test_a_lost_answer_is_no_second_delete():
 
 def test_only_what_failed_is_tried_again():
     shelf = Shelf(ITEMS, [ITEMS[1].path], [ITEMS[1].path])
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, 9)
-    second = attempt(shelf, first.left, AT, 9)
-    third = attempt(shelf, second.left, AT, 9)
+    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
+    second = attempt(shelf, first.left, AT, Deadline.after(9))
+    third = attempt(shelf, second.left, AT, Deadline.after(9))
 
     assert [len(paths) for paths in shelf.deletes] == [5, 1, 1]
     assert (len(first.ended), second.ended, outcomes(third)) == (4, (), {ITEMS[1].path: Outcome.DELETED})
@@ -183,13 +192,13 @@ def test_only_what_failed_is_tried_again():
 def test_what_is_too_young_is_left_even_if_a_plan_names_it():
     shelf = Shelf(ITEMS)
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), 9)
+    result = attempt(shelf, Batch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), Deadline.after(9))
 
     assert list(outcomes(result).values()) == [*[Outcome.TOO_YOUNG] * 2, *[Outcome.DELETED] * 3]
 
 
 def test_an_object_that_was_planned_twice_ends_twice():
-    result = attempt(Shelf(ITEMS), Batch((ITEMS[0], ITEMS[0])), AT, 9)
+    result = attempt(Shelf(ITEMS), Batch((ITEMS[0], ITEMS[0])), AT, Deadline.after(9))
 
     assert sorted(ended.outcome for ended in result.ended) == [Outcome.DELETED, Outcome.GONE]
 

@@ -97,3 +97,25 @@ def test_files_that_say_nothing_for_an_instance(tmp_path, text, told):
     path.write_text(text)
     with pytest.raises(ConfigError, match=told):
         policy.read(path, "hfbucket.us")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "instances:\n  us: {max_age: 14d, keep_prefix: [org/precious@]}\n  us: {max_age: 7d}\n",
+        "default:\n  max_age: 14d\n  max_age: 7d\n",
+        "default: {max_age: 14d}\ninstances: {}\ndefault: {max_age: 7d}\n",
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    path = tmp_path / "retention.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is there twice"):
+        policy.read(path, "us")
+
+
+@pytest.mark.parametrize("setting", ["max_objects", "keep_newest", "max_bytes"])
+@pytest.mark.parametrize("value", [True, False, 5.0, "yes"])
+def test_a_number_is_no_yes_or_no(setting, value):
+    with pytest.raises(ConfigError, match=setting):
+        policy.from_values({"max_age": "14d", setting: value}, "flags")

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from depot import DAY, PREFIX, key
+from huggingface_hub import HfApi
 from plugin_support import SECRET
 
+from hfbucket_plugin.bucket import Bucket
 from localhub.faults import Fault
 
 OLD = [key(number) for number in range(4)]
@@ -170,3 +172,86 @@ def test_the_hubs_date_sets_the_clock_of_a_plan(stocked):
     assert (first["clock"], first["made_at"][:10]) == ("hub", "2010-08-13")
     assert ran.counts("planned") == [0]
     assert "too-young: 24 objects" in ran.stderr
+
+
+def test_what_is_no_chunk_lends_chunks_no_room(depot):
+    """4 chunks of 4 are all of them, however much lies beside them that is none."""
+    depot.put(OLD, age=20 * DAY)
+    depot.put_paths({f"{PREFIX}/young-{number}.txt": b"x" for number in range(12)}, age=60)
+
+    ran = depot.cleanup("--max-age", "14d", "--yes", "--foreign", "delete")
+
+    assert (ran.code, ran.counts("listed", "foreign", "planned")) == (4, [4, 12, 4])
+    assert "30% of 4 chunks" in ran.stderr
+    assert depot.paths_of(OLD) <= depot.left()
+
+
+def test_a_bucket_that_looks_as_if_nothing_were_ours_refuses(depot):
+    depot.put(NEW[:10], age=1 * DAY)
+    depot.put_paths({f"{PREFIX}/{number}.txt": b"x" for number in range(30)}, age=2 * DAY)
+    assert depot.cleanup("--max-age", "14d", "--yes", "--foreign", "delete").code == 4
+    assert len(depot.left()) == 40
+
+
+def test_what_was_left_is_of_chunks(depot):
+    """A run with --foreign delete does not make the next one, without it, refuse its listing."""
+    depot.put(NEW[:10], age=1 * DAY)
+    depot.put_paths({f"{PREFIX}/{number}.txt": b"x" for number in range(30)}, age=60)
+
+    ran = depot.cleanup("--max-age", "14d", "--yes", "--foreign", "delete")
+    assert (ran.code, ran.counts("listed", "foreign", "left")) == (0, [10, 30, 10])
+    depot.make_older({f"{PREFIX}/1.txt"}, 2 * DAY)
+    ran = depot.cleanup("--max-age", "14d", "--yes", "--foreign", "delete")
+    assert (ran.code, ran.counts("deleted", "left")) == (0, [1, 10])
+    assert depot.cleanup("--max-age", "14d", "--yes").code == 0
+
+
+def test_a_plan_deletes_nothing_of_an_instance_that_was_declared_since(stocked, tmp_path):
+    theirs = f"kv/us/eu/{stocked.path(OLD[0]).rpartition('/')[2]}"
+    stocked.put_paths({theirs: b"x"}, age=20 * DAY)
+    plans = ("--plan-dir", str(tmp_path / "kept"))
+    plan = stocked.cleanup("--max-age", "14d", "--foreign", "delete", *plans).summary["plan"]
+    stocked.others = {"hfbucket.eu": "kv/us/eu"}
+    assert stocked.config
+
+    ran = stocked.run("apply", plan, "--yes")
+
+    assert (ran.code, "belongs to another instance" in ran.stderr) == (4, True)
+    assert len(stocked.left()) == 25
+
+
+def test_an_old_plan_does_not_make_the_next_run_believe_a_shrunk_listing(stocked, tmp_path):
+    """What is kept of a run that carries out an old plan is no less than what the last run left."""
+    plans = ("--plan-dir", str(tmp_path / "kept"))
+    plan = stocked.cleanup("--max-age", "14d", *plans).summary["plan"]
+    many = [key(number) for number in range(1000, 1200)]
+    stocked.put(many, age=1 * DAY)
+    assert stocked.cleanup("--max-age", "90d", "--yes").counts("left") == [224]
+    assert stocked.run("apply", plan, "--yes").counts("deleted") == [4]
+    bulk = stocked.paths_of(many)
+    HfApi(endpoint=stocked.hub.endpoint, token=False).batch_bucket_files(stocked.bucket_id, delete=sorted(bulk))
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, "less than half of the 220" in ran.stderr) == (4, True), ran.stderr
+
+
+@pytest.mark.parametrize(("distinct", "told"), [(True, "--max-duration was over"), (False, "lead back")])
+def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
+    """Empty pages, each of which names another one, end with the time; pages that name each other end at once."""
+    own, pages = Bucket._list, []
+
+    def endless(self, url, deadline):
+        if ".hfbucket" in url:
+            return own(self, url, deadline)
+        pages.append(url)
+        assert len(pages) < 50, "it goes on for ever"
+        return [], f"{url.partition('&')[0]}&again={len(pages) if distinct else 0}"
+
+    monkeypatch.setattr(Bucket, "_list", endless)
+    if distinct:
+        monkeypatch.setattr("jobs.run.Deadline.passed", property(lambda _: len(pages) > 5))
+
+    ran = stocked.run("rm", OLD[0])
+
+    assert (ran.code, told in ran.stderr) == (4, True), ran.stderr

@@ -1,0 +1,88 @@
+"""A command as a whole: reports that cannot be written, and orders to stop between two jobs."""
+
+import os
+import signal
+
+import pytest
+from depot import DAY, key
+from lane import Lane
+from plugin_support import noise
+
+from jobs.report import ReportFile, Tally
+
+OLD = [key(number) for number in range(4)]
+NEW = [key(number) for number in range(100, 120)]
+
+
+@pytest.fixture
+def stocked(depot):
+    depot.put(OLD, age=20 * DAY)
+    depot.put(NEW, age=1 * DAY)
+    return depot
+
+
+def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):
+    ran = stocked.cleanup("--max-age", "14d", "--yes", "--report", "/dev/full")
+
+    assert (ran.code, ran.counts("deleted", "unfinished")) == (3, [4, 0])
+    assert "--report '/dev/full' is not whole: No space left" in ran.stderr
+    assert stocked.left() == stocked.paths_of(NEW)
+    assert not [path for path in stocked.all_paths() if "/locks/" in path]
+
+
+def test_a_report_goes_silent_at_its_first_error(tmp_path):
+    file = ReportFile(tmp_path / "report.jsonl")
+
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(5, "Input/output error")
+
+    whole, file._out = file._out, Full()
+    whole.close()
+    file.write({})
+    file.write({})
+    file.close()
+    assert file.problem.endswith("is not whole: No space left on device")
+
+
+def stopped_after(monkeypatch, objects):
+    """SIGTERM arrives when so many objects have ended: with the last one of a job."""
+    add, ended = Tally.add, []
+
+    def adding(tally, one):
+        add(tally, one)
+        ended.append(one)
+        if len(ended) == objects:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tally, "add", adding)
+
+
+def test_an_order_to_stop_with_the_last_batch_of_an_instance_names_the_others(stocked, monkeypatch):
+    stocked.others = {"hfbucket.eu": "kv/eu"}
+    stopped_after(monkeypatch, 4)
+
+    ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--yes")
+
+    assert ran.code == 5, ran.stderr
+    assert [one["result"] for one in ran.summaries] == ["complete"]
+    assert "told to stop; not done: hfbucket.eu" in ran.stderr
+
+
+def test_an_order_to_stop_with_the_last_batch_of_all_is_no_failure(stocked, monkeypatch):
+    stopped_after(monkeypatch, 4)
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+
+
+def test_an_order_to_stop_with_the_last_copy_names_the_mirror(hub, new_bucket, tmp_path, monkeypatch):
+    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
+    lane.us.put({one: noise(500, number) for number, one in enumerate(OLD)})
+    stopped_after(monkeypatch, 4)
+
+    ran = lane.export("--mirror", "--yes")
+
+    assert (ran.code, [one["job"] for one in ran.summaries]) == (5, ["export"])
+    assert "not done: the mirror" in ran.stderr
