@@ -1,5 +1,7 @@
 """Several jobs on one instance, in real processes."""
 
+import signal
+
 from depot import DAY, ended, key
 from plugin_support import eventually
 
@@ -56,13 +58,15 @@ def test_after_a_kill_the_next_one_takes_over(depot):
 
 
 def test_a_lock_that_was_lost_stops_the_deleting(depot):
-    """A holder that hung for longer than its lock lived deletes nothing when the Hub comes back."""
+    """A holder that slept for longer than its lock lived deletes nothing when it wakes up."""
     stock(depot)
     first = hanging(depot, "--lock-lifetime", "2s", "--batch-size", "1", "--parallel", "1")
+    first.send_signal(signal.SIGSTOP)
     # Only the lock's routes are asked by this one: there is nothing that it may delete.
     other = eventually(lambda: (ran := depot.run("rm", "nobody", "--yes")).code != 4 and ran)
     assert other.code == 0, other.stderr
     depot.hub.control.clear_faults()
+    first.send_signal(signal.SIGCONT)
     late = ended(first)
 
     assert late.code == 4, late.stderr
