@@ -111,10 +111,11 @@ class ExportSummary:
         if totals.conflicts.objects:
             yield from self._told_conflicts(totals.conflicts)
         if not self.applied:
-            yield (
-                f"nothing was copied: this was only planned ({self.plan.moves_left}). To carry it out: python -m jobs apply "
-                f"{self.plan.path} --yes"
-            )
+            if not self.code:  # what is refused would be refused again
+                yield (
+                    f"nothing was copied: this was only planned ({self.plan.moves_left}). To carry it out: python -m jobs apply "
+                    f"{self.plan.path} --yes"
+                )
             return
         if self.method is not None:
             yield f"{self.how}, since {self.method.why}"

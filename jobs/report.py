@@ -165,7 +165,8 @@ class Summary:
         if self.absent:
             yield f"{len(self.absent)} keys that were asked for are not there, such as {self.absent[0]!r}"
         if self.plan is not None and not self.applied:
-            yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
+            if not self.code:  # what is refused would be refused again
+                yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
             return
         if self.ended:
             yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
