@@ -27,9 +27,10 @@ SIZE = 600_000
 DATA = noise(SIZE)
 BIG = noise(9 * 1024 * 1024 + 17, seed=1)
 BOUND = 5.0
+"""What has a deadline of half a second ends before this many seconds, however slow the machine is."""
+
 EXPIRY_SECS = 4
 """How long tokens hold that are to expire: long enough for one upload on a machine that is busy with other tests."""
-"""What has a deadline of half a second ends before this many seconds, however slow the machine is."""
 
 
 def soon(seconds=60.0):
