@@ -117,6 +117,7 @@ def environment(directory: Path, endpoint: str) -> dict[str, str]:
         "LMCACHE_LOG_LEVEL": "ERROR",
         "PYTHONHASHSEED": "0",  # LMCache hashes prefixes with Python's hash here: both engines must agree
         "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "disabled",  # whatever a token in ~/.ray would have this cluster of ours ask for
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # the job's `python`
     }
 
