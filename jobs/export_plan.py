@@ -7,24 +7,23 @@ Lines may be taken out.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import encode_name
 from jobs.ends import Held
 from jobs.guards import Extent
 from jobs.manifest import Line
+from jobs.plan_output import PlanOutput
 from jobs.rename import Renames
 from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hfbucket_plugin.transfer import Content
 
@@ -230,7 +229,7 @@ class Totals:
         return cls(chosen, planned, same, conflicts, dict(record["skipped"]))
 
 
-class PlanWriter:
+class PlanWriter(PlanOutput):
     """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
 
     Args:
@@ -242,25 +241,8 @@ class PlanWriter:
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self._path = path
+        super().__init__(path, header.record())
         self.planned: defaultdict[str, Extent] = defaultdict(Extent)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            number, self._part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except OSError as error:
-            raise ConfigError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
-        self._out: IO[str] = os.fdopen(number, "w", encoding="utf-8")
-        self._write(header.record())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._out.close()
-        Path(self._part).unlink(missing_ok=True)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._out.write(json.dumps(record) + "\n")
 
     def add(self, move: Move) -> None:
         """Plan a copy."""
@@ -273,10 +255,7 @@ class PlanWriter:
 
     def finish(self, totals: Totals) -> None:
         """End the plan: from now on it is there."""
-        self._write({"record": "end"} | totals.record())
-        self._out.flush()
-        os.fsync(self._out.fileno())
-        Path(self._part).replace(self._path)
+        self._end(totals.record())
 
 
 class PlanFile:

@@ -6,23 +6,22 @@ A plan may be read, kept, and cut: lines taken out are objects that stay. It is 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import decode_name, encode_name, is_probe, parse_key
 from jobs.guards import NOTHING, Extent, MaxDelete
 from jobs.objects import is_reserved
+from jobs.plan_output import PlanOutput
 from jobs.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 VERSION: Final = 1
 
@@ -223,7 +222,7 @@ def _moment(text: str) -> datetime:
     return moment
 
 
-class PlanWriter:
+class PlanWriter(PlanOutput):
     """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
 
     Args:
@@ -235,26 +234,9 @@ class PlanWriter:
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self._path = path
+        super().__init__(path, header.record())
         self._planned = Extent()
         self._by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd, self._part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except OSError as error:
-            raise ConfigError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
-        self._out: IO[str] = os.fdopen(fd, "w", encoding="utf-8")
-        self._write(header.record())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._out.close()
-        Path(self._part).unlink(missing_ok=True)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._out.write(json.dumps(record) + "\n")
 
     def add(self, item: Item, model: str) -> None:
         """Plan the deletion of an object."""
@@ -268,10 +250,7 @@ class PlanWriter:
     ) -> None:
         """End the plan: from now on it is there. See `Totals`."""
         totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by)
-        self._write({"record": "end"} | totals.record())
-        self._out.flush()
-        os.fsync(self._out.fileno())
-        Path(self._part).replace(self._path)
+        self._end(totals.record())
 
 
 class PlanFile:
