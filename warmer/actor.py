@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import ray
 import ray.exceptions
 
 from hfbucket_plugin.errors import HFBucketError
-from warmer.outcomes import Present
+from warmer.outcomes import Copied, Present
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,6 +101,7 @@ class NodeActor:
         if not sharer.lacks(chunks):  # then their bytes need not come here at all
             return [Present(chunk.key, chunk.size) for chunk in chunks], False
         nothing: list[Outcome | None] = [None] * len(chunks)
+        since = time.monotonic()
         try:
             contents = ray.get(objects[0], timeout=sharer.chunk_timeout_secs)
         except ray.exceptions.GetTimeoutError:
@@ -106,7 +109,11 @@ class NodeActor:
         except ray.exceptions.RayError as error:
             return nothing, isinstance(error, ray.exceptions.ObjectLostError)
         # Views of the store, which keep the object there until they are gone.
-        return sharer.receive(chunks, contents), False
+        waited = time.monotonic() - since
+        outcomes = sharer.receive(chunks, contents)
+        return [
+            replace(one, seconds=one.seconds + waited) if isinstance(one, Copied) else one for one in outcomes
+        ], False
 
     @property
     def _ready(self) -> Worker:

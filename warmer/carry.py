@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from warmer.combined import combined
 from warmer.errors import NothingToDoError
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
     from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
+    from warmer.onlookers import Onlooker
     from warmer.outcomes import Outcome
     from warmer.plan import PlanFile
     from warmer.progress import Display
     from warmer.report import FailureLog
+    from warmer.schedule import Schedule
     from warmer.sources import Bound
     from warmer.tiers import Declaration
     from warmer.warmup import Nodes
 
 _log = logging.getLogger(__name__)
+
+_LOOK_SECS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,12 @@ class CopyRun:
     Attributes:
         bound: From where to where.
         plan: What.
+        onlookers: Who looks on, beside a display and the metrics of the Ray cluster.
     """
 
     bound: Bound
     plan: PlanFile
+    onlookers: Sequence[Onlooker] = ()
 
     def carry_out(self, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
         """Copy it; returns the summary.
@@ -54,6 +61,7 @@ class CopyRun:
         """
         # Ray takes a second to import, which a refused command should not wait for.
         from warmer.cluster import alive_nodes, joined  # noqa: PLC0415
+        from warmer.run_metrics import RunMetrics  # noqa: PLC0415
 
         warm_up = self.bound.warm_up
         with joined(warm_up.address):
@@ -61,6 +69,7 @@ class CopyRun:
             places = Places(taking_part(alive_nodes(), warm_up.nodes), warm_up.nodes)
             left_out = chunks_for_nobody(self.plan, places.nodes)
             limit = TimeLimit(stop, warm_up.limits.max_duration)
+            onlookers = [RunMetrics(), *self.onlookers]
             reports = []
             for tier in self.bound.tiers:
                 # Who took a lost node's place for one tier does so for those that follow.
@@ -72,7 +81,7 @@ class CopyRun:
                 if not limit.requested:
                     report.begin()
                     with stop.orderly():
-                        self._copy(tier, places, report, limit)
+                        self._copy(tier, places, report, limit, onlookers)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
@@ -88,7 +97,9 @@ class CopyRun:
             for_nobody=left_out,
         )
 
-    def _copy(self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit) -> None:
+    def _copy(
+        self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
+    ) -> None:
         from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
         from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
 
@@ -100,10 +111,12 @@ class CopyRun:
         )
         display = choose_display()
         schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
+        report.counts = schedule.counts
+        watch = _Watch(report, display, places, schedule, onlookers)
         fleet = Fleet(
             [one.node for one in places.nodes],
             self.bound.node_config(tier),
-            _Watch(report, display, places),
+            watch,
             limit,
             self.bound.warm_up.limits.node_timeout,
             chunk_secs=self.bound.warm_up.limits.chunk_timeout,
@@ -113,7 +126,7 @@ class CopyRun:
             fleet.run(schedule)
         finally:
             display.close()
-            report.counts = schedule.counts
+            watch.close()
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
@@ -152,20 +165,31 @@ def chunks_for_nobody(plan: PlanFile, nodes: Sequence[Assigned]) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Watch:
-    """The fleet's witness: the report, and a display of it."""
+    """The fleet's witness: the report, a display of it, and whoever else looks on."""
 
     report: RunReport
     display: Display
     places: Places
+    schedule: Schedule
+    onlookers: Sequence[Onlooker]
+    _next_look: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        for one in self.onlookers:
+            one.begin(self.report)
 
     def ended(self, node: str, outcome: Outcome) -> None:
         self.report.ended(node, outcome)
+        for one in self.onlookers:
+            one.ended(self.report, node, outcome)
 
     def lost(self, node: str, kind: str, message: str) -> None:
         _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
         self.report.lost(node, kind, message)
+        for one in self.onlookers:
+            one.lost(self.report, node, kind)
 
     def replaced(self, node: str, by: Node) -> None:
         _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
@@ -174,3 +198,13 @@ class _Watch:
 
     def tick(self) -> None:
         self.display.show(self.report)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_SECS
+            under_way = self.schedule.under_way
+            for one in self.onlookers:
+                one.look(self.report, under_way)
+
+    def close(self) -> None:
+        for one in self.onlookers:
+            one.close(self.report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -83,6 +84,8 @@ class _Job:
     error: HFBucketError | None = None
     done: bool = False
     wrong_hashes: int = 0
+    since: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
     @property
     def again(self) -> bool:
@@ -201,7 +204,7 @@ class NodeWarmer:
     def _outcome(self, job: _Job) -> Outcome:
         chunk = job.chunk
         if job.done:
-            return Copied(chunk.key, chunk.size)
+            return Copied(chunk.key, chunk.size, seconds=job.seconds)
         if self._stopped.is_set():
             return given_up(chunk)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
@@ -289,7 +292,7 @@ class NodeWarmer:
                 if job.keep:
                     job.kept = _bytes_of(fetch.draft)
                 fetch.draft.publish()
-                job.done = True
+                job.done, job.seconds = True, time.monotonic() - job.since
             except HFBucketError as error:
                 job.error = error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 INTERRUPTED: Final = "interrupted"
@@ -38,11 +38,13 @@ class Copied:
         key: Its key string.
         size: Bytes.
         received: Whether it came from another node, and not from the Hub.
+        seconds: From when its node turned to it until it was in the tier, by the clock of that node.
     """
 
     key: str
     size: int
     received: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

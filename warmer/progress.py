@@ -8,16 +8,15 @@ import time
 from typing import IO, TYPE_CHECKING, Final, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from warmer.live_table import LiveTable
+from warmer.rates import Rate
 
 if TYPE_CHECKING:
     from warmer.report import RunReport
 
 LINE_SECS: Final = 5.0
 """Seconds between JSON lines."""
-
-_SHOWN_NODES: Final = 20
-"""Nodes with a bar of their own; beyond that a terminal shows the whole only."""
 
 
 class Display(Protocol):
@@ -41,21 +40,33 @@ class JsonLines:
     def __init__(self, out: IO[str], every_secs: float = LINE_SECS) -> None:
         self._out = out
         self._every_secs = every_secs
-        self._next = time.monotonic() + every_secs
+        now = time.monotonic()
+        self._next = now + every_secs
+        self._rate = Rate(now)
 
     def show(self, report: RunReport) -> None:
         """Print a line when it is time."""
-        if time.monotonic() < self._next:
+        now = time.monotonic()
+        self._rate.add(now, report.total("bytes"))
+        if now < self._next:
             return
-        self._next = time.monotonic() + self._every_secs
+        self._next = now + self._every_secs
+        there, nodes = report.total("bytes") + report.total("present_bytes"), report.nodes.values()
+        left = self._rate.secs_for(report.expected_bytes - there)
         line = {
             "event": "progress",
+            "tier": report.task.tier,
             "seconds": round(report.seconds, 1),
-            "nodes": sum(node.error is None for node in report.nodes.values()),
+            "nodes": sum(node.error is None for node in nodes),
+            "nodes_lost": sum(node.error is not None for node in nodes),
             "chunks_ended": report.total("ended"),
             "chunks_expected": report.expected,
             "chunks_failed": report.total("failed"),
             "bytes_copied": report.total("bytes"),
+            "bytes_there": there,
+            "bytes_expected": report.expected_bytes,
+            "bytes_per_second": round(self._rate.per_sec),
+            "seconds_left": None if left is None else round(left, 1),
         }
         print(json.dumps(line), file=self._out, flush=True)
 
@@ -63,48 +74,7 @@ class JsonLines:
         """Nothing is left to do."""
 
 
-class Bars:
-    """A live display in a terminal.
-
-    Args:
-        console: Where to.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._progress.start()
-
-    def show(self, report: RunReport) -> None:
-        """Move the bars."""
-        nodes = list(report.nodes.values())
-        for node in nodes if len(nodes) <= _SHOWN_NODES else []:
-            failed = f"{node.failed} failed" if node.failed else ""
-            self._bar(
-                f"{node.name} {node.id[:6]}", node.selected_bytes, node.bytes + node.present_bytes, node.error or failed
-            )
-        done = report.total("bytes") + report.total("present_bytes")
-        note = f"{report.total('ended')}/{report.expected} chunks"
-        self._bar("all nodes", report.expected_bytes, done, note)
-
-    def _bar(self, name: str, total: int, done: int, note: str) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
-        self._progress.update(self._tasks[name], completed=done, note=note)
-
-    def close(self) -> None:
-        """Leave the last picture in the terminal."""
-        self._progress.stop()
-
-
 def choose_display() -> Display:
-    """Bars when stderr is a terminal, else JSON lines."""
+    """A table when stderr is a terminal, else JSON lines."""
     console = Console(stderr=True)
-    return Bars(console) if console.is_terminal else JsonLines(sys.stderr)
+    return LiveTable(console) if console.is_terminal else JsonLines(sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final, Literal
 
 from hfbucket_plugin.errors import HFBucketError
@@ -48,6 +49,7 @@ class Receiver:
         Returns:
             How each ended, in their order; None for one whose bytes were not right.
         """
+        since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
         drafts: dict[int, Draft] = {}
         try:
@@ -65,7 +67,7 @@ class Receiver:
             filled = {index: draft for index, draft in drafts.items() if index not in outcomes}
             hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], self._verify)
             for (index, draft), actual in zip(filled.items(), hashes, strict=True):
-                outcomes[index] = self._accept(chunks[index], draft, actual)
+                outcomes[index] = self._accept(chunks[index], draft, actual, since)
         finally:
             for draft in drafts.values():
                 draft.discard()
@@ -77,7 +79,7 @@ class Receiver:
                 return
             draft.lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
-    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError) -> Outcome | None:
+    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, since: float) -> Outcome | None:
         if self._stopped.is_set():
             return given_up(chunk)
         if not isinstance(actual, HFBucketError):
@@ -88,7 +90,7 @@ class Receiver:
             except HFBucketError as error:
                 actual = error
             else:
-                return Copied(chunk.key, chunk.size, received=True)
+                return Copied(chunk.key, chunk.size, received=True, seconds=time.monotonic() - since)
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
 

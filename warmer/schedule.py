@@ -89,6 +89,16 @@ class Schedule(Laggards):
         return all(not self._members(convoy) or convoy.peek() is None for convoy in self._convoys)
 
     @property
+    def under_way(self) -> dict[str, tuple[int, int]]:
+        """The chunks that nodes are busy with, and their bytes; nodes with nothing to do are left out."""
+        found: dict[str, tuple[int, int]] = {}
+        for flight in self._flights.values():
+            chunks, size = found.get(flight.order.node, (0, 0))
+            own = flight.order.chunks
+            found[flight.order.node] = (chunks + len(own), size + total_bytes(own))
+        return found
+
+    @property
     def store_bytes(self) -> dict[str, int]:
         """The bytes that are counted on the object store of each node."""
         return dict(self._stock.used)

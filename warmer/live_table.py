@@ -1,0 +1,136 @@
+"""How far a run is, as a table that changes in a terminal: a row for each node, as long as there are few."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from typing import TYPE_CHECKING, Final
+
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hfbucket_plugin.cli.words import printable, size
+from warmer.rates import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from warmer.report import NodeReport, RunReport
+
+SHOWN_NODES: Final = 20
+"""Rows at most, whatever the number of nodes."""
+
+_OTHER_LINES: Final = 4
+"""Of the terminal: the head, the row of all other nodes, the row of all nodes, and the line below."""
+
+_BAR_WIDTH: Final = 20
+_MINUTE: Final = 60
+_HOUR: Final = 3600
+
+
+class LiveTable:
+    """A live display in a terminal.
+
+    Where there are more nodes than rows, those have one that have most left to do, and the others are summed up in one row.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rates: dict[str, Rate] = {}
+        self._live = Live(console=console, refresh_per_second=4)
+        self._live.start()
+
+    def show(self, report: RunReport) -> None:
+        """Show how far it is."""
+        now = time.monotonic()
+        for node in report.nodes.values():
+            self._rate(node.id, now).add(now, node.bytes)
+        total = self._rate("", now)
+        total.add(now, report.total("bytes"))
+        self._live.update(self.table(report))
+
+    def table(self, report: RunReport) -> Table:
+        """The table, as of what was shown last."""
+        table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+        table.add_column("node", no_wrap=True, overflow="ellipsis", max_width=32)
+        table.add_column("", width=_BAR_WIDTH)
+        for name in ("chunks", "bytes", "rate", "ETA"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, overflow="ellipsis")
+        nodes = list(report.nodes.values())
+        shown = behind(nodes, max(1, min(SHOWN_NODES, self._console.height - _OTHER_LINES)))
+        for node in shown:
+            self._row(table, f"{node.name} {node.id[:6]}", [node], self._per_sec(node.id))
+        names = {node.id for node in shown}
+        others = [node for node in nodes if node.id not in names]
+        if others:
+            self._row(table, f"{len(others)} others", others, sum(self._per_sec(node.id) for node in others))
+        self._row(table, f"all of {report.task.tier}", nodes, self._per_sec(""), report)
+        return table
+
+    def _row(
+        self, table: Table, name: str, nodes: Sequence[NodeReport], per_sec: float, whole: RunReport | None = None
+    ) -> None:
+        done = sum(node.bytes + node.present_bytes for node in nodes)
+        ended = sum(node.ended for node in nodes)
+        of = sum(node.selected for node in nodes) if whole is None else whole.expected
+        of_bytes = sum(node.selected_bytes for node in nodes) if whole is None else whole.expected_bytes
+        table.add_row(
+            Text(printable(name)),
+            ProgressBar(total=max(1, of_bytes), completed=done if of_bytes else 1, width=_BAR_WIDTH),
+            f"{ended:,}/{of:,}",
+            f"{size(done)}/{size(of_bytes)}",
+            f"{size(per_sec)}/s",
+            "-" if ended >= of else left_in_words((of_bytes - done) / per_sec if per_sec > 0 else None),
+            Text(printable(_remark(nodes))),
+        )
+
+    def _rate(self, name: str, now: float) -> Rate:
+        if name not in self._rates:
+            self._rates[name] = Rate(now)
+        return self._rates[name]
+
+    def _per_sec(self, name: str) -> float:
+        return self._rates[name].per_sec if name in self._rates else 0.0
+
+    def close(self) -> None:
+        """Leave the last picture in the terminal."""
+        self._live.stop()
+
+
+def behind(nodes: Sequence[NodeReport], most: int) -> list[NodeReport]:
+    """Those of some nodes that have most left to do, in the order of their names; all of them where they are few."""
+    chosen = nodes if len(nodes) <= most else heapq.nlargest(most, nodes, key=_left)
+    return sorted(chosen, key=lambda node: (node.name, node.id))
+
+
+def _left(node: NodeReport) -> float:
+    """The part of a node's bytes that is not there; what is given up is left no more than what is there."""
+    if node.replaced_by is not None or not node.selected_bytes:
+        return 0.0
+    return 1 - (node.bytes + node.present_bytes) / node.selected_bytes
+
+
+def _remark(nodes: Sequence[NodeReport]) -> str:
+    if len(nodes) == 1 and nodes[0].error:
+        return nodes[0].error
+    lost, failed = sum(node.error is not None for node in nodes), sum(node.failed for node in nodes)
+    words = [f"{failed:,} failed"] if failed else []
+    return ", ".join([*words, f"{lost} lost"] if lost else words)
+
+
+def left_in_words(seconds: float | None) -> str:
+    """A time that is left: `4:05`, `1:02:03`; `?` where nobody can tell."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole < _HOUR:
+        return f"{whole // _MINUTE}:{whole % _MINUTE:02}"
+    return f"{whole // _HOUR}:{whole % _HOUR // _MINUTE:02}:{whole % _MINUTE:02}"

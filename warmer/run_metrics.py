@@ -1,0 +1,141 @@
+"""What a run does, as metrics of the Ray cluster: `ray_warmer_*`, by node, tier and outcome."""
+
+from __future__ import annotations
+
+from collections import Counter as Sums
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
+from ray.util.metrics import Counter, Gauge
+
+from warmer.orders import Counts
+from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.ray_metrics import CountedBytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from warmer.outcomes import Outcome
+    from warmer.report import RunReport
+
+_RUN: Final = ("instance", "tier")
+_NODE: Final = (*_RUN, "node", "node_id")
+
+FETCHED: Final = "fetched"
+RECEIVED: Final = "received"
+PRESENT: Final = "present"
+FAILED: Final = "failed"
+_UNFINISHED: Final = "unfinished"
+
+_OF_COUNTS: Final = {
+    "fetched": ("warmer_fetched_chunks", "Chunks that came from the Hub, again ones included"),
+    "fetched_bytes": ("warmer_fetched_bytes", "Their bytes"),
+    "refetched": ("warmer_refetched_chunks", "Chunks that the Hub was asked for once more"),
+    "own": ("warmer_fetched_alone_chunks", "Chunks that a node asked the Hub for by itself"),
+}
+
+
+class RunMetrics:
+    """An onlooker that counts. Chunks are counted once a second, not one by one: there may be millions.
+
+    Node and tier are told by name; `node_id` is Ray's, since names need not be unique. The number of series is that of nodes
+    times tiers times outcomes, never of chunks.
+    """
+
+    def __init__(self) -> None:
+        self._chunks = CountedBytes(
+            "warmer_chunks", "warmer_bytes", "Chunks that have ended on a node, by outcome", (*_NODE, "outcome")
+        )
+        self._failures = Counter("warmer_failures", "Chunks that failed on a node, by kind", (*_NODE, "kind"))
+        self._lost = Counter("warmer_lost_nodes", "Nodes that took no part or were lost, by kind", (*_NODE, "kind"))
+        self._of_counts = {field: Counter(name, words, _RUN) for field, (name, words) in _OF_COUNTS.items()}
+        self._busy = Gauge("warmer_in_flight_chunks", "Chunks that a node is busy with", _NODE)
+        self._busy_bytes = Gauge("warmer_in_flight_bytes", "Their bytes", _NODE)
+        self._coverage = Gauge(
+            "warmer_coverage_ratio", "Of the chunks that a node is to hold in a tier, the part that is there", _NODE
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending: Sums[tuple[str, str]] = Sums()
+        self._pending_bytes: Sums[tuple[str, str]] = Sums()
+        self._pending_kinds: Sums[tuple[str, str]] = Sums()
+        self._told = Counts()
+        self._told_busy: dict[str, tuple[int, int]] = {}
+        self._told_coverage: dict[str, float] = {}
+
+    def begin(self, report: RunReport) -> None:
+        """Begin anew: each tier has its own series."""
+        self._forget()
+        self._tell_coverage(report)
+
+    def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
+        """Keep a chunk in mind."""
+        name = _name(outcome)
+        self._pending[node, name] += 1
+        self._pending_bytes[node, name] += outcome.size
+        if name == FAILED and isinstance(outcome, Failed):
+            self._pending_kinds[node, outcome.kind] += 1
+
+    def lost(self, report: RunReport, node: str, kind: str) -> None:
+        """Count a node."""
+        self._lost.inc(1, _tags(report, node) | {"kind": kind})
+
+    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        """Tell what has changed."""
+        for (node, name), count in self._pending.items():
+            size = self._pending_bytes[node, name]
+            self._chunks.add(count, size, _tags(report, node) | {"outcome": name})
+        for (node, kind), count in self._pending_kinds.items():
+            self._failures.inc(count, _tags(report, node) | {"kind": kind})
+        self._pending.clear()
+        self._pending_bytes.clear()
+        self._pending_kinds.clear()
+        self._tell_counts(report)
+        self._tell_busy(report, under_way)
+        self._tell_coverage(report)
+
+    def close(self, report: RunReport) -> None:
+        """Tell how it ended; nothing is under way any more."""
+        self.look(report, {})
+
+    def _tell_counts(self, report: RunReport) -> None:
+        told, now = asdict(self._told), asdict(report.counts)
+        for field, counter in self._of_counts.items():
+            if now[field] > told[field]:
+                counter.inc(now[field] - told[field], _run_tags(report))
+        self._told = Counts(**now)
+
+    def _tell_busy(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        for node in report.nodes:
+            busy = under_way.get(node, (0, 0))
+            if self._told_busy.get(node) != busy:
+                self._told_busy[node] = busy
+                self._busy.set(busy[0], _tags(report, node))
+                self._busy_bytes.set(busy[1], _tags(report, node))
+
+    def _tell_coverage(self, report: RunReport) -> None:
+        for node, one in report.nodes.items():
+            share = (one.copied + one.present) / one.selected if one.selected else 1.0
+            if self._told_coverage.get(node) != share:
+                self._told_coverage[node] = share
+                self._coverage.set(share, _tags(report, node))
+
+
+def _name(outcome: Outcome) -> str:
+    match outcome:
+        case Copied():
+            return RECEIVED if outcome.received else FETCHED
+        case Present():
+            return PRESENT
+        case Failed(kind=kind) if kind == INTERRUPTED:
+            return _UNFINISHED
+    return FAILED
+
+
+def _run_tags(report: RunReport) -> dict[str, str]:
+    return {"instance": report.task.instance, "tier": report.task.tier}
+
+
+def _tags(report: RunReport, node: str) -> dict[str, str]:
+    return _run_tags(report) | {"node": report.nodes[node].name, "node_id": node}
