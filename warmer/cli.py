@@ -17,6 +17,7 @@ from warmer import exits, run
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
+from warmer.page_file import PageFile
 from warmer.plan import PlanFile
 from warmer.sources import bind
 from warmer.warm_file import warm_up
@@ -32,10 +33,10 @@ _DryRun = Annotated[
 ]
 
 _PLANNING = flags_of("source", "choose", "tiers", "filling", "moving", "nodes", "limits", "address")
-_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report")
+_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report", "report_html")
 _CHECKING = tuple(
     flag
-    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address")
+    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address", "report_html")
     if flag.name != "--replace-nodes"  # nobody waits for nodes to join
 )
 
@@ -53,12 +54,13 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
     to do, nowhere to do it or no room for any of it, 5 when told to stop. Running again moves only what is missing.
     """
+    page = PageFile()
 
     def work(stop: StopSwitch) -> dict[str, Any]:
         wanted = warm_up(config, given)
-        return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop)
+        return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop, *page.open(wanted.report_html))
 
-    _end_with(work)
+    _end_with(work, page)
 
 
 @app.command("plan")
@@ -90,16 +92,17 @@ def apply_command(
 
     Exits as `run` does. Applying again moves only what is missing: that is how to go on after a stop or a crash.
     """
+    page = PageFile()
 
     def work(stop: StopSwitch) -> dict[str, Any]:
         made = PlanFile.open(plan)
         wanted = warm_up(config, given, run.planned_warm_up(made))
         if not dry_run:
-            return run.apply(wanted, made, stop)
+            return run.apply(wanted, made, stop, *page.open(wanted.report_html))
         run.expect_fitting(bind(wanted), made)
         return _planned({**made.header, "selected": made.chunks, "selected_bytes": made.bytes}) | {"plan": str(plan)}
 
-    _end_with(work)
+    _end_with(work, page)
 
 
 @app.command("check")
@@ -128,21 +131,23 @@ def check_command(
     """
     if verify not in {"hash", "length"}:
         _end(f"--verify {verify!r} is neither hash nor length", exits.USAGE)
+    page = PageFile()
 
     def work(stop: StopSwitch) -> dict[str, Any]:
         made = PlanFile.open(plan) if plan is not None else None
         wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
+        page.open(wanted.report_html)
         return run.check(wanted, made, stop, require=require, hashes=verify == "hash")
 
-    _end_with(work)
+    _end_with(work, page)
 
 
 def _planned(header: dict[str, Any]) -> dict[str, Any]:
     return {"event": "plan", "exit_code": exits.COMPLETE, **header}
 
 
-def _end_with(work: Callable[[StopSwitch], dict[str, Any]]) -> NoReturn:
-    """Do the work of a command, print its record, and exit with its code."""
+def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
+    """Do the work of a command, print its record, write its page, and exit with its code."""
     logging.basicConfig(stream=sys.stderr, format="warmer: %(message)s", level=logging.WARNING)
     logging.getLogger("warmer").setLevel(logging.INFO)
     stop = StopSwitch()
@@ -155,6 +160,8 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]]) -> NoReturn:
     except (HFBucketError, OSError) as error:
         _end(_advised(error), _code(error))
     typer.echo(json.dumps(record))
+    if page is not None:  # after the record, which is told even when the command is killed meanwhile
+        page.write(record)
     raise typer.Exit(record["exit_code"])
 
 

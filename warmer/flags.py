@@ -99,6 +99,7 @@ FLAGS: Final = (
     Flag("--max-duration", ("limits", "max_duration"), "SECS"),
     Flag("--address", ("address",), "HOST:PORT"),
     Flag("--report", ("report",), "FILE"),
+    Flag("--report-html", ("report_html",), "FILE"),
 )
 
 _CONFIG: Final = inspect.Parameter(

@@ -52,7 +52,9 @@ class JsonLines:
             return
         self._next = now + self._every_secs
         there, nodes = report.total("bytes") + report.total("present_bytes"), report.nodes.values()
-        left = self._rate.secs_for(report.expected_bytes - there)
+        # Lost nodes are waited for no more.
+        behind = [node.selected_bytes - node.bytes - node.present_bytes for node in nodes if node.error is None]
+        left = self._rate.secs_for(sum(behind) if report.unfinished else 0)
         line = {
             "event": "progress",
             "tier": report.task.tier,

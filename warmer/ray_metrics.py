@@ -30,7 +30,7 @@ class CountedBytes:
 
     def __init__(self, things: str, bytes_name: str, what: str, tags: tuple[str, ...]) -> None:
         self._things = Counter(things, what, tags)
-        self._bytes = Counter(bytes_name, f"Bytes of them. {what}", tags)
+        self._bytes = Counter(bytes_name, f"{what}: their bytes", tags)
 
     def add(self, count: int, size: int, tags: Mapping[str, str]) -> None:
         """Count some; none and no bytes are counted as nothing.

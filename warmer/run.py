@@ -22,11 +22,12 @@ from warmer.sources import bind, recorded
 from warmer.warm_file import validated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
     from warmer.interrupt import StopSwitch
+    from warmer.onlookers import Onlooker
     from warmer.sources import Bound
     from warmer.warmup import WarmUp
 
@@ -54,8 +55,13 @@ def plan(warm_up: WarmUp, out: Path | None) -> dict[str, Any]:
         return made.header
 
 
-def run(warm_up: WarmUp, stop: StopSwitch) -> dict[str, Any]:
+def run(warm_up: WarmUp, stop: StopSwitch, *onlookers: Onlooker) -> dict[str, Any]:
     """Choose chunks and copy them.
+
+    Args:
+        warm_up: What was asked for.
+        stop: Whether to stop.
+        onlookers: Who looks on.
 
     Returns:
         The summary, its `exit_code` included.
@@ -69,16 +75,17 @@ def run(warm_up: WarmUp, stop: StopSwitch) -> dict[str, Any]:
     """
     bound = bind(warm_up)
     with _reported(bound) as failures, _planned(bound, None) as made:
-        return _carried_out(bound, made, failures, stop)
+        return _carried_out(bound, made, failures, stop, onlookers)
 
 
-def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch) -> dict[str, Any]:
+def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch, *onlookers: Onlooker) -> dict[str, Any]:
     """Copy what a plan says; what is there already is passed by.
 
     Args:
         warm_up: Of the plan, see `planned_warm_up`.
         made: The plan.
         stop: Whether to stop.
+        onlookers: Who looks on.
 
     Returns:
         The summary, its `exit_code` included.
@@ -92,11 +99,13 @@ def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch) -> dict[str, Any]:
     bound = bind(warm_up)
     expect_fitting(bound, made)
     with _reported(bound) as failures:
-        return _carried_out(bound, made, failures, stop)
+        return _carried_out(bound, made, failures, stop, onlookers)
 
 
-def _carried_out(bound: Bound, made: PlanFile, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
-    summary = CopyRun(bound, made).carry_out(failures, stop)
+def _carried_out(
+    bound: Bound, made: PlanFile, failures: FailureLog, stop: StopSwitch, onlookers: Sequence[Onlooker]
+) -> dict[str, Any]:
+    summary = CopyRun(bound, made, onlookers).carry_out(failures, stop)
     failures.close(summary)
     return summary
 
@@ -194,7 +203,9 @@ def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
         "bucket": str(bound.instance.settings.bucket_handle),
         "takes": kinds[bound.takes],
         "tiers": [tier.name for tier in bound.tiers],
-        "warm_up": recorded(bound.warm_up).model_dump(mode="json", exclude_defaults=True, exclude={"report"}),
+        "warm_up": recorded(bound.warm_up).model_dump(
+            mode="json", exclude_defaults=True, exclude={"report", "report_html"}
+        ),
         "selected": made.chunks,
         "selected_bytes": made.bytes,
         "skipped": skipped,

@@ -189,3 +189,6 @@ class WarmUp(_Part):
     report: Path | None = Field(
         None, description="Write a JSON line for every failed chunk, and the summary as the last line, to this file."
     )
+    report_html: Path | None = Field(
+        None, description="Write a page for people too, with plots, when it is over; one file that loads nothing."
+    )

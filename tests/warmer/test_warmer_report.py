@@ -1,13 +1,11 @@
-import io
 import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from warmer import progress, report
+from warmer import report
 from warmer.cluster import Node
 from warmer.combined import combined
 from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
@@ -171,40 +169,6 @@ def test_a_report_that_was_asked_for_is_written_whatever_happened(run, tmp_path)
     asked = FailureLog(tmp_path / "report.jsonl")
     asked.close(run.summary(stopped=False))
     assert json.loads((tmp_path / "report.jsonl").read_text())["event"] == "summary"
-
-
-def test_progress_is_json_lines_for_machines(run):
-    out = io.StringIO()
-    lines = progress.JsonLines(out, every_secs=0)
-    complete(run, "id-a")
-    run.lost("id-b", "node_lost", "gone")
-    lines.show(run)
-    lines.close()
-    line = json.loads(out.getvalue())
-    assert line.pop("seconds") >= 0
-    assert line == {
-        "event": "progress", "nodes": 1, "chunks_ended": 3, "chunks_expected": 6, "chunks_failed": 0,
-        "bytes_copied": 30,
-    }  # fmt: skip
-
-
-def test_progress_lines_come_every_few_seconds_only(run):
-    out = io.StringIO()
-    lines = progress.JsonLines(out, every_secs=3600)
-    for _ in range(10):
-        lines.show(run)
-    assert out.getvalue() == ""
-
-
-def test_progress_is_bars_for_people(run):
-    out = io.StringIO()
-    bars = progress.Bars(Console(file=out, force_terminal=True, width=120))
-    complete(run, "id-a")
-    run.lost("id-b", "node_lost", "gone")
-    bars.show(run)
-    bars.close()
-    assert "3/6 chunks" in out.getvalue()
-    assert "node_lost" in out.getvalue()
 
 
 @pytest.mark.parametrize("asked", [True, False])
