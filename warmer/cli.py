@@ -17,9 +17,11 @@ from warmer import exits, run
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
+from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
 from warmer.page_file import PageFile
 from warmer.plan import PlanFile
 from warmer.sources import bind
+from warmer.submit import Submission, expect_command, submit
 from warmer.warm_file import warm_up
 
 if TYPE_CHECKING:
@@ -140,6 +142,58 @@ def check_command(
         return run.check(wanted, made, stop, require=require, hashes=verify == "hash")
 
     _end_with(work, page)
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+def submit_command(
+    *,
+    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(help="run, plan, apply or check, with its options, after `--`.", show_default=False)
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="The dashboard, http://HOST:PORT. Default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS.",
+            metavar="URL",
+        ),
+    ] = None,
+    submission_id: Annotated[
+        str | None,
+        typer.Option("--submission-id", help="The job's name. One that was submitted before is refused.", metavar="ID"),
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option("--working-dir", help="Uploaded; the job runs in it.", metavar="DIR")
+    ] = None,
+    runtime_env_file: Annotated[
+        Path | None, typer.Option("--runtime-env", help="The job's environment, in YAML. No tokens.", metavar="FILE")
+    ] = None,
+    runtime_env_json: Annotated[
+        str | None, typer.Option("--runtime-env-json", help="The same as JSON. No tokens.", metavar="JSON")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit it, and do not follow it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="On SIGTERM or SIGINT let the job go on.")] = False,
+) -> None:
+    """Run a command as a Ray job: passes its log on, and exits with the code that it ended with.
+
+    Told to stop, it stops the job. Exits as the command does; 2 when the cluster does not answer or refuses the job, 3 when
+    the job was killed or the cluster lost, 4 when a job of this name was submitted before, 5 when the job was stopped.
+    """
+    expect_command(context, command)
+
+    def work(_: StopSwitch) -> dict[str, Any]:
+        # Ray takes a second to import, which a refused command should not wait for.
+        environment = runtime_env(runtime_env_file, runtime_env_json, working_dir)
+        where = dashboard_address(address)
+        refuse_secrets_in(command)
+        from warmer.jobs_api import JobsAPI  # noqa: PLC0415
+
+        names = {} if submission_id is None else {"submission_id": submission_id}
+        wanted = Submission(command, environment, wait=not no_wait, detach=detach, **names)
+        return submit(JobsAPI(where), wanted, sys.stderr)
+
+    _end_with(work)
 
 
 def _planned(header: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 from depot import DAY, INSTANCE, Depot, ended, key
@@ -58,16 +57,6 @@ def exit_codes(ray):
     return subprocess.run(command, env=ray._environment(), capture_output=True, text=True, check=True).stdout.split()
 
 
-def scraped(ray):
-    """What the metrics agents of a cluster tell."""
-    (found,) = ray.directory.glob("prom_metrics_service_discovery.json")
-    told = []
-    for target in {target for one in json.loads(found.read_text()) for target in one["targets"]}:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
-            told.append(answer.read().decode())
-    return "".join(told)
-
-
 def carriers(ray):
     """The processes of the actors of a cluster, which its token tells from those of others."""
     found = []
@@ -95,7 +84,7 @@ def check_that_a_lost_actor_is_made_up_for(ray, hub, directory):
     report = directory / "report.jsonl"
     eventually(lambda: process.poll() is not None or (report.exists() and '"streamed"' in report.read_text()), 60)
     hub.control.add_fault(Fault(route="batch", hang=True))
-    eventually(lambda: process.poll() is not None or "ray_jobs_objects_total" in scraped(ray), 60)
+    eventually(lambda: process.poll() is not None or "ray_jobs_objects_total" in ray.metrics(), 60)
     assert process.poll() is None, process.communicate()
     (pid, *_) = carriers(ray)
     os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """A Ray cluster that `ray start` made, private to one test: its own ports, directory and token."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from warming import environment
@@ -62,9 +64,9 @@ class PrivateRay:
         self.address = re.search(r"ray start --address='(.+)'", self._log.read_text())[1]
         return self
 
-    def submit(self, directory, *command):
+    def submit(self, directory, *command, options=()):
         """Submit a job, whose working directory is a copy of `directory`, and wait for it."""
-        options = ["--address", self.dashboard, "--working-dir", str(directory)]
+        options = ["--address", self.dashboard, "--working-dir", str(directory), *options]
         return subprocess.run(
             [str(BIN / "ray"), "job", "submit", *options, "--", *command],
             env=self._environment(),
@@ -72,6 +74,15 @@ class PrivateRay:
             text=True,
             check=False,
         )
+
+    def metrics(self):
+        """What the metrics agents of the cluster tell."""
+        (found,) = self.directory.glob("prom_metrics_service_discovery.json")
+        told = []
+        for target in {target for one in json.loads(found.read_text()) for target in one["targets"]}:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+                told.append(answer.read().decode())
+        return "".join(told)
 
     def __exit__(self, *_):
         # Not `ray stop`, which ends every cluster on the machine: this session of processes and no other.

@@ -1,0 +1,152 @@
+"""`submit` without a cluster: what it refuses, which code stands for which end of a job, and what becomes of its log."""
+
+import io
+import json
+
+import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
+from typer.testing import CliRunner
+from warming import SECRET
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.cli import app
+from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
+from warmer.submit import Log, Submission, outcome
+
+HUB_TOKEN = "hf_" + "aB3" * 10
+NOWHERE = "http://127.0.0.1:1"
+
+
+def refused(*arguments):
+    done = CliRunner().invoke(app, ["submit", *arguments])
+    assert (done.exit_code, done.stdout) == (2, "")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["runn"], "'runn' is none of run, plan, apply, check"),
+        (["submit", "--", "run"], "'submit' is none of"),
+        (["run", "--confg", "warm.yaml"], "No such option: --confg"),
+        (["check", "--require", "2"], "--require"),
+        (["plan", "--all"], "--out"),
+    ],
+)
+def test_a_command_that_is_none_is_refused_before_anything_is_uploaded(command, words):
+    assert words in refused("--address", NOWHERE, "--", *command)
+
+
+def test_a_cluster_that_does_not_answer():
+    for dashes in (["--"], []):
+        line = refused("--address", NOWHERE, *dashes, "run", "--config", "warm.yaml")
+        assert line.startswith(f"warmer: the Ray cluster at {NOWHERE} does not answer: ")
+        assert len(line.splitlines()) == 1
+
+
+def test_where_jobs_are_submitted_to(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="give --address http://<host>:8265, or set RAY_API_SERVER_ADDRESS or"):
+        dashboard_address(None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS '10.0.0.1:6379' does not read http://<host>:<port>"):
+        dashboard_address(None)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://ray.example.com/")
+    assert dashboard_address(None) == "https://ray.example.com"
+    assert dashboard_address("http://head:8265") == "http://head:8265"
+
+
+def test_a_runtime_environment(tmp_path):
+    path = tmp_path / "env.yaml"
+    path.write_text("pip: [x]\nworking_dir: other\nenv_vars: {TOKENIZERS_PARALLELISM: 'false', A_TOKEN_PATH: /x}\n")
+    assert runtime_env(path, None, ".")["working_dir"] == "."
+    assert runtime_env(path, None, None)["working_dir"] == "other"
+    assert runtime_env(None, '{"pip": ["x"]}', None) == {"pip": ["x"]}
+    assert runtime_env(None, None, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"env_vars": {"HF_US_TOKEN": "short"}}, "--runtime-env-json: env_vars gives HF_US_TOKEN a value"),
+        ({"env_vars": {"RAY_AUTH_TOKEN": "short"}}, "env_vars gives RAY_AUTH_TOKEN a value"),
+        ({"env_vars": {"NOTE": f"see {HUB_TOKEN}"}}, "holds what looks like a token of the Hub"),
+        ({"pip": [f"git+https://x:{HUB_TOKEN}@example.com/x"]}, "holds what looks like a token of the Hub"),
+        ({"env_vars": {"OTHER": SECRET}}, "holds the value of MY_TOKEN"),
+        ([], "is no mapping"),
+    ],
+)
+def test_a_token_never_travels_in_a_runtime_environment(monkeypatch, document, words):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    with pytest.raises(ConfigError, match=words) as caught:
+        runtime_env(None, json.dumps(document), None)
+    assert not any(secret in str(caught.value) for secret in (SECRET, HUB_TOKEN, "short"))
+
+
+def test_a_token_never_travels_in_a_command(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    for word in (f'--l2-adapter={{"token": "{SECRET}"}}', HUB_TOKEN):
+        with pytest.raises(ConfigError, match="the command of the job holds") as caught:
+            refuse_secrets_in(["run", word])
+        assert word not in str(caught.value)
+    refuse_secrets_in(["run", "--prefix", "hf_model@"])
+
+
+def test_a_runtime_environment_that_cannot_be_read(tmp_path):
+    path = tmp_path / "env.yaml"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        runtime_env(path, None, None)
+    path.write_text(f"env_vars: {{a: {HUB_TOKEN}")
+    with pytest.raises(ConfigError, match=r"is no YAML$"):
+        runtime_env(path, None, None)
+    with pytest.raises(ConfigError, match="is no JSON"):
+        runtime_env(None, "{", None)
+    with pytest.raises(ConfigError, match="name two environments"):
+        runtime_env(path, "{}", None)
+
+
+def ended(status, code=None, **more):
+    return JobDetails(type=JobType.SUBMISSION, status=JobStatus(status), entrypoint="x", driver_exit_code=code, **more)
+
+
+@pytest.mark.parametrize(
+    ("details", "code", "words"),
+    [
+        (ended("SUCCEEDED", 0), 0, ""),
+        (ended("SUCCEEDED"), 0, ""),
+        (ended("FAILED", 3), 3, ""),
+        (ended("FAILED", 127), 127, ""),
+        (ended("STOPPED"), 5, "it was stopped"),
+        (ended("FAILED", -9), 3, "it was killed by signal 9"),
+        (ended("FAILED", error_type="RUNTIME_ENV_SETUP_FAILURE", message="no\n such pip"), 2, "set up: no such pip"),
+        (ended("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="gone"), 3, "not end by itself: gone"),
+        (None, 3, "has not answered"),
+    ],
+)
+def test_which_code_stands_for_which_end(details, code, words):
+    found, told = outcome(details)
+    assert found == code
+    assert words in told
+    assert bool(told) == bool(words)
+
+
+def test_a_log_that_begins_anew_is_passed_on_once():
+    out = io.StringIO()
+    log = Log(out)
+    record = json.dumps({"event": "summary", "exit_code": 0})
+    text = f'one\n{{"event": "progress"}}\n{record}\n{{"event": broken\nlast'
+    for piece in (text[:5], text[5:40], text[40:41]):
+        log.add(piece)
+    log.from_start()
+    for piece in (text[:3], text[3:60], text[60:]):
+        log.add(piece)
+    log.close()
+    assert out.getvalue() == f"{text}\n"
+    assert log.record == {"event": "summary", "exit_code": 0}
+
+
+def test_the_job_gets_its_words_as_they_are():
+    wanted = Submission(["run", "--prefix", "org/a model@", "--all"], {})
+    assert wanted.entrypoint == "python -m warmer run --prefix 'org/a model@' --all"
+    assert wanted.submission_id != Submission(["run"], {}).submission_id
