@@ -11,6 +11,7 @@ from warmer.combined import combined
 from warmer.errors import NothingToDoError
 from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
+from warmer.onlookers import looking_on
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
@@ -80,7 +81,7 @@ class CopyRun:
                 reports.append(report)
                 if not limit.requested:
                     report.begin()
-                    with stop.orderly():
+                    with looking_on(onlookers, report), stop.orderly():
                         self._copy(tier, places, report, limit, onlookers)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
@@ -126,7 +127,6 @@ class CopyRun:
             fleet.run(schedule)
         finally:
             display.close()
-            watch.close()
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
@@ -176,10 +176,6 @@ class _Watch:
     onlookers: Sequence[Onlooker]
     _next_look: float = field(default=0.0, init=False)
 
-    def __post_init__(self) -> None:
-        for one in self.onlookers:
-            one.begin(self.report)
-
     def ended(self, node: str, outcome: Outcome) -> None:
         self.report.ended(node, outcome)
         for one in self.onlookers:
@@ -204,7 +200,3 @@ class _Watch:
             under_way = self.schedule.under_way
             for one in self.onlookers:
                 one.look(self.report, under_way)
-
-    def close(self) -> None:
-        for one in self.onlookers:
-            one.close(self.report)

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from warmer import exits
+from warmer.canary import ask_engines
 from warmer.carry import chunks_for_nobody, shares, taking_part
 from warmer.checking import CheckConfig
 from warmer.moving import TimeLimit, direct_schedule
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
+from warmer.tiers import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from warmer.canary import Canary
     from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
@@ -27,6 +30,14 @@ _log = logging.getLogger(__name__)
 
 NAMED: Final = 1000
 """Chunks that are named at most for each reason."""
+
+_PROVEN: Final = {
+    exits.COMPLETE: "warm",
+    exits.FAILED: "cold",
+    exits.USAGE: "unproven",
+    exits.INTERRUPTED: "interrupted",
+}
+"""What engines make of tiers that are warm, by the exit code that their answers stand for."""
 
 
 @dataclass(slots=True)
@@ -115,6 +126,7 @@ class CheckReport:
             "require": self.require,
             "share": round(least, 6),
             "for_nobody": self.for_nobody,
+            "canary": None,
             "nodes": [asdict(check) | {"share": round(check.share, 6)} for check in self.found],
             **self.named,
         }
@@ -150,7 +162,9 @@ class TierWatch:
         """Nothing is shown meanwhile."""
 
 
-def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, hashes: bool) -> dict[str, Any]:
+def check(
+    bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, hashes: bool, canary: Canary | None = None
+) -> dict[str, Any]:
     """Look into every tier of every node that takes part.
 
     Args:
@@ -159,6 +173,7 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
         stop: Whether to stop.
         require: The share that each must hold.
         hashes: Whether contents are hashed.
+        canary: What engines are asked, when the tiers are as warm as required; None for nothing.
 
     Returns:
         The report, its `exit_code` included.
@@ -194,4 +209,18 @@ def check(bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, has
             )
             with stop.orderly():
                 fleet.run(schedule)
-        return report.record(stopped=limit.requested)
+        record = report.record(stopped=limit.requested)
+        if canary is None:
+            return record
+        if record["exit_code"] != exits.COMPLETE:
+            _log.warning("engines are not asked: what is not there is no hit, and asking would have them compute it")
+            return record
+        with stop.orderly():
+            places = [Place(one.node.name, one.node.id, one.node.labels) for one in nodes]
+            return proven(record, ask_engines(canary, places, limit))
+
+
+def proven(record: dict[str, Any], canary: dict[str, Any]) -> dict[str, Any]:
+    """The record of a check whose tiers are warm, with what engines said of it."""
+    code = canary.pop("exit_code")
+    return record | {"result": _PROVEN[code], "exit_code": code, "canary": canary}

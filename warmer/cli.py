@@ -14,6 +14,7 @@ import typer
 
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from warmer import exits, run
+from warmer.canary import DEFAULT_REQUIRE, Canary
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
@@ -125,10 +126,40 @@ def check_command(
     verify: Annotated[
         str, typer.Option("--verify", help="hash: contents are read and hashed. length: files are only looked at.")
     ] = "hash",
+    canary: Annotated[
+        Path | None,
+        typer.Option(
+            "--canary",
+            help="Ask engines these prompts too, as of --prompts: they must say that they took them from the cache.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            help="A vLLM to ask, http://HOST:PORT; with {node_name}, {node_id} or {label:NAME} one for each node. Repeatable.",
+            metavar="URL",
+            show_default=False,
+        ),
+    ] = None,
+    canary_require: Annotated[
+        float,
+        typer.Option(
+            "--canary-require", min=0.0, max=1.0, help="The part of each prompt's full chunks that must be cached."
+        ),
+    ] = DEFAULT_REQUIRE,
+    engine_key_env: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-key-env", help="The variable that holds the engines' API key.", metavar="NAME", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Tell how warm every node is: what of a choice is right, wrong or missing in each tier. Nothing is written.
 
-    Exits 0 when every tier of every node holds the required share, 3 when one does not, 2 for a wrong configuration or
+    Exits 0 when every tier of every node holds the required share, 3 when one does not (or an engine computed too much), 2 for a wrong configuration or
     command, 4 when there was nothing to check, 5 when told to stop.
     """
     if verify not in {"hash", "length"}:
@@ -139,7 +170,8 @@ def check_command(
         made = PlanFile.open(plan) if plan is not None else None
         wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
         page.open(wanted.report_html)
-        return run.check(wanted, made, stop, require=require, hashes=verify == "hash")
+        asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
+        return run.check(wanted, made, stop, require=require, hashes=verify == "hash", canary=asked)
 
     _end_with(work, page)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from warmer.outcomes import Outcome
     from warmer.report import RunReport
@@ -33,3 +34,15 @@ class Onlooker(Protocol):
 
     def close(self, report: RunReport) -> None:
         """The tier is over."""
+
+
+@contextlib.contextmanager
+def looking_on(onlookers: Sequence[Onlooker], report: RunReport) -> Iterator[None]:
+    """Let onlookers see a tier from its beginning to its end, however that comes."""
+    for one in onlookers:
+        one.begin(report)
+    try:
+        yield
+    finally:
+        for one in onlookers:
+            one.close(report)

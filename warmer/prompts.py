@@ -34,8 +34,12 @@ class Prompt:
     cache_salt: str | None = None
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
+def read_prompts(path: Path, option: str = "--prompts") -> Iterator[Prompt]:
     """Stream the prompts of a file, a line of JSON each.
+
+    Args:
+        path: Of the file.
+        option: That names it.
 
     Raises:
         ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
@@ -47,12 +51,12 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
                 if line.strip():
                     yield _prompt(line)
     except OSError as error:
-        raise ConfigError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--prompts {str(path)!r}, line {number + 1}: this is no text in UTF-8") from None
+        raise ConfigError(f"{option} {str(path)!r}, line {number + 1}: this is no text in UTF-8") from None
     except (ValueError, RecursionError) as error:
         reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
-        raise ConfigError(f"--prompts {str(path)!r}, line {number}: {reason}") from None
+        raise ConfigError(f"{option} {str(path)!r}, line {number}: {reason}") from None
 
 
 def _prompt(line: str) -> Prompt:

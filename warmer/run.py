@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
+    from warmer.canary import Canary
     from warmer.interrupt import StopSwitch
     from warmer.onlookers import Onlooker
     from warmer.sources import Bound
@@ -110,7 +112,15 @@ def _carried_out(
     return summary
 
 
-def check(warm_up: WarmUp, made: PlanFile | None, stop: StopSwitch, *, require: float, hashes: bool) -> dict[str, Any]:
+def check(
+    warm_up: WarmUp,
+    made: PlanFile | None,
+    stop: StopSwitch,
+    *,
+    require: float,
+    hashes: bool,
+    canary: Canary | None = None,
+) -> dict[str, Any]:
     """Tell how warm every node is.
 
     Args:
@@ -119,6 +129,7 @@ def check(warm_up: WarmUp, made: PlanFile | None, stop: StopSwitch, *, require: 
         stop: Whether to stop.
         require: The share that each tier of each node must hold.
         hashes: Whether contents are hashed.
+        canary: What engines are asked beside; None for nothing. Its chunks are those of the engines' configuration.
 
     Returns:
         The report, its `exit_code` included.
@@ -131,11 +142,12 @@ def check(warm_up: WarmUp, made: PlanFile | None, stop: StopSwitch, *, require: 
         Interrupted: Told to stop before the check began.
     """
     bound = bind(warm_up)
+    canary = None if canary is None else replace(canary, chunk_tokens=bound.chunk_tokens())
     if made is not None:
         expect_fitting(bound, made)
-        return checks.check(bound, made, stop, require=require, hashes=hashes)
+        return checks.check(bound, made, stop, require=require, hashes=hashes, canary=canary)
     with _planned(bound, None) as chosen:
-        return checks.check(bound, chosen, stop, require=require, hashes=hashes)
+        return checks.check(bound, chosen, stop, require=require, hashes=hashes, canary=canary)
 
 
 def planned_warm_up(made: PlanFile) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 from ray.util.metrics import Counter, Gauge
 
 from warmer.orders import Counts
-from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.outcomes import INTERRUPTED, Copied, Failed
 from warmer.ray_metrics import CountedBytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from warmer.outcomes import Outcome
-    from warmer.report import RunReport
+    from warmer.report import NodeReport, RunReport
 
 _RUN: Final = ("instance", "tier")
 _NODE: Final = (*_RUN, "node", "node_id")
@@ -25,7 +25,6 @@ FETCHED: Final = "fetched"
 RECEIVED: Final = "received"
 PRESENT: Final = "present"
 FAILED: Final = "failed"
-_UNFINISHED: Final = "unfinished"
 
 _OF_COUNTS: Final = {
     "fetched": ("warmer_fetched_chunks", "Chunks that came from the Hub, again ones included"),
@@ -57,10 +56,10 @@ class RunMetrics:
         self._forget()
 
     def _forget(self) -> None:
-        self._pending: Sums[tuple[str, str]] = Sums()
-        self._pending_bytes: Sums[tuple[str, str]] = Sums()
-        self._pending_kinds: Sums[tuple[str, str]] = Sums()
-        self._told = Counts()
+        self._received_bytes: Sums[str] = Sums()
+        self._kinds: Sums[tuple[str, str]] = Sums()
+        self._told: dict[str, dict[str, tuple[int, int]]] = {}
+        self._told_counts = Counts()
         self._told_busy: dict[str, tuple[int, int]] = {}
         self._told_coverage: dict[str, float] = {}
 
@@ -70,12 +69,11 @@ class RunMetrics:
         self._tell_coverage(report)
 
     def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
-        """Keep a chunk in mind."""
-        name = _name(outcome)
-        self._pending[node, name] += 1
-        self._pending_bytes[node, name] += outcome.size
-        if name == FAILED and isinstance(outcome, Failed):
-            self._pending_kinds[node, outcome.kind] += 1
+        """Keep in mind what the report does not tell by node."""
+        if isinstance(outcome, Copied) and outcome.received:
+            self._received_bytes[node] += outcome.size
+        elif isinstance(outcome, Failed) and outcome.kind != INTERRUPTED:
+            self._kinds[node, outcome.kind] += 1
 
     def lost(self, report: RunReport, node: str, kind: str) -> None:
         """Count a node."""
@@ -83,14 +81,11 @@ class RunMetrics:
 
     def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
         """Tell what has changed."""
-        for (node, name), count in self._pending.items():
-            size = self._pending_bytes[node, name]
-            self._chunks.add(count, size, _tags(report, node) | {"outcome": name})
-        for (node, kind), count in self._pending_kinds.items():
-            self._failures.inc(count, _tags(report, node) | {"kind": kind})
-        self._pending.clear()
-        self._pending_bytes.clear()
-        self._pending_kinds.clear()
+        for node in report.nodes.values():
+            self._tell_chunks(report, node)
+        for (name, kind), count in self._kinds.items():
+            self._failures.inc(count, _tags(report, name) | {"kind": kind})
+        self._kinds.clear()
         self._tell_counts(report)
         self._tell_busy(report, under_way)
         self._tell_coverage(report)
@@ -99,12 +94,27 @@ class RunMetrics:
         """Tell how it ended; nothing is under way any more."""
         self.look(report, {})
 
+    def _tell_chunks(self, report: RunReport, node: NodeReport) -> None:
+        received = self._received_bytes[node.id]
+        now = {
+            FETCHED: (node.copied - node.received, node.bytes - received),
+            RECEIVED: (node.received, received),
+            PRESENT: (node.present, node.present_bytes),
+            FAILED: (node.failed, 0),
+        }
+        told = self._told.get(node.id, {})
+        if told != now:
+            for outcome, (count, size) in now.items():
+                before, bytes_before = told.get(outcome, (0, 0))
+                self._chunks.add(count - before, size - bytes_before, _tags(report, node.id) | {"outcome": outcome})
+            self._told[node.id] = now
+
     def _tell_counts(self, report: RunReport) -> None:
-        told, now = asdict(self._told), asdict(report.counts)
+        told, now = asdict(self._told_counts), asdict(report.counts)
         for field, counter in self._of_counts.items():
             if now[field] > told[field]:
                 counter.inc(now[field] - told[field], _run_tags(report))
-        self._told = Counts(**now)
+        self._told_counts = Counts(**now)
 
     def _tell_busy(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
         for node in report.nodes:
@@ -120,17 +130,6 @@ class RunMetrics:
             if self._told_coverage.get(node) != share:
                 self._told_coverage[node] = share
                 self._coverage.set(share, _tags(report, node))
-
-
-def _name(outcome: Outcome) -> str:
-    match outcome:
-        case Copied():
-            return RECEIVED if outcome.received else FETCHED
-        case Present():
-            return PRESENT
-        case Failed(kind=kind) if kind == INTERRUPTED:
-            return _UNFINISHED
-    return FAILED
 
 
 def _run_tags(report: RunReport) -> dict[str, str]:

@@ -92,9 +92,32 @@ def check_page(record: Mapping[str, Any]) -> str:
                 ),
             ),
             _left_out(len(nodes), LISTED_ROWS),
+            *_engines(record["canary"]),
         ],
         _STYLE,
     )  # fmt: skip
+
+
+def _engines(canary: Mapping[str, Any] | None) -> Iterator[str]:
+    if canary is None:
+        return
+    engines = canary["engines"]
+    yield "<h2>What engines took from the cache</h2>\n"
+    yield from _table(
+        ("engine", "prompts", "tokens", "cached", "coldest prompt", ""),
+        (
+            (
+                one["engine"],
+                one["prompts"],
+                one["tokens"],
+                one["cached_tokens"],
+                f"{one['share']:.2%}",
+                one["error"] or "",
+            )
+            for one in _chosen(engines, LISTED_ROWS, lambda one: (one["error"] is not None, 1 - one["share"]))[0]
+        ),
+    )
+    yield _left_out(len(engines), LISTED_ROWS)
 
 
 def _verdict(summary: Mapping[str, Any], tiers: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.engine_config import EngineConfig
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.settings import InstanceSettings
     from warmer.tiers import Declaration
     from warmer.warmup import WarmUp
+
+_CHUNK_TOKENS: Final = 256
+"""LMCache's own default of `chunk_size`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,20 @@ class Bound:
             chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
             verify=self.warm_up.moving.verify,
         )
+
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk, as the engines have it.
+
+        Raises:
+            ConfigError: The engines' configuration says what is no number.
+        """
+        path = self.warm_up.source.lmcache_config
+        if self.takes is not ClassicKey or path is None:
+            return self.warm_up.choose.chunk_size
+        size = EngineConfig.read(path).engine.get("chunk_size", _CHUNK_TOKENS)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"{path}: chunk_size {size!r} is no number of tokens")
+        return size
 
     def prompts(self) -> PromptOrder | None:
         """Where chunks stand among the prompts, when the warm-up names some.

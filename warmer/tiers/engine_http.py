@@ -32,16 +32,18 @@ class EngineHTTP:
 
     Args:
         address: Such as `http://127.0.0.1:8080`.
+        key: What it asks for as `Authorization: Bearer`; None for nothing.
 
     Raises:
         ConfigError: The address is none.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: str | None = None) -> None:
         self.address = address.rstrip("/")
         if not self.address.startswith(("http://", "https://")):
             raise ConfigError(f"engine address {address!r} does not read http://<host>:<port>")
-        self._client = httpx2.Client(trust_env=False)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._client = httpx2.Client(trust_env=False, headers=headers)
 
     def __enter__(self) -> Self:
         return self
