@@ -1,22 +1,29 @@
 """`docs/warm.md` says what is so."""
 
 import dataclasses
+import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import typer.main
 import yaml
+from ray.util.metrics import Counter, Metric
 
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from warmer import exits, outcomes
+from warmer.canary import EngineFound
 from warmer.check import CheckReport, NodeCheck
 from warmer.cli import app
 from warmer.cluster import Node
 from warmer.flags import FLAGS
+from warmer.progress import JsonLines
+from warmer.ray_metrics import PREFIX, CountedBytes
 from warmer.report import FailureLog, NodeReport, RunReport, Task
+from warmer.run_metrics import RunMetrics
 from warmer.tiers import TierOptions, declared_tier
 from warmer.warm_file import warm_up
 
@@ -140,4 +147,49 @@ def test_the_commands_shown_are_those_that_the_tests_run():
     assert len(commands) >= 2
     for command in commands:
         options = set(re.findall(r"--[a-z-]+", command))
-        assert options == {"--lmcache-config", "--instance", "--prefix", "--tier"}  # test_warmer_job, test_warmer_fleet
+        # test_warmer_fleet and the demo; test_warmer_job
+        assert options in ({"--lmcache-config", "--instance", "--prefix", "--tier"}, {"--config"})
+
+
+def test_the_jobs_shown_are_commands():
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    submitted = re.findall(r"^python -m warmer submit ([^\n`]*)", text + readme, re.MULTILINE)
+    jobs = re.findall(r"^ray job submit [^\n]*-- +python -m warmer ([^\n`]*)", text, re.MULTILINE)
+    checks = re.findall(r"^python -m warmer (check --config [^\n`]*)", text + readme, re.MULTILINE)
+    assert (len(submitted), len(jobs), len(checks)) == (2, 2, 3)
+    known = typer.main.get_command(app).commands
+    for line in submitted:
+        with known["submit"].make_context("submit", shlex.split(line)) as context:
+            jobs.append(shlex.join(context.params["command"]))
+    for line in [*jobs, *checks]:
+        name, *rest = shlex.split(line)
+        with known[name].make_context(name, rest) as context:
+            assert context.params
+
+
+def test_every_field_of_a_line_of_progress_is_described():
+    out = io.StringIO()
+    JsonLines(out, every_secs=0).show(RunReport(Task("i", "b", "t", {}, 1, 1), [Node("id", "name")], FailureLog(None)))
+    assert json.loads(out.getvalue()).keys() <= named("Watching a run")
+
+
+def test_every_field_of_a_canary_is_described():
+    text = PAGE.read_text(encoding="utf-8").split("## A gate for pipelines\n")[1].split("\n## ")[0]
+    names = {field.name for field in dataclasses.fields(EngineFound)} | {"require", "prompt"}
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_every_metric_of_a_run_is_described():
+    page = (PAGE.parent / "operate.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(ray_warmer_\w+)` \| (\w+) \|", page, re.MULTILINE))
+    made = [value for value in vars(RunMetrics()).values() if isinstance(value, (Metric, CountedBytes, dict))]
+    flat = [one for value in made for one in (value.values() if isinstance(value, dict) else [value])]
+    pairs = [one for value in flat for one in (vars(value).values() if isinstance(value, CountedBytes) else [value])]
+    metrics = [one for one in pairs if isinstance(one, Metric)]
+    told = {
+        f"{PREFIX}{one.info['name']}" + "_total" * isinstance(one, Counter): type(one).__name__.lower()
+        for one in metrics
+    }
+    assert len(told) == 11
+    assert rows == told
