@@ -28,6 +28,7 @@ _OTHER_LINES: Final = 4
 """Of the terminal: the head, the row of all other nodes, the row of all nodes, and the line below."""
 
 _BAR_WIDTH: Final = 20
+_SHOWS_A_SECOND: Final = 4
 _MINUTE: Final = 60
 _HOUR: Final = 3600
 
@@ -44,12 +45,20 @@ class LiveTable:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._rates: dict[str, Rate] = {}
-        self._live = Live(console=console, refresh_per_second=4)
+        self._next_show = 0.0
+        self._last: RunReport | None = None
+        self._live = Live(console=console, refresh_per_second=_SHOWS_A_SECOND)
         self._live.start()
 
     def show(self, report: RunReport) -> None:
-        """Show how far it is."""
+        """Show how far it is; a few times a second, however often it is called."""
+        self._last = report
         now = time.monotonic()
+        if now >= self._next_show:
+            self._next_show = now + 1 / _SHOWS_A_SECOND
+            self._draw(report, now)
+
+    def _draw(self, report: RunReport, now: float) -> None:
         for node in report.nodes.values():
             self._rate(node.id, now).add(now, node.bytes)
         total = self._rate("", now)
@@ -102,6 +111,8 @@ class LiveTable:
 
     def close(self) -> None:
         """Leave the last picture in the terminal."""
+        if self._last is not None:
+            self._draw(self._last, time.monotonic())
         self._live.stop()
 
 

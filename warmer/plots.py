@@ -26,6 +26,7 @@ _WIDTH_INCHES: Final = 5.0
 """As wide as a phone, so that the text is of the same size there as in the page; on a screen it grows with the plot."""
 
 _LABEL_CHARS: Final = 28
+_TICKS: Final = 8
 _SETTINGS: Final = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and in the page's font
     "text.parse_math": False,  # a name may hold a $
@@ -66,11 +67,15 @@ def bytes_over_time(width_secs: float, series: Sequence[Sequence[int]]) -> str:
     times = [width_secs * place for place in range(len(series[0]) + 1)]
     sums = [np.concatenate([[0], np.cumsum(np.asarray(one, dtype=np.int64))]) for one in series]
 
+    most = int(sum(one[-1] for one in sums))
+
     def draw(axes: Any) -> None:
         axes.stackplot(times, sums, colors=[COLOURS[at % len(COLOURS)] for at in range(len(sums))], linewidth=0)
         axes.set_xlabel("seconds")
         axes.set_xlim(0, times[-1])
         axes.set_ylim(bottom=0)
+        # Ticks at powers of two: the units are.
+        axes.set_yticks(range(0, most + 1, max(1, 1 << max(0, (most // _TICKS).bit_length()))))
         axes.yaxis.set_major_formatter(lambda value, _: size(value))
 
     return _drawn(draw, 2.6)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LINE_SECS: Final = 5.0
 """Seconds between JSON lines."""
 
+_SAMPLE_SECS: Final = 1.0
+
 
 class Display(Protocol):
     """Shows a run while it goes on."""
@@ -42,12 +44,15 @@ class JsonLines:
         self._every_secs = every_secs
         now = time.monotonic()
         self._next = now + every_secs
+        self._next_sample = now
         self._rate = Rate(now)
 
     def show(self, report: RunReport) -> None:
         """Print a line when it is time."""
         now = time.monotonic()
-        self._rate.add(now, report.total("bytes"))
+        if now >= self._next_sample:
+            self._next_sample = now + _SAMPLE_SECS
+            self._rate.add(now, report.total("bytes"))
         if now < self._next:
             return
         self._next = now + self._every_secs

@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 from warming import SECRET
 
 from hfbucket_plugin.errors import ConfigError
+from warmer import submit as submitting
 from warmer.cli import app
+from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
-from warmer.submit import Log, Submission, outcome
+from warmer.submit import Log, Submission, outcome, submit
 
 HUB_TOKEN = "hf_" + "aB3" * 10
 NOWHERE = "http://127.0.0.1:1"
@@ -150,3 +152,87 @@ def test_the_job_gets_its_words_as_they_are():
     wanted = Submission(["run", "--prefix", "org/a model@", "--all"], {})
     assert wanted.entrypoint == "python -m warmer run --prefix 'org/a model@' --all"
     assert wanted.submission_id != Submission(["run"], {}).submission_id
+
+
+class Tail:
+    """A log that ends after its pieces."""
+
+    def __init__(self, pieces):
+        self._pieces = list(pieces)
+
+    @property
+    def ended(self):
+        return not self._pieces
+
+    def next(self, _secs):
+        return self._pieces.pop(0) if self._pieces else ""
+
+
+class FailingCluster:
+    """A cluster whose answers come as they are listed: what real ones do when their head restarts."""
+
+    address = NOWHERE
+
+    def __init__(self, *answers, logs=(("one\n",),)):
+        self._answers, self._logs = list(answers), list(logs)
+        self.stopped = []
+
+    def find(self, _):
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def submit(self, entrypoint, submission_id, runtime_env):
+        """Taken."""
+
+    def stop(self, submission_id):
+        self.stopped.append(submission_id)
+
+    def follow(self, _):
+        return Tail(self._logs.pop(0) if len(self._logs) > 1 else self._logs[0])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name in ("_POLL_SECS", "_SILENCE_SECS", "_DRAIN_SECS", "_STOP_SECS"):
+        monkeypatch.setattr(submitting, name, 0.01)
+
+
+GONE = ClusterError("the Ray cluster does not answer")
+RUNNING = ended("RUNNING")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cluster_that_is_away_for_a_while(caplog, monkeypatch):
+    monkeypatch.setattr(submitting, "_SILENCE_SECS", 60.0)
+    out = io.StringIO()
+    logs = (("one\n",), ("one\n", "tw"), ("one\ntwo\n", '{"event": "summary"}\n'))
+    cluster = FailingCluster(None, RUNNING, GONE, RUNNING, RUNNING, ended("FAILED", 3), logs=logs)
+    record = submit(cluster, Submission(["run"], {}, "name"), out)
+    assert (record["exit_code"], record["record"]) == (3, {"event": "summary"})
+    assert out.getvalue() == 'one\ntwo\n{"event": "summary"}\n'
+    assert "asking again" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cluster_that_does_not_come_back(caplog):
+    record = submit(FailingCluster(None, RUNNING, GONE), Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["status"], record["driver_exit_code"]) == (3, "UNKNOWN", None)
+    assert "the job may go on without us" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_name_that_somebody_else_took_a_moment_ago():
+    cluster = FailingCluster(None, RUNNING)
+    cluster.submit = lambda *_: (_ for _ in ()).throw(ConfigError("the Ray cluster refuses it"))
+    with pytest.raises(NothingToDoError, match=r"'name' was submitted before \(RUNNING\): a job runs once"):
+        submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_that_was_quicker_than_the_order_to_stop(monkeypatch):
+    cluster = FailingCluster(None, ended("SUCCEEDED", 0))
+    cluster.follow = lambda _: (_ for _ in ()).throw(Interrupted)
+    record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], cluster.stopped) == (0, ["name"])
