@@ -236,3 +236,14 @@ def test_a_job_that_was_quicker_than_the_order_to_stop(monkeypatch):
     cluster.follow = lambda _: (_ for _ in ()).throw(Interrupted)
     record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
     assert (record["exit_code"], cluster.stopped) == (0, ["name"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("more", "code", "status"), [({"wait": False}, 0, "PENDING"), ({"detach": True}, 5, "DETACHED")]
+)
+def test_a_job_that_goes_on_without_us(more, code, status):
+    cluster = FailingCluster(None, RUNNING)
+    cluster.follow = lambda _: (_ for _ in ()).throw(Interrupted)
+    record = submit(cluster, Submission(["run"], {}, "name", **more), io.StringIO())
+    assert (record["exit_code"], record["status"], cluster.stopped) == (code, status, [])
