@@ -47,6 +47,18 @@ def test_directly_every_node_fetches_for_itself():
     assert not any(order.share for order in orders)
 
 
+def test_what_nodes_are_busy_with():
+    schedule = begin(["a", "b"], plan([MIB] * 40), window=Window(batch_chunks=4, fetches=1), direct=True)
+    assert schedule.under_way == {}
+    orders = schedule.orders(0.0)
+    assert schedule.under_way == {"a": (4, 4 * MIB), "b": (4, 4 * MIB)}
+    first = next(order for order in orders if order.node == "a")
+    schedule.fetched(first.number, [Copied(chunk.key, chunk.size) for chunk in first.chunks], shared=False, now=1.0)
+    assert schedule.under_way == {"b": (4, 4 * MIB)}
+    schedule.lost("b")
+    assert schedule.under_way == {}
+
+
 def test_one_node_leaves_nothing_in_the_store():
     schedule = begin({"a": 0}, plan([MIB] * 200))
     orders, _ = carry_out(schedule)
