@@ -159,8 +159,8 @@ def check_command(
 ) -> None:
     """Tell how warm every node is: what of a choice is right, wrong or missing in each tier. Nothing is written.
 
-    Exits 0 when every tier of every node holds the required share, 3 when one does not (or an engine computed too much), 2 for a wrong configuration or
-    command, 4 when there was nothing to check, 5 when told to stop.
+    Exits 0 when every tier of every node holds the required share, 3 when one does not or an engine computed too much, 2 for
+    a wrong configuration or command, 4 when there was nothing to check, 5 when told to stop.
     """
     if verify not in {"hash", "length"}:
         _end(f"--verify {verify!r} is neither hash nor length", exits.USAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 import shlex
 import time
@@ -12,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from typer import BadParameter
 
-from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.errors import ConfigError, HFBucketError
 from warmer import exits
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 
@@ -39,6 +40,7 @@ _SILENCE_SECS: Final = 120.0
 _STOP_SECS: Final = 15.0
 """Ray kills a job 3 s after SIGTERM; the rest is for its records."""
 
+_NAME: Final = re.compile(r"[^\s/?#%]+")
 _RECORDS: Final = frozenset({"summary", "plan", "check"})
 
 
@@ -52,6 +54,9 @@ class Submission:
         submission_id: Its name, by which it runs once; one of our own making where none is given.
         wait: Whether to follow it to its end.
         detach: Whether it goes on when we are told to stop.
+
+    Raises:
+        ConfigError: The name could be none.
     """
 
     command: Sequence[str]
@@ -59,6 +64,10 @@ class Submission:
     submission_id: str = field(default_factory=lambda: f"warmer-{secrets.token_hex(8)}")
     wait: bool = True
     detach: bool = False
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.submission_id):
+            raise ConfigError(f"--submission-id {self.submission_id!r} is no name: it is part of addresses")
 
     @property
     def entrypoint(self) -> str:

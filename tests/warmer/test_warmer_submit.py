@@ -152,6 +152,9 @@ def test_the_job_gets_its_words_as_they_are():
     wanted = Submission(["run", "--prefix", "org/a model@", "--all"], {})
     assert wanted.entrypoint == "python -m warmer run --prefix 'org/a model@' --all"
     assert wanted.submission_id != Submission(["run"], {}).submission_id
+    for name in ("", "a/b", "a b"):
+        with pytest.raises(ConfigError, match="is no name"):
+            Submission(["run"], {}, name)
 
 
 class Tail:
