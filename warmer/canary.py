@@ -2,7 +2,7 @@
 
 That chunks lie in a tier is not yet a hit: an engine may look elsewhere, hash otherwise, or be of another model. What an
 engine answers in `usage.prompt_tokens_details.cached_tokens` of `POST /v1/completions` is what it did not compute.
-vLLM tells it when it is started with `--enable-prompt-tokens-details`; older versions leave it out where it is 0.
+vLLM tells it when it is started with `--enable-prompt-tokens-details` (0.30 also where it is 0; older versions leave that out).
 
 A prompt that was asked is in the engine's own prefix cache (and, as a rule, stored through LMCache): asked a second time
 it hits, whatever the tier holds. So each prompt is asked once, and a canary that is to be trusted asks prompts that this

@@ -1,5 +1,5 @@
-"""The canary of a check. The engine here is a server that gives the answers that are to be forced; a real vLLM is asked
-where there is one, by `make e2e-vllm`."""
+"""The canary of a check. The engine here is a server that gives the answers that are to be forced. They are those of vLLM
+0.30: one that is cold tells 0 cached tokens, and one that had a prompt before tells all its full chunks."""
 
 import contextlib
 import json
