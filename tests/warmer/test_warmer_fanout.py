@@ -253,6 +253,25 @@ def test_a_node_that_joins_takes_the_place_of_a_lost_one(cluster, few):
     assert ran.code == 0, ran.stderr
 
 
+def test_who_took_the_place_of_a_lost_node_is_given_the_second_tier_too(cluster, few):
+    few.tiers = ("fs.warm", "fs.second")
+    second = few.directory / "second"
+    few.extra["remote_storage_plugin.fs.second.base_path"] = str(second / "{node_id}")
+    before = set(ids(cluster))
+    dead, process = lose_in_mid_run(cluster, few, "--replace-nodes", "--tier", "fs.warm", "--tier", "fs.second")
+    joined = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    ran = end(process)
+    assert ran.code == 0, ran.stderr
+    first, other = ran.summary["tiers"]
+    assert (first["tier"], other["tier"]) == ("fs.warm", "fs.second")
+    assert {node["id"]: node["copied"] for node in other["nodes"]} == {
+        node_id: len(few.chunks) for node_id in [*before, joined.node_id]
+    }
+    for node_id in [*before, joined.node_id]:
+        assert holdings(few, node_id) == few.in_tier(second / node_id) == few.chunks
+    assert not (second / dead).exists()
+
+
 def test_a_node_killed_in_mid_run_is_told_apart_and_a_new_one_is_filled_later(hub, cluster, few):
     known = set(ids(cluster))
     dead, process = lose_in_mid_run(cluster, few)
