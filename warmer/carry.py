@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from warmer.combined import combined
+from warmer.engine_run import EngineRun
 from warmer.errors import NothingToDoError
 from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
+from warmer.tiers import L1Declaration, LocalCPUDeclaration
 from warmer.units import format_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from warmer.actor import Config
     from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from warmer.progress import Display
     from warmer.report import FailureLog
     from warmer.sources import Bound
-    from warmer.tiers import Declaration
+    from warmer.tiers import AnyTier
     from warmer.warmup import Nodes
 
 _log = logging.getLogger(__name__)
@@ -66,29 +69,52 @@ class CopyRun:
                 # Who took a lost node's place for one tier does so for those that follow.
                 nodes = places.nodes
                 report = RunReport(
-                    self._task(tier, left_out), [one.node for one in nodes], failures, shares(self.plan, nodes)
+                    self._task(tier, left_out), [one.node for one in nodes], failures, self._shares(tier, nodes)
                 )
                 reports.append(report)
                 if not limit.requested:
                     report.begin()
                     with stop.orderly():
-                        self._copy(tier, places, report, limit)
+                        self._fill(tier, places, report, limit)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
-    def _task(self, tier: Declaration, left_out: int) -> Task:
+    def _shares(self, tier: AnyTier, nodes: Sequence[Assigned]) -> dict[str, Share]:
+        """What each node is to hold, as far as it is known before engines are asked."""
+        return {} if isinstance(tier, L1Declaration) else shares(self.plan, nodes)
+
+    def _task(self, tier: AnyTier, left_out: int) -> Task:
+        prompts = self.bound.prompt_file if isinstance(tier, L1Declaration) else None
         return Task(
             instance=self.bound.instance.name,
             bucket=str(self.bound.instance.settings.bucket_handle),
             tier=tier.name,
             choice=self.bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True),
-            selected=self.plan.chunks,
-            selected_bytes=self.plan.bytes,
+            selected=self.plan.chunks if prompts is None else prompts.chunks.total(),
+            selected_bytes=self.plan.bytes if prompts is None else 0,
             skipped=dict(self.plan.header.get("skipped", {})),
-            for_nobody=left_out,
+            for_nobody=left_out if prompts is None else 0,
         )
 
-    def _copy(self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit) -> None:
+    def _fill(self, tier: AnyTier, places: Places, report: RunReport, limit: TimeLimit) -> None:
+        """Fill one tier of all nodes."""
+        engines = EngineRun(self.bound, self.plan, places.nodes, report, limit)
+        match tier:
+            case L1Declaration():
+                if self.bound.prompt_file is not None:
+                    engines.load_prompts(tier, self.bound.prompt_file)
+            case LocalCPUDeclaration():
+                config, nodes = engines.search_workers(tier)
+                if not nodes or limit.requested:
+                    return
+                report.task = replace(report.task, for_nobody=chunks_for_nobody(self.plan, nodes))
+                for node, share in shares(self.plan, nodes).items():
+                    report.nodes[node].expect(share)
+                self._copy(config, places.having(nodes), report, limit)
+            case _:
+                self._copy(self.bound.node_config(tier), places, report, limit)
+
+    def _copy(self, config: Config, places: Places, report: RunReport, limit: TimeLimit) -> None:
         from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
         from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
 
@@ -102,7 +128,7 @@ class CopyRun:
         schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
         fleet = Fleet(
             [one.node for one in places.nodes],
-            self.bound.node_config(tier),
+            config,
             _Watch(report, display, places),
             limit,
             self.bound.warm_up.limits.node_timeout,
