@@ -1,0 +1,178 @@
+"""The command fills a directory of a real `lmcache server`, and then has it load its own memory, with the Hub gone."""
+
+import json
+
+import pytest
+import torch
+from hubs import start_on_fresh_port
+from huggingface_hub import HfApi
+from warming import command
+
+from demo.engine import prompt
+from demo.mp_client import MPClient
+from demo.mp_server import MPServer, _free_ports
+from demo.waiting import wait_until
+
+MODEL = "org/tiny model"
+CHUNK = 32
+CHUNKS = 6
+TOKENS = prompt(11, CHUNKS * CHUNK + 5)
+SHAPE = {"layers": 3, "hidden": 65, "tokens": len(TOKENS)}
+BUCKET = "tests/l1-runs"
+
+
+class Stocked:
+    """A bucket and a directory into which a server has stored a prompt, on a Hub that can be stopped."""
+
+    def __init__(self, hub, directory):
+        self.hub, self.tier = hub, {"type": "fs", "base_path": str(directory)}
+        api = HfApi(endpoint=hub.endpoint, token=False)
+        api.create_bucket(BUCKET)
+        self.adapter = {
+            "type": "plugin",
+            "module_path": "hfbucket_plugin.l2_adapter",
+            "class_name": "HFBucketL2Adapter",
+            "adapter_params": {"bucket_handle": f"hf://buckets/{BUCKET}/kv", "endpoint": hub.endpoint},
+        }
+        with MPServer([self.tier, self.adapter], chunk_size=CHUNK) as server, self.client(server) as client:
+            client.store(TOKENS, client.random_kv(len(TOKENS), seed=7))
+            self.chunk_bytes = client.chunk_bytes
+            wait_until(lambda: self._stored(api, directory), 60, "chunks in the bucket and in the directory")
+
+    @staticmethod
+    def _stored(api, directory):
+        stored = len([*api.list_bucket_tree(BUCKET, recursive=True)]), len([*directory.glob("*.data")])
+        return min(stored) >= CHUNKS
+
+    @staticmethod
+    def client(server, model=MODEL):
+        return MPClient(server.address, model=model, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory):
+    with start_on_fresh_port(tmp_path_factory.mktemp("hub")) as hub:
+        yield Stocked(hub, tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture
+def node(cluster):
+    return cluster.list_all_nodes()[0].node_id
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of prompts: one whole, its start again, and one of another model."""
+    path = tmp_path / "prompts.jsonl"
+    records = [
+        {"token_ids": TOKENS, "model": MODEL},
+        {"token_ids": TOKENS[: 2 * CHUNK], "model": MODEL},
+        {"token_ids": TOKENS[:5], "model": MODEL},
+    ]
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    return path
+
+
+@pytest.fixture
+def chosen(stocked, prompts):
+    return [
+        *("--l2-adapter", json.dumps(stocked.adapter), "--prompts", str(prompts)),
+        *("--chunk-size", str(CHUNK), "--world-size", "1"),
+    ]
+
+
+def l1(http):
+    return json.dumps({"type": "l1", "http": http})
+
+
+def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, node, chosen, prompts, tmp_path):
+    directory = {"type": "fs", "base_path": str(tmp_path / "tier")}
+    there = ["--address", cluster.address, "--nodes", node]
+    with MPServer([directory], chunk_size=CHUNK) as server, stocked.client(server) as client:
+        tiers = ["--tier", json.dumps(directory), "--tier", l1(server.http)]
+
+        both = command("run", *chosen, *tiers, *there)
+
+        assert both.code == 0, both.stderr
+        files, memory = both.summary["tiers"]
+        assert (files["copied"], files["bytes"]) == (CHUNKS, CHUNKS * stocked.chunk_bytes)
+        # The start of the prompt counts again, and was there: two chunks of eight.
+        assert (memory["tier"], memory["copied"], memory["present"]) == (f"l1:{server.http}", CHUNKS, 2)
+        assert memory["bytes"] == server.status()["storage_manager"]["l1_usage"][0] > 0
+        assert (memory["fetched"], memory["failed"], memory["nodes"][0]["selected"]) == (0, 0, CHUNKS + 2)
+
+        # What is loaded by a plan, or by a run, needs no Hub.
+        plan = tmp_path / "plan.jsonl"
+        assert command("plan", *chosen, "--tier", l1(server.http), "--out", str(plan)).code == 0
+        server.clear_l1()
+        stocked.hub.stop()
+        dry = command("apply", str(plan), "--dry-run")
+        assert (dry.summary["selected"], dry.summary["prompts"]) == (CHUNKS + 2, {"prompts": 3, "chunks": CHUNKS + 2})
+        applied = command("apply", str(plan), *there)
+        assert applied.code == 0, applied.stderr
+        assert (applied.summary["copied"], applied.summary["present"]) == (CHUNKS, 2)
+        again = command("run", *chosen, "--tier", l1(server.http), *there)
+        assert (again.summary["copied"], again.summary["present"]) == (0, CHUNKS + 2)
+
+        for file in (tmp_path / "tier").glob("*.data"):
+            file.unlink()
+        hit, kv = client.retrieve(TOKENS)
+        assert hit == CHUNKS * CHUNK
+        assert torch.equal(kv[:, :, :hit], client.random_kv(len(TOKENS), seed=7)[:, :, :hit])
+        wait_until(
+            lambda: server.count("lmcache_mp_lookup_hit_l1_tokens_total", model_name=MODEL) == hit, 60, "hits in L1"
+        )
+        assert server.count("lmcache_mp_lookup_hit_l2_tokens_total", model_name=MODEL) == 0
+
+        # What the server's own tiers do not hold any more is missing, prompt by prompt.
+        server.clear_l1()
+        lacking = command("run", *chosen, "--tier", l1(server.http), *there)
+        assert (lacking.code, lacking.summary["failed_by_kind"]) == (3, {"missing": CHUNKS + 2})
+        first, second = lacking.summary["failures"]
+        assert (first["key"], first["node"], first["kind"]) == (None, node, "missing")
+        assert "prompt in line 1: 6 of 6 chunks" in first["message"]
+        assert "prompt in line 2: 2 of 2 chunks" in second["message"]
+
+        prompts.write_text(json.dumps({"token_ids": TOKENS, "model": MODEL}))
+        changed = command("apply", str(plan), *there)
+        assert (changed.code, changed.stdout) == (2, "")
+        assert "is not the file any more of which plan" in changed.stderr
+
+
+def test_only_models_that_are_served_are_loaded_and_l1_is_not_overfilled(stocked, cluster, node, tmp_path):
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text(json.dumps({"token_ids": TOKENS}))
+    with MPServer([stocked.tier], chunk_size=CHUNK, l1_mib=1 / 8) as server, stocked.client(server):
+        room = int(0.8 * 2**17) // -(-stocked.chunk_bytes // 4096 * 4096)
+        run = [
+            *("run", "--l2-adapter", json.dumps(stocked.adapter), "--prompts", str(asked), "--tier", l1(server.http)),
+            *("--address", cluster.address, "--nodes", node, "--world-size", "1"),
+        ]
+        full = command(*run, "--chunk-size", str(CHUNK), "--model", MODEL)
+        assert 0 < room < CHUNKS
+        assert full.code == 3, full.stderr
+        assert (full.summary["copied"], full.summary["failed_by_kind"]) == (room, {"no_room": CHUNKS - room})
+
+        other = command(*run, "--chunk-size", str(CHUNK), "--model", "org/other", "--wait-engine", "1s")
+        assert (other.code, other.summary["failed_by_kind"]) == (3, {"engine": CHUNKS})
+        assert "no layout registered for model_name='org/other'" in other.stderr
+
+        cut = command(*run, "--chunk-size", "64", "--model", MODEL)
+        assert (cut.code, cut.summary["failed_by_kind"]) == (3, {"config": CHUNKS // 2})
+        assert "has --chunk-size 32, and the prompts were read by 64" in cut.stderr
+
+
+def test_a_server_that_is_not_there_fails_its_node(cluster, node, chosen):
+    (port,) = _free_ports(1)
+    http = f"http://127.0.0.1:{port}"
+
+    ran = command(
+        "run", *chosen, "--tier", l1(http), "--wait-engine", "1s", "--address", cluster.address, "--nodes", node
+    )
+
+    assert ran.code == 3, ran.stderr
+    (one,) = ran.summary["nodes"]
+    assert one["error"].startswith("engine: waited in vain")
+    assert http in one["error"]
+    assert (one["failed"], ran.summary["failed_by_kind"]) == (CHUNKS + 2, {"engine": CHUNKS + 2})
+    assert f"node {one['name']}: engine: waited in vain" in ran.stderr
