@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
@@ -159,8 +159,9 @@ class Errands:
         shared: OrderedDict[int, Any] = OrderedDict()
         given = dict.fromkeys(self._actors, 0)
         while not self._stop.requested:
+            busy = Counter(call.node for call in self._calls.values())
             for name, actor in self._actors.items():
-                under_way = sum(call.node == name for call in self._calls.values())
+                under_way = busy[name]
                 for _ in range(under_way, min(_WINDOW, under_way + count - given[name])):
                     number = given[name]
                     given[name] += 1

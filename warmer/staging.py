@@ -356,7 +356,7 @@ class WorkerSearch:
     wait_secs: float
 
     def begin(self, place: Place) -> tuple[frozenset[int], None]:
-        """Look, on the node; returns those that are there.
+        """Look, on the node; returns those that it has, also those of the same engine that did not come in time.
 
         Raises:
             EngineError: None is there in time.
@@ -366,7 +366,8 @@ class WorkerSearch:
         found = find_workers(
             lambda worker: self.tier.address(place, worker), self.wanted, ends, all_of_them=self.all_of_them
         )
-        return frozenset(found), None
+        beside = frozenset[int]().union(*(worker.beside for worker in found.values()))
+        return frozenset(found) | (self.wanted if self.all_of_them else beside & self.wanted), None
 
 
 @contextlib.contextmanager

@@ -1,17 +1,25 @@
 """The command fills a directory of a real `lmcache server`, and then has it load its own memory, with the Hub gone."""
 
+import contextlib
 import json
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from hubs import start_on_fresh_port
 from huggingface_hub import HfApi
-from warming import command
+from raylets import actors
+from typer.testing import CliRunner
+from warming import command, environment
 
 from demo.engine import prompt
 from demo.mp_client import MPClient
 from demo.mp_server import MPServer, _free_ports
 from demo.waiting import wait_until
+from warmer.cli import app
 
 MODEL = "org/tiny model"
 CHUNK = 32
@@ -56,11 +64,6 @@ def stocked(tmp_path_factory):
 
 
 @pytest.fixture
-def node(cluster):
-    return cluster.list_all_nodes()[0].node_id
-
-
-@pytest.fixture
 def prompts(tmp_path):
     """A file of prompts: one whole, its start again, and one of another model."""
     path = tmp_path / "prompts.jsonl"
@@ -85,9 +88,16 @@ def l1(http):
     return json.dumps({"type": "l1", "http": http})
 
 
-def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, node, chosen, prompts, tmp_path):
+def refused(*arguments):
+    """What a command says that ends before it needs Ray."""
+    done = CliRunner().invoke(app, list(arguments))
+    assert (done.exit_code, done.stdout) == (2, "")
+    return done.stderr
+
+
+def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, chosen, tmp_path):
     directory = {"type": "fs", "base_path": str(tmp_path / "tier")}
-    there = ["--address", cluster.address, "--nodes", node]
+    there = ["--address", cluster.address, "--node-selector", "pool=batch"]
     with MPServer([directory], chunk_size=CHUNK) as server, stocked.client(server) as client:
         tiers = ["--tier", json.dumps(directory), "--tier", l1(server.http)]
 
@@ -103,11 +113,12 @@ def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, node, ch
 
         # What is loaded by a plan, or by a run, needs no Hub.
         plan = tmp_path / "plan.jsonl"
-        assert command("plan", *chosen, "--tier", l1(server.http), "--out", str(plan)).code == 0
+        made = CliRunner().invoke(app, ["plan", *chosen, "--tier", l1(server.http), "--out", str(plan)])
+        assert made.exit_code == 0, made.stderr
         server.clear_l1()
         stocked.hub.stop()
-        dry = command("apply", str(plan), "--dry-run")
-        assert (dry.summary["selected"], dry.summary["prompts"]) == (CHUNKS + 2, {"prompts": 3, "chunks": CHUNKS + 2})
+        dry = json.loads(CliRunner().invoke(app, ["apply", str(plan), "--dry-run"]).stdout)
+        assert (dry["selected"], dry["prompts"]) == (CHUNKS + 2, {"prompts": 3, "chunks": CHUNKS + 2})
         applied = command("apply", str(plan), *there)
         assert applied.code == 0, applied.stderr
         assert (applied.summary["copied"], applied.summary["present"]) == (CHUNKS, 2)
@@ -129,24 +140,23 @@ def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, node, ch
         lacking = command("run", *chosen, "--tier", l1(server.http), *there)
         assert (lacking.code, lacking.summary["failed_by_kind"]) == (3, {"missing": CHUNKS + 2})
         first, second = lacking.summary["failures"]
-        assert (first["key"], first["node"], first["kind"]) == (None, node, "missing")
+        assert (first["key"], first["node"], first["kind"]) == (None, lacking.summary["nodes"][0]["id"], "missing")
         assert "prompt in line 1: 6 of 6 chunks" in first["message"]
         assert "prompt in line 2: 2 of 2 chunks" in second["message"]
 
-        prompts.write_text(json.dumps({"token_ids": TOKENS, "model": MODEL}))
-        changed = command("apply", str(plan), *there)
-        assert (changed.code, changed.stdout) == (2, "")
-        assert "is not the file any more of which plan" in changed.stderr
+        with (tmp_path / "prompts.jsonl").open("a") as more:
+            more.write("\n")
+        assert "is not the file any more of which plan" in refused("apply", str(plan))
 
 
-def test_only_models_that_are_served_are_loaded_and_l1_is_not_overfilled(stocked, cluster, node, tmp_path):
+def test_only_models_that_are_served_are_loaded_and_l1_is_not_overfilled(stocked, cluster, tmp_path):
     asked = tmp_path / "prompts.jsonl"
     asked.write_text(json.dumps({"token_ids": TOKENS}))
     with MPServer([stocked.tier], chunk_size=CHUNK, l1_mib=1 / 8) as server, stocked.client(server):
         room = int(0.8 * 2**17) // -(-stocked.chunk_bytes // 4096 * 4096)
         run = [
             *("run", "--l2-adapter", json.dumps(stocked.adapter), "--prompts", str(asked), "--tier", l1(server.http)),
-            *("--address", cluster.address, "--nodes", node, "--world-size", "1"),
+            *("--address", cluster.address, "--node-selector", "pool=batch", "--world-size", "1"),
         ]
         full = command(*run, "--chunk-size", str(CHUNK), "--model", MODEL)
         assert 0 < room < CHUNKS
@@ -162,17 +172,67 @@ def test_only_models_that_are_served_are_loaded_and_l1_is_not_overfilled(stocked
         assert "has --chunk-size 32, and the prompts were read by 64" in cut.stderr
 
 
-def test_a_server_that_is_not_there_fails_its_node(cluster, node, chosen):
+def test_a_server_that_is_not_there_fails_its_node(cluster, chosen):
     (port,) = _free_ports(1)
     http = f"http://127.0.0.1:{port}"
+    where = ["--wait-engine", "1s", "--address", cluster.address, "--node-selector", "pool=serving"]
 
-    ran = command(
-        "run", *chosen, "--tier", l1(http), "--wait-engine", "1s", "--address", cluster.address, "--nodes", node
-    )
+    ran = command("run", *chosen, "--tier", l1(http), *where)
 
     assert ran.code == 3, ran.stderr
-    (one,) = ran.summary["nodes"]
+    assert ran.summary["failed_by_kind"] == {"engine": CHUNKS + 2, "config": CHUNKS + 2}
+    other, one = sorted(ran.summary["nodes"], key=lambda node: node["error"])
     assert one["error"].startswith("engine: waited in vain")
     assert http in one["error"]
-    assert (one["failed"], ran.summary["failed_by_kind"]) == (CHUNKS + 2, {"engine": CHUNKS + 2})
+    assert one["failed"] == CHUNKS + 2
     assert f"node {one['name']}: engine: waited in vain" in ran.stderr
+    # It takes the chunks of workers 2 and 3 only.
+    assert "config: a server loads the chunks of all 1 workers at once" in other["error"]
+
+
+@contextlib.contextmanager
+def waiting(cluster, chosen):
+    """A run that waits for a server which takes the question and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        more = [
+            "--tier",
+            l1(http),
+            "--wait-engine",
+            "1h",
+            "--address",
+            cluster.address,
+            "--node-selector",
+            "pool=batch",
+        ]
+        arguments = [sys.executable, "-m", "warmer", "run", *chosen, *more]
+        with subprocess.Popen(
+            arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                listener.settimeout(120)
+                connection, _ = listener.accept()
+                with connection:
+                    yield process
+            finally:
+                process.kill()
+
+
+def test_an_order_to_stop_is_obeyed_while_an_engine_is_waited_for(cluster, chosen):
+    with waiting(cluster, chosen) as process:
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 5, stderr
+    summary = json.loads(stdout)
+    assert (summary["result"], summary["unfinished"], summary["failed"]) == ("interrupted", CHUNKS + 2, 0)
+
+
+def test_a_node_that_is_lost_meanwhile_is_told(cluster, chosen):
+    with waiting(cluster, chosen) as process:
+        (actor,) = actors(cluster, "ErrandActor")
+        actor.kill()
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    summary = json.loads(stdout)
+    assert summary["nodes"][0]["error"].startswith("node_lost: ")
+    assert summary["failed_by_kind"] == {"node_lost": CHUNKS + 2}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -58,8 +59,6 @@ def free_range():
     while True:
         (start,) = _free_ports(1)
         with contextlib.suppress(OSError, OverflowError):
-            import socket
-
             for port in range(start + 1, start + 4):
                 socket.create_server(("127.0.0.1", port)).close()
             return start
@@ -108,11 +107,9 @@ def served(config, *workers):
 
 @pytest.fixture
 def warmer(cluster, config):
-    node = cluster.list_all_nodes()[2].node_id  # the one without ranks
-
-    def run(*arguments):
+    def run(*arguments):  # on the node that does not say whose chunks it takes
         given = ["run", "--lmcache-config", config, "--model", MODEL, "--address", cluster.address]
-        ran = command(*map(str, [*given, "--nodes", node, *arguments]), WARM_TEST_TOKEN=SECRET)
+        ran = command(*map(str, [*given, "--node-selector", "pool=batch", *arguments]), WARM_TEST_TOKEN=SECRET)
         assert SECRET not in ran.stdout + ran.stderr
         return ran
 
@@ -144,23 +141,18 @@ def test_each_worker_gets_its_chunks_and_retrieves_identical_kv(warehouse, produ
 def test_a_worker_that_is_missing_fails_alone_and_files_may_be_kept(warehouse, config, warmer, tmp_path):
     stage = json.dumps({"type": "local_cpu", "staging": f"{tmp_path}/own/{{worker}}/{{node_id}}", "keep_staging": True})
     with served(config, 1) as engines:
-        found = warmer("--tier", stage, "--wait-engine", "1s")
-        # Only worker 1 answers, but its engine says that worker 0 is beside it.
-        assert found.summary["nodes"][0]["ranks"] == "1"
-        assert (found.summary["copied"], found.summary["for_nobody"]) == (CHUNKS, CHUNKS)
+        ran = warmer("--tier", stage, "--wait-engine", "1s")
+
+        # Only worker 1 answers, and says that worker 0 is beside it.
+        assert ran.code == 3, ran.stderr
+        assert (ran.summary["nodes"][0]["ranks"], ran.summary["for_nobody"]) == ("0-1", 0)
+        assert (ran.summary["copied"], ran.summary["failed_by_kind"]) == (CHUNKS, {"engine": CHUNKS})
+        assert all("worker 0 does not answer at http://127.0.0.1:" in one["message"] for one in ran.summary["failures"])
         assert engines[1].lookup(TOKENS) == len(TOKENS)
         (kept,) = (tmp_path / "own" / "1").iterdir()
         mine = {key: value for key, value in warehouse.chunks.items() if key.split("@")[2] == "1"}
         assert warehouse.in_tier(kept) == mine
         assert warehouse.leftovers(kept) == []
-
-        node = found.summary["nodes"][0]
-        told = warmer("--tier", stage, "--wait-engine", "1s", "--ranks", f"{node['id']}=0-1")
-        assert told.code == 3, told.stderr
-        assert (told.summary["copied"], told.summary["failed_by_kind"]) == (CHUNKS, {"engine": CHUNKS})
-        assert all(
-            "worker 0 does not answer at http://127.0.0.1:" in one["message"] for one in told.summary["failures"]
-        )
 
 
 def test_an_engine_that_is_not_there_fails_its_node_and_names_every_chunk(warehouse, config, warmer, hub):
