@@ -149,29 +149,6 @@ def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, chosen, 
         assert "is not the file any more of which plan" in refused("apply", str(plan))
 
 
-def test_only_models_that_are_served_are_loaded_and_l1_is_not_overfilled(stocked, cluster, tmp_path):
-    asked = tmp_path / "prompts.jsonl"
-    asked.write_text(json.dumps({"token_ids": TOKENS}))
-    with MPServer([stocked.tier], chunk_size=CHUNK, l1_mib=1 / 8) as server, stocked.client(server):
-        room = int(0.8 * 2**17) // -(-stocked.chunk_bytes // 4096 * 4096)
-        run = [
-            *("run", "--l2-adapter", json.dumps(stocked.adapter), "--prompts", str(asked), "--tier", l1(server.http)),
-            *("--address", cluster.address, "--node-selector", "pool=batch", "--world-size", "1"),
-        ]
-        full = command(*run, "--chunk-size", str(CHUNK), "--model", MODEL)
-        assert 0 < room < CHUNKS
-        assert full.code == 3, full.stderr
-        assert (full.summary["copied"], full.summary["failed_by_kind"]) == (room, {"no_room": CHUNKS - room})
-
-        other = command(*run, "--chunk-size", str(CHUNK), "--model", "org/other", "--wait-engine", "1s")
-        assert (other.code, other.summary["failed_by_kind"]) == (3, {"engine": CHUNKS})
-        assert "no layout registered for model_name='org/other'" in other.stderr
-
-        cut = command(*run, "--chunk-size", "64", "--model", MODEL)
-        assert (cut.code, cut.summary["failed_by_kind"]) == (3, {"config": CHUNKS // 2})
-        assert "has --chunk-size 32, and the prompts were read by 64" in cut.stderr
-
-
 def test_a_server_that_is_not_there_fails_its_node(cluster, chosen):
     (port,) = _free_ports(1)
     http = f"http://127.0.0.1:{port}"
