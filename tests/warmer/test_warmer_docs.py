@@ -17,7 +17,7 @@ from warmer.cli import app
 from warmer.cluster import Node
 from warmer.flags import FLAGS
 from warmer.report import FailureLog, NodeReport, RunReport, Task
-from warmer.tiers import TierOptions, declared_tier
+from warmer.tiers import ENGINE_KINDS, TierOptions, declared_tier
 from warmer.warm_file import warm_up
 
 PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
@@ -103,6 +103,8 @@ def test_the_configuration_shown_is_one_that_works(tmp_path):
 
 def test_the_tiers_shown_are_taken_and_those_named_as_impossible_refused():
     text = PAGE.read_text(encoding="utf-8").split("## Tiers\n")[1].split("\n## ")[0]
+    for kind in ENGINE_KINDS:
+        assert f"`{kind}`" in text
     (shown,) = re.findall(r"--l2-adapter '(\{.*?\})'", text)
     declared = declared_tier(None, shown)
     assert (declared.name, declared.layout.alignment) == ("fs_native:/mnt/nvme/kv", 4096)
@@ -134,10 +136,16 @@ def test_the_commands_shown_take_their_options():
         assert set(re.findall(r"--[a-z-]+", arguments)) <= options
 
 
+RUN = (
+    {"--lmcache-config", "--instance", "--prefix", "--tier"},  # test_warmer_job, test_warmer_fleet
+    {"--l2-adapter", "--prompts", "--world-size", "--chunk-size", "--tier"},  # test_warmer_l1_runs
+)
+
+
 def test_the_commands_shown_are_those_that_the_tests_run():
     text = PAGE.read_text(encoding="utf-8")
     commands = re.findall(r"python -m warmer run [^\n]*", text)
     assert len(commands) >= 2
     for command in commands:
         options = set(re.findall(r"--[a-z-]+", command))
-        assert options == {"--lmcache-config", "--instance", "--prefix", "--tier"}  # test_warmer_job, test_warmer_fleet
+        assert options in RUN
