@@ -14,6 +14,7 @@ from warmer.nodes import assigned, unknown_ranks
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
+from warmer.staging import LoadConfig
 from warmer.tiers import L1Declaration, LocalCPUDeclaration
 from warmer.units import format_ranks
 
@@ -131,7 +132,7 @@ class CopyRun:
             config,
             _Watch(report, display, places),
             limit,
-            self.bound.warm_up.limits.node_timeout,
+            self._start_secs(config),
             chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
         )
@@ -140,6 +141,12 @@ class CopyRun:
         finally:
             display.close()
             report.counts = schedule.counts
+
+    def _start_secs(self, config: Config) -> float:
+        """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
+        warm_up = self.bound.warm_up
+        waits = warm_up.nodes.replace and isinstance(config, LoadConfig)
+        return warm_up.limits.node_timeout + (warm_up.limits.wait_engine.total_seconds() if waits else 0.0)
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:

@@ -133,7 +133,7 @@ def test_the_commands_shown_take_their_options():
     known = typer.main.get_command(app).commands
     for name, arguments in commands:
         options = {option for parameter in known[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", arguments)) <= options
+        assert set(re.findall(r"--[a-z0-9-]+", arguments)) <= options
 
 
 RUN = (
@@ -147,5 +147,5 @@ def test_the_commands_shown_are_those_that_the_tests_run():
     commands = re.findall(r"python -m warmer run [^\n]*", text)
     assert len(commands) >= 2
     for command in commands:
-        options = set(re.findall(r"--[a-z-]+", command))
+        options = set(re.findall(r"--[a-z0-9-]+", command))
         assert options in RUN

@@ -107,9 +107,9 @@ def served(config, *workers):
 
 @pytest.fixture
 def warmer(cluster, config):
-    def run(*arguments):  # on the node that does not say whose chunks it takes
+    def run(*arguments, nodes=("--node-selector", "pool=batch")):  # one that does not say whose chunks it takes
         given = ["run", "--lmcache-config", config, "--model", MODEL, "--address", cluster.address]
-        ran = command(*map(str, [*given, "--node-selector", "pool=batch", *arguments]), WARM_TEST_TOKEN=SECRET)
+        ran = command(*map(str, [*given, *nodes, *arguments]), WARM_TEST_TOKEN=SECRET)
         assert SECRET not in ran.stdout + ran.stderr
         return ran
 
@@ -120,16 +120,25 @@ def data(directory):
     return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
-def test_each_worker_gets_its_chunks_and_retrieves_identical_kv(warehouse, produced, config, warmer, tmp_path):
+@pytest.fixture
+def everywhere(cluster):
+    """All nodes, each with both workers: they are on one machine, and have one engine."""
+    return [word for node in cluster.list_all_nodes() for word in ("--ranks", f"{node.node_id}=0-1")]
+
+
+def test_each_worker_gets_its_chunks_and_retrieves_identical_kv(warehouse, produced, config, warmer, everywhere):
     with served(config, *WORKERS) as engines:
-        ran = warmer("--tier", '{"type": "local_cpu", "staging": "fs.stage"}')
+        ran = warmer("--tier", '{"type": "local_cpu", "staging": "fs.stage"}', nodes=everywhere)
 
         assert ran.code == 0, ran.stderr
         summary = ran.summary
-        (one,) = summary["nodes"]
-        assert (one["ranks"], one["selected"], one["copied"]) == ("0-1", 2 * CHUNKS, 2 * CHUNKS)
-        assert one["bytes"] == sum(map(len, warehouse.chunks.values()))
+        for one in summary["nodes"]:
+            assert (one["ranks"], one["selected"], one["copied"]) == ("0-1", 2 * CHUNKS, 2 * CHUNKS)
+            assert one["bytes"] == sum(map(len, warehouse.chunks.values()))
+        # Once from the Hub, and from there to the others.
+        assert (summary["fetched"], summary["received"]) == (2 * CHUNKS, 2 * 2 * CHUNKS)
         assert (summary["tier"], summary["present"], summary["for_nobody"]) == ("local_cpu", 0, 0)
+        tmp_path = warehouse.directory
         assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["worker-0", "worker-1"]
         assert data(tmp_path / "stage") == []
         for worker, consumer in engines.items():
