@@ -20,6 +20,9 @@ from demo.mp_client import MPClient
 from demo.mp_server import MPServer, _free_ports
 from demo.waiting import wait_until
 from warmer.cli import app
+from warmer.cluster import Node, joined
+from warmer.errands import Errands
+from warmer.interrupt import StopSwitch
 
 MODEL = "org/tiny model"
 CHUNK = 32
@@ -213,3 +216,10 @@ def test_a_node_that_is_lost_meanwhile_is_told(cluster, chosen):
     summary = json.loads(stdout)
     assert summary["nodes"][0]["error"].startswith("node_lost: ")
     assert summary["failed_by_kind"] == {"node_lost": CHUNKS + 2}
+
+
+def test_a_node_that_is_gone_before_is_not_waited_for(cluster):
+    """As one is that was lost while a tier before was filled."""
+    with joined(cluster.address), Errands({Node("f" * 56, "gone"): None}, StopSwitch()) as errands:
+        (gone,) = errands.begin(600.0).values()
+        assert (gone.kind, errands.nodes) == ("node_lost", [])
