@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from warmer.combined import combined
+from warmer.engine_run import EngineRun
 from warmer.errors import NothingToDoError
 from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
@@ -15,11 +16,14 @@ from warmer.onlookers import looking_on
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
+from warmer.staging import LoadConfig
+from warmer.tiers import L1Declaration, LocalCPUDeclaration
 from warmer.units import format_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from warmer.actor import Config
     from warmer.cluster import Node
     from warmer.interrupt import StopSwitch
     from warmer.nodes import Assigned
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from warmer.report import FailureLog
     from warmer.schedule import Schedule
     from warmer.sources import Bound
-    from warmer.tiers import Declaration
+    from warmer.tiers import AnyTier
     from warmer.warmup import Nodes
 
 _log = logging.getLogger(__name__)
@@ -76,30 +80,55 @@ class CopyRun:
                 # Who took a lost node's place for one tier does so for those that follow.
                 nodes = places.nodes
                 report = RunReport(
-                    self._task(tier, left_out), [one.node for one in nodes], failures, shares(self.plan, nodes)
+                    self._task(tier, left_out), [one.node for one in nodes], failures, self._shares(tier, nodes)
                 )
                 reports.append(report)
                 if not limit.requested:
                     report.begin()
                     with looking_on(onlookers, report), stop.orderly():
-                        self._copy(tier, places, report, limit, onlookers)
+                        self._fill(tier, places, report, limit, onlookers)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
-    def _task(self, tier: Declaration, left_out: int) -> Task:
+    def _shares(self, tier: AnyTier, nodes: Sequence[Assigned]) -> dict[str, Share]:
+        """What each node is to hold, as far as it is known before engines are asked."""
+        return {} if isinstance(tier, L1Declaration) else shares(self.plan, nodes)
+
+    def _task(self, tier: AnyTier, left_out: int) -> Task:
+        prompts = self.bound.prompt_file if isinstance(tier, L1Declaration) else None
         return Task(
             instance=self.bound.instance.name,
             bucket=str(self.bound.instance.settings.bucket_handle),
             tier=tier.name,
             choice=self.bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True),
-            selected=self.plan.chunks,
-            selected_bytes=self.plan.bytes,
+            selected=self.plan.chunks if prompts is None else prompts.chunks.total(),
+            selected_bytes=self.plan.bytes if prompts is None else 0,
             skipped=dict(self.plan.header.get("skipped", {})),
-            for_nobody=left_out,
+            for_nobody=left_out if prompts is None else 0,
         )
 
+    def _fill(
+        self, tier: AnyTier, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
+    ) -> None:
+        """Fill one tier of all nodes."""
+        engines = EngineRun(self.bound, self.plan, places.nodes, report, limit)
+        match tier:
+            case L1Declaration():
+                if self.bound.prompt_file is not None:
+                    engines.load_prompts(tier, self.bound.prompt_file)
+            case LocalCPUDeclaration():
+                config, nodes = engines.search_workers(tier)
+                if not nodes or limit.requested:
+                    return
+                report.task = replace(report.task, for_nobody=chunks_for_nobody(self.plan, nodes))
+                for node, share in shares(self.plan, nodes).items():
+                    report.nodes[node].expect(share)
+                self._copy(config, places.having(nodes), report, limit, onlookers)
+            case _:
+                self._copy(self.bound.node_config(tier), places, report, limit, onlookers)
+
     def _copy(
-        self, tier: Declaration, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
+        self, config: Config, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
     ) -> None:
         from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
         from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
@@ -116,10 +145,10 @@ class CopyRun:
         watch = _Watch(report, display, places, schedule, onlookers)
         fleet = Fleet(
             [one.node for one in places.nodes],
-            self.bound.node_config(tier),
+            config,
             watch,
             limit,
-            self.bound.warm_up.limits.node_timeout,
+            self._start_secs(config),
             chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
         )
@@ -127,6 +156,12 @@ class CopyRun:
             fleet.run(schedule)
         finally:
             display.close()
+
+    def _start_secs(self, config: Config) -> float:
+        """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
+        warm_up = self.bound.warm_up
+        waits = warm_up.nodes.replace and isinstance(config, LoadConfig)
+        return warm_up.limits.node_timeout + (warm_up.limits.wait_engine.total_seconds() if waits else 0.0)
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:

@@ -10,6 +10,7 @@ from warmer import exits
 from warmer.canary import ask_engines
 from warmer.carry import chunks_for_nobody, shares, taking_part
 from warmer.checking import CheckConfig
+from warmer.engine_run import checkable
 from warmer.moving import TimeLimit, direct_schedule
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
 from warmer.tiers import Place
@@ -179,21 +180,22 @@ def check(
         The report, its `exit_code` included.
 
     Raises:
-        ConfigError: The warm-up names a node that there is not.
+        ConfigError: The warm-up names a node that there is not, or a tier that cannot be looked into.
         NothingToDoError: No node takes part, or none takes any of the chunks.
         ClusterError: The configured Ray cluster does not answer.
     """
     from warmer.cluster import alive_nodes, joined  # noqa: PLC0415 - Ray takes a second to import
     from warmer.fleet import Fleet  # noqa: PLC0415
 
+    tiers = checkable(bound.tiers)
     with joined(bound.warm_up.address):
         stop.take_back()
         nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
         report = CheckReport(require, chunks_for_nobody(plan, nodes))
         limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
         expected = shares(plan, nodes)
-        watches = [report.watch(tier.name, nodes, expected) for tier in bound.tiers]
-        for tier, watch in zip(bound.tiers, watches, strict=True):
+        watches = [report.watch(tier.name, nodes, expected) for tier in tiers]
+        for tier, watch in zip(tiers, watches, strict=True):
             if limit.requested:
                 break
             schedule = direct_schedule(nodes, plan)

@@ -61,6 +61,9 @@ Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 Bytes = Annotated[int, BeforeValidator(_as_bytes), Field(gt=0)]
 """A number of bytes, or a text such as `50GiB`."""
 
+Length = Annotated[timedelta, BeforeValidator(_as_duration), Field(ge=timedelta(0)), PlainSerializer(format_duration)]
+"""A length of time, or a text such as `24h`."""
+
 Ranks = Annotated[frozenset[int], BeforeValidator(as_ranks), PlainSerializer(format_ranks)]
 """Ranks of workers."""
 
@@ -82,10 +85,9 @@ class Choice(BaseModel):
         (), description="Only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
     )
     exclude: Texts = Field((), description="No keys that match this glob.")
-    since: (
-        Annotated[timedelta, BeforeValidator(_as_duration), Field(gt=timedelta(0)), PlainSerializer(format_duration)]
-        | None
-    ) = Field(None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d.")
+    since: Annotated[Length, Field(gt=timedelta(0))] | None = Field(
+        None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d."
+    )
     newest: PositiveInt | None = Field(None, description="At most so many chunks, the newest.")
     max_bytes: Bytes | None = Field(
         None,

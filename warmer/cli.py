@@ -40,7 +40,7 @@ _APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", 
 _CHECKING = tuple(
     flag
     for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address", "report_html")
-    if flag.name != "--replace-nodes"  # nobody waits for nodes to join
+    if flag.name not in {"--replace-nodes", "--wait-engine"}  # nobody waits for nodes to join, nor asks engines
 )
 
 
@@ -102,8 +102,9 @@ def apply_command(
         wanted = warm_up(config, given, run.planned_warm_up(made))
         if not dry_run:
             return run.apply(wanted, made, stop, *page.open(wanted.report_html))
-        run.expect_fitting(bind(wanted), made)
-        return _planned({**made.header, "selected": made.chunks, "selected_bytes": made.bytes}) | {"plan": str(plan)}
+        bound = bind(wanted)
+        run.expect_fitting(bound, made)
+        return _planned({**made.header, **run.selected(bound, made)}) | {"plan": str(plan)}
 
     _end_with(work, page)
 

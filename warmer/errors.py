@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfbucket_plugin.errors import HFBucketError, RefusedError
-from warmer.outcomes import NO_ROOM
+from warmer.outcomes import ENGINE, NO_ROOM
 
 
 class TierError(HFBucketError, OSError):
@@ -21,7 +21,7 @@ class TierFullError(TierError):
 class EngineError(HFBucketError, ConnectionError):
     """An engine, or the `lmcache server` of a node, does not answer, or does not do what it was asked for."""
 
-    kind = "engine"
+    kind = ENGINE
 
 
 class ClusterError(HFBucketError, ConnectionError):

@@ -96,6 +96,7 @@ FLAGS: Final = (
     Flag("--replace-nodes", ("nodes", "replace"), ""),
     Flag("--chunk-timeout", ("limits", "chunk_timeout"), "SECS"),
     Flag("--node-timeout", ("limits", "node_timeout"), "SECS"),
+    Flag("--wait-engine", ("limits", "wait_engine"), "TIME"),
     Flag("--max-duration", ("limits", "max_duration"), "SECS"),
     Flag("--address", ("address",), "HOST:PORT"),
     Flag("--report", ("report",), "FILE"),

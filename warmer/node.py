@@ -336,12 +336,13 @@ def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
     return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
 
 
-def open_node(config: NodeConfig, place: Place) -> NodeWarmer:
+def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> NodeWarmer:
     """Make the warmer of this node.
 
     Args:
         config: What it is told.
         place: Which node this is.
+        tier: What to fill; None for the tier of the configuration, which is opened.
 
     Raises:
         ConfigError: The token that the driver has is not in this node's environment; the message names the variable.
@@ -357,7 +358,8 @@ def open_node(config: NodeConfig, place: Place) -> NodeWarmer:
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
     bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
-    warmer = NodeWarmer(bucket, open_tier(config.tier, place), config.chunk_timeout_secs, config.verify)
+    tier = open_tier(config.tier, place) if tier is None else tier
+    warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify)
     try:
         warmer.check_access()
     except HFBucketError:

@@ -20,7 +20,10 @@ MISSING: Final = "missing"
 NO_ROOM: Final = "no_room"
 """The kind of a chunk for which a tier had no room."""
 
-TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key"})
+ENGINE: Final = "engine"
+"""The kind of a chunk that an engine did not take: it was not there in time, or did not load it."""
+
+TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key", ENGINE})
 """The kinds of chunks that a node's own tier did not take."""
 
 UNMOVED_KINDS: Final = frozenset({MISSING, NO_ROOM, "key"})

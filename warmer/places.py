@@ -27,11 +27,18 @@ class Places:
     def __init__(self, nodes: Sequence[Assigned], wanted: Nodes) -> None:
         self._held = {one.node.id: one for one in nodes}
         self._wanted = wanted
+        self._whole: Places | None = None
 
     @property
     def nodes(self) -> list[Assigned]:
         """Who takes part now; a lost one whose place nobody took does."""
         return list(self._held.values())
+
+    def having(self, nodes: Sequence[Assigned]) -> Places:
+        """Some of these places, with the workers that their nodes turned out to have; who is replaced there is so here too."""
+        some = Places(nodes, self._wanted)
+        some._whole = self
+        return some
 
     def candidates(self, alive: Sequence[Node]) -> list[Node]:
         """Those among some nodes that may take part. First those that take certain workers' chunks: others fit anywhere."""
@@ -54,6 +61,8 @@ class Places:
 
     def take(self, lost: str, by: Node) -> None:
         """A node takes the place of a lost one."""
+        if self._whole is not None:
+            self._whole.take(lost, by)
         self._held = {
             by.id if name == lost else name: replace(one, node=by) if name == lost else one
             for name, one in self._held.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hfbucket_plugin.errors import ConfigError
 
@@ -34,6 +34,50 @@ class Prompt:
     cache_salt: str | None = None
 
 
+class Located(NamedTuple):
+    """A prompt, and where it stands.
+
+    Attributes:
+        line: Its number, from 1.
+        start: Of its line, in bytes.
+        raw: The line, as it stands in the file.
+        prompt: What it says; None for a line that says nothing.
+    """
+
+    line: int
+    start: int
+    raw: bytes
+    prompt: Prompt | None
+
+
+def located_prompts(path: Path, start: int = 0, line: int = 1, option: str = "--prompts") -> Iterator[Located]:
+    """Stream the lines of a file of prompts, from one of them on.
+
+    Args:
+        path: Of the file.
+        start: Of the first line, in bytes.
+        line: Its number.
+        option: That names the file.
+
+    Raises:
+        ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
+    """
+    number = line
+    try:
+        with path.open("rb") as lines:
+            lines.seek(start)
+            for number, raw in enumerate(lines, line):
+                yield Located(number, start, raw, _prompt(raw.decode()) if raw.strip() else None)
+                start += len(raw)
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {str(path)!r}, line {number}: this is no text in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+        raise ConfigError(f"{option} {str(path)!r}, line {number}: {reason}") from None
+
+
 def read_prompts(path: Path, option: str = "--prompts") -> Iterator[Prompt]:
     """Stream the prompts of a file, a line of JSON each.
 
@@ -44,19 +88,7 @@ def read_prompts(path: Path, option: str = "--prompts") -> Iterator[Prompt]:
     Raises:
         ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
     """
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - it is told in the error
-                if line.strip():
-                    yield _prompt(line)
-    except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{option} {str(path)!r}, line {number + 1}: this is no text in UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
-        raise ConfigError(f"{option} {str(path)!r}, line {number}: {reason}") from None
+    return (one.prompt for one in located_prompts(path, option=option) if one.prompt is not None)
 
 
 def _prompt(line: str) -> Prompt:

@@ -77,6 +77,10 @@ class NodeReport:
             case Failed():
                 self.failed += 1
 
+    def expect(self, share: Share) -> None:
+        """Note what the node is to hold."""
+        self.selected, self.selected_bytes, self.ranks = share.chunks, share.bytes, share.ranks
+
     @property
     def ended(self) -> int:
         """Chunks that have ended, well or not."""
@@ -173,6 +177,25 @@ class RunReport:
             self.kinds[outcome.kind] += 1
             self._failures.add(self.task.tier, self.nodes[node], outcome)
         self.nodes[node].add(outcome)
+
+    def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
+        """Count chunks that an engine loaded by itself, and those that it held before.
+
+        Args:
+            node: Where.
+            copied: Those that were loaded.
+            present: Those that were there.
+            size: Bytes of those loaded.
+        """
+        one = self.nodes[node]
+        one.copied, one.present, one.bytes = one.copied + copied, one.present + present, one.bytes + size
+
+    def lacking(self, node: str, chunks: int, kind: str, message: str) -> None:
+        """Count chunks that an engine did not load, all for one reason. They are named together: their keys are its own."""
+        if chunks:
+            self.kinds[kind] += chunks
+            self.nodes[node].failed += chunks
+            self._failures.add(self.task.tier, self.nodes[node], Failed("", 0, kind, message))
 
     def lost(self, node: str, kind: str, message: str) -> None:
         """Note why a node takes no part any more."""
@@ -291,7 +314,7 @@ class FailureLog:
             "tier": tier,
             "node": node.id,
             "node_name": node.name,
-            "key": failed.key,
+            "key": failed.key or None,
             "kind": failed.kind,
             "message": failed.message,
         }

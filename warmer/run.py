@@ -15,9 +15,11 @@ from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
 from warmer.carry import CopyRun
 from warmer.choose import ADVICE
+from warmer.engine_run import checkable
 from warmer.errors import NothingToDoError
 from warmer.plan import PlanFile
 from warmer.planning import WORDS, Choosing
+from warmer.prompt_file import digest_of, expect_recorded
 from warmer.report import FailureLog
 from warmer.sources import bind, recorded
 from warmer.warm_file import validated
@@ -142,6 +144,7 @@ def check(
         Interrupted: Told to stop before the check began.
     """
     bound = bind(warm_up)
+    checkable(bound.tiers)
     canary = None if canary is None else replace(canary, chunk_tokens=bound.chunk_tokens())
     if made is not None:
         expect_fitting(bound, made)
@@ -168,8 +171,10 @@ def expect_fitting(bound: Bound, made: PlanFile) -> None:
         ConfigError: It is of another.
         NothingToDoError: It is empty.
     """
-    if not made.chunks:
+    if not made.chunks and bound.lists:
         raise NothingToDoError(f"plan {str(made.path)!r} holds no chunk")
+    if bound.prompt_file is not None:
+        expect_recorded(bound.prompt_file, made.header.get("prompts_file"), made.path)
     bucket, kind = str(bound.instance.settings.bucket_handle), made.header.get("takes")
     if made.header.get("bucket", bucket) != bucket:
         raise ConfigError(
@@ -188,15 +193,19 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     """A plan in a file: `out`, or one that is gone with the block."""
     if not bound.warm_up.choose.given:
         raise ConfigError(ADVICE)
-    choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), bound.prompts())
+    prompts = bound.prompts() if bound.lists else None
+    choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), prompts)
     bucket = bound.bucket()
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:
-            made = PlanFile.write(
-                path, choosing.planned(bucket, sorting), lambda whole: _header(bound, choosing, whole)
-            )
-            _expect_some(bound, choosing, made, bucket)
+            chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
+            recorded = _prompts_recorded(bound)
+            made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, whole) | recorded)
+            if bound.lists:
+                _expect_some(bound, choosing, made, bucket)
+            else:
+                _expect_prompts(bound)
             if out is not None:
                 _put_out(path, out)
             yield made
@@ -225,6 +234,35 @@ def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header
+
+
+def selected(bound: Bound, made: PlanFile) -> dict[str, int]:
+    """How much a plan is about: lines of a plan of chunks may have been removed."""
+    if not bound.lists and bound.prompt_file is not None:
+        return {"selected": bound.prompt_file.chunks.total(), "selected_bytes": 0}
+    return {"selected": made.chunks, "selected_bytes": made.bytes}
+
+
+def _prompts_recorded(bound: Bound) -> dict[str, Any]:
+    """What a header says of prompts, beside the chunks that were found of them in the bucket."""
+    path, found = bound.warm_up.choose.prompts, bound.prompt_file
+    if path is None:
+        return {}
+    digest = digest_of(path) if found is None else found.sha256
+    recorded: dict[str, Any] = {"prompts_file": {"path": str(path), "sha256": digest}}
+    if found is not None and not bound.lists:
+        chunks = found.chunks.total()
+        recorded |= {"prompts": {"prompts": found.prompts.total(), "chunks": chunks}, "selected": chunks}
+    return recorded
+
+
+def _expect_prompts(bound: Bound) -> None:
+    found = bound.prompt_file
+    if found is not None and not found.chunks.total():
+        raise NothingToDoError(
+            f"nothing selected: --prompts {str(found.path)!r} holds {found.prompts.total()} prompts of the models that are asked "
+            f"for, and none of them a full chunk of {bound.warm_up.choose.chunk_size} tokens"
+        )
 
 
 def _put_out(path: Path, out: Path) -> None:

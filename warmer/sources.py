@@ -14,15 +14,16 @@ from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import ClassicKey
 from hfbucket_plugin.named import named_instances
 from warmer.node import NodeConfig
+from warmer.prompt_file import PromptFile
 from warmer.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
-from warmer.tiers import TierOptions, declared_tier
+from warmer.tiers import L1Declaration, TierOptions, named_tier
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.keys import Key
     from hfbucket_plugin.named import NamedInstance
     from hfbucket_plugin.settings import InstanceSettings
-    from warmer.tiers import Declaration
+    from warmer.tiers import AnyTier, Declaration
     from warmer.warmup import WarmUp
 
 _CHUNK_TOKENS: Final = 256
@@ -37,11 +38,18 @@ class Bound:
         warm_up: The warm-up.
         instance: Where chunks come from; its settings may hold a token, so it stays in this process.
         tiers: Where they go, in their order.
+        prompt_file: The prompts that engines are asked for; None where no tier loads by prompts.
     """
 
     warm_up: WarmUp
     instance: NamedInstance
-    tiers: tuple[Declaration, ...]
+    tiers: tuple[AnyTier, ...]
+    prompt_file: PromptFile | None = None
+
+    @property
+    def lists(self) -> bool:
+        """Whether chunks are listed in the bucket: prompts alone say what servers load by themselves."""
+        return not all(isinstance(tier, L1Declaration) for tier in self.tiers)
 
     @property
     def takes(self) -> type[Key]:
@@ -54,7 +62,7 @@ class Bound:
         return open_bucket(settings, self.instance.name, metrics.Tally(), self.warm_up.limits.chunk_timeout)
 
     def node_config(self, tier: Declaration) -> NodeConfig:
-        """What nodes are told about one tier.
+        """What nodes are told about one tier of directories, or about staging directories.
 
         Raises:
             ConfigError: The token would have to travel.
@@ -130,12 +138,37 @@ def bind(warm_up: WarmUp) -> Bound:
     options = TierOptions(
         filling.fsync, filling.max_bytes, filling.min_free, filling.evict, filling.chown, filling.chmod
     )
-    tiers = tuple(declared_tier(config, text, options) for text in warm_up.tiers)
+    tiers = tuple(named_tier(config, text, options) for text in warm_up.tiers)
     if len({tier.takes for tier in tiers}) > 1:
         raise ConfigError("--tier: classic tiers and tiers of `lmcache server` take different keys; fill them apart")
-    bound = Bound(warm_up, found[0], tiers)
+    servers = [tier for tier in tiers if isinstance(tier, L1Declaration)]
+    prompts = _prompt_file(servers[0], warm_up, found[0]) if servers else None
+    bound = Bound(warm_up, found[0], tiers, prompts)
     without_token(bound.instance)
     return bound
+
+
+def _prompt_file(tier: L1Declaration, warm_up: WarmUp, instance: NamedInstance) -> PromptFile:
+    """The prompts that a server is asked for.
+
+    Raises:
+        ConfigError: It cannot be asked, since the warm-up does not say what for; or the prompts cannot be read.
+    """
+    choice, why = (
+        warm_up.choose,
+        f"tier {tier.name!r}: `lmcache server` loads its memory for prompts, and takes no keys",
+    )
+    if instance.mode != "mp":
+        raise ConfigError(
+            f"tier {tier.name!r} is the memory of `lmcache server`, and {instance.name!r} is an instance of the classic engine, "
+            "whose chunks it cannot hold: give --l2-adapter in place of --lmcache-config; the memory of classic engines is "
+            "the tier local_cpu"
+        )
+    if choice.prompts is None:
+        raise ConfigError(f"{why}: give --prompts")
+    if choice.world_size is None:
+        raise ConfigError(f"{why}, each of an engine of so many workers: give --world-size")
+    return PromptFile(choice.prompts, choice.model, choice.chunk_size)
 
 
 def without_token(instance: NamedInstance) -> InstanceSettings:

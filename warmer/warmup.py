@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic evaluates the annotations
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveFloat
 
-from warmer.choose import Bytes, Choice, Ranks, Texts
+from warmer.choose import Bytes, Choice, Length, Ranks, Texts
 from warmer.node import CHUNK_TIMEOUT_SECS
 from warmer.receive import Verify  # noqa: TC001 - as above
 from warmer.units import parse_bytes
@@ -16,6 +17,9 @@ from warmer.units import parse_bytes
 RANKS_LABEL: Final = "lmcache.workers"
 NODE_START_SECS: Final = 60.0
 """Enough to start a worker process on a node that is busy loading a model."""
+
+WAIT_ENGINE: Final = timedelta(minutes=10)
+"""Enough to load a model of some hundred GB from a local disk."""
 
 OBJECT_STORE_FRACTION: Final = 0.3
 """Ray begins to write objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
@@ -162,6 +166,10 @@ class Limits(_Part):
     node_timeout: PositiveFloat = Field(
         NODE_START_SECS, description="Most seconds until a node takes part. Default: 60."
     )
+    wait_engine: Length = Field(
+        WAIT_ENGINE,
+        description="How long a tier in the memory of engines waits for the engine of each node, as 10m. Default: 10m.",
+    )
     max_duration: PositiveFloat | None = Field(
         None, description="Stop in good order after so many seconds of copying, with exit code 5."
     )
@@ -174,8 +182,8 @@ class WarmUp(_Part):
     choose: Choice = Field(default_factory=lambda: Choice.model_validate({}))
     tiers: Annotated[Texts, BeforeValidator(_as_tiers)] = Field(
         (),
-        description="The tier to fill: an fs plugin of the YAML, such as fs.warm, or the JSON of an fs or fs_native adapter of "
-        "`lmcache server`. Several are filled one after the other.",
+        description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native adapter of "
+        "`lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. Several are filled one after the other.",
     )
     filling: Filling = Field(default_factory=lambda: Filling.model_validate({}))
     moving: Moving = Field(default_factory=lambda: Moving.model_validate({}))

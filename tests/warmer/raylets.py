@@ -57,13 +57,13 @@ def raylet(node):
     return node.all_processes["raylet"][0].process
 
 
-def actors(cluster):
+def actors(cluster, kind="NodeActor"):
     """The processes of the warmer's actors on a cluster."""
     found = []
     for node in cluster.list_all_nodes():
         with contextlib.suppress(psutil.Error, KeyError):
             children = psutil.Process(raylet(node).pid).children(recursive=True)
-            found += [child for child in children if "NodeActor" in " ".join(child.cmdline())]
+            found += [child for child in children if kind in " ".join(child.cmdline())]
     return found
 
 

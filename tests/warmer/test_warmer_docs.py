@@ -24,7 +24,7 @@ from warmer.progress import JsonLines
 from warmer.ray_metrics import PREFIX, CountedBytes
 from warmer.report import FailureLog, NodeReport, RunReport, Task
 from warmer.run_metrics import RunMetrics
-from warmer.tiers import TierOptions, declared_tier
+from warmer.tiers import ENGINE_KINDS, TierOptions, declared_tier
 from warmer.warm_file import warm_up
 
 PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
@@ -110,6 +110,8 @@ def test_the_configuration_shown_is_one_that_works(tmp_path):
 
 def test_the_tiers_shown_are_taken_and_those_named_as_impossible_refused():
     text = PAGE.read_text(encoding="utf-8").split("## Tiers\n")[1].split("\n## ")[0]
+    for kind in ENGINE_KINDS:
+        assert f"`{kind}`" in text
     (shown,) = re.findall(r"--l2-adapter '(\{.*?\})'", text)
     declared = declared_tier(None, shown)
     assert (declared.name, declared.layout.alignment) == ("fs_native:/mnt/nvme/kv", 4096)
@@ -138,7 +140,14 @@ def test_the_commands_shown_take_their_options():
     known = typer.main.get_command(app).commands
     for name, arguments in commands:
         options = {option for parameter in known[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", arguments)) <= options
+        assert set(re.findall(r"--[a-z0-9-]+", arguments)) <= options
+
+
+RUN = (
+    {"--lmcache-config", "--instance", "--prefix", "--tier"},  # test_warmer_job, test_warmer_fleet
+    {"--l2-adapter", "--prompts", "--world-size", "--chunk-size", "--tier"},  # test_warmer_l1_runs
+    {"--config"},  # test_warmer_job
+)
 
 
 def test_the_commands_shown_are_those_that_the_tests_run():
@@ -146,9 +155,8 @@ def test_the_commands_shown_are_those_that_the_tests_run():
     commands = re.findall(r"python -m warmer run [^\n]*", text)
     assert len(commands) >= 2
     for command in commands:
-        options = set(re.findall(r"--[a-z-]+", command))
-        # test_warmer_fleet and the demo; test_warmer_job
-        assert options in ({"--lmcache-config", "--instance", "--prefix", "--tier"}, {"--config"})
+        options = set(re.findall(r"--[a-z0-9-]+", command))
+        assert options in RUN
 
 
 def test_the_jobs_shown_are_commands():

@@ -1,10 +1,12 @@
 """The memory of a real `lmcache server`, loaded for a prompt."""
 
+import json
 import shutil
 import socket
 
 import pytest
 import torch
+from warming import command
 
 from demo.engine import prompt
 from demo.mp_client import MPClient
@@ -119,6 +121,38 @@ def test_what_follows_a_chunk_that_is_missing_is_not_loaded_for_long(node):
 
     assert (warmed.chunks, warmed.warmed, warmed.ended) == (30, 6, "missing")
     assert warmed.used_bytes < 20 * 131072
+
+
+def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
+    """The bucket is never asked: the server loads from its own tiers."""
+    adapter = {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter"}
+    adapter["adapter_params"] = {"bucket_handle": "hf://buckets/no/where", "endpoint": "http://127.0.0.1:9"}
+    asked = tmp_path / "prompts.jsonl"
+    records = [{"token_ids": TOKENS, "model": "org/model"}, {"token_ids": TOKENS[: 2 * CHUNK], "model": "org/other"}]
+    asked.write_text("\n".join(json.dumps(record) for record in records))
+
+    def run(*models, chunk_size=CHUNK):
+        return command(
+            *("run", "--l2-adapter", json.dumps(adapter), "--prompts", str(asked), "--chunk-size", str(chunk_size)),
+            *("--tier", json.dumps({"type": "l1", "http": node.server.http})),
+            *("--world-size", "1", "--wait-engine", "1s"),
+            *("--address", cluster.address, "--node-selector", "pool=batch"),
+            *(word for model in models for word in ("--model", model)),
+        )
+
+    full = run()
+    assert full.code == 3, full.stderr
+    assert (full.summary["copied"], full.summary["failed_by_kind"]) == (ROOM, {"no_room": CHUNKS - ROOM, "engine": 2})
+    assert full.summary["nodes"][0]["selected"] == CHUNKS + 2
+    assert full.summary["bytes"] == node.used() == ROOM * 131072
+
+    other = run("org/other")
+    assert (other.code, other.summary["failed_by_kind"]) == (3, {"engine": 2})
+    assert "no layout registered for model_name='org/other'" in other.summary["nodes"][0]["error"]
+
+    cut = run("org/model", chunk_size=64)
+    assert (cut.code, cut.summary["failed_by_kind"]) == (3, {"config": CHUNKS // 2})
+    assert "has --chunk-size 32, and the prompts were read by 64" in cut.stderr
 
 
 def file_of(node, chunk):

@@ -12,6 +12,7 @@ from hfbucket_plugin.errors import ConfigError
 from warmer.tiers.classic_fs import declared_fs
 from warmer.tiers.declaration import DirectoryDeclaration
 from warmer.tiers.directory import DirectoryTier, Held
+from warmer.tiers.engines import ENGINE_KINDS, L1Declaration, LocalCPUDeclaration, declared_engine, engine_spec
 from warmer.tiers.listing import directory_keys
 from warmer.tiers.mp_fs import declared_mp
 from warmer.tiers.options import TierOptions
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Declaration = DirectoryDeclaration
 """What the driver hands to the nodes."""
+
+AnyTier = DirectoryDeclaration | L1Declaration | LocalCPUDeclaration
+"""What a run may fill: directories, and the memory of engines."""
 
 
 class Draft(Protocol):
@@ -83,16 +87,32 @@ class Tier(Protocol):
 
 _IMPOSSIBLE: Final = {
     "local_disk": "LMCache's local disk tier keeps its index in the engine's memory and cannot be filled from outside",
-    "local_cpu": "an engine's memory is no directory, and as a tier of a run it is not supported yet",
-    "l1": "the memory of `lmcache server` is no directory, and as a tier of a run it is not supported yet",
+    "local_cpu": "an engine's memory is no directory",
+    "l1": "the memory of `lmcache server` is no directory",
     "raw_block": "a raw block device has its index in the engine's memory and cannot be filled from outside",
     "dax": "a DAX device has its index in the engine's memory and cannot be filled from outside",
     "gds": "a GDS directory needs each chunk's dtype and shape in a side file, which is not supported yet",
 }
 
 
+def named_tier(config: EngineConfig | None, text: str, options: TierOptions = TierOptions()) -> AnyTier:  # noqa: B008 - frozen
+    """Find a tier of a run: a directory, see `declared_tier`, or the memory of engines.
+
+    Args:
+        config: The classic engine's; None where there is none, as in MP mode.
+        text: As `declared_tier` has it; or `l1` or `local_cpu`, or a JSON object of that type.
+        options: How the tier is filled.
+
+    Raises:
+        ConfigError: The configuration declares no such tier, or it is one that cannot be filled; the message has the
+            reason and what to do.
+    """
+    spec = engine_spec(text)
+    return declared_tier(config, text, options) if spec is None else declared_engine(config, spec, options)
+
+
 def declared_tier(config: EngineConfig | None, text: str, options: TierOptions = TierOptions()) -> Declaration:  # noqa: B008 - frozen
-    """Find a tier in the engine's configuration.
+    """Find a tier of directories in the engine's configuration.
 
     Args:
         config: The classic engine's; None where there is none, as in MP mode.
@@ -151,13 +171,18 @@ def open_tier(declaration: Declaration, place: Place = Place()) -> Tier:  # noqa
 
 
 __all__ = [
+    "ENGINE_KINDS",
+    "AnyTier",
     "Declaration",
     "Draft",
     "Held",
+    "L1Declaration",
+    "LocalCPUDeclaration",
     "Place",
     "Tier",
     "TierOptions",
     "declared_tier",
     "directory_keys",
+    "named_tier",
     "open_tier",
 ]

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.deadlines import Deadline
 
 _ANSWER_SECS: Final = 30.0
-_WAIT_SECS: Final = 1.0
+WAIT_SECS: Final = 1.0
+"""How often somebody who is not there is asked again."""
+
 _SHOWN: Final = 300
 
 _Answer = TypeVar("_Answer")
@@ -107,4 +109,4 @@ def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[floa
         except NotReadyError as error:
             if ends.passed:
                 raise EngineError(f"waited in vain: {error}") from None
-            pause(min(_WAIT_SECS, ends.remaining()))
+            pause(min(WAIT_SECS, ends.remaining()))

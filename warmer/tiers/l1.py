@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from hfbucket_plugin.deadlines import Deadline
 from warmer.errors import EngineError
-from warmer.tiers.engine_http import EngineHTTP, when_ready
+from warmer.tiers.engine_http import EngineHTTP, NotReadyError, when_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _POLL_SECS: Final = 0.02
 _LARGEST_STEP: Final = 64
 """Chunks: so many are loaded for nothing at most when one before them is missing."""
+
+_OTHERS_SECS: Final = 30.0
+"""How long a server on which one engine is there is waited at for other engines."""
 
 _UNSEEN: Final = 2
 """Until a chunk was seen to take room, it is taken to be so many times the mean of what L1 holds."""
@@ -40,6 +43,9 @@ class Warmed:
         ended: Why no more are: `complete`, `missing` (the server's L2 tiers do not hold the next one) or `no_room`.
         used_bytes: Of L1, in the end.
         total_bytes: Of L1.
+        loaded: Those of `warmed` that were not there before, by the room that they took: what the server itself stores or
+            evicts meanwhile may blur it.
+        loaded_bytes: What they took.
     """
 
     chunks: int
@@ -47,6 +53,8 @@ class Warmed:
     ended: Literal["complete", "missing", "no_room"]
     used_bytes: int
     total_bytes: int
+    loaded: int = 0
+    loaded_bytes: int = 0
 
 
 def prefetch(
@@ -79,17 +87,126 @@ def prefetch(
         EngineError: The server or the model is not there in time, or a load does not end.
         ConfigError: The server refuses the request: a salt that cannot be, or too many tokens.
     """
-    with EngineHTTP(http) as server:
-        loader = _Loader(server, {"model_name": model, "world_size": world_size, "cache_salt": salt}, load_secs, pause)
+    with L1Server(http, load_secs=load_secs, pause=pause) as server:
         ends = Deadline.after(wait_secs)
-        chunk_size = when_ready(loader.chunk_size, ends, pause)
+        if len(token_ids) >= server.layout(ends).chunk_size:
+            server.wait([model], world_size, ends)
+        return server.load(model, world_size, token_ids, salt)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLayout:
+    """How a server cuts and hashes prompts.
+
+    Attributes:
+        chunk_size: Tokens of a chunk.
+        hash_algorithm: As `--hash-algorithm` of `lmcache server` names it; empty when the server does not tell.
+    """
+
+    chunk_size: int
+    hash_algorithm: str
+
+
+class L1Server:
+    """The L1 of one server. Use it as a context manager, from one thread.
+
+    Args:
+        http: Address of the server's HTTP, such as `http://127.0.0.1:8080`.
+        load_secs: Most seconds that one load may take.
+        pause: Waits; given the seconds. It may raise to give up.
+
+    Raises:
+        ConfigError: The address is none.
+    """
+
+    def __init__(self, http: str, *, load_secs: float = 120.0, pause: Callable[[float], object] = time.sleep) -> None:
+        self._server = EngineHTTP(http)
+        self._load_secs = load_secs
+        self._pause = pause
+        self._layout: ServerLayout | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.__exit__(*error)
+
+    def layout(self, ends: Deadline) -> ServerLayout:
+        """How the server cuts and hashes; asked once.
+
+        Args:
+            ends: How long to wait for the server.
+
+        Raises:
+            EngineError: It is not there in time.
+        """
+        if self._layout is None:
+            status = when_ready(lambda: self._server.ask("GET", "/status"), ends, self._pause)
+            self._layout = ServerLayout(int(status["chunk_size"]), str(status.get("hash_algorithm") or ""))
+        return self._layout
+
+    def wait(self, models: Sequence[str], world_size: int, ends: Deadline) -> frozenset[str]:
+        """Wait until engines have registered with the server.
+
+        Args:
+            models: Names of models, as engines tell them.
+            world_size: Workers of each engine.
+            ends: How long to wait for the first. Others have 30 s more: one that does not come serves elsewhere.
+
+        Returns:
+            Which of the models are there.
+
+        Raises:
+            EngineError: None is there in time.
+        """
+        there = {when_ready(lambda: self._one_of(models, world_size), ends, self._pause)}
+        others = Deadline.after(min(ends.remaining(), _OTHERS_SECS))
+        while len(there) < len(set(models)):
+            there |= {model for model in models if model not in there and self._has(model, world_size)}
+            if others.passed:
+                break
+            if len(there) < len(set(models)):
+                self._pause(min(1.0, others.remaining()))
+        return frozenset(there)
+
+    def _one_of(self, models: Sequence[str], world_size: int) -> str:
+        for model in models[:-1]:
+            if self._has(model, world_size):
+                return model
+        self._loader(models[-1], world_size).begin_nothing()
+        return models[-1]
+
+    def _has(self, model: str, world_size: int) -> bool:
+        try:
+            self._loader(model, world_size).begin_nothing()
+        except NotReadyError:
+            return False
+        return True
+
+    def load(self, model: str, world_size: int, token_ids: Sequence[int], salt: str = "") -> Warmed:
+        """Load a prompt, as far as there is room. Waits for no engine.
+
+        Args:
+            model: The model's name, as the engine tells it.
+            world_size: Workers of the engine.
+            token_ids: The prompt.
+            salt: Its `cache_salt`.
+
+        Raises:
+            EngineError: The server or the model is not there, or a load does not end.
+            ConfigError: The server refuses the request: a salt that cannot be, or too many tokens.
+        """
+        loader = self._loader(model, world_size, salt)
+        chunk_size = self.layout(Deadline.after(0.0)).chunk_size
         chunks = len(token_ids) // chunk_size
         if not chunks:
             room = loader.room()
             return Warmed(0, 0, "complete", room.used, room.total)
-        tokens = list(token_ids[: chunks * chunk_size])
-        when_ready(loader.begin_nothing, ends, pause)
-        return _grow(loader, tokens, chunk_size)
+        return _grow(loader, list(token_ids[: chunks * chunk_size]), chunk_size)
+
+    def _loader(self, model: str, world_size: int, salt: str = "") -> _Loader:
+        request = {"model_name": model, "world_size": world_size, "cache_salt": salt}
+        return _Loader(self._server, request, self._load_secs, self._pause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +241,6 @@ class _Loader:
         self._request = request
         self._load_secs = load_secs
         self._pause = pause
-
-    def chunk_size(self) -> int:
-        return int(self._server.ask("GET", "/status")["chunk_size"])
 
     def room(self) -> _Room:
         """What L1 may take before it evicts; of several, the fullest."""
@@ -163,7 +277,7 @@ class _Loader:
 def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
     """Load ever longer prefixes: twice as much more each time, half as much after one that did not load whole."""
     chunks, warmed, step = len(tokens) // chunk_size, 0, 1
-    keys = seen = loads = 0
+    keys = seen = loads = loaded = taken = 0
     ended: Literal["complete", "missing", "no_room"] = "complete"
     room = loader.room()
     while warmed < chunks:
@@ -180,6 +294,8 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
             seen = max(seen, grown)
         if load.complete:
             warmed += step
+            loaded += _chunks_in(grown, seen or room.mean * keys, step)
+            taken += max(0, grown)
             step = 1 if grown > 0 and not seen else min(2 * step, _LARGEST_STEP)
         elif step > 1:
             step //= 2
@@ -190,4 +306,11 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
     while loads > 1 and warmed and not loader.load(tokens[: warmed * chunk_size]).complete:
         warmed, ended = warmed // 2, "no_room"
     room = loader.room()
-    return Warmed(chunks, warmed, ended, room.used, room.total)
+    return Warmed(chunks, warmed, ended, room.used, room.total, min(loaded, warmed), taken)
+
+
+def _chunks_in(grown: int, chunk_bytes: int, step: int) -> int:
+    """How many of the chunks of a step were loaded, by the bytes by which L1 grew; the rest was there before."""
+    if grown <= 0:
+        return 0
+    return min(step, max(1, round(grown / chunk_bytes))) if chunk_bytes else step

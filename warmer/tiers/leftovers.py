@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +44,10 @@ class RunFiles:
     def temporary(self, number: int) -> Path:
         """The name of a temporary file."""
         return self._directory / f"{_HEAD}{self._run}-{number}.part"
+
+    def directory(self) -> Path:
+        """The name of a directory of this run's, in which nobody else looks for anything."""
+        return self._directory / f"{_HEAD}{self._run}-run.part"
 
     def close(self) -> None:
         """Remove this run's files. Further calls do nothing."""
@@ -96,7 +101,10 @@ def _runs(directory: Path) -> list[str]:
 def _remove(directory: Path, run: str) -> None:
     """Remove the temporary files of a run, and its lock file last: without it the others would never be swept."""
     for path in _parts(directory, run):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     (directory / f"{_HEAD}{run}.lock").unlink(missing_ok=True)
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey
-from warmer.errors import TierError, TierFullError
-from warmer.tiers.engine_http import EngineHTTP, when_ready
+from warmer.errors import EngineError, TierError, TierFullError
+from warmer.tiers.engine_http import WAIT_SECS, EngineHTTP, NotReadyError, when_ready
 from warmer.tiers.listing import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from warmer.tiers.declaration import DirectoryDeclaration
@@ -61,6 +61,89 @@ def worker_address(host: str, port_start: int, worker_id: int) -> str:
         worker_id: The worker's global number.
     """
     return f"http://{host}:{port_start + 1 + worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker of a classic engine, as it tells of itself.
+
+    Attributes:
+        id: Its number in the engine.
+        world_size: Workers of the engine.
+        beside: The numbers of those on its node, itself included.
+        meta: All that it says of itself.
+        room: Bytes of chunks that it may be loaded with.
+    """
+
+    id: int
+    world_size: int
+    beside: frozenset[int]
+    meta: dict[str, Any]
+    room: int
+
+    def reads(self, key: object) -> bool:
+        """Whether it would look for a chunk in its memory. With MLA all workers share what the first one reads."""
+        return _belongs(key, self.meta) and (getattr(key, "world_size", 0) == self.world_size or self.id == 0)
+
+
+def find_workers(
+    address: Callable[[int], str],
+    wanted: Iterable[int],
+    ends: Deadline,
+    *,
+    all_of_them: bool,
+    pause: Callable[[float], object] = time.sleep,
+) -> dict[int, Worker]:
+    """Wait for workers of one node.
+
+    Args:
+        address: Of a worker's internal API, by its number.
+        wanted: Numbers of workers.
+        ends: How long to wait.
+        all_of_them: Whether all of the wanted are on this node. If not, the first that answers tells which are beside it.
+        pause: Waits; given the seconds. It may raise to give up.
+
+    Returns:
+        Those that are there in time; at least one.
+
+    Raises:
+        EngineError: None is there in time, or what answers is no worker's API.
+        ConfigError: An address is none.
+    """
+    missing, found = sorted(set(wanted)), dict[int, Worker]()
+    while missing:
+        reason: NotReadyError | None = None
+        for number in missing:
+            try:
+                found[number] = _asked(address(number))
+            except NotReadyError as error:
+                reason = error
+        if found and not all_of_them:
+            beside = next(iter(found.values())).beside
+            missing = [number for number in missing if number in beside]
+        missing = [number for number in missing if number not in found]
+        if missing and ends.passed:
+            if found:
+                break
+            raise EngineError(f"waited in vain for worker {', '.join(map(str, missing))}: {reason}")
+        if missing:
+            pause(min(WAIT_SECS, ends.remaining()))
+    return found
+
+
+def _asked(http: str) -> Worker:
+    with EngineHTTP(http) as engine:
+        meta, conf = engine.ask("GET", "/meta"), engine.ask("GET", "/conf")
+    try:
+        number, first = int(meta["worker_id"]), int(meta["worker_id"]) - int(meta["local_worker_id"])
+        beside = frozenset(range(first, first + int(meta["local_world_size"]))) | {number}
+        return Worker(number, int(meta["world_size"]), beside, meta, _room(conf))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"GET {http}/meta: this is no worker of LMCache: {type(error).__name__} {error}") from None
+
+
+def _room(conf: dict[str, Any]) -> int:
+    return int(float(conf.get("max_local_cpu_size", 0)) * _GIB * _SHARE)
 
 
 def load(
@@ -148,7 +231,7 @@ def _check(staging: Path, meta: dict[str, Any], conf: dict[str, Any]) -> None:
             size += file.size
     except OSError as error:
         raise TierError(f"staging directory {path!r} cannot be read: {error.strerror}") from None
-    room = int(float(conf.get("max_local_cpu_size", 0)) * _GIB * _SHARE)
+    room = _room(conf)
     if size > room:
         raise TierFullError(
             f"staging directory {path!r} holds {size} bytes, and the engine has room for {room} ({_SHARE:.0%} of "

@@ -1,0 +1,247 @@
+"""Tiers in the memory of engines, as a run names them: read on the driver, reached on the nodes.
+
+Follows `lmcache/v1/config.py`, `internal_api_server/api_server.py` and `multiprocess/config.py` of LMCache 0.5.6.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import ClassicKey, MPKey
+from hfbucket_plugin.settings import KEY_ROOT
+from warmer.tiers import place as places
+from warmer.tiers.classic_fs import declared_fs
+from warmer.tiers.local_cpu import worker_address
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hfbucket_plugin.engine_config import EngineConfig
+    from hfbucket_plugin.keys import Key
+    from warmer.tiers.declaration import DirectoryDeclaration
+    from warmer.tiers.options import TierOptions
+    from warmer.tiers.place import Place
+
+L1: Final = "l1"
+LOCAL_CPU: Final = "local_cpu"
+ENGINE_KINDS: Final = frozenset({L1, LOCAL_CPU})
+"""What the memory of engines is called in `--tier`."""
+
+SERVER_HTTP: Final = "http://127.0.0.1:8080"
+"""Where `lmcache server` listens for HTTP unless `--http-host` and `--http-port` say otherwise."""
+
+WORKER: Final = "{worker}"
+"""In the path of a staging directory: the number of the worker whose chunks lie there."""
+
+_STAND_IN: Final = "@worker@"
+"""For `WORKER` in a path that others read, who know the placeholders of nodes only."""
+
+_API_PORT: Final = 6999
+_LOOPBACK: Final = "127.0.0.1"
+_ANYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - to know it from an address that can be reached
+_L1_FIELDS: Final = frozenset({"type", "http"})
+_CPU_FIELDS: Final = frozenset({"type", "staging", "keep_staging", "host", "kv_shape", "kv_dtype"})
+
+
+@dataclass(frozen=True, slots=True)
+class L1Declaration:
+    """The L1 of the `lmcache server` of each node, which loads itself from its own L2 tiers.
+
+    Attributes:
+        name: For people.
+        http: Address of the server's HTTP; it may hold placeholders.
+    """
+
+    name: str
+    http: str
+
+    @property
+    def takes(self) -> type[Key]:
+        """The kind of key that it holds."""
+        return MPKey
+
+    def address(self, place: Place) -> str:
+        """Of the server of one node.
+
+        Raises:
+            ConfigError: The node has no value for a placeholder.
+        """
+        return place.expand(self.http)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCPUDeclaration:
+    """The memory of the classic engine's workers on each node, each loaded from a staging directory of its own.
+
+    Attributes:
+        name: For people.
+        staging: What files for the engine look like, and where: its only path may hold placeholders and holds `{worker}`.
+        host: On which the workers' internal API listens, as their node reaches it; it may hold placeholders.
+        port_start: `internal_api_server_port_start`.
+        keep_staging: Whether files stay in the staging directories when they are loaded.
+    """
+
+    name: str
+    staging: DirectoryDeclaration
+    host: str = _LOOPBACK
+    port_start: int = _API_PORT
+    keep_staging: bool = False
+
+    @property
+    def takes(self) -> type[Key]:
+        """The kind of key that it holds."""
+        return ClassicKey
+
+    def address(self, place: Place, worker: int) -> str:
+        """Of a worker's internal API on one node.
+
+        Raises:
+            ConfigError: The node has no value for a placeholder.
+        """
+        return worker_address(place.expand(self.host), self.port_start, worker)
+
+    def staging_of(self, place: Place, worker: int) -> DirectoryDeclaration:
+        """The staging directory of a worker on one node.
+
+        Raises:
+            ConfigError: The node has no value for a placeholder.
+        """
+        path = Path(str(self.staging.base_paths[0]).replace(WORKER, str(worker)))
+        return replace(self.staging, base_paths=(path,)).at(place)
+
+
+EngineDeclaration = L1Declaration | LocalCPUDeclaration
+
+
+def engine_spec(text: str) -> dict[str, Any] | None:
+    """What a tier's text says of the memory of an engine; None where it names anything else."""
+    if text in ENGINE_KINDS:
+        return {"type": text}
+    try:
+        spec = json.loads(text) if text.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return None  # said by those who read adapters
+    kind = spec.get("type") if isinstance(spec, dict) else None
+    return spec if isinstance(kind, str) and kind in ENGINE_KINDS else None
+
+
+def declared_engine(
+    config: EngineConfig | None, spec: Mapping[str, Any], options: TierOptions
+) -> L1Declaration | LocalCPUDeclaration:
+    """Read what a tier's text says of the memory of an engine.
+
+    Args:
+        config: The classic engine's; None where there is none.
+        spec: See `engine_spec`.
+        options: How staging directories are filled.
+
+    Raises:
+        ConfigError: A field is unknown or wrong, or the engine's configuration does not let its memory be loaded.
+    """
+    return _l1(spec) if spec["type"] == L1 else _local_cpu(config, spec, options)
+
+
+def _l1(spec: Mapping[str, Any]) -> L1Declaration:
+    _expect_known(spec, _L1_FIELDS)
+    http = spec.get("http", SERVER_HTTP)
+    if not isinstance(http, str) or not http.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"tier {L1!r}: http must be the address of the server's HTTP, such as {SERVER_HTTP}, not {http!r}"
+        )
+    places.check(http)
+    return L1Declaration(f"{L1}:{http}", http)
+
+
+def _local_cpu(config: EngineConfig | None, spec: Mapping[str, Any], options: TierOptions) -> LocalCPUDeclaration:
+    _expect_known(spec, _CPU_FIELDS)
+    if config is None:
+        raise ConfigError(
+            f"tier {LOCAL_CPU!r} is the memory of the classic engine, and no LMCache YAML is given: give --lmcache-config; "
+            f"the memory of `lmcache server` is the tier {L1!r}"
+        )
+    _expect_loadable(config)
+    keep = spec.get("keep_staging", False)
+    if not isinstance(keep, bool):
+        raise ConfigError(f"tier {LOCAL_CPU!r}: keep_staging must be true or false")
+    staging = _staging(config, spec, options)
+    host = spec.get("host", config.engine.get("internal_api_server_host", _LOOPBACK))
+    port = config.engine.get("internal_api_server_port_start", _API_PORT)
+    if type(port) is not int or not isinstance(host, str):
+        raise ConfigError(
+            f"tier {LOCAL_CPU!r}: internal_api_server_port_start must be a number in {config.source}, and "
+            "internal_api_server_host (or host) a text"
+        )
+    host = _LOOPBACK if host in _ANYWHERE else host
+    places.check(host)
+    return LocalCPUDeclaration(LOCAL_CPU, staging, host, port, keep)
+
+
+def _expect_loadable(config: EngineConfig) -> None:
+    """See whether the engine lets anybody load its memory."""
+    engine, where = config.engine, f"tier {LOCAL_CPU!r}: {{}} in {config.source}"
+    if engine.get("internal_api_server_enabled") is not True:
+        raise ConfigError(
+            where.format("internal_api_server_enabled is not true")
+            + ", so engines cannot be asked to load anything: set it, and restart them"
+        )
+    if engine.get("local_cpu", True) is not True:
+        raise ConfigError(where.format("local_cpu is off") + ": engines keep no chunks in memory")
+    if engine.get("internal_api_server_socket_path_prefix"):
+        raise ConfigError(
+            where.format("internal_api_server_socket_path_prefix is set")
+            + ": engines then listen on no port; leave it out"
+        )
+
+
+def _staging(config: EngineConfig, spec: Mapping[str, Any], options: TierOptions) -> DirectoryDeclaration:
+    """Where files are put for the engine: below a plugin's directory, or a path."""
+    given = spec.get("staging")
+    if given is None:
+        given = _only_fs(config)
+    if not isinstance(given, str) or not given:
+        raise ConfigError(
+            f"tier {LOCAL_CPU!r}: staging must be an absolute path, or the name of an fs plugin of {config.source}"
+        )
+    if given in config.plugins and given.split(".", 1)[0] == "fs":
+        config, name = _shaped(config, given, spec), given
+    else:
+        name = LOCAL_CPU
+        config = _shaped(config, name, {**spec, "base_path": given.replace(WORKER, _STAND_IN)})
+    declared = declared_fs(config, name, options)
+    if len(declared.base_paths) > 1:
+        raise ConfigError(f"tier {LOCAL_CPU!r}: staging {given!r} has several directories; name one path")
+    path = str(declared.base_paths[0]).replace(_STAND_IN, WORKER)
+    if WORKER not in path:
+        path = f"{path}/worker-{WORKER}"
+    return replace(declared, name=f"{LOCAL_CPU} staging {given}", base_paths=(Path(path),))
+
+
+def _only_fs(config: EngineConfig) -> str:
+    """The one directory that engines and the warmer are known to share."""
+    found = [name for name in config.plugins if name.split(".", 1)[0] == "fs"]
+    if len(found) != 1:
+        raise ConfigError(
+            f"tier {LOCAL_CPU!r}: {config.source} declares {len(found)} fs plugins, so nothing says where files for the engine "
+            f'can be put: give {{"type": "{LOCAL_CPU}", "staging": "/dev/shm/staging"}}, a directory that the engine reads too'
+        )
+    return found[0]
+
+
+def _shaped(config: EngineConfig, name: str, values: Mapping[str, Any]) -> EngineConfig:
+    """The configuration, with what the tier's own text says of its files; whole headers are the engine's matter."""
+    fields = ("base_path", "kv_shape", "kv_dtype")
+    given = {f"{KEY_ROOT}{name}.{field}": values[field] for field in fields if field in values}
+    return replace(config, extra=config.extra | given)
+
+
+def _expect_known(spec: Mapping[str, Any], known: frozenset[str]) -> None:
+    for name in spec:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ConfigError(f"tier {spec['type']!r}: unknown option {name!r}; {hint}")
