@@ -21,6 +21,8 @@ WAIT_SECS: Final = 1.0
 """How often somebody who is not there is asked again."""
 
 _SHOWN: Final = 300
+START_IT: Final = "start the engine, look at the address, or wait longer (--wait-engine)"
+"""What to do about one who does not come."""
 
 _Answer = TypeVar("_Answer")
 
@@ -108,5 +110,5 @@ def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[floa
             return ask()
         except NotReadyError as error:
             if ends.passed:
-                raise EngineError(f"waited in vain: {error}") from None
+                raise EngineError(f"waited in vain: {error}; {START_IT}") from None
             pause(min(WAIT_SECS, ends.remaining()))

@@ -19,7 +19,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import EngineError, TierError, TierFullError
-from warmer.tiers.engine_http import WAIT_SECS, EngineHTTP, NotReadyError, when_ready
+from warmer.tiers.engine_http import START_IT, WAIT_SECS, EngineHTTP, NotReadyError, when_ready
 from warmer.tiers.listing import listed
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def find_workers(
         if missing and ends.passed:
             if found:
                 break
-            raise EngineError(f"waited in vain for worker {', '.join(map(str, missing))}: {reason}")
+            raise EngineError(f"waited in vain for worker {', '.join(map(str, missing))}: {reason}; {START_IT}")
         if missing:
             pause(min(WAIT_SECS, ends.remaining()))
     return found
