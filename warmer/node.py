@@ -353,7 +353,7 @@ def open_node(config: NodeConfig, place: Place) -> NodeWarmer:
             f"instance {config.instance!r}: the environment variable {settings.token_env} (token_env) is not set on "
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
-    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
+    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES, bulk=True)
     warmer = NodeWarmer(bucket, open_tier(config.tier, place), config.chunk_timeout_secs, config.verify)
     try:
         warmer.check_access()
