@@ -28,7 +28,7 @@ def test_a_process_of_its_own_reads_more_at_a_time():
 def test_what_an_instance_names_holds_there_too(travelled):
     named = settings(max_parallel_reads=8, max_inflight_bytes=64 * MIB)  # the second is the engine's default, said
     if travelled:  # as settings go to the nodes
-        named = pickle.loads(pickle.dumps(named.model_copy(update={"token": None})))
+        named = pickle.loads(pickle.dumps(named.model_copy(update={"token": None})))  # noqa: S301 - our own bytes
     assert Reading.bulk(named) == Reading(8, 8 * MIB, 4 * MIB, 48 * MIB)
     small = settings(max_inflight_bytes=3 * MIB)
     assert Reading.bulk(small) == Reading(64, 3 * MIB, 3 * MIB, 3 * MIB * 3 // 4)
