@@ -184,6 +184,8 @@ def run(python: Path, directory: Path, report: Report) -> None:
     """Go through all steps."""
     tier, model, plan = directory / "tier", directory / "model", directory / "plan.jsonl"
     tier.mkdir()
+    with (directory / "prompts.jsonl").open("w", encoding="utf-8") as out:  # as --prompts takes them
+        out.writelines(json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts())
     subprocess.run(
         [str(python), "-m", "e2e.engine", "model", str(model)],
         env=vllm_environment(),
@@ -217,23 +219,26 @@ def run(python: Path, directory: Path, report: Report) -> None:
             for field in ("tokens", "logprobs"):
                 same = all(one[field] == other[field] for one, other in zip(warm, produced, strict=True))
                 report.expect(f"the same {field} as computed", same, True)
-            corrupt(tier, plan, source, report)
-            spoilt = engine.ask(prompts()[0])
-            changed = spoilt["logprobs"] != produced[0]["logprobs"]
-            report.expect("vLLM takes the corrupted chunk for KV", (spoilt["cached"], changed), (cached[0], True))
+            with corrupted(tier, plan, source, report):
+                spoilt = engine.ask(prompts()[0])
+                changed = spoilt["logprobs"] != produced[0]["logprobs"]
+                report.expect("vLLM takes the corrupted chunk for KV", (spoilt["cached"], changed), (cached[0], True))
 
 
-def corrupt(tier: Path, plan: Path, source: list[str], report: Report) -> None:
-    """Overwrite a chunk of the first prompt, and have `check` find it; the Hub is gone."""
+@contextlib.contextmanager
+def corrupted(tier: Path, plan: Path, source: list[str], report: Report) -> Iterator[None]:
+    """Overwrite a chunk of the first prompt for the block, and have `check` find it; the Hub is gone."""
     first = checked(plan, source)
     report.expect("check: exit code, share right", (first[0], first[1]["share"]), (0, 1.0))
     victim = chunk_of_first_prompt(tier)
-    size = victim.stat().st_size
-    victim.write_bytes(random.Random(1).randbytes(size))
+    content = victim.read_bytes()
+    victim.write_bytes(random.Random(1).randbytes(len(content)))
     code, found = checked(plan, source)
     wrong = [one["key"] for one in found["wrong"]]
     named = len(wrong) == 1 and wrong[0].split("@")[3] in victim.name
     report.expect("check, one chunk corrupted: exit code, named", (code, named), (3, True))
+    yield
+    victim.write_bytes(content)
 
 
 def checked(plan: Path, source: list[str]) -> tuple[int, dict[str, Any]]:
@@ -257,7 +262,9 @@ def main() -> int:
     """Run it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m e2e", description=__doc__)
     parser.add_argument("--vllm-python", type=Path, default=REPOSITORY / ".venv-vllm" / "bin" / "python")
-    parser.add_argument("--keep", type=Path, help="a directory for logs, tier and plan; default: a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="a directory for model, prompts, tier, plan and logs; default: a temporary one"
+    )
     options = parser.parse_args()
     report = Report()
     with contextlib.ExitStack() as stack:
