@@ -288,9 +288,10 @@ def main() -> None:
             if options.delay_ms:
                 hub.control.add_fault(Fault(delay_s=options.delay_ms / 1000))
             rows: dict[str, list[Row]] = {side: [] for side in sides}
-            for _ in range(options.runs):
+            for number in range(options.runs):
                 for side in sides:
-                    rows[side].append(bench.measure(case, side, digests))
+                    rows[side].append(row := bench.measure(case, side, digests))
+                    print(f"{case.name}, run {number + 1}, {side}: {row['seconds']:.2f} s", file=sys.stderr, flush=True)
             figures[case.name] = {"runs": rows, "ratios": print_case(case, rows)}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
