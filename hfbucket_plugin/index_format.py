@@ -46,20 +46,31 @@ MAX_POINTER_BYTES: Final = 64 * 1024
 _NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,200}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _HEADER_BYTES: Final = 64 * 1024
+_PREAMBLE: Final = 10
+"""Magic, version, and the length of the header's text in 2 bytes, little-endian."""
+
+_HEADER_ROOM: Final = 1024
+"""Bytes of a header that we write: a multiple of 64, as the format asks for, with room for more columns."""
 
 
 def header_of(dtype: np.dtype[Any], rows: int) -> bytes:
-    """The first bytes of a file of so many rows, for writers that stream them."""
+    """The first bytes of a file of so many rows, for writers that stream them: as many whatever the number of rows is."""
     out = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)  # type: ignore[no-untyped-call] # NumPy gives it no types
     described = {"descr": descr, "fortran_order": False, "shape": (rows,)}
     np.lib.format.write_array_header_1_0(out, described)  # type: ignore[no-untyped-call] # same
-    return out.getvalue()
+    header = out.getvalue()
+    text = header[_PREAMBLE:].rstrip().ljust(_HEADER_ROOM - _PREAMBLE - 1) + b"\n"
+    return header[: _PREAMBLE - 2] + len(text).to_bytes(2, "little") + text
 
 
 def to_bytes(rows: Rows) -> bytes:
     """Rows as a file."""
     return header_of(rows.dtype, len(rows)) + rows.tobytes()
+
+
+class FormatError(IntegrityError):
+    """An object is, whole as it is, none of a key index; or one of a version that this one does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +97,16 @@ def read_header(file: BinaryIO, what: str) -> Header:
     """Read the header of a file, and leave it at its first row.
 
     Raises:
-        IntegrityError: It has none of ours; the message names `what`.
+        FormatError: It has none of ours; the message names `what`.
     """
     try:
         if np.lib.format.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call] # NumPy gives it no types
             raise ValueError("it is no .npy of version 1.0")  # noqa: TRY301 - one message for all that may be wrong
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call] # same
     except Exception as error:  # noqa: BLE001 - garbage makes NumPy's parser raise whatever it likes
-        raise IntegrityError(f"{what}: no table of a key index: {error}") from None
+        raise FormatError(f"{what}: no table of a key index: {error}") from None
     if fortran or len(shape) != 1 or dtype.hasobject or dtype.names is None:
-        raise IntegrityError(f"{what}: no table of a key index: an array of another kind")
+        raise FormatError(f"{what}: no table of a key index: an array of another kind")
     return Header(dtype, int(shape[0]), file.tell())
 
 
@@ -104,7 +115,7 @@ def _rows(data: bytearray | bytes, wanted: np.dtype[Any], what: str) -> Rows:
     header = read_header(io.BytesIO(memoryview(data)[:_HEADER_BYTES]), what)
     check_columns(header, wanted, what)
     if header.file_bytes != len(data):
-        raise IntegrityError(f"{what}: {len(data)} bytes, and its header promises {header.file_bytes}")
+        raise FormatError(f"{what}: {len(data)} bytes, and its header promises {header.file_bytes}")
     return np.frombuffer(data, header.dtype, header.rows, header.offset)
 
 
@@ -112,23 +123,23 @@ def check_columns(header: Header, wanted: np.dtype[Any], what: str) -> None:
     """Make sure that a file has the columns that are wanted, of their types.
 
     Raises:
-        IntegrityError: One is missing, or of another type.
+        FormatError: One is missing, or of another type.
     """
     for name in wanted.names or ():
         if name not in (header.dtype.names or ()) or header.dtype[name] != wanted[name]:
-            raise IntegrityError(f"{what}: no table of a key index that this version reads: column {name!r}")
+            raise FormatError(f"{what}: no table of a key index that this version reads: column {name!r}")
 
 
 def snapshot_of(data: bytearray | bytes, what: str) -> Table:
     """The table of a snapshot, over the very bytes.
 
     Raises:
-        IntegrityError: They are no snapshot.
+        FormatError: They are no snapshot.
     """
     try:
         return Table(_rows(data, ROW, what))
     except ValueError as error:
-        raise IntegrityError(f"{what}: {error}") from None
+        raise FormatError(f"{what}: {error}") from None
 
 
 def changes_of(data: bytearray | bytes, written_at: float, what: str) -> Rows:
@@ -140,7 +151,7 @@ def changes_of(data: bytearray | bytes, written_at: float, what: str) -> Rows:
         what: Names it in errors.
 
     Raises:
-        IntegrityError: It is no journal.
+        FormatError: It is no journal.
     """
     entries = _rows(data, JOURNAL, what)
     entries = entries[(entries["kind"] == PUT) | (entries["kind"] == DELETED)]
@@ -188,7 +199,7 @@ class Pointer:
         """Read an object; fields that are not known are passed over.
 
         Raises:
-            IntegrityError: It is no pointer, or one of a later version.
+            FormatError: It is no pointer, or one of a later version.
         """
         try:
             record = json.loads(bytes(data))
@@ -209,7 +220,7 @@ class Pointer:
             if not _NAME.fullmatch(pointer.snapshot) or not _HASH.fullmatch(pointer.xet_hash):
                 raise ValueError("its snapshot has no name or no hash")  # noqa: TRY301
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-            raise IntegrityError(f"{what}: no pointer to a key index: {type(error).__name__}: {error}") from None
+            raise FormatError(f"{what}: no pointer to a key index: {type(error).__name__}: {error}") from None
         return pointer
 
 
