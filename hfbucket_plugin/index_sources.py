@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -208,7 +209,7 @@ class ListingSource:
         """List everything, a page at a time, as far as other calls leave room."""
         del view
         result = Refreshed(alive=False, renewed=True, calls=0)
-        began: float | None = None
+        began = time.time()  # ours, where the Hub does not tell its own
         parts: list[Rows] = []
         size = 0
         cursor: str | None = None
@@ -222,15 +223,15 @@ class ListingSource:
             )
             result.calls += 1
             if date is not None:
+                began = date.timestamp() if result.date is None else began
                 result.date = date.timestamp()
-                began = result.date if began is None else began
             parts.append(listed_rows(infos, self.bucket.handle))
             size += parts[-1].nbytes + 8 * len(parts[-1])
             if size > self.max_bytes:
                 raise TooLargeError(f"the instance holds more keys than index_max_bytes permits ({self.max_bytes})")
             if cursor is None:
                 break
-        listed = (began or 0.0) - CLOCK_MARGIN_SECS
+        listed = began - CLOCK_MARGIN_SECS
         rows = last_of_each(in_order(np.concatenate(parts))) if parts else np.zeros(0, ROW)
         result.view, result.listed = View(Table(rows), listed, listed), listed
         return result

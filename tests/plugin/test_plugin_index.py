@@ -177,7 +177,7 @@ def test_an_object_that_is_gone_is_a_miss_and_then_asked_for(hub, bucket, surfac
     assert hub_calls(hub) == {"paths-info": 1}
     assert reader.get([0]) == [noise(CHUNK_BYTES, 99)]
     assert reader.get([1]) == [content(1)]
-    assert hub_calls(hub) == {"paths-info": 2}  # all hits are doubted for a while
+    assert hub_calls(hub) == {"paths-info": 3}  # all hits are doubted for a while
     assert chunks_counted(reader.instance, "get")["missing"] == 1
 
 
