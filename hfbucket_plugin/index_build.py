@@ -277,11 +277,12 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
         raise FormatError(f"{name}: {pointer.size} bytes, and its header promises {header.file_bytes}")
 
 
-def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
-    """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
+def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot and name it; no reader looks at it before `IndexStore.publish`.
 
     Raises:
-        HFBucketError: It is not published, or nobody knows.
+        IntegrityError: The store took something else than the file.
+        HFBucketError: It is not there, or nobody knows.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(built.path.open("rb"))
@@ -294,5 +295,15 @@ def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
         )
     if xet_hashes([built.path])[0] != pointer.xet_hash:
         raise IntegrityError(f"{built.path}: the store took something else than the file: it is not published")
+    return pointer
+
+
+def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
+
+    Raises:
+        HFBucketError: It is not published, or nobody knows.
+    """
+    pointer = put(store, built, deadline)
     store.publish(pointer, deadline)
     return pointer
