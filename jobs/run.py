@@ -241,7 +241,7 @@ class Job:
         )
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
-        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
+        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else files_in(bucket)
         path = plan_dir(order.plan_dir) / _file_name(header)
 
         def in_time() -> None:
@@ -390,7 +390,8 @@ def _file_name(header: Header) -> str:
     return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
 
-def _files_in(bucket: Bucket) -> int | None:
+def files_in(bucket: Bucket) -> int | None:
+    """How many objects the bucket says that it has; None where it does not say."""
     total = bucket.info(Deadline.after(REQUEST_SECS)).get("totalFiles")
     return total if type(total) is int else None
 
