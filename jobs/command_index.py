@@ -15,7 +15,6 @@ from jobs.session import Session, options_checked
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import timedelta
-    from pathlib import Path
 
     from hfbucket_plugin.named import NamedInstance
     from jobs.index_report import IndexSummary
@@ -49,12 +48,7 @@ def index(  # noqa: PLR0917 - Typer makes options of them
     ] = False,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(
-            "--tmp-dir", metavar="DIR", help="Put snapshots together here: 200 bytes of disk a key. Default: TMPDIR."
-        ),
-    ] = None,
+    scratch: options.ScratchDir = None,
     report: options.Report = None,
     metrics_textfile: options.MetricsFile = None,
 ) -> None:
