@@ -26,7 +26,8 @@ from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.index_store import DIRECTORY, JOURNALS, IndexStore
 
-KEYS = range(5)
+KEYS = range(6)
+"""Even ones are the first writer's as a rule, odd ones the second one's."""
 WRITERS = (0, 1)
 NEVER = 3600.0
 BY_HAND = {"index": "snapshot", "index_refresh_secs": NEVER, "index_journal_secs": NEVER, "metadata_cache_ttl_secs": 0}
@@ -112,20 +113,27 @@ class Fleet(RuleBasedStateMachine):
 
     # --- what engines do --------------------------------------------------------------------------------------------
 
-    @rule(writer=writers, chosen=strategies.sets(numbers, min_size=1))
-    def put(self, writer, chosen):
+    @rule(chosen=strategies.sets(numbers, min_size=1, max_size=4), swapped=strategies.sampled_from([0, 0, 0, 1]))
+    def put(self, chosen, swapped):
+        for writer in WRITERS:
+            own = sorted(number for number in chosen if (number + swapped) % 2 == writer)
+            if own:
+                self._put(writer, own)
+
+    def _put(self, writer, chosen):
         surface = self.surfaces[writer]
-        surface.put(sorted(chosen))
+        surface.put(chosen)
         for number in chosen:
-            if number not in self.unsure and not self.there[number]:
+            if number in self.unsure:  # it may have been believed to be there already
+                self.untold[writer].add(number)
+            elif not self.there[number]:
                 self._did(writer, number, True)
-            elif number in self.unsure:
-                self.there[number] = True
-        sure = sorted(chosen - self.unsure)
+        sure = [number for number in chosen if number not in self.unsure]
         assert surface.lookup(sure) == [True] * len(sure)
 
-    @rule(writer=writers, number=numbers)
-    def delete(self, writer, number):
+    @rule(number=numbers, swapped=strategies.sampled_from([0, 0, 0, 1]))
+    def delete(self, number, swapped):
+        writer = (number + swapped) % 2
         surface = self.surfaces[writer]
         surface.delete([number])
         self._did(writer, number, False)
@@ -145,46 +153,58 @@ class Fleet(RuleBasedStateMachine):
             assert index.flush()
         self.untold[writer].clear()
 
+    @rule(chosen=strategies.sets(numbers, min_size=1, max_size=3))
+    def news_arrives(self, chosen):
+        self.put(chosen, 0)
+        for writer in WRITERS:
+            self.tell(writer)
+        self.check()
+
+    @rule(number=numbers)
+    def news_of_a_delete_arrives(self, number):
+        self.delete(number, 0)
+        self.tell(number % 2)
+        self.check()
+
     @rule(who=strategies.sampled_from((*WRITERS, "reader")))
     def refresh(self, who):
         index_of(self.reader if who == "reader" else self.surfaces[who]).refresh()
 
     # --- what happens to them -----------------------------------------------------------------------------------------
 
-    @rule(number=numbers, seed=strategies.integers(0, 3))
-    def somebody_elses_put(self, number, seed):
-        data = noise(CHUNK_BYTES, 1000 * number + seed)
-        self.ever[number].add(data)
-        upload(self.hub.endpoint, self.bucket, {path_of(self.reader, number): data})
-        self.there[number] = True
+    @rule(number=numbers, seed=strategies.integers(0, 3), puts=strategies.booleans())
+    def somebody_else(self, number, seed, puts):
+        path = path_of(self.reader, number)
+        if puts:
+            data = noise(CHUNK_BYTES, 1000 * number + seed)
+            self.ever[number].add(data)
+            upload(self.hub.endpoint, self.bucket, {path: data})
+        else:
+            HfApi(endpoint=self.hub.endpoint, token=False).batch_bucket_files(self.bucket, delete=[path])
         self.unsure.add(number)
 
-    @rule(number=numbers)
-    def somebody_elses_delete(self, number):
-        api = HfApi(endpoint=self.hub.endpoint, token=False)
-        api.batch_bucket_files(self.bucket, delete=[path_of(self.reader, number)])
-        self.there[number] = False
-        self.unsure.add(number)
-
-    def _journals(self):
-        return [path for path in paths(self.hub.endpoint, self.bucket) if f"{JOURNALS}/" in path]
+    def _journal(self, data):
+        """A journal, and the keys that its writer has done anything to since all was settled."""
+        listed = paths(self.hub.endpoint, self.bucket)
+        if not (journals := [path for path in listed if f"{JOURNALS}/" in path]):
+            return None
+        chosen = data.draw(strategies.sampled_from(journals))
+        of = [writer for writer in WRITERS if index_of(self.surfaces[writer])._journal.writer in chosen]
+        self.unsure.update(number for number in KEYS if not of or self.last[number] in of)
+        return chosen
 
     @rule(data=strategies.data())
     def a_journal_is_lost(self, data):
-        if journals := self._journals():
-            lost = data.draw(strategies.sampled_from(journals))
+        if lost := self._journal(data):
             HfApi(endpoint=self.hub.endpoint, token=False).batch_bucket_files(self.bucket, delete=[lost])
-            self.unsure.update(KEYS)
 
     @rule(data=strategies.data(), later=strategies.booleans())
     def a_journal_is_there_twice(self, data, later):
-        if journals := self._journals():
-            chosen = data.draw(strategies.sampled_from(journals))
+        if chosen := self._journal(data):
             with opened(self.hub.endpoint, self.bucket, PREFIX) as door:
                 info = door.stat([chosen], Deadline.after(SECS))[chosen]
                 copy = f"{chosen[:-16]}{999_999_000_000 + next(_numbers):012d}.npy" if later else chosen
                 door.add({copy: info.content}, Deadline.after(SECS))
-            self.unsure.update(number for number in KEYS if self.last[number] is not None)
 
     # --- the builder --------------------------------------------------------------------------------------------------
 
@@ -222,10 +242,14 @@ class Fleet(RuleBasedStateMachine):
         """Everybody tells all there is, it is listed, and everybody looks."""
         for writer in WRITERS:
             self.tell(writer)
-        time.sleep(0.2)  # what a journal's upload may add to the times in it, or else they might be later than the listing
+        time.sleep(
+            0.2
+        )  # what a journal's upload may add to the times in it, or else they might be later than the listing
         self._make_index(None, True)
         for surface in [*self.surfaces, self.reader]:
             index_of(surface).refresh()
+        listed = set(paths(self.hub.endpoint, self.bucket))
+        self.there = {number: path_of(self.reader, number) in listed for number in KEYS}
         self.unsure.clear()
         self.last = dict.fromkeys(KEYS)
         self.check()
@@ -255,7 +279,7 @@ def test_a_fleet(hub, monkeypatch, kind):
         run_state_machine_as_test(
             Fleet,
             settings=settings(
-                max_examples=8 if kind == "mp" else 3,
+                max_examples=6 if kind == "mp" else 2,
                 stateful_step_count=25,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
