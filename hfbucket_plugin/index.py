@@ -271,7 +271,7 @@ class KeyIndex:
             else:
                 self._recent.listed(hub=result.listed)
                 self._journal.forget_before(now - (self._hub_now() - result.listed))
-        self._recent.journalled(result.own_seq)
+        self._recent.journalled(min(result.own_seq, self._journal.told))
         if result.view is not None:
             self._recent.overruled(result.view.changes)
         for outcome, number in (("folded", result.folded), ("garbage", result.garbage), ("unread", result.unread)):

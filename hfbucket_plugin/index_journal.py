@@ -83,6 +83,9 @@ class JournalWriter:
         self._lock = threading.Lock()
         self._seq = 0
         self._last_name = ""
+        self.told = 0
+        """Number of the last entry that is in a journal."""
+
         self._waiting: deque[Entry] = deque()
         self._growing: Sequence[Entry] = ()
         self._growing_name: str | None = None
@@ -130,6 +133,7 @@ class JournalWriter:
             while self._waiting and self._waiting[0].seq <= draft.name.seq:
                 self._waiting.popleft()
             self._growing, self._growing_name = draft.entries, draft.name.text
+            self.told = draft.name.seq
 
     def forget_before(self, at: float) -> int:
         """Drop what happened before a moment in monotonic seconds: a snapshot tells of it by now.
