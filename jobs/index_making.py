@@ -152,6 +152,9 @@ class Maker:
                 return index_build.from_journals(self._bucket, self._store, directory, REQUEST_SECS), ""
             except (MissingError, IntegrityError) as error:
                 problem = error
+            except TransportError as error:  # hf_xet does not always say that the store lacks something
+                if number == _TRIES - 1 and problem is None:
+                    raise
                 _log.warning("the snapshot before, or a journal, could not be read: %s", error)
         return None, f"the snapshot before, or a journal, cannot be read ({problem})"
 

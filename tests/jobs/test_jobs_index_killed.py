@@ -4,13 +4,12 @@ import signal
 
 import pytest
 from depot import PREFIX, ended, key
-from index_depot import JOURNALS, SNAPSHOTS, Writer, build, door, listed, of_index, pointer, seen, strangers
+from index_depot import JOURNALS, SNAPSHOTS, Writer, build, door, listed, objects, of_index, pointer, seen, strangers
 from plugin_support import eventually
 
 from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.hub import HubClient
-from hfbucket_plugin.index_store import IndexStore
 from jobs.claims import INDEXING
 from jobs.lock import Lock
 from localhub.faults import Fault
@@ -57,17 +56,18 @@ def take_locks_away(depot):
     return locks
 
 
-@pytest.mark.parametrize("how", [[], ["--full"]], ids=["journals", "listing"])
+# The first calls are the same ones: the lock, and what there is.
+@pytest.mark.parametrize("how", [([], 0, 1), (["--full"], 6, 2)], ids=["journals", "listing"])
 def test_a_builder_that_is_killed_at_any_call_leaves_an_index_that_is_right(stocked, killed_at, monkeypatch, how):
+    more, first, step = how
     monkeypatch.setattr("hfbucket_plugin.index_build.CLOCK_MARGIN_SECS", 0.0)
-    options = [*how, "--keep", "1", "--grace", "0s"]
+    options = [*more, "--keep", "1", "--grace", "0s"]
     build(stocked)
     writer = Writer(stocked)
     keys = [*KEYS, *(key(100 + number) for number in range(60))]
-    before = None
-    for number in range(60):
+    for number in range(first, 60, step):
         writer.put(key(100 + number))
-        writer.delete(key(100 + number - 1) if number else KEYS[0])
+        writer.delete(key(100 + number - step) if number > first else KEYS[0])
         writer.tell()
         before = strangers(stocked)
         calls = killed_at(number)
@@ -93,7 +93,8 @@ def test_a_builder_that_is_killed_outright_keeps_others_out_for_a_while(stocked)
     build(stocked)
     first = pointer(stocked)
     stocked.put([key(70)], age=0)
-    rule = stocked.hub.control.add_fault(Fault(route="reconstruction", hang=True))
+    there = "|".join(content for content, _ in objects(stocked).values())
+    stocked.hub.control.add_fault(Fault(path_regex=f"reconstructions/(?!{there})", hang=True))
     process = stocked.started("index", "--full", "--lock-lifetime", "4s")
     eventually(lambda: len(of_index(stocked, SNAPSHOTS)) == 2)  # it is uploaded, and about to be read back
 
@@ -101,7 +102,6 @@ def test_a_builder_that_is_killed_outright_keeps_others_out_for_a_while(stocked)
     assert ended(process).code == -signal.SIGKILL
     stocked.hub.control.clear_faults()
 
-    assert rule is not None
     assert pointer(stocked) == first
     assert set(seen(stocked, KEYS)) == set(KEYS)
     refused = []
@@ -184,24 +184,23 @@ def test_a_snapshot_before_that_is_lost_is_replaced_by_one_of_a_listing(stocked)
     stocked.put([key(73)], age=0)
     with door(stocked) as (bucket, _):
         info = next(iter(bucket.list_objects(f"{PREFIX}/.hfbucket/index/snapshots/", 30)))
-    real = IndexStore.read_journals
     stocked.hub.control.add_fault(Fault(path_regex=f"reconstructions/{info.content.xet_hash}", status=404))
 
-    told = build(stocked).summary
+    ran = eventually(lambda: (ran := stocked.run("index")).code == 0 and ran)  # hf_xet may not know why it got nothing
 
-    assert real is IndexStore.read_journals
-    assert told["made_of"] == "listing"
-    assert "cannot be read" in told["why"]
+    assert ran.summary["made_of"] == "listing"
+    assert "cannot be read" in ran.summary["why"]
     assert key(73) in seen(stocked, [key(73)])
 
 
 def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
     build(stocked)
+    (first,) = of_index(stocked, SNAPSHOTS)
     writer = Writer(stocked)
     snapshots = []
     for number in range(3):
         writer.put(key(200 + number))
-        told = writer.tell()
+        writer.tell()
         build(stocked)
         snapshots.append(pointer(stocked).snapshot)
     index = f"{PREFIX}/.hfbucket/index"
@@ -213,7 +212,10 @@ def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
         f"{index}/more": b"c",
     }
     stocked.put_paths(strange, age=2 * 3600)
-    stocked.make_older(own, 2 * 3600)
+    for number, name in enumerate([f"{index}/snapshots/{one}" for one in snapshots]):
+        stocked.make_older([name], (8 - number) * 3600)
+    stocked.make_older(of_index(stocked, JOURNALS), 2 * 3600)
+    stocked.make_older([first], 9 * 3600)
     other = Writer(stocked)
     other.put(key(210))
     fresh = other.tell()
@@ -235,13 +237,12 @@ def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
     assert seen(stocked, keys) == listed(stocked, keys)
 
 
-def test_what_cannot_be_deleted_is_left_and_told_and_the_index_is_published(stocked):
+def test_what_cannot_be_deleted_is_left_and_told_and_the_index_is_published(stocked, monkeypatch):
+    monkeypatch.setattr("jobs.apply._BACKOFF_SECS", 0.01)
     build(stocked)
-    stocked.make_older(of_index(stocked, SNAPSHOTS), 2 * 3600)
-    stocked.put([key(74)], age=0)
-    stocked.hub.control.add_fault(Fault(route="batch", items="snapshots", items_regex=r"snapshots/", times=None))
     (old,) = of_index(stocked, SNAPSHOTS)
-    stocked.hub.control.clear_faults()
+    stocked.make_older([old], 2 * 3600)
+    stocked.put([key(74)], age=0)
     stocked.hub.control.add_fault(Fault(route="batch", items=old))
 
     told = build(stocked, "--full", "--keep", "1", code=3).summary
