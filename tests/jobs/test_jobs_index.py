@@ -4,7 +4,8 @@ import json
 
 import pytest
 from depot import PREFIX, key, mp_key
-from index_depot import SNAPSHOTS, Writer, build, listed, of_index, pointer, seen, strangers
+from index_depot import JOURNALS, SNAPSHOTS, Writer, build, listed, of_index, pointer, seen, strangers
+from lane import EU, Lane
 from plugin_support import download, upload
 
 from localhub.faults import Fault
@@ -199,3 +200,51 @@ def test_a_pause_that_the_hub_asks_for_is_waited_out(stocked):
     stocked.hub.control.add_fault(Fault(route="batch", status=429, headers={"Retry-After": "1"}, times=1))
 
     assert build(stocked).summary["published"]
+
+
+# --- other jobs tell it ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cleanup_tells_readers_what_it_deleted(stocked):
+    stocked.put([key(n) for n in range(300, 310)], age=0)
+    build(stocked)
+
+    assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes", "--batch-size", "3").code == 0
+
+    assert len(of_index(stocked, JOURNALS)) == 1
+    keys = [*KEYS, *(key(n) for n in range(300, 310))]
+    assert seen(stocked, keys) == listed(stocked, keys)
+    assert len(seen(stocked, keys)) == 10
+
+
+def test_a_job_on_an_instance_without_an_index_writes_no_journal(stocked):
+    stocked.put([key(n) for n in range(300, 310)], age=0)
+
+    assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
+
+    assert not any("/index/" in path for path in stocked.all_paths())
+
+
+def test_a_cleanup_that_could_tell_nobody_says_so_and_is_done(stocked, caplog):
+    stocked.put([key(n) for n in range(300, 310)], age=0)
+    build(stocked)
+    stocked.hub.control.add_fault(Fault(route="batch", items="/journal/"))
+
+    assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
+
+    assert f"the key index was not told of {len(KEYS)} objects" in caplog.text
+    assert "jobs index --full" in caplog.text
+
+
+def test_an_export_tells_readers_of_the_destination(hub, new_bucket, tmp_path):
+    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
+    lane.us.put(KEYS)
+    lane.eu.put([KEYS[0]])
+    assert lane.command(["index", "--lmcache-config", str(lane.config), "--instance", EU]).code == 0
+    build_before = pointer(lane.eu)
+
+    assert lane.export().code == 0
+
+    assert pointer(lane.eu) == build_before
+    assert seen(lane.eu, KEYS) == listed(lane.eu, KEYS)
+    assert len(seen(lane.eu, KEYS)) == len(KEYS)
