@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.cli.words import age, count
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, MissingError
 from hfbucket_plugin.index_format import FormatError
@@ -47,6 +49,22 @@ class Found:
         """How many the present snapshot does not cover, as far as they are known."""
         covers = 0.0 if self.pointer is None else self.pointer.covers
         return self.more_journals + sum(journal.at >= covers for journal in self.shelf.journals)
+
+    def line(self, now: datetime) -> str:
+        """For people.
+
+        Args:
+            now: The Hub's time.
+        """
+        pointer = self.pointer
+        if pointer is None:
+            return f"key index: no snapshot that can be read{': ' if self.unknown else ''}{self.unknown}"
+        made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.listed))
+        return (
+            f"key index: {count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing "
+            f"{age(listed, now)} old; {count(self.waiting, 'journal')} since, {self.journals:,} in all, "
+            f"{count(len(self.shelf.snapshots), 'snapshot')}"
+        )
 
     def record(self, now: float) -> dict[str, Any]:
         """For JSON.
