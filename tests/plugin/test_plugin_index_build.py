@@ -16,7 +16,7 @@ from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError
 from hfbucket_plugin.index_format import Pointer, changes_of, snapshot_of, to_bytes
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
-from hfbucket_plugin.index_store import DIRECTORY, JOURNALS, POINTER, SNAPSHOTS, IndexStore, JournalName
+from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS, IndexStore, JournalName
 from hfbucket_plugin.index_table import (
     CHANGE,
     DELETED,
@@ -156,53 +156,6 @@ def test_columns_of_a_later_version_are_kept_when_journals_are_added(hub, bucket
     assert kept.dtype == dtype
     assert kept.tobytes() == rows.tobytes()
     assert (built.listed, built.covers > 10) == (5.0, True)
-
-
-def test_the_built_in_backend_uses_the_same_prefix_beside_an_index(hub, bucket, tmp_path, loop):
-    import yaml
-    from plugin_rig import Rig, engine_config, engine_metadata, served_by_us, taken
-    from plugin_rig import key as classic_key
-
-    text = yaml.safe_dump(
-        {
-            "chunk_size": 256, "local_cpu": False, "save_unfull_chunk": False, "max_local_cpu_size": 0.02,
-            "remote_serde": "naive", "remote_storage_plugins": ["hfbucket"],
-            "extra_config": {"remote_storage_plugin.hfbucket.bucket_handle": f"hf://buckets/{bucket}/{PREFIX}"},
-        }
-    )  # fmt: skip
-    ours = served_by_us(text, "hfbucket")
-    settings = {"endpoint": hub.endpoint, "index": "snapshot", "index_refresh_secs": 3600, "index_journal_secs": 3600}
-    document = yaml.safe_load(ours)
-    document["extra_config"] |= {f"remote_storage_plugin.hfbucket.{name}": value for name, value in settings.items()}
-    build(hub.endpoint, bucket)
-    with pytest.MonkeyPatch.context() as patch:
-        import huggingface_hub.constants
-
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        patch.setenv("HF_ENDPOINT", hub.endpoint)
-        mine = Rig(
-            engine_config(tmp_path / "ours.yaml", yaml.safe_dump(document)),
-            "hfbucket",
-            loop,
-            metadata=engine_metadata(),
-        )
-        mine.connector._store.index.refresh()
-        mine.put([1, 2])
-        assert mine.connector._store.index.flush()
-        theirs = Rig(engine_config(tmp_path / "theirs.yaml", text), "hfbucket", loop, metadata=engine_metadata())
-        try:
-            theirs.put([3])
-            got = taken(theirs.run(theirs.connection.batched_get([classic_key(n) for n in (1, 2, 3)])))
-            assert got == [mine.content(n) for n in (1, 2, 3)]
-            listed = theirs.run(theirs.connection.list())
-            assert sorted(listed) == sorted(classic_key(n).to_string() for n in (1, 2, 3))
-            build(hub.endpoint, bucket)
-            mine.connector._store.index.refresh()
-            assert taken(mine.run(mine.connection.batched_get([classic_key(3)]))) == [mine.content(3)]
-        finally:
-            theirs.close()
-            mine.close()
-    assert any(f"/{DIRECTORY}/" in path for path in paths(hub.endpoint, bucket))
 
 
 # --- journals, notes and views ---------------------------------------------------------------------------------------
