@@ -108,13 +108,14 @@ class KeyIndex:
 
         Args:
             keys: Key strings.
-            misses: Whether a miss may be believed here, where `index_miss` is `trust`.
+            misses: Whether a miss may be believed here, where `index_miss` is `trust`. Where it may not, for puts, neither is
+                what the Hub once said of a key that the index does not know: nobody would tell of its end.
         """
         view = self._usable_view()
         asked = [key for key in keys if not is_probe(key)]  # which LMCache writes and reads to test the bucket itself
         if view is None or not asked:
             return {}
-        misses = misses and self._settings.index_miss == "trust"
+        trusts = misses and self._settings.index_miss == "trust"
         believes = self._clock() >= self._doubt_until
         digests = digests_of(map(encode_name, asked))
         found: dict[str, Content | None] = {}
@@ -123,13 +124,13 @@ class KeyIndex:
             note = self._recent.get(digest.tobytes())
             content = answer if isinstance(answer, Content) else None
             if note is not None:
-                if note.doubtful:
+                if note.doubtful or (note.told and not misses):
                     continue
                 content = note.content
             if content is not None and believes:
                 found[key] = content
                 hits += 1
-            elif content is None and misses:
+            elif content is None and trusts:
                 found[key] = None
         self._count_answers(hits, len(found) - hits, len(asked) - len(found))
         return found

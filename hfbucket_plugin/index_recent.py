@@ -43,6 +43,11 @@ class Note:
     mono: float
     hub: float
 
+    @property
+    def told(self) -> bool:
+        """Whether it is what the Hub said, and nothing that this process did."""
+        return self.seq == _TOLD
+
 
 class Recent:
     """Notes by digest.
@@ -112,7 +117,7 @@ class Recent:
 
     def overruled(self, changes: Table) -> None:
         """Forget what was told before something newer happened to the key, as journals say."""
-        told = [(digest, note) for digest, note in self._copy() if note.seq == _TOLD]
+        told = [(digest, note) for digest, note in self._copy() if note.told]
         if told:
             where = changes.find(np.frombuffer(b"".join(digest for digest, _ in told), "<u8").reshape(-1, 2)).tolist()
             newer = zip(told, where, strict=True)
