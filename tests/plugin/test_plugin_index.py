@@ -307,10 +307,13 @@ def test_an_index_that_is_too_old_is_not_used_until_there_is_a_new_one(hub, buck
 
     assert reader.lookup([0, 1]) == [True, False]
     assert hub_calls(hub) == {"paths-info": 1}
-    index._refreshed("ok")
+    offset = index._hub_offset
+    index.refresh()
     assert gauge(reader, metrics.INDEX_STATE, state="stale") == 1
+    reader.put([2])
+    assert not index.flush()
 
-    index._clock = now
+    index._clock, index._hub_offset = now, offset
     index.refresh()
     hub.control.reset_counters()
     assert reader.lookup([0, 1]) == [True, False]
