@@ -264,7 +264,9 @@ class KeyIndex:
         now = self._clock()
         if result.date is not None:
             self._hub_offset = result.date + 0.5 - now  # a header shows whole seconds
-        self._view, self._alive, self._problem = result.view, result.alive, result.problem
+        self._view, self._problem = result.view, result.problem
+        # What no reader uses any more needs no journals, and nobody would prune them.
+        self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs
         self._renewed_at = began
         if result.renewed:
             if self._settings.index == "listing":

@@ -48,7 +48,8 @@ class Refreshed:
         view: The view from now on; None where there is no index.
         alive: Whether there is one in the bucket, so that journals find readers.
         renewed: Whether the view stands on another snapshot than before.
-        listed: See `Pointer`; of the present snapshot, whether it was loaded or not.
+        covers: See `Pointer`; of the present snapshot, whether it was loaded or not.
+        listed: The same.
         date: The Hub's time, in seconds since 1970, and our monotonic seconds when it came; None where it did not say.
         problem: Why there is no view, or only an older one.
         folded: Journals that were folded in.
@@ -61,6 +62,7 @@ class Refreshed:
     view: View | None = None
     alive: bool = False
     renewed: bool = False
+    covers: float = 0.0
     listed: float = 0.0
     date: float | None = None
     problem: HFBucketError | None = None
@@ -121,7 +123,8 @@ class SnapshotSource:
                 self._follow(shelf.pointer, result)
         result.problem = self._problem
         if self._pointer is not None:
-            result.alive, result.listed = True, self._pointer.listed
+            result.alive = True
+            result.covers, result.listed = self._pointer.covers, self._pointer.listed
         if result.view is not None:
             self._fold(shelf, result.view, result)
         return result

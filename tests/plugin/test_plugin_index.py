@@ -15,6 +15,10 @@ NEVER = 3600.0  # a thread that does nothing by itself: the test does it
 BY_HAND = {"index": "snapshot", "index_refresh_secs": NEVER, "index_journal_secs": NEVER}
 
 
+one_surface = pytest.mark.parametrize("surfaces", ["mp"], indirect=True)
+"""For what lies below both surfaces and does not meet them."""
+
+
 @pytest.fixture
 def indexed(surfaces, hub, bucket):
     """Makes surfaces with an index in use, over what is there by then."""
@@ -96,6 +100,7 @@ def test_what_is_put_and_deleted_elsewhere_is_seen_with_the_next_refresh(hub, bu
     assert counted_by_outcome(reader, metrics.INDEX_JOURNALS)["folded"] == 1
 
 
+@one_surface
 def test_a_journal_grows_and_there_is_one_until_it_is_full(hub, bucket, indexed):
     writer = indexed(index_journal_entries=3)
     reader = indexed()
@@ -110,6 +115,7 @@ def test_a_journal_grows_and_there_is_one_until_it_is_full(hub, bucket, indexed)
     assert reader.get(range(5)) == [content(number) for number in range(5)]
 
 
+@one_surface
 def test_own_entries_stay_known_when_their_journal_was_folded_in(hub, indexed):
     surface = indexed()
     surface.put([0])
@@ -129,6 +135,7 @@ def test_own_entries_stay_known_when_their_journal_was_folded_in(hub, indexed):
     assert len(index_of(surface)._recent) == 0
 
 
+@one_surface
 def test_what_a_snapshot_covers_is_not_told_again(hub, bucket, indexed, monkeypatch):
     monkeypatch.setattr("hfbucket_plugin.index_build.CLOCK_MARGIN_SECS", -2.0)
     writer = indexed()
@@ -145,6 +152,7 @@ def test_what_a_snapshot_covers_is_not_told_again(hub, bucket, indexed, monkeypa
     assert writer.get([0, 1]) == [content(0), content(1)]
 
 
+@one_surface
 def test_a_snapshot_is_made_of_the_one_before_and_the_journals(hub, bucket, surfaces, indexed, monkeypatch):
     surfaces().put([0, 1])
     writer = indexed()
@@ -199,6 +207,7 @@ def test_a_deleted_object_is_found_missing_once_and_no_more(hub, surfaces, index
     assert answers(reader)["miss"] == 0
 
 
+@one_surface
 def test_a_put_asks_the_hub_before_it_writes_over_what_the_index_does_not_know(hub, surfaces, indexed):
     surface = indexed()
     surfaces().put([0])
@@ -211,6 +220,7 @@ def test_a_put_asks_the_hub_before_it_writes_over_what_the_index_does_not_know(h
     assert hub_calls(hub) == {"paths-info": 1}
 
 
+@one_surface
 def test_a_put_of_what_the_index_knows_asks_nothing(hub, surfaces, indexed):
     surfaces().put([0])
     surface = indexed()
@@ -284,6 +294,7 @@ def test_without_a_snapshot_everything_is_as_without_an_index_and_nothing_is_wri
     assert gauge(surface, metrics.INDEX_KEYS) == 1
 
 
+@one_surface
 def test_what_was_put_before_there_was_a_snapshot_that_lacks_it_is_told_when_there_is(hub, bucket, surfaces, indexed):
     writer = surfaces(**BY_HAND)
     eventually(lambda: index_of(writer).status()["state"] == "missing")
@@ -307,16 +318,20 @@ def test_an_index_that_is_too_old_is_not_used_until_there_is_a_new_one(hub, buck
 
     assert reader.lookup([0, 1]) == [True, False]
     assert hub_calls(hub) == {"paths-info": 1}
-    index._refreshed("ok")
+    offset = index._hub_offset
+    index.refresh()
     assert gauge(reader, metrics.INDEX_STATE, state="stale") == 1
+    reader.put([2])
+    assert not index.flush()
 
-    index._clock = now
+    index._clock, index._hub_offset = now, offset
     index.refresh()
     hub.control.reset_counters()
     assert reader.lookup([0, 1]) == [True, False]
     assert hub_calls(hub) == {}
 
 
+@one_surface
 def test_an_index_that_takes_too_much_memory_is_not_used(hub, surfaces, indexed, bucket):
     surfaces().put([0])
     build(hub.endpoint, bucket)
@@ -339,6 +354,7 @@ DAMAGE = {
 }
 
 
+@one_surface
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_index_that_is_broken_is_not_used(hub, bucket, surfaces, damage):
     from plugin_support import download
@@ -361,6 +377,7 @@ def test_an_index_that_is_broken_is_not_used(hub, bucket, surfaces, damage):
     assert index_of(surface).status()["state"] == "usable"
 
 
+@one_surface
 def test_a_pointer_to_a_broken_snapshot_leaves_the_one_before_in_use(hub, bucket, surfaces, indexed):
     surfaces().put([0])
     reader = indexed()
@@ -374,6 +391,7 @@ def test_a_pointer_to_a_broken_snapshot_leaves_the_one_before_in_use(hub, bucket
     assert "no pointer" in index_of(reader).status()["problem"]
 
 
+@one_surface
 def test_garbage_among_journals_is_passed_over_and_counted(hub, bucket, indexed):
     writer, reader = indexed(), indexed()
     writer.put([0])
@@ -391,6 +409,7 @@ def test_garbage_among_journals_is_passed_over_and_counted(hub, bucket, indexed)
     assert good in paths(hub.endpoint, bucket)
 
 
+@one_surface
 def test_a_hub_that_does_not_answer_leaves_the_index_in_use_and_journals_waiting(hub, surfaces, indexed):
     surfaces().put([0])
     surface = indexed()
@@ -406,6 +425,7 @@ def test_a_hub_that_does_not_answer_leaves_the_index_in_use_and_journals_waiting
     assert counted_by_outcome(surface, metrics.INDEX_JOURNALS) == {"written": 1, "not_written": 1}
 
 
+@one_surface
 def test_what_waits_is_bounded(hub, bucket, surfaces, indexed):
     writer = indexed(index_journal_waiting=2)
     reader = indexed()
@@ -439,6 +459,7 @@ def test_an_index_of_its_own_listing(hub, bucket, surfaces):
     assert not any(".hfbucket" in path for path in paths(hub.endpoint, bucket))
 
 
+@one_surface
 def test_it_renews_itself_and_tells_others_by_itself(hub, bucket, surfaces):
     build(hub.endpoint, bucket)
     quick = {"index": "snapshot", "index_refresh_secs": 0.05, "index_journal_secs": 0.05}
@@ -452,6 +473,7 @@ def test_it_renews_itself_and_tells_others_by_itself(hub, bucket, surfaces):
     assert reader.get([0]) == [content(0)]
 
 
+@one_surface
 def test_the_probe_of_lmcaches_health_monitor_never_goes_by_the_index(hub, surfaces, indexed):
     surface = indexed()
     index = index_of(surface)
@@ -464,6 +486,7 @@ def test_the_probe_of_lmcaches_health_monitor_never_goes_by_the_index(hub, surfa
     assert len(index._journal) == 0
 
 
+@one_surface
 def test_names_of_chunks_are_digested_as_they_lie_in_the_bucket(hub, bucket, surfaces, indexed):
     writer = surfaces()
     writer.put([7])
