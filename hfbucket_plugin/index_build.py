@@ -22,7 +22,7 @@ from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, 
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.index_format import FormatError, check_columns, header_of, read_header
 from hfbucket_plugin.index_sources import listed_rows
-from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS
+from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS
 from hfbucket_plugin.index_table import CHANGE, ROW, applied, in_order, last_of_each, newest
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.transfer import Read, xet_hashes
@@ -146,6 +146,7 @@ class Built:
         keys: Rows in it.
         covers: See `Pointer`.
         listed: See there.
+        full: See there.
         garbage: Journals that are none, and were passed over.
     """
 
@@ -153,6 +154,7 @@ class Built:
     keys: int
     covers: float
     listed: float
+    full: float
     garbage: int = 0
 
 
@@ -194,7 +196,7 @@ def from_listing(
         while page := list(islice(infos, _PAGE)):
             file.add(listed_rows(page, bucket.handle))
         path = directory / "snapshot.npy"
-        return Built(path, file.write(path), began, began)
+        return Built(path, file.write(path), began, began, began)
 
 
 def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) -> Iterator[ObjectInfo]:
@@ -241,7 +243,8 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
             path = directory / "snapshot.npy"
             keys = file.write(path)
     before.unlink()
-    return Built(path, keys, max(began, pointer.covers), pointer.listed, garbage)
+    covers = max(began, pointer.covers)
+    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage)
 
 
 def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
@@ -291,7 +294,7 @@ def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
         lease = SourceLease(view)
         stack.callback(lease.revoke)
         pointer = store.put_snapshot(
-            lease, keys=built.keys, covers=built.covers, listed=built.listed, deadline=deadline
+            lease, keys=built.keys, covers=built.covers, listed=built.listed, full=built.full, deadline=deadline
         )
     if xet_hashes([built.path])[0] != pointer.xet_hash:
         raise IntegrityError(f"{built.path}: the store took something else than the file: it is not published")

@@ -172,8 +172,10 @@ class Pointer:
         size: Of the snapshot, in bytes.
         keys: Rows in it.
         covers: Seconds since 1970 by the Hub's clock: what journals told that the Hub took before then is in it.
-        listed: The same: what happened to a key before then is in it, whether a journal told of it or not, since the listing
-            that it was made from began later. `listed <= covers`.
+        listed: The same: what happened to a key before then is in it, or nobody will know of it before the next listing: what
+            later journals tell of earlier times is passed over. `listed <= covers`.
+        full: The same: when the listing began that it goes back to. Everything that happened before is in it, whether a journal
+            told of it or not. `full <= listed`.
         version: Of the schema.
     """
 
@@ -183,6 +185,7 @@ class Pointer:
     keys: int
     covers: float
     listed: float
+    full: float
     version: int = VERSION
 
     @property
@@ -215,6 +218,7 @@ class Pointer:
                 keys=_whole(record["keys"]),
                 covers=_moment(record["covers"]),
                 listed=_moment(record["listed"]),
+                full=_moment(record["full"]),
                 version=version,
             )
             if not _NAME.fullmatch(pointer.snapshot) or not _HASH.fullmatch(pointer.xet_hash):

@@ -20,9 +20,12 @@ writers matter nowhere (those in names are for people, and for the order in whic
 
 **What a snapshot covers.** A builder asks the Hub for the time, and lists afterwards; the time, less a margin
 (`CLOCK_MARGIN_SECS`), becomes `covers`: journals that the Hub took earlier are in the snapshot, and readers pass over them.
-`listed` is the same for the listing of the bucket itself: what happened earlier is in the snapshot whether or not a journal
-tells of it, so older *entries* of later journals are passed over too. A snapshot that was made of its predecessor and of
-journals alone keeps the predecessor's `listed`.
+`listed` is the same for single entries: what happened earlier is in the snapshot, so older *entries* of later journals are passed
+over too. For a snapshot that was made of a listing it is when that began, and then it is so whether or not a journal tells of it.
+One that was made of its predecessor and of journals alone passes over what is told later than `LATE_SECS`: journals grow, and a
+put that is told again after another writer's delete was folded in, and its journal pruned, would bring the key back. So what
+is told later than that (its writer did not reach the Hub for so long) is known with the next listing. `full` says when
+the last one began.
 
 **Folding.** Of all entries for a key the latest counts, and it overrules the snapshot. That is a maximum, so it makes no
 difference in which order journals are seen, how often, or in how many pieces (`index_table.newest`).
@@ -70,6 +73,9 @@ SNAPSHOTS: Final = f"{DIRECTORY}/snapshots"
 
 CLOCK_MARGIN_SECS: Final = 10.0
 """How far the clock that the Hub's answers show may be ahead of the one that stamps objects, and a listing behind."""
+
+LATE_SECS: Final = 3600.0
+"""How late a journal may tell of something; no longer than the time in which a cleanup deletes nothing that is young."""
 
 MAX_JOURNALS: Final = 20_000
 """Journals that a reader takes in: 20 calls for their listing. More mean that no builder runs."""
@@ -271,7 +277,7 @@ class IndexStore:
         self._check(self._bucket.replace(old, {path: content}, deadline), path)
 
     def put_snapshot(
-        self, data: SourceLease, *, keys: int, covers: float, listed: float, deadline: Deadline
+        self, data: SourceLease, *, keys: int, covers: float, listed: float, full: float, deadline: Deadline
     ) -> Pointer:
         """Upload and name a snapshot; nobody looks at it before `publish`.
 
@@ -280,6 +286,7 @@ class IndexStore:
             keys: Rows in it.
             covers: See `Pointer`.
             listed: See there.
+            full: See there.
             deadline: When to give up.
 
         Raises:
@@ -289,7 +296,7 @@ class IndexStore:
         if content.size != data.size:
             raise IntegrityError(f"{content.size} of {data.size} bytes of the snapshot were taken")
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.npy"
-        pointer = Pointer(name, content.xet_hash, content.size, keys, covers, listed)
+        pointer = Pointer(name, content.xet_hash, content.size, keys, covers, listed, full)
         path = self.snapshot_path(pointer)
         self._check(self._bucket.add({path: content}, deadline), path)
         return pointer

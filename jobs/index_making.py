@@ -201,7 +201,7 @@ class Maker:
         """
         before = self._unchanged(found, built)
         if before is not None:
-            pointer = replace(before, covers=built.covers, listed=built.listed)
+            pointer = replace(before, covers=built.covers, listed=built.listed, full=built.full)
         else:
             pointer = index_build.put(self._store, built, self._until)
         try:  # readers are sent to nothing that cannot be read

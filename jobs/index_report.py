@@ -124,7 +124,7 @@ class IndexSummary:
         if self.made is not None and self.made.pointer is not None:
             known |= {"objects": self.made.keys.objects, "bytes": self.made.keys.bytes}
             known |= {"index_covers_timestamp_seconds": self.made.pointer.covers}
-            known |= {"index_listed_timestamp_seconds": self.made.pointer.listed}
+            known |= {"index_listed_timestamp_seconds": self.made.pointer.full}
         if self.differences is not None:
             known |= {"index_differences": self.differences.total}
         return known
@@ -159,7 +159,7 @@ class IndexSummary:
             "snapshot": None if pointer is None else pointer.snapshot,
             "snapshot_bytes": made.file_bytes,
             "covers": None if pointer is None else _told(pointer.covers),
-            "listed": None if pointer is None else _told(pointer.listed),
+            "listed": None if pointer is None else _told(pointer.full),
             "unchanged": made.same,
             "journals": made.journals,
             "garbage": made.garbage,

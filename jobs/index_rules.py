@@ -34,9 +34,9 @@ def why_listing(pointer: Pointer | None, now: float, every_secs: float, journals
         return "there is no snapshot yet"
     if journals > MAX_JOURNALS:
         return f"there are more than {MAX_JOURNALS:,} journals, which nobody reads"
-    if pointer.listed > now + _AHEAD_SECS or pointer.covers > now + _AHEAD_SECS:
+    if pointer.full > now + _AHEAD_SECS or pointer.covers > now + _AHEAD_SECS:
         return "the times of the present snapshot are ahead of the Hub's clock"
-    if now - pointer.listed >= every_secs:
+    if now - pointer.full >= every_secs:
         return "the last listing is older than --full-every"
     return ""
 

@@ -59,7 +59,7 @@ class Found:
         pointer = self.pointer
         if pointer is None:
             return f"key index: no snapshot that can be read{': ' if self.unknown else ''}{self.unknown}"
-        made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.listed))
+        made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
         return (
             f"key index: {count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing "
             f"{age(listed, now)} old; {count(self.waiting, 'journal')} since, {self.journals:,} in all, "
@@ -78,7 +78,7 @@ class Found:
             "keys": None if pointer is None else pointer.keys,
             "bytes": None if pointer is None else pointer.size,
             "age_seconds": None if pointer is None else round(now - pointer.covers, 1),
-            "listed_seconds_ago": None if pointer is None else round(now - pointer.listed, 1),
+            "listed_seconds_ago": None if pointer is None else round(now - pointer.full, 1),
             "snapshots": len(shelf.snapshots),
             "journals": self.journals,
             "journals_waiting": self.waiting,

@@ -49,12 +49,12 @@ class Writer:
         self.depot = depot
         self.journal = JournalWriter(50_000, 50_000)
 
-    def put(self, *keys: str, data: bytes | None = None) -> None:
-        self.depot.put({key: data if data is not None else key.encode() for key in keys}, age=0)
+    def put(self, *keys: str, data: bytes | None = None, age: float = 0.0) -> None:
+        self.depot.put({key: data if data is not None else key.encode() for key in keys}, age=age)
         with door(self.depot) as (bucket, _):
             infos = bucket.stat([self.depot.path(key) for key in keys], Deadline.after(SECS))
         for key in keys:
-            self._note(key, infos[self.depot.path(key)].content)
+            self._note(key, infos[self.depot.path(key)].content, age)
 
     def delete(self, *keys: str) -> None:
         with door(self.depot) as (bucket, _):
@@ -62,8 +62,8 @@ class Writer:
         for key in keys:
             self._note(key, None)
 
-    def _note(self, key: str, content: Content | None) -> None:
-        self.journal.note(digests_of([encode_name(key)]).tobytes(), content, time.monotonic())
+    def _note(self, key: str, content: Content | None, age: float = 0.0) -> None:
+        self.journal.note(digests_of([encode_name(key)]).tobytes(), content, time.monotonic() - age)
 
     def tell(self) -> str:
         draft = self.journal.draft(time.monotonic(), datetime.now(UTC))

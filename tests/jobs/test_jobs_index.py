@@ -1,13 +1,15 @@
 """`python -m jobs index` on a real local Hub: what it builds is what a reader should see, and it touches nothing else."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from depot import PREFIX, key, mp_key
-from index_depot import JOURNALS, SNAPSHOTS, Writer, build, listed, of_index, pointer, seen, strangers
+from depot import HOUR, PREFIX, key, mp_key
+from index_depot import JOURNALS, SNAPSHOTS, Writer, build, door, listed, of_index, pointer, seen, strangers
 from lane import EU, Lane
 from plugin_support import download, upload
 
+from hfbucket_plugin.deadlines import Deadline
 from localhub.faults import Fault
 
 KEYS = [key(number) for number in range(8)] + [mp_key(1)]
@@ -248,3 +250,30 @@ def test_an_export_tells_readers_of_the_destination(hub, new_bucket, tmp_path):
     assert pointer(lane.eu) == build_before
     assert seen(lane.eu, KEYS) == listed(lane.eu, KEYS)
     assert len(seen(lane.eu, KEYS)) == len(KEYS)
+
+
+def test_what_a_growing_journal_tells_again_does_not_come_back(stocked):
+    """A writer put a chunk long ago, somebody deleted it, a build knew of both; then the writer's journal grows."""
+    build(stocked)
+    with door(stocked) as (_, store):
+        earlier = pointer(stocked)
+        long_ago = replace(
+            earlier, covers=earlier.covers - 3 * HOUR, listed=earlier.listed - 3 * HOUR, full=earlier.full
+        )
+        store.publish(long_ago, Deadline.after(30))
+    writer, other = Writer(stocked), Writer(stocked)
+    writer.put(key(400), age=2 * HOUR)
+    journals = [writer.tell()]
+    other.delete(key(400))
+    journals.append(other.tell())
+    stocked.make_older(journals, 600)
+    assert build(stocked).summary["made_of"] == "journals"
+    assert seen(stocked, [key(400)]) == {}
+
+    writer.put(key(401))
+    writer.tell()
+
+    assert list(seen(stocked, [key(400), key(401)])) == [key(401)]
+    build(stocked)
+    assert list(seen(stocked, [key(400), key(401)])) == [key(401)]
+    assert pointer(stocked).full == earlier.full

@@ -16,7 +16,7 @@ from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError
 from hfbucket_plugin.index_format import Pointer, changes_of, snapshot_of, to_bytes
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
-from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS, IndexStore, JournalName
+from hfbucket_plugin.index_store import JOURNALS, LATE_SECS, POINTER, SNAPSHOTS, IndexStore, JournalName
 from hfbucket_plugin.index_table import (
     CHANGE,
     DELETED,
@@ -148,14 +148,14 @@ def test_columns_of_a_later_version_are_kept_when_journals_are_added(hub, bucket
     (tmp_path / "work").mkdir()
     with opened(hub.endpoint, bucket, PREFIX) as door:
         store = IndexStore(door, "builder")
-        index_build.publish(store, index_build.Built(path, len(rows), 10.0, 5.0), Deadline.after(SECS))
+        index_build.publish(store, index_build.Built(path, len(rows), 10.0, 5.0, 3.0), Deadline.after(SECS))
 
         built = index_build.from_journals(door, store, tmp_path / "work", SECS)
 
     kept = np.load(built.path)
     assert kept.dtype == dtype
     assert kept.tobytes() == rows.tobytes()
-    assert (built.listed, built.covers > 10) == (5.0, True)
+    assert (built.full, built.listed, built.covers > 10) == (3.0, built.covers - LATE_SECS, True)
 
 
 # --- journals, notes and views ---------------------------------------------------------------------------------------

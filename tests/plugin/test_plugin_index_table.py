@@ -209,7 +209,7 @@ def test_a_header_tells_how_long_the_file_is():
     assert (header.rows, header.file_bytes) == (7, len(data))
 
 
-POINTER = Pointer("20260101T000000Z-ab.npy", HASHES[1], 100, 3, 20.5, 10.0)
+POINTER = Pointer("20260101T000000Z-ab.npy", HASHES[1], 100, 3, 20.5, 10.0, 5.0)
 
 
 def test_a_pointer_is_read_as_it_was_written():
@@ -230,6 +230,7 @@ def test_a_pointer_is_read_as_it_was_written():
         {"keys": None},
         {"covers": float("nan")},
         {"listed": "today"},
+        {"full": None},
     ],
 )
 def test_what_is_no_pointer_is_refused(change):

@@ -44,7 +44,7 @@ def check(case: Case) -> Finding:
 def _judge(case: Case, shelf: Shelf, pointer: Pointer) -> Finding:
     settings = case.settings
     now = datetime.fromtimestamp(shelf.date or case.now(), UTC)
-    made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.listed))
+    made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
     journals = sum(journal.at >= pointer.covers for journal in shelf.journals)
     found = (
         f"{count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing {age(listed, now)} old; "
