@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from plugin_support import opened
 
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.index_journal import JournalWriter
+from hfbucket_plugin.index_sources import SnapshotSource
 from hfbucket_plugin.index_store import JOURNALS, SNAPSHOTS, IndexStore
 from hfbucket_plugin.index_table import digests_of
-from hfbucket_plugin.index_view import View
 from hfbucket_plugin.keys import encode_name
 
 if TYPE_CHECKING:
@@ -85,16 +84,10 @@ def seen(depot: Depot, keys: Iterable[str]) -> dict[str, Content]:
     """What a fresh reader knows of keys: those that are in its view, with their contents."""
     keys = list(keys)
     with door(depot) as (_, store):
-        shelf = store.list(Deadline.after(SECS))
-        assert shelf.pointer is not None
-        to = store.read_pointer(shelf.pointer, Deadline.after(SECS))
-        view = View(store.read_snapshot(to, Deadline.after(SECS)), to.covers, to.listed)
-        for _, changes in store.read_journals(
-            [one for one in shelf.journals if one.at >= to.covers], Deadline.after(SECS)
-        ):
-            assert not isinstance(changes, HFBucketError)
-            view = view.folded(changes)
-    found = view.look_up(digests_of(map(encode_name, keys)))
+        refreshed = SnapshotSource(store, "nobody", 2**30).refresh(None)
+    assert refreshed.view is not None
+    assert (refreshed.problem, refreshed.unread, refreshed.garbage) == (None, 0, 0)
+    found = refreshed.view.look_up(digests_of(map(encode_name, keys)))
     return {key: one for key, one in zip(keys, found, strict=True) if hasattr(one, "xet_hash")}
 
 

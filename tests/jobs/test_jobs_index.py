@@ -174,12 +174,13 @@ def test_a_pointer_that_is_none_is_replaced_only_when_that_is_asked_for(stocked)
     "fault",
     [
         Fault(route="tree", path_regex="kv", status=500),
+        Fault(route="tree", path_regex=r"/tree/kv(%2F|/)us(%2F|/)$", truncate_at=40),
         Fault(route="batch", status=500),
         Fault(route="paths-info", status=500),
         Fault(route="shard-upload", status=500),
         Fault(route="reconstruction", status=500),
     ],
-    ids=lambda fault: fault.route,
+    ids=lambda fault: fault.route + (" truncated" if fault.truncate_at else ""),
 )
 def test_a_hub_that_fails_leaves_the_index_as_it_was(stocked, fault, monkeypatch):
     monkeypatch.setattr("jobs.index_job.REQUEST_SECS", 5.0)
