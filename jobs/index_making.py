@@ -6,6 +6,7 @@ Whatever ends this before the pointer is written leaves the snapshot before in u
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -156,6 +157,7 @@ class Maker:
                 if number == _TRIES - 1 and problem is None:
                     raise
                 _log.warning("the snapshot before, or a journal, could not be read: %s", error)
+            shutil.rmtree(directory)
         return None, f"the snapshot before, or a journal, cannot be read ({problem})"
 
     def _of_listing(self, scratch: Path) -> Built:
