@@ -8,8 +8,10 @@ from depot import HOUR, PREFIX, key, mp_key
 from index_depot import JOURNALS, SNAPSHOTS, Writer, build, door, listed, of_index, pointer, seen, strangers
 from lane import EU, Lane
 from plugin_support import download, upload
+from typer.testing import CliRunner
 
 from hfbucket_plugin.deadlines import Deadline
+from jobs.cli import app
 from localhub.faults import Fault
 
 KEYS = [key(number) for number in range(8)] + [mp_key(1)]
@@ -102,6 +104,32 @@ def test_a_dry_run_writes_nothing(stocked):
     assert (told["result"], told["published"], told["left"]["objects"]) == ("planned", False, len(KEYS))
     assert stocked.all_paths() == before
     assert stocked.hub.control.counters().route("batch").requests == 0
+
+
+def test_an_adapters_json_and_all_instances_name_them_too(stocked):
+    params = {"bucket_handle": f"hf://buckets/{stocked.bucket_id}/{PREFIX}", "endpoint": stocked.hub.endpoint}
+    adapter = json.dumps({"type": "hfbucket", "name": "mp.us"} | params)
+    assert CliRunner().invoke(app, ["index", "--l2-adapter", adapter]).exit_code == 0
+    assert pointer(stocked).keys == len(KEYS)
+
+    stocked.others = {"hfbucket.none": "kv/none"}
+    ran = build(stocked, "--all-instances", code=4)  # of the one that holds nothing
+    assert [(one["instance"], one["exit_code"]) for one in ran.summaries] == [("hfbucket.us", 0), ("hfbucket.none", 4)]
+    assert CliRunner().invoke(app, ["index", "--lmcache-config", str(stocked.config)]).exit_code == 2
+
+
+def test_a_report_names_every_object_that_goes(stocked):
+    build(stocked)
+    (old,) = of_index(stocked, SNAPSHOTS)
+    stocked.make_older([old], 2 * HOUR)
+    stocked.put([key(30)], age=0)
+    path = stocked.directory / "report.jsonl"
+
+    build(stocked, "--full", "--keep", "1", "--report", str(path))
+
+    header, gone, summary = map(json.loads, path.read_text().splitlines())
+    assert (header["job"], gone["path"], gone["outcome"], gone["reason"]) == ("index", old, "deleted", "old-snapshot")
+    assert summary["deleted"]["objects"] == 1
 
 
 def test_a_role_that_writes_nothing_publishes_nothing(stocked):
