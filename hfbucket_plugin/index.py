@@ -272,7 +272,7 @@ class KeyIndex:
             if self._settings.index == "listing":
                 self._recent.listed(mono=began)
             else:
-                self._recent.listed(hub=result.listed)
+                self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
                 self._journal.forget_before(now - (self._hub_now() - result.listed))
         self._recent.journalled(min(result.own_seq, self._journal.told))
         if result.view is not None:

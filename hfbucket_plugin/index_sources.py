@@ -50,6 +50,7 @@ class Refreshed:
         renewed: Whether the view stands on another snapshot than before.
         covers: See `Pointer`; of the present snapshot, whether it was loaded or not.
         listed: The same.
+        full: The same.
         date: The Hub's time, in seconds since 1970, and our monotonic seconds when it came; None where it did not say.
         problem: Why there is no view, or only an older one.
         folded: Journals that were folded in.
@@ -64,6 +65,7 @@ class Refreshed:
     renewed: bool = False
     covers: float = 0.0
     listed: float = 0.0
+    full: float = 0.0
     date: float | None = None
     problem: HFBucketError | None = None
     folded: int = 0
@@ -124,7 +126,8 @@ class SnapshotSource:
         result.problem = self._problem
         if self._pointer is not None:
             result.alive = True
-            result.covers, result.listed = self._pointer.covers, self._pointer.listed
+            pointer = self._pointer
+            result.covers, result.listed, result.full = pointer.covers, pointer.listed, pointer.full
         if result.view is not None:
             self._fold(shelf, result.view, result)
         return result

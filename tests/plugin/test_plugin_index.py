@@ -189,6 +189,21 @@ def test_an_object_that_is_gone_is_a_miss_and_then_asked_for(hub, bucket, surfac
     assert chunks_counted(reader.instance, "get")["missing"] == 1
 
 
+def test_a_doubt_outlasts_a_snapshot_that_no_listing_went_into(hub, bucket, surfaces, indexed, monkeypatch):
+    """What no journal tells of is still wrong in the next one that is made of journals, however late it passes over."""
+    surfaces().put([0])
+    reader = indexed()
+    index_of(reader).doubt(reader.name(0))
+    monkeypatch.setattr("hfbucket_plugin.index_build.LATE_SECS", -1000.0)
+    build(hub.endpoint, bucket, incremental=True)
+    index_of(reader).refresh()
+    hub.control.reset_counters()
+
+    assert reader.lookup([0]) == [True]
+
+    assert hub_calls(hub) == {"paths-info": 1}
+
+
 def test_a_deleted_object_is_found_missing_once_and_no_more(hub, surfaces, indexed):
     writer = surfaces()
     writer.put(SIXTEEN)
