@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 MIB: Final = 1024 * 1024
 CHUNK_TOKENS: Final = 256
 SIDES: Final = ("built-in", "ours")
+INDEXED: Final = "indexed"
+"""Ours, with `index: snapshot`."""
+
 BUCKET: Final = "bench/kv"
 
 
@@ -45,6 +48,11 @@ CASES: Final = {
 }
 
 
+def own_settings(side: str) -> dict[str, Any]:
+    """Settings of ours for a side, beside the handle."""
+    return {"index": "snapshot"} if side == INDEXED else {}
+
+
 def classic_yaml(side: str, case: Case, folder: str, *, blocking_secs: float = 30, pool: float = 2.5) -> str:
     """The minimal configuration of a classic engine, with our class named or not.
 
@@ -66,11 +74,12 @@ def classic_yaml(side: str, case: Case, folder: str, *, blocking_secs: float = 3
         "extra_config:",
         f'  remote_storage_plugin.hfbucket.bucket_handle: "hf://buckets/{BUCKET}/{folder}"',
     ]
-    if side == "ours":
+    if side != "built-in":
         lines += [
             "  remote_storage_plugin.hfbucket.module_path: hfbucket_plugin.adapter",
             "  remote_storage_plugin.hfbucket.class_name: HFBucketConnectorAdapter",
         ]
+        lines += [f"  remote_storage_plugin.hfbucket.{name}: {value}" for name, value in own_settings(side).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -84,6 +93,6 @@ def mp_json(side: str, folder: str) -> str:
             "type": "plugin",
             "module_path": "hfbucket_plugin.l2_adapter",
             "class_name": "HFBucketL2Adapter",
-            "adapter_params": own,
+            "adapter_params": own | own_settings(side),
         }
     )

@@ -22,7 +22,7 @@ class Verdict:
         what: What was compared.
         value: The figure.
         target: It is to be this at most.
-        unit: `x`, `MiB` or `s`.
+        unit: `x`, `MiB`, `s`, `ms`, or none for a count.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Verdict:
 
     def __str__(self) -> str:
         word = "met" if self.value <= self.target else "MISSED"
-        digits = {"x": 2, "s": 1}.get(self.unit, 0)
+        digits = {"x": 2, "s": 1, "ms": 2}.get(self.unit, 0)
         return f"{self.what:42} {self.value:7.{digits}f} {self.unit:3}  at most {self.target:5.{digits}f}   {word}"
 
 

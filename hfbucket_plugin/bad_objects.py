@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import DeadlineError, HFBucketError
+from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.handle import RESERVED
-from hfbucket_plugin.transfer import Upload
+from hfbucket_plugin.own_objects import OwnObjects
 from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class BadObjects:
         self._instance = instance
         self._sink = sink
         self._threads = WorkerPool(f"hfbucket-bad-{instance}", 1, _BACKLOG)
-        self._uploads = WorkerPool(f"hfbucket-bad-upload-{instance}", 1, 1)
+        self._own = OwnObjects(bucket, f"bad-{instance}")
 
     def record(self, key: str, content: Content, why: str) -> None:
         """Tell of an object whose content failed its hash in two independent fetches."""
@@ -75,32 +74,15 @@ class BadObjects:
         deadline = Deadline.after(_RECORD_SECS)
         path = self._bucket.handle.join(f"{BAD_DIRECTORY}/{content.xet_hash}.json")
         try:
-            stored = self._upload(json.dumps(record).encode(), deadline)
+            stored = self._own.upload(json.dumps(record).encode(), deadline)
             failed = self._bucket.add({path: stored}, deadline)
-        except (HFBucketError, RuntimeError) as error:
+        except HFBucketError as error:
             _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
             return
         for failure in failed.values():
             _log.warning("[%s] %s: no record was written: %s", self._instance, key, failure.message)
 
-    def _upload(self, data: bytes, deadline: Deadline) -> Content:
-        """Upload a record; hf_xet may hang for longer than its timeouts say, so it is abandoned at the deadline.
-
-        Raises:
-            HFBucketError: It was not uploaded.
-            RuntimeError: This is closed.
-        """
-        upload = Upload()
-        stored = self._uploads.submit(self._bucket.transfer.upload, [data], deadline, upload)
-        try:
-            return stored.result(timeout=deadline.remaining())[0]
-        except FutureTimeoutError as error:
-            self._bucket.transfer.abandon(upload)
-            if isinstance(error, DeadlineError):  # which is a TimeoutError too: the upload's own
-                raise
-            raise DeadlineError(f"not uploaded within {deadline.seconds:g} s; abandoned") from None
-
     def close(self) -> None:
         """Record nothing any more."""
         self._threads.close()
-        self._uploads.close()
+        self._own.close()

@@ -108,11 +108,7 @@ class Bucket:
             HFBucketError: See `HubClient.request`. Pauses that the Hub asked for are not waited out.
         """
         found, answer = self._paths_info(paths, deadline, patient=False)
-        try:
-            date = parsedate_to_datetime(answer.headers.get("date", ""))
-        except ValueError:
-            return found, None
-        return found, date if date.tzinfo is not None else None
+        return found, _date(answer)
 
     def _paths_info(
         self, paths: Sequence[str], deadline: Deadline, *, patient: bool
@@ -151,7 +147,8 @@ class Bucket:
                 raise TransportError(f"tree: the Hub's pages lead back to one that was there: {self._hub.clean(url)!r}")
             asked.add(hash(url))
             each_page()
-            infos, url = self._list(url, Deadline.after(page_secs))
+            infos, answer = self._list(url, Deadline.after(page_secs))
+            url = answer.next_page
             yield from infos
 
     def list_page(self, prefix: str, cursor: str | None, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
@@ -168,22 +165,34 @@ class Bucket:
         Raises:
             HFBucketError: The page did not come.
         """
+        infos, following, _ = self.list_page_dated(prefix, cursor, deadline)
+        return infos, following
+
+    def list_page_dated(
+        self, prefix: str, cursor: str | None, deadline: Deadline
+    ) -> tuple[list[ObjectInfo], str | None, datetime | None]:
+        """One page, see `list_page`, and when the Hub answered it, to the second; None where the answer has no `Date`.
+
+        Raises:
+            HFBucketError: The page did not come.
+        """
         tree = urlsplit(self._tree(prefix))
-        infos, following = self._list(tree._replace(query=cursor or tree.query).geturl(), deadline)
+        infos, answer = self._list(tree._replace(query=cursor or tree.query).geturl(), deadline)
+        following = answer.next_page
         if following is None:
-            return infos, None
+            return infos, None, _date(answer)
         link = urlsplit(following)
         if unquote(link.path) != unquote(urlsplit(self._hub.endpoint).path + tree.path) or not link.query:
             raise TransportError(f"tree: the Hub's next page is elsewhere: {self._hub.clean(following)!r}")
-        return infos, link.query
+        return infos, link.query, _date(answer)
 
     def _tree(self, prefix: str) -> str:
         return f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "") + "?recursive=true"
 
-    def _list(self, url: str, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
+    def _list(self, url: str, deadline: Deadline) -> tuple[list[ObjectInfo], Answer]:
         answer = self._hub.request("GET", url, route="tree", deadline=deadline, attempts=_LIST_ATTEMPTS)
         items = _items(answer.json("tree"), "tree")
-        return [_object_info(item, "tree") for item in items if item.get("type") == "file"], answer.next_page
+        return [_object_info(item, "tree") for item in items if item.get("type") == "file"], answer
 
     def add(self, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
         """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
@@ -194,12 +203,29 @@ class Bucket:
         Raises:
             HFBucketError: The request failed as a whole.
         """
+        return self.replace((), files, deadline)
+
+    def replace(self, old: Sequence[str], files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Name contents, as `add`, and delete what they stand for, by the same call. A new one is named before an old one goes.
+
+        Args:
+            old: Paths to delete.
+            files: Path to content.
+            deadline: When to give up.
+
+        Returns:
+            What failed, by path.
+
+        Raises:
+            HFBucketError: The request failed as a whole.
+        """
         now = int(time.time() * 1000)
         return self._batch(
             [
                 {"type": "addFile", "path": path, "xetHash": content.xet_hash, "mtime": now}
                 for path, content in files.items()
-            ],
+            ]
+            + [{"type": "deleteFile", "path": path} for path in old],
             deadline,
         )
 
@@ -346,6 +372,14 @@ def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
         return ObjectInfo(str(item["path"]), Content(str(item["xetHash"]), int(item["size"])), _time(item))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise TransportError(f"{what}: the Hub's record of {item.get('path')!r} lacks its size, hash or time") from None
+
+
+def _date(answer: Answer) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(answer.headers.get("date", ""))
+    except ValueError:
+        return None
+    return date if date.tzinfo is not None else None
 
 
 def _time(item: dict[str, Any]) -> datetime | None:

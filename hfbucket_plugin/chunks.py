@@ -16,6 +16,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, RefusedError
 from hfbucket_plugin.existence import Existence
 from hfbucket_plugin.guard import Guard
+from hfbucket_plugin.index import KeyIndex
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.lookups import Lookups
@@ -66,7 +67,8 @@ class ChunkStore:
             {"lookup": self._probe_lookup, "read": self._probe_read, "write": self._probe_write},
         )  # fmt: skip
         traffic, quarantine = Traffic(), Quarantine()
-        self._existence = Existence(self.bucket, settings, instance, self.guard, sink)
+        self.index = None if settings.index == "off" else KeyIndex(self.bucket, settings, instance, sink)
+        self._existence = Existence(self.bucket, settings, instance, self.guard, sink, index=self.index)
         self._lookups = Lookups(self._existence, self._outcomes, self.guard, quarantine)
         self._bad = BadObjects(self.bucket, settings, instance, sink)
         self._reader = Reader(
@@ -91,6 +93,8 @@ class ChunkStore:
         )
         self.puts = PutQueue(self._putter, self._outcomes, settings)
         self._next_warm_up = 0.0
+        if self.index is not None:
+            self.index.start()
 
     # --- lookups ----------------------------------------------------------------------------------------------------
 
@@ -195,15 +199,15 @@ class ChunkStore:
             failures = {paths.get(p, p): f for p, f in self.bucket.delete(list(paths), deadline).items()}
         except HFBucketError as error:
             for key in keys:  # it may have been done, and only the answer be missing
-                self._existence.cache.drop(key)
+                self._existence.drop(key)
             self._outcomes.failed("delete", error, len(keys), started)
             raise
         for key in keys:
             if key in failures:
-                self._existence.cache.drop(key)
+                self._existence.drop(key)
                 self._outcomes.warn("delete", failures[key].kind, f"{key}: {failures[key].message}")
             else:
-                self._existence.cache.put(key, None)
+                self._existence.deleted(key)
         self._outcomes.chunks("delete", "deleted", len(keys) - len(failures))
         self._outcomes.chunks("delete", "hub", len(failures))
         self._outcomes.ended("delete", "hub" if failures else "ok", started)
@@ -220,7 +224,7 @@ class ChunkStore:
         """
         started = time.monotonic()
         try:
-            contents = self._existence.contents(keys, deadline, patient=True)
+            contents = self._existence.contents(keys, deadline, patient=True, believe="nothing")
         except HFBucketError as error:
             self._outcomes.failed("delete", error, len(keys), started)
             raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.bucket import MAX_BATCH
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.guard import Guard
+    from hfbucket_plugin.index import KeyIndex
     from hfbucket_plugin.metadata_cache import Question
     from hfbucket_plugin.settings import InstanceSettings
     from hfbucket_plugin.transfer import Content
+
+Belief = Literal["all", "hits", "nothing"]
 
 _THREADS: Final = 8
 _BACKLOG: Final = 64
@@ -43,12 +47,21 @@ class Existence:
         instance: Its name.
         guard: Its `lookup` breaker.
         sink: Where the size of the cache is told.
+        index: Knows most answers already; None where there is none.
     """
 
     def __init__(
-        self, bucket: Bucket, settings: InstanceSettings, instance: str, guard: Guard, sink: metrics.Sink
+        self,
+        bucket: Bucket,
+        settings: InstanceSettings,
+        instance: str,
+        guard: Guard,
+        sink: metrics.Sink,
+        *,
+        index: KeyIndex | None = None,
     ) -> None:
         self._bucket = bucket
+        self._index = index
         self._instance = instance
         self._guard = guard
         self._sink = sink
@@ -61,29 +74,74 @@ class Existence:
 
     def known(self, keys: Sequence[str]) -> dict[str, Content | None]:
         """What is known already of some of the keys; the Hub is not asked."""
-        found = {key: self.cache.get(key) for key in keys}
-        return {key: content for key, (is_known, content) in found.items() if is_known}
+        indexed = self._indexed(keys, "all")
+        found = {key: self.cache.get(key) for key in keys if key not in indexed}
+        return indexed | {key: content for key, (is_known, content) in found.items() if is_known}
 
-    def contents(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False) -> dict[str, Content | None]:
+    def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, Content | None]:
+        if self._index is None or believe == "nothing":
+            return {}
+        return self._index.known(keys, misses=believe == "all")
+
+    def contents(
+        self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
+    ) -> dict[str, Content | None]:
         """What the bucket holds under each key: its content, or None for a miss.
 
-        What is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key that is being asked for
-        already is not asked for again.
+        What the index knows or what is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key
+        that is being asked for already is not asked for again.
 
         Args:
             keys: Key strings.
             deadline: When to give up.
             patient: Whether a question waits for the Hub's pauses and our budget, see `HubClient.request`.
+            believe: What of the index. A wrong miss costs a lookup a recomputation, and a put another upload over what is
+                there: puts believe hits only. Deletes believe nothing.
 
         Raises:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
         """
+        indexed = self._indexed(keys, believe)
+        if indexed:
+            keys = [key for key in keys if key not in indexed]
+            if not keys:
+                return indexed
         if len(keys) <= MAX_BATCH:
-            return self._contents([keys], deadline, patient=patient)
-        values = self.known(keys)
+            return indexed | self._contents([keys], deadline, patient=patient)
+        cached = {key: self.cache.get(key) for key in keys}
+        values = indexed | {key: content for key, (is_known, content) in cached.items() if is_known}
         left = list(dict.fromkeys(key for key in keys if key not in values))
         pages = [left[start : start + MAX_BATCH] for start in range(0, len(left), MAX_BATCH)]
         return values | self._contents(pages, deadline, patient=patient)
+
+    # --- what this process learns by itself -----------------------------------------------------------------------------
+
+    def wrote(self, key: str, content: Content) -> None:
+        """Note what was put under a key."""
+        self.cache.put(key, content)
+        if self._index is not None:
+            self._index.wrote(key, content)
+
+    def deleted(self, key: str) -> None:
+        """Note that a key was deleted."""
+        self.cache.put(key, None)
+        if self._index is not None:
+            self._index.deleted(key)
+
+    def drop(self, key: str) -> None:
+        """Forget a key: nobody knows what became of it, or what is known of it is wrong."""
+        self.cache.drop(key)
+        if self._index is not None:
+            self._index.doubt(key)
+
+    def gone(self, key: str) -> None:
+        """Note that the store lacks what was believed to be under a key.
+
+        What is believed of others is asked anew too, so that stale answers cannot add up to what disables the engine.
+        """
+        self.cache.clear()
+        if self._index is not None:
+            self._index.gone(key)
 
     def _contents(
         self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
@@ -175,6 +233,7 @@ class Existence:
 
     def _stat(self, question: Question, deadline: Deadline, patient: bool) -> None:
         handle = self._bucket.handle
+        asked = time.monotonic()
         try:
             paths = {handle.join(encode_name(key)): key for key in question.keys}
             found = self._bucket.stat(list(paths), deadline, patient=patient)
@@ -187,7 +246,10 @@ class Existence:
         else:
             self._tell_guard(question, None)
             self._sink.gauge(metrics.CACHE_ENTRIES, len(self.cache), instance=self._instance)
-            self.cache.answer(question, {paths[p]: info.content for p, info in found.items() if p in paths})
+            contents = {paths[p]: info.content for p, info in found.items() if p in paths}
+            if self._index is not None:
+                self._index.told({key: contents.get(key) for key in question.keys}, asked)
+            self.cache.answer(question, contents)
 
     def probe(self, deadline: Deadline) -> None:
         """Ask what a lookup asks: whether the Hub answers.
@@ -206,5 +268,7 @@ class Existence:
 
     def close(self) -> None:
         """Take no more questions, and forget all answers."""
+        if self._index is not None:
+            self._index.close()
         self._threads.close()
         self.cache.clear()

@@ -399,6 +399,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             "current_size_bytes": self._usage.total,
             "usage_is_complete": self._usage.complete,
             "max_capacity_bytes": self._max_capacity_bytes,
+            "index": None if self._store.index is None else self._store.index.status(),
         }
 
     def close(self) -> None:

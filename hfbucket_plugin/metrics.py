@@ -36,6 +36,14 @@ WAITING_PUT_BYTES = "hfbucket_waiting_put_bytes"
 CACHE_ENTRIES = "hfbucket_metadata_cache_entries"
 QUARANTINED = "hfbucket_quarantined_contents"
 BAD_OBJECTS = "hfbucket_bad_objects_total"
+INDEX_STATE = "hfbucket_index_state"
+INDEX_KEYS = "hfbucket_index_keys"
+INDEX_BYTES = "hfbucket_index_bytes"
+INDEX_AGE = "hfbucket_index_age_seconds"
+INDEX_REFRESHES = "hfbucket_index_refreshes_total"
+INDEX_JOURNALS = "hfbucket_index_journals_total"
+INDEX_DROPPED = "hfbucket_index_entries_dropped_total"
+INDEX_ANSWERS = "hfbucket_index_answers_total"
 
 _COUNTERS = {
     OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
@@ -44,6 +52,13 @@ _COUNTERS = {
     HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
     BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
     BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
+    INDEX_REFRESHES: ("Refreshes of the key index, by how they ended", ("instance", "outcome")),
+    INDEX_JOURNALS: (
+        "Journals of the key index that were read or written, by what became of them",
+        ("instance", "outcome"),
+    ),
+    INDEX_DROPPED: ("Puts and deletes that no journal will tell of, since too many waited", ("instance",)),
+    INDEX_ANSWERS: ("Keys that the index was asked for: hit, miss, or left for the Hub", ("instance", "outcome")),
 }
 # How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
 _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
@@ -51,6 +66,10 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] =
     IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
     WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
     CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
+    INDEX_STATE: ("1 for the state that the key index is in", ("instance", "state"), "livemax"),
+    INDEX_KEYS: ("Keys of the snapshot that is in use", ("instance",), "livemax"),
+    INDEX_BYTES: ("Memory of the key index", ("instance",), "livesum"),
+    INDEX_AGE: ("Age of the key index in use, at its last refresh", ("instance",), "livemax"),
     QUARANTINED: ("Contents that could not be served of late, and are not offered", ("instance",), "livesum"),
 }
 # From a cached lookup (microseconds) to a put that ran into its deadline.

@@ -206,7 +206,7 @@ class Putter:
         """Release the sources that need no writing, and return the others; where it raises it released none."""
         asked = [source.key for source in sources if not is_probe(source.key)]
         try:
-            contents = self._existence.contents(asked, deadline, patient=True) if asked else {}
+            contents = self._existence.contents(asked, deadline, patient=True, believe="hits") if asked else {}
         except BucketMissingError:
             if not self._settings.create_bucket_if_missing:
                 raise
@@ -307,7 +307,7 @@ class Putter:
         if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
             self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         for source in commit.sources:  # they may be there, and only the answer be missing
-            self._existence.cache.drop(source.key)
+            self._existence.drop(source.key)
         # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.
         self._unclaim(commit.sources)
         return commit.failures(_kind(error), str(error))
@@ -368,10 +368,10 @@ class Putter:
             if path in failed:
                 message = f"{source.key}: {failed[path].message}"
                 report.failures.append(ItemFailure(source.key, failed[path].kind, message))
-                self._existence.cache.drop(source.key)
+                self._existence.drop(source.key)
             else:
                 report.stored.append(source.key)
-                self._existence.cache.put(source.key, content)
+                self._existence.wrote(source.key, content)
                 written += content.size
         self._unclaim(commit.sources)
         self._outcomes.chunks("put", "stored", len(report.stored))

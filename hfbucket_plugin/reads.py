@@ -260,13 +260,12 @@ class Reader:
         self._outcomes.chunks("get", error.kind, 1)
         self._outcomes.warn("get", error.kind, str(error))
         if isinstance(error, MissingError):
-            # The store lacks what the Hub lists, or listed a while ago: what is believed of others is asked anew too,
-            # so that stale answers cannot add up to what disables the engine.
-            self._existence.cache.clear()
+            # The store lacks what the Hub lists, or listed a while ago.
+            self._existence.gone(key)
             if isinstance(error, BucketMissingError):  # no word against the object
                 return
         elif isinstance(error, HashMismatchError):
-            self._existence.cache.drop(key)
+            self._existence.drop(key)
             self._bucket.transfer.renew()  # so that the next fetch is independent of this one
         elif not (store_works and isinstance(error, (IntegrityError, TransportError))):
             return

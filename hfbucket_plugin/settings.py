@@ -209,6 +209,49 @@ class InstanceSettings(BaseModel):
         10.0,
         description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
     )
+    index: Literal["off", "listing", "snapshot"] = Field(
+        "off",
+        description="Whether lookups go by a table of the instance's keys in this process's memory, see docs/index.md. "
+        "`snapshot`: a published one, kept current by journals that the writers add. `listing`: one that this process makes of "
+        "the instance's listing. Off, since the one needs a builder on a schedule, and the other costs a call for 1000 objects.",
+    )
+    index_miss: Literal["trust", "ask"] = Field(
+        "trust",
+        description="What a key that is not in the index is. `trust`: a miss, at no cost; a chunk that somebody wrote without "
+        "the index is seen with the next snapshot. `ask`: the Hub is asked, as without an index. Puts always ask.",
+    )
+    index_refresh_secs: PositiveFloat = Field(
+        60.0,
+        description="Seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
+        "every 1000 journals. 200 processes make 1000 calls in 5 minutes so. With `listing`, the calls of a listing are "
+        "spread so that there is one in this time, as far as `index_max_age_secs` permits.",
+    )
+    index_max_age_secs: PositiveFloat = Field(
+        6 * 3600.0,
+        description="An index that nobody has renewed for so long is not used: lookups ask the Hub as without one. Six hours "
+        "outlast some failed runs of a builder that runs every hour.",
+    )
+    index_max_bytes: PositiveInt = Field(
+        512 * MIB,
+        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, and while a new snapshot is "
+        "loaded there are two: 512 MiB are 7.8 million keys.",
+    )
+    index_journal_secs: PositiveFloat = Field(
+        30.0,
+        description="Seconds between two journals of this process, in which it tells others what it put and deleted; each is a "
+        "call to the Hub, and none is written when there is no news. 200 writers make 2000 calls in 5 minutes at most.",
+    )
+    index_journal_entries: PositiveInt = Field(
+        2000,
+        le=50_000,
+        description="Most entries of one journal, of 61 bytes each. A journal that is not full is written anew with every news, "
+        "so that there are few to list.",
+    )
+    index_journal_waiting: PositiveInt = Field(
+        50_000,
+        description="Most entries that wait to be written, while the Hub takes none or there is no snapshot yet; about 20 MB when "
+        "full. The oldest are dropped first, and counted: others learn of those keys by the next snapshot.",
+    )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,
         validate_default=True,

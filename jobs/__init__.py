@@ -1,4 +1,4 @@
-"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, export and import, status.
+"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, export and import, key indexes, status.
 
 ::
 
@@ -15,6 +15,13 @@
                                    ├─ manifest                      what lies in a directory
                                    └─ mirror → run                  what goes at the destination, as a cleanup
 
-`retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` and `ray_counts` know of Ray. They delete other people's data, so they
+    cli → command_index → index_job ─┬─ index_shelf, index_rules    what there is, what is due, what nobody needs
+                                     ├─ index_making                a snapshot, published when it was read back
+                                     ├─ index_verify                index against listing
+                                     ├─ index_prune → apply         old snapshots and journals go
+                                     └─ lock, keeper, index_report
+    run, export → index_teller                                      tells the index what was put and deleted
+
+`index_rules`, `retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` and `ray_counts` know of Ray. They delete other people's data, so they
 fail closed.
 """

@@ -5,6 +5,8 @@ objects beside it. Owner, lifetime and number are in the names, so that one list
 
     <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@claim
     <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@<number of the renewal>
+
+Builders of the key index have a lock of their own, below `index-locks/`: they and those who delete chunks hold up nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import ObjectInfo
 
-DIRECTORY: Final = f"{RESERVED}/locks"
 CLAIM: Final = "claim"
 
 _NAME: Final = re.compile(
@@ -35,6 +36,23 @@ _MARGIN: Final = 0.1
 
 class LockHeldError(RefusedError):
     """Another one holds the instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockKind:
+    """What is done one at a time; locks of different kinds have nothing to do with each other.
+
+    Attributes:
+        directory: Where claims of this kind lie, below the instance's prefix.
+        done: What is not done without the lock, for messages.
+    """
+
+    directory: str
+    done: str
+
+
+DELETING: Final = LockKind(f"{RESERVED}/locks", "deleted")
+INDEXING: Final = LockKind(f"{RESERVED}/index-locks", "published")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +70,8 @@ class Holder:
     seconds: int
 
     def name(self, part: str) -> str:
-        """The name of an object of the claim, below the instance's prefix."""
-        return f"{DIRECTORY}/{self.id}@{self.seconds}@{quote(self.owner, safe=' :')[:300]}@{part}"
+        """The name of an object of the claim, below the directory of its kind."""
+        return f"{self.id}@{self.seconds}@{quote(self.owner, safe=' :')[:300]}@{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +106,8 @@ class Claim:
         return self.renewed + timedelta(seconds=self.holder.seconds * (1 + _MARGIN))
 
 
-def claims_in(infos: Iterable[ObjectInfo]) -> list[Claim]:
-    """The claims that a listing of `DIRECTORY` tells of, in their order.
+def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[Claim]:
+    """The claims that a listing of the directory of their kind tells of, in their order.
 
     Raises:
         RefusedError: An object there is none of a claim: of a newer version perhaps, whose rules are not known here.
@@ -99,7 +117,7 @@ def claims_in(infos: Iterable[ObjectInfo]) -> list[Claim]:
         match = _NAME.fullmatch(info.path.rpartition("/")[2])
         if match is None or info.uploaded_at is None:
             raise RefusedError(
-                f"{info.path} lies where locks do and is none that is known: nothing is deleted. If no newer version "
+                f"{info.path} lies where locks do and is none that is known: nothing is {kind.done}. If no newer version "
                 "works on this instance, delete it"
             )
         holder = Holder(match["id"], unquote(match["owner"]), int(match["secs"]))

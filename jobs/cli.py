@@ -12,6 +12,7 @@ from hfbucket_plugin.errors import ConfigError
 from jobs import guards, options, show
 from jobs.cleanup import ByPolicy
 from jobs.command_export import apply_export, export, mirror_source
+from jobs.command_index import index
 from jobs.command_status import status
 from jobs.executors import in_process
 from jobs.export import ExportOrder
@@ -43,6 +44,7 @@ def main() -> None:
 
 app.command("status")(status)
 app.command("export")(export)
+app.command("index")(index)
 
 
 @app.command()

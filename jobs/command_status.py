@@ -117,6 +117,8 @@ def _row(name: str, extent: Extent) -> tuple[str, str, str]:
 
 
 def _remarks(found: Status) -> Iterator[str]:
+    if found.index_line:
+        yield found.index_line
     if found.trouble:
         yield f"the last report cannot be read: {found.trouble}"
     growth = found.growth

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.keys import encode_name
 from jobs import exits, run
 from jobs.apply import Applier
 from jobs.batch import Ended
@@ -22,6 +23,7 @@ from jobs.directory_destination import DirectoryDestination, Known
 from jobs.export_plan import CONFLICT, JOB, REPLACED, Header, PlanFile, PlanWriter
 from jobs.export_planning import PAGE, ExportPlanning, OnConflict
 from jobs.export_report import NAMED_CONFLICTS, ExportSummary, conflict_record
+from jobs.index_teller import telling
 from jobs.instance_end import InstanceEnd
 from jobs.manifest import Line
 from jobs.moving import How, Method, Moved, Mover, find_out
@@ -246,17 +248,30 @@ class Export:
 
         def told(ended: Ended[Move]) -> None:
             progress.add(ended.item.size)
+            if teller is not None and ended.outcome in (Moved.COPIED, Moved.STREAMED):
+                teller.did(encode_name(ended.item.to), ended.item.content)
             if ended.outcome in (Moved.STREAMED, Moved.SAME):
                 move = ended.item
                 known.add(Line(move.to, move.content, move.uploaded_at))
             self._tally.add(ended)
 
-        moves = self._fresh(destination, plan, told)
-        self._method, moves = self._find_out(source, destination, plan, moves, told)
+        with telling(destination.bucket if isinstance(destination, InstanceEnd) else None) as teller:
+            moves = self._fresh(destination, plan, told)
+            self._method, moves = self._find_out(source, destination, plan, moves, told)
+            return self._move((source, destination), plan, moves, self._method, told)
+
+    def _move(
+        self,
+        ends: tuple[Source, Destination],
+        plan: PlanFile,
+        moves: Iterator[Move],
+        method: Method,
+        told: Callable[[Ended[Move]], None],
+    ) -> int:
         window = max(1, self._order.window_bytes // (_TIMES_IN_MEMORY * self._order.parallel))
-        streams = self._method.how is How.STREAM
+        streams = method.how is How.STREAM
         named = (self._ends[0].named, self._ends[1].named)
-        mover = Mover(source, destination, self._method.how, window)
+        mover = Mover(*ends, method.how, window)
         with carrying(mover, named, self._order) as executor:
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own

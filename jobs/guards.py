@@ -170,7 +170,14 @@ class MaxDelete:
 
 
 def check_listing(
-    listed: Extent, seen: int, *, in_bucket: int | None, last: Extent | None, foreign: Extent = NOTHING
+    listed: Extent,
+    seen: int,
+    *,
+    in_bucket: int | None,
+    last: Extent | None,
+    foreign: Extent = NOTHING,
+    may_be_empty: bool = False,
+    done: str = "deleted",
 ) -> None:
     """Refuse a listing that cannot be all of it.
 
@@ -180,19 +187,21 @@ def check_listing(
         seen: All objects in it, ours included.
         in_bucket: How many the bucket says it has; None where the instance is only a part of it.
         last: What the last run left of its chunks; None where there was none, or the shrinking was accepted.
+        may_be_empty: Whether there may be nothing in it.
+        done: What is not done then, for messages.
 
     Raises:
         GuardError: It is empty, truncated, or has less than half of what there was.
     """
-    if not listed.and_(foreign).objects:
-        raise GuardError("the listing is empty: nothing is deleted. Is bucket_handle, with its prefix, the right one?")
+    if not listed.and_(foreign).objects and not may_be_empty:
+        raise GuardError(f"the listing is empty: nothing is {done}. Is bucket_handle, with its prefix, the right one?")
     if in_bucket is not None and (in_bucket - seen) * _MISSING > in_bucket:
         raise GuardError(
             f"the listing has {count(seen, 'object')} where the bucket says that it has {in_bucket:,}: it is truncated, "
-            "and nothing is deleted. Run again; if the bucket's own count is wrong, give --accept-shrunk"
+            f"and nothing is {done}. Run again; if the bucket's own count is wrong, give --accept-shrunk"
         )
     if last is not None and listed.objects * _SHRUNK < last.objects:
         raise GuardError(
             f"the listing has {count(listed.objects, 'object')}, less than half of the {last.objects:,} that the last run "
-            "left: nothing is deleted. If others deleted them, give --accept-shrunk once"
+            f"left: nothing is {done}. If others deleted them, give --accept-shrunk once"
         )

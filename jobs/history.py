@@ -1,6 +1,7 @@
 """The last report of each kind of job, kept in the bucket: a submitted job has no disk of its own.
 
-It lies at `<prefix>/.hfbucket/reports/<job>.json`.
+It lies at `<prefix>/.hfbucket/reports/<job>.json`. What deletes is judged by what others that delete left: builds of the key
+index, which may run every few minutes and know of other objects than chunks, are passed over unless they are asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.handle import RESERVED
@@ -17,9 +18,21 @@ from jobs.guards import Extent, GuardError
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
-    from jobs.report import Summary
 
 DIRECTORY: Final = f"{RESERVED}/reports"
+INDEX: Final = "index"
+"""The job that builds the key index."""
+
+
+class Kept(Protocol):
+    """A summary, as far as it is kept."""
+
+    @property
+    def job(self) -> str:
+        """Which job."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +52,13 @@ class Last:
     record: dict[str, Any]
 
 
-def last_run(bucket: Bucket, request_secs: float) -> Last | None:
+def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> Last | None:
     """The newest report of any job, or None when there is none.
+
+    Args:
+        bucket: The instance's.
+        request_secs: Most seconds of a request.
+        builds: Whether builds of the key index count.
 
     Raises:
         GuardError: There is one that cannot be read: nobody knows then what there should be.
@@ -48,7 +66,9 @@ def last_run(bucket: Bucket, request_secs: float) -> Last | None:
     """
     prefix = bucket.handle.join(f"{DIRECTORY}/")
     oldest = datetime.min.replace(tzinfo=UTC)
-    infos = sorted(bucket.list_objects(prefix, request_secs), key=lambda info: info.uploaded_at or oldest)
+    passed = None if builds else f"{prefix}{INDEX}.json"
+    listed = (info for info in bucket.list_objects(prefix, request_secs) if info.path != passed)
+    infos = sorted(listed, key=lambda info: info.uploaded_at or oldest)
     if not infos:
         return None
     newest = infos[-1]
@@ -62,7 +82,7 @@ def last_run(bucket: Bucket, request_secs: float) -> Last | None:
     return Last(str(record.get("job")), newest.uploaded_at or oldest, left, record)
 
 
-def keep(bucket: Bucket, summary: Summary, left: Extent, request_secs: float) -> None:
+def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> None:
     """Keep a report in the bucket, in place of the last one of its kind.
 
     Args:

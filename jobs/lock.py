@@ -1,4 +1,4 @@
-"""The lock of an instance, in its bucket: only one job at a time deletes from it.
+"""A lock of an instance, in its bucket: only one job at a time deletes from it, or makes its key index.
 
 The Hub's batch call has no conditional write, so each contender adds a claim of its own, and the smallest
 (`uploaded_at`, id) that lives holds (`jobs.claims`). A holder lists the claims again before every batch, and stops when its
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, RefusedError, TransportError
 from jobs import small
-from jobs.claims import CLAIM, DIRECTORY, Claim, Holder, LockHeldError, claims_in
+from jobs.claims import CLAIM, DELETING, Claim, Holder, LockHeldError, claims_in
 from jobs.hubclock import HubClock
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.transfer import Content
+    from jobs.claims import LockKind
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _RELEASE_TRIES: Final = 3
 
 
 class LockLostError(RefusedError):
-    """The lock is no longer ours: nothing more may be deleted."""
+    """The lock is no longer ours: nothing more may be done that it is for."""
 
 
 class LockLapsedError(LockLostError):
@@ -57,6 +58,7 @@ class Lock:
         seconds: How long the lock of a holder that was killed keeps others out.
         request_secs: Most seconds of a request.
         clock: The Hub's, which this also sets.
+        kind: What it keeps others from.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Lock:
         seconds: int = DEFAULT_SECONDS,
         request_secs: float = 60.0,
         clock: HubClock | None = None,
+        kind: LockKind = DELETING,
     ) -> None:
         self._bucket = bucket
+        self._kind = kind
         self._secs = request_secs
         self.clock = clock or HubClock()
         owner = f"{what_for} on {platform.node()} pid {os.getpid()}"
@@ -134,12 +138,12 @@ class Lock:
         told = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
         self._content = small.upload(self._bucket, json.dumps(told).encode(), self._deadline())
         sent = self.clock.monotonic()
-        small.put(self._bucket, self._holder.name(CLAIM), self._content, self._deadline())
+        small.put(self._bucket, self._name(CLAIM), self._content, self._deadline())
         answered = self.clock.monotonic()
         claims = self._claims()
         own = next((claim for claim in claims if claim.holder == self._holder), None)
         if own is None or own.since is None:
-            raise TransportError("the Hub took our lock and does not list it: nothing is deleted; run again")
+            raise TransportError(f"the Hub took our lock and does not list it: nothing is {self._kind.done}; run again")
         self.clock.stamped(own.since, sent, answered)
         for claim in claims[: claims.index(own)]:
             self._pass_over(claim)
@@ -161,8 +165,8 @@ class Lock:
         small.remove(self._bucket, claim.paths, self._deadline())
 
     def _claims(self) -> list[Claim]:
-        prefix = self._bucket.handle.join(f"{DIRECTORY}/")
-        claims = claims_in(self._bucket.list_objects(prefix, self._secs))
+        prefix = self._bucket.handle.join(f"{self._kind.directory}/")
+        claims = claims_in(self._bucket.list_objects(prefix, self._secs), self._kind)
         for claim in claims:
             self.clock.saw(claim.renewed)
         return claims
@@ -172,11 +176,13 @@ class Lock:
         for claim in claims:
             if claim.holder == self._holder and claim.since is not None:
                 if self.clock.latest() >= claim.stops:
-                    raise LockLapsedError("our lock was not renewed in time: nothing more is deleted; run again")
+                    raise LockLapsedError(
+                        f"our lock was not renewed in time: nothing more is {self._kind.done}; run again"
+                    )
                 return claim
             if self.clock.earliest() <= claim.stale:
-                raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is deleted")
-        raise LockLostError("our lock was taken away: nothing more is deleted; run again")
+                raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is {self._kind.done}")
+        raise LockLostError(f"our lock was taken away: nothing more is {self._kind.done}; run again")
 
     def _seconds_to(self, moment: datetime) -> float:
         return (moment - self.clock.latest()).total_seconds()
@@ -186,7 +192,7 @@ class Lock:
             raise LockLostError("the lock was never ours")
         self._renewals += 1
         deadline = Deadline.after(min(self._secs, self._seconds_to(own.stops)))
-        small.put(self._bucket, self._holder.name(str(self._renewals)), self._content, deadline)
+        small.put(self._bucket, self._name(str(self._renewals)), self._content, deadline)
         renewed = self._own(self._claims())
         with contextlib.suppress(HFBucketError):  # they are deleted at the end, too
             old = [path for path in own.paths if not path.endswith(f"@{CLAIM}")]
@@ -206,7 +212,7 @@ class Lock:
                 paths = [path for claim in self._claims() if claim.holder == self._holder for path in claim.paths]
                 small.remove(self._bucket, paths, self._deadline())
             except RefusedError as error:  # something strange lies among the locks
-                paths = [self._bucket.handle.join(self._holder.name(CLAIM))]
+                paths = [self._bucket.handle.join(self._name(CLAIM))]
                 with contextlib.suppress(HFBucketError):
                     small.remove(self._bucket, paths, self._deadline())
                     return
@@ -216,6 +222,9 @@ class Lock:
             else:
                 return
         _log.warning("our lock could not be taken away and ends in %d s: %s", self._holder.seconds, problem)
+
+    def _name(self, part: str) -> str:
+        return f"{self._kind.directory}/{self._holder.name(part)}"
 
     def _deadline(self) -> Deadline:
         return Deadline.after(self._secs)

@@ -52,6 +52,12 @@ LockLifetime = Annotated[
     typer.Option(metavar="TIME", help="How long the lock of a killed run keeps others out.", hidden=True),
 ]
 PlanDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep plans here. Default: temporary files.")]
+ScratchDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--tmp-dir", metavar="DIR", help="Put snapshots together here: 200 bytes of disk a key. Default: TMPDIR."
+    ),
+]
 Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line for every object, and summaries.")]
 MetricsFile = Annotated[
     Path | None, typer.Option("--metrics-textfile", metavar="FILE", help="For Prometheus' textfile collector.")

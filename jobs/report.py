@@ -219,6 +219,9 @@ GAUGES: Final = {
     "hfbucket_jobs_copied_bytes": "Bytes of these objects",
     "hfbucket_jobs_failed_objects": "Objects that the last run could not delete or copy",
     "hfbucket_jobs_unfinished_objects": "Objects that the last run did not come to",
+    "hfbucket_jobs_index_covers_timestamp_seconds": "Until when journals are in the snapshot that the last build published",
+    "hfbucket_jobs_index_listed_timestamp_seconds": "When the listing began that this snapshot goes back to",
+    "hfbucket_jobs_index_differences": "Differences between index and listing that the last verification found",
     "hfbucket_jobs_exit_code": "How the last run ended",
     "hfbucket_jobs_last_run_timestamp_seconds": "When the last run ended",
 }

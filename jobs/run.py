@@ -30,6 +30,7 @@ from jobs.batch import Outcome
 from jobs.executors import executing
 from jobs.guards import Extent, MaxDelete, check_listing
 from jobs.hubclock import HubClock, ask
+from jobs.index_teller import telling
 from jobs.lock import DEFAULT_SECONDS, Lock, LockLapsedError
 from jobs.objects import Classifier
 from jobs.plan import Header, PlanFile, PlanWriter
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import End
     from jobs.batch import Ended
+    from jobs.index_teller import Teller
     from jobs.instance_end import InstanceEnd
     from jobs.plan import Item
     from jobs.planning import Selection
@@ -124,6 +126,7 @@ class Job:
         self._applied = order.yes
         self._tally = Tally(file)
         self._chunks_gone = Extent()
+        self._teller: Teller | None = None
         self._resumed = False
         self._message = ""
 
@@ -241,7 +244,7 @@ class Job:
         )
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
-        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else _files_in(bucket)
+        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else files_in(bucket)
         path = plan_dir(order.plan_dir) / _file_name(header)
 
         def in_time() -> None:
@@ -273,7 +276,12 @@ class Job:
                 f"the plan was made at {plan.header.made_at.isoformat(timespec='seconds')} by a clock that is ahead of the "
                 f"Hub's ({now.isoformat(timespec='seconds')}), so its ages are wrong: nothing is deleted. Plan anew"
             )
-        with self._stop.orderly(), executing(self._named, bucket, self._order) as executor:
+        with (
+            self._stop.orderly(),
+            telling(bucket) as teller,
+            executing(self._named, bucket, self._order) as executor,
+        ):
+            self._teller = teller
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
             applier = Applier(
@@ -298,6 +306,8 @@ class Job:
         return code
 
     def _count(self, ended: Ended[Item]) -> None:
+        if self._teller is not None and ended.outcome is Outcome.DELETED:
+            self._teller.did(self._named.settings.bucket_handle.relative(ended.item.path) or "", None)
         if ended.outcome in (Outcome.DELETED, Outcome.GONE) and ended.item.is_chunk:
             self._chunks_gone = self._chunks_gone.plus(ended.item.size)
         self._tally.add(ended)
@@ -390,7 +400,8 @@ def _file_name(header: Header) -> str:
     return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
 
-def _files_in(bucket: Bucket) -> int | None:
+def files_in(bucket: Bucket) -> int | None:
+    """How many objects the bucket says that it has; None where it does not say."""
     total = bucket.info(Deadline.after(REQUEST_SECS)).get("totalFiles")
     return total if type(total) is int else None
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs import history, hubclock
+from hfbucket_plugin.index_store import DIRECTORY as INDEX
+from jobs import history, hubclock, index_shelf
 from jobs.guards import Extent, GuardError, MaxDelete, check_listing
 from jobs.hubclock import HubClock
+from jobs.index_shelf import Found
 from jobs.objects import Classifier, Kind
 from jobs.retention import decide
 
@@ -50,6 +52,7 @@ class Census:
         workers: Chunks by model, world size and worker.
         ages: Chunks by age.
         passed_by: What is no chunk, by kind.
+        has_index: Whether there are objects of a key index.
     """
 
     now: datetime
@@ -59,6 +62,7 @@ class Census:
     workers: defaultdict[tuple[str, int, int], Extent] = field(default_factory=lambda: defaultdict(Extent))
     ages: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
     passed_by: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    has_index: bool = False
 
     def entries(self, listing: Iterable[Listed]) -> Iterator[Entry]:
         """Count a listing, and pass its chunks on."""
@@ -67,6 +71,7 @@ class Census:
             entry = one.entry
             if one.kind is not Kind.CHUNK or one.chunk is None:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+                self.has_index = self.has_index or one.name.startswith(f"{INDEX}/")
                 continue
             key, size = one.chunk.key, entry.size
             self.chunks = self.chunks.plus(size)
@@ -124,6 +129,7 @@ class Status:
         last: The last run that left a report; None where there is none.
         trouble: Why that report cannot be read; empty where it can.
         outlook: What the next cleanup would do; None where no policy was given.
+        index: What there is of its key index, or why nobody knows; None where it has none.
     """
 
     instance: str
@@ -132,6 +138,14 @@ class Status:
     last: Last | None
     trouble: str
     outlook: Outlook | None
+    index: Found | str | None = None
+
+    @property
+    def index_line(self) -> str:
+        """The state of the key index, for people; empty where there is none."""
+        if isinstance(self.index, Found):
+            return self.index.line(self.census.now)
+        return f"nothing is known of the key index: {self.index}" if self.index else ""
 
     @property
     def growth(self) -> dict[str, float] | None:
@@ -170,6 +184,8 @@ class Status:
             "last_run_trouble": self.trouble,
             "growth": self.growth,
             "next_cleanup": None if self.outlook is None else self.outlook.record(),
+            "index": self.index.record(census.now.timestamp()) if isinstance(self.index, Found) else None,
+            "index_trouble": self.index if isinstance(self.index, str) else "",
         }
 
 
@@ -205,7 +221,8 @@ def examine(
             pass
     else:
         outlook = _outlook(policy, entries, census, limits, last)
-    return Status(instance, str(bucket.handle), census, last, trouble, outlook)
+    index = index_shelf.state(bucket, page_secs, request_secs) if census.has_index else None
+    return Status(instance, str(bucket.handle), census, last, trouble, outlook, index)
 
 
 def _outlook(policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None) -> Outlook:

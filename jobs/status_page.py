@@ -66,6 +66,8 @@ def _remarks(found: Status) -> Iterator[tuple[str, str]]:
         yield f"The next cleanup would be refused: {found.outlook.refused}", "warn"
     if found.trouble:
         yield f"The last report cannot be read: {found.trouble}", "warn"
+    if found.index_line:
+        yield f"{found.index_line[0].upper()}{found.index_line[1:]}", ""
     growth = found.growth
     if growth is not None and found.last is not None:
         sign = "+" if growth["bytes"] >= 0 else "-"

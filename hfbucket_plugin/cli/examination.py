@@ -9,6 +9,7 @@ from hfbucket_plugin.cli.checks import (
     bucket,
     endpoint,
     engine,
+    index,
     listing,
     probe_write,
     records,
@@ -96,6 +97,8 @@ class _Examination:
         else:
             yield self._finding(throughput.NAME, lambda: throughput.check(case, chunk))
         yield self._finding(records.NAME, lambda: records.check(case))
+        if case.settings.index == "snapshot":
+            yield self._finding(index.NAME, lambda: index.check(case))
         yield from self._probe(may_read=bool(may_read), may_write=bool(may_write))
 
     def _probe(self, *, may_read: bool, may_write: bool) -> Iterator[Finding]:

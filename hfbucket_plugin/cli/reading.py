@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.leases import Lease
-from hfbucket_plugin.transfer import Read, xet_hashes
+from hfbucket_plugin.own_objects import hash_of
+from hfbucket_plugin.transfer import Read
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
@@ -55,16 +54,3 @@ def fetch(bucket: Bucket, name: str, content: Content, deadline: Deadline) -> Fe
     if (actual := hash_of(data)) != content.xet_hash:
         raise IntegrityError(f"{name}: what arrived has the hash {actual}, the listing says {content.xet_hash}")
     return Fetched(data, seconds)
-
-
-def hash_of(data: bytearray) -> str:
-    """The Xet hash of bytes. hf_xet hashes files only; this one is in memory, so that no directory is needed.
-
-    Raises:
-        OSError: The system has no memory for it.
-    """
-    number = os.memfd_create("hfbucket-hash")
-    with open(number, "wb") as file:  # noqa: PTH123 - it has no path
-        file.write(data)
-        file.flush()
-        return xet_hashes([Path(f"/proc/self/fd/{number}")])[0]

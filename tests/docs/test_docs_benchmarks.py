@@ -44,3 +44,17 @@ def test_an_outage(tmp_path):
     assert figures["paths-info hangs"].keys() == {"built-in", "ours"}
     assert all(len(row["took"]) == 5 for row in figures["paths-info hangs"].values())
     assert "ratio of five" in told
+
+
+def test_the_key_index(tmp_path):
+    told, figures = run("index.py", tmp_path, "--only", "table", "--keys", "20000")
+
+    assert figures["table"]["keys"] == 20_000
+    assert "look-up of 16 keys" in told
+
+
+def test_the_key_index_of_a_fleet(tmp_path):
+    told, figures = run("index.py", tmp_path, "--only", "fleet", "--nodes", "20")
+
+    assert figures["fleet"]["100%"].keys() == {"built-in", "ours", "indexed"}
+    assert "within free" in told

@@ -1,6 +1,7 @@
 """What `python -m jobs cleanup` refuses or leaves alone, on a real local Hub."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from depot import DAY, PREFIX, key
@@ -247,7 +248,7 @@ def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
             return own(self, url, deadline)
         pages.append(url)
         assert len(pages) < 50, "it goes on for ever"
-        return [], f"{url.partition('&')[0]}&again={len(pages) if distinct else 0}"
+        return [], SimpleNamespace(next_page=f"{url.partition('&')[0]}&again={len(pages) if distinct else 0}")
 
     monkeypatch.setattr(Bucket, "_list", endless)
     if distinct:

@@ -70,6 +70,20 @@ def test_it_changes_nothing(stocked):
     assert stocked.hub.control.counters().route("batch").requests == 0
 
 
+def test_the_state_of_the_key_index(stocked, tmp_path):
+    assert json.loads(stocked.run("status", "--json").stdout)["index"] is None
+    assert stocked.run("index").code == 0
+
+    found = json.loads(stocked.run("status", "--json").stdout)["index"]
+
+    assert (found["keys"], found["snapshots"], found["journals"], found["trouble"]) == (28, 1, 0, "")
+    assert 0 < found["age_seconds"] <= found["listed_seconds_ago"] < HOUR
+    page = tmp_path / "status.html"
+    ran = stocked.run("status", "--html", str(page))
+    assert f"{INSTANCE}: key index: 28 keys, brought up to date " in ran.stdout
+    assert "Key index: 28 keys" in page.read_text()
+
+
 def test_a_listing_that_fails_is_no_status(stocked):
     stocked.hub.control.add_fault(Fault(route="tree", path_regex=r"/tree/kv/us/$", status=503))
 

@@ -36,6 +36,12 @@ def ours(place: Place) -> dict[str, Any]:
     }
 
 
+def indexed(place: Place) -> dict[str, Any]:
+    """The same, with a key index."""
+    adapter = ours(place)
+    return adapter | {"adapter_params": adapter["adapter_params"] | {"index": "snapshot"}}
+
+
 EVERY_ADAPTER = [
     pytest.param(built_in, id="built-in"),
     pytest.param(ours, id="ours"),

@@ -5,13 +5,19 @@ import json
 
 import pytest
 from huggingface_hub import HfApi
-from mp_adapters import Place, built_in, ours
+from mp_adapters import Place, built_in, indexed, ours
 from test_mp_adapters import CHUNK, CHUNKS, HIT_L2, MODEL, TOKENS, objects, retrieved
 
 from demo.engine import prompt
 from demo.mp_client import MPClient
 from demo.mp_server import MPServer
 from demo.waiting import wait_until
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.index_build import from_listing, publish
+from hfbucket_plugin.index_store import IndexStore
+from hfbucket_plugin.instance import open_bucket
+from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.settings import load
 from localhub.faults import Fault
 
 _numbers = itertools.count(1)
@@ -36,13 +42,28 @@ def filled_by(adapter, place):
         wait_until(lambda: len(objects(api, place)) == CHUNKS, 120, "every chunk in the bucket")
 
 
-@pytest.mark.parametrize(("writer", "reader"), [(built_in, ours), (ours, built_in)])
-def test_one_reads_what_the_other_wrote(place, writer, reader):
+def publish_index(place, directory):
+    values = {"bucket_handle": place.handle, "endpoint": place.endpoint}
+    settings = load({f"remote_storage_plugin.hfbucket.{name}": value for name, value in values.items()}, "hfbucket")
+    bucket = open_bucket(settings, "hfbucket", Tally(), 30.0)
+    built = from_listing(bucket, directory, 30.0)
+    publish(IndexStore(bucket, "builder"), built, Deadline.after(30.0))
+    bucket.close()
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(built_in, ours), (ours, built_in), (built_in, indexed)])
+def test_one_reads_what_the_other_wrote_beside_a_key_index(place, writer, reader, tmp_path):
     filled_by(writer, place)
+    publish_index(place, tmp_path)
 
     with serving(reader, place) as server:
+        if reader is indexed:
+            wait_until(lambda: server.count("hfbucket_index_state", state="usable") == 1, 60, "an index in use")
         assert retrieved(server, MODEL) == (CHUNKS * CHUNK, True)
         wait_until(lambda: server.count(HIT_L2, model_name=MODEL) == CHUNKS * CHUNK, 60, "hits of the adapter")
+        if reader is indexed:
+            assert server.count("hfbucket_index_answers_total", outcome="hit") >= CHUNKS
+            assert server.count("hfbucket_hub_requests_total", route="paths-info") == 0
 
 
 def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(hub, place):

@@ -5,6 +5,7 @@ from io import StringIO
 
 import pytest
 from cli_support import CHECKS, HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
+from index_support import build
 from plugin_support import noise, paths, unused_port
 from rich.console import Console
 
@@ -193,6 +194,28 @@ def test_what_a_killed_probe_left(desk):
     assert ran.code == 0
     assert f"{PREFIX}/.hfbucket/probe/0123" in ran.told("records")
     assert ran.findings["records"]["severity"] == "note"
+
+
+def test_an_index_that_engines_go_by(desk):
+    assert "index" not in desk.doctor().findings
+    desk.settings["index"] = "snapshot"
+
+    ran = desk.doctor()
+    assert ran.code == 1
+    assert f"there is no snapshot below {PREFIX}/.hfbucket/index" in ran.told("index")
+    assert "python -m jobs index" in ran.told("index")
+
+    pointer = build(desk.endpoint, desk.bucket_id, PREFIX)
+    ran = desk.doctor()
+    assert ran.code == 0
+    assert f"ok: {pointer.keys} keys, brought up to date " in ran.told("index")
+
+    desk.settings |= {"index_max_age_secs": 1}
+    assert "too old" in desk.doctor().told("index")
+    desk.settings |= {"index_max_age_secs": 3600, "index_max_bytes": 10}
+    assert "too large" in desk.doctor().told("index")
+    desk.put_objects({".hfbucket/index/current.json": b"{}"})
+    assert "no pointer to a key index" in desk.doctor().told("index")
 
 
 def test_a_role_that_reads_nothing(desk):

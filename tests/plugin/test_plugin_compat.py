@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from index_support import build
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters.hfbucket_l2_adapter import _object_key_to_bucket_path, _object_key_to_string
 from lmcache.v1.storage_backend.connector.hfbucket_connector import (
@@ -11,7 +12,8 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import (
 )
 from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketConnector as BuiltIn
 from plugin_rig import OURS, Rig, engine_config, key, running_loop, taken
-from plugin_support import download, paths, upload
+from plugin_support import download, eventually, upload
+from plugin_support import paths as all_paths
 
 from hfbucket_plugin.connector import HFBucketConnector
 from hfbucket_plugin.handle import BucketHandle
@@ -32,15 +34,36 @@ def loop():
         yield one
 
 
+INDEXED = {"index": "snapshot", "index_miss": "ask", "index_refresh_secs": 3600, "index_journal_secs": 3600}
+"""`ask`, since the built-in tells nobody of what it writes before it is listed."""
+
+
+with_and_without_an_index = pytest.mark.parametrize("own", [{}, INDEXED], ids=["no index", "index"], indirect=True)
+
+
 @pytest.fixture
-def both(hub, bucket, loop, tmp_path, monkeypatch):
+def own(request):
+    """More settings of ours."""
+    return getattr(request, "param", {})
+
+
+@pytest.fixture
+def place(hub, bucket):
+    return hub, bucket
+
+
+@pytest.fixture
+def both(place, own, loop, tmp_path, monkeypatch):
     """Ours and the built-in, on one prefix of one bucket. Each is in an engine of its own."""
+    hub, bucket = place
+    if own:
+        build(hub.endpoint, bucket, "v1/ü")
     # The built-in knows no other Hub than the one of HF_ENDPOINT, which is read when a process starts.
     monkeypatch.setattr(
         HFBucketClient, "__init__", lambda self, token: setattr(self, "_api", HfApi(endpoint=hub.endpoint, token=False))
     )
     made = []
-    for more in (OURS | {"endpoint": hub.endpoint}, {}):
+    for more in (OURS | {"endpoint": hub.endpoint} | own, {}):
         values = {
             "bucket_handle": f"hf://buckets/{bucket}/v1/ü",
             "metadata_cache_ttl_secs": 0,
@@ -56,6 +79,9 @@ def both(hub, bucket, loop, tmp_path, monkeypatch):
         config = engine_config(tmp_path / f"lmcache-{len(made)}.yaml", yaml.safe_dump(document))
         made.append(Rig(config, "hfbucket", loop))
     assert [type(rig.remote.connection._connector) for rig in made] == [HFBucketConnector, BuiltIn]
+    if own:
+        index = made[0].connector._store.index
+        eventually(lambda: index.status()["state"] == "usable")
     yield made
     for rig in made:
         rig.close()
@@ -76,10 +102,15 @@ def chunk_of(rig, content):
     return memory_obj
 
 
+def paths(endpoint, bucket):
+    return [path for path in all_paths(endpoint, bucket) if "/.hfbucket/" not in path]
+
+
 def content(number):
     return bytes((number + at) % 251 for at in range(16384))
 
 
+@with_and_without_an_index
 def test_one_reads_what_the_other_wrote(hub, bucket, writer_and_reader):
     writer, reader = writer_and_reader
     writer.run(writer.connection.batched_put(KEYS, [chunk_of(writer, content(number)) for number in range(len(KEYS))]))
@@ -107,6 +138,7 @@ def test_one_deletes_what_the_other_wrote(hub, bucket, writer_and_reader):
     assert not writer.remote.contains(KEYS[0])
 
 
+@with_and_without_an_index
 def test_one_writes_over_what_the_other_wrote_only_at_another_size(hub, bucket, both):
     ours, theirs = both
     path = f"v1/ü/{encode_name(KEYS[0].to_string())}"
@@ -119,12 +151,32 @@ def test_one_writes_over_what_the_other_wrote_only_at_another_size(hub, bucket, 
     assert taken([theirs.remote.get_blocking(KEYS[0])]) == [content(1)]
 
 
+@with_and_without_an_index
 def test_the_built_in_passes_our_own_records_by(hub, bucket, both):
     ours, theirs = both
     ours.run(ours.connection.put(KEYS[0], chunk_of(ours, content(0))))
     upload(hub.endpoint, bucket, {"v1/ü/.hfbucket/lock": b"ours", f"v1/ü/.hfbucket/{encode_name('a@b')}": b"ours"})
 
     assert theirs.run(theirs.connection.list()) == ours.run(ours.connection.list()) == [KEYS[0].to_string()]
+
+
+@pytest.mark.parametrize("own", [INDEXED], indirect=True)
+def test_what_the_built_in_wrote_is_in_the_next_snapshot_and_what_ours_wrote_in_its_journal(hub, bucket, both):
+    ours, theirs = both
+    index = ours.connector._store.index
+    theirs.run(theirs.connection.put(KEYS[0], chunk_of(theirs, content(0))))
+    ours.run(ours.connection.put(KEYS[1], chunk_of(ours, content(1))))
+    assert index.flush()
+
+    build(hub.endpoint, bucket, "v1/ü")
+    index.refresh()
+    hub.control.reset_counters()
+
+    assert ours.connection.batched_contains(KEYS[:2]) == 2
+    assert hub.control.counters().route("paths-info").requests == 0
+    assert taken(theirs.remote.batched_get_blocking(KEYS[:2])) == [content(0), content(1)]
+    assert sorted(theirs.run(theirs.connection.list())) == sorted(one.to_string() for one in KEYS[:2])
+    assert any("/.hfbucket/index/journal/" in path for path in all_paths(hub.endpoint, bucket))
 
 
 @pytest.mark.parametrize("prefix", ["", "/prod", "/a/b ü"])

@@ -1,0 +1,383 @@
+"""The key index of an instance as an engine uses it: what is in the bucket, known without asking the Hub.
+
+Answers come from three places, the first that knows counts: notes of single keys (`index_recent`: what this process did, or
+was told by the Hub), what journals told since the snapshot, the snapshot (`index_view`). A background thread renews them, a
+second one writes this process's journal. Look-ups never wait for either.
+
+An answer may be old: another process's delete is known here after its journal, and what was deleted without the index after
+the next snapshot. Reads show it: an object that the store lacks is doubted at once, and with it, for `_DOUBT_SECS`, all other
+hits, which the Hub is asked about as without an index: so stale entries cannot add up to what disables an engine
+(`health_shield`), however many a cleanup has made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin import metrics
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.index_journal import JournalWriter
+from hfbucket_plugin.index_recent import Recent
+from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError
+from hfbucket_plugin.index_store import IndexStore
+from hfbucket_plugin.index_table import digests_of
+from hfbucket_plugin.index_view import Absent
+from hfbucket_plugin.keys import encode_name, is_probe
+from hfbucket_plugin.loglimit import LimitedLog
+from hfbucket_plugin.transfer import Content
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.index_sources import Refreshed, Source
+    from hfbucket_plugin.index_view import View
+    from hfbucket_plugin.settings import InstanceSettings
+
+_log = logging.getLogger(__name__)
+
+_DOUBT_SECS: Final = 30.0
+"""As often as LMCache's health monitor looks, and counts gets that failed."""
+
+_JOURNAL_SECS: Final = 30.0
+_JITTER: Final = 0.1
+"""Share by which waits differ, so that a fleet that was started together does not ask together."""
+
+STATES: Final = ("usable", "loading", "missing", "stale", "too_large", "failed")
+
+
+class KeyIndex:
+    """The index of one instance; thread-safe.
+
+    Args:
+        bucket: The instance's.
+        settings: The instance's; `index` is not `off`.
+        instance: Its name.
+        sink: Where its state is told.
+        clock: Seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        settings: InstanceSettings,
+        instance: str,
+        sink: metrics.Sink,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bucket = bucket
+        self._settings = settings
+        self._instance = instance
+        self._sink = sink
+        self._clock = clock
+        self._limited = LimitedLog(_log)
+        self._closed = threading.Event()
+        self._journal_due = threading.Event()
+        self._refreshing = threading.Lock()
+        self._flushing = threading.Lock()
+        self._recent = Recent()
+        self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
+        self._store = IndexStore(bucket, instance)
+        self._journals = settings.index == "snapshot" and settings.writes
+        self._source: Source = (
+            ListingSource(bucket, settings.index_max_bytes, self._closed)
+            if settings.index == "listing"
+            else SnapshotSource(self._store, self._journal.writer, settings.index_max_bytes, settings.reads)
+        )
+        self._view: View | None = None
+        self._alive = False
+        self._problem: HFBucketError | None = None
+        self._state = "loading"
+        self._hub_offset = time.time() - clock()
+        self._renewed_at = clock()
+        self._doubt_until = clock()
+        self._starting = threading.Lock()
+        self._pid = 0
+        self._tell_state("loading")
+
+    # --- lookups ----------------------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[str], *, misses: bool) -> dict[str, Content | None]:
+        """What the index says of keys; those that it leaves out have to be asked for.
+
+        Args:
+            keys: Key strings.
+            misses: Whether a miss may be believed here, where `index_miss` is `trust`. Where it may not, for puts, neither is
+                what the Hub once said of a key that the index does not know: nobody would tell of its end.
+        """
+        view = self._usable_view()
+        asked = [key for key in keys if not is_probe(key)]  # which LMCache writes and reads to test the bucket itself
+        if view is None or not asked:
+            return {}
+        trusts = misses and self._settings.index_miss == "trust"
+        believes = self._clock() >= self._doubt_until
+        digests = digests_of(map(encode_name, asked))
+        found: dict[str, Content | None] = {}
+        hits = 0
+        for key, digest, answer in zip(asked, digests, view.look_up(digests), strict=True):
+            note = self._recent.get(digest.tobytes())
+            content = answer if isinstance(answer, Content) else None
+            if note is not None:
+                if note.doubtful or (note.told and not misses):
+                    continue
+                content = note.content
+            if content is not None and believes:
+                found[key] = content
+                hits += 1
+            elif content is None and trusts:
+                found[key] = None
+        self._count_answers(hits, len(found) - hits, len(asked) - len(found))
+        return found
+
+    def _count_answers(self, hits: int, misses: int, asked: int) -> None:
+        for outcome, number in (("hit", hits), ("miss", misses), ("asked", asked)):
+            if number:
+                self._sink.count(metrics.INDEX_ANSWERS, number, instance=self._instance, outcome=outcome)
+
+    def _usable_view(self) -> View | None:
+        if self._pid != os.getpid() and not self._closed.is_set():
+            self.start()  # in a forked child no thread of the parent's runs
+        view = self._view
+        if view is None or self._age(view) > self._settings.index_max_age_secs:
+            return None
+        return view
+
+    def _age(self, view: View) -> float:
+        """Seconds since the snapshot was made, or since it was last brought up to date, whichever is longer."""
+        return max(self._hub_now() - view.covers, self._clock() - self._renewed_at)
+
+    def _hub_now(self) -> float:
+        """The Hub's time, as far as its answers tell it: to about a second."""
+        return self._clock() + self._hub_offset
+
+    # --- what is known of single keys ---------------------------------------------------------------------------------
+
+    def wrote(self, key: str, content: Content) -> None:
+        """Note that this process put a key; others are told by the journal."""
+        self._did(key, content)
+
+    def deleted(self, key: str) -> None:
+        """Note that this process deleted a key; others are told by the journal."""
+        self._did(key, None)
+
+    def _did(self, key: str, content: Content | None) -> None:
+        if is_probe(key):
+            return
+        digest = digests_of([encode_name(key)]).tobytes()
+        now, seq = self._clock(), 1  # without a journal, a number all the same: it was done, and not told
+        if self._journals:
+            seq, dropped = self._journal.note(digest, content, now)
+            if dropped:
+                self._sink.count(metrics.INDEX_DROPPED, dropped, instance=self._instance)
+            if len(self._journal) >= self._settings.index_journal_entries:
+                self._journal_due.set()
+        self._recent.did(digest, content, seq, now, self._hub_now())
+
+    def doubt(self, key: str) -> None:
+        """Believe nothing of a key: the Hub is asked the next time."""
+        if not is_probe(key):
+            self._recent.doubt(digests_of([encode_name(key)]).tobytes(), self._clock(), self._hub_now())
+
+    def gone(self, key: str) -> None:
+        """Note that the store lacks what the index says of a key: it is doubted, and for a while every other hit is."""
+        self.doubt(key)
+        self.doubt_all()
+
+    def doubt_all(self) -> None:
+        """Ask the Hub about all hits, for a while."""
+        self._doubt_until = self._clock() + _DOUBT_SECS
+
+    def told(self, answers: Mapping[str, Content | None], asked: float) -> None:
+        """Note what the Hub said of keys, where the index says something else.
+
+        Args:
+            answers: Key string to content, None for a miss.
+            asked: When the question was put, in monotonic seconds: what this process did since is newer.
+        """
+        view = self._usable_view()
+        keys = [key for key in answers if not is_probe(key)]
+        if view is None or not keys:
+            return
+        digests = digests_of(map(encode_name, keys))
+        for key, row, answer in zip(keys, digests, view.look_up(digests), strict=True):
+            digest, content = row.tobytes(), answers[key]
+            believed = None if isinstance(answer, Absent) else answer
+            if believed != content:
+                self._recent.told(digest, content, asked, self._clock(), self._hub_now())
+            else:
+                self._recent.drop(digest, asked)
+
+    # --- renewal --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to renew the index, and to write the journal, in the background; where no thread is left, later."""
+        with self._starting:
+            if self._closed.is_set() or self._pid == os.getpid():
+                return
+            if self._pid:  # a fork: a thread that is not here may have held these
+                self._refreshing, self._flushing = threading.Lock(), threading.Lock()
+            names = [("refresh", self._run_refresh)] + [("journal", self._run_journal)] * self._journals
+            try:
+                for name, run in names:
+                    threading.Thread(target=run, name=f"hfbucket-index-{name}-{self._instance}", daemon=True).start()
+            except RuntimeError as error:
+                self._limited.warning("thread", f"[{self._instance}] key index: not renewed for now: {error}")
+                return
+            self._pid = os.getpid()
+
+    def _run_refresh(self) -> None:
+        wait = 0.0
+        while not self._closed.wait(wait * random.uniform(1 - _JITTER, 1 + _JITTER)):
+            wait = self._settings.index_refresh_secs
+            try:
+                calls = self.refresh()
+            except Exception:  # noqa: BLE001 - whatever it was, the next one must come
+                _log.exception("[%s] key index: the refresh failed", self._instance)
+                continue
+            if self._settings.index == "listing":
+                wait = max(wait, min(calls * wait, self._settings.index_max_age_secs / 2))
+
+    def refresh(self) -> int:
+        """Look for a new snapshot and new journals, now; a failure leaves what is known as it is.
+
+        Returns:
+            Pages that were listed.
+        """
+        with self._refreshing:
+            began = self._clock()
+            try:
+                result = self._source.refresh(self._view)
+            except HFBucketError as error:
+                self._problem = error
+                self._refreshed(error.kind)
+                return 1
+            self._take(result, began)
+            return result.calls
+
+    def _take(self, result: Refreshed, began: float) -> None:
+        now = self._clock()
+        if result.date is not None:
+            self._hub_offset = result.date + 0.5 - now  # a header shows whole seconds
+        self._view, self._problem = result.view, result.problem
+        # What no reader uses any more needs no journals, and nobody would prune them.
+        self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs
+        self._renewed_at = began
+        if result.renewed:
+            if self._settings.index == "listing":
+                self._recent.listed(mono=began)
+            else:
+                self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
+                self._journal.forget_before(now - (self._hub_now() - result.listed))
+        self._recent.journalled(min(result.own_seq, self._journal.told))
+        if result.view is not None:
+            self._recent.overruled(result.view.changes)
+        for outcome, number in (("folded", result.folded), ("garbage", result.garbage), ("unread", result.unread)):
+            if number:
+                self._sink.count(metrics.INDEX_JOURNALS, number, instance=self._instance, outcome=outcome)
+        if result.garbage:
+            self._limited.warning(
+                "garbage", f"[{self._instance}] key index: {result.garbage} journals are none, passed over"
+            )
+        self._refreshed("ok" if result.problem is None else result.problem.kind)
+
+    def _refreshed(self, outcome: str) -> None:
+        self._sink.count(metrics.INDEX_REFRESHES, instance=self._instance, outcome=outcome)
+        view, problem = self._view, self._problem
+        if view is not None and self._age(view) <= self._settings.index_max_age_secs:
+            state = "usable"
+        elif isinstance(problem, TooLargeError):
+            state = "too_large"
+        elif problem is not None:
+            state = "failed"
+        else:
+            state = "stale" if view is not None else "missing"
+        self._sink.gauge(metrics.INDEX_KEYS, 0 if view is None else view.keys, instance=self._instance)
+        self._sink.gauge(metrics.INDEX_BYTES, 0 if view is None else view.nbytes, instance=self._instance)
+        self._sink.gauge(metrics.INDEX_AGE, 0 if view is None else max(0.0, self._age(view)), instance=self._instance)
+        if problem is not None:
+            self._limited.warning("refresh", f"[{self._instance}] key index: {problem}")
+        if state != self._state:
+            self._tell_state(state)
+
+    def _tell_state(self, state: str) -> None:
+        for one in STATES:
+            self._sink.gauge(metrics.INDEX_STATE, float(one == state), instance=self._instance, state=one)
+        if self._settings.reads and state == "usable":
+            keys = 0 if self._view is None else self._view.keys
+            _log.info("[%s] key index: in use, %d keys", self._instance, keys)
+        elif self._settings.reads and state != "loading":
+            _log.warning("[%s] key index: %s", self._instance, _WORDS[state])
+        self._state = state
+
+    # --- the journal ----------------------------------------------------------------------------------------------------
+
+    def _run_journal(self) -> None:
+        done = True
+        while not self._closed.is_set():
+            # What could not be written is no reason to hurry, however much waits.
+            pause = self._journal_due if done else self._closed
+            pause.wait(self._settings.index_journal_secs * random.uniform(1 - _JITTER, 1 + _JITTER))
+            self._journal_due.clear()
+            if self._closed.is_set():
+                return
+            try:
+                done = self.flush()
+            except Exception:  # noqa: BLE001 - whatever it was, the next one must come
+                _log.exception("[%s] key index: the journal failed", self._instance)
+                done = False
+            if done and len(self._journal) >= self._settings.index_journal_entries:
+                self._journal_due.set()
+
+    def flush(self) -> bool:
+        """Write what there is to tell as a journal, now, if there is an index that it is of use to.
+
+        Returns:
+            Whether there is nothing left that should have been written.
+        """
+        with self._flushing:
+            if not self._alive:
+                return False
+            draft = self._journal.draft(self._clock())
+            if draft is None:
+                return True
+            try:
+                self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
+            except HFBucketError as error:
+                self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
+                self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
+                return False
+            self._journal.written(draft)
+            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
+            return True
+
+    # --- status and the end ---------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """The state of the index, for people and monitors."""
+        view = self._view
+        return {
+            "state": self._state,
+            "keys": 0 if view is None else view.keys,
+            "age_seconds": None if view is None else round(max(0.0, self._age(view)), 1),
+            "problem": None if self._problem is None else str(self._problem),
+        }
+
+    def close(self) -> None:
+        """Renew and write nothing any more; waits for nothing."""
+        self._closed.set()
+        self._journal_due.set()
+        self._store.close()
+
+
+_WORDS: Final = {
+    "missing": "there is no snapshot below .hfbucket/index yet: lookups ask the Hub, as without an index",
+    "stale": "the snapshot is older than index_max_age_secs: lookups ask the Hub, as without an index. Does its builder run?",
+    "too_large": "it takes more memory than index_max_bytes: lookups ask the Hub, as without an index",
+    "failed": "it could not be read: lookups ask the Hub, as without an index",
+}

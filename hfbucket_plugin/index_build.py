@@ -1,0 +1,312 @@
+"""Making snapshots of a key index, in bounded memory: from a listing, or from the snapshot before and what journals tell.
+
+Digests are evenly spread, so rows are sorted by laying them into as many files as there are *parts* (`PARTS`), each for a
+range of digests, and sorting one file after the other: 10,000,000 keys take 600 MB of disk and 10 MB of memory at a time.
+
+Which of the two: a listing costs a call for 1000 objects and is the whole truth, what other tools wrote and deleted included;
+the snapshot before and the journals cost two calls, and carry on what was wrong in either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+
+import numpy as np
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
+from hfbucket_plugin.handle import RESERVED
+from hfbucket_plugin.index_format import FormatError, check_columns, header_of, read_header
+from hfbucket_plugin.index_sources import listed_rows
+from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS
+from hfbucket_plugin.index_table import CHANGE, ROW, applied, in_order, last_of_each, newest
+from hfbucket_plugin.leases import Lease, SourceLease
+from hfbucket_plugin.transfer import Read, xet_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.index_format import Pointer
+    from hfbucket_plugin.index_store import IndexStore
+    from hfbucket_plugin.index_table import Rows
+
+PARTS: Final = 64
+_BLOCK_ROWS: Final = 50_000
+_PAGE: Final = 1000
+
+
+class _Parts:
+    """Rows on disk, by range of their digests.
+
+    Args:
+        directory: Where; it is there, and nobody else's.
+        name: Of the files.
+        dtype: Of the rows.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._paths = [directory / f"{name}-{part:02d}" for part in range(PARTS)]
+        self._files = [path.open("xb") for path in self._paths]
+        self._held: list[Rows] = []
+        self._held_rows = 0
+
+    def add(self, rows: Rows) -> None:
+        self._held.append(rows)
+        self._held_rows += len(rows)
+        if self._held_rows >= _BLOCK_ROWS:
+            self._spill()
+
+    def _spill(self) -> None:
+        rows = np.concatenate(self._held) if self._held else np.zeros(0, self.dtype)
+        self._held, self._held_rows = [], 0
+        part = (rows["digest_hi"] >> np.uint64(64 - PARTS.bit_length() + 1)).astype(np.int64)
+        order = np.argsort(part, kind="stable")  # what comes later for the same key stays later
+        ends = np.searchsorted(part[order], np.arange(PARTS + 1))
+        for number, file in enumerate(self._files):
+            file.write(rows[order[ends[number] : ends[number + 1]]].tobytes())
+
+    def read(self, part: int) -> Rows:
+        if self._held:
+            self._spill()
+        file = self._files[part]
+        file.flush()
+        rows: Rows = np.fromfile(self._paths[part], self.dtype)
+        return rows
+
+    def drop(self, part: int) -> None:
+        self._files[part].close()
+        self._paths[part].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for part in range(PARTS):
+            self.drop(part)
+
+
+class SnapshotFile:
+    """A snapshot in the making. Use it as a context manager: at the end its temporary files go.
+
+    Args:
+        directory: For temporary files: empty, and nobody else's.
+        dtype: Of the rows: the columns of `ROW`, and more perhaps.
+    """
+
+    def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW) -> None:
+        self._rows = _Parts(directory, "rows", dtype)
+        self._changes = _Parts(directory, "changes", CHANGE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rows.close()
+        self._changes.close()
+
+    def add(self, rows: Rows) -> None:
+        """Add keys; of several rows of one key the last one counts."""
+        self._rows.add(rows)
+
+    def change(self, changes: Rows) -> None:
+        """Add what happened since, in any order."""
+        self._changes.add(changes)
+
+    def write(self, path: Path) -> int:
+        """Write the snapshot, sorted, each key once.
+
+        Returns:
+            How many keys it has.
+        """
+        keys = 0
+        with path.open("wb") as out:
+            out.write(header_of(self._rows.dtype, 0))
+            for part in range(PARTS):
+                rows = last_of_each(in_order(self._rows.read(part)))
+                rows = applied(rows, newest(self._changes.read(part)))
+                out.write(rows.tobytes())
+                keys += len(rows)
+                self._rows.drop(part)
+                self._changes.drop(part)
+            out.seek(0)
+            out.write(header_of(self._rows.dtype, keys))
+        return keys
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A snapshot that is a file yet.
+
+    Attributes:
+        path: Of the file.
+        keys: Rows in it.
+        covers: See `Pointer`.
+        listed: See there.
+        full: See there.
+        garbage: Journals that are none, and were passed over.
+    """
+
+    path: Path
+    keys: int
+    covers: float
+    listed: float
+    full: float
+    garbage: int = 0
+
+
+def hub_time(bucket: Bucket, deadline: Deadline) -> float:
+    """What time it is at the Hub, in seconds since 1970, less `CLOCK_MARGIN_SECS`.
+
+    Raises:
+        TransportError: Its answers do not say.
+        HFBucketError: No answer.
+    """
+    _, date = bucket.stat_dated([bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
+    if date is None:
+        raise TransportError("the Hub's answers have no Date: no index can say what it covers")
+    return date.timestamp() - CLOCK_MARGIN_SECS
+
+
+def from_listing(
+    bucket: Bucket,
+    directory: Path,
+    page_secs: float,
+    each_page: Callable[[], None] = lambda: None,
+    each_object: Callable[[ObjectInfo], None] = lambda _info: None,
+) -> Built:
+    """Make a snapshot from a listing of the whole instance.
+
+    Args:
+        bucket: The instance's.
+        directory: For the snapshot and temporary files: empty, and nobody else's.
+        page_secs: Most seconds of a page.
+        each_page: Called before each page; what it raises ends the listing.
+        each_object: Given each object of the listing, for who checks what was listed.
+
+    Raises:
+        HFBucketError: A page did not come: nothing was made.
+    """
+    began = hub_time(bucket, Deadline.after(page_secs))
+    with SnapshotFile(directory) as file:
+        infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
+        while page := list(islice(infos, _PAGE)):
+            file.add(listed_rows(page, bucket.handle))
+        path = directory / "snapshot.npy"
+        return Built(path, file.write(path), began, began, began)
+
+
+def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) -> Iterator[ObjectInfo]:
+    for info in infos:
+        each(info)
+        yield info
+
+
+def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_secs: float) -> Built:
+    """Make a snapshot from the present one and the journals since.
+
+    Args:
+        bucket: The instance's.
+        store: Its index.
+        directory: For the snapshot and temporary files: empty, and nobody else's.
+        request_secs: Most seconds of a request, and of reading the journals.
+
+    Raises:
+        MissingError: There is no snapshot yet.
+        IntegrityError: The present one, or a journal, is not what the bucket says it is.
+        HFBucketError: Something did not arrive: nothing was made.
+    """
+    began = hub_time(bucket, Deadline.after(request_secs))
+    shelf = store.list(Deadline.after(request_secs))
+    if shelf.pointer is None:
+        raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
+    pointer = store.read_pointer(shelf.pointer, Deadline.after(request_secs))
+    garbage = 0
+    before = directory / "before.npy"
+    fetch_snapshot(bucket, store, pointer, before, Deadline.after(10 * request_secs))
+    with before.open("rb") as source:
+        header = read_header(source, str(before))
+        with SnapshotFile(directory, header.dtype) as file:
+            for rows in _blocks(source, header.dtype):
+                file.add(rows)
+            live = [journal for journal in shelf.journals if journal.at >= pointer.covers]
+            for _, changes in store.read_journals(live, Deadline.after(10 * request_secs)):
+                if isinstance(changes, FormatError):
+                    garbage += 1
+                elif isinstance(changes, HFBucketError):  # it would be lost: the new snapshot claims to cover it
+                    raise changes
+                else:
+                    file.change(changes[changes["at"] >= pointer.listed])
+            path = directory / "snapshot.npy"
+            keys = file.write(path)
+    before.unlink()
+    covers = max(began, pointer.covers)
+    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage)
+
+
+def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
+    while data := source.read(_BLOCK_ROWS * dtype.itemsize):
+        yield np.frombuffer(data, dtype)
+
+
+def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Path, deadline: Deadline) -> None:
+    """Read a snapshot into a file, whatever its size, and check it.
+
+    Raises:
+        FormatError: It is no snapshot that this version reads.
+        IntegrityError: It is not what the pointer says.
+        HFBucketError: It did not arrive.
+    """
+    name = store.snapshot_path(pointer)
+    with path.open("w+b") as file:
+        file.truncate(max(1, pointer.size))
+        with mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
+            read = Read(name, pointer.content, Lease(view[: pointer.size]))
+            try:
+                bucket.transfer.read([read], deadline)
+            finally:
+                read.lease.revoke()
+        if read.error is not None:
+            raise read.error
+        if xet_hashes([path])[0] != pointer.xet_hash:
+            raise IntegrityError(f"{name}: what arrived is not what its hash says")
+        file.seek(0)
+        header = read_header(file, name)
+    check_columns(header, ROW, name)
+    if header.file_bytes != pointer.size:
+        raise FormatError(f"{name}: {pointer.size} bytes, and its header promises {header.file_bytes}")
+
+
+def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot and name it; no reader looks at it before `IndexStore.publish`.
+
+    Raises:
+        IntegrityError: The store took something else than the file.
+        HFBucketError: It is not there, or nobody knows.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(built.path.open("rb"))
+        memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        view = stack.enter_context(memoryview(memory))
+        lease = SourceLease(view)
+        stack.callback(lease.revoke)
+        pointer = store.put_snapshot(
+            lease, keys=built.keys, covers=built.covers, listed=built.listed, full=built.full, deadline=deadline
+        )
+    if xet_hashes([built.path])[0] != pointer.xet_hash:
+        raise IntegrityError(f"{built.path}: the store took something else than the file: it is not published")
+    return pointer
+
+
+def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
+
+    Raises:
+        HFBucketError: It is not published, or nobody knows.
+    """
+    pointer = put(store, built, deadline)
+    store.publish(pointer, deadline)
+    return pointer

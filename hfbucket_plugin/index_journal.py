@@ -1,0 +1,163 @@
+"""What a writer tells others of its puts and deletes: entries that wait, and the journals that hold them. Pure; thread-safe.
+
+A journal is an object, and objects cost calls to list: a writer's last journal therefore *grows*. Each time there is news it
+is written anew, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
+one begins. So at any time there is one journal for each `entries` entries and writer, and a lost answer costs nothing.
+
+What waits is bounded: while the Hub does not take journals the oldest entries are dropped, and counted. Others then learn of
+those keys by the next snapshot.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hfbucket_plugin.index_format import JOURNAL, to_bytes
+from hfbucket_plugin.index_store import JournalName
+from hfbucket_plugin.index_table import DELETED, PUT, hash_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hfbucket_plugin.transfer import Content
+
+_LONGEST_AGE_MS: Final = 0xFFFFFFFF
+_WRITER_BYTES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What happened to one key.
+
+    Attributes:
+        seq: Its number among the writer's entries, from 1.
+        at: When, in monotonic seconds.
+        digest: Of the name, 16 bytes.
+        content: What was put; None for a delete.
+    """
+
+    seq: int
+    at: float
+    digest: bytes
+    content: Content | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A journal to be written.
+
+    Attributes:
+        name: Of its object.
+        data: Its bytes.
+        instead_of: The name of the journal whose place it takes, if any.
+        entries: What is in it.
+        fresh: How many of them are in no journal yet.
+    """
+
+    name: JournalName
+    data: bytes
+    instead_of: str | None
+    entries: Sequence[Entry]
+    fresh: int
+
+
+class JournalWriter:
+    """The entries of one process and instance.
+
+    Args:
+        entries: Most entries of one journal.
+        waiting: Most entries that wait to be written.
+    """
+
+    def __init__(self, entries: int, waiting: int) -> None:
+        self.writer = secrets.token_hex(_WRITER_BYTES)
+        self._most = entries
+        self._most_waiting = waiting
+        self._lock = threading.Lock()
+        self._seq = 0
+        self._last_name = ""
+        self.told = 0
+        """Number of the last entry that is in a journal."""
+
+        self._waiting: deque[Entry] = deque()
+        self._growing: Sequence[Entry] = ()
+        self._growing_name: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def note(self, digest: bytes, content: Content | None, at: float) -> tuple[int, int]:
+        """Take an entry in; see `Entry`.
+
+        Returns:
+            Its number, and how many entries were dropped to make room.
+        """
+        with self._lock:
+            self._seq += 1
+            self._waiting.append(Entry(self._seq, at, digest, content))
+            dropped = 0
+            while len(self._waiting) > self._most_waiting:
+                self._waiting.popleft()
+                dropped += 1
+            return self._seq, dropped
+
+    def draft(self, now: float, today: datetime | None = None) -> Draft | None:
+        """The journal to be written next, or None when there is no news.
+
+        Args:
+            now: Monotonic seconds.
+            today: For its name; by default this machine's clock.
+        """
+        with self._lock:
+            fresh = [entry for _, entry in zip(range(self._most), self._waiting, strict=False)]
+            if not fresh:
+                return None
+            grows = len(self._growing) + len(fresh) <= self._most
+            entries = [*self._growing, *fresh] if grows else fresh
+            name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC))
+            if name.text <= self._last_name:  # a clock that was set back: names of a writer go on in order
+                name = JournalName(f"{self._last_name[:18]}-{self.writer}-{name.seq:012d}.npy", self.writer, name.seq)
+            self._last_name = name.text
+            return Draft(name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh))
+
+    def written(self, draft: Draft) -> None:
+        """Note that a journal is there."""
+        with self._lock:
+            while self._waiting and self._waiting[0].seq <= draft.name.seq:
+                self._waiting.popleft()
+            self._growing, self._growing_name = draft.entries, draft.name.text
+            self.told = draft.name.seq
+
+    def forget_before(self, at: float) -> int:
+        """Drop what happened before a moment in monotonic seconds: a snapshot tells of it by now.
+
+        Returns:
+            How many entries of those that waited.
+        """
+        with self._lock:
+            before = len(self._waiting)
+            self._waiting = deque(entry for entry in self._waiting if entry.at >= at)
+            self._growing = [entry for entry in self._growing if entry.at >= at]
+            if not self._growing:  # the builder prunes it
+                self._growing_name = None
+            return before - len(self._waiting)
+
+
+def _bytes_of(entries: Sequence[Entry], now: float) -> bytes:
+    rows = np.zeros(len(entries), JOURNAL)
+    digests = np.frombuffer(b"".join(entry.digest for entry in entries), "<u8").reshape(-1, 2)
+    rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
+    for index, entry in enumerate(entries):
+        rows["age_ms"][index] = min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000)))
+        rows["kind"][index] = DELETED if entry.content is None else PUT
+        if entry.content is not None:
+            rows["size"][index] = entry.content.size
+            rows["xet_hash"][index] = hash_bytes(entry.content.xet_hash)
+    return to_bytes(rows)

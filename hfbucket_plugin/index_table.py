@@ -1,0 +1,221 @@
+"""The table of a key index: which keys an instance holds, with size, hash and time. Pure, immutable, sorted by digest.
+
+A row is 60 bytes (`ROW`), packed. Besides the rows, a `Table` keeps their first digest words apart, 8 bytes a key, since
+a binary search wants them side by side: 1,000,000 keys take 68 MB. A batch of look-ups is one `numpy.searchsorted`, which
+runs in C; nothing here holds a Python object per key.
+
+Keys are known by a digest of 128 bits of the *whole* object name (`digests_of`), every field of the key included. Two names
+share one with a probability of 2^-128 each: of 10,000,000 keys, looked up against 10^15 names that are not there, one
+false hit is expected once in 3 * 10^16 such fleets' lives. Whoever wants to *make* two names collide needs 2^64 tries for
+any two, and 2^128 for a given one; LMCache's own chunk hashes, of 64 bits in the classic engine, give way long before. What
+is read is checked by its size, and with `verify: hash` by the hash that the index tells, as with any other answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from hfbucket_plugin.transfer import Content
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+Rows = np.ndarray[Any, np.dtype[np.void]]
+"""A structured array: of `ROW`, of `CHANGE`, or of one of them with more columns."""
+
+DIGEST_BYTES: Final = 16
+HASH_BYTES: Final = 32
+_PERSON: Final = b"hfbucket-index"
+
+_KEY: Final = [("digest_hi", "<u8"), ("digest_lo", "<u8")]
+_WHAT: Final = [("size", "<u8"), ("xet_hash", "u1", (HASH_BYTES,))]
+
+ROW: Final = np.dtype([*_KEY, *_WHAT, ("uploaded_at", "<u4")])
+"""One key: the digest of its object's name as two words, bytes, Xet hash, and the second since 1970 at which the Hub took it
+(0: unknown). More columns may follow in files of later versions; who does not know them leaves them out."""
+
+CHANGE: Final = np.dtype([*_KEY, *_WHAT, ("at", "<f8"), ("kind", "u1")])
+"""What became of one key: `PUT` or `DELETED`, and when, in seconds since 1970 by the Hub's clock (see `index_store`)."""
+
+PUT: Final = 1
+DELETED: Final = 2
+
+
+def digests_of(names: Iterable[str]) -> NDArray[np.uint64]:
+    """The digests of object names below an instance's prefix.
+
+    The prefix is not part of them: an instance that was copied or renamed as a whole keeps its index.
+
+    Returns:
+        Shape (names, 2): the words `digest_hi` and `digest_lo`, little-endian, of BLAKE2b with 16 bytes and the person
+        `hfbucket-index`.
+    """
+    whole = b"".join(
+        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES, person=_PERSON).digest()
+        for name in names
+    )
+    return np.frombuffer(whole, "<u8").reshape(-1, 2)
+
+
+def hash_bytes(xet_hash: str) -> NDArray[np.uint8]:
+    """The 32 bytes of a Xet hash of 64 hexadecimal digits, in their order.
+
+    Raises:
+        ValueError: It is none.
+    """
+    raw = bytes.fromhex(xet_hash)
+    if len(raw) != HASH_BYTES or len(xet_hash) != 2 * HASH_BYTES:
+        raise ValueError(f"{xet_hash!r} is no Xet hash of {2 * HASH_BYTES} hexadecimal digits")
+    return np.frombuffer(raw, np.uint8)
+
+
+def rows_of(entries: Sequence[tuple[str, Content, float]]) -> Rows:
+    """Rows of listed objects.
+
+    Args:
+        entries: Name below the prefix, content, and seconds since 1970 at which the Hub took it (0: unknown).
+
+    Raises:
+        ValueError: A hash is none.
+    """
+    rows = np.zeros(len(entries), ROW)
+    digests = digests_of(name for name, _, _ in entries)
+    rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
+    for index, (_, content, uploaded_at) in enumerate(entries):
+        rows["size"][index] = content.size
+        rows["xet_hash"][index] = hash_bytes(content.xet_hash)
+        rows["uploaded_at"][index] = min(max(0, int(uploaded_at)), 0xFFFFFFFF)
+    return rows
+
+
+def content_of(row: Any) -> Content:
+    """What a row says of its object."""
+    return Content(row["xet_hash"].tobytes().hex(), int(row["size"]))
+
+
+class Table:
+    """Rows in the order of their digests, each digest once; look-ups are thread-safe, since nothing ever changes.
+
+    Args:
+        rows: Sorted, with the columns of `ROW` or `CHANGE` at least.
+
+    Raises:
+        ValueError: They are not sorted, or a digest is there twice: no table of ours.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._hi: NDArray[np.uint64] = np.ascontiguousarray(rows["digest_hi"])
+        steps = self._hi[1:] > self._hi[:-1]
+        if not steps.all():  # 64 bits alike: rare, and then the second word decides
+            ties = np.flatnonzero(~steps)
+            before, after = rows[ties], rows[ties + 1]
+            alike = before["digest_hi"] == after["digest_hi"]
+            if not (alike & (before["digest_lo"] < after["digest_lo"])).all():
+                raise ValueError("the rows are not in the order of their digests, each once")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return int(self.rows.nbytes + self._hi.nbytes)
+
+    def find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Where digests are among the rows; -1 for those that are not.
+
+        Args:
+            digests: Shape (n, 2), as `digests_of` gives them.
+        """
+        found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
+        at = np.searchsorted(self._hi, digests[:, 0]).astype(np.int64)
+        open_ = np.arange(len(digests))
+        while True:
+            open_ = open_[at[open_] < len(self._hi)]
+            open_ = open_[self._hi[at[open_]] == digests[open_, 0]]
+            if not len(open_):
+                return found
+            same = self.rows["digest_lo"][at[open_]] == digests[open_, 1]
+            found[open_[same]] = at[open_[same]]
+            open_ = open_[~same]
+            at[open_] += 1
+
+
+EMPTY: Final = Table(np.zeros(0, ROW))
+NO_CHANGES: Final = Table(np.zeros(0, CHANGE))
+
+
+def in_order(rows: Rows) -> Rows:
+    """Rows sorted by their digests; those of one digest stay in the order in which they came."""
+    ordered: Rows = rows[np.lexsort((rows["digest_lo"], rows["digest_hi"]))]
+    return ordered
+
+
+def last_of_each(rows: Rows) -> Rows:
+    """Of sorted rows the last one of each digest."""
+    if not len(rows):
+        return rows
+    last = np.ones(len(rows), bool)
+    last[:-1] = (rows["digest_hi"][1:] != rows["digest_hi"][:-1]) | (rows["digest_lo"][1:] != rows["digest_lo"][:-1])
+    kept: Rows = rows[last]
+    return kept
+
+
+def newest(*changes: Rows) -> Rows:
+    """Changes of several sources as one: for each digest the newest, in the order of the digests.
+
+    Which source comes first, and how often a change is told, makes no difference. Of changes at the very same moment a put
+    wins: a put that is believed wrongly is one miss at a read, a delete that is believed wrongly hides a chunk for longer;
+    between puts the larger hash decides.
+    """
+    rows = np.concatenate(changes) if changes else np.zeros(0, CHANGE)
+    # bytes of the hash, last key first: any order will do, if it is the same for everyone
+    words = np.ascontiguousarray(rows["xet_hash"]).view("<u8").reshape(-1, HASH_BYTES // 8)
+    order = np.lexsort(
+        (
+            *(words[:, word] for word in range(words.shape[1])),
+            rows["size"],
+            -rows["kind"].astype(np.int16),
+            rows["at"],
+            rows["digest_lo"],
+            rows["digest_hi"],
+        )
+    )
+    return last_of_each(rows[order])
+
+
+def applied(rows: Rows, changes: Rows) -> Rows:
+    """Rows after changes: what was put is there with its new content, what was deleted is not.
+
+    Args:
+        rows: Of `ROW`, with more columns perhaps, sorted.
+        changes: Of `CHANGE`, one a digest at most (`newest`).
+
+    Returns:
+        Sorted rows, of the type of `rows`; columns that a put knows nothing of are 0 in it, unless it was there before.
+    """
+    if not len(changes):
+        return rows
+    where = Table(rows).find(np.stack([changes["digest_hi"], changes["digest_lo"]], axis=1))
+    puts = changes["kind"] == PUT
+    added = np.zeros(int(puts.sum()), rows.dtype)
+    known = where[puts]
+    added[known >= 0] = rows[known[known >= 0]]
+    for name in ("digest_hi", "digest_lo", "size", "xet_hash"):
+        added[name] = changes[name][puts]
+    added["uploaded_at"] = np.clip(changes["at"][puts], 0, 0xFFFFFFFF).astype(np.uint32)
+    kept = np.ones(len(rows), bool)
+    kept[where[where >= 0]] = False
+    return in_order(np.concatenate([rows[kept], added]))
+
+
+def blocks(rows: Rows, length: int) -> Iterator[Rows]:
+    """Rows, so many at a time."""
+    for start in range(0, len(rows), length):
+        yield rows[start : start + length]

@@ -1,0 +1,116 @@
+"""Tells the key index of an instance what a job put there or deleted, by a journal, as engines do.
+
+Readers would else go by what is gone until the next snapshot that is made of a listing: each such hit is a miss at the read,
+after which they ask the Hub about everything for a while. What could not be told changes nothing but that: no job fails of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.index_journal import JournalWriter
+from hfbucket_plugin.index_store import POINTER, IndexStore
+from hfbucket_plugin.index_table import digests_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.transfer import Content
+
+_log = logging.getLogger(__name__)
+
+_ENTRIES: Final = 50_000
+"""Most entries of a journal: 3 MB."""
+
+_WAITING: Final = 2 * _ENTRIES
+_FLUSH_ENTRIES: Final = 10_000
+_FLUSH_SECS: Final = 15.0
+_REQUEST_SECS: Final = 60.0
+
+
+class Teller:
+    """Collects what was done, and writes it now and then. Not thread-safe. Made by `telling`.
+
+    Args:
+        bucket: The instance's.
+
+    Attributes:
+        untold: How many entries no reader will learn of.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._store = IndexStore(bucket, "jobs")
+        self._journal = JournalWriter(_ENTRIES, _WAITING)
+        self._flushed = time.monotonic()
+        self._problem: HFBucketError | None = None
+        self.untold = 0
+
+    def did(self, name: str, content: Content | None) -> None:
+        """Note what became of an object.
+
+        Args:
+            name: Below the instance's prefix; a nested one is none that engines ask for, and passed over.
+            content: What it has now; None where it was deleted.
+        """
+        if not name or "/" in name:
+            return
+        _, dropped = self._journal.note(digests_of([name]).tobytes(), content, time.monotonic())
+        self.untold += dropped
+        if len(self._journal) >= _FLUSH_ENTRIES or time.monotonic() - self._flushed >= _FLUSH_SECS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits; a failure is told at the end, if it is one still."""
+        self._flushed = time.monotonic()
+        while (draft := self._journal.draft(time.monotonic())) is not None:
+            deadline = Deadline.after(_REQUEST_SECS)
+            try:
+                self._store.put_journal(draft.name.text, draft.data, draft.instead_of, deadline)
+            except HFBucketError as error:
+                self._problem = error
+                return
+            self._journal.written(draft)
+
+    def close(self) -> None:
+        """Write the rest, and say so where that cannot be."""
+        self._flush()
+        self.untold += len(self._journal)
+        self._store.close()
+        if self.untold:
+            _log.warning(
+                "the key index was not told of %d objects (%s): readers learn of them when it is next made of a listing, "
+                "such as by: python -m jobs index --full",
+                self.untold,
+                self._problem or "too many waited",
+            )
+
+
+@contextlib.contextmanager
+def telling(bucket: Bucket | None) -> Iterator[Teller | None]:
+    """A teller for a stretch of work, or None where the instance has no index: one look-up finds that out.
+
+    Args:
+        bucket: The instance's; None where the work is done elsewhere.
+    """
+    if bucket is None:
+        yield None
+        return
+    path = bucket.handle.join(POINTER)
+    try:
+        there = path in bucket.stat([path], Deadline.after(_REQUEST_SECS))
+    except HFBucketError:  # then it may have one; a journal that nobody reads does no harm
+        there = True
+    if not there:
+        yield None
+        return
+    teller = Teller(bucket)
+    try:
+        yield teller
+    finally:
+        teller.close()

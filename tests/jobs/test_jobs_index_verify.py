@@ -1,0 +1,134 @@
+"""`python -m jobs index --verify`: what differs is found, and what is only young is not taken for it."""
+
+import time
+
+import pytest
+from depot import DAY, PREFIX, key
+from index_depot import Writer, build, door
+from plugin_support import upload
+
+from hfbucket_plugin.deadlines import Deadline
+from jobs.index_verify import Verification
+
+KEYS = [key(number) for number in range(8)]
+IN_NO_TIME = {"index_refresh_secs": 0.01, "index_journal_secs": 0.01}
+
+
+@pytest.fixture
+def stocked(depot):
+    depot.put(KEYS)
+    depot.settings |= IN_NO_TIME
+    build(depot)
+    return depot
+
+
+def verify(depot, code=0):
+    before = depot.all_paths()
+    depot.hub.control.reset_counters()
+    ran = depot.run("index", "--verify")
+    assert ran.code == code, ran.stderr
+    assert depot.all_paths() == before
+    assert depot.hub.control.counters().route("batch").requests == 0
+    return ran
+
+
+def test_an_index_that_is_right_has_no_differences(stocked):
+    writer = Writer(stocked)
+    writer.put(key(20))
+    writer.delete(key(0))
+    writer.tell()
+
+    found = verify(stocked).summary["differences"]
+
+    assert found == {
+        "keys": 8, "listed": 8, "missing": 0, "surplus": 0, "different": 0, "young": 0, "meanwhile": 0, "examples": {},
+    }  # fmt: skip
+
+
+def test_planted_differences_are_counted_and_named(stocked):
+    stocked.put([key(30), key(31)], age=2 * DAY)
+    upload(stocked.hub.endpoint, stocked.bucket_id, {stocked.path(key(1)): b"something else"})
+    with door(stocked) as (bucket, _):
+        bucket.delete([stocked.path(key(2))], Deadline.after(30))
+
+    ran = verify(stocked, code=3)
+
+    found = ran.summary["differences"]
+    assert (found["missing"], found["surplus"], found["different"], found["meanwhile"]) == (2, 1, 1, 0)
+    assert set(found["examples"]["missing"]) == {stocked.path(key(30)), stocked.path(key(31))}
+    assert found["examples"]["different"] == [stocked.path(key(1))]
+    assert found["examples"]["surplus"][0].startswith("digest ")
+    assert f"missing: {PREFIX}/" in ran.stderr
+
+
+def test_what_is_younger_than_readers_need_to_know_is_none(stocked):
+    stocked.settings |= {"index_refresh_secs": 60.0}
+    stocked.put([key(40)], age=0)
+
+    found = verify(stocked).summary["differences"]
+
+    assert (found["missing"], found["young"]) == (0, 1)
+
+
+def test_what_is_told_while_it_goes_on_is_none(stocked):
+    writer = Writer(stocked)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if seconds:
+            writer.tell()  # of what happened since the view was made
+
+    with door(stocked) as (bucket, store):
+        verification = Verification(
+            bucket,
+            store,
+            stocked.directory / "scratch",
+            page_secs=30.0,
+            request_secs=30.0,
+            window_secs=0.0,
+            tell_secs=0.5,
+            sleep=sleep,
+        )
+        (stocked.directory / "scratch").mkdir()
+        real = verification._view
+
+        def view():
+            made = real()
+            writer.delete(key(3))
+            writer.put(key(4), data=b"anew")
+            return made
+
+        verification._view = view
+        found = verification.run()
+
+    assert slept == [0.0, 0.5]
+    assert (found.total, found.meanwhile) == (0, 2)
+
+
+def test_without_an_index_nothing_can_be_compared(depot):
+    depot.put(KEYS)
+
+    assert "there is no snapshot of its index yet" in verify(depot, code=3).stderr
+
+
+def test_it_goes_with_nothing_that_writes(depot):
+    ran = depot.run("index", "--verify", "--full")
+
+    assert ran.code == 2
+    assert "--verify only compares" in ran.stderr
+
+
+def test_the_metrics_tell_of_builds_and_differences(stocked):
+    path = stocked.directory / "metrics.prom"
+    build(stocked, "--metrics-textfile", str(path))
+    text = path.read_text()
+    assert 'hfbucket_jobs_objects{instance="hfbucket.us",job_name="index"} 8.0' in text
+    covers = next(
+        line for line in text.splitlines() if line.startswith("hfbucket_jobs_index_covers_timestamp_seconds{")
+    )
+    assert abs(float(covers.split()[-1]) - time.time()) < 3600
+
+    stocked.put([key(50)], age=DAY)
+    assert stocked.run("index", "--verify", "--metrics-textfile", str(path)).code == 3
+    assert 'hfbucket_jobs_index_differences{instance="hfbucket.us",job_name="index"} 1.0' in path.read_text()

@@ -1,0 +1,73 @@
+"""A builder of key indexes for tests, and what tests ask of an index."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plugin_support import eventually, opened
+from surface_support import PREFIX, store_of
+
+from faults.surface import counted
+from hfbucket_plugin import index_build, metrics
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.index_store import IndexStore
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from hfbucket_plugin.index import KeyIndex
+    from hfbucket_plugin.index_format import Pointer
+
+SECS = 30.0
+
+
+def build(endpoint: str, bucket_id: str, prefix: str = PREFIX, *, incremental: bool = False) -> Pointer:
+    """Make a snapshot of an instance and publish it."""
+    with opened(endpoint, bucket_id, prefix) as door, tempfile.TemporaryDirectory() as directory:
+        store = IndexStore(door, "builder")
+        if incremental:
+            built = index_build.from_journals(door, store, Path(directory), SECS)
+        else:
+            built = index_build.from_listing(door, Path(directory), SECS)
+        return index_build.publish(store, built, Deadline.after(SECS))
+
+
+def index_of(surface: Any) -> KeyIndex:
+    """The index of a surface."""
+    index = store_of(surface).index
+    assert index is not None
+    return index
+
+
+def in_use(surface: Any) -> KeyIndex:
+    """The index of a surface, when it is in use."""
+    index = index_of(surface)
+    eventually(lambda: index.status()["state"] == "usable")
+    return index
+
+
+def answers(surface: Any) -> Counter[str]:
+    """What the index said so far: outcome to number of keys."""
+    return counted_by_outcome(surface, metrics.INDEX_ANSWERS)
+
+
+def counted_by_outcome(surface: Any, name: str) -> Counter[str]:
+    """A counter of a surface's instance, by outcome."""
+    import prometheus_client
+
+    found: Counter[str] = counted(surface.instance, name, "none")
+    for family in prometheus_client.REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name == name and sample.labels.get("instance") == surface.instance:
+                found[sample.labels["outcome"]] += round(sample.value)
+    return +found
+
+
+def gauge(surface: Any, name: str, **labels: str) -> float | None:
+    """A gauge of a surface's instance."""
+    import prometheus_client
+
+    value: float | None = prometheus_client.REGISTRY.get_sample_value(name, {"instance": surface.instance} | labels)
+    return value
