@@ -60,6 +60,18 @@ class L2Settings(InstanceSettings):
         description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
         "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
     )
+    server_chunk_size: PositiveInt | None = Field(
+        None,
+        description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
+        "and compared; the layout of lookups shows another chunk size without it.",
+    )
+    server_hash_algorithm: str | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="The server's `--hash-algorithm`, for the fingerprint: LMCache does not tell it to an adapter. Only "
+        "recorded and compared, with what it makes of a fixed sequence of tokens.",
+    )
     num_workers: PositiveInt | None = Field(
         None,
         description="LMCache's built-in adapter takes it; without effect here, where `max_parallel_reads` and "

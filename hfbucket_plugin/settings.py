@@ -209,6 +209,25 @@ class InstanceSettings(BaseModel):
         10.0,
         description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
     )
+    fingerprint: Literal["enforce", "warn", "off"] = Field(
+        "warn",
+        description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
+        "weights, chunk size, layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups "
+        "and gets are misses and its puts are refused, also while the fingerprint is not known. `warn`: it is logged and "
+        "counted. Warned of by default, since a fleet that has never recorded one must not stop.",
+    )
+    model_revision: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Of the model's weights, such as a commit of its repository: recorded in the fingerprint and compared. "
+        "Change it with the weights. LMCache does not know it; without it, new weights of the same layout are not noticed.",
+    )
+    fingerprint_refresh_secs: PositiveFloat = Field(
+        1800.0,
+        description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
+        "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
+    )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,
         validate_default=True,

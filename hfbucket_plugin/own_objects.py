@@ -1,0 +1,128 @@
+"""Objects of ours below `<prefix>/.hfbucket/`, for code that runs inside an engine: read whole and checked, or written.
+
+Nothing here outlasts its deadline, and nothing waits for a thread that hangs in the network: it is abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, TransportError
+from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.transfer import Read, Upload, xet_hashes
+from hfbucket_plugin.workers import WorkerPool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.leases import SourceLease
+    from hfbucket_plugin.transfer import Content
+
+
+class OwnObjects:
+    """Reads and writes small objects of ours.
+
+    Args:
+        bucket: The instance's.
+        name: Names the threads.
+    """
+
+    def __init__(self, bucket: Bucket, name: str) -> None:
+        self._bucket = bucket
+        self._uploads = WorkerPool(f"hfbucket-own-{name}", 1, 1)
+
+    def read(self, objects: Sequence[tuple[str, Content]], deadline: Deadline) -> list[bytearray | HFBucketError]:
+        """Read objects side by side, and compare each with its hash. They are all in memory at one time.
+
+        Args:
+            objects: A name for errors, and the content, of each.
+            deadline: When to give up.
+
+        Returns:
+            The bytes of each, or why they did not arrive.
+        """
+        whole = [bytearray(content.size) for _, content in objects]
+        reads = [
+            Read(name, content, Lease(memoryview(data))) for (name, content), data in zip(objects, whole, strict=True)
+        ]
+        try:
+            self._bucket.transfer.read(reads, deadline)
+        finally:
+            for read in reads:
+                read.lease.revoke()
+        arrived = [index for index, read in enumerate(reads) if read.error is None]
+        hashes = dict(zip(arrived, _hashes([whole[index] for index in arrived]), strict=True))
+        results: list[bytearray | HFBucketError] = []
+        for index, (read, data) in enumerate(zip(reads, whole, strict=True)):
+            if read.error is not None:
+                results.append(read.error)
+            elif hashes[index] != read.content.xet_hash:
+                self._bucket.transfer.renew()  # so that the next try is independent of this one
+                expected = read.content.xet_hash
+                results.append(
+                    IntegrityError(f"{read.name}: what arrived has the hash {hashes[index]}, not {expected}")
+                )
+            else:
+                results.append(data)
+        return results
+
+    def upload(self, data: bytes | SourceLease, deadline: Deadline) -> Content:
+        """Upload a content; it is in no bucket yet. hf_xet may hang for longer than its timeouts say.
+
+        Raises:
+            HFBucketError: It was not uploaded.
+        """
+        upload = Upload()
+        try:
+            stored = self._uploads.submit(self._bucket.transfer.upload, [data], deadline, upload)
+        except RuntimeError as error:
+            raise TransportError(f"not uploaded: {error}") from None
+        try:
+            return stored.result(timeout=deadline.remaining())[0]
+        except FutureTimeoutError as error:
+            self._bucket.transfer.abandon(upload)
+            if isinstance(error, DeadlineError):  # which is a TimeoutError too: the upload's own
+                raise
+            raise DeadlineError(f"not uploaded within {deadline.seconds:g} s; abandoned") from None
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        self._uploads.close()
+
+
+_HASHED_TOGETHER = 64
+"""Files open at one time: one call for many small ones is much faster than one call each."""
+
+
+def _hashes(contents: Sequence[bytearray]) -> list[str]:
+    """The Xet hashes of bytes. hf_xet hashes files only; these are in memory, so that no directory is needed.
+
+    Raises:
+        OSError: The system has no memory for them.
+    """
+    found: list[str] = []
+    for start in range(0, len(contents), _HASHED_TOGETHER):
+        with contextlib.ExitStack() as stack:
+            paths = []
+            for data in contents[start : start + _HASHED_TOGETHER]:
+                file = stack.enter_context(open(os.memfd_create("hfbucket-hash"), "wb"))  # noqa: PTH123 - it has no path
+                file.write(data)
+                file.flush()
+                paths.append(Path(f"/proc/self/fd/{file.fileno()}"))
+            found += xet_hashes(paths)
+    return found
+
+
+def hash_of(data: bytearray) -> str:
+    """The Xet hash of bytes.
+
+    Raises:
+        OSError: The system has no memory for it.
+    """
+    return _hashes([data])[0]
