@@ -96,11 +96,11 @@ class FingerprintStore:
 
     def path(self, model: str) -> str:
         """Where the record of a model lies."""
-        return self._bucket.handle.join(f"{DIRECTORY}/{encode_name(model)}.json")
+        return self._bucket.handle.join(f"{DIRECTORY}/{_encoded(model)}.json")
 
     def claim_path(self, fingerprint: Fingerprint) -> str:
         """Where the claim of an engine lies."""
-        return self._bucket.handle.join(f"{DIRECTORY}/{encode_name(fingerprint.model)}/{fingerprint.digest}.json")
+        return self._bucket.handle.join(f"{DIRECTORY}/{_encoded(fingerprint.model)}/{fingerprint.digest}.json")
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class FingerprintStore:
         Raises:
             HFBucketError: The Hub did not say which there are. One that cannot be read raises nothing.
         """
-        head = self._bucket.handle.join(f"{DIRECTORY}/{encode_name(model)}/")
+        head = self._bucket.handle.join(f"{DIRECTORY}/{_encoded(model)}/")
         infos, _ = self._bucket.list_page(head, None, deadline)
         own = [info for info in infos if _CLAIM.fullmatch(info.path.removeprefix(head))]
         found = []
@@ -166,9 +166,9 @@ class FingerprintStore:
         head = self._bucket.handle.join(f"{DIRECTORY}/")
         seen: set[str] = set()
         for info in self._bucket.list_objects(head, page_secs):
-            name = info.path.removeprefix(head).split("/", maxsplit=1)[0]
+            name, is_claim, _ = info.path.removeprefix(head).partition("/")
             try:
-                model = decode_name(name.removesuffix(".json") if "/" not in info.path.removeprefix(head) else name)
+                model = _decoded(name if is_claim else name.removesuffix(".json"))
             except KeyFormatError:
                 continue  # somebody else's
             if model and model not in seen:
@@ -264,6 +264,19 @@ class FingerprintStore:
     def close(self) -> None:
         """Write nothing any more."""
         self._own.close()
+
+
+_DOTS: Final = {".": "%2E", "..": "%2E%2E"}
+"""`vllm serve .` serves the model `.`, whose name would be no segment of a path."""
+
+
+def _encoded(model: str) -> str:
+    name = encode_name(model)
+    return _DOTS.get(name, name)
+
+
+def _decoded(name: str) -> str:
+    return next((model for model, dots in _DOTS.items() if dots == name), "") or decode_name(name)
 
 
 def _bytes(data: bytearray | HFBucketError) -> bytes:

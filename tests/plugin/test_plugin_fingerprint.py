@@ -28,7 +28,10 @@ GROUP = Group(shape=(2, 32, 256, 1024), dtype="bfloat16")
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 groups = st.builds(
-    Group, shape=st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple), dtype=texts, object_group=st.integers(0, 3)
+    Group,
+    shape=st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple),
+    dtype=texts,
+    object_group=st.integers(0, 3),
 )
 layouts = st.builds(
     Layout, groups=st.lists(groups, min_size=1, max_size=3).map(tuple), worker=st.none() | st.integers(0, 3)
@@ -182,7 +185,7 @@ def test_a_record_comes_back_with_the_last_fingerprint_of_each_space(variants):
 
 @given(any_text | st.binary().map(repr))
 def test_what_is_no_record_is_said_to_be_none(text):
-    with pytest.raises(IntegrityError, match="kv/.hfbucket/fingerprints"):
+    with pytest.raises(IntegrityError, match=r"kv/\.hfbucket/fingerprints"):
         Record.from_json(text.encode(), "org/model", WHERE)
 
 
