@@ -12,12 +12,12 @@ so tools take it too.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.settings import InstanceSettings, hide_tokens, validated
+from hfbucket_plugin.settings import InstanceSettings, check_fact, hide_tokens, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ class L2Settings(InstanceSettings):
         description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
         "and compared; the layout of lookups shows another chunk size without it.",
     )
-    server_hash_algorithm: str | None = Field(
+    server_hash_algorithm: Annotated[str, AfterValidator(check_fact)] | None = Field(
         None,
         min_length=1,
         max_length=64,

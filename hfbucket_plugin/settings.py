@@ -88,6 +88,17 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
+def check_fact(value: str) -> str:
+    """Refuse what must not be recorded in a bucket.
+
+    Raises:
+        ValueError: It looks like a token, or is more than a name.
+    """
+    if not value.isprintable() or _TOKEN.search(value):  # it is recorded in the bucket
+        raise ValueError("must be a name on one line, and no token")
+    return value
+
+
 class InstanceSettings(BaseModel):
     """Everything one instance is told. Immutable; a token never shows in its `repr`.
 
@@ -216,7 +227,7 @@ class InstanceSettings(BaseModel):
         "and gets are misses and its puts are refused, also while the fingerprint is not known. `warn`: it is logged and "
         "counted. Warned of by default, since a fleet that has never recorded one must not stop.",
     )
-    model_revision: str | None = Field(
+    model_revision: Annotated[str, AfterValidator(check_fact)] | None = Field(
         None,
         min_length=1,
         max_length=512,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from plugin_rig import OURS
-from plugin_support import download, eventually, paths
+from plugin_support import all_paths, download, eventually
 
 from demo.engine import CpuEngine, prompt
 from hfbucket_plugin.fingerprint import Claim, Record
@@ -80,7 +80,7 @@ class Fleet:
 
     def paths(self) -> list[str]:
         """All objects of the bucket."""
-        return paths(self.hub.endpoint, self.bucket)
+        return all_paths(self.hub.endpoint, self.bucket)
 
     def chunks(self) -> list[str]:
         """Those of chunks."""

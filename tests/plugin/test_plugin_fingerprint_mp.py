@@ -5,7 +5,7 @@ import torch
 from fingerprint_support import HEAD
 from l2_support import SIZE, content_of, load, lookup, mp_key, put, there
 from lmcache.v1.distributed.api import MemoryLayoutDesc
-from plugin_support import download, eventually, paths
+from plugin_support import all_paths, download, eventually
 
 from hfbucket_plugin.fingerprint import Record
 from hfbucket_plugin.metrics import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, Tally
@@ -20,7 +20,7 @@ def adapters(l2_adapters, monkeypatch):
     def make(**values):
         tally = Tally()
         monkeypatch.setattr("hfbucket_plugin.l2_adapter.default_sink", lambda: tally)
-        one = l2_adapters(**values)
+        one = l2_adapters(**{"fingerprint": "warn"} | values)
         one.tally = tally
         return one
 
@@ -46,7 +46,7 @@ def outcome(one, operation, what):
 
 
 def recorded(hub, bucket):
-    eventually(lambda: RECORD in paths(hub.endpoint, bucket))
+    eventually(lambda: RECORD in all_paths(hub.endpoint, bucket))
     return Record.from_json(download(hub.endpoint, bucket, RECORD), "org/model", RECORD)
 
 

@@ -1,7 +1,7 @@
 """How a first writer's fingerprint comes to count, on a real Hub."""
 
 import pytest
-from plugin_support import download, in_threads, opened, paths, upload
+from plugin_support import all_paths, download, in_threads, opened, upload
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, RefusedError
@@ -48,8 +48,8 @@ def test_a_models_name_is_encoded_as_in_keys(store, hub, bucket, model):
     store.record_first(engine(model=model), soon())
 
     assert list(store.models(30)) == [model]
-    assert all(path.startswith(f"{HEAD}/") for path in paths(hub.endpoint, bucket))
-    assert len(paths(hub.endpoint, bucket)) == 2
+    assert all(path.startswith(f"{HEAD}/") for path in all_paths(hub.endpoint, bucket))
+    assert len(all_paths(hub.endpoint, bucket)) == 2
 
 
 def test_of_those_that_begin_together_one_counts_for_all(store, hub, bucket):
