@@ -190,8 +190,12 @@ class Difference:
     here: str
 
     def __str__(self) -> str:
+        return self.words("here")
+
+    def words(self, where: str) -> str:
+        """The difference in words; `where` says where the other value is."""
         what = "hash_check (the seed, PYTHONHASHSEED)" if self.field == "hash_check" else self.field
-        return f"{what} is {self.recorded} in the bucket and {self.here} here"
+        return f"{what} is {self.recorded} in the bucket and {self.here} {where}"
 
 
 def differences(recorded: Fingerprint, here: Fingerprint) -> list[Difference]:
@@ -231,9 +235,9 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def in_words(found: list[Difference]) -> str:
-    """Differences in one line."""
-    return "; ".join(map(str, found))
+def in_words(found: list[Difference], where: str = "here") -> str:
+    """Differences in one line; see `Difference.words`."""
+    return "; ".join(one.words(where) for one in found)
 
 
 class Record(_Model):
