@@ -12,6 +12,7 @@ from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
+from warmer import fingerprints
 from warmer.carry import CopyRun
 from warmer.choose import ADVICE
 from warmer.errors import NothingToDoError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
+    from warmer.fingerprints import Compared
     from warmer.interrupt import StopSwitch
     from warmer.sources import Bound
     from warmer.warmup import WarmUp
@@ -169,11 +171,12 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
         raise ConfigError(ADVICE)
     choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), bound.prompts())
     bucket = bound.bucket()
+    compared = fingerprints.compare(bound, choosing, bucket)
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:
             made = PlanFile.write(
-                path, choosing.planned(bucket, sorting), lambda whole: _header(bound, choosing, whole)
+                path, choosing.planned(bucket, sorting), lambda whole: _header(bound, choosing, compared, whole)
             )
             _expect_some(bound, choosing, made, bucket)
             if out is not None:
@@ -183,7 +186,7 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
         scratch.close()
 
 
-def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
+def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile) -> dict[str, Any]:
     skipped = dict(choosing.skipped)
     if choosing.chosen > made.chunks:
         skipped["over_budget"] = choosing.chosen - made.chunks
@@ -199,6 +202,8 @@ def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
         "selected_bytes": made.bytes,
         "skipped": skipped,
     }
+    if compared.facts:
+        header["fingerprints"] = compared.facts
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header
