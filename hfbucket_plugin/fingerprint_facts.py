@@ -8,6 +8,7 @@ would use are looked up the same way, and start from the value that the process 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -135,6 +136,7 @@ def seed_is_pinned(environ: Mapping[str, str]) -> bool:
     return environ.get(_SEEDED_BY, "").isdecimal()
 
 
+@functools.cache
 def _lmcache_version() -> str | None:
     try:
         return version("lmcache")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError
+from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, ThrottledError, TransportError
 from hfbucket_plugin.fingerprint import differences, in_words, printable
 from hfbucket_plugin.fingerprint_store import FingerprintStore
 from hfbucket_plugin.loglimit import LimitedLog
@@ -62,7 +62,7 @@ class Subject:
     Args:
         watch: Its own.
         model: The model's name.
-        facts: What is known of it; asked on a thread of the watch. Raises ValueError where that is no fingerprint.
+        facts: What is known of it, without delay. Raises what it likes where that is no fingerprint.
     """
 
     def __init__(self, watch: FingerprintWatch, model: str, facts: Callable[[], Fingerprint]) -> None:
@@ -73,6 +73,7 @@ class Subject:
         self.used = False
         self.stores = False
         self.told = ""
+        self.revision = 0  # of its facts: what was found out about an earlier one does not hold
 
     def refusal(self, *, storing: bool = False) -> str | None:
         """Why its chunks may not be looked up, read, deleted or stored now, as the outcome that is counted; None: they may.
@@ -84,8 +85,7 @@ class Subject:
 
     def changed(self) -> None:
         """Its facts are other ones now: what was found out does not hold any more."""
-        self.state = "unknown"
-        self._watch.look_soon(self.model)
+        self._watch.changed(self)
 
 
 class _Known:
@@ -95,6 +95,9 @@ class _Known:
         self.found: Found | None = None
         self.busy = False
         self.next_at = float("-inf")
+        self.fresh_until = float("-inf")
+        self.soon = self.later = float("-inf")
+        self.status: Literal["unread", "read", "unreadable"] = "unread"
         self.retry_secs = _FIRST_RETRY_SECS
         self.bucket_is_missing = False
 
@@ -134,6 +137,7 @@ class FingerprintWatch:
         self._subjects: dict[Subject, None] = {}
         self._known: dict[str, _Known] = {}
         self._claimed: set[str] = set()
+        self._closed = False
 
     def add(self, model: str, facts: Callable[[], Fingerprint]) -> Subject:
         """Watch an engine; the record of its model is looked up soon.
@@ -164,17 +168,42 @@ class FingerprintWatch:
             return None
         stores = storing and self._settings.writes
         if not subject.used or (stores and not subject.stores):
-            subject.used = True
-            subject.stores |= stores
-            self.look_soon(subject.model)
+            self._first_use(subject, stores=stores)
         elif (known := self._known.get(subject.model)) is not None and self._clock() >= known.next_at:
             self._look(subject.model)
         if self._settings.fingerprint == "warn" or subject.state == "agrees":
             return None
         return CONFLICT if subject.state == "conflict" else UNKNOWN
 
+    def _first_use(self, subject: Subject, *, stores: bool) -> None:
+        """An engine that agreed as it started may know more of itself now: until that is compared, it does not agree."""
+        agrees = not subject.used and subject.state == "agrees" and self._agrees(subject)
+        with self._lock:
+            if not subject.used:
+                subject.used = True
+                subject.revision += 1
+                subject.state = "agrees" if agrees else "unknown"
+            subject.stores |= stores
+        self.look_soon(subject.model)
+
+    def _agrees(self, subject: Subject) -> bool:
+        known = self._known.get(subject.model)
+        try:
+            mine = subject.facts()
+        except Exception:  # noqa: BLE001 - told by `_judge`
+            return False
+        recorded = known.found.record.of(mine.space) if known is not None and known.found is not None else None
+        return recorded is not None and not differences(recorded, mine)
+
+    def changed(self, subject: Subject) -> None:
+        """See `Subject.changed`."""
+        with self._lock:
+            subject.revision += 1
+            subject.state = "unknown"
+        self.look_soon(subject.model)
+
     def look_soon(self, model: str) -> None:
-        """Have a model's record looked at, now if nobody does."""
+        """Have a model's engines compared with its record, now if nobody does. The Hub is asked only when it is time."""
         with self._lock:
             known = self._known.get(model)
             if known is None or self._settings.fingerprint == "off":
@@ -199,10 +228,9 @@ class FingerprintWatch:
         try:
             while self._clock() >= known.next_at:
                 known.next_at = float("inf")  # whoever wants another look meanwhile sets it back
-                wait = self._looked(model, known)
+                known.fresh_until = self._looked(model, known)
                 with self._lock:
-                    if known.next_at == float("inf"):
-                        known.next_at = self._clock() + wait
+                    known.next_at = min(known.next_at, known.fresh_until)
         except Exception:  # noqa: BLE001 - whatever it was, the engine works without the fingerprint
             _log.exception("[%s] fingerprint: the look at %r failed", self._instance, model)
             known.next_at = self._clock() + _LAST_RETRY_SECS
@@ -215,70 +243,119 @@ class FingerprintWatch:
                 self._look(model)
 
     def _looked(self, model: str, known: _Known) -> float:
-        """Look once, and tell after how many seconds to look again."""
-        if wait := self._bucket.paused_secs or self._bucket.background_wait_secs:
-            return min(wait, _LAST_RETRY_SECS)
-        if self._guard.is_open("lookup"):
-            return _FIRST_RETRY_SECS
+        """Look once, and tell until when that will do."""
+        failed = False
+        if self._clock() >= known.fresh_until:
+            if wait := self._must_wait():
+                return self._clock() + wait
+            failed = not self._read(model, known)
+        if known.status == "unread":
+            return self._clock() + self._retry_secs(known) if failed else known.fresh_until
         with self._lock:
             subjects = [subject for subject in self._subjects if subject.model == model]
-        try:
-            self._read(model, known)
-            for subject in subjects:
-                self._judge(subject, known)
-        except IntegrityError as error:
-            for subject in subjects:
-                subject.state = "unreadable"
-            self._warn(f"{model} unreadable", f"cannot be read, and nothing is compared{self._so()}: {error}")
-        except HFBucketError as error:
-            self._warn(f"{model} {error.kind}", f"of {printable(model)} is not known for now{self._so()}: {error}")
-            known.retry_secs = min(2 * known.retry_secs, _LAST_RETRY_SECS)
-            return known.retry_secs
+        for subject in subjects:
+            failed |= not self._judge(subject, known)
+        if failed:
+            return self._clock() + self._retry_secs(known)
         known.retry_secs = _FIRST_RETRY_SECS
-        refresh = self._settings.fingerprint_refresh_secs
-        return refresh if all(subject.state == "agrees" for subject in subjects) else refresh / _SOONER
+        return known.later if all(subject.state == "agrees" for subject in subjects) else known.soon
 
-    def _read(self, model: str, known: _Known) -> None:
+    @staticmethod
+    def _retry_secs(known: _Known) -> float:
+        known.retry_secs = min(2 * known.retry_secs, _LAST_RETRY_SECS)
+        return known.retry_secs
+
+    def _must_wait(self) -> float:
+        """Seconds until the Hub may be asked by work in the background."""
+        if wait := self._bucket.paused_secs or self._bucket.background_wait_secs:
+            return min(wait, _LAST_RETRY_SECS)
+        return _FIRST_RETRY_SECS if self._guard.is_open("lookup") else 0.0
+
+    def _read(self, model: str, known: _Known) -> bool:
+        """Ask the Hub for the record; whether it said anything."""
+        refresh = self._settings.fingerprint_refresh_secs
+        known.soon, known.later = self._clock() + refresh / _SOONER, self._clock() + refresh
         known.bucket_is_missing = False
         try:
             known.found = self._store.read(model, Deadline.after(_LOOK_SECS), known.found)
         except BucketMissingError:
             known.found, known.bucket_is_missing = None, True
+        except IntegrityError as error:
+            self._unreadable(model, known, error)
+            return True
+        except HFBucketError as error:
+            self._warn(f"{model} {error.kind}", f"of {printable(model)} is not known for now{self._so()}: {error}")
+            return False
+        known.status = "read"
+        return True
 
-    def _judge(self, subject: Subject, known: _Known) -> None:
+    def _unreadable(self, model: str, known: _Known, error: IntegrityError) -> None:
+        known.found, known.status = None, "unreadable"
+        self._warn(f"{model} unreadable", f"cannot be read, and nothing is compared{self._so()}: {error}")
+
+    def _judge(self, subject: Subject, known: _Known) -> bool:
+        """Compare an engine with the record, and record it where nobody has; whether nothing failed that may soon not."""
+        with self._lock:
+            revision, used, stores = subject.revision, subject.used, subject.stores
         try:
             mine = subject.facts()
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            self._warn(f"{subject.model} facts", f"of {printable(subject.model)} cannot be made: {reason}")
-            return
-        recorded = known.found.record.of(mine.space) if known.found is not None else None
-        if recorded is None:
-            subject.state = "unrecorded"
-            if not subject.stores:
-                return
-            self._record(subject, mine, known)
-            recorded = known.found.record.of(mine.space) if known.found is not None else None
-        if recorded is None:
-            return
-        if differences(recorded, mine):
+        except Exception as error:  # noqa: BLE001 - another LMCache, or what no fingerprint can hold: the engine goes on
+            self._settle(subject, revision, "unknown")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._warn(f"{subject.model} facts", f"of {printable(subject.model)} cannot be made{self._so()}: {reason}")
+            return True
+        if not used:  # KV groups register, and hashes get their seed, after a connector is made
+            mine = mine.model_copy(update={"layout": None, "hash_check": None})
+        recorded, done = self._of(mine, known), True
+        if stores and known.status == "read" and (recorded is None or self._lacks(recorded, mine)):
+            done = self._record(subject, mine, known)
+            recorded = self._of(mine, known)
+        if known.status == "unreadable":
+            self._settle(subject, revision, "unreadable")
+        elif recorded is None:
+            self._settle(subject, revision, "unrecorded")
+        elif not differences(recorded, mine):
+            subject.told = ""
+            self._settle(subject, revision, "agrees")
+        elif self._settle(subject, revision, "conflict"):
             self._conflict(subject, recorded, mine)
-            return
-        subject.state, subject.told = "agrees", ""
-        if subject.stores and recorded.completed(mine) != recorded:
-            self._record(subject, mine, known)
+        return done
 
-    def _record(self, subject: Subject, mine: Fingerprint, known: _Known) -> None:
-        """Record an engine, where nobody has, or with what the record lacks. That it may not is no error of the engine."""
+    @staticmethod
+    def _of(mine: Fingerprint, known: _Known) -> Fingerprint | None:
+        return known.found.record.of(mine.space) if known.found is not None else None
+
+    @staticmethod
+    def _lacks(recorded: Fingerprint, mine: Fingerprint) -> bool:
+        return not differences(recorded, mine) and recorded.completed(mine) != recorded
+
+    def _settle(self, subject: Subject, revision: int, state: State) -> bool:
+        """Set the state of an engine, unless its facts have changed meanwhile; then it is looked at again."""
+        with self._lock:
+            if subject.revision != revision:
+                return False
+            subject.state = state
+            return True
+
+    def _record(self, subject: Subject, mine: Fingerprint, known: _Known) -> bool:
+        """Record an engine, or what the record lacks of it. That it may not is no error of the engine's.
+
+        Returns:
+            Whether it is there, or may not be.
+        """
         try:
             if known.bucket_is_missing and self._settings.create_bucket_if_missing:
                 self._bucket.create(Deadline.after(_LOOK_SECS))
             known.found = self._store.record_first(mine, Deadline.after(_LOOK_SECS))
-        except IntegrityError:
-            raise
+        except IntegrityError as error:
+            self._unreadable(subject.model, known, error)
         except HFBucketError as error:
-            what = f"of {printable(subject.model)} was not recorded{self._so() if subject.state != 'agrees' else ''}"
-            self._warn(f"{subject.model} record {error.kind}", f"{what}: {error}")
+            so = "" if subject.state == "agrees" else self._so()
+            self._warn(
+                f"{subject.model} record {error.kind}", f"of {printable(subject.model)} was not recorded{so}: {error}"
+            )
+            return not isinstance(error, (TransportError, ThrottledError))
+        return True
 
     def _conflict(self, subject: Subject, recorded: Fingerprint, mine: Fingerprint) -> None:
         found = differences(recorded, mine)
@@ -286,7 +363,7 @@ class FingerprintWatch:
         if subject.told != words:
             for one in found:
                 self._sink.count(metrics.FINGERPRINT_CONFLICTS, instance=self._instance, field=one.field)
-        subject.state, subject.told = "conflict", words
+        subject.told = words
         who = f"{recorded.written_by or 'somebody'} at {recorded.recorded_at or 'some time'}"
         then = (
             "nothing is served from it or stored there (fingerprint: enforce)"
@@ -319,6 +396,8 @@ class FingerprintWatch:
         )
 
     def _warn(self, kind: str, message: str) -> None:
+        if self._closed:  # and so is the bucket: what fails now says nothing
+            return
         self._limited.warning(kind, f"[{self._instance}] fingerprint: {message}")
 
     def _tell_states(self) -> None:
@@ -343,5 +422,6 @@ class FingerprintWatch:
 
     def close(self) -> None:
         """Look at nothing any more. Does not wait."""
+        self._closed = True
         self._threads.close()
         self._store.close()
