@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin import fingerprint_facts
 from hfbucket_plugin.fingerprint import Layout
+from hfbucket_plugin.loglimit import LimitedLog
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
     from lmcache.v1.memory_management import MemoryObj
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from hfbucket_plugin.fingerprint import Fingerprint
     from hfbucket_plugin.fingerprint_watch import FingerprintWatch
     from hfbucket_plugin.l2_settings import L2Settings
+
+_log = logging.getLogger(__name__)
 
 _WORLD: Final = 0xFF00FF00
 """Of a `kv_rank`: the world size and the local one. LMCache keeps one layout for all ranks of a model's world."""
@@ -51,7 +56,9 @@ class _Engine:
         known = self._layout.groups if self._layout is not None else ()
         if any(group.object_group == index for group in known):
             return
-        shapes, dtypes = memory_obj.get_shapes(), memory_obj.get_dtypes()
+        metadata = memory_obj.metadata
+        shapes = metadata.shapes or [metadata.shape]
+        dtypes = metadata.dtypes or [metadata.dtype]
         new = [fingerprint_facts.mp_group(index, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         self.learn(Layout(groups=tuple(sorted((*known, *new), key=lambda group: group.object_group))))
 
@@ -71,27 +78,42 @@ class L2Fingerprints:
         self._watch = watch
         self._settings = settings
         self._on = settings.fingerprint != "off"
+        self._limited = LimitedLog(_log, 3600.0)
         self._lock = threading.Lock()
         self._engines: OrderedDict[tuple[str, int], _Engine] = OrderedDict()
 
     def of_lookup(self, keys: Sequence[ObjectKey], descs: Mapping[int, MemoryLayoutDesc]) -> str | None:
         """Of keys to be looked up, with the layouts that LMCache gives with them."""
-        if self._on and keys and (layout := fingerprint_facts.mp_layout(descs)) is not None:
-            for engine in self._of(keys):
-                engine.learn(layout)
+        if self._on and keys:
+            with self._without_raising():
+                if (layout := fingerprint_facts.mp_layout(descs)) is not None:
+                    for engine in self._of(keys):
+                        engine.learn(layout)
         return self._refusal(keys)
 
     def of_store(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> str | None:
         """Of objects to be stored."""
         if self._on:
             groups = {(_world(key), key.object_group_id): (key, obj) for key, obj in zip(keys, objects, strict=True)}
-            for key, memory_obj in groups.values():
-                self._engine(key).learn_group(key.object_group_id, memory_obj)
+            with self._without_raising():
+                for key, memory_obj in groups.values():
+                    self._engine(key).learn_group(key.object_group_id, memory_obj)
         return self._refusal(keys, storing=True)
 
     def of_load(self, keys: Sequence[ObjectKey]) -> str | None:
         """Of keys to be read or deleted."""
         return self._refusal(keys)
+
+    @contextlib.contextmanager
+    def _without_raising(self) -> Iterator[None]:
+        """What a layout says is a help; one that is not as it was in the LMCache that this was written for must stop nothing."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is: the layout is not known then, and not compared
+            self._limited.warning(
+                "layout",
+                f"[{self._settings.name}] fingerprint: a layout is not understood: {type(error).__name__}: {error}",
+            )
 
     def _refusal(self, keys: Sequence[ObjectKey], *, storing: bool = False) -> str | None:
         if not self._on:

@@ -148,3 +148,20 @@ def test_a_layout_that_changes_is_compared_anew(adapters):
 
     assert lookup(first, [mp_key(1)], layout(2, 2, 16, SIZE // 64)) == [True]
     assert HEAD.endswith("/.hfbucket/fingerprints")
+
+
+def test_a_store_before_any_lookup_tells_the_layout_too(adapters, hub, bucket):
+    first = adapters()
+    assert put(first, [mp_key(1)]).is_successful()
+    becomes(first, "agrees")
+
+    assert str(recorded(hub, bucket).variants[0].layout) == f"{SIZE} uint8"
+
+
+@pytest.mark.parametrize("fingerprint", ["warn", "off"])
+def test_a_layout_that_is_none_stops_nothing(adapters, fingerprint):
+    first = adapters(fingerprint=fingerprint, object_sizes="any")
+    put(first, [mp_key(1)])
+
+    assert lookup(first, [mp_key(1)], {0: object()}) == [True]
+    assert lookup(first, [], {}) == []
