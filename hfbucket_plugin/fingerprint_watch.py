@@ -182,7 +182,8 @@ class FingerprintWatch:
             if not subject.used:
                 subject.used = True
                 subject.revision += 1
-                subject.state = "agrees" if agrees else "unknown"
+                if subject.state == "agrees" and not agrees:
+                    subject.state = "unknown"
             subject.stores |= stores
         self.look_soon(subject.model)
 
