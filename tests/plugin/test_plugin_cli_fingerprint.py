@@ -76,3 +76,12 @@ def test_engines_that_do_not_look(desk):
     desk.settings = {"fingerprint": "off"}
 
     assert "engines do not look at it" in desk.doctor().told("fingerprint")
+
+
+def test_one_whose_seed_nobody_set(desk):
+    desk.put_objects({f"{NAME}.json": Record(model="org/model").having(engine(hash_seed_pinned=False)).to_json()})
+
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith("note: ")
+    assert "org/model (classic, world size 2, bfloat16) was recorded by an engine whose PYTHONHASHSEED" in told

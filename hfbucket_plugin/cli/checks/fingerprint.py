@@ -39,7 +39,8 @@ def check(case: Case) -> Finding:
     store = FingerprintStore(case.bucket, case.named.name)
     try:
         models = case.ask("tree", lambda _: [*itertools.islice(store.models(case.timeout_secs), _MODELS)])
-        complaints = list(itertools.chain.from_iterable(_of(case, store, model) for model in models))
+        unpinned: list[str] = []
+        complaints = list(itertools.chain.from_iterable(_of(case, store, model, unpinned) for model in models))
     finally:
         store.close()
     if complaints:
@@ -50,12 +51,18 @@ def check(case: Case) -> Finding:
     if not models:
         return ok(NAME, "none is recorded yet")
     said = f"of {count(len(models), 'model')}: the configuration agrees, as far as it says"
+    if unpinned:
+        drawn = f"{unpinned[0]} was recorded by an engine whose PYTHONHASHSEED was not set to a number"
+        return note(
+            NAME, f"{said}; {drawn}", "with vLLM each process then has keys of its own: set it for every engine"
+        )
     if case.settings.fingerprint == "off":
         return note(NAME, said, f"engines do not look at it: {case.named.setting('fingerprint')} is off")
     return ok(NAME, said)
 
 
-def _of(case: Case, store: FingerprintStore, model: str) -> Iterator[str]:
+def _of(case: Case, store: FingerprintStore, model: str, unpinned: list[str]) -> Iterator[str]:
+    """What is wrong with a model; and, added to a list, those whose hash seed nobody set."""
     try:
         found = case.ask("fingerprint", lambda deadline: store.read(model, deadline))
     except IntegrityError as caught:
@@ -64,6 +71,8 @@ def _of(case: Case, store: FingerprintStore, model: str) -> Iterator[str]:
     claims = case.ask("fingerprint", lambda deadline: store.claims(model, deadline))
     for recorded in found.record.variants if found is not None else ():
         head = f"{model} ({recorded.space})"
+        if recorded.hash_seed_pinned is False and recorded.mode == "classic":
+            unpinned.append(head)
         here = as_configured(recorded, case.named)
         if here is not None and (wrong := differences(recorded, here)):
             yield f"{head}: {in_words(wrong, 'in this configuration')}"
