@@ -34,31 +34,31 @@ BREAKER_CHANGES = "hfbucket_breaker_changes_total"
 IN_FLIGHT = "hfbucket_in_flight"
 WAITING_PUT_BYTES = "hfbucket_waiting_put_bytes"
 CACHE_ENTRIES = "hfbucket_metadata_cache_entries"
-QUARANTINED = "hfbucket_quarantined_contents"
-BAD_OBJECTS = "hfbucket_bad_objects_total"
 FINGERPRINT_STATE = "hfbucket_fingerprint_state"
 FINGERPRINT_CONFLICTS = "hfbucket_fingerprint_conflicts_total"
+QUARANTINED = "hfbucket_quarantined_contents"
+BAD_OBJECTS = "hfbucket_bad_objects_total"
 
 _COUNTERS = {
     OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
     CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
     BYTES: ("Bytes of chunks moved", ("instance", "direction")),
     HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
-    BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
-    BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
     FINGERPRINT_CONFLICTS: (
         "Times that a field was found to differ from the bucket's fingerprint",
         ("instance", "field"),
     ),
+    BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
+    BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
 }
 # How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
 _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
     BREAKER_OPEN: ("Whether a breaker is open: its calls are misses at once", ("instance", "part"), "livemax"),
     IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
     WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
+    FINGERPRINT_STATE: ("Models of this process by the state of their fingerprint", ("instance", "state"), "livesum"),
     CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
     QUARANTINED: ("Contents that could not be served of late, and are not offered", ("instance",), "livesum"),
-    FINGERPRINT_STATE: ("Models of this process by the state of their fingerprint", ("instance", "state"), "livesum"),
 }
 # From a cached lookup (microseconds) to a put that ran into its deadline.
 _BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

@@ -206,20 +206,6 @@ class InstanceSettings(BaseModel):
         "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
         "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
     )
-    breaker_failures: PositiveInt = Field(
-        3,
-        description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
-        "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
-    )
-    breaker_probe_secs: PositiveFloat = Field(
-        1.0,
-        description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
-        "`breaker_max_probe_secs`.",
-    )
-    breaker_max_probe_secs: PositiveFloat = Field(
-        10.0,
-        description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
-    )
     fingerprint: Literal["enforce", "warn", "off"] = Field(
         "warn",
         description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
@@ -238,6 +224,20 @@ class InstanceSettings(BaseModel):
         1800.0,
         description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
         "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
+    )
+    breaker_failures: PositiveInt = Field(
+        3,
+        description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
+        "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
+    )
+    breaker_probe_secs: PositiveFloat = Field(
+        1.0,
+        description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
+        "`breaker_max_probe_secs`.",
+    )
+    breaker_max_probe_secs: PositiveFloat = Field(
+        10.0,
+        description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,
