@@ -82,6 +82,7 @@ class MP:
             "get_timeout_secs": limits.get,
             "put_timeout_secs": limits.put,
             "usage_refresh_secs": 0,
+            "fingerprint": "off",  # faults are to meet the work, and counts to tell of it alone
         }
         self.adapter = HFBucketL2Adapter(HFBucketL2AdapterConfig.from_dict(params | values))
         self._deletions = _Deletions()

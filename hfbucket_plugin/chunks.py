@@ -128,6 +128,10 @@ class ChunkStore:
         """Count chunks that are misses for a reason of the surface's own, in a word."""
         self._outcomes.chunks("lookup", why, chunks)
 
+    def kept_out(self, operation: str, chunks: int, why: str) -> None:
+        """Count chunks of an operation that was not tried, for a reason of the surface's own, in a word."""
+        self._outcomes.chunks(operation, why, chunks)
+
     def prefix_hits(self, keys: Sequence[str], size: int) -> int:
         """How many keys, from the first on without a gap, are there as full chunks of `size` bytes; see `found`."""
         return sum(self.found(keys, [size] * len(keys), prefix_only=True))

@@ -16,6 +16,7 @@ from lmcache.integration.vllm.utils import get_size_bytes
 from lmcache.v1.storage_backend.connector import SafeLocalCPUBackend
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
+from hfbucket_plugin import fingerprint_facts
 from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.engine_memory import SourceMemory, TargetMemory
@@ -25,7 +26,9 @@ from hfbucket_plugin.errors import (
     HFBucketError,
     PartialFailureError,
 )
+from hfbucket_plugin.fingerprint_watch import FingerprintWatch
 from hfbucket_plugin.health_shield import HealthShield
+from hfbucket_plugin.keys import PROBE_MODEL, is_probe
 from hfbucket_plugin.metrics import default_sink
 from hfbucket_plugin.workers import WorkerPool
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 
     from hfbucket_plugin import metrics
+    from hfbucket_plugin.fingerprint import Fingerprint
     from hfbucket_plugin.settings import InstanceSettings
 
 _log = logging.getLogger(__name__)
@@ -88,6 +92,7 @@ class HFBucketConnector(RemoteConnector):
         _check_engine(config, instance)
         super().__init__(_without_chunk_meta(config), metadata)
         self._local_cpu = local_cpu_backend
+        self._config = config
         self._metadata = metadata
         self._settings = settings
         self._instance = instance
@@ -95,6 +100,10 @@ class HFBucketConnector(RemoteConnector):
         self._store = ChunkStore(settings, instance, sink or default_sink(), self._get_secs)
         self._calls = WorkerPool(f"hfbucket-call-{instance}", _CONCURRENT_CALLS)
         self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
+        self._watch = FingerprintWatch(
+            self._store.bucket, settings, instance, self._store.guard, sink or default_sink()
+        )
+        self._fingerprint = self._watch.add(metadata.model_name, self._facts)
         self._closed = False
         self._shield = HealthShield(config.extra_config or {})
         self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
@@ -127,6 +136,9 @@ class HFBucketConnector(RemoteConnector):
         """How many keys, from the first on without a gap, are there as full chunks."""
         if self._shield.raised:
             self._store.not_looked_up(len(keys), "shield")
+            return 0
+        if why := self._refusal(keys):
+            self._store.kept_out("lookup", len(keys), why)
             return 0
         return self._store.prefix_hits([key.to_string() for key in keys], self._chunk_size())
 
@@ -161,6 +173,9 @@ class HFBucketConnector(RemoteConnector):
     async def _get(self, keys: builtins.list[CacheEngineKey], *, prefix_only: bool) -> builtins.list[MemoryObj | None]:
         if not keys:
             return []
+        if why := self._refusal(keys):
+            self._store.kept_out("get", len(keys), why)
+            return [None] * len(keys)
         deadline = Deadline.after(self._get_secs)
         return await self._call(
             self._calls,
@@ -213,6 +228,9 @@ class HFBucketConnector(RemoteConnector):
         if len(keys) != len(memory_objs):  # before any reference is taken
             raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: as many are needed of both")
         deadline = Deadline.after(self._settings.put_timeout_secs)
+        if why := self._refusal(keys, storing=True):
+            self._store.kept_out("put", len(keys), why)
+            return
         sources = [SourceMemory(key.to_string(), obj) for key, obj in zip(keys, memory_objs, strict=True)]
         future = self._store.puts.submit(sources, self._chunk_size(), deadline)
         report = await asyncio.wrap_future(future)
@@ -229,6 +247,9 @@ class HFBucketConnector(RemoteConnector):
 
     def remove_sync(self, key: CacheEngineKey) -> bool:
         """Delete a chunk; whether it is gone. Ends within `lookup_timeout_secs`, in the caller's thread."""
+        if why := self._refusal([key]):
+            self._store.kept_out("delete", 1, why)
+            return False
         deadline = Deadline.after(self._settings.lookup_timeout_secs)
         try:
             future = self._questions.submit(self._store.delete, [key.to_string()], deadline)
@@ -274,9 +295,19 @@ class HFBucketConnector(RemoteConnector):
             _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
         for pool in (self._calls, self._questions):
             pool.close()
+        self._watch.close()
         self._store.close()
 
     # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Fingerprint:
+        return fingerprint_facts.classic(self._config, self._metadata, self._settings.model_revision)
+
+    def _refusal(self, keys: Sequence[CacheEngineKey], *, storing: bool = False) -> str | None:
+        """Why the fingerprint keeps chunks out; never LMCache's probe, without which the engine would not recover."""
+        if keys and keys[0].model_name == PROBE_MODEL and is_probe(keys[0].to_string()):
+            return None
+        return self._fingerprint.refusal(storing=storing)
 
     def _chunk_size(self) -> int:
         return int(get_size_bytes(self._metadata.get_shapes(), self._metadata.get_dtypes()))

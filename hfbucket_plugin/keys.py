@@ -157,13 +157,16 @@ def _parse_tag(text: str, tag: str) -> tuple[str, str]:
     return name, value
 
 
+PROBE_MODEL: Final = "test"
+
+
 def is_probe(text: str) -> bool:
     """Whether a key is the one with which LMCache's health monitor tests a backend.
 
     Its recovery needs a real put, get and check of `test@1@0@0@<dtype>`
     (`lmcache/v1/health_monitor`): a put that is skipped because the object is there keeps the engine disabled.
     """
-    return text.startswith("test@1@0@0@")
+    return text.startswith(f"{PROBE_MODEL}@1@0@0@")
 
 
 def encode_name(key: str) -> str:

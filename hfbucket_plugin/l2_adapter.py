@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
@@ -27,7 +28,9 @@ from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.engine_memory import BorrowedMemory
 from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.fingerprint_watch import FingerprintWatch
 from hfbucket_plugin.keys import encode_name
+from hfbucket_plugin.l2_fingerprints import L2Fingerprints
 from hfbucket_plugin.l2_keys import key_string, layout_bytes
 from hfbucket_plugin.l2_listing import list_page
 from hfbucket_plugin.l2_locks import Locks
@@ -110,6 +113,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         super().__init__(max_capacity_bytes=int(settings.max_capacity_gb * _GIB))
         self._settings = settings
         self._store = ChunkStore(settings, settings.name, sink or default_sink(), settings.load_timeout_secs)
+        watch = FingerprintWatch(self._store.bucket, settings, settings.name, self._store.guard, sink or default_sink())
+        self._fingerprints = L2Fingerprints(watch, settings)
         self._stores: TaskBoard[L2StoreResult] = TaskBoard()
         self._lookups: TaskBoard[Bitmap] = TaskBoard()
         self._loads: TaskBoard[Bitmap] = TaskBoard()
@@ -163,6 +168,10 @@ class HFBucketL2Adapter(L2AdapterInterface):
         names = {source.key: key for source, key in zip(sources, keys, strict=True)}
         sizes = {source.key: len(source.view) for source in sources}
         task = self._stores.begin()
+        if why := self._fingerprints.of_store(keys, objects):
+            self._store.kept_out("put", len(keys), why)
+            self._stores.finish(task, L2StoreResult(False, 0))
+            return task
         future = self._store.puts.submit(sources, None, Deadline.after(self._settings.put_timeout_secs))
         future.add_done_callback(lambda done: self._end_store(task, names, sizes, done))
         return task
@@ -203,6 +212,10 @@ class HFBucketL2Adapter(L2AdapterInterface):
     ) -> int:
         """Look objects up, of exactly the size of their group's layout; ends within `lookup_timeout_secs`."""
         task = self._lookups.begin()
+        if why := self._fingerprints.of_lookup(keys, group_layout_descs):
+            self._store.kept_out("lookup", len(keys), why)
+            self._lookups.finish(task, Bitmap(len(keys)))
+            return task
         sizes: dict[int, int | None] = {}
         if self._settings.object_sizes == "layout":
             sizes = {group: layout_bytes(layout) for group, layout in group_layout_descs.items()}
@@ -237,6 +250,10 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """
         buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         task = self._loads.begin()
+        if why := self._fingerprints.of_load(keys):
+            self._store.kept_out("get", len(keys), why)
+            self._loads.finish(task, Bitmap(len(keys)))
+            return task
         deadline = Deadline.after(self._settings.load_timeout_secs)
         load = self._locks.begin(keys, buffers)
         self._loads_by_task[task] = load
@@ -302,7 +319,11 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
         Blocks its thread for 10 s at most.
         """
-        names = {key_string(key): key for key in self._locks.free(keys)}
+        free = self._locks.free(keys)
+        kept_out = {key: why for key in free if (why := self._fingerprints.of_load([key]))}
+        for why, chunks in Counter(kept_out.values()).items():
+            self._store.kept_out("delete", chunks, why)
+        names = {key_string(key): key for key in free if key not in kept_out}
         if not names or self._closed or not self._settings.writes:
             return
         deadline = Deadline.after(_DELETE_SECS)
@@ -378,10 +399,14 @@ class HFBucketL2Adapter(L2AdapterInterface):
         reasons = [f"{part} is given up for now: {why}" for part, why in open_parts.items()]
         if self._closed:
             reasons.append("the adapter is closed")
+        conflicts = self._fingerprints.status()
+        reasons += conflicts
         if pause := self._store.bucket.paused_secs:
             reasons.append(f"the Hub told this token to wait {pause:.0f} s more: its quota is used up")
         return {
-            "is_healthy": not open_parts and not self._closed,
+            "is_healthy": not open_parts
+            and not self._closed
+            and not (conflicts and self._settings.fingerprint == "enforce"),
             "type": type(self).__name__,
             "reasons": reasons,
             "instance": self._settings.name,
@@ -416,6 +441,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             _log.warning("[%s] closed with %d stores unfinished", self._settings.name, len(unfinished))
         self._lookup_threads.close()
         self._load_threads.close()
+        self._fingerprints.close()
         self._store.close()
         for board in (self._stores, self._lookups, self._loads):
             board.close()

@@ -12,12 +12,12 @@ so tools take it too.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.settings import InstanceSettings, hide_tokens, validated
+from hfbucket_plugin.settings import InstanceSettings, check_fact, hide_tokens, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +59,18 @@ class L2Settings(InstanceSettings):
         "layout",
         description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
         "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
+    )
+    server_chunk_size: PositiveInt | None = Field(
+        None,
+        description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
+        "and compared; the layout of lookups shows another chunk size without it.",
+    )
+    server_hash_algorithm: Annotated[str, AfterValidator(check_fact)] | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="The server's `--hash-algorithm`, for the fingerprint: LMCache does not tell it to an adapter. Only "
+        "recorded and compared, with what it makes of a fixed sequence of tokens.",
     )
     num_workers: PositiveInt | None = Field(
         None,

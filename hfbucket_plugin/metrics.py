@@ -34,6 +34,8 @@ BREAKER_CHANGES = "hfbucket_breaker_changes_total"
 IN_FLIGHT = "hfbucket_in_flight"
 WAITING_PUT_BYTES = "hfbucket_waiting_put_bytes"
 CACHE_ENTRIES = "hfbucket_metadata_cache_entries"
+FINGERPRINT_STATE = "hfbucket_fingerprint_state"
+FINGERPRINT_CONFLICTS = "hfbucket_fingerprint_conflicts_total"
 QUARANTINED = "hfbucket_quarantined_contents"
 BAD_OBJECTS = "hfbucket_bad_objects_total"
 INDEX_STATE = "hfbucket_index_state"
@@ -50,6 +52,10 @@ _COUNTERS = {
     CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
     BYTES: ("Bytes of chunks moved", ("instance", "direction")),
     HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
+    FINGERPRINT_CONFLICTS: (
+        "Times that a field was found to differ from the bucket's fingerprint",
+        ("instance", "field"),
+    ),
     BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
     BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
     INDEX_REFRESHES: ("Refreshes of the key index, by how they ended", ("instance", "outcome")),
@@ -65,6 +71,7 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] =
     BREAKER_OPEN: ("Whether a breaker is open: its calls are misses at once", ("instance", "part"), "livemax"),
     IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
     WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
+    FINGERPRINT_STATE: ("Models of this process by the state of their fingerprint", ("instance", "state"), "livesum"),
     CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
     INDEX_STATE: ("1 for the state that the key index is in", ("instance", "state"), "livemax"),
     INDEX_KEYS: ("Keys of the snapshot that is in use", ("instance",), "livemax"),

@@ -88,6 +88,17 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
+def check_fact(value: str) -> str:
+    """Refuse what must not be recorded in a bucket.
+
+    Raises:
+        ValueError: It looks like a token, or is more than a name.
+    """
+    if not value.isprintable() or _TOKEN.search(value):  # it is recorded in the bucket
+        raise ValueError("must be a name on one line, and no token")
+    return value
+
+
 class InstanceSettings(BaseModel):
     """Everything one instance is told. Immutable; a token never shows in its `repr`.
 
@@ -194,6 +205,25 @@ class InstanceSettings(BaseModel):
         description="Most calls of this instance in this process to the Hub's API in any 60 s. Over it, lookups are misses "
         "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
         "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
+    )
+    fingerprint: Literal["enforce", "warn", "off"] = Field(
+        "warn",
+        description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
+        "weights, chunk size, layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups "
+        "and gets are misses and its puts are refused, also while the fingerprint is not known. `warn`: it is logged and "
+        "counted. Warned of by default, since a fleet that has never recorded one must not stop.",
+    )
+    model_revision: Annotated[str, AfterValidator(check_fact)] | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Of the model's weights, such as a commit of its repository: recorded in the fingerprint and compared. "
+        "Change it with the weights. LMCache does not know it; without it, new weights of the same layout are not noticed.",
+    )
+    fingerprint_refresh_secs: PositiveFloat = Field(
+        1800.0,
+        description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
+        "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
     )
     breaker_failures: PositiveInt = Field(
         3,

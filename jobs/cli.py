@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfbucket_plugin.errors import ConfigError
-from jobs import guards, options, show
+from jobs import command_fingerprint, guards, options, show
 from jobs.cleanup import ByPolicy
 from jobs.command_export import apply_export, export, mirror_source
 from jobs.command_index import index
@@ -45,6 +45,7 @@ def main() -> None:
 app.command("status")(status)
 app.command("export")(export)
 app.command("index")(index)
+app.add_typer(command_fingerprint.app, name="fingerprint")
 
 
 @app.command()

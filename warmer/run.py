@@ -13,6 +13,7 @@ from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
+from warmer import fingerprints
 from warmer.carry import CopyRun
 from warmer.choose import ADVICE
 from warmer.engine_run import checkable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from warmer.canary import Canary
+    from warmer.fingerprints import Compared
     from warmer.interrupt import StopSwitch
     from warmer.onlookers import Onlooker
     from warmer.sources import Bound
@@ -196,12 +198,14 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     prompts = bound.prompts() if bound.lists else None
     choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), prompts)
     bucket = bound.bucket()
+    # Where engines load from their own tiers, the Hub is asked nothing.
+    compared = fingerprints.compare(bound, choosing, bucket) if bound.lists else fingerprints.Compared()
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:
             chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
             recorded = _prompts_recorded(bound)
-            made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, whole) | recorded)
+            made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded)
             if bound.lists:
                 _expect_some(bound, choosing, made, bucket)
             else:
@@ -213,7 +217,7 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
         scratch.close()
 
 
-def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
+def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile) -> dict[str, Any]:
     skipped = dict(choosing.skipped)
     if choosing.chosen > made.chunks:
         skipped["over_budget"] = choosing.chosen - made.chunks
@@ -231,6 +235,8 @@ def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
         "selected_bytes": made.bytes,
         "skipped": skipped,
     }
+    if compared.facts:
+        header["fingerprints"] = compared.facts
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header

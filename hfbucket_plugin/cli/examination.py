@@ -9,6 +9,7 @@ from hfbucket_plugin.cli.checks import (
     bucket,
     endpoint,
     engine,
+    fingerprint,
     index,
     listing,
     probe_write,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 # What is skipped when the bucket, or the Hub, cannot be asked.
-OF_THE_BUCKET: Final = (rights.READ, rights.WRITE, listing.NAME, throughput.NAME, records.NAME)
+OF_THE_BUCKET: Final = (rights.READ, rights.WRITE, listing.NAME, throughput.NAME, records.NAME, fingerprint.NAME)
 OF_THE_HUB: Final = (endpoint.NAME, endpoint.CLOCK, bucket.NAME, *OF_THE_BUCKET)
 
 
@@ -97,6 +98,7 @@ class _Examination:
         else:
             yield self._finding(throughput.NAME, lambda: throughput.check(case, chunk))
         yield self._finding(records.NAME, lambda: records.check(case))
+        yield self._finding(fingerprint.NAME, lambda: fingerprint.check(case))
         if case.settings.index == "snapshot":
             yield self._finding(index.NAME, lambda: index.check(case))
         yield from self._probe(may_read=bool(may_read), may_write=bool(may_write))

@@ -133,7 +133,7 @@ class Depot:
         where = ["--lmcache-config", str(self.config)]
         if command != "apply" and not {"--all-instances", "--instance"} & set(more):
             where += ["--instance", INSTANCE]
-        return [command, *where, *more]
+        return [*command.split(), *where, *more]
 
     def run(self, command: str, *more: str, stdin: str | None = None) -> Ran:
         """Run a command in this process; whatever it says, no token is in it."""

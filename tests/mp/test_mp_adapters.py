@@ -39,8 +39,9 @@ class Stored:
 
 
 def objects(api, place):
+    """What is below the prefix but for our own records."""
     listed = api.list_bucket_tree(place.bucket_id, prefix=place.prefix, recursive=True)
-    return {item.path: item.size for item in listed if item.type == "file"}
+    return {item.path: item.size for item in listed if item.type == "file" and "/.hfbucket/" not in item.path}
 
 
 def retrieved(server, model, seed=1):

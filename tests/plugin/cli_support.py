@@ -38,9 +38,10 @@ CHECKS = [
     "listing",
     "throughput",
     "records",
+    "fingerprint",
     "temp dir",
 ]
-NEEDS_HUB = CHECKS[4:12]
+NEEDS_HUB = CHECKS[4:13]
 PATIENT = "2"
 """Seconds in which all that does not hang has answered, on a busy machine too."""
 

@@ -157,10 +157,15 @@ def download(endpoint: str, bucket_id: str, path: str) -> bytes:
         return target.read_bytes()
 
 
-def paths(endpoint: str, bucket_id: str) -> list[str]:
+def all_paths(endpoint: str, bucket_id: str) -> list[str]:
     """All paths of a bucket, with huggingface_hub and nothing of ours."""
     listed = HfApi(endpoint=endpoint, token=False).list_bucket_tree(bucket_id, recursive=True)
     return sorted(item.path for item in listed if item.type == "file")
+
+
+def paths(endpoint: str, bucket_id: str) -> list[str]:
+    """The same but for fingerprints, which every engine that stores may leave, sooner or later."""
+    return [path for path in all_paths(endpoint, bucket_id) if "/.hfbucket/fingerprints/" not in f"/{path}"]
 
 
 def noise(size: int, seed: int = 0) -> bytes:

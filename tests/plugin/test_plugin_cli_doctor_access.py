@@ -56,7 +56,7 @@ def test_no_token(private, monkeypatch):
     assert ran.findings["endpoint"]["severity"] == "ok"
     assert ran.told("bucket").startswith("error: info: the Hub answered 401")
     assert f"{HEAD}token_env" in ran.told("bucket")
-    assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records"}
+    assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records", "fingerprint"}
 
 
 def test_a_wrong_token(private, monkeypatch):

@@ -36,7 +36,7 @@ def test_a_bucket_that_is_not_there(hub, tmp_path):
     assert ran.code == 3
     assert ran.findings["bucket"]["severity"] == "error"
     assert "the bucket does not exist" in ran.told("bucket")
-    assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records"}
+    assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records", "fingerprint"}
 
 
 def test_a_bucket_that_the_first_put_creates(hub, tmp_path):
@@ -112,7 +112,7 @@ def test_what_hangs_ends_one_check_and_not_the_others(hub, desk, route, check, a
     assert any(words in ran.told(check) for words in (f"{PATIENT} s", "Network error"))  # hf_xet has timeouts too
     assert ran.skipped == also_skipped
     bad = {name for name, severity in ran.severities().items() if severity == "error"}
-    assert bad <= {check, "records"}  # the records are a listing too
+    assert bad <= {check, "records", "fingerprint"}  # these are listings too
 
 
 def test_what_no_client_timeout_bounds_is_abandoned(desk, monkeypatch):

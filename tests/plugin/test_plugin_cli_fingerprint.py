@@ -1,0 +1,87 @@
+"""`doctor` and fingerprints."""
+
+import pytest
+from cli_support import PREFIX, Desk, classic, well_kept
+from plugin_support import noise
+
+from hfbucket_plugin.fingerprint import Claim, Fingerprint, Record
+
+NAME = ".hfbucket/fingerprints/org%2Fmodel"
+
+
+@pytest.fixture
+def desk(hub, new_bucket, tmp_path, monkeypatch):
+    """An instance with a fingerprint that fits its configuration."""
+    well_kept(monkeypatch)
+    desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
+    desk.put({classic(1): noise(5000, 1)})
+    desk.put_objects({f"{NAME}.json": Record(model="org/model").having(engine()).to_json()})
+    return desk
+
+
+def engine(**values):
+    known = {
+        "mode": "classic", "model": "org/model", "world_size": 2, "dtype": "bfloat16", "chunk_size": 256,
+        "hash_algorithm": "builtin", "hash_check": "1f", "written_by": "host-a",
+    }  # fmt: skip
+    return Fingerprint(**known | values)
+
+
+def test_a_configuration_that_agrees(desk):
+    ran = desk.doctor()
+
+    assert ran.code == 0
+    assert ran.told("fingerprint") == "ok: of 1 model: the configuration agrees, as far as it says; "
+
+
+def test_none_recorded(desk, hub, new_bucket):
+    desk.bucket_id = new_bucket(private=True, region="eu")
+
+    assert desk.doctor().told("fingerprint") == "ok: none is recorded yet; "
+
+
+@pytest.mark.parametrize(("fingerprint", "severity"), [("warn", "warning"), ("enforce", "error")])
+def test_a_configuration_of_other_engines(desk, fingerprint, severity):
+    desk.engine = {"chunk_size": 128, "pre_caching_hash_algorithm": "sha256_cbor"}
+    desk.settings = {"fingerprint": fingerprint}
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith(
+        f"{severity}: org/model (classic, world size 2, bfloat16): chunk_size is 256 in the bucket and 128 in this "
+        "configuration; hash_algorithm is builtin in the bucket and sha256_cbor in this configuration"
+    )
+    assert "python -m jobs fingerprint show" in told
+
+
+def test_two_fleets_are_named_with_what_tells_them_apart(desk):
+    other = engine(hash_check="2e", hash_seed_pinned=True, written_by="host-b")
+    desk.put_objects({f"{NAME}/{one.digest}.json": Claim.to_json(one) for one in (engine(), other)})
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith(
+        "warning: org/model (classic, world size 2, bfloat16): two fleets are not alike, host-a and host-b"
+    )
+    assert "hash_check (the seed, PYTHONHASHSEED) is 1f in the bucket and 2e there" in told
+
+
+def test_one_that_cannot_be_read(desk):
+    desk.put_objects({f"{NAME}.json": b"garbage"})
+
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith(f"warning: {PREFIX}/{NAME}.json: holds no fingerprint: this is no JSON")
+
+
+def test_engines_that_do_not_look(desk):
+    desk.settings = {"fingerprint": "off"}
+
+    assert "engines do not look at it" in desk.doctor().told("fingerprint")
+
+
+def test_one_whose_seed_nobody_set(desk):
+    desk.put_objects({f"{NAME}.json": Record(model="org/model").having(engine(hash_seed_pinned=False)).to_json()})
+
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith("note: ")
+    assert "org/model (classic, world size 2, bfloat16) was recorded by an engine whose PYTHONHASHSEED" in told
