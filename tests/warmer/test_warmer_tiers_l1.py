@@ -102,7 +102,7 @@ def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
     # A full L1 does not tell what it holds, and asking must not make it evict.
     again = node.prefetch(TOKENS)
     assert (again.ended, again.used_bytes) == ("no_room", ROOM * 131072)
-    assert 0 < again.warmed <= ROOM
+    assert again.warmed <= ROOM
     # With other chunks in L1 there is room for fewer.
     node.server.clear_l1()
     node.prefetch(TOKENS[: 30 * CHUNK])
@@ -112,6 +112,21 @@ def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
     wait_until(lambda: node.used() == 40 * 131072, 30, "all of them in L1")
     warmed = node.prefetch(TOKENS)
     assert (warmed.warmed, warmed.ended) == (ROOM - 10, "no_room")
+
+
+def test_another_prompt_does_not_drive_out_what_was_loaded(node):
+    other = [token + 2 for token in TOKENS[: 3 * CHUNK]]
+    before = len(list(node.tier.glob("*.data")))
+    with node.client() as client:
+        client.store(other, client.random_kv(len(other), seed=7))
+    wait_until(lambda: len(list(node.tier.glob("*.data"))) == before + 3, 60, "its chunks in the tier")
+    node.server.clear_l1()
+    assert node.prefetch(TOKENS).warmed == ROOM
+
+    warmed = node.prefetch(other)
+
+    assert (warmed.chunks, warmed.warmed, warmed.ended) == (3, 0, "no_room")
+    assert node.used() == ROOM * 131072
 
 
 def test_what_follows_a_chunk_that_is_missing_is_not_loaded_for_long(node):
