@@ -1,7 +1,9 @@
 """`submit` without a cluster: what it refuses, which code stands for which end of a job, and what becomes of its log."""
 
+import http.server
 import io
 import json
+import threading
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -13,6 +15,7 @@ from warmer import submit as submitting
 from warmer.cli import app
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
+from warmer.jobs_api import JobsAPI
 from warmer.submit import Log, Submission, outcome, submit
 
 HUB_TOKEN = "hf_" + "aB3" * 10
@@ -123,7 +126,7 @@ def ended(status, code=None, **more):
         (ended("FAILED", -9), 3, "it was killed by signal 9"),
         (ended("FAILED", error_type="RUNTIME_ENV_SETUP_FAILURE", message="no\n such pip"), 2, "set up: no such pip"),
         (ended("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="gone"), 3, "not end by itself: gone"),
-        (None, 3, "has not answered"),
+        (None, 3, "has not told of it"),
     ],
 )
 def test_which_code_stands_for_which_end(details, code, words):
@@ -223,6 +226,40 @@ def test_a_cluster_that_does_not_come_back(caplog):
     record = submit(FailingCluster(None, RUNNING, GONE), Submission(["run"], {}, "name"), io.StringIO())
     assert (record["exit_code"], record["status"], record["driver_exit_code"]) == (3, "UNKNOWN", None)
     assert "the job may go on without us" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cluster_that_comes_back_without_its_records(caplog):
+    """As a head without a store of its own does: it answers, and knows of no job."""
+    record = submit(FailingCluster(None, RUNNING, None), Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["status"]) == (3, "UNKNOWN")
+    assert "be lost with it" in caplog.text
+
+
+class Head(http.server.BaseHTTPRequestHandler):
+    """A dashboard that is there, and cannot tell of jobs yet."""
+
+    def do_GET(self):
+        version = self.path == "/api/version"
+        body = b'{"version": "4", "ray_version": "2", "ray_commit": "x", "session_name": "x"}' if version else b"no GCS"
+        self.send_response(200 if version else 500)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_a_head_that_is_not_ready_yet_refuses_nothing():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head) as head:
+        threading.Thread(target=head.serve_forever, daemon=True).start()
+        try:
+            api = JobsAPI(f"http://127.0.0.1:{head.server_port}")
+            with pytest.raises(ClusterError, match=r"cannot answer: .*status code 500"):
+                api.find("name")
+        finally:
+            head.shutdown()
 
 
 @pytest.mark.usefixtures("quick")
