@@ -196,6 +196,22 @@ def test_batches_are_the_prompts_in_their_order(tmp_path_factory, sizes, data):
         assert [found.batch(index) for index in reversed(range(found.batches))] == batches[::-1]
 
 
+@pytest.mark.parametrize("change", ["shorter", "longer", "other"])
+def test_prompts_that_change_meanwhile_are_not_taken_for_those_that_were_read(tmp_path, change):
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"token_ids": [number] * 4}) + "\n" for number in range(10, 30)]
+    path.write_text("".join(lines))
+    found = PromptFile(path, ["m"], 4)
+    changed = {"shorter": lines[:-1], "longer": [*lines, lines[0]], "other": [*lines[:-1], lines[0]]}[change]
+
+    path.write_text("".join(changed))
+
+    assert found.batches == 2
+    assert len(found.batch(0)) == BATCH_PROMPTS
+    with pytest.raises(ConfigError, match="was changed while it was read, from line 17 on"):
+        found.batch(1)
+
+
 def test_a_run_that_died_leaves_no_files_that_were_staged(tmp_path):
     died, lives = RunFiles(tmp_path), RunFiles(tmp_path)
     for run in (died, lives):
