@@ -142,7 +142,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
     """The bucket is never asked: the server loads from its own tiers."""
     adapter = {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter"}
     adapter["adapter_params"] = {"bucket_handle": "hf://buckets/no/where", "endpoint": "http://127.0.0.1:9"}
-    asked = tmp_path / "prompts.jsonl"
+    asked, page = tmp_path / "prompts.jsonl", tmp_path / "run.html"
     records = [{"token_ids": TOKENS, "model": "org/model"}, {"token_ids": TOKENS[: 2 * CHUNK], "model": "org/other"}]
     asked.write_text("\n".join(json.dumps(record) for record in records))
 
@@ -151,7 +151,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
             *("run", "--l2-adapter", json.dumps(adapter), "--prompts", str(asked), "--chunk-size", str(chunk_size)),
             *("--tier", json.dumps({"type": "l1", "http": node.server.http})),
             *("--world-size", "1", "--wait-engine", "1s"),
-            *("--address", cluster.address, "--node-selector", "pool=batch"),
+            *("--address", cluster.address, "--node-selector", "pool=batch", "--report-html", str(page)),
             *(word for model in models for word in ("--model", model)),
         )
 
@@ -160,6 +160,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
     assert (full.summary["copied"], full.summary["failed_by_kind"]) == (ROOM, {"no_room": CHUNKS - ROOM, "engine": 2})
     assert full.summary["nodes"][0]["selected"] == CHUNKS + 2
     assert full.summary["bytes"] == node.used() == ROOM * 131072
+    assert "Nothing was copied" not in page.read_text()
 
     other = run("org/other")
     assert (other.code, other.summary["failed_by_kind"]) == (3, {"engine": 2})
