@@ -40,6 +40,9 @@ _SILENCE_SECS: Final = 120.0
 _STOP_SECS: Final = 15.0
 """Ray kills a job 3 s after SIGTERM; the rest is for its records."""
 
+_ARRIVAL_SECS: Final = 5.0
+"""How long a job that was being submitted when the order came is waited for, to be stopped."""
+
 _NAME: Final = re.compile(r"[^\s/?#%]+")
 _RECORDS: Final = frozenset({"summary", "plan", "check"})
 
@@ -234,6 +237,8 @@ def _stopped(api: JobsAPI, submission_id: str) -> JobDetails | None:
     end = time.monotonic() + _STOP_SECS
     details = None
     try:
+        while api.find(submission_id) is None and time.monotonic() < end - _STOP_SECS + _ARRIVAL_SECS:
+            time.sleep(_POLL_SECS / 4)
         api.stop(submission_id)
         while time.monotonic() < end:
             details = api.find(submission_id)

@@ -89,6 +89,12 @@ def test_a_token_never_travels_in_a_runtime_environment(monkeypatch, document, w
     assert not any(secret in str(caught.value) for secret in (SECRET, HUB_TOKEN, "short"))
 
 
+def test_a_token_never_travels_in_the_address_of_a_working_directory():
+    with pytest.raises(ConfigError, match="--working-dir holds what looks like a token") as caught:
+        runtime_env(None, None, f"https://x:{HUB_TOKEN}@example.com/x.zip")
+    assert HUB_TOKEN not in str(caught.value)
+
+
 def test_a_token_never_travels_in_a_command(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", SECRET)
     for word in (f'--l2-adapter={{"token": "{SECRET}"}}', HUB_TOKEN):
@@ -276,6 +282,19 @@ def test_a_job_that_was_quicker_than_the_order_to_stop(monkeypatch):
     cluster.follow = lambda _: (_ for _ in ()).throw(Interrupted)
     record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
     assert (record["exit_code"], cluster.stopped) == (0, ["name"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_that_arrives_after_the_order_to_stop_is_stopped(monkeypatch):
+    monkeypatch.setattr(submitting, "_STOP_SECS", 60.0)
+    cluster = FailingCluster(None, None, None, RUNNING, ended("STOPPED"))
+    stop = cluster.stop
+    cluster.submit = lambda *_: (_ for _ in ()).throw(Interrupted)
+    cluster.stop = lambda name: (
+        stop(name) if cluster.find(name) is not None else pytest.fail("there is no such job yet")
+    )
+    record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["status"], cluster.stopped) == (5, "STOPPED", ["name"])
 
 
 @pytest.mark.usefixtures("quick")
