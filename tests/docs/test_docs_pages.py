@@ -48,7 +48,7 @@ def test_make_targets_and_scripts_that_are_shown_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
         for command in blocks(page, "bash"):
-            for target in re.findall(r"^make (\w+)", command, re.MULTILINE):
+            for target in re.findall(r"^make ([\w-]+)", command, re.MULTILINE):
                 assert f"\n{target}:" in makefile, target
             for script in re.findall(r"python (benchmarks/\S+\.py)", command):
                 assert (REPOSITORY / script).exists(), script
