@@ -14,9 +14,12 @@ from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.cli import app
+from warmer.plan import PlannedChunk
 from warmer.prompt_file import BATCH_PROMPTS, PromptFile, digest_of
+from warmer.staging import Stage
 from warmer.tiers import Place, named_tier
 from warmer.tiers.leftovers import RunFiles
+from warmer.tiers.local_cpu import Loaded, Worker
 
 ADAPTER = json.dumps(
     {
@@ -210,6 +213,31 @@ def test_prompts_that_change_meanwhile_are_not_taken_for_those_that_were_read(tm
     assert len(found.batch(0)) == BATCH_PROMPTS
     with pytest.raises(ConfigError, match="was changed while it was read, from line 17 on"):
         found.batch(1)
+
+
+@pytest.mark.parametrize(
+    ("said", "failed"),
+    [
+        (Loaded(2, 2, ()), set()),
+        (Loaded(1, 2, ("m@1@0@1@half",)), {"m@1@0@1@half"}),
+        (Loaded(0, 0, ()), {"m@1@0@1@half", "m@1@0@2@half"}),  # it looks into another directory of that name
+        (Loaded(1, 2, ()), {"m@1@0@1@half", "m@1@0@2@half"}),
+    ],
+)
+def test_only_what_the_engine_says_it_has_loaded_is_loaded(tmp_path, monkeypatch, said, failed):
+    monkeypatch.setattr("warmer.staging.load", lambda *_, **__: said)
+    declaration = named_tier(engine(), f'{{"type": "local_cpu", "staging": "{tmp_path}"}}').staging_of(PLACE, 0)
+    stage = Stage(declaration, Worker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False)
+    chunks = [PlannedChunk(f"m@1@0@{number}@half", "path", "0" * 64, 4) for number in (1, 2)]
+    for chunk in chunks:
+        draft = stage.draft(chunk.key, chunk.size)
+        draft.lease.write(0, b"four")
+        draft.publish()
+
+    assert stage.load(chunks, 1.0).keys() == failed
+
+    stage.close()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_run_that_died_leaves_no_files_that_were_staged(tmp_path):
