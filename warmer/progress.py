@@ -92,5 +92,5 @@ class JsonLines:
 
 def choose_display() -> Display:
     """A table when stderr is a terminal, else JSON lines."""
-    console = Console(stderr=True)
-    return LiveTable(console) if console.is_terminal else JsonLines(sys.stderr)
+    # Not the console's own word: pipelines set FORCE_COLOR, and are no terminals.
+    return LiveTable(Console(stderr=True)) if sys.stderr.isatty() else JsonLines(sys.stderr)

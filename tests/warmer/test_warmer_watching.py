@@ -73,6 +73,13 @@ def test_progress_is_json_lines_for_machines():
     }  # fmt: skip
 
 
+def test_a_pipeline_that_wants_colours_is_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = progress.choose_display()
+    display.close()
+    assert isinstance(display, progress.JsonLines)
+
+
 def test_progress_lines_come_every_few_seconds_only():
     run, out = a_run("a"), io.StringIO()
     lines = progress.JsonLines(out, every_secs=3600)
