@@ -84,6 +84,13 @@ class Canary:
             raise ConfigError("--canary and --engine go together: which prompts, and which engines are asked them")
         for engine in engines:
             expect_placeholders(engine)
+            if "@" in engine:
+                raise ConfigError(
+                    "--engine: an address with a user or a password in it would stand in reports; give http://<host>:<port>, and "
+                    "a key by --engine-key-env"
+                )
+        if not 0 <= require <= 1:
+            raise ConfigError(f"--canary-require {require} is no share from 0 to 1")
         if not sum(
             1 for _ in read_prompts(prompts, "--canary")
         ):  # the whole file: what is wrong with it is told before
@@ -134,7 +141,7 @@ class EngineFound:
         self.tokens += tokens
         self.cached_tokens += cached
         self.share = min(self.share, cached / tokens)
-        if cached / tokens < require and len(self.cold) < NAMED:
+        if not cached / tokens >= require and len(self.cold) < NAMED:
             self.cold.append((number, tokens, cached))
 
 
@@ -233,7 +240,8 @@ def _served(engine: EngineHTTP) -> list[dict[str, Any]]:
         EngineError: It does not answer, or tells none.
     """
     models = engine.ask("GET", "/v1/models").get("data")
-    found = [one for one in models if isinstance(one, dict) and isinstance(one.get("id"), str)] if models else []
+    listed = models if isinstance(models, list) else []
+    found = [one for one in listed if isinstance(one, dict) and isinstance(one.get("id"), str)]
     if not found:
         raise EngineError(f"GET {engine.address}/v1/models: the answer tells no model; is this a vLLM server?")
     return found

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from warmer.combined import combined
 from warmer.engine_run import EngineRun
 from warmer.errors import NothingToDoError
 from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
-from warmer.onlookers import looking_on
+from warmer.onlookers import Looks, looking_on
 from warmer.places import Places
 from warmer.progress import choose_display
 from warmer.report import RunReport, Share, Task
@@ -30,16 +29,12 @@ if TYPE_CHECKING:
     from warmer.onlookers import Onlooker
     from warmer.outcomes import Outcome
     from warmer.plan import PlanFile
-    from warmer.progress import Display
     from warmer.report import FailureLog
-    from warmer.schedule import Schedule
     from warmer.sources import Bound
     from warmer.tiers import AnyTier
     from warmer.warmup import Nodes
 
 _log = logging.getLogger(__name__)
-
-_LOOK_SECS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,15 @@ class CopyRun:
         self, tier: AnyTier, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
     ) -> None:
         """Fill one tier of all nodes."""
-        engines = EngineRun(self.bound, self.plan, places.nodes, report, limit)
+        display = choose_display()
+        try:
+            self._fill_shown(tier, places, Looks(report, display, onlookers), limit)
+        finally:
+            display.close()
+
+    def _fill_shown(self, tier: AnyTier, places: Places, looks: Looks, limit: TimeLimit) -> None:
+        report = looks.report
+        engines = EngineRun(self.bound, self.plan, places.nodes, looks, limit)
         match tier:
             case L1Declaration():
                 if self.bound.prompt_file is not None:
@@ -120,16 +123,14 @@ class CopyRun:
                 config, nodes = engines.search_workers(tier)
                 if not nodes or limit.requested:
                     return
-                report.task = replace(report.task, for_nobody=chunks_for_nobody(self.plan, nodes))
+                report.task = replace(report.task, for_nobody=chunks_for_nobody(self.plan, _with_lost(places, nodes)))
                 for node, share in shares(self.plan, nodes).items():
                     report.nodes[node].expect(share)
-                self._copy(config, places.having(nodes), report, limit, onlookers)
+                self._copy(config, places.having(nodes), looks, limit)
             case _:
-                self._copy(self.bound.node_config(tier), places, report, limit, onlookers)
+                self._copy(self.bound.node_config(tier), places, looks, limit)
 
-    def _copy(
-        self, config: Config, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
-    ) -> None:
+    def _copy(self, config: Config, places: Places, looks: Looks, limit: TimeLimit) -> None:
         from warmer.cluster import alive_nodes  # noqa: PLC0415 - as above
         from warmer.fleet import Fleet, Replacing  # noqa: PLC0415 - as above
 
@@ -139,10 +140,10 @@ class CopyRun:
             fits=places.fits,
             store_bytes=lambda node: store_bytes(moving, node),
         )
-        display = choose_display()
         schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
-        report.counts = schedule.counts
-        watch = _Watch(report, display, places, schedule, onlookers)
+        looks.report.counts = schedule.counts
+        looks.under_way = lambda: schedule.under_way
+        watch = _Watch(looks, places)
         fleet = Fleet(
             [one.node for one in places.nodes],
             config,
@@ -152,16 +153,19 @@ class CopyRun:
             chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
         )
-        try:
-            fleet.run(schedule)
-        finally:
-            display.close()
+        fleet.run(schedule)
 
     def _start_secs(self, config: Config) -> float:
         """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
         warm_up = self.bound.warm_up
         waits = warm_up.nodes.replace and isinstance(config, LoadConfig)
         return warm_up.limits.node_timeout + (warm_up.limits.wait_engine.total_seconds() if waits else 0.0)
+
+
+def _with_lost(places: Places, there: Sequence[Assigned]) -> list[Assigned]:
+    """Nodes whose engine came, with the workers that they turned out to have, and the others: their chunks fail there."""
+    names = {one.node.id for one in there}
+    return [*there, *(one for one in places.nodes if one.node.id not in names)]
 
 
 def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
@@ -204,34 +208,20 @@ def chunks_for_nobody(plan: PlanFile, nodes: Sequence[Assigned]) -> int:
 class _Watch:
     """The fleet's witness: the report, a display of it, and whoever else looks on."""
 
-    report: RunReport
-    display: Display
+    looks: Looks
     places: Places
-    schedule: Schedule
-    onlookers: Sequence[Onlooker]
-    _next_look: float = field(default=0.0, init=False)
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        self.report.ended(node, outcome)
-        for one in self.onlookers:
-            one.ended(self.report, node, outcome)
+        self.looks.ended(node, outcome)
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
-        self.report.lost(node, kind, message)
-        for one in self.onlookers:
-            one.lost(self.report, node, kind)
+        self.looks.lost(node, kind, message)
 
     def replaced(self, node: str, by: Node) -> None:
-        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
-        self.report.replaced(node, by)
+        report = self.looks.report
+        _log.warning("node %s: %s takes its place", report.nodes[node].name, by.name)
+        report.replaced(node, by)
         self.places.take(node, by)
 
     def tick(self) -> None:
-        self.display.show(self.report)
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + _LOOK_SECS
-            under_way = self.schedule.under_way
-            for one in self.onlookers:
-                one.look(self.report, under_way)
+        self.looks()

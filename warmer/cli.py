@@ -248,7 +248,9 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
         _end(_advised(error), _code(error))
     typer.echo(json.dumps(record))
     if page is not None:  # after the record, which is told even when the command is killed meanwhile
-        page.write(record)
+        # An order to stop changes nothing about what was done; a second one costs the page.
+        with contextlib.suppress(Interrupted), stop.listening(), stop.orderly():
+            page.write(record)
     raise typer.Exit(record["exit_code"])
 
 

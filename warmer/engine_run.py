@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +9,6 @@ from hfbucket_plugin.errors import ConfigError
 from warmer.moving import parts_of
 from warmer.outcomes import ENGINE, NODE_LOST, Failed
 from warmer.plan import is_for
-from warmer.progress import choose_display
 from warmer.prompt_file import BATCH_PROMPTS
 from warmer.prompt_loads import L1Errand, PromptLoad
 from warmer.report import Share
@@ -23,13 +21,11 @@ if TYPE_CHECKING:
     from warmer.errands import Errand, Errands, Failure
     from warmer.interrupt import Stop
     from warmer.nodes import Assigned
+    from warmer.onlookers import Looks
     from warmer.plan import PlanFile
     from warmer.prompt_file import PromptFile
-    from warmer.report import RunReport
     from warmer.sources import Bound
     from warmer.tiers import AnyTier, Declaration
-
-_log = logging.getLogger(__name__)
 
 _SPARE_SECS: Final = 60.0
 """What a node may take beyond what it waits for, before it counts as hung."""
@@ -65,14 +61,14 @@ class EngineRun:
         bound: From where to where.
         plan: What of the bucket.
         nodes: Who takes part.
-        report: What happens.
+        looks: Is told what happens.
         stop: Says whether to stop.
     """
 
     bound: Bound
     plan: PlanFile
     nodes: Sequence[Assigned]
-    report: RunReport
+    looks: Looks
     stop: Stop
 
     def search_workers(self, tier: LocalCPUDeclaration) -> tuple[LoadConfig, list[Assigned]]:
@@ -104,7 +100,7 @@ class EngineRun:
     def _begun(self, errands: Mapping[Assigned, Errand], wait: float) -> dict[str, Any]:
         from warmer.errands import Errands  # noqa: PLC0415 - Ray takes a second to import
 
-        with Errands({one.node: errand for one, errand in errands.items()}, self.stop) as running:
+        with Errands({one.node: errand for one, errand in errands.items()}, self.stop, self.looks) as running:
             return running.begin(self._start_secs(wait))
 
     def _start_secs(self, wait: float) -> float:
@@ -112,17 +108,13 @@ class EngineRun:
 
     def _fail_chunks(self, one: Assigned, failure: Failure) -> None:
         """Name all chunks of a node whose engine did not come."""
-        self._lose(one.node.id, failure)
+        self.looks.lost(one.node.id, failure.kind, failure.message)
         for part in parts_of([one], self.plan).values():
             for chunk in part.chunks_from(0):
                 if self.stop.requested:
                     return
                 message = f"{chunk.key}: not loaded: {failure.message}"
-                self.report.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
-
-    def _lose(self, node: str, failure: Failure) -> None:
-        _log.warning("node %s: %s: %s", self.report.nodes[node].name, failure.kind, failure.message)
-        self.report.lost(node, failure.kind, failure.message)
+                self.looks.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
 
     def load_prompts(self, tier: L1Declaration, prompts: PromptFile) -> None:
         """Have the server of each node load the prompts of the models that it serves."""
@@ -148,15 +140,11 @@ class EngineRun:
                     f"a server loads the chunks of all {world_size} workers at once, and this node takes those of some"
                 )
                 self._fail_prompts(one.node.id, Failure(ConfigError.kind, words))
-        display = choose_display()
-        try:
-            with Errands({one.node: errand for one in able}, self.stop, lambda: display.show(self.report)) as running:
-                self._share_out(running.begin(self._start_secs(wait)), prompts)
-                secs = limits.chunk_timeout * BATCH_PROMPTS + _SPARE_SECS
-                running.work(prompts.batch, prompts.batches, self._take, secs)
-                self._expect_alive(running)
-        finally:
-            display.close()
+        with Errands({one.node: errand for one in able}, self.stop, self.looks) as running:
+            self._share_out(running.begin(self._start_secs(wait)), prompts)
+            secs = limits.chunk_timeout * BATCH_PROMPTS + _SPARE_SECS
+            running.work(prompts.batch, prompts.batches, self._take, secs)
+            self._expect_alive(running)
 
     def _share_out(self, found: Mapping[str, Any], prompts: PromptFile) -> None:
         """Note what each node is to hold: the prompts of the models that it serves, and of those that nobody serves."""
@@ -167,15 +155,15 @@ class EngineRun:
                 self._fail_prompts(node, models)
                 continue
             chunks = sum(prompts.chunks[model] for model in prompts.chunks if model in models or model in nowhere)
-            self.report.nodes[node].expect(Share(chunks, 0))
+            self.looks.report.nodes[node].expect(Share(chunks, 0))
             for model in sorted(nowhere):
                 words = f"no engine of so many workers has registered the model {model!r} with the server of any node"
-                self.report.lacking(node, prompts.chunks[model], ENGINE, words)
+                self.looks.lacking(node, prompts.chunks[model], ENGINE, words)
 
     def _fail_prompts(self, node: str, failure: Failure) -> None:
-        self._lose(node, failure)
-        one = self.report.nodes[node]
-        self.report.lacking(node, one.selected - one.ended, failure.kind, f"not loaded: {failure.message}")
+        self.looks.lost(node, failure.kind, failure.message)
+        one = self.looks.report.nodes[node]
+        self.looks.lacking(node, one.selected - one.ended, failure.kind, f"not loaded: {failure.message}")
 
     def _take(self, node: str, _: int, result: Any) -> None:
         if not isinstance(result, list):
@@ -185,9 +173,9 @@ class EngineRun:
             self._count(node, load)
 
     def _count(self, node: str, load: PromptLoad) -> None:
-        self.report.loaded(node, copied=load.copied, present=load.present, size=load.bytes)
+        self.looks.loaded(node, copied=load.copied, present=load.present, size=load.bytes)
         words = f"prompt in line {load.line}: {load.lacking} of {load.chunks} chunks are not in memory: {load.message}"
-        self.report.lacking(node, load.lacking, load.ended, words)
+        self.looks.lacking(node, load.lacking, load.ended, words)
 
     def _expect_alive(self, running: Errands) -> None:
         """See that those that ended their part are still there: what a node held went with it."""

@@ -120,6 +120,14 @@ class History:
             self.bytes.add(node, time.monotonic() - self._since, outcome.size)
             (self.from_nodes if outcome.received else self.from_hub).add(outcome.seconds)
 
+    def loaded(self, _report: RunReport, node: str, size: int) -> None:
+        """Remember chunks that an engine loaded; how long each took, it does not tell."""
+        if size and self._since is not None:
+            self.bytes.add(node, time.monotonic() - self._since, size)
+
+    def lacking(self, report: RunReport, node: str, chunks: int, kind: str) -> None:
+        """The report says it."""
+
     def lost(self, report: RunReport, node: str, kind: str) -> None:
         """The report says it."""
 

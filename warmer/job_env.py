@@ -81,7 +81,10 @@ def runtime_env(file: Path | None, text: str | None, working_dir: str | None) ->
     if not isinstance(found, dict):
         raise ConfigError(f"{where} is no mapping of settings")
     _refuse_secrets(found, where)
-    return found | ({"working_dir": working_dir} if working_dir is not None else {})
+    if working_dir is None:
+        return found
+    _refuse_value(working_dir, "--working-dir")  # it may be an address
+    return found | {"working_dir": working_dir}
 
 
 def refuse_secrets_in(command: Sequence[str]) -> None:

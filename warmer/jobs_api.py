@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import queue
+import re
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import aiohttp
@@ -29,6 +30,9 @@ _UPLOAD_SECS: Final = 600.0
 """The working directory goes with a submission: up to 100 MiB."""
 
 _THREADS: Final = 4
+
+_OWN_FAULT: Final = re.compile(r"status code 5\d\d")
+"""As a head answers that has just come back, and proxies before it: no word about what was asked."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -118,6 +122,8 @@ class JobsAPI:
             words = _first_line(error)
             if "status code 404" in words and "does not exist" in words:
                 raise NoSuchJobError(words) from None
+            if _OWN_FAULT.search(words):
+                raise ClusterError(f"{where} cannot answer: {words}") from None
             if "status code" in words:
                 raise ConfigError(f"{where} refuses it: {words}") from None
             raise ClusterError(f"{where} cannot take jobs: {words}") from None

@@ -15,7 +15,7 @@ from hfbucket_plugin.cli.words import printable, size
 from warmer.rates import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
@@ -45,6 +45,7 @@ class LiveTable:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._rates: dict[str, Rate] = {}
+        self._chunks: dict[str, Rate] = {}
         self._next_show = 0.0
         self._last: RunReport | None = None
         self._live = Live(console=console, refresh_per_second=_SHOWS_A_SECOND)
@@ -60,9 +61,12 @@ class LiveTable:
 
     def _draw(self, report: RunReport, now: float) -> None:
         for node in report.nodes.values():
-            self._rate(node.id, now).add(now, node.bytes)
-        total = self._rate("", now)
-        total.add(now, report.total("bytes"))
+            _rate(self._rates, node.id, now).add(now, node.bytes)
+        _rate(self._rates, "", now).add(now, report.total("bytes"))
+        if not report.expected_bytes:  # an engine loads by itself, and tells the size afterwards
+            for node in report.nodes.values():
+                _rate(self._chunks, node.id, now).add(now, node.ended)
+            _rate(self._chunks, "", now).add(now, report.total("ended"))
         self._live.update(self.table(report))
 
     def table(self, report: RunReport) -> Table:
@@ -76,44 +80,52 @@ class LiveTable:
         nodes = list(report.nodes.values())
         shown = behind(nodes, max(1, min(SHOWN_NODES, self._console.height - _OTHER_LINES)))
         for node in shown:
-            self._row(table, f"{node.name} {node.id[:6]}", [node], self._per_sec(node.id))
+            self._row(table, f"{node.name} {node.id[:6]}", [node], [node.id])
         names = {node.id for node in shown}
         others = [node for node in nodes if node.id not in names]
         if others:
-            self._row(table, f"{len(others)} others", others, sum(self._per_sec(node.id) for node in others))
-        self._row(table, f"all of {report.task.tier}", nodes, self._per_sec(""), report)
+            self._row(table, f"{len(others)} others", others, [node.id for node in others])
+        self._row(table, f"all of {report.task.tier}", nodes, [""], report)
         return table
 
     def _row(
-        self, table: Table, name: str, nodes: Sequence[NodeReport], per_sec: float, whole: RunReport | None = None
+        self, table: Table, name: str, nodes: Sequence[NodeReport], ids: Sequence[str], whole: RunReport | None = None
     ) -> None:
         done = sum(node.bytes + node.present_bytes for node in nodes)
         ended = sum(node.ended for node in nodes)
         of = sum(node.selected for node in nodes) if whole is None else whole.expected
         of_bytes = sum(node.selected_bytes for node in nodes) if whole is None else whole.expected_bytes
+        per_sec = _per_sec(self._rates, ids)
+        if of_bytes:
+            left, speed, bar = of_bytes - done, per_sec, ProgressBar(of_bytes, done, width=_BAR_WIDTH)
+        else:
+            left, speed = of - ended, _per_sec(self._chunks, ids)
+            bar = ProgressBar(max(1, of), ended if of else 1, width=_BAR_WIDTH)
         table.add_row(
             Text(printable(name)),
-            ProgressBar(total=max(1, of_bytes), completed=done if of_bytes else 1, width=_BAR_WIDTH),
+            bar,
             f"{ended:,}/{of:,}",
-            f"{size(done)}/{size(of_bytes)}",
+            f"{size(done)}/{size(of_bytes)}" if of_bytes else size(done),
             f"{size(per_sec)}/s",
-            "-" if ended >= of else left_in_words((of_bytes - done) / per_sec if per_sec > 0 else None),
+            "-" if ended >= of else left_in_words(left / speed if speed > 0 else None),
             Text(printable(_remark(nodes))),
         )
-
-    def _rate(self, name: str, now: float) -> Rate:
-        if name not in self._rates:
-            self._rates[name] = Rate(now)
-        return self._rates[name]
-
-    def _per_sec(self, name: str) -> float:
-        return self._rates[name].per_sec if name in self._rates else 0.0
 
     def close(self) -> None:
         """Leave the last picture in the terminal."""
         if self._last is not None:
             self._draw(self._last, time.monotonic())
         self._live.stop()
+
+
+def _rate(rates: dict[str, Rate], name: str, now: float) -> Rate:
+    if name not in rates:
+        rates[name] = Rate(now)
+    return rates[name]
+
+
+def _per_sec(rates: Mapping[str, Rate], names: Sequence[str]) -> float:
+    return sum(rates[name].per_sec for name in names if name in rates)
 
 
 def behind(nodes: Sequence[NodeReport], most: int) -> list[NodeReport]:
@@ -124,8 +136,10 @@ def behind(nodes: Sequence[NodeReport], most: int) -> list[NodeReport]:
 
 def _left(node: NodeReport) -> float:
     """The part of a node's bytes that is not there; what is given up is left no more than what is there."""
-    if node.replaced_by is not None or not node.selected_bytes:
+    if node.replaced_by is not None:
         return 0.0
+    if not node.selected_bytes:
+        return 1 - node.ended / node.selected if node.selected else 0.0
     return 1 - (node.bytes + node.present_bytes) / node.selected_bytes
 
 

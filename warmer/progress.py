@@ -46,6 +46,7 @@ class JsonLines:
         self._next = now + every_secs
         self._next_sample = now
         self._rate = Rate(now)
+        self._chunks = Rate(now)
 
     def show(self, report: RunReport) -> None:
         """Print a line when it is time."""
@@ -53,13 +54,12 @@ class JsonLines:
         if now >= self._next_sample:
             self._next_sample = now + _SAMPLE_SECS
             self._rate.add(now, report.total("bytes"))
+            self._chunks.add(now, report.total("ended"))
         if now < self._next:
             return
         self._next = now + self._every_secs
         there, nodes = report.total("bytes") + report.total("present_bytes"), report.nodes.values()
-        # Lost nodes are waited for no more.
-        behind = [node.selected_bytes - node.bytes - node.present_bytes for node in nodes if node.error is None]
-        left = self._rate.secs_for(sum(behind) if report.unfinished else 0)
+        left = self._left(report)
         line = {
             "event": "progress",
             "tier": report.task.tier,
@@ -77,11 +77,20 @@ class JsonLines:
         }
         print(json.dumps(line), file=self._out, flush=True)
 
+    def _left(self, report: RunReport) -> float | None:
+        """How many seconds it will take; None where that cannot be told. Lost nodes are waited for no more."""
+        if not report.unfinished:
+            return 0.0
+        nodes = [node for node in report.nodes.values() if node.error is None]
+        if not report.expected_bytes:  # an engine loads by itself, and tells the size afterwards
+            return self._chunks.secs_for(sum(node.selected - node.ended for node in nodes))
+        return self._rate.secs_for(sum(node.selected_bytes - node.bytes - node.present_bytes for node in nodes))
+
     def close(self) -> None:
         """Nothing is left to do."""
 
 
 def choose_display() -> Display:
     """A table when stderr is a terminal, else JSON lines."""
-    console = Console(stderr=True)
-    return LiveTable(console) if console.is_terminal else JsonLines(sys.stderr)
+    # Not the console's own word: pipelines set FORCE_COLOR, and are no terminals.
+    return LiveTable(Console(stderr=True)) if sys.stderr.isatty() else JsonLines(sys.stderr)

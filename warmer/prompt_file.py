@@ -7,6 +7,7 @@ begins is remembered, and not what it holds: nodes that keep pace share one read
 from __future__ import annotations
 
 import hashlib
+import zlib
 from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ class AskedPrompt:
 Batch = tuple[AskedPrompt, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Start:
-    """Of a batch in the file: the byte and the line."""
+    """Of a batch in the file: the byte and the line, and a sum of all that stands from there up to the next one."""
 
     byte: int
     line: int
+    crc: int = 0
 
 
 class PromptFile:
@@ -88,14 +90,20 @@ class PromptFile:
             digest.update(one.raw)
             asked = self._asked(one)
             if asked is None:
+                self._sum_up(one.raw)
                 continue
             if not self._starts or count == BATCH_PROMPTS or tokens + len(asked.token_ids) > BATCH_TOKENS:
                 self._starts.append(_Start(one.start, one.line))
                 count = tokens = 0
+            self._sum_up(one.raw)
             count, tokens = count + 1, tokens + len(asked.token_ids)
             self.prompts[asked.model] += 1
             self.chunks[asked.model] += len(asked.token_ids) // chunk_size
         self.sha256 = digest.hexdigest()
+
+    def _sum_up(self, raw: bytes) -> None:
+        if self._starts:
+            self._starts[-1].crc = zlib.crc32(raw, self._starts[-1].crc)
 
     @property
     def batches(self) -> int:
@@ -118,12 +126,19 @@ class PromptFile:
     def _read(self, index: int) -> Iterator[AskedPrompt]:
         start = self._starts[index]
         end = self._starts[index + 1].byte if index + 1 < len(self._starts) else None
+        crc = 0
         for one in located_prompts(self.path, start.byte, start.line):
             if end is not None and one.start >= end:
-                return
+                break
+            crc = zlib.crc32(one.raw, crc)
             asked = self._asked(one)
             if asked is not None:
                 yield asked
+        if crc != start.crc:
+            raise ConfigError(
+                f"--prompts {str(self.path)!r} was changed while it was read, from line {start.line} on: run again, and leave "
+                "it as it is meanwhile"
+            )
 
     def _asked(self, one: Located) -> AskedPrompt | None:
         prompt = one.prompt

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import numpy as np
 
 from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    import numpy.typing as npt
 
     from hfbucket_plugin.keys import Key
 
@@ -176,6 +182,10 @@ def _refuse_fallback(algorithm: str, function: Any) -> None:
 class PromptOrder:
     """Where chunks stand among some prompts: prompt by prompt, each from its start.
 
+    Memory is 16 bytes for each chunk that there is, and does not grow with how many prompts share it. Hashes are told apart
+    by 64 bits: of 10,000,000 chunks of a bucket and as many of prompts one in a hundred thousand such pairs
+    would have one chunk too many copied, and none too few.
+
     Args:
         prompts: In the order of their worth.
         hasher: Hashes them as the engines do.
@@ -187,15 +197,18 @@ class PromptOrder:
 
     def __init__(self, prompts: Iterable[Prompt], hasher: Hasher) -> None:
         self.prompts = 0
-        self._places: dict[tuple[str | None, str | None], dict[str, int]] = {}
-        self.chunks = 0
+        self._places: dict[tuple[str | None, str | None], _Places] = {}
+        at = 0
         for prompt in prompts:
             self.prompts += 1
-            places = self._places.setdefault((prompt.model, prompt.cache_salt), {})
+            places = self._places.setdefault((prompt.model, prompt.cache_salt), _Places())
             for value in hasher(prompt.token_ids):
-                if value not in places:
-                    places[value] = self.chunks
-                    self.chunks += 1
+                places.add(value, at)
+                at += 1
+        first = np.sort(np.concatenate([places.settle() for places in self._places.values()] or [_NONE]))
+        for places in self._places.values():
+            places.count_by(first)
+        self.chunks = len(first)
 
     @property
     def models(self) -> frozenset[str] | None:
@@ -209,6 +222,51 @@ class PromptOrder:
         found = [
             place
             for wanted in {(key.model, salt), (key.model, None), (None, salt), (None, None)}
-            if (place := self._places.get(wanted, {}).get(key.chunk_hash)) is not None
+            if wanted in self._places and (place := self._places[wanted].find(key.chunk_hash)) is not None
         ]
         return min(found, default=None)
+
+
+_NONE: Final = np.empty(0, dtype=np.int64)
+_PENDING: Final = 1 << 20
+"""Chunks of prompts that wait to be sorted in: 16 MiB."""
+
+
+class _Places:
+    """Where hashes were seen first, in two arrays."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+        self._places = array("q")
+        self._settled = 0
+
+    def add(self, value: str, at: int) -> None:
+        """A hash was seen; places come in ascending order."""
+        self._hashes.append(_short(value))
+        self._places.append(at)
+        if len(self._hashes) - self._settled >= max(_PENDING, self._settled):
+            self.settle()
+
+    def settle(self) -> npt.NDArray[np.int64]:
+        """Sort by hash, and keep the first place of each; returns these."""
+        hashes, first = np.unique(np.frombuffer(self._hashes, dtype=np.uint64), return_index=True)
+        places = np.frombuffer(self._places, dtype=np.int64)[first]
+        self._hashes, self._places = array("Q", hashes.tobytes()), array("q", places.tobytes())
+        self._settled = len(self._hashes)
+        return places
+
+    def count_by(self, first: npt.NDArray[np.int64]) -> None:
+        """Have places count only those where a hash was seen first."""
+        places = np.searchsorted(first, np.frombuffer(self._places, dtype=np.int64)).astype(np.int64)
+        self._places = array("q", places.tobytes())
+
+    def find(self, value: str) -> int | None:
+        """Where a hash was seen first; None when it was not."""
+        short = _short(value)
+        at = bisect.bisect_left(self._hashes, short)
+        return self._places[at] if at < len(self._hashes) and self._hashes[at] == short else None
+
+
+def _short(value: str) -> int:
+    """64 bits that stand for a hash in this process."""
+    return hash(value) & 0xFFFF_FFFF_FFFF_FFFF

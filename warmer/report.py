@@ -279,7 +279,7 @@ class RunReport:
             return exits.FAILED
         if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
             return exits.REFUSED
-        return exits.FAILED if self.kinds else exits.COMPLETE
+        return exits.FAILED if self.kinds or self.unfinished else exits.COMPLETE
 
 
 RESULTS: Final = {

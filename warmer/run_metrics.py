@@ -75,6 +75,13 @@ class RunMetrics:
         elif isinstance(outcome, Failed) and outcome.kind != INTERRUPTED:
             self._kinds[node, outcome.kind] += 1
 
+    def loaded(self, report: RunReport, node: str, size: int) -> None:
+        """The report tells it by node."""
+
+    def lacking(self, _report: RunReport, node: str, chunks: int, kind: str) -> None:
+        """Keep in mind what the report does not tell by node."""
+        self._kinds[node, kind] += chunks
+
     def lost(self, report: RunReport, node: str, kind: str) -> None:
         """Count a node."""
         self._lost.inc(1, _tags(report, node) | {"kind": kind})

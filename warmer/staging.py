@@ -133,6 +133,12 @@ class Stage:
             return {chunk.key: error for chunk in chunks}
         failed = set(done.failed)
         words = f"the engine at {self._address} did not load it; its log says why"
+        if done.files != len(chunks) or done.chunks + len(failed) < len(chunks):  # nobody knows which
+            failed = {chunk.key for chunk in chunks}
+            words = (
+                f"the engine at {self._address} found {done.files} files in {str(directory)!r} and loaded {done.chunks}, where "
+                f"{len(chunks)} were staged; does it see the same directory?"
+            )
         return {chunk.key: EngineError(f"{chunk.key}: {words}") for chunk in chunks if chunk.key in failed}
 
     def _gather(self, chunks: Sequence[PlannedChunk]) -> tuple[Path, list[Path]]:

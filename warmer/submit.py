@@ -35,10 +35,13 @@ _DRAIN_SECS: Final = 10.0
 """How long the rest of the log of a job that is over is waited for."""
 
 _SILENCE_SECS: Final = 120.0
-"""How long a cluster may not answer for while a job runs: a head that restarts takes a minute."""
+"""How long a cluster may not tell of a job that runs: a head that restarts takes a minute."""
 
 _STOP_SECS: Final = 15.0
 """Ray kills a job 3 s after SIGTERM; the rest is for its records."""
+
+_ARRIVAL_SECS: Final = 5.0
+"""How long a job that was being submitted when the order came is waited for, to be stopped."""
 
 _NAME: Final = re.compile(r"[^\s/?#%]+")
 _RECORDS: Final = frozenset({"summary", "plan", "check"})
@@ -161,11 +164,11 @@ def outcome(details: JobDetails | None) -> tuple[int, str]:
     """The exit code that stands for a job that is over, and what there is to say of it.
 
     Args:
-        details: Of the job; None where the cluster answers no more.
+        details: Of the job; None where the cluster tells of it no more.
     """
     if details is None:
         return exits.FAILED, (
-            f"the cluster has not answered for {_SILENCE_SECS:g} s; the job may go on without us, or be lost with it"
+            f"the cluster has not told of it for {_SILENCE_SECS:g} s; the job may go on without us, or be lost with it"
         )
     code, status = details.driver_exit_code, details.status.value
     if code is not None and code >= 0:
@@ -191,7 +194,7 @@ def _broken(details: JobDetails) -> tuple[int, str]:
 
 
 def _followed(api: JobsAPI, submission_id: str, log: Log) -> JobDetails | None:
-    """Pass on the log of a job until it is over; None where the cluster answers no more."""
+    """Pass on the log of a job until it is over; None where the cluster answers no more, or knows of no such job any more."""
     tail, answered = api.follow(submission_id), time.monotonic()
     next_look = 0.0
     while True:
@@ -208,7 +211,10 @@ def _followed(api: JobsAPI, submission_id: str, log: Log) -> JobDetails | None:
             _log.warning("%s; asking again", error)
             time.sleep(_POLL_SECS)
             continue
-        answered = time.monotonic()
+        if details is not None:
+            answered = time.monotonic()
+        elif time.monotonic() - answered > _SILENCE_SECS:  # a head that restarts without its records has lost them
+            return None
         if details is not None and details.status.is_terminal():
             _drain(tail, log)
             return details
@@ -231,6 +237,8 @@ def _stopped(api: JobsAPI, submission_id: str) -> JobDetails | None:
     end = time.monotonic() + _STOP_SECS
     details = None
     try:
+        while api.find(submission_id) is None and time.monotonic() < end - _STOP_SECS + _ARRIVAL_SECS:
+            time.sleep(_POLL_SECS / 4)
         api.stop(submission_id)
         while time.monotonic() < end:
             details = api.find(submission_id)

@@ -41,7 +41,7 @@ class Engine:
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     async def _models(self, _):
-        return JSONResponse({"object": "list", "data": list(self.models)})
+        return JSONResponse({"object": "list", "data": self.models})
 
     async def _complete(self, request):
         body = await request.json()
@@ -100,6 +100,19 @@ def test_engines_that_hit(prompts):
             # Each prompt once: asked a second time it would hit in the engine's own prefix cache.
             assert [body["prompt"][-1] for body in engine.asked] == [40, 33]
             assert {(body["model"], body["max_tokens"]) for body in engine.asked} == {("served", 1)}
+
+
+def test_an_engine_that_answers_nonsense_is_told(prompts):
+    with Engine(all_chunks, models=5) as engine:
+        assert "tells no model" in ask(prompts, engine.address)["engines"][0]["error"]
+
+
+def test_what_would_make_every_engine_warm_is_refused(prompts):
+    with pytest.raises(ConfigError, match="is no share from 0 to 1"):
+        Canary.read(prompts, ["http://engine:8000"], float("nan"), None)
+    with pytest.raises(ConfigError, match="would stand in reports") as caught:
+        Canary.read(prompts, [f"http://user:{SECRET}@engine:8000"], 0.9, None)
+    assert SECRET not in str(caught.value)
 
 
 def test_a_cold_prompt_is_named(prompts, caplog):

@@ -14,9 +14,12 @@ from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.cli import app
+from warmer.plan import PlannedChunk
 from warmer.prompt_file import BATCH_PROMPTS, PromptFile, digest_of
+from warmer.staging import Stage
 from warmer.tiers import Place, named_tier
 from warmer.tiers.leftovers import RunFiles
+from warmer.tiers.local_cpu import Loaded, Worker
 
 ADAPTER = json.dumps(
     {
@@ -194,6 +197,47 @@ def test_batches_are_the_prompts_in_their_order(tmp_path_factory, sizes, data):
     assert found.sha256 == digest_of(path)
     if batches:
         assert [found.batch(index) for index in reversed(range(found.batches))] == batches[::-1]
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "other"])
+def test_prompts_that_change_meanwhile_are_not_taken_for_those_that_were_read(tmp_path, change):
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"token_ids": [number] * 4}) + "\n" for number in range(10, 30)]
+    path.write_text("".join(lines))
+    found = PromptFile(path, ["m"], 4)
+    changed = {"shorter": lines[:-1], "longer": [*lines, lines[0]], "other": [*lines[:-1], lines[0]]}[change]
+
+    path.write_text("".join(changed))
+
+    assert found.batches == 2
+    assert len(found.batch(0)) == BATCH_PROMPTS
+    with pytest.raises(ConfigError, match="was changed while it was read, from line 17 on"):
+        found.batch(1)
+
+
+@pytest.mark.parametrize(
+    ("said", "failed"),
+    [
+        (Loaded(2, 2, ()), set()),
+        (Loaded(1, 2, ("m@1@0@1@half",)), {"m@1@0@1@half"}),
+        (Loaded(0, 0, ()), {"m@1@0@1@half", "m@1@0@2@half"}),  # it looks into another directory of that name
+        (Loaded(1, 2, ()), {"m@1@0@1@half", "m@1@0@2@half"}),
+    ],
+)
+def test_only_what_the_engine_says_it_has_loaded_is_loaded(tmp_path, monkeypatch, said, failed):
+    monkeypatch.setattr("warmer.staging.load", lambda *_, **__: said)
+    declaration = named_tier(engine(), f'{{"type": "local_cpu", "staging": "{tmp_path}"}}').staging_of(PLACE, 0)
+    stage = Stage(declaration, Worker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False)
+    chunks = [PlannedChunk(f"m@1@0@{number}@half", "path", "0" * 64, 4) for number in (1, 2)]
+    for chunk in chunks:
+        draft = stage.draft(chunk.key, chunk.size)
+        draft.lease.write(0, b"four")
+        draft.publish()
+
+    assert stage.load(chunks, 1.0).keys() == failed
+
+    stage.close()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_run_that_died_leaves_no_files_that_were_staged(tmp_path):

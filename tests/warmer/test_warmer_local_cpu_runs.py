@@ -177,6 +177,18 @@ def test_an_engine_that_is_not_there_fails_its_node_and_names_every_chunk(wareho
     assert hub.control.counters().route("xet-read-token").requests == 0  # nothing was fetched in vain
 
 
+def test_chunks_of_an_engine_that_is_not_there_are_not_for_nobody(cluster, warmer):
+    """Though the other node takes part, and takes none of them."""
+    one, other, *_ = (node.node_id for node in cluster.list_all_nodes())
+    ran = warmer(
+        *("--tier", '{"type": "local_cpu", "staging": "fs.stage"}', "--wait-engine", "0s"),
+        nodes=("--nodes", f"{one},{other}", "--ranks", f"{one}=0-1", "--ranks", f"{other}=5"),
+    )
+    assert ran.code == 3, ran.stderr
+    assert (ran.summary["for_nobody"], ran.summary["failed_by_kind"]) == (0, {"engine": 2 * CHUNKS})
+    assert "for no node" not in ran.stderr
+
+
 def test_memory_is_not_filled_beyond_its_room(warehouse, config, warmer):
     size = len(next(iter(warehouse.chunks.values())))
     with served(config, 1) as engines:

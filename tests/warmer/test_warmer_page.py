@@ -1,15 +1,19 @@
 """`--report-html`: one page that loads nothing, from what a run remembered in bounded memory."""
 
+import json
 import re
+import signal
 import sys
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.check import CheckReport
+from warmer.cli import app
 from warmer.cluster import Node
 from warmer.combined import combined
 from warmer.history import BINS, History, Latencies, TimeBins
@@ -70,6 +74,27 @@ def loads_nothing(page):
             assert value.startswith("#")
         if name == "style":
             assert not re.search(r"url\((?!#)", value)
+
+
+@pytest.mark.parametrize("orders", [1, 2])
+def test_an_order_to_stop_while_the_page_is_drawn_changes_no_exit_code(tmp_path, monkeypatch, orders):
+    record = {"event": "summary", "exit_code": 3}
+    drawn, fell_through = [], []
+
+    def write(*_):
+        for _ in range(orders):
+            signal.raise_signal(signal.SIGTERM)
+        drawn.append(True)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: fell_through.append(True))
+    try:
+        monkeypatch.setattr(PageFile, "write", write)
+        monkeypatch.setattr("warmer.run.run", lambda *_: record)
+        done = CliRunner().invoke(app, ["run", "--all", "--report-html", str(tmp_path / "run.html")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.exit_code, json.loads(done.stdout)) == (3, record)
+    assert (len(drawn), fell_through) == (2 - orders, [])
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 10_000), st.integers(0, 1000)), max_size=60))

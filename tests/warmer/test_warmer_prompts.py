@@ -1,6 +1,7 @@
 """Prompts to hashes, compared with what LMCache makes of the same tokens."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -118,6 +119,24 @@ def test_prompt_by_prompt_and_each_from_its_start(token_lists):
     for tokens in token_lists:  # any first part of the plan holds first parts of prompts
         places = [order.place(ClassicKey("m", 1, 0, value, "half")) for value in plain(tokens)]
         assert places == sorted(places)
+
+
+def test_prompts_that_share_their_start_take_its_memory_once(monkeypatch):
+    monkeypatch.setattr("warmer.prompts._PENDING", 50)
+    shared = [f"{number:064x}" for number in range(2**70, 2**70 + 100)]
+    tracemalloc.start()
+    try:
+        order = PromptOrder((Prompt([number]) for number in range(300)), lambda tokens: [*shared, f"{tokens[0]:x}"])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (order.prompts, order.chunks) == (300, 400)
+    assert held < 20 * 400 + 4096
+    found = [order.place(MPKey("m", 0, 0, value)) for value in (shared[0], shared[99], "0", "12b", "12c")]
+    assert found == [0, 99, 100, 399, None]
+    # Python's own hashes may be negative.
+    negative = PromptOrder([Prompt([1])], lambda _: ["-1f", "1f"])
+    assert [negative.place(ClassicKey("m", 1, 0, value, "half")) for value in ("-1f", "1f", "f")] == [0, 1, None]
 
 
 def test_models_and_salts_tell_prompts_apart():

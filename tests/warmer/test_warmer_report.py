@@ -48,6 +48,12 @@ def test_a_complete_run(run):
     assert json.loads(json.dumps(summary)) == summary
 
 
+def test_a_run_that_ends_before_all_chunks_have_is_not_complete(run):
+    complete(run, "id-a")
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"], summary["unfinished"]) == ("failed", 3, 3)
+
+
 def test_a_node_is_to_hold_its_own_share(log):
     run = RunReport(TASK, NODES, log, {"id-a": Share(1, 10, "0-3")})
     assert run.expected == 4

@@ -1,7 +1,9 @@
 """`submit` without a cluster: what it refuses, which code stands for which end of a job, and what becomes of its log."""
 
+import http.server
 import io
 import json
+import threading
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -13,6 +15,7 @@ from warmer import submit as submitting
 from warmer.cli import app
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
 from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
+from warmer.jobs_api import JobsAPI
 from warmer.submit import Log, Submission, outcome, submit
 
 HUB_TOKEN = "hf_" + "aB3" * 10
@@ -86,6 +89,12 @@ def test_a_token_never_travels_in_a_runtime_environment(monkeypatch, document, w
     assert not any(secret in str(caught.value) for secret in (SECRET, HUB_TOKEN, "short"))
 
 
+def test_a_token_never_travels_in_the_address_of_a_working_directory():
+    with pytest.raises(ConfigError, match="--working-dir holds what looks like a token") as caught:
+        runtime_env(None, None, f"https://x:{HUB_TOKEN}@example.com/x.zip")
+    assert HUB_TOKEN not in str(caught.value)
+
+
 def test_a_token_never_travels_in_a_command(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", SECRET)
     for word in (f'--l2-adapter={{"token": "{SECRET}"}}', HUB_TOKEN):
@@ -123,7 +132,7 @@ def ended(status, code=None, **more):
         (ended("FAILED", -9), 3, "it was killed by signal 9"),
         (ended("FAILED", error_type="RUNTIME_ENV_SETUP_FAILURE", message="no\n such pip"), 2, "set up: no such pip"),
         (ended("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="gone"), 3, "not end by itself: gone"),
-        (None, 3, "has not answered"),
+        (None, 3, "has not told of it"),
     ],
 )
 def test_which_code_stands_for_which_end(details, code, words):
@@ -226,6 +235,40 @@ def test_a_cluster_that_does_not_come_back(caplog):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_cluster_that_comes_back_without_its_records(caplog):
+    """As a head without a store of its own does: it answers, and knows of no job."""
+    record = submit(FailingCluster(None, RUNNING, None), Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["status"]) == (3, "UNKNOWN")
+    assert "be lost with it" in caplog.text
+
+
+class Head(http.server.BaseHTTPRequestHandler):
+    """A dashboard that is there, and cannot tell of jobs yet."""
+
+    def do_GET(self):
+        version = self.path == "/api/version"
+        body = b'{"version": "4", "ray_version": "2", "ray_commit": "x", "session_name": "x"}' if version else b"no GCS"
+        self.send_response(200 if version else 500)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_a_head_that_is_not_ready_yet_refuses_nothing():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head) as head:
+        threading.Thread(target=head.serve_forever, daemon=True).start()
+        try:
+            api = JobsAPI(f"http://127.0.0.1:{head.server_port}")
+            with pytest.raises(ClusterError, match=r"cannot answer: .*status code 500"):
+                api.find("name")
+        finally:
+            head.shutdown()
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_name_that_somebody_else_took_a_moment_ago():
     cluster = FailingCluster(None, RUNNING)
     cluster.submit = lambda *_: (_ for _ in ()).throw(ConfigError("the Ray cluster refuses it"))
@@ -239,6 +282,19 @@ def test_a_job_that_was_quicker_than_the_order_to_stop(monkeypatch):
     cluster.follow = lambda _: (_ for _ in ()).throw(Interrupted)
     record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
     assert (record["exit_code"], cluster.stopped) == (0, ["name"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_that_arrives_after_the_order_to_stop_is_stopped(monkeypatch):
+    monkeypatch.setattr(submitting, "_STOP_SECS", 60.0)
+    cluster = FailingCluster(None, None, None, RUNNING, ended("STOPPED"))
+    stop = cluster.stop
+    cluster.submit = lambda *_: (_ for _ in ()).throw(Interrupted)
+    cluster.stop = lambda name: (
+        stop(name) if cluster.find(name) is not None else pytest.fail("there is no such job yet")
+    )
+    record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["status"], cluster.stopped) == (5, "STOPPED", ["name"])
 
 
 @pytest.mark.usefixtures("quick")

@@ -102,7 +102,7 @@ def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
     # A full L1 does not tell what it holds, and asking must not make it evict.
     again = node.prefetch(TOKENS)
     assert (again.ended, again.used_bytes) == ("no_room", ROOM * 131072)
-    assert 0 < again.warmed <= ROOM
+    assert again.warmed <= ROOM
     # With other chunks in L1 there is room for fewer.
     node.server.clear_l1()
     node.prefetch(TOKENS[: 30 * CHUNK])
@@ -112,6 +112,21 @@ def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
     wait_until(lambda: node.used() == 40 * 131072, 30, "all of them in L1")
     warmed = node.prefetch(TOKENS)
     assert (warmed.warmed, warmed.ended) == (ROOM - 10, "no_room")
+
+
+def test_another_prompt_does_not_drive_out_what_was_loaded(node):
+    other = [token + 2 for token in TOKENS[: 3 * CHUNK]]
+    before = len(list(node.tier.glob("*.data")))
+    with node.client() as client:
+        client.store(other, client.random_kv(len(other), seed=7))
+    wait_until(lambda: len(list(node.tier.glob("*.data"))) == before + 3, 60, "its chunks in the tier")
+    node.server.clear_l1()
+    assert node.prefetch(TOKENS).warmed == ROOM
+
+    warmed = node.prefetch(other)
+
+    assert (warmed.chunks, warmed.warmed, warmed.ended) == (3, 0, "no_room")
+    assert node.used() == ROOM * 131072
 
 
 def test_what_follows_a_chunk_that_is_missing_is_not_loaded_for_long(node):
@@ -127,7 +142,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
     """The bucket is never asked: the server loads from its own tiers."""
     adapter = {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter"}
     adapter["adapter_params"] = {"bucket_handle": "hf://buckets/no/where", "endpoint": "http://127.0.0.1:9"}
-    asked = tmp_path / "prompts.jsonl"
+    asked, page = tmp_path / "prompts.jsonl", tmp_path / "run.html"
     records = [{"token_ids": TOKENS, "model": "org/model"}, {"token_ids": TOKENS[: 2 * CHUNK], "model": "org/other"}]
     asked.write_text("\n".join(json.dumps(record) for record in records))
 
@@ -136,7 +151,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
             *("run", "--l2-adapter", json.dumps(adapter), "--prompts", str(asked), "--chunk-size", str(chunk_size)),
             *("--tier", json.dumps({"type": "l1", "http": node.server.http})),
             *("--world-size", "1", "--wait-engine", "1s"),
-            *("--address", cluster.address, "--node-selector", "pool=batch"),
+            *("--address", cluster.address, "--node-selector", "pool=batch", "--report-html", str(page)),
             *(word for model in models for word in ("--model", model)),
         )
 
@@ -145,6 +160,7 @@ def test_a_run_tells_what_was_not_loaded_and_why(node, cluster, tmp_path):
     assert (full.summary["copied"], full.summary["failed_by_kind"]) == (ROOM, {"no_room": CHUNKS - ROOM, "engine": 2})
     assert full.summary["nodes"][0]["selected"] == CHUNKS + 2
     assert full.summary["bytes"] == node.used() == ROOM * 131072
+    assert "Nothing was copied" not in page.read_text()
 
     other = run("org/other")
     assert (other.code, other.summary["failed_by_kind"]) == (3, {"engine": 2})

@@ -3,14 +3,19 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from warmer import progress
 from warmer.cluster import Node
+from warmer.engine_run import EngineRun
+from warmer.errands import Failure
 from warmer.live_table import SHOWN_NODES, LiveTable, behind, left_in_words
+from warmer.onlookers import Looks
 from warmer.outcomes import Copied, Failed, Present
+from warmer.prompt_loads import PromptLoad
 from warmer.rates import Rate
 from warmer.report import FailureLog, NodeReport, RunReport, Task
 
@@ -68,6 +73,13 @@ def test_progress_is_json_lines_for_machines():
     }  # fmt: skip
 
 
+def test_a_pipeline_that_wants_colours_is_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = progress.choose_display()
+    display.close()
+    assert isinstance(display, progress.JsonLines)
+
+
 def test_progress_lines_come_every_few_seconds_only():
     run, out = a_run("a"), io.StringIO()
     lines = progress.JsonLines(out, every_secs=3600)
@@ -86,6 +98,51 @@ def test_progress_is_a_table_for_people():
     assert re.search(r"a id-a .*3/3 +60 B/60 B .*B/s +-", text)
     assert re.search(r"b id-b .*1/3 +0 B/60 B .* \? +node_lost: gone", text)
     assert re.search(r"all of fs\.warm .*4/6 +60 B/120 B .*1 failed, 1 lost", text)
+
+
+def test_an_engine_that_loads_by_itself_is_waited_for_by_chunks(monkeypatch):
+    """How many bytes they will be, nobody knows before."""
+    monkeypatch.setattr(progress, "_SAMPLE_SECS", 0.0)
+    task = replace(TASK, selected=30, selected_bytes=0)
+    run, out = RunReport(task, [Node("id-a", "a")], FailureLog(None)), io.StringIO()
+    run.begin()
+    lines = progress.JsonLines(out, every_secs=0)
+    lines.show(run)
+    assert json.loads(out.getvalue())["seconds_left"] is None
+    run.loaded("id-a", copied=10, present=0, size=5000)
+    lines.show(run)
+    assert json.loads(out.getvalue().splitlines()[-1])["seconds_left"] is not None
+    table = LiveTable(Console(file=io.StringIO(), force_terminal=True, width=140))
+    table._draw(run, 0.0)
+    run.loaded("id-a", copied=10, present=0, size=5000)
+    table._draw(run, 10.0)
+    row = next(iter(table.table(run).columns[5].cells)), next(iter(table.table(run).columns[3].cells))
+    assert row == ("0:05", "9.8 KiB")
+    table.close()
+
+
+class Onlooker:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        return lambda _, *words: self.told.append((name, *words))
+
+
+def test_what_engines_do_is_told_to_onlookers():
+    run, seen = a_run("a", "b"), Onlooker()
+    engines = EngineRun(None, None, [], Looks(run, progress.JsonLines(io.StringIO()), [seen]), None)
+    engines._take("id-a", 0, [PromptLoad(1, "m", 3, 1, 1, 10, "no_room", "it is full")])
+    engines._take("id-b", 0, Failure("engine", "gone"))
+    assert seen.told == [
+        ("loaded", "id-a", 10),
+        ("lacking", "id-a", 1, "no_room"),
+        ("lost", "id-b", "engine"),
+        ("lacking", "id-b", 3, "engine"),
+    ]
+    assert [node.ended for node in run.nodes.values()] == [3, 3]
 
 
 def test_nodes_beyond_the_rows_are_summed_and_those_that_lack_most_are_shown():

@@ -76,6 +76,8 @@ class EngineHTTP:
             response = self._client.request(method, self.address + path, json=body, timeout=secs)
         except httpx2.TransportError as error:
             raise NotReadyError(f"{what}: no answer: {str(error) or type(error).__name__}") from None
+        except httpx2.RequestError as error:
+            raise EngineError(f"{what}: the answer cannot be read: {error}") from None
         except httpx2.InvalidURL as error:
             raise ConfigError(f"{what}: {error}") from None
         words = f"{what}: {response.status_code} {' '.join(response.text.split())[:_SHOWN]}"

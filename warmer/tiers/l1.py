@@ -242,6 +242,11 @@ class _Loader:
         self._load_secs = load_secs
         self._pause = pause
 
+    @property
+    def least_keys(self) -> int:
+        """Objects of a chunk, at least: one of each worker."""
+        return int(self._request["world_size"])
+
     def room(self) -> _Room:
         """What L1 may take before it evicts; of several, the fullest."""
         status = self._server.ask("GET", "/status")["storage_manager"]
@@ -277,7 +282,7 @@ class _Loader:
 def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
     """Load ever longer prefixes: twice as much more each time, half as much after one that did not load whole."""
     chunks, warmed, step = len(tokens) // chunk_size, 0, 1
-    keys = seen = loads = loaded = taken = 0
+    keys, seen, loads, loaded, taken = loader.least_keys, 0, 0, 0, 0
     ended: Literal["complete", "missing", "no_room"] = "complete"
     room = loader.room()
     while warmed < chunks:
