@@ -39,7 +39,7 @@ def ours(place: Place) -> dict[str, Any]:
 def indexed(place: Place) -> dict[str, Any]:
     """The same, with a key index."""
     adapter = ours(place)
-    return adapter | {"adapter_params": adapter["adapter_params"] | {"index": "snapshot"}}
+    return adapter | {"adapter_params": adapter["adapter_params"] | {"index": "snapshot", "fingerprint": "off"}}
 
 
 EVERY_ADAPTER = [

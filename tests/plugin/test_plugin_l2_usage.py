@@ -167,7 +167,7 @@ class ListedBucket:
 
     def write(self, key, size, minutes=0):
         path = self.handle.join(encode_name(key if isinstance(key, str) else key_string(key)))
-        self.objects[path] = ObjectInfo(path, Content("0" * 64, size), NOW + timedelta(minutes=minutes))
+        self.objects[path] = ObjectInfo(path, Content("0" * 64, size), datetime.now(UTC) + timedelta(minutes=minutes))
 
     @property
     def background_wait_secs(self):

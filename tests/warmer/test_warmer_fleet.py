@@ -73,8 +73,8 @@ def test_every_node_ends_every_chunk_and_a_second_run_moves_nothing(hub, cluster
     again = on_cluster(stocked.config).summary
     assert (again["copied"], again["present"], again["bytes"]) == (0, 150 * NODES, 0)
     assert hub.control.counters().route("xorb-data").requests == 0
-    # Listed once, and looked up once more for all nodes together.
-    assert hub.control.counters().route("paths-info").requests == 1
+    # Listed once, and looked up once more for all nodes together; and a question for the model's fingerprint.
+    assert hub.control.counters().route("paths-info").requests == 2
 
     # Nothing in the cluster knows the token.
     session = Path(cluster.head_node.get_session_dir_path())

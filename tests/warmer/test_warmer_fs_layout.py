@@ -195,7 +195,7 @@ def test_another_instance_is_no_tier():
     assert "type 'hfbucket'" in refusal(raw(), "hfbucket.us")
 
 
-@pytest.mark.parametrize("tier", ["local_disk", "local_cpu", "gds.fast", "raw_block", "dax", "fs_native"])
+@pytest.mark.parametrize("tier", ["local_disk", "gds.fast", "raw_block", "dax", "fs_native"])
 def test_a_tier_that_cannot_be_filled_is_refused_with_the_reason(tier):
     message = refusal(raw(), tier)
     assert tier in message

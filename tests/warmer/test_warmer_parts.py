@@ -46,7 +46,7 @@ def test_a_slow_node_holds_up_none_that_take_other_chunks():
     chunks = plan([MIB] * 800)
     secs = {"a": 0.1, "b": 0.1, "c": 5.0, "d": 0.1, "e": 5.0}
     parts = [part(chunks[:300], "ab"), part(chunks[300:600], "cd"), part(chunks[600:], "e")]
-    schedule = begin(dict.fromkeys(secs, 64 * MIB), parts, window=Window(batch_chunks=4))
+    schedule = begin(dict.fromkeys(secs, 64 * MIB), parts, window=Window(batch_chunks=4, fetches=2))
     last = play(schedule, secs, 2000)
     assert max(last["a"], last["b"]) < 10
     assert last["d"] < 80  # until it was clear who is slow
