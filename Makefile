@@ -28,7 +28,7 @@ $(VLLM_VENV)/.installed: e2e/constraints.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton cupy-cuda13x cuda-python
 	touch $@
 
-e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three minutes
+e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(STAMP)  ## every test: two processes side by side, since most tests wait for servers

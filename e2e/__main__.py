@@ -8,6 +8,8 @@
 3. `python -m warmer plan` and `apply` fill that directory while they run, and the Hub is stopped.
 4. The same engine is asked again: every full chunk is cached, tokens and log-probabilities are those of step 1.
 5. One chunk is overwritten with as many other bytes: the engine takes them for KV, and `python -m warmer check` names it.
+6. vLLM's OpenAI server, with a fresh `lmcache server` over the same directory, is the canary of `python -m warmer check`: every
+   prompt is cached. One chunk is taken away: the check names its prompt.
 
 Each step is checked; the last line says whether all held.
 """
@@ -19,91 +21,29 @@ import contextlib
 import json
 import os
 import random
-import select
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from demo.mp_server import MPServer
 from demo.waiting import wait_until
+from e2e.processes import REPOSITORY, Engine, OpenAIServer, vllm_environment
+from hfbucket_plugin.handle import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from localhub.process import RunningHub
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BUCKET = "e2e/kv"
 CHUNK_TOKENS = 32
 PROMPTS = 3
 PROMPT_TOKENS = 200
 FULL_CHUNKS = PROMPT_TOKENS // CHUNK_TOKENS
 TOKEN = "hf-of-the-e2e"
-_ANSWER_SECS = 300.0
-"""An engine that hangs is none; loading vLLM is the longest that it takes, a minute."""
-
-
-class Engine:
-    """A vLLM engine in a process of its own, which ends with the block.
-
-    Args:
-        python: Of the environment that holds vLLM.
-        model: Its directory.
-        server: Address of the `lmcache server`.
-        role: `kv_both`, or `kv_consumer`, which stores nothing.
-        log: What it says.
-    """
-
-    def __init__(self, python: Path, model: Path, server: str, role: str, log: Path) -> None:
-        command = [str(python), "-m", "e2e.engine", "serve", str(model), "--server", server, "--role", role]
-        self._log = log
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                command, env=vllm_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True
-            )
-
-    def __enter__(self) -> Self:
-        self._read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, token_ids: list[int]) -> dict[str, Any]:
-        """What it makes of a prompt."""
-        assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        self._process.stdin.write(json.dumps(token_ids) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None  # noqa: S101 - for the type checker
-        ready, _, _ = select.select([self._process.stdout], [], [], _ANSWER_SECS)  # one line comes for each question
-        line = self._process.stdout.readline() if ready else ""
-        if not line:
-            said = "ended" if ready else f"has not answered within {_ANSWER_SECS:g} s"
-            raise RuntimeError(f"the engine {said}:\n{self._log.read_text(errors='replace')[-4000:]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-
-def vllm_environment() -> dict[str, str]:
-    """Of a vLLM engine on a small machine, which calls home nowhere."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return inherited | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONHASHSEED": "0",
-        "LMCACHE_TRACK_USAGE": "false",
-        "LMCACHE_DISABLE_BANNER": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
 
 
 def warmer(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -167,10 +107,11 @@ def local_hub(root: Path) -> Iterator[RunningHub]:
 
 
 def in_bucket(endpoint: str) -> int:
-    """How many objects the bucket lists."""
+    """How many chunks the bucket lists; fingerprints and other objects of ours are none."""
     from huggingface_hub import HfApi
 
-    return len(list(HfApi(endpoint=endpoint, token=False).list_bucket_tree(BUCKET, prefix="prod/", recursive=True)))
+    listed = HfApi(endpoint=endpoint, token=False).list_bucket_tree(BUCKET, prefix="prod/", recursive=True)
+    return sum(1 for one in listed if one.type == "file" and not one.path.startswith(f"prod/{RESERVED}/"))
 
 
 def produce(python: Path, model: Path, endpoint: str, directory: Path) -> list[dict[str, Any]]:
@@ -189,7 +130,7 @@ def run(python: Path, directory: Path, report: Report) -> None:
     tier, model, plan = directory / "tier", directory / "model", directory / "plan.jsonl"
     tier.mkdir()
     with (directory / "prompts.jsonl").open("w", encoding="utf-8") as out:  # as --prompts takes them
-        out.writelines(json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts())
+        out.writelines(json.dumps({"token_ids": prompt, "model": str(model)}) + "\n" for prompt in prompts())
     subprocess.run(
         [str(python), "-m", "e2e.engine", "model", str(model)],
         env=vllm_environment(),
@@ -208,7 +149,8 @@ def run(python: Path, directory: Path, report: Report) -> None:
             cold = [engine.ask(prompt) for prompt in prompts()]
             report.expect("cached by a fresh engine, cold tier", [one["cached"] for one in cold], [0] * PROMPTS)
             source = ["--l2-adapter", json.dumps(adapter(hub.endpoint))]
-            planned = warmer("plan", *source, "--all", "--tier", json.dumps(spec), "--out", str(plan))
+            chosen = ["--all", "--chunk-size", str(CHUNK_TOKENS)]
+            planned = warmer("plan", *source, *chosen, "--tier", json.dumps(spec), "--out", str(plan))
             applied = warmer("apply", str(plan), *source)
             if planned.returncode or applied.returncode:
                 raise RuntimeError(f"warmer: {planned.stderr[-2000:]}{applied.stderr[-2000:]}")
@@ -227,6 +169,28 @@ def run(python: Path, directory: Path, report: Report) -> None:
                 spoilt = engine.ask(prompts()[0])
                 changed = spoilt["logprobs"] != produced[0]["logprobs"]
                 report.expect("vLLM takes the corrupted chunk for KV", (spoilt["cached"], changed), (cached[0], True))
+        ask_canary(python, model, directory, source, report)
+
+
+def ask_canary(python: Path, model: Path, directory: Path, source: list[str], report: Report) -> None:
+    """Have `check` ask vLLM's OpenAI server the prompts: all chunks are there, then one is not. The Hub is gone."""
+    tier, plan = directory / "tier", directory / "plan.jsonl"
+    full = FULL_CHUNKS * CHUNK_TOKENS
+    with (
+        MPServer([{"type": "fs", "base_path": str(tier)}], chunk_size=CHUNK_TOKENS, l1_mib=256) as server,
+        OpenAIServer(python, model, server.address, directory / "openai.log") as engine,
+    ):
+        asking = ["--canary", str(directory / "prompts.jsonl"), "--engine", engine.address]
+        code, found = checked(plan, [*source, *asking])
+        cached = found["canary"]["engines"][0]["cached_tokens"]
+        report.expect("canary: exit code, tokens cached by vLLM", (code, cached), (0, full * PROMPTS))
+        # The tier is still warm enough for the check, which else would not ask: it is the prompt that is not.
+        chunk = chunk_of_first_prompt(tier)
+        chunk.rename(directory / "taken-away")
+        code, found = checked(plan, [*source, *asking, "--require", "0.9"])
+        cold = [(one["prompt"], one["cached_tokens"]) for one in found["canary"]["cold"]]
+        report.expect("canary, a chunk gone: code, prompt and cached", (code, cold), (3, [(1, CHUNK_TOKENS)]))
+        (directory / "taken-away").rename(chunk)
 
 
 @contextlib.contextmanager

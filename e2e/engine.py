@@ -18,6 +18,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 NEW_TOKENS = 8
+OPTIONS: dict[str, str | int | bool] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "block_size": 32,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,  # else the engine's own cache would answer, and prove nothing
+}
+"""What vLLM needs to serve the model on CPU, by the names of `vllm.LLM`; its servers take them as flags."""
 
 
 def make_model(directory: Path) -> None:
@@ -40,28 +49,27 @@ def make_model(directory: Path) -> None:
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
 
 
+def transfer(server: str, role: str) -> dict[str, Any]:
+    """The fields of vLLM's `KVTransferConfig` by which KV goes to and comes from a `lmcache server`."""
+    address = urlsplit(server)
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": role,
+        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+        "kv_connector_extra_config": {
+            "lmcache.mp.host": f"tcp://{address.hostname}",
+            "lmcache.mp.port": address.port,
+        },
+    }
+
+
 def make_engine(model: str, server: str, role: str) -> Any:
     """An engine in this process; its KV goes to and comes from the `lmcache server` alone."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    address = urlsplit(server)
-    transfer = KVTransferConfig(
-        kv_connector="LMCacheMPConnector",
-        kv_role=role,
-        kv_connector_module_path="lmcache.integration.vllm.lmcache_mp_connector",
-        kv_connector_extra_config={"lmcache.mp.host": f"tcp://{address.hostname}", "lmcache.mp.port": address.port},
-    )
     return LLM(
-        model=model,
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=512,
-        block_size=32,
-        enforce_eager=True,
-        enable_prefix_caching=False,  # else the engine's own cache would answer, and prove nothing
-        kv_transfer_config=transfer,
-        disable_log_stats=True,
+        model=model, **OPTIONS, kv_transfer_config=KVTransferConfig(**transfer(server, role)), disable_log_stats=True
     )
 
 

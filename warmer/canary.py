@@ -212,7 +212,7 @@ def _ask_prompts(canary: Canary, engine: EngineHTTP, found: EngineFound, stop: S
     """Ask one engine the prompts, one after the other; returns how many answers did not tell of cached tokens.
 
     Raises:
-        EngineError: It does not answer, or not as vLLM does.
+        EngineError: It does not answer, or not as vLLM does; the message says at which prompt.
         ConfigError: It refuses a prompt; the message says which. Or it is asked for what it does not serve.
     """
     silent = 0
@@ -226,8 +226,8 @@ def _ask_prompts(canary: Canary, engine: EngineHTTP, found: EngineFound, stop: S
             continue
         try:
             cached = _cached_tokens(engine, _model(found.engine, prompt, served), prompt)
-        except ConfigError as error:
-            raise ConfigError(f"prompt {number}: {error}") from None
+        except (ConfigError, EngineError) as error:  # one may be the end of an engine: the next would be blamed for it
+            raise type(error)(f"prompt {number}: {error}") from None
         silent += cached is None
         found.add(number, tokens, cached or 0, canary.require)
     return silent

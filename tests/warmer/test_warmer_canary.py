@@ -153,10 +153,11 @@ def test_something_else_than_vllm(prompts):
         assert "is this a vLLM server?" in ask(prompts, engine.address)["engines"][0]["error"]
 
 
-def test_a_prompt_that_is_refused_is_named(prompts):
-    with Engine(all_chunks, status=400) as engine:
+@pytest.mark.parametrize("status", [400, 500, 503])
+def test_a_prompt_that_is_not_answered_is_named(prompts, status):
+    with Engine(all_chunks, status=status) as engine:
         error = ask(prompts, engine.address)["engines"][0]["error"]
-    assert error.startswith(f"prompt 1: POST {engine.address}/v1/completions: 400 ")
+    assert error.startswith(f"prompt 1: POST {engine.address}/v1/completions: {status} ")
     assert "too long" in error
 
 
