@@ -32,10 +32,13 @@ _WAITING: Final = 2 * _ENTRIES
 _FLUSH_ENTRIES: Final = 10_000
 _FLUSH_SECS: Final = 15.0
 _REQUEST_SECS: Final = 60.0
+_LOOK_SECS: Final = 15.0
 
 
 class Teller:
     """Collects what was done, and writes it now and then. Not thread-safe. Made by `telling`.
+
+    Whether the instance has an index is looked up when there is something to tell: one call.
 
     Args:
         bucket: The instance's.
@@ -45,6 +48,8 @@ class Teller:
     """
 
     def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._indexed: bool | None = None
         self._store = IndexStore(bucket, "jobs")
         self._journal = JournalWriter(_ENTRIES, _WAITING)
         self._flushed = time.monotonic()
@@ -58,7 +63,7 @@ class Teller:
             name: Below the instance's prefix; a nested one is none that engines ask for, and passed over.
             content: What it has now; None where it was deleted.
         """
-        if not name or "/" in name:
+        if not name or "/" in name or self._indexed is False:
             return
         _, dropped = self._journal.note(digests_of([name]).tobytes(), content, time.monotonic())
         self.untold += dropped
@@ -68,6 +73,8 @@ class Teller:
     def _flush(self) -> None:
         """Write what waits; a failure is told at the end, if it is one still."""
         self._flushed = time.monotonic()
+        if not len(self._journal) or not self._is_indexed():
+            return
         while (draft := self._journal.draft(time.monotonic())) is not None:
             deadline = Deadline.after(_REQUEST_SECS)
             try:
@@ -77,10 +84,22 @@ class Teller:
                 return
             self._journal.written(draft)
 
+    def _is_indexed(self) -> bool:
+        if self._indexed is None:
+            path = self._bucket.handle.join(POINTER)
+            try:
+                self._indexed = path in self._bucket.stat([path], Deadline.after(_LOOK_SECS), patient=False)
+            except HFBucketError:  # then it may have one; a journal that nobody reads does no harm
+                self._indexed = True
+        return self._indexed
+
     def close(self) -> None:
         """Write the rest, and say so where that cannot be."""
         self._flush()
-        self.untold += len(self._journal)
+        if self._indexed is False:
+            self.untold = 0
+        else:
+            self.untold += len(self._journal)
         self._store.close()
         if self.untold:
             _log.warning(
@@ -93,20 +112,12 @@ class Teller:
 
 @contextlib.contextmanager
 def telling(bucket: Bucket | None) -> Iterator[Teller | None]:
-    """A teller for a stretch of work, or None where the instance has no index: one look-up finds that out.
+    """A teller for a stretch of work.
 
     Args:
         bucket: The instance's; None where the work is done elsewhere.
     """
     if bucket is None:
-        yield None
-        return
-    path = bucket.handle.join(POINTER)
-    try:
-        there = path in bucket.stat([path], Deadline.after(_REQUEST_SECS))
-    except HFBucketError:  # then it may have one; a journal that nobody reads does no harm
-        there = True
-    if not there:
         yield None
         return
     teller = Teller(bucket)

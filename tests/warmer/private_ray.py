@@ -58,10 +58,10 @@ class PrivateRay:
         return environment(PATH=path, **self.access, **variables)
 
     def __enter__(self):
-        while "Ray runtime started" not in self._log.read_text():
+        while not (found := re.search(r"ray start --address='(.+)'", self._log.read_text())):
             assert self._process.poll() is None, self._log.read_text()
             time.sleep(0.1)
-        self.address = re.search(r"ray start --address='(.+)'", self._log.read_text())[1]
+        self.address = found[1]
         return self
 
     def submit(self, directory, *command, options=()):
