@@ -51,6 +51,7 @@ class Refreshed:
         covers: See `Pointer`; of the present snapshot, whether it was loaded or not.
         listed: The same.
         full: The same.
+        heat_until: The same.
         date: The Hub's time, in seconds since 1970, and our monotonic seconds when it came; None where it did not say.
         problem: Why there is no view, or only an older one.
         folded: Journals that were folded in.
@@ -66,6 +67,7 @@ class Refreshed:
     covers: float = 0.0
     listed: float = 0.0
     full: float = 0.0
+    heat_until: float = 0.0
     date: float | None = None
     problem: HFBucketError | None = None
     folded: int = 0
@@ -128,6 +130,7 @@ class SnapshotSource:
             result.alive = True
             pointer = self._pointer
             result.covers, result.listed, result.full = pointer.covers, pointer.listed, pointer.full
+            result.heat_until = pointer.heat_until
         if result.view is not None:
             self._fold(shelf, result.view, result)
         return result

@@ -40,6 +40,8 @@ difference in which order journals are seen, how often, or in how many pieces (`
   journal's upload takes, readers may take them in the wrong order: the key is then missed until the next snapshot, or it is
   found and its read is a miss, after which the reader asks the Hub. Bytes under a hash are the bytes that were put under that
   key, whatever the order: no order of anything serves a wrong chunk.
+
+**Hits.** Journals tell of hits, too (`heat`), which change nothing of the above: readers pass over them, and builders add them up.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, TransportError
 from hfbucket_plugin.handle import RESERVED
-from hfbucket_plugin.index_format import MAX_POINTER_BYTES, FormatError, Pointer, changes_of, snapshot_of
+from hfbucket_plugin.heat import Span
+from hfbucket_plugin.index_format import MAX_POINTER_BYTES, FormatError, Pointer, changes_of, hits_of, snapshot_of
 from hfbucket_plugin.own_objects import OwnObjects
 
 if TYPE_CHECKING:
@@ -127,6 +130,19 @@ class Journal:
     path: str
     content: Content
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a journal tells of.
+
+    Attributes:
+        changes: Puts and deletes, rows of `CHANGE`.
+        hits: Rows of `heat.HIT`.
+    """
+
+    changes: Rows
+    hits: Rows
 
 
 @dataclass(slots=True)
@@ -236,6 +252,13 @@ class IndexStore:
         Yields:
             Each, with the changes that it tells of, or with why there are none: `FormatError` for one that is no journal.
         """
+        for journal, told in self.read_told(journals, deadline):
+            yield journal, told.changes if isinstance(told, Told) else told
+
+    def read_told(
+        self, journals: Sequence[Journal], deadline: Deadline
+    ) -> Iterator[tuple[Journal, Told | HFBucketError]]:
+        """The same, with the hits that they tell of too, for who adds these up."""
         for journal in journals:
             if journal.content.size > MAX_JOURNAL_BYTES:
                 yield (
@@ -249,7 +272,9 @@ class IndexStore:
                     yield journal, data
                     continue
                 try:
-                    yield journal, changes_of(data, journal.at, journal.path)
+                    writer = int(journal.name.writer, 16)
+                    changes = changes_of(data, journal.at, journal.path)
+                    yield journal, Told(changes, hits_of(data, journal.at, writer, journal.path))
                 except FormatError as error:
                     yield journal, error
 
@@ -277,7 +302,15 @@ class IndexStore:
         self._check(self._bucket.replace(old, {path: content}, deadline), path)
 
     def put_snapshot(
-        self, data: SourceLease, *, keys: int, covers: float, listed: float, full: float, deadline: Deadline
+        self,
+        data: SourceLease,
+        *,
+        keys: int,
+        covers: float,
+        listed: float,
+        full: float,
+        deadline: Deadline,
+        heat: Span | None = None,
     ) -> Pointer:
         """Upload and name a snapshot; nobody looks at it before `publish`.
 
@@ -288,15 +321,20 @@ class IndexStore:
             listed: See there.
             full: See there.
             deadline: When to give up.
+            heat: For how long heat is known.
 
         Raises:
             HFBucketError: It is not there, or nobody knows.
         """
+        heat = heat or Span()
         content = self._own.upload(data, deadline)
         if content.size != data.size:
             raise IntegrityError(f"{content.size} of {data.size} bytes of the snapshot were taken")
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.npy"
-        pointer = Pointer(name, content.xet_hash, content.size, keys, covers, listed, full)
+        pointer = Pointer(
+            name, content.xet_hash, content.size, keys, covers, listed, full,
+            heat_since=heat.since, heat_until=heat.until, heat_told=heat.told,
+        )  # fmt: skip
         path = self.snapshot_path(pointer)
         self._check(self._bucket.add({path: content}, deadline), path)
         return pointer
