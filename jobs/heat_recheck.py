@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import UTC, datetime
 from itertools import islice
@@ -17,7 +18,7 @@ from hfbucket_plugin.index_store import IndexStore, Told
 from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.keys import encode_name
 from jobs.batch import Ended, Outcome
-from jobs.heat import ADVICE
+from jobs.heat import ADVICE, opened_heat
 from jobs.retention import BY_USE
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.heat_table import HeatTable
     from hfbucket_plugin.index_table import Rows
-    from jobs.plan import Item
+    from jobs.plan import Header, Item
 
 _ITEMS: Final = 1000
 _LOOK_SECS: Final = 180.0
@@ -146,3 +147,41 @@ class Recheck:
     def close(self) -> None:
         """Look no more."""
         self._store.close()
+
+
+@contextlib.contextmanager
+def rechecking(
+    bucket: Bucket,
+    header: Header,
+    covers: float | None,
+    now: datetime,
+    told: Callable[[Ended[Item]], None],
+    *,
+    without: bool,
+) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
+    """What passes by items that were read since they were planned; everything passes of a plan that does not go by reads.
+
+    Args:
+        bucket: The instance's.
+        header: Of the plan.
+        covers: Of the snapshot that the plan was just made by, in seconds since 1970; None for a plan that was made before.
+        now: The Hub's time.
+        told: Is told of what is kept back.
+        without: Whether to do without, whatever the plan goes by.
+
+    Raises:
+        HeatUnknownError: Nobody knows by now what was read since.
+    """
+    if not header.heat.get("known") or without:
+        yield lambda items: items
+        return
+    with contextlib.ExitStack() as stack:
+        table = None
+        if covers is None:
+            table = stack.enter_context(opened_heat(bucket, now, _REQUEST_SECS)).table
+            if table is None:
+                raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
+            covers = table.pointer.covers
+        recheck = Recheck(bucket, table, covers, told)
+        stack.callback(recheck.close)
+        yield recheck.unused

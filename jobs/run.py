@@ -24,14 +24,13 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from hfbucket_plugin.heat_table import HeatUnknownError
 from jobs import exits, history, mirror
 from jobs.apply import Applier
 from jobs.batch import Outcome
 from jobs.executors import executing
 from jobs.guards import Extent, MaxDelete, check_listing
-from jobs.heat import ADVICE, UNASKED, Heat, opened_heat
-from jobs.heat_recheck import Recheck
+from jobs.heat import UNASKED, Heat, opened_heat
+from jobs.heat_recheck import rechecking
 from jobs.hubclock import HubClock, ask
 from jobs.index_teller import telling
 from jobs.lock import DEFAULT_SECONDS, Lock, LockLapsedError
@@ -42,7 +41,7 @@ from jobs.report import Summary, Tally, header_record
 from warmer.errors import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.handle import BucketHandle
@@ -297,8 +296,9 @@ class Job:
         return plan
 
     def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        order = self._order
         if self._name == mirror.JOB:
-            mirror.expect_source(self._order.source)
+            mirror.expect_source(order.source)
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
@@ -308,7 +308,7 @@ class Job:
         with (
             self._stop.orderly(),
             telling(bucket) as teller,
-            self._rechecking(bucket, plan, now) as unused,
+            rechecking(bucket, plan.header, self._heat_covers, now, self._count, without=order.without_heat) as unused,
             executing(self._named, bucket, self._order) as executor,
         ):
             self._teller = teller
@@ -334,29 +334,6 @@ class Job:
             if not isinstance(end.why, RefusedError):
                 code = self._keep(bucket, code)
         return code
-
-    @contextlib.contextmanager
-    def _rechecking(
-        self, bucket: Bucket, plan: PlanFile, now: datetime
-    ) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
-        """What passes by items that were read since they were planned, for a plan that goes by that.
-
-        Raises:
-            HeatUnknownError: Nobody knows by now.
-        """
-        if not plan.header.heat.get("known") or self._order.without_heat:
-            yield lambda items: items
-            return
-        with contextlib.ExitStack() as stack:
-            table, since = None, self._heat_covers
-            if since is None:  # it was made before
-                table = stack.enter_context(opened_heat(bucket, now, REQUEST_SECS)).table
-                if table is None:
-                    raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
-                since = table.pointer.covers
-            recheck = Recheck(bucket, table, since, self._count)
-            stack.callback(recheck.close)
-            yield recheck.unused
 
     def _count(self, ended: Ended[Item]) -> None:
         if self._teller is not None and ended.outcome is Outcome.DELETED:

@@ -199,6 +199,8 @@ def _header(bound: Bound, choosing: Choosing, made: PlanFile) -> dict[str, Any]:
         "selected_bytes": made.bytes,
         "skipped": skipped,
     }
+    if bound.warm_up.choose.wants_heat:
+        header["order"] = {"by": "newest" if choosing.cold else "heat", "why": choosing.cold}
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header
