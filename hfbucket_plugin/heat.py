@@ -178,7 +178,8 @@ def warmed(rows: Rows, hits: Rows, begin: float, end: float) -> Rows:
     hits, where = hits[counted], where[counted]
     if len(hits):
         keys, number = np.unique(where, return_inverse=True)
-        log = np.log2(np.minimum(hits["hits"], _MOST_HITS).astype(np.float64)) + _age_of(hits["at"])
+        log = np.log2(np.minimum(hits["hits"], _MOST_HITS).astype(np.float64))
+        log += _age_of(np.clip(hits["at"], LANDMARK, hits["told"] + LATE_SECS))
         before = rows["heat"][keys].astype(np.float64)
         top = before.copy()
         np.maximum.at(top, number, log)

@@ -282,7 +282,7 @@ def examine(
         else:
             outlook = _outlook(policy, entries, census, limits, last)
             if unreadable and policy.goes_by_use:
-                outlook = replace(outlook, refused=outlook.refused or unreadable)
+                outlook = replace(outlook, refused=unreadable)
     index = index_shelf.state(bucket, page_secs, request_secs) if census.has_index else None
     return Status(instance, str(bucket.handle), census, last, trouble, outlook, index, heat.record())
 
