@@ -119,8 +119,7 @@ def recorder_of(settings: InstanceSettings) -> HeatRecorder | None:
     """The recorder of an instance; None where its settings leave nothing to record, or nobody to tell."""
     if settings.heat == "off" or settings.index != "snapshot" or not (settings.reads and settings.writes):
         return None
-    # A quarter of a journal at most: puts and deletes want to be told of too.
-    return HeatRecorder(max(1, min(settings.heat_keys, settings.index_journal_entries // 4)), settings.heat_secs)
+    return HeatRecorder(min(settings.heat_keys, settings.index_journal_entries), settings.heat_secs)
 
 
 def why_not(settings: InstanceSettings) -> str:

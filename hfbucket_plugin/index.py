@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.heat_recorder import HeatRecorder
     from hfbucket_plugin.index_sources import Refreshed, Source
     from hfbucket_plugin.index_view import View
     from hfbucket_plugin.settings import InstanceSettings
@@ -87,6 +88,7 @@ class KeyIndex:
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
         self._heat = recorder_of(settings)
+        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
@@ -280,7 +282,8 @@ class KeyIndex:
                 self._recent.listed(mono=began)
             else:
                 self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
-                self._journal.forget_before(now - (self._hub_now() - result.listed), result.heat_until)
+                self._journal.forget_before(now - (self._hub_now() - result.listed))
+                self._hits.forget_before(now, result.heat_until)
         self._recent.journalled(min(result.own_seq, self._journal.told))
         if result.view is not None:
             self._recent.overruled(result.view.changes)
@@ -350,27 +353,33 @@ class KeyIndex:
         with self._flushing:
             if not self._alive:
                 return False
-            self._tell_heat()
-            draft = self._journal.draft(self._clock())
-            if draft is None:
-                return True
-            try:
-                self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
-            except HFBucketError as error:
-                self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
-                self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
-                return False
-            self._journal.written(draft)
-            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
-            return True
+            done = self._write(self._journal)
+            if self._heat is not None:
+                self._tell_heat(self._heat)
+                self._write(self._hits)  # what comes of it holds nothing up
+            return done
 
-    def _tell_heat(self) -> None:
-        """Tell of hits, if it is time and the last ones are in a journal."""
-        heat = self._heat
-        if heat is None or self._journal.hits_wait:
+    def _write(self, journal: JournalWriter) -> bool:
+        """Write a journal if there is news; whether there is nothing left that should have been written."""
+        draft = journal.draft(self._clock())
+        if draft is None:
+            return True
+        try:
+            self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
+        except HFBucketError as error:
+            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
+            self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
+            return False
+        journal.written(draft)
+        self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
+        return True
+
+    def _tell_heat(self, heat: HeatRecorder) -> None:
+        """Tell of hits, if it is time and the last ones are in a journal: heat may wait."""
+        if len(self._hits):
             return
         hits = heat.due(self._clock())
-        self._journal.tell(hits, self._hub_now())
+        self._hits.tell(hits, self._hub_now())
         for outcome, number in (("told", sum(one.number for one in hits)), ("dropped", heat.take_dropped())):
             if number:
                 self._sink.count(metrics.HEAT_HITS, number, instance=self._instance, outcome=outcome)

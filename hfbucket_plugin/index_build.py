@@ -321,7 +321,9 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
                         file.change(told.changes[told.changes["at"] >= pointer.listed])
                 elif isinstance(told, FormatError):
                     garbage += journal.at >= pointer.covers
-                elif journal.at >= pointer.covers:  # it would be lost: the new snapshot claims to cover it
+                elif (
+                    journal.at >= pointer.covers and not journal.name.hits
+                ):  # it would be lost: the new snapshot claims to cover it
                     raise told
             path = directory / "snapshot.npy"
             heat, counted = _span(tells, pointer.heat, began)

@@ -1,4 +1,4 @@
-"""What a process tells others of its puts, deletes and hits: entries that wait, and the journals that hold them. Pure; thread-safe.
+"""What a process tells others of what it did, or read: entries that wait, and the journals that hold them. Pure; thread-safe.
 
 A journal is an object, and objects cost calls to list: a writer's last journal therefore *grows*. Each time there is news it
 is written anew, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
@@ -14,7 +14,7 @@ import math
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -80,9 +80,10 @@ class JournalWriter:
     Args:
         entries: Most entries of one journal.
         waiting: Most entries that wait to be written.
+        hits: Whether hits alone are told of: in journals apart, which readers need not fetch.
     """
 
-    def __init__(self, entries: int, waiting: int) -> None:
+    def __init__(self, entries: int, waiting: int, *, hits: bool = False) -> None:
         self.writer = secrets.token_hex(_WRITER_BYTES)
         self._most = entries
         self._most_waiting = waiting
@@ -95,7 +96,8 @@ class JournalWriter:
         self._waiting: deque[Entry] = deque()
         self._growing: Sequence[Entry] = ()
         self._growing_name: str | None = None
-        self._hits_seq = self._hits_told = 0
+        self._hits = hits
+        self._hits_told = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -115,12 +117,6 @@ class JournalWriter:
                 dropped += 1
             return self._seq, dropped
 
-    @property
-    def hits_wait(self) -> bool:
-        """Whether hits that were told are in no journal yet: then no more are told. Heat may wait, puts are told first."""
-        with self._lock:
-            return bool(self._waiting) and self._waiting[0].seq <= self._hits_seq
-
     def tell(self, hits: Sequence[Hits], hub_now: float) -> None:
         """Take in what is told of hits.
 
@@ -136,7 +132,6 @@ class JournalWriter:
             for one in hits:
                 self._seq += 1
                 self._waiting.append(Entry(self._seq, one.last, one.digest, None, one.number, self._hits_told))
-            self._hits_seq = self._seq
 
     def draft(self, now: float, today: datetime | None = None) -> Draft | None:
         """The journal to be written next, or None when there is no news.
@@ -151,9 +146,9 @@ class JournalWriter:
                 return None
             grows = len(self._growing) + len(fresh) <= self._most
             entries = [*self._growing, *fresh] if grows else fresh
-            name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC))
+            name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC), hits=self._hits)
             if name.text <= self._last_name:  # a clock that was set back: names of a writer go on in order
-                name = JournalName(f"{self._last_name[:18]}-{self.writer}-{name.seq:012d}.npy", self.writer, name.seq)
+                name = replace(name, text=self._last_name[:18] + name.text[18:])
             self._last_name = name.text
             return Draft(name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh))
 

@@ -164,7 +164,7 @@ class SnapshotSource:
         return View(table, pointer.covers, pointer.listed)
 
     def _fold(self, shelf: Shelf, view: View, result: Refreshed) -> None:
-        live = [journal for journal in shelf.journals if journal.at >= view.covers]
+        live = [journal for journal in shelf.journals if journal.at >= view.covers and not journal.name.hits]
         self._folded &= {(journal.path, journal.content.xet_hash) for journal in live}
         fresh = [one for one in live if (one.path, one.content.xet_hash) not in self._folded]
         entries = sum(one.content.size for one in fresh) // JOURNAL.itemsize

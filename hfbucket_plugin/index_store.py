@@ -4,6 +4,7 @@
 
     <prefix>/.hfbucket/index/current.json                              the pointer: which snapshot is the present one
     <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>.npy         what one writer did since
+    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>-hits.npy    what one reader read since
     <prefix>/.hfbucket/index/snapshots/<time>-<random>.npy             all keys, as a builder found them
 
 One listing of `index/` tells a reader everything: whether the pointer is another one than before (by its hash), and which
@@ -41,7 +42,8 @@ difference in which order journals are seen, how often, or in how many pieces (`
   found and its read is a miss, after which the reader asks the Hub. Bytes under a hash are the bytes that were put under that
   key, whatever the order: no order of anything serves a wrong chunk.
 
-**Hits.** Journals tell of hits, too (`heat`), which change nothing of the above: readers pass over them, and builders add them up.
+**Hits.** Journals of a name of their own tell of hits (`heat`). They change nothing of the above: readers do not fetch them, builders
+add them up.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ MAX_JOURNALS: Final = 20_000
 
 MAX_JOURNAL_BYTES: Final = 4 * 1024 * 1024
 _READ_TOGETHER_BYTES: Final = 32 * 1024 * 1024
-_JOURNAL: Final = re.compile(r"(?P<time>[0-9]{8}T[0-9]{9})-(?P<writer>[0-9a-f]{16})-(?P<seq>[0-9]{1,18})\.npy")
+_JOURNAL: Final = re.compile(
+    r"(?P<time>[0-9]{8}T[0-9]{9})-(?P<writer>[0-9a-f]{16})-(?P<seq>[0-9]{1,18})(?P<hits>-hits)?\.npy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +100,25 @@ class JournalName:
         text: Of the object, below `JOURNALS`.
         writer: Who wrote it: random, one a process and instance.
         seq: Number of its writer's last entry that is in it: all up to it are in this one or in earlier ones.
+        hits: Whether it tells of hits alone, so that readers need not fetch it.
     """
 
     text: str
     writer: str
     seq: int
+    hits: bool = False
 
     @classmethod
-    def make(cls, writer: str, seq: int, now: datetime) -> JournalName:
+    def make(cls, writer: str, seq: int, now: datetime, *, hits: bool = False) -> JournalName:
         """A name for what is written now."""
         time = now.astimezone(UTC).strftime("%Y%m%dT%H%M%S") + f"{now.microsecond // 1000:03d}"
-        return cls(f"{time}-{writer}-{seq:012d}.npy", writer, seq)
+        return cls(f"{time}-{writer}-{seq:012d}{'-hits' if hits else ''}.npy", writer, seq, hits)
 
     @classmethod
     def parse(cls, text: str) -> JournalName | None:
         """The name of a listed object, or None where it is none."""
         match = _JOURNAL.fullmatch(text)
-        return None if match is None else cls(text, match["writer"], int(match["seq"]))
+        return None if match is None else cls(text, match["writer"], int(match["seq"]), match["hits"] is not None)
 
 
 @dataclass(frozen=True, slots=True)

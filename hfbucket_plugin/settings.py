@@ -259,20 +259,19 @@ class InstanceSettings(BaseModel):
     )
     heat: Annotated[Literal["on", "off"], BeforeValidator(_as_switch)] = Field(
         "on",
-        description="Whether this process tells, in the same journals, which chunks it was served: so that a cleanup keeps what is "
+        description="Whether this process tells, by journals too, which chunks it was served: so that a cleanup keeps what is "
         "read, and a warm-up begins with it, see docs/index.md. Needs `index: snapshot` and a role that reads and writes. On, since "
         "what some processes do not tell looks idle to all; switch it off in all of them, or in none.",
     )
     heat_secs: PositiveFloat = Field(
         300.0,
-        description="Least seconds between two times that hits are told of: a call to the Hub each, unless puts are told of too. "
+        description="Least seconds between two times that hits are told of: a call to the Hub each, and none if there are none. "
         "200 processes make 200 calls in 5 minutes.",
     )
     heat_keys: PositiveInt = Field(
         200,
         le=10_000,
-        description="Most keys that are told of each time, and never more than a quarter of `index_journal_entries`; 65 bytes each: "
-        "2.6 kB a minute. Half are those with the most hits, half those that wait longest.",
+        description="Most keys that are told of each time, of 65 bytes each; never more than `index_journal_entries`. Half are those with the most hits, half those that wait longest.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,

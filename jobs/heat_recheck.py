@@ -116,7 +116,7 @@ class Recheck:
             fresh = [
                 one
                 for one in shelf.journals
-                if one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
+                if one.name.hits and one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
             ]
             for journal, told in self._store.read_told(fresh, Deadline.after(10 * _REQUEST_SECS)):
                 if isinstance(told, Told):

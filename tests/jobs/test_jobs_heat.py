@@ -163,8 +163,8 @@ def reads(writer, told, **numbers):
         Hits(digests_of([encode_name(key(int(name[1:])))]).tobytes(), number, time.monotonic())
         for name, number in numbers.items()
     ]
-    writer.journal.tell(hits, told)
-    return writer.tell()
+    writer.hits.tell(hits, told)
+    return writer.tell(writer.hits)
 
 
 def heat_of_keys(depot, *numbers):

@@ -214,10 +214,8 @@ def test_journals_tell_of_hits_beside_what_else_happened():
     journal.note(digest(1), Content("ab" * 32, 7), 10.0)
     assert journal.draft(11.0).data.find(HEAT_JOURNAL.names[-1].encode()) < 0
     journal.tell([Hits(digest(2), 5, 8.0), Hits(digest(3), 1, 9.0)], 5000.9)
-    assert journal.hits_wait
     draft = journal.draft(12.0)
     journal.written(draft)
-    assert not journal.hits_wait
     journal.tell([Hits(digest(2), 6, 11.0)], 5000.9)  # the same second: its moment is another one
     grown = journal.draft(20.0)
 
@@ -240,6 +238,20 @@ def test_hits_that_are_counted_are_told_no_more():
     assert journal.forget_before(5000.0, heat_until=1500) == 0
     found = hits_of(journal.draft(20.0).data, 100.0, 1, "it")
     assert found["told"].tolist() == [2000]
+
+
+def test_bytes_are_bounded_whatever_is_read():
+    recorder, journal = HeatRecorder(200, 300), JournalWriter(2000, 2000, hits=True)
+    sizes, now = [], 0.0
+    for _ in range(60):
+        recorder.read(key(random.randrange(10**6)) for _ in range(10_000))
+        journal.tell(recorder.due(now), now)
+        while (draft := journal.draft(now)) is not None:
+            journal.written(draft)
+            sizes.append(len(draft.data))
+        now += 300
+    assert len(sizes) == 60
+    assert max(sizes) <= 1024 + 2000 * HEAT_JOURNAL.itemsize
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -305,6 +317,7 @@ def test_gets_are_hits_and_lookups_are_none(hub, bucket, surfaces):
     reader.get([0])
     assert index.flush()
     (path,) = journals(hub, bucket)
+    assert path.endswith("-hits.npy")
     found = hits_of(download(hub.endpoint, bucket, path), time.time(), 1, path)
 
     names = [encode_name(reader.name(number)) for number in range(4)]
