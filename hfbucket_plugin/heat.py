@@ -206,8 +206,8 @@ def counts(heat: NDArray[np.float32], now: float) -> NDArray[np.float64]:
 
 
 def buckets(heat: NDArray[np.float32], now: float) -> NDArray[np.uint8]:
-    """The coarse number of values of the column: 0 below one hit, 1 for one, 2 for two and three, 3 for four to seven, ..."""
-    return np.where(heat > 0, np.clip(np.floor(heat - _age_of(now)) + 1, 0, 255), 0).astype(np.uint8)
+    """The coarse number of values of the column: 1 for about one hit, 2 for two, 3 for four, 4 for eight, ...; 0 for fewer."""
+    return np.where(heat > 0, np.clip(np.floor(heat - _age_of(now) + 0.5) + 1, 0, 255), 0).astype(np.uint8)
 
 
 def _digests(rows: Rows) -> NDArray[np.uint64]:
