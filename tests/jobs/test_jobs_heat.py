@@ -178,10 +178,10 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
     one, other = Writer(stocked), Writer(stocked)
     told = time.time() - 250
     reads(one, told, k0=8, k1=5)
-    reads(other, told, k0=9, k2=3)
+    reads(other, told, k0=9, k2=2)
     counting(150)
     build(stocked)
-    assert heat_of_keys(stocked, 0, 1, 2, 3) == [5, 3, 2, 0]  # 17, 5, 3 and none, a little less each
+    assert heat_of_keys(stocked, 0, 1, 2, 3) == [5, 3, 2, 0]  # 17, 5, 2 and none, a little less each
     assert [use.last is None for use in looked_up(stocked, [key(0), key(3)]).values()] == [False, True]
 
     # What longer journals tell again adds nothing; a put keeps heat, a delete ends it.

@@ -110,16 +110,8 @@ def test_heat_halves_in_a_week_without_a_new_value():
     rows = warmed(table(), hits((0, 64, START, START, 1)), 0, START + 1)
 
     heat = np.array([of(rows, 0)["heat"]])
-    assert [int(buckets(heat, START + weeks * HALF_LIFE_SECS + 60)[0]) for weeks in range(8)] == [
-        6,
-        5,
-        4,
-        3,
-        2,
-        1,
-        0,
-        0,
-    ]
+    weekly = [int(buckets(heat, START + weeks * HALF_LIFE_SECS + 60)[0]) for weeks in range(8)]
+    assert weekly == list(range(7, -1, -1))
     assert warmed(rows.copy(), hits(), START, START + 10).tobytes() == rows.tobytes()
     assert buckets(np.zeros(1, np.float32), START).tolist() == [0]
 
