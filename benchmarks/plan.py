@@ -76,14 +76,23 @@ class MadeUpBucket:
 
         self.keys = keys
         self.handle = BucketHandle("org", "bucket", PREFIX)
+        self._under_way: dict[str, Iterator[list[dict[str, Any]]]] = {}
 
-    def list_objects(self, path: str, _page_secs: float) -> Iterator[Any]:
-        """Stream what lies below a path."""
+    def info(self, _deadline: Any) -> dict[str, Any]:
+        """Says nothing of how much there is, so that parts are listed as they were chosen."""
+        return {}
+
+    def list_page(self, path: str, cursor: str | None, _deadline: Any) -> tuple[list[Any], str | None]:
+        """One page of what lies below a path."""
         from hfbucket_plugin import bucket
         from hfbucket_plugin.keys import decode_name
 
-        for page in pages(self.keys, decode_name(path.removeprefix(f"{PREFIX}/"))):
-            yield from (bucket._object_info(item, "tree") for item in page)  # noqa: SLF001 - the very reading of a page
+        if cursor is None:
+            self._under_way[path] = pages(self.keys, decode_name(path.removeprefix(f"{PREFIX}/")))
+        page = next(self._under_way[path], None)
+        if page is None:
+            return [], None
+        return [bucket._object_info(item, "tree") for item in page], str(int(cursor or 0) + 1)  # noqa: SLF001 - the very reading
 
     def stat(self, paths: list[str], _deadline: Any) -> dict[str, Any]:
         """Look paths up."""

@@ -50,14 +50,14 @@ def list_chunks(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[ChunkEn
     Raises:
         HFBucketError: A page did not come: what was yielded is no complete listing.
     """
-    for prefix in _without_covered(key_prefixes):
+    for prefix in without_covered(key_prefixes):
         for info in bucket.list_objects(bucket.handle.join(encode_name(prefix)), _PAGE_SECS):
             entry = chunk_entry(bucket, info)
             if entry is not None and entry.text.startswith(prefix):
                 yield entry
 
 
-def _without_covered(prefixes: Iterable[str]) -> list[str]:
+def without_covered(prefixes: Iterable[str]) -> list[str]:
     """Drop prefixes that a shorter one covers, so that no chunk is listed twice."""
     kept: list[str] = []
     for prefix in sorted(set(prefixes)):

@@ -227,8 +227,14 @@ GAUGES: Final = {
 }
 
 
-def write_metrics(path: Path, summaries: Iterable[Told], now: float) -> None:
+def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int = exits.COMPLETE) -> None:
     """Write the file that Prometheus' textfile collector reads; it appears whole.
+
+    Args:
+        path: Of the file.
+        summaries: Of the jobs.
+        now: The time, in seconds since 1970.
+        least: How the command ends however well its jobs did.
 
     Raises:
         ConfigError: It cannot be written.
@@ -239,7 +245,7 @@ def write_metrics(path: Path, summaries: Iterable[Told], now: float) -> None:
         for name, text in GAUGES.items()
     }
     for summary in summaries:
-        values = summary.gauges() | {"exit_code": summary.code, "last_run_timestamp_seconds": now}
+        values = summary.gauges() | {"exit_code": exits.worst([summary.code, least]), "last_run_timestamp_seconds": now}
         for name, value in values.items():
             gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
     try:

@@ -77,6 +77,7 @@ class Session:
         logging.basicConfig(stream=sys.stderr, format="jobs: %(message)s", level=logging.WARNING)
         stop = StopSwitch()
         waiting = list(works)
+        file = None
         try:
             file = ReportFile(self.report)
             # Ray prints where it likes.
@@ -89,20 +90,20 @@ class Session:
                         self._add(summary)
             file.close()
             if self.metrics is not None:
-                write_metrics(self.metrics, self.summaries, time.time())
+                write_metrics(self.metrics, self.summaries, time.time(), _code_of_file(file))
         except Interrupted:
             end(_told_to_stop(waiting), exits.INTERRUPTED)
         except HFBucketError as error:
             end(str(error), exits.worst([code_of(error), *self._codes]))
         finally:
             for summary in self.summaries:
-                sys.stdout.write(json.dumps(summary.record()) + "\n")
+                sys.stdout.write(json.dumps(_told(summary, file)) + "\n")
             sys.stdout.flush()
         if file.problem:
             show.note(file.problem)
         if waiting:
             end(_told_to_stop(waiting), exits.INTERRUPTED)
-        raise typer.Exit(exits.worst([*self._codes, exits.FAILED if file.problem else exits.COMPLETE]))
+        raise typer.Exit(exits.worst([*self._codes, _code_of_file(file)]))
 
     @property
     def _codes(self) -> list[int]:
@@ -112,6 +113,21 @@ class Session:
         self.summaries.append(summary)
         for line in summary.lines():
             show.note(f"{summary.instance}: {line}")
+
+
+def _code_of_file(file: ReportFile) -> int:
+    """What a report that is not whole means for how the command ends."""
+    return exits.FAILED if file.problem else exits.COMPLETE
+
+
+def _told(summary: Summary, file: ReportFile | None) -> dict[str, Any]:
+    """A summary for JSON: a job is no success whose report is not whole, and its summary agrees with the exit code."""
+    record = summary.record()
+    if file is None or not file.problem:
+        return record
+    code = exits.worst([summary.code, _code_of_file(file)])
+    message = "; ".join(filter(None, (record["message"], file.problem)))
+    return record | {"result": exits.RESULTS[code], "exit_code": code, "message": message}
 
 
 def _told_to_stop(waiting: Sequence[tuple[str, Work]]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.catalog import list_chunks
 from hfbucket_plugin.keys import ClassicKey, MPKey, is_probe, parse_key
+from hfbucket_plugin.parallel_listing import list_chunks_ahead
 from warmer.hot import warmed
 from warmer.key_files import keys_of, look_up_keys
 from warmer.ordered import hottest_first, in_order, newest_first, within
@@ -123,7 +124,7 @@ class Choosing:
         if files:
             keys = itertools.chain.from_iterable(keys_of(path) for path in files)
             return look_up_keys(bucket, keys, self.skipped)
-        return list_chunks(bucket, self.listed(self.takes))
+        return list_chunks_ahead(bucket, self.listed(self.takes))
 
     def listed(self, kind: type[Key]) -> list[str]:
         """Starts of keys that are listed for one kind."""

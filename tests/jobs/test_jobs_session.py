@@ -22,8 +22,13 @@ def stocked(depot):
 
 
 def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):
-    ran = stocked.cleanup("--max-age", "14d", "--yes", "--report", "/dev/full")
+    metrics = stocked.directory / "jobs.prom"
+    ran = stocked.cleanup("--max-age", "14d", "--yes", "--report", "/dev/full", "--metrics-textfile", str(metrics))
 
+    summary = ran.summary
+    assert (summary["exit_code"], summary["result"]) == (3, "failed")
+    assert "--report '/dev/full' is not whole" in summary["message"]
+    assert 'hfbucket_jobs_exit_code{instance="hfbucket.us",job_name="cleanup"} 3.0' in metrics.read_text()
     assert (ran.code, ran.counts("deleted", "unfinished")) == (3, [4, 0])
     assert "--report '/dev/full' is not whole: No space left" in ran.stderr
     assert stocked.left() == stocked.paths_of(NEW)

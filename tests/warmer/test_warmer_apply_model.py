@@ -1,29 +1,26 @@
 """Plans applied to a real tier from a real bucket, against a plain model of both, whatever happens in between."""
 
+import itertools
 import random
+import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from applying import applied, applied_until_killed
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from warming import MODEL, Warehouse, content
 
 from hfbucket_plugin.keys import ClassicKey, parse_key
+from localhub.faults import Fault
 from warmer.checking import NodeChecker
 from warmer.choose import Choice
-from warmer.cluster import Node
-from warmer.interrupt import StopSwitch
-from warmer.moving import schedule_of
-from warmer.node import NodeWarmer
-from warmer.nodes import Assigned
 from warmer.outcomes import Copied, Failed, Missing, Present, Right, Wrong
 from warmer.plan import PlanFile
 from warmer.planning import Choosing
-from warmer.tiers import open_tier
-from warmer.warmup import Moving
 
 KEYS = [f"{MODEL}@2@{worker}@{0xA00 + number:x}@half" for worker in range(2) for number in range(4)]
 KEYS += [f"org/other@1@0@{0xB00 + number:x}@half" for number in range(2)]
@@ -34,6 +31,10 @@ choices = st.sampled_from(
     [{"all": True}, {"model": MODEL}, {"model": MODEL, "world_size": 2, "workers": "1"}, {"prefix": "org/o"}]
 )
 ranks = st.sampled_from([None, frozenset({0}), frozenset({1, 2})])
+
+
+def taken_by(ranks, key):
+    return ranks is None or "@1@0@" in key or int(key.split("@")[2]) in ranks
 
 
 class Applying(RuleBasedStateMachine):
@@ -48,6 +49,7 @@ class Applying(RuleBasedStateMachine):
         self.bucket, self.tier, self.plan = {}, {}, None
         self.planned = []
         self.versions = 0
+        self.killed = False
 
     @rule(chosen=some_keys)
     def put(self, chosen):
@@ -107,7 +109,7 @@ class Applying(RuleBasedStateMachine):
                 assert outcome.kind == "missing"
         assert self.warehouse.in_tier() == self.tier
         if batches is None:
-            own = [key for key in self.planned if ranks is None or "@1@0@" in key or int(key.split("@")[2]) in ranks]
+            own = [key for key in self.planned if taken_by(ranks, key)]
             assert [outcome.key for outcome in outcomes] == own
             self.hub.control.reset_counters()
             again = self.carried_out(ranks, None)
@@ -120,23 +122,41 @@ class Applying(RuleBasedStateMachine):
         return Copied if key in self.bucket else Failed
 
     def carried_out(self, ranks, batches):
-        node = NodeWarmer(self.warehouse.open(), open_tier(self.warehouse.declaration()))
+        self.killed = False
+        return applied(self.warehouse.config, self.plan.path, ranks, batches)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(ranks=ranks, step=st.integers(1, 60))
+    def apply_and_be_killed(self, ranks, step):
+        """What is seen afterwards is what was there, or what was to come: nothing between."""
+        self.killed = killed = applied_until_killed(self.warehouse.config, self.plan.path, ranks, step)
+        seen = self.warehouse.in_tier() if self.warehouse.tier.exists() else {}
+        own = [chunk for chunk in self.plan.chunks_from(0) if taken_by(ranks, chunk.key)]
+        expected = {chunk.key for chunk in own if self.expected(chunk.key, chunk.size) is Copied}
+        for key in seen.keys() | self.tier.keys():
+            assert seen.get(key) in ([self.tier.get(key)] + [self.bucket[key]] * (key in expected)), key
+            assert killed or key not in expected or seen[key] == self.bucket[key]
+        self.tier = seen
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(ranks=ranks, times=st.sampled_from([1, None]))
+    def apply_over_a_bad_wire(self, ranks, times):
+        """A byte that changed on its way is noticed: fetched once more, or a failure, and never a chunk."""
+        self.hub.control.add_fault(Fault(route="xorb-data", flip_at=(100,), times=times))
         try:
-            bucket = self.warehouse.open()
-            moving = Moving.model_validate({})
-            schedule = schedule_of(moving, [Assigned(Node("n", "n"), ranks)], self.plan, bucket, StopSwitch())
-            schedule.started("n")
-            outcomes = []
-            while not schedule.done and batches != 0:
-                for order in schedule.orders(0.0):
-                    ended = node.copy(order.chunks[:2] if batches else order.chunks)
-                    outcomes += ended
-                    if len(ended) == len(order.chunks):
-                        schedule.fetched(order.number, ended, shared=False, now=0.0)
-                batches = None if batches is None else 0
-            return outcomes
+            outcomes = self.carried_out(ranks, None)
         finally:
-            node.close()
+            self.hub.control.clear_faults()
+        for outcome in outcomes:
+            expected = self.expected(outcome.key, outcome.size)
+            if expected is Copied and times is None:
+                assert isinstance(outcome, Failed)
+                assert outcome.kind in ("integrity", "transport")
+            else:
+                assert type(outcome) is expected, outcome
+            if isinstance(outcome, Copied):
+                self.tier[outcome.key] = self.bucket[outcome.key]
+        assert self.warehouse.in_tier() == self.tier
 
     @precondition(lambda self: self.plan is not None)
     @rule()
@@ -163,7 +183,8 @@ class Applying(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "held"):
-            assert not self.warehouse.tier.exists() or self.warehouse.leftovers() == []
+            # What a run that was killed left behind, the next one removes.
+            assert self.killed or not self.warehouse.tier.exists() or self.warehouse.leftovers() == []
             self.held.cleanup()
 
 
@@ -173,3 +194,27 @@ def test_applying_plans(new_bucket, hub):
         type("OnThisHub", (Applying,), {"hub": hub, "new_bucket": staticmethod(new_bucket)}),
         settings=settings(max_examples=20, stateful_step_count=12, deadline=None, database=None),
     )
+
+
+@pytest.mark.timeout(200)
+def test_a_run_killed_at_any_step_shows_whole_chunks_only(hub, bucket, tmp_path):
+    """One chunk is new, and one takes the place of a file of another length."""
+    warehouse = Warehouse(hub.endpoint, bucket, tmp_path)
+    new, old = KEYS[:2]
+    warehouse.put({new: content(1, 3000), old: content(2, 3000)})
+    warehouse.plan(f"{MODEL}@2@")
+    killed = []
+    for step in itertools.count(1):
+        file = warehouse.declaration().file(old)
+        shutil.rmtree(warehouse.tier, ignore_errors=True)
+        file.parent.mkdir()
+        file.write_bytes(b"of another length")
+        if not applied_until_killed(warehouse.config, tmp_path / "plan.jsonl", None, step):
+            break
+        killed.append(warehouse.in_tier())
+        assert killed[-1].pop(old) in (b"of another length", content(2, 3000)), step
+        assert killed[-1].pop(new, content(1, 3000)) == content(1, 3000), step
+        assert not killed[-1], step
+    assert len(killed) > 10
+    assert warehouse.in_tier() == warehouse.chunks
+    assert warehouse.leftovers() == []

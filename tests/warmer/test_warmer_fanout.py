@@ -227,12 +227,17 @@ def lose_in_mid_run(cluster, few, *more):
     doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
     process = begin(cluster, few.config, "--max-bandwidth", "8MiB", *more)
     wait_for(lambda: len(list(tier(few, doomed.node_id).glob("*.data"))) >= 4)
-    workers = psutil.Process(raylet(doomed).pid).children(recursive=True)
-    cluster.remove_node(doomed, allow_graceful=False)
-    for worker in workers:  # as on a node that is gone; they would outlive their raylet for a moment
+    lose(cluster, doomed)
+    return doomed.node_id, process
+
+
+def lose(cluster, node):
+    """End a raylet and its workers, as on a node that is gone; they would outlive it for a moment."""
+    workers = psutil.Process(raylet(node).pid).children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    for worker in workers:
         with contextlib.suppress(psutil.Error):
             worker.kill()
-    return doomed.node_id, process
 
 
 def test_a_node_that_joins_takes_the_place_of_a_lost_one(cluster, few):
@@ -246,6 +251,25 @@ def test_a_node_that_joins_takes_the_place_of_a_lost_one(cluster, few):
     assert all(holdings(few, node_id) == few.chunks for node_id in [*before, joined.node_id])
     assert ran.summary["failed"] == 0, ran.summary["failures"][:3]
     assert ran.code == 0, ran.stderr
+
+
+def test_who_took_the_place_of_a_lost_node_is_given_the_second_tier_too(cluster, few):
+    few.tiers = ("fs.warm", "fs.second")
+    second = few.directory / "second"
+    few.extra["remote_storage_plugin.fs.second.base_path"] = str(second / "{node_id}")
+    before = set(ids(cluster))
+    dead, process = lose_in_mid_run(cluster, few, "--replace-nodes", "--tier", "fs.warm", "--tier", "fs.second")
+    joined = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    ran = end(process)
+    assert ran.code == 0, ran.stderr
+    first, other = ran.summary["tiers"]
+    assert (first["tier"], other["tier"]) == ("fs.warm", "fs.second")
+    assert {node["id"]: node["copied"] for node in other["nodes"]} == {
+        node_id: len(few.chunks) for node_id in [*before, joined.node_id]
+    }
+    for node_id in [*before, joined.node_id]:
+        assert holdings(few, node_id) == few.in_tier(second / node_id) == few.chunks
+    assert not (second / dead).exists()
 
 
 def test_a_node_killed_in_mid_run_is_told_apart_and_a_new_one_is_filled_later(hub, cluster, few):
@@ -273,3 +297,66 @@ def test_a_node_killed_in_mid_run_is_told_apart_and_a_new_one_is_filled_later(hu
         assert hub.control.counters().total.bytes_out <= 1.05 * len(few.chunks) * MIB
     finally:
         cluster.remove_node(joined, allow_graceful=False)
+
+
+IMPATIENT = """
+from warmer import fleet
+
+fleet._HUNG_SECS, fleet._HUNG_TIMEOUTS, fleet._HUNG_BYTES_PER_SEC = 10.0, 0, 2**40
+from warmer.cli import app
+
+app()
+"""
+"""The command, with ten seconds in the place of the minutes that an actor may take."""
+
+
+def test_an_actor_that_hangs_without_dying_counts_as_lost(cluster, few):
+    known = set(ids(cluster))
+    doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    own = arguments(few.config, "--max-bandwidth", "8MiB")[3:]  # without `python -m warmer`
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, *own, "--address", cluster.address],
+        env=environment(WARM_TEST_TOKEN=SECRET),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(list(tier(few, doomed.node_id).glob("*.data"))) >= 4)
+    (hung,) = (one for one in actors(cluster) if raylet(doomed).pid in (parent.pid for parent in one.parents()))
+    hung.suspend()
+    try:
+        ran = end(process)
+    finally:
+        hung.kill()
+        cluster.remove_node(doomed, allow_graceful=False)
+    assert ran.code == 3, ran.stderr
+    by_id = {node["id"]: node for node in ran.summary["nodes"] if node["id"] in known | {doomed.node_id}}
+    lost = by_id.pop(doomed.node_id)
+    assert lost["error"].startswith("node_lost: ")
+    assert "answered nothing for" in lost["error"]
+    assert lost["copied"] + lost["failed"] == len(few.chunks)
+    assert ran.summary["failed_by_kind"] == {"node_lost": lost["failed"]}
+    assert all(node["copied"] == len(few.chunks) for node in by_id.values())
+    assert all(holdings(few, node_id) == few.chunks for node_id in by_id)
+
+
+def test_a_node_that_dies_after_its_last_chunk_is_no_success(hub, cluster, store, tmp_path):
+    warehouse = warehouse_of(hub, store, tmp_path, "late", {})
+    short = {classic_key(0, "org/two", 1, 2): content(0, MIB)}
+    long = {classic_key(n, "org/two", 0, 2): content(n, MIB) for n in range(24)}
+    warehouse.put(short | long)
+    known = ids(cluster)
+    doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
+    ranks = [f"--ranks={name}=0" for name in known] + [f"--ranks={doomed.node_id}=1"]
+    nodes = ",".join([*known, doomed.node_id])
+    process = begin(
+        cluster, warehouse.config, "--prefix", "org/two@", "--nodes", nodes, "--max-bandwidth", "4MiB", *ranks
+    )
+    wait_for(lambda: holdings(warehouse, doomed.node_id))
+    lose(cluster, doomed)
+    ran = end(process)
+    assert ran.code == 3, ran.stderr
+    by_id = {node["id"]: node for node in ran.summary["nodes"]}
+    assert by_id.pop(doomed.node_id)["error"].startswith("node_lost: ")
+    assert holdings(warehouse, doomed.node_id) == short
+    assert all(holdings(warehouse, name) == long for name in by_id)

@@ -48,6 +48,7 @@ class Warehouse:
     prefix: str = "kv/us"
     chunks: dict[str, bytes] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    tiers: tuple[str, ...] = ("fs.warm",)
 
     @property
     def tier(self) -> Path:
@@ -65,7 +66,7 @@ class Warehouse:
             f"{head}{INSTANCE}.token_env": "WARM_TEST_TOKEN",
         } | self.extra
         # JSON is YAML.
-        document = {"remote_storage_plugins": ["fs.warm", INSTANCE], "extra_config": extra}
+        document = {"remote_storage_plugins": [*self.tiers, INSTANCE], "extra_config": extra}
         path.write_text(json.dumps(document, indent=1), encoding="utf-8")
         return path
 
