@@ -55,15 +55,15 @@ class HeatRecorder:
     Args:
         keys: Most keys that are told of at a time.
         secs: Least seconds between two times.
+        began: Since when, in monotonic seconds: the first time is so much later.
     """
 
-    def __init__(self, keys: int, secs: float) -> None:
+    def __init__(self, keys: int, secs: float, began: float) -> None:
         self._keys = keys
         self._secs = secs
         self._fresh: deque[str] = deque(maxlen=_FRESH_KEYS)
         self._waiting: dict[bytes, list[float]] = {}
-        self._told_at: float | None = None
-        self._sign_at: float | None = None
+        self._told_at = self._sign_at = began
         self._dropped = 0
 
     def read(self, keys: Iterable[str]) -> None:
@@ -77,10 +77,10 @@ class HeatRecorder:
             now: Monotonic seconds.
         """
         self._count(now)
-        if self._told_at is not None and now - self._told_at < self._secs:
+        if now - self._told_at < self._secs:
             return []
         told = self._hottest() | self._longest_waiting()
-        if not told and self._sign_at is not None and now - self._sign_at < _SIGN_SECS:
+        if not told and now - self._sign_at < _SIGN_SECS:
             return []
         self._told_at = self._sign_at = now
         if not told:
@@ -115,11 +115,16 @@ class HeatRecorder:
         return {digest: self._waiting.pop(digest) for digest in longest}
 
 
-def recorder_of(settings: InstanceSettings) -> HeatRecorder | None:
-    """The recorder of an instance; None where its settings leave nothing to record, or nobody to tell."""
+def recorder_of(settings: InstanceSettings, now: float) -> HeatRecorder | None:
+    """The recorder of an instance; None where its settings leave nothing to record, or nobody to tell.
+
+    Args:
+        settings: The instance's.
+        now: Monotonic seconds.
+    """
     if settings.heat == "off" or settings.index != "snapshot" or not (settings.reads and settings.writes):
         return None
-    return HeatRecorder(min(settings.heat_keys, settings.index_journal_entries), settings.heat_secs)
+    return HeatRecorder(min(settings.heat_keys, settings.index_journal_entries), settings.heat_secs, now)
 
 
 def why_not(settings: InstanceSettings) -> str:

@@ -87,7 +87,7 @@ class KeyIndex:
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
-        self._heat = recorder_of(settings)
+        self._heat = recorder_of(settings, clock())
         self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)

@@ -170,7 +170,7 @@ def digest(number):
 
 
 def test_the_hottest_are_told_first_and_nobody_waits_for_ever():
-    recorder = HeatRecorder(4, 60)
+    recorder = HeatRecorder(4, 60, -60.0)
     recorder.read([key(number) for number in range(6)] + [key(5)] * 9 + [key(4)] * 8 + ["test@1@0@0@bfloat16"])
 
     first = recorder.due(0.0)
@@ -182,7 +182,7 @@ def test_the_hottest_are_told_first_and_nobody_waits_for_ever():
 
 
 def test_memory_and_what_is_told_are_bounded():
-    recorder = HeatRecorder(100, 60)
+    recorder = HeatRecorder(100, 60, -60.0)
     told, now = [], 0.0
     for _ in range(20):
         recorder.read(key(random.randrange(10**6)) for _ in range(20_000))
@@ -195,10 +195,14 @@ def test_memory_and_what_is_told_are_bounded():
 
 
 def test_who_has_nothing_to_tell_says_so_every_hour():
-    recorder = HeatRecorder(100, 60)
-    assert recorder.due(0.0) == [Hits(NO_KEY, 0, 0.0)]
-    assert [recorder.due(now) for now in (60.0, 3000.0)] == [[], []]
+    recorder = HeatRecorder(100, 60, 0.0)
+    assert [recorder.due(now) for now in (0.0, 60.0, 3000.0)] == [[], [], []]
     assert recorder.due(3600.0) == [Hits(NO_KEY, 0, 3600.0)]
+    assert recorder.due(7000.0) == []
+    recorder.read([key(1)])
+    assert [one.digest for one in recorder.due(7100.0)] == [digest(1)]
+    assert recorder.due(10_600.0) == []
+    assert recorder.due(10_700.0) == [Hits(NO_KEY, 0, 10_700.0)]
 
 
 def test_journals_tell_of_hits_beside_what_else_happened():
@@ -233,7 +237,7 @@ def test_hits_that_are_counted_are_told_no_more():
 
 
 def test_bytes_are_bounded_whatever_is_read():
-    recorder, journal = HeatRecorder(200, 300), JournalWriter(2000, 2000, hits=True)
+    recorder, journal = HeatRecorder(200, 300, -300.0), JournalWriter(2000, 2000, hits=True)
     sizes, now = [], 0.0
     for _ in range(60):
         recorder.read(key(random.randrange(10**6)) for _ in range(10_000))
@@ -284,7 +288,7 @@ def test_another_word_is_refused():
 )
 def test_where_nothing_can_be_recorded_that_is_said(values, records, said):
     found = settings_of(**values)
-    assert (recorder_of(found) is not None) is records
+    assert (recorder_of(found, 0.0) is not None) is records
     assert said in why_not(found)
     assert bool(said) is bool(why_not(found))
 
