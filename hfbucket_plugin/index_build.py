@@ -25,7 +25,7 @@ from hfbucket_plugin.heat import HIT, WARM_ROW, Span, Tells, carried, has_heat, 
 from hfbucket_plugin.heat import LATE_SECS as HEAT_LATE_SECS
 from hfbucket_plugin.index_format import FormatError, check_columns, header_of, read_header
 from hfbucket_plugin.index_sources import listed_rows
-from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS, Told
+from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, Told
 from hfbucket_plugin.index_table import CHANGE, ROW, applied, in_order, last_of_each, newest
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.transfer import Read, xet_hashes
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.index_format import Pointer
-    from hfbucket_plugin.index_store import IndexStore
+    from hfbucket_plugin.index_store import IndexStore, Journal
     from hfbucket_plugin.index_table import Rows
 
 _log = logging.getLogger(__name__)
@@ -245,15 +245,20 @@ def _heat_for_listing(
 ) -> tuple[Span, _Counted]:
     """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
     before, path = Span(), directory / "before.npy"
-    shelf = store.list(Deadline.after(request_secs))
-    if shelf.pointer is not None:
-        try:
-            pointer = store.read_pointer(shelf.pointer, Deadline.after(request_secs))
-            if pointer.heat.known:
-                fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
-                before = pointer.heat
-        except HFBucketError as error:
-            _log.warning("heat begins anew: the snapshot before cannot be read: %s", error)
+    journals: list[Journal] = []
+    try:
+        journals = store.list(Deadline.after(request_secs)).journals
+    except HFBucketError as error:  # too many of them, say, which this listing is to mend
+        _log.warning("what journals tell of hits is lost: %s", error)
+    name = bucket.handle.join(POINTER)
+    try:
+        info = bucket.stat([name], Deadline.after(request_secs)).get(name)
+        pointer = None if info is None else store.read_pointer(info, Deadline.after(request_secs))
+        if pointer is not None and pointer.heat.known:
+            fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
+            before = pointer.heat
+    except HFBucketError as error:
+        _log.warning("heat begins anew: the snapshot before cannot be read: %s", error)
     if before.known:
         with path.open("rb") as source:
             dtype = read_header(source, str(path)).dtype
@@ -261,9 +266,8 @@ def _heat_for_listing(
                 file.carry(rows)
     path.unlink(missing_ok=True)
     tells = Tells()
-    for _, told in store.read_told(
-        [journal for journal in shelf.journals if journal.at >= before.until], Deadline.after(10 * request_secs)
-    ):
+    live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
+    for _, told in store.read_told(live, Deadline.after(10 * request_secs)):
         if isinstance(told, Told):
             file.hit(told.hits)
             tells.add(told.hits["told"], began)

@@ -238,8 +238,8 @@ class InstanceSettings(BaseModel):
     )
     index_max_bytes: PositiveInt = Field(
         512 * MIB,
-        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, and while a new snapshot is "
-        "loaded there are two: 512 MiB are 7.8 million keys.",
+        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
+        "loaded there are two: 512 MiB are 7 million keys.",
     )
     index_journal_secs: PositiveFloat = Field(
         30.0,

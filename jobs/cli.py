@@ -196,8 +196,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         exporting = is_export(plan)
-        if exporting and (max_delete or min_age):
-            raise ConfigError("--max-delete and --min-age are for plans that delete: this one copies")
+        if exporting and (max_delete or min_age or without_heat):
+            raise ConfigError("--max-delete, --min-age and --without-heat are for plans that delete: this one copies")
     if exporting:
         with options_checked():
             own = ExportOrder(

@@ -17,6 +17,7 @@ from faults.classic import Classic, running_loop
 from faults.mp import MP
 from faults.surface import Limits
 from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.errors import TransportError
 from hfbucket_plugin.heat import has_heat
 from hfbucket_plugin.heat_recorder import Hits
 from hfbucket_plugin.heat_table import heat_of
@@ -239,6 +240,26 @@ def test_a_lost_snapshot_lets_heat_begin_anew(stocked):  # noqa: F811 - the fixt
     build(stocked, "--full")
 
     assert pointer(stocked).heat_since > time.time() - HOUR or not pointer(stocked).heat.known
+
+
+def test_a_listing_for_too_many_journals_keeps_the_heat_of_before(stocked, counting, monkeypatch):  # noqa: F811 - as above
+    build(stocked)
+    reads(Writer(stocked), time.time() - 250, k0=8)
+    counting(150)
+    build(stocked)
+    for _ in range(3):
+        reads(Writer(stocked), time.time(), k1=1)
+    for module in ("hfbucket_plugin.index_store", "jobs.index_shelf", "jobs.index_rules"):
+        monkeypatch.setattr(f"{module}.MAX_JOURNALS", 2)
+    monkeypatch.setattr("hfbucket_plugin.index_store.IndexStore.list", _too_many)
+
+    assert build(stocked).summary["made_of"] == "listing"
+    assert heat_of_keys(stocked, 0, 1) == [4, 0]
+
+
+def _too_many(*_):
+    """As of a listing of several pages."""
+    raise TransportError("more journals than are read")
 
 
 def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - the fixture
