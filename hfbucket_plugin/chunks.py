@@ -7,6 +7,7 @@ single chunk: a chunk that is not served is a miss with a reason, counted and lo
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, RefusedError
 from hfbucket_plugin.existence import Existence
 from hfbucket_plugin.guard import Guard
+from hfbucket_plugin.heat_recorder import why_not
 from hfbucket_plugin.index import KeyIndex
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import encode_name
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from hfbucket_plugin.reads import Buffer
     from hfbucket_plugin.settings import InstanceSettings
     from hfbucket_plugin.transfer import Content
+
+_log = logging.getLogger(__name__)
 
 _WARM_UP_SECS: Final = 5.0
 _WARM_UP_EVERY_SECS: Final = 10.0
@@ -93,6 +97,8 @@ class ChunkStore:
         )
         self.puts = PutQueue(self._putter, self._outcomes, settings)
         self._next_warm_up = 0.0
+        if why := why_not(settings):
+            _log.warning("[%s] %s", instance, why)
         if self.index is not None:
             self.index.start()
 

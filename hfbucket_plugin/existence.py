@@ -143,6 +143,11 @@ class Existence:
         if self._index is not None:
             self._index.gone(key)
 
+    def served(self, keys: Sequence[str]) -> None:
+        """Note that the engine was given the chunks of these keys."""
+        if self._index is not None:
+            self._index.served(keys)
+
     def _contents(
         self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
     ) -> dict[str, Content | None]:

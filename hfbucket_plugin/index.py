@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin import metrics
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.heat_recorder import recorder_of
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
 from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError
@@ -33,9 +34,10 @@ from hfbucket_plugin.loglimit import LimitedLog
 from hfbucket_plugin.transfer import Content
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.heat_recorder import HeatRecorder
     from hfbucket_plugin.index_sources import Refreshed, Source
     from hfbucket_plugin.index_view import View
     from hfbucket_plugin.settings import InstanceSettings
@@ -85,6 +87,8 @@ class KeyIndex:
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
+        self._heat = recorder_of(settings, clock())
+        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
@@ -178,6 +182,11 @@ class KeyIndex:
             if len(self._journal) >= self._settings.index_journal_entries:
                 self._journal_due.set()
         self._recent.did(digest, content, seq, now, self._hub_now())
+
+    def served(self, keys: Iterable[str]) -> None:
+        """Note that the engine was given these keys' chunks: others are told of it now and then, see `heat`."""
+        if self._heat is not None:
+            self._heat.read(keys)
 
     def doubt(self, key: str) -> None:
         """Believe nothing of a key: the Hub is asked the next time."""
@@ -274,6 +283,7 @@ class KeyIndex:
             else:
                 self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
                 self._journal.forget_before(now - (self._hub_now() - result.listed))
+                self._hits.forget_before(now, result.heat_until)
         self._recent.journalled(min(result.own_seq, self._journal.told))
         if result.view is not None:
             self._recent.overruled(result.view.changes)
@@ -343,18 +353,36 @@ class KeyIndex:
         with self._flushing:
             if not self._alive:
                 return False
-            draft = self._journal.draft(self._clock())
-            if draft is None:
-                return True
-            try:
-                self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
-            except HFBucketError as error:
-                self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
-                self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
-                return False
-            self._journal.written(draft)
-            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
+            done = self._write(self._journal)
+            if self._heat is not None:
+                self._tell_heat(self._heat)
+                self._write(self._hits)  # what comes of it holds nothing up
+            return done
+
+    def _write(self, journal: JournalWriter) -> bool:
+        """Write a journal if there is news; whether there is nothing left that should have been written."""
+        draft = journal.draft(self._clock())
+        if draft is None:
             return True
+        try:
+            self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
+        except HFBucketError as error:
+            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
+            self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
+            return False
+        journal.written(draft)
+        self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
+        return True
+
+    def _tell_heat(self, heat: HeatRecorder) -> None:
+        """Tell of hits, if it is time and the last ones are in a journal: heat may wait."""
+        if len(self._hits):
+            return
+        hits = heat.due(self._clock())
+        self._hits.tell(hits, self._hub_now())
+        for outcome, number in (("told", sum(one.number for one in hits)), ("dropped", heat.take_dropped())):
+            if number:
+                self._sink.count(metrics.HEAT_HITS, number, instance=self._instance, outcome=outcome)
 
     # --- status and the end ---------------------------------------------------------------------------------------------
 
@@ -365,6 +393,7 @@ class KeyIndex:
             "state": self._state,
             "keys": 0 if view is None else view.keys,
             "age_seconds": None if view is None else round(max(0.0, self._age(view)), 1),
+            "heat": "off" if self._heat is None else "on",
             "problem": None if self._problem is None else str(self._problem),
         }
 

@@ -10,6 +10,7 @@ the snapshot before and the journals cost two calls, and carry on what was wrong
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 from dataclasses import dataclass
 from itertools import islice
@@ -20,9 +21,11 @@ import numpy as np
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
 from hfbucket_plugin.handle import RESERVED
+from hfbucket_plugin.heat import HIT, WARM_ROW, Span, Tells, carried, has_heat, once, warmed, widened
+from hfbucket_plugin.heat import LATE_SECS as HEAT_LATE_SECS
 from hfbucket_plugin.index_format import FormatError, check_columns, header_of, read_header
 from hfbucket_plugin.index_sources import listed_rows
-from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS
+from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, Told
 from hfbucket_plugin.index_table import CHANGE, ROW, applied, in_order, last_of_each, newest
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.transfer import Read, xet_hashes
@@ -33,11 +36,14 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.index_format import Pointer
-    from hfbucket_plugin.index_store import IndexStore
+    from hfbucket_plugin.index_store import IndexStore, Journal
     from hfbucket_plugin.index_table import Rows
+
+_log = logging.getLogger(__name__)
 
 PARTS: Final = 64
 _BLOCK_ROWS: Final = 50_000
+_HEAT: Final = np.dtype([(name, WARM_ROW[name]) for name in ("digest_hi", "digest_lo", "last_hit", "heat")])
 _PAGE: Final = 1000
 
 
@@ -53,7 +59,7 @@ class _Parts:
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self._paths = [directory / f"{name}-{part:02d}" for part in range(PARTS)]
-        self._files = [path.open("xb") for path in self._paths]
+        self._files: list[BinaryIO] = []  # none before there is something to write
         self._held: list[Rows] = []
         self._held_rows = 0
 
@@ -64,7 +70,8 @@ class _Parts:
             self._spill()
 
     def _spill(self) -> None:
-        rows = np.concatenate(self._held) if self._held else np.zeros(0, self.dtype)
+        rows = np.concatenate(self._held)
+        self._files = self._files or [path.open("xb") for path in self._paths]
         self._held, self._held_rows = [], 0
         part = (rows["digest_hi"] >> np.uint64(64 - PARTS.bit_length() + 1)).astype(np.int64)
         order = np.argsort(part, kind="stable")  # what comes later for the same key stays later
@@ -75,14 +82,16 @@ class _Parts:
     def read(self, part: int) -> Rows:
         if self._held:
             self._spill()
-        file = self._files[part]
-        file.flush()
+        if not self._files:
+            return np.zeros(0, self.dtype)
+        self._files[part].flush()
         rows: Rows = np.fromfile(self._paths[part], self.dtype)
         return rows
 
     def drop(self, part: int) -> None:
-        self._files[part].close()
-        self._paths[part].unlink(missing_ok=True)
+        if self._files:
+            self._files[part].close()
+            self._paths[part].unlink(missing_ok=True)
 
     def close(self) -> None:
         for part in range(PARTS):
@@ -100,13 +109,16 @@ class SnapshotFile:
     def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW) -> None:
         self._rows = _Parts(directory, "rows", dtype)
         self._changes = _Parts(directory, "changes", CHANGE)
+        self._hits = _Parts(directory, "hits", HIT)
+        self._before = _Parts(directory, "before", _HEAT)
+        self._all = (self._rows, self._changes, self._hits, self._before)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._rows.close()
-        self._changes.close()
+        for parts in self._all:
+            parts.close()
 
     def add(self, rows: Rows) -> None:
         """Add keys; of several rows of one key the last one counts."""
@@ -116,24 +128,41 @@ class SnapshotFile:
         """Add what happened since, in any order."""
         self._changes.add(changes)
 
-    def write(self, path: Path) -> int:
+    def hit(self, hits: Rows) -> None:
+        """Add tells of hits, in any order, with repetitions."""
+        self._hits.add(hits)
+
+    def carry(self, rows: Rows) -> None:
+        """Add rows of an earlier snapshot, for the heat that they have."""
+        self._before.add(widened(rows, _HEAT))
+
+    def write(self, path: Path, counted: tuple[float, float] | None = None) -> int:
         """Write the snapshot, sorted, each key once.
+
+        Args:
+            path: Of the file.
+            counted: The window of the tells that are counted, see `heat.warmed`; None for a snapshot without heat.
 
         Returns:
             How many keys it has.
         """
-        keys = 0
+        keys, dtype = 0, self._rows.dtype
+        if counted is not None and not has_heat(dtype):
+            dtype = WARM_ROW
         with path.open("wb") as out:
-            out.write(header_of(self._rows.dtype, 0))
+            out.write(header_of(dtype, 0))
             for part in range(PARTS):
                 rows = last_of_each(in_order(self._rows.read(part)))
                 rows = applied(rows, newest(self._changes.read(part)))
+                if counted is not None:
+                    rows = carried(widened(rows, dtype), last_of_each(in_order(self._before.read(part))))
+                    rows = warmed(rows, once(self._hits.read(part)), *counted)
                 out.write(rows.tobytes())
                 keys += len(rows)
-                self._rows.drop(part)
-                self._changes.drop(part)
+                for parts in self._all:
+                    parts.drop(part)
             out.seek(0)
-            out.write(header_of(self._rows.dtype, keys))
+            out.write(header_of(dtype, keys))
         return keys
 
 
@@ -148,6 +177,7 @@ class Built:
         listed: See there.
         full: See there.
         garbage: Journals that are none, and were passed over.
+        heat: For how long heat is known.
     """
 
     path: Path
@@ -156,6 +186,7 @@ class Built:
     listed: float
     full: float
     garbage: int = 0
+    heat: Span = Span()  # noqa: RUF009 - it is frozen
 
 
 def hub_time(bucket: Bucket, deadline: Deadline) -> float:
@@ -177,8 +208,12 @@ def from_listing(
     page_secs: float,
     each_page: Callable[[], None] = lambda: None,
     each_object: Callable[[ObjectInfo], None] = lambda _info: None,
+    *,
+    store: IndexStore | None = None,
 ) -> Built:
-    """Make a snapshot from a listing of the whole instance.
+    """Make a snapshot from a listing of the whole instance, with the heat that the one before and journals tell of.
+
+    Where these cannot be read heat begins anew, and the log says so: a listing has to help where an index is damaged.
 
     Args:
         bucket: The instance's.
@@ -186,6 +221,7 @@ def from_listing(
         page_secs: Most seconds of a page.
         each_page: Called before each page; what it raises ends the listing.
         each_object: Given each object of the listing, for who checks what was listed.
+        store: The instance's index, for its heat; None for none.
 
     Raises:
         HFBucketError: A page did not come: nothing was made.
@@ -195,8 +231,55 @@ def from_listing(
         infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
         while page := list(islice(infos, _PAGE)):
             file.add(listed_rows(page, bucket.handle))
-        path = directory / "snapshot.npy"
-        return Built(path, file.write(path), began, began, began)
+        path, heat, counted = directory / "snapshot.npy", Span(until=began - HEAT_LATE_SECS), None
+        if store is not None:
+            heat, counted = _heat_for_listing(bucket, store, file, directory, request_secs=page_secs, began=began)
+        return Built(path, file.write(path, counted), began, began, began, heat=heat)
+
+
+_Counted = tuple[float, float] | None
+
+
+def _heat_for_listing(
+    bucket: Bucket, store: IndexStore, file: SnapshotFile, directory: Path, *, request_secs: float, began: float
+) -> tuple[Span, _Counted]:
+    """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
+    before, path = Span(), directory / "before.npy"
+    journals: list[Journal] = []
+    try:
+        journals = store.list(Deadline.after(request_secs)).journals
+    except HFBucketError as error:  # too many of them, say, which this listing is to mend
+        _log.warning("what journals tell of hits is lost: %s", error)
+    name = bucket.handle.join(POINTER)
+    try:
+        info = bucket.stat([name], Deadline.after(request_secs)).get(name)
+        pointer = None if info is None else store.read_pointer(info, Deadline.after(request_secs))
+        if pointer is not None and pointer.heat.known:
+            fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
+            before = pointer.heat
+    except HFBucketError as error:
+        _log.warning("heat begins anew: the snapshot before cannot be read: %s", error)
+    if before.known:
+        with path.open("rb") as source:
+            dtype = read_header(source, str(path)).dtype
+            for rows in _blocks(source, dtype):
+                file.carry(rows)
+    path.unlink(missing_ok=True)
+    tells = Tells()
+    live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
+    for _, told in store.read_told(live, Deadline.after(10 * request_secs)):
+        if isinstance(told, Told):
+            file.hit(told.hits)
+            tells.add(told.hits["told"], began)
+        elif not isinstance(told, FormatError):  # hits that will be in no heat: a sample that is a little smaller
+            _log.warning("a journal could not be read, and what it tells of hits is lost: %s", told)
+    return _span(tells, before, began)
+
+
+def _span(tells: Tells, before: Span, began: float) -> tuple[Span, _Counted]:
+    """For how long heat is known after some tells, and the window of those that are counted; None where none ever was."""
+    span = tells.span(before, began, began - HEAT_LATE_SECS)
+    return span, (before.until, span.until) if span.known else None
 
 
 def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) -> Iterator[ObjectInfo]:
@@ -232,19 +315,26 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
         with SnapshotFile(directory, header.dtype) as file:
             for rows in _blocks(source, header.dtype):
                 file.add(rows)
-            live = [journal for journal in shelf.journals if journal.at >= pointer.covers]
-            for _, changes in store.read_journals(live, Deadline.after(10 * request_secs)):
-                if isinstance(changes, FormatError):
-                    garbage += 1
-                elif isinstance(changes, HFBucketError):  # it would be lost: the new snapshot claims to cover it
-                    raise changes
-                else:
-                    file.change(changes[changes["at"] >= pointer.listed])
+            tells, since = Tells(), min(pointer.covers, pointer.heat_until or pointer.covers)
+            live = [journal for journal in shelf.journals if journal.at >= since]
+            for journal, told in store.read_told(live, Deadline.after(10 * request_secs)):
+                if isinstance(told, Told):
+                    file.hit(told.hits)
+                    tells.add(told.hits["told"], began)
+                    if journal.at >= pointer.covers:
+                        file.change(told.changes[told.changes["at"] >= pointer.listed])
+                elif isinstance(told, FormatError):
+                    garbage += journal.at >= pointer.covers
+                elif (
+                    journal.at >= pointer.covers and not journal.name.hits
+                ):  # it would be lost: the new snapshot claims to cover it
+                    raise told
             path = directory / "snapshot.npy"
-            keys = file.write(path)
+            heat, counted = _span(tells, pointer.heat, began)
+            keys = file.write(path, counted)
     before.unlink()
     covers = max(began, pointer.covers)
-    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage)
+    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage, heat)
 
 
 def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
@@ -294,7 +384,13 @@ def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
         lease = SourceLease(view)
         stack.callback(lease.revoke)
         pointer = store.put_snapshot(
-            lease, keys=built.keys, covers=built.covers, listed=built.listed, full=built.full, deadline=deadline
+            lease,
+            keys=built.keys,
+            covers=built.covers,
+            listed=built.listed,
+            full=built.full,
+            deadline=deadline,
+            heat=built.heat,
         )
     if xet_hashes([built.path])[0] != pointer.xet_hash:
         raise IntegrityError(f"{built.path}: the store took something else than the file: it is not published")

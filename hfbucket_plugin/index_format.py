@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from hfbucket_plugin.errors import IntegrityError
-from hfbucket_plugin.index_table import CHANGE, DELETED, HASH_BYTES, PUT, ROW, Rows, Table
+from hfbucket_plugin.heat import HIT, Span
+from hfbucket_plugin.index_table import CHANGE, DELETED, HASH_BYTES, PUT, READ, ROW, Rows, Table
 from hfbucket_plugin.transfer import Content
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ JOURNAL: Final = np.dtype(
 )  # fmt: skip
 """One entry of a journal: what happened to a key (`PUT`, `DELETED`; other kinds are for others, and passed over), how many
 milliseconds before the journal was written; 0 in `size` and `xet_hash` where it was deleted."""
+
+HEAT_JOURNAL: Final = np.dtype([*JOURNAL.descr, ("told", "<u4")])
+"""The same with entries of the kind `READ` among them (`heat`): `size` is how many hits a key had, the age that of the last one, and
+`told` the second since 1970 by the Hub's clock, as the writer knows it, at which that was told first; 0 for other kinds."""
 
 MAX_POINTER_BYTES: Final = 64 * 1024
 _NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,200}")
@@ -162,6 +167,30 @@ def changes_of(data: bytearray | bytes, written_at: float, what: str) -> Rows:
     return rows
 
 
+def hits_of(data: bytearray | bytes, written_at: float, writer: int, what: str) -> Rows:
+    """The hits that a journal tells of, as rows of `HIT`; none for one without the column for them.
+
+    Args:
+        data: The file.
+        written_at: When the Hub took it, in seconds since 1970.
+        writer: Who wrote it.
+        what: Names it in errors.
+
+    Raises:
+        FormatError: It is no journal.
+    """
+    entries = _rows(data, JOURNAL, what)
+    if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != HEAT_JOURNAL["told"]:
+        return np.zeros(0, HIT)
+    entries = entries[entries["kind"] == READ]
+    rows = np.zeros(len(entries), HIT)
+    for name in ("digest_hi", "digest_lo", "told"):
+        rows[name] = entries[name]
+    rows["hits"], rows["writer"] = entries["size"], writer
+    rows["at"] = written_at - entries["age_ms"] / 1000
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Pointer:
     """Which snapshot is the present one.
@@ -177,6 +206,9 @@ class Pointer:
         full: The same: when the listing began that it goes back to. Everything that happened before is in it, whether a journal
             told of it or not. `full <= listed`.
         version: Of the schema.
+        heat_since: Since when hits are recorded; 0 where they are not. See `heat.Span`, as for the two that follow.
+        heat_until: Tells of hits before then are counted.
+        heat_told: When the last tell was made.
     """
 
     snapshot: str
@@ -187,6 +219,14 @@ class Pointer:
     listed: float
     full: float
     version: int = VERSION
+    heat_since: float = 0.0
+    heat_until: float = 0.0
+    heat_told: float = 0.0
+
+    @property
+    def heat(self) -> Span:
+        """For how long heat is known."""
+        return Span(self.heat_since, self.heat_until, self.heat_told)
 
     @property
     def content(self) -> Content:
@@ -220,6 +260,7 @@ class Pointer:
                 listed=_moment(record["listed"]),
                 full=_moment(record["full"]),
                 version=version,
+                **{name: _moment(record.get(name, 0.0)) for name in ("heat_since", "heat_until", "heat_told")},
             )
             if not _NAME.fullmatch(pointer.snapshot) or not _HASH.fullmatch(pointer.xet_hash):
                 raise ValueError("its snapshot has no name or no hash")  # noqa: TRY301

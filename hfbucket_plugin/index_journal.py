@@ -1,4 +1,4 @@
-"""What a writer tells others of its puts and deletes: entries that wait, and the journals that hold them. Pure; thread-safe.
+"""What a process tells others of what it did, or read: entries that wait, and the journals that hold them. Pure; thread-safe.
 
 A journal is an object, and objects cost calls to list: a writer's last journal therefore *grows*. Each time there is news it
 is written anew, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
@@ -10,22 +10,24 @@ those keys by the next snapshot.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from hfbucket_plugin.index_format import JOURNAL, to_bytes
+from hfbucket_plugin.index_format import HEAT_JOURNAL, JOURNAL, to_bytes
 from hfbucket_plugin.index_store import JournalName
-from hfbucket_plugin.index_table import DELETED, PUT, hash_bytes
+from hfbucket_plugin.index_table import DELETED, PUT, READ, hash_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from hfbucket_plugin.heat_recorder import Hits
     from hfbucket_plugin.transfer import Content
 
 _LONGEST_AGE_MS: Final = 0xFFFFFFFF
@@ -40,13 +42,17 @@ class Entry:
         seq: Its number among the writer's entries, from 1.
         at: When, in monotonic seconds.
         digest: Of the name, 16 bytes.
-        content: What was put; None for a delete.
+        content: What was put; None for a delete, and for hits.
+        hits: How many, of an entry that tells of hits; `at` is then the last one.
+        told: When they were told first, in seconds since 1970 by the Hub's clock; 0 for puts and deletes.
     """
 
     seq: int
     at: float
     digest: bytes
     content: Content | None
+    hits: int = 0
+    told: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +80,10 @@ class JournalWriter:
     Args:
         entries: Most entries of one journal.
         waiting: Most entries that wait to be written.
+        hits: Whether hits alone are told of: in journals apart, which readers need not fetch.
     """
 
-    def __init__(self, entries: int, waiting: int) -> None:
+    def __init__(self, entries: int, waiting: int, *, hits: bool = False) -> None:
         self.writer = secrets.token_hex(_WRITER_BYTES)
         self._most = entries
         self._most_waiting = waiting
@@ -89,6 +96,8 @@ class JournalWriter:
         self._waiting: deque[Entry] = deque()
         self._growing: Sequence[Entry] = ()
         self._growing_name: str | None = None
+        self._hits = hits
+        self._hits_told = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -108,6 +117,22 @@ class JournalWriter:
                 dropped += 1
             return self._seq, dropped
 
+    def tell(self, hits: Sequence[Hits], hub_now: float) -> None:
+        """Take in what is told of hits.
+
+        Args:
+            hits: Of each key.
+            hub_now: The Hub's time, in seconds since 1970.
+        """
+        if not hits:
+            return
+        with self._lock:
+            # No two tells of a key share a moment: that is how those who add them up know one from its repetition.
+            self._hits_told = max(self._hits_told + 1, int(hub_now))
+            for one in hits:
+                self._seq += 1
+                self._waiting.append(Entry(self._seq, one.last, one.digest, None, one.number, self._hits_told))
+
     def draft(self, now: float, today: datetime | None = None) -> Draft | None:
         """The journal to be written next, or None when there is no news.
 
@@ -121,9 +146,9 @@ class JournalWriter:
                 return None
             grows = len(self._growing) + len(fresh) <= self._most
             entries = [*self._growing, *fresh] if grows else fresh
-            name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC))
+            name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC), hits=self._hits)
             if name.text <= self._last_name:  # a clock that was set back: names of a writer go on in order
-                name = JournalName(f"{self._last_name[:18]}-{self.writer}-{name.seq:012d}.npy", self.writer, name.seq)
+                name = replace(name, text=self._last_name[:18] + name.text[18:])
             self._last_name = name.text
             return Draft(name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh))
 
@@ -135,28 +160,39 @@ class JournalWriter:
             self._growing, self._growing_name = draft.entries, draft.name.text
             self.told = draft.name.seq
 
-    def forget_before(self, at: float) -> int:
-        """Drop what happened before a moment in monotonic seconds: a snapshot tells of it by now.
+    def forget_before(self, at: float, heat_until: float = math.inf) -> int:
+        """Drop what a snapshot tells of by now.
+
+        Args:
+            at: Puts and deletes before then, in monotonic seconds.
+            heat_until: Hits that were told before then, in seconds since 1970.
 
         Returns:
             How many entries of those that waited.
         """
+
+        def kept(entries: Iterable[Entry]) -> Iterator[Entry]:
+            return (entry for entry in entries if (entry.told >= heat_until if entry.told else entry.at >= at))
+
         with self._lock:
             before = len(self._waiting)
-            self._waiting = deque(entry for entry in self._waiting if entry.at >= at)
-            self._growing = [entry for entry in self._growing if entry.at >= at]
+            self._waiting = deque(kept(self._waiting))
+            self._growing = list(kept(self._growing))
             if not self._growing:  # the builder prunes it
                 self._growing_name = None
             return before - len(self._waiting)
 
 
 def _bytes_of(entries: Sequence[Entry], now: float) -> bytes:
-    rows = np.zeros(len(entries), JOURNAL)
+    heat = any(entry.told for entry in entries)
+    rows = np.zeros(len(entries), HEAT_JOURNAL if heat else JOURNAL)
     digests = np.frombuffer(b"".join(entry.digest for entry in entries), "<u8").reshape(-1, 2)
     rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
     for index, entry in enumerate(entries):
         rows["age_ms"][index] = min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000)))
-        rows["kind"][index] = DELETED if entry.content is None else PUT
+        rows["kind"][index] = READ if entry.told else DELETED if entry.content is None else PUT
+        if entry.told:
+            rows["size"][index], rows["told"][index] = entry.hits, entry.told
         if entry.content is not None:
             rows["size"][index] = entry.content.size
             rows["xet_hash"][index] = hash_bytes(entry.content.xet_hash)

@@ -51,6 +51,7 @@ class Refreshed:
         covers: See `Pointer`; of the present snapshot, whether it was loaded or not.
         listed: The same.
         full: The same.
+        heat_until: The same.
         date: The Hub's time, in seconds since 1970, and our monotonic seconds when it came; None where it did not say.
         problem: Why there is no view, or only an older one.
         folded: Journals that were folded in.
@@ -66,6 +67,7 @@ class Refreshed:
     covers: float = 0.0
     listed: float = 0.0
     full: float = 0.0
+    heat_until: float = 0.0
     date: float | None = None
     problem: HFBucketError | None = None
     folded: int = 0
@@ -128,6 +130,7 @@ class SnapshotSource:
             result.alive = True
             pointer = self._pointer
             result.covers, result.listed, result.full = pointer.covers, pointer.listed, pointer.full
+            result.heat_until = pointer.heat_until
         if result.view is not None:
             self._fold(shelf, result.view, result)
         return result
@@ -161,7 +164,7 @@ class SnapshotSource:
         return View(table, pointer.covers, pointer.listed)
 
     def _fold(self, shelf: Shelf, view: View, result: Refreshed) -> None:
-        live = [journal for journal in shelf.journals if journal.at >= view.covers]
+        live = [journal for journal in shelf.journals if journal.at >= view.covers and not journal.name.hits]
         self._folded &= {(journal.path, journal.content.xet_hash) for journal in live}
         fresh = [one for one in live if (one.path, one.content.xet_hash) not in self._folded]
         entries = sum(one.content.size for one in fresh) // JOURNAL.itemsize

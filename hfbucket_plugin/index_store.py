@@ -4,6 +4,7 @@
 
     <prefix>/.hfbucket/index/current.json                              the pointer: which snapshot is the present one
     <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>.npy         what one writer did since
+    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>-hits.npy    what one reader read since
     <prefix>/.hfbucket/index/snapshots/<time>-<random>.npy             all keys, as a builder found them
 
 One listing of `index/` tells a reader everything: whether the pointer is another one than before (by its hash), and which
@@ -40,6 +41,9 @@ difference in which order journals are seen, how often, or in how many pieces (`
   journal's upload takes, readers may take them in the wrong order: the key is then missed until the next snapshot, or it is
   found and its read is a miss, after which the reader asks the Hub. Bytes under a hash are the bytes that were put under that
   key, whatever the order: no order of anything serves a wrong chunk.
+
+**Hits.** Journals of a name of their own tell of hits (`heat`). They change nothing of the above: readers do not fetch them, builders
+add them up.
 """
 
 from __future__ import annotations
@@ -52,7 +56,8 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, TransportError
 from hfbucket_plugin.handle import RESERVED
-from hfbucket_plugin.index_format import MAX_POINTER_BYTES, FormatError, Pointer, changes_of, snapshot_of
+from hfbucket_plugin.heat import Span
+from hfbucket_plugin.index_format import MAX_POINTER_BYTES, FormatError, Pointer, changes_of, hits_of, snapshot_of
 from hfbucket_plugin.own_objects import OwnObjects
 
 if TYPE_CHECKING:
@@ -82,7 +87,9 @@ MAX_JOURNALS: Final = 20_000
 
 MAX_JOURNAL_BYTES: Final = 4 * 1024 * 1024
 _READ_TOGETHER_BYTES: Final = 32 * 1024 * 1024
-_JOURNAL: Final = re.compile(r"(?P<time>[0-9]{8}T[0-9]{9})-(?P<writer>[0-9a-f]{16})-(?P<seq>[0-9]{1,18})\.npy")
+_JOURNAL: Final = re.compile(
+    r"(?P<time>[0-9]{8}T[0-9]{9})-(?P<writer>[0-9a-f]{16})-(?P<seq>[0-9]{1,18})(?P<hits>-hits)?\.npy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +100,25 @@ class JournalName:
         text: Of the object, below `JOURNALS`.
         writer: Who wrote it: random, one a process and instance.
         seq: Number of its writer's last entry that is in it: all up to it are in this one or in earlier ones.
+        hits: Whether it tells of hits alone, so that readers need not fetch it.
     """
 
     text: str
     writer: str
     seq: int
+    hits: bool = False
 
     @classmethod
-    def make(cls, writer: str, seq: int, now: datetime) -> JournalName:
+    def make(cls, writer: str, seq: int, now: datetime, *, hits: bool = False) -> JournalName:
         """A name for what is written now."""
         time = now.astimezone(UTC).strftime("%Y%m%dT%H%M%S") + f"{now.microsecond // 1000:03d}"
-        return cls(f"{time}-{writer}-{seq:012d}.npy", writer, seq)
+        return cls(f"{time}-{writer}-{seq:012d}{'-hits' if hits else ''}.npy", writer, seq, hits)
 
     @classmethod
     def parse(cls, text: str) -> JournalName | None:
         """The name of a listed object, or None where it is none."""
         match = _JOURNAL.fullmatch(text)
-        return None if match is None else cls(text, match["writer"], int(match["seq"]))
+        return None if match is None else cls(text, match["writer"], int(match["seq"]), match["hits"] is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,19 @@ class Journal:
     path: str
     content: Content
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a journal tells of.
+
+    Attributes:
+        changes: Puts and deletes, rows of `CHANGE`.
+        hits: Rows of `heat.HIT`.
+    """
+
+    changes: Rows
+    hits: Rows
 
 
 @dataclass(slots=True)
@@ -236,6 +258,13 @@ class IndexStore:
         Yields:
             Each, with the changes that it tells of, or with why there are none: `FormatError` for one that is no journal.
         """
+        for journal, told in self.read_told(journals, deadline):
+            yield journal, told.changes if isinstance(told, Told) else told
+
+    def read_told(
+        self, journals: Sequence[Journal], deadline: Deadline
+    ) -> Iterator[tuple[Journal, Told | HFBucketError]]:
+        """The same, with the hits that they tell of too, for who adds these up."""
         for journal in journals:
             if journal.content.size > MAX_JOURNAL_BYTES:
                 yield (
@@ -249,7 +278,9 @@ class IndexStore:
                     yield journal, data
                     continue
                 try:
-                    yield journal, changes_of(data, journal.at, journal.path)
+                    writer = int(journal.name.writer, 16)
+                    changes = changes_of(data, journal.at, journal.path)
+                    yield journal, Told(changes, hits_of(data, journal.at, writer, journal.path))
                 except FormatError as error:
                     yield journal, error
 
@@ -277,7 +308,15 @@ class IndexStore:
         self._check(self._bucket.replace(old, {path: content}, deadline), path)
 
     def put_snapshot(
-        self, data: SourceLease, *, keys: int, covers: float, listed: float, full: float, deadline: Deadline
+        self,
+        data: SourceLease,
+        *,
+        keys: int,
+        covers: float,
+        listed: float,
+        full: float,
+        deadline: Deadline,
+        heat: Span | None = None,
     ) -> Pointer:
         """Upload and name a snapshot; nobody looks at it before `publish`.
 
@@ -288,15 +327,20 @@ class IndexStore:
             listed: See there.
             full: See there.
             deadline: When to give up.
+            heat: For how long heat is known.
 
         Raises:
             HFBucketError: It is not there, or nobody knows.
         """
+        heat = heat or Span()
         content = self._own.upload(data, deadline)
         if content.size != data.size:
             raise IntegrityError(f"{content.size} of {data.size} bytes of the snapshot were taken")
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.npy"
-        pointer = Pointer(name, content.xet_hash, content.size, keys, covers, listed, full)
+        pointer = Pointer(
+            name, content.xet_hash, content.size, keys, covers, listed, full,
+            heat_since=heat.since, heat_until=heat.until, heat_told=heat.told,
+        )  # fmt: skip
         path = self.snapshot_path(pointer)
         self._check(self._bucket.add({path: content}, deadline), path)
         return pointer

@@ -44,6 +44,8 @@ CHANGE: Final = np.dtype([*_KEY, *_WHAT, ("at", "<f8"), ("kind", "u1")])
 
 PUT: Final = 1
 DELETED: Final = 2
+READ: Final = 3
+"""In journals only: hits of a key, which change nothing of it (`heat`)."""
 
 
 def digests_of(names: Iterable[str]) -> NDArray[np.uint64]:

@@ -46,6 +46,7 @@ INDEX_REFRESHES = "hfbucket_index_refreshes_total"
 INDEX_JOURNALS = "hfbucket_index_journals_total"
 INDEX_DROPPED = "hfbucket_index_entries_dropped_total"
 INDEX_ANSWERS = "hfbucket_index_answers_total"
+HEAT_HITS = "hfbucket_heat_hits_total"
 
 _COUNTERS = {
     OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
@@ -65,6 +66,10 @@ _COUNTERS = {
     ),
     INDEX_DROPPED: ("Puts and deletes that no journal will tell of, since too many waited", ("instance",)),
     INDEX_ANSWERS: ("Keys that the index was asked for: hit, miss, or left for the Hub", ("instance", "outcome")),
+    HEAT_HITS: (
+        "Chunks served that others were told of, or will not be, since too many keys wait",
+        ("instance", "outcome"),
+    ),
 }
 # How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
 _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {

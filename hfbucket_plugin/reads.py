@@ -132,6 +132,7 @@ class Reader:
         self._outcomes.ended("get", outcome, started)
         if prefix_only:
             _release_behind_first_miss(results)
+        self._existence.served([key for key, buffer in zip(keys, results, strict=True) if buffer is not None])
         return results
 
     def _full_chunks(

@@ -99,6 +99,11 @@ def check_fact(value: str) -> str:
     return value
 
 
+def _as_switch(value: Any) -> Any:
+    """`on` and `off`, which YAML reads as booleans where they are not quoted."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class InstanceSettings(BaseModel):
     """Everything one instance is told. Immutable; a token never shows in its `repr`.
 
@@ -263,8 +268,8 @@ class InstanceSettings(BaseModel):
     )
     index_max_bytes: PositiveInt = Field(
         512 * MIB,
-        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, and while a new snapshot is "
-        "loaded there are two: 512 MiB are 7.8 million keys.",
+        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
+        "loaded there are two: 512 MiB are 7 million keys.",
     )
     index_journal_secs: PositiveFloat = Field(
         30.0,
@@ -281,6 +286,22 @@ class InstanceSettings(BaseModel):
         50_000,
         description="Most entries that wait to be written, while the Hub takes none or there is no snapshot yet; about 20 MB when "
         "full. The oldest are dropped first, and counted: others learn of those keys by the next snapshot.",
+    )
+    heat: Annotated[Literal["on", "off"], BeforeValidator(_as_switch)] = Field(
+        "on",
+        description="Whether this process tells, by journals too, which chunks it was served: so that a cleanup keeps what is "
+        "read, and a warm-up begins with it, see docs/index.md. Needs `index: snapshot` and a role that reads and writes. On, since "
+        "what some processes do not tell looks idle to all; switch it off in all of them, or in none.",
+    )
+    heat_secs: PositiveFloat = Field(
+        300.0,
+        description="Least seconds between two times that hits are told of: a call to the Hub each, and none if there are none. "
+        "200 processes make 200 calls in 5 minutes.",
+    )
+    heat_keys: PositiveInt = Field(
+        200,
+        le=10_000,
+        description="Most keys that are told of each time, of 65 bytes each; never more than `index_journal_entries`. Half are those with the most hits, half those that wait longest.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,

@@ -59,6 +59,7 @@ class Outcome(StrEnum):
 
     DELETED = "deleted"
     GONE = "gone"  # before we came to it
+    USED = "used"  # read since it was planned, and it was to go for lack of use: it stays
     CHANGED = "changed"  # written anew since it was planned, or at a mirror's source again: it stays
     TOO_YOUNG = "too-young"  # only a plan that was edited names one
     FAILED = "failed"

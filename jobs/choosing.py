@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from jobs.ends import Source
     from warmer.flags import Flag
 
-CHOOSING = flags_of("choose")
-"""The warmer's flags that say which chunks."""
+CHOOSING = tuple(flag for flag in flags_of("choose") if flag.name != "--hottest")
+"""The warmer's flags that say which chunks. An export goes by what is there, not by what was read: its budget takes the newest."""
 
 
 def choice_of(given: Mapping[Flag, Any]) -> Choice:

@@ -27,6 +27,11 @@ class ByPolicy:
         self._policy = policy
         self._directory = directory
 
+    @property
+    def needs_heat(self) -> bool:
+        """Whether the policy goes by when chunks were last read."""
+        return self._policy.goes_by_use
+
     def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks."""
         return decide(self._policy, entries, now, self._directory)

@@ -56,12 +56,14 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
     l2_adapters: options.L2Adapters = None,
     policy: options.PolicyFile = None,
     max_age: options.MaxAge = None,
+    max_idle: options.MaxIdle = None,
     max_bytes: options.MaxBytes = None,
     max_objects: options.MaxObjects = None,
     keep_newest: options.KeepNewest = None,
     keep_prefix: options.KeepPrefix = None,
     keep_model: options.KeepModel = None,
     min_age: options.OwnMinAge = None,
+    without_heat: options.WithoutHeat = False,
     yes: options.Yes = False,
     dry_run: options.DryRun = False,
     max_delete: options.MaxDelete = None,
@@ -84,7 +86,7 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         flags = options.policy_flags(
-            policy, max_age, max_bytes, max_objects, keep_newest, keep_prefix, keep_model, min_age
+            policy, max_age, max_idle, max_bytes, max_objects, keep_newest, keep_prefix, keep_model, min_age
         )
         named, every = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
         policies = {one.name: flags.of(one.name) for one in named}
@@ -97,6 +99,7 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
             accept_shrunk=accept_shrunk,
             config=_absolute(lmcache_config),
             neighbours=handles_of(every),
+            without_heat=without_heat,
         )
     Session(report, metrics_textfile).run([(one.name, _cleaning(one, policies[one.name], order)) for one in named])
 
@@ -177,6 +180,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     dry_run: options.DryRun = False,
     max_delete: options.StricterMaxDelete = None,
     min_age: options.StricterMinAge = None,
+    without_heat: options.WithoutHeat = False,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
     parallel: options.Parallel = 4,
@@ -193,8 +197,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         exporting = is_export(plan)
-        if exporting and (max_delete or min_age):
-            raise ConfigError("--max-delete and --min-age are for plans that delete: this one copies")
+        if exporting and (max_delete or min_age or without_heat):
+            raise ConfigError("--max-delete, --min-age and --without-heat are for plans that delete: this one copies")
     if exporting:
         with options_checked():
             own = ExportOrder(
@@ -223,6 +227,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             max_delete=guards.MaxDelete.parse(max_delete) if max_delete else guards.MaxDelete(),
             min_age=options.age(min_age) if min_age else header.min_age,
             neighbours=handles_of(every),
+            without_heat=without_heat,
         )
         source = mirror_source(opened, lmcache_config, l2_adapters or []) if header.job == MIRROR else None
 

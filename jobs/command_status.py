@@ -33,23 +33,25 @@ def status(  # noqa: PLR0917 - Typer makes options of them
     l2_adapters: options.L2Adapters = None,
     policy: options.PolicyFile = None,
     max_age: options.MaxAge = None,
+    max_idle: options.MaxIdle = None,
     max_bytes: options.MaxBytes = None,
     max_objects: options.MaxObjects = None,
     keep_newest: options.KeepNewest = None,
     keep_prefix: options.KeepPrefix = None,
     keep_model: options.KeepModel = None,
     min_age: options.OwnMinAge = None,
+    without_heat: options.WithoutHeat = False,
     max_delete: options.MaxDelete = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     html: options.HtmlFile = None,
 ) -> None:
-    """Say what instances hold, by model, worker and age; how they grew; with a policy, what the next cleanup would do.
+    """Say what instances hold, by model, worker, age and last read; how they grew; with a policy, what the next cleanup would do.
 
     Exits 0, or 2 for a wrong command or configuration, 3 when a listing is not complete.
     """
     with options_checked():
         flags = options.policy_flags(
-            policy, max_age, max_bytes, max_objects, keep_newest, keep_prefix, keep_model, min_age
+            policy, max_age, max_idle, max_bytes, max_objects, keep_newest, keep_prefix, keep_model, min_age
         )
         named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
         policies = {one.name: flags.of(one.name) if flags.given else None for one in named}
@@ -62,7 +64,13 @@ def status(  # noqa: PLR0917 - Typer makes options of them
             try:
                 with tables.busy(f"{one.name}: listing"), opened(one, REQUEST_SECS) as bucket:
                     found = examine(
-                        one.name, bucket, policies[one.name], limits, request_secs=REQUEST_SECS, page_secs=PAGE_SECS
+                        one.name,
+                        bucket,
+                        policies[one.name],
+                        limits,
+                        request_secs=REQUEST_SECS,
+                        page_secs=PAGE_SECS,
+                        without_heat=without_heat,
                     )
             except HFBucketError as error:
                 troubles.append(f"{one.name}: no status without a complete listing: {error}")
@@ -102,6 +110,8 @@ def _rows(found: Status) -> Iterator[tuple[str, str, str]]:
     for one in record["ages"]:
         name = one["younger_than"]
         yield _row(f"age {name}" if name in ("older", "unknown") else f"age below {name}", census.ages[name])
+    for name, extent in found.heat_rows:
+        yield _row(name, extent)
     for kind, extent in sorted(census.passed_by.items()):
         yield _row(f"not ours: {kind}", extent)
     if found.outlook is not None:
@@ -119,6 +129,8 @@ def _row(name: str, extent: Extent) -> tuple[str, str, str]:
 def _remarks(found: Status) -> Iterator[str]:
     if found.index_line:
         yield found.index_line
+    if line := found.heat_line:
+        yield line
     if found.trouble:
         yield f"the last report cannot be read: {found.trouble}"
     growth = found.growth

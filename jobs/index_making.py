@@ -172,7 +172,7 @@ class Maker:
                 self._told_at = time.monotonic()
                 show.note(f"{self._name}: {self._seen:,} objects listed")
 
-        return index_build.from_listing(self._bucket, scratch, self._order.page_secs, page, each)
+        return index_build.from_listing(self._bucket, scratch, self._order.page_secs, page, each, store=self._store)
 
     def _judge(self, keys: Extent) -> None:
         """Refuse a listing that cannot be all of it, by what the last run of any job left.
@@ -203,7 +203,10 @@ class Maker:
         """
         before = self._unchanged(found, built)
         if before is not None:
-            pointer = replace(before, covers=built.covers, listed=built.listed, full=built.full)
+            pointer = replace(
+                before, covers=built.covers, listed=built.listed, full=built.full,
+                heat_since=built.heat.since, heat_until=built.heat.until, heat_told=built.heat.told,
+            )  # fmt: skip
         else:
             pointer = index_build.put(self._store, built, self._until)
         try:  # readers are sent to nothing that cannot be read

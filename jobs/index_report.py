@@ -160,6 +160,8 @@ class IndexSummary:
             "snapshot_bytes": made.file_bytes,
             "covers": None if pointer is None else _told(pointer.covers),
             "listed": None if pointer is None else _told(pointer.full),
+            "heat_since": None if pointer is None or not pointer.heat.known else _told(pointer.heat_since),
+            "heat_told": None if pointer is None or not pointer.heat_told else _told(pointer.heat_told),
             "unchanged": made.same,
             "journals": made.journals,
             "garbage": made.garbage,

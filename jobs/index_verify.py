@@ -233,7 +233,7 @@ class Verification:
         self._each_page()
         since = built.covers
         shelf = self._store.list(Deadline.after(self._page_secs))
-        late = [journal for journal in shelf.journals if journal.at >= since]
+        late = [journal for journal in shelf.journals if journal.at >= since and not journal.name.hits]
         told: list[Rows] = []
         for _, changes in self._store.read_journals(late, Deadline.after(self._page_secs)):
             if isinstance(changes, FormatError):

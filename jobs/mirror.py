@@ -68,6 +68,8 @@ class NotAtSource:
         min_age: Nothing younger goes.
     """
 
+    needs_heat = False
+
     def __init__(self, source: InstanceEnd, choice: Choice, min_age: timedelta) -> None:
         self._source = source
         self._choice = choice

@@ -85,9 +85,19 @@ PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="retention.yaml: a policy for each instance.")
 ]
 MaxAge = Annotated[str | None, typer.Option(metavar="AGE", help="Delete what is older, such as 14d.")]
-MaxBytes = Annotated[str | None, typer.Option(metavar="SIZE", help="Delete the oldest beyond it, such as 2TiB.")]
-MaxObjects = Annotated[int | None, typer.Option(metavar="N", help="Delete the oldest beyond so many.")]
-KeepNewest = Annotated[int | None, typer.Option(metavar="N", help="Keep the newest N, whatever else is said.")]
+MaxIdle = Annotated[
+    str | None, typer.Option(metavar="AGE", help="Delete what was neither put nor read for longer, such as 30d.")
+]
+MaxBytes = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Delete beyond it what is longest unused, such as 2TiB.")
+]
+MaxObjects = Annotated[int | None, typer.Option(metavar="N", help="Delete beyond so many what is longest unused.")]
+KeepNewest = Annotated[
+    int | None, typer.Option(metavar="N", help="Keep the N that were put last, whatever else is said.")
+]
+WithoutHeat = Annotated[
+    bool, typer.Option("--without-heat", help="Go by when objects were put, whatever is known of reads.")
+]
 KeepPrefix = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="Keep keys that start with this. Repeatable.")
 ]
@@ -130,6 +140,7 @@ class PolicyFlags:
 def policy_flags(  # noqa: PLR0917 - as many as there are
     file: Path | None,
     max_age: str | None,
+    max_idle: str | None,
     max_bytes: str | None,
     max_objects: int | None,
     keep_newest: int | None,
@@ -140,6 +151,7 @@ def policy_flags(  # noqa: PLR0917 - as many as there are
     """The policy that flags and a file give together."""
     values = {
         "max_age": max_age,
+        "max_idle": max_idle,
         "max_bytes": max_bytes,
         "max_objects": max_objects,
         "keep_newest": keep_newest,

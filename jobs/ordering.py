@@ -1,4 +1,4 @@
-"""The entries of an instance in the order of their age, spilled to disk: a million of them take no memory.
+"""The entries of an instance in the order of their last use, spilled to disk: a million of them take no memory.
 
 A table of SQLite in a temporary file, sorted once by SQLite's external sort and read in sequence.
 """
@@ -35,15 +35,17 @@ class State(IntEnum):
     SHIELDED = 2
     RETIRED = 3
     EXPIRED = 4
-    OPEN = 5  # goes only if a budget asks for it
-    OVER = 6
+    IDLE = 5
+    OPEN = 6  # goes only if a budget asks for it
+    OVER = 7
 
 
 class Row(NamedTuple):
     """An entry as it is spilled.
 
     Attributes:
-        at: Microseconds since 1970; None where its time is not known.
+        used: When it was last used, in microseconds since 1970; None where its time is not known.
+        at: When the Hub took it, in the same.
         key: Its key.
         rule: The number of the first rule that matches it; None when none does.
         size: Bytes.
@@ -51,6 +53,7 @@ class Row(NamedTuple):
         state: What is known of it by itself.
     """
 
+    used: int | None
     at: int | None
     key: str
     rule: int | None
@@ -60,7 +63,12 @@ class Row(NamedTuple):
 
     @property
     def rank(self) -> Rank:
-        """Where it stands; one whose time is not known stands before all."""
+        """Where it stands by its last use; one whose time is not known stands before all."""
+        return (FIRST[0] if self.used is None else self.used, self.key)
+
+    @property
+    def age_rank(self) -> Rank:
+        """The same by its age."""
         return (FIRST[0] if self.at is None else self.at, self.key)
 
 
@@ -75,7 +83,7 @@ def moment_of(ticks: int) -> datetime:
 
 
 class Ordering:
-    """Entries, oldest first, ties by key. Use it as a context manager: its file goes with it.
+    """Entries, longest unused first, ties by key. Use it as a context manager: its file goes with it.
 
     Args:
         directory: Where the file is made; None for the system's directory of temporary files.
@@ -87,7 +95,7 @@ class Ordering:
         self._base.executescript(
             f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
             "PRAGMA temp_store = FILE;"
-            "CREATE TABLE listed (at INTEGER, key TEXT, rule INTEGER, size INTEGER, hash TEXT, state INTEGER)"
+            "CREATE TABLE listed (used INTEGER, at INTEGER, key TEXT, rule INTEGER, size INTEGER, hash TEXT, state INTEGER)"
         )
 
     def __enter__(self) -> Self:
@@ -100,23 +108,25 @@ class Ordering:
     def fill(self, rows: Iterable[Row]) -> None:
         """Take all entries, once. One that a listing named twice is taken once."""
         self._base.execute("BEGIN")
-        self._base.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._base.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._base.execute("COMMIT")
         # Sorting groups beside each other is SQLite's external sort; the order of the rows is then that of the table.
         self._base.executescript(
-            "CREATE TABLE sorted AS SELECT * FROM listed GROUP BY at, key ORDER BY at, key; DROP TABLE listed"
+            "CREATE TABLE sorted AS SELECT * FROM listed GROUP BY used, key, at ORDER BY used, key, at; DROP TABLE listed"
         )
 
-    def oldest_first(self) -> Iterator[Row]:
+    def unused_first(self) -> Iterator[Row]:
         """All entries; those whose time is not known come before the others."""
         cursor = self._base.execute("SELECT * FROM sorted ORDER BY rowid")
         while rows := cursor.fetchmany(_READ_ROWS):
-            for at, key, rule, size, xet_hash, state in rows:
-                yield Row(at, key, rule, size, xet_hash, State(state))
+            for used, at, key, rule, size, xet_hash, state in rows:
+                yield Row(used, at, key, rule, size, xet_hash, State(state))
 
     def newest(self, count: int, rule: int | None) -> Rank:
         """The rank of the oldest of the `count` newest entries that a rule matches first, or of all for None."""
         scope = "" if rule is None else " AND rule = :rule"
-        query = f"SELECT at, key FROM sorted WHERE at IS NOT NULL{scope} ORDER BY rowid DESC LIMIT 1 OFFSET :before"  # noqa: S608 - two fixed texts
+        query = (
+            f"SELECT at, key FROM sorted WHERE at IS NOT NULL{scope} ORDER BY at DESC, key DESC LIMIT 1 OFFSET :before"  # noqa: S608 - two fixed texts
+        )
         found = self._base.execute(query, {"before": count - 1, "rule": rule}).fetchone()
         return FIRST if found is None else (found[0], found[1])

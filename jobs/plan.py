@@ -45,6 +45,7 @@ class Header:
         foreign: Whether objects that are no chunks may be deleted.
         config: The LMCache YAML that names the instance; None where it was named by an adapter's JSON.
         wanted: The policy, or what was asked for.
+        heat: Whether it goes by what was read, see `jobs.heat.Heat.record`; empty in older plans.
     """
 
     job: str
@@ -58,6 +59,7 @@ class Header:
     foreign: bool = False
     config: str | None = None
     wanted: dict[str, Any] = field(default_factory=dict)
+    heat: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,6 +77,7 @@ class Header:
             "foreign": self.foreign,
             "config": self.config,
             "wanted": self.wanted,
+            "heat": self.heat,
         }
 
     @classmethod
@@ -102,6 +105,7 @@ class Header:
             record.get("foreign") is True,
             config,
             record.get("wanted", {}),
+            record["heat"] if isinstance(record.get("heat"), dict) else {},
         )
 
 
@@ -116,6 +120,7 @@ class Item:
         size: Bytes.
         uploaded_at: When the Hub took it.
         reason: Why it goes.
+        last_used: When it was last put or read; None where reads are not known.
     """
 
     path: str
@@ -124,6 +129,7 @@ class Item:
     size: int
     uploaded_at: datetime
     reason: str
+    last_used: datetime | None = None
 
     @property
     def is_chunk(self) -> bool:
@@ -142,6 +148,7 @@ class Item:
             "xet_hash": self.xet_hash,
             "size": self.size,
             "uploaded_at": self.uploaded_at.isoformat(),
+            "last_used": None if self.last_used is None else self.last_used.isoformat(),
             "reason": self.reason,
         }
 
@@ -156,8 +163,9 @@ class Item:
         nbytes = record.get("size")
         if not all(isinstance(text, str) for text in texts) or type(nbytes) is not int or nbytes < 0:
             raise ValueError("an object of a plan needs path, key, xet_hash, size, uploaded_at and reason")
-        at = _moment(record["uploaded_at"])
-        return cls(record["path"], record["key"], record["xet_hash"], nbytes, at, record["reason"])
+        at, used = _moment(record["uploaded_at"]), record.get("last_used")
+        last = None if used is None else _moment(used)
+        return cls(record["path"], record["key"], record["xet_hash"], nbytes, at, record["reason"], last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +179,8 @@ class Totals:
         by_reason: Those, by model and reason. What is no chunk has no model.
         kept: Those that stay, by reason.
         passed_by: Objects that are none of the instance's, by kind.
+        latest: By reason, when the last of those that are to go was put, and when the last one was used; None where reads
+            are not known. Older plans do not say.
     """
 
     listed: Extent
@@ -179,6 +189,7 @@ class Totals:
     by_reason: dict[tuple[str, str], Extent]
     kept: dict[str, Extent]
     passed_by: dict[str, Extent]
+    latest: dict[str, tuple[datetime, datetime | None]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -192,6 +203,10 @@ class Totals:
             ],
             "kept": {reason: extent.record() for reason, extent in sorted(self.kept.items())},
             "passed_by": {kind: extent.record() for kind, extent in sorted(self.passed_by.items())},
+            "latest": {
+                reason: {"put": put.isoformat(), "used": None if used is None else used.isoformat()}
+                for reason, (put, used) in sorted(self.latest.items())
+            },
         }
 
     @classmethod
@@ -206,7 +221,11 @@ class Totals:
             {name: Extent.from_record(one) for name, one in record[part].items()} for part in ("kept", "passed_by")
         )
         listed, foreign, planned = (Extent.from_record(record[part]) for part in ("listed", "foreign", "planned"))
-        return cls(listed, foreign, planned, named, kept, passed_by)
+        latest = {
+            reason: (_moment(one["put"]), None if one["used"] is None else _moment(one["used"]))
+            for reason, one in record.get("latest", {}).items()
+        }
+        return cls(listed, foreign, planned, named, kept, passed_by, latest)
 
 
 def _age(seconds: Any) -> timedelta:
@@ -237,6 +256,7 @@ class PlanWriter(PlanOutput):
         super().__init__(path, header.record())
         self._planned = Extent()
         self._by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
+        self._latest: dict[str, tuple[datetime, datetime | None]] = {}
 
     def add(self, item: Item, model: str) -> None:
         """Plan the deletion of an object."""
@@ -244,12 +264,15 @@ class PlanWriter(PlanOutput):
         self._planned = self._planned.plus(item.size)
         group = (model, item.reason)
         self._by_reason[group] = self._by_reason[group].plus(item.size)
+        put, used = self._latest.get(item.reason, (item.uploaded_at, item.last_used))
+        later = used if item.last_used is None else item.last_used if used is None else max(used, item.last_used)
+        self._latest[item.reason] = max(put, item.uploaded_at), later
 
     def finish(
         self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent], foreign: Extent = NOTHING
     ) -> None:
         """End the plan: from now on it is there. See `Totals`."""
-        totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by)
+        totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by, self._latest)
         self._end(totals.record())
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
 from hfbucket_plugin.keys import encode_name
 from jobs.guards import Extent, GuardError
+from jobs.heat import UNASKED
 from jobs.objects import Kind
 from jobs.plan import Item
 from jobs.retention import Decision, Entry, Reason
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime, timedelta
 
+    from jobs.heat import Heat
     from jobs.objects import Listed
     from jobs.plan import Header, PlanWriter
 
@@ -32,6 +34,10 @@ class Selection(Protocol):
     def foreign(self, entry: Entry, now: datetime) -> Decision:
         """Decide upon what is no chunk, where that is to go."""
 
+    @property
+    def needs_heat(self) -> bool:
+        """Whether it goes by when chunks were last read."""
+
 
 class Planning:
     """Counts a listing, and writes what is to go into a plan.
@@ -41,6 +47,7 @@ class Planning:
         selection: What is to go.
         writer: Of the plan.
         tick: Called for every page: what must be done meanwhile.
+        heat: When chunks were last read.
 
     Attributes:
         listed: The chunks of the instance.
@@ -48,11 +55,19 @@ class Planning:
         seen: All objects of the listing.
     """
 
-    def __init__(self, header: Header, selection: Selection, writer: PlanWriter, tick: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        header: Header,
+        selection: Selection,
+        writer: PlanWriter,
+        tick: Callable[[], None],
+        heat: Heat = UNASKED,
+    ) -> None:
         self._header = header
         self._selection = selection
         self._writer = writer
         self._tick = tick
+        self._heat = heat
         self.listed = self.foreign = Extent()
         self.seen = 0
         self.kept: defaultdict[str, Extent] = defaultdict(Extent)
@@ -66,7 +81,7 @@ class Planning:
             HFBucketError: It never will: no rights, no such bucket.
         """
         now = self._header.made_at
-        for decision in self._selection.chunks(self._chunks(listing), now):
+        for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
             self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
 
     def _chunks(self, listing: Iterable[Listed]) -> Iterator[Entry]:
@@ -90,7 +105,8 @@ class Planning:
             reason = str(decision.reason)
             self.kept[reason] = self.kept[reason].plus(entry.size)
             return
-        item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason))
+        used = None if self._heat.table is None else entry.last_used
+        item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason), used)
         self._writer.add(item, model)
 
     def finish(self) -> None:

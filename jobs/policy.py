@@ -42,20 +42,30 @@ class Limits(_Section):
     max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
         None, description="Objects that the Hub took longer ago than this are deleted (`expired`)."
     )
+    max_idle: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
+        None, description="Objects that were neither put nor read for longer than this are deleted (`idle`)."
+    )
     max_bytes: Size | None = Field(
-        None, description="While the objects take more than this, the oldest are deleted (`over-budget`)."
+        None,
+        description="While the objects take more than this, those are deleted whose last use, put or read, is the longest ago "
+        "(`over-budget`).",
     )
     max_objects: Annotated[PositiveInt, Strict()] | None = Field(
-        None, description="While there are more objects than this, the oldest are deleted (`over-budget`)."
+        None, description="While there are more objects than this, the same are deleted (`over-budget`)."
     )
     keep_newest: Annotated[NonNegativeInt, Strict()] = Field(
-        0, description="So many of the newest objects are kept, whatever other rules say (`shielded`)."
+        0, description="So many of the objects that were put last are kept, whatever other rules say (`shielded`)."
     )
 
     @property
     def bounds_anything(self) -> bool:
         """Whether they can lead to a deletion."""
-        return any(limit is not None for limit in (self.max_age, self.max_bytes, self.max_objects))
+        return self.max_age is not None or self.needs_heat
+
+    @property
+    def needs_heat(self) -> bool:
+        """Whether they go by when objects were last read."""
+        return any(limit is not None for limit in (self.max_idle, self.max_bytes, self.max_objects))
 
     @property
     def needs_order(self) -> bool:
@@ -64,7 +74,7 @@ class Limits(_Section):
 
 
 class Rule(Limits):
-    """Limits of the keys with some start, or of one model. The first rule that matches a key decides its age limit."""
+    """Limits of the keys with some start, or of one model. The first rule that matches a key decides its `max_age` and `max_idle`."""
 
     prefix: Start | None = Field(None, description="The start of the keys that the rule is for.")
     model: Start | None = Field(None, description="The model that the rule is for, as engines were given its name.")
@@ -92,7 +102,7 @@ class Models(_Section):
 class Policy(Limits):
     """What an instance keeps.
 
-    Its own `max_age` is for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.
+    Its own `max_age` and `max_idle` are for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.
     """
 
     min_age: Duration = Field(MIN_AGE, description="Nothing younger is ever deleted (`too-young`).")
@@ -104,6 +114,11 @@ class Policy(Limits):
     def deletes_anything(self) -> bool:
         """Whether it can lead to a deletion."""
         return self.models is not None or any(limits.bounds_anything for limits in (self, *self.rules))
+
+    @property
+    def goes_by_use(self) -> bool:
+        """Whether it goes by when objects were last read."""
+        return any(limits.needs_heat for limits in (self, *self.rules))
 
     @property
     def streams(self) -> bool:
@@ -129,7 +144,7 @@ def from_values(values: Any, where: str) -> Policy:
         raise ConfigError("; ".join(f"{where}: {_in_words(one)}" for one in error.errors())) from None
     if not policy.deletes_anything:
         raise ConfigError(
-            f"{where}: this policy deletes nothing; give max_age, max_bytes, max_objects or models.keep, or a rule with them"
+            f"{where}: this policy deletes nothing; give max_age, max_idle, max_bytes, max_objects or models.keep, or a rule with them"
         )
     return policy
 

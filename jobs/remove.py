@@ -23,6 +23,8 @@ class ByName:
         min_age: Nothing younger goes.
     """
 
+    needs_heat = False
+
     def __init__(self, keys: Iterable[str], prefixes: Sequence[str], min_age: timedelta) -> None:
         self._absent = set(keys)
         self._keys = frozenset(self._absent)

@@ -199,7 +199,7 @@ class Summary:
             "seconds": round(self.seconds, 3),
         }
         if self.plan is not None:
-            record |= {"plan": str(self.plan.path)} | self.plan.totals.record()
+            record |= {"plan": str(self.plan.path), "heat": self.plan.header.heat} | self.plan.totals.record()
             record |= {"left": self.left.record(), "unfinished": self.unfinished.record()}
         record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Outcome}
         return record | {"failures": list(self.failures), "absent": list(self.absent)}

@@ -1,8 +1,8 @@
 """A policy and entries → what is kept and what goes, each with its reason. Pure but for a spill file; knows no network.
 
 The order of the reasons is the order of the questions: what nobody knows the age of, what is too young and what is
-shielded is kept before any rule is asked. Budgets delete the oldest first, ties by key, and count everything that is
-there, what they may not delete included.
+shielded is kept before any rule is asked. Budgets delete what was not used for longest first, ties by key, and count everything
+that is there, what they may not delete included. A use is a put or a read; where reads are not known, it is the put.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from jobs.ordering import FIRST, Ordering, Row, State, moment_of, ticks_of
 
@@ -27,6 +27,7 @@ class Reason(StrEnum):
     """Why an object is kept or deleted. The values stand in plans and reports."""
 
     EXPIRED = "expired"
+    IDLE = "idle"
     OVER_BUDGET = "over-budget"
     MODEL_RETIRED = "model-retired"
     FOREIGN = "foreign"
@@ -38,6 +39,10 @@ class Reason(StrEnum):
     KEPT = "kept"
 
 
+BY_USE: Final = frozenset({Reason.IDLE, Reason.OVER_BUDGET})
+"""Reasons that a read makes void."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One chunk of an instance, as far as retention looks at it.
@@ -47,12 +52,26 @@ class Entry:
         xet_hash: Of its content.
         size: Bytes.
         uploaded_at: When the Hub took it; None where it did not say.
+        last_hit: When it was last read; None where no read is known.
+        counted_since: Since when reads are known; None where they are not at all.
     """
 
     key: str
     xet_hash: str
     size: int
     uploaded_at: datetime | None
+    last_hit: datetime | None = None
+    counted_since: datetime | None = None
+
+    @property
+    def last_used(self) -> datetime | None:
+        """When it was last put or read, as far as that is known."""
+        return _latest(self.uploaded_at, self.last_hit)
+
+    @property
+    def idle_since(self) -> datetime | None:
+        """The same; not before reads are known: nothing is idle merely because nobody counted."""
+        return _latest(self.last_used, self.counted_since)
 
     @property
     def model(self) -> str:
@@ -80,8 +99,8 @@ def decide(
 ) -> Iterator[Decision]:
     """Decide upon each entry.
 
-    Age rules stream. Where budgets or `keep_newest` need an order, what they need of the entries is spilled to disk, and
-    decisions come oldest first: memory does not grow with the number of entries in either case.
+    Age and idle rules stream. Where budgets or `keep_newest` need an order, what they need of the entries is spilled to disk, and
+    decisions come longest unused first: memory does not grow with the number of entries in either case.
 
     Args:
         policy: Of the instance.
@@ -97,7 +116,7 @@ def decide(
     with Ordering(directory) as ordering:
         ordering.fill(judge.row(entry) for entry in entries)
         whole = _Whole(policy, ordering)
-        for row in ordering.oldest_first():
+        for row in ordering.unused_first():
             yield _decision(_entry(row), whole.state(row))
 
 
@@ -109,8 +128,8 @@ class _Judge:
     now: datetime
 
     def row(self, entry: Entry) -> Row:
-        at = None if entry.uploaded_at is None else ticks_of(entry.uploaded_at)
-        return Row(at, entry.key, self._rule(entry.key), entry.size, entry.xet_hash, self.state(entry))
+        at, used = (None if one is None else ticks_of(one) for one in (entry.uploaded_at, entry.last_used))
+        return Row(used, at, entry.key, self._rule(entry.key), entry.size, entry.xet_hash, self.state(entry))
 
     def state(self, entry: Entry) -> State:
         policy = self.policy
@@ -124,8 +143,11 @@ class _Judge:
         if policy.models is not None and entry.model not in policy.models.keep:
             return State.RETIRED
         rule = self._rule(entry.key)
-        max_age = policy.max_age if rule is None else policy.rules[rule].max_age
-        return State.EXPIRED if max_age is not None and age > max_age else State.OPEN
+        limits: Limits = policy if rule is None else policy.rules[rule]
+        if limits.max_age is not None and age > limits.max_age:
+            return State.EXPIRED
+        since = entry.idle_since or entry.uploaded_at
+        return State.IDLE if limits.max_idle is not None and self.now - since > limits.max_idle else State.OPEN
 
     def _rule(self, key: str) -> int | None:
         return next((number for number, rule in enumerate(self.policy.rules) if rule.matches(key)), None)
@@ -137,10 +159,11 @@ _REASONS = {
     State.SHIELDED: Reason.SHIELDED,
     State.RETIRED: Reason.MODEL_RETIRED,
     State.EXPIRED: Reason.EXPIRED,
+    State.IDLE: Reason.IDLE,
     State.OVER: Reason.OVER_BUDGET,
     State.OPEN: Reason.KEPT,
 }
-_DELETED = frozenset({State.RETIRED, State.EXPIRED, State.OVER})
+_DELETED = frozenset({State.RETIRED, State.EXPIRED, State.IDLE, State.OVER})
 
 
 def _decision(entry: Entry, state: State) -> Decision:
@@ -148,13 +171,18 @@ def _decision(entry: Entry, state: State) -> Decision:
 
 
 def _entry(row: Row) -> Entry:
-    return Entry(row.key, row.xet_hash, row.size, None if row.at is None else moment_of(row.at))
+    at, used = (None if one is None else moment_of(one) for one in (row.at, row.used))
+    return Entry(row.key, row.xet_hash, row.size, at, used)
+
+
+def _latest(one: datetime | None, other: datetime | None) -> datetime | None:
+    return max(one, other) if one is not None and other is not None else one or other
 
 
 class _Whole:
     """What can be said of entries beside all others.
 
-    Only ranks are kept: from which on the entries of a scope are its newest, and up to which the open ones go.
+    Only ranks are kept: from which age on the entries of a scope are its newest, and up to which use the open ones go.
 
     Args:
         policy: Of the instance.
@@ -176,10 +204,9 @@ class _Whole:
         """The state of an entry beside all others."""
         if row.state <= State.SHIELDED:
             return row.state
-        rank = row.rank
-        if any(scope in self._newest and rank >= self._newest[scope] for scope in (row.rule, None)):
+        if any(scope in self._newest and row.age_rank >= self._newest[scope] for scope in (row.rule, None)):
             return State.SHIELDED
-        if row.state is State.OPEN and any(rank <= self._over.get(scope, FIRST) for scope in (row.rule, None)):
+        if row.state is State.OPEN and any(row.rank <= self._over.get(scope, FIRST) for scope in (row.rule, None)):
             return State.OVER
         return row.state
 
@@ -197,8 +224,8 @@ class _Whole:
         return last
 
     def _staying(self, rule: int | None, ordering: Ordering) -> Iterator[tuple[State, Row]]:
-        """The entries of a scope that nothing before it makes go, oldest first."""
-        for row in ordering.oldest_first():
+        """The entries of a scope that nothing before it makes go, longest unused first."""
+        for row in ordering.unused_first():
             if rule is None or row.rule == rule:
                 state = self.state(row)
                 if state not in _DELETED:

@@ -29,6 +29,8 @@ from jobs.apply import Applier
 from jobs.batch import Outcome
 from jobs.executors import executing
 from jobs.guards import Extent, MaxDelete, check_listing
+from jobs.heat import UNASKED, Heat, opened_heat
+from jobs.heat_recheck import rechecking
 from jobs.hubclock import HubClock, ask
 from jobs.index_teller import telling
 from jobs.lock import DEFAULT_SECONDS, Lock, LockLapsedError
@@ -82,6 +84,7 @@ class Order:
         config: The LMCache YAML, noted in plans.
         neighbours: Handles of all instances that the configuration names.
         source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
+        without_heat: Whether to go by when objects were put, whatever is known of reads.
     """
 
     max_delete: MaxDelete
@@ -101,6 +104,7 @@ class Order:
     config: str | None = None
     neighbours: tuple[BucketHandle, ...] = ()
     source: InstanceEnd | None = None
+    without_heat: bool = False
 
 
 class Job:
@@ -127,6 +131,7 @@ class Job:
         self._tally = Tally(file)
         self._chunks_gone = Extent()
         self._teller: Teller | None = None
+        self._heat_covers: float | None = None
         self._resumed = False
         self._message = ""
 
@@ -227,20 +232,43 @@ class Job:
 
         Raises:
             GuardError: It looks wrong.
+            HeatUnknownError: It would go by what was read, and that cannot be told.
         """
+        now = clock.earliest() if clock.known else datetime.now(UTC)
+        with self._heat(bucket, now, needed=selection.needs_heat) as heat:
+            return self._make_by(bucket, clock, selection, wanted, now=now, heat=heat, tick=tick)
+
+    def _heat(self, bucket: Bucket, now: datetime, *, needed: bool) -> contextlib.AbstractContextManager[Heat]:
+        if not needed:
+            return contextlib.nullcontext(UNASKED)
+        return opened_heat(bucket, now, REQUEST_SECS, without=self._order.without_heat)
+
+    def _make_by(
+        self,
+        bucket: Bucket,
+        clock: HubClock,
+        selection: Selection,
+        wanted: dict[str, Any],
+        *,
+        now: datetime,
+        heat: Heat,
+        tick: Callable[[], None],
+    ) -> PlanFile:
         order = self._order
+        self._heat_covers = None if heat.table is None else heat.table.pointer.covers
         header = Header(
             self._name,
             self._named.name,
             bucket.handle,
             self._named.settings.endpoint,
-            clock.earliest() if clock.known else datetime.now(UTC),
+            now,
             "hub" if clock.known else "local",
             order.min_age,
             order.max_delete,
             order.foreign,
             order.config,
             wanted,
+            heat.record(),
         )
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
@@ -256,7 +284,7 @@ class Job:
             tick()
 
         with PlanWriter(path, header) as writer:
-            planning = Planning(header, selection, writer, each)
+            planning = Planning(header, selection, writer, each, heat)
             page_secs = min(PAGE_SECS, order.max_duration_secs)
             planning.run(Classifier(bucket, order.neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
@@ -268,8 +296,9 @@ class Job:
         return plan
 
     def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        order = self._order
         if self._name == mirror.JOB:
-            mirror.expect_source(self._order.source)
+            mirror.expect_source(order.source)
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
@@ -279,6 +308,7 @@ class Job:
         with (
             self._stop.orderly(),
             telling(bucket) as teller,
+            rechecking(bucket, plan.header, self._heat_covers, now, self._count, without=order.without_heat) as unused,
             executing(self._named, bucket, self._order) as executor,
         ):
             self._teller = teller
@@ -296,7 +326,7 @@ class Job:
                 keep=lock.keep,
             )
             try:
-                end = applier.run(plan.items())
+                end = applier.run(unused(plan.items()))
             finally:
                 if applier.undrained:
                     lock.leave()

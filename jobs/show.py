@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 
 from hfbucket_plugin.cli import tables
-from hfbucket_plugin.cli.words import printable, size
+from hfbucket_plugin.cli.words import age, printable, size
 from jobs.export_plan import REPLACED
+from jobs.heat import line_of
 
 if TYPE_CHECKING:
     from jobs.export_plan import PlanFile as ExportPlan
@@ -31,7 +32,7 @@ def at_terminal() -> bool:
 
 
 def plan(shown: PlanFile) -> None:
-    """Objects and bytes by model and reason: a table in a terminal, else a line for each."""
+    """Objects and bytes by model and reason: a table in a terminal, else a line for each. Then what it goes by, and both ages."""
     totals, name = shown.totals, shown.header.instance
     rows = [
         (printable(model) if model else "(no chunk)", reason, f"{extent.objects:,}", size(extent.bytes))
@@ -46,10 +47,21 @@ def plan(shown: PlanFile) -> None:
         rows.append(("", "to be deleted", f"{shown.left.objects:,}", size(shown.left.bytes)))
         title = f"{name}  {shown.header.bucket}: {shown.header.job}"
         console.print(tables.columns(title, _HEADER, rows + kept + passed))
+        _ages(shown)
         return
     for model, reason, objects, nbytes in rows + kept + passed:
         note(f"{name}: {model + ': ' if model else ''}{reason}: {objects} objects, {nbytes}")
+    _ages(shown)
     note(f"{name}: to be deleted: {shown.left}, of {totals.listed}")
+
+
+def _ages(shown: PlanFile) -> None:
+    name, now = shown.header.instance, shown.header.made_at
+    for reason, (put, used) in sorted(shown.totals.latest.items()):
+        read = "" if used is None else f", and used {age(used, now)} ago"
+        note(f"{name}: {reason}: the last of these was put {age(put, now)} ago{read}")
+    if line := line_of(shown.header.heat):
+        note(f"{name}: {line}")
 
 
 def ask(shown: PlanFile) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.heat_table import HeatUnknownError
 from hfbucket_plugin.index_store import DIRECTORY as INDEX
 from jobs import history, hubclock, index_shelf
 from jobs.guards import Extent, GuardError, MaxDelete, check_listing
+from jobs.heat import Heat, opened_heat
 from jobs.hubclock import HubClock
 from jobs.index_shelf import Found
 from jobs.objects import Classifier, Kind
@@ -34,6 +37,12 @@ AGES: Final = (
 )
 """Bounds of the histogram: what is younger than each, and not younger than the one before."""
 
+READ_WITHIN: Final = (("1d", timedelta(days=1)), ("7d", timedelta(days=7)), ("30d", timedelta(days=30)))
+"""Bounds of the hot and the idle share: what was read within each, and not within the one before."""
+
+LONGER: Final = "longer"
+NEVER: Final = "never"
+
 OLDER: Final = "older"
 UNKNOWN: Final = "unknown"
 
@@ -53,6 +62,7 @@ class Census:
         ages: Chunks by age.
         passed_by: What is no chunk, by kind.
         has_index: Whether there are objects of a key index.
+        reads: Chunks by when they were last read; `never` since reads are known. Empty where they are not.
     """
 
     now: datetime
@@ -63,6 +73,17 @@ class Census:
     ages: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
     passed_by: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
     has_index: bool = False
+    reads: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+
+    def read(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Count when chunks were read, and pass them on."""
+        for entry in entries:
+            hit = entry.last_hit
+            name = NEVER
+            if hit is not None:
+                name = next((name for name, bound in READ_WITHIN if self.now - hit <= bound), LONGER)
+            self.reads[name] = self.reads[name].plus(entry.size)
+            yield entry
 
     def entries(self, listing: Iterable[Listed]) -> Iterator[Entry]:
         """Count a listing, and pass its chunks on."""
@@ -130,6 +151,7 @@ class Status:
         trouble: Why that report cannot be read; empty where it can.
         outlook: What the next cleanup would do; None where no policy was given.
         index: What there is of its key index, or why nobody knows; None where it has none.
+        heat: Whether reads are known, and since when, or why not (`jobs.heat.Heat.record`).
     """
 
     instance: str
@@ -139,6 +161,22 @@ class Status:
     trouble: str
     outlook: Outlook | None
     index: Found | str | None = None
+    heat: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def heat_rows(self) -> list[tuple[str, Extent]]:
+        """The hot and the idle share, for people: what, and how much; empty where reads are not known."""
+        words = {LONGER: f"not read within {READ_WITHIN[-1][0]}", NEVER: "never read"}
+        order = [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
+        reads = self.census.reads
+        return [(words.get(name, f"read within {name}"), reads[name]) for name in order if name in reads]
+
+    @property
+    def heat_line(self) -> str:
+        """Since when reads are known, or why not; for people."""
+        if self.heat.get("known"):
+            return f"reads are known since {self.heat['since']}"
+        return f"reads are not known: {self.heat['why']}" if self.heat.get("why") else ""
 
     @property
     def index_line(self) -> str:
@@ -177,6 +215,12 @@ class Status:
                 for (model, world, worker), extent in sorted(census.workers.items())
             ],
             "ages": [{"younger_than": name} | census.ages[name].record() for name in order if name in census.ages],
+            "heat": self.heat,
+            "reads": [
+                {"read_within": name} | census.reads[name].record()
+                for name in [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
+                if name in census.reads
+            ],
             "passed_by": {kind: extent.record() for kind, extent in sorted(census.passed_by.items())},
             "last_run": None
             if last is None
@@ -190,7 +234,14 @@ class Status:
 
 
 def examine(
-    instance: str, bucket: Bucket, policy: Policy | None, limits: MaxDelete, *, request_secs: float, page_secs: float
+    instance: str,
+    bucket: Bucket,
+    policy: Policy | None,
+    limits: MaxDelete,
+    *,
+    request_secs: float,
+    page_secs: float,
+    without_heat: bool = False,
 ) -> Status:
     """Look at an instance, by one listing.
 
@@ -201,6 +252,7 @@ def examine(
         limits: What it may delete.
         request_secs: Most seconds of a request.
         page_secs: Most seconds of a page of the listing.
+        without_heat: Whether to go by when objects were put, whatever is known of reads; then no index is read.
 
     Raises:
         HFBucketError: The listing is not complete.
@@ -214,15 +266,25 @@ def examine(
         last = history.last_run(bucket, request_secs)
     except GuardError as error:
         trouble = str(error)
-    entries = census.entries(Classifier(bucket).walk(page_secs))
-    outlook = None
-    if policy is None:
-        for _ in entries:
-            pass
-    else:
-        outlook = _outlook(policy, entries, census, limits, last)
+    unreadable = ""
+    with contextlib.ExitStack() as stack:
+        try:
+            heat = stack.enter_context(opened_heat(bucket, now, request_secs, without=without_heat))
+        except HeatUnknownError as error:
+            unreadable, heat = str(error), Heat(None, str(error))
+        entries = heat.warmed(census.entries(Classifier(bucket).walk(page_secs)))
+        if heat.table is not None:
+            entries = census.read(entries)
+        outlook = None
+        if policy is None:
+            for _ in entries:
+                pass
+        else:
+            outlook = _outlook(policy, entries, census, limits, last)
+            if unreadable and policy.goes_by_use:
+                outlook = replace(outlook, refused=unreadable)
     index = index_shelf.state(bucket, page_secs, request_secs) if census.has_index else None
-    return Status(instance, str(bucket.handle), census, last, trouble, outlook, index)
+    return Status(instance, str(bucket.handle), census, last, trouble, outlook, index, heat.record())
 
 
 def _outlook(policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None) -> Outlook:

@@ -89,9 +89,15 @@ class Choice(BaseModel):
         None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d."
     )
     newest: PositiveInt | None = Field(None, description="At most so many chunks, the newest.")
+    hottest: PositiveInt | None = Field(
+        None,
+        description="At most so many chunks, those that engines read most; see docs/index.md. Where the instance's key index "
+        "knows nothing of reads, the newest.",
+    )
     max_bytes: Bytes | None = Field(
         None,
-        description="At most so many bytes, as 50GiB: the newest chunks; with `--prompts` the first of the prompts.",
+        description="At most so many bytes, as 50GiB: the chunks that are read most, as with `--hottest`; with `--newest`, and in "
+        "an export, the newest; with `--prompts` the first of the prompts.",
     )
     keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
         (),
@@ -114,10 +120,13 @@ class Choice(BaseModel):
     def _is_one(self) -> Choice:
         if self.all and self.prefix:
             raise ValueError("all and prefix contradict each other: say --all, or name the prefixes")
-        if self.newest is not None and self.prompts is not None:
-            raise ValueError(
-                "newest and prompts contradict each other: prompts are warmed from their start; use max_bytes"
-            )
+        for name in ("newest", "hottest"):
+            if getattr(self, name) is not None and self.prompts is not None:
+                raise ValueError(
+                    f"{name} and prompts contradict each other: prompts are warmed from their start; use max_bytes"
+                )
+        if self.newest is not None and self.hottest is not None:
+            raise ValueError("newest and hottest contradict each other: give one of them")
         if self.workers is not None and self.world_size is not None and max(self.workers) >= self.world_size:
             raise ValueError(
                 f"an engine of {self.world_size} workers has no worker {max(self.workers)}: they count from 0"
@@ -130,6 +139,16 @@ class Choice(BaseModel):
     def given(self) -> bool:
         """Whether it says which chunks at all."""
         return self.all or bool(self.prefix or self.model or self.keys_from or self.prompts)
+
+    @property
+    def wants_heat(self) -> bool:
+        """Whether chunks are wanted in the order in which they are read most."""
+        return self.prompts is None and self.newest is None and (self.hottest or self.max_bytes) is not None
+
+    @property
+    def most(self) -> int | None:
+        """At most so many chunks."""
+        return self.newest if self.hottest is None else self.hottest
 
     def listing_prefixes(self, kind: type[Key] | None = None) -> list[str]:
         """Starts of keys, such that each chunk of the choice starts with one of them.

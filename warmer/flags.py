@@ -71,6 +71,7 @@ FLAGS: Final = (
     Flag("--exclude", ("choose", "exclude"), "GLOB", many=True),
     Flag("--since", ("choose", "since"), "TIME"),
     Flag("--newest", ("choose", "newest"), "N"),
+    Flag("--hottest", ("choose", "hottest"), "N"),
     Flag("--max-bytes", ("choose", "max_bytes"), "SIZE"),
     Flag("--keys-from", ("choose", "keys_from"), "FILE", many=True),
     Flag("--prompts", ("choose", "prompts"), "FILE"),

@@ -26,6 +26,13 @@ def newest_first(chunk: PlannedChunk) -> int:
     return _OLDEST if chunk.uploaded_at is None else (_EPOCH - chunk.uploaded_at) // _MICROSECOND
 
 
+def hottest_first(chunk: PlannedChunk) -> int:
+    """Where a chunk stands when the hottest are first: by how hot it is, then by its last use, then the newest."""
+    uses = [at for at in (chunk.last_hit, chunk.uploaded_at) if at is not None]
+    unused = (_EPOCH - max(uses)) // _MICROSECOND if uses else _OLDEST
+    return (-(chunk.heat or 0) << 128) + (unused << 64) + newest_first(chunk)
+
+
 def within(chunks: Iterable[PlannedChunk], most: int | None, max_bytes: int | None) -> Iterator[PlannedChunk]:
     """The first chunks that fit a budget.
 

@@ -48,6 +48,8 @@ class PlannedChunk:
         gone: Whether the bucket no longer held it when it was last looked up.
         worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
             what all its workers share (MLA) as if it had one.
+        heat: How hot it is (`hfbucket_plugin.heat.buckets`); None where that was not asked or is not known.
+        last_hit: When it was last read; None where that is not known.
     """
 
     key: str
@@ -57,6 +59,8 @@ class PlannedChunk:
     uploaded_at: datetime | None = None
     gone: bool = False
     worker: int | None = None
+    heat: int | None = None
+    last_hit: datetime | None = None
 
     def to_line(self) -> str:
         """The chunk as one line of JSON, its newline included."""
@@ -67,6 +71,10 @@ class PlannedChunk:
             record["gone"] = True
         if self.worker is not None:
             record["worker"] = self.worker
+        if self.heat is not None:
+            record["heat"] = self.heat
+        if self.last_hit is not None:
+            record["last_hit"] = self.last_hit.isoformat()
         return json.dumps(record) + "\n"
 
     @classmethod
@@ -84,8 +92,13 @@ class PlannedChunk:
             raise ValueError("a planned chunk needs a size in bytes")
         if worker is not None and (type(worker) is not int or worker < 0):
             raise ValueError("the worker of a planned chunk is a rank")
-        at = None if uploaded_at is None else datetime.fromisoformat(uploaded_at)
-        return cls(record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True, worker)
+        at, hit = (
+            None if one is None else datetime.fromisoformat(one) for one in (uploaded_at, record.get("last_hit"))
+        )
+        heat = record["heat"] if type(record.get("heat")) is int else None
+        return cls(
+            record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True, worker, heat, hit
+        )
 
 
 _TEXTS: Final = ("key", "path", "xet_hash")

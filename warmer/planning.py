@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.catalog import list_chunks
 from hfbucket_plugin.keys import ClassicKey, MPKey, is_probe, parse_key
 from hfbucket_plugin.parallel_listing import list_chunks_ahead
+from warmer.hot import warmed
 from warmer.key_files import keys_of, look_up_keys
-from warmer.ordered import in_order, newest_first, within
+from warmer.ordered import hottest_first, in_order, newest_first, within
 from warmer.plan import Planner
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from warmer.prompts import PromptOrder
 
     Listing = Callable[[Iterable[str]], Iterator[ChunkEntry]]
+
+_log = logging.getLogger(__name__)
+
+_WHY_CHARS: Final = 500
+"""Of a reason that goes into the header of a plan, whose room is bounded."""
 
 _LOOKED_THROUGH: Final = 100_000
 """Chunks that are looked through at most for one of the other kind, to say that it was there."""
@@ -49,6 +56,7 @@ class Choosing:
         skipped: Chunks passed by, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
             told apart by a filter) and ``not_in_bucket`` (keys of a file).
         chosen: Chunks that passed all that, a budget not regarded.
+        cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
     """
 
     choice: Choice
@@ -57,11 +65,13 @@ class Choosing:
     prompts: PromptOrder | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     chosen: int = 0
+    cold: str = ""
 
     def planned(self, bucket: Bucket, scratch: Path) -> Iterator[PlannedChunk]:
         """Yield the chosen chunks, in the order in which they are to be copied.
 
-        That is: as the prompts have them, each from its start; or the newest first, where `newest` or `max_bytes` is
+        That is: as the prompts have them, each from its start; or the hottest first, where `hottest` or `max_bytes` is
+        given, as far as the instance's key index knows what is read; or the newest first, where that is not known or `newest` is
         given; or as a file of keys has them; or by key.
 
         Args:
@@ -77,13 +87,29 @@ class Choosing:
         choice, prompts = self.choice, self.prompts
 
         def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
-            return within(ordered, choice.newest, choice.max_bytes)
+            return within(ordered, choice.most, choice.max_bytes)
 
         if prompts is not None:
             return in_order(chunks, lambda chunk: _placed(prompts, chunk), scratch, cut)
-        if choice.newest is None and choice.max_bytes is None:
+        if choice.most is None and choice.max_bytes is None:
             return chunks
-        return in_order(chunks, newest_first, scratch, cut)
+        if not choice.wants_heat:
+            return in_order(chunks, newest_first, scratch, cut)
+        return self._hottest(chunks, bucket, scratch, cut)
+
+    def _hottest(
+        self,
+        chunks: Iterable[PlannedChunk],
+        bucket: Bucket,
+        scratch: Path,
+        cut: Callable[[Iterable[PlannedChunk]], Iterator[PlannedChunk]],
+    ) -> Iterator[PlannedChunk]:
+        """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
+        with warmed(chunks, bucket, self.now, scratch.parent) as (told, why):
+            self.cold = why[:_WHY_CHARS]
+            if why:
+                _log.info("the newest chunks come first, not those that are read most: %s", why)
+            yield from in_order(told, newest_first if why else hottest_first, scratch, cut)
 
     def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[PlannedChunk]:
         """The chosen ones among some chunks, as they come."""

@@ -237,6 +237,8 @@ def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile
     }
     if compared.facts:
         header["fingerprints"] = compared.facts
+    if bound.warm_up.choose.wants_heat:
+        header["order"] = {"by": "newest" if choosing.cold else "heat", "why": choosing.cold}
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header

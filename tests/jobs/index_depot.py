@@ -47,6 +47,7 @@ class Writer:
     def __init__(self, depot: Depot) -> None:
         self.depot = depot
         self.journal = JournalWriter(50_000, 50_000)
+        self.hits = JournalWriter(50_000, 50_000, hits=True)
 
     def put(self, *keys: str, data: bytes | None = None, age: float = 0.0) -> None:
         self.depot.put({key: data if data is not None else key.encode() for key in keys}, age=age)
@@ -64,12 +65,13 @@ class Writer:
     def _note(self, key: str, content: Content | None, age: float = 0.0) -> None:
         self.journal.note(digests_of([encode_name(key)]).tobytes(), content, time.monotonic() - age)
 
-    def tell(self) -> str:
-        draft = self.journal.draft(time.monotonic(), datetime.now(UTC))
+    def tell(self, journal: JournalWriter | None = None) -> str:
+        journal = self.journal if journal is None else journal
+        draft = journal.draft(time.monotonic(), datetime.now(UTC))
         assert draft is not None
         with door(self.depot) as (_, store):
             store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(SECS))
-        self.journal.written(draft)
+        journal.written(draft)
         return f"{self.depot.prefix}/{JOURNALS}/{draft.name.text}"
 
 
