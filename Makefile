@@ -8,9 +8,11 @@ STAMP := $(VENV)/.installed
 VLLM_PYTHON ?= python3.11
 VLLM_VENV := .venv-vllm
 
-FIRST := tests/plugin tests/localhub $(wildcard tests/jobs)
+# Two groups of tests by name, the rest is the third.
+PLUGIN := tests/plugin
+WARMER := tests/warmer
 
-.PHONY: demo e2e-vllm test test-first test-others faults soak lint format docs clean
+.PHONY: demo e2e-vllm test test-plugin test-warmer test-others faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,14 +33,17 @@ $(VLLM_VENV)/.installed: e2e/constraints.txt
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
-test: $(STAMP)  ## every test: two processes side by side, since most tests wait for servers
-	$(MAKE) --no-print-directory --jobs=2 test-first test-others
+test: $(STAMP)  ## every test: three processes side by side, since most tests wait for servers
+	$(MAKE) --no-print-directory --jobs=3 test-plugin test-warmer test-others
 
-test-first: $(STAMP)
-	$(BIN)/python -m pytest -q $(FIRST)
+test-plugin: $(STAMP)
+	$(BIN)/python -m pytest -q $(PLUGIN)
+
+test-warmer: $(STAMP)
+	$(BIN)/python -m pytest -q $(WARMER)
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest -q $(filter-out $(FIRST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+	$(BIN)/python -m pytest -q $(filter-out $(PLUGIN) $(WARMER) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m faults

@@ -370,6 +370,8 @@ class KeyIndex:
             self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
             self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
             return False
+        finally:
+            journal.attempted(self._clock())
         journal.written(draft)
         self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
         return True

@@ -94,6 +94,7 @@ class JournalWriter:
         """Number of the last entry that is in a journal."""
 
         self._waiting: deque[Entry] = deque()
+        self._attempt_ended = -math.inf
         self._growing: Sequence[Entry] = ()
         self._growing_name: str | None = None
         self._hits = hits
@@ -141,7 +142,7 @@ class JournalWriter:
             today: For its name; by default this machine's clock.
         """
         with self._lock:
-            fresh = [entry for _, entry in zip(range(self._most), self._waiting, strict=False)]
+            fresh = [self._after_attempts(one) for _, one in zip(range(self._most), self._waiting, strict=False)]
             if not fresh:
                 return None
             grows = len(self._growing) + len(fresh) <= self._most
@@ -151,6 +152,25 @@ class JournalWriter:
                 name = replace(name, text=self._last_name[:18] + name.text[18:])
             self._last_name = name.text
             return Draft(name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh))
+
+    def _after_attempts(self, entry: Entry) -> Entry:
+        """An entry as it may be told now: not before what was told already.
+
+        The Hub's stamp, from which ages count back, comes some time after a journal was begun: a second in one, less in the
+        next. A put and a delete of one key, told by two journals, would else change places.
+        """
+        if entry.told or entry.at >= self._attempt_ended:
+            return entry
+        return replace(entry, at=self._attempt_ended)
+
+    def attempted(self, now: float) -> None:
+        """Note that an attempt to write a journal has ended, well or not: it may be there.
+
+        Args:
+            now: Monotonic seconds.
+        """
+        with self._lock:
+            self._attempt_ended = max(self._attempt_ended, now)
 
     def written(self, draft: Draft) -> None:
         """Note that a journal is there."""
@@ -183,7 +203,14 @@ class JournalWriter:
             return before - len(self._waiting)
 
 
-def _bytes_of(entries: Sequence[Entry], now: float) -> bytes:
+def _last_of_each(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Of the puts and deletes of one key the last one, which alone counts: their times may be the same."""
+    last = {entry.digest: entry.seq for entry in entries if not entry.told}
+    return [entry for entry in entries if entry.told or last[entry.digest] == entry.seq]
+
+
+def _bytes_of(told: Sequence[Entry], now: float) -> bytes:
+    entries = _last_of_each(told)
     heat = any(entry.told for entry in entries)
     rows = np.zeros(len(entries), HEAT_JOURNAL if heat else JOURNAL)
     digests = np.frombuffer(b"".join(entry.digest for entry in entries), "<u8").reshape(-1, 2)

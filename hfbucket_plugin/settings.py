@@ -211,7 +211,7 @@ class InstanceSettings(BaseModel):
         "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
         "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
     )
-    fingerprint: Literal["enforce", "warn", "off"] = Field(
+    fingerprint: Annotated[Literal["enforce", "warn", "off"], BeforeValidator(_as_switch)] = Field(
         "warn",
         description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
         "weights, chunk size, layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups "
@@ -244,7 +244,7 @@ class InstanceSettings(BaseModel):
         10.0,
         description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
     )
-    index: Literal["off", "listing", "snapshot"] = Field(
+    index: Annotated[Literal["off", "listing", "snapshot"], BeforeValidator(_as_switch)] = Field(
         "off",
         description="Whether lookups go by a table of the instance's keys in this process's memory, see docs/index.md. "
         "`snapshot`: a published one, kept current by journals that the writers add. `listing`: one that this process makes of "

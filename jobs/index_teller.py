@@ -82,6 +82,8 @@ class Teller:
             except HFBucketError as error:
                 self._problem = error
                 return
+            finally:
+                self._journal.attempted(time.monotonic())
             self._journal.written(draft)
 
     def _is_indexed(self) -> bool:

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -26,10 +24,8 @@ def run(script, tmp_path, *arguments, exits=(0,)):
     return done.stdout, json.loads(figures.read_text())
 
 
-@pytest.mark.parametrize(
-    ("scenario", "verdict"), [("classic get 16 x 512 KiB", ", hot"), ("mp put 16 x 512 KiB", ", cold")]
-)
-def test_the_online_path(tmp_path, scenario, verdict):
+def test_the_online_path(tmp_path):
+    scenario, verdict = "classic get 16 x 512 KiB", ", hot"
     told, figures = run("online.py", tmp_path, "--runs", "1", "--delay-ms", "0", "--only", scenario)
 
     assert figures[scenario].keys() == {"built-in", "ours"}

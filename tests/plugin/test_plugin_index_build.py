@@ -184,6 +184,34 @@ def test_a_writer_rewrites_its_last_journal_until_it_is_full():
     assert [draft.name.seq for draft in (first, second, third)] == [2, 3, 4]
 
 
+def test_what_one_journal_told_is_not_undone_by_how_long_it_took():
+    """A put is told by a journal that took a second, and a delete that came meanwhile by one that took none."""
+    now = 100.0
+    writer = JournalWriter(1, 10)
+    digest = digests_of(["a"])[0].tobytes()
+    writer.note(digest, Content("ab" * 32, 7), now)
+    put = writer.draft(now + 0.1)
+    writer.note(digest, None, now + 0.2)
+    writer.attempted(now + 1.1)
+    writer.written(put)
+    delete = writer.draft(now + 1.1)
+
+    one = changes_of(put.data, now + 1.05, "put")
+    other = changes_of(delete.data, now + 1.1, "delete")
+    assert newest(one, other)["kind"].tolist() == [DELETED]
+    assert newest(other, one)["kind"].tolist() == [DELETED]
+
+
+def test_of_one_key_a_journal_tells_the_last_alone():
+    now = 100.0
+    writer = JournalWriter(10, 10)
+    first, second = (digests_of([name])[0].tobytes() for name in "ab")
+    for digest, content in ((first, Content("ab" * 32, 7)), (second, None), (first, None)):
+        writer.note(digest, content, now)
+    told = changes_of(writer.draft(now).data, now, "journal")
+    assert sorted(told["kind"].tolist()) == [DELETED, DELETED]
+
+
 def test_what_was_not_written_is_told_with_the_next_journal():
     writer = JournalWriter(entries=10, waiting=100)
     writer.note(b"x" * 16, None, at=1.0)
