@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     DeadlineError,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.hub import HubClient
     from hfbucket_plugin.workers import WorkerPool
     from hfbucket_plugin.xet import Loan, Session
@@ -33,6 +33,11 @@ _WRITE_PIECE: Final = 4 * 1024 * 1024
 _TRIES: Final = 2
 """One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
 lost the reason why a stream ended."""
+
+_QUICK_TRIES: Final = 6
+_QUICK_SECS: Final = 1.0
+"""Where hf_xet lost the reason, which it does every other time, that of a content which is not there would make a miss look
+like a failure: an answer as quick as that one is asked for again, as long as all tries together took no longer than this."""
 
 _REASON_LOST: Final = "Data sender was dropped"
 """What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
@@ -192,11 +197,14 @@ class Transfer:
 
     def _read_range(self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket) -> int:
         """Read one range, and return how many of its bytes are in the buffer: all or, where that failed, none."""
+        quick = Deadline.after(_QUICK_SECS)
         try:
-            for attempt in range(_TRIES):
+            for attempt in range(_QUICK_TRIES):
                 if not read.lease.live or ticket.abandoned:
                     break
-                if self._try_range(read, start, end, deadline, ticket, last=attempt == _TRIES - 1):
+                last = attempt >= _TRIES - 1
+                reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
+                if self._try_range(read, start, end, deadline, ticket, last=last, reason_last=reason_last):
                     return end - start
         except HFBucketError as error:
             read.fail(error)
@@ -204,7 +212,9 @@ class Transfer:
             read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
         return 0
 
-    def _try_range(self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket, *, last: bool) -> bool:
+    def _try_range(
+        self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket, *, last: bool, reason_last: bool
+    ) -> bool:
         loan = self._reading.borrow(deadline)
         ticket.loan = loan
         try:
@@ -219,8 +229,11 @@ class Transfer:
             return False
         except TransportError as error:
             self._reading.doubt(loan)
-            worth_it = loan.session.retired or isinstance(error, _ReasonLostError) or _REASON_LOST in str(error)
-            if last or deadline.passed or not worth_it:
+            if isinstance(error, _ReasonLostError) or _REASON_LOST in str(error):
+                again = not reason_last
+            else:
+                again = loan.session.retired and not last
+            if deadline.passed or not again:
                 raise
             return False
         finally:
