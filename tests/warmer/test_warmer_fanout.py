@@ -1,6 +1,7 @@
 """Chunks on their way through a cluster: once from the Hub, and through the object stores to all others."""
 
 import contextlib
+import fcntl
 import signal
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def run(cluster, config, *more):
 def watch(cluster, process):
     """The largest memory of any actor, its peak and its own, until the command ends; and that of the command."""
     actor, driver = [0, 0], [0, 0]
+    # Its summary names what failed: more than a pipe holds that nobody reads.
+    pipe = process.stdout.fileno()
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)
     while process.poll() is None:
         for most, processes in ((driver, [process]), (actor, actors(cluster))):
             for one in processes:
