@@ -131,6 +131,17 @@ def test_stages_of_a_pipeline_may_have_other_numbers_of_layers():
     assert differences(engine(), engine(layout=stage.model_copy(update={"worker": 0})))
 
 
+def test_layouts_of_mp_mode_are_compared_and_completed_by_object_group():
+    first, second = (Group(shape=(2, layers, 16, 64), dtype="bfloat16", object_group=layers) for layers in (1, 2))
+    other = Group(shape=(2, 1, 16, 32), dtype="bfloat16", object_group=1)
+    one = engine(layout=Layout(groups=(second,)))
+    both = one.completed(engine(layout=Layout(groups=(first,))))
+
+    assert both.layout == Layout(groups=(first, second))
+    assert differences(one, both) == differences(both, one) == []
+    assert [found.field for found in differences(both, engine(layout=Layout(groups=(other,))))] == ["layout"]
+
+
 @given(fingerprints, st.data())
 def test_what_one_of_two_does_not_know_makes_no_difference(one, data):
     forgotten = data.draw(st.sets(st.sampled_from(COMPARED)))
