@@ -19,6 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hfbucket_plugin.errors import IntegrityError
 
+
+class NewerError(IntegrityError):
+    """A later release wrote the object: there is nothing to mend, and no reason to overwrite it."""
+
+
 SCHEMA: Final = 1
 """Of the objects. A newer one is not read: what it means is not known here."""
 
@@ -290,7 +295,7 @@ class Record(_Model):
         """Read the object of a model.
 
         Raises:
-            IntegrityError: It holds no record, or none of this model, or a newer one.
+            IntegrityError: It holds no record, or none of this model; `NewerError` for a newer one.
         """
         record = _read(cls, data, where)
         if record.model != model or any(one.model != model for one in record.variants):
@@ -339,7 +344,7 @@ def _read(kind: type[_Kind], data: bytes, where: str) -> _Kind:
     try:
         document = json.loads(data)
         if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
-            raise IntegrityError(
+            raise NewerError(
                 f"{where}: is of version {printable(str(document['schema'])[:20])}, and this release knows {SCHEMA}: "
                 "install the release that wrote it"
             )
