@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_support import any_text
 
+from hfbucket_plugin import fingerprint_facts
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.fingerprint import (
     COMPARED,
@@ -238,3 +239,13 @@ def test_the_facts_are_told_in_words():
         "recorded": "256",
         "here": "1",
     }
+
+
+def test_a_hash_that_lmcache_does_not_tell_is_said_once_a_while(caplog, monkeypatch):
+    def missing(*_):
+        raise AttributeError("another LMCache")
+
+    monkeypatch.setattr(fingerprint_facts, "_looked_up", missing)
+
+    assert [fingerprint_facts.classic_check("a hash of its own") for _ in range(3)] == [None] * 3
+    assert caplog.text.count("LMCache's hash of 'a hash of its own' is not known: AttributeError: another LMCache") == 1
