@@ -19,6 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hfbucket_plugin.errors import IntegrityError
 
+
+class NewerError(IntegrityError):
+    """A later release wrote the object: there is nothing to mend, and no reason to overwrite it."""
+
+
 SCHEMA: Final = 1
 """Of the objects. A newer one is not read: what it means is not known here."""
 
@@ -58,6 +63,7 @@ class Group(_Model):
 
 
 _LAYERED: Final = 4
+_MAX_GROUPS: Final = 256
 
 
 class Layout(_Model):
@@ -68,7 +74,7 @@ class Layout(_Model):
         worker: Whose; None where all workers are known to have the same, as in MP mode.
     """
 
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=256)]
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=_MAX_GROUPS)]
     worker: _Count | None = None
 
     def __str__(self) -> str:
@@ -78,12 +84,30 @@ class Layout(_Model):
         """Whether chunks of one can be chunks of the other.
 
         Workers of one engine may be stages of a pipeline: their numbers of layers differ, and so may their groups. Chunks
-        of another number of layers are of another size, and so are never served; everything else is compared.
+        of another number of layers are of another size, and so are never served; everything else is compared. Where keys
+        name the object group, chunks of different ones never meet: those that both know are compared.
         """
+        if self.worker is None and other.worker is None:
+            mine, theirs = self._by_object_group(), other._by_object_group()
+            return all(mine[index] == theirs[index] for index in mine.keys() & theirs.keys())
         if self.worker == other.worker:
             return self.groups == other.groups
-        mine, theirs = ({group.without_layers for group in one.groups} for one in (self, other))
-        return mine <= theirs or theirs <= mine
+        alike, others = ({group.without_layers for group in one.groups} for one in (self, other))
+        return alike <= others or others <= alike
+
+    def completed(self, other: Layout) -> Layout:
+        """This one, with the object groups that only the other knows; for two that fit."""
+        known = self._by_object_group()
+        new = [group for group in other.groups if group.object_group not in known]
+        if not new or self.worker is not None or other.worker is not None or len(self.groups) + len(new) > _MAX_GROUPS:
+            return self
+        return Layout(groups=tuple(sorted((*self.groups, *new), key=lambda group: group.object_group)))
+
+    def _by_object_group(self) -> dict[int, list[Group]]:
+        found: dict[int, list[Group]] = {}
+        for group in self.groups:
+            found.setdefault(group.object_group, []).append(group)
+        return found
 
 
 class Space(NamedTuple):
@@ -163,6 +187,8 @@ class Fingerprint(_Model):
             for name in (*COMPARED, "hash_seed_pinned")
             if getattr(self, name) is None and (value := getattr(other, name)) is not None
         }
+        if self.layout is not None and other.layout is not None:
+            missing["layout"] = self.layout.completed(other.layout)
         return self.model_copy(update=missing)
 
     def facts(self) -> dict[str, str]:
@@ -269,7 +295,7 @@ class Record(_Model):
         """Read the object of a model.
 
         Raises:
-            IntegrityError: It holds no record, or none of this model, or a newer one.
+            IntegrityError: It holds no record, or none of this model; `NewerError` for a newer one.
         """
         record = _read(cls, data, where)
         if record.model != model or any(one.model != model for one in record.variants):
@@ -318,7 +344,7 @@ def _read(kind: type[_Kind], data: bytes, where: str) -> _Kind:
     try:
         document = json.loads(data)
         if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
-            raise IntegrityError(
+            raise NewerError(
                 f"{where}: is of version {printable(str(document['schema'])[:20])}, and this release knows {SCHEMA}: "
                 "install the release that wrote it"
             )

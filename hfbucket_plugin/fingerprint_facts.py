@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin import __version__
 from hfbucket_plugin.fingerprint import Fingerprint, Group, Layout
+from hfbucket_plugin.loglimit import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.l2_settings import L2Settings
 
-_log = logging.getLogger(__name__)
+_limited = LimitedLog(logging.getLogger(__name__), 3600.0)
 
 CHECK_TOKENS: Final = tuple(range(1, 17))
 """What is hashed for `hash_check`: a chunk of 16 tokens, whatever the chunk size of the engine."""
@@ -156,7 +157,7 @@ def classic_check(algorithm: str) -> str | None:
         database.hash_func = _looked_up(algorithm, database._get_vllm_hash_func)  # noqa: SLF001 - nothing public says it
         return f"{database._hash_tokens(list(CHECK_TOKENS)):x}"  # noqa: SLF001 - the same
     except Exception as error:  # noqa: BLE001 - another LMCache: then this field is not compared
-        _log.warning("fingerprint: LMCache's hash of %r is not known: %s: %s", algorithm, type(error).__name__, error)
+        _not_known(algorithm, error)
         return None
 
 
@@ -172,8 +173,14 @@ def mp_check(algorithm: str) -> str | None:
         hasher.none_hash = hasher.hash_func((0, (0,), None)) if first is None else first
         return bytes(TokenHasher.hash_to_bytes(hasher.hash_tokens(list(CHECK_TOKENS)))).hex()
     except Exception as error:  # noqa: BLE001 - as above
-        _log.warning("fingerprint: LMCache's hash of %r is not known: %s: %s", algorithm, type(error).__name__, error)
+        _not_known(algorithm, error)
         return None
+
+
+def _not_known(algorithm: str, error: Exception) -> None:
+    """Say it once a while: facts are asked for with every look, by each of a thousand models of MP mode."""
+    words = f"LMCache's hash of {algorithm!r} is not known: {type(error).__name__}: {error}"
+    _limited.warning(algorithm, f"fingerprint: {words}")
 
 
 _functions: dict[str, Any] = {}

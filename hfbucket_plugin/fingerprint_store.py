@@ -45,6 +45,9 @@ process is another fingerprint."""
 MAX_BYTES: Final = 1024 * 1024
 """Largest that is read: what is longer was not written by us."""
 
+_READ_TOGETHER: Final = 16
+"""Claims in memory at one time: anyone who may write can put a thousand of the largest size there, and engines read them."""
+
 _TRIES: Final = 4
 """To write a record so that it is there when it is read back; others write theirs meanwhile."""
 
@@ -147,14 +150,10 @@ class FingerprintStore:
         infos, _ = self._bucket.list_page(head, None, deadline)
         own = [info for info in infos if _CLAIM.fullmatch(info.path.removeprefix(head))]
         found = []
-        for info, data in zip(own, self._contents(own, deadline), strict=True):
-            try:
-                fingerprint = Claim.from_json(_bytes(data), info.path)
-                if fingerprint.model != model:
-                    raise IntegrityError(f"{info.path}: is of {fingerprint.model!r}")
-                found.append(Claimed(info.path, info.uploaded_at, fingerprint))
-            except HFBucketError as error:
-                found.append(Claimed(info.path, info.uploaded_at, None, str(error)))
+        for start in range(0, len(own), _READ_TOGETHER):
+            together = own[start : start + _READ_TOGETHER]
+            contents = self._contents(together, deadline)
+            found += [_claimed(info, data, model) for info, data in zip(together, contents, strict=True)]
         return sorted(found, key=lambda claim: (claim.uploaded_at or _EARLY, claim.path))
 
     def models(self, page_secs: float) -> Iterator[str]:
@@ -277,6 +276,16 @@ def _encoded(model: str) -> str:
 
 def _decoded(name: str) -> str:
     return next((model for model, dots in _DOTS.items() if dots == name), "") or decode_name(name)
+
+
+def _claimed(info: ObjectInfo, data: bytearray | HFBucketError, model: str) -> Claimed:
+    try:
+        fingerprint = Claim.from_json(_bytes(data), info.path)
+        if fingerprint.model != model:
+            raise IntegrityError(f"{info.path}: is of {fingerprint.model!r}")
+    except HFBucketError as error:
+        return Claimed(info.path, info.uploaded_at, None, str(error))
+    return Claimed(info.path, info.uploaded_at, fingerprint)
 
 
 def _bytes(data: bytearray | HFBucketError) -> bytes:

@@ -73,6 +73,7 @@ class Subject:
         self.used = False
         self.stores = False
         self.told = ""
+        self.write_at = float("-inf")  # before, what was refused is not tried again
         self.revision = 0  # of its facts: what was found out about an earlier one does not hold
 
     def refusal(self, *, storing: bool = False) -> str | None:
@@ -308,7 +309,8 @@ class FingerprintWatch:
         if not used:  # KV groups register, and hashes get their seed, after a connector is made
             mine = mine.model_copy(update={"layout": None, "hash_check": None})
         recorded, done = self._of(mine, known), True
-        if stores and known.status == "read" and (recorded is None or self._lacks(recorded, mine)):
+        wanted = known.status == "read" and (recorded is None or self._lacks(recorded, mine))
+        if stores and wanted and self._clock() >= subject.write_at:
             done = self._record(subject, mine, known)
             recorded = self._of(mine, known)
         if known.status == "unreadable":
@@ -355,7 +357,19 @@ class FingerprintWatch:
             self._warn(
                 f"{subject.model} record {error.kind}", f"of {printable(subject.model)} was not recorded{so}: {error}"
             )
-            return not isinstance(error, (TransportError, ThrottledError))
+            return self._refused(subject, error)
+        return True
+
+    def _refused(self, subject: Subject, error: HFBucketError) -> bool:
+        """Whether the Hub refuses to be written to, which only an operator changes.
+
+        Then the next try is `fingerprint_refresh_secs` later: each is several calls, and a fleet whose token can only read
+        would use up with them what its lookups need. Under `enforce` it looks nothing up meanwhile, and waits for the operator.
+        """
+        if isinstance(error, (TransportError, ThrottledError)):
+            return False
+        if self._settings.fingerprint == "warn":
+            subject.write_at = self._clock() + self._settings.fingerprint_refresh_secs
         return True
 
     def _conflict(self, subject: Subject, recorded: Fingerprint, mine: Fingerprint) -> None:
@@ -376,15 +390,18 @@ class FingerprintWatch:
             f"{printable(subject.model)} ({printable(str(mine.space))}) is not what the bucket holds: {words}. That was recorded by "
             f"{printable(who)}; {then}. See `python -m jobs fingerprint show` and docs/fingerprint.md",
         )
-        self._claim(mine)
+        self._claim(subject, mine)
 
-    def _claim(self, mine: Fingerprint) -> None:
+    def _claim(self, subject: Subject, mine: Fingerprint) -> None:
         """Leave a trace of an engine that is not what was recorded, for operators."""
         if not self._settings.writes or mine.digest in self._claimed or len(self._claimed) >= _MAX_CLAIMED:
+            return
+        if self._clock() < subject.write_at:
             return
         try:
             self._store.claim(mine, Deadline.after(_LOOK_SECS))
         except HFBucketError as error:
+            self._refused(subject, error)
             self._warn(
                 f"{mine.model} claim {error.kind}", f"of this engine was not left for `jobs fingerprint show`: {error}"
             )

@@ -15,7 +15,7 @@ from hfbucket_plugin.cli.case import opened
 from hfbucket_plugin.cli.words import printable
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
-from hfbucket_plugin.fingerprint import Claim, Fingerprint, Record, differences, in_words
+from hfbucket_plugin.fingerprint import Claim, Fingerprint, NewerError, Record, differences, in_words
 from hfbucket_plugin.fingerprint_store import MAX_BYTES, FingerprintStore
 from jobs import exits, options, show
 from jobs.run import PAGE_SECS, REQUEST_SECS, code_of
@@ -153,6 +153,8 @@ def accept(  # noqa: PLR0917 - Typer makes options of them
     with options_checked():
         if (digest is None) == (from_file is None):
             raise ConfigError("name the fingerprint: --digest DIGEST, or --from-file FILE")
+        if digest is not None and not digest:  # the start of every digest, such as from a variable that is not set
+            raise ConfigError("--digest is empty: name the fingerprint as `show` tells it")
         given = _given(from_file, model) if from_file is not None else None
         if given is None and not model:
             raise ConfigError("name the model of the digest: --model NAME")
@@ -228,6 +230,8 @@ def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *,
 def _read(store: FingerprintStore, model: str) -> tuple[Found | None, str]:
     try:
         return store.read(model, _soon()), ""
+    except NewerError as error:
+        raise RefusedError(str(error)) from None
     except IntegrityError as error:
         return None, str(error)
 

@@ -123,7 +123,7 @@ def test_accept_takes_a_file_and_mends_a_record_that_cannot_be_read(met, tmp_pat
         ([], 2, "name the fingerprint"),
         (["--digest", "0"], 2, "--model NAME"),
         (["--digest", "zz", "--model", MODEL], 4, "no claim of 'org/model' with the digest 'zz': there are"),
-        (["--digest", "", "--model", MODEL], 4, "3 claims"),
+        (["--digest", "", "--model", MODEL], 2, "--digest is empty"),
         (["--from-file", "/nowhere"], 2, "cannot be read"),
         (["--from-file", "/dev/null"], 2, "no JSON"),
     ],
@@ -134,6 +134,17 @@ def test_accept_refuses(met, arguments, code, words):
     assert ran.code == code
     assert words in ran.stderr
     assert recorded(met).of(RECORDED.space) == RECORDED
+
+
+def test_accept_does_not_overwrite_what_a_later_release_recorded(met):
+    newer = json.dumps({"schema": 2, "model": MODEL, "variants": {"of": "another form"}}).encode()
+    upload(met.hub.endpoint, met.bucket_id, {f"{HEAD}.json": newer})
+
+    ran = fingerprint(met, "accept", "--model", MODEL, "--digest", OTHER.digest, "--yes")
+
+    assert ran.code == 4
+    assert "install the release that wrote it" in ran.stderr
+    assert download(met.hub.endpoint, met.bucket_id, f"{HEAD}.json") == newer
 
 
 def test_accept_does_not_overwrite_what_nobody_was_shown(met, monkeypatch):

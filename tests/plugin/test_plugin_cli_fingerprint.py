@@ -64,6 +64,20 @@ def test_two_fleets_are_named_with_what_tells_them_apart(desk):
     assert "hash_check (the seed, PYTHONHASHSEED) is 1f in the bucket and 2e there" in told
 
 
+def test_a_bucket_of_several_models_with_a_configuration_of_one(desk):
+    other = engine(model="org/other", chunk_size=512, model_revision="w2")
+    desk.put_objects({".hfbucket/fingerprints/org%2Fother.json": Record(model="org/other").having(other).to_json()})
+    desk.settings = {"fingerprint": "enforce", "model_revision": "w1"}
+    told = desk.doctor().told("fingerprint")
+
+    assert told.startswith("note: of 2 models: the configuration agrees with that of org/model, and not with others")
+    assert "org/other (classic, world size 2, bfloat16): model_revision is w2 in the bucket and w1 in this" in told
+
+    desk.settings["model_revision"] = "w2"
+    desk.put_objects({f"{NAME}.json": Record(model="org/model").having(engine(model_revision="w1")).to_json()})
+    assert desk.doctor().told("fingerprint").startswith("error: "), "it agrees with none"
+
+
 def test_one_that_cannot_be_read(desk):
     desk.put_objects({f"{NAME}.json": b"garbage"})
 

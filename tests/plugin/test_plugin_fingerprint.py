@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_support import any_text
 
+from hfbucket_plugin import fingerprint_facts
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.fingerprint import (
     COMPARED,
@@ -131,6 +132,17 @@ def test_stages_of_a_pipeline_may_have_other_numbers_of_layers():
     assert differences(engine(), engine(layout=stage.model_copy(update={"worker": 0})))
 
 
+def test_layouts_of_mp_mode_are_compared_and_completed_by_object_group():
+    first, second = (Group(shape=(2, layers, 16, 64), dtype="bfloat16", object_group=layers) for layers in (1, 2))
+    other = Group(shape=(2, 1, 16, 32), dtype="bfloat16", object_group=1)
+    one = engine(layout=Layout(groups=(second,)))
+    both = one.completed(engine(layout=Layout(groups=(first,))))
+
+    assert both.layout == Layout(groups=(first, second))
+    assert differences(one, both) == differences(both, one) == []
+    assert [found.field for found in differences(both, engine(layout=Layout(groups=(other,))))] == ["layout"]
+
+
 @given(fingerprints, st.data())
 def test_what_one_of_two_does_not_know_makes_no_difference(one, data):
     forgotten = data.draw(st.sets(st.sampled_from(COMPARED)))
@@ -227,3 +239,13 @@ def test_the_facts_are_told_in_words():
         "recorded": "256",
         "here": "1",
     }
+
+
+def test_a_hash_that_lmcache_does_not_tell_is_said_once_a_while(caplog, monkeypatch):
+    def missing(*_):
+        raise AttributeError("another LMCache")
+
+    monkeypatch.setattr(fingerprint_facts, "_looked_up", missing)
+
+    assert [fingerprint_facts.classic_check("a hash of its own") for _ in range(3)] == [None] * 3
+    assert caplog.text.count("LMCache's hash of 'a hash of its own' is not known: AttributeError: another LMCache") == 1

@@ -158,6 +158,20 @@ def test_a_store_before_any_lookup_tells_the_layout_too(adapters, hub, bucket):
     assert str(recorded(hub, bucket).variants[0].layout) == f"{SIZE} uint8"
 
 
+def test_object_groups_become_known_one_by_one(adapters, hub, bucket):
+    first = adapters()
+    put(first, [mp_key(1)])
+    becomes(first, "agrees")
+    put(first, [mp_key(1, group=1)])
+    eventually(lambda: len(recorded(hub, bucket).variants[0].layout.groups) == 2)
+    second = adapters(fingerprint="enforce")
+    put(second, [mp_key(2, group=1)])
+    becomes(second, "agrees")
+
+    assert put(second, [mp_key(2, group=1)]).is_successful()
+    assert first.tally.get(FINGERPRINT_CONFLICTS, field="layout") == 0
+
+
 @pytest.mark.parametrize("fingerprint", ["warn", "off"])
 def test_a_layout_that_is_none_stops_nothing(adapters, fingerprint):
     first = adapters(fingerprint=fingerprint, object_sizes="any")

@@ -7,6 +7,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, RefusedError
 from hfbucket_plugin.fingerprint import MAX_VARIANTS, Claim, Fingerprint, Record, differences
 from hfbucket_plugin.fingerprint_store import MAX_BYTES, MAX_CLAIMS, FingerprintStore
+from hfbucket_plugin.own_objects import OwnObjects
 from localhub.faults import Fault
 
 HEAD = "kv/.hfbucket/fingerprints"
@@ -155,6 +156,22 @@ def test_claims_that_cannot_be_read_are_told_one_by_one(store, hub, bucket):
     assert "org/other" in claims["1"].why
     assert "are no fingerprint" in claims["2"].why
     assert [claim.fingerprint for claim in claims.values() if claim.fingerprint] == [engine()]
+
+
+def test_claims_are_in_memory_a_few_at_a_time(store, hub, bucket, monkeypatch):
+    put = {f"{HEAD}/org%2Fmodel/{number:016x}.json": b" " * 1000 + str(number).encode() for number in range(40)}
+    upload(hub.endpoint, bucket, put)
+    batches = []
+    read = OwnObjects.read
+
+    def counted(own, objects, deadline):
+        batches.append(len(objects))
+        return read(own, objects, deadline)
+
+    monkeypatch.setattr(OwnObjects, "read", counted)
+
+    assert len(store.claims("org/model", soon())) == 40
+    assert max(batches) <= MAX_CLAIMS
 
 
 def test_a_record_that_is_refused_is_a_failure(store, hub):

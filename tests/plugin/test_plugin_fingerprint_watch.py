@@ -130,6 +130,33 @@ def test_what_was_known_is_believed_while_the_hub_does_not_answer(rigs, hub):
     assert bad.refusal() == CONFLICT
 
 
+@pytest.mark.parametrize("revision", ["v1", "v2"])
+def test_who_may_not_write_asks_no_more_than_others(rigs, hub, revision):
+    """A fleet whose token can only read must not use its quota up with records that it may not write."""
+    rig = rigs(fingerprint="warn", fingerprint_refresh_secs=100)
+    fault = hub.control.add_fault(Fault(route="batch", status=403))
+    subject = rig.watch.add(
+        MODEL, lambda: engine(revision).model_copy(update={"world_size": 2 if revision == "v1" else 1})
+    )
+    subject.refusal(storing=True)
+    eventually(lambda: hub.control.hits(fault) and not rig.watch._known[MODEL].busy)
+    tried = hub.control.hits(fault)
+    for _ in range(5):
+        before = rig.calls
+        rig.clock.now += 11
+        subject.refusal(storing=True)
+        eventually(lambda before=before: rig.calls > before and not rig.watch._known[MODEL].busy)
+
+    assert hub.control.hits(fault) == tried
+    assert rig.calls <= 8
+
+    hub.control.clear_faults()
+    rig.clock.now += 60
+    subject.refusal(storing=True)
+    kept = lambda: [c for c in rig.watch._store.claims(MODEL, Deadline.after(60)) if c.fingerprint == subject.facts()]  # noqa: E731
+    eventually(kept)
+
+
 @pytest.mark.parametrize(("fingerprint", "refusal"), [("warn", None), ("enforce", UNKNOWN)])
 def test_facts_that_cannot_be_made_stop_no_engine(rigs, caplog, fingerprint, refusal):
     rig = rigs(fingerprint=fingerprint)

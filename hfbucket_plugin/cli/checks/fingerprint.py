@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
 from hfbucket_plugin.cli.words import count
 from hfbucket_plugin.errors import IntegrityError
-from hfbucket_plugin.fingerprint import differences, in_words
+from hfbucket_plugin.fingerprint import differences, in_words, printable
 from hfbucket_plugin.fingerprint_config import as_configured
 from hfbucket_plugin.fingerprint_store import FingerprintStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hfbucket_plugin.cli.case import Case
     from hfbucket_plugin.fingerprint import Fingerprint
     from hfbucket_plugin.fingerprint_store import Claimed
@@ -39,20 +38,30 @@ def check(case: Case) -> Finding:
     store = FingerprintStore(case.bucket, case.named.name)
     try:
         models = case.ask("tree", lambda _: [*itertools.islice(store.models(case.timeout_secs), _MODELS)])
-        unpinned: list[str] = []
-        complaints = list(itertools.chain.from_iterable(_of(case, store, model, unpinned) for model in models))
+        examined = [_of(case, store, model) for model in models]
     finally:
         store.close()
+    differing = [words for one in examined for words in one.configured]
+    agreeing = next((one.model for one in examined if one.comparable and not one.configured), None)
+    complaints = [words for one in examined for words in one.wrong]
+    if agreeing is None:
+        complaints = differing + complaints
     if complaints:
-        more = f"; and {len(complaints) - _TOLD} more" if len(complaints) > _TOLD else ""
-        found = "; ".join(complaints[:_TOLD]) + more
+        found = _together(complaints)
         enforced = case.settings.fingerprint == "enforce"
         return error(NAME, found, _ACCEPT) if enforced else warning(NAME, found, _ACCEPT)
     if not models:
         return ok(NAME, "none is recorded yet")
-    said = f"of {count(len(models), 'model')}: the configuration agrees, as far as it says"
-    if unpinned:
-        drawn = f"{unpinned[0]} was recorded by an engine whose PYTHONHASHSEED was not set to a number"
+    many = f"of {count(len(models), 'model')}"
+    if differing:
+        return note(
+            NAME,
+            f"{many}: the configuration agrees with that of {agreeing}, and not with others: {_together(differing)}",
+            "it names no model: nothing is wrong where other engines serve those",
+        )
+    said = f"{many}: the configuration agrees, as far as it says"
+    if unpinned := next((one.unpinned for one in examined if one.unpinned), ""):
+        drawn = f"{unpinned} was recorded by an engine whose PYTHONHASHSEED was not set to a number"
         return note(
             NAME, f"{said}; {drawn}", "with vLLM each process then has keys of its own: set it for every engine"
         )
@@ -61,23 +70,49 @@ def check(case: Case) -> Finding:
     return ok(NAME, said)
 
 
-def _of(case: Case, store: FingerprintStore, model: str, unpinned: list[str]) -> Iterator[str]:
-    """What is wrong with a model; and, added to a list, those whose hash seed nobody set."""
+def _together(complaints: list[str]) -> str:
+    more = f"; and {len(complaints) - _TOLD} more" if len(complaints) > _TOLD else ""
+    return "; ".join(complaints[:_TOLD]) + more
+
+
+@dataclass(slots=True)
+class _Examined:
+    """What is recorded of a model, against the configuration and the claims beside it.
+
+    Attributes:
+        model: Its name.
+        comparable: Whether something is recorded of engines of the configuration's mode.
+        configured: How the configuration differs. It names no model, and so may be that of engines of another one.
+        wrong: What else is wrong.
+        unpinned: Of which space nobody set the hash seed.
+    """
+
+    model: str
+    comparable: bool = False
+    configured: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unpinned: str = ""
+
+
+def _of(case: Case, store: FingerprintStore, model: str) -> _Examined:
+    examined = _Examined(printable(model))
     try:
         found = case.ask("fingerprint", lambda deadline: store.read(model, deadline))
     except IntegrityError as caught:
-        yield str(caught)
-        return
+        examined.wrong.append(str(caught))
+        return examined
     claims = case.ask("fingerprint", lambda deadline: store.claims(model, deadline))
     for recorded in found.record.variants if found is not None else ():
-        head = f"{model} ({recorded.space})"
+        head = f"{examined.model} ({printable(str(recorded.space))})"
         if recorded.hash_seed_pinned is False and recorded.mode == "classic":
-            unpinned.append(head)
+            examined.unpinned = examined.unpinned or head
         here = as_configured(recorded, case.named)
+        examined.comparable |= here is not None
         if here is not None and (wrong := differences(recorded, here)):
-            yield f"{head}: {in_words(wrong, 'in this configuration')}"
-        yield from (f"{head}: {words}" for claim in claims if (words := _fleet(recorded, claim)))
-    yield from (claim.why for claim in claims if claim.fingerprint is None)
+            examined.configured.append(f"{head}: {in_words(wrong, 'in this configuration')}")
+        examined.wrong += [f"{head}: {words}" for claim in claims if (words := _fleet(recorded, claim))]
+    examined.wrong += [claim.why for claim in claims if claim.fingerprint is None]
+    return examined
 
 
 def _fleet(recorded: Fingerprint, claim: Claimed) -> str:
