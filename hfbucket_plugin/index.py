@@ -272,7 +272,8 @@ class KeyIndex:
     def _take(self, result: Refreshed, began: float) -> None:
         now = self._clock()
         if result.date is not None:
-            self._hub_offset = result.date + 0.5 - now  # a header shows whole seconds
+            passed = time.monotonic() - result.dated  # a snapshot may have been loaded meanwhile
+            self._hub_offset = result.date + 0.5 + passed - now  # a header shows whole seconds
         self._view, self._problem = result.view, result.problem
         # What no reader uses any more needs no journals, and nobody would prune them.
         self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs

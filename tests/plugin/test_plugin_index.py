@@ -1,5 +1,9 @@
 """The key index on both engine surfaces: what it saves, what it never does, and what happens without one."""
 
+import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
 import pytest
 from index_support import answers, build, counted_by_outcome, gauge, in_use, index_of
 from plugin_support import eventually, noise, paths, upload
@@ -7,7 +11,7 @@ from surface_support import PREFIX, fresh, path_of
 
 from faults.surface import CHUNK_BYTES, chunks_counted, content
 from hfbucket_plugin import metrics
-from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS
+from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS, IndexStore
 from localhub.faults import Fault
 
 SIXTEEN = range(16)
@@ -150,6 +154,35 @@ def test_what_a_snapshot_covers_is_not_told_again(hub, bucket, indexed, monkeypa
     assert len(index_of(writer)._journal) == 0
     assert len(index_of(writer)._view.changes) == 0
     assert writer.get([0, 1]) == [content(0), content(1)]
+
+
+@one_surface
+def test_the_hubs_time_is_known_however_long_a_snapshot_takes_to_load(hub, bucket, indexed, monkeypatch):
+    """What happened before a snapshot's listing is told no more, so a clock that is behind loses what came after it."""
+    index = index_of(indexed())
+    build(hub.endpoint, bucket)
+    late = 0.0
+
+    def clock():
+        return time.monotonic() + late
+
+    def slowly(store, pointer, deadline):
+        nonlocal late
+        late = 120.0  # a slow line
+        return quickly(store, pointer, deadline)
+
+    quickly = IndexStore.read_snapshot
+    monkeypatch.setattr(IndexStore, "read_snapshot", slowly)
+    monkeypatch.setattr(
+        "hfbucket_plugin.bucket._date", lambda _: datetime.now(UTC)
+    )  # which the real Hub says everywhere
+    monkeypatch.setattr("hfbucket_plugin.index.time", SimpleNamespace(monotonic=clock, time=time.time))
+    index._clock = clock
+
+    index.refresh()
+
+    assert late
+    assert abs(index._hub_now() - (time.time() + late)) < late / 2
 
 
 @one_surface
