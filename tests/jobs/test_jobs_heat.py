@@ -18,7 +18,7 @@ from faults.mp import MP
 from faults.surface import Limits
 from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import TransportError
+from hfbucket_plugin.errors import MissingError, ThrottledError, TransportError
 from hfbucket_plugin.heat import has_heat
 from hfbucket_plugin.heat_recorder import Hits
 from hfbucket_plugin.heat_table import heat_of
@@ -266,6 +266,33 @@ def test_a_listing_for_too_many_journals_keeps_the_heat_of_before(stocked, count
 def _too_many(*_):
     """As of a listing of several pages."""
     raise TransportError("more journals than are read")
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "code"), [(TransportError, 1, 0), (MissingError, 9, 0), (ThrottledError, 9, 3)]
+)
+def test_a_listing_forgets_no_heat_because_a_read_failed_and_makes_nothing_idle(hot, monkeypatch, error, times, code):
+    kept = error is not MissingError
+    before = pointer(hot)
+    with door(hot) as (bucket, _):
+        assert bucket.delete(of_index(hot, JOURNALS), Deadline.after(SECS)) == {}
+    fetch, failed = index_build.fetch_snapshot, []
+
+    def failing(bucket, store, which, path, deadline):
+        if path.name == "before.npy" and len(failed) < times:
+            failed.append(which)
+            raise error("the store did not answer")
+        fetch(bucket, store, which, path, deadline)
+
+    monkeypatch.setattr(index_build, "fetch_snapshot", failing)
+
+    build(hot, "--full", code=code)
+    assert failed
+    after = pointer(hot)
+    assert after.heat.known
+    assert (after.heat_since == before.heat_since) is kept
+    planned = hot.cleanup("--max-idle", "5d", "--max-delete", "100%").counts("planned")
+    assert planned == [8 if kept else 0]
 
 
 def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - the fixture
