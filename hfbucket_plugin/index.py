@@ -84,11 +84,10 @@ class KeyIndex:
         self._refreshing = threading.Lock()
         self._flushing = threading.Lock()
         self._recent = Recent()
-        self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
+        self._make_journals()
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
         self._heat = recorder_of(settings, clock())
-        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
@@ -231,6 +230,10 @@ class KeyIndex:
                 return
             if self._pid:  # a fork: a thread that is not here may have held these
                 self._refreshing, self._flushing = threading.Lock(), threading.Lock()
+                self._recent = self._recent.forked()
+                self._make_journals()  # what waited is the parent's to tell, and its journals are
+                if isinstance(self._source, SnapshotSource):
+                    self._source.writer = self._journal.writer
             names = [("refresh", self._run_refresh)] + [("journal", self._run_journal)] * self._journals
             try:
                 for name, run in names:
@@ -239,6 +242,11 @@ class KeyIndex:
                 self._limited.warning("thread", f"[{self._instance}] key index: not renewed for now: {error}")
                 return
             self._pid = os.getpid()
+
+    def _make_journals(self) -> None:
+        settings = self._settings
+        self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
+        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
 
     def _run_refresh(self) -> None:
         wait = 0.0

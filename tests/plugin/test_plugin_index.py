@@ -186,6 +186,23 @@ def test_the_hubs_time_is_known_however_long_a_snapshot_takes_to_load(hub, bucke
 
 
 @one_surface
+def test_a_forked_child_tells_by_journals_of_its_own_and_waits_for_no_thread_of_its_parents(indexed):
+    writer = indexed()
+    writer.put([0])
+    index = index_of(writer)
+    own = index._journal.writer
+    index._pid += 1  # as after a fork
+    index._recent._lock.acquire()  # which another thread held meanwhile
+
+    writer.put([1])
+
+    assert writer.lookup([0, 1]) == [True, True]
+    assert index._journal.writer not in {own, index._hits.writer}
+    assert index._source.writer == index._journal.writer
+    assert len(index._journal) == 1
+
+
+@one_surface
 def test_a_snapshot_is_made_of_the_one_before_and_the_journals(hub, bucket, surfaces, indexed, monkeypatch):
     surfaces().put([0, 1])
     writer = indexed()
