@@ -12,6 +12,7 @@ hits, which the Hub is asked about as without an index: so stale entries cannot 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -407,6 +408,25 @@ class KeyIndex:
             "heat": "off" if self._heat is None else "on",
             "problem": None if self._problem is None else str(self._problem),
         }
+
+    def finish(self, secs: float) -> None:
+        """Write a last journal, if there is news.
+
+        Args:
+            secs: How long to wait for it at most.
+        """
+        if not len(self._journal) or not self._alive or self._pid != os.getpid():
+            return
+        last = threading.Thread(target=self._last_flush, name=f"hfbucket-index-last-{self._instance}", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread is left: the next listing tells
+            last.start()
+            last.join(max(0.0, secs))
+
+    def _last_flush(self) -> None:
+        try:
+            self.flush()
+        except Exception:  # noqa: BLE001 - nobody is there any more who could do anything about it
+            _log.exception("[%s] key index: the last journal failed", self._instance)
 
     def close(self) -> None:
         """Renew and write nothing any more; waits for nothing."""

@@ -185,6 +185,30 @@ def test_the_hubs_time_is_known_however_long_a_snapshot_takes_to_load(hub, bucke
     assert abs(index._hub_now() - (time.time() + late)) < late / 2
 
 
+def test_what_a_process_put_last_is_known_when_it_has_ended(surfaces, indexed):
+    reader = indexed()
+    writer = surfaces(**BY_HAND)
+    in_use(writer)
+    writer.put([0])
+
+    writer.close()
+    index_of(reader).refresh()
+
+    assert reader.lookup([0]) == [True]
+
+
+@one_surface
+def test_a_process_ends_in_time_though_its_last_journal_cannot_be_written(hub, indexed):
+    writer = indexed(close_timeout_secs=0.5)
+    writer.put([0])
+    hub.control.add_fault(Fault(route="batch", hang=True))
+    began = time.monotonic()
+
+    writer.close()
+
+    assert time.monotonic() - began < 30
+
+
 @one_surface
 def test_a_forked_child_tells_by_journals_of_its_own_and_waits_for_no_thread_of_its_parents(indexed):
     writer = indexed()
