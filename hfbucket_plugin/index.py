@@ -218,7 +218,8 @@ class KeyIndex:
             digest, content = row.tobytes(), answers[key]
             believed = None if isinstance(answer, Absent) else answer
             if believed != content:
-                self._recent.told(digest, content, asked, self._clock(), self._hub_now())
+                # As of when it was asked: what others did while the answer was on its way overrules it.
+                self._recent.told(digest, content, asked, self._clock(), asked + self._hub_offset)
             else:
                 self._recent.drop(digest, asked)
 

@@ -210,6 +210,21 @@ def test_a_process_ends_in_time_though_its_last_journal_cannot_be_written(hub, i
 
 
 @one_surface
+def test_what_others_put_while_the_hub_answered_is_believed(surfaces, indexed):
+    reader, writer = indexed(), surfaces(**BY_HAND)
+    in_use(writer)
+    asked = time.monotonic()
+    writer.put([0])
+    assert index_of(writer).flush()
+    index_of(reader).refresh()
+
+    index_of(reader).told({reader.name(0): None}, asked - 1)  # an answer that is late
+    index_of(reader).refresh()
+
+    assert reader.lookup([0]) == [True]
+
+
+@one_surface
 def test_a_forked_child_tells_by_journals_of_its_own_and_waits_for_no_thread_of_its_parents(indexed):
     writer = indexed()
     writer.put([0])
