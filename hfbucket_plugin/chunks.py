@@ -279,6 +279,15 @@ class ChunkStore:
         """Remove temporary files of dead processes, beside whatever else is going on."""
         self._existence.in_background(self._scratch.sweep_quietly)
 
+    def finish(self, secs: float) -> None:
+        """Tell the key index's readers of the last puts, before `close`.
+
+        Args:
+            secs: How long to wait for that at most.
+        """
+        if self.index is not None:
+            self.index.finish(secs)
+
     def close(self) -> None:
         """Take no more work, and end all transfers at once; waits for nothing. No buffer is touched afterwards."""
         self.guard.close()

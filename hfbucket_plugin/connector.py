@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import Future, wait
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -290,11 +291,13 @@ class HFBucketConnector(RemoteConnector):
             self._closer.close()
 
     def _close(self) -> None:
+        end = time.monotonic() + self._settings.close_timeout_secs
         _, unfinished = wait(self._store.puts.pending.copy(), timeout=self._settings.close_timeout_secs)
         if unfinished:
             _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
         for pool in (self._calls, self._questions):
             pool.close()
+        self._store.finish(end - time.monotonic())
         self._watch.close()
         self._store.close()
 

@@ -12,6 +12,7 @@ hits, which the Hub is asked about as without an index: so stale entries cannot 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -84,11 +85,10 @@ class KeyIndex:
         self._refreshing = threading.Lock()
         self._flushing = threading.Lock()
         self._recent = Recent()
-        self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
+        self._make_journals()
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
         self._heat = recorder_of(settings, clock())
-        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
@@ -218,7 +218,8 @@ class KeyIndex:
             digest, content = row.tobytes(), answers[key]
             believed = None if isinstance(answer, Absent) else answer
             if believed != content:
-                self._recent.told(digest, content, asked, self._clock(), self._hub_now())
+                # As of when it was asked: what others did while the answer was on its way overrules it.
+                self._recent.told(digest, content, asked, self._clock(), asked + self._hub_offset)
             else:
                 self._recent.drop(digest, asked)
 
@@ -231,6 +232,10 @@ class KeyIndex:
                 return
             if self._pid:  # a fork: a thread that is not here may have held these
                 self._refreshing, self._flushing = threading.Lock(), threading.Lock()
+                self._recent = self._recent.forked()
+                self._make_journals()  # what waited is the parent's to tell, and its journals are
+                if isinstance(self._source, SnapshotSource):
+                    self._source.writer = self._journal.writer
             names = [("refresh", self._run_refresh)] + [("journal", self._run_journal)] * self._journals
             try:
                 for name, run in names:
@@ -239,6 +244,11 @@ class KeyIndex:
                 self._limited.warning("thread", f"[{self._instance}] key index: not renewed for now: {error}")
                 return
             self._pid = os.getpid()
+
+    def _make_journals(self) -> None:
+        settings = self._settings
+        self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
+        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
 
     def _run_refresh(self) -> None:
         wait = 0.0
@@ -272,7 +282,8 @@ class KeyIndex:
     def _take(self, result: Refreshed, began: float) -> None:
         now = self._clock()
         if result.date is not None:
-            self._hub_offset = result.date + 0.5 - now  # a header shows whole seconds
+            passed = time.monotonic() - result.dated  # a snapshot may have been loaded meanwhile
+            self._hub_offset = result.date + 0.5 + passed - now  # a header shows whole seconds
         self._view, self._problem = result.view, result.problem
         # What no reader uses any more needs no journals, and nobody would prune them.
         self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs
@@ -398,6 +409,25 @@ class KeyIndex:
             "heat": "off" if self._heat is None else "on",
             "problem": None if self._problem is None else str(self._problem),
         }
+
+    def finish(self, secs: float) -> None:
+        """Write a last journal, if there is news.
+
+        Args:
+            secs: How long to wait for it at most.
+        """
+        if not len(self._journal) or not self._alive or self._pid != os.getpid():
+            return
+        last = threading.Thread(target=self._last_flush, name=f"hfbucket-index-last-{self._instance}", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread is left: the next listing tells
+            last.start()
+            last.join(max(0.0, secs))
+
+    def _last_flush(self) -> None:
+        try:
+            self.flush()
+        except Exception:  # noqa: BLE001 - nobody is there any more who could do anything about it
+            _log.exception("[%s] key index: the last journal failed", self._instance)
 
     def close(self) -> None:
         """Renew and write nothing any more; waits for nothing."""

@@ -45,6 +45,7 @@ PARTS: Final = 64
 _BLOCK_ROWS: Final = 50_000
 _HEAT: Final = np.dtype([(name, WARM_ROW[name]) for name in ("digest_hi", "digest_lo", "last_hit", "heat")])
 _PAGE: Final = 1000
+_TRIES: Final = 3
 
 
 class _Parts:
@@ -213,7 +214,7 @@ def from_listing(
 ) -> Built:
     """Make a snapshot from a listing of the whole instance, with the heat that the one before and journals tell of.
 
-    Where these cannot be read heat begins anew, and the log says so: a listing has to help where an index is damaged.
+    Where these are not whole heat begins anew, and the log says so: a listing has to help where an index is damaged.
 
     Args:
         bucket: The instance's.
@@ -244,21 +245,13 @@ def _heat_for_listing(
     bucket: Bucket, store: IndexStore, file: SnapshotFile, directory: Path, *, request_secs: float, began: float
 ) -> tuple[Span, _Counted]:
     """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
-    before, path = Span(), directory / "before.npy"
+    path = directory / "before.npy"
     journals: list[Journal] = []
     try:
         journals = store.list(Deadline.after(request_secs)).journals
     except HFBucketError as error:  # too many of them, say, which this listing is to mend
         _log.warning("what journals tell of hits is lost: %s", error)
-    name = bucket.handle.join(POINTER)
-    try:
-        info = bucket.stat([name], Deadline.after(request_secs)).get(name)
-        pointer = None if info is None else store.read_pointer(info, Deadline.after(request_secs))
-        if pointer is not None and pointer.heat.known:
-            fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
-            before = pointer.heat
-    except HFBucketError as error:
-        _log.warning("heat begins anew: the snapshot before cannot be read: %s", error)
+    before, lost = _heat_before(bucket, store, path, request_secs)
     if before.known:
         with path.open("rb") as source:
             dtype = read_header(source, str(path)).dtype
@@ -273,7 +266,43 @@ def _heat_for_listing(
             tells.add(told.hits["told"], began)
         elif not isinstance(told, FormatError):  # hits that will be in no heat: a sample that is a little smaller
             _log.warning("a journal could not be read, and what it tells of hits is lost: %s", told)
-    return _span(tells, before, began)
+    span, counted = _span(tells, before, began)
+    if lost and not span.known:  # nothing may look idle because what was read is not known any more
+        return Span(began, span.until, began), (before.until, span.until)
+    return span, counted
+
+
+def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float) -> tuple[Span, bool]:
+    """Fetch the snapshot before, if it knows heat.
+
+    Returns:
+        For how long it knows it, and whether there was heat that cannot be read any more.
+
+    Raises:
+        HFBucketError: The Hub did not answer: that is no reason to forget what a month of reads has told.
+    """
+    name = bucket.handle.join(POINTER)
+    lost = False
+    for number in range(_TRIES):
+        info = bucket.stat([name], Deadline.after(request_secs)).get(name)
+        if info is None:
+            return Span(), lost
+        try:
+            pointer = store.read_pointer(info, Deadline.after(request_secs))
+            if not pointer.heat.known:
+                return Span(), False
+            lost = True
+            fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
+        except (
+            MissingError,
+            IntegrityError,
+            TransportError,
+        ) as error:  # a store may say the last of what it lacks, too
+            _log.warning("the heat of the snapshot before cannot be read (try %d of %d): %s", number + 1, _TRIES, error)
+        else:
+            return pointer.heat, False
+    _log.warning("heat begins anew: what was read until now is not known any more")
+    return Span(), lost
 
 
 def _span(tells: Tells, before: Span, began: float) -> tuple[Span, _Counted]:

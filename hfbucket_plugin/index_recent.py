@@ -61,6 +61,12 @@ class Recent:
         self._notes: OrderedDict[bytes, Note] = OrderedDict()
         self._most = most
 
+    def forked(self) -> Recent:
+        """The same for a forked child: a thread that is not there may hold the lock of these."""
+        recent = Recent(self._most)
+        recent._notes = self._notes.copy()
+        return recent
+
     def __len__(self) -> int:
         return len(self._notes)
 

@@ -52,7 +52,8 @@ class Refreshed:
         listed: The same.
         full: The same.
         heat_until: The same.
-        date: The Hub's time, in seconds since 1970, and our monotonic seconds when it came; None where it did not say.
+        date: The Hub's time, in seconds since 1970; None where it did not say.
+        dated: When that came, in our monotonic seconds: what was read afterwards took its time.
         problem: Why there is no view, or only an older one.
         folded: Journals that were folded in.
         garbage: Those that are none.
@@ -69,6 +70,7 @@ class Refreshed:
     full: float = 0.0
     heat_until: float = 0.0
     date: float | None = None
+    dated: float = field(default_factory=time.monotonic)
     problem: HFBucketError | None = None
     folded: int = 0
     garbage: int = 0
@@ -233,7 +235,7 @@ class ListingSource:
             result.calls += 1
             if date is not None:
                 began = date.timestamp() if result.date is None else began
-                result.date = date.timestamp()
+                result.date, result.dated = date.timestamp(), time.monotonic()
             parts.append(listed_rows(infos, self.bucket.handle))
             size += parts[-1].nbytes + 8 * len(parts[-1])
             if size > self.max_bytes:

@@ -442,6 +442,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._lookup_threads.close()
         self._load_threads.close()
         self._fingerprints.close()
+        self._store.finish(end - time.monotonic())
         self._store.close()
         for board in (self._stores, self._lookups, self._loads):
             board.close()

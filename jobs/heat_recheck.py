@@ -14,7 +14,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.heat_table import HeatUnknownError
 from hfbucket_plugin.index_format import FormatError
-from hfbucket_plugin.index_store import IndexStore, Told
+from hfbucket_plugin.index_store import POINTER, IndexStore, Told
 from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.keys import encode_name
 from jobs.batch import Ended, Outcome
@@ -165,6 +165,7 @@ def rechecking(
         bucket: The instance's.
         header: Of the plan.
         covers: Of the snapshot that the plan was just made by, in seconds since 1970; None for a plan that was made before.
+            Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
         now: The Hub's time.
         told: Is told of what is kept back.
         without: Whether to do without, whatever the plan goes by.
@@ -177,7 +178,7 @@ def rechecking(
         return
     with contextlib.ExitStack() as stack:
         table = None
-        if covers is None:
+        if covers is None or not _still_covers(bucket, covers):
             table = stack.enter_context(opened_heat(bucket, now, _REQUEST_SECS)).table
             if table is None:
                 raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
@@ -185,3 +186,15 @@ def rechecking(
         recheck = Recheck(bucket, table, covers, told)
         stack.callback(recheck.close)
         yield recheck.unused
+
+
+def _still_covers(bucket: Bucket, covers: float) -> bool:
+    """Whether the snapshot that a plan was made by is the present one still."""
+    store, path = IndexStore(bucket, "recheck"), bucket.handle.join(POINTER)
+    try:
+        info = bucket.stat([path], Deadline.after(_REQUEST_SECS)).get(path)
+        return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)).covers == covers
+    except HFBucketError:  # whoever reads all of it says what is wrong
+        return False
+    finally:
+        store.close()

@@ -60,7 +60,7 @@ class IndexJob:
 
     def __init__(self, named: NamedInstance, order: IndexOrder, file: ReportFile, stop: StopSwitch) -> None:
         self._named = named
-        self._order = order
+        self._order = replace(order, max_age_secs=named.settings.index_max_age_secs)
         self._file = file
         self._stop = stop
         self._started = time.monotonic()

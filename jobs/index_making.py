@@ -6,6 +6,7 @@ Whatever ends this before the pointer is written leaves the snapshot before in u
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ class IndexOrder:
     Attributes:
         full: Whether to make it of a listing, whether that is due or not; then a pointer that cannot be read is replaced, too.
         full_every_secs: How old the listing may be that an index goes back to.
+        max_age_secs: `index_max_age_secs` of the instance: with a snapshot that is older a listing is due.
         keep: How many snapshots stay, the present one included.
         grace: No old snapshot and no journal is deleted that is younger.
         dry_run: Whether to write nothing.
@@ -67,6 +69,7 @@ class IndexOrder:
 
     full: bool = False
     full_every_secs: float = 86400.0
+    max_age_secs: float = math.inf
     keep: int = 2
     grace: timedelta = timedelta(hours=1)
     dry_run: bool = False
@@ -125,7 +128,9 @@ class Maker:
             HFBucketError: Something did not arrive.
         """
         why = "--full asked for it" if self._order.full else ""
-        why = why or why_listing(found.pointer, now.timestamp(), self._order.full_every_secs, found.journals)
+        why = why or why_listing(
+            found.pointer, now.timestamp(), self._order.full_every_secs, found.journals, self._order.max_age_secs
+        )
         built: Built | None = None
         if not why:
             built, why = self._of_journals(scratch / "journals")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +22,9 @@ _SNAPSHOT: Final = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}\.npy")
 _AHEAD_SECS: Final = 60.0
 
 
-def why_listing(pointer: Pointer | None, now: float, every_secs: float, journals: int) -> str:
+def why_listing(
+    pointer: Pointer | None, now: float, every_secs: float, journals: int, max_age_secs: float = math.inf
+) -> str:
     """Why a snapshot has to be made of a listing; empty where the one before and the journals will do.
 
     Args:
@@ -29,6 +32,7 @@ def why_listing(pointer: Pointer | None, now: float, every_secs: float, journals
         now: The Hub's time, in seconds since 1970.
         every_secs: How old the listing that the present one goes back to may be.
         journals: How many there are.
+        max_age_secs: `index_max_age_secs`: writers tell nothing of what they do while the present one is older.
     """
     if pointer is None:
         return "there is no snapshot yet"
@@ -38,6 +42,8 @@ def why_listing(pointer: Pointer | None, now: float, every_secs: float, journals
         return "the times of the present snapshot are ahead of the Hub's clock"
     if now - pointer.full >= every_secs:
         return "the last listing is older than --full-every"
+    if now - pointer.covers >= max_age_secs:
+        return "the present snapshot is older than index_max_age_secs, and writers have told of nothing since"
     return ""
 
 

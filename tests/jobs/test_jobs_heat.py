@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from faults.classic import Classic, running_loop
 from faults.mp import MP
 from faults.surface import Limits
+from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import TransportError
+from hfbucket_plugin.errors import MissingError, ThrottledError, TransportError
 from hfbucket_plugin.heat import has_heat
 from hfbucket_plugin.heat_recorder import Hits
 from hfbucket_plugin.heat_table import heat_of
@@ -25,6 +26,7 @@ from hfbucket_plugin.index_format import snapshot_of
 from hfbucket_plugin.index_store import JOURNALS, POINTER
 from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.keys import encode_name
+from jobs.planning import Planning
 from jobs.policy import read as read_policy
 from warmer.cli import app as warmer_app
 
@@ -266,6 +268,33 @@ def _too_many(*_):
     raise TransportError("more journals than are read")
 
 
+@pytest.mark.parametrize(
+    ("error", "times", "code"), [(TransportError, 1, 0), (MissingError, 9, 0), (ThrottledError, 9, 3)]
+)
+def test_a_listing_forgets_no_heat_because_a_read_failed_and_makes_nothing_idle(hot, monkeypatch, error, times, code):
+    kept = error is not MissingError
+    before = pointer(hot)
+    with door(hot) as (bucket, _):
+        assert bucket.delete(of_index(hot, JOURNALS), Deadline.after(SECS)) == {}
+    fetch, failed = index_build.fetch_snapshot, []
+
+    def failing(bucket, store, which, path, deadline):
+        if path.name == "before.npy" and len(failed) < times:
+            failed.append(which)
+            raise error("the store did not answer")
+        fetch(bucket, store, which, path, deadline)
+
+    monkeypatch.setattr(index_build, "fetch_snapshot", failing)
+
+    build(hot, "--full", code=code)
+    assert failed
+    after = pointer(hot)
+    assert after.heat.known
+    assert (after.heat_since == before.heat_since) is kept
+    planned = hot.cleanup("--max-idle", "5d", "--max-delete", "100%").counts("planned")
+    assert planned == [8 if kept else 0]
+
+
 def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - the fixture
     from plugin_support import download
 
@@ -331,6 +360,23 @@ def test_a_plan_by_reads_is_not_carried_out_when_these_are_known_no_more(hot):
     assert (done.code, "--without-heat" in done.stderr) == (4, True)
     done = hot.run("apply", ran.summary["plan"], "--yes", "--without-heat")
     assert (done.code, done.counts("deleted")) == (0, [8])
+
+
+def test_what_was_read_while_it_was_planned_stays_though_its_journal_was_pruned(hot, monkeypatch, tmp_path):
+    """A listing takes long, and meanwhile a builder makes a snapshot and prunes what it has of journals."""
+    finish = Planning.finish
+
+    def late(planning):
+        finish(planning)
+        path = reads(Writer(hot), time.time(), k1=1)
+        with door(hot) as (bucket, store):
+            index_build.publish(store, index_build.from_journals(bucket, store, tmp_path, SECS), Deadline.after(SECS))
+            assert bucket.delete([path], Deadline.after(SECS)) == {}
+
+    monkeypatch.setattr(Planning, "finish", late)
+
+    ran = hot.cleanup("--max-idle", "5d", "--max-delete", "100%", "--yes")
+    assert (ran.code, ran.counts("deleted", "used")) == (0, [7, 1])
 
 
 def test_status_tells_the_hot_and_the_idle_share(hot, tmp_path):

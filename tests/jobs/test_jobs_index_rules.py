@@ -47,12 +47,13 @@ def journal(number, at):
         (pointer(full=T - 86400), 0, "the last listing is older than --full-every"),
         (pointer(full=T - 86399), MAX_JOURNALS, ""),
         (pointer(), MAX_JOURNALS + 1, "there are more than 20,000 journals"),
+        (pointer(covers=T - 6 * 3600), 0, "the present snapshot is older than index_max_age_secs"),
         (pointer(covers=T + 3600), 0, "ahead of the Hub's clock"),
         (pointer(full=T + 3600), 0, "ahead of the Hub's clock"),
     ],
 )
 def test_when_a_listing_is_due(there, journals, why):
-    told = why_listing(there, T, 86400.0, journals)
+    told = why_listing(there, T, 86400.0, journals, 6 * 3600.0)
 
     assert why in told
     assert bool(told) == bool(why)

@@ -1,5 +1,9 @@
 """The key index on both engine surfaces: what it saves, what it never does, and what happens without one."""
 
+import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
 import pytest
 from index_support import answers, build, counted_by_outcome, gauge, in_use, index_of
 from plugin_support import eventually, noise, paths, upload
@@ -7,7 +11,7 @@ from surface_support import PREFIX, fresh, path_of
 
 from faults.surface import CHUNK_BYTES, chunks_counted, content
 from hfbucket_plugin import metrics
-from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS
+from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS, IndexStore
 from localhub.faults import Fault
 
 SIXTEEN = range(16)
@@ -150,6 +154,91 @@ def test_what_a_snapshot_covers_is_not_told_again(hub, bucket, indexed, monkeypa
     assert len(index_of(writer)._journal) == 0
     assert len(index_of(writer)._view.changes) == 0
     assert writer.get([0, 1]) == [content(0), content(1)]
+
+
+@one_surface
+def test_the_hubs_time_is_known_however_long_a_snapshot_takes_to_load(hub, bucket, indexed, monkeypatch):
+    """What happened before a snapshot's listing is told no more, so a clock that is behind loses what came after it."""
+    index = index_of(indexed())
+    build(hub.endpoint, bucket)
+    late = 0.0
+
+    def clock():
+        return time.monotonic() + late
+
+    def slowly(store, pointer, deadline):
+        nonlocal late
+        late = 120.0  # a slow line
+        return quickly(store, pointer, deadline)
+
+    quickly = IndexStore.read_snapshot
+    monkeypatch.setattr(IndexStore, "read_snapshot", slowly)
+    monkeypatch.setattr(
+        "hfbucket_plugin.bucket._date", lambda _: datetime.now(UTC)
+    )  # which the real Hub says everywhere
+    monkeypatch.setattr("hfbucket_plugin.index.time", SimpleNamespace(monotonic=clock, time=time.time))
+    index._clock = clock
+
+    index.refresh()
+
+    assert late
+    assert abs(index._hub_now() - (time.time() + late)) < late / 2
+
+
+def test_what_a_process_put_last_is_known_when_it_has_ended(surfaces, indexed):
+    reader = indexed()
+    writer = surfaces(**BY_HAND)
+    in_use(writer)
+    writer.put([0])
+
+    writer.close()
+    index_of(reader).refresh()
+
+    assert reader.lookup([0]) == [True]
+
+
+@one_surface
+def test_a_process_ends_in_time_though_its_last_journal_cannot_be_written(hub, indexed):
+    writer = indexed(close_timeout_secs=0.5)
+    writer.put([0])
+    hub.control.add_fault(Fault(route="batch", hang=True))
+    began = time.monotonic()
+
+    writer.close()
+
+    assert time.monotonic() - began < 30
+
+
+@one_surface
+def test_what_others_put_while_the_hub_answered_is_believed(surfaces, indexed):
+    reader, writer = indexed(), surfaces(**BY_HAND)
+    in_use(writer)
+    asked = time.monotonic()
+    writer.put([0])
+    assert index_of(writer).flush()
+    index_of(reader).refresh()
+
+    index_of(reader).told({reader.name(0): None}, asked - 1)  # an answer that is late
+    index_of(reader).refresh()
+
+    assert reader.lookup([0]) == [True]
+
+
+@one_surface
+def test_a_forked_child_tells_by_journals_of_its_own_and_waits_for_no_thread_of_its_parents(indexed):
+    writer = indexed()
+    writer.put([0])
+    index = index_of(writer)
+    own = index._journal.writer
+    index._pid += 1  # as after a fork
+    index._recent._lock.acquire()  # which another thread held meanwhile
+
+    writer.put([1])
+
+    assert writer.lookup([0, 1]) == [True, True]
+    assert index._journal.writer not in {own, index._hits.writer}
+    assert index._source.writer == index._journal.writer
+    assert len(index._journal) == 1
 
 
 @one_surface
