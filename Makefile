@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 VLLM_PYTHON ?= python3.11
 VLLM_VENV := .venv-vllm
 
-# Two groups of tests by name, the rest is the third.
+# Three groups of tests by name, of about the same time each; the rest is the fourth.
 PLUGIN := tests/plugin
-WARMER := tests/warmer
+CLUSTERS := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,fanout fleet labels job l1_runs local_cpu_runs))
+WARMER := tests/warmer tests/mp tests/demo
 
-.PHONY: demo e2e-vllm test test-plugin test-warmer test-others faults soak lint format docs clean
+.PHONY: demo e2e-vllm test test-plugin test-clusters test-warmer test-others faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,14 +34,17 @@ $(VLLM_VENV)/.installed: e2e/constraints.txt
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
-test: $(STAMP)  ## every test: three processes side by side, since most tests wait for servers
-	$(MAKE) --no-print-directory --jobs=3 test-plugin test-warmer test-others
+test: $(STAMP)  ## every test: four processes side by side, since most tests wait for servers
+	$(MAKE) --no-print-directory --jobs=4 test-plugin test-clusters test-warmer test-others
 
 test-plugin: $(STAMP)
 	$(BIN)/python -m pytest -q $(PLUGIN)
 
+test-clusters: $(STAMP)
+	$(BIN)/python -m pytest -q $(CLUSTERS)
+
 test-warmer: $(STAMP)
-	$(BIN)/python -m pytest -q $(WARMER)
+	$(BIN)/python -m pytest -q $(WARMER) $(addprefix --ignore=,$(CLUSTERS))
 
 test-others: $(STAMP)
 	$(BIN)/python -m pytest -q $(filter-out $(PLUGIN) $(WARMER) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
