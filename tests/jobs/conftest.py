@@ -22,3 +22,13 @@ def depot(hub, bucket, tmp_path):
     from depot import Depot
 
     return Depot(hub, bucket, tmp_path)
+
+
+@pytest.fixture
+def stocked(depot):
+    """A bucket with old chunks in it, and new ones."""
+    from depot import DAY, NEW, OLD
+
+    depot.put(OLD, age=20 * DAY)
+    depot.put(NEW, age=1 * DAY)
+    return depot

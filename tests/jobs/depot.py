@@ -41,6 +41,11 @@ def mp_key(number: int, model: str = MODEL) -> str:
     return f"{model}@02000200@1@{number + 0x1000:08x}"
 
 
+OLD = [key(number) for number in range(4)]
+NEW = [key(number) for number in range(100, 120)]
+"""What the fixture `stocked` puts in: 20 days old, and one."""
+
+
 @dataclass
 class Ran:
     """A command that has ended."""

@@ -6,18 +6,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from depot import DAY, key
+from depot import DAY, NEW, OLD
 from huggingface_hub import HfApi
-
-OLD = [key(number) for number in range(4)]
-NEW = [key(number) for number in range(100, 120)]
-
-
-@pytest.fixture
-def stocked(depot):
-    depot.put(OLD, age=20 * DAY)
-    depot.put(NEW, age=1 * DAY)
-    return depot
 
 
 def all_of_it(depot, lines):

@@ -3,19 +3,9 @@
 import json
 
 import pytest
-from depot import DAY, HOUR, INSTANCE, MODEL, PREFIX, ended, key, mp_key
+from depot import DAY, HOUR, INSTANCE, MODEL, NEW, OLD, PREFIX, ended, mp_key
 
 from localhub.faults import Fault
-
-OLD = [key(number) for number in range(4)]
-NEW = [key(number) for number in range(100, 120)]
-
-
-@pytest.fixture
-def stocked(depot):
-    depot.put(OLD, age=20 * DAY)
-    depot.put(NEW, age=1 * DAY)
-    return depot
 
 
 def test_old_chunks_go_and_a_report_stays(stocked, tmp_path):

@@ -4,22 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from depot import DAY, PREFIX, key
+from depot import DAY, NEW, OLD, PREFIX, key
 from huggingface_hub import HfApi
 from plugin_support import SECRET
 
 from hfbucket_plugin.bucket import Bucket
 from localhub.faults import Fault
-
-OLD = [key(number) for number in range(4)]
-NEW = [key(number) for number in range(100, 120)]
-
-
-@pytest.fixture
-def stocked(depot):
-    depot.put(OLD, age=20 * DAY)
-    depot.put(NEW, age=1 * DAY)
-    return depot
 
 
 def test_more_than_max_delete_refuses_the_whole(stocked):

@@ -3,22 +3,11 @@
 import os
 import signal
 
-import pytest
-from depot import DAY, key
+from depot import NEW, OLD
 from lane import Lane
 from plugin_support import noise
 
 from jobs.report import ReportFile, Tally
-
-OLD = [key(number) for number in range(4)]
-NEW = [key(number) for number in range(100, 120)]
-
-
-@pytest.fixture
-def stocked(depot):
-    depot.put(OLD, age=20 * DAY)
-    depot.put(NEW, age=1 * DAY)
-    return depot
 
 
 def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):

@@ -2,18 +2,10 @@
 
 import signal
 
-from depot import DAY, ended, key
+from depot import NEW, OLD, ended
 from plugin_support import eventually
 
 from localhub.faults import Fault
-
-OLD = [key(number) for number in range(4)]
-NEW = [key(number) for number in range(100, 120)]
-
-
-def stock(depot):
-    depot.put(OLD, age=20 * DAY)
-    depot.put(NEW, age=1 * DAY)
 
 
 def hanging(depot, *more):
@@ -26,12 +18,11 @@ def hanging(depot, *more):
     return process
 
 
-def test_two_at_once_one_works_and_one_names_it(depot):
-    stock(depot)
-    first = hanging(depot)
+def test_two_at_once_one_works_and_one_names_it(stocked):
+    first = hanging(stocked)
 
-    second = ended(depot.started("rm", OLD[0], "--yes"))
-    depot.hub.control.clear_faults()
+    second = ended(stocked.started("rm", OLD[0], "--yes"))
+    stocked.hub.control.clear_faults()
     worked = ended(first)
 
     assert second.code == 4
@@ -39,52 +30,49 @@ def test_two_at_once_one_works_and_one_names_it(depot):
     assert f"pid {first.pid}" in second.stderr
     assert second.summary["result"] == "refused"
     assert (worked.code, worked.counts("deleted")) == (0, [4]), worked.stderr
-    assert not [path for path in depot.all_paths() if "/locks/" in path]
+    assert not [path for path in stocked.all_paths() if "/locks/" in path]
 
 
-def test_after_a_kill_the_next_one_takes_over(depot):
-    stock(depot)
-    first = hanging(depot, "--lock-lifetime", "2s")
+def test_after_a_kill_the_next_one_takes_over(stocked):
+    first = hanging(stocked, "--lock-lifetime", "2s")
     first.kill()
     first.communicate()
-    depot.hub.control.clear_faults()
-    assert [path for path in depot.all_paths() if "/locks/" in path]
+    stocked.hub.control.clear_faults()
+    assert [path for path in stocked.all_paths() if "/locks/" in path]
 
-    worked = eventually(lambda: (ran := depot.cleanup("--max-age", "14d", "--yes")).code != 4 and ran)
+    worked = eventually(lambda: (ran := stocked.cleanup("--max-age", "14d", "--yes")).code != 4 and ran)
 
     assert (worked.code, worked.counts("deleted")) == (0, [4]), worked.stderr
-    assert depot.left() == depot.paths_of(NEW)
-    assert not [path for path in depot.all_paths() if "/locks/" in path]
+    assert stocked.left() == stocked.paths_of(NEW)
+    assert not [path for path in stocked.all_paths() if "/locks/" in path]
 
 
-def test_a_lock_that_was_lost_stops_the_deleting(depot):
+def test_a_lock_that_was_lost_stops_the_deleting(stocked):
     """A holder that slept for longer than its lock lived deletes nothing when it wakes up."""
-    stock(depot)
-    first = hanging(depot, "--lock-lifetime", "2s", "--batch-size", "1", "--parallel", "1")
+    first = hanging(stocked, "--lock-lifetime", "2s", "--batch-size", "1", "--parallel", "1")
     first.send_signal(signal.SIGSTOP)
     # Only the lock's routes are asked by this one: there is nothing that it may delete.
-    other = eventually(lambda: (ran := depot.run("rm", "nobody", "--yes")).code != 4 and ran)
+    other = eventually(lambda: (ran := stocked.run("rm", "nobody", "--yes")).code != 4 and ran)
     assert other.code == 0, other.stderr
-    depot.hub.control.clear_faults()
+    stocked.hub.control.clear_faults()
     first.send_signal(signal.SIGCONT)
     late = ended(first)
 
     assert late.code == 4, late.stderr
     assert "nothing more is deleted" in late.stderr
     assert late.counts("deleted") == [0]
-    assert len(depot.left()) == 24
+    assert len(stocked.left()) == 24
 
 
-def test_one_that_is_stopped_while_it_lists_lets_the_next_one_in(depot):
-    stock(depot)
-    control = depot.hub.control
+def test_one_that_is_stopped_while_it_lists_lets_the_next_one_in(stocked):
+    control = stocked.hub.control
     fault = control.add_fault(Fault(route="tree", path_regex=r"/tree/kv/us/$", hang=True))
-    process = depot.started("cleanup", "--max-age", "14d", "--yes")
+    process = stocked.started("cleanup", "--max-age", "14d", "--yes")
     eventually(lambda: control.hits(fault))
     process.terminate()
     ran = ended(process)
     control.clear_faults()
 
     assert ran.code == 5, ran.stderr
-    assert not [path for path in depot.all_paths() if "/locks/" in path]
-    assert depot.cleanup("--max-age", "14d", "--yes").counts("deleted") == [4]
+    assert not [path for path in stocked.all_paths() if "/locks/" in path]
+    assert stocked.cleanup("--max-age", "14d", "--yes").counts("deleted") == [4]
