@@ -29,6 +29,7 @@ _HTTP_SECONDS = 30.0
 _STOP_SECONDS = 30.0
 _SHOWN_LOG_CHARS = 6000
 _QUIET = {
+    "LMCACHE_LOG_LEVEL": "INFO",  # what this process asks for itself is not inherited: the log says why a server ended
     "LMCACHE_TRACK_USAGE": "false",
     "LMCACHE_DISABLE_BANNER": "1",
     "DO_NOT_TRACK": "1",

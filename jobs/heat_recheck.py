@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.heat_table import HeatTable
+    from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.index_table import Rows
     from jobs.plan import Header, Item
 
@@ -153,7 +154,7 @@ class Recheck:
 def rechecking(
     bucket: Bucket,
     header: Header,
-    covers: float | None,
+    planned_by: Pointer | None,
     now: datetime,
     told: Callable[[Ended[Item]], None],
     *,
@@ -164,7 +165,7 @@ def rechecking(
     Args:
         bucket: The instance's.
         header: Of the plan.
-        covers: Of the snapshot that the plan was just made by, in seconds since 1970; None for a plan that was made before.
+        planned_by: The snapshot that the plan was just made by; None for a plan that was made before.
             Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
         now: The Hub's time.
         told: Is told of what is kept back.
@@ -177,23 +178,23 @@ def rechecking(
         yield lambda items: items
         return
     with contextlib.ExitStack() as stack:
-        table = None
-        if covers is None or not _still_covers(bucket, covers):
+        table, pointer = None, planned_by
+        if pointer is None or not _is_present(bucket, pointer):
             table = stack.enter_context(opened_heat(bucket, now, _REQUEST_SECS)).table
             if table is None:
                 raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
-            covers = table.pointer.covers
-        recheck = Recheck(bucket, table, covers, told)
+            pointer = table.pointer
+        recheck = Recheck(bucket, table, pointer.covers, told)
         stack.callback(recheck.close)
         yield recheck.unused
 
 
-def _still_covers(bucket: Bucket, covers: float) -> bool:
-    """Whether the snapshot that a plan was made by is the present one still."""
+def _is_present(bucket: Bucket, pointer: Pointer) -> bool:
+    """Whether a snapshot is the present one still. What it covers does not tell: the Hub's clock has seconds."""
     store, path = IndexStore(bucket, "recheck"), bucket.handle.join(POINTER)
     try:
         info = bucket.stat([path], Deadline.after(_REQUEST_SECS)).get(path)
-        return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)).covers == covers
+        return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)) == pointer
     except HFBucketError:  # whoever reads all of it says what is wrong
         return False
     finally:

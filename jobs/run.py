@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.handle import BucketHandle
+    from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.named import NamedInstance
     from jobs.apply import End
     from jobs.batch import Ended
@@ -131,7 +132,7 @@ class Job:
         self._tally = Tally(file)
         self._chunks_gone = Extent()
         self._teller: Teller | None = None
-        self._heat_covers: float | None = None
+        self._planned_by: Pointer | None = None
         self._resumed = False
         self._message = ""
 
@@ -255,7 +256,7 @@ class Job:
         tick: Callable[[], None],
     ) -> PlanFile:
         order = self._order
-        self._heat_covers = None if heat.table is None else heat.table.pointer.covers
+        self._planned_by = None if heat.table is None else heat.table.pointer
         header = Header(
             self._name,
             self._named.name,
@@ -308,7 +309,7 @@ class Job:
         with (
             self._stop.orderly(),
             telling(bucket) as teller,
-            rechecking(bucket, plan.header, self._heat_covers, now, self._count, without=order.without_heat) as unused,
+            rechecking(bucket, plan.header, self._planned_by, now, self._count, without=order.without_heat) as unused,
             executing(self._named, bucket, self._order) as executor,
         ):
             self._teller = teller
