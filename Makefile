@@ -8,12 +8,21 @@ STAMP := $(VENV)/.installed
 VLLM_PYTHON ?= python3.11
 VLLM_VENV := .venv-vllm
 
-# Three groups of tests by name, of about the same time each; the rest is the fourth.
-PLUGIN := tests/plugin
-CLUSTERS := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,fanout fleet labels job l1_runs local_cpu_runs))
-WARMER := tests/warmer tests/mp tests/demo
+# Tests that run side by side, in groups of about the same time each. What no group names is in the last one.
+CLUSTERS := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,fleet labels job l1_runs local_cpu_runs canary))
+PLUGIN_F_TO_L := $(wildcard tests/plugin/test_plugin_[f-l]*.py)
+GROUP_1 := $(filter-out $(PLUGIN_F_TO_L),$(wildcard tests/plugin/test_*.py)) tests/mp
+GROUP_2 := $(PLUGIN_F_TO_L) tests/localhub tests/demo
+GROUP_3 := $(CLUSTERS)
+GROUP_4 := $(filter-out $(CLUSTERS),$(wildcard tests/warmer/test_*.py))
+NAMED := tests/plugin tests/mp tests/localhub tests/demo tests/warmer
+GROUP_5 := $(filter-out $(NAMED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+GROUPS := 1 2 3 4 5
+# Those that compare a model with the real thing.
+MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
+	tests/warmer/test_warmer_apply_model.py
 
-.PHONY: demo e2e-vllm test test-plugin test-clusters test-warmer test-others faults soak lint format docs clean
+.PHONY: demo e2e-vllm test $(GROUPS:%=test-%) thorough faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,20 +43,14 @@ $(VLLM_VENV)/.installed: e2e/constraints.txt
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
-test: $(STAMP)  ## every test: four processes side by side, since most tests wait for servers
-	$(MAKE) --no-print-directory --jobs=4 test-plugin test-clusters test-warmer test-others
+test: $(STAMP)  ## every test: five processes side by side, since most tests wait for servers
+	$(MAKE) --no-print-directory --jobs=5 $(GROUPS:%=test-%)
 
-test-plugin: $(STAMP)
-	$(BIN)/python -m pytest -q $(PLUGIN)
+$(GROUPS:%=test-%): test-%: $(STAMP)
+	$(BIN)/python -m pytest -q $(GROUP_$*)
 
-test-clusters: $(STAMP)
-	$(BIN)/python -m pytest -q $(CLUSTERS)
-
-test-warmer: $(STAMP)
-	$(BIN)/python -m pytest -q $(WARMER) $(addprefix --ignore=,$(CLUSTERS))
-
-test-others: $(STAMP)
-	$(BIN)/python -m pytest -q $(filter-out $(PLUGIN) $(WARMER) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+thorough: $(STAMP)  ## models against the real thing, with twenty times the examples; half an hour
+	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q --timeout=3600 $(MODELS)
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m faults

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from lane import Lane
+from thorough import examples
 
 from hfbucket_plugin.keys import encode_name
 from jobs.moving import Mover
@@ -224,7 +225,7 @@ def test_an_export_loses_nothing_and_replaces_what_it_may(hub, new_bucket, tmp_p
     run_state_machine_as_test(
         OnThis,
         settings=settings(
-            max_examples=8,
+            max_examples=examples(5),
             stateful_step_count=8,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from thorough import examples
 
 from jobs.lock import Lock
 from localhub.faults import Fault
@@ -199,7 +200,7 @@ def test_nothing_outside_the_plan_is_ever_lost(hub, new_bucket, tmp_path, monkey
     run_state_machine_as_test(
         OnThis,
         settings=settings(
-            max_examples=8,
+            max_examples=examples(5),
             stateful_step_count=8,
             deadline=None,
             suppress_health_check=list(HealthCheck),

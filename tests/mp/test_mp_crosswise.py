@@ -1,6 +1,5 @@
 """What LMCache's own adapter wrote, ours reads in a real server, and the reverse; and what ours tells there."""
 
-import itertools
 import json
 
 import pytest
@@ -20,13 +19,21 @@ from hfbucket_plugin.metrics import Tally
 from hfbucket_plugin.settings import load
 from localhub.faults import Fault
 
-_numbers = itertools.count(1)
 
+@pytest.fixture(scope="module")
+def place_of(session_hub, tmp_path_factory):
+    """The place that a kind of adapter has filled, and that has a key index; each is filled once."""
+    places = {}
 
-@pytest.fixture
-def place(hub):
-    place = Place(hub.endpoint, f"tests/mp-cross-{next(_numbers)}")
-    HfApi(endpoint=hub.endpoint, token=False).create_bucket(place.bucket_id)
+    def place(writer):
+        if writer not in places:
+            made = Place(session_hub.endpoint, f"tests/mp-cross-{len(places)}")
+            HfApi(endpoint=made.endpoint, token=False).create_bucket(made.bucket_id)
+            filled_by(writer, made)
+            publish_index(made, tmp_path_factory.mktemp("index"))
+            places[writer] = made
+        return places[writer]
+
     return place
 
 
@@ -52,9 +59,8 @@ def publish_index(place, directory):
 
 
 @pytest.mark.parametrize(("writer", "reader"), [(built_in, ours), (ours, built_in), (built_in, indexed)])
-def test_one_reads_what_the_other_wrote_beside_a_key_index(place, writer, reader, tmp_path):
-    filled_by(writer, place)
-    publish_index(place, tmp_path)
+def test_one_reads_what_the_other_wrote_beside_a_key_index(hub, place_of, writer, reader):
+    place = place_of(writer)
 
     with serving(reader, place) as server:
         if reader is indexed:
@@ -66,8 +72,8 @@ def test_one_reads_what_the_other_wrote_beside_a_key_index(place, writer, reader
             assert server.count("hfbucket_hub_requests_total", route="paths-info") == 0
 
 
-def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(hub, place):
-    filled_by(ours, place)
+def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(hub, place_of):
+    place = place_of(ours)
 
     with serving(ours, place) as server:
         hub.control.add_fault(Fault(route="paths-info", hang=True))

@@ -33,6 +33,7 @@ def test_put_get_and_exists_pass_with_default_settings(hub, bucket, tmp_path):
             {
                 "remote_storage_plugins": ["hfbucket"],
                 "remote_url": "plugin://hfbucket",
+                "max_local_cpu_size": 0.5,  # GiB; all of it is written at the start
                 "extra_config": {f"remote_storage_plugin.hfbucket.{name}": extra[name] for name in extra},
             }
         )

@@ -168,6 +168,23 @@ def test_what_cannot_be_deleted_is_named(desk, monkeypatch, stored, error, calls
 # --- told to end meanwhile ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def obeyed():
+    """Signals as in a terminal: what runs in the background or under nohup is born deaf to two of them."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+        )
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("obeyed")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_nothing_is_left(desk, monkeypatch, stored, number):
     monkeypatch.setattr(probe_write._Probe, "compare", lambda _: os.kill(os.getpid(), number))

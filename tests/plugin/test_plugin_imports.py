@@ -1,6 +1,7 @@
 """What may be imported by whom: the wheel without extras goes into inference engines."""
 
 import ast
+import functools
 import graphlib
 import json
 import re
@@ -60,6 +61,7 @@ def core():
     return [path for path in modules_of("hfbucket_plugin") if not is_command_line(path)]
 
 
+@functools.cache
 def rooms():
     """The modules of the plugin, each with those that it imports."""
     return {

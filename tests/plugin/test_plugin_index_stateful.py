@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from index_support import SECS, in_use, index_of
 from plugin_support import noise, opened, paths, upload
 from surface_support import PREFIX, path_of
+from thorough import examples
 
 from faults.classic import Classic, running_loop
 from faults.mp import MP
@@ -279,7 +280,7 @@ def test_a_fleet(hub, monkeypatch, kind):
         run_state_machine_as_test(
             Fleet,
             settings=settings(
-                max_examples=6 if kind == "mp" else 2,
+                max_examples=examples(4 if kind == "mp" else 2),
                 stateful_step_count=25,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

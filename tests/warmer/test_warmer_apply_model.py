@@ -12,6 +12,7 @@ from applying import applied, applied_until_killed
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from thorough import examples
 from warming import MODEL, Warehouse, content
 
 from hfbucket_plugin.keys import ClassicKey, parse_key
@@ -192,29 +193,28 @@ class Applying(RuleBasedStateMachine):
 def test_applying_plans(new_bucket, hub):
     run_state_machine_as_test(
         type("OnThisHub", (Applying,), {"hub": hub, "new_bucket": staticmethod(new_bucket)}),
-        settings=settings(max_examples=20, stateful_step_count=12, deadline=None, database=None),
+        settings=settings(max_examples=examples(10), stateful_step_count=12, deadline=None, database=None),
     )
 
 
 @pytest.mark.timeout(200)
 def test_a_run_killed_at_any_step_shows_whole_chunks_only(hub, bucket, tmp_path):
-    """One chunk is new, and one takes the place of a file of another length."""
+    """The chunk takes the place of a file of another length. New ones are killed in `Applying`."""
     warehouse = Warehouse(hub.endpoint, bucket, tmp_path)
-    new, old = KEYS[:2]
-    warehouse.put({new: content(1, 3000), old: content(2, 3000)})
+    key, whole = KEYS[0], content(1, 3000)
+    warehouse.put({key: whole})
     warehouse.plan(f"{MODEL}@2@")
     killed = []
     for step in itertools.count(1):
-        file = warehouse.declaration().file(old)
+        file = warehouse.declaration().file(key)
         shutil.rmtree(warehouse.tier, ignore_errors=True)
         file.parent.mkdir()
         file.write_bytes(b"of another length")
         if not applied_until_killed(warehouse.config, tmp_path / "plan.jsonl", None, step):
             break
         killed.append(warehouse.in_tier())
-        assert killed[-1].pop(old) in (b"of another length", content(2, 3000)), step
-        assert killed[-1].pop(new, content(1, 3000)) == content(1, 3000), step
-        assert not killed[-1], step
-    assert len(killed) > 10
+        assert killed[-1] in ({key: b"of another length"}, {key: whole}), step
+    assert len(killed) > 8
+    assert {key: b"of another length"} in killed
     assert warehouse.in_tier() == warehouse.chunks
     assert warehouse.leftovers() == []
