@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -219,7 +220,7 @@ class MPServer:
     def _answers(self) -> bool:
         try:
             self.request("GET", "/healthcheck")
-        except OSError:
+        except (OSError, http.client.HTTPException):  # the latter of somebody else, who was faster to take the port
             return False
         return True
 

@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 from warming import INSTANCE
 
 from hfbucket_plugin import metrics
@@ -70,11 +72,19 @@ def _apply_and_die(config: Path, plan: Path, ranks, step: int) -> None:
     applied(config, plan, ranks)
 
 
+def _forkserver():
+    """Processes that begin with all modules loaded: the server would else not find this one, and say nothing of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
 def applied_until_killed(config: Path, plan: Path, ranks, step: int) -> bool:
     """Apply a plan in a process that is killed just after its step number `step` on files; whether it was."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["applying"])
-    process = context.Process(target=_apply_and_die, args=(config, plan, ranks, step))
+    process = _forkserver().Process(target=_apply_and_die, args=(config, plan, ranks, step))
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

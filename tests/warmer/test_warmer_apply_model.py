@@ -193,28 +193,29 @@ class Applying(RuleBasedStateMachine):
 def test_applying_plans(new_bucket, hub):
     run_state_machine_as_test(
         type("OnThisHub", (Applying,), {"hub": hub, "new_bucket": staticmethod(new_bucket)}),
-        settings=settings(max_examples=examples(10), stateful_step_count=12, deadline=None, database=None),
+        settings=settings(max_examples=examples(15), stateful_step_count=12, deadline=None, database=None),
     )
 
 
 @pytest.mark.timeout(200)
 def test_a_run_killed_at_any_step_shows_whole_chunks_only(hub, bucket, tmp_path):
-    """The chunk takes the place of a file of another length. New ones are killed in `Applying`."""
+    """One chunk is new, and one takes the place of a file of another length."""
     warehouse = Warehouse(hub.endpoint, bucket, tmp_path)
-    key, whole = KEYS[0], content(1, 3000)
-    warehouse.put({key: whole})
+    new, old = KEYS[:2]
+    warehouse.put({new: content(1, 3000), old: content(2, 3000)})
     warehouse.plan(f"{MODEL}@2@")
     killed = []
     for step in itertools.count(1):
-        file = warehouse.declaration().file(key)
+        file = warehouse.declaration().file(old)
         shutil.rmtree(warehouse.tier, ignore_errors=True)
         file.parent.mkdir()
         file.write_bytes(b"of another length")
         if not applied_until_killed(warehouse.config, tmp_path / "plan.jsonl", None, step):
             break
         killed.append(warehouse.in_tier())
-        assert killed[-1] in ({key: b"of another length"}, {key: whole}), step
-    assert len(killed) > 8
-    assert {key: b"of another length"} in killed
+        assert killed[-1].pop(old) in (b"of another length", content(2, 3000)), step
+        assert killed[-1].pop(new, content(1, 3000)) == content(1, 3000), step
+        assert not killed[-1], step
+    assert len(killed) > 10
     assert warehouse.in_tier() == warehouse.chunks
     assert warehouse.leftovers() == []

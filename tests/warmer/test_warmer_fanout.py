@@ -239,20 +239,7 @@ def lose(cluster, node):
             worker.kill()
 
 
-def test_a_node_that_joins_takes_the_place_of_a_lost_one(cluster, few):
-    before = set(ids(cluster))
-    dead, process = lose_in_mid_run(cluster, few, "--replace-nodes")
-    joined = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    ran = end(process)
-    by_id = {node["id"]: node for node in ran.summary["nodes"] if node["id"] in before | {dead, joined.node_id}}
-    assert by_id[dead]["replaced_by"] == joined.node_id
-    assert by_id[joined.node_id]["copied"] == len(few.chunks)
-    assert all(holdings(few, node_id) == few.chunks for node_id in [*before, joined.node_id])
-    assert ran.summary["failed"] == 0, ran.summary["failures"][:3]
-    assert ran.code == 0, ran.stderr
-
-
-def test_who_took_the_place_of_a_lost_node_is_given_the_second_tier_too(cluster, few):
+def test_a_node_that_joins_takes_the_place_of_a_lost_one_in_every_tier(cluster, few):
     few.tiers = ("fs.warm", "fs.second")
     second = few.directory / "second"
     few.extra["remote_storage_plugin.fs.second.base_path"] = str(second / "{node_id}")
@@ -263,6 +250,10 @@ def test_who_took_the_place_of_a_lost_node_is_given_the_second_tier_too(cluster,
     assert ran.code == 0, ran.stderr
     first, other = ran.summary["tiers"]
     assert (first["tier"], other["tier"]) == ("fs.warm", "fs.second")
+    by_id = {node["id"]: node for node in first["nodes"]}
+    assert by_id[dead]["replaced_by"] == joined.node_id
+    assert by_id[joined.node_id]["copied"] == len(few.chunks)
+    assert ran.summary["failed"] == 0, ran.summary["failures"][:3]
     assert {node["id"]: node["copied"] for node in other["nodes"]} == {
         node_id: len(few.chunks) for node_id in [*before, joined.node_id]
     }
