@@ -45,6 +45,9 @@ class Sharer(Worker, Protocol):
     def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
         """Whether any of some chunks is not there."""
 
+    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
+        """Take chunks from elsewhere on this node; None stands for one that is not there."""
+
     def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Take chunks that another node has fetched; None stands for one that did not arrive rightly."""
 
@@ -100,20 +103,23 @@ class NodeActor:
         sharer = self._sharing
         if not sharer.lacks(chunks):  # then their bytes need not come here at all
             return [Present(chunk.key, chunk.size) for chunk in chunks], False
-        nothing: list[Outcome | None] = [None] * len(chunks)
+        outcomes = sharer.reuse(chunks)
+        lacking = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        if not lacking:
+            return outcomes, False
         since = time.monotonic()
         try:
             contents = ray.get(objects[0], timeout=sharer.chunk_timeout_secs)
         except ray.exceptions.GetTimeoutError:
-            return nothing, False
+            return outcomes, False
         except ray.exceptions.RayError as error:
-            return nothing, isinstance(error, ray.exceptions.ObjectLostError)
+            return outcomes, isinstance(error, ray.exceptions.ObjectLostError)
         # Views of the store, which keep the object there until they are gone.
         waited = time.monotonic() - since
-        outcomes = sharer.receive(chunks, contents)
-        return [
-            replace(one, seconds=one.seconds + waited) if isinstance(one, Copied) else one for one in outcomes
-        ], False
+        received = sharer.receive([chunks[index] for index in lacking], [contents[index] for index in lacking])
+        for index, one in zip(lacking, received, strict=True):
+            outcomes[index] = replace(one, seconds=one.seconds + waited) if isinstance(one, Copied) else one
+        return outcomes, False
 
     @property
     def _ready(self) -> Worker:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SUMS: Final = (
-    "copied", "received", "present", "failed", "unfinished", "bytes",
+    "copied", "received", "reused", "present", "failed", "unfinished", "bytes",
     "fetched", "fetched_bytes", "refetched", "fetched_alone",
 )  # fmt: skip
 _OF_A_TIER: Final = ("tier", "result", "exit_code", *_SUMS, "seconds", "failed_by_kind", "nodes")

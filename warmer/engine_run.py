@@ -95,7 +95,7 @@ class EngineRun:
             elif workers is not None:
                 self._fail_chunks(one, workers)
         ranks = {one.node.id: (one.ranks or frozenset()) & needed for one in there}
-        return LoadConfig(self.bound.node_config(tier.staging), tier, ranks, needed, wait), there
+        return LoadConfig(self.bound.node_config(tier), tier, ranks, needed, wait), there
 
     def _begun(self, errands: Mapping[Assigned, Errand], wait: float) -> dict[str, Any]:
         from warmer.errands import Errands  # noqa: PLC0415 - Ray takes a second to import

@@ -118,7 +118,8 @@ class History:
         """Remember a chunk that was copied."""
         if isinstance(outcome, Copied) and self._since is not None:
             self.bytes.add(node, time.monotonic() - self._since, outcome.size)
-            (self.from_nodes if outcome.received else self.from_hub).add(outcome.seconds)
+            if not outcome.reused:
+                (self.from_nodes if outcome.received else self.from_hub).add(outcome.seconds)
 
     def loaded(self, _report: RunReport, node: str, size: int) -> None:
         """Remember chunks that an engine loaded; how long each took, it does not tell."""

@@ -25,6 +25,7 @@ from hfbucket_plugin.transfer import Content, Read
 from warmer.errors import TierError
 from warmer.outcomes import Copied, Failed, Present
 from warmer.receive import Receiver, given_up, hashes_of
+from warmer.reuse import EarlierTiers
 from warmer.tiers import open_tier
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class NodeConfig:
         token_expected: Whether the driver has a token: a node without one is told apart from a public bucket.
         chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
         verify: What is checked before a chunk appears: its length, or its Xet hash too.
+        earlier: Tiers of directories that the run filled before; what they hold need not come from the Hub once more.
     """
 
     instance: str
@@ -64,6 +66,7 @@ class NodeConfig:
     token_expected: bool
     chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
     verify: Verify = "hash"
+    earlier: tuple[Declaration, ...] = ()
 
     def __post_init__(self) -> None:
         if self.settings.token is not None:
@@ -83,7 +86,9 @@ class _Job:
     kept: Bytes | None = None
     error: HFBucketError | None = None
     done: bool = False
+    reused: bool = False
     wrong_hashes: int = 0
+    reusable: bool = True
     since: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
@@ -98,10 +103,11 @@ class _Job:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One try at one chunk."""
+    """One try at one chunk; `reused` when it is one at what an earlier tier has of it."""
 
     job: _Job
     draft: Draft
+    reused: bool = False
     read: Read = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +123,7 @@ class NodeWarmer:
         tier: Where they go.
         chunk_timeout_secs: See `NodeConfig`.
         verify: See `NodeConfig`.
+        earlier: See `NodeConfig`, without placeholders.
 
     Attributes:
         chunk_timeout_secs: See `NodeConfig`.
@@ -128,12 +135,14 @@ class NodeWarmer:
         tier: Tier,
         chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS,
         verify: Verify = "hash",
+        earlier: Sequence[Declaration] = (),
     ) -> None:
         self._bucket = bucket
         self._verify = verify
         self._tier = tier
         self.chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
+        self._earlier = EarlierTiers(earlier, self._stopped.is_set)
         self._receiver = Receiver(tier, verify, self._stopped)
         self._lock = threading.Lock()
         self._reading: dict[int, list[Read]] = {}
@@ -188,6 +197,10 @@ class NodeWarmer:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
 
+    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
+        """Take from earlier tiers of this node what they have of some chunks; None stands for what they have not."""
+        return self._receiver.reuse(chunks, self._earlier) if self._earlier else [None] * len(chunks)
+
     def _look_into(self, jobs: list[_Job]) -> None:
         """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
         failed = [job for job in jobs if isinstance(job.error, (TransportError, IntegrityError))]
@@ -204,7 +217,7 @@ class NodeWarmer:
     def _outcome(self, job: _Job) -> Outcome:
         chunk = job.chunk
         if job.done:
-            return Copied(chunk.key, chunk.size, seconds=job.seconds)
+            return Copied(chunk.key, chunk.size, reused=job.reused, seconds=job.seconds)
         if self._stopped.is_set():
             return given_up(chunk)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
@@ -229,18 +242,14 @@ class NodeWarmer:
         pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
             return []
-        try:
-            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
-            self._bucket.transfer.warm_up(deadline.within(self.chunk_timeout_secs / _TRIES))
-        except HFBucketError as error:
-            for job in pending:
-                job.error = error
-            return [job for job in pending if job.again]
         fetches: list[_Fetch] = []
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
+            self._reuse(fetches)
+            self._read(
+                [fetch.read for fetch in fetches if not fetch.reused], deadline.within(self.chunk_timeout_secs / _TRIES)
+            )
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -254,7 +263,24 @@ class NodeWarmer:
         except HFBucketError as error:
             job.error = error
 
+    def _reuse(self, fetches: list[_Fetch]) -> None:
+        for fetch in fetches:
+            if fetch.job.reusable:
+                try:
+                    fetch.reused = self._earlier.copy(fetch.job.chunk, fetch.draft)
+                except HFBucketError as error:
+                    fetch.job.error = error
+
     def _read(self, reads: list[Read], deadline: Deadline) -> None:
+        if not reads:
+            return
+        try:
+            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
+            self._bucket.transfer.warm_up(deadline)
+        except HFBucketError as error:
+            for read in reads:
+                read.error = error
+            return
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -269,7 +295,7 @@ class NodeWarmer:
         """Verify what arrived, all in one call of the hasher, and let what is right appear."""
         arrived = []
         for fetch in fetches:
-            if fetch.read.done:
+            if fetch.reused or fetch.read.done:
                 arrived.append(fetch)
             else:
                 fetch.job.error = fetch.read.error or TransportError(f"{fetch.read.name}: not read")
@@ -283,7 +309,8 @@ class NodeWarmer:
         if isinstance(actual, HFBucketError):
             job.error = actual
         elif actual != expected:
-            job.wrong_hashes += 1
+            job.wrong_hashes += not fetch.reused
+            job.reusable = False
             job.error = IntegrityError(
                 f"{job.chunk.key}: what arrived has the hash {actual}, the listing says {expected}"
             )
@@ -292,7 +319,7 @@ class NodeWarmer:
                 if job.keep:
                     job.kept = _bytes_of(fetch.draft)
                 fetch.draft.publish()
-                job.done, job.seconds = True, time.monotonic() - job.since
+                job.done, job.reused, job.seconds = True, fetch.reused, time.monotonic() - job.since
             except HFBucketError as error:
                 job.error = error
 
@@ -359,7 +386,8 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
         )
     bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES, bulk=True)
     tier = open_tier(config.tier, place) if tier is None else tier
-    warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify)
+    earlier = [one.at(place) for one in config.earlier]
+    warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify, earlier)
     try:
         warmer.check_access()
     except HFBucketError:

@@ -41,12 +41,14 @@ class Copied:
         key: Its key string.
         size: Bytes.
         received: Whether it came from another node, and not from the Hub.
+        reused: Whether it came from another tier of the same node, and neither from the Hub nor from another node.
         seconds: From when its node turned to it until it was in the tier, by the clock of that node.
     """
 
     key: str
     size: int
     received: bool = False
+    reused: bool = False
     seconds: float = field(default=0.0, compare=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from hfbucket_plugin.errors import HFBucketError
@@ -12,13 +13,14 @@ from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
+    from warmer.reuse import EarlierTiers
     from warmer.tiers import Draft, Tier
 
     Bytes = npt.NDArray[np.uint8]
@@ -49,25 +51,54 @@ class Receiver:
         Returns:
             How each ended, in their order; None for one whose bytes were not right.
         """
+
+        def fill(index: int, draft: Draft) -> bool:
+            content = contents[index]
+            if len(content) != chunks[index].size:
+                return False
+            self._fill(draft, content)
+            return True
+
+        return self._take(chunks, fill, Copied("", 0, received=True))
+
+    def reuse(self, chunks: Sequence[PlannedChunk], earlier: EarlierTiers) -> list[Outcome | None]:
+        """Put chunks into the tier that earlier tiers of this node have, by the same rule.
+
+        Returns:
+            How each ended, in their order; None for one that they have not, or not rightly.
+        """
+        return self._take(chunks, lambda index, draft: earlier.copy(chunks[index], draft), Copied("", 0, reused=True))
+
+    def _take(
+        self, chunks: Sequence[PlannedChunk], fill: Callable[[int, Draft], bool], how: Copied
+    ) -> list[Outcome | None]:
+        """Put chunks into the tier whose bytes somebody has.
+
+        Args:
+            chunks: Which.
+            fill: Writes one of them, by its place among them, into a draft; false where it has not all of it.
+            how: Says of one that was copied where it came from.
+        """
         since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
         drafts: dict[int, Draft] = {}
         try:
-            for index, (chunk, content) in enumerate(zip(chunks, contents, strict=True)):
+            for index, chunk in enumerate(chunks):
                 try:
                     if self._tier.holds(chunk.key, chunk.size):
                         outcomes[index] = Present(chunk.key, chunk.size)
-                    elif len(content) != chunk.size:
+                        continue
+                    drafts[index] = draft = self._tier.draft(chunk.key, chunk.size)
+                    if not fill(index, draft):
                         outcomes[index] = None
-                    else:
-                        drafts[index] = draft = self._tier.draft(chunk.key, chunk.size)
-                        self._fill(draft, content)
                 except HFBucketError as error:
                     outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
             filled = {index: draft for index, draft in drafts.items() if index not in outcomes}
             hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], self._verify)
             for (index, draft), actual in zip(filled.items(), hashes, strict=True):
-                outcomes[index] = self._accept(chunks[index], draft, actual, since)
+                outcomes[index] = self._accept(
+                    chunks[index], draft, actual, replace(how, seconds=time.monotonic() - since)
+                )
         finally:
             for draft in drafts.values():
                 draft.discard()
@@ -79,7 +110,7 @@ class Receiver:
                 return
             draft.lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
-    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, since: float) -> Outcome | None:
+    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, how: Copied) -> Outcome | None:
         if self._stopped.is_set():
             return given_up(chunk)
         if not isinstance(actual, HFBucketError):
@@ -90,7 +121,7 @@ class Receiver:
             except HFBucketError as error:
                 actual = error
             else:
-                return Copied(chunk.key, chunk.size, received=True, seconds=time.monotonic() - since)
+                return replace(how, key=chunk.key, size=chunk.size)
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
 

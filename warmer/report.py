@@ -39,6 +39,7 @@ class NodeReport:
         name: For people.
         copied: Chunks moved, verified and now in the tier.
         received: Of those, the chunks that came from another node and not from the Hub.
+        reused: Of those, the chunks that came from a tier of the same node that was filled before.
         present: Chunks that were there before.
         failed: Chunks that are not there.
         selected: Chunks that the node is to hold.
@@ -54,6 +55,7 @@ class NodeReport:
     name: str
     copied: int = 0
     received: int = 0
+    reused: int = 0
     present: int = 0
     failed: int = 0
     bytes: int = 0
@@ -70,6 +72,7 @@ class NodeReport:
             case Copied():
                 self.copied += 1
                 self.received += outcome.received
+                self.reused += outcome.reused
                 self.bytes += outcome.size
             case Present():
                 self.present += 1
@@ -257,6 +260,7 @@ class RunReport:
             "for_nobody": self.task.for_nobody,
             "copied": self.total("copied"),
             "received": self.total("received"),
+            "reused": self.total("reused"),
             "present": self.total("present"),
             "failed": failed,
             "unfinished": self.unfinished,

@@ -23,6 +23,7 @@ _NODE: Final = (*_RUN, "node", "node_id")
 
 FETCHED: Final = "fetched"
 RECEIVED: Final = "received"
+REUSED: Final = "reused"
 PRESENT: Final = "present"
 FAILED: Final = "failed"
 
@@ -57,6 +58,7 @@ class RunMetrics:
 
     def _forget(self) -> None:
         self._received_bytes: Sums[str] = Sums()
+        self._reused_bytes: Sums[str] = Sums()
         self._kinds: Sums[tuple[str, str]] = Sums()
         self._told: dict[str, dict[str, tuple[int, int]]] = {}
         self._told_counts = Counts()
@@ -72,6 +74,8 @@ class RunMetrics:
         """Keep in mind what the report does not tell by node."""
         if isinstance(outcome, Copied) and outcome.received:
             self._received_bytes[node] += outcome.size
+        elif isinstance(outcome, Copied) and outcome.reused:
+            self._reused_bytes[node] += outcome.size
         elif isinstance(outcome, Failed) and outcome.kind != INTERRUPTED:
             self._kinds[node, outcome.kind] += 1
 
@@ -102,10 +106,11 @@ class RunMetrics:
         self.look(report, {})
 
     def _tell_chunks(self, report: RunReport, node: NodeReport) -> None:
-        received = self._received_bytes[node.id]
+        received, reused = self._received_bytes[node.id], self._reused_bytes[node.id]
         now = {
-            FETCHED: (node.copied - node.received, node.bytes - received),
+            FETCHED: (node.copied - node.received - node.reused, node.bytes - received - reused),
             RECEIVED: (node.received, received),
+            REUSED: (node.reused, reused),
             PRESENT: (node.present, node.present_bytes),
             FAILED: (node.failed, 0),
         }

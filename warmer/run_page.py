@@ -35,8 +35,9 @@ svg { display: block; width: 100%; height: auto } svg text { font-family: inheri
 _PARTS: Final = ("right", "missing", "wrong", "unknown")
 _PART_COLOURS: Final = (plots.COLOURS[2], plots.COLOURS[10], plots.COLOURS[1], plots.COLOURS[3])
 _SHOWN: Final = (
-    "selected", "copied", "received", "present", "failed", "unfinished", "fetched", "refetched", "fetched_alone", "for_nobody",
+    "selected", "copied", "received", "reused", "present", "failed", "unfinished", "fetched", "refetched", "fetched_alone", "for_nobody",
 )  # fmt: skip
+_OF_A_NODE: Final = ("selected", "copied", "received", "reused", "present", "failed")
 
 
 def run_page(summary: Mapping[str, Any], history: History) -> str:
@@ -209,9 +210,9 @@ def _coverage(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
 def _nodes(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
     yield "<h2>Nodes</h2>\n"
     yield from _table(
-        ("node", "tier", "selected", "copied", "received", "present", "failed", "bytes", ""),
+        ("node", "tier", "selected", "copied", "received", "reused", "present", "failed", "bytes", ""),
         (
-            (node["name"], tier, *(f"{node[name]:,}" for name in ("selected", "copied", "received", "present", "failed")),
+            (node["name"], tier, *(f"{node[name]:,}" for name in _OF_A_NODE),
              size(node["bytes"]), _said(node))
             for tier, node in _chosen(rows, LISTED_ROWS, lambda row: (row[1]["error"] is not None, _left(row[1])))[0]
         ),

@@ -141,10 +141,11 @@ class Schedule(Laggards):
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
         self._bucket.give_back(self._unmoved(order, outcomes))
-        copied = [outcome.size for outcome in outcomes if isinstance(outcome, Copied)]
-        size = sum(copied)
-        self.counts.fetched += len(copied)
-        self.counts.fetched_bytes += size
+        copied = [outcome for outcome in outcomes if isinstance(outcome, Copied)]
+        size = sum(outcome.size for outcome in copied)
+        from_hub = [outcome.size for outcome in copied if not outcome.reused]
+        self.counts.fetched += len(from_hub)
+        self.counts.fetched_bytes += sum(from_hub)
         if size:
             self._last_in_time = not self._is_late(flight)
             if self._last_in_time:

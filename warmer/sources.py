@@ -16,14 +16,14 @@ from hfbucket_plugin.named import named_instances
 from warmer.node import NodeConfig
 from warmer.prompt_file import PromptFile
 from warmer.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
-from warmer.tiers import L1Declaration, TierOptions, named_tier
+from warmer.tiers import Declaration, L1Declaration, LocalCPUDeclaration, TierOptions, named_tier
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.keys import Key
     from hfbucket_plugin.named import NamedInstance
     from hfbucket_plugin.settings import InstanceSettings
-    from warmer.tiers import AnyTier, Declaration
+    from warmer.tiers import AnyTier
     from warmer.warmup import WarmUp
 
 _CHUNK_TOKENS: Final = 256
@@ -61,19 +61,23 @@ class Bound:
         settings = self.instance.settings
         return open_bucket(settings, self.instance.name, metrics.Tally(), self.warm_up.limits.chunk_timeout)
 
-    def node_config(self, tier: Declaration) -> NodeConfig:
-        """What nodes are told about one tier of directories, or about staging directories.
+    def node_config(self, tier: AnyTier) -> NodeConfig:
+        """What nodes are told about one tier of directories, or about the staging directories of one of memory.
 
         Raises:
             ConfigError: The token would have to travel.
         """
+        if isinstance(tier, L1Declaration):
+            raise TypeError(f"tier {tier.name!r} takes no chunks from nodes: its server loads them by itself")
+        earlier = self.tiers[: self.tiers.index(tier)]
         return NodeConfig(
             instance=self.instance.name,
             settings=without_token(self.instance),
-            tier=tier,
+            tier=tier.staging if isinstance(tier, LocalCPUDeclaration) else tier,
             token_expected=self.instance.settings.resolve_token() is not None,
             chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
             verify=self.warm_up.moving.verify,
+            earlier=tuple(one for one in earlier if isinstance(one, Declaration)),
         )
 
     def chunk_tokens(self) -> int:

@@ -263,6 +263,10 @@ class EngineLoader:
         """Whether any of some chunks is not there, as far as it can be told."""
         return self._warmer.lacks(chunks)
 
+    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
+        """Load chunks from the tiers that were filled before; None stands for what they have not."""
+        return self._loaded(chunks, self._warmer.reuse(chunks))
+
     def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Load chunks that another node has fetched; None stands for one that did not arrive rightly."""
         return self._loaded(chunks, self._warmer.receive(chunks, contents))

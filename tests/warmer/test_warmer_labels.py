@@ -51,7 +51,9 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     summary = first.summary
     # Twelve of its workers and one that all share, on each of two nodes, in each of two tiers.
     assert (summary["copied"], summary["present"], summary["tier"]) == (52, 0, ["fs.warm", "fs.cold"])
-    assert (summary["fetched"], summary["received"]) == (50, 2)
+    # Into the second tier they come from the first.
+    assert (summary["fetched"], summary["received"], summary["reused"]) == (25, 1, 26)
+    assert [tier["reused"] for tier in summary["tiers"]] == [0, 26]
     by_ranks = {node["ranks"]: node for node in summary["tiers"][0]["nodes"]}
     assert by_ranks.keys() == {"0-1", "2-3"}
     assert all(node["selected"] == 13 for node in by_ranks.values())

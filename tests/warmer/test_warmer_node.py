@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,6 +324,55 @@ def test_where_only_lengths_count_nothing_is_hashed(stocked, monkeypatch):
     contents = arrays([b"x" * plan[3].size, b"short"])
     assert one.receive(plan[3:5], contents) == [Copied(plan[3].key, plan[3].size, received=True), None]
     one.close()
+
+
+@pytest.fixture
+def second(stocked):
+    """Opens warmers of another tier, which is filled after the first."""
+    opened = []
+
+    def make(**options):
+        declaration = replace(stocked.declaration(), base_paths=(stocked.directory / "second",))
+        opened.append(NodeWarmer(stocked.open(10), open_tier(declaration), earlier=[stocked.declaration()], **options))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_what_a_tier_before_holds_does_not_come_from_the_hub_again(hub, stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan[1:])
+    hub.control.reset_counters()
+    outcomes, kept = second().fetch(plan, keep=True)
+    assert outcomes == [Copied(chunk.key, chunk.size, reused=chunk is not plan[0]) for chunk in plan]
+    assert [bytes(content) for content in kept] == [stocked.chunks[chunk.key] for chunk in plan]
+    assert stocked.in_tier(stocked.directory / "second") == stocked.chunks
+    assert hub.control.counters().route("xorb-data").bytes_out < 2 * plan[0].size
+
+
+def test_with_all_of_it_in_a_tier_before_a_hub_that_is_gone_does_not_matter(hub, stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    hub.control.add_fault(Fault(route="xet-read-token", status=500))
+    assert second().copy(plan) == [Copied(chunk.key, chunk.size, reused=True) for chunk in plan]
+
+
+def test_what_a_tier_before_holds_wrongly_comes_from_the_hub(stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    file = stocked.declaration().file(plan[0].key)
+    file.write_bytes(bytes(plan[0].size))
+    one = second()
+    assert one.reuse(plan[:2]) == [None, Copied(plan[1].key, plan[1].size, reused=True)]
+    assert one.copy(plan[:1]) == [Copied(plan[0].key, plan[0].size)]
+    assert stocked.in_tier(stocked.directory / "second") == {chunk.key: stocked.chunks[chunk.key] for chunk in plan[:2]}
+    assert one.reuse(plan[:1]) == [Present(plan[0].key, plan[0].size)]
+
+
+def test_without_a_tier_before_nothing_is_reused(stocked, node):
+    assert node().reuse(stocked.plan()) == [None] * 6
 
 
 def test_nothing_is_received_after_the_order_to_stop(stocked, node):

@@ -42,7 +42,7 @@ def test_a_complete_run(run):
     assert (summary["copied"], summary["present"], summary["failed"], summary["unfinished"]) == (4, 2, 0, 0)
     assert summary["bytes"] == 60
     assert summary["nodes"][0] == {
-        "id": "id-a", "name": "a", "copied": 2, "received": 0, "present": 1, "failed": 0, "bytes": 30,
+        "id": "id-a", "name": "a", "copied": 2, "received": 0, "reused": 0, "present": 1, "failed": 0, "bytes": 30,
         "present_bytes": 30, "selected": 3, "selected_bytes": 60, "ranks": None, "error": None, "replaced_by": None,
     }  # fmt: skip
     assert json.loads(json.dumps(summary)) == summary
@@ -137,11 +137,12 @@ def test_a_run_whose_node_was_lost_after_its_last_chunk_is_not_complete(run):
     assert run.summary(stopped=False)["exit_code"] == 3
 
 
-def test_what_came_from_another_node_is_told_apart(run):
+def test_what_came_from_another_node_or_another_tier_is_told_apart(run):
     run.ended("id-a", Copied("k1", 10, received=True))
     run.ended("id-a", Copied("k2", 10))
+    run.ended("id-a", Copied("k3", 10, reused=True))
     summary = run.summary(stopped=False)
-    assert (summary["copied"], summary["received"]) == (2, 1)
+    assert (summary["copied"], summary["received"], summary["reused"]) == (3, 1, 1)
 
 
 def test_a_node_that_was_replaced_is_not_waited_for(run):

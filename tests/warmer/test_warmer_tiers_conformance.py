@@ -18,6 +18,8 @@ from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.errors import TierError, TierFullError
+from warmer.plan import PlannedChunk
+from warmer.reuse import EarlierTiers
 from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
 from warmer.tiers import directory as directories
 from warmer.tiers import room as rooms
@@ -134,6 +136,52 @@ def test_a_chunk_appears_whole_and_at_once(subject):
     assert [held.key for held in tier.inventory()] == [key]
     assert not draft.lease.write(0, b"late")
     assert subject.read(key) == data
+
+
+@pytest.fixture
+def other(subject, tmp_path):
+    """A tier of the simplest kind that takes the same keys."""
+    one = Subject("mp fs" if subject.takes is MPKey else "classic", tmp_path / "other")
+    yield one
+    one.close()
+
+
+def test_what_it_holds_is_taken_over_by_a_tier_that_is_filled_after_it(subject, other):
+    key = subject.key()
+    data = subject.put(subject.open(), key)
+    draft = other.open().draft(key, SIZE)
+    assert EarlierTiers([subject.declaration()]).copy(PlannedChunk(key, "path", "hash", SIZE), draft)
+    draft.publish()
+    assert other.read(key) == data
+    assert subject.read(key) == data
+
+
+def test_of_what_it_does_not_hold_as_it_must_be_nothing_is_taken_over(subject, other):
+    tier, tiers = other.open(), EarlierTiers([subject.declaration()])
+
+    def taken_over(key, size=SIZE):
+        draft = tier.draft(key, size)
+        try:
+            return tiers.copy(PlannedChunk(key, "path", "hash", size), draft)
+        finally:
+            draft.discard()
+
+    key = subject.key()
+    assert not taken_over(key)  # no directory
+    subject.put(subject.open(), key)
+    assert not taken_over(subject.key())
+    assert not taken_over(key, SIZE + 5000 * TOKEN)
+    assert taken_over(key)
+    assert not EarlierTiers([subject.declaration()], lambda: True).copy(
+        PlannedChunk(key, "path", "hash", SIZE), tier.draft(key, SIZE)
+    )
+    if subject.headers:
+        whole = subject.file(key).read_bytes()
+        subject.file(key).write_bytes(b"\xff" + whole[1:])
+        assert not taken_over(key)
+    subject.file(key).unlink()
+    os.mkfifo(subject.file(key))
+    assert not taken_over(key)
 
 
 def test_a_discarded_chunk_leaves_nothing(subject):
