@@ -13,6 +13,8 @@ from huggingface_hub import HfApi
 from raylets import STORE_BYTES, actors, as_it_was, memory_bytes, node_options, raylet, raylets
 from warming import MODEL, SECRET, Ran, Warehouse, arguments, classic_key, command, content, environment
 
+from localhub.faults import Fault
+
 MIB = 1024 * 1024
 CHUNKS = 256
 NODES = 4
@@ -124,6 +126,11 @@ def spilled(cluster):
 
 def ids(cluster):
     return [node.node_id for node in cluster.list_all_nodes()]
+
+
+def alive(cluster):
+    """The nodes that the cluster believes to be there."""
+    return {node["NodeID"] for node in cluster.global_state.node_table() if node["Alive"]}
 
 
 def wait_for(condition):
@@ -317,7 +324,8 @@ def test_an_actor_that_hangs_without_dying_counts_as_lost(cluster, few):
     try:
         ran = end(process)
     finally:
-        hung.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # the run ends its actors
+            hung.kill()
         cluster.remove_node(doomed, allow_graceful=False)
     assert ran.code == 3, ran.stderr
     by_id = {node["id"]: node for node in ran.summary["nodes"] if node["id"] in known | {doomed.node_id}}
@@ -340,10 +348,14 @@ def test_a_node_that_dies_after_its_last_chunk_is_no_success(hub, cluster, store
     ranks = [f"--ranks={name}=0" for name in known] + [f"--ranks={doomed.node_id}=1"]
     nodes = ",".join([*known, doomed.node_id])
     process = begin(
-        cluster, warehouse.config, "--prefix", "org/two@", "--nodes", nodes, "--max-bandwidth", "4MiB", *ranks
+        cluster, warehouse.config, "--prefix", "org/two@", "--nodes", nodes, "--max-bandwidth", "2MiB", *ranks
     )
     wait_for(lambda: holdings(warehouse, doomed.node_id))
+    # The others are held up until the cluster knows of the loss, however long that takes.
+    hub.control.add_fault(Fault(route="xorb-data", hang=True))
     lose(cluster, doomed)
+    wait_for(lambda: doomed.node_id not in alive(cluster))
+    hub.control.clear_faults()
     ran = end(process)
     assert ran.code == 3, ran.stderr
     by_id = {node["id"]: node for node in ran.summary["nodes"]}
