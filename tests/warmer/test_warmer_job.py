@@ -187,12 +187,12 @@ class Metrics:
 
 
 def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
-    """Three tiers: one that is full already, one that waits for the Hub meanwhile, and one that no node can have."""
-    tiers = {name: stocked.directory / name for name in ("full", "part", "{label:rack}")}
-    for name, path in zip(("fs.full", "fs.part", "fs.none"), tiers.values(), strict=True):
+    """Three tiers: one that waits for the Hub, one that is full already, and one that no node can have."""
+    tiers = {name: stocked.directory / name for name in ("part", "full", "{label:rack}")}
+    for name, path in zip(("fs.part", "fs.full", "fs.none"), tiers.values(), strict=True):
         stocked.extra[f"remote_storage_plugin.{name}.base_path"] = str(path)
     config = json.loads(stocked.config.read_text())
-    config["remote_storage_plugins"] += ["fs.full", "fs.part", "fs.none"]
+    config["remote_storage_plugins"] += ["fs.part", "fs.full", "fs.none"]
     (stocked.directory / "tiers.yaml").write_text(json.dumps(config))
     fill(tiers["full"], stocked.chunks)
     fill(tiers["part"], dict(list(stocked.chunks.items())[:5]))
@@ -206,7 +206,7 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
             [
                 *(sys.executable, "-m", "warmer", "run", "--lmcache-config", str(stocked.directory / "tiers.yaml")),
                 *("--instance", INSTANCE, "--prefix", "org", "--address", ray.address, "--report-html", str(page)),
-                *("--tier", "fs.full", "--tier", "fs.part", "--tier", "fs.none"),
+                *("--tier", "fs.part", "--tier", "fs.full", "--tier", "fs.none"),
             ],
             env=environment(WARM_TEST_TOKEN=SECRET, **ray.access),
             stdout=subprocess.PIPE,
@@ -216,8 +216,6 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
         try:
             eventually(lambda: metrics.values("in_flight_chunks", tier="fs.part") == [21.0])
             eventually(lambda: metrics.values("in_flight_bytes", tier="fs.part") == [21.0 * size])
-            assert metrics.values("coverage_ratio", tier="fs.full") == [pytest.approx(20 / 21)]
-            assert metrics.values("in_flight_chunks", tier="fs.full") == [0.0]
         finally:
             guarded_hub.control.clear_faults()
         stdout, stderr = process.communicate(timeout=120)
@@ -228,6 +226,8 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
 
     # What the driver counted outlives it.
     eventually(lambda: metrics.values("lost_nodes_total", tier="fs.none", kind="config") == [1.0])
+    assert metrics.values("coverage_ratio", tier="fs.full") == [pytest.approx(20 / 21)]
+    assert metrics.values("in_flight_chunks", tier="fs.full") == [0.0]
     part = {"tier": "fs.part", "instance": INSTANCE, "node_id": summary["nodes"][0]["id"]}
     part["node"] = summary["nodes"][0]["name"]
     told = {name: metrics.values("chunks_total", outcome=name, **part) for name in ("fetched", "present", "failed")}

@@ -19,7 +19,7 @@ sizes = st.lists(st.integers(0, 100), max_size=30)
 
 
 @example(4892634)  # a slow fetch ends whose lot has no chunk left
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_fleet(seed):
     Fleet(seed).play()
