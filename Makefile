@@ -21,7 +21,7 @@ GROUP_5 := $(filter-out $(NAMED) tests/__pycache__,$(patsubst %/,%,$(wildcard te
 GROUPS := 1 2 3 4 5
 # Those that compare a model with the real thing.
 MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
-	tests/warmer/test_warmer_apply_model.py
+	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
 
 .PHONY: demo e2e-vllm test $(GROUPS:%=test-%) thorough faults soak lint format docs clean
 

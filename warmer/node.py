@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import tenacity
 
 from hfbucket_plugin import metrics
@@ -22,10 +22,9 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.transfer import Content, Read
-from warmer.errors import TierError
 from warmer.outcomes import Copied, Failed, Present
-from warmer.receive import Receiver, given_up, hashes_of
-from warmer.reuse import EarlierTiers
+from warmer.receive import Receiver, bytes_of, given_up, hashes_of
+from warmer.reuse import EarlierTier
 from warmer.tiers import open_tier
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class NodeConfig:
         tier: Which tier to fill.
         token_expected: Whether the driver has a token: a node without one is told apart from a public bucket.
         chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
-        verify: What is checked before a chunk appears: its length, or its Xet hash too.
+        verify: What is checked before a chunk appears that was moved: its length, or its Xet hash too.
         earlier: Tiers of directories that the run filled before; what they hold need not come from the Hub once more.
     """
 
@@ -86,9 +85,7 @@ class _Job:
     kept: Bytes | None = None
     error: HFBucketError | None = None
     done: bool = False
-    reused: bool = False
     wrong_hashes: int = 0
-    reusable: bool = True
     since: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
@@ -103,11 +100,10 @@ class _Job:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One try at one chunk; `reused` when it is one at what an earlier tier has of it."""
+    """One try at one chunk."""
 
     job: _Job
     draft: Draft
-    reused: bool = False
     read: Read = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +138,7 @@ class NodeWarmer:
         self._tier = tier
         self.chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
-        self._earlier = EarlierTiers(earlier, self._stopped.is_set)
+        self._earlier = [EarlierTier(one) for one in earlier]
         self._receiver = Receiver(tier, verify, self._stopped)
         self._lock = threading.Lock()
         self._reading: dict[int, list[Read]] = {}
@@ -180,11 +176,38 @@ class NodeWarmer:
             jobs[index] = _Job(chunk, keep)
             if chunk.gone:
                 jobs[index].error = _deleted(chunk)
+        kept: dict[str, Bytes] = {}
+        wanted = {index: job.chunk for index, job in jobs.items() if job.error is None}
+        for index, outcome in zip(wanted, self.reuse([*wanted.values()], kept if keep else None), strict=True):
+            if outcome is not None:
+                outcomes[index] = outcome
+                del jobs[index]
         self._fetch_all([job for job in jobs.values() if job.error is None])
         self._look_into([job for job in jobs.values() if not job.done])
         outcomes |= {index: self._outcome(job) for index, job in jobs.items()}
-        kept = [job.kept for job in jobs.values() if job.done and job.kept is not None]
-        return [outcomes[index] for index in range(len(chunks))], kept
+        kept |= {job.chunk.key: job.kept for job in jobs.values() if job.done and job.kept is not None}
+        return [outcomes[index] for index in range(len(chunks))], [
+            kept[chunk.key] for chunk in chunks if chunk.key in kept
+        ]
+
+    def reuse(self, chunks: Sequence[PlannedChunk], kept: dict[str, Bytes] | None = None) -> list[Outcome | None]:
+        """Take from the earlier tiers of this node what they have of some chunks, verified by hash.
+
+        Args:
+            chunks: Which.
+            kept: Is given the bytes of those that were copied, by key; None for not to keep them.
+
+        Returns:
+            How each ended, in their order; None for one that no earlier tier has, or none rightly.
+        """
+        outcomes: list[Outcome | None] = [None] * len(chunks)
+        ends = Deadline.after(self.chunk_timeout_secs / _TRIES)
+        for tier in self._earlier:
+            lacking = [index for index, outcome in enumerate(outcomes) if outcome is None]
+            found = self._receiver.reuse([chunks[index] for index in lacking], tier, ends, kept)
+            for index, outcome in zip(lacking, found, strict=True):
+                outcomes[index] = outcome
+        return outcomes
 
     def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
         """Whether the tier lacks any of some chunks, as far as it can tell."""
@@ -196,10 +219,6 @@ class NodeWarmer:
     def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
-
-    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
-        """Take from earlier tiers of this node what they have of some chunks; None stands for what they have not."""
-        return self._receiver.reuse(chunks, self._earlier) if self._earlier else [None] * len(chunks)
 
     def _look_into(self, jobs: list[_Job]) -> None:
         """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
@@ -217,7 +236,7 @@ class NodeWarmer:
     def _outcome(self, job: _Job) -> Outcome:
         chunk = job.chunk
         if job.done:
-            return Copied(chunk.key, chunk.size, reused=job.reused, seconds=job.seconds)
+            return Copied(chunk.key, chunk.size, seconds=job.seconds)
         if self._stopped.is_set():
             return given_up(chunk)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
@@ -242,14 +261,18 @@ class NodeWarmer:
         pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
             return []
+        try:
+            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
+            self._bucket.transfer.warm_up(deadline.within(self.chunk_timeout_secs / _TRIES))
+        except HFBucketError as error:
+            for job in pending:
+                job.error = error
+            return [job for job in pending if job.again]
         fetches: list[_Fetch] = []
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._reuse(fetches)
-            self._read(
-                [fetch.read for fetch in fetches if not fetch.reused], deadline.within(self.chunk_timeout_secs / _TRIES)
-            )
+            self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -263,24 +286,7 @@ class NodeWarmer:
         except HFBucketError as error:
             job.error = error
 
-    def _reuse(self, fetches: list[_Fetch]) -> None:
-        for fetch in fetches:
-            if fetch.job.reusable:
-                try:
-                    fetch.reused = self._earlier.copy(fetch.job.chunk, fetch.draft)
-                except HFBucketError as error:
-                    fetch.job.error = error
-
     def _read(self, reads: list[Read], deadline: Deadline) -> None:
-        if not reads:
-            return
-        try:
-            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
-            self._bucket.transfer.warm_up(deadline)
-        except HFBucketError as error:
-            for read in reads:
-                read.error = error
-            return
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -295,7 +301,7 @@ class NodeWarmer:
         """Verify what arrived, all in one call of the hasher, and let what is right appear."""
         arrived = []
         for fetch in fetches:
-            if fetch.reused or fetch.read.done:
+            if fetch.read.done:
                 arrived.append(fetch)
             else:
                 fetch.job.error = fetch.read.error or TransportError(f"{fetch.read.name}: not read")
@@ -309,17 +315,16 @@ class NodeWarmer:
         if isinstance(actual, HFBucketError):
             job.error = actual
         elif actual != expected:
-            job.wrong_hashes += not fetch.reused
-            job.reusable = False
+            job.wrong_hashes += 1
             job.error = IntegrityError(
                 f"{job.chunk.key}: what arrived has the hash {actual}, the listing says {expected}"
             )
         elif not self._stopped.is_set():
             try:
                 if job.keep:
-                    job.kept = _bytes_of(fetch.draft)
+                    job.kept = bytes_of(fetch.draft)
                 fetch.draft.publish()
-                job.done, job.reused, job.seconds = True, fetch.reused, time.monotonic() - job.since
+                job.done, job.seconds = True, time.monotonic() - job.since
             except HFBucketError as error:
                 job.error = error
 
@@ -351,14 +356,6 @@ class NodeWarmer:
         self._tier.close()
 
 
-def _bytes_of(draft: Draft) -> Bytes:
-    """What is in a draft, from the page cache as a rule."""
-    try:
-        return np.fromfile(draft.path, dtype=np.uint8)
-    except OSError as error:
-        raise TierError(f"{draft.path}: cannot be read back: {error}") from None
-
-
 def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
     return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
 
@@ -384,9 +381,9 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
             f"instance {config.instance!r}: the environment variable {settings.token_env} (token_env) is not set on "
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
+    earlier = _on(place, config.earlier)
     bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES, bulk=True)
     tier = open_tier(config.tier, place) if tier is None else tier
-    earlier = [one.at(place) for one in config.earlier]
     warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify, earlier)
     try:
         warmer.check_access()
@@ -394,3 +391,12 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
         warmer.close()
         raise
     return warmer
+
+
+def _on(place: Place, declarations: Sequence[Declaration]) -> list[Declaration]:
+    """Earlier tiers as they are on a node; one that it has no value for, and so does not have, matters no more."""
+    found = []
+    for one in declarations:
+        with contextlib.suppress(ConfigError):
+            found.append(one.at(place))
+    return found

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
+import numpy as np
+
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.transfer import xet_hashes
 from warmer.errors import TierError
@@ -15,12 +17,12 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
+    from hfbucket_plugin.deadlines import Deadline
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
-    from warmer.reuse import EarlierTiers
+    from warmer.reuse import EarlierTier
     from warmer.tiers import Draft, Tier
 
     Bytes = npt.NDArray[np.uint8]
@@ -52,32 +54,61 @@ class Receiver:
             How each ended, in their order; None for one whose bytes were not right.
         """
 
+        def has(index: int) -> bool:
+            return len(contents[index]) == chunks[index].size
+
         def fill(index: int, draft: Draft) -> bool:
-            content = contents[index]
-            if len(content) != chunks[index].size:
-                return False
-            self._fill(draft, content)
+            self._fill(draft, contents[index])
             return True
 
-        return self._take(chunks, fill, Copied("", 0, received=True))
+        return self._take(chunks, has, fill, self._verify, received=True)
 
-    def reuse(self, chunks: Sequence[PlannedChunk], earlier: EarlierTiers) -> list[Outcome | None]:
-        """Put chunks into the tier that earlier tiers of this node have, by the same rule.
+    def reuse(
+        self, chunks: Sequence[PlannedChunk], tier: EarlierTier, ends: Deadline, kept: dict[str, Bytes] | None
+    ) -> list[Outcome | None]:
+        """Put chunks into the tier that another tier of this node has.
+
+        They are hashed, whatever is checked of others: nobody has compared what lies there with anything yet.
+
+        Args:
+            chunks: Which.
+            tier: The other tier.
+            ends: When to ask it no more.
+            kept: Is given the bytes of those that were copied, by key; None for not to keep them.
 
         Returns:
-            How each ended, in their order; None for one that they have not, or not rightly.
+            How each ended, in their order; None for one that it has not, or not rightly.
         """
-        return self._take(chunks, lambda index, draft: earlier.copy(chunks[index], draft), Copied("", 0, reused=True))
+
+        def has(index: int) -> bool:
+            return tier.has(chunks[index])
+
+        def fill(index: int, draft: Draft) -> bool:
+            return tier.copy(chunks[index], draft, lambda: self._stopped.is_set() or ends.passed)
+
+        return self._take(chunks, has, fill, "hash", reused=True, kept=kept)
 
     def _take(
-        self, chunks: Sequence[PlannedChunk], fill: Callable[[int, Draft], bool], how: Copied
+        self,
+        chunks: Sequence[PlannedChunk],
+        has: Callable[[int], bool],
+        fill: Callable[[int, Draft], bool],
+        verify: Verify,
+        *,
+        received: bool = False,
+        reused: bool = False,
+        kept: dict[str, Bytes] | None = None,
     ) -> list[Outcome | None]:
         """Put chunks into the tier whose bytes somebody has.
 
         Args:
             chunks: Which.
+            has: Whether there is one, by its place among them; room is made in the tier for no other.
             fill: Writes one of them, by its place among them, into a draft; false where it has not all of it.
-            how: Says of one that was copied where it came from.
+            verify: What is checked before one appears.
+            received: Where from, see `Copied`.
+            reused: The same.
+            kept: Is given the bytes of those that were copied, by key.
         """
         since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
@@ -88,17 +119,22 @@ class Receiver:
                     if self._tier.holds(chunk.key, chunk.size):
                         outcomes[index] = Present(chunk.key, chunk.size)
                         continue
+                    if not has(index):
+                        outcomes[index] = None
+                        continue
                     drafts[index] = draft = self._tier.draft(chunk.key, chunk.size)
                     if not fill(index, draft):
-                        outcomes[index] = None
+                        outcomes[index] = given_up(chunk) if self._stopped.is_set() else None
+                        draft.discard()
                 except HFBucketError as error:
                     outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
             filled = {index: draft for index, draft in drafts.items() if index not in outcomes}
-            hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], self._verify)
+            hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], verify)
             for (index, draft), actual in zip(filled.items(), hashes, strict=True):
-                outcomes[index] = self._accept(
-                    chunks[index], draft, actual, replace(how, seconds=time.monotonic() - since)
-                )
+                outcome = self._accept(chunks[index], draft, actual, kept)
+                if isinstance(outcome, Copied):
+                    outcome = replace(outcome, received=received, reused=reused, seconds=time.monotonic() - since)
+                outcomes[index] = outcome
         finally:
             for draft in drafts.values():
                 draft.discard()
@@ -110,18 +146,23 @@ class Receiver:
                 return
             draft.lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
-    def _accept(self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, how: Copied) -> Outcome | None:
+    def _accept(
+        self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, kept: dict[str, Bytes] | None
+    ) -> Outcome | None:
         if self._stopped.is_set():
             return given_up(chunk)
         if not isinstance(actual, HFBucketError):
             if actual != chunk.xet_hash:
                 return None
             try:
+                content = None if kept is None else bytes_of(draft)
                 draft.publish()
             except HFBucketError as error:
                 actual = error
             else:
-                return replace(how, key=chunk.key, size=chunk.size)
+                if kept is not None and content is not None:
+                    kept[chunk.key] = content
+                return Copied(chunk.key, chunk.size)
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
 
@@ -138,3 +179,15 @@ def hashes_of(drafts: Sequence[Draft], expected: Sequence[str], verify: Verify) 
 def given_up(chunk: PlannedChunk) -> Failed:
     """How a chunk ends that the run was told to stop with."""
     return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
+
+
+def bytes_of(draft: Draft) -> Bytes:
+    """What is in a draft, from the page cache as a rule.
+
+    Raises:
+        TierError: It cannot be read.
+    """
+    try:
+        return np.fromfile(draft.path, dtype=np.uint8)
+    except OSError as error:
+        raise TierError(f"{draft.path}: cannot be read back: {error}") from None

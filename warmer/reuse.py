@@ -9,7 +9,7 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.keys import ClassicKey, parse_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import BinaryIO
 
     from warmer.plan import PlannedChunk
@@ -19,25 +19,34 @@ _PIECE_BYTES: Final = 4 * 1024 * 1024
 """Read and written at a time: an order to stop is noticed between two."""
 
 
-class EarlierTiers:
-    """The tiers of one node that a run filled before the one that it fills now. Nothing is written into them.
+class EarlierTier:
+    """A tier of one node that a run filled before the one that it fills now. Nothing is written into it.
 
-    What they hold is no promise: whoever takes a chunk from here verifies it as if it came from the Hub.
+    What it holds is no promise: of a chunk that was there before the run nobody has looked at more than its size. Whoever takes one
+    from here compares its hash.
 
     Args:
-        declarations: Of tiers of directories, without placeholders.
-        stopped: Whether the run was told to stop.
+        declaration: Of a tier of directories, without placeholders.
     """
 
-    def __init__(self, declarations: Sequence[Declaration] = (), stopped: Callable[[], bool] = lambda: False) -> None:
-        self._declarations = tuple(declarations)
-        self._stopped = stopped
+    def __init__(self, declaration: Declaration) -> None:
+        self._declaration = declaration
 
-    def __bool__(self) -> bool:
-        return bool(self._declarations)
+    def has(self, chunk: PlannedChunk) -> bool:
+        """Whether there is a file for a chunk, as long as it must be."""
+        try:
+            found = self._declaration.file(chunk.key).stat()
+        except (OSError, HFBucketError):
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == self._declaration.layout.stored(chunk.size)
 
-    def copy(self, chunk: PlannedChunk, draft: Draft) -> bool:
-        """Write a chunk's bytes into a draft, if one of the tiers has a file for it that is as long as it must be.
+    def copy(self, chunk: PlannedChunk, draft: Draft, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Write a chunk's bytes into a draft, if the tier has a file for it that is as long as it must be.
+
+        Args:
+            chunk: Which.
+            draft: Where to.
+            stopped: Whether to stop, asked between two pieces.
 
         Returns:
             Whether all of them were written.
@@ -45,30 +54,27 @@ class EarlierTiers:
         Raises:
             TierError: The draft cannot be written.
         """
-        return any(self._copy_from(one, chunk, draft) for one in self._declarations)
-
-    def _copy_from(self, declaration: Declaration, chunk: PlannedChunk, draft: Draft) -> bool:
-        layout = declaration.layout
+        layout = self._declaration.layout
+        if not self.has(chunk):
+            return False
         try:
-            file, key = declaration.file(chunk.key), parse_key(chunk.key)
+            file, key = self._declaration.file(chunk.key), parse_key(chunk.key)
             header = layout.header.bytes_for(key, chunk.size) if layout.header and isinstance(key, ClassicKey) else b""
-            found = file.stat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size != layout.stored(chunk.size):
-                return False
             source = file.open("rb")
         except (OSError, HFBucketError):
             return False
         with source:
-            return _read(source, len(header)) == header and self._copy_content(source, chunk.size, draft)
+            return _read(source, len(header)) == header and _copy(source, chunk.size, draft, stopped)
 
-    def _copy_content(self, source: BinaryIO, size: int, draft: Draft) -> bool:
-        at = 0
-        while at < size and not self._stopped():
-            piece = _read(source, min(size - at, _PIECE_BYTES))
-            if not piece or not draft.lease.write(at, piece):
-                return False
-            at += len(piece)
-        return at == size
+
+def _copy(source: BinaryIO, size: int, draft: Draft, stopped: Callable[[], bool]) -> bool:
+    at = 0
+    while at < size and not stopped():
+        piece = _read(source, min(size - at, _PIECE_BYTES))
+        if not piece or not draft.lease.write(at, piece):
+            return False
+        at += len(piece)
+    return at == size
 
 
 def _read(source: BinaryIO, size: int) -> bytes:

@@ -9,7 +9,7 @@ node: among what an event returns, or among what `lost` or `abandon` yields.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 from warmer.laggards import Laggards
 from warmer.lots import Lot, Stage
@@ -141,11 +141,10 @@ class Schedule(Laggards):
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
         self._bucket.give_back(self._unmoved(order, outcomes))
-        copied = [outcome for outcome in outcomes if isinstance(outcome, Copied)]
-        size = sum(outcome.size for outcome in copied)
-        from_hub = [outcome.size for outcome in copied if not outcome.reused]
-        self.counts.fetched += len(from_hub)
-        self.counts.fetched_bytes += sum(from_hub)
+        copied = [outcome.size for outcome in outcomes if _has_moved(outcome)]
+        size = sum(copied)
+        self.counts.fetched += len(copied)
+        self.counts.fetched_bytes += size
         if size:
             self._last_in_time = not self._is_late(flight)
             if self._last_in_time:
@@ -186,7 +185,7 @@ class Schedule(Laggards):
         return ended
 
     def _unmoved(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool = False) -> int:
-        """Give the node back what it let go for chunks that did not move, such as those that were there; returns their bytes.
+        """Give the node back what it let go for chunks that passed no network, such as those that were there; returns their bytes.
 
         A chunk that failed in any other way may have moved, even several times.
         """
@@ -194,6 +193,7 @@ class Schedule(Laggards):
             chunk.size
             for chunk, outcome in zip(order.chunks, outcomes, strict=True)
             if isinstance(outcome, Present)
+            or (isinstance(outcome, Copied) and outcome.reused)
             or (isinstance(outcome, Failed) and outcome.kind in UNMOVED_KINDS)
             or (outcome is None and lost)
         )
@@ -272,13 +272,13 @@ class Schedule(Laggards):
         self._unmoved(order, outcomes, lost=holder_lost)
         lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
         missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
-        size = sum(outcome.size for outcome in outcomes if isinstance(outcome, Copied))
+        size = sum(chunk.size for chunk, outcome in zip(order.chunks, outcomes, strict=True) if _has_moved(outcome))
         if size:
             lane.receive_pace.add(size, now - flight.since)
             self._receive_pace.add(size, now - flight.since)
         if lot is not None:
             lot.receiving.discard(lane.name)
-            lot.done += not missed
+            lot.done += not missed and size > 0  # who had it all elsewhere serves it to nobody
         if missed:
             self._undelivered(lane, lot, order, missed, holder_lost=holder_lost)
         if lot is not None:
@@ -399,3 +399,8 @@ class Schedule(Laggards):
         if fetch:
             self._fetching_bytes -= total_bytes(order.chunks)
         return flight
+
+
+def _has_moved(outcome: Outcome | None) -> TypeGuard[Copied]:
+    """Whether a chunk came through a network; what came from another tier of its node tells nothing of how fast that is."""
+    return isinstance(outcome, Copied) and not outcome.reused

@@ -21,7 +21,7 @@ def test_an_engine_reads_as_its_settings_say():
 
 
 def test_a_process_of_its_own_reads_more_at_a_time():
-    assert Reading.bulk(settings()) == Reading(64, 8 * MIB, 4 * MIB, 96 * MIB)
+    assert Reading.bulk(settings()) == Reading(64, 32 * MIB, 16 * MIB, 128 * MIB)
 
 
 @pytest.mark.parametrize("travelled", [False, True])

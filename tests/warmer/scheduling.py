@@ -12,7 +12,7 @@ from warmer.plan import PlannedChunk
 from warmer.schedule import Schedule
 
 MIB = 1024 * 1024
-ENDS = ("copied",) * 6 + ("present", "transport", "tier", "missing", INTERRUPTED)
+ENDS = ("copied",) * 6 + ("reused", "present", "transport", "tier", "missing", INTERRUPTED)
 
 
 def plan(chunk_sizes):
@@ -22,6 +22,8 @@ def plan(chunk_sizes):
 def outcome(kind, chunk):
     if kind == "copied":
         return Copied(chunk.key, chunk.size)
+    if kind == "reused":
+        return Copied(chunk.key, chunk.size, reused=True)
     if kind == "present":
         return Present(chunk.key, chunk.size)
     return Failed(chunk.key, chunk.size, kind, "no")
@@ -149,7 +151,7 @@ class Fleet:
         if isinstance(order, Fetch):
             results = [outcome(kind, chunk) for kind, chunk in zip(kinds, order.chunks, strict=True)]
             stored = [c for c, result in zip(order.chunks, results, strict=True) if isinstance(result, Copied)]
-            self.copied += len(stored)
+            self.copied += sum(isinstance(result, Copied) and not result.reused for result in results)
             shared = order.share and bool(stored) and (well or chance.random() < 0.9)
             if shared:
                 self.objects[order.number] = (order.node, stored)

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import signal
@@ -92,8 +93,8 @@ def test_a_node_asks_for_longer_pieces_than_an_engine(hub, stocked):
         assert node.copy([chunk]) == [Copied(chunk.key, chunk.size)]
     finally:
         node.close()
-    # Two pieces of 4 MiB, where an engine's would be four of 2.
-    assert hub.control.counters().routes["reconstruction"].requests == 2
+    # One piece, where an engine's would be four of 2 MiB.
+    assert hub.control.counters().routes["reconstruction"].requests == 1
 
 
 def test_an_empty_chunk_is_an_empty_file(stocked, node):
@@ -331,9 +332,10 @@ def second(stocked):
     """Opens warmers of another tier, which is filled after the first."""
     opened = []
 
-    def make(**options):
+    def make(*others, verify="hash"):
         declaration = replace(stocked.declaration(), base_paths=(stocked.directory / "second",))
-        opened.append(NodeWarmer(stocked.open(10), open_tier(declaration), earlier=[stocked.declaration()], **options))
+        earlier = [*others, stocked.declaration()]
+        opened.append(NodeWarmer(stocked.open(10), open_tier(declaration), verify=verify, earlier=earlier))
         return opened[-1]
 
     yield make
@@ -359,16 +361,81 @@ def test_with_all_of_it_in_a_tier_before_a_hub_that_is_gone_does_not_matter(hub,
     assert second().copy(plan) == [Copied(chunk.key, chunk.size, reused=True) for chunk in plan]
 
 
-def test_what_a_tier_before_holds_wrongly_comes_from_the_hub(stocked, node, second):
+@pytest.mark.parametrize("verify", ["hash", "length"])
+def test_what_a_tier_before_holds_wrongly_comes_from_the_hub(stocked, node, second, verify):
+    """It was taken for present by its size: nobody has compared it with anything yet."""
     plan = stocked.plan()
     node().copy(plan)
     file = stocked.declaration().file(plan[0].key)
     file.write_bytes(bytes(plan[0].size))
-    one = second()
+    one = second(verify=verify)
     assert one.reuse(plan[:2]) == [None, Copied(plan[1].key, plan[1].size, reused=True)]
     assert one.copy(plan[:1]) == [Copied(plan[0].key, plan[0].size)]
     assert stocked.in_tier(stocked.directory / "second") == {chunk.key: stocked.chunks[chunk.key] for chunk in plan[:2]}
     assert one.reuse(plan[:1]) == [Present(plan[0].key, plan[0].size)]
+
+
+def test_of_several_tiers_before_each_is_asked(hub, stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    third = replace(stocked.declaration(), base_paths=(stocked.directory / "third",))
+    shutil.copytree(stocked.tier, stocked.directory / "third", ignore=shutil.ignore_patterns(".*"))
+    third.file(plan[0].key).write_bytes(bytes(plan[0].size))
+    third.file(plan[1].key).unlink()
+    hub.control.add_fault(Fault(route="xorb-data", status=500))
+    assert second(third).copy(plan) == [Copied(chunk.key, chunk.size, reused=True) for chunk in plan]
+
+
+def test_no_room_is_made_for_what_neither_a_tier_before_nor_the_hub_gives(hub, stocked):
+    plan = stocked.plan()
+    stored = sum(chunk.size for chunk in plan)
+    declaration = stocked.declaration(max_bytes=stored, evict=True)
+    one = NodeWarmer(stocked.open(1), open_tier(declaration), 3.0)
+    one.copy(plan)
+    one.close()
+    stocked.put({classic_key(100 + n): content(n, 20_000) for n in range(6)})
+    more = [chunk for chunk in stocked.plan() if chunk not in plan]
+    before = stocked.in_tier()
+    hub.control.add_fault(Fault(route="xet-read-token", status=500))
+    empty = replace(declaration, base_paths=(stocked.directory / "none",))
+    two = NodeWarmer(stocked.open(1), open_tier(declaration), 3.0, earlier=[empty])
+    assert kinds(two.copy(more)) == ["transport"] * 6
+    two.close()
+    assert stocked.in_tier() == before
+
+
+def test_a_node_that_cannot_have_a_tier_before_takes_part_without_it(stocked):
+    elsewhere = replace(stocked.declaration(), base_paths=(stocked.directory / "{label:rack}",))
+    settings = EngineConfig.read(stocked.config).instance(INSTANCE)
+    config = NodeConfig(INSTANCE, settings, stocked.declaration(), token_expected=False, earlier=(elsewhere,))
+    node = config.open(Place("this-node"))
+    try:
+        assert kinds(node.copy(stocked.plan())) == ["Copied"] * 6
+    finally:
+        node.close()
+
+
+def test_a_disk_that_does_not_take_what_is_reused_asks_the_hub_for_nothing(hub, stocked, node, second, monkeypatch):
+    plan = stocked.plan()
+    node().copy(plan)
+    one = second()
+    hub.control.reset_counters()
+    monkeypatch.setattr("warmer.tiers.file_lease.os.pwrite", full_disk)
+    assert kinds(one.copy(plan)) == ["no_room"] * 6
+    assert hub.control.counters().route("xorb-data").requests == 0
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_nothing_is_reused_after_the_order_to_stop(stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    one = second()
+    one.stop()
+    assert kinds(one.reuse(plan)) == ["interrupted"] * 6
+    assert stocked.in_tier(stocked.directory / "second") == {}
 
 
 def test_without_a_tier_before_nothing_is_reused(stocked, node):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
+from thorough import examples
 
 from warmer.convoys import Part
 from warmer.lanes import MOST_STRETCHES
@@ -19,7 +20,7 @@ sizes = st.lists(st.integers(0, 100), max_size=30)
 
 
 @example(4892634)  # a slow fetch ends whose lot has no chunk left
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_fleet(seed):
     Fleet(seed).play()

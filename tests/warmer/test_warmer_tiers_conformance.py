@@ -19,7 +19,7 @@ from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.errors import TierError, TierFullError
 from warmer.plan import PlannedChunk
-from warmer.reuse import EarlierTiers
+from warmer.reuse import EarlierTier
 from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
 from warmer.tiers import directory as directories
 from warmer.tiers import room as rooms
@@ -150,19 +150,19 @@ def test_what_it_holds_is_taken_over_by_a_tier_that_is_filled_after_it(subject, 
     key = subject.key()
     data = subject.put(subject.open(), key)
     draft = other.open().draft(key, SIZE)
-    assert EarlierTiers([subject.declaration()]).copy(PlannedChunk(key, "path", "hash", SIZE), draft)
+    assert EarlierTier(subject.declaration()).copy(PlannedChunk(key, "path", "hash", SIZE), draft)
     draft.publish()
     assert other.read(key) == data
     assert subject.read(key) == data
 
 
 def test_of_what_it_does_not_hold_as_it_must_be_nothing_is_taken_over(subject, other):
-    tier, tiers = other.open(), EarlierTiers([subject.declaration()])
+    tier, earlier = other.open(), EarlierTier(subject.declaration())
 
     def taken_over(key, size=SIZE):
         draft = tier.draft(key, size)
         try:
-            return tiers.copy(PlannedChunk(key, "path", "hash", size), draft)
+            return earlier.copy(PlannedChunk(key, "path", "hash", size), draft)
         finally:
             draft.discard()
 
@@ -172,9 +172,9 @@ def test_of_what_it_does_not_hold_as_it_must_be_nothing_is_taken_over(subject, o
     assert not taken_over(subject.key())
     assert not taken_over(key, SIZE + 5000 * TOKEN)
     assert taken_over(key)
-    assert not EarlierTiers([subject.declaration()], lambda: True).copy(
-        PlannedChunk(key, "path", "hash", SIZE), tier.draft(key, SIZE)
-    )
+    draft = tier.draft(key, SIZE)
+    assert not earlier.copy(PlannedChunk(key, "path", "hash", SIZE), draft, lambda: True)
+    draft.discard()
     if subject.headers:
         whole = subject.file(key).read_bytes()
         subject.file(key).write_bytes(b"\xff" + whole[1:])
