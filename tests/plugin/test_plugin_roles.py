@@ -64,7 +64,7 @@ def test_lmcaches_own_store_location_is_respected(engines, hub, location, expect
     engine.store(tokens, engine.random_kv(CHUNK, 24))
 
     eventually(lambda: holds(hub, engine) == expected)
-    assert engine.lookup(tokens) == CHUNK
+    eventually(lambda: engine.lookup(tokens) == CHUNK)  # on a machine that is busy the first may end at its deadline
 
 
 def test_what_a_role_keeps_from_being_done_is_counted(engines, hub):  # noqa: F811

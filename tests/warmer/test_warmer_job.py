@@ -216,6 +216,7 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
         try:
             eventually(lambda: metrics.values("in_flight_chunks", tier="fs.part") == [21.0])
             eventually(lambda: metrics.values("in_flight_bytes", tier="fs.part") == [21.0 * size])
+            eventually(lambda: metrics.values("coverage_ratio", tier="fs.part") == [0.0])  # none has ended yet
         finally:
             guarded_hub.control.clear_faults()
         stdout, stderr = process.communicate(timeout=120)
@@ -226,8 +227,6 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
 
     # What the driver counted outlives it.
     eventually(lambda: metrics.values("lost_nodes_total", tier="fs.none", kind="config") == [1.0])
-    assert metrics.values("coverage_ratio", tier="fs.full") == [pytest.approx(20 / 21)]
-    assert metrics.values("in_flight_chunks", tier="fs.full") == [0.0]
     part = {"tier": "fs.part", "instance": INSTANCE, "node_id": summary["nodes"][0]["id"]}
     part["node"] = summary["nodes"][0]["name"]
     told = {name: metrics.values("chunks_total", outcome=name, **part) for name in ("fetched", "present", "failed")}
