@@ -57,7 +57,8 @@ class Reading:
         """In a process of its own that reads thousands of objects: twice the streams, and pieces eight times as large.
 
         With 40 ms a request 64 streams read objects of 1 MiB 1.7 times as fast as 32, and more were no faster on two cores; a large
-        piece costs both ends less than several small ones (docs/decisions/0013). What the instance says itself of `max_parallel_reads` and `max_inflight_bytes` holds.
+        piece costs both ends less than several small ones (docs/decisions/0013). What the instance says itself of
+        `max_parallel_reads` and `max_inflight_bytes` holds.
         """
         said = settings.model_fields_set
         streams = settings.max_parallel_reads if "max_parallel_reads" in said else _BULK_STREAMS

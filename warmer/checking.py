@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.keys import ClassicKey, parse_key
+from hfbucket_plugin.keys import parse_key
 from hfbucket_plugin.transfer import xet_hashes
 from warmer.errors import TierError
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
@@ -95,8 +95,7 @@ class NodeChecker:
 
     def _look_inside(self, look: _Look, opened: contextlib.ExitStack) -> None:
         chunk, layout = look.chunk, self._declaration.layout
-        file, key = self._declaration.file(chunk.key), parse_key(chunk.key)
-        header = layout.header.bytes_for(key, chunk.size) if layout.header and isinstance(key, ClassicKey) else b""
+        file, header = self._declaration.file(chunk.key), layout.head(parse_key(chunk.key), chunk.size)
         if header:
             with file.open("rb") as source:
                 if source.read(len(header)) != header:

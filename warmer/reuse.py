@@ -6,7 +6,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.keys import ClassicKey, parse_key
+from hfbucket_plugin.keys import parse_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,13 +54,11 @@ class EarlierTier:
         Raises:
             TierError: The draft cannot be written.
         """
-        layout = self._declaration.layout
         if not self.has(chunk):
             return False
         try:
-            file, key = self._declaration.file(chunk.key), parse_key(chunk.key)
-            header = layout.header.bytes_for(key, chunk.size) if layout.header and isinstance(key, ClassicKey) else b""
-            source = file.open("rb")
+            header = self._declaration.layout.head(parse_key(chunk.key), chunk.size)
+            source = self._declaration.file(chunk.key).open("rb")
         except (OSError, HFBucketError):
             return False
         with source:

@@ -210,7 +210,7 @@ def _coverage(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
 def _nodes(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
     yield "<h2>Nodes</h2>\n"
     yield from _table(
-        ("node", "tier", "selected", "copied", "received", "reused", "present", "failed", "bytes", ""),
+        ("node", "tier", *_OF_A_NODE, "bytes", ""),
         (
             (node["name"], tier, *(f"{node[name]:,}" for name in _OF_A_NODE),
              size(node["bytes"]), _said(node))

@@ -41,6 +41,10 @@ class Layout:
         head = self.header.size if self.header else 0
         return -(-(head + size) // self.alignment) * self.alignment
 
+    def head(self, key: Key, size: int) -> bytes:
+        """What stands before the bytes of a chunk in its file; nothing where files hold these alone."""
+        return self.header.bytes_for(key, size) if self.header and isinstance(key, ClassicKey) else b""
+
     def content(self, stored: int) -> int | None:
         """Bytes of the chunk in a file, padding included; None when it is too short to be one."""
         size = stored - (self.header.size if self.header else 0)

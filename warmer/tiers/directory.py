@@ -9,7 +9,6 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import TierError, TierFullError
 from warmer.tiers.file_lease import FULL, FileLease
 from warmer.tiers.file_names import file_name, unambiguous
@@ -120,7 +119,7 @@ class DirectoryTier:
         """
         parsed = unambiguous(key, self.declaration.takes)
         layout = self.declaration.layout
-        header = layout.header.bytes_for(parsed, size) if layout.header and isinstance(parsed, ClassicKey) else b""
+        header = layout.head(parsed, size)
         directory, stored = self.declaration.directory(parsed), layout.stored(size)
         target = directory / file_name(parsed)
         on_disk = stored + size if header else stored
