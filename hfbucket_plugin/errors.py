@@ -18,6 +18,7 @@
     ├── IntegrityError                    never serve these bytes
     │   └── HashMismatchError             nor trust the object
     ├── ScratchError                      make room in `download_tmp_dir`
+    ├── LocalFileError (OSError)          make room on that disk, or mend the rights
     └── PartialFailureError               look at `failures`, item by item
 
 `kind` is a stable, machine-readable word: it labels metrics and reports, and is only ever added to.
@@ -164,6 +165,21 @@ class ScratchError(HFBucketError):
     """There was no space for a temporary file. Says nothing against the bucket."""
 
     kind = "scratch"
+
+
+class LocalFileError(HFBucketError, OSError):
+    """A file that was to be filled could not be written. Says nothing against the bucket.
+
+    Args:
+        message: See `HFBucketError`.
+        number: What the system said, of the module `errno`.
+    """
+
+    kind = "file"
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True, slots=True)

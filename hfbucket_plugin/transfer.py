@@ -16,6 +16,7 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     TransportError,
 )
+from hfbucket_plugin.file_reads import FileRead
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
 
@@ -73,9 +74,18 @@ class Read:
     error: HFBucketError | None = None
     done: bool = False
 
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return self.lease.live
+
+    def give_up(self) -> None:
+        """Stop it: after this returns nothing writes into the buffer any more."""
+        self.lease.revoke()
+
     def fail(self, error: HFBucketError) -> None:
         """Note the first error, and let nothing write into the buffer any more."""
-        self.lease.revoke()
+        self.give_up()
         if self.error is None:
             self.error = error
 
@@ -86,6 +96,17 @@ class _Ticket:
     def __init__(self) -> None:
         self.abandoned = False
         self.loan: Loan | None = None
+
+
+class _Part(_Ticket):
+    """Some bytes of an object, from `start` to `end`, that a worker is to read; all of them, where a file is to be made."""
+
+    def __init__(self, read: Read | FileRead, start: int, end: int, deadline: Deadline) -> None:
+        super().__init__()
+        self.read = read
+        self.start = start
+        self.end = end
+        self.deadline = deadline
 
 
 class Transfer:
@@ -142,8 +163,8 @@ class Transfer:
         """Have later reads go through a session of their own: nothing that this one keeps serves them."""
         self._reading.renew()
 
-    def read(self, reads: Sequence[Read], deadline: Deadline) -> None:
-        """Fill the buffers of several reads; returns when all have ended or the deadline has passed.
+    def read(self, reads: Sequence[Read | FileRead], deadline: Deadline) -> None:
+        """Fill the buffers, or make the files, of several reads; returns when all have ended or the deadline has passed.
 
         Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
         buffer of a read that is not done.
@@ -162,27 +183,28 @@ class Transfer:
         if read.error is not None:
             raise read.error
 
-    def _fill(self, reads: Sequence[tuple[Read, int]], deadline: Deadline) -> None:
+    def _fill(self, reads: Sequence[tuple[Read | FileRead, int]], deadline: Deadline) -> None:
         """Read so many first bytes of each."""
-        tasks: dict[Future[int], tuple[Read, _Ticket]] = {}
+        tasks: dict[Future[int], _Part] = {}
         for read, wanted in reads:
-            for start, end in cut(wanted, self._range_bytes):
-                ticket = _Ticket()
+            for start, end in [(0, wanted)] if isinstance(read, FileRead) else cut(wanted, self._range_bytes):
+                part = _Part(read, start, end, deadline)
                 try:
-                    future = self._workers.submit(self._read_range, read, start, end, deadline, ticket)
+                    future = self._workers.submit(self._read_part, part)
                 except RuntimeError as error:
                     read.fail(TransportError(f"{read.name}: {error}"))
                     break
-                tasks[future] = (read, ticket)
+                tasks[future] = part
         finished, unfinished = wait(tasks, timeout=deadline.remaining())
         for future in unfinished:
-            read, ticket = tasks[future]
-            read.fail(DeadlineError(f"{read.name}: not read within {deadline.seconds:g} s; the call was abandoned"))
+            part = tasks[future]
+            name = part.read.name
+            part.read.fail(DeadlineError(f"{name}: not read within {deadline.seconds:g} s; the call was abandoned"))
             future.cancel()
-            self._abandon(ticket, self._reading)
+            self._abandon(part, self._reading)
         arrived = {id(read): 0 for read, _ in reads}
         for future in finished:
-            arrived[id(tasks[future][0])] += future.result()
+            arrived[id(tasks[future].read)] += future.result()
         for read, wanted in reads:
             # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
             if read.error is None and arrived[id(read)] != wanted:
@@ -195,33 +217,34 @@ class Transfer:
         if ticket.loan is not None:
             sessions.give_up(ticket.loan)
 
-    def _read_range(self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket) -> int:
-        """Read one range, and return how many of its bytes are in the buffer: all or, where that failed, none."""
-        quick = Deadline.after(_QUICK_SECS)
+    def _read_part(self, part: _Part) -> int:
+        """Read one part, and return how many of its bytes are in their place: all or, where that failed, none."""
+        read, quick = part.read, Deadline.after(_QUICK_SECS)
         try:
             for attempt in range(_QUICK_TRIES):
-                if not read.lease.live or ticket.abandoned:
-                    break
+                if not read.live or part.abandoned:
+                    raise DeadlineError(f"{read.name}: given up before it was read")
                 last = attempt >= _TRIES - 1
                 reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
-                if self._try_range(read, start, end, deadline, ticket, last=last, reason_last=reason_last):
-                    return end - start
+                if self._try_part(part, attempt, last=last, reason_last=reason_last):
+                    return part.end - part.start
         except HFBucketError as error:
             read.fail(error)
         except BaseException as error:  # noqa: BLE001 - a panic of hf_xet's included: this read has failed
             read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
         return 0
 
-    def _try_range(
-        self, read: Read, start: int, end: int, deadline: Deadline, ticket: _Ticket, *, last: bool, reason_last: bool
-    ) -> bool:
-        loan = self._reading.borrow(deadline)
-        ticket.loan = loan
+    def _try_part(self, part: _Part, attempt: int, *, last: bool, reason_last: bool) -> bool:
+        read, deadline = part.read, part.deadline
+        part.loan = loan = self._reading.borrow(deadline)
         try:
-            if ticket.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
+            if part.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
                 raise DeadlineError(f"{read.name}: given up before it was read")
-            with typed_errors(read.name):
-                self._stream(loan.session, read, start, end, deadline)
+            if isinstance(read, FileRead):
+                read.fetch(loan.session, attempt)
+            else:
+                with typed_errors(read.name):
+                    self._stream(loan.session, read, part)
         except AccessDeniedError:
             self._reading.retire(loan)
             if last:
@@ -240,7 +263,9 @@ class Transfer:
             self._reading.give_back(loan)
         return True
 
-    def _stream(self, session: Session, read: Read, start: int, end: int, deadline: Deadline) -> None:
+    @staticmethod
+    def _stream(session: Session, read: Read, part: _Part) -> None:
+        start, end = part.start, part.end
         info = hf_xet.XetFileInfo(read.content.xet_hash, read.content.size)
         whole = end - start == read.content.size
         bounds = {} if whole else {"start": start, "end": end}
@@ -252,7 +277,7 @@ class Transfer:
                 raise DeadlineError(f"{read.name}: given up while it was being read")
             at += len(piece)
             del piece  # else it would stay in memory while the next one is awaited
-            deadline.check(read.name)
+            part.deadline.check(read.name)
         if at == start:
             raise _ReasonLostError(f"{read.name}: the store sent nothing, and hf_xet does not say why")
         if at != end:
@@ -305,7 +330,7 @@ class Transfer:
         ticket: _Ticket,
         taken: Callable[[SourceLease], None],
     ) -> list[Content]:
-        commit = session.xet.new_upload_commit(**self._writing.connection(session.access, session.headers))
+        commit = session.xet.new_upload_commit(**session.connection)
         contents = []
         try:
             for source in sources:

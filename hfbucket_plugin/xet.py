@@ -32,6 +32,8 @@ from hfbucket_plugin.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.hub import HubClient
 
@@ -39,6 +41,10 @@ _log = logging.getLogger(__name__)
 
 _RENEWAL_SECS: Final = 30.0
 """A session that failed is renewed, but no more often than this: each renewal costs the Hub a request."""
+
+_FILES_OF_A_GROUP: Final = 1000
+"""A group remembers every download until it ends, in about 1.2 KiB each: a new one has to follow. Making one takes 10 ms, and
+connections belong to the session."""
 
 _MAX_UNIX_SECS: Final = 2**40
 _STATUS = re.compile(r"HTTP status client error \((\d{3})\b")
@@ -67,6 +73,7 @@ def xet_config(timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes
             "client.retry_max_duration": timedelta(seconds=max(0.2, timeout_secs * 0.8)),
             "client.ac_initial_download_concurrency": max(4, streams),
             "client.ac_max_download_concurrency": max(64, streams),
+            "data.max_concurrent_file_downloads": streams,
             # One question to the store for every file, before its upload: what a bucket holds already is found by its
             # key, and other people's bytes are never KV of ours.
             "deduplication.global_dedup_query_enabled": False,
@@ -132,17 +139,35 @@ def _token_path(bucket_id: str, right: str) -> str:
 
 
 class Session:
-    """One hf_xet session and, for reading, its stream group; counts who reads from it."""
+    """One hf_xet session and, for reading, its groups; counts who reads from it.
 
-    def __init__(self, xet: Any, group: Any, access: CasAccess, hub_token_headers: dict[str, str]) -> None:
+    Args:
+        xet: The session.
+        group: For streams; None where it is for writing.
+        connection: The arguments that open a group or a commit.
+    """
+
+    def __init__(self, xet: Any, group: Any, connection: Mapping[str, Any]) -> None:
         self.xet = xet
         self.group = group
-        self.access = access
-        self.headers = hub_token_headers
+        self.connection = connection
         self.retired = False
         self.readers = 0
         self.pid = os.getpid()
         self.born = time.monotonic()
+        self._lock = threading.Lock()
+        self._files: Any = None
+        self._started = 0
+
+    @contextlib.contextmanager
+    def files(self) -> Iterator[Any]:
+        """A group for one download into a file, kept alive for the length of a `with` block."""
+        with self._lock:
+            if self._files is None or self._started >= _FILES_OF_A_GROUP:
+                self._files, self._started = self.xet.new_file_download_group(**self.connection), 0
+            self._started += 1
+            group = self._files
+        yield group
 
 
 class Loan:
@@ -229,13 +254,13 @@ class SessionPool:
 
     def _build(self, deadline: Deadline) -> Session:
         access = fetch_access(self._hub, self._bucket_id, self._right, deadline, patient=self._patient)
-        headers = self._hub.headers()
+        connection = self._connection(access, self._hub.headers())
         with typed_errors(f"instance {self._hub.instance!r}: session"):
             xet = hf_xet.XetSession(config=self._config)
-            group = xet.new_download_stream_group(**self.connection(access, headers)) if self._right == "read" else None
-        return Session(xet, group, access, headers)
+            group = xet.new_download_stream_group(**connection) if self._right == "read" else None
+        return Session(xet, group, connection)
 
-    def connection(self, access: CasAccess, headers: dict[str, str]) -> dict[str, Any]:
+    def _connection(self, access: CasAccess, headers: dict[str, str]) -> dict[str, Any]:
         """The arguments that open a group or a commit: seeded with a token, and able to refresh it."""
         return {
             "endpoint": access.url,

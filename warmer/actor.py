@@ -10,6 +10,7 @@ import ray
 import ray.exceptions
 
 from hfbucket_plugin.errors import HFBucketError
+from warmer.allocator import keep_freed_memory
 from warmer.outcomes import Copied, Present
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class NodeActor:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        keep_freed_memory()
 
     def start(self, config: Config, place: Place) -> HFBucketError | None:
         """Take part; returns why it cannot."""

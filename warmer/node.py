@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import tenacity
@@ -21,7 +21,7 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.instance import open_bucket
-from hfbucket_plugin.transfer import Content, Read
+from warmer.fetching import Fetch, Job
 from warmer.outcomes import Copied, Failed, Present
 from warmer.receive import Receiver, bytes_of, given_up, hashes_of
 from warmer.reuse import EarlierTier
@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.file_reads import FileRead
     from hfbucket_plugin.settings import InstanceSettings
+    from hfbucket_plugin.transfer import Read
     from warmer.outcomes import Outcome
     from warmer.plan import PlannedChunk
     from warmer.receive import Bytes, Verify
-    from warmer.tiers import Declaration, Draft, Place, Tier
+    from warmer.tiers import Declaration, Place, Tier
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
 """A batch of 64 MiB has a third of it for each try: enough for a node that gets 1 MiB a second."""
 
 _TRIES: Final = 3
-_HASH_TRIES: Final = 2
 _LOOKUP_SECS: Final = 15.0
 
 
@@ -76,41 +77,6 @@ class NodeConfig:
         return open_node(self, place)
 
 
-@dataclass(slots=True)
-class _Job:
-    """One chunk that is to be fetched, and its bytes where they are to be kept for other nodes."""
-
-    chunk: PlannedChunk
-    keep: bool = False
-    kept: Bytes | None = None
-    error: HFBucketError | None = None
-    done: bool = False
-    wrong_hashes: int = 0
-    since: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    @property
-    def again(self) -> bool:
-        """Whether another try may help."""
-        if self.wrong_hashes >= _HASH_TRIES:
-            return False
-        # Integrity: wrong bytes, but also a stream that ended early without an error, as they do when the store fails.
-        return isinstance(self.error, (TransportError, ThrottledError, IntegrityError))
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """One try at one chunk."""
-
-    job: _Job
-    draft: Draft
-    read: Read = field(init=False)
-
-    def __post_init__(self) -> None:
-        chunk = self.job.chunk
-        self.read = Read(chunk.key, Content(chunk.xet_hash, chunk.size), self.draft.lease)
-
-
 class NodeWarmer:
     """One node's part of a run. Its methods may be called from several threads.
 
@@ -141,7 +107,7 @@ class NodeWarmer:
         self._earlier = [EarlierTier(one) for one in earlier]
         self._receiver = Receiver(tier, verify, self._stopped)
         self._lock = threading.Lock()
-        self._reading: dict[int, list[Read]] = {}
+        self._reading: dict[int, list[Read | FileRead]] = {}
 
     def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
         """See to it that the tier holds some chunks.
@@ -164,7 +130,7 @@ class NodeWarmer:
             How each ended, in their order; and the bytes of those that were copied, in their order, or nothing.
         """
         outcomes: dict[int, Outcome] = {}
-        jobs: dict[int, _Job] = {}
+        jobs: dict[int, Job] = {}
         for index, chunk in enumerate(chunks):
             try:
                 if self._tier.holds(chunk.key, chunk.size):
@@ -173,7 +139,7 @@ class NodeWarmer:
             except HFBucketError as error:
                 outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
                 continue
-            jobs[index] = _Job(chunk, keep)
+            jobs[index] = Job(chunk, keep)
             if chunk.gone:
                 jobs[index].error = _deleted(chunk)
         kept: dict[str, Bytes] = {}
@@ -220,9 +186,10 @@ class NodeWarmer:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
 
-    def _look_into(self, jobs: list[_Job]) -> None:
+    def _look_into(self, jobs: list[Job]) -> None:
         """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
-        failed = [job for job in jobs if isinstance(job.error, (TransportError, IntegrityError))]
+        unclear = (TransportError, IntegrityError, ObjectMissingError)
+        failed = [job for job in jobs if not job.chunk.gone and isinstance(job.error, unclear)]
         if not failed or self._stopped.is_set():
             return
         try:
@@ -232,8 +199,10 @@ class NodeWarmer:
         for job in failed:
             if job.chunk.path not in found:
                 job.error = _deleted(job.chunk)
+            elif isinstance(job.error, ObjectMissingError):
+                job.error = IntegrityError(f"{job.error}; the bucket lists it all the same")
 
-    def _outcome(self, job: _Job) -> Outcome:
+    def _outcome(self, job: Job) -> Outcome:
         chunk = job.chunk
         if job.done:
             return Copied(chunk.key, chunk.size, seconds=job.seconds)
@@ -242,7 +211,7 @@ class NodeWarmer:
         error = job.error or TransportError(f"{chunk.key}: not fetched")
         return Failed(chunk.key, chunk.size, error.kind, str(error))
 
-    def _fetch_all(self, jobs: list[_Job]) -> None:
+    def _fetch_all(self, jobs: list[Job]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
         deadline = Deadline.after(self.chunk_timeout_secs)
         retrying = tenacity.Retrying(
@@ -256,7 +225,7 @@ class NodeWarmer:
         )
         retrying(self._try, jobs, deadline)
 
-    def _try(self, jobs: list[_Job], deadline: Deadline) -> list[_Job]:
+    def _try(self, jobs: list[Job], deadline: Deadline) -> list[Job]:
         """Try those that are not done, once; returns those worth another try."""
         pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
@@ -268,7 +237,7 @@ class NodeWarmer:
             for job in pending:
                 job.error = error
             return [job for job in pending if job.again]
-        fetches: list[_Fetch] = []
+        fetches: list[Fetch] = []
         try:
             for job in pending:
                 self._begin(job, fetches)
@@ -279,14 +248,20 @@ class NodeWarmer:
                 fetch.draft.discard()
         return [job for job in pending if not job.done and job.again]
 
-    def _begin(self, job: _Job, fetches: list[_Fetch]) -> None:
+    def _begin(self, job: Job, fetches: list[Fetch]) -> None:
         job.error = None
         try:
-            fetches.append(_Fetch(job, self._tier.draft(job.chunk.key, job.chunk.size)))
+            draft = self._tier.draft(job.chunk.key, job.chunk.size)
+        except HFBucketError as error:
+            job.error, job.reserve = error, False
+            return
+        try:
+            fetches.append(Fetch(job, draft))
         except HFBucketError as error:
             job.error = error
+            draft.discard()
 
-    def _read(self, reads: list[Read], deadline: Deadline) -> None:
+    def _read(self, reads: list[Read | FileRead], deadline: Deadline) -> None:
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -297,20 +272,20 @@ class NodeWarmer:
             with self._lock:
                 del self._reading[id(reads)]
 
-    def _end(self, fetches: list[_Fetch]) -> None:
+    def _end(self, fetches: list[Fetch]) -> None:
         """Verify what arrived, all in one call of the hasher, and let what is right appear."""
         arrived = []
         for fetch in fetches:
             if fetch.read.done:
                 arrived.append(fetch)
             else:
-                fetch.job.error = fetch.read.error or TransportError(f"{fetch.read.name}: not read")
+                fetch.tell()
         drafts, expected = [fetch.draft for fetch in arrived], [fetch.job.chunk.xet_hash for fetch in arrived]
         hashes = hashes_of(drafts, expected, self._verify)
         for fetch, actual in zip(arrived, hashes, strict=True):
             self._appear(fetch, actual)
 
-    def _appear(self, fetch: _Fetch, actual: str | HFBucketError) -> None:
+    def _appear(self, fetch: Fetch, actual: str | HFBucketError) -> None:
         job, expected = fetch.job, fetch.job.chunk.xet_hash
         if isinstance(actual, HFBucketError):
             job.error = actual
@@ -347,7 +322,7 @@ class NodeWarmer:
             # Those that wait for a stream would else ask for a session each, one after the other.
             for reads in self._reading.values():
                 for read in reads:
-                    read.lease.revoke()
+                    read.give_up()
         self._bucket.close()
 
     def close(self) -> None:

@@ -6,8 +6,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
-import numpy as np
-
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.transfer import xet_hashes
 from warmer.errors import TierError
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from hfbucket_plugin.deadlines import Deadline
@@ -187,6 +186,8 @@ def bytes_of(draft: Draft) -> Bytes:
     Raises:
         TierError: It cannot be read.
     """
+    import numpy as np  # noqa: PLC0415 - a tenth of a second, which a node that hands nothing on need not wait for
+
     try:
         return np.fromfile(draft.path, dtype=np.uint8)
     except OSError as error:

@@ -28,6 +28,7 @@ TREE = {
     "IntegrityError": ((HFBucketError,), "integrity"),
     "HashMismatchError": ((errors.IntegrityError,), "integrity"),
     "ScratchError": ((HFBucketError,), "scratch"),
+    "LocalFileError": ((HFBucketError, OSError), "file"),
     "PartialFailureError": ((HFBucketError,), "partial"),
 }
 

@@ -177,7 +177,7 @@ def test_an_object_that_is_shorter_than_listed_is_never_done(hub, door, size):
 
 def test_a_read_is_judged_by_the_bytes_that_arrived(hub, door, monkeypatch):
     content = stored(door, hub, {"a": DATA})["a"]
-    monkeypatch.setattr(door.transfer, "_try_range", lambda *_, **__: False)  # neither done nor an error: it has none
+    monkeypatch.setattr(door.transfer, "_try_part", lambda *_, **__: False)  # neither done nor an error: it has none
 
     into = read(door, content)
 

@@ -102,7 +102,8 @@ def test_a_file_system_that_cannot_reserve_is_used_all_the_same(tier, declaratio
 
 def test_closing_removes_all_that_is_ours(tier, declaration):
     declaration.file(KEY).write_bytes(b"chunk")
-    tier.draft(classic_key(2), 10)
+    tier.draft(classic_key(2), 10).lease.write(0, b"some")
+    tier.draft(classic_key(3), 10).path.write_bytes(b"some")
     tier.close()
     assert files(declaration) == [declaration.file(KEY).name]
 
@@ -113,7 +114,7 @@ from pathlib import Path
 from warmer.tiers import open_tier
 from warmer.tiers.declaration import DirectoryDeclaration
 tier = open_tier(DirectoryDeclaration("fs.warm", (Path(sys.argv[1]),)))
-tier.draft("org/model@1@0@1@half", 1000)
+tier.draft("org/model@1@0@1@half", 1000).lease
 os._exit(9)
 """
 

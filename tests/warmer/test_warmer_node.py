@@ -17,6 +17,7 @@ from warmer.node import NodeConfig, NodeWarmer
 from warmer.outcomes import Copied, Failed, Present
 from warmer.plan import PlannedChunk, gone
 from warmer.tiers import Place, open_tier
+from warmer.tiers import room as rooms
 
 # hf_xet ends some streams early and without an error when the store fails: those read as `integrity`.
 UNREACHABLE = {"transport", "deadline", "integrity"}
@@ -204,11 +205,55 @@ def test_a_tier_without_room_is_a_failure_of_the_tier(stocked, node, monkeypatch
         raise OSError(28, "No space left on device")
 
     one = node()
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: 0)
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     outcomes = one.copy(stocked.plan())
     assert kinds(outcomes) == ["no_room"] * 6
     assert "No space left" in outcomes[0].message
     assert_clean(stocked)
+
+
+def filling_up(monkeypatch, warehouse):
+    """The disk is full from the first byte on, for files whose blocks were not reserved."""
+    tier = open_tier(warehouse.declaration())
+    name = tier.name
+
+    def full(directory):
+        path = name(directory)
+        path.symlink_to("/dev/full")
+        return path
+
+    def create(path):
+        path.unlink()
+        return type(tier).create(tier, path)
+
+    monkeypatch.setattr(tier, "name", full)
+    monkeypatch.setattr(tier, "create", create)
+    return tier
+
+
+def test_a_disk_that_fills_up_is_asked_for_blocks_first_then(stocked, monkeypatch):
+    one = NodeWarmer(stocked.open(10), filling_up(monkeypatch, stocked), 30)
+    try:
+        outcomes = one.copy(stocked.plan())
+        assert kinds(outcomes) == ["Copied"] * 6
+        assert stocked.in_tier() == stocked.chunks
+        assert_clean(stocked)
+    finally:
+        one.close()
+
+
+def test_a_disk_that_is_full_is_no_room_however_it_is_found_out(stocked, monkeypatch):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    one = NodeWarmer(stocked.open(10), filling_up(monkeypatch, stocked), 30)
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    try:
+        assert kinds(one.copy(stocked.plan())) == ["no_room"] * 6
+        assert_clean(stocked)
+    finally:
+        one.close()
 
 
 def test_stopping_frees_what_hangs_and_leaves_nothing(hub, stocked, node):

@@ -261,12 +261,16 @@ def full_disk(monkeypatch, subject, chunks):
     """From now on the disk has room for as many chunks."""
     real, most = os.posix_fallocate, chunks * subject.stored()
 
+    def free():
+        return most - sum(path.stat().st_size for path in subject.directory.rglob("*@*@*.data"))
+
     def allocate(descriptor, at, size):
-        if size + sum(path.stat().st_size for path in subject.directory.rglob("*@*@*.data")) > most:
+        if size > free():
             raise OSError(28, "No space left on device")
         real(descriptor, at, size)
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: free())
 
 
 def test_a_full_disk_is_no_room_and_leaves_nothing(subject, monkeypatch):
@@ -277,6 +281,77 @@ def test_a_full_disk_is_no_room_and_leaves_nothing(subject, monkeypatch):
     with pytest.raises(TierFullError, match="No space left"):
         tier.draft(subject.key(), SIZE)
     assert subject.names() == names
+
+
+def test_a_chunk_whose_file_another_makes_appears_whole_or_not_at_all(subject):
+    tier, key = subject.open(max_bytes=subject.stored(), fsync=True), subject.key()
+    data = content(SIZE, SIZE)
+    for wrong in (data[:-1], data + b"x"):
+        draft = tier.draft(key, SIZE)
+        assert draft.roomy
+        draft.path.write_bytes(wrong)
+        with pytest.raises(TierError, match=f"{len(wrong)} bytes are there of the {SIZE}"):
+            draft.publish()
+        draft.discard()
+    draft = tier.draft(key, SIZE)
+    with pytest.raises(TierError, match="No such file"):
+        draft.publish()
+    draft.discard()
+    assert [name for name in subject.names() if not name.endswith(".lock")] == []
+
+    draft = tier.draft(key, SIZE)
+    draft.path.write_bytes(data)
+    assert subject.visible() == []
+    draft.publish()
+    assert subject.read(key) == data
+    assert subject.file(key).stat().st_size == subject.stored()
+    assert [one.key for one in tier.inventory()] == [key]
+
+
+def test_a_file_that_another_makes_becomes_what_those_of_the_tier_are(subject):
+    modes = set()
+    for tier in (subject.open(chmod=0o640), subject.open()):
+        made, filled = subject.key(), subject.key()
+        draft = tier.draft(made, SIZE)
+        draft.path.touch(0o600)
+        draft.path.write_bytes(bytes(SIZE))
+        draft.publish()
+        subject.put(tier, filled)
+        modes.add(mode := subject.file(made).stat().st_mode & 0o777)
+        assert mode == subject.file(filled).stat().st_mode & 0o777
+    assert 0o640 in modes
+    assert len(modes) == 2
+
+
+def test_blocks_are_reserved_first_where_there_is_little_room(subject, monkeypatch):
+    floor, free = 1000, 0
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: free)
+    tier = subject.open(min_free_bytes=floor)
+    needed = 2 * subject.stored()
+    free = floor + 2 * needed - 1  # twice what two drafts take, less a byte
+    first, second = (tier.draft(subject.key(), SIZE) for _ in range(2))
+    assert (first.roomy, second.roomy) == (True, False)
+    assert second.path.stat().st_size == SIZE
+    second.discard()
+    first.discard()
+
+
+def test_a_floor_counts_what_files_are_still_to_take_that_others_make(subject, monkeypatch):
+    free, floor = 100 * subject.stored(), 1000
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: free)
+    tier = subject.open(min_free_bytes=floor)
+    needed = subject.stored() + (SIZE if subject.headers else 0)
+    first = tier.draft(key := subject.key(), SIZE)
+    other = next(one for number in range(500, 600) if same_path(subject, one := subject.key(number), key))
+    assert first.roomy
+    free = floor + needed + SIZE - 1
+    with pytest.raises(TierFullError, match="min_free_bytes"):
+        tier.draft(other, SIZE)
+    first.path.write_bytes(bytes(SIZE))  # then it is in what is free, or not
+    tier.draft(other, SIZE).discard()
+    first.path.unlink()
+    first.discard()
+    tier.draft(other, SIZE).discard()
 
 
 def test_a_file_system_that_can_do_little_is_used_all_the_same(subject, monkeypatch):
@@ -608,6 +683,7 @@ def test_whatever_was_put_into_a_tier_is_read_back_as_it_was_or_was_refused(empt
         except KeyFormatError:
             assert "-SEP" in text
             continue
+        draft.lease.write(0, bytes(size))
         draft.publish()
         held[text] = size
     layout = tier.declaration.layout

@@ -40,8 +40,20 @@ class Draft(Protocol):
         """Where the bytes are meanwhile, and nothing else, for hashing."""
 
     @property
+    def roomy(self) -> bool:
+        """Whether somebody else may make the file at `path` in one go, in place of writing through `lease`.
+
+        It is made without its blocks being reserved first, so there has to be room enough for all that is under way.
+        """
+
+    @property
     def lease(self) -> Lease:
-        """Where a reader writes."""
+        """Where a reader writes. Asking for it makes the file, with its blocks reserved.
+
+        Raises:
+            TierFullError: There is no room.
+            TierError: The file cannot be made.
+        """
 
     def publish(self) -> None:
         """Let the chunk appear, whole and at once. Nothing writes into it any more.

@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import stat
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from warmer.errors import TierError, TierFullError
 from warmer.tiers.file_lease import FULL, FileLease
@@ -18,10 +18,13 @@ from warmer.tiers.ownership import Ownership
 from warmer.tiers.room import Room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from warmer.tiers.declaration import DirectoryDeclaration
+
+
+_T = TypeVar("_T")
 
 
 class Held(NamedTuple):
@@ -51,6 +54,7 @@ class DirectoryTier:
         self.declaration = declaration
         self.ownership = Ownership(declaration.name, declaration.options)
         self._runs: dict[Path, RunFiles] = {}
+        self._modes: dict[Path, int] = {}
         self._numbers = itertools.count(1)
         try:
             for path in dict.fromkeys(declaration.base_paths):
@@ -69,6 +73,7 @@ class DirectoryTier:
         path, descriptor = self.temporary(directory)
         try:
             self.ownership.check_readable(descriptor, directory.stat())
+            self._modes[directory] = stat.S_IMODE(os.fstat(descriptor).st_mode)
         finally:
             os.close(descriptor)
             path.unlink()
@@ -80,16 +85,52 @@ class DirectoryTier:
             OSError: It cannot be made.
             TierError: It cannot be given to whom it is to belong.
         """
-        path = self._runs[directory].temporary(next(self._numbers))
+        path = self.name(directory)
+        return path, self.create(path)
+
+    def name(self, directory: Path) -> Path:
+        """A name for a temporary file, which nobody else has."""
+        return self._runs[directory].temporary(next(self._numbers))
+
+    def create(self, path: Path) -> int:
+        """Make a temporary file, as the files of the tier are to be; returns its descriptor.
+
+        Raises:
+            OSError, TierError: See `temporary`.
+        """
         mode = self.declaration.layout.mode
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            self.ownership.give(descriptor, directory.stat())
+            self.ownership.give(descriptor, path.parent.stat())
         except OSError:
             os.close(descriptor)
             path.unlink()
             raise
-        return path, descriptor
+        return descriptor
+
+    def adopt(self, path: Path, stored: int, *, fsync: bool) -> None:
+        """Make a file that somebody else has made what the files of the tier are to be.
+
+        Args:
+            path: Of the file, a temporary one.
+            stored: Bytes that it is to have, with the padding at its end.
+            fsync: Whether to force it to the disk.
+
+        Raises:
+            OSError, TierError: See `temporary`.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self.ownership.give(descriptor, path.parent.stat())
+            found, mode = os.fstat(descriptor), self._modes[path.parent]
+            if stat.S_IMODE(found.st_mode) != mode:
+                os.fchmod(descriptor, mode)
+            if found.st_size != stored:
+                os.ftruncate(descriptor, stored)
+            if fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def holds(self, key: str, size: int) -> bool:
         """Whether the chunk's file is there at that size.
@@ -126,15 +167,20 @@ class DirectoryTier:
         with _named(self.declaration.name, target), self.room.lock:
             self.room.take(directory, stored, on_disk, _size_of(target))
             try:
-                try:
-                    return DirectoryDraft(self, target, size, header)
-                except OSError as error:
-                    if not _is_full(error) or not self.room.make(directory, on_disk):
-                        raise
-                return DirectoryDraft(self, target, size, header)
+                roomy = self.room.plenty(directory)
+                return self.fitted(directory, on_disk, lambda: DirectoryDraft(self, target, size, header, roomy=roomy))
             except BaseException:
                 self.room.give_back(stored)
                 raise
+
+    def fitted(self, directory: Path, size: int, make: Callable[[], _T]) -> _T:
+        """Make something that takes room on a disk; where that is full, once more with what eviction frees."""
+        try:
+            return make()
+        except OSError as error:
+            if not _is_full(error) or not self.room.make(directory, size):
+                raise
+        return make()
 
     def inventory(self) -> Iterator[Held]:
         """Stream the chunks that the tier holds, by the names and sizes of its files.
@@ -163,32 +209,60 @@ class DirectoryDraft:
         target: The file that appears.
         size: Bytes of the chunk.
         header: Stands before them.
+        roomy: Whether the file need not be made before somebody asks for the lease.
 
     Attributes:
         path: The temporary file: the chunk's bytes and nothing else.
-        lease: Where a reader writes.
 
     Raises:
         OSError: There is no room, or no right; nothing is left behind.
     """
 
-    def __init__(self, tier: DirectoryTier, target: Path, size: int, header: bytes) -> None:
+    def __init__(self, tier: DirectoryTier, target: Path, size: int, header: bytes, *, roomy: bool) -> None:
         self._tier = tier
         self._target = target
         self._size = size
         self._stored = tier.declaration.layout.stored(size)
         self._counted = False
         self._whole: _Whole | None = None
-        self.path, descriptor = tier.temporary(target.parent)
-        self.lease = FileLease(descriptor, size)
+        self._lease: FileLease | None = None
+        self.path = tier.name(target.parent)
         try:
-            _reserve(descriptor, size)
             if header:
                 self._whole = _Whole(tier, target.parent, header, size)
+            if roomy:
+                tier.room.expect(self.path, size)
+            else:
+                self._open()
         except BaseException:
             self.discard()
             raise
         self._counted = True
+
+    def _open(self) -> FileLease:
+        descriptor = self._tier.create(self.path)
+        try:
+            _reserve(descriptor, self._size)
+        except BaseException:
+            os.close(descriptor)
+            self.path.unlink()
+            raise
+        self._lease = FileLease(descriptor, self._size)
+        self._tier.room.expect_no_more(self.path)
+        return self._lease
+
+    @property
+    def roomy(self) -> bool:
+        """See `Draft`."""
+        return self._lease is None
+
+    @property
+    def lease(self) -> FileLease:
+        """See `Draft`."""
+        if self._lease is not None:
+            return self._lease
+        with _named(self._tier.declaration.name, self._target), self._tier.room.lock:
+            return self._tier.fitted(self._target.parent, self._size, self._open)
 
     def publish(self) -> None:
         """Rename the file into its place.
@@ -198,14 +272,7 @@ class DirectoryDraft:
         """
         fsync = self._tier.declaration.options.fsync
         with _named(self._tier.declaration.name, self._target):
-            if self._whole is not None:
-                self.lease.close()
-                self._whole.fill(self.path, fsync=fsync)
-            else:
-                self.lease.revoke()
-                if self._stored != self._size:
-                    os.truncate(self.path, self._stored)
-                self.lease.close(fsync=fsync)
+            self._complete(fsync=fsync)
             path = self.path if self._whole is None else self._whole.path
             with self._tier.room.lock:
                 replaced = _size_of(self._target)
@@ -215,15 +282,32 @@ class DirectoryDraft:
                     self._tier.room.appeared(self._stored, replaced)
         self.discard()
 
+    def _complete(self, *, fsync: bool) -> None:
+        """Have the file that is to appear be as it is to be, and all of it there."""
+        if self._lease is not None:
+            self._lease.revoke()
+        elif (there := self.path.stat().st_size) != self._size:
+            raise TierError(f"{self.path}: {there} bytes are there of the {self._size} of the chunk")
+        if self._whole is not None:
+            self._whole.fill(self.path, fsync=fsync)
+        elif self._lease is None:
+            self._tier.adopt(self.path, self._stored, fsync=fsync)
+        else:
+            if self._stored != self._size:
+                os.truncate(self.path, self._stored)
+            self._lease.close(fsync=fsync)
+
     def discard(self) -> None:
         """Remove the temporary files, if they are still there."""
-        with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
-            self.lease.close()
+        if self._lease is not None:
+            with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
+                self._lease.close()
         if self._whole is not None:
             self._whole.discard()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
         with self._tier.room.lock:
+            self._tier.room.expect_no_more(self.path)
             if self._counted:
                 self._counted = False
                 self._tier.room.give_back(self._stored)

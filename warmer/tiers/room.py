@@ -28,6 +28,10 @@ _SHARE: Final = 16
 """After this part of the budget is written, the directory is looked at again: engines and other runs write there too."""
 
 
+_BLOCK_BYTES: Final = 512
+"""What `st_blocks` counts, whatever the file system's blocks are."""
+
+
 class Room:
     """The bytes that a tier may still take. All is done under its `lock`, which the caller holds.
 
@@ -50,6 +54,7 @@ class Room:
         self._there = 0
         self._written = 0
         self._refused = 0
+        self._unreserved: dict[Path, int] = {}
         self._kept: set[str] = set()
         self._oldest: dict[tuple[Path, ...], _Oldest] = {}
         self._look()
@@ -79,6 +84,24 @@ class Room:
         self._keep_free(directory, on_disk)
         self._drafts += size
         self._refused = 0
+
+    def plenty(self, directory: Path) -> bool:
+        """Whether there is room for twice what is under way: enough to do without blocks that are reserved."""
+        return free_bytes(directory) - (self._options.min_free_bytes or 0) >= 2 * self._drafts
+
+    def expect(self, path: Path, size: int) -> None:
+        """A file will be written whose blocks are not reserved."""
+        self._unreserved[path] = size
+
+    def expect_no_more(self, path: Path) -> None:
+        """It is written, or reserved now, or is not to be any more."""
+        self._unreserved.pop(path, None)
+
+    def _awaited(self, directory: Path) -> int:
+        """What such files in a directory are still to take; ext4 and xfs count what is not on the disk yet."""
+        return sum(
+            max(0, size - _allocated(path)) for path, size in self._unreserved.items() if path.parent == directory
+        )
 
     def give_back(self, size: int) -> None:
         """A chunk for which room was taken does not appear."""
@@ -127,7 +150,7 @@ class Room:
         if not floor:
             return
         for _ in range(_ROUNDS + 1):
-            lacking = size + floor - free_bytes(directory)
+            lacking = size + self._awaited(directory) + floor - free_bytes(directory)
             if lacking <= 0:
                 return
             if not self._evict([directory], lacking):
@@ -202,6 +225,13 @@ class _Oldest:
             for file in chunk_files(self._declaration, directory):
                 if file.written < before:
                     yield _Candidate(file.written, directory / file.name, file.size)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * _BLOCK_BYTES
+    except OSError:  # not made yet, or gone
+        return 0
 
 
 def free_bytes(directory: Path) -> int:
