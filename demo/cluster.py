@@ -38,7 +38,7 @@ class RayCluster:
         environment: Of its processes, and of those that submit to it.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], *, serves_jobs: bool = True) -> None:
         dashboard, agent, client = free_ports(3)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.environment = environment
@@ -47,7 +47,7 @@ class RayCluster:
             str(_BIN / "ray"), "start", "--head", "--block", "--port=0", f"--dashboard-port={dashboard}",
             f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
             "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={directory}", "--num-cpus=2",
-            "--object-store-memory=100000000", "--disable-usage-stats",
+            "--object-store-memory=100000000", "--disable-usage-stats", f"--include-dashboard={serves_jobs}",
         ]  # fmt: skip
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -99,13 +99,18 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(directory: Path, environment: Mapping[str, str]) -> Iterator[RayCluster]:
+def ray_cluster(directory: Path, environment: Mapping[str, str], *, serves_jobs: bool = True) -> Iterator[RayCluster]:
     """A running cluster, ended with the block.
+
+    Args:
+        directory: For Ray's files.
+        environment: Of its processes.
+        serves_jobs: Whether jobs can be submitted, for which a head runs a dashboard; a node that is warmed has none.
 
     Raises:
         RuntimeError: It did not come up.
     """
-    cluster = RayCluster(directory, environment)
+    cluster = RayCluster(directory, environment, serves_jobs=serves_jobs)
     try:
         cluster.wait_until_up()
         yield cluster

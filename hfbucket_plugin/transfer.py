@@ -223,7 +223,8 @@ class Transfer:
         try:
             for attempt in range(_QUICK_TRIES):
                 if not read.live or part.abandoned:
-                    raise DeadlineError(f"{read.name}: given up before it was read")
+                    read.fail(DeadlineError(f"{read.name}: given up before it was read"))
+                    break
                 last = attempt >= _TRIES - 1
                 reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
                 if self._try_part(part, attempt, last=last, reason_last=reason_last):

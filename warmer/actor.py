@@ -71,13 +71,18 @@ class NodeActor:
         self._worker: Worker | None = None
         keep_freed_memory()
 
-    def start(self, config: Config, place: Place) -> HFBucketError | None:
-        """Take part; returns why it cannot."""
+    def start(self, config: Config, place: Place) -> tuple[HFBucketError | None, float]:
+        """Take part.
+
+        Returns:
+            Why it cannot; and how many seconds it took, the start of the process not counted.
+        """
+        since, failed = time.monotonic(), None
         try:
             self._worker = config.open(place)
         except HFBucketError as error:
-            return error
-        return None
+            failed = error
+        return failed, time.monotonic() - since
 
     def fetch(self, chunks: Sequence[PlannedChunk], *, share: bool) -> tuple[list[Outcome], list[Any]]:
         """Fetch chunks from the Hub, or do whatever else this worker does with them.

@@ -214,6 +214,9 @@ class _Watch:
     def ended(self, node: str, outcome: Outcome) -> None:
         self.looks.ended(node, outcome)
 
+    def started(self, node: str, start_secs: float, open_secs: float) -> None:
+        self.looks.report.started(node, start_secs, open_secs)
+
     def lost(self, node: str, kind: str, message: str) -> None:
         self.looks.lost(node, kind, message)
 

@@ -151,6 +151,9 @@ class TierWatch:
             if len(names) < NAMED:
                 names.append({"tier": check.tier, "node": node, "key": outcome.key, "message": outcome.message})
 
+    def started(self, node: str, start_secs: float, open_secs: float) -> None:
+        """A check does not tell how long nodes took to begin."""
+
     def lost(self, node: str, kind: str, message: str) -> None:
         """Note why a node takes no part any more."""
         _log.warning("node %s: %s: %s", self.checks[node].name, kind, message)

@@ -55,8 +55,8 @@ _HUNG_BYTES_PER_SEC: Final = 1024 * 1024
 """A node answers nothing when an order takes longer than a minute, twice what a chunk and its batch may take, and the time
 to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
 
-ORDERS_AT_ONCE: Final = 5
-"""Orders that an actor carries out at one time: three to fetch and two to receive, as `Window` has it."""
+ORDERS_AT_ONCE: Final = 6
+"""Orders that an actor carries out at one time: four to fetch and two to receive, as `Window` has it."""
 
 
 class Witness(Protocol):
@@ -64,6 +64,9 @@ class Witness(Protocol):
 
     def ended(self, node: str, outcome: Outcome) -> None:
         """A chunk has ended on a node."""
+
+    def started(self, node: str, start_secs: float, open_secs: float) -> None:
+        """A node takes part: it took so long to have a process there, and then to open its tier and reach the bucket."""
 
     def lost(self, node: str, kind: str, message: str) -> None:
         """A node takes no part any more; its other chunks end as `Failed`, unless another takes its place."""
@@ -97,6 +100,7 @@ class _Crew:
     node: Node
     actor: Any
     deadline: float
+    launched: float
     started: bool = False
 
 
@@ -185,12 +189,13 @@ class Fleet:
         return not gone and not self._failing
 
     def _launch(self, node: Node) -> None:
+        now = time.monotonic()
         actor_class: Any = ray.remote(NodeActor)
         # No CPU: nodes full of engines must take it too. Room for `stop` beside the orders.
         actor = actor_class.options(
             num_cpus=0, max_concurrency=ORDERS_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
         ).remote()
-        self._crews[node.id] = _Crew(node, actor, time.monotonic() + self._start_secs)
+        self._crews[node.id] = _Crew(node, actor, now + self._start_secs, now)
         place = Place(node.name, node.id, node.labels)
         self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
 
@@ -245,7 +250,7 @@ class Fleet:
             self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {_short(error)}")
         else:
             if order is None:
-                self._started(schedule, name, result)
+                self._started(schedule, name, *result)
             else:
                 self._ended(schedule, order, result)
 
@@ -265,10 +270,12 @@ class Fleet:
         for node, outcome in ended:
             self._witness.ended(node, outcome)
 
-    def _started(self, schedule: Schedule, name: str, error: HFBucketError | None) -> None:
+    def _started(self, schedule: Schedule, name: str, error: HFBucketError | None, open_secs: float) -> None:
         if error is None:
-            self._crews[name].started = True
+            crew = self._crews[name]
+            crew.started = True
             schedule.started(name)
+            self._witness.started(name, time.monotonic() - crew.launched - open_secs, open_secs)
         else:
             self._lose(schedule, name, error.kind, str(error))
 

@@ -19,7 +19,7 @@ class Window:
         batch_chunks: Most chunks of an order. 64 share one call of the hasher, which is slow with few small files.
         batch_bytes: Most bytes of an order; a larger chunk goes alone. 64 MiB are a fraction of a second of work, so
             that little is lost with a node.
-        fetches: Most orders to fetch under way on a node: three, so that two are fetched while another is hashed: where one
+        fetches: Most orders to fetch under way on a node: four, so that two or three are fetched while another is hashed: where one
             comes to its end, the streams that it frees have something to do.
         receives: Most orders to receive under way on a node.
         bytes: Most bytes under way on a node; a larger chunk goes when nothing else is.
@@ -32,7 +32,7 @@ class Window:
 
     batch_chunks: int = 64
     batch_bytes: int = 64 * _MIB
-    fetches: int = 3
+    fetches: int = 4
     receives: int = 2
     bytes: int = 256 * _MIB
     lots: int = 256

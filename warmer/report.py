@@ -49,6 +49,8 @@ class NodeReport:
         present_bytes: Bytes of the chunks that were there before.
         error: Why the node took no part, or was lost; None when it was neither.
         replaced_by: The id of the node that took its place when it was lost; None when none did.
+        start_secs: Seconds until it had a process: those of Ray and of Python's imports. None where it never had.
+        open_secs: Seconds from then on until its tier was open and its access to the bucket there.
     """
 
     id: str
@@ -65,6 +67,8 @@ class NodeReport:
     ranks: str | None = None
     error: str | None = None
     replaced_by: str | None = None
+    start_secs: float | None = None
+    open_secs: float | None = None
 
     def add(self, outcome: Outcome) -> None:
         """Count a chunk."""
@@ -199,6 +203,11 @@ class RunReport:
             self.kinds[kind] += chunks
             self.nodes[node].failed += chunks
             self._failures.add(self.task.tier, self.nodes[node], Failed("", 0, kind, message))
+
+    def started(self, node: str, start_secs: float, open_secs: float) -> None:
+        """Note that a node takes part, and how long that took."""
+        one = self.nodes[node]
+        one.start_secs, one.open_secs = round(start_secs, 3), round(open_secs, 3)
 
     def lost(self, node: str, kind: str, message: str) -> None:
         """Note why a node takes no part any more."""

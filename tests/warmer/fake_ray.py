@@ -58,7 +58,7 @@ class FakeRay:
         one = Call(node, method, arguments)
         self.calls.append(one)
         if method not in ("fetch", "receive"):
-            one.end()
+            one.end((None, 0.0) if method == "start" else None)
         return one
 
     def wait(self, refs, *, num_returns, timeout, fetch_local):
@@ -100,6 +100,9 @@ class Witness:
 
     def ended(self, node, outcome):
         self.outcomes.append((node, outcome))
+
+    def started(self, node, start_secs, open_secs):
+        assert start_secs + open_secs >= 0 <= open_secs
 
     def lost(self, node, kind, message):
         self.errors[node] = (kind, message)

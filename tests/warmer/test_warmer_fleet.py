@@ -186,6 +186,9 @@ class Witness:
     def ended(self, _node, outcome):
         self.outcomes.append(outcome)
 
+    def started(self, node, start_secs, open_secs):
+        assert start_secs + open_secs >= 0 <= open_secs
+
     def lost(self, node, kind, message):
         self.errors[node] = (kind, message)
 

@@ -36,6 +36,7 @@ def complete(run, *nodes):
 
 
 def test_a_complete_run(run):
+    run.started("id-a", 1.23456, 0.25)
     complete(run, "id-a", "id-b")
     summary = run.summary(stopped=False)
     assert (summary["result"], summary["exit_code"]) == ("complete", 0)
@@ -44,6 +45,7 @@ def test_a_complete_run(run):
     assert summary["nodes"][0] == {
         "id": "id-a", "name": "a", "copied": 2, "received": 0, "reused": 0, "present": 1, "failed": 0, "bytes": 30,
         "present_bytes": 30, "selected": 3, "selected_bytes": 60, "ranks": None, "error": None, "replaced_by": None,
+        "start_secs": 1.235, "open_secs": 0.25,
     }  # fmt: skip
     assert json.loads(json.dumps(summary)) == summary
 
