@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.keys import parse_key
-from hfbucket_plugin.transfer import Content
 from jobs.choosing import Wanted
 from jobs.export_plan import Header, Place, PlanFile, PlanWriter
 from jobs.export_planning import ExportPlanning, OnConflict

@@ -98,7 +98,7 @@ class MadeUpBucket:
     def stat(self, paths: list[str], _deadline: Any) -> dict[str, Any]:
         """Look paths up."""
         from hfbucket_plugin.bucket import ObjectInfo
-        from hfbucket_plugin.transfer import Content
+        from hfbucket_plugin.content import Content
 
         return {path: ObjectInfo(path, Content("ab" * 32, 2**20), NOW) for path in paths}
 

@@ -21,8 +21,8 @@ from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.settings import InstanceSettings
-    from hfbucket_plugin.transfer import Content
 
 _log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import AccessDeniedError, HFBucketError, ItemFailure, TransportError
-from hfbucket_plugin.transfer import Content
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:

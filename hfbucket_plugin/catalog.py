@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.keys import Key
-    from hfbucket_plugin.transfer import Content
 
 _PAGE_SECS: Final = 60.0
 

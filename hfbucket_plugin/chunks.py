@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin import metrics
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.reads import Buffer
     from hfbucket_plugin.settings import InstanceSettings
-    from hfbucket_plugin.transfer import Content
 
 _log = logging.getLogger(__name__)
 

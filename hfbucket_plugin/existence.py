@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.guard import Guard
     from hfbucket_plugin.index import KeyIndex
     from hfbucket_plugin.metadata_cache import Question
     from hfbucket_plugin.settings import InstanceSettings
-    from hfbucket_plugin.transfer import Content
 
 Belief = Literal["all", "hits", "nothing"]
 

@@ -21,7 +21,7 @@ from hfbucket_plugin.xet import typed_errors
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.xet import Session
 
 _LOCAL: Final = re.compile(r"\bIO Error: .*\(os error (\d+)\)")

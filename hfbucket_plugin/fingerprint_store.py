@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
-    from hfbucket_plugin.transfer import Content
 
 DIRECTORY: Final = f"{RESERVED}/fingerprints"
 

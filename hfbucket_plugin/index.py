@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin import metrics
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.heat_recorder import recorder_of
@@ -32,7 +33,6 @@ from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.index_view import Absent
 from hfbucket_plugin.keys import encode_name, is_probe
 from hfbucket_plugin.loglimit import LimitedLog
-from hfbucket_plugin.transfer import Content
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.heat import HIT, Span
 from hfbucket_plugin.index_table import CHANGE, DELETED, HASH_BYTES, PUT, READ, ROW, Rows, Table
-from hfbucket_plugin.transfer import Content
 
 if TYPE_CHECKING:
     from typing import BinaryIO

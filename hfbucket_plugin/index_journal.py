@@ -27,8 +27,8 @@ from hfbucket_plugin.index_table import DELETED, PUT, READ, hash_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.heat_recorder import Hits
-    from hfbucket_plugin.transfer import Content
 
 _LONGEST_AGE_MS: Final = 0xFFFFFFFF
 _WRITER_BYTES: Final = 8

@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.index_table import Table
-    from hfbucket_plugin.transfer import Content
 
 MOST_NOTES: Final = 50_000
 """About 20 MB when full."""

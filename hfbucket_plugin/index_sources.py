@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.index_store import IndexStore, Shelf
     from hfbucket_plugin.index_table import Rows
-    from hfbucket_plugin.transfer import Content
 
 _PAGE_SECS: Final = 60.0
 _READ_SECS: Final = 60.0

@@ -64,12 +64,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.index_table import Rows, Table
     from hfbucket_plugin.leases import SourceLease
-    from hfbucket_plugin.transfer import Content
 
 DIRECTORY: Final = f"{RESERVED}/index"
 POINTER: Final = f"{DIRECTORY}/current.json"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from hfbucket_plugin.transfer import Content
+from hfbucket_plugin.content import Content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.index_table import Rows
-    from hfbucket_plugin.transfer import Content
 
 
 class Absent(Enum):

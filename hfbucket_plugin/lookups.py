@@ -11,12 +11,12 @@ from hfbucket_plugin.errors import HFBucketError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.existence import Existence
     from hfbucket_plugin.guard import Guard
     from hfbucket_plugin.outcomes import Outcomes
     from hfbucket_plugin.quarantine import Quarantine
-    from hfbucket_plugin.transfer import Content
 
 _HIT: Final = "hit"
 _BEHIND_A_GAP: Final = "behind_a_gap"

@@ -14,7 +14,7 @@ import cachetools
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
 
 
 class MetadataCache:

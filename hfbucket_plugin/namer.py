@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import ItemFailure
-    from hfbucket_plugin.transfer import Content
 
 _THREADS: Final = 4
 """Calls under way at one time: one as a rule, more where the Hub is slow to answer the first ones."""

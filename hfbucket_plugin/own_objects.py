@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.leases import SourceLease
-    from hfbucket_plugin.transfer import Content
 
 
 class OwnObjects:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.existence import Existence
     from hfbucket_plugin.guard import Guard
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from hfbucket_plugin.quarantine import Quarantine
     from hfbucket_plugin.settings import InstanceSettings
     from hfbucket_plugin.traffic import Traffic
-    from hfbucket_plugin.transfer import Content
 
 _YIELD_SECS: Final = 1.0
 _YIELD_BYTES: Final = 32 * 1024 * 1024

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bad_objects import BadObjects
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.existence import Existence
     from hfbucket_plugin.guard import Guard
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from hfbucket_plugin.scratch import Scratch
     from hfbucket_plugin.settings import InstanceSettings
     from hfbucket_plugin.traffic import Traffic
-    from hfbucket_plugin.transfer import Content
 
 _COPY_BYTES: Final = 4 * 1024 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -46,14 +47,6 @@ _REASON_LOST: Final = "Data sender was dropped"
 
 class _ReasonLostError(TransportError):
     """A stream failed, and hf_xet does not say why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What identifies the content of an object: its Xet hash (64 hexadecimal digits) and its size in bytes."""
-
-    xet_hash: str
-    size: int
 
 
 @dataclass(slots=True, eq=False)

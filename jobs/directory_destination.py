@@ -14,8 +14,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError, IntegrityError, RefusedError
-from hfbucket_plugin.transfer import Content, xet_hashes
+from hfbucket_plugin.transfer import xet_hashes
 from jobs import manifest
 from jobs.directory_source import chunk_files, look_up, moment_of
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, KeyFormatError, ObjectMissingError
 from hfbucket_plugin.keys import decode_name, parse_key
-from hfbucket_plugin.transfer import Content, xet_hashes
+from hfbucket_plugin.transfer import xet_hashes
 from jobs import manifest
 from jobs.ends import Held
 from warmer.key_files import keys_of

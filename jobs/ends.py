@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.catalog import ChunkEntry
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import HFBucketError
-    from hfbucket_plugin.transfer import Content
     from warmer.choose import Choice
 
 

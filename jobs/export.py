@@ -138,7 +138,7 @@ class Export:
                 stack.callback(destination.close)
                 return work(source, destination)
 
-        code, message = run.coded(with_ends)
+        code, message = run.coded(with_ends, self._stop)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())

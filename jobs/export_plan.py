@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
 
 VERSION: Final = 1
 JOB: Final = "export"

@@ -8,8 +8,8 @@ from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.transfer import Content
 from jobs.export_plan import Move, Totals
 from jobs.guards import Extent, GuardError
 from jobs.rename import Names

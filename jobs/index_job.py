@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.named import NamedInstance
-    from hfbucket_plugin.transfer import Content
     from jobs.index_making import IndexOrder
     from jobs.index_shelf import Found
     from jobs.index_verify import Differences
@@ -81,7 +81,7 @@ class IndexJob:
         return self._told(self._verify)
 
     def _told(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
-        code, message = coded(lambda: self._with_bucket(work))
+        code, message = coded(lambda: self._with_bucket(work), self._stop)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())

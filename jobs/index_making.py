@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.index_build import Built
     from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.index_store import IndexStore
-    from hfbucket_plugin.transfer import Content
     from jobs.index_shelf import Found
     from jobs.lock import Lock
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from hfbucket_plugin.bucket import Bucket
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
     from jobs.apply import End
     from jobs.batch import Ended
     from jobs.index_shelf import Found

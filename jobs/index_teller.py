@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hfbucket_plugin.bucket import Bucket
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
 
 _log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.catalog import ChunkEntry
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.settings import InstanceSettings
-    from hfbucket_plugin.transfer import Content
     from jobs.ends import Chunk
     from warmer.choose import Choice
 

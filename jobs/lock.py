@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.bucket import Bucket
-    from hfbucket_plugin.transfer import Content
+    from hfbucket_plugin.content import Content
     from jobs.claims import LockKind
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.keys import encode_name, parse_key
-from hfbucket_plugin.transfer import Content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

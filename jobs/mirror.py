@@ -6,10 +6,10 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.catalog import ChunkEntry, list_chunks
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import parse_key
-from hfbucket_plugin.transfer import Content
 from jobs.planning import by_age
 from jobs.retention import Decision, Entry, Reason
 

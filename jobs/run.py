@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from jobs.plan import Item
     from jobs.planning import Selection
     from jobs.report import ReportFile
-    from warmer.interrupt import StopSwitch
+    from warmer.interrupt import Stop, StopSwitch
 
 PAGE_SECS: Final = 330.0
 """A page of a listing waits out the longest pause that the Hub asks for."""
@@ -151,7 +151,7 @@ class Job:
             with opened(self._named, REQUEST_SECS) as bucket:
                 return work(bucket)
 
-        code, message = coded(with_bucket)
+        code, message = coded(with_bucket, self._stop)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -377,8 +377,19 @@ class Job:
         return code
 
 
-def coded(work: Callable[[], int]) -> tuple[int, str]:
-    """Do some work; its exit code, and why it broke off where it did."""
+def coded(work: Callable[[], int], stop: Stop) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did.
+
+    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
+    inside a client that takes it for a failure.
+    """
+    code, message = _coded(work)
+    if message and code == exits.FAILED and stop.requested:
+        return exits.INTERRUPTED, f"told to stop; {message}"
+    return code, message
+
+
+def _coded(work: Callable[[], int]) -> tuple[int, str]:
     try:
         return work(), ""
     except Interrupted:

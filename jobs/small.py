@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import ItemFailure
-    from hfbucket_plugin.transfer import Content
 
 MAX_BYTES: Final = 8 * 1024 * 1024
 """Largest that is read: what is longer was not written by us."""

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, LocalFileError, ThrottledError, TransportError
 from hfbucket_plugin.file_reads import FileRead
-from hfbucket_plugin.transfer import Content, Read
+from hfbucket_plugin.transfer import Read
 from warmer.errors import TierError, TierFullError
 from warmer.tiers.file_lease import FULL
 

@@ -13,8 +13,8 @@ from hfbucket_plugin.transfer import Read
 
 if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
-    from hfbucket_plugin.transfer import Content
 
 
 @dataclass(frozen=True, slots=True)

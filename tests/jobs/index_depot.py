@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from depot import Depot, Ran
 
     from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.index_format import Pointer
-    from hfbucket_plugin.transfer import Content
 
 __all__ = ["JOURNALS", "SNAPSHOTS"]
 

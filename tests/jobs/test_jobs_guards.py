@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from plugin_support import untimed
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.handle import BucketHandle
-from hfbucket_plugin.transfer import Content
 from jobs.guards import Extent, GuardError, MaxDelete, check_listing
 from jobs.objects import Classifier, Kind
 

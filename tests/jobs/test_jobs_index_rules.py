@@ -9,10 +9,10 @@ from index_depot import door
 from plugin_support import eventually, opened
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.index_format import Pointer
 from hfbucket_plugin.index_store import MAX_JOURNALS, Journal, JournalName
-from hfbucket_plugin.transfer import Content
 from jobs import index_shelf
 from jobs.claims import INDEXING
 from jobs.index_rules import spare_journals, spare_snapshots, why_listing

@@ -11,9 +11,9 @@ from plugin_support import opened
 from test_jobs_plan import AT, ITEMS, Shelf, outcomes
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import RefusedError, TransportError
-from hfbucket_plugin.transfer import Content
 from jobs.apply import Applier
 from jobs.batch import Batch, Ended, Outcome, Result, attempt
 from jobs.lock import Lock, LockLostError

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from plugin_support import field_text, untimed
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import DTYPES, parse_key
-from hfbucket_plugin.transfer import Content
 from jobs import manifest
 from jobs.apply import _batches
 from jobs.rename import Names, RenameError, Renames

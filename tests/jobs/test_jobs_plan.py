@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -19,7 +20,6 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.transfer import Content
 from jobs.apply import Applier, InProcess
 from jobs.batch import Batch, Outcome, attempt
 from jobs.guards import Extent, MaxDelete

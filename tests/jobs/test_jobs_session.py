@@ -7,7 +7,11 @@ from depot import NEW, OLD
 from lane import Lane
 from plugin_support import noise
 
+from hfbucket_plugin.errors import ConfigError, TransportError
+from jobs import exits
 from jobs.report import ReportFile, Tally
+from jobs.run import coded
+from warmer.interrupt import StopSwitch
 
 
 def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):
@@ -80,3 +84,23 @@ def test_an_order_to_stop_with_the_last_copy_names_the_mirror(hub, new_bucket, t
 
     assert (ran.code, [one["job"] for one in ran.summaries]) == (5, ["export"])
     assert "not done: the mirror" in ran.stderr
+
+
+def broken_off(error, *, told_to_stop):
+    stop = StopSwitch()
+    with stop.listening(), stop.orderly():
+        if told_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work():
+        raise error
+
+    return coded(work, stop)
+
+
+def test_what_breaks_off_after_an_order_to_stop_is_interrupted_whoever_took_it_for_a_failure():
+    lost = TransportError("listing: RuntimeError: release unlocked lock")
+    assert broken_off(lost, told_to_stop=False) == (exits.FAILED, str(lost))
+    assert broken_off(lost, told_to_stop=True) == (exits.INTERRUPTED, f"told to stop; {lost}")
+    assert broken_off(OSError(28, "full"), told_to_stop=True)[0] == exits.INTERRUPTED
+    assert broken_off(ConfigError("unknown setting"), told_to_stop=True) == (exits.USAGE, "unknown setting")

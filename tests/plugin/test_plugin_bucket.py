@@ -6,6 +6,7 @@ from plugin_support import SECRET, Recorder, download, everything_told, noise, o
 
 from hfbucket_plugin import metrics
 from hfbucket_plugin.bucket import MAX_BATCH
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -18,7 +19,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.metrics import Tally
-from hfbucket_plugin.transfer import Content, Upload
+from hfbucket_plugin.transfer import Upload
 from localhub.faults import Fault
 
 MISSING = "tests/no-such-bucket"

@@ -17,6 +17,7 @@ from hfbucket_plugin.cli.bounded import bounded
 from hfbucket_plugin.cli.checks import access_token, bucket, endpoint, engine, listing, rights, temp_dir
 from hfbucket_plugin.cli.findings import Finding, Severity, exit_code, from_error
 from hfbucket_plugin.cli.objects import Kind, classify
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -30,7 +31,6 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.named import NamedInstance
-from hfbucket_plugin.transfer import Content
 
 OURS = {f"{HEAD}module_path": "hfbucket_plugin.adapter"}
 SEEDED = {"PYTHONHASHSEED": "0"}

@@ -17,8 +17,8 @@ from plugin_support import SECRET, untimed, unused_port
 from hfbucket_plugin.bucket import Bucket, ObjectInfo
 from hfbucket_plugin.cli import key_rows, words
 from hfbucket_plugin.cli.objects import Kind
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.transfer import Content
 from localhub.faults import Fault
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from plugin_support import untimed
 from hfbucket_plugin.bucket import ObjectInfo
 from hfbucket_plugin.cli.objects import Kind, classify
 from hfbucket_plugin.cli.summary import rows, summarised
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.transfer import Content
 
 DOOR = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
 NOW = datetime(2025, 6, 1, tzinfo=UTC)

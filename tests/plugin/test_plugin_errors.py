@@ -33,6 +33,7 @@ TREE = {
 }
 
 FIELDS = {
+    "LocalFileError": {"number": 28},
     "AccessDeniedError": {"status": 403},
     "ThrottledError": {"retry_after": 12.5},
     "PartialFailureError": {"failures": (ItemFailure("a", "hub", "no"), ItemFailure("b", "deadline", "late"))},

@@ -13,6 +13,7 @@ from plugin_support import download, paths
 from surface_support import PREFIX
 
 from hfbucket_plugin import metrics
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.heat import (
@@ -38,7 +39,6 @@ from hfbucket_plugin.index_table import ROW, digests_of, in_order
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_settings import from_params
 from hfbucket_plugin.settings import load
-from hfbucket_plugin.transfer import Content
 
 START = LANDMARK + 100 * HALF_LIFE_SECS
 KEYS = 4

@@ -11,6 +11,7 @@ from plugin_support import download, noise, opened, paths, upload
 from surface_support import PREFIX, path_of
 
 from hfbucket_plugin import index_build
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError
 from hfbucket_plugin.index_format import Pointer, changes_of, snapshot_of, to_bytes
@@ -30,7 +31,6 @@ from hfbucket_plugin.index_table import (
     newest,
 )
 from hfbucket_plugin.index_view import Absent, View
-from hfbucket_plugin.transfer import Content
 from localhub.faults import Fault
 
 HASH = "ab" * 32

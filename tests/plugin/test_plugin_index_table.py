@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.index_format import JOURNAL, Pointer, changes_of, header_of, read_header, snapshot_of, to_bytes
 from hfbucket_plugin.index_table import (
@@ -25,7 +26,6 @@ from hfbucket_plugin.index_table import (
     newest,
     rows_of,
 )
-from hfbucket_plugin.transfer import Content
 
 HASHES = [f"{number:064x}" for number in (0, 1, 2**255)]
 NAMES = [f"org%2Fmodel%401%400%40{number:x}%40half" for number in range(6)]

@@ -12,6 +12,7 @@ from l2_support import mp_key
 from plugin_support import Recorder, any_text, instance_settings, untimed, upload
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.instance import open_bucket
@@ -19,7 +20,6 @@ from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_keys import key_string
 from hfbucket_plugin.l2_listing import list_page
 from hfbucket_plugin.metrics import Tally
-from hfbucket_plugin.transfer import Content
 
 NOW = datetime.now(UTC)
 OTHERS = [

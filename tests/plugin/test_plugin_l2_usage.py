@@ -13,13 +13,13 @@ from l2_support import mp_key
 from plugin_support import eventually, untimed
 
 from hfbucket_plugin.bucket import ObjectInfo
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import BucketMissingError, TransportError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_keys import key_string
 from hfbucket_plugin.l2_usage import Usage
 from hfbucket_plugin.l2_usage_listing import UsageListing
-from hfbucket_plugin.transfer import Content
 
 PATHS = st.sampled_from([f"p/{name}" for name in "abcdefgh"])
 SIZES = st.integers(1, 5)

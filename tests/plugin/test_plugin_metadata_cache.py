@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_support import Clock, in_threads, untimed
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import DeadlineError
 from hfbucket_plugin.metadata_cache import MetadataCache
-from hfbucket_plugin.transfer import Content
 
 A, B = Content("a" * 64, 1), Content("b" * 64, 2)
 

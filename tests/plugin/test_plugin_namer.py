@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_support import eventually, untimed
 
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import AccessDeniedError, ItemFailure, TransportError
 from hfbucket_plugin.namer import Namer
-from hfbucket_plugin.transfer import Content
 
 
 class Hub:

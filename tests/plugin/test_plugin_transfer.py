@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from plugin_support import SECRET, eventually, everything_told, in_threads, noise, opened, unused_port, upload
 
 from hfbucket_plugin import metrics
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -20,7 +21,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
-from hfbucket_plugin.transfer import Content, Read, Upload, cut, xet_hashes
+from hfbucket_plugin.transfer import Read, Upload, cut, xet_hashes
 from localhub.faults import Fault
 
 SIZE = 600_000

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.keys import ClassicKey, MPKey, parse_key
-from hfbucket_plugin.transfer import Content
 from warmer.choose import Choice
 
 NOW = datetime(2026, 1, 10, tzinfo=UTC)

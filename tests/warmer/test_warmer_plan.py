@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from warming import classic_key, mp_key
 
 from hfbucket_plugin.catalog import ChunkEntry
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import ClassicKey, MPKey, parse_key
-from hfbucket_plugin.transfer import Content
 from warmer.plan import SEGMENT_CHUNKS, PlanFile, PlannedChunk, Planner, gone
 
 HANDLE = BucketHandle.parse("hf://buckets/ns/bucket/kv")

@@ -17,10 +17,10 @@ from hfbucket_plugin.transfer import Upload
 
 if TYPE_CHECKING:
     from hfbucket_plugin.cli.case import Case
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.named import NamedInstance
-    from hfbucket_plugin.transfer import Content
 
 NAME: Final = "probe"
 
