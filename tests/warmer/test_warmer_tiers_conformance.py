@@ -341,8 +341,7 @@ def test_a_floor_counts_what_files_are_still_to_take_that_others_make(subject, m
     monkeypatch.setattr(rooms, "free_bytes", lambda _: free)
     tier = subject.open(min_free_bytes=floor)
     needed = subject.stored() + (SIZE if subject.headers else 0)
-    first = tier.draft(key := subject.key(), SIZE)
-    other = next(one for number in range(500, 600) if same_path(subject, one := subject.key(number), key))
+    first, other = tier.draft(subject.key(), SIZE), subject.key()  # of two paths on one disk, each in its own
     assert first.roomy
     free = floor + needed + SIZE - 1
     with pytest.raises(TierFullError, match="min_free_bytes"):

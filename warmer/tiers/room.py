@@ -55,6 +55,7 @@ class Room:
         self._written = 0
         self._refused = 0
         self._unreserved: dict[Path, int] = {}
+        self._devices = {path: path.stat().st_dev for path in self._directories}
         self._kept: set[str] = set()
         self._oldest: dict[tuple[Path, ...], _Oldest] = {}
         self._look()
@@ -98,9 +99,12 @@ class Room:
         self._unreserved.pop(path, None)
 
     def _awaited(self, directory: Path) -> int:
-        """What such files in a directory are still to take; ext4 and xfs count what is not on the disk yet."""
+        """What such files on the disk of a directory are still to take; ext4 and xfs count what is not on the disk yet."""
+        device = self._devices[directory]
         return sum(
-            max(0, size - _allocated(path)) for path, size in self._unreserved.items() if path.parent == directory
+            max(0, size - _allocated(path))
+            for path, size in self._unreserved.items()
+            if self._devices[path.parent] == device
         )
 
     def give_back(self, size: int) -> None:
@@ -150,7 +154,10 @@ class Room:
         if not floor:
             return
         for _ in range(_ROUNDS + 1):
-            lacking = size + self._awaited(directory) + floor - free_bytes(directory)
+            room = free_bytes(directory) - floor - size
+            if room >= sum(self._unreserved.values()):  # without a look at each
+                return
+            lacking = self._awaited(directory) - room
             if lacking <= 0:
                 return
             if not self._evict([directory], lacking):
