@@ -336,6 +336,23 @@ def test_blocks_are_reserved_first_where_there_is_little_room(subject, monkeypat
     first.discard()
 
 
+def test_what_comes_later_takes_no_room_from_what_is_under_way(subject, monkeypatch):
+    needed = subject.stored() + (SIZE if subject.headers else 0)
+    free = 2 * subject.stored()
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: free)
+    tier = subject.open()
+    first = tier.draft(subject.key(), SIZE)
+    assert first.roomy
+    free = needed + SIZE
+    second = tier.draft(subject.key(), SIZE)
+    free = needed + SIZE - 1
+    with pytest.raises(TierFullError, match=f"what is under way is to take {SIZE}"):
+        tier.draft(subject.key(), SIZE)
+    second.discard()
+    first.discard()
+    tier.draft(subject.key(), SIZE).discard()
+
+
 def test_a_floor_counts_what_files_are_still_to_take_that_others_make(subject, monkeypatch):
     free, floor = 100 * subject.stored(), 1000
     monkeypatch.setattr(rooms, "free_bytes", lambda _: free)

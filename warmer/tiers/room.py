@@ -150,8 +150,9 @@ class Room:
         return self._options.max_bytes is not None and size + self._drafts > self._options.max_bytes
 
     def _keep_free(self, directory: Path, size: int) -> None:
+        """Leave the floor, and what files under way are still to take: those that came first go first."""
         floor = self._options.min_free_bytes
-        if not floor:
+        if not floor and not self._unreserved:  # then the disk says by itself when it is full
             return
         for _ in range(_ROUNDS + 1):
             room = free_bytes(directory) - floor - size
@@ -164,7 +165,7 @@ class Room:
                 break
         raise TierFullError(
             f"tier {self._declaration.name!r}: no room for {size} bytes: {directory} has {free_bytes(directory)} free, "
-            f"and min_free_bytes keeps {floor}"
+            f"min_free_bytes keeps {floor}, and what is under way is to take {self._awaited(directory)}"
         )
 
     def _look(self) -> None:
