@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
 
-from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, LocalFileError
+from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, LocalFileError, TransportError
 from hfbucket_plugin.xet import typed_errors
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _LOCAL: Final = re.compile(r"\bIO Error: .*\(os error (\d+)\)")
 """How hf_xet 1.8 tells what the disk refused; what it says of the network has no such number."""
 
+_MISMATCH: Final = "File size mismatch"
+"""How it tells that the object has not as many bytes as it was said to have."""
+
 
 @dataclass(slots=True, eq=False)
 class FileRead:
@@ -35,8 +38,9 @@ class FileRead:
     Attributes:
         name: Names the object in errors: its key or path.
         content: What to read.
-        path: Where to. There must be no such file, and nobody else may make one; it is there when the read is done, and may be
-            there, with anything in it, when it has failed.
+        path: Where to, in a directory that is there and in which nobody else may write: hf_xet follows links, and makes directories
+            that are missing. There must be no such file; it is there when the read is done, and may be there, with anything
+            in it, when it has failed.
         error: Why it failed; None while it has not.
         done: Whether every byte has arrived.
     """
@@ -65,9 +69,9 @@ class FileRead:
 
     def fail(self, error: HFBucketError) -> None:
         """Note the first error, and stop."""
-        self.give_up()
         if self.error is None:
             self.error = error
+        self.give_up()
 
     def fetch(self, session: Session, attempt: int) -> None:
         """Have hf_xet write the file, and wait for it.
@@ -89,22 +93,34 @@ class FileRead:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-            if (number := _local(error)) is not None:
+            if (number := self._local(error)) is not None:
                 raise LocalFileError(f"{self.name}: {path}: {os.strerror(number)}", number) from None
             raise
 
     def _write(self, session: Session, path: Path) -> None:
         size = self.content.size
+        self._expect_live()
         if size:
-            with typed_errors(self.name), session.files() as group:
-                self._wait(group.start_download_file(hf_xet.XetFileInfo(self.content.xet_hash, size), str(path)))
+            info = hf_xet.XetFileInfo(self.content.xet_hash, size)
+            try:
+                with typed_errors(self.name), session.download(info, path) as handle:
+                    self._wait(handle)
+            except TransportError as error:
+                if _MISMATCH in str(error):
+                    raise IntegrityError(str(error)) from None
+                raise
         else:
             path.touch(exist_ok=False)
         # By what is there: a store that has lost a content may send nothing, and say nothing.
         if (arrived := path.stat().st_size) != size:
             raise IntegrityError(f"{self.name}: {arrived} of {size} bytes arrived")
         if path is not self.path:
+            self._expect_live()
             path.replace(self.path)
+
+    def _expect_live(self) -> None:
+        if not self._live:
+            raise DeadlineError(f"{self.name}: given up before it was read")
 
     def _wait(self, handle: Any) -> None:
         with self._lock:
@@ -113,16 +129,15 @@ class FileRead:
         try:
             if not live:
                 handle.cancel()
-                raise DeadlineError(f"{self.name}: given up before it was read")
+                self._expect_live()
             handle.result()
         finally:
             with self._lock:
                 self._handle = None
 
-
-def _local(error: BaseException) -> int | None:
-    """What the system said, where it was this machine that failed; None where it was the store, or the network."""
-    if isinstance(error, HFBucketError):
-        found = _LOCAL.search(str(error))
-        return int(found[1]) if found else None
-    return error.errno if isinstance(error, OSError) else None
+    def _local(self, error: BaseException) -> int | None:
+        """What the system said, where it was this machine that failed; None where it was the store, or the network."""
+        if isinstance(error, HFBucketError):
+            found = _LOCAL.search(str(error).removeprefix(self.name))  # names are other people's
+            return int(found[1]) if found else None
+        return error.errno if isinstance(error, OSError) else None

@@ -78,9 +78,9 @@ class Read:
 
     def fail(self, error: HFBucketError) -> None:
         """Note the first error, and let nothing write into the buffer any more."""
-        self.give_up()
         if self.error is None:
             self.error = error
+        self.give_up()
 
 
 class _Ticket:
@@ -157,7 +157,7 @@ class Transfer:
         self._reading.renew()
 
     def read(self, reads: Sequence[Read | FileRead], deadline: Deadline) -> None:
-        """Fill the buffers, or make the files, of several reads; returns when all have ended or the deadline has passed.
+        """Fill the buffers, or have the files made, of several reads; returns when all have ended or the deadline has passed.
 
         Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
         buffer of a read that is not done.

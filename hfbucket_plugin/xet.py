@@ -33,6 +33,7 @@ from hfbucket_plugin.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.hub import HubClient
@@ -158,16 +159,50 @@ class Session:
         self._lock = threading.Lock()
         self._files: Any = None
         self._started = 0
+        self._downloads: set[Any] = set()
+        self._ended = False
 
     @contextlib.contextmanager
-    def files(self) -> Iterator[Any]:
-        """A group for one download into a file, kept alive for the length of a `with` block."""
+    def download(self, info: Any, path: Path) -> Iterator[Any]:
+        """Have a file written; the handle on it, for the length of a `with` block.
+
+        Args:
+            info: Of the object.
+            path: Of the file, which hf_xet makes.
+        """
         with self._lock:
+            if self._ended:
+                raise TransportError(f"{path}: the session has ended")
             if self._files is None or self._started >= _FILES_OF_A_GROUP:
-                self._files, self._started = self.xet.new_file_download_group(**self.connection), 0
+                self._renew_files()
             self._started += 1
-            group = self._files
-        yield group
+            group = self._files  # as long as somebody reads from it
+            handle = group.start_download_file(info, str(path))
+            self._downloads.add(handle)
+        try:
+            yield handle
+        finally:
+            with self._lock:
+                self._downloads.discard(handle)
+
+    def _renew_files(self) -> None:
+        connection = self.connection
+        if self._files is not None and time.time() >= connection["token_expiry_unix_secs"]:
+            self.retired = True  # else each group to come would ask for a token of its own
+        self._files, self._started = self.xet.new_file_download_group(**connection), 0
+
+    def end(self) -> None:
+        """Free whoever reads from it, at once."""
+        with self._lock:
+            self._ended = True
+            downloads, wrote = list(self._downloads), self._files is not None
+        for handle in downloads:
+            handle.cancel()
+        if not wrote:
+            self.xet.sigint_abort()
+        elif self.group is not None:
+            # To abort the session would wait for the threads that write files, with the GIL held: on a disk that hangs, for ever.
+            self.group.abort()
 
 
 class Loan:
@@ -333,7 +368,7 @@ def _abort(session: Session) -> None:
     if session.pid != os.getpid():
         return
     with contextlib.suppress(Exception):  # it is given up either way
-        session.xet.sigint_abort()
+        session.end()
 
 
 @contextlib.contextmanager

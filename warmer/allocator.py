@@ -6,14 +6,17 @@ import ctypes
 from typing import Final
 
 _MIB: Final = 1024 * 1024
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Of glibc's `malloc.h`."""
 
 _LARGEST: Final = 32 * _MIB
 """The most that glibc takes from its arenas in place of a mapping of its own; hf_xet's buffers have 16 MiB."""
 
 _KEPT: Final = 256 * _MIB
-"""What an arena may keep at its end. Twice what hf_xet may have in flight: never reached, and never the reason to give back."""
+"""What an arena may keep at its end: twice what hf_xet may have in flight: never reached, and never the reason to give back."""
+
+_ARENAS: Final = 4
+"""Else there are up to eight for each core, and each keeps what it once had."""
 
 
 def keep_freed_memory() -> bool:
@@ -29,4 +32,6 @@ def keep_freed_memory() -> bool:
         tell = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
-    return bool(tell(_M_MMAP_THRESHOLD, _LARGEST)) and bool(tell(_M_TRIM_THRESHOLD, _KEPT))
+    wanted = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _KEPT), (_M_ARENA_MAX, _ARENAS))
+    told = [tell(name, value) for name, value in wanted]  # all of them, whatever becomes of the first
+    return all(told)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.content import Content
-from hfbucket_plugin.errors import HFBucketError, IntegrityError, LocalFileError, ThrottledError, TransportError
+from hfbucket_plugin.errors import (
+    HFBucketError,
+    IntegrityError,
+    LocalFileError,
+    ObjectMissingError,
+    ThrottledError,
+    TransportError,
+)
 from hfbucket_plugin.file_reads import FileRead
 from hfbucket_plugin.transfer import Read
 from warmer.errors import TierError, TierFullError
@@ -46,8 +53,9 @@ class Job:
             return False
         if isinstance(self.error, TierFullError):
             return self.reserve
-        # Integrity: wrong bytes, but also a stream that ended early without an error, as they do when the store fails.
-        return isinstance(self.error, (TransportError, ThrottledError, IntegrityError))
+        # Integrity: wrong bytes, but also a stream that ended early without an error, as they do when the store fails. Missing: what
+        # the store does not hold at the moment; whether the bucket still lists it is asked in the end.
+        return isinstance(self.error, (TransportError, ThrottledError, IntegrityError, ObjectMissingError))
 
 
 class Fetch:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from warmer.tiers import Declaration, Place, Tier
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
-"""A batch of 64 MiB has a third of it for each try: enough for a node that gets 1 MiB a second."""
+"""A batch has a third of it for each try: enough for a node that gets 3 MiB a second, with four of 64 MiB under way."""
 
 _TRIES: Final = 3
 _LOOKUP_SECS: Final = 15.0

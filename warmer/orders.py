@@ -22,7 +22,7 @@ class Window:
         fetches: Most orders to fetch under way on a node: four, so that two or three are fetched while another is hashed: where one
             comes to its end, the streams that it frees have something to do.
         receives: Most orders to receive under way on a node.
-        bytes: Most bytes under way on a node; a larger chunk goes when nothing else is.
+        bytes: Most bytes under way on a node: as many as all its orders have at most; a larger chunk goes when nothing else is.
         lots: Most batches under way in the whole run: fetched, or waiting in the object store for those who lack them.
         run_bytes: Most bytes being fetched in the whole run; a larger chunk goes when nothing else is. None: no bound
             but those of the nodes.
@@ -34,7 +34,7 @@ class Window:
     batch_bytes: int = 64 * _MIB
     fetches: int = 4
     receives: int = 2
-    bytes: int = 256 * _MIB
+    bytes: int = 384 * _MIB
     lots: int = 256
     run_bytes: int | None = None
     fan: int = 4

@@ -140,10 +140,11 @@ class Receiver:
         return [outcomes[index] for index in range(len(chunks))]
 
     def _fill(self, draft: Draft, content: Bytes) -> None:
+        lease = draft.lease  # which makes the file, of an empty chunk too
         for at in range(0, len(content), _PIECE_BYTES):
             if self._stopped.is_set():
                 return
-            draft.lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
+            lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
     def _accept(
         self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, kept: dict[str, Bytes] | None

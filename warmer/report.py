@@ -49,7 +49,7 @@ class NodeReport:
         present_bytes: Bytes of the chunks that were there before.
         error: Why the node took no part, or was lost; None when it was neither.
         replaced_by: The id of the node that took its place when it was lost; None when none did.
-        start_secs: Seconds until it had a process: those of Ray and of Python's imports. None where it never had.
+        start_secs: Seconds until it had a process: those of Ray and of Python's imports. None where it never took part.
         open_secs: Seconds from then on until its tier was open and its access to the bucket there.
     """
 

@@ -66,10 +66,10 @@ class EarlierTier:
 
 
 def _copy(source: BinaryIO, size: int, draft: Draft, stopped: Callable[[], bool]) -> bool:
-    at = 0
+    at, lease = 0, draft.lease  # which makes the file, of an empty chunk too
     while at < size and not stopped():
         piece = _read(source, min(size - at, _PIECE_BYTES))
-        if not piece or not draft.lease.write(at, piece):
+        if not piece or not lease.write(at, piece):
             return False
         at += len(piece)
     return at == size

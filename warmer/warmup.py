@@ -126,7 +126,7 @@ class Moving(_Part):
     )
     max_inflight_bytes: Bytes | None = Field(
         None,
-        description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in three "
+        description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in four "
         "batches at most.",
     )
 

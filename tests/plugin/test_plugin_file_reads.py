@@ -1,5 +1,7 @@
 import errno
+import itertools
 import os
+import select
 import threading
 import time
 
@@ -163,13 +165,13 @@ def test_one_bad_object_does_not_harm_its_neighbours(hub, door, into):
 
 
 @pytest.mark.parametrize("wrong", [-100, 100])
-def test_an_object_of_another_size_than_listed_is_never_done(hub, door, into, wrong):
+def test_an_object_of_another_size_than_listed_is_never_done_as_a_whole(hub, door, into, wrong):
     content = stored(door, hub, {"a": DATA})["a"]
     read(door, one := into(Content(content.xet_hash, SIZE + wrong)))
-    if wrong < 0:  # the store sends as many as it is asked for: what it is not is told by the hash
-        assert one.done
+    if wrong < 0:  # the store sends as many bytes as it is asked for: that these are not the object is told by the hash
         assert one.path.read_bytes() == DATA[:wrong]
     else:
+        assert isinstance(one.error, IntegrityError)
         assert not one.done
         assert left(one) == []
 
@@ -256,6 +258,74 @@ def test_a_file_that_cannot_be_made_is_told_apart_from_the_store(hub, door, into
     read(door, one)
     assert isinstance(one.error, LocalFileError), one.error
     assert not one.done
+
+
+def blocked_disk(path):
+    """A file that takes nothing, and blocks whoever writes: until what is returned is closed."""
+    os.mkfifo(path)
+    return os.open(path, os.O_RDWR)
+
+
+@pytest.mark.parametrize("how", ["deadline", "close"])
+def test_a_disk_that_hangs_holds_up_nobody(hub, bucket, into, how):
+    with opened(hub.endpoint, bucket) as door:
+        content = stored(door, hub, {"a": BIG})["a"]
+        read(door, into(content, "first"))
+        one = into(content)
+        descriptor = blocked_disk(one.path)
+        ticks, over = [time.monotonic()], threading.Event()
+
+        def tick():
+            while not over.wait(0.01):
+                ticks.append(time.monotonic())
+
+        ticking = threading.Thread(target=tick)
+        reading = threading.Thread(target=read, args=(door, one), kwargs={"secs": 1.0 if how == "deadline" else 60.0})
+        ticking.start()
+        reading.start()
+        try:
+            eventually(lambda: select.select([descriptor], [], [], 0)[0])  # some of it is written: now it blocks
+            if how == "close":
+                door.close()
+            reading.join(BOUND)
+            assert not reading.is_alive()
+            assert not one.done
+            assert isinstance(one.error, TransportError)
+        finally:
+            over.set()
+            ticking.join()
+            os.close(descriptor)
+            ticks.append(time.monotonic())
+        assert max(later - earlier for earlier, later in itertools.pairwise(ticks)) < BOUND
+
+
+def test_a_group_that_follows_with_a_token_that_has_expired_ends_the_session(hub, door, into, monkeypatch):
+    monkeypatch.setattr(xet, "_FILES_OF_A_GROUP", 2)
+    content = stored(door, hub, {"a": DATA})["a"]
+    read(door, into(content, "first"))
+    session = door.transfer._reading._current
+    session.connection["token_expiry_unix_secs"] = 0
+    hub.control.reset_counters()
+    for number in range(9):
+        read(door, one := into(content, str(number)))
+        assert one.done, one.error
+    assert door.transfer._reading._current is not session
+    assert hub.control.counters().route("xet-read-token").requests <= 3
+
+
+def test_a_name_that_reads_like_an_error_of_the_disk_is_none(hub, door, tmp_path):
+    content = stored(door, hub, {"a": DATA})["a"]
+    hub.control.add_fault(Fault(route="reconstruction", status=500))
+    read(door, one := FileRead("IO Error: full (os error 28)", content, tmp_path / "x.part"))
+    assert isinstance(one.error, TransportError)
+
+
+def test_the_first_error_is_the_one_that_is_told(into):
+    one = into(Content("0" * 64, 1))
+    one.fail(MissingError("x: first"))
+    one.fail(DeadlineError("x: second"))
+    assert str(one.error) == "x: first"
+    assert not one.live
 
 
 def test_close_frees_whoever_waits(hub, bucket, into):

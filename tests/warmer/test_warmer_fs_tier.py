@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ def tier(declaration):
 
 
 def files(declaration):
-    return sorted(path.name for base in declaration.base_paths for path in base.iterdir())
+    return sorted(path.name for base in declaration.base_paths for path in base.rglob("*") if path.is_file())
 
 
 def visible(declaration):
@@ -63,10 +64,36 @@ def test_temporary_files_are_never_taken_for_chunks(tier, declaration):
     assert all(name.startswith(".hfbucket-warm-") for name in files(declaration))
 
 
-def test_a_temporary_file_lies_beside_its_chunk(tier, declaration):
+def test_a_temporary_file_lies_beside_its_chunk_or_in_a_directory_there(tier, declaration):
     for number in range(20):
         key = classic_key(number)
-        assert tier.draft(key, 1).path.parent == declaration.file(key).parent
+        draft = tier.draft(key, 1)
+        assert draft.path.resolve().parent.parent == declaration.file(key).parent
+        assert draft.path.resolve().parent.stat().st_mode & 0o777 == 0o700
+        draft.lease.write(0, b"x")
+        assert draft.path.parent == declaration.file(key).parent
+
+
+def test_nobody_else_can_put_or_read_anything_where_files_are_made(tier, declaration):
+    first = tier.draft(KEY, 1)
+    directory = first.path.resolve().parent
+    directory.rename(directory.with_name("elsewhere"))  # by whoever owns the tier
+    directory.mkdir()
+    second = tier.draft(KEY, 1)
+    assert second.path.resolve().parent == directory.with_name("elsewhere")
+    second.path.write_bytes(b"x")
+    second.publish()
+    assert declaration.file(KEY).read_bytes() == b"x"
+
+
+def test_a_directory_that_is_gone_is_not_made_again(tier, declaration):
+    draft = tier.draft(KEY, 1)
+    shutil.rmtree(declaration.file(KEY).parent)
+    with pytest.raises(OSError, match="No such file"):
+        draft.path.write_bytes(b"x")
+    with pytest.raises(TierError, match="No such file"):
+        draft.publish()
+    assert not declaration.file(KEY).parent.exists()
 
 
 def test_a_directory_in_the_place_of_a_chunk_is_not_the_chunk(tier, declaration):
@@ -115,13 +142,15 @@ from warmer.tiers import open_tier
 from warmer.tiers.declaration import DirectoryDeclaration
 tier = open_tier(DirectoryDeclaration("fs.warm", (Path(sys.argv[1]),)))
 tier.draft("org/model@1@0@1@half", 1000).lease
+tier.draft("org/model@1@0@2@half", 1000).path.write_bytes(b"some")
 os._exit(9)
 """
 
 
 def test_what_a_dead_run_left_is_swept_and_nothing_else(tmp_path):
     subprocess.run([sys.executable, "-c", LEAVE_BEHIND, str(tmp_path)], check=False)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len([path for path in tmp_path.rglob("*.part") if path.is_file()]) == 2
     foreign = [".hfbucket-warm-notes", "key@1@0@1@half.data", "key.tmp", ".hfbucket-warm-0123.lock", ".other.part"]
     for name in foreign:
         (tmp_path / name).write_bytes(b"not ours")

@@ -216,19 +216,14 @@ def test_a_tier_without_room_is_a_failure_of_the_tier(stocked, node, monkeypatch
 def filling_up(monkeypatch, warehouse):
     """The disk is full from the first byte on, for files whose blocks were not reserved."""
     tier = open_tier(warehouse.declaration())
-    name = tier.name
+    private = tier.private
 
     def full(directory):
-        path = name(directory)
+        path = private(directory)
         path.symlink_to("/dev/full")
         return path
 
-    def create(path):
-        path.unlink()
-        return type(tier).create(tier, path)
-
-    monkeypatch.setattr(tier, "name", full)
-    monkeypatch.setattr(tier, "create", create)
+    monkeypatch.setattr(tier, "private", full)
     return tier
 
 
@@ -254,6 +249,87 @@ def test_a_disk_that_is_full_is_no_room_however_it_is_found_out(stocked, monkeyp
         assert_clean(stocked)
     finally:
         one.close()
+
+
+def test_what_is_being_fetched_is_nobody_elses_to_read_or_replace(hub, stocked, node):
+    import threading
+
+    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    one, outcomes = node(chmod=0o600), []
+    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(stocked.plan())))
+    thread.start()
+    while not hub.control.hits(number):
+        time.sleep(0.01)
+    (private,) = stocked.tier.glob("*-run.part")
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert [path for path in stocked.tier.glob("*.part") if path != private] == []
+    assert len(list(private.iterdir())) == 6
+    hub.control.clear_faults()
+    thread.join(60)
+    assert kinds(outcomes) == ["Copied"] * 6
+    assert {path.stat().st_mode & 0o777 for path in stocked.tier.glob("*.data")} == {0o600}
+
+
+def test_a_tier_that_is_removed_in_mid_copy_is_a_failure_of_the_tier(hub, stocked, node):
+    import threading
+
+    number = hub.control.add_fault(Fault(route="reconstruction", hang=True))
+    one, outcomes = node(), []
+    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(stocked.plan())))
+    thread.start()
+    while not hub.control.hits(number):
+        time.sleep(0.01)
+    shutil.rmtree(stocked.tier)
+    hub.control.clear_faults()
+    thread.join(60)
+    assert kinds(outcomes) == ["tier"] * 6
+    assert not stocked.tier.exists()
+
+
+def with_an_empty_one(warehouse):
+    chunks = {classic_key(1): content(1, 1000), classic_key(2): b"", classic_key(3): content(3, 1000)}
+    warehouse.chunks.clear()
+    warehouse.put(chunks)
+    return [chunk for chunk in warehouse.plan() if chunk.key in chunks], chunks
+
+
+@pytest.mark.parametrize("verify", ["hash", "length"])
+def test_an_empty_chunk_is_received_beside_others(warehouse, verify):
+    plan, chunks = with_an_empty_one(warehouse)
+    one = NodeWarmer(warehouse.open(), open_tier(warehouse.declaration()), verify=verify)
+    outcomes = one.receive(plan, [np.frombuffer(chunks[chunk.key], np.uint8) for chunk in plan])
+    one.close()
+    assert kinds(outcomes) == ["Copied"] * 3
+    assert warehouse.in_tier() == chunks
+
+
+@pytest.mark.parametrize("verify", ["hash", "length"])
+def test_an_empty_chunk_is_reused_beside_others(hub, warehouse, tmp_path, verify):
+    plan, chunks = with_an_empty_one(warehouse)
+    earlier = replace(warehouse.declaration(), base_paths=(tmp_path / "earlier",))
+    (tmp_path / "earlier").mkdir()
+    for key, data in chunks.items():
+        earlier.file(key).write_bytes(data)
+    one = NodeWarmer(warehouse.open(), open_tier(warehouse.declaration()), verify=verify, earlier=[earlier])
+    hub.control.reset_counters()
+    outcomes = one.copy(plan)
+    one.close()
+    assert [(kind, one.reused) for kind, one in zip(kinds(outcomes), outcomes, strict=True)] == [("Copied", True)] * 3
+    assert warehouse.in_tier() == chunks
+    assert not hub.control.counters().route("xorb-data").requests
+
+
+def test_what_the_store_lacks_for_a_moment_is_fetched_all_the_same(hub, stocked, node):
+    hub.control.add_fault(Fault(route="reconstruction", status=404, times=3))
+    assert kinds(node().copy(stocked.plan())) == ["Copied"] * 6
+    assert_clean(stocked)
+
+
+def test_what_the_store_lacks_and_the_bucket_lists_is_no_chunk_that_was_deleted(hub, stocked, node):
+    hub.control.add_fault(Fault(route="reconstruction", status=404))
+    outcomes = node().copy(stocked.plan())
+    assert kinds(outcomes) == ["integrity"] * 6
+    assert "the bucket lists it all the same" in outcomes[0].message
 
 
 def test_stopping_frees_what_hangs_and_leaves_nothing(hub, stocked, node):

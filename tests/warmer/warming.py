@@ -99,7 +99,8 @@ class Warehouse:
         return {file.stem.replace("-SEP-", "/"): file.read_bytes() for file in files}
 
     def leftovers(self, tier: Path | None = None) -> list[str]:
-        return sorted(path.name for path in (tier or self.tier).iterdir() if path.suffix != ".data")
+        """Names of files that are no chunks."""
+        return sorted(path.name for path in (tier or self.tier).rglob("*") if path.is_file() and path.suffix != ".data")
 
 
 @dataclass

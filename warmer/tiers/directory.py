@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from warmer.errors import TierError, TierFullError
@@ -19,7 +20,6 @@ from warmer.tiers.room import Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from warmer.tiers.declaration import DirectoryDeclaration
 
@@ -55,6 +55,7 @@ class DirectoryTier:
         self.ownership = Ownership(declaration.name, declaration.options)
         self._runs: dict[Path, RunFiles] = {}
         self._modes: dict[Path, int] = {}
+        self._private: dict[Path, int] = {}
         self._numbers = itertools.count(1)
         try:
             for path in dict.fromkeys(declaration.base_paths):
@@ -92,6 +93,22 @@ class DirectoryTier:
         """A name for a temporary file, which nobody else has."""
         return self._runs[directory].temporary(next(self._numbers))
 
+    def private(self, directory: Path) -> Path:
+        """A name for a temporary file that hf_xet makes, where only this user can put or read anything.
+
+        It would follow a link that somebody put there, and makes files that everybody may read. By a descriptor and not by its path, so
+        that the directory is this one whatever becomes of its name; one that is gone is not made again.
+
+        Raises:
+            OSError: There is no such place, and none can be made.
+        """
+        with self.room.lock:
+            if directory not in self._private:
+                path = self._runs[directory].directory()
+                path.mkdir(mode=0o700)
+                self._private[directory] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return Path(f"/proc/self/fd/{self._private[directory]}/{next(self._numbers)}.part")
+
     def create(self, path: Path) -> int:
         """Make a temporary file, as the files of the tier are to be; returns its descriptor.
 
@@ -108,11 +125,12 @@ class DirectoryTier:
             raise
         return descriptor
 
-    def adopt(self, path: Path, stored: int, *, fsync: bool) -> None:
+    def adopt(self, path: Path, directory: Path, stored: int, *, fsync: bool) -> None:
         """Make a file that somebody else has made what the files of the tier are to be.
 
         Args:
             path: Of the file, a temporary one.
+            directory: In which it is to appear.
             stored: Bytes that it is to have, with the padding at its end.
             fsync: Whether to force it to the disk.
 
@@ -121,8 +139,8 @@ class DirectoryTier:
         """
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self.ownership.give(descriptor, path.parent.stat())
-            found, mode = os.fstat(descriptor), self._modes[path.parent]
+            self.ownership.give(descriptor, directory.stat())
+            found, mode = os.fstat(descriptor), self._modes[directory]
             if stat.S_IMODE(found.st_mode) != mode:
                 os.fchmod(descriptor, mode)
             if found.st_size != stored:
@@ -199,6 +217,8 @@ class DirectoryTier:
         """Remove this process's lock files and drafts."""
         for run in self._runs.values():
             run.close()
+        while self._private:
+            os.close(self._private.popitem()[1])
 
 
 class DirectoryDraft:
@@ -226,12 +246,12 @@ class DirectoryDraft:
         self._counted = False
         self._whole: _Whole | None = None
         self._lease: FileLease | None = None
-        self.path = tier.name(target.parent)
+        self.path = tier.private(target.parent) if roomy else tier.name(target.parent)
         try:
             if header:
                 self._whole = _Whole(tier, target.parent, header, size)
             if roomy:
-                tier.room.expect(self.path, size)
+                tier.room.expect(self.path, target.parent, size)
             else:
                 self._open()
         except BaseException:
@@ -240,15 +260,15 @@ class DirectoryDraft:
         self._counted = True
 
     def _open(self) -> FileLease:
-        descriptor = self._tier.create(self.path)
+        path, descriptor = self._tier.temporary(self._target.parent)
         try:
             _reserve(descriptor, self._size)
         except BaseException:
             os.close(descriptor)
-            self.path.unlink()
+            path.unlink()
             raise
-        self._lease = FileLease(descriptor, self._size)
         self._tier.room.expect_no_more(self.path)
+        self.path, self._lease = path, FileLease(descriptor, self._size)
         return self._lease
 
     @property
@@ -287,11 +307,11 @@ class DirectoryDraft:
         if self._lease is not None:
             self._lease.revoke()
         elif (there := self.path.stat().st_size) != self._size:
-            raise TierError(f"{self.path}: {there} bytes are there of the {self._size} of the chunk")
+            raise TierError(f"{self._target}: {there} bytes are there of the {self._size} of the chunk")
         if self._whole is not None:
             self._whole.fill(self.path, fsync=fsync)
         elif self._lease is None:
-            self._tier.adopt(self.path, self._stored, fsync=fsync)
+            self._tier.adopt(self.path, self._target.parent, self._stored, fsync=fsync)
         else:
             if self._stored != self._size:
                 os.truncate(self.path, self._stored)

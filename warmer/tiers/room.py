@@ -54,7 +54,7 @@ class Room:
         self._there = 0
         self._written = 0
         self._refused = 0
-        self._unreserved: dict[Path, int] = {}
+        self._unreserved: dict[Path, tuple[int, int]] = {}
         self._devices = {path: path.stat().st_dev for path in self._directories}
         self._kept: set[str] = set()
         self._oldest: dict[tuple[Path, ...], _Oldest] = {}
@@ -90,9 +90,9 @@ class Room:
         """Whether there is room for twice what is under way: enough to do without blocks that are reserved."""
         return free_bytes(directory) - (self._options.min_free_bytes or 0) >= 2 * self._drafts
 
-    def expect(self, path: Path, size: int) -> None:
-        """A file will be written whose blocks are not reserved."""
-        self._unreserved[path] = size
+    def expect(self, path: Path, directory: Path, size: int) -> None:
+        """A file of that size will be written, on the disk of a directory, whose blocks are not reserved."""
+        self._unreserved[path] = (self._devices[directory], size)
 
     def expect_no_more(self, path: Path) -> None:
         """It is written, or reserved now, or is not to be any more."""
@@ -100,12 +100,8 @@ class Room:
 
     def _awaited(self, directory: Path) -> int:
         """What such files on the disk of a directory are still to take; ext4 and xfs count what is not on the disk yet."""
-        device = self._devices[directory]
-        return sum(
-            max(0, size - _allocated(path))
-            for path, size in self._unreserved.items()
-            if self._devices[path.parent] == device
-        )
+        here = self._devices[directory]
+        return sum(max(0, size - _allocated(path)) for path, (disk, size) in self._unreserved.items() if disk == here)
 
     def give_back(self, size: int) -> None:
         """A chunk for which room was taken does not appear."""
@@ -156,7 +152,7 @@ class Room:
             return
         for _ in range(_ROUNDS + 1):
             room = free_bytes(directory) - floor - size
-            if room >= sum(self._unreserved.values()):  # without a look at each
+            if room >= sum(size for _, size in self._unreserved.values()):  # without a look at each
                 return
             lacking = self._awaited(directory) - room
             if lacking <= 0:
