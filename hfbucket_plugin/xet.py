@@ -157,6 +157,7 @@ class Session:
         self.pid = os.getpid()
         self.born = time.monotonic()
         self._lock = threading.Lock()
+        self._renewing = threading.Lock()
         self._files: Any = None
         self._started = 0
         self._downloads: set[Any] = set()
@@ -170,35 +171,38 @@ class Session:
             info: Of the object.
             path: Of the file, which hf_xet makes.
         """
+        group = self._file_group()  # as long as somebody reads from it
+        handle = group.start_download_file(info, str(path))
         with self._lock:
-            if self._ended:
-                raise TransportError(f"{path}: the session has ended")
-            if self._files is None or self._started >= _FILES_OF_A_GROUP:
-                self._renew_files()
-            self._started += 1
-            group = self._files  # as long as somebody reads from it
-            handle = group.start_download_file(info, str(path))
+            ended = self._ended
             self._downloads.add(handle)
         try:
+            if ended:
+                handle.cancel()
+                raise TransportError(f"{path}: the session has ended")
             yield handle
         finally:
             with self._lock:
                 self._downloads.discard(handle)
 
-    def _renew_files(self) -> None:
-        connection = self.connection
-        if self._files is not None and time.time() >= connection["token_expiry_unix_secs"]:
-            self.retired = True  # else each group to come would ask for a token of its own
-        self._files, self._started = self.xet.new_file_download_group(**connection), 0
+    def _file_group(self) -> Any:
+        with self._renewing:  # which `end` does not wait for: it may wait for the Hub
+            expired = time.time() >= self.connection["token_expiry_unix_secs"]
+            if self._files is None or self._started >= _FILES_OF_A_GROUP:
+                # A group asks for a token by itself where that of the session has expired, and so would all that follow.
+                self.retired = self.retired or (self._files is not None and expired)
+                self._files, self._started = self.xet.new_file_download_group(**self.connection), 0
+            self._started += 1
+            return self._files
 
     def end(self) -> None:
         """Free whoever reads from it, at once."""
         with self._lock:
             self._ended = True
-            downloads, wrote = list(self._downloads), self._files is not None
+            downloads = list(self._downloads)
         for handle in downloads:
             handle.cancel()
-        if not wrote:
+        if self._files is None:
             self.xet.sigint_abort()
         elif self.group is not None:
             # To abort the session would wait for the threads that write files, with the GIL held: on a disk that hangs, for ever.
