@@ -18,7 +18,7 @@ GROUP_3 := $(CLUSTERS)
 GROUP_4 := $(filter-out $(CLUSTERS) $(ENGINES),$(wildcard tests/warmer/test_*.py)) tests/demo
 NAMED := tests/plugin tests/mp tests/localhub tests/demo tests/warmer
 GROUP_5 := $(filter-out $(NAMED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
-GROUPS := 1 2 3 4 5
+GROUPS := 3 1 2 4 5
 # Those that compare a model with the real thing.
 MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
 	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
@@ -44,8 +44,8 @@ $(VLLM_VENV)/.installed: e2e/constraints.txt
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
 
-test: $(STAMP)  ## every test: five processes side by side, since most tests wait for servers
-	$(MAKE) --no-print-directory --jobs=5 $(GROUPS:%=test-%)
+test: $(STAMP)  ## every test: three processes side by side, since most tests wait for servers; that of clusters first
+	$(MAKE) --no-print-directory --jobs=3 $(GROUPS:%=test-%)
 
 $(GROUPS:%=test-%): test-%: $(STAMP)
 	$(BIN)/python -m pytest -q $(GROUP_$*)

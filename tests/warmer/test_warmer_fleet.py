@@ -261,7 +261,7 @@ def test_a_node_that_takes_no_part_holds_up_no_other(cluster, stocked, on_cluste
     raylet = stuck.all_processes["raylet"][0].process
     raylet.send_signal(signal.SIGSTOP)
     try:
-        ran = on_cluster(stocked.config, "--node-timeout", "15")
+        ran = on_cluster(stocked.config, "--node-timeout", "60")
     finally:
         raylet.send_signal(signal.SIGCONT)
         cluster.remove_node(stuck, allow_graceful=False)

@@ -80,7 +80,7 @@ def summary_in(log):
 
 
 def eventually(found):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not (what := found()):
         assert time.monotonic() < end
         time.sleep(0.2)
