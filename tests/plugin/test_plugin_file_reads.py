@@ -57,6 +57,15 @@ def read(door, *reads, secs=60.0):
     door.transfer.read(reads, Deadline.after(secs))
 
 
+def hanging(hub, door, one):
+    """A thread that reads, and hangs."""
+    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    thread = threading.Thread(target=read, args=(door, one))
+    thread.start()
+    eventually(lambda: hub.control.hits(number))
+    return thread
+
+
 def left(one):
     return sorted(path.name for path in one.path.parent.iterdir())
 
@@ -214,11 +223,8 @@ def test_after_the_deadline_whoever_waited_is_free_and_service_resumes(hub, buck
 
 def test_giving_up_frees_whoever_waits_at_once(hub, door, into):
     content = stored(door, hub, {"a": DATA})["a"]
-    number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
     one = into(content)
-    thread = threading.Thread(target=read, args=(door, one))
-    thread.start()
-    eventually(lambda: hub.control.hits(number))
+    thread = hanging(hub, door, one)
     one.give_up()
     one.give_up()
     thread.join(BOUND)
@@ -331,11 +337,8 @@ def test_the_first_error_is_the_one_that_is_told(into):
 def test_close_frees_whoever_waits(hub, bucket, into):
     with opened(hub.endpoint, bucket) as door:
         content = stored(door, hub, {"a": DATA})["a"]
-        number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
         one = into(content)
-        thread = threading.Thread(target=read, args=(door, one))
-        thread.start()
-        eventually(lambda: hub.control.hits(number))
+        thread = hanging(hub, door, one)
         door.close()
         thread.join(BOUND)
         assert not thread.is_alive()

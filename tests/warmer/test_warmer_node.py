@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -213,6 +214,15 @@ def test_a_tier_without_room_is_a_failure_of_the_tier(stocked, node, monkeypatch
     assert_clean(stocked)
 
 
+def copying(hub, fault, one, warehouse, outcomes):
+    """A thread that copies all there is, and has come as far as a fault that hangs."""
+    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(warehouse.plan())))
+    thread.start()
+    while not hub.control.hits(fault):
+        time.sleep(0.01)
+    return thread
+
+
 def filling_up(monkeypatch, warehouse):
     """The disk is full from the first byte on, for files whose blocks were not reserved."""
     tier = open_tier(warehouse.declaration())
@@ -252,14 +262,9 @@ def test_a_disk_that_is_full_is_no_room_however_it_is_found_out(stocked, monkeyp
 
 
 def test_what_is_being_fetched_is_nobody_elses_to_read_or_replace(hub, stocked, node):
-    import threading
-
     number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
     one, outcomes = node(chmod=0o600), []
-    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(stocked.plan())))
-    thread.start()
-    while not hub.control.hits(number):
-        time.sleep(0.01)
+    thread = copying(hub, number, one, stocked, outcomes)
     (private,) = stocked.tier.glob("*-run.part")
     assert private.stat().st_mode & 0o777 == 0o700
     assert [path for path in stocked.tier.glob("*.part") if path != private] == []
@@ -271,14 +276,9 @@ def test_what_is_being_fetched_is_nobody_elses_to_read_or_replace(hub, stocked, 
 
 
 def test_a_tier_that_is_removed_in_mid_copy_is_a_failure_of_the_tier(hub, stocked, node):
-    import threading
-
     number = hub.control.add_fault(Fault(route="reconstruction", hang=True))
     one, outcomes = node(), []
-    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(stocked.plan())))
-    thread.start()
-    while not hub.control.hits(number):
-        time.sleep(0.01)
+    thread = copying(hub, number, one, stocked, outcomes)
     shutil.rmtree(stocked.tier)
     hub.control.clear_faults()
     thread.join(60)
@@ -333,14 +333,9 @@ def test_what_the_store_lacks_and_the_bucket_lists_is_no_chunk_that_was_deleted(
 
 
 def test_stopping_frees_what_hangs_and_leaves_nothing(hub, stocked, node):
-    import threading
-
     number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
     one, outcomes = node(), []
-    thread = threading.Thread(target=lambda: outcomes.extend(one.copy(stocked.plan())))
-    thread.start()
-    while not hub.control.hits(number):
-        time.sleep(0.01)
+    thread = copying(hub, number, one, stocked, outcomes)
     one.stop()
     thread.join(20)
     assert not thread.is_alive()
