@@ -21,7 +21,7 @@ from jobs.instance_end import InstanceEnd
 from jobs.mirror import JOB as MIRROR
 from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
-from jobs.remove import ByName, read_keys
+from jobs.remove import ByName, expect_text, read_keys
 from jobs.run import Job, Order, handles_of
 from jobs.session import Session, options_checked, record_of
 
@@ -146,6 +146,8 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
             raise ConfigError("name what to delete: keys, --prefix TEXT or --key-file FILE")
         if not all(prefix or []):
             raise ConfigError("an empty --prefix would be everything; name at least a model, such as 'org/model@'")
+        for text in (*wanted, *(prefix or [])):
+            expect_text(text)
         named, every = options.chosen(lmcache_config, instances, l2_adapters, everything=False)
         order = _order(
             yes, dry_run, max_delete, max_duration, lock_lifetime, parallel, batch_size, local, address, plan_dir

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.lines import key_lines
 from jobs.planning import by_age
 from jobs.retention import Decision, Entry, Reason
 
@@ -50,15 +51,25 @@ class ByName:
 
 
 def read_keys(path: Path) -> list[str]:
-    """The keys in a file, one a line; empty lines are passed by.
+    """The keys in a file, one a line; empty lines are left out.
 
     Raises:
-        ConfigError: It cannot be read, or names nothing.
+        ConfigError: It cannot be read, names nothing, or a line holds a control character.
     """
-    try:
-        keys = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--key-file {str(path)!r} cannot be read: {error}") from None
+    keys = [line for _, line in key_lines(path, "--key-file")]
     if not keys:
         raise ConfigError(f"--key-file {str(path)!r} names no key")
     return keys
+
+
+def expect_text(argument: str) -> None:
+    """Make sure that an argument is text that a name can hold.
+
+    Raises:
+        ConfigError: The shell handed over bytes that are not valid UTF-8.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        character = f"U+{ord(argument[error.start]):04X}"
+        raise ConfigError(f"{argument!r}: character {error.start + 1} is {character}, not valid UTF-8") from None

@@ -56,3 +56,30 @@ def test_commands_that_cannot_be_meant(depot, arguments, told):
 
     assert ran.code == 2
     assert told in ran.stderr
+
+
+def test_a_line_of_a_key_file_ends_at_its_newline_and_nowhere_else(stocked, tmp_path):
+    names = tmp_path / "keys.txt"
+    names.write_bytes(f"junk\u2028{KEYS[0]}\n".encode())
+
+    ran = stocked.run("rm", "--key-file", str(names), "--yes")
+
+    assert (ran.code, ran.stdout) == (2, "")
+    assert "line 1: character 5 is U+2028" in ran.stderr
+    assert stocked.left() == stocked.paths_of(KEYS)
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_key(stocked, tmp_path):
+    names = tmp_path / "keys.txt"
+    names.write_bytes(f"\ufeff{KEYS[0]}\r\n{KEYS[1]}\r\n".encode())
+
+    ran = stocked.run("rm", "--key-file", str(names), "--yes")
+
+    assert (ran.code, ran.summary["absent"], ran.counts("deleted")) == (0, [], [2])
+
+
+def test_an_argument_that_is_no_text_is_refused(stocked):
+    ran = stocked.run("rm", "org/\udcff", "--yes")
+
+    assert (ran.code, ran.stdout) == (2, "")
+    assert "U+DCFF" in ran.stderr

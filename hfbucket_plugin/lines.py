@@ -1,0 +1,113 @@
+"""Lines of files that others wrote: lists of keys, reports, manifests. The one reader for all of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_LINE_BYTES: Final = 1024 * 1024
+"""Longest line that is read."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+_BREAKING: Final = frozenset({"Cc", "Zl", "Zp", "Cs"})
+"""Categories of Unicode that no key of ours holds: control characters, separators of lines, lone surrogates."""
+
+
+def open_regular(path: Path, what: str) -> BinaryIO:
+    """Open a file for reading without ever blocking on it.
+
+    Args:
+        path: Of the file; a link is followed.
+        what: Names the file in errors, such as `--key-file`.
+
+    Raises:
+        ConfigError: It cannot be opened, or is a pipe, a device or a directory.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (OSError, ValueError) as error:  # a name with a NUL in it
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {reason}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise ConfigError(
+        f"{what} {str(path)!r} cannot be read: it is not a regular file. Write its content to a file first"
+    )
+
+
+def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
+    r"""Stream the lines of a text file in UTF-8, with their numbers from 1.
+
+    A line ends with `\n` or `\r\n`, and with nothing else; a byte order mark at the start of the file is dropped.
+
+    Args:
+        path: Of the file.
+        what: Names the file in errors.
+
+    Raises:
+        ConfigError: The file cannot be read, a line is not UTF-8, or a line is longer than `MAX_LINE_BYTES`; the message
+            says which.
+    """
+    number = 0
+    with open_regular(path, what) as file:
+        while True:
+            number += 1
+            try:
+                line = file.readline(MAX_LINE_BYTES + 1)
+            except OSError as error:
+                raise ConfigError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+            if not line:
+                return
+            if len(line) > MAX_LINE_BYTES:
+                raise ConfigError(f"{what} {str(path)!r}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
+            except UnicodeDecodeError:
+                raise ConfigError(f"{what} {str(path)!r}, line {number}: not valid UTF-8") from None
+
+
+def key_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
+    """Stream the lines of a file that holds a key a line, as `lines_of`; blank lines are left out.
+
+    Args:
+        path: Of the file.
+        what: Names the file in errors.
+
+    Raises:
+        ConfigError: As `lines_of`; or a line holds a control character, which is named.
+    """
+    for number, line in lines_of(path, what):
+        if not line.strip():
+            continue
+        try:
+            check_characters(line)
+        except ValueError as error:
+            raise ConfigError(f"{what} {str(path)!r}, line {number}: {error}") from None
+        yield number, line
+
+
+def check_characters(text: str) -> None:
+    """Make sure that a key from elsewhere holds no control character, separator of lines or lone surrogate.
+
+    Args:
+        text: A key, or any name that is looked for.
+
+    Raises:
+        ValueError: It holds one; the message names it by its number.
+    """
+    if text.isascii() and text.isprintable():
+        return
+    for place, character in enumerate(text, 1):
+        if unicodedata.category(character) in _BREAKING:
+            raise ValueError(f"character {place} is U+{ord(character):04X}, which cannot be part of a key")
