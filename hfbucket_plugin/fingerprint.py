@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hfbucket_plugin.errors import IntegrityError
 
@@ -56,14 +56,15 @@ class Group(_Model):
         return f"group {self.object_group}: {own}" if self.object_group else own
 
     @property
-    def without_layers(self) -> tuple[object, ...]:
-        """The group, but for its number of layers: pipeline stages have different ones."""
-        cut = self.shape if len(self.shape) < _LAYERED else (self.shape[0], *self.shape[2:])
-        return cut, self.dtype, self.object_group
+    def kind(self) -> tuple[int, int] | None:
+        """KV kinds and tokens, which all stages of a pipeline share; None for a shape that has no such dimensions."""
+        return (self.shape[0], self.shape[2]) if len(self.shape) >= _LAYERED else None
 
 
 _LAYERED: Final = 4
 _MAX_GROUPS: Final = 256
+MAX_WORKERS: Final = 1024
+"""Workers of one engine whose layouts are recorded side by side; those of further ones are not compared."""
 
 
 class Layout(_Model):
@@ -83,17 +84,17 @@ class Layout(_Model):
     def fits(self, other: Layout) -> bool:
         """Whether chunks of one can be chunks of the other.
 
-        Workers of one engine may be stages of a pipeline: their numbers of layers differ, and so may their groups. Chunks
-        of another number of layers are of another size, and so are never served; everything else is compared. Where keys
-        name the object group, chunks of different ones never meet: those that both know are compared.
+        Where keys name the object group, chunks of different ones never meet: those that both know are compared. In classic
+        keys the worker is named: a worker is compared with itself. Two different workers may be stages of a pipeline, with
+        other numbers of layers, heads and groups; all that they must share is a kind of KV and the tokens of a chunk.
         """
         if self.worker is None and other.worker is None:
             mine, theirs = self._by_object_group(), other._by_object_group()
             return all(mine[index] == theirs[index] for index in mine.keys() & theirs.keys())
         if self.worker == other.worker:
             return self.groups == other.groups
-        alike, others = ({group.without_layers for group in one.groups} for one in (self, other))
-        return alike <= others or others <= alike
+        kinds, others = ({group.kind for group in one.groups} - {None} for one in (self, other))
+        return not kinds or not others or bool(kinds & others)
 
     def completed(self, other: Layout) -> Layout:
         """This one, with the object groups that only the other knows; for two that fit."""
@@ -141,7 +142,8 @@ class Fingerprint(_Model):
         dtype: Of the KV, as classic keys spell it; MP keys have none.
         model_revision: Of the weights, as `model_revision` says.
         chunk_size: Tokens of a full chunk.
-        layout: Of a full chunk.
+        layout: Of a full chunk; in a record, of the worker that recorded it first.
+        layouts: In a record: of the other workers, ordered by worker. A release that does not know the field ignores it.
         hash_algorithm: As the engine was told it.
         hash_check: LMCache's own hash of a fixed sequence of tokens, in hexadecimal: equal where algorithm and seed are.
         hash_bytes: Bytes of a chunk's hash; MP mode only.
@@ -159,6 +161,7 @@ class Fingerprint(_Model):
     model_revision: _Text | None = None
     chunk_size: _Count | None = None
     layout: Layout | None = None
+    layouts: Annotated[tuple[Layout, ...], Field(max_length=MAX_WORKERS)] = ()
     hash_algorithm: _Text | None = None
     hash_check: _Text | None = None
     hash_bytes: _Count | None = None
@@ -166,6 +169,14 @@ class Fingerprint(_Model):
     lmcache_version: _Text | None = None
     written_by: _Text | None = None
     recorded_at: datetime | None = None
+
+    @model_validator(mode="after")
+    def _workers_are_distinct(self) -> Self:
+        if self.layouts:
+            workers = [one.worker for one in self._all_layouts()]
+            if self.layout is None or None in workers or len(set(workers)) < len(workers):
+                raise ValueError("each layout must name a worker of its own")
+        return self
 
     @property
     def space(self) -> Space:
@@ -177,6 +188,8 @@ class Fingerprint(_Model):
         """16 hexadecimal digits that stand for all that is compared; who wrote it, when and with what is not."""
         compared = {name: getattr(self, name) for name in ("model", *COMPARED)}
         compared["layout"] = None if self.layout is None else self.layout.model_dump(mode="json", exclude={"worker"})
+        if self.layouts:
+            compared["layouts"] = [one.model_dump(mode="json") for one in self.layouts]
         text = json.dumps([*self.space, compared], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -187,9 +200,26 @@ class Fingerprint(_Model):
             for name in (*COMPARED, "hash_seed_pinned")
             if getattr(self, name) is None and (value := getattr(other, name)) is not None
         }
-        if self.layout is not None and other.layout is not None:
-            missing["layout"] = self.layout.completed(other.layout)
-        return self.model_copy(update=missing)
+        return self.model_copy(update=missing | self._completed_layouts(other))
+
+    def _completed_layouts(self, other: Fingerprint) -> dict[str, Any]:
+        """The layouts of both, each worker's once; none changes that is known already."""
+        if self.layout is None:
+            return {"layout": other.layout, "layouts": other.layouts}
+        first, more = self.layout, {one.worker: one for one in self.layouts}
+        for layout in other._all_layouts():
+            if layout.worker == first.worker:
+                first = first.completed(layout)
+            elif layout.worker is not None and first.worker is not None and len(more) < MAX_WORKERS:
+                more.setdefault(layout.worker, layout)
+        return {"layout": first, "layouts": tuple(more[worker] for worker in sorted(more, key=lambda one: one or 0))}
+
+    def _all_layouts(self) -> tuple[Layout, ...]:
+        return self.layouts if self.layout is None else (self.layout, *self.layouts)
+
+    def layout_beside(self, layout: Layout) -> Layout | None:
+        """The layout that one is compared with: its own worker's, else that of the worker which was recorded first."""
+        return next((one for one in self._all_layouts() if one.worker == layout.worker), self.layout)
 
     def facts(self) -> dict[str, str]:
         """What is known, in words, by field."""
@@ -233,18 +263,25 @@ def differences(recorded: Fingerprint, here: Fingerprint) -> list[Difference]:
     if recorded.space != here.space or recorded.model != here.model:
         return []
     return [
-        Difference(name, _word(getattr(recorded, name)), _word(getattr(here, name)))
+        Difference(name, _word(_beside(name, recorded, here)), _word(getattr(here, name)))
         for name in COMPARED
         if not _agree(name, recorded, here)
     ]
 
 
-def _agree(name: str, one: Fingerprint, other: Fingerprint) -> bool:
-    mine, theirs = getattr(one, name), getattr(other, name)
+def _beside(name: str, recorded: Fingerprint, here: Fingerprint) -> Any:
+    """The recorded value that a field of an engine is compared with."""
+    if name == "layout" and here.layout is not None:
+        return recorded.layout_beside(here.layout)
+    return getattr(recorded, name)
+
+
+def _agree(name: str, recorded: Fingerprint, here: Fingerprint) -> bool:
+    theirs, mine = _beside(name, recorded, here), getattr(here, name)
     if mine is None or theirs is None or mine == theirs:
         return True
     if name == "hash_algorithm":
-        return one.hash_check is not None and one.hash_check == other.hash_check
+        return recorded.hash_check is not None and recorded.hash_check == here.hash_check
     if isinstance(mine, Layout) and isinstance(theirs, Layout):
         return mine.fits(theirs)
     return False

@@ -195,13 +195,21 @@ class FingerprintWatch:
         except Exception:  # noqa: BLE001 - told by `_judge`
             return False
         recorded = known.found.record.of(mine.space) if known is not None and known.found is not None else None
-        return recorded is not None and not differences(recorded, mine)
+        if recorded is None or differences(recorded, mine):
+            return False
+        return not (subject.stores and recorded.completed(mine) != recorded)
 
     def changed(self, subject: Subject) -> None:
-        """See `Subject.changed`."""
+        """See `Subject.changed`.
+
+        An engine that still agrees with the record goes on agreeing while it is compared again in the background, unless it
+        stores and the record lacks something of it: nothing is stored before its record counts.
+        """
+        agrees = subject.state == "agrees" and self._agrees(subject)
         with self._lock:
             subject.revision += 1
-            subject.state = "unknown"
+            if not agrees:
+                subject.state = "unknown"
         self.look_soon(subject.model)
 
     def look_soon(self, model: str) -> None:

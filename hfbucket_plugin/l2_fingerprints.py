@@ -46,9 +46,13 @@ class _Engine:
         return fingerprint_facts.mp(self._settings, key.model_name, key.kv_rank, len(key.chunk_hash), self._layout)
 
     def learn(self, layout: Layout) -> None:
-        """Take in the layout that a lookup tells."""
-        if layout != self._layout:
-            self._layout = layout
+        """Merge the groups that a request names into what is known: each request names its own groups, not all of the model.
+
+        The engine's facts change only with a group that was not known, or that is laid out in another way than before.
+        """
+        merged = layout if self._layout is None else layout.completed(self._layout)
+        if merged != self._layout:
+            self._layout = merged
             self.subject.changed()
 
     def learn_group(self, index: int, memory_obj: MemoryObj) -> None:

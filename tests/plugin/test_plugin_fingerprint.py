@@ -57,6 +57,17 @@ fingerprints = st.builds(
 )
 
 
+def with_stages(fingerprint, more):
+    """A fingerprint with the layouts of further workers beside its own, where its own names a worker."""
+    if fingerprint.layout is None or fingerprint.layout.worker is None:
+        return fingerprint
+    others = tuple(one.model_copy(update={"worker": 4 + number}) for number, one in enumerate(more))
+    return fingerprint.model_copy(update={"layouts": others})
+
+
+fingerprints = st.builds(with_stages, fingerprints, st.lists(layouts, max_size=2))
+
+
 def engine(**values):
     known = {
         "mode": "classic", "model": "org/model", "world_size": 2, "dtype": "bfloat16", "model_revision": "abc123",
@@ -130,6 +141,52 @@ def test_stages_of_a_pipeline_may_have_other_numbers_of_layers():
 
     assert differences(engine(), engine(layout=stage)) == []
     assert differences(engine(), engine(layout=stage.model_copy(update={"worker": 0})))
+
+
+def stage(worker, *hidden):
+    groups = tuple(Group(shape=(2, 8, 256, size), dtype="bfloat16") for size in hidden)
+    return engine(layout=Layout(groups=groups, worker=worker))
+
+
+def test_stages_of_a_pipeline_with_other_heads_are_recorded_side_by_side():
+    first, second = stage(0, 1024, 512), stage(1, 512, 256)
+
+    both = first.completed(second)
+
+    assert differences(first, second) == []
+    assert (both.layout, both.layouts) == (first.layout, (second.layout,))
+    assert both.completed(second) == both
+    assert Record.from_json(Record(model="org/model", variants=(both,)).to_json(), "org/model", WHERE).variants == (
+        both,
+    )
+
+
+def test_each_stage_is_compared_with_its_own_record():
+    both = stage(0, 1024, 512).completed(stage(1, 512, 256)).completed(stage(7, 64))
+
+    assert [differences(both, stage(0, 1024, 512)), differences(both, stage(1, 512, 256))] == [[], []]
+    (found,) = differences(both, stage(1, 1024, 512))
+    assert (found.field, found.recorded) == ("layout", "2x8x256x512 bfloat16, 2x8x256x256 bfloat16")
+    assert both.completed(stage(1, 1024, 512)) == both
+
+
+def test_two_layouts_of_one_worker_are_no_record():
+    document = stage(0, 1024).completed(stage(1, 512)).model_dump(mode="json", exclude_none=True)
+    document["layouts"][0]["worker"] = 0
+
+    with pytest.raises(IntegrityError, match="each layout must name a worker of its own"):
+        Claim.from_json(json.dumps({"fingerprint": document}).encode(), WHERE)
+
+
+def test_an_earlier_release_reads_the_layout_of_the_first_worker():
+    both = stage(0, 1024).completed(stage(1, 512))
+
+    written = json.loads(Record(model="org/model", variants=(both,)).to_json())["variants"][0]
+
+    assert written["layout"] == {
+        "groups": [{"shape": [2, 8, 256, 1024], "dtype": "bfloat16", "object_group": 0}],
+        "worker": 0,
+    }
 
 
 def test_layouts_of_mp_mode_are_compared_and_completed_by_object_group():

@@ -179,3 +179,25 @@ def test_a_layout_that_is_none_stops_nothing(adapters, fingerprint):
 
     assert lookup(first, [mp_key(1)], {0: object()}) == [True]
     assert lookup(first, [], {}) == []
+
+
+def test_requests_that_name_some_groups_each_leave_what_is_known_alone(adapters):
+    both = {index: MemoryLayoutDesc([torch.Size((2, 2, 16, SIZE // 64))], [torch.uint8]) for index in (0, 1)}
+    one = filled(adapters, fingerprint="enforce")
+    eventually(lambda: lookup(one, [mp_key(1)], both) == [True])  # the new group has been compared
+    unknown = outcome(one, "lookup", "fingerprint_unknown")
+    revision = one.adapter._fingerprints._of([mp_key(1)])[0].subject.revision
+
+    for descs in [{0: both[0]}, {1: both[1]}, both] * 3:
+        assert lookup(one, [mp_key(1)], descs) == [True]
+
+    assert one.adapter._fingerprints._of([mp_key(1)])[0].subject.revision == revision
+    assert outcome(one, "lookup", "fingerprint_unknown") == unknown
+
+
+def test_a_group_that_changes_its_layout_is_compared_again(adapters):
+    one = filled(adapters, fingerprint="enforce")
+
+    lookup(one, [mp_key(1)], layout(2, 2, 32, SIZE // 128))
+
+    becomes(one, "conflict")
