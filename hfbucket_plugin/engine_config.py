@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from hfbucket_plugin import settings
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.settings import InstanceSettings
-
-_QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +42,7 @@ class EngineConfig:
         Raises:
             ConfigError: The file cannot be read, is no YAML, or is no LMCache configuration.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"LMCache configuration {str(path)!r} cannot be read: {error}") from None
-        try:
-            document = yaml.safe_load(text)
-        except Exception as error:  # noqa: BLE001 - PyYAML lets out what its constructors raise: ValueError, KeyError …
-            # Not the whole error: it quotes lines and words of the file, which may hold a token.
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}" if mark is not None else ""
-            problem = _QUOTED.sub("'…'", getattr(error, "problem", None) or "it does not parse")
-            raise ConfigError(f"LMCache configuration {str(path)!r} is no YAML{where}: {problem}") from None
+        document = read_yaml(path, "LMCache configuration")
         if not isinstance(document, dict):
             raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")
         return cls(

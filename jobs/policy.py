@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic and Typer look at annotations
 from typing import Annotated, Any, Final
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.yaml_file import read_yaml
 from jobs import units
 
 Duration = Annotated[timedelta, BeforeValidator(units.duration), PlainSerializer(units.in_short, return_type=str)]
@@ -161,34 +161,13 @@ def _in_words(problem: Any) -> str:
     return f"{setting}: {message}" if setting else message
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses mappings that name a key twice: YAML itself lets the last one win, without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.SafeLoader`.
-
-        Raises:
-            yaml.constructor.ConstructorError: A key is there twice.
-        """
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep=deep)
-
-
 def read(path: Path, instance: str) -> Policy:
     """The policy of an instance in a `retention.yaml`: its own below `instances`, else `default`.
 
     Raises:
         ConfigError: The file cannot be read, has no policy for the instance, or a wrong one.
     """
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a safe loader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--policy {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
+    document = read_yaml(path, "--policy")
     instances = document.get("instances", {}) if isinstance(document, dict) else None
     if not isinstance(instances, dict) or set(document) - {"instances", "default"}:
         raise ConfigError(f"{path}: must be a mapping with instances, default or both, and nothing else")

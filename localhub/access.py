@@ -2,7 +2,7 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -10,6 +10,8 @@ from starlette.requests import Request
 
 from localhub.buckets import Bucket
 from localhub.errors import HubError, bucket_not_found
+
+_MAX_BYTES: Final = 1024 * 1024
 
 ANYBODY = "local"
 """The user that `me` means where there is no access control, or the token names none."""
@@ -50,6 +52,44 @@ class _File(BaseModel, extra="forbid"):
     tokens: list[Token]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: the last one would win, which may be the wider right."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key is there twice.
+        """
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, "a key is there twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _document(path: Path) -> Any:
+    """The document of a YAML file.
+
+    Raises:
+        OSError: The file cannot be read.
+        TokensError: It is longer than any list of tokens, or not YAML.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise TokensError(f"{path} is longer than {_MAX_BYTES} bytes")
+    try:
+        return yaml.load(data.decode("utf-8-sig"), _UniqueKeys)  # noqa: S506 - a safe loader
+    except Exception as error:  # noqa: BLE001 - PyYAML lets out what its constructors raise, RecursionError included
+        # Not the error's own text: it quotes the file, which holds secrets.
+        mark = getattr(error, "problem_mark", None)
+        where = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    raise TokensError(f"{path} is not YAML{where}")
+
+
 def load_tokens(path: Path) -> dict[str, Token]:
     """Read `tokens.yaml`.
 
@@ -60,13 +100,9 @@ def load_tokens(path: Path) -> dict[str, Token]:
         TokensError: the file is missing, not YAML, or an entry is wrong; secrets are not in the message.
     """
     try:
-        content = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = _File.model_validate(_document(path))
     except OSError as error:
         raise TokensError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # Not the error's own text: it quotes the file, which holds secrets.
-        mark = getattr(error, "problem_mark", None)
-        raise TokensError(f"{path} is not YAML" + (f": line {mark.line + 1}" if mark else "")) from None
     except ValidationError as error:
         problems = "; ".join(f"{_place(part['loc'])}: {part['msg']}" for part in error.errors())
         raise TokensError(f"{path}: {problems}") from None

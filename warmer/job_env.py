@@ -10,9 +10,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-import yaml
-
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,12 +97,7 @@ def refuse_secrets_in(command: Sequence[str]) -> None:
 
 
 def _from_file(file: Path) -> Any:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--runtime-env {str(file)!r} cannot be read: {error}") from None
-    except Exception:  # noqa: BLE001 - PyYAML lets out what its constructors raise, with the text in it
-        raise ConfigError(f"--runtime-env {str(file)!r} is no YAML") from None
+    found = read_yaml(file, "--runtime-env")
     return {} if found is None else found
 
 

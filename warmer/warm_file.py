@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.yaml_file import read_yaml
 from warmer.flags import FLAGS, nested
 from warmer.warmup import WarmUp
 
@@ -23,7 +22,6 @@ _INSTEAD: Final = {("choose", "all"): ("choose", "prefix"), ("choose", "prefix")
 """What one says on the command line takes the place of the other in the file."""
 
 _SOURCES: Final = ("lmcache_config", "instance"), ("l2_adapter",)
-_QUOTED: Final = re.compile(r"'.*'|\".*\"", re.DOTALL)
 
 
 def warm_up(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, Any] | None = None) -> WarmUp:
@@ -73,15 +71,7 @@ def validated(document: Mapping[str, Any], source: str | None) -> WarmUp:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {str(path)!r} cannot be read: {error}") from None
-    except Exception as error:  # noqa: BLE001 - PyYAML lets out what its constructors raise
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        problem = _QUOTED.sub("'…'", getattr(error, "problem", None) or "it does not parse")
-        raise ConfigError(f"--config {str(path)!r} is no YAML{where}: {problem}") from None
+    document = read_yaml(path, "--config")
     if document is None:
         return {}
     if not isinstance(document, dict):

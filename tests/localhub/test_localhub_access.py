@@ -182,6 +182,9 @@ def test_storage_tokens_and_links_expire(hub_factory):
     [
         ("", "the file: "),
         ("tokens: {", "is not YAML: line"),
+        ("tokens: " + "[" * 5000, "is not YAML"),
+        ("tokens: [{token: a, buckets: {x/y: read, x/y: write}}]", "is not YAML: line 1, column 42"),
+        ("tokens: !!int zzz", "is not YAML"),
         ("token: []", "tokens: Field required; token: Extra inputs"),
         ("tokens: [{token: a}]", r"tokens\[0\].buckets: Field required"),
         ("tokens: [{token: '', buckets: {}}]", r"tokens\[0\].token"),
