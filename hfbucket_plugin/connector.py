@@ -297,6 +297,7 @@ class HFBucketConnector(RemoteConnector):
             _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
         for pool in (self._calls, self._questions):
             pool.close()
+        self._watch.finish(end - time.monotonic())
         self._store.finish(end - time.monotonic())
         self._watch.close()
         self._store.close()

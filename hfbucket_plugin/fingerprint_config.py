@@ -31,6 +31,7 @@ def as_configured(recorded: Fingerprint, named: NamedInstance, hash_check: str |
     known: dict[str, Any] = {
         "model_revision": named.settings.model_revision,
         "layout": None,
+        "layouts": (),
         "hash_bytes": None,
         "hash_check": hash_check,
     }

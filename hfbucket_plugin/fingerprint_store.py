@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.fingerprint import Space
 
 DIRECTORY: Final = f"{RESERVED}/fingerprints"
 
@@ -155,6 +156,22 @@ class FingerprintStore:
             contents = self._contents(together, deadline)
             found += [_claimed(info, data, model) for info, data in zip(together, contents, strict=True)]
         return sorted(found, key=lambda claim: (claim.uploaded_at or _EARLY, claim.path))
+
+    @staticmethod
+    def first_claimed(claims: Sequence[Claimed], record: Record | None) -> list[Fingerprint]:
+        """What the next engine that stores will record: the first claim of each space of which nothing is recorded.
+
+        An engine that ends while it records itself leaves such a claim.
+
+        Args:
+            claims: Of one model, in the order of `claims`.
+            record: Of that model, if there is one.
+        """
+        first: dict[Space, Fingerprint] = {}
+        for claim in claims:
+            if claim.fingerprint is not None:
+                first.setdefault(claim.fingerprint.space, claim.fingerprint)
+        return [one for space, one in first.items() if record is None or record.of(space) is None]
 
     def models(self, page_secs: float) -> Iterator[str]:
         """The models of which there is a record or a claim, each once, in the order of their names' encodings.

@@ -135,6 +135,7 @@ class FingerprintWatch:
         self._threads = WorkerPool(f"hfbucket-fingerprint-{instance}", 1, _BACKLOG)
         self._limited = LimitedLog(_log, _TELL_AGAIN_SECS)
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a look has ended
         self._subjects: dict[Subject, None] = {}
         self._known: dict[str, _Known] = {}
         self._claimed: set[str] = set()
@@ -248,7 +249,9 @@ class FingerprintWatch:
             self._tell_states()
             with self._lock:
                 known.busy = False
-                again = self._clock() >= known.next_at
+                again = self._clock() >= known.next_at and not self._closed
+                if not again:
+                    self._ended.notify_all()
             if again:  # wanted in the last moment
                 self._look(model)
 
@@ -445,6 +448,19 @@ class FingerprintWatch:
             for one in subjects
             if one.state in {"conflict", "unreadable"}
         ]
+
+    def finish(self, secs: float) -> None:
+        """Let a look end that may record an engine which stores: a script may end right after its first store.
+
+        Args:
+            secs: How long to wait for it at most.
+        """
+        with self._ended:
+            self._ended.wait_for(lambda: not self._is_recording(), timeout=max(0.0, secs))
+
+    def _is_recording(self) -> bool:
+        storing = {subject.model for subject in self._subjects if subject.stores}
+        return any(known.busy for model, known in self._known.items() if model in storing)
 
     def close(self) -> None:
         """Look at nothing any more. Does not wait."""

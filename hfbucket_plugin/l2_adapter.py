@@ -441,6 +441,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             _log.warning("[%s] closed with %d stores unfinished", self._settings.name, len(unfinished))
         self._lookup_threads.close()
         self._load_threads.close()
+        self._fingerprints.finish(end - time.monotonic())
         self._fingerprints.close()
         self._store.finish(end - time.monotonic())
         self._store.close()

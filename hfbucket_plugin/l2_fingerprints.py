@@ -132,6 +132,10 @@ class L2Fingerprints:
         """What is not as it should be, in words; see `FingerprintWatch.status`."""
         return self._watch.status()
 
+    def finish(self, secs: float) -> None:
+        """Let records that are being written be written; see `FingerprintWatch.finish`."""
+        self._watch.finish(secs)
+
     def close(self) -> None:
         """Look at nothing any more."""
         self._watch.close()

@@ -17,6 +17,8 @@ from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import NothingToDoError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.fingerprint import Fingerprint
     from warmer.planning import Choosing
@@ -81,11 +83,17 @@ def _read(bound: Bound, choosing: Choosing, bucket: Bucket, compared: Compared) 
     try:
         for model in itertools.islice(_models(choosing, store), _MODELS):
             found = store.read(model, Deadline.after(_SECS))
-            for recorded in found.record.variants if found is not None else ():
-                if (recorded.mode == "classic") is (bound.takes is ClassicKey):
-                    _judge(bound, choosing, recorded, compared)
+            known = _of_mode(bound, found.record.variants if found is not None else ())
+            if not known:  # an engine that ended right after its first store left a claim and no record
+                known = _of_mode(bound, store.first_claimed(store.claims(model, Deadline.after(_SECS)), None))
+            for recorded in known:
+                _judge(bound, choosing, recorded, compared)
     finally:
         store.close()
+
+
+def _of_mode(bound: Bound, fingerprints: Iterable[Fingerprint]) -> list[Fingerprint]:
+    return [one for one in fingerprints if (one.mode == "classic") is (bound.takes is ClassicKey)]
 
 
 def _models(choosing: Choosing, store: FingerprintStore) -> list[str]:

@@ -40,6 +40,30 @@ def test_none_recorded(desk, hub, new_bucket):
     assert desk.doctor().told("fingerprint") == "ok: none is recorded yet; "
 
 
+def test_a_claim_counts_where_nothing_is_recorded_yet(desk, new_bucket):
+    desk.bucket_id = new_bucket(private=True, region="eu")
+    desk.put_objects({f"{NAME}/{engine().digest}.json": Claim.to_json(engine())})
+
+    assert desk.doctor().told("fingerprint") == "ok: of 1 model: the configuration agrees, as far as it says; "
+    desk.engine = {"chunk_size": 128}
+    assert (
+        desk.doctor()
+        .told("fingerprint")
+        .startswith(
+            "warning: org/model (classic, world size 2, bfloat16, claimed and not recorded yet): chunk_size is 256 in the bucket"
+        )
+    )
+
+
+def test_what_engines_of_the_other_mode_recorded_is_no_agreement(desk):
+    mp = engine(mode="mp", dtype=None)
+    desk.put_objects({f"{NAME}.json": Record(model="org/model").having(mp).to_json()})
+
+    assert desk.doctor().told("fingerprint") == (
+        "ok: of 1 model: nothing is recorded yet of classic engines, so there is nothing to compare with; "
+    )
+
+
 @pytest.mark.parametrize(("fingerprint", "severity"), [("warn", "warning"), ("enforce", "error")])
 def test_a_configuration_of_other_engines(desk, fingerprint, severity):
     desk.engine = {"chunk_size": 128, "pre_caching_hash_algorithm": "sha256_cbor"}

@@ -63,6 +63,15 @@ def test_who_stores_first_records_what_it_is_and_those_like_it_agree(fleet):
     assert fleet.recorded().variants == (recorded,), "nothing is written again"
 
 
+def test_an_engine_that_ends_right_after_its_first_store_has_recorded_itself(fleet):
+    first = fleet.engine(model_revision="abc123")
+    first.store(1)
+
+    fleet.close()
+
+    assert fleet.record() is not None
+
+
 def test_another_dtype_or_world_size_has_keys_of_its_own_and_no_conflict(fleet):
     first = fleet.engine(fingerprint="enforce")
     first.lookup(1)

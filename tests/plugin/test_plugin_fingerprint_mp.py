@@ -50,6 +50,10 @@ def recorded(hub, bucket):
     return Record.from_json(download(hub.endpoint, bucket, RECORD), "org/model", RECORD)
 
 
+def recorded_now(hub, bucket):
+    return RECORD in all_paths(hub.endpoint, bucket)
+
+
 def filled(adapters, **values):
     """An adapter that has stored two objects under the layout of one row."""
     first = adapters(**values)
@@ -201,3 +205,12 @@ def test_a_group_that_changes_its_layout_is_compared_again(adapters):
     lookup(one, [mp_key(1)], layout(2, 2, 32, SIZE // 128))
 
     becomes(one, "conflict")
+
+
+def test_an_adapter_that_is_closed_right_after_its_first_store_has_recorded_itself(adapters, hub, bucket):
+    one = adapters()
+    assert put(one, [mp_key(1)]).is_successful()
+
+    one.adapter.close()
+
+    assert recorded_now(hub, bucket)

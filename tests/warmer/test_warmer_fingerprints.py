@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from typer.testing import CliRunner
 from warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
 
-from hfbucket_plugin.fingerprint import Fingerprint, Record
+from hfbucket_plugin.fingerprint import Claim, Fingerprint, Record
 from hfbucket_plugin.fingerprint_facts import classic_check, mp_check
 from localhub.faults import Fault
 from warmer.cli import app
@@ -80,6 +80,18 @@ def test_the_header_tells_what_is_recorded(desk, choice):
 def test_without_a_record_nothing_is_told(desk):
     assert desk.plan("--model", MODEL)[0] == 0
     assert "fingerprints" not in desk.header
+
+
+def test_a_claim_stands_for_the_record_that_is_not_there_yet(desk):
+    claim = engine(chunk_size=512)
+    path = f"{desk.warehouse.prefix}/.hfbucket/fingerprints/org%2Fmodel/{claim.digest}.json"
+    api = HfApi(endpoint=desk.warehouse.endpoint, token=False)
+    api.batch_bucket_files(desk.warehouse.bucket_id, add=[(Claim.to_json(claim), path)])
+
+    code, told = desk.plan("--model", MODEL)
+
+    assert code == 0
+    assert "chunk_size is 512 in the bucket and 256 in this configuration" in told
 
 
 def test_another_chunk_size_is_a_warning_and_under_enforce_a_refusal(desk):

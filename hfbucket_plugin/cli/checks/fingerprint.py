@@ -53,14 +53,21 @@ def check(case: Case) -> Finding:
     if not models:
         return ok(NAME, "none is recorded yet")
     many = f"of {count(len(models), 'model')}"
+    if agreeing is None:
+        mode = "MP" if case.named.mode == "mp" else "classic"
+        return ok(NAME, f"{many}: nothing is recorded yet of {mode} engines, so there is nothing to compare with")
     if differing:
         return note(
             NAME,
             f"{many}: the configuration agrees with that of {agreeing}, and not with others: {_together(differing)}",
             "it names no model: nothing is wrong where other engines serve those",
         )
+    return _agreement(case, many, next((one.unpinned for one in examined if one.unpinned), ""))
+
+
+def _agreement(case: Case, many: str, unpinned: str) -> Finding:
     said = f"{many}: the configuration agrees, as far as it says"
-    if unpinned := next((one.unpinned for one in examined if one.unpinned), ""):
+    if unpinned:
         drawn = f"{unpinned} was recorded by an engine whose PYTHONHASHSEED was not set to a number"
         return note(
             NAME, f"{said}; {drawn}", "with vLLM each process then has keys of its own: set it for every engine"
@@ -102,8 +109,10 @@ def _of(case: Case, store: FingerprintStore, model: str) -> _Examined:
         examined.wrong.append(str(caught))
         return examined
     claims = case.ask("fingerprint", lambda deadline: store.claims(model, deadline))
-    for recorded in found.record.variants if found is not None else ():
-        head = f"{examined.model} ({printable(str(recorded.space))})"
+    record = found.record if found is not None else None
+    claimed = store.first_claimed(claims, record)
+    for recorded in (*(record.variants if record is not None else ()), *claimed):
+        head = f"{examined.model} ({printable(str(recorded.space))}{', claimed and not recorded yet' if recorded in claimed else ''})"
         if recorded.hash_seed_pinned is False and recorded.mode == "classic":
             examined.unpinned = examined.unpinned or head
         here = as_configured(recorded, case.named)
