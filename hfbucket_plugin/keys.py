@@ -9,17 +9,21 @@ Two kinds of key meet in a bucket:
 An object's name is the percent-encoded key, `/` included: one flat level, byte-compatible with LMCache's built-in
 backend. Encoding works character by character, so the start of a key is also the start of its object's name.
 
-Strings are parsed strictly and never guessed at: what does not come back to the same text is not a key.
+Strings are parsed strictly and never guessed at: what does not come back to the same text is not a key. The model and
+the tags of a key may hold `@` themselves.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
 
 from hfbucket_plugin.errors import KeyFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DTYPES: Final = frozenset(
     {
@@ -36,8 +40,10 @@ _CLASSIC_HASH = re.compile(r"-?[0-9a-f]+")
 _MP_HASH = re.compile(r"(?:[0-9a-f]{2})+")
 _SALT = re.compile(r"[^@/\\\x00]{1,128}")
 
-_CLASSIC_FIELDS = 5
-_MP_FIELDS = (4, 5)
+_CLASSIC_FIELDS: Final = 4
+"""After the model."""
+
+_KEY_LIKE = re.compile(r"@(?:[0-9]+@-?[0-9]+|[0-9a-fA-F]{8,}@[0-9a-fA-F]+)@-?(?:0x)?[0-9a-fA-F]+(?:@|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,53 +114,83 @@ Key = ClassicKey | MPKey
 def parse_key(text: str) -> Key:
     """Read a key string of either kind.
 
+    The fields of a key stand between a model and, in a classic key, tags, both of which may hold `@`: what is looked for
+    is the first run of fields that make a key together with all that follows them.
+
     Raises:
-        KeyFormatError: The text is no key, or would not be written back the same.
+        KeyFormatError: The text is not a key, or would not be written back the same.
     """
     fields = text.split("@")
-    if not fields[0] or len(fields) < _MP_FIELDS[0]:
-        raise KeyFormatError(f"{text!r} is no LMCache key: too few fields between '@', or no model name")
-    if _RANK.fullmatch(fields[1]) and len(fields) in _MP_FIELDS:
-        return _parse_mp(text, fields)
-    return _parse_classic(text, fields)
-
-
-def _parse_mp(text: str, fields: list[str]) -> MPKey:
-    model, rank, group, chunk_hash, *salt = fields
-    if not _HEX.fullmatch(group) or not _MP_HASH.fullmatch(chunk_hash):
-        raise KeyFormatError(f"{text!r} is no LMCache MP key: its group or hash is not hexadecimal")
-    if salt and not _SALT.fullmatch(salt[0]):
-        raise KeyFormatError(f"{text!r} is no LMCache MP key: {salt[0]!r} cannot be a cache salt")
-    return MPKey(model, int(rank, 16), int(group, 16), chunk_hash, salt[0] if salt else "")
-
-
-def _parse_classic(text: str, fields: list[str]) -> ClassicKey:
-    if len(fields) < _CLASSIC_FIELDS:
-        raise KeyFormatError(f"{text!r} is no LMCache key: it has {len(fields)} fields, a classic key has at least 5")
-    model, world_size, worker_id, chunk_hash, dtype, *rest = fields
-    if not _DECIMAL.fullmatch(world_size) or not _DECIMAL.fullmatch(worker_id):
-        raise KeyFormatError(f"{text!r} is no LMCache key: its world size or worker is not a number")
-    if not _CLASSIC_HASH.fullmatch(chunk_hash):
-        raise KeyFormatError(f"{text!r} is no LMCache key: its hash {chunk_hash!r} is not hexadecimal")
-    if dtype not in DTYPES:
-        raise KeyFormatError(f"{text!r} is no LMCache key: {dtype!r} is not a dtype that LMCache writes")
-    layer = int(rest.pop(0)) if rest and _DECIMAL.fullmatch(rest[0]) else None
-    return ClassicKey(
-        model,
-        int(world_size),
-        int(worker_id),
-        chunk_hash,
-        dtype,
-        layer,
-        tuple(_parse_tag(text, tag) for tag in rest),
+    for place in range(1, len(fields) - 2):
+        first = fields[place]
+        if _RANK.fullmatch(first):
+            key: Key | None = _parse_mp(fields, place)
+        elif _DECIMAL.fullmatch(first):
+            key = _parse_classic(fields, place)
+        else:
+            continue
+        if key is not None and key.model:
+            return key
+    raise KeyFormatError(
+        f"{text!r} is no LMCache key: nothing in it reads <world size>@<worker>@<hash>@<dtype>[@<layer>][@<tag>%<value>] or "
+        "<rank>@<group>@<hash>[@<salt>] after a model's name"
     )
 
 
-def _parse_tag(text: str, tag: str) -> tuple[str, str]:
-    name, found, value = tag.partition("%")
-    if not found:
-        raise KeyFormatError(f"{text!r} is no LMCache key: {tag!r} is neither a layer nor a tag%value")
-    return name, value
+def _parse_mp(fields: list[str], place: int) -> MPKey | None:
+    rank, group, chunk_hash, *salt = fields[place:]
+    if len(salt) > 1 or not _HEX.fullmatch(group) or not _MP_HASH.fullmatch(chunk_hash):
+        return None
+    if salt and not _SALT.fullmatch(salt[0]):
+        return None
+    return MPKey("@".join(fields[:place]), int(rank, 16), int(group, 16), chunk_hash, salt[0] if salt else "")
+
+
+def _parse_classic(fields: list[str], place: int) -> ClassicKey | None:
+    if len(fields) < place + _CLASSIC_FIELDS:
+        return None
+    world_size, worker_id, chunk_hash, dtype, *rest = fields[place:]
+    if not _DECIMAL.fullmatch(worker_id) or not _CLASSIC_HASH.fullmatch(chunk_hash) or dtype not in DTYPES:
+        return None
+    layer = int(rest.pop(0)) if rest and _DECIMAL.fullmatch(rest[0]) else None
+    if rest and not any("%" in field for field in rest):
+        return None
+    model = "@".join(fields[:place])
+    return ClassicKey(model, int(world_size), int(worker_id), chunk_hash, dtype, layer, tuple(_tags(rest)))
+
+
+def _tags(fields: list[str]) -> Iterator[tuple[str, str]]:
+    """Tags of a key: a field without `%` goes on with the value before it, or begins the name after it."""
+    name = ""
+    values: list[str] = []
+    for field in fields:
+        head, found, value = field.partition("%")
+        if not found and values:
+            values.append(field)
+        elif not found:
+            name += f"{field}@"
+        else:
+            if values:
+                yield name, "@".join(values)
+                name = ""
+            name, values = name + head, [value]
+    yield from [(name, "@".join(values))] if values else []
+
+
+def may_be_key(text: str) -> bool:
+    """Whether an engine of any version may have written a text as a key, whatever this version knows of its fields.
+
+    For those who delete what is not a key: they keep what might be one.
+    """
+    return _KEY_LIKE.search(text) is not None
+
+
+def model_of(text: str) -> str:
+    """The model of a key string; of any other text, what stands before its first `@`."""
+    try:
+        return parse_key(text).model
+    except KeyFormatError:
+        return text.partition("@")[0]
 
 
 PROBE_MODEL: Final = "test"

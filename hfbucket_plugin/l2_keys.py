@@ -24,7 +24,7 @@ def object_key(text: str) -> ObjectKey | None:
         parsed = parse_key(text)
     except KeyFormatError:
         return None
-    if not isinstance(parsed, MPKey):
+    if not isinstance(parsed, MPKey) or "@" in parsed.model:  # LMCache permits no such model in MP mode
         return None
     return ObjectKey(
         chunk_hash=bytes.fromhex(parsed.chunk_hash),

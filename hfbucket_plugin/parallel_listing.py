@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.catalog import chunk_entry, without_covered
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError, TransportError
-from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.shards import shards, whole_key
+from hfbucket_plugin.errors import HFBucketError, KeyFormatError, TransportError
+from hfbucket_plugin.keys import decode_name, encode_name
+from hfbucket_plugin.shards import encoded_shards, shards, whole_key
 from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -41,9 +41,16 @@ _INFO_SECS: Final = 15.0
 
 @dataclass(slots=True)
 class _Part:
-    """What starts with one text, or is that text."""
+    """What starts with one text, or is that text.
+
+    Attributes:
+        prefix: The start of the keys.
+        name: The start of their objects' names: not of less, and where a part was cut from a longer one, of more.
+        exact: Whether only the key of that name is wanted.
+    """
 
     prefix: str
+    name: str
     exact: bool = False
     pages: deque[list[ChunkEntry]] = field(default_factory=deque)
     cursor: str | None = None
@@ -52,7 +59,7 @@ class _Part:
     ended: bool = False
 
 
-def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[ChunkEntry]:
+def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str], *, any_model: bool = False) -> Iterator[ChunkEntry]:
     """As `catalog.list_chunks`, and in the same order, several pages at a time.
 
     Memory does not grow with the bucket: 48 pages wait at most.
@@ -60,11 +67,13 @@ def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[C
     Args:
         bucket: The instance's.
         key_prefixes: Starts of key strings; an empty one is everything.
+        any_model: Whether chunks are wanted of models whose names go on after an `@` in a prefix. A listing is then cut
+            into more parts, and only where it is longer.
 
     Raises:
         HFBucketError: A page did not come: what was yielded is no complete listing.
     """
-    listing = _Listing(bucket, without_covered(key_prefixes))
+    listing = _Listing(bucket, without_covered(key_prefixes), any_model=any_model)
     try:
         yield from listing.chunks()
     finally:
@@ -74,9 +83,10 @@ def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[C
 class _Listing:
     """One listing, driven by whoever takes its chunks."""
 
-    def __init__(self, bucket: Bucket, prefixes: Iterable[str]) -> None:
+    def __init__(self, bucket: Bucket, prefixes: Iterable[str], *, any_model: bool) -> None:
         self._bucket = bucket
-        self._parts = deque(_Part(prefix) for prefix in prefixes)
+        self._any_model = any_model
+        self._parts = deque(_Part(prefix, encode_name(prefix)) for prefix in prefixes)
         self._workers = WorkerPool("hfbucket-listing", THREADS)
         self._total: int | None = None
 
@@ -99,14 +109,14 @@ class _Listing:
         under_way = ahead = 0
         for number, part in enumerate(self._parts):
             if part.asked is None and not part.ended and (number == 0 or ahead < _MOST_AHEAD):
-                part.asked = self._workers.submit(self._page, part.prefix, part.cursor, part.exact)
+                part.asked = self._workers.submit(self._page, part.prefix, part.name, part.cursor, part.exact)
             under_way += part.asked is not None
             ahead += len(part.pages) + (part.asked is not None)
             if under_way == THREADS or ahead >= _MOST_AHEAD:
                 return
 
-    def _page(self, prefix: str, cursor: str | None, exact: bool) -> tuple[list[ChunkEntry], str | None]:
-        path = self._bucket.handle.join(encode_name(prefix))
+    def _page(self, prefix: str, name: str, cursor: str | None, exact: bool) -> tuple[list[ChunkEntry], str | None]:
+        path = self._bucket.handle.join(name)
         deadline = Deadline.after(_PAGE_SECS)
         if exact:
             infos, following = list(self._bucket.stat([path], deadline).values()), None
@@ -133,13 +143,18 @@ class _Listing:
 
     def _cut(self, part: _Part, entries: list[ChunkEntry], following: str | None) -> list[_Part]:
         """The parts of a part whose first page this is; none when it is listed page by page."""
-        if following is None or part.cursor is not None:
+        if following is None or part.cursor is not None or part.name != encode_name(part.prefix):
             return []
         texts = [entry.text for entry in entries]
         if not shards(part.prefix, texts, _ENDLESS):
             return []
-        parts = [_Part(prefix) for prefix in shards(part.prefix, texts, self._objects() // len(texts))]
-        return [_Part(part.prefix, exact=True), *parts] if parts and whole_key(part.prefix) else parts
+        pages = self._objects() // len(texts)
+        if self._any_model:
+            parts = [_Part(_start(name, part.prefix), name) for name in encoded_shards(part.prefix, texts, pages)]
+        else:
+            parts = [_Part(prefix, encode_name(prefix)) for prefix in shards(part.prefix, texts, pages)]
+        whole = parts and (self._any_model or whole_key(part.prefix))
+        return [_Part(part.prefix, part.name, exact=True), *parts] if whole else parts
 
     def _objects(self) -> int:
         """How many objects the whole bucket has, asked for once; 0 when the Hub does not tell."""
@@ -151,6 +166,14 @@ class _Listing:
                 total = None
             self._total = total if isinstance(total, int) else 0
         return self._total
+
+
+def _start(name: str, shorter: str) -> str:
+    """The start of keys that the start of a name stands for; a shorter one where it ends within an encoded character."""
+    try:
+        return decode_name(name)
+    except KeyFormatError:
+        return shorter
 
 
 def _follow(part: _Part, entries: list[ChunkEntry], following: str | None) -> None:

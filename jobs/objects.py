@@ -7,8 +7,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.catalog import chunk_entry
+from hfbucket_plugin.errors import KeyFormatError
 from hfbucket_plugin.handle import RESERVED
-from hfbucket_plugin.keys import is_probe
+from hfbucket_plugin.keys import decode_name, is_probe, may_be_key
 from jobs.retention import Entry
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ class Kind(StrEnum):
 
     CHUNK = "chunk"
     PROBE = "probe"  # with which LMCache's health monitor tests a backend
-    FOREIGN = "foreign"  # a name that does not parse, or a nested path
-    NEIGHBOUR = "neighbour"  # of another instance that the configuration names
+    FOREIGN = "foreign"  # no engine reads it: neither its name nor the last part of its path is like a key
+    NEIGHBOUR = (
+        "neighbour"  # of another instance: one that the configuration names, or one whose chunks are nested here
+    )
+    UNKNOWN = "unknown"  # named like a key, with fields that this version does not know: another version may read it
     OWN = "own"  # ours, below `.hfbucket/`: never deleted, whatever is asked for
 
     @property
@@ -63,6 +67,14 @@ def is_reserved(name: str) -> bool:
     return RESERVED in name.split("/")
 
 
+def readable(name: str) -> bool:
+    """Whether some engine could read an object of this name, below whatever prefix: it is a key's, or like one."""
+    try:
+        return may_be_key(decode_name(name))
+    except KeyFormatError:
+        return False
+
+
 class Classifier:
     """Says what the objects of an instance are.
 
@@ -88,7 +100,16 @@ class Classifier:
             return Listed(info, Kind.OWN, name, None)
         if chunk is not None:
             return Listed(info, Kind.PROBE if is_probe(chunk.text) else Kind.CHUNK, name, chunk)
-        return Listed(info, Kind.NEIGHBOUR if self.is_neighbour(info.path) else Kind.FOREIGN, name, None)
+        return Listed(info, self._without_key(info.path, name), name, None)
+
+    def _without_key(self, path: str, name: str) -> Kind:
+        """What an object is that is not a chunk of this instance. Nothing that an engine could read is foreign."""
+        if self.is_neighbour(path):
+            return Kind.NEIGHBOUR
+        nested, _, leaf = name.rpartition("/")
+        if not readable(leaf):
+            return Kind.FOREIGN
+        return Kind.NEIGHBOUR if nested else Kind.UNKNOWN
 
     def is_neighbour(self, path: str) -> bool:
         """Whether a path lies below another instance that is nested in this one."""

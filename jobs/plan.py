@@ -15,7 +15,7 @@ from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import decode_name, encode_name, is_probe, parse_key
 from jobs.guards import NOTHING, Extent, MaxDelete
-from jobs.objects import is_reserved
+from jobs.objects import is_reserved, readable
 from jobs.plan_output import PlanOutput
 from jobs.sealed import Sealed
 
@@ -394,14 +394,17 @@ def _expect_allowed(item: Item, header: Header) -> None:
     name = header.bucket.relative(item.path)
     if name is None or is_reserved(name):
         raise RefusedError(f"{item.path!r} is never deleted: nothing is")
-    if header.foreign:
-        return
     try:
         text = decode_name(name)
         parse_key(text)
     except KeyFormatError:
         text = None
-    if text is None or text != item.key or is_probe(text):
+    chunk = text is not None and text == item.key and not is_probe(text)
+    if header.foreign:
+        if not chunk and not (text is not None and is_probe(text)) and readable(name.rpartition("/")[2]):
+            raise RefusedError(f"{item.path!r} may be the chunk of another instance or version: nothing is deleted")
+        return
+    if not chunk:
         raise RefusedError(
             f"{item.path!r} is no chunk of that key, and --foreign delete was not given: nothing is deleted"
         )

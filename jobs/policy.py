@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.keys import model_of
 from hfbucket_plugin.yaml_file import read_yaml
 from jobs import units
 
@@ -87,7 +88,7 @@ class Rule(Limits):
 
     def matches(self, key: str) -> bool:
         """Whether the rule is for a key; one with both prefix and model is for keys that have both."""
-        by_model = self.model is None or key.startswith(f"{self.model}@")
+        by_model = self.model is None or (key.startswith(f"{self.model}@") and model_of(key) == self.model)
         return by_model and (self.prefix is None or key.startswith(self.prefix))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.keys import model_of
 from jobs.ordering import FIRST, Ordering, Row, State, moment_of, ticks_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Entry:
     @property
     def model(self) -> str:
         """The model whose KV it holds."""
-        return self.key.partition("@")[0]
+        return model_of(self.key)
 
 
 @dataclass(frozen=True, slots=True)

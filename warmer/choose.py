@@ -131,8 +131,6 @@ class Choice(BaseModel):
             raise ValueError(
                 f"an engine of {self.world_size} workers has no worker {max(self.workers)}: they count from 0"
             )
-        if any("@" in model for model in self.model):
-            raise ValueError("a model's name holds no '@'; use --prefix for the start of a key")
         return self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +18,7 @@ from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import NothingToDoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.fingerprint import Fingerprint
@@ -30,6 +31,9 @@ _MODELS: Final = 20
 """Models whose fingerprints are looked at: each costs a call."""
 
 _SECS: Final = 30.0
+
+_AFTER_MODEL: Final = re.compile(r"[0-9]{1,7}|[0-9a-f]{8,}")
+"""A world size, or a rank of MP mode."""
 
 
 @dataclass(slots=True)
@@ -103,8 +107,17 @@ def _models(choosing: Choosing, store: FingerprintStore) -> list[str]:
     if prompts is not None and prompts.models is not None:
         return sorted(prompts.models)
     if choice.prefix and all("@" in prefix for prefix in choice.prefix):
-        return sorted({prefix.split("@", maxsplit=1)[0] for prefix in choice.prefix})
+        return sorted({model for prefix in choice.prefix for model in _possible_models(prefix)})
     return list(itertools.islice(store.models(_SECS), _MODELS))
+
+
+def _possible_models(prefix: str) -> Iterator[str]:
+    """The models whose keys may start with a text that holds an `@`, as far as the text tells: a model may hold `@` itself."""
+    fields = prefix.split("@")
+    for place in range(1, len(fields)):
+        yield "@".join(fields[:place])
+        if _AFTER_MODEL.fullmatch(fields[place]):
+            return
 
 
 def _judge(bound: Bound, choosing: Choosing, recorded: Fingerprint, compared: Compared) -> None:

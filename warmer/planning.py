@@ -124,7 +124,8 @@ class Choosing:
         if files:
             keys = itertools.chain.from_iterable(keys_of(path) for path in files)
             return look_up_keys(bucket, keys, self.skipped)
-        return list_chunks_ahead(bucket, self.listed(self.takes))
+        named = bool(self.choice.model) or (self.prompts is not None and self.prompts.models is not None)
+        return list_chunks_ahead(bucket, self.listed(self.takes), any_model=not named)
 
     def listed(self, kind: type[Key]) -> list[str]:
         """Starts of keys that are listed for one kind."""

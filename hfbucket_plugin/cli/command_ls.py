@@ -34,7 +34,7 @@ def ls(  # noqa: PLR0917 - Typer makes options of them
     """
     start = options.key_prefix(model, prefix)
     chosen = options.chosen(lmcache_config, instances, l2_adapters)
-    shown = _Shown(limit, as_json=as_json)
+    shown = _Shown(limit, model, as_json=as_json)
     with output.results():
         if not as_json and tables.console().is_terminal:
             output.line(aligned(HEADER))
@@ -52,8 +52,9 @@ class _Shown:
         failed: Whether a listing is not complete.
     """
 
-    def __init__(self, limit: int | None, *, as_json: bool) -> None:
+    def __init__(self, limit: int | None, model: str | None, *, as_json: bool) -> None:
         self._limit = limit
+        self._model = model
         self._as_json = as_json
         self.keys = 0
         self.failed = False
@@ -67,7 +68,7 @@ class _Shown:
         """Show the keys of an instance."""
         now = datetime.now(UTC)
         with opened(named, timeout) as bucket:
-            keys = Keys(bucket, start, timeout)
+            keys = Keys(bucket, start, timeout, self._model)
             try:
                 for listed, chunk in keys:
                     if self._as_json:

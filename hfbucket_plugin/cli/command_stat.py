@@ -38,7 +38,7 @@ def stat(  # noqa: PLR0917 - Typer makes options of them
     empty = True
     with output.results():
         for named in chosen:
-            summary = _summary(named, start, timeout)
+            summary = _summary(named, start, timeout, model)
             if summary is None:
                 continue
             empty = empty and summary.empty
@@ -50,11 +50,11 @@ def stat(  # noqa: PLR0917 - Typer makes options of them
     raise typer.Exit(options.listing_code(start, failed=len(records) < len(chosen), empty=empty))
 
 
-def _summary(named: NamedInstance, start: str, timeout: float) -> Summary | None:
+def _summary(named: NamedInstance, start: str, timeout: float, model: str | None) -> Summary | None:
     """The summary of an instance; None, and a complaint, where its listing is not complete."""
     try:
         with tables.busy(f"{named.name}: listing"), opened(named, timeout) as bucket:
-            return summarised(walk(bucket, start, timeout))
+            return summarised(walk(bucket, start, timeout, model=model))
     except HFBucketError as error:
         output.complain(f"no summary without a complete listing: {in_words(error, named)}")
         return None

@@ -27,13 +27,14 @@ class Keys:
         bucket: Its bucket.
         key_prefix: The start of the keys; empty for all.
         page_secs: Most seconds a page of the listing may take.
+        model: The only model whose keys are wanted; None for all models.
 
     Attributes:
         passed_by: Objects that are no keys, by kind, as far as the listing was read.
     """
 
-    def __init__(self, bucket: Bucket, key_prefix: str, page_secs: float) -> None:
-        self._listed = walk(bucket, key_prefix, page_secs)
+    def __init__(self, bucket: Bucket, key_prefix: str, page_secs: float, model: str | None = None) -> None:
+        self._listed = walk(bucket, key_prefix, page_secs, model=model)
         self.passed_by: Counter[Kind] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Listed, ChunkEntry]]:

@@ -55,19 +55,22 @@ class Listed:
     chunk: ChunkEntry | None
 
 
-def walk(bucket: Bucket, key_prefix: str, page_secs: float) -> Iterator[Listed]:
+def walk(bucket: Bucket, key_prefix: str, page_secs: float, *, model: str | None = None) -> Iterator[Listed]:
     """Stream the objects of an instance whose key starts with a text; an empty one is everything.
 
     Args:
         bucket: The instance's.
         key_prefix: Matched by the Hub, so that nothing else is listed.
         page_secs: Most seconds a page may take.
+        model: Leave out the chunks of other models, whose names may go on after an `@`; None for those of all models.
 
     Raises:
         HFBucketError: A page did not come: what was yielded is no complete listing.
     """
     for info in bucket.list_objects(bucket.handle.join(encode_name(key_prefix)), page_secs):
-        yield classify(bucket, info)
+        listed = classify(bucket, info)
+        if model is None or listed.chunk is None or listed.chunk.key.model == model:
+            yield listed
 
 
 def classify(bucket: Bucket, info: ObjectInfo) -> Listed:

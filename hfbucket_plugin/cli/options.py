@@ -53,8 +53,8 @@ def key_prefix(model: str | None, prefix: str | None) -> str:
     """The start of the keys that `--model` and `--prefix` select together; empty for all."""
     if model is None:
         return prefix or ""
-    if not model or "@" in model:
-        output.end(f"--model {model!r}: a model's name in a key is not empty and holds no '@'", exits.USAGE)
+    if not model:
+        output.end(f"--model {model!r}: a model's name in a key is not empty", exits.USAGE)
     head, prefix = f"{model}@", prefix or ""
     if not head.startswith(prefix) and not prefix.startswith(head):
         output.end(f"no key starts both with --prefix {prefix!r} and with {head!r}, as --model asks", exits.USAGE)

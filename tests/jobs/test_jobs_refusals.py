@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from plugin_support import SECRET
 
 from hfbucket_plugin.bucket import Bucket
+from hfbucket_plugin.keys import encode_name
 from localhub.faults import Fault
 
 
@@ -198,8 +199,27 @@ def test_what_was_left_is_of_chunks(depot):
     assert depot.cleanup("--max-age", "14d", "--yes").code == 0
 
 
+def test_what_some_engine_could_read_is_never_foreign(stocked):
+    """Of an instance that this configuration does not name, of a model whose name holds `@`, of another version."""
+    nested = f"{PREFIX}/eu/{encode_name(OLD[0])}"
+    newer = stocked.path("org/model@2@0@1000@float4")
+    ours = [key(number, model="/models/llama@v2") for number in range(3)]
+    stocked.put_paths(dict.fromkeys([nested, newer], b"?"), age=20 * DAY)
+    stocked.put(ours, age=20 * DAY)
+
+    ran = stocked.cleanup(
+        "--max-age", "14d", "--keep-prefix", "/models/llama@v2@", "--foreign", "delete", "--max-delete", "100%", "--yes"
+    )
+
+    assert (ran.code, ran.counts("listed", "deleted")) == (0, [27, 4]), ran.stderr
+    assert {nested, newer} < stocked.all_paths()
+    passed = {kind: extent["objects"] for kind, extent in ran.summary["passed_by"].items()}
+    assert (passed["neighbour"], passed["unknown"]) == (1, 1)
+    assert stocked.cleanup("--keep-model", "org/model", "--max-delete", "100%", "--yes").counts("deleted") == [3]
+
+
 def test_a_plan_deletes_nothing_of_an_instance_that_was_declared_since(stocked, tmp_path):
-    theirs = f"kv/us/eu/{stocked.path(OLD[0]).rpartition('/')[2]}"
+    theirs = "kv/us/eu/notes.txt"
     stocked.put_paths({theirs: b"x"}, age=20 * DAY)
     plans = ("--plan-dir", str(tmp_path / "kept"))
     plan = stocked.cleanup("--max-age", "14d", "--foreign", "delete", *plans).summary["plan"]

@@ -151,7 +151,6 @@ def test_nothing_matched(desk, command, options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "a@b"], "holds no '@'"),
         (["--model", ""], "is not empty"),
         (["--model", "a", "--prefix", "b@"], "no key starts both with"),
     ],

@@ -12,7 +12,17 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import (
 from plugin_support import any_text, field_text, untimed
 
 from hfbucket_plugin.errors import KeyFormatError
-from hfbucket_plugin.keys import DTYPES, ClassicKey, MPKey, decode_name, encode_name, is_probe, parse_key
+from hfbucket_plugin.keys import (
+    DTYPES,
+    ClassicKey,
+    MPKey,
+    decode_name,
+    encode_name,
+    is_probe,
+    may_be_key,
+    model_of,
+    parse_key,
+)
 
 tag_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@%"))
 tag_values = st.one_of(st.integers(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@")))
@@ -97,6 +107,63 @@ def test_mp_keys_of_lmcache_come_back_and_are_never_taken_for_classic_ones(key):
     assert decode_name(encode_name(text)) == text
 
 
+pieces = st.sampled_from(["m", "llama", "v2", "1", "0", "8", "ab", "20241231", "half", "", "a/b", "ü", "%", "x%y"])
+odd_models = st.lists(pieces, min_size=1, max_size=4).map("@".join).filter(lambda text: text.strip("@") != "")
+odd_tags = st.dictionaries(
+    st.sampled_from(["user", "a@b", "", "7x"]), st.lists(pieces, max_size=3).map("@".join), max_size=3
+)
+
+
+@untimed
+@given(odd_models, st.tuples(st.integers(1, 64), st.integers(0, 63)), hashes, odd_tags, st.integers(0, 80))
+@example("/models/llama@v2", (1, 0), 0xAB, {}, 3)
+@example("m@1@0", (8, 3), 0xAB, {"user": "me@here@1@0@ab"}, 0)
+@example("m", (8, 3), 0xAB, {"user": "x@1@0@ab@half"}, 0)
+@example("m@20241231@ab", (8, 3), 0xABCD, {"a@b": ""}, 1)
+def test_models_and_tags_may_hold_the_separator(model, ranks, chunk_hash, tags, layer):
+    world, worker = ranks
+    configs = {f"lmcache.tag.{name}": value for name, value in tags.items()}
+    key = CacheEngineKey(model, world, worker, chunk_hash, torch.bfloat16, configs)
+    for one in (key, key.split_layers(layer + 1)[layer]):
+        text = one.to_string()
+        if text.startswith("@"):  # no engine has a model without a name, and some text before its first @
+            continue
+        parsed = parse_key(text)
+
+        assert isinstance(parsed, ClassicKey)
+        assert str(parsed) == text
+        assert (parsed.model, parsed.world_size, parsed.worker_id) == (model, world, worker)
+        assert int(parsed.chunk_hash, 16) == chunk_hash
+        assert model_of(text) == model
+        assert may_be_key(text)
+        assert "@".join(f"{name}%{value}" for name, value in parsed.tags) == "@".join(
+            f"{name}%{value}" for name, value in tags.items()
+        )
+
+
+@untimed
+@given(mp_keys)
+def test_what_lmcache_names_in_mp_mode_may_be_a_key(key):
+    assert may_be_key(_object_key_to_string(key))
+    assert model_of(_object_key_to_string(key)) == key.model_name
+
+
+@pytest.mark.parametrize(
+    ("text", "may"),
+    [
+        ("m@1@0@ab@float128", True),  # a dtype of tomorrow
+        ("m@1@0@ab@half@tag", True),
+        ("m@1@0@AB@half", True),
+        ("notes@home.txt", False),
+        ("README.md", False),
+        ("", False),
+        ("a@b@c@d@e", False),
+    ],
+)
+def test_what_another_version_might_have_written_is_told_from_what_nobody_did(text, may):
+    assert may_be_key(text) is may
+
+
 def test_an_mp_rank_tells_world_size_and_worker():
     key = parse_key(f"m@{8 << 24 | 3 << 16 | 8 << 8 | 3:08x}@0@ab")
 
@@ -111,6 +178,7 @@ def test_whatever_parses_comes_back_the_same(text):
     except KeyFormatError:
         return
     assert str(parsed) == text
+    assert may_be_key(text)
 
 
 # Fields that are nearly right, put together at random: most are refused, none may come back changed.
@@ -130,7 +198,8 @@ def test_nearly_right_keys_are_refused_or_come_back_the_same(text):
     except KeyFormatError:
         return
     assert str(parsed) == text
-    if isinstance(parsed, ClassicKey) and parsed.layer_id is None:
+    # LMCache's own reader knows no model and no tag that holds `@`, which its writer does not mind.
+    if isinstance(parsed, ClassicKey) and parsed.layer_id is None and text.count("@") == 4 + len(parsed.tags):
         assert parse_cache_key(text).to_string().split("@")[:3] == text.split("@")[:3]
 
 

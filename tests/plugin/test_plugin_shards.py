@@ -15,7 +15,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.parallel_listing import list_chunks_ahead
-from hfbucket_plugin.shards import shards, whole_key
+from hfbucket_plugin.shards import encoded_shards, shards, whole_key
 from hfbucket_plugin.transfer import Upload
 from localhub.faults import Fault
 
@@ -49,6 +49,27 @@ def test_each_longer_key_starts_with_one_part(texts, data):
         assert not any(one != two and one.startswith(two) for one, two in itertools.permutations(parts, 2))
 
 
+any_models = st.builds(
+    "org/m{}{}".format, st.sampled_from(["", "@v2", "@8", "@1@0@ü", "@ 模"]), keys.map(lambda text: text[5:])
+)
+
+
+@given(st.lists(any_models, min_size=1, max_size=40, unique=True), st.data())
+def test_where_the_model_is_not_known_each_longer_key_starts_with_one_part_too(texts, data):
+    texts.sort(key=encode_name)
+    cut = data.draw(st.integers(len("org/m"), len(texts[0])))
+    prefix = texts[0][:cut]
+    listed = [text for text in texts if text.startswith(prefix)]
+    page = listed[: data.draw(st.integers(1, len(listed)))]
+
+    parts = encoded_shards(prefix, page, MANY)
+
+    if parts:
+        for text in listed:
+            assert sum(encode_name(text).startswith(part) for part in parts) == (text != prefix)
+        assert parts == sorted(parts)
+
+
 @pytest.mark.parametrize(
     ("prefix", "page", "pages", "first"),
     [
@@ -71,6 +92,7 @@ def test_listings_that_are_worth_cutting(prefix, page, pages, first):
 DICE = random.Random(5)
 KEYS = [f"m@2@0@{DICE.getrandbits(64):016x}@half" for _ in range(300)]
 KEYS += [f"m@2@1@{DICE.getrandbits(64):016x}@half" for _ in range(20)]
+ODD = [f"m@{model}@2@0@{DICE.getrandbits(64):016x}@half" for model in ("v2", "2b", "2@0@x", "2@0@ü", "2@0@0.1")]
 KEYS += [f"m@02000200@0@{DICE.getrandbits(64):016x}" for _ in range(40)] + ["m@02000200@0@ab", "m@02000200@0@abab@salt"]
 
 
@@ -85,6 +107,17 @@ def paged(tmp_path_factory):
         content = door.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
         assert door.add({f"v1/{encode_name(key)}": content for key in KEYS}, Deadline.after(30)) == {}
         yield hub, door
+
+
+@pytest.fixture(scope="module")
+def odd(paged):
+    """A door to another place in the bucket, with chunks of models that hold `@`."""
+    hub, _ = paged
+    with opened(hub.endpoint, "tests/shards", "v2") as door:
+        content = door.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
+        files = {f"v2/{encode_name(key)}": content for key in [*KEYS[:40], *ODD]}
+        assert door.add(files, Deadline.after(30)) == {}
+        yield door
 
 
 @pytest.mark.parametrize(
@@ -110,6 +143,18 @@ def test_the_same_chunks_in_the_same_order(paged, prefixes):
     )
 
     assert list(list_chunks_ahead(door, prefixes)) == expected
+
+
+@pytest.mark.parametrize("prefixes", [["m@2@0@"], ["m@2@"], ["m@"], ["m@2@0@00"]], ids=" ".join)
+def test_chunks_of_models_that_go_on_after_the_prefix_are_listed_where_they_are_wanted(odd, prefixes, monkeypatch):
+    """However many pages there are: these are few."""
+    monkeypatch.setattr("hfbucket_plugin.parallel_listing._Listing._objects", lambda _: MANY)
+    expected = list(list_chunks(odd, prefixes))
+
+    found = list(list_chunks_ahead(odd, prefixes, any_model=True))
+
+    assert found == expected
+    assert {entry.text for entry in found} >= {text for text in ODD if text.startswith(prefixes[0])}
 
 
 def test_other_parts_are_listed_while_one_is_waited_for(paged):
