@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hfbucket_plugin.errors import RefusedError
 from warmer.combined import combined
 from warmer.engine_run import EngineRun
-from warmer.errors import NothingToDoError
+from warmer.errors import NothingToDoError, PlanLostError
 from warmer.moving import TimeLimit, for_nobody, schedule_of, store_bytes
 from warmer.nodes import assigned, unknown_ranks
 from warmer.onlookers import Looks, looking_on
@@ -70,18 +71,26 @@ class CopyRun:
             left_out = chunks_for_nobody(self.plan, places.nodes)
             limit = TimeLimit(stop, warm_up.limits.max_duration)
             onlookers = [RunMetrics(), *self.onlookers]
-            reports = []
+            reports: list[RunReport] = []
             for tier in self.bound.tiers:
                 # Who took a lost node's place for one tier does so for those that follow.
                 nodes = places.nodes
                 report = RunReport(
                     self._task(tier, left_out), [one.node for one in nodes], failures, self._shares(tier, nodes)
                 )
+                report.cut_short = reports[-1].cut_short if reports else None
                 reports.append(report)
-                if not limit.requested:
+                if not limit.requested and report.cut_short is None:
                     report.begin()
                     with looking_on(onlookers, report), stop.orderly():
-                        self._fill(tier, places, report, limit, onlookers)
+                        try:
+                            self._fill(tier, places, report, limit, onlookers)
+                        except NothingToDoError:
+                            raise
+                        except (RefusedError, PlanLostError) as error:
+                            # What was copied is there, and is told: a summary as of any run that ended early.
+                            report.cut_short = error
+                            _log.error("%s", error)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 

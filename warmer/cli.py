@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
+from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
 from warmer import exits, run
 from warmer.canary import DEFAULT_REQUIRE, Canary
-from warmer.errors import ClusterError, Interrupted, NothingToDoError
+from warmer.errors import ClusterError, Interrupted, PlanLostError
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
 from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
@@ -98,7 +98,7 @@ def apply_command(
     page = PageFile()
 
     def work(stop: StopSwitch) -> dict[str, Any]:
-        made = PlanFile.open(plan)
+        made = PlanFile.open(plan, ours=not dry_run)
         wanted = warm_up(config, given, run.planned_warm_up(made))
         if not dry_run:
             return run.apply(wanted, made, stop, *page.open(wanted.report_html))
@@ -168,7 +168,7 @@ def check_command(
     page = PageFile()
 
     def work(stop: StopSwitch) -> dict[str, Any]:
-        made = PlanFile.open(plan) if plan is not None else None
+        made = PlanFile.open(plan, ours=True) if plan is not None else None
         wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
         page.open(wanted.report_html)
         asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
@@ -255,9 +255,9 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
 
 
 def _code(error: Exception) -> int:
-    if isinstance(error, NothingToDoError):
+    if isinstance(error, RefusedError):
         return exits.REFUSED
-    if isinstance(error, (TransportError, ThrottledError)):
+    if isinstance(error, (TransportError, ThrottledError, PlanLostError)):
         return exits.FAILED
     return exits.USAGE
 

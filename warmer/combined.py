@@ -30,7 +30,8 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = summaries[0]
     if len(summaries) == 1:
         return first
-    code = _code({summary["exit_code"] for summary in summaries})
+    cut_short = [summary for summary in summaries if summary["message"]]
+    code = cut_short[0]["exit_code"] if cut_short else _code({summary["exit_code"] for summary in summaries})
     kinds: Counter[str] = Counter()
     for summary in summaries:
         kinds.update(summary["failed_by_kind"])
@@ -39,6 +40,7 @@ def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first | sums | {
         "result": RESULTS[code],
         "exit_code": code,
+        "message": cut_short[0]["message"] if cut_short else "",
         "tier": [summary["tier"] for summary in summaries],
         "seconds": round(sum(summary["seconds"] for summary in summaries), 3),
         "failed_by_kind": dict(kinds),

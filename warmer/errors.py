@@ -18,6 +18,12 @@ class TierFullError(TierError):
     kind = NO_ROOM
 
 
+class PlanLostError(HFBucketError):
+    """A plan, or a file of prompts, cannot be read any more in the middle of a run."""
+
+    kind = "plan"
+
+
 class EngineError(HFBucketError, ConnectionError):
     """An engine, or the `lmcache server` of a node, does not answer, or does not do what it was asked for."""
 

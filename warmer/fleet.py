@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import ray
 import ray.exceptions
 
+from hfbucket_plugin.errors import HFBucketError
 from warmer.actor import NodeActor
 from warmer.cluster import alive_nodes
 from warmer.node import CHUNK_TIMEOUT_SECS
@@ -23,7 +24,6 @@ from warmer.tiers import Place
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from hfbucket_plugin.errors import HFBucketError
     from warmer.actor import Config
     from warmer.cluster import Node
     from warmer.interrupt import Stop
@@ -160,7 +160,12 @@ class Fleet:
         self._next_look = 0.0
 
     def run(self, schedule: Schedule) -> None:
-        """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop."""
+        """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop.
+
+        Raises:
+            RefusedError: The plan was changed meanwhile. What was under way has been ended and noted.
+            PlanLostError: The plan cannot be read any more; the same.
+        """
         try:
             for node in self._nodes:
                 self._launch(node)
@@ -175,6 +180,9 @@ class Fleet:
                 self._witness.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
+        except HFBucketError:  # the plan cannot be read to its end
+            self._wind_down(schedule)
+            raise
         finally:
             self._dismiss()
 

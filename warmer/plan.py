@@ -5,22 +5,26 @@ A plan is read segment by segment, so that neither a driver's memory nor its sta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.keys import encode_name, is_probe
+from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.handle import BucketHandle
+from hfbucket_plugin.keys import encode_name, is_probe, parse_key
+from hfbucket_plugin.sealed import Sealed
+from warmer.errors import PlanLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from hfbucket_plugin.catalog import ChunkEntry
-    from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.keys import Key
 
 VERSION: Final = 1
@@ -30,6 +34,12 @@ _HEADER: Final = "warmer_plan"
 _HEAD: Final = f'{{"{_HEADER}":'.encode()
 _HEADER_ROOM: Final = 2048
 """Bytes kept for what is known of a header only when the plan is written: counts."""
+
+_MOST_LINE_BYTES: Final = 64 * 1024
+"""Of a chunk: the Hub's names have about a thousand characters at most, and a line has such a name twice."""
+
+NEVER_PLANNED: Final = frozenset({"report", "report_html"})
+"""Parts of a warm-up that no plan has: files that a run writes are named by whoever runs it."""
 
 SEGMENT_CHUNKS: Final = 1000
 """Chunks of a segment: as many as the Hub looks up in one request."""
@@ -87,21 +97,56 @@ class PlannedChunk:
         record = json.loads(line)
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
             raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
-        size, uploaded_at, worker = record.get("size"), record.get("uploaded_at"), record.get("worker")
-        if type(size) is not int or size < 0:
-            raise ValueError("a planned chunk needs a size in bytes")
-        if worker is not None and (type(worker) is not int or worker < 0):
-            raise ValueError("the worker of a planned chunk is a rank")
-        at, hit = (
-            None if one is None else datetime.fromisoformat(one) for one in (uploaded_at, record.get("last_hit"))
-        )
-        heat = record["heat"] if type(record.get("heat")) is int else None
         return cls(
-            record["key"], record["path"], record["xet_hash"], size, at, record.get("gone") is True, worker, heat, hit
+            key=record["key"],
+            path=record["path"],
+            xet_hash=_hash(record["xet_hash"]),
+            size=_number(record, "size", "a size in bytes"),
+            uploaded_at=_moment(record, "uploaded_at"),
+            gone=_flag(record, "gone"),
+            worker=None if record.get("worker") is None else _number(record, "worker", "a rank"),
+            heat=None if record.get("heat") is None else _number(record, "heat", "a number of reads"),
+            last_hit=_moment(record, "last_hit"),
         )
 
 
 _TEXTS: Final = ("key", "path", "xet_hash")
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_MOST: Final = 2**63 - 1
+"""No file is larger, and no count is."""
+
+
+def _hash(text: str) -> str:
+    if not _HASH.fullmatch(text):
+        raise ValueError("xet_hash must be 64 hexadecimal digits")
+    return text
+
+
+def _number(record: dict[str, Any], name: str, what: str) -> int:
+    value = record.get(name)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} must be {what}")
+    return value
+
+
+def _flag(record: dict[str, Any], name: str) -> bool:
+    value = record.get(name, False)
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false")
+    return value
+
+
+def _moment(record: dict[str, Any], name: str) -> datetime | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError(f"{name} must be a date and time with its offset, as text")
+    return moment
 
 
 class Planner:
@@ -151,7 +196,8 @@ class Segments(Protocol):
         """The chunks of one: `SEGMENT_CHUNKS`, and in the last what is left.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
         """
 
 
@@ -159,7 +205,8 @@ def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
     """The chunks of a plan, or of a part of one, from its number `start` on, counted from 0.
 
     Raises:
-        OSError: The file cannot be read any more.
+        RefusedError: The file was changed since it was read first.
+        PlanLostError: The file cannot be read any more.
     """
     for index in range(start // SEGMENT_CHUNKS, source.segments):
         segment = source.segment(index)
@@ -167,13 +214,17 @@ def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
 
 
 class PlanFile:
-    """A plan on disk: a header, if it has one, and chunks, a line each.
+    """A plan on disk: a header, if it has one, and chunks, a line each. It is held open.
+
+    Each segment is compared with what it was when the plan was read or written first: whatever becomes of the file meanwhile,
+    no chunk is given that was not in it then.
 
     Attributes:
         path: Of the file.
         header: What the plan is of, as it was written; empty when the file has no header.
         chunks: How many it holds.
         bytes: The sum of their sizes.
+        home: What the paths of its chunks begin with, before the names of their keys; None as long as there are none.
         shares: The same for each worker that chunks are for; under None, for those that are for all.
         workers: Of each segment, how many chunks are for which worker.
     """
@@ -183,14 +234,17 @@ class PlanFile:
         self.header: dict[str, Any] = {}
         self.chunks = 0
         self.bytes = 0
+        self.home: str | None = None
         self.shares: dict[int | None, tuple[int, int]] = {}
         self.workers: list[Counter[int | None]] = []
-        self._offsets: list[int] = []
+        self._segments: list[_Segment] = []
+        self._file: Sealed | None = None
 
-    def _count(self, chunk: PlannedChunk, at: int) -> None:
+    def _count(self, chunk: PlannedChunk, line: bytes, at: int) -> None:
         if self.chunks % SEGMENT_CHUNKS == 0:
-            self._offsets.append(at)
+            self._segments.append(_Segment(at))
             self.workers.append(Counter())
+        self._segments[-1].add(line)
         self.workers[-1][chunk.worker] += 1
         self.chunks += 1
         self.bytes += chunk.size
@@ -221,8 +275,9 @@ class PlanFile:
                 room = len(_header_line(header(plan))) + _HEADER_ROOM
                 at += out.write(b" " * (room - 1) + b"\n")
             for chunk in chunks:
-                plan._count(chunk, at)
-                at += out.write(chunk.to_line().encode())
+                line = chunk.to_line().encode()
+                plan._count(chunk, line, at)
+                at += out.write(line)
             if header is not None:
                 plan.header = header(plan)
                 line = _header_line(plan.header)
@@ -232,51 +287,89 @@ class PlanFile:
                 out.write(line)
             out.flush()
             os.fsync(out.fileno())
+        plan._file = Sealed(path, "plan")
         return plan
 
     @classmethod
-    def open(cls, path: Path) -> PlanFile:
-        """Read a plan that was written before.
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+        """Read a plan that was written before, every line of it.
+
+        Args:
+            path: Of the file.
+            ours: Whether to refuse one that somebody else could have written.
 
         Raises:
-            ConfigError: The file cannot be read, or a line of it is no planned chunk; the message says which.
+            ConfigError: The file cannot be read, or a line of it is not a planned chunk; the message says which.
+            RefusedError: It belongs to another user, or others may write to it; or its header says what no plan says, or a
+                line names an object that is not that of its key.
         """
         plan, at, number = cls(path), 0, 0
+        plan._file = file = Sealed(path, "plan")
+        if ours:
+            file.expect_ours()
         try:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if number == 1 and line.startswith(_HEAD):
-                        plan.header = _read_header(line)
-                    else:
-                        plan._count(PlannedChunk.from_line(line.decode()), at)
-                    at += len(line)
+            for number, line in enumerate(file.raw_lines(), 1):
+                if number == 1 and line.startswith(_HEAD):
+                    plan._begin(_read_header(line))
+                else:
+                    plan._take(line, at)
+                at += len(line)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+        except RefusedError as error:
+            raise RefusedError(f"plan {str(path)!r}, line {number}: {error}") from None
+        except UnicodeError:
+            raise ConfigError(f"plan {str(path)!r}, line {number}: this is not valid Unicode text") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"plan {str(path)!r}, line {number}: {error}") from None
         return plan
 
+    def _begin(self, header: dict[str, Any]) -> None:
+        self.header = header
+        if "bucket" in header:
+            self.home = BucketHandle.parse(header["bucket"]).join("")
+
+    def _take(self, line: bytes, at: int) -> None:
+        if len(line) > _MOST_LINE_BYTES:
+            raise ValueError(f"the line is longer than {_MOST_LINE_BYTES} bytes")
+        chunk = PlannedChunk.from_line(line.decode())
+        parse_key(chunk.key)
+        name = encode_name(chunk.key)
+        if self.home is None:
+            self.home = chunk.path.removesuffix(name)
+        if chunk.path != self.home + name:
+            raise RefusedError(
+                f"path {chunk.path!r} is not that of the key {chunk.key!r}, which is {self.home + name!r}: plan anew"
+            )
+        self._count(chunk, line, at)
+
     @property
     def segments(self) -> int:
         """How many segments it has."""
-        return len(self._offsets)
+        return len(self._segments)
 
     def segment(self, index: int) -> list[PlannedChunk]:
         """The chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
         """
-        count = min(SEGMENT_CHUNKS, self.chunks - index * SEGMENT_CHUNKS)
-        with self.path.open("rb") as lines:
-            lines.seek(self._offsets[index])
-            return [PlannedChunk.from_line(lines.readline().decode()) for _ in range(count)]
+        if self._file is None:
+            raise ValueError("the plan was not written yet")
+        segment = self._segments[index]
+        try:
+            whole = self._file.again(segment.at, segment.length, segment.digest.digest())
+        except OSError as error:
+            raise PlanLostError(f"plan {str(self.path)!r} cannot be read any more: {error.strerror}") from None
+        return [PlannedChunk.from_line(line) for line in whole.decode().split("\n") if line]
 
     def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
         """The plan from its chunk number `start` on, counted from 0.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
         """
         return chunks_from(self, start)
 
@@ -288,6 +381,21 @@ class PlanFile:
         """
         shares = [share for worker, share in self.shares.items() if is_for(worker, ranks)]
         return sum(chunks for chunks, _ in shares), sum(size for _, size in shares)
+
+
+class _Segment:
+    """Where a segment lies in its file, and what it held when it was read first."""
+
+    __slots__ = ("at", "digest", "length")
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.length = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, line: bytes) -> None:
+        self.length += len(line)
+        self.digest.update(line)
 
 
 def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:
@@ -306,4 +414,21 @@ def _read_header(line: bytes) -> dict[str, Any]:
     version = header.pop(_HEADER)
     if version > VERSION:
         raise ValueError(f"the plan has the format {version}, of a newer warmer; this one reads up to {VERSION}")
+    json.dumps(header, ensure_ascii=False).encode()  # JSON may escape halves of characters, which no text can hold
+    for name, kind in _HEADER_TYPES.items():
+        if name in header and not isinstance(header[name], kind):
+            raise ValueError(f"{name} of the header is not of the type that a plan has there")
+    tiers, prompts = header.get("tiers", []), header.get("prompts_file", {})
+    if not all(isinstance(one, str) for one in [*tiers, *prompts.values()]):
+        raise ValueError("tiers and prompts_file of the header must hold texts")
+    if not all(type(one) is int for one in header.get("skipped", {}).values()):
+        raise ValueError("skipped of the header must hold counts")
+    for name in NEVER_PLANNED & header.get("warm_up", {}).keys():
+        raise RefusedError(f"warm_up of the header has {name}, which no plan names: give it on the command line")
     return header
+
+
+_HEADER_TYPES: Final[dict[str, type]] = {
+    "made": str, "instance": str, "bucket": str, "takes": str, "tiers": list, "warm_up": dict, "selected": int,
+    "selected_bytes": int, "skipped": dict, "fingerprints": dict, "order": dict, "prompts": dict, "prompts_file": dict,
+}  # fmt: skip

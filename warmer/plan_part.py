@@ -44,7 +44,8 @@ class PlanPart:
         """The chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
         """
         start = index * SEGMENT_CHUNKS
         return list(itertools.islice(self._read(start), min(SEGMENT_CHUNKS, self.chunks - start)))
@@ -63,6 +64,7 @@ class PlanPart:
         """The part from its chunk number `start` on, counted from 0.
 
         Raises:
-            OSError: The file cannot be read any more.
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
         """
         return chunks_from(self, start)

@@ -7,27 +7,27 @@ begins is remembered, and not what it holds: nodes that keep pace share one read
 from __future__ import annotations
 
 import hashlib
-import zlib
+import io
 from array import array
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.prompts import located_prompts
+from warmer.errors import PlanLostError
+from warmer.prompts import located_prompts, open_prompts, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from warmer.prompts import Located
+    from warmer.prompts import Prompt
 
 BATCH_PROMPTS: Final = 16
 BATCH_TOKENS: Final = 65_536
 """Most tokens of a batch, a quarter of a MiB; a longer prompt goes alone."""
 
 _CACHED_BATCHES: Final = 16
-_READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,16 @@ Batch = tuple[AskedPrompt, ...]
 
 @dataclass(slots=True)
 class _Start:
-    """Of a batch in the file: the byte and the line, and a sum of all that stands from there up to the next one."""
+    """Of a batch in the file: the byte and the line, and of all that stands from there up to the next one, length and SHA-256."""
 
     byte: int
     line: int
-    crc: int = 0
+    length: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
 
 
 class PromptFile:
-    """A file of prompts, each of a model that is known.
+    """A file of prompts, each of a model that is known. It is held open: another file in its place changes nothing.
 
     Args:
         path: Of the file.
@@ -79,6 +80,7 @@ class PromptFile:
 
     def __init__(self, path: Path, models: Sequence[str], chunk_size: int) -> None:
         self.path = path
+        self._file = open_prompts(path)
         self._models = tuple(dict.fromkeys(models))
         self.prompts: Counter[str] = Counter()
         self.chunks: Counter[str] = Counter()
@@ -86,9 +88,9 @@ class PromptFile:
         self._cached: OrderedDict[int, Batch] = OrderedDict()
         digest = hashlib.sha256()
         count = tokens = 0
-        for one in located_prompts(path):
+        for one in located_prompts(self._file, path):
             digest.update(one.raw)
-            asked = self._asked(one)
+            asked = None if one.prompt is None else self._asked(one.line, one.prompt)
             if asked is None:
                 self._sum_up(one.raw)
                 continue
@@ -103,7 +105,8 @@ class PromptFile:
 
     def _sum_up(self, raw: bytes) -> None:
         if self._starts:
-            self._starts[-1].crc = zlib.crc32(raw, self._starts[-1].crc)
+            self._starts[-1].length += len(raw)
+            self._starts[-1].digest.update(raw)
 
     @property
     def batches(self) -> int:
@@ -114,7 +117,8 @@ class PromptFile:
         """The prompts of one batch.
 
         Raises:
-            ConfigError: The file is not what it was any more.
+            RefusedError: The file is not what it was any more.
+            PlanLostError: The file cannot be read any more.
         """
         found = self._cached.get(index)
         if found is None:
@@ -125,34 +129,26 @@ class PromptFile:
 
     def _read(self, index: int) -> Iterator[AskedPrompt]:
         start = self._starts[index]
-        end = self._starts[index + 1].byte if index + 1 < len(self._starts) else None
-        crc = 0
-        for one in located_prompts(self.path, start.byte, start.line):
-            if end is not None and one.start >= end:
-                break
-            crc = zlib.crc32(one.raw, crc)
-            asked = self._asked(one)
+        try:
+            whole = self._file.again(start.byte, start.length, start.digest.digest())
+        except OSError as error:
+            raise PlanLostError(f"--prompts {str(self.path)!r} cannot be read any more: {error.strerror}") from None
+        for number, raw in enumerate(io.BytesIO(whole), start.line):
+            prompt = prompt_of(raw)
+            asked = None if prompt is None else self._asked(number, prompt)
             if asked is not None:
                 yield asked
-        if crc != start.crc:
-            raise ConfigError(
-                f"--prompts {str(self.path)!r} was changed while it was read, from line {start.line} on: run again, and leave "
-                "it as it is meanwhile"
-            )
 
-    def _asked(self, one: Located) -> AskedPrompt | None:
-        prompt = one.prompt
-        if prompt is None:
-            return None
+    def _asked(self, line: int, prompt: Prompt) -> AskedPrompt | None:
         model = prompt.model or (self._models[0] if len(self._models) == 1 else None)
         if model is None:
             raise ConfigError(
-                f"--prompts {str(self.path)!r}, line {one.line}: an engine is asked for prompts of its model, and this one "
+                f"--prompts {str(self.path)!r}, line {line}: an engine is asked for prompts of its model, and this one "
                 'names none; write "model" into each line, or give --model once'
             )
         if self._models and model not in self._models:
             return None
-        return AskedPrompt(one.line, model, prompt.cache_salt or "", array("I", prompt.token_ids))
+        return AskedPrompt(line, model, prompt.cache_salt or "", array("I", prompt.token_ids))
 
 
 def digest_of(path: Path) -> str:
@@ -161,13 +157,14 @@ def digest_of(path: Path) -> str:
     Raises:
         ConfigError: It cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, file = hashlib.sha256(), open_prompts(path)
     try:
-        with path.open("rb") as source:
-            while piece := source.read(_READ_BYTES):
-                digest.update(piece)
+        for line in file.raw_lines():
+            digest.update(line)
     except OSError as error:
         raise ConfigError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"--prompts {str(path)!r}: {error}") from None
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.sealed import Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _FIELDS = frozenset({"token_ids", "model", "cache_salt"})
 _MOST_TOKEN_ID = 2**32
+
+MOST_PROMPT_BYTES: Final = 64 * 1024 * 1024
+"""Of a line: five million tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,27 @@ class Located(NamedTuple):
     prompt: Prompt | None
 
 
-def located_prompts(path: Path, start: int = 0, line: int = 1, option: str = "--prompts") -> Iterator[Located]:
-    """Stream the lines of a file of prompts, from one of them on.
+def open_prompts(path: Path, option: str = "--prompts") -> Sealed:
+    """Open a file of prompts.
 
     Args:
         path: Of the file.
+        option: That names the file.
+
+    Raises:
+        ConfigError: It cannot be read, or is not a regular file.
+    """
+    return Sealed(path, option, MOST_PROMPT_BYTES)
+
+
+def located_prompts(
+    file: Sealed, path: Path, start: int = 0, line: int = 1, option: str = "--prompts"
+) -> Iterator[Located]:
+    """Stream the lines of a file of prompts, from one of them on.
+
+    Args:
+        file: The file, see `open_prompts`.
+        path: Of the file, for errors.
         start: Of the first line, in bytes.
         line: Its number.
         option: That names the file.
@@ -70,14 +90,12 @@ def located_prompts(path: Path, start: int = 0, line: int = 1, option: str = "--
     """
     number = line
     try:
-        with path.open("rb") as lines:
-            lines.seek(start)
-            for number, raw in enumerate(lines, line):
-                yield Located(number, start, raw, _prompt(raw.decode()) if raw.strip() else None)
-                start += len(raw)
+        for number, raw in enumerate(file.raw_lines(start), line):
+            yield Located(number, start, raw, prompt_of(raw))
+            start += len(raw)
     except OSError as error:
         raise ConfigError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise ConfigError(f"{option} {str(path)!r}, line {number}: this is no text in UTF-8") from None
     except (ValueError, RecursionError) as error:
         reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
@@ -94,11 +112,19 @@ def read_prompts(path: Path, option: str = "--prompts") -> Iterator[Prompt]:
     Raises:
         ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
     """
-    return (one.prompt for one in located_prompts(path, option=option) if one.prompt is not None)
+    file = open_prompts(path, option)
+    return (one.prompt for one in located_prompts(file, path, option=option) if one.prompt is not None)
 
 
-def _prompt(line: str) -> Prompt:
-    record = json.loads(line)
+def prompt_of(raw: bytes) -> Prompt | None:
+    """The prompt of a line; None for one that says nothing.
+
+    Raises:
+        ValueError: The line is not a prompt.
+    """
+    if not raw.strip():
+        return None
+    record = json.loads(raw.decode())
     if not isinstance(record, dict):
         raise ValueError('a prompt reads {"token_ids": [1, 2, 3]}')  # noqa: TRY004 - worded with its line by the caller
     unknown = sorted(record.keys() - _FIELDS)
@@ -112,6 +138,8 @@ def _prompt(line: str) -> Prompt:
     for name, text in (("model", model), ("cache_salt", salt)):
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text")
+        if text is not None:
+            text.encode()  # JSON may escape halves of characters, which no key can hold
     return Prompt(token_ids, model, salt)
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.errors import RefusedError
 from warmer import exits
 from warmer.orders import Counts
 from warmer.outcomes import INTERRUPTED, NO_ROOM, Copied, Failed, Present
@@ -21,6 +22,7 @@ from warmer.outcomes import INTERRUPTED, NO_ROOM, Copied, Failed, Present
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hfbucket_plugin.errors import HFBucketError
     from warmer.cluster import Node
     from warmer.outcomes import Outcome
 
@@ -149,6 +151,7 @@ class RunReport:
 
     Attributes:
         counts: What the schedule had to do; set when it is over.
+        cut_short: Why the run ended before its end, where its plan was changed or lost meanwhile; None where it was not.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class RunReport:
         self.kinds: Counter[str] = Counter()
         self._failures = failures
         self.counts = Counts()
+        self.cut_short: HFBucketError | None = None
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -259,6 +263,7 @@ class RunReport:
             "event": "summary",
             "result": RESULTS[code],
             "exit_code": code,
+            "message": "" if self.cut_short is None else str(self.cut_short),
             "instance": self.task.instance,
             "bucket": self.task.bucket,
             "tier": self.task.tier,
@@ -286,6 +291,8 @@ class RunReport:
         }
 
     def _code(self, *, stopped: bool) -> int:
+        if self.cut_short is not None:
+            return exits.REFUSED if isinstance(self.cut_short, RefusedError) else exits.FAILED
         if stopped and self.unfinished:
             return exits.INTERRUPTED
         if any(node.error is not None and node.replaced_by is None for node in self.nodes.values()):

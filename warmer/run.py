@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
@@ -18,7 +19,7 @@ from warmer.carry import CopyRun
 from warmer.choose import ADVICE
 from warmer.engine_run import checkable
 from warmer.errors import NothingToDoError
-from warmer.plan import PlanFile
+from warmer.plan import NEVER_PLANNED, PlanFile
 from warmer.planning import WORDS, Choosing
 from warmer.prompt_file import digest_of, expect_recorded
 from warmer.report import FailureLog
@@ -99,6 +100,7 @@ def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch, *onlookers: Onlooke
     Raises:
         ConfigError: The configuration is wrong, or is not that of the plan.
         NothingToDoError: There is nothing to do, or nowhere.
+        RefusedError: The plan names more chunks than were planned.
         ClusterError: The configured Ray cluster does not answer.
         Interrupted: Told to stop before copying began.
     """
@@ -160,9 +162,12 @@ def planned_warm_up(made: PlanFile) -> dict[str, Any]:
 
     Raises:
         ConfigError: The header is not readable.
+        RefusedError: It holds a token, which no plan does.
     """
     document = made.header.get("warm_up", {})
-    validated(document, str(made.path))
+    warm_up = validated(document, str(made.path))
+    if recorded(warm_up) != warm_up:
+        raise RefusedError(f"plan {str(made.path)!r} holds a token, which no plan does: plan anew")
     return dict(document)
 
 
@@ -172,7 +177,12 @@ def expect_fitting(bound: Bound, made: PlanFile) -> None:
     Raises:
         ConfigError: It is of another.
         NothingToDoError: It is empty.
+        RefusedError: It names more chunks than were planned.
     """
+    if made.chunks > made.header.get("selected", made.chunks):
+        raise RefusedError(
+            f"plan {str(made.path)!r} names {made.chunks} chunks, and {made.header['selected']} were planned: plan anew"
+        )
     if not made.chunks and bound.lists:
         raise NothingToDoError(f"plan {str(made.path)!r} holds no chunk")
     if bound.prompt_file is not None:
@@ -182,6 +192,12 @@ def expect_fitting(bound: Bound, made: PlanFile) -> None:
         raise ConfigError(
             f"plan {str(made.path)!r} is of {made.header['bucket']}, and instance {bound.instance.name!r} is {bucket}: "
             "plan anew"
+        )
+    home = bound.instance.settings.bucket_handle.join("")
+    if made.home not in (None, home):
+        raise ConfigError(
+            f"plan {str(made.path)!r} names objects below {made.home!r}, and those of instance {bound.instance.name!r} are below "
+            f"{home!r}: plan anew"
         )
     if kind in _KINDS and _KINDS[kind] is not bound.takes:
         raise ConfigError(
@@ -228,9 +244,7 @@ def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile
         "bucket": str(bound.instance.settings.bucket_handle),
         "takes": kinds[bound.takes],
         "tiers": [tier.name for tier in bound.tiers],
-        "warm_up": recorded(bound.warm_up).model_dump(
-            mode="json", exclude_defaults=True, exclude={"report", "report_html"}
-        ),
+        "warm_up": recorded(bound.warm_up).model_dump(mode="json", exclude_defaults=True, exclude=set(NEVER_PLANNED)),
         "selected": made.chunks,
         "selected_bytes": made.bytes,
         "skipped": skipped,
@@ -273,12 +287,17 @@ def _expect_prompts(bound: Bound) -> None:
         )
 
 
+def _new_of_ours(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
 def _put_out(path: Path, out: Path) -> None:
     """Let a plan appear whole; it may be on another file system."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     try:
         try:
-            with path.open("rb") as source, part.open("wb") as target:
+            # Whatever the umask: a plan that others may write to is never applied.
+            with path.open("rb") as source, os.fdopen(_new_of_ours(part), "wb") as target:
                 while piece := source.read(1 << 20):
                     target.write(piece)
             part.replace(out)

@@ -1,6 +1,7 @@
 """plan, apply, run --dry-run and check, as far as they go without Ray."""
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -71,6 +72,52 @@ def test_a_plan_may_be_edited(stocked, warmer, tmp_path):
     out.write_text("".join([lines[0], *lines[2:4]]))
     record = warmer("apply", out, "--dry-run")
     assert (record["selected"], record["selected_bytes"]) == (2, 200)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o000])
+def test_a_plan_can_be_applied_whatever_the_umask_was(stocked, warmer, tmp_path, umask):
+    out = tmp_path / "plan.jsonl"
+    before = os.umask(umask)
+    try:
+        warmer("plan", *source(stocked), "--all", "--out", out)
+    finally:
+        os.umask(before)
+    assert PlanFile.open(out, ours=True).chunks == 5
+
+
+@pytest.mark.parametrize("command", ["apply", "check"])
+def test_a_plan_that_others_may_write_to_is_refused(stocked, warmer, tmp_path, command):
+    out = tmp_path / "plan.jsonl"
+    warmer("plan", *source(stocked), "--all", "--out", out)
+    out.chmod(0o666)
+    assert "others may write to it" in warmer(command, out, code=4)
+    assert warmer("apply", out, "--dry-run")["selected"] == 5
+
+
+@pytest.mark.parametrize("command", ["apply", "check"])
+def test_a_plan_whose_header_names_a_report_is_refused_and_the_file_left_alone(stocked, warmer, tmp_path, command):
+    out, victim = tmp_path / "plan.jsonl", tmp_path / "victim"
+    victim.write_text("precious")
+    warmer("plan", *source(stocked), "--all", "--out", out)
+    head, *rest = out.read_text().splitlines()
+    head = json.loads(head)
+    head["warm_up"]["report"] = str(victim)
+    out.write_text("\n".join([json.dumps(head), *rest]) + "\n")
+    assert "warm_up of the header has report" in warmer(command, out, code=4)
+    assert victim.read_text() == "precious"
+
+
+def test_a_plan_with_a_token_or_more_chunks_than_were_planned_is_refused(stocked, warmer, tmp_path):
+    out = tmp_path / "plan.jsonl"
+    tier = json.dumps({"type": "fs", "base_path": "/x"})
+    warmer("plan", "--l2-adapter", adapter(stocked), "--tier", tier, "--all", "--out", out)
+    head, *rest = out.read_text().splitlines()
+    out.write_text("\n".join([head, *rest, rest[0]]) + "\n")
+    assert "2 were planned" in warmer("apply", out, code=4)
+    head = json.loads(head)
+    head["warm_up"]["source"]["l2_adapter"] = adapter(stocked, token="hf_planted")
+    out.write_text("\n".join([json.dumps(head), *rest]) + "\n")
+    assert "holds a token" in warmer("apply", out, code=4)
 
 
 def test_a_dry_run_refuses_what_apply_refuses(stocked, warmer, tmp_path):

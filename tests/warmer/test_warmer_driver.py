@@ -5,8 +5,11 @@ import ray.exceptions
 from fake_ray import FakeRay, Witness, well
 from scheduling import MIB, part, plan
 
+from hfbucket_plugin.errors import RefusedError
 from warmer import fleet
 from warmer.cluster import Node
+from warmer.convoys import Part
+from warmer.errors import PlanLostError
 from warmer.fleet import Fleet, Replacing
 from warmer.interrupt import StopSwitch
 from warmer.orders import Window
@@ -49,6 +52,27 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
     assert {node: kind for node, (kind, _) in witness.errors.items()} == {"a": "node_lost"}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
     assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+
+
+@pytest.mark.parametrize("error", [RefusedError("changed"), PlanLostError("gone")])
+def test_what_is_under_way_is_told_when_the_plan_cannot_be_read_on(monkeypatch, error):
+    chunks = plan([MIB] * 200)
+
+    def read(start):
+        yield from chunks[start:100]
+        raise error
+
+    world = FakeRay("ab").under(monkeypatch)
+    schedule = Schedule(dict.fromkeys("ab", 10**9), [Part(read)], Window(batch_chunks=4))
+    witness = Witness()
+    with pytest.raises(type(error)):
+        Fleet(world.nodes, None, witness, StopSwitch(), 60.0).run(schedule)
+    assert {call.node for call in world.calls if call.method == "stop"} == {"a", "b"}
+    asked = {chunk.key for call in world.calls if call.method == "fetch" for chunk in call.arguments[0]}
+    assert asked
+    assert {outcome.key for _, outcome in witness.outcomes} >= asked
+    assert {outcome.key for _, outcome in witness.outcomes} <= {chunk.key for chunk in chunks[:100]}
+    assert sorted(world.killed) == ["a", "b"]
 
 
 @pytest.mark.parametrize("method", ["fetch", "receive"])

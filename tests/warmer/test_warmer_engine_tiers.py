@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hfbucket_plugin.engine_config import EngineConfig
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from warmer.cli import app
 from warmer.plan import PlannedChunk
@@ -199,20 +199,37 @@ def test_batches_are_the_prompts_in_their_order(tmp_path_factory, sizes, data):
         assert [found.batch(index) for index in reversed(range(found.batches))] == batches[::-1]
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "other"])
+@pytest.mark.parametrize("change", ["shorter", "other"])
 def test_prompts_that_change_meanwhile_are_not_taken_for_those_that_were_read(tmp_path, change):
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"token_ids": [number] * 4}) + "\n" for number in range(10, 30)]
     path.write_text("".join(lines))
     found = PromptFile(path, ["m"], 4)
-    changed = {"shorter": lines[:-1], "longer": [*lines, lines[0]], "other": [*lines[:-1], lines[0]]}[change]
+    changed = {"shorter": lines[:-1], "other": [*lines[:-1], lines[0]]}[change]
 
     path.write_text("".join(changed))
 
     assert found.batches == 2
     assert len(found.batch(0)) == BATCH_PROMPTS
-    with pytest.raises(ConfigError, match="was changed while it was read, from line 17 on"):
+    with pytest.raises(RefusedError, match="was changed after it was checked"):
         found.batch(1)
+
+
+@pytest.mark.parametrize("change", ["longer", "replaced", "removed"])
+def test_prompts_are_those_that_were_read_whatever_takes_their_place(tmp_path, change):
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"token_ids": [number] * 4}) + "\n" for number in range(10, 30)]
+    path.write_text("".join(lines))
+    found = PromptFile(path, ["m"], 4)
+
+    if change == "longer":
+        path.write_text("".join([*lines, lines[0]]))
+    else:
+        path.unlink()
+    if change == "replaced":
+        path.write_text("".join(reversed(lines)))
+
+    assert [prompt.token_ids[0] for index in range(2) for prompt in found.batch(index)] == list(range(10, 30))
 
 
 @pytest.mark.parametrize(

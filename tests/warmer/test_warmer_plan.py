@@ -1,6 +1,8 @@
 import datetime as dt
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,24 +11,32 @@ from warming import classic_key, mp_key
 
 from hfbucket_plugin.catalog import ChunkEntry
 from hfbucket_plugin.content import Content
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.handle import BucketHandle
-from hfbucket_plugin.keys import ClassicKey, MPKey, parse_key
+from hfbucket_plugin.keys import ClassicKey, MPKey, encode_name, parse_key
 from warmer.plan import SEGMENT_CHUNKS, PlanFile, PlannedChunk, Planner, gone
 
-HANDLE = BucketHandle.parse("hf://buckets/ns/bucket/kv")
+HANDLE = KV = BucketHandle.parse("hf://buckets/ns/bucket/kv")
 
+keys = st.builds(
+    lambda model, number: f"{model}@1@0@{number:x}@bfloat16",
+    st.text(st.characters(blacklist_characters="@", blacklist_categories=("Cs",)), min_size=1),
+    st.integers(1, 2**64 - 1),
+)
 texts = st.text(min_size=1)
-chunks = st.builds(
+lone = st.builds(
     PlannedChunk,
-    key=texts,
-    path=texts,
+    key=keys,
+    path=st.just(""),
     xet_hash=st.text("0123456789abcdef", min_size=64, max_size=64),
     size=st.integers(0, 2**50),
     uploaded_at=st.none() | st.datetimes(timezones=st.just(dt.UTC)),
     gone=st.booleans(),
     worker=st.none() | st.integers(0, 255),
+    heat=st.none() | st.integers(0, 2**40),
+    last_hit=st.none() | st.datetimes(timezones=st.just(dt.UTC)),
 )
+chunks = lone.map(lambda chunk: replace(chunk, path=HANDLE.join(encode_name(chunk.key))))
 
 
 @given(chunks)
@@ -50,6 +60,24 @@ def test_a_line_reads_back_as_the_chunk_that_it_was(chunk):
         '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "uploaded_at": "yesterday"}',
         '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "worker": "0"}',
         '{"key": "k", "path": "p", "xet_hash": "h", "size": 1, "worker": -1}',
+        *(
+            json.dumps({"key": "k", "path": "p", "xet_hash": "ab" * 32, "size": 1} | wrong)
+            for wrong in (
+                {"xet_hash": "../etc/passwd"},
+                {"xet_hash": "AB" * 32},
+                {"size": 2**63},
+                {"size": 1.0},
+                {"uploaded_at": 1700000000},
+                {"uploaded_at": ["2026-01-01T00:00:00+00:00"]},
+                {"uploaded_at": "2026-01-01T00:00:00"},
+                {"last_hit": []},
+                {"last_hit": {"at": 1}},
+                {"heat": "hot"},
+                {"heat": -1},
+                {"gone": 1},
+                {"worker": 10**400},
+            )
+        ),
     ],
 )
 def test_what_is_no_planned_chunk_is_refused(line):
@@ -58,7 +86,12 @@ def test_what_is_no_planned_chunk_is_refused(line):
 
 
 def numbered(count):
-    return [PlannedChunk(classic_key(n), f"kv/é{n}", f"{n:064x}", n) for n in range(count)]
+    keys = [classic_key(n, "org/é") for n in range(count)]
+    return [PlannedChunk(key, f"kv/{encode_name(key)}", f"{n:064x}", n) for n, key in enumerate(keys)]
+
+
+def written(path, count=3, **header):
+    return PlanFile.write(path, numbered(count), lambda plan: {"bucket": str(KV), "selected": plan.chunks, **header})
 
 
 @pytest.mark.parametrize("count", [0, 1, SEGMENT_CHUNKS - 1, SEGMENT_CHUNKS, SEGMENT_CHUNKS + 1, 2 * SEGMENT_CHUNKS])
@@ -83,7 +116,7 @@ def test_a_plan_that_is_none_is_refused_with_its_line(tmp_path):
         PlanFile.open(tmp_path / "none.jsonl")
 
 
-headers = st.dictionaries(st.text(max_size=5).filter(lambda name: name != "warmer_plan"), st.text() | st.integers())
+headers = st.dictionaries(st.text(max_size=3), st.text() | st.integers())
 
 
 @given(headers, st.lists(chunks, max_size=5))
@@ -108,6 +141,129 @@ def test_a_plan_of_a_newer_warmer_is_refused(tmp_path):
         path.write_text(f"{header}\n{numbered(1)[0].to_line()}")
         with pytest.raises(ConfigError, match=said):
             PlanFile.open(path)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "without a header"])
+@pytest.mark.parametrize("home", ["kv", "kv/us", ""])
+def test_a_line_that_names_another_object_than_that_of_its_key_is_refused(tmp_path, which, home):
+    path = tmp_path / "plan.jsonl"
+    chunks = numbered(3)
+    for number in range(3):
+        chunks[number] = replace(chunks[number], path=f"{home}/{encode_name(chunks[number].key)}".lstrip("/"))
+    wrong = 0 if which == "first" else 1
+    chunks[wrong] = replace(chunks[wrong], path=chunks[2].path)
+    bucket = f"hf://buckets/ns/bucket/{home}"
+    PlanFile.write(path, chunks, None if which == "without a header" else lambda _: {"bucket": bucket})
+    line = wrong + (1 if which == "without a header" else 2)
+    with pytest.raises(RefusedError, match=f"line {line}: path .* is not that of the key"):
+        PlanFile.open(path)
+
+
+def test_a_line_of_another_place_in_the_bucket_is_refused(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    elsewhere = numbered(3)
+    elsewhere[2] = replace(elsewhere[2], path=elsewhere[2].path.replace("kv/", "other/"))
+    PlanFile.write(path, elsewhere)
+    with pytest.raises(RefusedError, match="line 3"):
+        PlanFile.open(path)
+
+
+@pytest.mark.parametrize("key", ["not a key", "org/m@1@0@zz@bfloat16", "org/m\ud800@1@0@1001@bfloat16"])
+def test_a_line_whose_key_is_not_one_is_an_error_with_its_line(tmp_path, key):
+    path = tmp_path / "plan.jsonl"
+    path.write_text(json.dumps({"key": key, "path": f"kv/{key}", "xet_hash": "ab" * 32, "size": 1}) + "\n")
+    with pytest.raises(ConfigError, match="line 1") as refused:
+        PlanFile.open(path)
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"takes": ["mp"]},
+        {"tiers": "fs.warm"},
+        {"tiers": [1]},
+        {"bucket": 1},
+        {"bucket": "nonsense"},
+        {"warm_up": []},
+        {"skipped": [1]},
+        {"skipped": {"probe": "1"}},
+        {"selected": "3"},
+        {"prompts_file": {"path": 1}},
+        {"instance": "\ud800"},
+    ],
+)
+def test_a_header_with_a_wrong_type_is_an_error(tmp_path, wrong):
+    path = tmp_path / "plan.jsonl"
+    written(path, **{"takes": "classic", **wrong})
+    with pytest.raises(ConfigError, match="line 1"):
+        PlanFile.open(path)
+
+
+@pytest.mark.parametrize("name", ["report", "report_html"])
+def test_a_header_that_names_files_to_write_is_refused(tmp_path, name):
+    path = tmp_path / "plan.jsonl"
+    written(path, warm_up={name: "/etc/passwd"})
+    with pytest.raises(RefusedError, match=f"line 1: warm_up of the header has {name}"):
+        PlanFile.open(path)
+
+
+def test_a_plan_that_others_may_have_written_is_refused_where_it_is_to_be_applied(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    written(path)
+    for mode in (0o600, 0o644):
+        path.chmod(mode)
+        assert PlanFile.open(path, ours=True).chunks == 3
+    for mode in (0o666, 0o620):
+        path.chmod(mode)
+        with pytest.raises(RefusedError, match="install -m 600"):
+            PlanFile.open(path, ours=True)
+        assert PlanFile.open(path).chunks == 3
+
+
+def test_a_plan_is_read_as_it_was_whatever_takes_its_place(tmp_path):
+    path, other = tmp_path / "plan.jsonl", tmp_path / "other"
+    written(path, 2 * SEGMENT_CHUNKS)
+    opened = PlanFile.open(path)
+    written(other, 5)
+    other.replace(path)
+    assert list(opened.chunks_from(0)) == numbered(2 * SEGMENT_CHUNKS)
+
+
+@pytest.mark.parametrize("how", ["changed", "shorter", "emptied"])
+@pytest.mark.parametrize("by", [PlanFile.open, None])
+def test_a_plan_that_is_changed_where_it_lies_is_not_read_on(tmp_path, how, by):
+    path = tmp_path / "plan.jsonl"
+    plan = written(path, 2 * SEGMENT_CHUNKS)
+    if by is not None:
+        plan = by(path)
+    first = plan.segment(0)
+    whole = path.read_bytes()
+    if how == "changed":
+        path.write_bytes(whole[:-200] + whole[-200:].replace(b"0", b"1"))
+    else:
+        path.write_bytes(whole[:-100] if how == "shorter" else b"")
+    with pytest.raises(RefusedError, match="was changed after it was checked"):
+        plan.segment(1)
+    if how != "emptied":
+        assert plan.segment(0) == first
+
+
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            PlanFile.open(path)
+
+
+def test_a_line_without_an_end_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    with path.open("wb") as file:
+        file.write(numbered(1)[0].to_line().encode())
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="line 1: the line after it is longer than"):
+        PlanFile.open(path)
 
 
 def test_a_header_that_grows_too_much_is_an_error_and_no_plan(tmp_path):

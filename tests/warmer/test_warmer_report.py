@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from hfbucket_plugin.errors import RefusedError
 from warmer import report
 from warmer.cluster import Node
 from warmer.combined import combined
+from warmer.errors import PlanLostError
 from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
 from warmer.report import FailureLog, RunReport, Share, Task
 
@@ -82,6 +84,20 @@ def test_several_tiers_are_one_summary(log):
     assert [failure["tier"] for failure in both["failures"]] == ["fs.cold"]
     assert combined([tier.summary(stopped=True) for tier in tiers])["result"] == "interrupted"
     assert json.loads(json.dumps(both)) == both
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RefusedError("plan 'p' was changed"), 4), (PlanLostError("plan 'p' cannot be read"), 3)]
+)
+def test_a_run_whose_plan_is_not_what_it_was_ends_early_and_says_what_was_copied(log, error, code):
+    tiers = [RunReport(replace(TASK, tier=name), NODES, log) for name in ("fs.warm", "fs.cold")]
+    complete(tiers[0], "id-a", "id-b")
+    tiers[1].ended("id-a", Copied("k1", 10))
+    tiers[1].cut_short = error
+    alone = tiers[1].summary(stopped=False)
+    assert (alone["exit_code"], alone["copied"], alone["unfinished"], alone["message"]) == (code, 1, 5, str(error))
+    both = combined([tier.summary(stopped=False) for tier in tiers])
+    assert (both["exit_code"], both["copied"], both["message"]) == (code, 5, str(error))
 
 
 def test_a_failed_chunk_is_named(run):
