@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -10,6 +12,7 @@ from hfbucket_plugin.keys import parse_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from typing import BinaryIO
 
     from warmer.plan import PlannedChunk
@@ -35,7 +38,7 @@ class EarlierTier:
     def has(self, chunk: PlannedChunk) -> bool:
         """Whether there is a file for a chunk, as long as it must be."""
         try:
-            found = self._declaration.file(chunk.key).stat()
+            found = self._declaration.file(chunk.key).lstat()
         except (OSError, HFBucketError):
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size == self._declaration.layout.stored(chunk.size)
@@ -58,11 +61,24 @@ class EarlierTier:
             return False
         try:
             header = self._declaration.layout.head(parse_key(chunk.key), chunk.size)
-            source = self._declaration.file(chunk.key).open("rb")
+            source = opened(self._declaration.file(chunk.key))
         except (OSError, HFBucketError):
             return False
         with source:
             return _read(source, len(header)) == header and _copy(source, chunk.size, draft, stopped)
+
+
+def opened(file: Path) -> BinaryIO:
+    """Open a chunk's file for reading; neither a link, nor what would hold the reader up.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def _copy(source: BinaryIO, size: int, draft: Draft, stopped: Callable[[], bool]) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
 
 
 _Ended = TypeVar("_Ended", bound="Outcome | None")
+
+
+class _Batch(NamedTuple):
+    """Chunks that are loaded together: the directory that holds nothing else, its descriptor, the names of its files."""
+
+    path: Path
+    descriptor: int
+    files: list[str]
 
 
 class Stage:
@@ -69,8 +78,7 @@ class Stage:
         self._broken: HFBucketError | None = None
         options = replace(declaration.options, max_bytes=None, evict=False)
         with _named(self._home):
-            Ownership(declaration.name, options).make(self._home)
-            self._run = RunFiles(self._home)
+            self._run = RunFiles(self._home, Ownership(declaration.name, options).open(self._home))
         try:
             # A directory of this run alone: others never look into it, and it goes with the run.
             here = self._run.directory()
@@ -120,13 +128,14 @@ class Stage:
         """
         try:
             with _named(self._home):
-                directory, files = self._gather(chunks)
+                batch = self._gather(chunks)
+                directory = batch.path
                 try:
                     done = load(
                         self._address, replace(self._declaration, base_paths=(directory,)), wait_secs=0, load_secs=secs
                     )
                 finally:
-                    self._scatter(directory, files)
+                    self._scatter(batch)
         except HFBucketError as error:
             if isinstance(error, EngineError):
                 self._broken = error
@@ -141,25 +150,33 @@ class Stage:
             )
         return {chunk.key: EngineError(f"{chunk.key}: {words}") for chunk in chunks if chunk.key in failed}
 
-    def _gather(self, chunks: Sequence[PlannedChunk]) -> tuple[Path, list[Path]]:
-        """Move chunks into a directory of their own."""
-        here = self._declaration.base_paths[0] / f"batch-{next(self._batches)}"
-        self.tier.ownership.make(here)
-        files = []
-        for chunk in chunks:
-            file = self._declaration.file(chunk.key)
-            file.rename(here / file.name)
-            files.append(here / file.name)
-        return here, files
+    def _gather(self, chunks: Sequence[PlannedChunk]) -> _Batch:
+        """Move chunks into a directory of their own. By descriptors: the engine's user may rename what lies in its directory."""
+        here = self._declaration.base_paths[0]
+        name = f"batch-{next(self._batches)}"
+        batch = _Batch(here / name, self.tier.ownership.make_in(self.tier.descriptor(here), name), [])
+        try:
+            for chunk in chunks:
+                file = self._declaration.file(chunk.key).name
+                os.rename(file, file, src_dir_fd=self.tier.descriptor(here), dst_dir_fd=batch.descriptor)
+                batch.files.append(file)
+        except BaseException:
+            os.close(batch.descriptor)
+            raise
+        return batch
 
-    def _scatter(self, directory: Path, files: Sequence[Path]) -> None:
+    def _scatter(self, batch: _Batch) -> None:
         """Keep the files, or remove them."""
-        for file in files:
-            if self._keep:
-                file.replace(self._home / file.name)
-            else:
-                file.unlink(missing_ok=True)
-        directory.rmdir()
+        try:
+            for file in batch.files:
+                if self._keep:
+                    os.replace(file, file, src_dir_fd=batch.descriptor, dst_dir_fd=self._run.descriptor)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(file, dir_fd=batch.descriptor)
+        finally:
+            os.close(batch.descriptor)
+        os.rmdir(batch.path.name, dir_fd=self.tier.descriptor(batch.path.parent))
 
     def close(self) -> None:
         """Leave nothing of this run's behind but files that are to be kept."""

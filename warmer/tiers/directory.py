@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_PRIVATE: Final = 0o700
+_RIGHTS: Final = 0o777
+
 
 class Held(NamedTuple):
     """A chunk that a tier holds.
@@ -57,14 +60,14 @@ class DirectoryTier:
         self._modes: dict[Path, int] = {}
         self._private: dict[Path, int] = {}
         self._numbers = itertools.count(1)
+        self.room: Room = Room(declaration, self._runs)
         try:
             for path in dict.fromkeys(declaration.base_paths):
                 with _named(declaration.name, path):
-                    self.ownership.make(path)
-                    self._runs[path] = RunFiles(path)
+                    self._runs[path] = RunFiles(path, self.ownership.open(path), sweep_now=False)
                     self._try_ownership(path)
             with _named(declaration.name, declaration.base_paths[0]):
-                self.room = Room(declaration)
+                self.room.open()
         except TierError:
             self.close()
             raise
@@ -73,11 +76,67 @@ class DirectoryTier:
         """Find out now, and not at the end of the first chunk, whether files can be given away."""
         path, descriptor = self.temporary(directory)
         try:
-            self.ownership.check_readable(descriptor, directory.stat())
+            self.ownership.check_readable(descriptor, self._stat(directory))
             self._modes[directory] = stat.S_IMODE(os.fstat(descriptor).st_mode)
         finally:
             os.close(descriptor)
-            path.unlink()
+            self.unlink(path)
+
+    def descriptor(self, directory: Path) -> int:
+        """Of a directory of the tier."""
+        return self._runs[directory].descriptor
+
+    def _stat(self, directory: Path) -> os.stat_result:
+        return os.fstat(self.descriptor(directory))
+
+    def at(self, path: Path) -> tuple[str, int | None]:
+        """A file by its name and the descriptor of its directory, which stays this one whatever becomes of the directory's name.
+
+        Returns:
+            The name and the descriptor, as functions of `os` take them; the path and None where it lies in no directory of the tier.
+        """
+        run = self._runs.get(path.parent)
+        return (str(path), None) if run is None else (path.name, run.descriptor)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file, if it is there.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        name, directory = self.at(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Let a file appear under another name.
+
+        Raises:
+            OSError: It cannot be.
+        """
+        (old, source), (new, directory) = self.at(path), self.at(target)
+        os.replace(old, new, src_dir_fd=source, dst_dir_fd=directory)
+
+    def lstat(self, path: Path) -> os.stat_result | None:
+        """What lies at a path, itself where it is a link; None where nothing is there.
+
+        Raises:
+            OSError: This cannot be told.
+        """
+        name, directory = self.at(path)
+        try:
+            return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def size_of(self, path: Path) -> int:
+        """Bytes of the file at a path; 0 where there is none.
+
+        Raises:
+            OSError: This cannot be told.
+        """
+        found = self.lstat(path)
+        return 0 if found is None else found.st_size
 
     def temporary(self, directory: Path) -> tuple[Path, int]:
         """A new temporary file, as the files of the tier are to be, open for reading and writing.
@@ -104,10 +163,21 @@ class DirectoryTier:
         """
         with self.room.lock:
             if directory not in self._private:
-                path = self._runs[directory].directory()
-                path.mkdir(mode=0o700)
-                self._private[directory] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                self._private[directory] = self._make_private(directory)
             return Path(f"/proc/self/fd/{self._private[directory]}/{next(self._numbers)}.part")
+
+    def _make_private(self, directory: Path) -> int:
+        name, parent = self.at(self._runs[directory].directory())
+        os.mkdir(name, mode=_PRIVATE, dir_fd=parent)
+        made = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        found = os.fstat(made)
+        if found.st_uid == os.geteuid() and found.st_mode & _RIGHTS == _PRIVATE:
+            return made
+        os.close(made)
+        raise TierError(
+            f"tier {self.declaration.name!r}: {directory / name} was replaced while it was being made, by a process that may write to "
+            f"the tier: it belongs to user {found.st_uid} with the mode {found.st_mode & _RIGHTS:o}; nothing is written there"
+        )
 
     def create(self, path: Path) -> int:
         """Make a temporary file, as the files of the tier are to be; returns its descriptor.
@@ -116,12 +186,14 @@ class DirectoryTier:
             OSError, TierError: See `temporary`.
         """
         mode = self.declaration.layout.mode
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        name, directory = self.at(path)
+        descriptor = os.open(name, flags, mode, dir_fd=directory)
         try:
-            self.ownership.give(descriptor, path.parent.stat())
-        except OSError:
+            self.ownership.give(descriptor, self._stat(path.parent))
+        except BaseException:
             os.close(descriptor)
-            path.unlink()
+            self.unlink(path)
             raise
         return descriptor
 
@@ -139,7 +211,7 @@ class DirectoryTier:
         """
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self.ownership.give(descriptor, directory.stat())
+            self.ownership.give(descriptor, self._stat(directory))
             found, mode = os.fstat(descriptor), self._modes[directory]
             if stat.S_IMODE(found.st_mode) != mode:
                 os.fchmod(descriptor, mode)
@@ -159,9 +231,8 @@ class DirectoryTier:
         """
         file = self.declaration.file(key)
         with _named(self.declaration.name, file), self.room.lock:
-            try:
-                found = file.stat()
-            except FileNotFoundError:
+            found = self.lstat(file)
+            if found is None:
                 return False
             right = stat.S_ISREG(found.st_mode) and found.st_size == self.declaration.layout.stored(size)
             if right:
@@ -183,7 +254,7 @@ class DirectoryTier:
         target = directory / file_name(parsed)
         on_disk = stored + size if header else stored
         with _named(self.declaration.name, target), self.room.lock:
-            self.room.take(directory, stored, on_disk, _size_of(target))
+            self.room.take(directory, stored, on_disk, self.size_of(target))
             try:
                 roomy = self.room.plenty(directory)
                 return self.fitted(directory, on_disk, lambda: DirectoryDraft(self, target, size, header, roomy=roomy))
@@ -215,6 +286,7 @@ class DirectoryTier:
 
     def close(self) -> None:
         """Remove this process's lock files and drafts."""
+        self.room.close()
         for run in self._runs.values():
             run.close()
         while self._private:
@@ -265,7 +337,7 @@ class DirectoryDraft:
             _reserve(descriptor, self._size)
         except BaseException:
             os.close(descriptor)
-            path.unlink()
+            self._tier.unlink(path)
             raise
         self._tier.room.expect_no_more(self.path)
         self.path, self._lease = path, FileLease(descriptor, self._size)
@@ -295,8 +367,8 @@ class DirectoryDraft:
             self._complete(fsync=fsync)
             path = self.path if self._whole is None else self._whole.path
             with self._tier.room.lock:
-                replaced = _size_of(self._target)
-                path.replace(self._target)
+                replaced = self._tier.size_of(self._target)
+                self._tier.rename(path, self._target)
                 if self._counted:
                     self._counted = False
                     self._tier.room.appeared(self._stored, replaced)
@@ -309,13 +381,23 @@ class DirectoryDraft:
         elif (there := self.path.stat().st_size) != self._size:
             raise TierError(f"{self._target}: {there} bytes are there of the {self._size} of the chunk")
         if self._whole is not None:
-            self._whole.fill(self.path, fsync=fsync)
+            self._fill_whole(self._whole, fsync=fsync)
         elif self._lease is None:
             self._tier.adopt(self.path, self._target.parent, self._stored, fsync=fsync)
         else:
             if self._stored != self._size:
-                os.truncate(self.path, self._stored)
+                os.ftruncate(self._lease.descriptor, self._stored)
             self._lease.close(fsync=fsync)
+
+    def _fill_whole(self, whole: _Whole, *, fsync: bool) -> None:
+        if self._lease is not None:
+            whole.fill(self._lease.descriptor, fsync=fsync)
+            return
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            whole.fill(descriptor, fsync=fsync)
+        finally:
+            os.close(descriptor)
 
     def discard(self) -> None:
         """Remove the temporary files, if they are still there."""
@@ -325,7 +407,7 @@ class DirectoryDraft:
         if self._whole is not None:
             self._whole.discard()
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            self._tier.unlink(self.path)
         with self._tier.room.lock:
             self._tier.room.expect_no_more(self.path)
             if self._counted:
@@ -337,6 +419,7 @@ class _Whole:
     """The file with a header, beside the chunk's own bytes, which are hashed without it."""
 
     def __init__(self, tier: DirectoryTier, directory: Path, header: bytes, size: int) -> None:
+        self._tier = tier
         self.path, self._descriptor = tier.temporary(directory)
         self._open = True
         self._at = len(header)
@@ -347,11 +430,10 @@ class _Whole:
             self.discard()
             raise
 
-    def fill(self, content: Path, *, fsync: bool) -> None:
-        with content.open("rb") as source:
-            at = self._at
-            while copied := _copy(source.fileno(), self._descriptor, at - self._at, at):
-                at += copied
+    def fill(self, content: int, *, fsync: bool) -> None:
+        at = self._at
+        while copied := _copy(content, self._descriptor, at - self._at, at):
+            at += copied
         if fsync:
             os.fsync(self._descriptor)
         self._close()
@@ -359,7 +441,7 @@ class _Whole:
     def discard(self) -> None:
         self._close()
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            self._tier.unlink(self.path)
 
     def _close(self) -> None:
         if self._open:
@@ -390,13 +472,6 @@ def _reserve(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)  # a file system that cannot reserve
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _is_full(error: OSError) -> bool:

@@ -61,6 +61,11 @@ class FileLease(Lease):
                 view, at = view[written:], at + written
             return True
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file, open for reading and writing until `close`."""
+        return self._descriptor
+
     def revoke(self) -> None:
         """After this returns nothing writes any more."""
         with self._writing:

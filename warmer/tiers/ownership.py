@@ -7,9 +7,10 @@ import grp
 import os
 import pwd
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from warmer.errors import TierError
+from warmer.tiers.leftovers import RUN_FILES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _LEAVE = -1
 """What `chown` takes for an id that stays."""
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Ownership:
@@ -79,7 +82,7 @@ class Ownership:
                     f"tier {self._tier!r}: files cannot get the mode {self._chmod:o}: {error.strerror}"
                 ) from None
 
-    def _chown(self, file: int | Path, directory: os.stat_result) -> None:
+    def _chown(self, file: int, directory: os.stat_result) -> None:
         if self._asked is not None:
             try:
                 os.chown(file, *self._ids)
@@ -89,7 +92,7 @@ class Ownership:
                     "give files to another user, and only to a group of its own may another user"
                 ) from None
             return
-        found = os.stat(file)  # noqa: PTH116 - it may be a descriptor
+        found = os.fstat(file)
         for ids in ((directory.st_uid, _LEAVE), (_LEAVE, directory.st_gid)):
             if ids not in ((found.st_uid, _LEAVE), (_LEAVE, found.st_gid)):
                 with contextlib.suppress(OSError):  # as far as it goes: `check_readable` looks at what came of it
@@ -117,21 +120,69 @@ class Ownership:
             )
 
     def make(self, directory: Path) -> None:
-        """Make a directory where there is none, and those above it; each as its parent is, or as was asked for.
+        """Make a directory where there is none; see `open`."""
+        os.close(self.open(directory))
+
+    def open(self, directory: Path) -> int:
+        """Open a directory; make it where there is none, and those above it; each as its parent is, or as was asked for.
+
+        What was made is reached by descriptors from then on. Whoever owns the parent may have put something else in its place meanwhile,
+        which must not be given away.
+
+        Returns:
+            Its descriptor.
 
         Raises:
             OSError: It cannot be made.
-            TierError: What was asked for is not permitted.
+            TierError: What was asked for is not permitted; or something else came in the place of what was made.
         """
         missing = []
         while not directory.is_dir() and directory != directory.parent:
             missing.append(directory)
             directory = directory.parent
-        for one in reversed(missing):
+        opened = os.open(directory, _DIRECTORY)
+        while missing:
+            one = missing.pop()
+            parent = opened
             try:
-                one.mkdir()
-            except (
-                FileExistsError
-            ):  # another raylet was faster; or a file is in its place, which shows at the next step
-                continue
-            self._chown(one, one.parent.stat())
+                opened = self.make_in(parent, one.name, missing[-1].name if missing else "")
+            finally:
+                os.close(parent)
+        return opened
+
+    def make_in(self, parent: int, name: str, below: str = "") -> int:
+        """Make a directory inside of another one, or open the one that is there.
+
+        Args:
+            parent: Descriptor of the directory in which it is to lie.
+            name: Of the new one.
+            below: What another process may have made in it already, beside the files of its run.
+
+        Returns:
+            Its descriptor.
+
+        Raises:
+            OSError: It cannot be made.
+            TierError: See `make`.
+        """
+        try:
+            os.mkdir(name, dir_fd=parent)
+        except FileExistsError:  # another raylet was faster; or something that is no directory is in its place
+            return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        made = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            self._expect_new(made, name, below)
+            self._chown(made, os.fstat(parent))
+        except BaseException:
+            os.close(made)
+            raise
+        return made
+
+    def _expect_new(self, made: int, name: str, below: str) -> None:
+        with os.scandir(made) as entries:
+            others = any(entry.name != below and not entry.name.startswith(RUN_FILES) for entry in entries)
+        if others or os.fstat(made).st_uid != os.geteuid():
+            raise TierError(
+                f"tier {self._tier!r}: directory {name!r} was replaced while it was being made, by a process that may write to "
+                "its parent; nothing was given away. Make the directory beforehand, as its owner"
+            )
