@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import AccessDeniedError, HFBucketError, ItemFailure, TransportError
+from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ItemFailure, TransportError
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
@@ -335,6 +335,27 @@ class Bucket:
         if not isinstance(answer, dict):
             raise TransportError("info: the Hub's answer is not a record")
         return answer
+
+    def settled(self, handle: BucketHandle, deadline: Deadline) -> BucketHandle:
+        """A handle by the name that the Hub itself has for its bucket: one that was renamed answers to its old name, too.
+
+        Args:
+            handle: This bucket's, or another one's.
+            deadline: When to give up.
+
+        Returns:
+            The handle as it is, where this token sees no such bucket.
+
+        Raises:
+            HFBucketError: See `HubClient.request`.
+        """
+        url = f"/api/buckets/{handle.bucket_id}"
+        try:
+            answer = self._hub.request("GET", url, route="info", deadline=deadline, attempts=2).json("info")
+        except (AccessDeniedError, BucketMissingError):
+            return handle
+        name = answer.get("id") if isinstance(answer, dict) else None
+        return handle.within(name) if isinstance(name, str) else handle
 
     def greet(self, deadline: Deadline) -> Answer:
         """What the Hub answers when asked for the bucket's record, a refusal included.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from hfbucket_plugin.errors import ConfigError
 
@@ -17,9 +18,25 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?")
 _SHAPE = "hf://buckets/<namespace>/<bucket>[/<prefix>]"
 
 
-@dataclass(frozen=True, slots=True)
+_PORTS = {"http": 80, "https": 443}
+
+
+def same_endpoint(one: str, other: str) -> bool:
+    """Whether two addresses are those of one Hub: the case of the host, default ports and slashes at the end do not matter."""
+    return _endpoint_identity(one) == _endpoint_identity(other)
+
+
+def _endpoint_identity(endpoint: str) -> tuple[str, str, int | None, str]:
+    parts = urlsplit(endpoint.strip())
+    host = (parts.hostname or "").rstrip(".")
+    return parts.scheme, host, parts.port or _PORTS.get(parts.scheme), parts.path.rstrip("/")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BucketHandle:
     """Where an instance keeps its objects.
+
+    Two handles are equal when they name the same place: the Hub does not tell the case of namespaces and buckets apart.
 
     Attributes:
         namespace: The user or organization.
@@ -57,6 +74,28 @@ class BucketHandle:
             if part in {".", "..", RESERVED} or not part.isprintable():
                 raise ConfigError(f"{text!r}: {part!r} cannot be a part of the prefix; choose another name")
         return cls(namespace, bucket, "/".join(prefix))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketHandle) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, str]:
+        return self.bucket_id.casefold(), self.prefix
+
+    def same_bucket(self, other: BucketHandle) -> bool:
+        """Whether another handle names the same bucket, at whatever prefix."""
+        return self._identity[0] == other._identity[0]
+
+    def within(self, bucket_id: str) -> BucketHandle:
+        """The same prefix in a bucket of the name that the Hub's API says.
+
+        Raises:
+            ConfigError: That is not the name of a bucket.
+        """
+        return BucketHandle.parse(f"{SCHEME}{bucket_id}/{self.prefix}")
 
     @property
     def bucket_id(self) -> str:

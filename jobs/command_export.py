@@ -222,7 +222,7 @@ def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[s
     if place.instance is None:
         raise ConfigError(f"plan {str(plan.path)!r} of a mirror names no source: nothing is deleted. Plan anew")
     found = endpoint(place.instance, "the plan's source", config, l2_adapters)
-    if found.named is None or found.place != place:
+    if found.named is None or not found.place.same_as(place):
         raise ConfigError(f"the plan's source is {place.where}, and {place.name!r} is {found.place.where} now")
     return found.named
 
@@ -261,7 +261,7 @@ def apply_export(
 
 def _check_ends(ends: tuple[Endpoint, Endpoint], renames: Renames, *, without_manifest: bool) -> None:
     source, destination = ends
-    if source.place.where == destination.place.where and not renames.rules:
+    if source.place.same_as(destination.place) and not renames.rules:
         raise ConfigError(f"--from and --to are the same place: {source.place.where}")
     if destination.named is not None and not destination.named.settings.writes:
         raise RefusedError(

@@ -198,7 +198,7 @@ class Export:
     def _resume(self, source: Source, destination: Destination, plan: PlanFile) -> int:
         self._plan = plan
         for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
-            if one != end.place:
+            if one.instance != end.place.instance or not one.same_as(end.place):
                 raise ConfigError(
                     f"plan {str(plan.path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now"
                 )

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.handle import BucketHandle, same_endpoint
 from hfbucket_plugin.keys import encode_name
 from jobs.ends import Held
 from jobs.guards import Extent
@@ -50,6 +51,13 @@ class Place:
     def name(self) -> str:
         """For people."""
         return self.instance or self.where
+
+    def same_as(self, other: Place) -> bool:
+        """Whether both are one place, however it is spelled; names of instances do not matter."""
+        if self.endpoint is None or other.endpoint is None:
+            return (self.endpoint, self.where) == (other.endpoint, other.where)
+        same = BucketHandle.parse(self.where) == BucketHandle.parse(other.where)
+        return same and same_endpoint(self.endpoint, other.endpoint)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""

@@ -87,7 +87,7 @@ class Classifier:
     def __init__(self, bucket: Bucket, neighbours: Sequence[BucketHandle] = ()) -> None:
         self._bucket = bucket
         own, head = bucket.handle, bucket.handle.join("")
-        others = [f"{other.prefix}/" for other in neighbours if other.bucket_id == own.bucket_id and other.prefix]
+        others = [f"{other.prefix}/" for other in neighbours if other.same_bucket(own) and other.prefix]
         self._nested = tuple(other for other in others if other.startswith(head) and other != head)
 
     def classify(self, info: ObjectInfo) -> Listed | None:

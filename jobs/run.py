@@ -24,6 +24,7 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
+from hfbucket_plugin.handle import same_endpoint
 from jobs import exits, history, mirror
 from jobs.apply import Applier
 from jobs.batch import Outcome
@@ -194,7 +195,7 @@ class Job:
         self._plan, self._resumed = plan, True
         self._name = plan.header.job
         endpoint = self._named.settings.endpoint
-        if (plan.header.bucket, plan.header.endpoint) != (bucket.handle, endpoint):
+        if plan.header.bucket != bucket.handle or not same_endpoint(plan.header.endpoint, endpoint):
             raise ConfigError(
                 f"plan {str(plan.path)!r} is for {plan.header.bucket} of {plan.header.endpoint}, and {self._named.name!r} is "
                 f"{bucket.handle} of {endpoint}"
@@ -213,13 +214,30 @@ class Job:
 
     def _expect_no_neighbour(self, bucket: Bucket, plan: PlanFile) -> None:
         """Refuse a plan that deletes what is of another instance by now."""
-        classifier = Classifier(bucket, self._order.neighbours)
+        classifier = Classifier(bucket, self._neighbours(bucket, foreign=True))
         for item in plan.items():
             if classifier.is_neighbour(item.path):
                 raise RefusedError(
                     f"{item.path!r}, which the plan deletes, belongs to another instance of the configuration: nothing is "
                     "deleted. Plan anew"
                 )
+
+    def _neighbours(self, bucket: Bucket, *, foreign: bool) -> tuple[BucketHandle, ...]:
+        """The other instances, those of this bucket by its name here: what is below their prefixes is not deleted.
+
+        Where objects that are not chunks may be deleted, the Hub is asked which of the other names lead to this bucket.
+
+        Raises:
+            HFBucketError: Nobody knows.
+        """
+        own, others = bucket.handle, self._order.neighbours
+        if not foreign or all(other.same_bucket(own) for other in others):
+            return others
+        deadline = Deadline.after(REQUEST_SECS)
+        settled = bucket.settled(own, deadline)
+        buckets = {other.bucket_id.casefold(): other for other in others}
+        ours = {name for name, other in buckets.items() if bucket.settled(other, deadline).same_bucket(settled)}
+        return tuple(other.within(own.bucket_id) if other.bucket_id.casefold() in ours else other for other in others)
 
     def _lock(self, bucket: Bucket) -> Lock:
         if not self._named.settings.writes:
@@ -287,7 +305,8 @@ class Job:
         with PlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each, heat)
             page_secs = min(PAGE_SECS, order.max_duration_secs)
-            planning.run(Classifier(bucket, order.neighbours).walk(page_secs, in_time))
+            neighbours = self._neighbours(bucket, foreign=order.foreign)
+            planning.run(Classifier(bucket, neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
             check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
@@ -187,8 +188,8 @@ def expect_fitting(bound: Bound, made: PlanFile) -> None:
         raise NothingToDoError(f"plan {str(made.path)!r} holds no chunk")
     if bound.prompt_file is not None:
         expect_recorded(bound.prompt_file, made.header.get("prompts_file"), made.path)
-    bucket, kind = str(bound.instance.settings.bucket_handle), made.header.get("takes")
-    if made.header.get("bucket", bucket) != bucket:
+    bucket, kind = bound.instance.settings.bucket_handle, made.header.get("takes")
+    if BucketHandle.parse(str(made.header.get("bucket", bucket))) != bucket:
         raise ConfigError(
             f"plan {str(made.path)!r} is of {made.header['bucket']}, and instance {bound.instance.name!r} is {bucket}: "
             "plan anew"

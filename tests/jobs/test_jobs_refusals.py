@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from plugin_support import SECRET
 
 from hfbucket_plugin.bucket import Bucket
+from hfbucket_plugin.hub import HubClient
 from hfbucket_plugin.keys import encode_name
 from localhub.faults import Fault
 
@@ -197,6 +198,48 @@ def test_what_was_left_is_of_chunks(depot):
     ran = depot.cleanup("--max-age", "14d", "--yes", "--foreign", "delete")
     assert (ran.code, ran.counts("deleted", "left")) == (0, [1, 10])
     assert depot.cleanup("--max-age", "14d", "--yes").code == 0
+
+
+def with_neighbour(stocked, bucket_id, prefix):
+    """The stocked depot's YAML, with another instance whose bucket is spelled in some way."""
+    stocked.others = {"hfbucket.eu": prefix}
+    document = json.loads(stocked.config.read_text())
+    name = "remote_storage_plugin.hfbucket.eu.bucket_handle"
+    document["extra_config"][name] = f"hf://buckets/{bucket_id}/{prefix}"
+    path = stocked.directory / "two.yaml"
+    path.write_text(json.dumps(document))
+    return ["--lmcache-config", str(path), "--foreign", "delete", "--max-delete", "100%", "--yes"]
+
+
+def test_a_neighbour_is_known_however_its_bucket_is_spelled(stocked):
+    neighbour = f"{PREFIX}/eu/notes.txt"
+    stocked.put_paths({neighbour: b"?", f"{PREFIX}/x/notes.txt": b"?"}, age=90 * DAY)
+
+    ran = stocked.cleanup("--max-age", "14d", *with_neighbour(stocked, stocked.bucket_id.upper(), f"{PREFIX}/eu"))
+
+    assert (ran.code, ran.counts("deleted")) == (0, [5]), ran.stderr
+    assert neighbour in stocked.all_paths()
+
+
+def test_a_neighbour_is_known_by_an_old_name_of_its_bucket(stocked, monkeypatch):
+    """A bucket that was renamed answers to its old name: the Hub's record says the name that it has now."""
+    neighbour, asked = f"{PREFIX}/eu/notes.txt", []
+    stocked.put_paths({neighbour: b"?"}, age=90 * DAY)
+    own = HubClient.request
+
+    def redirected(self, method, url, **more):
+        asked.append(url)
+        return own(self, method, url.replace("tests/old-name", stocked.bucket_id), **more)
+
+    monkeypatch.setattr(HubClient, "request", redirected)
+
+    ran = stocked.cleanup("--max-age", "14d", *with_neighbour(stocked, "tests/old-name", f"{PREFIX}/eu"))
+
+    assert (ran.code, ran.counts("deleted")) == (0, [4]), ran.stderr
+    assert neighbour in stocked.all_paths()
+    assert "/api/buckets/tests/old-name" in asked
+    assert stocked.cleanup("--max-age", "14d", *with_neighbour(stocked, "tests/none", f"{PREFIX}/eu")).code == 0
+    assert neighbour not in stocked.all_paths()
 
 
 def test_what_some_engine_could_read_is_never_foreign(stocked):

@@ -5,7 +5,7 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import parse_hfbuck
 from plugin_support import untimed
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.handle import RESERVED, BucketHandle
+from hfbucket_plugin.handle import RESERVED, BucketHandle, same_endpoint
 
 VALID = {
     "hf://buckets/my-org/lmcache-kv": ("my-org", "lmcache-kv", ""),
@@ -112,3 +112,38 @@ def test_without_a_prefix_every_path_is_below():
 
     assert handle.join("k") == "k"
     assert handle.relative("a/b") == "a/b"
+
+
+def test_the_case_of_namespaces_and_buckets_does_not_matter_that_of_prefixes_does():
+    one, other = (BucketHandle.parse(f"hf://buckets/{text}") for text in ("Acme/KV-1/eu", "acme/kv-1/eu"))
+
+    assert one == other
+    assert len({one, other}) == 1
+    assert str(one) != str(other), "what was written is shown"
+    assert one != BucketHandle.parse("hf://buckets/acme/kv-1/EU")
+    assert one != "hf://buckets/acme/kv-1/eu"
+    assert one.same_bucket(BucketHandle.parse("hf://buckets/ACME/kv-1"))
+    assert not one.same_bucket(BucketHandle.parse("hf://buckets/acme/kv-2/eu"))
+
+
+def test_a_handle_in_a_bucket_of_another_name_keeps_its_prefix():
+    assert str(BucketHandle.parse("hf://buckets/a/b/eu/x").within("c/d")) == "hf://buckets/c/d/eu/x"
+    with pytest.raises(ConfigError):
+        BucketHandle.parse("hf://buckets/a/b/eu").within("../x")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://huggingface.co", "https://HuggingFace.co/", True),
+        ("https://huggingface.co", "https://huggingface.co:443", True),
+        ("HTTP://hub.example.", "http://hub.example:80//", True),
+        ("http://[::1]:8080/hub/", "http://[::1]:8080/hub", True),
+        ("https://huggingface.co", "http://huggingface.co", False),
+        ("https://huggingface.co", "https://huggingface.co:8443", False),
+        ("https://huggingface.co", "https://hub.huggingface.co", False),
+        ("http://proxy/one", "http://proxy/two", False),
+    ],
+)
+def test_addresses_of_one_hub(one, other, same):
+    assert same_endpoint(one, other) is same
