@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import KEPT, Lease
 
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
+
+    from hfbucket_plugin.leases import Memory
 
 
 def bytes_of(memory_obj: MemoryObj) -> memoryview:
@@ -50,14 +52,15 @@ class SourceMemory:
 class BorrowedMemory:
     """A memory object of `lmcache server`'s, which counts no references for us: it is theirs again when the task ends.
 
-    The object itself is held until then, since its view holds nothing: it is made of an address.
+    The object itself is held until then, since its view holds nothing: it is made of an address. The server may free its memory
+    before the task ends, when it aborts a request or clears its cache by force: `memory` says whether it has.
     """
 
     def __init__(self, key: str, memory_obj: MemoryObj) -> None:
         self.key = key
-        self._memory_obj = memory_obj
+        self.memory: Memory = memory_obj if hasattr(memory_obj, "valid") else KEPT
         self.view = bytes_of(memory_obj)
-        self.lease = Lease(self.view)
+        self.lease = Lease(self.view, self.memory)
 
     def release(self) -> None:
         """Nothing to do: leases see to it that nothing touches the memory any more."""

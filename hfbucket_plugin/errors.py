@@ -15,6 +15,8 @@
     ├── BreakerOpenError                  not asked at all; closes by itself
     ├── TransportError (ConnectionError)  try again later
     │   └── DeadlineError (TimeoutError)
+    │       └── UnsentError               says nothing about the Hub or the store
+    ├── RevokedError                      the buffer's owner took it back: nothing failed
     ├── IntegrityError                    never serve these bytes
     │   └── HashMismatchError             nor trust the object
     ├── ScratchError                      make room in `download_tmp_dir`
@@ -147,6 +149,24 @@ class DeadlineError(TransportError, TimeoutError):
     """No answer before the deadline; the call was abandoned, not waited for."""
 
     kind = "deadline"
+
+
+class UnsentError(DeadlineError):
+    """The time was over before anything was sent: it waited in a queue of this process.
+
+    It says nothing about the Hub or the store, so no breaker counts it and no session is doubted for it.
+    """
+
+    kind = "deadline"
+
+
+class RevokedError(HFBucketError):
+    """The owner of a buffer took it back while it was being read or written.
+
+    It says nothing about the store or the session, so no breaker counts it and no session is doubted for it.
+    """
+
+    kind = "revoked"
 
 
 class IntegrityError(HFBucketError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
 
-from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, LocalFileError, TransportError
+from hfbucket_plugin.errors import HFBucketError, IntegrityError, LocalFileError, RevokedError, TransportError
 from hfbucket_plugin.xet import typed_errors
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class FileRead:
 
     def _expect_live(self) -> None:
         if not self._live:
-            raise DeadlineError(f"{self.name}: given up before it was read")
+            raise RevokedError(f"{self.name}: given up before it was read")
 
     def _wait(self, handle: Any) -> None:
         with self._lock:

@@ -17,8 +17,10 @@ from hfbucket_plugin.errors import (
     BudgetError,
     HFBucketError,
     MissingError,
+    RevokedError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 
 if TYPE_CHECKING:
@@ -92,8 +94,8 @@ class Guard:
         self._breakers[part].succeeded()
 
     def failed(self, part: Part, error: HFBucketError) -> None:
-        """Note that some work of a part failed for no reason of its own."""
-        if self._closed:
+        """Note that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
+        if self._closed or isinstance(error, UnsentError):
             return
         self._reasons.setdefault(part, str(error))
         if not self._breakers[part].is_open:
@@ -106,7 +108,7 @@ class Guard:
         """Note how some work of a part ended: only failures in transport speak against the part."""
         if isinstance(error, TransportError):
             self.failed(part, error)
-        elif not isinstance(error, (BudgetError, BreakerOpenError)):
+        elif not isinstance(error, (BudgetError, BreakerOpenError, RevokedError)):
             self.succeeded(part)
 
     def _tell(self, part: Part, to: Literal["open", "closed"], why: str) -> None:

@@ -220,24 +220,32 @@ class HFBucketL2Adapter(L2AdapterInterface):
         if self._settings.object_sizes == "layout":
             sizes = {group: layout_bytes(layout) for group, layout in group_layout_descs.items()}
         deadline = Deadline.after(self._settings.lookup_timeout_secs)
-        self._submit(self._lookup_threads, self._lookups, task, len(keys), self._lookup, list(keys), sizes, deadline)
+        self._locks.forget()
+        self._submit(
+            self._lookup_threads, self._lookups, task, len(keys), self._lookup, task, list(keys), sizes, deadline
+        )
         return task
 
-    def _lookup(self, keys: Sequence[ObjectKey], sizes: Mapping[int, int | None], deadline: Deadline) -> Sequence[bool]:
+    def _lookup(
+        self, task: int, keys: Sequence[ObjectKey], sizes: Mapping[int, int | None], deadline: Deadline
+    ) -> Sequence[bool]:
         names = [key_string(key) for key in keys]
         hits = self._store.found(names, [sizes.get(key.object_group_id) for key in keys], deadline=deadline)
         found = [key for key, hit in zip(keys, hits, strict=True) if hit]
         if found:
-            self._locks.add(found)
+            self._locks.add(found, task)
             self._tell(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
         """Which objects were found and locked, once; None before that."""
-        return self._lookups.take(task_id)
+        result = self._lookups.take(task_id)
+        if result is not None:
+            self._locks.answered(task_id)
+        return result
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """Take back one lock of each object; a load that LMCache gives up with it writes no more, see `Locks.unlock`."""
+        """Return one lock of each object, loaded or not; a load that LMCache gives up writes no more, see `Locks.unlock`."""
         self._locks.unlock(keys)
 
     # --- load -------------------------------------------------------------------------------------------------------

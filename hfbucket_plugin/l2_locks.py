@@ -1,121 +1,203 @@
 """Locks on objects that were looked up, and the buffers that loads of them fill.
 
-LMCache (0.5.6) locks what a lookup found, loads it, fetches the load's result, and unlocks exactly the keys that it loaded.
-When it gives a load up it unlocks the same keys without fetching the result, and frees the buffers at once: nothing may
-write into them any more. An unlock does not say which load it is for, so this is told from what is under way.
+LMCache (0.5.6) locks what a lookup finds. It then unlocks what it does not load, loads the rest, fetches the result of the
+load, and unlocks exactly the keys of the load. When it gives a load up, it unlocks the same keys without fetching the result,
+and frees the buffers. An unlock names keys only, so what it is for is inferred here. Safety does not depend on that: a
+`Lease` asks the buffer's own memory object before each copy (see `hfbucket_plugin.leases`).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lmcache.v1.distributed.api import ObjectKey
 
     from hfbucket_plugin.engine_memory import BorrowedMemory
 
+FORGOTTEN_SECS: Final = 300.0
+"""A result that LMCache has not fetched after this long belongs to a request that it aborted: its loop fetches a result as soon
+as the event is signalled, and does so before it begins another lookup."""
+
 
 class Load:
-    """A load under way, or whose keys were not unlocked yet.
+    """A load in progress, or whose keys are not unlocked yet.
 
     Args:
         keys: What it loads, in the order of the task.
-        buffers: What it fills, one a key.
+        buffers: What it fills, one for each key.
     """
 
     def __init__(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> None:
         self.keys = tuple(keys)
         self.buffers = tuple(buffers)
         self.fetched = False
+        self.ended_at: float | None = None
 
     def revoke(self) -> None:
-        """Have it write no more."""
+        """Make it write no more."""
         for buffer in self.buffers:
             buffer.lease.revoke()
 
 
 class Locks:
-    """Counts locks, and takes buffers back from loads that LMCache gave up."""
+    """Counts locks, and revokes the buffers of loads that LMCache gave up; thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Seconds, monotonic; tests pass their own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._count: Counter[ObjectKey] = Counter()
-        self._running: dict[ObjectKey, list[Load]] = {}
-        self._owed: dict[tuple[ObjectKey, ...], list[Load]] = {}
+        self._unfetched: dict[int, tuple[float, tuple[ObjectKey, ...]]] = {}
+        """When a lookup ended, and what it found, by task, the oldest first; LMCache has not fetched their results."""
+        self._found: Counter[ObjectKey] = Counter()
+        """Locks of lookups whose results were fetched, which are neither returned nor passed on to a load."""
+        self._loads: list[Load] = []
         """Loads of locked objects that await an unlock, the oldest first."""
+        self._given_up: list[list[Load]] = []
+        """For each load that was given up, and is not known yet: those that it may be."""
 
     def __len__(self) -> int:
-        """Objects that are locked."""
+        """The number of objects that are locked."""
         return len(self._count)
 
-    def add(self, keys: Iterable[ObjectKey]) -> None:
-        """Lock each once more."""
+    # --- lookups ----------------------------------------------------------------------------------------------------
+
+    def add(self, keys: Iterable[ObjectKey], task: int | None = None) -> None:
+        """Lock each key once more.
+
+        Args:
+            keys: What a lookup found.
+            task: The lookup's, whose result is to be fetched (`answered`); None where the caller has it already.
+        """
+        found = tuple(keys)
         with self._lock:
-            self._count.update(keys)
+            self._count.update(found)
+            if task is None:
+                self._found.update(found)
+            else:
+                self._unfetched[task] = (self._clock(), found)
+
+    def answered(self, task: int) -> None:
+        """Record that LMCache has fetched the result of a lookup: it loads or unlocks what was found from now on."""
+        with self._lock:
+            _, found = self._unfetched.pop(task, (0.0, ()))
+            self._found.update(found)
 
     def free(self, keys: Iterable[ObjectKey]) -> list[ObjectKey]:
         """Those of the keys that nobody has locked."""
+        self.forget()
         with self._lock:
             return [key for key in keys if key not in self._count]
 
+    # --- loads ------------------------------------------------------------------------------------------------------
+
     def begin(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> Load:
-        """A load begins. Where a key is not locked, which LMCache's always are, no unlock is awaited."""
+        """Record that a load begins, of what one of the lookups found.
+
+        Where a key is not locked, which LMCache's always are, no unlock is awaited.
+        """
         load = Load(keys, buffers)
         with self._lock:
-            for key in load.keys:
-                if key in self._count:
-                    self._running.setdefault(key, []).append(load)
             if load.keys and all(key in self._count for key in load.keys):
-                self._owed.setdefault(load.keys, []).append(load)
+                _return(self._found, load.keys)
+                self._loads.append(load)
         return load
 
     def end(self, load: Load) -> None:
-        """A load has written its last."""
+        """Record that a load writes no more."""
         with self._lock:
             load.buffers = ()
-            for key in load.keys:
-                running = self._running.get(key, [])
-                if load in running:
-                    running.remove(load)
-                if not running:
-                    self._running.pop(key, None)
+            load.ended_at = self._clock()
 
     def fetched(self, load: Load) -> None:
-        """LMCache has the result of a load: an unlock of its keys follows, and is no giving up."""
-        load.fetched = True
+        """Record that LMCache has the result of a load: it was not given up, and an unlock of its keys follows."""
+        with self._lock:
+            load.fetched = True
+            self._clear(load)
+
+    # --- unlocks ----------------------------------------------------------------------------------------------------
 
     def unlock(self, keys: Sequence[ObjectKey]) -> None:
-        """Take back one lock of each object.
+        """Return one lock of each key.
 
-        Unless a load of these very keys was fetched, the unlock gives one up, where there is any: which one it does not say,
-        so none of them writes any more. Nor does any load of a key of which more loads are under way than locks are left.
+        The unlock belongs to a load of exactly these keys whose result was fetched; else to lookups that found them and from which
+        they were not loaded; else LMCache gives up a load of exactly these keys. Where that can be one load only, its buffers are
+        revoked at once. Where it can be one of several, none is revoked: the one that was given up ends when its memory is freed.
         """
+        wanted = tuple(keys)
         with self._lock:
-            for key in keys:
-                if self._count[key] > 1:
-                    self._count[key] -= 1
-                else:
-                    del self._count[key]
-            given_up = self._settle(tuple(keys))
-            for key in keys:
-                running = self._running.get(key, ())
-                if len(running) > self._count[key]:
-                    given_up.extend(running)
-            for load in given_up:
-                load.revoke()
+            _return(self._count, wanted)
+            load = next((load for load in self._loads if load.fetched and load.keys == wanted), None)
+            if load is not None:
+                self._loads.remove(load)
+            elif all(self._found[key] >= locks for key, locks in Counter(wanted).items()):
+                _return(self._found, wanted)
+            else:
+                self._give_up(wanted)
 
-    def _settle(self, keys: tuple[ObjectKey, ...]) -> list[Load]:
-        """Find the load that an unlock is for, and return those that it may have given up."""
-        loads = self._owed.get(keys)
-        if not loads:
-            return []
-        fetched = next((load for load in loads if load.fetched), None)
-        given_up = [] if fetched is not None else list(loads)
-        loads.remove(fetched or loads[0])
-        if not loads:
-            del self._owed[keys]
-        return given_up
+    def _give_up(self, keys: tuple[ObjectKey, ...]) -> None:
+        maybe = [load for load in self._loads if not load.fetched and load.keys == keys]
+        if maybe:
+            self._given_up.append(maybe)
+            if len(maybe) == 1:
+                self._clear_up()
+            return
+        for key in keys:  # LMCache does not unlock some of the keys of a load; whoever does has given up the load
+            if key in self._found:
+                _return(self._found, (key,))
+            elif key not in self._count:
+                for load in self._loads:
+                    if not load.fetched and key in load.keys:
+                        load.revoke()
+
+    def _clear(self, load: Load) -> None:
+        """A load was not given up."""
+        for maybe in self._given_up:
+            if load in maybe:
+                maybe.remove(load)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Revoke what is known by now to be given up."""
+        while (certain := next((maybe for maybe in self._given_up if len(maybe) <= 1), None)) is not None:
+            self._given_up.remove(certain)
+            for load in certain:
+                load.revoke()
+                self._loads.remove(load)
+                for maybe in self._given_up:
+                    if load in maybe:
+                        maybe.remove(load)
+
+    def forget(self) -> None:
+        """Return the locks of lookups, and drop the loads, of requests that LMCache aborted `FORGOTTEN_SECS` ago."""
+        before = self._clock() - FORGOTTEN_SECS
+        with self._lock:
+            for task, (since, found) in list(self._unfetched.items()):
+                if since > before:
+                    break
+                del self._unfetched[task]
+                _return(self._count, found)
+            for load in [load for load in self._loads if load.ended_at is not None and load.ended_at <= before]:
+                self._loads.remove(load)
+                explained = next((maybe for maybe in self._given_up if load in maybe), None)
+                if explained is not None:
+                    self._given_up.remove(explained)
+                self._clear(load)
+
+
+def _return(locks: Counter[ObjectKey], keys: Iterable[ObjectKey]) -> None:
+    """Return one lock of each key; not by `-=`, which goes through all that is locked."""
+    for key in keys:
+        if locks[key] > 1:
+            locks[key] -= 1
+        else:
+            del locks[key]

@@ -21,7 +21,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name, is_probe
-from hfbucket_plugin.leases import SourceLease
+from hfbucket_plugin.leases import KEPT, SourceLease
 from hfbucket_plugin.namer import Namer
 from hfbucket_plugin.transfer import Upload
 from hfbucket_plugin.workers import WorkerPool
@@ -86,7 +86,7 @@ class _Commit:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
-        self.leases = [SourceLease(source.view) for source in sources]
+        self.leases = [SourceLease(source.view, getattr(source, "memory", KEPT)) for source in sources]
         self.upload = Upload()
         self.files: Mapping[str, Content] = {}
         self.begun = False

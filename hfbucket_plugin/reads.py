@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
-    DeadlineError,
     HashMismatchError,
     HFBucketError,
     IntegrityError,
     MissingError,
+    RevokedError,
     ScratchError,
     ThrottledError,
     TransportError,
@@ -223,7 +223,7 @@ class Reader:
                 with path.open("wb") as out:
                     for at in range(0, read.content.size, _COPY_BYTES):
                         if (piece := read.lease.read(at, _COPY_BYTES)) is None:
-                            raise DeadlineError(f"{read.name}: given up while it was being hashed")
+                            raise RevokedError(f"{read.name}: its buffer was taken back while it was being hashed")
                         out.write(piece)
                 actual = xet_hashes([path])[0]
         except HFBucketError as error:

@@ -15,6 +15,7 @@ from hfbucket_plugin.errors import (
     DeadlineError,
     HFBucketError,
     IntegrityError,
+    RevokedError,
     TransportError,
 )
 from hfbucket_plugin.file_reads import FileRead
@@ -77,9 +78,12 @@ class Read:
         self.lease.revoke()
 
     def fail(self, error: HFBucketError) -> None:
-        """Note the first error, and let nothing write into the buffer any more."""
+        """Record the first error, and let nothing write into the buffer any more.
+
+        Whatever happens to a read whose buffer was revoked is of no concern to the owner, and is no failure of the store.
+        """
         if self.error is None:
-            self.error = error
+            self.error = error if self.live else RevokedError(f"{self.name}: its buffer was taken back")
         self.give_up()
 
 
@@ -216,7 +220,7 @@ class Transfer:
         try:
             for attempt in range(_QUICK_TRIES):
                 if not read.live or part.abandoned:
-                    read.fail(DeadlineError(f"{read.name}: given up before it was read"))
+                    read.fail(RevokedError(f"{read.name}: given up before it was read"))
                     break
                 last = attempt >= _TRIES - 1
                 reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
@@ -233,7 +237,7 @@ class Transfer:
         part.loan = loan = self._reading.borrow(deadline)
         try:
             if part.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
-                raise DeadlineError(f"{read.name}: given up before it was read")
+                raise RevokedError(f"{read.name}: given up before it was read")
             if isinstance(read, FileRead):
                 read.fetch(loan.session, attempt)
             else:
@@ -245,7 +249,8 @@ class Transfer:
                 raise
             return False
         except TransportError as error:
-            self._reading.doubt(loan)
+            if read.live:  # a read that was stopped from here says nothing about its session
+                self._reading.doubt(loan)
             if isinstance(error, _ReasonLostError) or _REASON_LOST in str(error):
                 again = not reason_last
             else:
@@ -268,7 +273,7 @@ class Transfer:
             if at + len(piece) > end:
                 raise IntegrityError(f"{read.name}: more bytes arrived than the {read.content.size} that it has")
             if not read.lease.write(at, piece):
-                raise DeadlineError(f"{read.name}: given up while it was being read")
+                raise RevokedError(f"{read.name}: its buffer was taken back while it was being read")
             at += len(piece)
             del piece  # else it would stay in memory while the next one is awaited
             part.deadline.check(read.name)
@@ -347,8 +352,10 @@ class Transfer:
             deadline.check("upload")
             # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
             piece = source.read(start, end)
-            if piece is None or ticket.abandoned:
+            if ticket.abandoned:
                 raise DeadlineError("upload: abandoned")
+            if piece is None:
+                raise RevokedError("upload: its memory was taken back")
             stream.write(piece)
         info = stream.finish().xet_info
         return Content(info.hash, info.file_size)

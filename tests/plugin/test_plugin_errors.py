@@ -25,6 +25,8 @@ TREE = {
     "BreakerOpenError": ((HFBucketError,), "breaker"),
     "TransportError": ((HFBucketError, ConnectionError), "transport"),
     "DeadlineError": ((errors.TransportError, TimeoutError), "deadline"),
+    "UnsentError": ((errors.DeadlineError,), "deadline"),
+    "RevokedError": ((HFBucketError,), "revoked"),
     "IntegrityError": ((HFBucketError,), "integrity"),
     "HashMismatchError": ((errors.IntegrityError,), "integrity"),
     "ScratchError": ((HFBucketError,), "scratch"),

@@ -17,6 +17,7 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     LocalFileError,
     MissingError,
+    RevokedError,
     ThrottledError,
     TransportError,
 )
@@ -240,7 +241,7 @@ def test_what_was_given_up_before_is_not_begun(hub, door, into, size):
     one.give_up()
     read(door, one)
     assert not one.done
-    assert isinstance(one.error, DeadlineError)
+    assert isinstance(one.error, RevokedError)
     assert left(one) == []
 
 

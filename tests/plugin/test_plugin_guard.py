@@ -15,8 +15,10 @@ from hfbucket_plugin.errors import (
     DeadlineError,
     IntegrityError,
     ObjectMissingError,
+    RevokedError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.guard import PARTS, Guard
 from hfbucket_plugin.metrics import Tally
@@ -125,6 +127,8 @@ def test_a_part_is_given_up_after_so_many_failures_in_a_row_and_the_others_are_n
     [
         (TransportError("x"), True),
         (DeadlineError("x"), True),
+        (UnsentError("x"), False),
+        (RevokedError("x"), False),
         (BudgetError("x"), False),
         (BreakerOpenError("x"), False),
         (ThrottledError("x"), False),

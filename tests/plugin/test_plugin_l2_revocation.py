@@ -63,7 +63,7 @@ def test_an_unlock_of_another_request_revokes_nothing(hub, mp):
     assert bytes_of(memory) == content(0)
 
 
-def test_a_load_that_is_given_up_while_others_hold_locks_writes_no_more(hub, mp):
+def test_an_unlock_of_what_another_request_looked_up_and_did_not_load_revokes_nothing(hub, mp):
     locked(mp)
     locked(mp)
     task, memory = loading(hub, mp)
@@ -71,8 +71,34 @@ def test_a_load_that_is_given_up_while_others_hold_locks_writes_no_more(hub, mp)
     mp.adapter.submit_unlock([_key(0)])
     hub.control.clear_faults()
 
+    assert loaded(mp, task)
+    assert bytes_of(memory) == content(0)
+
+
+def test_memory_that_is_freed_under_a_load_is_not_written_whosever_the_unlock_was(hub, mp):
+    locked(mp)
+    locked(mp)
+    task, memory = loading(hub, mp)
+
+    mp.adapter.submit_unlock([_key(0)])
+    memory.invalidate()  # as the allocator does before it gives the memory to somebody else
+    hub.control.clear_faults()
+
     assert not loaded(mp, task)
-    assert bytes_of(memory) == UNTOUCHED
+    assert bytes(memory.raw_data.numpy().tobytes()) == UNTOUCHED
+    assert mp.adapter.report_status()["breakers_open"] == []
+
+
+def test_memory_that_is_freed_under_a_store_is_not_stored(hub, mp):
+    held = hub.control.add_fault(Fault(route="paths-info", delay_s=0.3))
+    memory = _memory(content(1))
+    task = mp.adapter.submit_store_task([_key(1)], [memory])
+    eventually(lambda: hub.control.hits(held))
+    memory.invalidate()
+
+    assert not _await(mp.adapter.get_store_event_fd(), lambda: mp._stored(task)).is_successful()
+    assert mp.lookup([1]) == [False]
+    assert mp.adapter.report_status()["breakers_open"] == []
 
 
 def test_the_unlock_after_a_load_revokes_no_other_of_the_same_keys(hub, mp):
@@ -103,3 +129,28 @@ def test_locks_are_counted_and_what_is_locked_is_not_deleted(mp):
     assert mp.adapter.report_status()["locked_key_count"] == 0
     assert mp.delete([0])
     assert mp.list() == []
+
+
+def test_loads_that_lmcache_gives_up_say_nothing_about_the_store(hub, mp):
+    for _ in range(4):  # one more failure than opens a breaker
+        locked(mp)
+        task, _ = loading(hub, mp)
+        mp.adapter.submit_unlock([_key(0)])
+        hub.control.clear_faults()
+        assert not loaded(mp, task)
+
+    assert mp.adapter.report_status()["breakers_open"] == []
+    locked(mp)
+    assert loaded(mp, mp.adapter.submit_load_task([_key(0)], [_memory(UNTOUCHED)]))
+
+
+def test_a_session_is_not_doubted_for_a_buffer_that_was_taken_back(hub, mp, monkeypatch):
+    doubted = []
+    monkeypatch.setattr(mp.adapter._store.bucket.transfer._reading, "doubt", doubted.append)
+    locked(mp)
+    task, _ = loading(hub, mp)
+    mp.adapter.submit_unlock([_key(0)])
+    hub.control.clear_faults()
+
+    assert not loaded(mp, task)
+    assert doubted == []

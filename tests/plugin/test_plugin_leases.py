@@ -1,5 +1,6 @@
 """Rights to somebody else's memory that are taken back, and deadlines."""
 
+import dis
 import threading
 import time
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from plugin_support import in_threads, opened, untimed
 
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import DeadlineError
+from hfbucket_plugin.errors import DeadlineError, RevokedError
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.puts import _Commit
 from hfbucket_plugin.transfer import Upload
@@ -139,6 +140,40 @@ def test_readers_in_full_swing_never_see_what_the_owner_writes_after_the_revocat
     assert seen <= {half}
 
 
+# --- memory that the engine frees without a word ------------------------------------------------------------------------
+
+
+class Freed:
+    """A memory object whose memory belongs to somebody else."""
+
+    valid = False
+
+
+@pytest.mark.parametrize("kind", [Lease, SourceLease])
+def test_memory_that_was_freed_is_neither_written_nor_read(kind):
+    buffer, memory = bytearray(b"another"), Freed()
+    lease = kind(memoryview(buffer), memory)
+
+    assert lease.read(0, 7) is None
+    if kind is Lease:
+        assert not lease.live
+        assert not lease.write(0, b"mine")
+    assert buffer == b"another"
+
+    memory.valid = True
+    assert lease.read(0, 7) == b"another"
+
+
+def test_no_call_stands_between_the_question_whether_memory_is_valid_and_the_copy_into_it():
+    names = [(one.opname, one.argval) for one in dis.get_instructions(Lease.write)]
+    asked = max(index for index, (_, value) in enumerate(names) if value == "valid")
+    copied = next(index for index, (name, _) in enumerate(names) if name in ("STORE_SUBSCR", "STORE_SLICE"))
+
+    assert asked < copied
+    between = names[asked:copied]
+    assert not [name for name, _ in between if "CALL" in name or "JUMP_BACKWARD" in name]
+
+
 # --- a commit's -------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +230,7 @@ def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
         lease = SourceLease(memoryview(b"chunk"))
         lease.revoke()
 
-        with pytest.raises(DeadlineError, match="abandoned"):
+        with pytest.raises(RevokedError, match="taken back"):
             door.transfer.upload([b"before", lease, b"after"], Deadline.after(30), Upload())
 
 

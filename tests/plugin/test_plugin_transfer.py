@@ -16,6 +16,7 @@ from hfbucket_plugin.errors import (
     HFBucketError,
     IntegrityError,
     MissingError,
+    RevokedError,
     ThrottledError,
     TransportError,
 )
@@ -398,6 +399,24 @@ def test_a_session_whose_readers_were_abandoned_is_replaced(hub, hasty):
     assert before.retired
     assert hasty.transfer._reading._current is not before
     eventually(lambda: before.readers == 0)
+
+
+def test_a_read_whose_buffer_was_taken_back_has_not_failed_whatever_the_store_does_then(hub, hasty, monkeypatch):
+    content = stored(hasty, hub, {"a": DATA})["a"]
+    read(hasty, content)
+    doubted = []
+    monkeypatch.setattr(hasty.transfer._reading, "doubt", doubted.append)
+    hung = hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    into = Into(content)
+    reading = threading.Thread(target=hasty.transfer.read, args=([into.read], soon(1.0)))
+    reading.start()
+    eventually(lambda: hub.control.hits(hung))
+
+    into.read.lease.revoke()
+    reading.join(30)
+
+    assert isinstance(into.error, RevokedError)
+    assert doubted == []
 
 
 def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store_for_nothing(hub, door, monkeypatch):
