@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
 import threading
 import time
@@ -54,8 +55,7 @@ def take(names: Callable[[], str], directory: int) -> tuple[str, int]:
         descriptor = os.open(name, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=directory)
         try:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                kind = "flock" if lock(descriptor) else "record"
-                os.write(descriptor, json.dumps({"lease": kind, **_this_process()}).encode())
+                mark(descriptor)
                 if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino:
                     return name, descriptor
         except BaseException:
@@ -64,6 +64,54 @@ def take(names: Callable[[], str], directory: int) -> tuple[str, int]:
                 os.unlink(name, dir_fd=directory)
             raise
         os.close(descriptor)
+
+
+def mark(descriptor: int) -> None:
+    """Lock an open, empty file as this process's, and write into it which process that is.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: The file cannot be locked for another reason, or not be written.
+    """
+    kind = "flock" if lock(descriptor) else "record"
+    os.write(descriptor, json.dumps({"lease": kind, **_this_process()}).encode())
+
+
+def take_only(name: str, directory: int) -> int | None:
+    """Make the lock file that one process may have at a time; None where a live one has it.
+
+    Args:
+        name: Of the file.
+        directory: Descriptor of the directory.
+
+    Returns:
+        Its descriptor. Whoever removes the file, then closes the descriptor, gives the lock back.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
+    while True:
+        try:
+            return take(lambda: name, directory)[1]
+        except FileExistsError:
+            dead = lock_of_the_dead(name, directory)
+        if dead is None:
+            return None
+        try:
+            _remove_if(dead, name, directory)
+        finally:
+            os.close(dead)
+
+
+def _remove_if(descriptor: int, name: str, directory: int) -> None:
+    """Remove a file, if it is still the one that is open; another process may have replaced it."""
+    aside = f"{name}.{secrets.token_hex(8)}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
+        if os.stat(aside, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino:
+            os.unlink(aside, dir_fd=directory)
+        else:
+            os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def lock(descriptor: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import sqlite3
@@ -14,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from hfbucket_plugin import run_lock
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError, IntegrityError, RefusedError
 from hfbucket_plugin.transfer import xet_hashes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.ends import Chunk, Held
 
 _PART: Final = ".part-"
+_LOCK: Final = ".hfbucket-export.lock"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 """What file systems without hard links say."""
@@ -42,6 +43,8 @@ class DirectoryDestination:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._number: int | None = None
+        self._lock: int | None = None
+        self._heart: run_lock.Heartbeat | None = None
 
     @property
     def name(self) -> str:
@@ -59,17 +62,27 @@ class DirectoryDestination:
             return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._number = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._number = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            run_lock.lock(self._number)  # what earlier versions hold, and no more where there are no locks
+            self._expect_alone(self._number)
             for left in self._directory.glob(f"{_PART}*"):
                 left.unlink()
             manifest.expect_whole(self._directory)
         except BlockingIOError:
-            raise RefusedError(
-                f"another export writes to {self.name!r} now; nothing is copied. Run again later"
-            ) from None
+            raise RefusedError(self._taken) from None
         except OSError as error:
             raise ConfigError(f"--to {self.name!r} cannot be written to: {error.strerror}") from None
+
+    @property
+    def _taken(self) -> str:
+        return f"another export writes to {self.name!r} now; nothing is copied. Run again later"
+
+    def _expect_alone(self, directory: int) -> None:
+        """Take the lock file, by which exports of other nodes know of this one where locks are of one node or missing."""
+        self._lock = run_lock.take_only(_LOCK, directory)
+        if self._lock is None:
+            raise RefusedError(self._taken)
+        self._heart = run_lock.Heartbeat(self._lock)
 
     def look_up(self, keys: Sequence[str], _deadline: Deadline) -> dict[str, Held]:
         """See `Destination`. The contents are hashed."""
@@ -159,6 +172,12 @@ class DirectoryDestination:
 
     def close(self) -> None:
         """Let other exports in."""
+        if self._heart is not None and self._lock is not None and self._number is not None:
+            self._heart.stop()
+            with contextlib.suppress(OSError):  # the next export finds that nobody holds it
+                os.unlink(_LOCK, dir_fd=self._number)
+            os.close(self._lock)
+        self._heart = self._lock = None
         if self._number is not None:
             os.close(self._number)
             self._number = None

@@ -1,5 +1,7 @@
 """Exports to a directory, and imports from one: what a manifest says is checked, and no name leads elsewhere."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -8,6 +10,8 @@ from depot import DAY, key, mp_key
 from lane import Lane, ended, names
 from plugin_support import eventually, noise
 
+from hfbucket_plugin import run_lock
+from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.keys import encode_name
 from jobs import manifest
 from localhub.faults import Fault
@@ -182,6 +186,39 @@ def test_two_exports_to_one_directory(lane, tmp_path):
     assert (ran.code, "another export" in ran.stderr) == (4, True)
     assert list((tmp_path / "backup").iterdir()) == []
     assert lane.export(to=str(tmp_path / "backup")).code == 0
+
+
+def test_one_export_at_a_time_on_a_file_system_without_locks(lane, tmp_path, monkeypatch):
+    from jobs.directory_destination import DirectoryDestination
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    one, other = DirectoryDestination(tmp_path / "backup"), DirectoryDestination(tmp_path / "backup")
+    one.begin()
+    with pytest.raises(RefusedError, match="another export"):
+        other.begin()
+    other.close()
+    one.close()
+    assert lane.export(to=str(tmp_path / "backup")).code == 0
+    assert {path.name for path in (tmp_path / "backup").iterdir()} == names(KEYS) | {manifest.NAME}
+
+
+def test_an_export_of_another_node_keeps_others_out_until_it_is_silent(tmp_path, monkeypatch):
+    from jobs.directory_destination import DirectoryDestination
+
+    (tmp_path / ".hfbucket-export.lock").write_text('{"lease": "flock", "boot": "another", "pid": 1}')
+    (tmp_path / ".part-0123").write_bytes(b"being written there")
+    one = DirectoryDestination(tmp_path)
+    with pytest.raises(RefusedError, match="another export"):
+        one.begin()
+    one.close()
+    assert len([*tmp_path.iterdir()]) == 2
+    monkeypatch.setattr(run_lock, "STALE_SECS", -1.0)
+    one.begin()
+    one.close()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_bytes_that_are_not_the_object_never_become_a_file(lane, tmp_path):
