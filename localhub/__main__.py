@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that storage tokens and links hold",
     )
-    serving.add_argument("--faults", action="store_true", help="take orders for faults at /_control/faults")
+    serving.add_argument(
+        "--faults",
+        action="store_true",
+        help="take orders for faults at /_control/faults, from anybody: with --tokens too, without a token",
+    )
     serving.add_argument("--until-stdin-closes", action="store_true", help="end as well when stdin, a pipe, is closed")
     return parser
 

@@ -22,6 +22,7 @@ from localhub.database import Database
 from localhub.errors import HubError
 from localhub.faults import FaultBook
 from localhub.objects import ObjectStore
+from localhub.root import DATABASE, UPLOADS, check_root
 from localhub.routing import Routes
 from localhub.signing import Signer
 from localhub.spool import remove_stale
@@ -66,13 +67,14 @@ def make_app(options: Options) -> ASGIApp:
     """Return the ASGI application of a Hub.
 
     Raises:
-        RuntimeError: the root was made by another version of this package.
+        RuntimeError: the root was made by another version of this package, or is not a Hub's (`RootError`).
     """
     register_url_convertor("text", _Text())
-    uploads = options.root / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
+    check_root(options.root)
+    database = Database(options.root / DATABASE)
+    uploads = options.root / UPLOADS
+    uploads.mkdir(exist_ok=True)
     remove_stale(uploads)
-    database = Database(options.root / "hub.sqlite")
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="localhub")
 
     access = Access(options.tokens)

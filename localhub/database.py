@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import secrets
 import sqlite3
 import threading
@@ -51,6 +52,8 @@ CREATE TABLE arrivals (
 ) WITHOUT ROWID;
 """
 
+_TABLES = frozenset({"meta", "buckets", "files", "xorbs", "objects", "arrivals"})
+
 
 class Database:
     """The database of one root directory.
@@ -61,7 +64,8 @@ class Database:
         path: the database file; made with its schema when it is missing.
 
     Raises:
-        RuntimeError: the file was made by another version of this package.
+        RuntimeError: the file was made by another version of this package or by another program, or is damaged.
+        OSError: the lock beside it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,18 +138,31 @@ class Database:
 
     def _create(self) -> None:
         # SQLite does not wait for its turn to change to WAL, so several processes that start at once take theirs here.
-        with self._path.with_suffix(".lock").open("w") as lock:
+        lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.reader.execute("PRAGMA journal_mode = WAL")
             self._make_schema()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise RuntimeError(f"{self._path} cannot be used: {error}; remove it, or name another root") from error
+        except RuntimeError:
+            self.close()
+            raise
+        finally:
+            os.close(lock)
 
     def _make_schema(self) -> None:
         with self.transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
+                if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    raise RuntimeError(f"{self._path} is a database of another program; name another root")
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
                 connection.execute("INSERT INTO meta VALUES ('secret', ?)", (secrets.token_bytes(32),))
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             elif version != _VERSION:
                 raise RuntimeError(f"{self._path} has schema version {version}, this package reads {_VERSION}")
+            elif _TABLES - {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}:
+                raise RuntimeError(f"{self._path} is a database of another program; name another root")

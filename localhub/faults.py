@@ -2,13 +2,19 @@
 
 import asyncio
 import itertools
-import re
+import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
+import regex
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 _ACTIONS = ("status", "truncate_at", "trickle_bytes", "flip_at", "flip_every", "hang", "reset", "items")
+
+_SEARCH_SECONDS = 0.1
+"""A search that takes longer would hold up every request of the Hub."""
+
+_log = logging.getLogger("localhub")
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -21,7 +27,7 @@ class Fault(BaseModel, extra="forbid", frozen=True):
         route: name of the route that it meets (see `docs/localhub.md`), or `*` for every one.
         method: HTTP method that it meets; None for every one.
         path: text that the decoded path of the request contains.
-        path_regex: regular expression that is found in the decoded path.
+        path_regex: regular expression that is found in the decoded path; one whose search takes over 0.1 s is dropped.
         times: how many requests it meets before it is spent; None for all.
         delay_s: seconds to wait before anything else. Delays of several rules add up.
         status: answer with this HTTP status instead of serving the request.
@@ -63,8 +69,8 @@ class Fault(BaseModel, extra="forbid", frozen=True):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern or "")
-        except re.error as error:
+            regex.compile(pattern or "")
+        except regex.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
         return pattern
 
@@ -92,16 +98,31 @@ class Fault(BaseModel, extra="forbid", frozen=True):
             self.route in ("*", route)
             and (self.method is None or self.method.upper() == method)
             and (self.path is None or self.path in path)
-            and (self.path_regex is None or re.search(self.path_regex, path) is not None)
+            and (self.path_regex is None or _is_found(self.path_regex, path))
         )
 
     def refuses(self, path: str) -> str | None:
         """Return the error text for an item of a batch, or None if it is to be served."""
         if self.items is None or self.items not in path:
             return None
-        if self.items_regex is not None and re.search(self.items_regex, path) is None:
+        if self.items_regex is not None and not _is_found(self.items_regex, path):
             return None
         return self.items_error
+
+
+_too_slow: set[str] = set()
+
+
+def _is_found(pattern: str, text: str) -> bool:
+    """Search for a pattern of an order; one that once took too long is found nowhere from then on."""
+    if pattern in _too_slow:
+        return False
+    try:
+        return regex.search(pattern, text, timeout=_SEARCH_SECONDS) is not None
+    except TimeoutError:
+        _too_slow.add(pattern)
+        _log.warning("the regular expression %r took over %s s and is not used any more", pattern, _SEARCH_SECONDS)
+        return False
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Pages of a bucket's tree, by keyset: a page costs the same wherever it starts and however much is stored."""
 
 import base64
-import binascii
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +35,12 @@ def tree_page(
     siblings too.
 
     Raises:
-        HubError: 400 for a cursor that this Hub did not make.
+        HubError: 400 for a cursor that this Hub did not make, or made for another prefix.
     """
     start = decode_cursor(cursor) if cursor else prefix
     stop = after_prefix(prefix)
+    if start < prefix or (stop is not None and start >= stop):
+        raise bad_request("not a cursor of this listing")
     with store.snapshot():
         if recursive:
             items = list(store.scan(bucket, start, stop, limit + 1))
@@ -74,7 +75,7 @@ def decode_cursor(cursor: str) -> str:
     """
     try:
         return base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError) as error:
+    except ValueError as error:  # not base64, not ASCII, or not UTF-8
         raise bad_request("not a cursor of this Hub") from error
 
 

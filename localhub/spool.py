@@ -1,6 +1,8 @@
 """Request bodies on their way to the disk: in memory while they are small, in a file beyond."""
 
 import io
+import os
+import stat
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +13,7 @@ from localhub.errors import HubError
 
 _PIECE_BYTES = 1024 * 1024
 _STALE_SECONDS = 24 * 3600.0
+_PREFIX = "localhub-upload-"
 
 Run = Callable[[Callable[[], None]], Awaitable[None]]
 """Runs a blocking function in a thread."""
@@ -85,15 +88,28 @@ class Spool:
         self._held = 0
 
     def _open(self) -> IO[bytes]:
-        return tempfile.NamedTemporaryFile(dir=self._directory, delete=False)
+        return tempfile.NamedTemporaryFile(dir=self._directory, prefix=_PREFIX, delete=False)
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what processes that were killed left behind: bodies older than a day, which no upload takes."""
+    """Remove what processes that were killed left behind: bodies older than a day, which no upload takes.
+
+    Only regular files that bear the name of a body are removed, and no link is followed.
+
+    Raises:
+        OSError: The directory cannot be read, or is a link.
+    """
     oldest = time.time() - _STALE_SECONDS
-    for path in directory.iterdir():
-        try:
-            if path.stat().st_mtime < oldest:
-                path.unlink()
-        except FileNotFoundError:
-            continue
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(opened):  # noqa: PTH208 - by descriptor, which pathlib has not
+            if not name.startswith(_PREFIX):
+                continue
+            try:
+                found = os.stat(name, dir_fd=opened, follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and found.st_mtime < oldest:
+                    os.unlink(name, dir_fd=opened)
+            except FileNotFoundError:
+                continue
+    finally:
+        os.close(opened)

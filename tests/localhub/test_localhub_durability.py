@@ -1,6 +1,10 @@
+import contextlib
 import os
 import sqlite3
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -83,12 +87,27 @@ def test_memory_does_not_grow_with_what_passes(hub_factory, tmp_path):
 
 
 def test_uploads_that_were_left_behind_are_removed(tmp_path):
-    old, young = tmp_path / "old", tmp_path / "young"
-    for path in (old, young):
+    old, young, others, outside = (
+        tmp_path / "uploads" / name for name in ("localhub-upload-old", "localhub-upload-new", "thesis.pdf", "kept")
+    )
+    linked, nested = tmp_path / "uploads" / "localhub-upload-link", tmp_path / "uploads" / "localhub-upload-dir"
+    nested.mkdir(parents=True)
+    for path in (old, young, others, outside):
         path.touch()
-    os.utime(old, (0, 0))
-    remove_stale(tmp_path)
-    assert list(tmp_path.iterdir()) == [young]
+    linked.symlink_to(outside)
+    for path in (old, others, outside, nested):
+        os.utime(path, (0, 0))
+    os.utime(linked, (0, 0), follow_symlinks=False)
+
+    remove_stale(tmp_path / "uploads")
+
+    assert {path.name for path in (tmp_path / "uploads").iterdir()} == {
+        young.name,
+        others.name,
+        outside.name,
+        linked.name,
+        nested.name,
+    }
 
 
 def test_no_upload_leaves_a_file_behind(hub, bucket):
@@ -106,3 +125,94 @@ def test_a_root_of_another_version_is_refused(hub_factory, tmp_path):
     connection.close()
     with pytest.raises(HubStartError, match="schema version 99, this package reads 1"):
         hub_factory(root)
+
+
+def told(root):
+    """What the command says when it refuses a root, and what is in the root afterwards."""
+    process = subprocess.run(
+        [sys.executable, "-m", "localhub", "serve", "--root", str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("as_link", [False, True])
+def test_a_directory_of_somebody_elses_is_refused_and_left_alone(tmp_path, as_link):
+    root, uploads = tmp_path / "site", tmp_path / "site" / "uploads"
+    if as_link:
+        root.mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        uploads.symlink_to(tmp_path / "elsewhere")
+    else:
+        uploads.mkdir(parents=True)
+    picture = uploads / "picture.png"
+    picture.touch()
+    os.utime(picture, (0, 0))
+
+    assert "holds 'uploads' and no hub.sqlite, so it is not the root of a Hub" in told(root)
+    assert [path.name for path in root.rglob("*")] + [picture.exists()] == (
+        ["uploads", True] if as_link else ["uploads", "picture.png", True]
+    )
+
+
+def test_a_link_in_a_root_is_refused(tmp_path, hub_factory):
+    root = tmp_path / "root"
+    hub_factory(root).stop()
+    (root / "uploads").rmdir()
+    (root / "uploads").symlink_to(tmp_path)
+
+    assert "uploads is a symbolic link" in told(root)
+
+
+def garbage(path):
+    path.write_bytes(b"garbage" * 100)
+
+
+def cut(path):
+    path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+
+
+def of_another_program(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE meta (x)")
+
+
+def of_another_program_with_our_version(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+        connection.execute("PRAGMA user_version = 1")
+
+
+def link(path):
+    path.symlink_to("/etc/hostname")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (garbage, "hub.sqlite is not an SQLite database"),
+        (cut, "hub.sqlite cannot be used"),
+        (of_another_program, "hub.sqlite is a database of another program"),
+        (of_another_program_with_our_version, "hub.sqlite is a database of another program"),
+        (Path.mkdir, "hub.sqlite is not a regular file"),
+        (os.mkfifo, "hub.sqlite is not a regular file"),
+        (link, "hub.sqlite is not a regular file"),
+    ],
+)
+def test_what_is_no_database_of_a_hub_is_refused_in_one_line(tmp_path, make, words):
+    root = tmp_path / "root"
+    root.mkdir()
+    make(root / "hub.sqlite")
+
+    assert words in told(root)
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+
+    assert "file is not a directory" in told(tmp_path / "file")

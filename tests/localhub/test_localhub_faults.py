@@ -37,6 +37,21 @@ def xorb(hub, raw, bucket):
     return path, raw.call("GET", path).body
 
 
+@pytest.mark.parametrize("field", ["path_regex", "items_regex"])
+def test_an_expression_that_takes_too_long_is_dropped(field, caplog):
+    slow = Fault(items="", **{field: rf"^(\w|\w\w|{field})*$"})
+    path = "a" * 60 + "!"
+
+    for _ in range(2):
+        assert not (slow.meets("tree", "GET", path) and slow.refuses(path))
+
+    (told,) = caplog.messages
+    assert (
+        told
+        == f"the regular expression {slow.path_regex or slow.items_regex!r} took over 0.1 s and is not used any more"
+    )
+
+
 def test_which_requests_a_fault_meets():
     fault = Fault(route="tree", method="get", path="/ns/", path_regex="v1.?$", reset=True)
     assert fault.meets("tree", "GET", "/api/buckets/ns/name/tree/v1")

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from rawhub import Raw
 
 from localhub.hashing import to_hex
-from localhub.listing import after_prefix
+from localhub.listing import after_prefix, encode_cursor
 
 EMPTY = to_hex(bytes(32))
 PATHS = ["a", "dir/1", "dir/2", "dir/sub/3", "dir/sub/4", "dir-x/5", "dir.txt", "v1/6", "v10/7", "v1", "z"]
@@ -82,7 +82,7 @@ def test_prefixes_of_every_kind_survive_paging(small_pages):
     assert sorted(listed(api, "list/odd", "ü ?#%+&/", recursive=False)) == sorted(paths)
 
 
-@pytest.mark.parametrize("cursor", ["!!", "abc", "/w=="])
+@pytest.mark.parametrize("cursor", ["!!", "abc", "/w==", "%ED%A0%80", "%ff", "%F4%8F%BF%BF" * 300, "7aCA"])
 def test_made_up_cursors_are_refused(small_pages, cursor):
     answer = Raw(small_pages.endpoint).call("GET", f"/api/buckets/list/all/tree?cursor={cursor}")
     assert answer.status == 400
@@ -95,3 +95,12 @@ def test_after_prefix_is_the_least_string_above(prefix, text):
     inside = text.startswith(prefix)
     in_range = text >= prefix and (above is None or text < above)
     assert inside == in_range
+
+
+@pytest.mark.parametrize("position", ["a", "v10", "\U0010ffff"])
+def test_a_cursor_leads_to_nothing_outside_the_prefix(small_pages, position):
+    answer = Raw(small_pages.endpoint).call(
+        "GET", f"/api/buckets/list/all/tree/v1/?recursive=true&cursor={encode_cursor(position)}"
+    )
+    assert answer.status == 400
+    assert "cursor" in answer.error
