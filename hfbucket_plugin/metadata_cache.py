@@ -55,9 +55,18 @@ class MetadataCache:
     def put(self, key: str, content: Content | None) -> None:
         """Note what this process has just done itself: it wins over the answer to a question asked before."""
         with self._locked():
-            self._cache[key] = content
+            self._set(key, content)
             if (question := self._asking.get(key)) is not None:
                 question.overtaken[key] = content
+
+    def _set(self, key: str, content: Content | None) -> None:
+        """Replace what is known of a key.
+
+        Before 8.0 cachetools ignores a value that expires at once, as misses do with `miss_cache_ttl_secs: 0`, and goes on
+        serving the one before it.
+        """
+        self._cache.pop(key, None)
+        self._cache[key] = content
 
     def drop(self, key: str) -> None:
         """Forget a key: ask anew the next time, and do not believe the answer to a question asked before either."""
@@ -113,7 +122,7 @@ class MetadataCache:
                 else:
                     values[key] = found.get(key)
                     if key not in question.doubtful and self._asking.get(key) is question:
-                        self._cache[key] = values[key]
+                        self._set(key, values[key])
                 self._end(key, question)
         question.future.set_result(values)
         return values

@@ -50,6 +50,26 @@ def test_with_no_lifetime_nothing_is_kept_and_questions_are_still_answered():
     assert ask_and_answer(one, ["a"], {"a": B}) == {"a": B}
 
 
+def test_a_deletion_without_a_lifetime_replaces_what_was_known():
+    one = cache(hit_secs=30.0, miss_secs=0.0)
+    one.put("k", A)
+
+    one.put("k", None)
+
+    assert one.get("k") == (False, None)
+
+
+def test_an_answer_without_a_lifetime_replaces_what_became_known_meanwhile():
+    one = cache(hit_secs=30.0, miss_secs=0.0)
+    _, question, _ = one.ask(["k"])
+    with one._locked():
+        one._set("k", A)
+
+    one.answer(question, {})
+
+    assert one.get("k") == (False, None)
+
+
 def test_it_is_bounded_and_forgets_what_was_used_least_recently():
     one = cache(entries=3)
     for key in "abc":
