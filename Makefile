@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 
 VLLM_PYTHON ?= python3.11
 VLLM_VENV := .venv-vllm
+MIN_VENV := .venv-min
 
 # Tests that run side by side, in groups of about the same time each. What no group names is in the last one.
 CLUSTERS := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,fleet labels job l1_runs local_cpu_runs canary))
@@ -19,11 +20,13 @@ GROUP_4 := $(filter-out $(CLUSTERS) $(ENGINES),$(wildcard tests/warmer/test_*.py
 NAMED := tests/plugin tests/mp tests/localhub tests/demo tests/warmer
 GROUP_5 := $(filter-out $(NAMED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 GROUPS := 3 1 2 4 5
+# What is run with the oldest dependencies: all that touches them, without clusters of Ray.
+MIN_TESTS := tests/plugin tests/mp tests/localhub
 # Those that compare a model with the real thing.
 MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
 	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
 
-.PHONY: demo e2e-vllm test $(GROUPS:%=test-%) thorough faults soak lint format docs clean
+.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +53,16 @@ test: $(STAMP)  ## every test: three processes side by side, since most tests wa
 $(GROUPS:%=test-%): test-%: $(STAMP)
 	$(BIN)/python -m pytest -q $(GROUP_$*)
 
+$(MIN_VENV)/.installed: pyproject.toml constraints-min.txt
+	$(PYTHON) -m venv $(MIN_VENV)
+	$(MIN_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-min.txt 'torch==2.13.0'
+	$(MIN_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-min.txt -e '.[warmer,localhub]' \
+		hypothesis psutil pytest pytest-timeout
+	touch $@
+
+test-min: $(MIN_VENV)/.installed  ## the core of the suite with the oldest versions that pyproject.toml permits
+	$(MIN_VENV)/bin/python -m pytest -q $(MIN_TESTS)
+
 thorough: $(STAMP)  ## models against the real thing, with twenty times the examples; half an hour
 	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q --timeout=3600 $(MODELS)
 
@@ -73,5 +86,5 @@ docs: $(STAMP)  ## what is written from code: the tables of settings and of prom
 	$(BIN)/python -m faults.pages
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(MIN_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
