@@ -101,7 +101,10 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
             neighbours=handles_of(every),
             without_heat=without_heat,
         )
-    Session(report, metrics_textfile).run([(one.name, _cleaning(one, policies[one.name], order)) for one in named])
+    inputs = (("--lmcache-config", lmcache_config), ("--policy", policy))
+    Session(report, metrics_textfile, inputs).run(
+        [(one.name, _cleaning(one, policies[one.name], order)) for one in named]
+    )
 
 
 def _cleaning(named: NamedInstance, policy: Policy, order: Order) -> Callable[[ReportFile, StopSwitch], Summary]:
@@ -170,7 +173,8 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
 
         return work
 
-    Session(report, metrics_textfile).run([(one.name, removing(one)) for one in named])
+    inputs = (("--lmcache-config", lmcache_config), ("--key-file", key_file))
+    Session(report, metrics_textfile, inputs).run([(one.name, removing(one)) for one in named])
 
 
 @app.command()
@@ -212,7 +216,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
                 address=address,
                 parallel=parallel,
             )
-        apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile))
+        apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile, [("plan", plan)]))
     with options_checked():
         opened = PlanFile.open(plan, ours=True)
         header = opened.header
@@ -240,7 +244,8 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             own = replace(order, local=True, source=end)
             return Job(header.job, mine[0], own, file, stop).resume(opened)
 
-    Session(report, metrics_textfile).run([(header.instance, work)])
+    inputs = (("plan", plan), ("--lmcache-config", lmcache_config))
+    Session(report, metrics_textfile, inputs).run([(header.instance, work)])
 
 
 def _order(  # noqa: PLR0917 - as the options come

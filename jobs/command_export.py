@@ -188,7 +188,9 @@ def export(
     works: list[tuple[str, Work]] = [("the export", copying)]
     if mirror:
         works.append(("the mirror", mirroring))
-    Session(report, metrics_textfile).run(works)
+    inputs = [("--lmcache-config", lmcache_config), ("--prompts", choice.prompts)]
+    inputs += [("--keys-from", path) for path in choice.keys_from]
+    Session(report, metrics_textfile, inputs).run(works)
 
 
 def _mirror(

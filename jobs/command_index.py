@@ -74,7 +74,9 @@ def index(  # noqa: PLR0917 - Typer makes options of them
             lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
             scratch=scratch,
         )
-    Session(report, metrics_textfile).run([(one.name, _working(one, order, verify=verify)) for one in named])
+    Session(report, metrics_textfile, [("--lmcache-config", lmcache_config)]).run(
+        [(one.name, _working(one, order, verify=verify)) for one in named]
+    )
 
 
 def _working(

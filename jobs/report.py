@@ -6,11 +6,12 @@ import json
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.output_file import OutputFile
 from jobs import exits
 from jobs.batch import Outcome
 from jobs.guards import NOTHING, Extent
@@ -31,7 +32,8 @@ NAMED_FAILURES: Final = 1000
 class ReportFile:
     """The file that `--report` names: for each instance a header, a line an object, and a summary; thread-safe.
 
-    What cannot be written any more holds nothing up: the jobs go on, and `problem` says so.
+    What cannot be written any more holds nothing up: the jobs go on, and `problem` says so. The file takes the place of an
+    earlier report when it is closed. Where all jobs were refused before they touched an object, the last report stays.
 
     Args:
         path: Of the file; None for none.
@@ -47,16 +49,16 @@ class ReportFile:
         self.problem = ""
         self._path = path
         self._lock = threading.Lock()
-        try:
-            self._out: IO[str] | None = path.open("w", encoding="utf-8") if path else None
-        except OSError as error:
-            raise ConfigError(f"--report {str(path)!r} cannot be written: {error.strerror}") from None
+        self._done = False
+        self._out = OutputFile(path, "--report") if path else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line."""
         with self._lock:
             if self._out is None or self.problem:
                 return
+            refused = record.get("record") == "summary" and record.get("exit_code") in {exits.USAGE, exits.REFUSED}
+            self._done = self._done or not (refused or record.get("record") == "report")
             try:
                 self._out.write(json.dumps(record) + "\n")
                 self._out.flush()
@@ -64,12 +66,17 @@ class ReportFile:
                 self._failed(error)
 
     def close(self) -> None:
-        """End the file."""
-        if self._out is not None:
-            try:
-                self._out.close()
-            except OSError as error:
-                self._failed(error)
+        """End the file; further calls do nothing."""
+        out, self._out = self._out, None
+        if out is None:
+            return
+        if not self._done:
+            out.discard()
+            return
+        try:
+            out.commit()
+        except OSError as error:
+            self._failed(error)
 
     def _failed(self, error: OSError) -> None:
         self.problem = self.problem or f"--report {str(self._path)!r} is not whole: {error.strerror}"

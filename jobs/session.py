@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import typer
 
 from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.output_file import expect_apart
 from jobs import exits, show
 from jobs.report import ReportFile, write_metrics
 from jobs.run import code_of
@@ -61,11 +62,13 @@ class Session:
     Attributes:
         report: The file that tells of every object; None for none.
         metrics: The file for Prometheus; None for none.
+        inputs: Options with the files that the command reads: none of these is written to.
         summaries: What came of the jobs so far.
     """
 
     report: Path | None
     metrics: Path | None
+    inputs: Sequence[tuple[str, Path | None]] = ()
     summaries: list[Summary] = field(default_factory=list)
 
     def run(self, works: Sequence[tuple[str, Work]]) -> NoReturn:
@@ -79,6 +82,7 @@ class Session:
         waiting = list(works)
         file = None
         try:
+            expect_apart([("--report", self.report), ("--metrics-textfile", self.metrics)], self.inputs)
             file = ReportFile(self.report)
             # Ray prints where it likes.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
@@ -96,6 +100,8 @@ class Session:
         except HFBucketError as error:
             end(str(error), exits.worst([code_of(error), *self._codes]))
         finally:
+            if file is not None:
+                file.close()
             for summary in self.summaries:
                 sys.stdout.write(json.dumps(_told(summary, file)) + "\n")
             sys.stdout.flush()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.output_file import expect_apart
 from warmer import exits, run
 from warmer.canary import DEFAULT_REQUIRE, Canary
 from warmer.errors import ClusterError, Interrupted, PlanLostError
@@ -27,6 +28,8 @@ from warmer.warm_file import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from warmer.warmup import WarmUp
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -61,6 +64,7 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
 
     def work(stop: StopSwitch) -> dict[str, Any]:
         wanted = warm_up(config, given)
+        _expect_apart(wanted, ("--config", config))
         return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop, *page.open(wanted.report_html))
 
     _end_with(work, page)
@@ -79,7 +83,13 @@ def plan_command(
     Exits 0 when the plan is written, 2 for a wrong configuration or command, 3 when the Hub could not be reached, 4 when
     nothing was chosen, 5 when told to stop.
     """
-    _end_with(lambda _: _planned(run.plan(warm_up(config, given), out)) | {"plan": str(out)})
+
+    def work(_: StopSwitch) -> dict[str, Any]:
+        wanted = warm_up(config, given)
+        _expect_apart(wanted, ("--config", config), out=out)
+        return _planned(run.plan(wanted, out)) | {"plan": str(out)}
+
+    _end_with(work)
 
 
 @app.command("apply")
@@ -100,6 +110,7 @@ def apply_command(
     def work(stop: StopSwitch) -> dict[str, Any]:
         made = PlanFile.open(plan, ours=not dry_run)
         wanted = warm_up(config, given, run.planned_warm_up(made))
+        _expect_apart(wanted, ("--config", config), ("plan", plan))
         if not dry_run:
             return run.apply(wanted, made, stop, *page.open(wanted.report_html))
         bound = bind(wanted)
@@ -170,6 +181,7 @@ def check_command(
     def work(stop: StopSwitch) -> dict[str, Any]:
         made = PlanFile.open(plan, ours=True) if plan is not None else None
         wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
+        _expect_apart(wanted, ("--config", config), ("plan", plan), ("--canary", canary))
         page.open(wanted.report_html)
         asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
         return run.check(wanted, made, stop, require=require, hashes=verify == "hash", canary=asked)
@@ -227,6 +239,20 @@ def submit_command(
         return submit(JobsAPI(where), wanted, sys.stderr)
 
     _end_with(work)
+
+
+def _expect_apart(wanted: WarmUp, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
+    """Refuse to write to a file that the command reads."""
+    choose = wanted.choose
+    expect_apart(
+        [("--report", wanted.report), ("--report-html", wanted.report_html), ("--out", out)],
+        [
+            *inputs,
+            ("--lmcache-config", wanted.source.lmcache_config),
+            ("--prompts", choose.prompts),
+            *(("--keys-from", path) for path in choose.keys_from),
+        ],
+    )
 
 
 def _planned(header: dict[str, Any]) -> dict[str, Any]:

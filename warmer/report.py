@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import RefusedError
+from hfbucket_plugin.output_file import OutputFile
 from warmer import exits
 from warmer.orders import Counts
 from warmer.outcomes import INTERRUPTED, NO_ROOM, Copied, Failed, Present
@@ -318,15 +319,19 @@ class FailureLog:
         report: The file that the user asked for; None writes one in the temporary directory, and only when there are
             more failures than a summary names.
 
+    The file takes the place of an earlier report when it is closed, and only when there is something in it: a run that is
+    refused leaves the last report as it is.
+
     Raises:
-        OSError: The file cannot be written.
+        ConfigError: The file cannot be written.
     """
 
     def __init__(self, report: Path | None) -> None:
         self.named: list[dict[str, Any]] = []
         self.path = report
         self._broken = False
-        self._out: IO[str] | None = report.open("w", encoding="utf-8") if report else None
+        self._written = False
+        self._out: IO[str] | OutputFile | None = OutputFile(report, "--report") if report else None
 
     def add(self, tier: str, node: NodeReport, failed: Failed) -> None:
         """Name a chunk."""
@@ -364,6 +369,7 @@ class FailureLog:
         if self._out is not None:
             try:
                 self._out.write(json.dumps(record) + "\n")
+                self._written = True
             except OSError as error:
                 self._give_up(error)
 
@@ -377,7 +383,12 @@ class FailureLog:
         out, self._out = self._out, None
         if out is not None:
             try:
-                out.close()
+                if not isinstance(out, OutputFile):
+                    out.close()
+                elif self._written:
+                    out.commit()
+                else:
+                    out.discard()
             except OSError as error:
                 if not self._broken:
                     self._give_up(error)

@@ -335,11 +335,7 @@ def _expect_some(bound: Bound, choosing: Choosing, made: PlanFile, bucket: Bucke
 
 @contextlib.contextmanager
 def _reported(bound: Bound) -> Iterator[FailureLog]:
-    report = bound.warm_up.report
-    try:
-        failures = FailureLog(report)
-    except OSError as error:
-        raise ConfigError(f"--report {str(report)!r} cannot be written: {error.strerror}") from None
+    failures = FailureLog(bound.warm_up.report)
     try:
         yield failures
     finally:

@@ -1,8 +1,10 @@
 """A command as a whole: reports that cannot be written, and orders to stop between two jobs."""
 
+import json
 import os
 import signal
 
+import pytest
 from depot import NEW, OLD
 from lane import Lane
 from plugin_support import noise
@@ -38,12 +40,52 @@ def test_a_report_goes_silent_at_its_first_error(tmp_path):
         def close(self):
             raise OSError(5, "Input/output error")
 
+        commit = discard = close
+
     whole, file._out = file._out, Full()
-    whole.close()
+    whole.discard()
     file.write({})
     file.write({})
     file.close()
     assert file.problem.endswith("is not whole: No space left on device")
+
+
+def test_a_job_that_is_refused_leaves_the_last_report(stocked):
+    report = stocked.directory / "report.jsonl"
+    report.write_text("last\n")
+    refused = stocked.cleanup("--max-age", "14d", "--yes", "--max-delete", "1", "--report", str(report))
+    assert refused.code == exits.REFUSED
+    assert report.read_text() == "last\n"
+    assert stocked.cleanup("--max-age", "14d", "--yes", "--report", str(report)).code == exits.COMPLETE
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [line["record"] for line in lines] == ["report", *["object"] * 4, "summary"]
+
+
+@pytest.mark.parametrize("option", ["--report", "--metrics-textfile"])
+@pytest.mark.parametrize("read", ["--key-file", "--policy", "plan"])
+def test_what_a_command_reads_is_not_written_to(stocked, option, read):
+    given = stocked.directory / "given"
+    if read == "--key-file":
+        given.write_text(f"{OLD[0]}\n")
+        ran = stocked.run("rm", "--key-file", str(given), "--yes", option, str(given))
+    elif read == "--policy":
+        given.write_text("default: {max_age: 14d}\n")
+        ran = stocked.cleanup("--policy", str(given), "--yes", option, str(given))
+    else:
+        plans = stocked.directory / "plans"
+        stocked.cleanup("--max-age", "14d", "--dry-run", "--plan-dir", str(plans))
+        (made,) = plans.glob("*.jsonl")
+        given = made.rename(given)
+        link = stocked.directory / "link"
+        link.hardlink_to(given)
+        ran = stocked.run("apply", str(given), "--yes", option, str(link))
+    before = given.read_text()
+    assert ran.code == exits.USAGE
+    assert option in ran.stderr
+    assert read in ran.stderr
+    assert given.read_text() == before
+    assert before
+    assert stocked.left() == stocked.paths_of([*OLD, *NEW])
 
 
 def stopped_after(monkeypatch, objects):

@@ -135,7 +135,7 @@ class Applying(RuleBasedStateMachine):
         own = [chunk for chunk in self.plan.chunks_from(0) if taken_by(ranks, chunk.key)]
         expected = {chunk.key for chunk in own if self.expected(chunk.key, chunk.size) is Copied}
         for key in seen.keys() | self.tier.keys():
-            assert seen.get(key) in ([self.tier.get(key)] + [self.bucket[key]] * (key in expected)), key
+            assert seen.get(key) in [self.tier.get(key), *([self.bucket[key]] if key in expected else [])], key
             assert killed or key not in expected or seen[key] == self.bucket[key]
         self.tier = seen
 

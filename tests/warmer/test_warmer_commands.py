@@ -262,3 +262,32 @@ def test_help_names_the_exit_codes(command):
     done = CliRunner().invoke(app, [command, "--help"])
     assert done.exit_code == 0
     assert "Exits" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--report", "--report-html"])
+@pytest.mark.parametrize("read", ["--keys-from", "--config", "--lmcache-config", "--prompts"])
+def test_a_report_that_is_an_input_is_refused_before_it_is_opened(stocked, warmer, tmp_path, option, read):
+    given = tmp_path / "given"
+    texts = {
+        "--keys-from": classic_key(1) + "\n",
+        "--prompts": '{"token_ids": [1]}\n',
+        "--config": json.dumps({"choose": {"all": True}}),
+        "--lmcache-config": stocked.config.read_text(),
+    }
+    given.write_text(texts[read])
+    arguments = (
+        source(stocked, read, given) if read != "--lmcache-config" else [read, given, "--tier", "fs.warm", "--all"]
+    )
+    line = warmer("run", *arguments, option, given, code=2)
+    assert option in line
+    assert read in line
+    assert given.read_text() == texts[read]
+
+
+def test_a_report_in_a_configuration_is_not_emptied_by_a_run_that_is_refused(stocked, warmer, tmp_path):
+    report, config = tmp_path / "report.jsonl", tmp_path / "warm.yaml"
+    report.write_text("last\n")
+    source_of = {"lmcache_config": str(stocked.config), "instance": INSTANCE}
+    config.write_text(json.dumps({"source": source_of, "tiers": ["fs.warm"], "report": str(report)}))
+    assert "nothing selected" in warmer("run", "--config", config, "--model", "org/none", code=4)
+    assert report.read_text() == "last\n"

@@ -218,3 +218,12 @@ def test_a_disk_that_is_full_at_the_end_is_a_warning(run, caplog):
     log = FailureLog(Path("/dev/full"))
     log.close(run.summary(stopped=False))
     assert "cannot be written" in caplog.text
+
+
+def test_a_run_that_ends_before_its_report_has_a_line_leaves_the_last_one(tmp_path):
+    path = tmp_path / "report.jsonl"
+    path.write_text("last")
+    log = FailureLog(path)
+    log.close()
+    assert path.read_text() == "last"
+    assert [one.name for one in tmp_path.iterdir()] == ["report.jsonl"]
