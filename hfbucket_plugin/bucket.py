@@ -194,8 +194,13 @@ class Bucket:
         items = _items(answer.json("tree"), "tree")
         return [_object_info(item, "tree") for item in items if item.get("type") == "file"], answer
 
-    def add(self, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+    def add(self, files: Mapping[str, Content], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
         """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
+
+        Args:
+            files: Path to content.
+            deadline: When to give up.
+            once: See `delete`.
 
         Returns:
             What failed, by path; empty when all are there.
@@ -203,15 +208,18 @@ class Bucket:
         Raises:
             HFBucketError: The request failed as a whole.
         """
-        return self.replace((), files, deadline)
+        return self.replace((), files, deadline, once=once)
 
-    def replace(self, old: Sequence[str], files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+    def replace(
+        self, old: Sequence[str], files: Mapping[str, Content], deadline: Deadline, *, once: bool = False
+    ) -> dict[str, ItemFailure]:
         """Name contents, as `add`, and delete what they stand for, by the same call. A new one is named before an old one goes.
 
         Args:
             old: Paths to delete.
             files: Path to content.
             deadline: When to give up.
+            once: See `delete`.
 
         Returns:
             What failed, by path.
@@ -227,15 +235,19 @@ class Bucket:
             ]
             + [{"type": "deleteFile", "path": path} for path in old],
             deadline,
+            once=once,
         )
 
-    def copy(self, source: BucketHandle, files: Mapping[str, Content], deadline: Deadline) -> dict[str, ItemFailure]:
+    def copy(
+        self, source: BucketHandle, files: Mapping[str, Content], deadline: Deadline, *, once: bool = False
+    ) -> dict[str, ItemFailure]:
         """Copy contents of another bucket of the same storage region, by hash: no bytes move.
 
         Args:
             source: The bucket that holds them.
             files: Destination path to content.
             deadline: When to give up.
+            once: See `delete`.
 
         Returns:
             What failed, by path.
@@ -257,6 +269,7 @@ class Bucket:
                 for path, content in files.items()
             ],
             deadline,
+            once=once,
         )
 
     def delete(self, paths: Sequence[str], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:

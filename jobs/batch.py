@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 TRIES: Final = 4
 """Most tries at an object that fails; waiting for the Hub's quota is none."""
 
-_FRESH_SECS: Final = 3.0
-"""How old a look may be, from when it was asked for, when the delete that goes by it is sent."""
+FRESH_SECS: Final = 3.0
+"""How old a look may be, from when it was asked for, when the delete or the naming that goes by it is sent."""
 
-_DELETE_SECS: Final = 10.0
-"""When a delete is given up: the longer it is under way, the older the look that it goes by."""
+SEND_SECS: Final = 10.0
+"""When such a request is given up: the longer it is under way, the older the look that it goes by."""
 
 _PAUSE_SECS: Final = 1.0
 """After a 429 that does not say how long to wait."""
@@ -127,7 +127,7 @@ class _Look:
     @property
     def fresh(self) -> bool:
         """Whether something may still be deleted by it."""
-        return monotonic() - self.sent <= _FRESH_SECS
+        return monotonic() - self.sent <= FRESH_SECS
 
 
 class Elsewhere(Protocol):
@@ -182,7 +182,7 @@ def attempt(
         return Result(tuple(ended))
     left = tuple(todo.values())
     try:
-        failed = bucket.delete(list(todo), look.deadline.within(_DELETE_SECS), once=True)
+        failed = bucket.delete(list(todo), look.deadline.within(SEND_SECS), once=True)
     except ThrottledError as error:
         return Result(tuple(ended), Batch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
     except TransportError as error:

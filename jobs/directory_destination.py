@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import sqlite3
@@ -84,7 +85,12 @@ class DirectoryDestination:
             raise RefusedError(self._taken)
         self._heart = run_lock.Heartbeat(self._lock)
 
-    def look_up(self, keys: Sequence[str], _deadline: Deadline) -> dict[str, Held]:
+    @property
+    def fresh_secs(self) -> float:
+        """See `Destination`. Other exports are kept out, and what is new never replaces a file: a look does not grow old."""
+        return math.inf
+
+    def look_up(self, keys: Sequence[str], _deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:  # noqa: ARG002 - no Hub is asked
         """See `Destination`. The contents are hashed."""
         return look_up(self._directory, keys)
 

@@ -84,8 +84,17 @@ class Source(End, Protocol):
 class Destination(End, Protocol):
     """Where chunks go."""
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
+    @property
+    def fresh_secs(self) -> float:
+        """How old a look at it may be, from when it was asked for, when a name is given by it."""
+
+    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:
         """What it holds of some keys.
+
+        Args:
+            keys: Which.
+            deadline: When to give up.
+            patient: Whether a pause that a Hub asks for is waited out.
 
         Raises:
             HFBucketError: Nobody knows.
@@ -106,7 +115,7 @@ class Destination(End, Protocol):
         """
 
     def publish(self, staged: Mapping[str, Any], replacing: frozenset[str], deadline: Deadline) -> dict[str, str]:
-        """Make what `put` brought visible.
+        """Make what `put` brought visible, now or not at all: no request is sent twice.
 
         Args:
             staged: By key.

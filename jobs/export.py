@@ -335,7 +335,7 @@ class Export:
 
         method = find_out(source, destination, noted(), _LOOK_UP_SECS)
         if mode == "copy":
-            if method.how is How.STREAM and looked_at:
+            if method.how is How.STREAM and method.asked:
                 raise RefusedError(f"--mode copy: {method.why}. Nothing was copied; give --mode auto or stream")
             method = Method(How.COPY, "that was asked for", method.moved)
         if method.moved is not None:

@@ -14,6 +14,7 @@ from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
 from hfbucket_plugin.transfer import Read, Upload
+from jobs.batch import FRESH_SECS
 from jobs.ends import Held
 from warmer.key_files import keys_of, look_up_keys
 
@@ -78,11 +79,16 @@ class InstanceEnd:
         keys = (key for path in choice.keys_from for key in keys_of(path))
         return look_up_keys(self.bucket, keys, skipped)
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline) -> dict[str, Held]:
+    @property
+    def fresh_secs(self) -> float:
+        """See `Destination`. The rule of deletes: the Hub has no conditional write."""
+        return FRESH_SECS
+
+    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:
         """See `Destination`."""
         by_path = {self._path(key): key for key in keys}
         try:
-            found = self.bucket.stat(list(by_path), deadline)
+            found = self.bucket.stat(list(by_path), deadline, patient=patient)
         except BucketMissingError:
             if not self._may_be_missing:
                 raise
@@ -121,14 +127,14 @@ class InstanceEnd:
     def publish(self, staged: Mapping[str, Content], _replacing: frozenset[str], deadline: Deadline) -> dict[str, str]:
         """See `Destination`."""
         by_path = {self._path(key): content for key, content in staged.items()}
-        failed = self.bucket.add(by_path, deadline)
+        failed = self.bucket.add(by_path, deadline, once=True)
         return {key: failed[path].message for key in staged if (path := self._path(key)) in failed}
 
     def drop(self, staged: Mapping[str, Content]) -> None:
         """See `Destination`. What has no name is the store's own matter."""
 
     def copy(self, source: InstanceEnd, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, str]:
-        """Have the Hub copy contents from the bucket of another instance, by hash; no bytes move.
+        """Have the Hub copy contents from the bucket of another instance, by hash, now or not at all; no bytes move.
 
         Returns:
             Why, by key, for those that it did not copy.
@@ -137,7 +143,7 @@ class InstanceEnd:
             HFBucketError: The request failed as a whole.
         """
         by_path = {self._path(key): content for key, content in wanted.items()}
-        failed = self.bucket.copy(source.bucket.handle, by_path, deadline)
+        failed = self.bucket.copy(source.bucket.handle, by_path, deadline, once=True)
         return {key: failed[path].message for key in wanted if (path := self._path(key)) in failed}
 
     @contextlib.contextmanager

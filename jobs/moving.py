@@ -6,6 +6,7 @@ copied is there, under its key, with its hash.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -19,18 +20,25 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from jobs.batch import TRIES, Batch, Ended, Result
+from jobs.batch import SEND_SECS, TRIES, Batch, Ended, Result
 from jobs.ends import Chunk, Held
 from jobs.instance_end import InstanceEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from jobs.ends import Destination, Source
     from jobs.export_plan import Move
 
 _PAUSE_SECS: Final = 1.0
 """After a 429 that does not say how long to wait."""
+
+
+_AGAIN_SECS: Final = 0.25
+"""Before the second try at the first object that the Hub is asked to copy; twice as long before each further one."""
+
+_LOOK_AGAIN_SECS: Final = 15.0
+"""In a long pause the Hub is asked this often whether it is over, as `hfbucket_plugin.pacing` lets one through."""
 
 
 class How(StrEnum):
@@ -123,12 +131,73 @@ class Mover:
 
     def _copy(self, tried: Try, deadline: Deadline) -> None:
         source, destination = _instances(self._source, self._destination)
-        todo = self.as_planned(tried, tried.batch.items, deadline)
-        if not todo:
-            return
-        tried.asked |= {move.path for move in todo}
-        failed = destination.copy(source, {move.to: move.content for move in todo}, deadline)
-        self.verify(tried, todo, failed, Moved.COPIED, deadline)
+        self.name(
+            tried,
+            tried.batch.items,
+            deadline,
+            lambda moves, soon: destination.copy(source, {move.to: move.content for move in moves}, soon),
+            Moved.COPIED,
+        )
+
+    def name(
+        self,
+        tried: Try,
+        moves: Iterable[Move],
+        deadline: Deadline,
+        give: Callable[[list[Move], Deadline], dict[str, str]],
+        outcome: Moved,
+    ) -> dict[str, str]:
+        """Give contents their names at the destination where it is as planned, by the rule of deletes (`jobs.batch`).
+
+        Between the look and the naming lies one request, which is sent once and not for long: a look that has become old
+        is done again. A pause that the Hub asks for is waited out before the look, never between the two.
+
+        Args:
+            tried: Where it is noted how they end.
+            moves: What is to get a name.
+            deadline: When to give up.
+            give: Gives the names until a deadline; returns why, by key, for those that have none.
+            outcome: What they are then.
+
+        Returns:
+            What `give` returned; empty where nothing was to be named.
+
+        Raises:
+            ThrottledError: The pause is longer than the time that is left.
+            HFBucketError: Nobody knows what became of any.
+        """
+        todo = list(moves)
+        while True:
+            try:
+                sent = time.monotonic()
+                todo = self.as_planned(tried, todo, deadline, patient=False)
+                if not todo:
+                    return {}
+                if time.monotonic() - sent > self._destination.fresh_secs:
+                    deadline.check("naming what was copied")
+                    continue
+                failed = self._given(tried, todo, give, deadline.within(SEND_SECS))
+                break
+            except ThrottledError as error:
+                pause = error.retry_after or _PAUSE_SECS
+                if pause >= deadline.remaining():
+                    raise
+                time.sleep(min(pause, _LOOK_AGAIN_SECS))
+        self.verify(tried, todo, failed, outcome, deadline)
+        return failed
+
+    @staticmethod
+    def _given(
+        tried: Try, moves: list[Move], give: Callable[[list[Move], Deadline], dict[str, str]], soon: Deadline
+    ) -> dict[str, str]:
+        """Give names, and note that the destination was asked to: what a lost answer leaves there is ours."""
+        before = frozenset(tried.asked)
+        tried.asked |= {move.path for move in moves}
+        try:
+            return give(moves, soon)
+        except ThrottledError:  # nothing was named
+            tried.asked = set(before)
+            raise
 
     def _stream(self, tried: Try, deadline: Deadline) -> None:
         for moves in _windows(tried.batch.items, self.window_bytes):
@@ -147,14 +216,13 @@ class Mover:
 
     def _publish(self, tried: Try, todo: list[Move], staged: Mapping[str, Any], deadline: Deadline) -> None:
         """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""
-        named: list[Move] = []
+
+        def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+            replacing = frozenset(move.to for move in moves if move.replaces is not None)
+            return self._destination.publish({move.to: staged[move.to] for move in moves}, replacing, soon)
+
         try:
-            named = self.as_planned(tried, todo, deadline)
-            if named:
-                tried.asked |= {move.path for move in named}
-                replacing = frozenset(move.to for move in named if move.replaces is not None)
-                failed = self._destination.publish({move.to: staged[move.to] for move in named}, replacing, deadline)
-                self.verify(tried, named, failed, Moved.STREAMED, deadline)
+            self.name(tried, todo, deadline, give, Moved.STREAMED)
         finally:
             self._destination.drop({move.to: staged[move.to] for move in todo})
 
@@ -174,10 +242,10 @@ class Mover:
         self._end_gone(tried, lost, deadline)
         return chunks
 
-    def as_planned(self, tried: Try, moves: Iterable[Move], deadline: Deadline) -> list[Move]:
+    def as_planned(self, tried: Try, moves: Iterable[Move], deadline: Deadline, *, patient: bool = True) -> list[Move]:
         """Those for which the destination is as it was planned; the others end."""
         moves = list(moves)
-        held = self._destination.look_up([move.to for move in moves], deadline) if moves else {}
+        held = self._destination.look_up([move.to for move in moves], deadline, patient=patient) if moves else {}
         todo: list[Move] = []
         for move in moves:
             there = held.get(move.to)
@@ -244,11 +312,13 @@ class Method:
         how: How.
         why: In words; where the Hub decided, its own.
         moved: What was copied while that was found out.
+        asked: Whether the Hub was asked at all: it is not where nothing was to be copied any more.
     """
 
     how: How
     why: str
     moved: Move | None = None
+    asked: bool = True
 
 
 def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move], seconds: float) -> Method:
@@ -265,25 +335,48 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move
         HFBucketError: The destination cannot be looked at.
     """
     for move in moves:
-        deadline = Deadline.after(seconds)
-        tried = Try(Batch((move,)))
-        mover = Mover(source, destination, How.COPY, 0)
-        if not mover.as_planned(tried, (move,), deadline):
-            continue
         try:
-            failed = destination.copy(source, {move.to: move.content}, deadline)
+            tried, failed = _one_named(source, destination, move, seconds)
         except (RefusedError, AccessDeniedError, BucketMissingError) as error:
             return Method(How.STREAM, f"the Hub refused to copy: {error}")
-        except TransportError as error:
+        except (ThrottledError, TransportError) as error:
             raise TransportError(
                 f"whether the Hub copies is not known: {error}. Run again, or give --mode stream"
             ) from None
+        outcomes = {ended.outcome for ended in tried.ended}
+        if outcomes & {Moved.SAME, Moved.CHANGED}:
+            continue
         if not failed:
-            mover.verify(tried, [move], failed, Moved.COPIED, deadline)
-            moved = move if tried.ended else None
+            moved = move if Moved.COPIED in outcomes else None
             return Method(
                 How.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
             )
-        if not source.gone({move.key: move.content}, deadline):
+        if Moved.GONE not in outcomes:
             return Method(How.STREAM, f"the Hub refused to copy: {failed[move.to]}")
-    return Method(How.STREAM, "there was nothing to ask the Hub with")
+    return Method(How.STREAM, "there was nothing to ask the Hub with", asked=False)
+
+
+def _one_named(source: InstanceEnd, destination: InstanceEnd, move: Move, seconds: float) -> tuple[Try, dict[str, str]]:
+    """Have the Hub copy one object, trying again what may pass: what became of it, and why it has no name.
+
+    Raises:
+        HFBucketError: It was refused, or nobody knows.
+    """
+    mover = Mover(source, destination, How.COPY, 0)
+    deadline, asked = Deadline.after(seconds), frozenset[str]()
+
+    def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+        return destination.copy(source, {one.to: one.content for one in moves}, soon)
+
+    for tries in range(TRIES):
+        tried = Try(Batch((move,), tries, asked))
+        try:
+            return tried, mover.name(tried, (move,), deadline, give, Moved.COPIED)
+        except ThrottledError:
+            raise
+        except TransportError:
+            asked = frozenset(asked | tried.asked)
+            if tries + 1 == TRIES or deadline.passed:
+                raise
+            time.sleep(_AGAIN_SECS * 2**tries)
+    raise AssertionError("the last try returns or raises")

@@ -2,12 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from depot import DAY, HOUR, key, mp_key
 from lane import EU, US, Lane, names
 from plugin_support import SECRET, noise, upload
 
+from hfbucket_plugin.bucket import Bucket
+from hfbucket_plugin.errors import ThrottledError
+from hfbucket_plugin.hub import HubClient
+from hfbucket_plugin.keys import encode_name
+from jobs.instance_end import InstanceEnd
 from localhub.faults import Fault
 
 KEYS = [key(number) for number in range(6)] + [mp_key(number) for number in range(3)]
@@ -436,3 +442,66 @@ def test_our_own_records_and_the_probe_are_never_copied(lane):
 
     assert (ran.code, ran.summary["skipped"]) == (0, {"probe": 1})
     assert lane.listing(lane.eu).keys() == names(KEYS)
+
+
+def engine_writes(lane, monkeypatch, mode):
+    """An engine stores another content under the first key when the name is about to be given, while the Hub pauses."""
+    own, written = InstanceEnd.publish if mode == "stream" else InstanceEnd.copy, []
+
+    def meanwhile(self, *arguments):
+        if not written:
+            written.append(b"what an engine wrote")
+            lane.eu.put({KEYS[0]: written[0]}, age=0)
+            raise ThrottledError("the Hub pauses", 0.01)
+        return own(self, *arguments)
+
+    monkeypatch.setattr(InstanceEnd, "publish" if mode == "stream" else "copy", meanwhile)
+    return written
+
+
+@pytest.mark.parametrize("mode", ["stream", "copy", "auto"])
+def test_what_an_engine_stores_during_a_pause_of_the_hub_is_never_replaced(lane, monkeypatch, mode):
+    written = engine_writes(lane, monkeypatch, mode)
+
+    ran = lane.export("--mode", mode)
+
+    assert (ran.code, ran.counts("changed", "failed", "unfinished")) == (0, [1, 0, 0]), ran.stderr
+    assert sum(ran.counts("copied", "streamed")) == len(KEYS) - 1
+    assert lane.listing(lane.eu)[encode_name(KEYS[0])][1] == len(written[0])
+
+
+def test_copies_that_are_all_overtaken_by_engines_are_no_refusal_of_the_hub(lane, monkeypatch):
+    engine_writes(lane, monkeypatch, "copy")
+
+    ran = lane.export("--mode", "copy", "--prefix", KEYS[0])
+
+    assert (ran.code, ran.counts("changed", "copied")) == (0, [1, 0]), ran.stderr
+
+
+@pytest.mark.parametrize("mode", ["stream", "copy"])
+def test_a_name_is_given_once_by_a_look_that_is_fresh_and_never_for_long(lane, monkeypatch, mode):
+    looks, named = [], []
+    own_look, own_request = Bucket.stat, HubClient.request
+    clock = SimpleNamespace(monotonic=lambda: sum(looks), sleep=None)
+    monkeypatch.setattr("jobs.moving.time", clock)
+
+    def slow_at_first(self, paths, deadline, *, patient=True):
+        found = own_look(self, paths, deadline, patient=patient)
+        looks.append(0.0 if patient or len(looks) > 6 else 3.5)
+        return found
+
+    def noted(self, method, url, **more):
+        if more["route"] == "batch" and b"File" in more["content"] and b".hfbucket" not in more["content"]:
+            named.append((sum(looks), more["attempts"], more["patient"], more["deadline"].remaining()))
+        return own_request(self, method, url, **more)
+
+    monkeypatch.setattr(Bucket, "stat", slow_at_first)
+    monkeypatch.setattr(HubClient, "request", noted)
+
+    ran = lane.export("--mode", mode, "--parallel", "1")
+
+    assert ran.code == 0, ran.stderr
+    assert named
+    assert all(attempts == 1 and not patient and seconds <= 10 for _, attempts, patient, seconds in named)
+    assert sum(looks) > 3.5, "old looks were done again"
+    assert all(at == sum(looks) for at, *_ in named)
