@@ -186,6 +186,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     dry_run: options.DryRun = False,
     max_delete: options.StricterMaxDelete = None,
     min_age: options.StricterMinAge = None,
+    foreign: options.ForeignAgain = "keep",
     without_heat: options.WithoutHeat = False,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
@@ -203,8 +204,11 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     """
     with options_checked():
         exporting = is_export(plan)
-        if exporting and (max_delete or min_age or without_heat):
-            raise ConfigError("--max-delete, --min-age and --without-heat are for plans that delete: this one copies")
+        again = options.foreign(foreign)
+        if exporting and (max_delete or min_age or without_heat or again):
+            raise ConfigError(
+                "--max-delete, --min-age, --foreign and --without-heat are for plans that delete: this one copies"
+            )
     if exporting:
         with options_checked():
             own = ExportOrder(
@@ -218,7 +222,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             )
         apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile, [("plan", plan)]))
     with options_checked():
-        opened = PlanFile.open(plan, ours=True)
+        opened = PlanFile.open(plan, ours=True, foreign=again)
         header = opened.header
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)

@@ -169,6 +169,26 @@ class MaxDelete:
         return cls(**record)
 
 
+def check_not_more(listed: int, distinct: int, in_bucket: int) -> None:
+    """Refuse a listing that shows more than there is: pages that overlap, or objects that nobody put.
+
+    Args:
+        listed: The objects that it shows, those of it that it shows again included.
+        distinct: The same, each counted once.
+        in_bucket: How many the bucket says it has.
+
+    Raises:
+        GuardError: It shows more than one in ten too many.
+    """
+    if (listed - in_bucket) * _MISSING <= in_bucket:
+        return
+    twice = f" ({listed - distinct:,} of them again)" if distinct < listed else ""
+    raise GuardError(
+        f"the listing shows {count(listed, 'object')}{twice} where the bucket says that it has {in_bucket:,}: it is "
+        "wrong, and nothing is deleted. Run again; if the bucket's own count is wrong, give --accept-shrunk"
+    )
+
+
 def check_listing(
     listed: Extent,
     seen: int,

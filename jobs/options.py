@@ -39,6 +39,14 @@ MaxDelete = Annotated[
 Foreign = Annotated[
     str, typer.Option(metavar="keep|delete", help="What becomes of objects that are no chunks. Ours are always kept.")
 ]
+ForeignAgain = Annotated[
+    str,
+    typer.Option(
+        "--foreign",
+        metavar="keep|delete",
+        help="delete: allow objects that are not chunks in a plan that was not made with it.",
+    ),
+]
 AcceptShrunk = Annotated[
     bool, typer.Option("--accept-shrunk", help="Believe a listing that lacks much of what there was.")
 ]

@@ -5,6 +5,7 @@ A plan may be read, kept, and cut: lines taken out are objects that stay. It is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -75,17 +76,28 @@ class Header:
             "min_age_seconds": self.min_age.total_seconds(),
             "max_delete": self.max_delete.record(),
             "foreign": self.foreign,
+            "foreign_seal": self._foreign_seal(),
             "config": self.config,
             "wanted": self.wanted,
             "heat": self.heat,
         }
 
+    def _foreign_seal(self) -> str:
+        """What only a plan has that was made with `--foreign delete` as it says: an edited flag does not fit it."""
+        made = [self.job, self.instance, str(self.bucket), self.endpoint, self.made_at.isoformat(), self.foreign]
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Header:
+    def from_record(cls, record: dict[str, Any], *, foreign: bool = False) -> Header:
         """Read what `record` made.
+
+        Args:
+            record: The header.
+            foreign: Whether objects that are no chunks may be deleted whatever the plan was made for.
 
         Raises:
             ValueError: It is no header, or of another version.
+            RefusedError: It allows what the plan was not made for.
         """
         if record.get("record") != "plan" or record.get("version") != VERSION:
             raise ValueError(f"this is no plan of version {VERSION}")
@@ -93,7 +105,7 @@ class Header:
         config = record.get("config")
         if not all(isinstance(text, str) for text in texts) or not isinstance(config, str | None):
             raise ValueError("a plan's header needs job, instance, bucket, endpoint, made_at and clock, as texts")
-        return cls(
+        header = cls(
             record["job"],
             record["instance"],
             BucketHandle.parse(record["bucket"]),
@@ -107,6 +119,12 @@ class Header:
             record.get("wanted", {}),
             record["heat"] if isinstance(record.get("heat"), dict) else {},
         )
+        if header.foreign and not foreign and record.get("foreign_seal") != header._foreign_seal():
+            raise RefusedError(
+                "the plan was not made with --foreign delete, or its header was edited since: nothing is deleted. If objects "
+                "that are not chunks are to go, give --foreign delete again, or plan again"
+            )
+        return header
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,18 +316,19 @@ class PlanFile:
         self._lines = lines
 
     @classmethod
-    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False, foreign: bool = False) -> PlanFile:
         """Read a plan, every line of it.
 
         Args:
             path: Of the plan.
             ours: Whether to refuse one that somebody else could have written.
+            foreign: Whether `--foreign delete` was given again, for a plan that does not vouch for it.
 
         Raises:
             ConfigError: It cannot be read, is none, or is not whole.
             RefusedError: It names what is never deleted, or more than was planned; or it may be somebody else's.
         """
-        reader, lines = _Reader(), Sealed(path, "plan")
+        reader, lines = _Reader(foreign=foreign), Sealed(path, "plan")
         if ours:
             lines.expect_ours()
         try:
@@ -359,7 +378,8 @@ class PlanFile:
 class _Reader:
     """Reads a plan line by line."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, foreign: bool = False) -> None:
+        self._foreign = foreign
         self.number = 0
         self.header: Header | None = None
         self.totals: Totals | None = None
@@ -371,7 +391,7 @@ class _Reader:
         if self.totals is not None:
             raise ValueError("there is more after its end")
         if self.header is None:
-            self.header = Header.from_record(record)
+            self.header = Header.from_record(record, foreign=self._foreign)
         elif record.get("record") == "end":
             self.totals = Totals.from_record(record)
         else:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+import tempfile
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
 from hfbucket_plugin.keys import encode_name
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from jobs.heat import Heat
     from jobs.objects import Listed
     from jobs.plan import Header, PlanWriter
+
+_CACHE_KIB: Final = 16 * 1024
 
 TICK_OBJECTS: Final = 1000
 """As many as a page has."""
@@ -52,7 +57,8 @@ class Planning:
     Attributes:
         listed: The chunks of the instance.
         foreign: What is no chunk, and may be deleted.
-        seen: All objects of the listing.
+        seen: All objects of the listing, each counted once.
+        shown: The same, each counted as often as the listing showed it.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class Planning:
         self._tick = tick
         self._heat = heat
         self.listed = self.foreign = Extent()
-        self.seen = 0
+        self.seen = self.shown = 0
         self.kept: defaultdict[str, Extent] = defaultdict(Extent)
         self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
 
@@ -85,10 +91,7 @@ class Planning:
             self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
 
     def _chunks(self, listing: Iterable[Listed]) -> Iterator[Entry]:
-        for one in _whole(listing):
-            if self.seen % TICK_OBJECTS == 0:
-                self._tick()
-            self.seen += 1
+        for one in self._distinct(_whole(listing)):
             entry = one.entry
             if one.kind is Kind.CHUNK:
                 self.listed = self.listed.plus(entry.size)
@@ -98,6 +101,17 @@ class Planning:
                 self._take(self._selection.foreign(entry, self._header.made_at), one.info.path, "")
             else:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+
+    def _distinct(self, listing: Iterable[Listed]) -> Iterator[Listed]:
+        """Each object once: a page that the Hub shows again lends no room to the cap on deletes."""
+        with Seen() as seen:
+            for one in listing:
+                if self.shown % TICK_OBJECTS == 0:
+                    self._tick()
+                self.shown += 1
+                if seen.new(one.info.path):
+                    self.seen += 1
+                    yield one
 
     def _take(self, decision: Decision, path: str, model: str) -> None:
         entry = decision.entry
@@ -112,6 +126,36 @@ class Planning:
     def finish(self) -> None:
         """End the plan."""
         self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by), self.foreign)
+
+
+class Seen:
+    """Which paths were seen, in a temporary file. Use it as a context manager.
+
+    Paths come in their order where all is well, so that the table grows at its end: memory does not follow their number.
+    """
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="listing-")
+        self._base = sqlite3.connect(Path(self._directory.name, "seen.sqlite"), isolation_level=None)
+        self._base.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
+            "CREATE TABLE seen (path BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.close()
+        self._directory.cleanup()
+
+    def new(self, path: str) -> bool:
+        """Note a path; say whether it is the first time."""
+        return bool(
+            self._base.execute(
+                "INSERT OR IGNORE INTO seen VALUES (?)", (path.encode("utf-8", "surrogatepass"),)
+            ).rowcount
+        )
 
 
 def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:

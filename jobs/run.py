@@ -29,7 +29,7 @@ from jobs import exits, history, mirror
 from jobs.apply import Applier
 from jobs.batch import Outcome
 from jobs.executors import executing
-from jobs.guards import Extent, MaxDelete, check_listing
+from jobs.guards import Extent, GuardError, MaxDelete, check_listing, check_not_more
 from jobs.heat import UNASKED, Heat, opened_heat
 from jobs.heat_recheck import rechecking
 from jobs.hubclock import HubClock, ask
@@ -291,7 +291,8 @@ class Job:
         )
         self._file.write(header_record(header))
         last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
-        in_bucket = None if bucket.handle.prefix or order.accept_shrunk else files_in(bucket)
+        total = None if order.accept_shrunk else files_in(bucket)
+        in_bucket = None if bucket.handle.prefix else total
         path = plan_dir(order.plan_dir) / _file_name(header)
 
         def in_time() -> None:
@@ -308,6 +309,8 @@ class Job:
             neighbours = self._neighbours(bucket, foreign=order.foreign)
             planning.run(Classifier(bucket, neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
+            if total is not None:
+                _expect_not_more(bucket, planning, total)
             check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
         self._plan = plan = PlanFile.open(path)
@@ -459,6 +462,19 @@ def plan_dir(wanted: Path | None) -> Path:
 def _file_name(header: Header) -> str:
     safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
     return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+
+
+def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
+    """Refuse a listing of more than the bucket says it has, before it or after: engines wrote while it was listed.
+
+    Raises:
+        GuardError: It is one.
+        HFBucketError: The bucket does not say.
+    """
+    try:
+        check_not_more(planning.shown, planning.seen, total)
+    except GuardError:
+        check_not_more(planning.shown, planning.seen, max(total, files_in(bucket) or 0))
 
 
 def files_in(bucket: Bucket) -> int | None:

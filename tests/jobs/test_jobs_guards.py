@@ -12,7 +12,7 @@ from hfbucket_plugin.bucket import ObjectInfo
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.handle import BucketHandle
-from jobs.guards import Extent, GuardError, MaxDelete, check_listing
+from jobs.guards import Extent, GuardError, MaxDelete, check_listing, check_not_more
 from jobs.objects import Classifier, Kind
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -34,7 +34,11 @@ def kind(path, handle="hf://buckets/org/kv/kv/us", neighbours=()):
         ("kv/us/test%401%400%400%40bfloat16", Kind.PROBE),
         ("kv/us/README.md", Kind.FOREIGN),
         ("kv/us/org/model@2@0@1a@bfloat16", Kind.FOREIGN),
-        ("kv/us/deeper/org%2Fmodel%402%400%401a%40bfloat16", Kind.FOREIGN),
+        ("kv/us/org%2Fmodel%40v2%402%400%401a%40bfloat16", Kind.CHUNK),
+        ("kv/us/deeper/org%2Fmodel%402%400%401a%40bfloat16", Kind.NEIGHBOUR),  # an engine with that prefix reads it
+        ("kv/us/deeper/test%401%400%400%40bfloat16", Kind.NEIGHBOUR),
+        ("kv/us/org%2Fmodel%402%400%401a%40float4", Kind.UNKNOWN),  # a dtype of tomorrow
+        ("kv/us/deeper/README.md", Kind.FOREIGN),
         ("kv/us/.hfbucket/locks/x", Kind.OWN),
         ("kv/us/.hfbucket", Kind.OWN),
         ("kv/us/deeper/.hfbucket/reports/cleanup.json", Kind.OWN),
@@ -50,7 +54,9 @@ def test_what_another_instance_has_below_this_ones_prefix_is_its_own():
     whole, part = "hf://buckets/org/kv", "hf://buckets/org/kv/eu"
 
     assert kind("eu/m%402%400%401a%40half", whole, [whole, part]) is Kind.NEIGHBOUR
-    assert kind("eu/m%402%400%401a%40half", whole, [whole]) is Kind.FOREIGN
+    assert kind("eu/notes.txt", whole, [whole, part]) is Kind.NEIGHBOUR
+    assert kind("eu/notes.txt", whole, [whole]) is Kind.FOREIGN
+    assert kind("eu/notes.txt", whole, [whole, "hf://buckets/Org/KV/eu"]) is Kind.NEIGHBOUR
     assert kind("eu/m%402%400%401a%40half", part, [whole, part]) is Kind.CHUNK
     assert kind("eu/x/y", part, [whole, part]) is Kind.FOREIGN
 
@@ -114,3 +120,14 @@ def test_suspicious_listings(listed, seen, in_bucket, last, told):
 )
 def test_listings_that_are_believed(listed, seen, in_bucket, last):
     check_listing(Extent(listed, 1), seen, in_bucket=in_bucket, last=None if last is None else Extent(last, 1))
+
+
+@pytest.mark.parametrize(("listed", "distinct", "in_bucket"), [(24, 6, 6), (12, 12, 6), (111, 111, 100), (1, 1, 0)])
+def test_a_listing_of_more_than_there_is_is_suspicious(listed, distinct, in_bucket):
+    with pytest.raises(GuardError, match="the listing shows"):
+        check_not_more(listed, distinct, in_bucket)
+
+
+@pytest.mark.parametrize(("listed", "distinct", "in_bucket"), [(6, 6, 6), (110, 100, 100), (110, 110, 100), (1, 1, 90)])
+def test_a_page_that_is_shown_again_is_not(listed, distinct, in_bucket):
+    check_not_more(listed, distinct, in_bucket)

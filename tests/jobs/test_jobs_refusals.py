@@ -1,6 +1,7 @@
 """What `python -m jobs cleanup` refuses or leaves alone, on a real local Hub."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -310,3 +311,59 @@ def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
     ran = stocked.run("rm", OLD[0])
 
     assert (ran.code, told in ran.stderr) == (4, True), ran.stderr
+
+
+def overlapping(monkeypatch, times):
+    """The Hub's pages show each object several times."""
+    own = Bucket.list_objects
+
+    def repeated(self, prefix, *more):
+        for info in own(self, prefix, *more):
+            yield from [info] * (1 if ".hfbucket" in prefix else times)
+
+    monkeypatch.setattr(Bucket, "list_objects", repeated)
+
+
+def test_an_object_that_is_shown_again_lends_no_room_to_the_cap(depot, monkeypatch):
+    depot.put([key(number) for number in range(6)], age=20 * DAY)
+    overlapping(monkeypatch, 4)
+
+    ran = depot.cleanup("--max-objects", "1", "--yes")
+    assert (ran.code, "24 objects (18 of them again)" in ran.stderr) == (4, False), "in a bucket of 7 files"
+    assert "again) where the bucket says that it has 7" in ran.stderr
+
+    ran = depot.cleanup("--max-objects", "1", "--yes", "--accept-shrunk")
+    assert (ran.code, ran.counts("listed", "planned")) == (4, [6, 5])
+    assert "--max-delete" in ran.stderr
+    assert len(depot.left()) == 6
+
+
+def edited(plan, path):
+    """A plan into which somebody wrote that what is no chunk may be deleted, and what."""
+    header, *items, end = Path(plan).read_text().splitlines()
+    record = json.loads(items[0]) | {"path": path, "key": path.rpartition("/")[2]}
+    lines = [json.dumps(json.loads(header) | {"foreign": True}), json.dumps(record), *items[1:], end]
+    Path(plan).write_text("\n".join(lines) + "\n")
+
+
+def test_what_a_plan_was_not_made_for_is_not_deleted_unless_it_is_asked_for_again(stocked, tmp_path):
+    theirs = f"{PREFIX}/README.md"
+    stocked.put_paths({theirs: b"?"}, age=20 * DAY)
+    plan = stocked.cleanup("--max-age", "14d", "--plan-dir", str(tmp_path / "kept")).summary["plan"]
+    edited(plan, theirs)
+
+    ran = stocked.run("apply", plan, "--yes")
+
+    assert (ran.code, ran.stdout) == (4, "")
+    assert "was not made with --foreign delete" in ran.stderr
+    assert theirs in stocked.all_paths()
+    assert stocked.run("apply", plan, "--yes", "--foreign", "delete").code == 0
+
+
+def test_a_plan_that_was_made_for_it_needs_no_flag(stocked, tmp_path):
+    theirs = f"{PREFIX}/README.md"
+    stocked.put_paths({theirs: b"?"}, age=20 * DAY)
+    plans = ("--plan-dir", str(tmp_path / "kept"))
+    plan = stocked.cleanup("--max-age", "14d", "--foreign", "delete", *plans).summary["plan"]
+
+    assert stocked.run("apply", plan, "--yes").counts("deleted") == [5]
