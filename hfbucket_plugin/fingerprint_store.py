@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.content import Content
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.fingerprint import Space
+    from hfbucket_plugin.own_objects import Bytes
 
 DIRECTORY: Final = f"{RESERVED}/fingerprints"
 
@@ -131,7 +132,7 @@ class FingerprintStore:
     def _content(self, info: ObjectInfo, deadline: Deadline) -> bytes:
         return _bytes(self._contents([info], deadline)[0])
 
-    def _contents(self, infos: Sequence[ObjectInfo], deadline: Deadline) -> list[bytearray | HFBucketError]:
+    def _contents(self, infos: Sequence[ObjectInfo], deadline: Deadline) -> list[Bytes | HFBucketError]:
         fitting = [info for info in infos if info.content.size <= MAX_BYTES]
         read = iter(self._own.read([(info.path, info.content) for info in fitting], deadline) if fitting else [])
         return [
@@ -295,7 +296,7 @@ def _decoded(name: str) -> str:
     return next((model for model, dots in _DOTS.items() if dots == name), "") or decode_name(name)
 
 
-def _claimed(info: ObjectInfo, data: bytearray | HFBucketError, model: str) -> Claimed:
+def _claimed(info: ObjectInfo, data: Bytes | HFBucketError, model: str) -> Claimed:
     try:
         fingerprint = Claim.from_json(_bytes(data), info.path)
         if fingerprint.model != model:
@@ -305,7 +306,7 @@ def _claimed(info: ObjectInfo, data: bytearray | HFBucketError, model: str) -> C
     return Claimed(info.path, info.uploaded_at, fingerprint)
 
 
-def _bytes(data: bytearray | HFBucketError) -> bytes:
+def _bytes(data: Bytes | HFBucketError) -> bytes:
     if isinstance(data, HFBucketError):
         raise data
     return bytes(data)

@@ -121,13 +121,15 @@ class Recent:
             if (hub is not None and note.hub < hub) or (mono is not None and note.mono < mono)
         )
 
-    def overruled(self, changes: Table) -> None:
+    def overruled(self, *changes: Table) -> None:
         """Forget what was told before something newer happened to the key, as journals say."""
         told = [(digest, note) for digest, note in self._copy() if note.told]
-        if told:
-            where = changes.find(np.frombuffer(b"".join(digest for digest, _ in told), "<u8").reshape(-1, 2)).tolist()
-            newer = zip(told, where, strict=True)
-            self._drop_where(one for one, at in newer if at >= 0 and changes.rows["at"][at] > one[1].hub)
+        if not told:
+            return
+        digests = np.frombuffer(b"".join(digest for digest, _ in told), "<u8").reshape(-1, 2)
+        for table in changes:
+            newer = zip(told, table.find(digests).tolist(), strict=True)
+            self._drop_where(one for one, at in newer if at >= 0 and table.rows[at]["at"] > one[1].hub)
 
     def _copy(self) -> list[tuple[bytes, Note]]:
         with self._lock:

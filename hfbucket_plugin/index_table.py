@@ -47,6 +47,9 @@ DELETED: Final = 2
 READ: Final = 3
 """In journals only: hits of a key, which change nothing of it (`heat`)."""
 
+LOST: Final = 4
+"""In journals of hits only: hits of which nobody will know of which keys they were (`heat`)."""
+
 
 def digests_of(names: Iterable[str]) -> NDArray[np.uint64]:
     """The digests of object names below an instance's prefix.
@@ -125,6 +128,11 @@ class Table:
         return len(self.rows)
 
     @property
+    def first_words(self) -> NDArray[np.uint64]:
+        """The first digest words of the rows, side by side."""
+        return self._hi
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes in memory."""
         return int(self.rows.nbytes + self._hi.nbytes)
@@ -153,20 +161,58 @@ EMPTY: Final = Table(np.zeros(0, ROW))
 NO_CHANGES: Final = Table(np.zeros(0, CHANGE))
 
 
+_BLOCK_ROWS: Final = 16_384
+"""Rows of one step: NumPy holds Python's lock in some calls, and an engine must not wait for it. A step takes some milliseconds."""
+
+
+def gathered(rows: Rows, order: NDArray[np.int64]) -> Rows:
+    """Rows in some order, a block at a time."""
+    out = np.empty(len(order), rows.dtype)
+    for start in range(0, len(order), _BLOCK_ROWS):
+        some = slice(start, start + _BLOCK_ROWS)
+        out[some] = rows.take(order[some])
+    return out
+
+
 def in_order(rows: Rows) -> Rows:
     """Rows sorted by their digests; those of one digest stay in the order in which they came."""
-    ordered: Rows = rows[np.lexsort((rows["digest_lo"], rows["digest_hi"]))]
+    ordered = gathered(rows, np.argsort(np.ascontiguousarray(rows["digest_hi"]), kind="stable"))
+    tied = _tied(ordered["digest_hi"])
+    if len(tied):  # 64 bits alike: keys that are there twice, and hardly any others
+        some = ordered.take(tied)
+        ordered[tied] = some.take(np.lexsort((some["digest_lo"], some["digest_hi"])))
     return ordered
+
+
+def _tied(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where sorted words are like the one before or after."""
+    found: list[NDArray[np.int64]] = []
+    for start in range(0, len(words), _BLOCK_ROWS):
+        begin, end = max(0, start - 1), min(len(words), start + _BLOCK_ROWS + 1)
+        alike = words[begin + 1 : end] == words[begin : end - 1]
+        tied = np.zeros(end - begin, bool)
+        tied[1:] |= alike
+        tied[:-1] |= alike
+        found.append(np.flatnonzero(tied[start - begin : start - begin + _BLOCK_ROWS]) + start)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def last_of_each(rows: Rows) -> Rows:
     """Of sorted rows the last one of each digest."""
-    if not len(rows):
+    lasts = [_last_in(rows, start) for start in range(0, len(rows), _BLOCK_ROWS)]
+    if sum(map(len, lasts)) == len(rows):
         return rows
-    last = np.ones(len(rows), bool)
-    last[:-1] = (rows["digest_hi"][1:] != rows["digest_hi"][:-1]) | (rows["digest_lo"][1:] != rows["digest_lo"][:-1])
-    kept: Rows = rows[last]
-    return kept
+    return gathered(rows, np.concatenate(lasts))
+
+
+def _last_in(rows: Rows, start: int) -> NDArray[np.int64]:
+    """Where the last row of each digest is, in a block."""
+    block = rows[start : start + _BLOCK_ROWS + 1]
+    last = np.ones(len(block), bool)
+    last[:-1] = (block["digest_hi"][1:] != block["digest_hi"][:-1]) | (
+        block["digest_lo"][1:] != block["digest_lo"][:-1]
+    )
+    return np.flatnonzero(last[:_BLOCK_ROWS]) + start
 
 
 def newest(*changes: Rows) -> Rows:
@@ -176,7 +222,16 @@ def newest(*changes: Rows) -> Rows:
     wins: a put that is believed wrongly is one miss at a read, a delete that is believed wrongly hides a chunk for longer;
     between puts the larger hash decides.
     """
-    rows = np.concatenate(changes) if changes else np.zeros(0, CHANGE)
+    rows = in_order(np.concatenate(changes)) if changes else np.zeros(0, CHANGE)
+    tied = _tied(rows["digest_hi"])
+    if not len(tied):
+        return rows
+    rows[tied] = _oldest_first(rows.take(tied))
+    return last_of_each(rows)
+
+
+def _oldest_first(rows: Rows) -> Rows:
+    """Changes by digest, the newest of each last."""
     # bytes of the hash, last key first: any order will do, if it is the same for everyone
     words = np.ascontiguousarray(rows["xet_hash"]).view("<u8").reshape(-1, HASH_BYTES // 8)
     order = np.lexsort(
@@ -189,7 +244,36 @@ def newest(*changes: Rows) -> Rows:
             rows["digest_hi"],
         )
     )
-    return last_of_each(rows[order])
+    return gathered(rows, order)
+
+
+def merged(one: Table, other: Table) -> Table:
+    """Changes of two tables as one, the newest of each digest; a block at a time, without sorting all of it again."""
+    if not len(one) or not len(other):
+        return one if len(one) else other
+    large, small = (one, other) if len(one) >= len(other) else (other, one)
+    out = np.empty(len(large) + len(small), large.rows.dtype)
+    filled = at = taken = 0
+    while at < len(large) or taken < len(small):
+        end = min(len(large), at + _BLOCK_ROWS)
+        upto = len(small)
+        if end < len(large):  # rows whose first words are alike stay together
+            bound = large.first_words[end]
+            end = int(np.searchsorted(large.first_words, bound))
+            upto = int(np.searchsorted(small.first_words, bound))
+            if end <= at:  # a whole block of one word
+                end = int(np.searchsorted(large.first_words, bound, side="right"))
+                upto = int(np.searchsorted(small.first_words, bound, side="right"))
+        some = newest(large.rows[at:end], small.rows[taken:upto])
+        out[filled : filled + len(some)] = some
+        filled, at, taken = filled + len(some), end, upto
+    return Table(out[:filled])
+
+
+def beats(change: Any, other: Any) -> bool:
+    """Whether a change of a key is newer than another one of it, by the order of `newest`."""
+    pair = np.stack([other, change])
+    return bool(_oldest_first(pair)[-1] == change)
 
 
 def applied(rows: Rows, changes: Rows) -> Rows:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.index_table import NO_CHANGES, PUT, Table, content_of, newest
+from hfbucket_plugin.index_table import NO_CHANGES, PUT, Table, beats, content_of, merged, newest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,10 @@ class Absent(Enum):
     """It was deleted since the snapshot."""
 
 
+_RATIO: Final = 4
+"""By how much a tier of changes is larger than the next one at least: so a change is merged a few times, however many there are."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """A snapshot, and what happened since.
@@ -36,13 +40,15 @@ class View:
         base: The snapshot.
         covers: See `Pointer`: journals that the Hub took earlier are in it.
         listed: See there: what happened earlier is in it.
-        changes: Rows of `CHANGE`: what was folded in, the newest of each key.
+        changes: Rows of `CHANGE`: what was folded in, the newest of each key, but for what the tiers have.
+        tiers: The same, of what was folded in of late; each is smaller than the one before. A key may be in several.
     """
 
     base: Table
     covers: float
     listed: float
     changes: Table = NO_CHANGES
+    tiers: tuple[Table, ...] = ()
 
     def look_up(self, digests: NDArray[np.uint64]) -> Sequence[Content | Absent]:
         """What is known of keys, each by the newest that was told of it.
@@ -52,10 +58,8 @@ class View:
         """
         found: list[Content | Absent] = []
         in_base = self.base.find(digests)
-        in_changes = self.changes.find(digests)
-        for base, change in zip(in_base.tolist(), in_changes.tolist(), strict=True):
-            if change >= 0:
-                row: Any = self.changes.rows[change]
+        for base, row in zip(in_base.tolist(), self.changed(digests), strict=True):
+            if row is not None:
                 found.append(content_of(row) if row["kind"] == PUT else Absent.DELETED)
             elif base >= 0:
                 found.append(content_of(self.base.rows[base]))
@@ -63,12 +67,35 @@ class View:
                 found.append(Absent.UNKNOWN)
         return found
 
+    def changed(self, digests: NDArray[np.uint64]) -> list[Any]:
+        """The newest change of each key, a row of `CHANGE`; None where there is none.
+
+        Args:
+            digests: Shape (n, 2), see `digests_of`.
+        """
+        found: list[Any] = [None] * len(digests)
+        for table in (self.changes, *self.tiers):
+            if not len(table):
+                continue
+            for index, at in enumerate(table.find(digests).tolist()):
+                if at >= 0:
+                    row, known = table.rows[at], found[index]
+                    found[index] = row if known is None or beats(row, known) else known
+        return found
+
     def folded(self, *changes: Rows) -> View:
-        """The view after more changes, in whatever order and however often they are told."""
+        """The view after more changes, in whatever order and however often they are told.
+
+        Only what is new is sorted. It is merged with as much of what there is as it is not much smaller than.
+        """
         late = [rows[rows["at"] >= self.listed] for rows in changes]
         if not any(len(rows) for rows in late):
             return self
-        return View(self.base, self.covers, self.listed, Table(newest(self.changes.rows, *late)))
+        tiers = [self.changes, *self.tiers, Table(newest(*late))]
+        while len(tiers) > 1 and len(tiers[-2]) < _RATIO * len(tiers[-1]):
+            small = tiers.pop()
+            tiers[-1] = merged(tiers[-1], small)
+        return View(self.base, self.covers, self.listed, tiers[0], tuple(tiers[1:]))
 
     @property
     def keys(self) -> int:
@@ -78,4 +105,4 @@ class View:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in memory."""
-        return self.base.nbytes + self.changes.nbytes
+        return self.base.nbytes + self.changes.nbytes + sum(tier.nbytes for tier in self.tiers)

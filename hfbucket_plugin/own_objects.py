@@ -6,10 +6,11 @@ Nothing here outlasts its deadline, and nothing waits for a thread that hangs in
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, TransportError
 from hfbucket_plugin.leases import Lease
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.leases import SourceLease
 
+Bytes = bytearray | mmap.mmap
+"""What an object was read into."""
+
 
 class OwnObjects:
     """Reads and writes small objects of ours.
@@ -37,7 +41,7 @@ class OwnObjects:
         self._bucket = bucket
         self._uploads = WorkerPool(f"hfbucket-own-{name}", 1, 1)
 
-    def read(self, objects: Sequence[tuple[str, Content]], deadline: Deadline) -> list[bytearray | HFBucketError]:
+    def read(self, objects: Sequence[tuple[str, Content]], deadline: Deadline) -> list[Bytes | HFBucketError]:
         """Read objects side by side, and compare each with its hash. They are all in memory at one time.
 
         Args:
@@ -47,18 +51,21 @@ class OwnObjects:
         Returns:
             The bytes of each, or why they did not arrive.
         """
-        whole = [bytearray(content.size) for _, content in objects]
-        reads = [
-            Read(name, content, Lease(memoryview(data))) for (name, content), data in zip(objects, whole, strict=True)
-        ]
-        try:
-            self._bucket.transfer.read(reads, deadline)
-        finally:
-            for read in reads:
-                read.lease.revoke()
-        arrived = [index for index, read in enumerate(reads) if read.error is None]
-        hashes = dict(zip(arrived, _hashes([whole[index] for index in arrived]), strict=True))
-        results: list[bytearray | HFBucketError] = []
+        with contextlib.ExitStack() as stack:
+            memory = [stack.enter_context(_Memory(content.size)) for _, content in objects]
+            whole = [one.data for one in memory]
+            reads = [
+                Read(name, content, Lease(memoryview(data)))
+                for (name, content), data in zip(objects, whole, strict=True)
+            ]
+            try:
+                self._bucket.transfer.read(reads, deadline)
+            finally:
+                for read in reads:
+                    read.lease.revoke()
+            arrived = [index for index, read in enumerate(reads) if read.error is None]
+            hashes = dict(zip(arrived, _hashes_of([memory[index] for index in arrived]), strict=True))
+        results: list[Bytes | HFBucketError] = []
         for index, (read, data) in enumerate(zip(reads, whole, strict=True)):
             if read.error is not None:
                 results.append(read.error)
@@ -99,22 +106,65 @@ class OwnObjects:
 _HASHED_TOGETHER = 64
 """Files open at one time: one call for many small ones is much faster than one call each."""
 
+_MAPPED_BYTES = 1024 * 1024
+"""From here on bytes lie where they are hashed. Smaller ones are copied for it, so that thousands need no descriptor each."""
 
-def _hashes(contents: Sequence[bytearray]) -> list[str]:
-    """The Xet hashes of bytes. hf_xet hashes files only; these are in memory, so that no directory is needed.
+
+class _Memory:
+    """Memory for an object that is to be read and hashed: a file without a path, mapped, where it is not small.
+
+    hf_xet hashes files only. Nothing is filled with zeros while Python's lock is held. Use it as a context manager: its
+    descriptor goes at the end, and the bytes stay for as long as somebody has them.
+
+    Args:
+        size: Bytes.
 
     Raises:
-        OSError: The system has no memory for them.
+        OSError: The system has no memory, or no descriptor, for it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.descriptor: int | None = None
+        self.data: Bytes
+        if size < _MAPPED_BYTES:
+            self.data = bytearray(size)
+            return
+        descriptor = os.memfd_create("hfbucket-object")
+        try:
+            os.ftruncate(descriptor, size)
+            self.data = mmap.mmap(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.descriptor = descriptor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _hashes_of(memory: Sequence[_Memory]) -> list[str]:
+    """The Xet hashes of what lies in memory.
+
+    Raises:
+        OSError: The system has no memory for copies of the small ones.
     """
     found: list[str] = []
-    for start in range(0, len(contents), _HASHED_TOGETHER):
+    for start in range(0, len(memory), _HASHED_TOGETHER):
         with contextlib.ExitStack() as stack:
             paths = []
-            for data in contents[start : start + _HASHED_TOGETHER]:
-                file = stack.enter_context(open(os.memfd_create("hfbucket-hash"), "wb"))  # noqa: PTH123 - it has no path
-                file.write(data)
-                file.flush()
-                paths.append(Path(f"/proc/self/fd/{file.fileno()}"))
+            for one in memory[start : start + _HASHED_TOGETHER]:
+                descriptor = one.descriptor
+                if descriptor is None:
+                    file = stack.enter_context(open(os.memfd_create("hfbucket-hash"), "wb"))  # noqa: PTH123 - it has no path
+                    file.write(one.data)
+                    file.flush()
+                    descriptor = file.fileno()
+                paths.append(Path(f"/proc/self/fd/{descriptor}"))
             found += xet_hashes(paths)
     return found
 
@@ -125,4 +175,7 @@ def hash_of(data: bytearray) -> str:
     Raises:
         OSError: The system has no memory for it.
     """
-    return _hashes([data])[0]
+    with open(os.memfd_create("hfbucket-hash"), "wb") as file:  # noqa: PTH123 - it has no path
+        file.write(data)
+        file.flush()
+        return xet_hashes([Path(f"/proc/self/fd/{file.fileno()}")])[0]
