@@ -11,6 +11,9 @@ A builder adds them up in two more columns of the snapshot (`COLUMNS`):
   where that of the snapshot before ended (`Span.until`), and of one that it meets in several journals one. A tell that gets
   there after its window has closed, `LATE_SECS` later, is not counted. So heat is never more than what was told.
 
+A recorder is bounded, and what it had to drop it tells of too, without the keys. Since the last such moment heat is complete,
+and not before: `Span.since` moves to it, as after a gap.
+
 `heat` is the binary logarithm of the sum as it would be at `LANDMARK`, had the decay gone on from there (*forward decay*: Cormode,
 Shkapenyuk, Srivastava and Xu, ICDE 2009): a value changes by hits alone and not as time goes by, so a snapshot of which no key
 was read stays the same, byte for byte. `buckets` makes the coarse numbers of it that people and orders go by.
@@ -18,7 +21,7 @@ was read stays the same, byte for byte. `buckets` makes the coarse numbers of it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -69,11 +72,15 @@ class Span:
         since: Since when it has been recorded without a gap, in seconds since 1970 by the Hub's clock; 0: it is not known.
         until: Tells before then are counted, in the same seconds.
         told: When the last tell was made; 0: none ever.
+        lost: How many hits recorders dropped since the first that was told of without a gap.
+        lost_at: When the last of these was; 0: none was. `since` is never earlier.
     """
 
     since: float = 0.0
     until: float = 0.0
     told: float = 0.0
+    lost: int = 0
+    lost_at: float = 0.0
 
     @property
     def known(self) -> bool:
@@ -82,11 +89,33 @@ class Span:
 
 
 class Tells:
-    """When tells were made: enough of it to see gaps, in memory that does not grow with their number."""
+    """When tells were made: enough of it to see gaps, in memory that does not grow with their number.
+
+    And what recorders dropped, of which there is one row for each writer and moment at most.
+    """
 
     def __init__(self) -> None:
         self._hours: set[int] = set()
         self._last = 0
+        self._lost: list[Rows] = []
+        self._unread = 0
+        self._lost_at = 0.0
+
+    def lose(self, lost: Rows, now: float) -> None:
+        """Note hits that recorders dropped.
+
+        Args:
+            lost: Of `HIT`, with repetitions.
+            now: The Hub's time.
+        """
+        if len(lost):
+            self._lost.append(lost)
+            self._lost_at = max(self._lost_at, min(now, float(lost["at"].max())))
+
+    def unread(self, hits: int, at: float) -> None:
+        """Note a journal of hits that could not be read: as many hits as it may tell of, and when the Hub took it."""
+        self._unread += hits
+        self._lost_at = max(self._lost_at, at)
 
     def add(self, told: NDArray[np.uint32], now: float) -> None:
         """Note tells; those of a clock that is ahead of the Hub's are passed over."""
@@ -104,6 +133,18 @@ class Tells:
             until: Tells before then are counted.
         """
         until = max(before.until, until)
+        span = self._whole(before, now, until)
+        lost_at = max(before.lost_at if span.since == before.since else 0.0, self._lost_at)
+        if not span.known or not lost_at:
+            return span
+        rows = once(joined(self._lost))
+        fresh = rows["hits"][(rows["told"] >= before.until) & (rows["told"] < until)]
+        number = self._unread + int(np.minimum(fresh, _MOST_HITS).sum(dtype=np.uint64))
+        number += before.lost if span.since == before.since else 0
+        # As after a gap: what was read before then may not be known.
+        return replace(span, since=max(span.since, lost_at), lost=min(number, _MOST_HITS), lost_at=lost_at)
+
+    def _whole(self, before: Span, now: float, until: float) -> Span:
         if self._last <= before.told:
             return Span(before.since, until, before.told)
         hours = sorted(hour for hour in self._hours if hour >= before.told // _HOUR)

@@ -19,7 +19,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
 from hfbucket_plugin.heat import GAP_SECS, buckets, has_heat
 from hfbucket_plugin.index_build import fetch_snapshot
-from hfbucket_plugin.index_format import FormatError, read_header
+from hfbucket_plugin.index_format import AHEAD_SECS, FormatError, read_header
 from hfbucket_plugin.index_store import POINTER, IndexStore
 from hfbucket_plugin.index_table import digests_of
 
@@ -78,8 +78,19 @@ class HeatTable:
 
     @property
     def since(self) -> datetime:
-        """Since when hits are recorded."""
-        return datetime.fromtimestamp(self.pointer.heat_since, UTC)
+        """Since when all hits are known: since they are recorded, or since a recorder last dropped some."""
+        return datetime.fromtimestamp(max(self.pointer.heat_since, self.pointer.heat_lost_at), UTC)
+
+    @property
+    def lost(self) -> int:
+        """How many hits recorders dropped."""
+        return self.pointer.heat_lost
+
+    @property
+    def lost_at(self) -> datetime | None:
+        """When the last of them was; None where none was dropped."""
+        at = self.pointer.heat_lost_at
+        return datetime.fromtimestamp(at, UTC) if at else None
 
     def look_up(self, names: Sequence[str]) -> list[Use]:
         """What is known of objects, by their names below the instance's prefix. For a page at a time."""
@@ -134,7 +145,7 @@ def heat_of(
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heat-", dir=scratch)))
         store = IndexStore(bucket, "heat")
         try:
-            found = _fetched(bucket, store, directory, request_secs)
+            found = _fetched(bucket, store, directory, request_secs, now)
         except (HFBucketError, OSError) as error:
             raise HeatUnknownError(
                 f"what was read when is not known, since the key index cannot be read: {error}"
@@ -153,8 +164,13 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
     """Make sure that an index says what was read of late.
 
     Raises:
-        HeatUnknownError: It is not up to date, or nobody told it of anything for long.
+        HeatUnknownError: It is not up to date, nobody told it of anything for long, or its times are ahead of the Hub's clock.
     """
+    if ahead := pointer.ahead_of(now.timestamp()):
+        raise HeatUnknownError(
+            f"what was read when is not known: the pointer to the key index cannot be believed: {ahead}. "
+            "Run `python -m jobs index --full`, and find out who wrote it"
+        )
     for at, what in (
         (pointer.covers, "the key index was last brought up to date"),
         (pointer.heat_told, "hits were last told of, be it that there were none,"),
@@ -168,7 +184,7 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
 
 
 def _fetched(
-    bucket: Bucket, store: IndexStore, directory: Path, request_secs: float
+    bucket: Bucket, store: IndexStore, directory: Path, request_secs: float, now: datetime
 ) -> tuple[Pointer, Rows, NDArray[np.uint64]] | None:
     path = bucket.handle.join(POINTER)
     for number in range(_TRIES):
@@ -185,15 +201,15 @@ def _fetched(
             if number == _TRIES - 1:
                 raise
         else:
-            return pointer, *_mapped(file, directory / f"{number}.first")
+            return pointer, *_mapped(file, directory / f"{number}.first", now.timestamp() + AHEAD_SECS)
     return None
 
 
-def _mapped(path: Path, first: Path) -> tuple[Rows, NDArray[np.uint64]]:
+def _mapped(path: Path, first: Path, latest: float) -> tuple[Rows, NDArray[np.uint64]]:
     """The rows of a snapshot, and their first words apart, both left on the disk.
 
     Raises:
-        FormatError: It has no heat, or is not in order.
+        FormatError: It has no heat, or a hit in it is later than `latest`.
     """
     with path.open("rb") as file:
         header = read_header(file, str(path))
@@ -203,11 +219,12 @@ def _mapped(path: Path, first: Path) -> tuple[Rows, NDArray[np.uint64]]:
         return np.zeros(0, header.dtype), np.zeros(0, "<u8")
     rows: Rows = np.memmap(path, header.dtype, "r", header.offset, (header.rows,))
     words: NDArray[np.uint64] = np.memmap(first, np.dtype("<u8"), "w+", 0, (header.rows,))
-    last = 0
     for start in range(0, header.rows, _BLOCK_ROWS):
-        block = np.ascontiguousarray(rows["digest_hi"][start : start + _BLOCK_ROWS])
-        if block[0] < last or (block[1:] < block[:-1]).any():
-            raise FormatError(f"{path}: the rows are not in the order of their digests")
-        words[start : start + len(block)] = block
-        last = int(block[-1])
+        block = rows[start : start + _BLOCK_ROWS]
+        words[start : start + len(block)] = block["digest_hi"]
+        if (last := int(block["last_hit"].max())) > latest:
+            raise FormatError(
+                f"a key's last_hit ({last}) is {(last - latest + AHEAD_SECS) / 3600:,.1f} h ahead of the Hub's clock. "
+                "Run `python -m jobs index --full`, and find out who wrote the snapshot"
+            )
     return rows, words

@@ -23,7 +23,14 @@ from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, 
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.heat import HIT, WARM_ROW, Span, Tells, carried, has_heat, once, warmed, widened
 from hfbucket_plugin.heat import LATE_SECS as HEAT_LATE_SECS
-from hfbucket_plugin.index_format import FormatError, check_columns, header_of, read_header
+from hfbucket_plugin.index_format import (
+    HEAT_JOURNAL,
+    FormatError,
+    check_order,
+    check_snapshot,
+    header_of,
+    read_header,
+)
 from hfbucket_plugin.index_sources import listed_rows
 from hfbucket_plugin.index_store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, Told
 from hfbucket_plugin.index_table import CHANGE, ROW, applied, in_order, last_of_each, newest
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.index_format import Pointer
-    from hfbucket_plugin.index_store import IndexStore, Journal
+    from hfbucket_plugin.index_store import IndexStore, Journal, Shelf
     from hfbucket_plugin.index_table import Rows
 
 _log = logging.getLogger(__name__)
@@ -105,9 +112,11 @@ class SnapshotFile:
     Args:
         directory: For temporary files: empty, and nobody else's.
         dtype: Of the rows: the columns of `ROW`, and more perhaps.
+        now: The Hub's time: no hit is later, whatever the rows say.
     """
 
-    def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW) -> None:
+    def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW, now: float = 0xFFFFFFFF) -> None:
+        self._latest = np.uint32(min(0xFFFFFFFF, now))
         self._rows = _Parts(directory, "rows", dtype)
         self._changes = _Parts(directory, "changes", CHANGE)
         self._hits = _Parts(directory, "hits", HIT)
@@ -123,6 +132,9 @@ class SnapshotFile:
 
     def add(self, rows: Rows) -> None:
         """Add keys; of several rows of one key the last one counts."""
+        if has_heat(rows.dtype) and len(rows) and rows["last_hit"].max() > self._latest:
+            rows = rows.copy()
+            rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
         self._rows.add(rows)
 
     def change(self, changes: Rows) -> None:
@@ -135,7 +147,9 @@ class SnapshotFile:
 
     def carry(self, rows: Rows) -> None:
         """Add rows of an earlier snapshot, for the heat that they have."""
-        self._before.add(widened(rows, _HEAT))
+        rows = widened(rows, _HEAT).copy()
+        rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
+        self._before.add(rows)
 
     def write(self, path: Path, counted: tuple[float, float] | None = None) -> int:
         """Write the snapshot, sorted, each key once.
@@ -228,7 +242,7 @@ def from_listing(
         HFBucketError: A page did not come: nothing was made.
     """
     began = hub_time(bucket, Deadline.after(page_secs))
-    with SnapshotFile(directory) as file:
+    with SnapshotFile(directory, now=began) as file:
         infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
         while page := list(islice(infos, _PAGE)):
             file.add(listed_rows(page, bucket.handle))
@@ -247,32 +261,35 @@ def _heat_for_listing(
     """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
     path = directory / "before.npy"
     journals: list[Journal] = []
+    tells = Tells()
     try:
-        journals = store.list(Deadline.after(request_secs)).journals
+        shelf = store.list(Deadline.after(request_secs))
+        journals, why = shelf.journals, shelf.crowded
     except HFBucketError as error:  # too many of them, say, which this listing is to mend
-        _log.warning("what journals tell of hits is lost: %s", error)
-    before, lost = _heat_before(bucket, store, path, request_secs)
+        why = str(error)
+    if why:
+        _log.warning("what journals tell of hits is lost, so that nothing counts as idle before now: %s", why)
+        tells.unread(1, began)
+    before, lost = _heat_before(bucket, store, path, request_secs, began)
     if before.known:
         with path.open("rb") as source:
             dtype = read_header(source, str(path)).dtype
             for rows in _blocks(source, dtype):
                 file.carry(rows)
     path.unlink(missing_ok=True)
-    tells = Tells()
     live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
-    for _, told in store.read_told(live, Deadline.after(10 * request_secs)):
+    for journal, told in store.read_told(live, Deadline.after(10 * request_secs)):
         if isinstance(told, Told):
-            file.hit(told.hits)
-            tells.add(told.hits["told"], began)
-        elif not isinstance(told, FormatError):  # hits that will be in no heat: a sample that is a little smaller
-            _log.warning("a journal could not be read, and what it tells of hits is lost: %s", told)
+            _take_hits(told, file, tells, began)
+        else:
+            _miss_hits(journal, told, tells)
     span, counted = _span(tells, before, began)
     if lost and not span.known:  # nothing may look idle because what was read is not known any more
         return Span(began, span.until, began), (before.until, span.until)
     return span, counted
 
 
-def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float) -> tuple[Span, bool]:
+def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float, now: float) -> tuple[Span, bool]:
     """Fetch the snapshot before, if it knows heat.
 
     Returns:
@@ -300,9 +317,35 @@ def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: fl
         ) as error:  # a store may say the last of what it lacks, too
             _log.warning("the heat of the snapshot before cannot be read (try %d of %d): %s", number + 1, _TRIES, error)
         else:
-            return pointer.heat, False
+            return _sane(pointer, now), False
     _log.warning("heat begins anew: what was read until now is not known any more")
     return Span(), lost
+
+
+def _take_hits(told: Told, file: SnapshotFile, tells: Tells, began: float) -> None:
+    file.hit(told.hits)
+    for rows in (told.hits, told.lost):
+        tells.add(rows["told"], began)
+    tells.lose(told.lost, began)
+
+
+def _miss_hits(journal: Journal, why: HFBucketError, tells: Tells) -> None:
+    """Note that a journal of hits could not be read: what it told of would else look idle."""
+    hits = max(1, journal.content.size // HEAT_JOURNAL.itemsize)
+    tells.unread(hits, journal.at)
+    _log.warning(
+        "%s: the journal could not be read, so that up to %d keys that were read are not known: %s",
+        journal.path, hits, why,
+    )  # fmt: skip
+
+
+def _sane(pointer: Pointer, began: float) -> Span:
+    """For how long a snapshot knows heat; where its times are ahead of the Hub's clock heat begins anew now."""
+    ahead = pointer.ahead_of(began) if pointer.heat.known else ""
+    if not ahead:
+        return pointer.heat
+    _log.warning("heat begins anew: the pointer to the key index cannot be believed: %s", ahead)
+    return Span(began, began - HEAT_LATE_SECS, min(began, pointer.heat_told))
 
 
 def _span(tells: Tells, before: Span, began: float) -> tuple[Span, _Counted]:
@@ -328,42 +371,54 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
 
     Raises:
         MissingError: There is no snapshot yet.
-        IntegrityError: The present one, or a journal, is not what the bucket says it is.
+        IntegrityError: The present one, or a journal, is not what the bucket says it is; or not all journals could be listed.
         HFBucketError: Something did not arrive: nothing was made.
     """
     began = hub_time(bucket, Deadline.after(request_secs))
     shelf = store.list(Deadline.after(request_secs))
-    if shelf.pointer is None:
-        raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
-    pointer = store.read_pointer(shelf.pointer, Deadline.after(request_secs))
+    pointer = _present(bucket, store, shelf, began, request_secs)
     garbage = 0
     before = directory / "before.npy"
     fetch_snapshot(bucket, store, pointer, before, Deadline.after(10 * request_secs))
     with before.open("rb") as source:
         header = read_header(source, str(before))
-        with SnapshotFile(directory, header.dtype) as file:
+        with SnapshotFile(directory, header.dtype, began) as file:
             for rows in _blocks(source, header.dtype):
                 file.add(rows)
             tells, since = Tells(), min(pointer.covers, pointer.heat_until or pointer.covers)
             live = [journal for journal in shelf.journals if journal.at >= since]
             for journal, told in store.read_told(live, Deadline.after(10 * request_secs)):
                 if isinstance(told, Told):
-                    file.hit(told.hits)
-                    tells.add(told.hits["told"], began)
+                    _take_hits(told, file, tells, began)
                     if journal.at >= pointer.covers:
                         file.change(told.changes[told.changes["at"] >= pointer.listed])
-                elif isinstance(told, FormatError):
+                    continue
+                if journal.name.hits:
+                    _miss_hits(journal, told, tells)
+                if isinstance(told, FormatError):
                     garbage += journal.at >= pointer.covers
                 elif (
                     journal.at >= pointer.covers and not journal.name.hits
                 ):  # it would be lost: the new snapshot claims to cover it
                     raise told
             path = directory / "snapshot.npy"
-            heat, counted = _span(tells, pointer.heat, began)
+            heat, counted = _span(tells, _sane(pointer, began), began)
             keys = file.write(path, counted)
     before.unlink()
     covers = max(began, pointer.covers)
     return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage, heat)
+
+
+def _present(bucket: Bucket, store: IndexStore, shelf: Shelf, began: float, request_secs: float) -> Pointer:
+    """The pointer to the snapshot that another one may be made of."""
+    if shelf.pointer is None:
+        raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
+    if shelf.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
+        raise IntegrityError(shelf.crowded)
+    pointer = store.read_pointer(shelf.pointer, Deadline.after(request_secs))
+    if ahead := pointer.ahead_of(began):
+        raise FormatError(f"{shelf.pointer.path}: {ahead}")
+    return pointer
 
 
 def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
@@ -372,7 +427,7 @@ def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
 
 
 def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Path, deadline: Deadline) -> None:
-    """Read a snapshot into a file, whatever its size, and check it.
+    """Read a snapshot into a file, whatever its size, and check it by the rules of the readers in engines.
 
     Raises:
         FormatError: It is no snapshot that this version reads.
@@ -380,6 +435,14 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
         HFBucketError: It did not arrive.
     """
     name = store.snapshot_path(pointer)
+    info = bucket.stat([name], deadline).get(name)
+    if info is None:
+        raise MissingError(f"{name}: the pointer names a snapshot that is not there")
+    if info.content != pointer.content:  # before room is made for as much as anybody may write into a pointer
+        raise IntegrityError(
+            f"{name}: the pointer says {pointer.size} bytes of hash {pointer.xet_hash}, and the Hub lists "
+            f"{info.content.size} of {info.content.xet_hash}"
+        )
     with path.open("w+b") as file:
         file.truncate(max(1, pointer.size))
         with mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
@@ -394,9 +457,10 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
             raise IntegrityError(f"{name}: what arrived is not what its hash says")
         file.seek(0)
         header = read_header(file, name)
-    check_columns(header, ROW, name)
-    if header.file_bytes != pointer.size:
-        raise FormatError(f"{name}: {pointer.size} bytes, and its header promises {header.file_bytes}")
+    check_snapshot(header, pointer, name)
+    if header.rows:
+        rows = np.memmap(path, header.dtype, "r", header.offset, (header.rows,))
+        check_order(rows, name)
 
 
 def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:

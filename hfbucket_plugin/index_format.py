@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import mmap
 import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -26,10 +26,13 @@ import numpy as np
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.heat import HIT, Span
-from hfbucket_plugin.index_table import CHANGE, DELETED, HASH_BYTES, PUT, READ, ROW, Rows, Table
+from hfbucket_plugin.index_table import CHANGE, DELETED, HASH_BYTES, LOST, PUT, READ, ROW, Rows, Table
 
 if TYPE_CHECKING:
     from typing import BinaryIO
+
+Data = bytes | bytearray | mmap.mmap
+"""The bytes of a file, wherever they lie."""
 
 VERSION: Final = 1
 """Of the schema. A reader refuses a pointer of a higher one: columns may be added without it, and never change."""
@@ -45,9 +48,22 @@ milliseconds before the journal was written; 0 in `size` and `xet_hash` where it
 
 HEAT_JOURNAL: Final = np.dtype([*JOURNAL.descr, ("told", "<u4")])
 """The same with entries of the kind `READ` among them (`heat`): `size` is how many hits a key had, the age that of the last one, and
-`told` the second since 1970 by the Hub's clock, as the writer knows it, at which that was told first; 0 for other kinds."""
+`told` the second since 1970 by the Hub's clock, as the writer knows it, at which that was told first; 0 for other kinds. An entry of the kind `LOST`, of the digest 0, says that the writer dropped `size` hits, the
+last one so long ago; readers that do not know that kind ignore it."""
 
 MAX_POINTER_BYTES: Final = 64 * 1024
+
+AHEAD_SECS: Final = 3600.0
+"""A time that is later than the Hub's clock by more is refused: who goes by it would believe it for ever."""
+
+_CHECKED_ROWS: Final = 100_000
+
+_LAST_MOMENT: Final = 253402300799.0
+"""The end of the year 9999, in seconds since 1970."""
+
+_MOST_ROW_BYTES: Final = 1024
+"""Of a snapshot's row, with the columns of later versions: it has 60, or 68 with heat."""
+
 _NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,200}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _HEADER_BYTES: Final = 64 * 1024
@@ -115,7 +131,7 @@ def read_header(file: BinaryIO, what: str) -> Header:
     return Header(dtype, int(shape[0]), file.tell())
 
 
-def _rows(data: bytearray | bytes, wanted: np.dtype[Any], what: str) -> Rows:
+def _rows(data: Data, wanted: np.dtype[Any], what: str) -> Rows:
     """The rows of a file, without a copy."""
     header = read_header(io.BytesIO(memoryview(data)[:_HEADER_BYTES]), what)
     check_columns(header, wanted, what)
@@ -135,7 +151,33 @@ def check_columns(header: Header, wanted: np.dtype[Any], what: str) -> None:
             raise FormatError(f"{what}: no table of a key index that this version reads: column {name!r}")
 
 
-def snapshot_of(data: bytearray | bytes, what: str) -> Table:
+def check_snapshot(header: Header, pointer: Pointer, what: str) -> None:
+    """Make sure that a file is, by its header, the snapshot that a pointer names: for every reader of snapshots.
+
+    Raises:
+        FormatError: It is not.
+    """
+    check_columns(header, ROW, what)
+    if header.file_bytes != pointer.size:
+        raise FormatError(f"{what}: {pointer.size} bytes, and its header promises {header.file_bytes}")
+    if header.rows != pointer.keys:
+        raise FormatError(f"{what}: {header.rows} keys, and its pointer says {pointer.keys}")
+
+
+def check_order(rows: Rows, what: str) -> None:
+    """Make sure that rows are as a reader's `Table` wants them, a block at a time: they may be on disk.
+
+    Raises:
+        FormatError: They are not in the order of their digests, or one is there twice.
+    """
+    try:
+        for start in range(0, len(rows), _CHECKED_ROWS):
+            Table(rows[max(0, start - 1) : start + _CHECKED_ROWS])
+    except ValueError as error:
+        raise FormatError(f"{what}: {error}") from None
+
+
+def snapshot_of(data: Data, what: str) -> Table:
     """The table of a snapshot, over the very bytes.
 
     Raises:
@@ -147,7 +189,7 @@ def snapshot_of(data: bytearray | bytes, what: str) -> Table:
         raise FormatError(f"{what}: {error}") from None
 
 
-def changes_of(data: bytearray | bytes, written_at: float, what: str) -> Rows:
+def changes_of(data: Data, written_at: float, what: str) -> Rows:
     """The changes that a journal tells of; entries of kinds that are not known are left out.
 
     Args:
@@ -167,7 +209,7 @@ def changes_of(data: bytearray | bytes, written_at: float, what: str) -> Rows:
     return rows
 
 
-def hits_of(data: bytearray | bytes, written_at: float, writer: int, what: str) -> Rows:
+def hits_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
     """The hits that a journal tells of, as rows of `HIT`; none for one without the column for them.
 
     Args:
@@ -179,10 +221,29 @@ def hits_of(data: bytearray | bytes, written_at: float, writer: int, what: str) 
     Raises:
         FormatError: It is no journal.
     """
+    return _tells_of(data, READ, written_at, writer, what)
+
+
+def lost_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
+    """The hits that the writer of a journal dropped, as rows of `HIT` with the digest 0.
+
+    Args:
+        data: The file.
+        written_at: When the Hub took it, in seconds since 1970.
+        writer: Who wrote it.
+        what: Names it in errors.
+
+    Raises:
+        FormatError: It is no journal.
+    """
+    return _tells_of(data, LOST, written_at, writer, what)
+
+
+def _tells_of(data: Data, kind: int, written_at: float, writer: int, what: str) -> Rows:
     entries = _rows(data, JOURNAL, what)
     if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != HEAT_JOURNAL["told"]:
         return np.zeros(0, HIT)
-    entries = entries[entries["kind"] == READ]
+    entries = entries[entries["kind"] == kind]
     rows = np.zeros(len(entries), HIT)
     for name in ("digest_hi", "digest_lo", "told"):
         rows[name] = entries[name]
@@ -209,6 +270,9 @@ class Pointer:
         heat_since: Since when hits are recorded; 0 where they are not. See `heat.Span`, as for the two that follow.
         heat_until: Tells of hits before then are counted.
         heat_told: When the last tell was made.
+        heat_lost: How many hits recorders dropped since hits were first recorded without a gap.
+        heat_lost_at: When the last of them was; 0: none was. Hits are completely known since then only, so `heat_since`, by
+            which older versions go too, is never earlier.
     """
 
     snapshot: str
@@ -222,11 +286,25 @@ class Pointer:
     heat_since: float = 0.0
     heat_until: float = 0.0
     heat_told: float = 0.0
+    heat_lost: int = 0
+    heat_lost_at: float = 0.0
 
     @property
     def heat(self) -> Span:
         """For how long heat is known."""
-        return Span(self.heat_since, self.heat_until, self.heat_told)
+        return Span(self.heat_since, self.heat_until, self.heat_told, self.heat_lost, self.heat_lost_at)
+
+    def ahead_of(self, now: float) -> str:
+        """Which time of it is later than a moment by more than `AHEAD_SECS`, in words; empty where none is.
+
+        Args:
+            now: The Hub's time, in seconds since 1970.
+        """
+        for name in ("covers", "listed", "full", "heat_since", "heat_until", "heat_told", "heat_lost_at"):
+            at = getattr(self, name)
+            if at > now + AHEAD_SECS:
+                return f"its {name} ({at:.0f}) is {(at - now) / 3600:,.1f} h ahead of the Hub's clock"
+        return ""
 
     @property
     def content(self) -> Content:
@@ -238,7 +316,7 @@ class Pointer:
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
-    def parse(cls, data: bytes | bytearray, what: str) -> Pointer:
+    def parse(cls, data: Data, what: str) -> Pointer:
         """Read an object; fields that are not known are passed over.
 
         Raises:
@@ -260,10 +338,16 @@ class Pointer:
                 listed=_moment(record["listed"]),
                 full=_moment(record["full"]),
                 version=version,
-                **{name: _moment(record.get(name, 0.0)) for name in ("heat_since", "heat_until", "heat_told")},
+                heat_lost=_whole(record.get("heat_lost", 0)),
+                **{
+                    name: _moment(record.get(name, 0.0))
+                    for name in ("heat_since", "heat_until", "heat_told", "heat_lost_at")
+                },
             )
             if not _NAME.fullmatch(pointer.snapshot) or not _HASH.fullmatch(pointer.xet_hash):
                 raise ValueError("its snapshot has no name or no hash")  # noqa: TRY301
+            if pointer.size > _HEADER_BYTES + pointer.keys * _MOST_ROW_BYTES:
+                raise ValueError(f"no snapshot of {pointer.keys} keys has {pointer.size} bytes")  # noqa: TRY301
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise FormatError(f"{what}: no pointer to a key index: {type(error).__name__}: {error}") from None
         return pointer
@@ -276,6 +360,6 @@ def _whole(value: Any) -> int:
 
 
 def _moment(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LAST_MOMENT:
         raise ValueError(f"{value!r} is no time")
     return float(value)

@@ -22,7 +22,7 @@ import numpy as np
 
 from hfbucket_plugin.index_format import HEAT_JOURNAL, JOURNAL, to_bytes
 from hfbucket_plugin.index_store import JournalName
-from hfbucket_plugin.index_table import DELETED, PUT, READ, hash_bytes
+from hfbucket_plugin.index_table import DELETED, LOST, PUT, READ, hash_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +45,7 @@ class Entry:
         content: What was put; None for a delete, and for hits.
         hits: How many, of an entry that tells of hits; `at` is then the last one.
         told: When they were told first, in seconds since 1970 by the Hub's clock; 0 for puts and deletes.
+        lost: Whether they are hits that were dropped, of no key in particular.
     """
 
     seq: int
@@ -53,6 +54,7 @@ class Entry:
     content: Content | None
     hits: int = 0
     told: int = 0
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,9 @@ class JournalWriter:
             self._hits_told = max(self._hits_told + 1, int(hub_now))
             for one in hits:
                 self._seq += 1
-                self._waiting.append(Entry(self._seq, one.last, one.digest, None, one.number, self._hits_told))
+                self._waiting.append(
+                    Entry(self._seq, one.last, one.digest, None, one.number, self._hits_told, one.lost)
+                )
 
     def draft(self, now: float, today: datetime | None = None) -> Draft | None:
         """The journal to be written next, or None when there is no news.
@@ -217,10 +221,16 @@ def _bytes_of(told: Sequence[Entry], now: float) -> bytes:
     rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
     for index, entry in enumerate(entries):
         rows["age_ms"][index] = min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000)))
-        rows["kind"][index] = READ if entry.told else DELETED if entry.content is None else PUT
+        rows["kind"][index] = _kind_of(entry)
         if entry.told:
             rows["size"][index], rows["told"][index] = entry.hits, entry.told
         if entry.content is not None:
             rows["size"][index] = entry.content.size
             rows["xet_hash"][index] = hash_bytes(entry.content.xet_hash)
     return to_bytes(rows)
+
+
+def _kind_of(entry: Entry) -> int:
+    if entry.told:
+        return LOST if entry.lost else READ
+    return DELETED if entry.content is None else PUT

@@ -48,8 +48,10 @@ add them up.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -57,7 +59,15 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, TransportError
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.heat import Span
-from hfbucket_plugin.index_format import MAX_POINTER_BYTES, FormatError, Pointer, changes_of, hits_of, snapshot_of
+from hfbucket_plugin.index_format import (
+    MAX_POINTER_BYTES,
+    FormatError,
+    Pointer,
+    changes_of,
+    hits_of,
+    lost_of,
+    snapshot_of,
+)
 from hfbucket_plugin.own_objects import OwnObjects
 
 if TYPE_CHECKING:
@@ -70,6 +80,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.index_table import Rows, Table
     from hfbucket_plugin.leases import SourceLease
+    from hfbucket_plugin.own_objects import Bytes
+
+_log = logging.getLogger(__name__)
 
 DIRECTORY: Final = f"{RESERVED}/index"
 POINTER: Final = f"{DIRECTORY}/current.json"
@@ -84,6 +97,11 @@ LATE_SECS: Final = 3600.0
 
 MAX_JOURNALS: Final = 20_000
 """Journals that a reader takes in: 20 calls for their listing. More mean that no builder runs."""
+
+MAX_STRANGE: Final = 1000
+"""Objects below `DIRECTORY` that are none of an index, which a reader lists: a page. There should be none."""
+
+_CROWDED_SECS: Final = 3600.0
 
 MAX_JOURNAL_BYTES: Final = 4 * 1024 * 1024
 _READ_TOGETHER_BYTES: Final = 32 * 1024 * 1024
@@ -145,10 +163,12 @@ class Told:
     Attributes:
         changes: Puts and deletes, rows of `CHANGE`.
         hits: Rows of `heat.HIT`.
+        lost: The same, of hits that its writer dropped.
     """
 
     changes: Rows
     hits: Rows
+    lost: Rows
 
 
 @dataclass(slots=True)
@@ -161,6 +181,8 @@ class Shelf:
         snapshots: The objects of all snapshots.
         strange: Objects that lie there and are none of these.
         date: The Hub's time when the listing ended, in seconds since 1970; None where it does not say.
+        calls: Calls to the Hub that it took.
+        crowded: Why not all journals were listed, and what to do; empty where they were.
     """
 
     pointer: ObjectInfo | None = None
@@ -168,6 +190,8 @@ class Shelf:
     snapshots: list[ObjectInfo] = field(default_factory=list)
     strange: list[ObjectInfo] = field(default_factory=list)
     date: float | None = None
+    calls: int = 1
+    crowded: str = ""
 
     def see(self, info: ObjectInfo, handle: BucketHandle) -> None:
         """Take in an object of the listing."""
@@ -203,22 +227,55 @@ class IndexStore:
     def __init__(self, bucket: Bucket, name: str) -> None:
         self._bucket = bucket
         self._own = OwnObjects(bucket, f"index-{name}")
+        self._crowded_until = float("-inf")
+        self.calls = 0
+        """Calls to the Hub of the last listing, whatever came of it."""
 
     def list(self, deadline: Deadline) -> Shelf:
         """List all of it: one call for 1000 objects.
 
+        Where more than `MAX_STRANGE` objects lie there that are none of an index, the journals alone are listed for
+        `_CROWDED_SECS`, and the pointer is looked up; where that many lie among the journals too, those are not all listed.
+        So strangers cost a call or two more, however many they are, and `Shelf.crowded` says so.
+
         Raises:
             HFBucketError: A page did not come; or there are more than `MAX_JOURNALS`.
         """
+        self.calls = 0
+        crowded = ""
+        if time.monotonic() >= self._crowded_until:
+            shelf = self._list(DIRECTORY, deadline)
+            if not shelf.crowded:
+                return shelf
+            self._crowded_until = time.monotonic() + _CROWDED_SECS
+            crowded = shelf.crowded
+        pointer = self._bucket.handle.join(POINTER)
+        self.calls += 1
+        info = self._bucket.stat([pointer], deadline).get(pointer)
+        shelf = self._list(JOURNALS, deadline)
+        shelf.pointer, shelf.calls = info, self.calls
+        shelf.strange.clear()
+        if crowded and not shelf.crowded:
+            _log.warning("%s. Until they are gone readers list the journals apart, for a call more each time", crowded)
+        return shelf
+
+    def _list(self, directory: str, deadline: Deadline) -> Shelf:
         handle = self._bucket.handle
         shelf = Shelf()
         cursor: str | None = None
         while True:
-            infos, cursor, date = self._bucket.list_page_dated(handle.join(f"{DIRECTORY}/"), cursor, deadline)
+            self.calls += 1
+            infos, cursor, date = self._bucket.list_page_dated(handle.join(f"{directory}/"), cursor, deadline)
             for info in infos:
                 shelf.see(info, handle)
-            shelf.date = date.timestamp() if date is not None else None
+            shelf.date, shelf.calls = date.timestamp() if date is not None else None, self.calls
             if cursor is None:
+                return shelf
+            if len(shelf.strange) + len(shelf.snapshots) > MAX_STRANGE:
+                shelf.crowded = (
+                    f"{handle.join(directory)} holds more than {MAX_STRANGE} objects that are no journals of a key index, such "
+                    f"as {(shelf.strange or shelf.snapshots)[0].path}: delete them"
+                )
                 return shelf
             if len(shelf.journals) > MAX_JOURNALS:
                 raise TransportError(
@@ -280,11 +337,12 @@ class IndexStore:
                 try:
                     writer = int(journal.name.writer, 16)
                     changes = changes_of(data, journal.at, journal.path)
-                    yield journal, Told(changes, hits_of(data, journal.at, writer, journal.path))
+                    hits, lost = (of(data, journal.at, writer, journal.path) for of in (hits_of, lost_of))
+                    yield journal, Told(changes, hits, lost)
                 except FormatError as error:
                     yield journal, error
 
-    def _read_one(self, path: str, content: Content, deadline: Deadline) -> bytearray:
+    def _read_one(self, path: str, content: Content, deadline: Deadline) -> Bytes:
         (data,) = self._own.read([(path, content)], deadline)
         if isinstance(data, HFBucketError):
             raise data
@@ -302,10 +360,35 @@ class IndexStore:
         Raises:
             HFBucketError: It is not there, or nobody knows; the earlier one may be there still.
         """
-        content = self._own.upload(data, deadline)
-        path = self._bucket.handle.join(f"{JOURNALS}/{name}")
-        old = [] if instead_of is None else [self._bucket.handle.join(f"{JOURNALS}/{instead_of}")]
-        self._check(self._bucket.replace(old, {path: content}, deadline), path)
+        (failed,) = self.put_journals([(name, data, instead_of)], deadline)
+        if failed is not None:
+            raise failed
+
+    def put_journals(
+        self, journals: Sequence[tuple[str, bytes, str | None]], deadline: Deadline
+    ) -> Sequence[HFBucketError | None]:
+        """Write journals by one call, as `put_journal` does each.
+
+        Args:
+            journals: Of each its name, its bytes, and the name of the one that it replaces, if any.
+            deadline: When to give up.
+
+        Returns:
+            Why each was not written; None where it was.
+
+        Raises:
+            HFBucketError: None of them is there, or nobody knows.
+        """
+        paths = [self._bucket.handle.join(f"{JOURNALS}/{name}") for name, _, _ in journals]
+        files = {path: self._own.upload(data, deadline) for path, (_, data, _) in zip(paths, journals, strict=True)}
+        old = [self._bucket.handle.join(f"{JOURNALS}/{one}") for _, _, one in journals if one is not None]
+        failed = self._bucket.replace(old, files, deadline)
+        return [
+            TransportError(f"{path}: {failed[path].message}")
+            if path in failed
+            else None  # what it stands for may be gone
+            for path in paths
+        ]
 
     def put_snapshot(
         self,
@@ -340,6 +423,7 @@ class IndexStore:
         pointer = Pointer(
             name, content.xet_hash, content.size, keys, covers, listed, full,
             heat_since=heat.since, heat_until=heat.until, heat_told=heat.told,
+            heat_lost=heat.lost, heat_lost_at=heat.lost_at,
         )  # fmt: skip
         path = self.snapshot_path(pointer)
         self._check(self._bucket.add({path: content}, deadline), path)

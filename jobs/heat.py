@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from jobs.retention import Entry
 
 _PAGE: Final = 1000
+_DOUBTED: Final = timedelta(days=1)
+"""After as long as it takes to notice that nobody records, what is read daily is known again."""
 
 ADVICE: Final = "Give --without-heat to go by when objects were put, whatever is read"
 
@@ -52,10 +55,34 @@ class Heat:
             for entry, use in zip(page, uses, strict=True):
                 yield replace(entry, last_hit=use.last, counted_since=table.since)
 
+    def why_no_order(self, last_used: datetime | None, now: datetime) -> str:
+        """Why an object must not go because others were used later; empty where it may.
+
+        A budget has to delete something, so it cannot go by the moment since which hits are known, as `max_idle` does. Where
+        recorders dropped hits since the object was last used, and within a day, it may have been among them.
+
+        Args:
+            last_used: When the object was last put or read, as far as that is known.
+            now: The Hub's time.
+        """
+        lost_at = None if self.table is None else self.table.lost_at
+        if lost_at is None or self.table is None or now - lost_at > _DOUBTED:
+            return ""
+        if last_used is not None and last_used >= lost_at:
+            return ""
+        return (
+            f"which objects are longest unused is not known: engines dropped {self.table.lost:,} hits, the last at "
+            f"{lost_at.isoformat(timespec='seconds')}. Raise heat_keys in the engines and wait a day, or "
+            f"{ADVICE[0].lower()}{ADVICE[1:]}"
+        )
+
     def record(self) -> dict[str, Any]:
         """For a plan's header and for reports."""
         since = None if self.table is None else self.table.since.isoformat(timespec="seconds")
-        return {"known": self.table is not None, "since": since, "why": self.why}
+        record: dict[str, Any] = {"known": self.table is not None, "since": since, "why": self.why}
+        if self.table is not None and self.table.lost_at is not None:
+            record |= {"dropped": self.table.lost, "dropped_at": self.table.lost_at.isoformat(timespec="seconds")}
+        return record
 
 
 UNASKED: Final = Heat()
@@ -64,9 +91,19 @@ UNASKED: Final = Heat()
 def line_of(record: dict[str, Any]) -> str:
     """What `Heat.record` made, for people; empty where nobody asked."""
     if record.get("known"):
-        return f"by last use: hits are known since {record.get('since')}"
+        return f"by last use: hits are known since {record.get('since')}{dropped_of(record)}"
     why = record.get("why")
     return f"by when objects were put, not by when they were read: {why}" if why else ""
+
+
+def dropped_of(record: dict[str, Any]) -> str:
+    """What `Heat.record` says of hits that were dropped, for people; empty where none were."""
+    if not record.get("dropped_at"):
+        return ""
+    return (
+        f"; engines dropped {record.get('dropped', 0):,} hits, the last at {record.get('dropped_at')}: nothing counts as idle "
+        "before then"
+    )
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ class Recheck:
         since: Journals that the Hub took since then tell what it does not know, in seconds since 1970.
         told: Is told of what is kept back.
         clock: Monotonic seconds.
+        lost_at: The last moment at which an engine dropped hits, as far as the plan knows, in seconds since 1970.
     """
 
     def __init__(
@@ -62,10 +63,13 @@ class Recheck:
         since: float,
         told: Callable[[Ended[Item]], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        lost_at: float = 0.0,
     ) -> None:
         self._store = IndexStore(bucket, "recheck")
         self._table = table
         self._since = since
+        self._lost_at = lost_at
         self._told = told
         self._clock = clock
         self._looked_at: float | None = None
@@ -114,6 +118,8 @@ class Recheck:
             return
         try:
             shelf = self._store.list(Deadline.after(_REQUEST_SECS))
+            if shelf.crowded:
+                raise HeatUnknownError(f"what was read since the plan is not known: {shelf.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
             fresh = [
                 one
                 for one in shelf.journals
@@ -121,15 +127,28 @@ class Recheck:
             ]
             for journal, told in self._store.read_told(fresh, Deadline.after(10 * _REQUEST_SECS)):
                 if isinstance(told, Told):
+                    self._expect_whole(told.lost)
                     self._take(told.hits)
                 elif not isinstance(told, FormatError):
                     raise told
                 self._read.add((journal.path, journal.content.xet_hash))
+        except HeatUnknownError:
+            raise
         except HFBucketError as error:
             raise HeatUnknownError(
                 f"what was read since the plan is not known: {error}. Run again, or {ADVICE[0].lower()}{ADVICE[1:]}"
             ) from None
         self._looked_at = self._clock()
+
+    def _expect_whole(self, lost: Rows) -> None:
+        """Make sure that no hit was dropped since what was planned by.
+
+        Raises:
+            HeatUnknownError: Some were.
+        """
+        lost = lost[lost["at"] > self._lost_at + _DRIFT_SECS]
+        if len(lost):
+            raise _dropped(int(lost["hits"].max()))
 
     def _take(self, hits: Rows) -> None:
         rows = np.zeros(len(hits), _LAST)
@@ -148,6 +167,24 @@ class Recheck:
     def close(self) -> None:
         """Look no more."""
         self._store.close()
+
+
+def _dropped(hits: int) -> HeatUnknownError:
+    return HeatUnknownError(
+        f"what was read since the plan is not known: engines dropped {hits:,} hits or more. Plan again when the key index "
+        f"knows of that, or {ADVICE[0].lower()}{ADVICE[1:]}"
+    )
+
+
+def _dropped_before(header: Header, planned_by: Pointer | None) -> float:
+    """The last moment at which an engine dropped hits, as far as a plan knows."""
+    if planned_by is not None:
+        return planned_by.heat_lost_at
+    at = header.heat.get("dropped_at")
+    try:
+        return datetime.fromisoformat(at).timestamp() + 1 if isinstance(at, str) else 0.0  # it is told to the second
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 @contextlib.contextmanager
@@ -184,7 +221,10 @@ def rechecking(
             if table is None:
                 raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
             pointer = table.pointer
-        recheck = Recheck(bucket, table, pointer.covers, told)
+        lost_at = _dropped_before(header, planned_by)
+        if pointer.heat_lost_at > lost_at + _DRIFT_SECS:
+            raise _dropped(max(1, pointer.heat_lost))
+        recheck = Recheck(bucket, table, pointer.covers, told, lost_at=lost_at)
         stack.callback(recheck.close)
         yield recheck.unused
 

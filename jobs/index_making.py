@@ -211,6 +211,7 @@ class Maker:
             pointer = replace(
                 before, covers=built.covers, listed=built.listed, full=built.full,
                 heat_since=built.heat.since, heat_until=built.heat.until, heat_told=built.heat.told,
+                heat_lost=built.heat.lost, heat_lost_at=built.heat.lost_at,
             )  # fmt: skip
         else:
             pointer = index_build.put(self._store, built, self._until)
@@ -225,7 +226,9 @@ class Maker:
     def _unchanged(self, found: Found, built: Built) -> Pointer | None:
         """The pointer before, where its snapshot is there and has the very same bytes."""
         before = found.pointer
-        if before is None or xet_hashes([built.path])[0] != before.xet_hash:
+        if before is None or (before.size, before.keys) != (built.path.stat().st_size, built.keys):
+            return None
+        if xet_hashes([built.path])[0] != before.xet_hash:
             return None
         path = self._store.snapshot_path(before)
         return before if any(info.path == path for info in found.shelf.snapshots) else None

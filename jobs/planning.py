@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
+from hfbucket_plugin.heat_table import HeatUnknownError
 from hfbucket_plugin.keys import encode_name
 from jobs.guards import Extent, GuardError
 from jobs.heat import UNASKED
@@ -85,6 +86,7 @@ class Planning:
         Raises:
             GuardError: It did not come whole.
             HFBucketError: It never will: no rights, no such bucket.
+            HeatUnknownError: A budget would delete by reads that are not known.
         """
         now = self._header.made_at
         for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
@@ -119,6 +121,10 @@ class Planning:
             reason = str(decision.reason)
             self.kept[reason] = self.kept[reason].plus(entry.size)
             return
+        if decision.reason is Reason.OVER_BUDGET:
+            why = self._heat.why_no_order(entry.last_used, self._header.made_at)
+            if why:
+                raise HeatUnknownError(why)
         used = None if self._heat.table is None else entry.last_used
         item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason), used)
         self._writer.add(item, model)

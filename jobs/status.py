@@ -12,11 +12,11 @@ from hfbucket_plugin.heat_table import HeatUnknownError
 from hfbucket_plugin.index_store import DIRECTORY as INDEX
 from jobs import history, hubclock, index_shelf
 from jobs.guards import Extent, GuardError, MaxDelete, check_listing
-from jobs.heat import Heat, opened_heat
+from jobs.heat import Heat, dropped_of, opened_heat
 from jobs.hubclock import HubClock
 from jobs.index_shelf import Found
 from jobs.objects import Classifier, Kind
-from jobs.retention import decide
+from jobs.retention import Reason, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -175,7 +175,7 @@ class Status:
     def heat_line(self) -> str:
         """Since when reads are known, or why not; for people."""
         if self.heat.get("known"):
-            return f"reads are known since {self.heat['since']}"
+            return f"reads are known since {self.heat['since']}{dropped_of(self.heat)}"
         return f"reads are not known: {self.heat['why']}" if self.heat.get("why") else ""
 
     @property
@@ -280,15 +280,17 @@ def examine(
             for _ in entries:
                 pass
         else:
-            outlook = _outlook(policy, entries, census, limits, last)
+            outlook = _outlook(policy, entries, census, limits, last, heat=heat)
             if unreadable and policy.goes_by_use:
                 outlook = replace(outlook, refused=unreadable)
     index = index_shelf.state(bucket, page_secs, request_secs) if census.has_index else None
     return Status(instance, str(bucket.handle), census, last, trouble, outlook, index, heat.record())
 
 
-def _outlook(policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None) -> Outlook:
-    planned = Extent()
+def _outlook(
+    policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None, *, heat: Heat
+) -> Outlook:
+    planned, refused = Extent(), ""
     by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
     kept: defaultdict[str, Extent] = defaultdict(Extent)
     for decision in decide(policy, entries, census.now):
@@ -296,12 +298,13 @@ def _outlook(policy: Policy, entries: Iterable[Entry], census: Census, limits: M
         if decision.delete:
             planned = planned.plus(entry.size)
             by_reason[entry.model, reason] = by_reason[entry.model, reason].plus(entry.size)
+            if decision.reason is Reason.OVER_BUDGET and not refused:
+                refused = heat.why_no_order(entry.last_used, census.now)
         else:
             kept[reason] = kept[reason].plus(entry.size)
-    refused = ""
     try:
         check_listing(census.chunks, census.seen, in_bucket=None, last=None if last is None else last.left)
         limits.check(planned, census.chunks)
     except GuardError as error:
-        refused = str(error)
+        refused = refused or str(error)
     return Outlook(planned, dict(by_reason), dict(kept), refused)

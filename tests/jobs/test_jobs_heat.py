@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from depot import DAY, HOUR, INSTANCE, key
 from index_depot import Writer, build, door, of_index, pointer, seen
-from index_support import in_use
+from index_support import forge, in_use
 from plugin_support import upload
 from test_jobs_index import stocked  # noqa: F401 - a fixture
 from typer.testing import CliRunner
@@ -20,7 +20,7 @@ from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import MissingError, ThrottledError, TransportError
 from hfbucket_plugin.heat import has_heat
-from hfbucket_plugin.heat_recorder import Hits
+from hfbucket_plugin.heat_recorder import NO_KEY, Hits
 from hfbucket_plugin.heat_table import heat_of
 from hfbucket_plugin.index_format import snapshot_of
 from hfbucket_plugin.index_store import JOURNALS, POINTER
@@ -415,3 +415,119 @@ def test_a_policy_file_has_it_too(tmp_path):
     policy = read_policy(path, "any")
     assert policy.max_idle.days == 30
     assert policy.rules[0].max_idle.days == 3
+
+
+# --- what recorders dropped -----------------------------------------------------------------------------------------
+
+
+def loses(writer, number, ago=0.0):
+    """Have a writer tell that it dropped hits, and told of it so long ago."""
+    now = time.monotonic()
+    writer.hits.tell([Hits(NO_KEY, 0, now), Hits(NO_KEY, number, now, lost=True)], time.time() - ago)
+    return writer.tell(writer.hits)
+
+
+LOOSE = ("--max-delete", "100%")
+
+
+def test_since_hits_were_dropped_nothing_is_idle_and_plan_and_summary_say_how_many(hot, counting):
+    counting(-60)
+    loses(Writer(hot), 777)
+    build(hot)
+
+    ran = hot.cleanup("--max-idle", "5d", *LOOSE)
+    assert (ran.code, ran.counts("planned")) == (0, [0])
+    assert ran.summary["heat"]["dropped"] == 777
+    assert plan_of(ran)[0]["heat"]["dropped_at"] == ran.summary["heat"]["since"]
+    assert "engines dropped 777 hits" in ran.stderr
+    told = json.loads(hot.run("status", "--json", "--max-objects", "3").stdout)
+    assert "engines dropped 777 hits" in told["next_cleanup"]["refused"]
+    assert told["heat"]["dropped"] == 777
+
+
+def test_a_budget_is_refused_for_a_day_after_hits_were_dropped_unless_it_holds(hot, counting):
+    counting(-60)
+    loses(Writer(hot), 777)
+    build(hot)
+
+    ran = hot.cleanup("--max-objects", "3", *LOOSE, "--yes")
+    assert (ran.code, "engines dropped 777 hits" in ran.stderr) == (4, True)
+    assert hot.cleanup("--max-objects", "100", *LOOSE).code == 0
+    assert hot.cleanup("--max-objects", "3", *LOOSE, "--without-heat").code == 0
+    since(hot, heat_lost_at=time.time() - 2 * DAY)
+    assert hot.cleanup("--max-objects", "3", *LOOSE).code == 0
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_plan_is_not_carried_out_when_hits_were_dropped_since(hot, counting, built):
+    ran, there = hot.cleanup("--max-idle", "5d", *LOOSE), hot.left()
+    counting(-60)
+    loses(Writer(hot), 777)
+    if built:
+        build(hot)
+
+    done = hot.run("apply", ran.summary["plan"], "--yes")
+    assert (done.code, "engines dropped 777 hits" in done.stderr) == (4, True)
+    assert hot.left() == there
+
+
+def test_what_the_plan_knows_was_dropped_does_not_hold_it_up(hot, counting):
+    counting(-60)
+    loses(Writer(hot), 777)
+    build(hot)
+    since(hot, heat_since=time.time() - MONTH, heat_lost_at=time.time() - 10 * DAY)
+    ran = hot.cleanup("--max-idle", "5d", *LOOSE)
+    with door(hot) as (bucket, _):
+        bucket.delete(of_index(hot, JOURNALS), Deadline.after(SECS))
+
+    assert hot.run("apply", ran.summary["plan"], "--yes").code == 0
+
+
+def test_a_journal_of_hits_that_cannot_be_read_counts_as_dropped(hot):
+    path = reads(Writer(hot), time.time(), k5=1)
+    upload(hot.hub.endpoint, hot.bucket_id, {path: b"garbage"})
+    build(hot)
+
+    assert pointer(hot).heat_lost >= 1
+    ran = hot.cleanup("--max-idle", "5d", *LOOSE, "--yes")
+    assert (ran.code, ran.counts("planned")) == (0, [0])
+
+
+def test_a_later_loss_does_not_forget_an_earlier_one(hot, counting):
+    since(hot, heat_until=time.time() - 270)
+    loses(Writer(hot), 700, ago=250)
+    counting(150)
+    build(hot)
+    loses(Writer(hot), 77, ago=100)
+    counting(50)
+    build(hot)
+    assert pointer(hot).heat_lost == 777
+
+
+# --- times that others may write ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["covers", "heat_since", "heat_until", "heat_told", "heat_lost_at"])
+def test_times_ahead_of_the_hubs_clock_are_refused_and_healed_by_the_next_listing(hot, name):
+    since(hot, **{name: time.time() + 30 * DAY})
+
+    for flags in (("--max-idle", "5d"), ("--max-objects", "3")):
+        ran = hot.cleanup(*flags, *LOOSE, "--yes")
+        assert ran.code == 4
+        assert f"its {name} (" in ran.stderr
+        assert "ahead of the Hub's clock" in ran.stderr
+    build(hot, "--full")
+    assert hot.cleanup("--max-idle", "5d", *LOOSE, "--yes").counts("planned") == [0]
+
+
+def test_a_hit_of_the_future_is_refused_and_healed(hot):
+    def later(rows):
+        rows["last_hit"] = int(time.time() + 30 * DAY)
+        return rows
+
+    forge(hot.hub.endpoint, hot.bucket_id, later, hot.prefix)
+
+    ran = hot.cleanup("--max-idle", "5d", *LOOSE, "--yes")
+    assert (ran.code, "last_hit" in ran.stderr, "ahead of the Hub's clock" in ran.stderr) == (4, True, True)
+    build(hot)
+    assert hot.cleanup("--max-idle", "5d", *LOOSE, "--yes").counts("planned") == [0]  # all were read just now, then

@@ -1,10 +1,13 @@
 """`python -m jobs index --verify`: what differs is found, and what is only young is not taken for it."""
 
+import mmap
+import os
 import time
 
 import pytest
 from depot import DAY, PREFIX, key
 from index_depot import Writer, build, door
+from index_support import forge, unsorted
 from plugin_support import upload
 
 from hfbucket_plugin.deadlines import Deadline
@@ -132,3 +135,34 @@ def test_the_metrics_tell_of_builds_and_differences(stocked):
     stocked.put([key(50)], age=DAY)
     assert stocked.run("index", "--verify", "--metrics-textfile", str(path)).code == 3
     assert 'hfbucket_jobs_index_differences{instance="hfbucket.us",job_name="index"} 1.0' in path.read_text()
+
+
+def test_a_snapshot_that_engines_refuse_is_refused_here_too_and_healed_by_the_next_build(stocked):
+    forge(stocked.hub.endpoint, stocked.bucket_id, unsorted, stocked.prefix)
+    ran = verify(stocked, code=3)
+    assert "not in the order of their digests" in ran.stderr
+
+    assert build(stocked).summary["made_of"] == "listing"
+    assert verify(stocked).summary["differences"]["examples"] == {}
+
+
+def test_a_pointer_of_the_future_is_refused_here_too(stocked):
+    forge(stocked.hub.endpoint, stocked.bucket_id, lambda rows: rows, stocked.prefix, covers=time.time() + 1e6)
+    assert "its covers (" in verify(stocked, code=3).stderr
+
+
+@pytest.mark.parametrize("keys", [8, 2**40])
+def test_the_size_of_a_pointer_is_believed_by_nobody_before_the_hub_has_confirmed_it(stocked, monkeypatch, keys):
+    forge(stocked.hub.endpoint, stocked.bucket_id, lambda rows: rows, stocked.prefix, size=2**41, keys=keys)
+    truncated = []
+    real = mmap.mmap
+
+    def mapped(descriptor, length, *args, **more):
+        truncated.append(os.fstat(descriptor).st_size)
+        return real(descriptor, length, *args, **more)
+
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    verify(stocked, code=3)
+    assert build(stocked, "--full").summary["made_of"] == "listing"
+    verify(stocked)
+    assert max(truncated, default=0) < 2**20

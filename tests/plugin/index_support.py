@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from surface_support import PREFIX, store_of
 from faults.surface import counted
 from hfbucket_plugin import index_build, metrics
 from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.index_format import snapshot_of, to_bytes
 from hfbucket_plugin.index_store import IndexStore
 
 if TYPE_CHECKING:
     from collections import Counter
+    from collections.abc import Callable
 
     from hfbucket_plugin.index import KeyIndex
     from hfbucket_plugin.index_format import Pointer
@@ -71,3 +74,36 @@ def gauge(surface: Any, name: str, **labels: str) -> float | None:
 
     value: float | None = prometheus_client.REGISTRY.get_sample_value(name, {"instance": surface.instance} | labels)
     return value
+
+
+def forge(
+    endpoint: str, bucket_id: str, rows_of: Callable[[Any], Any], prefix: str = PREFIX, **pointer: Any
+) -> Pointer:
+    """Publish a snapshot that somebody wrote who knows the format.
+
+    Args:
+        endpoint: The Hub's.
+        bucket_id: Whose index.
+        rows_of: Makes the rows of it of those of the present one.
+        prefix: The instance's.
+        pointer: What its pointer says instead of the truth.
+    """
+    with opened(endpoint, bucket_id, prefix) as door, tempfile.TemporaryDirectory() as directory:
+        store = IndexStore(door, "forger")
+        deadline = Deadline.after(SECS)
+        info = store.list(deadline).pointer
+        assert info is not None
+        present, path = store.read_pointer(info, deadline), Path(directory) / "snapshot.npy"
+        index_build.fetch_snapshot(door, store, present, path, deadline)
+        rows = rows_of(snapshot_of(path.read_bytes(), "it").rows.copy())
+        path.write_bytes(to_bytes(rows))
+        built = index_build.Built(path, len(rows), present.covers, present.listed, present.full, heat=present.heat)
+        made = replace(index_build.put(store, built, deadline), **pointer)
+        store.publish(made, deadline)
+        return made
+
+
+def unsorted(rows: Any) -> Any:
+    """Rows as no reader takes them, two or more."""
+    assert len(rows) > 1
+    return rows[::-1]

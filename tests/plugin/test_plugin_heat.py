@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ from hfbucket_plugin.heat import (
     warmed,
     widened,
 )
-from hfbucket_plugin.heat_recorder import NO_KEY, HeatRecorder, Hits, recorder_of, why_not
-from hfbucket_plugin.index_format import HEAT_JOURNAL, JOURNAL, Pointer, changes_of, hits_of
+from hfbucket_plugin.heat_recorder import MOST_TOLD, NO_KEY, HeatRecorder, Hits, recorder_of, why_not
+from hfbucket_plugin.index_format import HEAT_JOURNAL, JOURNAL, Pointer, changes_of, hits_of, lost_of
 from hfbucket_plugin.index_journal import JournalWriter
-from hfbucket_plugin.index_store import JOURNALS
+from hfbucket_plugin.index_store import JOURNALS, MAX_JOURNAL_BYTES
 from hfbucket_plugin.index_table import ROW, digests_of, in_order
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_settings import from_params
@@ -169,7 +170,8 @@ def digest(number):
     return digests_of([encode_name(key(number))]).tobytes()
 
 
-def test_the_hottest_are_told_first_and_nobody_waits_for_ever():
+def test_the_hottest_are_told_first_and_nobody_waits_for_ever(monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.heat_recorder._SURGE", 1)
     recorder = HeatRecorder(4, 60, -60.0)
     recorder.read([key(number) for number in range(6)] + [key(5)] * 9 + [key(4)] * 8 + ["test@1@0@0@bfloat16"])
 
@@ -188,10 +190,78 @@ def test_memory_and_what_is_told_are_bounded():
         recorder.read(key(random.randrange(10**6)) for _ in range(20_000))
         told.append(recorder.due(now))
         now += 60
-    assert max(map(len, told)) == 100
-    assert len(recorder._waiting) <= 8192
+    assert max(map(len, told)) == 4000
+    assert len(recorder._waiting) <= 32_768
     assert recorder.take_dropped() > 0
     assert recorder.take_dropped() == 0
+
+
+def test_what_is_told_grows_with_what_is_read():
+    recorder = HeatRecorder(200, 300, -300.0)
+    recorder.read(key(number) for number in range(150))
+    assert len(recorder.due(0.0)) == 150
+    recorder.read(key(number) for number in range(6000))
+    assert len(recorder.due(300.0)) == 6000
+    assert recorder.take_lost() is None
+
+
+@pytest.mark.parametrize("batches", [1, 100])
+def test_every_hit_is_told_of_or_counted_as_lost(batches):
+    recorder = HeatRecorder(200, 300, -300.0)
+    for batch in range(batches):
+        recorder.read(key(batch * 1000 + number) for number in range(100_000 // batches))
+    recorder.look(1.0)
+    recorder.read([key(1)])
+    told = sum(one.number for number in range(100) for one in recorder.due(300.0 * number))
+    lost = recorder.take_lost()
+    assert told + recorder.take_dropped() == 100_001
+    assert lost == Hits(NO_KEY, 100_001 - told, 1.0, lost=True)
+    assert recorder.take_lost() is None
+
+
+def test_what_was_lost_is_told_of_even_where_nothing_else_is():
+    recorder = HeatRecorder(200, 300, 0.0)
+    recorder._lose(5, 1.0)
+    assert recorder.due(300.0) == [Hits(NO_KEY, 0, 300.0)]
+    assert recorder.take_lost() == Hits(NO_KEY, 5, 1.0, lost=True)
+
+
+def test_journals_tell_what_was_lost_and_older_readers_pass_over_it():
+    journal = JournalWriter(100, 100, hits=True)
+    journal.tell([Hits(digest(1), 5, 8.0), Hits(NO_KEY, 7, 9.0, lost=True)], 5000.0)
+    data = journal.draft(12.0).data
+
+    (lost,) = lost_of(data, 100.0, 77, "it")
+    assert (lost["hits"], lost["at"], lost["told"], lost["digest_hi"], lost["digest_lo"]) == (7, 97.0, 5000, 0, 0)
+    assert hits_of(data, 100.0, 77, "it")["hits"].tolist() == [5]
+    assert len(changes_of(data, 100.0, "it")) == 0
+
+
+def test_heat_is_complete_since_hits_were_last_lost():
+    def lost(*rows):
+        found = hits(*((0, *row) for row in rows))
+        found["digest_hi"] = found["digest_lo"] = 0
+        return found
+
+    one, other = (7, START + 50, int(START) + 60, 1), (3, START + 70, int(START) + 80, 1)
+    told = Tells()
+    told.add(np.array([START + 60], np.uint32), START + 100)
+    told.lose(lost(one), START + 100)
+    told.lose(lost(one, other), START + 100)  # the journal grew
+    first = told.span(Span(START, START, START), START + 100, START + 90)
+    assert (first.since, first.lost, first.lost_at) == (START + 70, 10, START + 70)
+
+    told = Tells()
+    told.add(np.array([START + 160], np.uint32), START + 200)
+    told.lose(lost(one, other), START + 200)  # told again
+    again = told.span(first, START + 200, START + 190)
+    assert (again.since, again.lost, again.lost_at) == (START + 70, 10, START + 70)
+
+    told = Tells()
+    told.unread(4, START + 150)
+    assert told.span(first, START + 200, START + 190) == replace(
+        first, since=START + 150, lost=14, lost_at=START + 150, until=START + 190
+    )
 
 
 def test_who_has_nothing_to_tell_says_so_every_hour():
@@ -237,17 +307,17 @@ def test_hits_that_are_counted_are_told_no_more():
 
 
 def test_bytes_are_bounded_whatever_is_read():
-    recorder, journal = HeatRecorder(200, 300, -300.0), JournalWriter(2000, 2000, hits=True)
+    recorder, journal = HeatRecorder(10_000, 300, -300.0), JournalWriter(MOST_TOLD, MOST_TOLD, hits=True)
     sizes, now = [], 0.0
-    for _ in range(60):
-        recorder.read(key(random.randrange(10**6)) for _ in range(10_000))
+    for _ in range(6):
+        recorder.read(key(random.randrange(10**6)) for _ in range(30_000))
         journal.tell(recorder.due(now), now)
         while (draft := journal.draft(now)) is not None:
             journal.written(draft)
             sizes.append(len(draft.data))
         now += 300
-    assert len(sizes) == 60
-    assert max(sizes) <= 1024 + 2000 * HEAT_JOURNAL.itemsize
+    assert len(sizes) == 6
+    assert max(sizes) <= 1024 + MOST_TOLD * HEAT_JOURNAL.itemsize < MAX_JOURNAL_BYTES
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
