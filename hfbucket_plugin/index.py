@@ -24,10 +24,10 @@ from hfbucket_plugin import metrics
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.heat_recorder import recorder_of
+from hfbucket_plugin.heat_recorder import MOST_TOLD, recorder_of
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
-from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError
+from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError, problem_of
 from hfbucket_plugin.index_store import IndexStore
 from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.index_view import Absent
@@ -49,8 +49,21 @@ _DOUBT_SECS: Final = 30.0
 """As often as LMCache's health monitor looks, and counts gets that failed."""
 
 _JOURNAL_SECS: Final = 30.0
-_JITTER: Final = 0.1
-"""Share by which waits differ, so that a fleet that was started together does not ask together."""
+_SPREAD: Final = (0.9, 1.1)
+_FIRST_SPREAD: Final = (0.25, 1.0)
+"""Shares of a wait, between which chance decides, so that a fleet that was started together does not ask together."""
+
+_MOST_DOUBLINGS: Final = 5
+"""After failures in a row a refresh comes up to 32 times as late."""
+
+_TOO_LARGE_SECS: Final = 6 * 3600.0
+"""When a listing that did not fit is tried again: it costs the same calls."""
+
+_WINDOW_SECS: Final = 300.0
+_READERS_CALLS: Final = 1000
+_WRITERS_CALLS: Final = 1000
+"""Calls that all processes of an instance make for refreshes, and for journals, in a window of the Hub's quota, at most: the more
+processes there are, the rarer each one asks. The smallest quota of a paid plan is 2,500."""
 
 STATES: Final = ("usable", "loading", "missing", "stale", "too_large", "failed")
 
@@ -97,6 +110,9 @@ class KeyIndex:
         self._view: View | None = None
         self._alive = False
         self._problem: HFBucketError | None = None
+        self._crowded = ""
+        self._failures = 0
+        self._writers = 1
         self._state = "loading"
         self._hub_offset = time.time() - clock()
         self._renewed_at = clock()
@@ -234,6 +250,7 @@ class KeyIndex:
                 self._refreshing, self._flushing = threading.Lock(), threading.Lock()
                 self._recent = self._recent.forked()
                 self._make_journals()  # what waited is the parent's to tell, and its journals are
+                self._heat = recorder_of(self._settings, self._clock())
                 if isinstance(self._source, SnapshotSource):
                     self._source.writer = self._journal.writer
             names = [("refresh", self._run_refresh)] + [("journal", self._run_journal)] * self._journals
@@ -248,43 +265,59 @@ class KeyIndex:
     def _make_journals(self) -> None:
         settings = self._settings
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
-        self._hits = JournalWriter(settings.index_journal_entries, settings.index_journal_entries, hits=True)
+        self._hits = JournalWriter(MOST_TOLD, MOST_TOLD, hits=True)
 
     def _run_refresh(self) -> None:
-        wait = 0.0
-        while not self._closed.wait(wait * random.uniform(1 - _JITTER, 1 + _JITTER)):
-            wait = self._settings.index_refresh_secs
+        wait, spread = 0.0, _SPREAD
+        while not self._closed.wait(wait * random.uniform(*spread)):
             try:
-                calls = self.refresh()
+                self.refresh()
             except Exception:  # noqa: BLE001 - whatever it was, the next one must come
                 _log.exception("[%s] key index: the refresh failed", self._instance)
-                continue
-            if self._settings.index == "listing":
-                wait = max(wait, min(calls * wait, self._settings.index_max_age_secs / 2))
+            wait, spread = self.refresh_wait_secs, _SPREAD if wait else _FIRST_SPREAD
+
+    @property
+    def refresh_wait_secs(self) -> float:
+        """Seconds until the next refresh: by what the last one cost, by how many ask, and by how many failed."""
+        settings, calls = self._settings, self._source.calls
+        secs = settings.index_refresh_secs
+        if settings.index == "listing":
+            if isinstance(self._problem, TooLargeError):
+                return max(secs, _TOO_LARGE_SECS)
+            wait = max(secs, min(calls * secs, settings.index_max_age_secs / 2))
+        else:
+            wait = max(
+                secs, min(_WINDOW_SECS * self._writers * calls / _READERS_CALLS, settings.index_max_age_secs / 4)
+            )
+        longest = max(wait, settings.index_max_age_secs / 4)
+        return float(min(longest, wait * 2 ** min(self._failures, _MOST_DOUBLINGS)))
 
     def refresh(self) -> int:
         """Look for a new snapshot and new journals, now; a failure leaves what is known as it is.
 
         Returns:
-            Pages that were listed.
+            Calls to the Hub that it took, whatever came of it.
         """
         with self._refreshing:
             began = self._clock()
             try:
                 result = self._source.refresh(self._view)
-            except HFBucketError as error:
-                self._problem = error
-                self._refreshed(error.kind)
-                return 1
-            self._take(result, began)
-            return result.calls
+                self._take(result, began)
+            except Exception as error:  # noqa: BLE001 - whatever it was, it is named, and tried again
+                if not isinstance(error, HFBucketError):
+                    _log.debug("[%s] key index: the refresh failed", self._instance, exc_info=True)
+                self._problem = problem_of(error)
+                self._failures += 1
+                self._refreshed(self._problem.kind)
+            return self._source.calls
 
     def _take(self, result: Refreshed, began: float) -> None:
         now = self._clock()
+        began -= result.took
         if result.date is not None:
             passed = time.monotonic() - result.dated  # a snapshot may have been loaded meanwhile
             self._hub_offset = result.date + 0.5 + passed - now  # a header shows whole seconds
-        self._view, self._problem = result.view, result.problem
+        self._view, self._problem, self._failures, self._writers = result.view, result.problem, 0, result.writers
         # What no reader uses any more needs no journals, and nobody would prune them.
         self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs
         self._renewed_at = began
@@ -297,7 +330,7 @@ class KeyIndex:
                 self._hits.forget_before(now, result.heat_until)
         self._recent.journalled(min(result.own_seq, self._journal.told))
         if result.view is not None:
-            self._recent.overruled(result.view.changes)
+            self._recent.overruled(result.view.changes, *result.view.tiers)
         for outcome, number in (("folded", result.folded), ("garbage", result.garbage), ("unread", result.unread)):
             if number:
                 self._sink.count(metrics.INDEX_JOURNALS, number, instance=self._instance, outcome=outcome)
@@ -305,6 +338,11 @@ class KeyIndex:
             self._limited.warning(
                 "garbage", f"[{self._instance}] key index: {result.garbage} journals are none, passed over"
             )
+        if result.crowded:
+            self._limited.warning(
+                "crowded", f"[{self._instance}] key index: not all journals are read: {result.crowded}"
+            )
+        self._crowded = result.crowded
         self._refreshed("ok" if result.problem is None else result.problem.kind)
 
     def _refreshed(self, outcome: str) -> None:
@@ -339,61 +377,98 @@ class KeyIndex:
     # --- the journal ----------------------------------------------------------------------------------------------------
 
     def _run_journal(self) -> None:
-        done = True
+        done, next_at = True, self._clock() + self._journal_wait_secs
         while not self._closed.is_set():
             # What could not be written is no reason to hurry, however much waits.
             pause = self._journal_due if done else self._closed
-            pause.wait(self._settings.index_journal_secs * random.uniform(1 - _JITTER, 1 + _JITTER))
+            pause.wait(self._settings.index_journal_secs * random.uniform(*_SPREAD))
+            hurry = self._journal_due.is_set() and done
             self._journal_due.clear()
             if self._closed.is_set():
                 return
             try:
+                if not hurry and self._clock() < next_at:
+                    self._look_at_hits()
+                    continue
                 done = self.flush()
             except Exception:  # noqa: BLE001 - whatever it was, the next one must come
                 _log.exception("[%s] key index: the journal failed", self._instance)
                 done = False
+            next_at = self._clock() + self._journal_wait_secs
             if done and len(self._journal) >= self._settings.index_journal_entries:
                 self._journal_due.set()
 
-    def flush(self) -> bool:
-        """Write what there is to tell as a journal, now, if there is an index that it is of use to.
+    @property
+    def _journal_wait_secs(self) -> float:
+        """Seconds between two journals: the more processes write some, the more."""
+        secs = _WINDOW_SECS * self._writers / _WRITERS_CALLS
+        return 0.0 if secs <= self._settings.index_journal_secs else secs * random.uniform(*_SPREAD)
+
+    def _look_at_hits(self) -> None:
+        with self._flushing:
+            if self._heat is not None:
+                self._heat.look(self._clock())
+
+    def flush(self, *, last: bool = False) -> bool:
+        """Write what there is to tell as journals, now, by one call, if there is an index that it is of use to.
+
+        Args:
+            last: Whether there will be no other, so that hits are told of before it is time.
 
         Returns:
             Whether there is nothing left that should have been written.
         """
+        self._look_at_hits()
         with self._flushing:
             if not self._alive:
                 return False
-            done = self._write(self._journal)
             if self._heat is not None:
-                self._tell_heat(self._heat)
-                self._write(self._hits)  # what comes of it holds nothing up
-            return done
+                self._tell_heat(self._heat, last=last)
+            return self._write()
 
-    def _write(self, journal: JournalWriter) -> bool:
-        """Write a journal if there is news; whether there is nothing left that should have been written."""
-        draft = journal.draft(self._clock())
-        if draft is None:
+    def _write(self) -> bool:
+        """Write journals if there is news; whether there is nothing left that should have been written, hits apart."""
+        now = self._clock()
+        drafts = [(one, draft) for one in (self._journal, self._hits) if (draft := one.draft(now)) is not None]
+        if not drafts:
             return True
+        failed: Sequence[HFBucketError | None]
         try:
-            self._store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(_JOURNAL_SECS))
+            failed = self._store.put_journals(
+                [(draft.name.text, draft.data, draft.instead_of) for _, draft in drafts], Deadline.after(_JOURNAL_SECS)
+            )
         except HFBucketError as error:
-            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
-            self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {error}")
-            return False
+            failed = [error] * len(drafts)
         finally:
-            journal.attempted(self._clock())
-        journal.written(draft)
-        self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
-        return True
+            for journal, _ in drafts:
+                journal.attempted(self._clock())
+        done = True
+        for (journal, draft), why in zip(drafts, failed, strict=True):
+            if why is None:
+                journal.written(draft)
+                self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="written")
+                continue
+            done = done and journal is self._hits  # what comes of hits holds nothing up
+            self._sink.count(metrics.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
+            self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {why}")
+        return done
 
-    def _tell_heat(self, heat: HeatRecorder) -> None:
+    def _tell_heat(self, heat: HeatRecorder, *, last: bool) -> None:
         """Tell of hits, if it is time and the last ones are in a journal: heat may wait."""
         if len(self._hits):
             return
-        hits = heat.due(self._clock())
-        self._hits.tell(hits, self._hub_now())
-        for outcome, number in (("told", sum(one.number for one in hits)), ("dropped", heat.take_dropped())):
+        hits = heat.due(self._clock(), last=last)
+        if hits and (lost := heat.take_lost()) is not None:
+            self._hits.tell([*hits, lost], self._hub_now())
+            self._limited.warning(
+                "heat",
+                f"[{self._instance}] key index: {lost.number} hits were dropped, since more keys were read than others are told "
+                "of: a cleanup by max_idle will count nothing as idle before now. Raise heat_keys, or lower heat_secs",
+            )
+        else:
+            self._hits.tell(hits, self._hub_now())
+        told = sum(one.number for one in hits)
+        for outcome, number in (("told", told), ("dropped", heat.take_dropped())):
             if number:
                 self._sink.count(metrics.HEAT_HITS, number, instance=self._instance, outcome=outcome)
 
@@ -407,16 +482,17 @@ class KeyIndex:
             "keys": 0 if view is None else view.keys,
             "age_seconds": None if view is None else round(max(0.0, self._age(view)), 1),
             "heat": "off" if self._heat is None else "on",
-            "problem": None if self._problem is None else str(self._problem),
+            "problem": self._crowded or None if self._problem is None else str(self._problem),
         }
 
     def finish(self, secs: float) -> None:
-        """Write a last journal, if there is news.
+        """Write a last journal, if there is news, hits included.
 
         Args:
             secs: How long to wait for it at most.
         """
-        if not len(self._journal) or not self._alive or self._pid != os.getpid():
+        news = len(self._journal) or (self._heat is not None and len(self._heat))
+        if not news or not self._alive or self._pid != os.getpid():
             return
         last = threading.Thread(target=self._last_flush, name=f"hfbucket-index-last-{self._instance}", daemon=True)
         with contextlib.suppress(RuntimeError):  # no thread is left: the next listing tells
@@ -425,7 +501,7 @@ class KeyIndex:
 
     def _last_flush(self) -> None:
         try:
-            self.flush()
+            self.flush(last=True)
         except Exception:  # noqa: BLE001 - nobody is there any more who could do anything about it
             _log.exception("[%s] key index: the last journal failed", self._instance)
 

@@ -257,9 +257,9 @@ class InstanceSettings(BaseModel):
     )
     index_refresh_secs: PositiveFloat = Field(
         60.0,
-        description="Seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
-        "every 1000 journals. 200 processes make 1000 calls in 5 minutes so. With `listing`, the calls of a listing are "
-        "spread so that there is one in this time, as far as `index_max_age_secs` permits.",
+        description="Least seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
+        "every 1000 journals. Longer where more than 200 processes write journals: together they make 1000 calls in 5 minutes. With "
+        "`listing`, the calls of a listing are spread so that there is one in this time, as far as `index_max_age_secs` permits.",
     )
     index_max_age_secs: PositiveFloat = Field(
         6 * 3600.0,
@@ -268,13 +268,14 @@ class InstanceSettings(BaseModel):
     )
     index_max_bytes: PositiveInt = Field(
         512 * MIB,
-        description="Most memory of the index; a larger one is not used. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
+        description="Most memory of the index; a larger one is not used, and a `listing` that does not fit is tried again after six hours. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
         "loaded there are two: 512 MiB are 7 million keys.",
     )
     index_journal_secs: PositiveFloat = Field(
         30.0,
-        description="Seconds between two journals of this process, in which it tells others what it put and deleted; each is a "
-        "call to the Hub, and none is written when there is no news. 200 writers make 2000 calls in 5 minutes at most.",
+        description="Least seconds between two journals of this process, in which it tells others what it put, deleted and read; "
+        "each is a call to the Hub, and none is written when there is no news. Longer where more than 100 processes write some: "
+        "together they make 1000 calls in 5 minutes.",
     )
     index_journal_entries: PositiveInt = Field(
         2000,
@@ -295,13 +296,14 @@ class InstanceSettings(BaseModel):
     )
     heat_secs: PositiveFloat = Field(
         300.0,
-        description="Least seconds between two times that hits are told of: a call to the Hub each, and none if there are none. "
-        "200 processes make 200 calls in 5 minutes.",
+        description="Least seconds between two times that hits are told of, with a journal that is due anyway, or by a call to the "
+        "Hub of their own; none if there are none.",
     )
     heat_keys: PositiveInt = Field(
         200,
         le=10_000,
-        description="Most keys that are told of each time, of 65 bytes each; never more than `index_journal_entries`. Half are those with the most hits, half those that wait longest.",
+        description="Keys that are told of each time, of 65 bytes each; up to 40 times as many, and 16,384 at most, where more were "
+        "read. Hits of keys beyond that wait, and are dropped where 32,768 do: then nothing counts as idle before that moment.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=lambda: constants.ENDPOINT,

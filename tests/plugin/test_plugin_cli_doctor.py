@@ -5,7 +5,7 @@ from io import StringIO
 
 import pytest
 from cli_support import CHECKS, HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
-from index_support import build
+from index_support import build, forge, unsorted
 from plugin_support import noise, paths, unused_port
 from rich.console import Console
 
@@ -209,6 +209,10 @@ def test_an_index_that_engines_go_by(desk):
     ran = desk.doctor()
     assert ran.code == 0
     assert f"ok: {pointer.keys} keys, brought up to date " in ran.told("index")
+
+    forge(desk.endpoint, desk.bucket_id, unsorted, PREFIX)
+    assert "not in the order of their digests" in desk.doctor().told("index")
+    build(desk.endpoint, desk.bucket_id, PREFIX)
 
     desk.settings |= {"index_max_age_secs": 1}
     assert "too old" in desk.doctor().told("index")
