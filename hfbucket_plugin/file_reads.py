@@ -43,6 +43,7 @@ class FileRead:
             in it, when it has failed.
         error: Why it failed; None while it has not.
         done: Whether every byte has arrived.
+        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class FileRead:
     path: Path
     error: HFBucketError | None = None
     done: bool = False
+    asked: int = 0
     _live: bool = True
     _handle: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)

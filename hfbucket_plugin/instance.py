@@ -76,6 +76,7 @@ def open_bucket(
     *,
     online: bool = False,
     bulk: bool = False,
+    counted: bool = False,
 ) -> Bucket:
     """Make the door to an instance's bucket.
 
@@ -86,6 +87,7 @@ def open_bucket(
         read_timeout_secs: The deadline that reads will have; hf_xet's own timeouts are set below it.
         online: Whether an engine waits for reads: they then fail at once where tools wait for the Hub's pauses.
         bulk: Whether a process of its own reads a great many objects, see `Reading.bulk`.
+        counted: Whether every byte that reads ask for has to be known: hf_xet then repeats nothing by itself.
     """
     reading = Reading.bulk(settings) if bulk else Reading.online(settings)
     hub = HubClient(
@@ -107,5 +109,6 @@ def open_bucket(
         write_timeout_secs=settings.put_timeout_secs,
         streams=reading.streams,
         patient=not online,
+        read_retries=0 if counted else 1,
     )
     return Bucket(hub, settings.bucket_handle, transfer)

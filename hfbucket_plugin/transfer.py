@@ -60,6 +60,7 @@ class Read:
         lease: Where to.
         error: Why it failed; None while it has not.
         done: Whether every byte has arrived.
+        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Read:
     lease: Lease
     error: HFBucketError | None = None
     done: bool = False
+    asked: int = 0
 
     @property
     def live(self) -> bool:
@@ -104,6 +106,7 @@ class _Part(_Ticket):
         self.start = start
         self.end = end
         self.deadline = deadline
+        self.asked = 0  # by the thread that reads it
 
 
 class Transfer:
@@ -120,6 +123,7 @@ class Transfer:
         write_timeout_secs: The same for writes.
         streams: Streams open at one time.
         patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
+        read_retries: How often hf_xet itself repeats a request of a read that failed.
     """
 
     def __init__(
@@ -135,10 +139,11 @@ class Transfer:
         write_timeout_secs: float,
         streams: int,
         patient: bool = True,
+        read_retries: int = 1,
     ) -> None:
         self._workers = read_workers
         self._range_bytes = range_bytes
-        reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes)
+        reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes, read_retries)
         writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
         self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient)
         self._writing = SessionPool(hub, bucket_id, "write", writing)
@@ -202,6 +207,8 @@ class Transfer:
         arrived = {id(read): 0 for read, _ in reads}
         for future in finished:
             arrived[id(tasks[future].read)] += future.result()
+        for part in tasks.values():
+            part.read.asked += part.asked
         for read, wanted in reads:
             # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
             if read.error is None and arrived[id(read)] != wanted:
@@ -238,6 +245,7 @@ class Transfer:
         try:
             if part.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
                 raise RevokedError(f"{read.name}: given up before it was read")
+            part.asked += part.end - part.start
             if isinstance(read, FileRead):
                 read.fetch(loan.session, attempt)
             else:

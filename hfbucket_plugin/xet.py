@@ -53,7 +53,9 @@ _STATUS_UNAUTHORIZED, _STATUS_NOT_FOUND, _STATUS_TOO_MANY = 401, 404, 429
 _STATUS_DENIED = frozenset({_STATUS_UNAUTHORIZED, 403})
 
 
-def xet_config(timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes: int) -> hf_xet.XetConfig:
+def xet_config(
+    timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes: int, retries: int = 1
+) -> hf_xet.XetConfig:
     """The configuration of our sessions.
 
     Args:
@@ -63,13 +65,14 @@ def xet_config(timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes
         piece_bytes: What a stream asks the store for at a time, and hands over at a time.
         buffer_bytes: What all streams of a session may hold together, from the moment that it is asked for until it is
             handed over.
+        retries: How often a request that failed is repeated.
     """
     patience = timedelta(seconds=max(0.2, timeout_secs * 0.4))
     return hf_xet.XetConfig().with_config(
         {
             "client.connect_timeout": patience,
             "client.read_timeout": patience,
-            "client.retry_max_attempts": 1,
+            "client.retry_max_attempts": retries,
             "client.retry_base_delay": timedelta(milliseconds=100),
             "client.retry_max_duration": timedelta(seconds=max(0.2, timeout_secs * 0.8)),
             "client.ac_initial_download_concurrency": max(4, streams),

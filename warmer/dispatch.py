@@ -58,6 +58,7 @@ class Dispatch:
             max(1, min(window.batch_bytes, *filter(None, (window.bytes, window.run_bytes, caps.run, caps.node))))
         )
         self._bucket = TokenBucket(caps.run, now)
+        self._asking = 1.0  # how many times the bytes of a chunk nodes have to ask for, of late
         self._stock = Stock(nodes)
         self._pace, self._receive_pace = Pace(), Pace()
         self._numbers = itertools.count(1)
@@ -220,14 +221,15 @@ class Dispatch:
 
     def _fetch(self, lane: Lane, chunks: tuple[PlannedChunk, ...], lot: Lot | None, *, share: bool) -> Fetch:
         order = Fetch(next(self._numbers), lane.name, chunks, share)
-        self._fly(order, lot)
         size = total_bytes(chunks)
-        self._bucket.spend(size)
+        spent = int(size * self._asking)
+        self._fly(order, lot, spent)
+        self._bucket.spend(spent)
         self._fetching_bytes += size
         return order
 
-    def _fly(self, order: Order, lot: Lot | None) -> None:
-        self._flights[order.number] = Flight(order, lot, self._now)
+    def _fly(self, order: Order, lot: Lot | None, spent: int = 0) -> None:
+        self._flights[order.number] = Flight(order, lot, self._now, spent=spent)
         self._lanes[order.node].begin(order.chunks, fetch=isinstance(order, Fetch))
         self._out.append(order)
 

@@ -33,6 +33,7 @@ class Job:
     """One chunk that is to be fetched, and its bytes where they are to be kept for other nodes.
 
     Attributes:
+        asked: Bytes that the store was asked for so far, each try counted.
         reserve: Whether its blocks are to be reserved in the next try: the disk turned out to be full without.
     """
 
@@ -42,6 +43,7 @@ class Job:
     error: HFBucketError | None = None
     done: bool = False
     wrong_hashes: int = 0
+    asked: int = 0
     reserve: bool = False
     since: float = field(default_factory=time.monotonic)
     seconds: float = 0.0

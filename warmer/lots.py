@@ -84,6 +84,7 @@ class Flight:
         since: When it was given.
         hold: Bytes that it may leave in its node's store though no lot counts them.
         was_of: The lot that went on without it, since it took so long; None where it did not.
+        spent: Bytes that the cap of the run let go for it.
     """
 
     order: Order
@@ -91,6 +92,7 @@ class Flight:
     since: float
     hold: int = 0
     was_of: Lot | None = None
+    spent: int = 0
 
 
 class Stock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import tenacity
@@ -58,6 +58,8 @@ class NodeConfig:
         chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
         verify: What is checked before a chunk appears that was moved: its length, or its Xet hash too.
         earlier: Tiers of directories that the run filled before; what they hold need not come from the Hub once more.
+        capped: Whether there is a cap on bandwidth: every byte that is asked for is then counted, so hf_xet repeats no request
+            by itself.
     """
 
     instance: str
@@ -67,6 +69,7 @@ class NodeConfig:
     chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS
     verify: Verify = "hash"
     earlier: tuple[Declaration, ...] = ()
+    capped: bool = False
 
     def __post_init__(self) -> None:
         if self.settings.token is not None:
@@ -205,11 +208,11 @@ class NodeWarmer:
     def _outcome(self, job: Job) -> Outcome:
         chunk = job.chunk
         if job.done:
-            return Copied(chunk.key, chunk.size, seconds=job.seconds)
+            return Copied(chunk.key, chunk.size, seconds=job.seconds, asked=job.asked)
         if self._stopped.is_set():
-            return given_up(chunk)
+            return replace(given_up(chunk), asked=job.asked)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
-        return Failed(chunk.key, chunk.size, error.kind, str(error))
+        return Failed(chunk.key, chunk.size, error.kind, str(error), asked=job.asked)
 
     def _fetch_all(self, jobs: list[Job]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
@@ -241,7 +244,11 @@ class NodeWarmer:
         try:
             for job in pending:
                 self._begin(job, fetches)
-            self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
+            try:
+                self._read([fetch.read for fetch in fetches], deadline.within(self.chunk_timeout_secs / _TRIES))
+            finally:
+                for fetch in fetches:
+                    fetch.job.asked += fetch.read.asked
             self._end(fetches)
         finally:
             for fetch in fetches:
@@ -357,7 +364,14 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
             "this node, but where the command runs it is; set it in the cluster's environment"
         )
     earlier = _on(place, config.earlier)
-    bucket = open_bucket(settings, config.instance, metrics.Tally(), config.chunk_timeout_secs / _TRIES, bulk=True)
+    bucket = open_bucket(
+        settings,
+        config.instance,
+        metrics.Tally(),
+        config.chunk_timeout_secs / _TRIES,
+        bulk=True,
+        counted=config.capped,
+    )
     tier = open_tier(config.tier, place) if tier is None else tier
     warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify, earlier)
     try:

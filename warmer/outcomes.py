@@ -43,6 +43,7 @@ class Copied:
         received: Whether it came from another node, and not from the Hub.
         reused: Whether it came from another tier of the same node, and neither from the Hub nor from another node.
         seconds: From when its node turned to it until it was in the tier, by the clock of that node.
+        asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
     """
 
     key: str
@@ -50,6 +51,7 @@ class Copied:
     received: bool = False
     reused: bool = False
     seconds: float = field(default=0.0, compare=False)
+    asked: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,14 @@ class Failed:
         size: Bytes.
         kind: The `kind` of the error, or one of this module's.
         message: What was wrong, in words.
+        asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
     """
 
     key: str
     size: int
     kind: str
     message: str
+    asked: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

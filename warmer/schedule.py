@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _TRIES: Final = 2
 """How many nodes try to fetch a chunk before it has failed for all of them."""
 
+_HEED: Final = 0.5
+"""How much the latest order counts in how many tries the next ones are reckoned with."""
+
 _OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
 """Failures that say nothing about other nodes."""
 
@@ -140,7 +143,7 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lot = flight.order, flight.lot
-        self._bucket.give_back(self._unmoved(order, outcomes))
+        self._pay(flight, outcomes)
         copied = [outcome.size for outcome in outcomes if _has_moved(outcome)]
         size = sum(copied)
         self.counts.fetched += len(copied)
@@ -184,21 +187,26 @@ class Schedule(Laggards):
             self._alone(lane).add(tuple(failed))
         return ended
 
-    def _unmoved(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool = False) -> int:
-        """Give the node back what it let go for chunks that passed no network, such as those that were there; returns their bytes.
+    def _pay(self, flight: Flight, outcomes: Sequence[Outcome]) -> None:
+        """Settle what an order to fetch asked the Hub for, tries included, with what the caps let go for it.
 
-        A chunk that failed in any other way may have moved, even several times.
+        Chunks that were asked for several times put the caps into debt; those that passed no network are given back.
         """
-        size = sum(
-            chunk.size
+        size = total_bytes(flight.order.chunks)
+        asked = sum(_asked(outcome) for outcome in outcomes)
+        self._bucket.give_back(flight.spent - asked)
+        self._lanes[flight.order.node].bucket.give_back(size - asked)
+        if size:
+            # The next orders reckon with as many tries: the first ones to fail would else all be let go at once.
+            self._asking += _HEED * (max(1.0, asked / size) - self._asking)
+
+    def _give_back(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool) -> None:
+        """Give a node back what it let go to receive chunks that did not move, such as those that were there."""
+        moved = sum(
+            0 if outcome is None and lost else chunk.size if outcome is None else _asked(outcome)
             for chunk, outcome in zip(order.chunks, outcomes, strict=True)
-            if isinstance(outcome, Present)
-            or (isinstance(outcome, Copied) and outcome.reused)
-            or (isinstance(outcome, Failed) and outcome.kind in UNMOVED_KINDS)
-            or (outcome is None and lost)
         )
-        self._lanes[order.node].bucket.give_back(size)
-        return size
+        self._lanes[order.node].bucket.give_back(total_bytes(order.chunks) - moved)
 
     def _sort(self, lot: Lot, order: Order, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
         """Tell apart what is in the store, what others have to fetch, and what failed for all."""
@@ -269,7 +277,7 @@ class Schedule(Laggards):
         """
         flight = self._land(number, now)
         order, lane = flight.order, self._lanes[flight.order.node]
-        self._unmoved(order, outcomes, lost=holder_lost)
+        self._give_back(order, outcomes, lost=holder_lost)
         lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
         missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
         size = sum(chunk.size for chunk, outcome in zip(order.chunks, outcomes, strict=True) if _has_moved(outcome))
@@ -399,6 +407,15 @@ class Schedule(Laggards):
         if fetch:
             self._fetching_bytes -= total_bytes(order.chunks)
         return flight
+
+
+def _asked(outcome: Outcome) -> int:
+    """Bytes that a chunk moved through a network, each try counted; where nobody counted them, its size if it may have moved."""
+    if isinstance(outcome, Present) or (isinstance(outcome, Copied) and outcome.reused):
+        return 0
+    if isinstance(outcome, (Copied, Failed)) and outcome.asked is not None:
+        return outcome.asked
+    return 0 if isinstance(outcome, Failed) and outcome.kind in UNMOVED_KINDS else outcome.size
 
 
 def _has_moved(outcome: Outcome | None) -> TypeGuard[Copied]:

@@ -78,6 +78,7 @@ class Bound:
             chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
             verify=self.warm_up.moving.verify,
             earlier=tuple(one for one in earlier if isinstance(one, Declaration)),
+            capped=(self.warm_up.moving.max_bandwidth or self.warm_up.moving.max_node_bandwidth) is not None,
         )
 
     def chunk_tokens(self) -> int:

@@ -305,7 +305,10 @@ class EngineLoader:
         loaded = isinstance(outcome, Copied) and error is None
         with contextlib.suppress(HFBucketError):  # nobody's chunk takes nobody's room
             self._tier.stage(chunk.key).settle(chunk.key, loaded=loaded)
-        return outcome if error is None else Failed(chunk.key, chunk.size, error.kind, str(error))
+        if error is None:
+            return outcome
+        asked = outcome.asked if isinstance(outcome, (Copied, Failed)) else None
+        return Failed(chunk.key, chunk.size, error.kind, str(error), asked=asked)
 
     def stop(self) -> None:
         """End what is under way at once."""

@@ -110,7 +110,7 @@ def test_two_orders_contradict_each_other(other):
 def test_an_order_of_heat_use_and_age(tmp_path):
     def chunk(name, heat=None, hit=None, put=None):
         at = [None if hours is None else NOW - timedelta(hours=hours) for hours in (put, hit)]
-        return PlannedChunk(name, name, "", 1, at[0], heat=heat, last_hit=at[1])
+        return PlannedChunk(name, name, "ab" * 32, 1, at[0], heat=heat, last_hit=at[1])
 
     ordered = [
         chunk("hot", 5, 100, 300), chunk("later", 3, 1, 300), chunk("earlier", 3, 2, 300), chunk("put", 0, None, 3),

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from warming import INSTANCE, PREFIX, Warehouse, classic_key, content
 
+from hfbucket_plugin import metrics
 from hfbucket_plugin.engine_config import EngineConfig
+from hfbucket_plugin.instance import open_bucket
 from localhub.faults import Fault
 from warmer.node import NodeConfig, NodeWarmer
 from warmer.outcomes import Copied, Failed, Present
@@ -158,6 +160,33 @@ def test_a_cut_connection_is_tried_again(hub, stocked, node):
     hub.control.add_fault(Fault(route="xorb-data", truncate_at=5000, times=2))
     assert kinds(node().copy(stocked.plan())) == ["Copied"] * 6
     assert stocked.in_tier() == stocked.chunks
+
+
+@pytest.mark.parametrize(
+    ("fault", "tries"),
+    [
+        ({}, 1),
+        ({"flip_at": (2000,)}, 2),
+        ({"flip_at": (2000,), "times": 6}, 2),
+        ({"truncate_at": 5000}, 3),
+        ({"truncate_at": 5000, "times": 6}, 2),
+        ({"status": 500}, 3),
+    ],
+)
+def test_where_there_is_a_cap_each_try_is_counted_those_of_hf_xet_too(hub, stocked, fault, tries):
+    plan = stocked.plan()
+    settings = EngineConfig.read(stocked.config).instance(INSTANCE)
+    bucket = open_bucket(settings, INSTANCE, metrics.Tally(), 10.0, bulk=True, counted=True)
+    one = NodeWarmer(bucket, open_tier(stocked.declaration()), 30.0)
+    try:
+        if fault:
+            hub.control.add_fault(Fault(route="xorb-data", **fault))
+        hub.control.reset_counters()
+        outcomes = one.copy(plan)
+    finally:
+        one.close()
+    assert [outcome.asked for outcome in outcomes] == [tries * chunk.size for chunk in plan]
+    assert hub.control.counters().route("xorb-data").requests == tries * len(plan)
 
 
 def test_half_a_chunk_never_appears(hub, stocked, node):

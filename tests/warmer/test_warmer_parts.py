@@ -108,7 +108,7 @@ def test_what_a_lost_node_was_to_have_is_told_without_a_lookup():
 
 
 def written(path, workers):
-    return PlanFile.write(path, (PlannedChunk(f"k{n}", "p", "h", 1, worker=of) for n, of in enumerate(workers)))
+    return PlanFile.write(path, (PlannedChunk(f"k{n}", "p", "ab" * 32, 1, worker=of) for n, of in enumerate(workers)))
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,43 @@ def test_caps_bound_what_is_ordered_in_any_time():
             assert sum(total_bytes(order.chunks) for order in second if order.node == name) <= 24 * MIB
 
 
+@pytest.mark.parametrize("caps", [Caps(run=10 * MIB), Caps(node=10 * MIB)])
+@pytest.mark.parametrize("tries", [1, 3, 6])
+@pytest.mark.parametrize("secs", [0.0, 2.0])
+def test_tries_are_paid_for_as_what_arrives_is(caps, tries, secs):
+    """Bodies break off: each chunk is asked for several times, in the end in vain, over some seconds."""
+    schedule, now, asked, flying = begin(["a"], plan([MIB] * 200), caps=caps), 0.0, [], []
+    while not schedule.done:
+        flying += [(now + secs, order) for order in schedule.orders(now)]
+        for end, order in [one for one in flying if one[0] <= now]:
+            flying.remove((end, order))
+            asked.append((now, tries * total_bytes(order.chunks)))
+            results = [
+                Failed(chunk.key, chunk.size, "integrity", "no", asked=tries * chunk.size) for chunk in order.chunks
+            ]
+            schedule.fetched(order.number, results, shared=False, now=now)
+        now += 0.05
+        assert now < 1000
+    whole = sum(size for _, size in asked)
+    assert whole == tries * 200 * MIB
+    # One second's worth at the beginning, and what was under way before the first one told.
+    assert whole <= 10 * MIB * now + 10 * MIB + tries * 4 * 10 * MIB
+    assert now <= 1.3 * whole / (10 * MIB) + 10
+
+
+def test_what_was_asked_for_before_a_chunk_arrived_or_was_found_missing_is_paid_for():
+    for outcome in (
+        lambda chunk: Copied(chunk.key, chunk.size, asked=5 * chunk.size),
+        lambda chunk: Failed(chunk.key, chunk.size, "missing", "no", asked=5 * chunk.size),
+    ):
+        schedule, now = begin(["a"], plan([MIB] * 40), caps=Caps(run=10 * MIB)), 0.0
+        while not schedule.done:
+            for order in schedule.orders(now):
+                schedule.fetched(order.number, [outcome(chunk) for chunk in order.chunks], shared=False, now=now)
+            now += 0.05
+        assert 10 <= now <= 25
+
+
 def test_a_chunk_that_no_store_takes_is_fetched_by_each_for_itself():
     chunks = plan([10, 10**12, 10])
     schedule = begin(["a", "b"], chunks, window=Window())
