@@ -2,7 +2,7 @@
 
 The driver confirms the lock before each batch of deletes and says until when, by the Hub's clock, it holds; an actor that
 gets to the batch later, by the date of the Hub's answers to it, deletes nothing. One that does not answer in time is lost:
-it is ended, and another one takes its place. Settings travel to the actors, tokens never: each takes its own from its node's environment.
+it is ended, and another one takes its place, as that of one that died. Settings travel to the actors, tokens never: each takes its own from its node's environment.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Generic
 
 import ray
@@ -38,6 +39,17 @@ if TYPE_CHECKING:
 
 _REQUEST_SECS: Final = 60.0
 _START_SECS: Final = 120.0
+
+_LOSSES: Final = 3
+"""A batch whose actors died so often is what kills them."""
+
+_DEATHS: Final = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+)
+"""What is said of an actor whose process is gone, whatever it was given to do."""
 
 
 class _Deleter:
@@ -134,7 +146,8 @@ class _OnActors(Generic[T]):
 
     def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
         """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
-        actor = self._idle.pop()
+        # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
+        actor = self._idle.pop(0)
         told: Future[Result[T]] = Future()
         with self._mutex:
             self._busy[told] = (actor, batch)
@@ -149,8 +162,8 @@ class _OnActors(Generic[T]):
         if busy is None:  # it was given up before
             return
         actor, batch = busy
-        self._idle.append(actor)
         try:
+            self._idle.append(self._replaced(actor) if isinstance(done.exception(), _DEATHS) else actor)
             result = self._result(batch, done)
             self._counts.add(result)
         except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
@@ -161,11 +174,21 @@ class _OnActors(Generic[T]):
     def _result(self, batch: Batch[T], done: Future[Any]) -> Result[T]:
         try:
             result: Result[T] | HFBucketError = done.result()
+        except _DEATHS as error:
+            if batch.losses + 1 < _LOSSES:
+                return Result((), replace(_asked(batch), losses=batch.losses + 1))
+            return _given_up(batch, self._failed, f"actors that tried it died {_LOSSES} times: {_first_line(error)}")
         except ray.exceptions.RayError as error:
-            return _lost(batch, self._failed, str(error).splitlines()[0])
+            return _lost(batch, self._failed, _first_line(error))
         if isinstance(result, HFBucketError):
             raise result
         return result
+
+    def _replaced(self, actor: Any) -> Any:
+        """An actor in the place of one that is of no use any more."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # dead already
+            ray.kill(actor)
+        return self._start()
 
     def lose(self, future: Future[Result[T]]) -> None:
         """End an actor that does not answer, and put another one in its place."""
@@ -175,8 +198,7 @@ class _OnActors(Generic[T]):
             return
         actor, batch = busy
         try:
-            ray.kill(actor)
-            self._idle.append(self._start())
+            self._idle.append(self._replaced(actor))
         except Exception as error:  # noqa: BLE001 - as above
             future.set_exception(error)
         else:
@@ -240,6 +262,18 @@ def _without_token(named: NamedInstance) -> InstanceSettings:
 def _lost(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
     """What came of a try whose actor was lost: nobody knows, so every object is looked up again."""
     if batch.tries + 1 >= TRIES:
-        return Result(tuple(Ended(item, failed, f"its actor was lost: {why}") for item in batch.items))
-    asked = batch.asked | {item.path for item in batch.items}
-    return Result((), Batch(batch.items, batch.tries + 1, asked))
+        return _given_up(batch, failed, f"its actor was lost: {why}")
+    return Result((), replace(_asked(batch), tries=batch.tries + 1))
+
+
+def _asked(batch: Batch[T]) -> Batch[T]:
+    """A batch of which nobody knows what became, as it is tried again."""
+    return replace(batch, asked=batch.asked | {item.path for item in batch.items})
+
+
+def _given_up(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
+    return Result(tuple(Ended(item, failed, why) for item in batch.items))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

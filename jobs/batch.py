@@ -88,11 +88,13 @@ class Batch(Generic[T]):
         items: At most 1000.
         tries: How often it was tried.
         asked: Paths that the Hub was asked to delete or to name, and of which it did not tell what became.
+        losses: How often the process that tried it died meanwhile, which is no try of it.
     """
 
     items: tuple[T, ...]
     tries: int = 0
     asked: frozenset[str] = frozenset()
+    losses: int = 0
 
 
 @dataclass(frozen=True, slots=True)

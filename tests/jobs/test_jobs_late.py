@@ -237,6 +237,47 @@ def test_an_actor_that_does_not_answer_is_ended_and_replaced(on_actors):
     assert result.left.asked == {item.path for item in ITEMS}
 
 
+def test_an_actor_that_died_is_replaced_and_its_batch_tried_by_another_one(on_actors):
+    import ray.exceptions
+
+    one, killed = on_actors
+    healthy = Actor()
+    one._idle.append(healthy)
+    dead, batch = one._idle[0], Batch(tuple(ITEMS), tries=3)
+
+    future = one.submit(batch, AT, 9.0, AT)
+    dead.answer.set_exception(ray.exceptions.ActorDiedError())
+    left = future.result(timeout=0).left
+
+    assert killed == [dead]
+    assert one._idle[0] is healthy
+    assert len(one._idle) == 2
+    assert dead not in one._idle
+    assert (left.items, left.tries, left.losses) == (tuple(ITEMS), 3, 1)
+    assert left.asked == {item.path for item in ITEMS}
+
+    future = one.submit(left, AT, 9.0, AT)
+    healthy.answer.set_result(done(left))
+    assert future.result(timeout=0).left is None
+
+
+def test_a_batch_that_kills_its_actors_fails_and_the_actors_are_there_again(on_actors):
+    import ray.exceptions
+
+    one, killed = on_actors
+    batch = Batch(tuple(ITEMS))
+    while batch is not None:
+        future = one.submit(batch, AT, 9.0, AT)
+        (actor, _) = one._busy[future]
+        actor.answer.set_exception(ray.exceptions.ActorDiedError())
+        result = future.result(timeout=0)
+        batch = result.left
+    assert len(killed) == 3
+    assert [ended.outcome for ended in result.ended] == [Outcome.FAILED] * len(ITEMS)
+    assert "actors that tried it died 3 times" in result.ended[0].message
+    assert len(one._idle) == 1
+
+
 def test_whatever_an_actor_answers_is_told(on_actors):
     one, _ = on_actors
     one._counts = SimpleNamespace(add=lambda _: 1 / 0)
