@@ -30,6 +30,11 @@ CLAIM: Final = "claim"
 _NAME: Final = re.compile(
     r"(?P<id>[0-9a-f]{16})@(?P<secs>[1-9][0-9]{0,5})@(?P<owner>[^@/]{1,300})@(?P<part>claim|[0-9]{1,9})"
 )
+LONGEST_SECONDS: Final = 600
+"""For how long a claim or a renewal of it holds at most, whatever its name says: any writer of the bucket can make one.
+
+Longer than the longest pause that the Hub asks for (300 s), in which a holder cannot renew."""
+
 _MARGIN: Final = 0.1
 """Share of its lifetime by which a holder stops early, and others wait longer: clocks are known within bounds only."""
 
@@ -98,12 +103,16 @@ class Claim:
     @property
     def stops(self) -> datetime:
         """When its holder does nothing more, unless it renews before."""
-        return self.renewed + timedelta(seconds=self.holder.seconds * (1 - _MARGIN))
+        return self.renewed + timedelta(seconds=self._term * (1 - _MARGIN))
 
     @property
     def stale(self) -> datetime:
         """When others may pass it over."""
-        return self.renewed + timedelta(seconds=self.holder.seconds * (1 + _MARGIN))
+        return self.renewed + timedelta(seconds=self._term * (1 + _MARGIN))
+
+    @property
+    def _term(self) -> int:
+        return min(self.holder.seconds, LONGEST_SECONDS)
 
 
 def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[Claim]:
@@ -120,7 +129,7 @@ def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[Cl
                 f"{info.path} lies where locks do and is none that is known: nothing is {kind.done}. If no newer version "
                 "works on this instance, delete it"
             )
-        holder = Holder(match["id"], unquote(match["owner"]), int(match["secs"]))
+        holder = Holder(match["id"], unquote(match["owner"], errors="replace"), int(match["secs"]))
         parts.setdefault(holder, []).append((match["part"], info, info.uploaded_at))
     return sorted((_claim(holder, found) for holder, found in parts.items()), key=lambda claim: claim.rank)
 

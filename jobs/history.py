@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.bucket import Bucket
 
 DIRECTORY: Final = f"{RESERVED}/reports"
+_DELETING: Final = ("cleanup", "rm", "mirror")
 INDEX: Final = "index"
 """The job that builds the key index."""
 
@@ -53,7 +54,7 @@ class Last:
 
 
 def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> Last | None:
-    """The newest report of any job, or None when there is none.
+    """The newest report of a job that deletes, or None when there is none; what else lies there is nobody's report.
 
     Args:
         bucket: The instance's.
@@ -66,8 +67,9 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
     """
     prefix = bucket.handle.join(f"{DIRECTORY}/")
     oldest = datetime.min.replace(tzinfo=UTC)
-    passed = None if builds else f"{prefix}{INDEX}.json"
-    listed = (info for info in bucket.list_objects(prefix, request_secs) if info.path != passed)
+    jobs = (*_DELETING, INDEX) if builds else _DELETING
+    wanted = {f"{prefix}{job}.json" for job in jobs}
+    listed = (info for info in bucket.list_objects(prefix, request_secs) if info.path in wanted)
     infos = sorted(listed, key=lambda info: info.uploaded_at or oldest)
     if not infos:
         return None
@@ -75,11 +77,28 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
     record = small.read_json(bucket, newest, Deadline.after(request_secs))
     try:
         left = Extent.from_record(record.get("left"))
+        _expect_consistent(record, left, newest.path.rpartition("/")[2])
     except ValueError as error:
         raise GuardError(
             f"{newest.path} is no report of ours ({error}): nothing is deleted. Delete it, and give --accept-shrunk once"
         ) from None
     return Last(str(record.get("job")), newest.uploaded_at or oldest, left, record)
+
+
+def _expect_consistent(record: dict[str, Any], left: Extent, name: str) -> None:
+    """Refuse a report that contradicts itself: by what it says was left the next listing is judged.
+
+    Raises:
+        ValueError: It is of another job than its name says, or leaves less than it listed and did not delete.
+    """
+    if record.get("job", name.removesuffix(".json")) != name.removesuffix(".json"):
+        raise ValueError(f"it says that it is of job {str(record.get('job'))[:40]!r}")
+    if record.get("listed") is None or name == f"{INDEX}.json":
+        return
+    listed = Extent.from_record(record["listed"])
+    gone = sum(Extent.from_record(record[part]).objects for part in ("deleted", "gone") if part in record)
+    if left.objects < listed.objects - gone:
+        raise ValueError(f"it leaves {left.objects} of {listed.objects} objects, and {gone} were deleted")
 
 
 def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, RefusedError, TransportError
 from jobs import small
-from jobs.claims import CLAIM, DELETING, Claim, Holder, LockHeldError, claims_in
+from jobs.claims import CLAIM, DELETING, LONGEST_SECONDS, Claim, Holder, LockHeldError, claims_in
 from jobs.hubclock import HubClock
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_SECONDS: Final = 600
-"""Longer than the longest pause that the Hub asks for (300 s), in which a holder cannot renew."""
+DEFAULT_SECONDS: Final = LONGEST_SECONDS
 
 _RENEW_AT: Final = 2 / 3
 _RELEASE_TRIES: Final = 3
@@ -55,7 +54,7 @@ class Lock:
     Args:
         bucket: The instance's.
         what_for: Named to others, such as `cleanup`.
-        seconds: How long the lock of a holder that was killed keeps others out.
+        seconds: How long the lock of a holder that was killed keeps others out; at most `LONGEST_SECONDS`.
         request_secs: Most seconds of a request.
         clock: The Hub's, which this also sets.
         kind: What it keeps others from.
@@ -76,7 +75,7 @@ class Lock:
         self._secs = request_secs
         self.clock = clock or HubClock()
         owner = f"{what_for} on {platform.node()} pid {os.getpid()}"
-        self._holder = Holder(secrets.token_hex(8), owner, seconds)
+        self._holder = Holder(secrets.token_hex(8), owner, min(seconds, LONGEST_SECONDS))
         self._mutex = threading.Lock()
         self._renewals = 0
         self._content: Content | None = None

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from depot import DAY, NEW, OLD, PREFIX, key
 from huggingface_hub import HfApi
-from plugin_support import SECRET
+from plugin_support import SECRET, download
 
 from hfbucket_plugin.bucket import Bucket
 from hfbucket_plugin.hub import HubClient
@@ -367,3 +367,45 @@ def test_a_plan_that_was_made_for_it_needs_no_flag(stocked, tmp_path):
     plan = stocked.cleanup("--max-age", "14d", "--foreign", "delete", *plans).summary["plan"]
 
     assert stocked.run("apply", plan, "--yes").counts("deleted") == [5]
+
+
+def claim_of(seconds):
+    return f"{PREFIX}/.hfbucket/locks/{'a' * 16}@{seconds}@somebody@claim"
+
+
+def test_a_claim_holds_for_ten_minutes_whatever_its_name_says(stocked):
+    stocked.put_paths({claim_of(999999): b"x"}, age=60)
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+    assert (ran.code, "locked by somebody" in ran.stderr) == (4, True)
+
+    stocked.make_older([claim_of(999999)], 700)
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, ran.counts("deleted")) == (0, [4]), ran.stderr
+    assert claim_of(999999) not in stocked.all_paths()
+
+
+def report(stocked, name, **changed):
+    path = f"{PREFIX}/.hfbucket/reports/{name}.json"
+    record = json.loads(download(stocked.hub.endpoint, stocked.bucket_id, f"{PREFIX}/.hfbucket/reports/cleanup.json"))
+    stocked.put_paths({path: json.dumps(record | changed).encode()}, age=0)
+
+
+def test_a_report_that_contradicts_itself_is_not_believed(stocked):
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+    report(stocked, "cleanup", left={"objects": 0, "bytes": 0})
+
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, "it leaves 0 of 24 objects, and 4 were deleted" in ran.stderr) == (4, True), ran.stderr
+
+
+def test_what_is_no_report_of_a_job_that_deletes_says_nothing_of_what_was_left(stocked):
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+    report(stocked, "zzz", left={"objects": 10**9, "bytes": 0})
+
+    assert stocked.cleanup("--max-age", "14d", "--yes").code == 0
+    report(stocked, "rm", left={"objects": 10**9, "bytes": 0})
+    ran = stocked.cleanup("--max-age", "14d", "--yes")
+
+    assert (ran.code, "it says that it is of job 'cleanup'" in ran.stderr) == (4, True), ran.stderr
