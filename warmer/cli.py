@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hfbucket_plugin.cli.options import number
 from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
 from hfbucket_plugin.output_file import expect_apart
 from warmer import exits, run
@@ -133,7 +134,10 @@ def check_command(
     config: Path | None,
     given: Mapping[Flag, Any],
     require: Annotated[
-        float, typer.Option("--require", min=0.0, max=1.0, help="The share that every tier of every node must hold.")
+        float,
+        typer.Option(
+            "--require", min=0.0, max=1.0, callback=number, help="The share that every tier of every node must hold."
+        ),
     ] = 1.0,
     verify: Annotated[
         str, typer.Option("--verify", help="hash: contents are read and hashed. length: files are only looked at.")
@@ -159,7 +163,11 @@ def check_command(
     canary_require: Annotated[
         float,
         typer.Option(
-            "--canary-require", min=0.0, max=1.0, help="The part of each prompt's full chunks that must be cached."
+            "--canary-require",
+            min=0.0,
+            max=1.0,
+            callback=number,
+            help="The part of each prompt's full chunks that must be cached.",
         ),
     ] = DEFAULT_REQUIRE,
     engine_key_env: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_SECS: Final = 10.0
 
+
+def number(value: float) -> float:
+    """Refuse what is not a number: older releases of Typer let `nan` through any bounds.
+
+    Raises:
+        typer.BadParameter: It is `nan`.
+    """
+    if math.isnan(value):
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 LMCacheConfig = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The LMCache YAML of the engines. All bucket instances in it are meant."),
@@ -29,7 +42,10 @@ L2Adapters = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, max=3600, metavar="SECS", help="Most seconds that one request may take.")
+    float,
+    typer.Option(
+        "--timeout", min=0.1, max=3600, callback=number, metavar="SECS", help="Most seconds that one request may take."
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only keys of this model, under the name that the engine was given.")

@@ -208,3 +208,12 @@ def test_help_names_the_exit_codes():
     done = CliRunner().invoke(app, ["run", "--help"])
     assert done.exit_code == 0
     assert "Exits 0" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--require", "--canary-require"])
+@pytest.mark.parametrize("share", ["nan", "1.1", "-0.1", "most"])
+def test_a_share_that_is_none(option, share):
+    done = CliRunner().invoke(app, ["check", "--all", option, share])
+
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert option in done.stderr
