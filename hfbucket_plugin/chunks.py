@@ -31,10 +31,10 @@ from hfbucket_plugin.scratch import Scratch
 from hfbucket_plugin.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from hfbucket_plugin import metrics
-    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.content import Content
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.reads import Buffer
@@ -223,23 +223,32 @@ class ChunkStore:
         self._outcomes.ended("delete", "hub" if failures else "ok", started)
         return failures
 
-    def delete_held(self, keys: Sequence[str], deadline: Deadline) -> tuple[dict[str, Content], dict[str, ItemFailure]]:
-        """Delete those of some chunks that are there, at once and for ever.
+    def look(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ObjectInfo]:
+        """Ask the Hub which of some chunks are there, whatever is believed of them.
 
         Returns:
-            What was there, and what of it failed to be deleted, by key.
+            What is there, by key.
 
         Raises:
-            HFBucketError: The Hub did not say what is there, or the request failed as a whole.
+            HFBucketError: The Hub did not say.
         """
         started = time.monotonic()
+        paths = {self._handle.join(encode_name(key)): key for key in keys}
         try:
-            contents = self._existence.contents(keys, deadline, patient=True, believe="nothing")
+            self.guard.check("lookup")
+            found = self.bucket.stat(list(paths), deadline)
         except HFBucketError as error:
             self._outcomes.failed("delete", error, len(keys), started)
             raise
-        held = {key: content for key, content in contents.items() if content is not None}
-        return held, self.delete(list(held), deadline) if held else {}
+        there = {paths[path]: info for path, info in found.items() if path in paths}
+        for key in keys:
+            if key not in there:
+                self._existence.deleted(key)
+        return there
+
+    def on_answers(self, learn: Callable[[Mapping[str, Content | None], float], None]) -> None:
+        """Have a function told of every answer of the Hub to a lookup: the contents by key, and when they were asked for."""
+        self._existence.learn = learn
 
     def list_keys(self) -> Iterator[str]:
         """Stream the key strings of this instance: not those of a longer prefix, nor objects that are no chunks.

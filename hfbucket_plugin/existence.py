@@ -21,7 +21,7 @@ from hfbucket_plugin.metadata_cache import MetadataCache, Told
 from hfbucket_plugin.workers import WorkerPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hfbucket_plugin.bucket import Bucket
     from hfbucket_plugin.content import Content
@@ -71,6 +71,8 @@ class Existence:
             settings.effective_miss_ttl_secs,
         )
         self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
+        self.learn: Callable[[Mapping[str, Content | None], float], None] = lambda _contents, _asked: None
+        """Told of every answer of the Hub, and when its question was asked."""
 
     def known(self, keys: Sequence[str]) -> dict[str, Content | None]:
         """What is known already of some of the keys; the Hub is not asked."""
@@ -252,9 +254,11 @@ class Existence:
             self._tell_guard(question, None)
             self._sink.gauge(metrics.CACHE_ENTRIES, len(self.cache), instance=self._instance)
             contents = {paths[p]: info.content for p, info in found.items() if p in paths}
+            answers = {key: contents.get(key) for key in question.keys}
             if self._index is not None:
-                self._index.told({key: contents.get(key) for key in question.keys}, asked)
+                self._index.told(answers, asked)
             self.cache.answer(question, contents)
+            self.learn(answers, asked)
 
     def probe(self, deadline: Deadline) -> None:
         """Ask what a lookup asks: whether the Hub answers.

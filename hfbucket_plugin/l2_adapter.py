@@ -14,10 +14,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import wait
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
 from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.eviction_policy.isolated_lru import IsolatedLRUEvictionPolicy
+from lmcache.v1.distributed.eviction_policy.lru import LRUEvictionPolicy
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
@@ -31,7 +34,7 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.fingerprint_watch import FingerprintWatch
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.l2_fingerprints import L2Fingerprints
-from hfbucket_plugin.l2_keys import key_string, layout_bytes
+from hfbucket_plugin.l2_keys import key_string, layout_bytes, object_key
 from hfbucket_plugin.l2_listing import list_page
 from hfbucket_plugin.l2_locks import Locks
 from hfbucket_plugin.l2_tasks import TaskBoard
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
     from hfbucket_plugin import metrics
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.l2_locks import Load
     from hfbucket_plugin.l2_settings import L2Settings
     from hfbucket_plugin.puts import PutReport
@@ -126,14 +130,17 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._loads_by_task: WeakValueDictionary[int, Load] = WeakValueDictionary()  # some are never asked for again
         self._lock = threading.Lock()
         self._closed = False
-        self._usage = Usage()
+        self._usage = Usage(everybody=settings.max_capacity_gb > 0)
         self._usage_listing = UsageListing(
             self._store.bucket,
             self._usage,
             settings.usage_refresh_secs,
             None if settings.max_capacity_gb else settings.usage_max_pages,
             self._tell_listeners,
+            by_itself=settings.max_capacity_gb > 0,
+            corrected=self._forget_what_is_gone,
         )
+        self._store.on_answers(self._learn)
         self._store.sweep()
         self._store.warm_up()
         if settings.resolve_token() is None:
@@ -187,9 +194,9 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 amounts = [sizes[key] for key in report.stored]
                 result = L2StoreResult(not report.failures, sum(amounts))
                 if stored and not self._closed:
-                    gone = {names[key]: report.replaced[key] for key in report.stored if key in report.replaced}
-                    self._usage.changed(self._entries(list(gone), list(gone.values())), -1)
-                    self._usage.changed(self._entries(stored, amounts), 1)
+                    replaced = {self._path(key): size for key, size in report.replaced.items()}
+                    entries = [(self._path(key), names[key].cache_salt, sizes[key]) for key in report.stored]
+                    self._usage.wrote(entries, replaced)
                     self._tell(self._notify_keys_stored, stored, amounts)
         finally:
             self._stores.finish(task, result)
@@ -336,35 +343,108 @@ class HFBucketL2Adapter(L2AdapterInterface):
             return
         deadline = Deadline.after(_DELETE_SECS)
         texts = list(names)
-        for start in range(0, len(texts), MAX_BATCH):  # each told as soon as it is done: time may run out in between
-            batch = {text: names[text] for text in texts[start : start + MAX_BATCH]}
-            try:
-                self._delete_batch(batch, deadline)
-            except HFBucketError as error:
-                left = len(texts) - start
-                _log.warning("[%s] %d of %d objects were not deleted: %s", self._settings.name, left, len(texts), error)
+        done = 0
+        try:
+            if not self._may_evict():
                 return
+            for start in range(
+                0, len(texts), MAX_BATCH
+            ):  # each told as soon as it is done: time may run out in between
+                batch = {text: names[text] for text in texts[start : start + MAX_BATCH]}
+                if not self._delete_batch(batch, deadline):
+                    return
+                done += len(batch)
+        except HFBucketError as error:
+            left = len(texts) - done
+            _log.warning("[%s] %d of %d objects were not deleted: %s", self._settings.name, left, len(texts), error)
 
-    def _delete_batch(self, names: Mapping[str, ObjectKey], deadline: Deadline) -> None:
-        held, failures = self._store.delete_held(list(names), deadline)
-        there = [name for name in held if name not in failures]
-        self._usage.changed(self._entries([names[name] for name in there], [held[name].size for name in there]), -1)
-        gone = [name for name in names if name not in failures]  # what was not there included: LMCache may drop it too
-        sizes = [held[name].size if name in held else 0 for name in gone]
+    def _may_evict(self) -> bool:
+        """Whether the account is right as far as is known; else it is listed again, and nothing is evicted before.
+
+        Raises:
+            HFBucketError: The Hub did not say how many files the bucket has.
+        """
+        if not self._usage_listing.settled:
+            return False
+        if not self._evicts_by_capacity() or not self._usage_listing.others_deleted():
+            return True
+        _log.info("[%s] others deleted objects: usage is listed again before more is evicted", self._settings.name)
+        return not self._usage_listing.found_stale()
+
+    def _evicts_by_capacity(self) -> bool:
+        return bool(self._max_capacity_bytes) and any(map(_evicts_by_capacity, list(self._listeners)))
+
+    def _delete_batch(self, names: Mapping[str, ObjectKey], deadline: Deadline) -> bool:
+        """Delete those that are there, unless some are gone that were counted: then the account is wrong.
+
+        Returns:
+            Whether more may be evicted.
+        """
+        held = self._store.look(list(names), deadline)
+        gone = [name for name in names if name not in held]
+        ghosts = self._usage.gone(map(self._path, gone))
         if gone:
-            self._credit(sum(sizes))
-            self._tell(self._notify_keys_deleted, [names[name] for name in gone], sizes)
+            self._deleted([(names[name], ghosts.get(self._path(name), 0)) for name in gone])
+        if ghosts:
+            _log.info("[%s] %d objects that were counted had been deleted by others", self._settings.name, len(ghosts))
+            if self._usage_listing.found_stale():
+                return False
+        too_new = [name for name, info in held.items() if self._usage_listing.too_new(info.uploaded_at)]
+        if too_new and self._evicts_by_capacity():
+            self._keep([names[name] for name in too_new])
+            held = {name: info for name, info in held.items() if name not in set(too_new)}
+        failures = self._store.delete(list(held), deadline) if held else {}
+        done = {name: info.content.size for name, info in held.items() if name not in failures}
+        self._usage.deleted({self._path(name): size for name, size in done.items()})
+        if done:
+            self._deleted([(names[name], size) for name, size in done.items()])
+        return True
+
+    def _deleted(self, objects: Sequence[tuple[ObjectKey, int]]) -> None:
+        """Tell LMCache of objects that are gone, with the bytes that were counted for each."""
+        self._usage_listing.evicted(len(objects))
+        self._credit(sum(size for _, size in objects))
+        self._tell(self._notify_keys_deleted, [key for key, _ in objects], [size for _, size in objects])
+
+    def _keep(self, keys: list[ObjectKey]) -> None:
+        """Have LMCache offer others: these are newer than objects that it was not told of yet."""
+        for listener in list(self._listeners):
+            if _evicts_by_capacity(listener):
+                self._tell(listener.on_l2_keys_accessed, keys)
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
         with self._usage_lock:
             self._total_bytes_used: int = max(self._total_bytes_used, amount)
 
-    def _entries(self, keys: Sequence[ObjectKey], sizes: Sequence[int]) -> list[tuple[str, str, int]]:
-        join = self._store.bucket.handle.join
-        return [
-            (join(encode_name(key_string(key))), key.cache_salt, size) for key, size in zip(keys, sizes, strict=True)
-        ]
+    def _path(self, name: str) -> str:
+        return self._store.bucket.handle.join(encode_name(name))
+
+    def _learn(self, contents: Mapping[str, Content | None], asked: float) -> None:
+        """Correct the account by what the Hub said of some keys, and tell LMCache of those that are gone."""
+        keys = {self._path(name): name for name in contents}
+        sizes = {path: content.size if (content := contents[name]) else None for path, name in keys.items()}
+        lost = [key for path in self._usage.learnt(sizes, asked) if (key := object_key(keys[path])) is not None]
+        if lost:
+            self._deleted([(key, 0) for key in lost])
+
+    def _forget_what_is_gone(self) -> None:
+        """Tell LMCache's policies of objects that a listing did not find: they would evict others in their stead."""
+        if not self._usage.exact:
+            return
+        for listener in list(self._listeners):
+            policy = getattr(listener, "policy", None)
+            if isinstance(policy, IsolatedLRUEvictionPolicy):
+                salts: list[str | None] = list(policy.get_tracked_salts())
+            elif isinstance(policy, LRUEvictionPolicy):
+                salts = [None]
+            else:  # asking ARC changes what it believes
+                continue
+            for salt in salts:
+                for action in policy.get_eviction_actions(1.0, cache_salt=salt):
+                    counted = self._usage.counts([self._path(key_string(key)) for key in action.keys])
+                    gone = [key for key, is_counted in zip(action.keys, counted, strict=True) if not is_counted]
+                    self._tell(listener.on_l2_keys_deleted, gone)
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
@@ -374,15 +454,15 @@ class HFBucketL2Adapter(L2AdapterInterface):
             return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
-        """What the bucket holds below the prefix, whoever wrote it: from listings, and own writes since the last one.
+        """What the bucket holds below the prefix, whoever wrote it; without a capacity, this process's own objects.
 
-        By cache salt it tells this process's own writes only: LMCache deletes all that it knows of a salt without a quota,
+        By cache salt it tells this process's own objects only: LMCache deletes all that it knows of a salt without a quota,
         and a server that has just started has no quotas.
         """
         return AdapterUsage(
             total_bytes_used=self._usage.total,
             total_capacity_bytes=self._max_capacity_bytes,
-            bytes_by_cache_salt=super().get_usage().bytes_by_cache_salt,
+            bytes_by_cache_salt=MappingProxyType(self._usage.by_salt()),
         )
 
     def register_listener(self, listener: L2AdapterListener) -> None:
@@ -396,7 +476,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
         """
         for listener in list(self._listeners):
-            if self._max_capacity_bytes and not getattr(getattr(listener, "policy", None), "support_isolation", True):
+            if self._max_capacity_bytes and _evicts_by_capacity(listener):
                 self._tell(listener.on_l2_keys_stored, keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
@@ -455,3 +535,8 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._store.close()
         for board in (self._stores, self._lookups, self._loads):
             board.close()
+
+
+def _evicts_by_capacity(listener: L2AdapterListener) -> bool:
+    """Whether a listener is a policy that evicts by the capacity of the whole, not by quotas of salts."""
+    return not getattr(getattr(listener, "policy", None), "support_isolation", True)

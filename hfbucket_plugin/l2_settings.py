@@ -47,13 +47,14 @@ class L2Settings(InstanceSettings):
     )
     usage_refresh_secs: NonNegativeFloat = Field(
         3600.0,
-        description="Seconds between two listings that tell how much the bucket really holds; own writes and deletes are "
-        "counted at once. A listing costs a call for every 1,000 objects. 0: never list.",
+        description="Most seconds between two listings that correct the account of what the prefix holds, where "
+        "`max_capacity_gb` is set. An eviction that finds the account wrong has it listed again at once. A listing costs a "
+        "call for every 1,000 objects. 0: never list.",
     )
     usage_max_pages: PositiveInt = Field(
         100,
-        description="Most pages of such a listing where no `max_capacity_gb` is set: the figure is then only told, and "
-        "says that it is a lower bound. With a capacity, all pages are read.",
+        description="Most pages of a listing where no `max_capacity_gb` is set: one is made only when an eviction by quota "
+        "finds that others deleted objects. With a capacity, all pages are read.",
     )
     object_sizes: Literal["layout", "any"] = Field(
         "layout",

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from datetime import timedelta
 
 import pytest
 from huggingface_hub import HfApi
@@ -112,7 +113,7 @@ def test_others_objects_count_after_a_listing_and_what_is_no_chunk_does_not(hub,
     longer = "v10/" + path_of(mp_key(1)).removeprefix("v1/")
     upload(hub.endpoint, bucket, {"v1/foreign": b"x", "v1/.hfbucket/lock": b"x", longer: b"x"})
 
-    mp = l2_adapters(usage_refresh_secs=60)
+    mp = l2_adapters(usage_refresh_secs=60, max_capacity_gb=1)
     complete(mp)
 
     assert used(mp) == 6 * SIZE
@@ -137,7 +138,7 @@ def test_without_refresh_nothing_is_listed(hub, bucket, l2_adapters):
 def test_an_object_that_is_written_over_at_another_size_counts_once(hub, bucket, l2_adapters):
     key = mp_key(1, "ada")
     by_others(hub, bucket, [key], 3 * SIZE)
-    mp = l2_adapters(usage_refresh_secs=60)
+    mp = l2_adapters(usage_refresh_secs=60, max_capacity_gb=1)
     complete(mp)
     assert used(mp) == 3 * SIZE
 
@@ -153,7 +154,7 @@ def test_an_object_that_is_written_over_at_another_size_counts_once(hub, bucket,
 def test_an_object_that_cannot_be_served_and_is_written_anew_counts_once(hub, bucket, l2_adapters):
     key = mp_key(1)
     by_others(hub, bucket, [key])
-    mp = l2_adapters(verify="hash", usage_refresh_secs=60)
+    mp = l2_adapters(verify="hash", usage_refresh_secs=60, max_capacity_gb=1)
     complete(mp)
     hub.control.add_fault(Fault(route="xorb-data", flip_every=100))
     assert load(mp, [key]) == [None]
@@ -200,18 +201,58 @@ def test_a_delete_that_fails_leaves_the_account_as_it_is(hub, bucket, l2_adapter
     assert used(mp) == 0
 
 
-def test_without_a_capacity_a_listing_reads_so_many_pages_and_says_that_there_is_more(hub_factory, l2_adapters):
-    hub = hub_factory(page_size=2)
-    HfApi(endpoint=hub.endpoint, token=False).create_bucket("tests/pages")
-    where = {"handle": "hf://buckets/tests/pages/v1", "endpoint": hub.endpoint, "usage_max_pages": 2}
-    put(l2_adapters(**where), [mp_key(n) for n in range(7)])
+def test_without_a_capacity_nothing_is_listed(hub, bucket, l2_adapters, monkeypatch):
+    by_others(hub, bucket, [mp_key(n) for n in range(3)])
+    hub.control.reset_counters()
+    mp = l2_adapters(usage_refresh_secs=60)
+    mp.adapter.register_listener(Listener())
+    put(mp, [mp_key(5)])
 
-    bounded = l2_adapters(**where, usage_refresh_secs=60)
-    eventually(lambda: used(bounded) == 4 * SIZE)
-    assert not bounded.adapter.report_status()["usage_is_complete"]
-    exact = l2_adapters(**where, usage_refresh_secs=60, max_capacity_gb=1)
-    complete(exact)
-    assert used(exact) == 7 * SIZE
+    assert mp.adapter._usage_listing._thread is None
+    assert used(mp) == SIZE
+    assert not mp.adapter.report_status()["usage_is_complete"]
+    routes = hub.control.counters().routes
+    assert "tree" not in routes
+    assert "info" not in routes
+
+
+def test_what_is_written_over_counts_once_by_salt(l2_adapters):
+    mp, key = l2_adapters(), mp_key(1, "ada")
+    for size in (3 * SIZE, 2 * SIZE, SIZE):
+        assert put(mp, [key], size).is_successful()
+
+    assert mp.adapter.get_usage().bytes_by_cache_salt == {"ada": SIZE}
+    mp.adapter.delete([key])
+    assert mp.adapter.get_usage().bytes_by_cache_salt == {}
+
+
+def delete_by_others(hub, bucket, keys):
+    HfApi(endpoint=hub.endpoint, token=False).batch_bucket_files(bucket, delete=[path_of(key) for key in keys])
+
+
+def test_a_lookup_corrects_the_account_of_what_others_deleted_and_replaced(hub, bucket, l2_adapters):
+    mp, listener = l2_adapters(object_sizes="any"), Listener()
+    mp.adapter.register_listener(listener)
+    keys = [mp_key(n, "ada") for n in range(3)]
+    put(mp, keys)
+    delete_by_others(hub, bucket, keys[:1])
+    by_others(hub, bucket, keys[1:2], 3 * SIZE)
+
+    assert lookup(mp, [*keys, mp_key(9, "ada")]) == [False, True, True, False]
+
+    eventually(lambda: mp.adapter.get_usage().bytes_by_cache_salt == {"ada": 4 * SIZE})
+    eventually(lambda: listener.deleted == keys[:1])
+
+
+def test_a_lookup_of_others_objects_counts_them_only_where_a_capacity_bounds_the_whole(hub, bucket, l2_adapters):
+    by_others(hub, bucket, [mp_key(1, "ada")])
+    own, whole = l2_adapters(), l2_adapters(max_capacity_gb=1)
+    for mp in (own, whole):
+        assert lookup(mp, [mp_key(1, "ada")]) == [True]
+
+    eventually(lambda: used(whole) == SIZE)
+    assert used(own) == 0
+    assert whole.adapter.get_usage().bytes_by_cache_salt == {}, "it is not this process's"
 
 
 # --- eviction ---------------------------------------------------------------------------------------------------------
@@ -261,7 +302,6 @@ def test_quotas_evict_own_objects_by_salt_and_leave_others_alone(hub, bucket, l2
     quotas.set_quota("under", 100 * SIZE)
     state = states(mp, "IsolatedLRU", trigger_watermark=1.0, eviction_ratio=0.4)
     controller = L2EvictionController([state], quota_manager=quotas)
-    complete(mp)
     own = {salt: [mp_key(10 + n, salt) for n in range(5)] for salt in ("over", "under", "unknown")}
     for n in range(5):
         put(mp, [keys[n] for keys in own.values()])
@@ -273,6 +313,101 @@ def test_quotas_evict_own_objects_by_salt_and_leave_others_alone(hub, bucket, l2
     assert there(hub, bucket, own["over"]) == own["over"][2:]
     assert there(hub, bucket, own["under"]) == own["under"]
     assert there(hub, bucket, own["unknown"]) == [], "LMCache's rule: who has no quota may hold nothing"
+
+
+def watched(mp, **options):
+    state = states(mp, "LRU", trigger_watermark=0.8, eviction_ratio=0.2, **options)
+    return state, L2EvictionController([state])
+
+
+def rested(mp):
+    """Wait until the account was listed again."""
+    eventually(lambda: mp.adapter._usage_listing.settled)
+
+
+def test_five_servers_with_one_bucket_evict_down_to_the_watermark_and_no_further(hub, bucket, l2_adapters):
+    keys = [mp_key(n) for n in range(100)]
+    put(l2_adapters(), keys)
+    capacity = 100 * SIZE / 0.85 / GIB
+    servers = []
+    for n in range(5):
+        mp = l2_adapters(usage_refresh_secs=3600, max_capacity_gb=capacity)
+        servers.append((mp, *watched(mp)))
+        complete(mp)
+        mp.adapter.submit_unlock(keys[n * 5 : n * 5 + 20] if any(lookup(mp, keys[n * 5 : n * 5 + 20])) else [])
+
+    for _ in range(4):
+        for _mp, state, controller in servers:
+            controller._check_and_evict(state)
+        for mp, _state, _controller in servers:
+            rested(mp)
+
+    assert len(there(hub, bucket, keys)) == 80
+    assert {used(mp) for mp, *_ in servers} == {80 * SIZE}
+
+
+def test_a_quota_is_not_used_up_by_what_others_deleted(hub, bucket, l2_adapters):
+    mp = l2_adapters(usage_refresh_secs=3600)
+    quotas = QuotaManager()
+    quotas.set_quota("ada", 10 * SIZE)
+    state = states(mp, "IsolatedLRU", trigger_watermark=0.8, eviction_ratio=0.2)
+    controller = L2EvictionController([state], quota_manager=quotas)
+    live, dead = [mp_key(n, "ada") for n in range(4)], [mp_key(10 + n, "ada") for n in range(6)]
+    for key in [dead[0], *live, *dead[1:]]:  # most of what is gone was used after what is there
+        put(mp, [key])
+    delete_by_others(hub, bucket, dead)
+
+    for _ in range(5):
+        controller._check_and_evict(state)
+        rested(mp)
+
+    assert mp.adapter.get_usage().bytes_by_cache_salt == {"ada": len(there(hub, bucket, live)) * SIZE}
+    assert len(there(hub, bucket, live)) >= 3, "the first pass may take what it cannot know to be too much"
+    assert state.eviction_policy.get_num_tracked_keys("ada") == len(there(hub, bucket, live))
+
+
+def test_more_objects_than_eviction_is_told_of_are_evicted_oldest_first(hub, bucket, l2_adapters, monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.l2_usage_listing._MOST_TOLD", 5)
+    monkeypatch.setattr("hfbucket_plugin.l2_usage_listing._SLACK", timedelta(0))
+    keys = [mp_key((n * 7) % 20) for n in range(20)]  # their age is not the order of their paths
+    by_others(hub, bucket, keys)
+    mp = l2_adapters(usage_refresh_secs=3600, max_capacity_gb=10 * SIZE / GIB)
+    state, controller = watched(mp)
+    complete(mp)
+
+    def pass_once():
+        controller._check_and_evict(state)
+        eventually(
+            lambda: mp.adapter._usage_listing._progress is None and not mp.adapter._usage_listing._wanted.is_set()
+        )
+        return used(mp) < 8 * SIZE
+
+    eventually(pass_once)
+
+    assert there(hub, bucket, keys) == keys[13:]
+    fresh = [mp_key(100)]
+    put(mp, fresh)
+    pass_once()
+    assert there(hub, bucket, fresh) == fresh
+
+
+def test_an_eviction_waits_for_a_listing_where_the_files_are_fewer(hub, bucket, l2_adapters, monkeypatch):
+    keys = [mp_key(n) for n in range(10)]
+    by_others(hub, bucket, keys)
+    mp = l2_adapters(usage_refresh_secs=3600, max_capacity_gb=10 * SIZE / GIB)
+    state, controller = watched(mp)
+    complete(mp)
+    rested(mp)
+    delete_by_others(hub, bucket, keys[7:])  # the newest: eviction would not find them gone
+    hub.control.reset_counters()
+
+    controller._check_and_evict(state)
+    assert hub.control.counters().route("batch").requests == 0
+    rested(mp)
+    controller._check_and_evict(state)
+
+    assert there(hub, bucket, keys) == keys[:7]
+    assert used(mp) == 7 * SIZE
 
 
 def test_a_storage_manager_of_lmcaches_made_from_json_evicts_what_others_wrote(hub, bucket, tmp_path):

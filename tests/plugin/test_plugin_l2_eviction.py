@@ -74,16 +74,16 @@ def test_chunks_of_the_classic_engine_do_not_drive_others_out(hub, bucket, adapt
 def test_what_was_deleted_before_time_ran_out_is_counted(hub, bucket, adapters, monkeypatch):
     monkeypatch.setattr("hfbucket_plugin.l2_adapter.MAX_BATCH", 2)
     by_others(hub, bucket, range(4))
-    mp = adapters()
+    mp = adapters(max_capacity_gb=1)
     complete(mp)
-    real, calls = mp.adapter._store.delete_held, itertools.count()
+    real, calls = mp.adapter._store.look, itertools.count()
 
     def late(keys, deadline):
         if next(calls):
             deadline = deadline.within(0)
         return real(keys, deadline)
 
-    monkeypatch.setattr(mp.adapter._store, "delete_held", late)
+    monkeypatch.setattr(mp.adapter._store, "look", late)
     mp.adapter.delete([_key(number) for number in range(4)])
 
     assert len(paths(hub.endpoint, bucket)) == 2
