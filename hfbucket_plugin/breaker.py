@@ -17,6 +17,10 @@ _STEADY_SECS: Final = 60.0
 """A breaker that opens again sooner than this goes on with the backoff that it had: probes lie more easily than work does,
 and each lie costs a deadline."""
 
+_TRIAL_AFTER, _TRIALS_IN_A_ROW, _TRIAL_EVERY = 2, 3, 3
+"""One request is tried after the second failed probe in a row and the two that follow, then after every third: a probe can fail
+for a reason of its own, and in a long outage each trial costs a request its deadline."""
+
 _JITTER: Final = 0.2
 """Share by which a wait is shortened at random, so that a fleet does not probe in step."""
 
@@ -45,6 +49,9 @@ class Breaker:
         self._lock = threading.Lock()
         self._failures = 0
         self._open = False
+        self._bad_probes = 0
+        self._trial_due = False
+        self._trying = False
         self._backoff = self._first
         self._probe_at = 0.0
         self._closed_at = float("-inf")
@@ -64,31 +71,60 @@ class Breaker:
         """Note a failure; whether it opened the breaker."""
         with self._lock:
             self._failures += 1
+            self._trying = False
             if self._open or self._failures < self._limit:
                 return False
             self._open = True
+            self._bad_probes, self._trial_due = 0, False
             if self._clock() - self._closed_at >= _STEADY_SECS:
                 self._backoff = self._first
             self._schedule()
             return True
 
-    def succeeded(self) -> None:
-        """Note that work was done. What was begun before the breaker opened does not close it: a probe does."""
-        with self._lock:
-            if not self._open:
-                self._failures = 0
+    def succeeded(self) -> bool:
+        """Note that work was done; whether it closed the breaker.
 
-    def probed(self, *, well: bool) -> None:
-        """Note how a probe ended: it closes the breaker, or puts the next probe off for twice as long."""
+        It does where one request was let through (`try_anyway`). What was begun before the breaker opened does not close it.
+        """
+        with self._lock:
+            if self._open and self._trying:
+                self._close()
+                return True
+            if not self._open:
+                self._failures = 0
+            return False
+
+    def try_anyway(self) -> bool:
+        """Whether one request may be tried although the breaker is open: after some of the probes that failed."""
+        with self._lock:
+            if not self._trial_due or not self._open:
+                return False
+            self._trial_due = False
+            self._trying = True
+            return True
+
+    def probed(self, *, well: bool) -> bool:
+        """Note how a probe ended: it closes the breaker, or puts the next probe off for twice as long.
+
+        Returns:
+            Whether it closed the breaker.
+        """
         with self._lock:
             if not self._open:
-                return
+                return False
             if well:
-                self._open = False
-                self._failures = 0
-                self._closed_at = self._clock()
-                return
+                self._close()
+                return True
+            self._bad_probes += 1
+            bad = self._bad_probes - _TRIAL_AFTER
+            self._trial_due = 0 <= bad < _TRIALS_IN_A_ROW or (bad > 0 and bad % _TRIAL_EVERY == 0)
             self._schedule()
+            return False
+
+    def _close(self) -> None:
+        self._open = self._trying = self._trial_due = False
+        self._failures = 0
+        self._closed_at = self._clock()
 
     def _schedule(self) -> None:
         self._probe_at = self._clock() + self._backoff * (1 - _JITTER * random.random())

@@ -46,9 +46,6 @@ _WARM_UP_SECS: Final = 5.0
 _WARM_UP_EVERY_SECS: Final = 10.0
 """Apart at least, so that an outage does not double the requests of lookups."""
 
-_PROBE_SECS: Final = 3.0
-"""Most seconds that a probe of reading or writing may take; it moves some bytes."""
-
 
 class ChunkStore:
     """The chunks of one instance.
@@ -62,6 +59,7 @@ class ChunkStore:
 
     def __init__(self, settings: InstanceSettings, instance: str, sink: metrics.Sink, get_timeout_secs: float) -> None:
         self.settings = settings
+        self._get_secs = get_timeout_secs
         self.bucket: Bucket = open_bucket(settings, instance, sink, get_timeout_secs, online=True)
         self._handle = settings.bucket_handle
         self._outcomes = Outcomes(instance, sink, creates_bucket=settings.create_bucket_if_missing)
@@ -271,16 +269,16 @@ class ChunkStore:
             raise
         self._outcomes.ended("list", "ok", started)
 
-    # --- probes of the breakers -------------------------------------------------------------------------------------
+    # --- probes of the breakers: each has the deadline of the work that it stands for -------------------------------
 
     def _probe_lookup(self) -> None:
         self._existence.probe(Deadline.after(self.settings.lookup_timeout_secs))
 
     def _probe_read(self) -> None:
-        self._reader.probe(Deadline.after(_PROBE_SECS))
+        self._reader.probe(Deadline.after(self._get_secs))
 
     def _probe_write(self) -> None:
-        self._putter.probe(Deadline.after(_PROBE_SECS))
+        self._putter.probe(Deadline.after(self.settings.put_timeout_secs))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,10 @@ class Existence:
         found = {key: self.cache.get(key) for key in keys if key not in indexed}
         return indexed | {key: content for key, (is_known, content) in found.items() if is_known}
 
+    def some(self, count: int) -> list[Content]:
+        """Some contents that the Hub said are there, as many as asked for at most."""
+        return self.cache.some(count)
+
     def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, Content | None]:
         if self._index is None or believe == "nothing":
             return {}
@@ -209,7 +213,7 @@ class Existence:
         try:
             question.told.already |= deadline.passed  # then it says nothing of the Hub
             deadline.check(f"instance {self._instance!r}: lookup")
-            self._guard.check("lookup")
+            self._guard.admit("lookup")
         except (BreakerOpenError, DeadlineError) as error:
             self.cache.fail(question, error)
             return

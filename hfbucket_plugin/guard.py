@@ -6,6 +6,7 @@ them). While one is open, its work fails at once with `BreakerOpenError` instead
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Final, Literal
@@ -24,7 +25,7 @@ from hfbucket_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from hfbucket_plugin.settings import InstanceSettings
 
@@ -32,6 +33,26 @@ _log = logging.getLogger(__name__)
 
 Part = Literal["lookup", "read", "write"]
 PARTS: Final[tuple[Part, ...]] = ("lookup", "read", "write")
+
+_OVERLAP_SECS: Final = 3.0
+"""A probe has the deadline of the work that it stands for, which may be a minute. One that takes longer than this goes on, and the
+next ones no longer wait for it: a store that came back meanwhile is found soon."""
+
+_AT_ONCE: Final = 16
+"""Probes of one part in progress at one time."""
+
+
+class _Probe:
+    """A probe in progress.
+
+    Attributes:
+        late: Whether the next ones no longer wait for it.
+        ended: Whether it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.late = False
+        self.ended = False
 
 
 class Guard:
@@ -41,7 +62,8 @@ class Guard:
         settings: The instance's.
         instance: Its name.
         sink: Where states are told.
-        probes: What tells whether a part works: returns, or raises an `HFBucketError` within its own deadline.
+        probes: What tells whether a part works: returns, or raises an `HFBucketError` within its own deadline. One that takes
+            long holds up no other.
     """
 
     def __init__(
@@ -59,8 +81,10 @@ class Guard:
             for part in PARTS
         }
         self._reasons: dict[Part, str] = {}
+        self._trials: dict[Part, frozenset[str]] = {}
         self._lock = threading.Lock()
         self._prober: threading.Thread | None = None
+        self._probing: dict[Part, set[threading.Thread]] = {part: set() for part in PARTS}
         self._wake = threading.Event()
         self._closed = False
         for part in PARTS:
@@ -85,13 +109,39 @@ class Guard:
                 f"{self._breakers[part].probe_in:.1f} s"
             )
 
+    def admit(self, part: Part, keys: Collection[str] = (), *, found: bool = False) -> None:
+        """As `check`, for work that reports how it ends: while a breaker is open, one request is let through now and then.
+
+        So a part whose probes fail for a reason of their own does not stay given up.
+
+        Args:
+            part: What does the work.
+            keys: What a request is about. A lookup that is let through has the get of its keys let through too.
+            found: Whether a lookup may have found the keys before.
+
+        Raises:
+            BreakerOpenError: See `check`.
+        """
+        if not self.is_open(part):
+            return
+        with self._lock:
+            if found and not self._trials.get(part, frozenset()).isdisjoint(keys):
+                del self._trials[part]
+                return
+        if not self._breakers[part].try_anyway():
+            self.check(part)
+        elif not found:
+            with self._lock:
+                self._trials[part] = frozenset(keys)
+
     def reason(self, part: Part) -> str:
         """Why a part's breaker opened last, in words."""
         return self._reasons.get(part, "it failed repeatedly")
 
     def succeeded(self, part: Part) -> None:
         """Note that some work of a part was done."""
-        self._breakers[part].succeeded()
+        if self._breakers[part].succeeded():
+            self._tell_closed(part)
 
     def failed(self, part: Part, error: HFBucketError) -> None:
         """Note that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
@@ -136,43 +186,79 @@ class Guard:
             self._prober = thread
 
     def _probe_all(self) -> None:
-        """Probe what is open when it is due, until nothing is."""
+        """Probe what is open when it is due, until nothing is, or another thread has taken over."""
+        me = threading.current_thread()
         while True:
             with self._lock:
+                if self._prober is not me:
+                    return
                 waiting = [part for part in PARTS if self.is_open(part)]
                 if self._closed or not waiting:
                     self._prober = None
                     return
+                ready = [part for part in waiting if sum(one.is_alive() for one in self._probing[part]) < _AT_ONCE]
                 self._wake.clear()
-            self._wake.wait(min(self._breakers[part].probe_in for part in waiting))
-            for part in waiting:
-                if self.is_open(part) and not self._breakers[part].probe_in:
+            self._wake.wait(min((self._breakers[part].probe_in for part in ready), default=None))
+            for part in ready:
+                if self._prober is me and self.is_open(part) and not self._breakers[part].probe_in:
                     self._probe(part)
 
     def _probe(self, part: Part) -> None:
         if self._closed:
             return
+        me, probe = threading.current_thread(), _Probe()
+        self._probing[part].add(me)
+        successor = threading.Timer(_OVERLAP_SECS, self._take_over, (me, part, probe))
+        successor.daemon = True
+        with contextlib.suppress(RuntimeError):  # no thread left: the others wait for this probe
+            successor.start()
+        try:
+            reason = self._failure(part)
+        finally:
+            successor.cancel()
+        with self._lock:
+            probe.ended = True
+            self._probing[part].discard(me)
+        if reason is None:
+            self._close(part)
+        else:
+            self._reasons[part] = reason
+            if not probe.late:
+                self._breakers[part].probed(well=False)
+        if probe.late:
+            self._wake.set()
+
+    def _take_over(self, prober: threading.Thread, part: Part, probe: _Probe) -> None:
+        """Go on with the other probes while one takes long: it is undecided, and may still close its breaker."""
+        with self._lock:
+            if self._closed or probe.ended or self._prober is not prober:
+                return
+            probe.late = True
+            self._prober = threading.current_thread()
+        self._breakers[part].probed(well=False)
+        self._probe_all()
+
+    def _failure(self, part: Part) -> str | None:
+        """Probe a part, and say why it does not work; None where it does."""
         try:
             self._probes[part]()
         except (TransportError, ThrottledError, BreakerOpenError) as error:
-            self._reasons[part] = str(error)
-            self._breakers[part].probed(well=False)
+            return str(error)
         except HFBucketError as error:
-            if part == "read" and not isinstance(error, MissingError):  # what opened it: nothing would be served
-                self._reasons[part] = str(error)
-                self._breakers[part].probed(well=False)
-            else:
-                self._close(part)  # an answer, if a refusal: work is refused at once too, and told as what it is
+            # An answer, if a refusal, is an answer: work is refused at once too, and told as what it is. But nothing would be read.
+            return str(error) if part == "read" and not isinstance(error, MissingError) else None
         except BaseException as error:  # noqa: BLE001 - hf_xet's panics too; the prober must live
-            self._reasons[part] = f"the probe failed: {type(error).__name__}: {error}"
-            self._breakers[part].probed(well=False)
-        else:
-            self._close(part)
+            return f"the probe failed: {type(error).__name__}: {error}"
+        return None
 
     def _close(self, part: Part) -> None:
-        self._breakers[part].probed(well=True)
+        if self._breakers[part].probed(well=True):
+            self._tell_closed(part)
+
+    def _tell_closed(self, part: Part) -> None:
         self._reasons.pop(part, None)
         self._tell(part, "closed", "")
+        self._wake.set()
 
     def status(self) -> dict[str, str]:
         """Why each open part is open, in words; empty when all work."""

@@ -51,8 +51,8 @@ class Lookups:
         started = time.monotonic()
         outcome, unknown = "ok", "missing"
         try:
-            self._guard.check("read")
             deadline.check("lookup")  # it may have waited for a thread: nobody's fault but ours
+            self._guard.admit("read", keys)
             contents = self._existence.contents(keys, deadline)
         except HFBucketError as error:
             contents = {} if self._guard.is_open("read") else self._existence.known(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -137,6 +138,13 @@ class MetadataCache:
     def _end(self, key: str, question: Question) -> None:
         if self._asking.get(key) is question:  # else it was given up, and asked anew since
             del self._asking[key]
+
+    def some(self, count: int) -> list[Content]:
+        """Contents of objects that are there, as many as asked for at most."""
+        with self._locked():
+            keys = list(itertools.islice(self._cache, 8 * count))
+            contents = [self._cache.get(key) for key in keys]
+        return [content for content in contents if content is not None][:count]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -44,6 +44,9 @@ _YIELD_BYTES: Final = 32 * 1024 * 1024
 """A commit waits for reads to end before it begins, and again after so many bytes, for a second at most: engines that read
 without a pause must not keep puts out for ever."""
 
+_PROBES: Final = 16
+"""Probes in progress at one time, see `Guard`."""
+
 
 class Source(Protocol):
     """One chunk to be stored, in memory of the engine's."""
@@ -139,6 +142,7 @@ class Putter:
         self._namer = Namer(bucket, settings.put_window_secs)
         self._gate = ByteGate(settings.max_inflight_bytes)
         self._threads = WorkerPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
+        self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
         self._lock = threading.Lock()
         self._under_way: set[str] = set()
         self._commits: set[_Commit] = set()
@@ -159,7 +163,7 @@ class Putter:
         started = time.monotonic()
         try:
             deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
-            self._guard.check("write")
+            self._guard.admit("write")
         except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
             self._tell(report.failures, started)
@@ -394,7 +398,8 @@ class Putter:
         """
         upload = Upload()
         try:
-            future = self._threads.submit(self._bucket.transfer.upload, [os.urandom(64)], deadline, upload)
+            # Not on the threads of puts: behind puts that hang, it would say nothing about the store.
+            future = self._probes.submit(self._bucket.transfer.upload, [os.urandom(64)], deadline, upload)
         except RuntimeError as error:
             raise TransportError(str(error)) from None
         wait([future], timeout=deadline.remaining())
@@ -411,6 +416,7 @@ class Putter:
             self._closed = True
             commits = list(self._commits)
         self._threads.close()
+        self._probes.close()
         self._namer.close()
         for commit in commits:
             self._bucket.transfer.abandon(commit.upload)

@@ -6,6 +6,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+import cachetools
+
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -17,6 +19,7 @@ from hfbucket_plugin.errors import (
     ScratchError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.transfer import Read, xet_hashes
 
@@ -38,7 +41,13 @@ if TYPE_CHECKING:
 
 _COPY_BYTES: Final = 4 * 1024 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
-"""What a probe reads: within one piece of content-defined chunking's largest size, 128 KiB."""
+"""What a probe reads of a content: within one piece of content-defined chunking's largest size, 128 KiB."""
+
+_SAMPLES: Final = 3
+"""Contents that a probe reads of at one time: one that cannot be read says nothing about the others."""
+
+_REMEMBERED: Final = 16
+"""Contents served last, and failed last, that probes read of in turn."""
 
 
 _STORES_FAULT: Final = (TransportError, ThrottledError, AccessDeniedError, IntegrityError)
@@ -99,8 +108,9 @@ class Reader:
         self._lock = threading.Lock()
         self._active: set[Read] = set()
         self._closed = False
-        self._served: Content | None = None
-        self._failed: Content | None = None
+        self._served: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
+        self._failed: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
+        self._probes = 0
 
     def read_many(
         self,
@@ -115,7 +125,7 @@ class Reader:
         started = time.monotonic()
         results: list[Buffer | None] = [None] * len(keys)
         try:
-            self._guard.check("read")
+            self._guard.admit("read", keys, found=True)
             # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
             asking = deadline.within(self._settings.lookup_timeout_secs)
             contents = self._existence.contents(keys, asking)
@@ -242,17 +252,27 @@ class Reader:
     def _tell_guard(self, reads: Sequence[Read]) -> bool:
         """Whether the store served anything: only then is what failed the objects' own fault."""
         for read in reads:
-            if read.error is None:
-                self._served = read.content
-            if read.error is None or isinstance(read.error, HashMismatchError):
-                self._guard.succeeded("read")
-                return True
+            self._remember(read.content, read.error)
+        if any(read.error is None or isinstance(read.error, HashMismatchError) for read in reads):
+            self._guard.succeeded("read")
+            return True
         for read in reads:
-            if isinstance(read.error, _STORES_FAULT) and not self._closed:
-                self._failed = read.content
+            if isinstance(read.error, _STORES_FAULT) and not isinstance(read.error, UnsentError) and not self._closed:
                 self._guard.failed("read", read.error)
                 break
         return False
+
+    def _remember(self, content: Content, error: HFBucketError | None) -> None:
+        """Note for probes whether a content could be read last."""
+        with self._lock:
+            if error is None:
+                self._served[content.xet_hash] = content
+                self._failed.pop(content.xet_hash, None)
+            elif isinstance(error, MissingError):
+                self._served.pop(content.xet_hash, None)
+                self._failed.pop(content.xet_hash, None)
+            elif isinstance(error, _STORES_FAULT):
+                self._failed[content.xet_hash] = content
 
     def _missed(self, key: str, read: Read, *, store_works: bool) -> None:
         error = read.error
@@ -275,16 +295,39 @@ class Reader:
         self._outcomes.quarantined(len(self._quarantine))
 
     def probe(self, deadline: Deadline) -> None:
-        """Read a little of what was served last, or else of what failed: whether the store serves.
+        """Read a little of several contents, other ones each time: whether the store serves any.
+
+        Where it serves one, those that fail beside it are quarantined: they are at fault themselves.
 
         Raises:
-            HFBucketError: It does not, or not before the deadline.
+            HFBucketError: It serves none, or not before the deadline.
         """
-        content = self._served or self._failed
-        if content is None:
-            self._bucket.transfer.warm_up(deadline)
+        if contents := self._to_sample():
+            sampled = _Sampled(self._quarantine_sampled)
+
+            def ended(content: Content, error: HFBucketError | None) -> None:
+                self._remember(content, error)
+                sampled.add(content, error)
+
+            self._bucket.transfer.sample(contents, _SAMPLE_BYTES, deadline, ended)
         else:
-            self._bucket.transfer.sample(content, _SAMPLE_BYTES, deadline)
+            self._bucket.transfer.warm_up(deadline)
+
+    def _to_sample(self) -> list[Content]:
+        """What to read of next: contents that have not failed since they were served or looked up, then those that have."""
+        known = {content.xet_hash: content for content in self._existence.some(_REMEMBERED) if content.size}
+        with self._lock:
+            failed = dict(self._failed.items())
+            known |= dict(self._served.items())
+            self._probes += 1
+            turn = self._probes * _SAMPLES
+        fresh = [content for xet_hash, content in known.items() if xet_hash not in failed]
+        stale = list(failed.values())
+        return [*_in_turn(fresh, turn), *_in_turn(stale, turn)][:_SAMPLES]
+
+    def _quarantine_sampled(self, content: Content) -> None:
+        self._quarantine.add(content.xet_hash, wrong_hash=False)
+        self._outcomes.quarantined(len(self._quarantine))
 
     def close(self) -> None:
         """Write into no buffer any more."""
@@ -293,6 +336,37 @@ class Reader:
             active = list(self._active)
         for read in active:
             read.fail(TransportError(f"{read.name}: the instance was closed"))
+
+
+def _in_turn(contents: list[Content], turn: int) -> list[Content]:
+    """Contents from another one on each time."""
+    start = turn % len(contents) if contents else 0
+    return contents[start:] + contents[:start]
+
+
+class _Sampled:
+    """How the contents of one probe ended, on whatever thread.
+
+    Args:
+        at_fault: Called for each content that failed although another one was served.
+    """
+
+    def __init__(self, at_fault: Callable[[Content], None]) -> None:
+        self._at_fault = at_fault
+        self._lock = threading.Lock()
+        self._served = False
+        self._failed: list[Content] = []
+
+    def add(self, content: Content, error: HFBucketError | None) -> None:
+        """Note how a content ended; None where it was served."""
+        with self._lock:
+            if error is None:
+                self._served = True
+            elif isinstance(error, (IntegrityError, TransportError)) and not isinstance(error, UnsentError):
+                self._failed.append(content)
+            failed, self._failed = (self._failed, []) if self._served else ([], self._failed)
+        for one in failed:
+            self._at_fault(one)
 
 
 def _release_behind_first_miss(results: list[Buffer | None]) -> None:

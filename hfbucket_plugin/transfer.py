@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
@@ -173,17 +174,53 @@ class Transfer:
         """
         self._fill([(read, read.content.size) for read in reads], deadline)
 
-    def sample(self, content: Content, length: int, deadline: Deadline) -> None:
-        """Read the first bytes of a content and throw them away: whether the store serves.
+    def sample(
+        self,
+        contents: Sequence[Content],
+        length: int,
+        deadline: Deadline,
+        ended: Callable[[Content, HFBucketError | None], None] = lambda _content, _error: None,
+    ) -> None:
+        """Read the first bytes of several contents and throw them away: whether the store serves any.
+
+        Returns as soon as one was served; the others go on until the deadline.
+
+        Args:
+            contents: What to read of; at least one.
+            length: How many bytes of each.
+            deadline: When to give up.
+            ended: Called for each content when it has ended, with its error; on any thread.
 
         Raises:
-            HFBucketError: It does not, or not before the deadline.
+            HFBucketError: The store serves none, or not before the deadline; the error of the first that failed.
         """
-        wanted = min(length, content.size)
-        read = Read("sample", content, Lease(memoryview(bytearray(wanted))))
-        self._fill([(read, wanted)], deadline)
-        if read.error is not None:
-            raise read.error
+        tasks: dict[Future[int], _Part] = {}
+        for content in contents:
+            wanted = min(length, content.size)
+            part = _Part(Read("sample", content, Lease(memoryview(bytearray(wanted)))), 0, wanted, deadline)
+            try:
+                tasks[self._workers.submit(self._read_part, part)] = part
+            except RuntimeError as error:
+                part.read.fail(TransportError(f"sample: {error}"))
+                ended(content, part.read.error)
+        for future, part in tasks.items():
+            future.add_done_callback(partial(_tell_sample, part, ended))
+        waiting = set(tasks)
+        failure: HFBucketError | None = None
+        while waiting and not deadline.passed:
+            finished, waiting = wait(waiting, timeout=deadline.remaining(), return_when=FIRST_COMPLETED)
+            for future in finished:
+                outcome = _sample_error(tasks[future], future)
+                if outcome is None:
+                    return
+                failure = failure or outcome
+        for future in waiting:
+            part = tasks[future]
+            part.read.fail(DeadlineError(f"sample: not read within {deadline.seconds:g} s; the call was abandoned"))
+            future.cancel()
+            self._abandon(part, self._reading)
+            failure = failure or part.read.error
+        raise failure or TransportError("sample: nothing was read")
 
     def _fill(self, reads: Sequence[tuple[Read | FileRead, int]], deadline: Deadline) -> None:
         """Read so many first bytes of each."""
@@ -389,6 +426,16 @@ class Upload:
     def abandoned(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.ticket.abandoned
+
+
+def _sample_error(part: _Part, future: Future[int]) -> HFBucketError | None:
+    if part.read.error is None and (future.cancelled() or future.result() != part.end):
+        part.read.fail(IntegrityError(f"sample: fewer than {part.end} bytes arrived"))
+    return part.read.error
+
+
+def _tell_sample(part: _Part, ended: Callable[[Content, HFBucketError | None], None], future: Future[int]) -> None:
+    ended(part.read.content, _sample_error(part, future))
 
 
 def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:

@@ -80,6 +80,39 @@ def test_one_that_opens_again_soon_goes_on_with_its_backoff(steady, expected):
     assert 0.8 * expected <= breaker.probe_in <= expected
 
 
+def test_after_two_bad_probes_one_request_is_tried_and_again_later():
+    breaker = opened(Clock())
+    assert not breaker.try_anyway()
+    tried = []
+    for probe in range(1, 13):
+        breaker.probed(well=False)
+        if breaker.try_anyway():
+            tried.append(probe)
+        assert not breaker.try_anyway(), "one"
+        assert not breaker.failed()
+        assert not breaker.succeeded(), "the one that was tried has failed"
+        assert breaker.is_open
+
+    assert tried == [2, 3, 4, 5, 8, 11]
+
+
+def test_a_request_that_is_tried_and_succeeds_closes_it():
+    breaker = opened(Clock())
+    for _ in range(2):
+        breaker.probed(well=False)
+        assert not breaker.succeeded(), "begun before it opened"
+    assert breaker.try_anyway()
+
+    assert breaker.succeeded()
+
+    assert not breaker.is_open
+    assert not breaker.try_anyway()
+    for _ in range(3):
+        breaker.failed()
+    assert breaker.is_open
+    assert not breaker.succeeded(), "the trial was of another time"
+
+
 # --- the three of an instance ----------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from hfbucket_plugin.errors import (
     TransportError,
     UnsentError,
 )
-from hfbucket_plugin.guard import PARTS, Guard
+from hfbucket_plugin.guard import _AT_ONCE, PARTS, Guard
 from hfbucket_plugin.metrics import Tally
 
 SECRETLY_FAR = 3600.0
@@ -242,3 +242,88 @@ def test_many_threads_at_once_open_a_breaker_once(far, caplog):
     assert [far.changes(part, "open") for part in PARTS] == [1, 1, 1]
     assert caplog.text.count("is given up for now") == 3
     assert len(probers() - before) == 1
+
+
+# --- one real request, and probes that take long ------------------------------------------------------------------------
+
+
+def admits(guard, part, keys=(), *, found=False):
+    try:
+        guard.admit(part, keys, found=found)
+    except BreakerOpenError:
+        return False
+    return True
+
+
+def test_a_part_whose_probes_fail_for_a_reason_of_their_own_is_closed_by_work(make):
+    one = make()
+    one.open("write")
+    eventually(lambda: one.probes.calls["write"] >= 3)
+
+    eventually(lambda: admits(one.guard, "write"))
+    one.guard.ended("write", None)
+
+    assert not one.guard.is_open("write")
+    assert one.changes("write", "closed") == 1
+    assert one.gauge("write") == 0
+    eventually(lambda: one.guard._prober is None)
+
+
+def test_a_lookup_that_is_let_through_lets_one_get_of_its_keys_through(far):
+    far.open("read")
+    assert not admits(far.guard, "read", ["a"])
+    for _ in range(2):
+        far.guard._breakers["read"].probed(well=False)
+
+    assert admits(far.guard, "read", ["a", "b"])
+    assert not admits(far.guard, "read", ["a", "b"]), "one lookup"
+    assert not admits(far.guard, "read", ["c"], found=True), "another's get"
+    assert admits(far.guard, "read", ["b", "c"], found=True)
+    assert not admits(far.guard, "read", ["a"], found=True), "one get"
+    far.guard.succeeded("read")
+    assert admits(far.guard, "read", ["d"])
+
+
+def test_a_get_without_a_lookup_may_be_the_one(far):
+    far.open("read")
+    for _ in range(2):
+        far.guard._breakers["read"].probed(well=False)
+
+    assert admits(far.guard, "read", ["a"], found=True)
+    assert not admits(far.guard, "read", ["a"], found=True)
+
+
+def test_a_probe_that_takes_long_holds_up_no_other_and_may_still_close_its_breaker(make, monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.guard._OVERLAP_SECS", 0.05)
+    one = make(longest=0.05)
+    one.probes.hold.clear()
+    one.probes.errors["read"] = None
+    slow = one.guard._probes["read"]
+    one.guard._probes["read"] = lambda: slow() if not one.probes.calls["read"] else one.probes.of("lookup")()
+    one.open("read")
+    eventually(lambda: one.probes.calls["read"])
+
+    one.guard._probes["write"] = lambda: None
+    one.open("write")
+    eventually(lambda: not one.guard.is_open("write"))
+    assert one.guard.is_open("read"), "undecided"
+    one.probes.hold.set()
+
+    eventually(lambda: not one.guard.is_open("read"))
+    eventually(lambda: one.guard._prober is None)
+
+
+def test_probes_that_all_hang_are_bounded_in_number(make, monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.guard._OVERLAP_SECS", 0.005)
+    one = make()
+    one.probes.hold.clear()
+    one.open("read")
+    eventually(lambda: one.probes.calls["read"] == _AT_ONCE)
+    eventually(lambda: one.guard._wake._cond._waiters)
+
+    assert one.probes.calls["read"] == _AT_ONCE
+    one.probes.recovers("read")
+    one.probes.hold.set()
+    eventually(lambda: not one.guard.is_open("read"))
+    eventually(lambda: not any(one.guard._probing.values()))
+    assert one.changes("read", "closed") == 1
