@@ -48,6 +48,15 @@ def _as_duration(value: Any) -> Any:
     return parse_duration(value) if isinstance(value, str) else value
 
 
+def _as_seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return parse_duration(value).total_seconds()
+
+
 def as_ranks(value: Any) -> Any:
     """For pydantic: ranks of workers from `0-3,7`, or from the number that YAML makes of `3`."""
     if isinstance(value, bool):
@@ -60,6 +69,9 @@ Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 
 Bytes = Annotated[int, BeforeValidator(_as_bytes), Field(gt=0)]
 """A number of bytes, or a text such as `50GiB`."""
+
+Seconds = Annotated[float, BeforeValidator(_as_seconds), Field(gt=0)]
+"""A number of seconds, or a text such as `30m`."""
 
 Length = Annotated[timedelta, BeforeValidator(_as_duration), Field(ge=timedelta(0)), PlainSerializer(format_duration)]
 """A length of time, or a text such as `24h`."""

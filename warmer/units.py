@@ -1,4 +1,7 @@
-"""Quantities as people write them: sizes, times, ranks of workers. Parsed strictly; what is wrong is said, with the way out."""
+"""Quantities as people write them, for all flags and files of the warmer and the jobs: sizes, times, ranks of workers.
+
+Parsed strictly; what is wrong is said, with the way out.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,14 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)")
-_BYTES: Final = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_QUANTITY: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)")
+_BYTES: Final = {"": 1, "B": 1} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("KMGTP", start=1)
+    for unit, base in (("iB", 1024), ("B", 1000))
+}
+_MOST_BYTES: Final = 2**63 - 1
+_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _LONGEST_SECS: Final = 100 * 366 * 86400
 
 _RANKS: Final = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7}))?")
@@ -20,42 +28,49 @@ _MOST_RANKS: Final = 65536
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size, such as `50GiB`; without a unit it is in bytes.
+    """Read a size, such as `50GiB` or `50GB`; without a unit it is in bytes.
+
+    Binary (`KiB` to `PiB`) and decimal units (`KB` to `PB`) are what they say; a fraction of a byte is dropped.
 
     Raises:
         ValueError: It is none; the message says what would be.
     """
     match = _QUANTITY.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size: it reads 50GiB, 512MiB, 64KiB or a number of bytes")
+        raise ValueError(f"{text!r} is no size: it reads 50GiB, 500GB, 64KiB or a number of bytes")
     number, unit = match[1], match[2]
     if unit not in _BYTES:
-        raise ValueError(f"{text!r}: the unit {unit!r} is not known{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB")
+        raise ValueError(
+            f"{text!r}: the unit {unit!r} is not known{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB, PiB and KB, MB, GB, "
+            "TB, PB"
+        )
     size = Decimal(number) * _BYTES[unit]
-    if size != int(size):
+    if size != int(size) and _BYTES[unit] == 1:
         raise ValueError(f"{text!r} is no whole number of bytes")
+    if size > _MOST_BYTES:
+        raise ValueError(f"{text!r} is more than {_MOST_BYTES} bytes")
     return int(size)
 
 
 def _nearest_unit(unit: str) -> str:
-    """`GB`, `Gi`, `gib` and `G` mean GiB to most, but 7 % less to some: asked for, not guessed."""
+    """`Gi`, `gib` and `G` mean GiB to most, but 7 % less to some: asked for, not guessed."""
     near = f"{unit[:1].upper()}iB"
     return f" (did you mean {near}?)" if near in _BYTES else ""
 
 
 def parse_duration(text: str) -> timedelta:
-    """Read a time, such as `24h`; its unit is never left out.
+    """Read a time, such as `24h`, `30m` or `30min`; its unit is never left out.
 
     Raises:
         ValueError: It is none; the message says what would be.
     """
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match[2] not in _SECONDS:
-        raise ValueError(f"{text!r} is no length of time: it reads 90s, 30m, 24h or 7d")
-    seconds = float(match[1]) * _SECONDS[match[2]]
+        raise ValueError(f"{text!r} is no length of time: it reads 90s, 30m or 30min, 24h, 7d or 2w")
+    seconds = Decimal(match[1]) * _SECONDS[match[2]]
     if seconds > _LONGEST_SECS:
         raise ValueError(f"{text!r} is more than a hundred years")
-    return timedelta(seconds=seconds)
+    return timedelta(seconds=float(seconds))
 
 
 def format_duration(value: timedelta) -> str:

@@ -7,9 +7,9 @@ from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic evaluates the annotations
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from warmer.choose import Bytes, Choice, Length, Ranks, Texts
+from warmer.choose import Bytes, Choice, Length, Ranks, Seconds, Texts
 from warmer.node import CHUNK_TIMEOUT_SECS
 from warmer.receive import Verify  # noqa: TC001 - as above
 from warmer.units import parse_bytes
@@ -159,19 +159,19 @@ class Nodes(_Part):
 class Limits(_Part):
     """How long things may take."""
 
-    chunk_timeout: PositiveFloat = Field(
+    chunk_timeout: Seconds = Field(
         CHUNK_TIMEOUT_SECS,
-        description="Most seconds for a chunk, with its batch (64 MiB at most, or one larger chunk) and retries. Default: 300.",
+        description="Most time for a chunk, in seconds or as 5m, with its batch (64 MiB at most, or one larger chunk) and retries. Default: 300.",
     )
-    node_timeout: PositiveFloat = Field(
-        NODE_START_SECS, description="Most seconds until a node takes part. Default: 60."
+    node_timeout: Seconds = Field(
+        NODE_START_SECS, description="Most time until a node takes part, in seconds or as 2m. Default: 60."
     )
     wait_engine: Length = Field(
         WAIT_ENGINE,
         description="How long a tier in the memory of engines waits for the engine of each node, as 10m. Default: 10m.",
     )
-    max_duration: PositiveFloat | None = Field(
-        None, description="Stop in good order after so many seconds of copying, with exit code 5."
+    max_duration: Seconds | None = Field(
+        None, description="Stop in good order after so much time of copying, in seconds or as 30m, with exit code 5."
     )
 
 

@@ -129,7 +129,7 @@ def test_many_workers_are_one_listing():
         ({"since": "0h"}, "greater than"),
         ({"newest": 0}, "greater than 0"),
         ({"newest": 3, "prompts": "p"}, "contradict"),
-        ({"max_bytes": "50GB"}, "did you mean GiB"),
+        ({"max_bytes": "50G"}, "did you mean GiB"),
         ({"max_bytes": 0}, "greater than 0"),
         ({"modle": "m"}, "Extra inputs"),
     ],

@@ -147,7 +147,7 @@ def test_an_empty_section_says_nothing(file, text):
         ({"choose": {"modle": "m"}}, "unknown setting choose.modle (did you mean 'model'?)"),
         ({"choose": {"zzzz": "m"}}, "unknown setting choose.zzzz; known are all, chunk_size"),
         ({"nodes": {"selektor": "m"}}, "did you mean 'selector'?"),
-        ({"choose": {"max_bytes": "50GB"}}, "--max-bytes (choose.max_bytes): '50GB'"),
+        ({"choose": {"max_bytes": "50G"}}, "--max-bytes (choose.max_bytes): '50G'"),
         ({"choose": {"all": True, "prefix": ["m"]}}, "choose: all and prefix contradict"),
         ({"nodes": {"ranks": {"a": "7-0"}}}, "--ranks (nodes.ranks.a): '7-0'"),
         ({"nodes": {"ranks": ["a"]}}, "--ranks (nodes.ranks)"),
@@ -198,3 +198,14 @@ def test_what_flags_gave_is_nested():
     assert nested(given(instance="i", all=True, report="r")) == {
         "source": {"instance": "i"}, "choose": {"all": True}, "report": "r",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(90, 90.0), ("90", 90.0), ("1.5", 1.5), ("30m", 1800.0), ("30min", 1800.0)]
+)
+def test_limits_are_in_seconds_or_with_a_unit(text, seconds):
+    limits = WarmUp.model_validate(
+        {"limits": dict.fromkeys(("chunk_timeout", "node_timeout", "max_duration"), text)}
+    ).limits
+
+    assert (limits.chunk_timeout, limits.node_timeout, limits.max_duration) == (seconds, seconds, seconds)
