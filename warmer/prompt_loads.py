@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
+from warmer.errors import EngineError
+from warmer.tiers.engine_http import FAILURES
 from warmer.tiers.l1 import L1Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hfbucket_plugin.errors import HFBucketError
     from warmer.prompt_file import AskedPrompt, Batch
     from warmer.tiers import L1Declaration, Place
 
@@ -27,7 +30,8 @@ class PromptLoad:
         copied: Of these, those that were loaded.
         present: Those that were there before, as far as it shows.
         bytes: What those loaded take.
-        ended: `complete`; or why the rest is not there: `missing`, `no_room`, or `config` for a prompt that is refused.
+        ended: `complete`; or why the rest is not there: `missing`, `no_room`, `config` for a prompt that is refused, or `engine`
+            where the server did not do it.
         message: Why, in words; empty when it is complete.
     """
 
@@ -89,6 +93,10 @@ class L1Errand:
         return there, PromptLoader(server, address, there, self.world_size)
 
 
+def _failed(prompt: AskedPrompt, chunks: int, error: HFBucketError) -> PromptLoad:
+    return PromptLoad(prompt.line, prompt.model, chunks, 0, 0, 0, error.kind, str(error))
+
+
 class PromptLoader:
     """Loads batches of prompts into one server.
 
@@ -104,21 +112,35 @@ class PromptLoader:
         self._address = address
         self._models = models
         self._world_size = world_size
+        self._failures = 0  # prompts in a row that failed for the server
+        self._broken: EngineError | None = None
 
     def __call__(self, batch: Batch) -> list[PromptLoad]:
         """Load the prompts of a batch; what is returned leaves out those of other models.
 
+        A prompt for which the server does not do it fails alone. After some in a row the rest of the batch fails with it.
+
         Raises:
-            EngineError: The server or the engine is not there any more, or a load does not end.
+            EngineError: The server did not do it for several prompts in a row, in the batch before.
         """
+        if self._broken is not None:
+            raise self._broken
         return [self._load(prompt) for prompt in batch if prompt.model in self._models]
 
     def _load(self, prompt: AskedPrompt) -> PromptLoad:
         chunks = len(prompt.token_ids) // self._server.layout(Deadline.after(0.0)).chunk_size
+        if self._broken is not None:
+            return _failed(prompt, chunks, self._broken)
         try:
             warmed = self._server.load(prompt.model, self._world_size, prompt.token_ids, prompt.salt)
         except ConfigError as error:
-            return PromptLoad(prompt.line, prompt.model, chunks, 0, 0, 0, error.kind, str(error))
+            return _failed(prompt, chunks, error)
+        except EngineError as error:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                self._broken = EngineError(f"{self._failures} loads failed one after the other, the last one: {error}")
+            return _failed(prompt, chunks, error)
+        self._failures = 0
         words = {
             "complete": "",
             "missing": f"the L2 tiers of the server at {self._address} do not hold chunk {warmed.warmed} of {chunks}",

@@ -21,6 +21,7 @@ from warmer.errors import EngineError, TierError, TierFullError
 from warmer.node import open_node
 from warmer.outcomes import Copied, Failed
 from warmer.tiers.directory import DirectoryDraft, DirectoryTier, Held
+from warmer.tiers.engine_http import FAILURES, HICCUP_SECS
 from warmer.tiers.file_names import unambiguous
 from warmer.tiers.leftovers import RunFiles
 from warmer.tiers.local_cpu import Worker, find_workers, load
@@ -76,6 +77,7 @@ class Stage:
         self._free = worker.room if most is None else min(worker.room, most)
         self._taken: dict[str, int] = {}
         self._broken: HFBucketError | None = None
+        self._failures = 0  # loads in a row that failed for the worker
         options = replace(declaration.options, max_bytes=None, evict=False)
         with _named(self._home):
             self._run = RunFiles(self._home, Ownership(declaration.name, options).open(self._home))
@@ -132,14 +134,19 @@ class Stage:
                 directory = batch.path
                 try:
                     done = load(
-                        self._address, replace(self._declaration, base_paths=(directory,)), wait_secs=0, load_secs=secs
+                        self._address,
+                        replace(self._declaration, base_paths=(directory,)),
+                        wait_secs=min(secs, HICCUP_SECS),
+                        load_secs=secs,
                     )
                 finally:
                     self._scatter(batch)
         except HFBucketError as error:
             if isinstance(error, EngineError):
-                self._broken = error
+                self._missed(error)
             return {chunk.key: error for chunk in chunks}
+        with self._lock:
+            self._failures = 0
         failed = set(done.failed)
         words = f"the engine at {self._address} did not load it; its log says why"
         if done.files != len(chunks) or done.chunks + len(failed) < len(chunks):  # nobody knows which
@@ -149,6 +156,13 @@ class Stage:
                 f"{len(chunks)} were staged; does it see the same directory?"
             )
         return {chunk.key: EngineError(f"{chunk.key}: {words}") for chunk in chunks if chunk.key in failed}
+
+    def _missed(self, error: EngineError) -> None:
+        """The worker did not do it. After several times in a row it is asked no more."""
+        with self._lock:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                self._broken = EngineError(f"{self._failures} loads failed one after the other, the last one: {error}")
 
     def _gather(self, chunks: Sequence[PlannedChunk]) -> _Batch:
         """Move chunks into a directory of their own. By descriptors: the engine's user may rename what lies in its directory."""

@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import httpx2
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from warmer.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hfbucket_plugin.deadlines import Deadline
-
 _ANSWER_SECS: Final = 30.0
+HICCUP_SECS: Final = 30.0
+"""Most seconds in which a server that was there may answer nothing, or that it is busy, before a load fails for that."""
+
+FAILURES: Final = 3
+"""Loads that fail one after the other before a server is given up."""
+
+_NOT_NOW: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 WAIT_SECS: Final = 1.0
 """How often somebody who is not there is asked again."""
 
+_FIRST_PAUSE_SECS: Final = 0.05
 _SHOWN: Final = 300
 START_IT: Final = "start the engine, look at the address, or wait longer (--wait-engine)"
 """What to do about one who does not come."""
@@ -67,7 +74,7 @@ class EngineHTTP:
             secs: Most seconds that the answer may take.
 
         Raises:
-            NotReadyError: Nobody answers there, or 503.
+            NotReadyError: Nobody answers there, or 502, 503 or 504.
             ConfigError: It refuses what was asked for: 400 or 422.
             EngineError: It answers what cannot be used.
         """
@@ -81,7 +88,7 @@ class EngineHTTP:
         except httpx2.InvalidURL as error:
             raise ConfigError(f"{what}: {error}") from None
         words = f"{what}: {response.status_code} {' '.join(response.text.split())[:_SHOWN]}"
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+        if response.status_code in _NOT_NOW:
             raise NotReadyError(words)
         if response.status_code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
             raise ConfigError(words)
@@ -94,6 +101,31 @@ class EngineHTTP:
         if not isinstance(answer, dict):
             raise EngineError(f"{what}: the answer is no JSON object")
         return answer
+
+
+def once_more(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
+    """Ask a server that was there, again where a connection breaks or it is busy for a moment.
+
+    Args:
+        ask: What is asked; asking twice must do no harm.
+        ends: When what it is for has to be done.
+        pause: Waits; given the seconds.
+
+    Raises:
+        NotReadyError: It was so until `ends`, or for `HICCUP_SECS`.
+        EngineError: It answers what cannot be used.
+    """
+    hiccup: Deadline | None = None
+    wait = _FIRST_PAUSE_SECS
+    while True:
+        try:
+            return ask()
+        except NotReadyError:
+            hiccup = hiccup or Deadline.after(min(HICCUP_SECS, ends.remaining()))
+            if hiccup.passed or ends.passed:
+                raise
+            pause(min(wait, hiccup.remaining()))
+            wait = min(2 * wait, WAIT_SECS)
 
 
 def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:

@@ -11,16 +11,18 @@ followed to its end in an L1 that has no room left, though all of it may be ther
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from hfbucket_plugin.deadlines import Deadline
 from warmer.errors import EngineError
-from warmer.tiers.engine_http import EngineHTTP, NotReadyError, when_ready
+from warmer.tiers.engine_http import EngineHTTP, NotReadyError, once_more, when_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _POLL_SECS: Final = 0.02
 _LARGEST_STEP: Final = 64
@@ -142,7 +144,12 @@ class L1Server:
         """
         if self._layout is None:
             status = when_ready(lambda: self._server.ask("GET", "/status"), ends, self._pause)
-            self._layout = ServerLayout(int(status["chunk_size"]), str(status.get("hash_algorithm") or ""))
+            try:
+                self._layout = ServerLayout(int(status["chunk_size"]), str(status.get("hash_algorithm") or ""))
+            except (KeyError, TypeError, ValueError) as error:
+                raise EngineError(
+                    f"{self._server.address}/status: the answer is not that of `lmcache server`: {type(error).__name__} {error}"
+                ) from None
         return self._layout
 
     def wait(self, models: Sequence[str], world_size: int, ends: Deadline) -> frozenset[str]:
@@ -231,6 +238,10 @@ class _Load:
         return self.found == self.keys
 
 
+class _ForgottenError(EngineError):
+    """The server knows a load no longer, an answer about which was lost."""
+
+
 class _Loader:
     """One model on one server."""
 
@@ -241,6 +252,7 @@ class _Loader:
         self._request = request
         self._load_secs = load_secs
         self._pause = pause
+        self._doubted = False  # whether an answer about the present load was lost
 
     @property
     def least_keys(self) -> int:
@@ -249,14 +261,28 @@ class _Loader:
 
     def room(self) -> _Room:
         """What L1 may take before it evicts; of several, the fullest."""
-        status = self._server.ask("GET", "/status")["storage_manager"]
+        answer = self._again("GET", "/status", Deadline.after(self._load_secs))
         rooms = []
-        for name, one in status["l1_managers"].items():
-            watermark = status["l1_eviction_controllers"].get(name, {}).get("trigger_watermark", 1.0)
-            used, total = one["memory_used_bytes"], one["memory_total_bytes"]
-            mean = used // one["total_object_count"] if one["total_object_count"] else 0
-            rooms.append(_Room(used, total, int(watermark * total) - used - 1, mean))
-        return min(rooms, key=lambda room: room.free)
+        with self._understood("/status"):
+            status = answer["storage_manager"]
+            for name, one in status["l1_managers"].items():
+                watermark = status["l1_eviction_controllers"].get(name, {}).get("trigger_watermark", 1.0)
+                used, total = int(one["memory_used_bytes"]), int(one["memory_total_bytes"])
+                mean = used // one["total_object_count"] if one["total_object_count"] else 0
+                rooms.append(_Room(used, total, int(watermark * total) - used - 1, mean))
+            return min(rooms, key=lambda room: room.free)
+
+    def _again(self, method: str, path: str, ends: Deadline, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return once_more(lambda: self._server.ask(method, path, body), ends, self._pause)
+
+    @contextlib.contextmanager
+    def _understood(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise EngineError(
+                f"{self._server.address}{path}: the answer is not that of `lmcache server`: {type(error).__name__} {error}"
+            ) from None
 
     def begin_nothing(self) -> None:
         """Ask for less than a chunk: answered as any load, and so not before the model has registered."""
@@ -265,13 +291,43 @@ class _Loader:
     def _submit(self, tokens: list[int]) -> dict[str, Any]:
         return self._server.ask("POST", "/cache/prefetches", {**self._request, "token_ids": tokens})
 
+    def _begun(self, tokens: list[int], ends: Deadline) -> Any:
+        answer = self._again("POST", "/cache/prefetches", ends, {**self._request, "token_ids": tokens})
+        self._doubted = False
+        with self._understood("/cache/prefetches"):
+            return answer["request_id"]
+
+    def _progress(self, number: Any) -> dict[str, Any]:
+        try:
+            return self._server.ask("GET", f"/cache/prefetches/{number}")
+        except NotReadyError:
+            self._doubted = True
+            raise
+        except EngineError as error:
+            if self._doubted:
+                self._doubted = False
+                raise _ForgottenError(str(error)) from None
+            raise
+
+    def _ended(self, answer: dict[str, Any]) -> _Load | None:
+        with self._understood("/cache/prefetches"):
+            if answer["status"] != "completed":  # told only once
+                return None
+            return _Load(int(answer["found_keys"]), int(answer["total_keys"]))
+
     def load(self, tokens: list[int]) -> _Load:
-        """Load a prompt, and wait for the end."""
-        number, ends = self._submit(tokens)["request_id"], Deadline.after(self._load_secs)
+        """Load a prompt, and wait for the end. A connection that breaks, or a server that is busy for a moment, is no end."""
+        ends = Deadline.after(self._load_secs)
+        number = self._begun(tokens, ends)
         while True:
-            answer = self._server.ask("GET", f"/cache/prefetches/{number}")
-            if answer["status"] == "completed":  # told only once
-                return _Load(int(answer["found_keys"]), int(answer["total_keys"]))
+            try:
+                answer = once_more(functools.partial(self._progress, number), ends, self._pause)
+            except _ForgottenError:
+                # That it is completed is told only once, and that answer was lost: what is loaded is found at once now.
+                number = self._begun(tokens, ends)
+                continue
+            if (load := self._ended(answer)) is not None:
+                return load
             if ends.remaining() <= 0:
                 raise EngineError(
                     f"{self._server.address}: the load of {len(tokens)} tokens did not end within {self._load_secs:g} s"

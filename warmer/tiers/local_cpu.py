@@ -19,7 +19,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey
 from warmer.errors import EngineError, TierError, TierFullError
-from warmer.tiers.engine_http import START_IT, WAIT_SECS, EngineHTTP, NotReadyError, when_ready
+from warmer.tiers.engine_http import START_IT, WAIT_SECS, EngineHTTP, NotReadyError, once_more, when_ready
 from warmer.tiers.listing import listed
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _SHARE: Final = 0.8
 """Of the engine's memory: the rest is for what it works on."""
 
 _NAMED: Final = 1000
+_LEAST_SECS: Final = 1.0
+"""What the last try at a load has for its answer, at least."""
+
 _URL_MARKS: Final = frozenset("?#,;%")
 """What a path in LMCache's `remote_url` cannot hold."""
 
@@ -173,14 +176,19 @@ def load(
     """
     with EngineHTTP(http) as engine:
         meta = when_ready(lambda: engine.ask("GET", "/meta"), Deadline.after(wait_secs), pause)
-        conf = engine.ask("GET", "/conf")
+        ends = Deadline.after(load_secs)
+        conf = once_more(lambda: engine.ask("GET", "/conf"), ends, pause)
         directory = _directory(staging, conf)
         _check(directory, meta, conf)
         path = directory / f".hfbucket-load-{secrets.token_hex(8)}.yaml"
         try:
             path.write_text(json.dumps(_config(directory)), encoding="utf-8")  # JSON is YAML
-            answer = engine.ask(
-                "POST", "/cache/load-fs-chunks", {"config_path": str(path), "max_failed_keys": _NAMED}, load_secs
+            body = {"config_path": str(path), "max_failed_keys": _NAMED}
+            # Asked twice, it finds what it loaded the first time.
+            answer = once_more(
+                lambda: engine.ask("POST", "/cache/load-fs-chunks", body, max(ends.remaining(), _LEAST_SECS)),
+                ends,
+                pause,
             )
         except OSError as error:
             if isinstance(error, ConnectionError):  # EngineError is one
@@ -188,7 +196,12 @@ def load(
             raise TierError(f"staging directory {str(directory)!r}: {error.strerror}") from None
         finally:
             path.unlink(missing_ok=True)
-    return Loaded(int(answer["loaded_chunks"]), int(answer["total_files"]), tuple(answer["failed_keys"]))
+    try:
+        return Loaded(int(answer["loaded_chunks"]), int(answer["total_files"]), tuple(answer["failed_keys"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"POST {http}/cache/load-fs-chunks: the answer is not that of LMCache: {type(error).__name__} {error}"
+        ) from None
 
 
 def _config(directory: Path) -> dict[str, Any]:
