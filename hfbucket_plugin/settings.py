@@ -10,8 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tempfile
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - pydantic evaluates it
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -32,6 +31,7 @@ from pydantic import (
 
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.handle import BucketHandle
+from hfbucket_plugin.scratch import default_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -88,6 +88,15 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "'~' stands for a home directory, and this user has none: set HOME, or write the path out"
+        ) from None
+
+
 def check_fact(value: str) -> str:
     """Refuse what must not be recorded in a bucket.
 
@@ -130,10 +139,11 @@ class InstanceSettings(BaseModel):
         description="Create the bucket on the first write, not before. Off, so that a mistyped handle is an error and "
         "not a new bucket.",
     )
-    download_tmp_dir: Path = Field(
-        Path(tempfile.gettempdir()) / "lmcache-hfbucket",
-        description="Where temporary files go, each process in a locked subdirectory of its own. Reads need none; "
-        "`verify: hash` does. A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
+    download_tmp_dir: Annotated[Path, AfterValidator(_expand_home)] = Field(
+        default_factory=default_root,
+        description="Where temporary files go, each process in a locked subdirectory of its own: what hf_xet keeps of its "
+        "sessions (some MiB), and the chunks that `verify: hash` checks. Must belong to the user of the process, or to root. "
+        "A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
     )
     metadata_cache_ttl_secs: NonNegativeFloat = Field(
         30.0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants
 
 from hfbucket_plugin.l2_settings import L2Settings
+from hfbucket_plugin.scratch import default_root
 from hfbucket_plugin.settings import InstanceSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def default_of(field: FieldInfo) -> str:
         return f"`{str(value).lower()}`"
     if value == constants.ENDPOINT:
         return "`HF_ENDPOINT`"
+    if value == default_root():
+        return "`lmcache-hfbucket-<user id>` in `TMPDIR`, or in `/tmp`"
     return f"`{value}`"
 
 

@@ -3,12 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from plugin_support import in_threads
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.scratch import Scratch
+from hfbucket_plugin.scratch import Scratch, default_root
 
 HOLDER = """
 import sys, time
@@ -17,7 +18,7 @@ from hfbucket_plugin.scratch import Scratch
 scratch = Scratch(Path(sys.argv[1]))
 with scratch.file() as path:
     path.write_bytes(b"left over")
-    print(path, flush=True)
+    print(path.resolve(), flush=True)
     sys.stdin.read()
 """
 
@@ -43,7 +44,7 @@ def test_a_file_lives_as_long_as_its_block(tmp_path):
 
     with scratch.file() as path:
         assert path.read_bytes() == b""
-        assert path.is_relative_to(tmp_path)
+        assert path.resolve().is_relative_to(tmp_path)
         path.write_bytes(b"x")
     assert not path.exists()
     with pytest.raises(KeyError), scratch.file() as path:
@@ -186,13 +187,14 @@ def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alon
     scratch = Scratch(tmp_path)
     with scratch.file() as path:
         path.write_bytes(b"parent")
+        parents = path.resolve()  # `path` leads through a descriptor, whose number the child uses again
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 scratch.close()
                 with scratch.file() as own:
-                    status = 0 if own.parent != path.parent and path.exists() else 2
+                    status = 0 if own.resolve().parent != parents.parent and parents.exists() else 2
                 scratch.close()
             finally:
                 os._exit(status)
@@ -201,3 +203,120 @@ def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alon
         assert Scratch(tmp_path).sweep() == [], "the parent's directory is still locked"
     scratch.close()
     assert entries(tmp_path) == []
+
+
+# --- other users of the machine --------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_swapped_under_us_leads_nowhere(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("dear")
+    root = tmp_path / "root"
+    scratch = Scratch(root)
+    with scratch.file() as path:
+        real = path.resolve()
+        real.parent.rename(tmp_path / "moved")
+        real.parent.mkdir()
+        real.symlink_to(victim)
+        path.write_bytes(b"a chunk")
+        with scratch.file() as second:
+            second.write_bytes(b"another")
+
+        assert victim.read_text() == "dear"
+        assert (tmp_path / "moved" / path.name).read_bytes() == b"a chunk"
+        assert entries(real.parent) == [path.name]
+    scratch.close()
+    assert victim.read_text() == "dear"
+
+
+@pytest.fixture
+def default(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return default_root()
+
+
+def test_the_default_is_this_users_own(default, tmp_path):
+    assert default == tmp_path / f"lmcache-hfbucket-{os.geteuid()}"
+
+    with Scratch(default).file():
+        assert default.stat().st_mode & 0o077 == 0
+
+
+def test_a_default_that_another_user_made_first_is_refused(default, monkeypatch):
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    root = default_root()
+    root.mkdir()
+
+    with (
+        pytest.raises(ConfigError, match=f"download_tmp_dir '{root}' .* belongs to user {user} .* as user 4711"),
+        Scratch(root).file(),
+    ):
+        pass
+    assert entries(root) == []
+
+
+@pytest.mark.parametrize("made", ["open", "link"])
+def test_a_default_that_others_may_write_to_or_that_is_a_link_is_refused(default, tmp_path, made):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if made == "link":
+        default.symlink_to(elsewhere)
+    else:
+        default.mkdir()
+        default.chmod(0o777)
+
+    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(default).file():
+        pass
+    assert entries(elsewhere) == []
+
+
+def test_a_directory_of_another_user_is_refused_and_one_of_roots_is_not(tmp_path, monkeypatch):
+    real = os.fstat
+
+    def owned_by(uid):
+        def fstat(fd):
+            found = real(fd)
+            of_root = found.st_ino == tmp_path.stat().st_ino
+            return os.stat_result((*found[:4], uid if of_root else found.st_uid, *found[5:]))
+
+        monkeypatch.setattr(os, "fstat", fstat)
+
+    owned_by(4711)
+    with pytest.raises(ConfigError, match="belongs to user 4711"), Scratch(tmp_path).file():
+        pass
+    owned_by(0)
+    scratch = Scratch(tmp_path)
+    with scratch.file() as path:
+        assert path.exists()
+    scratch.close()
+
+
+def test_what_another_users_process_left_is_left_alone(tmp_path, holder, monkeypatch):
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+    assert Scratch(tmp_path).sweep() == []
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    lock = tmp_path / "lock"
+    lock.write_text("")
+    forged = tmp_path / "lmcache-hfbucket-1-forged"
+    forged.mkdir()
+    (forged / ".lock").symlink_to(lock)
+
+    assert Scratch(tmp_path).sweep() == []
+    assert forged.exists()
+
+
+def test_no_temporary_directory_at_all_is_told_when_one_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("none")))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    root = default_root()
+
+    assert root.parent == tmp_path / "file"
+    with pytest.raises(ConfigError, match="or set TMPDIR"), Scratch(root).file():
+        pass

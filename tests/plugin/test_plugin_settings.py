@@ -1,6 +1,5 @@
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,13 +53,20 @@ def test_defaults_are_those_of_the_built_in_backend():
         "token_env": ours.token_env,
         "token": ours.token,
         "create_bucket_if_missing": ours.create_bucket_if_missing,
-        "download_tmp_dir": ours.download_tmp_dir,
         "metadata_cache_ttl_secs": ours.metadata_cache_ttl_secs,
-    } == {name: getattr(theirs, name) for name in SEED_KEYS - {"bucket_handle"}}
+    } == {name: getattr(theirs, name) for name in SEED_KEYS - {"bucket_handle", "download_tmp_dir"}}
     assert ours.bucket_handle.bucket_id == theirs.bucket_location.bucket_id
     assert ours.bucket_handle.prefix == theirs.bucket_location.object_prefix
     assert (ours.token_env, ours.create_bucket_if_missing, ours.metadata_cache_ttl_secs) == ("HF_TOKEN", False, 30)
-    assert ours.download_tmp_dir == Path(tempfile.gettempdir()) / "lmcache-hfbucket"
+    # Theirs is the same for all users: who makes it first owns the files of the others.
+    assert ours.download_tmp_dir == theirs.download_tmp_dir.with_name(f"lmcache-hfbucket-{os.geteuid()}")
+
+
+def test_a_home_in_a_path_is_this_users_and_its_lack_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(config(download_tmp_dir="~/scratch"), "hfbucket").download_tmp_dir == tmp_path / "scratch"
+
+    assert "download_tmp_dir: '~' stands for a home directory" in complaint(config(download_tmp_dir="~nobody-here/x"))
 
 
 def test_every_key_of_the_built_in_backend_is_known():
