@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.bucket import Bucket
 from hfbucket_plugin.hub import HubClient
 from hfbucket_plugin.pacing import Pacing
+from hfbucket_plugin.scratch import Scratch
 from hfbucket_plugin.settings import MIB, PIECE_BYTES
 from hfbucket_plugin.transfer import Transfer
 from hfbucket_plugin.workers import WorkerPool
@@ -110,5 +111,6 @@ def open_bucket(
         streams=reading.streams,
         patient=not online,
         read_retries=0 if counted else 1,
+        scratch=Scratch(settings.download_tmp_dir),
     )
     return Bucket(hub, settings.bucket_handle, transfer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import hf_xet
 
@@ -13,6 +13,7 @@ from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
+    ConfigError,
     DeadlineError,
     HFBucketError,
     IntegrityError,
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.hub import HubClient
+    from hfbucket_plugin.scratch import Scratch
     from hfbucket_plugin.workers import WorkerPool
     from hfbucket_plugin.xet import Loan, Session
 
 _WRITE_PIECE: Final = 4 * 1024 * 1024
 """Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
+
+_UNIT_BYTES: Final = 64 * 1024 * 1024
+"""hf_xet packs what it is fed into units of this size, and sends each when it is full."""
 
 _TRIES: Final = 2
 """One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
@@ -125,6 +130,7 @@ class Transfer:
         streams: Streams open at one time.
         patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
         read_retries: How often hf_xet itself repeats a request of a read that failed.
+        scratch: Where hf_xet keeps its files; removed by `close`. None for the places that the environment gives it.
     """
 
     def __init__(
@@ -141,13 +147,15 @@ class Transfer:
         streams: int,
         patient: bool = True,
         read_retries: int = 1,
+        scratch: Scratch | None = None,
     ) -> None:
+        self._scratch = scratch
         self._workers = read_workers
         self._range_bytes = range_bytes
         reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes, read_retries)
         writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
-        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient)
-        self._writing = SessionPool(hub, bucket_id, "write", writing)
+        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient, scratch=scratch)
+        self._writing = SessionPool(hub, bucket_id, "write", writing, scratch=scratch)
 
     @property
     def ready(self) -> bool:
@@ -293,6 +301,9 @@ class Transfer:
             if last:
                 raise
             return False
+        except ConfigError:  # of hf_xet's directories: the next session makes its own anew
+            self._reading.retire(loan)
+            raise
         except TransportError as error:
             if read.live:  # a read that was stopped from here says nothing about its session
                 self._reading.doubt(loan)
@@ -339,37 +350,45 @@ class Transfer:
         Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
         timeouts say. Whoever waits for that thread calls `abandon` at the deadline, which frees it at once.
 
+        A commit that the store refuses (401, 403) is tried once more, with a new token, where it is no longer than 64 MiB.
+
         Args:
             sources: Bytes, or leases on memory that stays as it is until its lease is revoked.
             deadline: When to give up.
             upload: The handle by which a coordinator can stop waiting.
-            taken: Told of each lease when its memory is not needed any more.
+            taken: Called with each lease, once, when its memory is not needed any more.
 
         Raises:
             HFBucketError: The store did not take them. None of them may be relied on.
         """
         ticket = upload.ticket
-        loan = self._writing.borrow(deadline)
-        ticket.loan = loan
-        try:
-            if ticket.abandoned:
-                raise DeadlineError("upload: abandoned before it began")
-            with typed_errors("upload"):
-                leases = [SourceLease(memoryview(one)) if isinstance(one, bytes) else one for one in sources]
-                return self._commit(loan.session, leases, deadline, ticket, taken)
-        except AccessDeniedError:
-            self._writing.retire(loan)
-            raise
-        except TransportError:
-            self._writing.doubt(loan)
-            raise
-        finally:
-            self._writing.give_back(loan)
+        pieces = _Pieces([SourceLease(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
+        for last in (False, True):
+            loan = self._writing.borrow(deadline)
+            ticket.loan = loan
+            try:
+                if ticket.abandoned:
+                    raise DeadlineError("upload: abandoned before it began")
+                with typed_errors("upload"):
+                    return self._commit(loan.session, pieces, deadline, ticket, taken)
+            except AccessDeniedError:
+                self._writing.retire(loan)
+                if last or not pieces.complete or ticket.abandoned or deadline.passed:
+                    raise
+            except ConfigError:  # of hf_xet's directories: the next session makes its own anew
+                self._writing.retire(loan)
+                raise
+            except TransportError:
+                self._writing.doubt(loan)
+                raise
+            finally:
+                self._writing.give_back(loan)
+        raise AssertionError("the last try returns or raises")
 
     def _commit(
         self,
         session: Session,
-        sources: Sequence[SourceLease],
+        pieces: _Pieces,
         deadline: Deadline,
         ticket: _Ticket,
         taken: Callable[[SourceLease], None],
@@ -377,33 +396,23 @@ class Transfer:
         commit = session.xet.new_upload_commit(**session.connection)
         contents = []
         try:
-            for source in sources:
-                contents.append(self._feed(commit, source, deadline, ticket))
-                taken(source)
+            for number, source in enumerate(pieces.sources):
+                kept = number < pieces.kept
+                # One after the other: hf_xet takes a few streams at a time, and would wait for one to end that nobody
+                # writes to. It takes no more than it is uploading at the time.
+                stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
+                for piece in pieces.of(number, ticket):
+                    deadline.check("upload")
+                    stream.write(piece)
+                info = stream.finish().xet_info
+                contents.append(Content(info.hash, info.file_size))
+                if not kept:
+                    taken(source)
             commit.wait_to_finish()
         except BaseException:
             commit.abort()
             raise
         return contents
-
-    @staticmethod
-    def _feed(commit: Any, source: SourceLease, deadline: Deadline, ticket: _Ticket) -> Content:
-        """Hand a content over piece by piece; hf_xet takes no more than it is uploading at the time.
-
-        One after the other: it takes a few streams at a time, and would wait for one to end that nobody writes to.
-        """
-        stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
-        for start, end in cut(source.size, _WRITE_PIECE):
-            deadline.check("upload")
-            # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
-            piece = source.read(start, end)
-            if ticket.abandoned:
-                raise DeadlineError("upload: abandoned")
-            if piece is None:
-                raise RevokedError("upload: its memory was taken back")
-            stream.write(piece)
-        info = stream.finish().xet_info
-        return Content(info.hash, info.file_size)
 
     def abandon(self, upload: Upload) -> None:
         """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""
@@ -414,6 +423,60 @@ class Transfer:
         self._workers.close()
         self._reading.close()
         self._writing.close()
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+class _Pieces:
+    """What an upload hands to hf_xet, kept until the store may have taken some of it: a copy for another try.
+
+    hf_xet sends nothing before it has filled a unit of 64 MiB, or the commit ends. Only then does the store say that it
+    refuses a token, when the sources' memory has been given back. A longer commit is not kept: it takes less memory than
+    what hf_xet keeps of one that is so long.
+
+    Attributes:
+        complete: Whether all that was handed over is kept.
+    """
+
+    def __init__(self, sources: Sequence[SourceLease]) -> None:
+        self.sources = sources
+        self.complete = True
+        self._kept: list[list[bytes]] = []
+        self._bytes = 0
+
+    @property
+    def kept(self) -> int:
+        """How many sources are kept as a whole; their memory is not read again."""
+        return len(self._kept)
+
+    def of(self, number: int, ticket: _Ticket) -> Iterator[bytes]:
+        """The bytes of a source, in pieces: kept ones, or read from its memory.
+
+        Raises:
+            DeadlineError: It was abandoned.
+            RevokedError: Its memory was taken back.
+        """
+        if number < len(self._kept):
+            yield from self._kept[number]
+            return
+        kept: list[bytes] = []
+        source = self.sources[number]
+        for start, end in cut(source.size, _WRITE_PIECE):
+            # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
+            piece = source.read(start, end)
+            if ticket.abandoned:
+                raise DeadlineError("upload: abandoned")
+            if piece is None:
+                raise RevokedError("upload: its memory was taken back")
+            if self.complete:
+                kept.append(piece)
+                self._bytes += len(piece)
+                if self._bytes > _UNIT_BYTES:
+                    self.complete = False
+                    kept, self._kept = [], []
+            yield piece
+        if self.complete:
+            self._kept.append(kept)
 
 
 class Upload:

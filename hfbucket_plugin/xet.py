@@ -4,12 +4,17 @@ A blocked reader cannot be told to stop: `stream.cancel()` raises `Already borro
 when the network returns. `XetSession.sigint_abort()` frees all readers of a session at once, and the session is dead.
 So readers borrow a session, and one whose reader was abandoned is retired: new readers get a new one, and as soon as
 nobody who is still waited for reads from the old one, it is aborted.
+
+hf_xet refreshes no token by itself: a session whose token is about to end is replaced before it is lent, by a request of
+`HubClient` (counted, paced, with the Hub token of that moment). See docs/decisions/0030.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import math
 import os
 import re
 import threading
@@ -22,11 +27,14 @@ from urllib.parse import urlsplit
 
 import hf_xet
 
+from hfbucket_plugin import xet_home
 from hfbucket_plugin.errors import (
     AccessDeniedError,
+    ConfigError,
     DeadlineError,
     HFBucketError,
     ObjectMissingError,
+    ScratchError,
     ThrottledError,
     TransportError,
 )
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.hub import HubClient
+    from hfbucket_plugin.scratch import Scratch
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +57,22 @@ _FILES_OF_A_GROUP: Final = 1000
 connections belong to the session."""
 
 _MAX_UNIX_SECS: Final = 2**40
+_NEVER: Final = _MAX_UNIX_SECS
+"""The expiry that hf_xet is told of: when a token is replaced is decided here."""
+
+_TOKEN_MARGIN_SECS: Final = 60.0
+"""A session whose token ends within this time is not lent any more; of a token that lives less than twice as long, half."""
+
+_SHARD_CACHE_BYTES: Final = 256 * 1024 * 1024
+"""What hf_xet may keep on disk of what it uploaded, in a directory that goes with the process."""
+
+_LOCAL: Final = re.compile(r"\bI/O error: .*\(os error (\d+)\)")
+"""How hf_xet 1.8 tells what the disk of its own directories refused."""
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNWRITABLE: Final = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
+)
+
 _STATUS = re.compile(r"HTTP status client error \((\d{3})\b")
 _STATUS_UNAUTHORIZED, _STATUS_NOT_FOUND, _STATUS_TOO_MANY = 401, 404, 429
 _STATUS_DENIED = frozenset({_STATUS_UNAUTHORIZED, 403})
@@ -149,9 +174,10 @@ class Session:
         xet: The session.
         group: For streams; None where it is for writing.
         connection: The arguments that open a group or a commit.
+        token_secs: Seconds for which its token holds; infinite where that is not known.
     """
 
-    def __init__(self, xet: Any, group: Any, connection: Mapping[str, Any]) -> None:
+    def __init__(self, xet: Any, group: Any, connection: Mapping[str, Any], token_secs: float = math.inf) -> None:
         self.xet = xet
         self.group = group
         self.connection = connection
@@ -159,12 +185,24 @@ class Session:
         self.readers = 0
         self.pid = os.getpid()
         self.born = time.monotonic()
+        self._token_secs = token_secs
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
         self._files: Any = None
         self._started = 0
         self._downloads: set[Any] = set()
         self._ended = False
+
+    def holds_for(self, secs: float) -> bool:
+        """Return whether its token holds for the time that an operation may take, and a minute at least.
+
+        Of a token that lives so briefly that no session would ever do, the first half is used.
+
+        Args:
+            secs: What the operation may take.
+        """
+        left = self.born + self._token_secs - time.monotonic()
+        return left >= min(max(_TOKEN_MARGIN_SECS, secs), self._token_secs / 2)
 
     @contextlib.contextmanager
     def download(self, info: Any, path: Path) -> Iterator[Any]:
@@ -190,10 +228,7 @@ class Session:
 
     def _file_group(self) -> Any:
         with self._renewing:  # which `end` does not wait for: it may wait for the Hub
-            expired = time.time() >= self.connection["token_expiry_unix_secs"]
             if self._files is None or self._started >= _FILES_OF_A_GROUP:
-                # A group asks for a token by itself where that of the session has expired, and so would all that follow.
-                self.retired = self.retired or (self._files is not None and expired)
                 self._files, self._started = self.xet.new_file_download_group(**self.connection), 0
             self._started += 1
             return self._files
@@ -229,6 +264,7 @@ class SessionPool:
         right: What the sessions may do.
         config: See `xet_config`.
         patient: Whether asking for a token waits for the Hub's pauses, see `HubClient.request`.
+        scratch: Where hf_xet keeps its files; None for the places that the environment gives it.
     """
 
     def __init__(
@@ -239,15 +275,18 @@ class SessionPool:
         config: hf_xet.XetConfig,
         *,
         patient: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
         self._hub = hub
         self._bucket_id = bucket_id
         self._right = right
         self._config = config
         self._patient = patient
+        self._scratch = scratch
         self._building = threading.Lock()
         self._lock = threading.Lock()
         self._current: Session | None = None
+        self._live: set[Session] = set()
         self._closed = False
 
     def borrow(self, deadline: Deadline) -> Loan:
@@ -256,7 +295,7 @@ class SessionPool:
         Raises:
             HFBucketError: No access, or no answer before the deadline.
         """
-        if (loan := self._try_borrow()) is not None:
+        if (loan := self._try_borrow(deadline)) is not None:
             return loan
         # One thread builds, the others wait for it, each up to its own deadline.
         if not self._building.acquire(timeout=deadline.remaining()):
@@ -264,17 +303,34 @@ class SessionPool:
                 f"instance {self._hub.instance!r}: no session for {self._bucket_id} within {deadline.seconds:g} s"
             )
         try:
-            if (loan := self._try_borrow()) is not None:
+            if (loan := self._try_borrow(deadline)) is not None:
                 return loan
             self._refuse_when_closed()  # before a token is asked for: many readers may be queued when it closes
             session = self._build(deadline)
             with self._lock:
+                before, closed = self._current, self._closed
+                if not closed:
+                    self._current = session
+                    self._live.add(session)
+                    session.readers += 1
+                idle = before is not None and before.readers == 0
+                if before is not None:  # its token ends soon: whoever reads from it reads on
+                    before.retired = True
+                    self._discard_if_dead(before)
+            if before is not None and idle:
+                _abort(before)
+            if closed:
+                _abort(session)
                 self._refuse_when_closed()
-                self._current = session
-                session.readers += 1
-                return Loan(session)
+            return Loan(session)
         finally:
             self._building.release()
+
+    def _discard_if_dead(self, session: Session) -> None:
+        if session.retired and session.readers == 0:
+            self._live.discard(session)
+            if self._current is session:
+                self._current = None
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -284,32 +340,45 @@ class SessionPool:
     def ready(self) -> bool:
         """Whether there is a session to borrow."""
         with self._lock:
-            return _usable(self._current)
+            return _usable(self._current, 0.0)
 
-    def _try_borrow(self) -> Loan | None:
+    def _try_borrow(self, deadline: Deadline) -> Loan | None:
         with self._lock:
             session = self._current
-            if session is None or not _usable(session):
+            if session is None or not _usable(session, deadline.remaining()):
                 return None
             session.readers += 1
             return Loan(session)
 
     def _build(self, deadline: Deadline) -> Session:
+        what = f"instance {self._hub.instance!r}: session"
+        try:
+            xet_home.expect_usable()  # before a token is asked for, which costs a call
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}") from None
+        config = self._config.with_config(self._places())
         access = fetch_access(self._hub, self._bucket_id, self._right, deadline, patient=self._patient)
-        connection = self._connection(access, self._hub.headers())
-        with typed_errors(f"instance {self._hub.instance!r}: session"):
-            xet = hf_xet.XetSession(config=self._config)
+        connection = {"endpoint": access.url, "token": access.token, "token_expiry_unix_secs": _NEVER}
+        with typed_errors(what):
+            xet = hf_xet.XetSession(config=config)
             group = xet.new_download_stream_group(**connection) if self._right == "read" else None
-        return Session(xet, group, connection)
+        lives = access.expires - time.time()
+        # By a clock that is far off it has ended already: then the store says when it does.
+        return Session(xet, group, connection, lives if lives > 0 else math.inf)
 
-    def _connection(self, access: CasAccess, headers: dict[str, str]) -> dict[str, Any]:
-        """The arguments that open a group or a commit: seeded with a token, and able to refresh it."""
+    def _places(self) -> dict[str, Any]:
+        """Where hf_xet keeps its files: by its configuration, never by the environment of somebody's engine."""
+        if self._scratch is None:
+            return {}
+        try:
+            directory = self._scratch.directory()
+        except ConfigError as error:
+            _log.warning("[%s] hf_xet keeps its files in %s: %s", self._hub.instance, xet_home.cache_root()[0], error)
+            return {}
         return {
-            "endpoint": access.url,
-            "token": access.token,
-            "token_expiry_unix_secs": access.expires,
-            "token_refresh_url": self._hub.endpoint + _token_path(self._bucket_id, self._right),
-            "token_refresh_headers": headers,
+            "data.staging_subdir": str(directory / "staging"),
+            "shard.cache_subdir": str(directory / "shards"),
+            "shard.cache_size_limit": _SHARD_CACHE_BYTES,
         }
 
     def give_back(self, loan: Loan) -> None:
@@ -333,8 +402,7 @@ class SessionPool:
                 return
             session.retired = True
             idle = session.readers == 0
-            if idle:
-                self._current = None
+            self._discard_if_dead(session)
         if idle:
             _abort(session)
 
@@ -352,22 +420,23 @@ class SessionPool:
             session.readers -= 1
             session.retired = session.retired or retire
             dead = session.retired and session.readers == 0
-            if dead and self._current is session:
-                self._current = None
+            self._discard_if_dead(session)
         if dead:
             _abort(session)
 
     def close(self) -> None:
-        """Abort the current session; whoever reads from it gets an error at once."""
+        """Abort all sessions, retired ones that are still read from too; whoever reads gets an error at once."""
         with self._lock:
             self._closed = True
-            session, self._current = self._current, None
-        if session is not None:
+            self._current = None
+            live, self._live = self._live, set()
+        for session in live:
             _abort(session)
 
 
-def _usable(session: Session | None) -> bool:
-    return session is not None and not session.retired and session.pid == os.getpid()
+def _usable(session: Session | None, secs: float) -> bool:
+    """Whether a session may be lent for an operation that takes up to so many seconds."""
+    return session is not None and not session.retired and session.pid == os.getpid() and session.holds_for(secs)
 
 
 def _abort(session: Session) -> None:
@@ -385,6 +454,7 @@ def typed_errors(what: str) -> Iterator[None]:
     Raises:
         ObjectMissingError: The store does not hold the content.
         AccessDeniedError: The store refused the token.
+        ConfigError: hf_xet cannot write to its own directories; `ScratchError` where their disk is full.
         ThrottledError: The store asks to come again later.
         TransportError: Anything else; `DeadlineError` where hf_xet timed out.
     """
@@ -408,6 +478,17 @@ def typed_errors(what: str) -> Iterator[None]:
 def _typed(what: str, error: BaseException) -> HFBucketError:
     """hf_xet 1.8 raises one class for every answer of the store: the status is in its text only."""
     told = f"{what}: {type(error).__name__}: {_short(error)}"
+    number = int(local[1]) if isinstance(error, OSError) and (local := _LOCAL.search(str(error))) else 0
+    if number in _FULL:
+        return ScratchError(
+            f"{what}: no space for hf_xet's files: {os.strerror(number)}; make room in download_tmp_dir"
+        )
+    if number in _UNWRITABLE:
+        root, variable = xet_home.cache_root()
+        return ConfigError(
+            f"{what}: hf_xet cannot write its files: {os.strerror(number)}; download_tmp_dir and {str(root)!r} ({variable}, or "
+            "HF_XET_CACHE) must be writable"
+        )
     found = _STATUS.search(str(error))
     status = int(found[1]) if found else 0
     if status == _STATUS_NOT_FOUND:

@@ -1,3 +1,4 @@
+import shutil
 import threading
 import time
 
@@ -12,6 +13,7 @@ from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
+    ConfigError,
     DeadlineError,
     HFBucketError,
     IntegrityError,
@@ -672,6 +674,195 @@ def test_an_expired_token_does_not_keep_from_writing(hub_factory):
 
         assert door.add({"a": content}, soon()) == {}
         assert bytes(read(door, content).buffer) == DATA[::-1]
+
+
+# --- tokens of the storage ---------------------------------------------------------------------------------------------
+
+
+def token_calls(hub):
+    routes = hub.control.counters().routes
+    return {name: seen.requests for name, seen in routes.items() if name.startswith("xet-")}
+
+
+def test_a_token_that_ends_soon_is_replaced_by_one_call_that_is_counted(hub, bucket):
+    tally = Tally()
+    with opened(hub.endpoint, bucket, sink=tally) as door:
+        content = put(door, [DATA])[0]
+        read(door, content)
+        hub.control.reset_counters()
+        for sessions in (door.transfer._reading, door.transfer._writing):
+            sessions._current.born -= 3600 - 59
+        for number in range(4):
+            put(door, [noise(1000, number)])
+            assert read(door, content).error is None
+
+        assert token_calls(hub) == {"xet-read-token": 1, "xet-write-token": 1}
+        assert tally.get(metrics.HUB_REQUESTS, route="xet-write-token") == 2
+        assert tally.get(metrics.HUB_REQUESTS, route="xet-read-token") == 2
+
+
+def test_a_token_has_to_hold_for_as_long_as_the_operation_may_take(hub, door):
+    put(door, [DATA])
+    hub.control.reset_counters()
+    door.transfer._writing._current.born -= 3600 - 400
+
+    put(door, [DATA], seconds=300)
+    assert token_calls(hub) == {}
+    put(door, [DATA], seconds=500)
+    assert token_calls(hub) == {"xet-write-token": 1}
+
+
+def test_tokens_that_live_for_seconds_are_not_asked_for_each_time(hub_factory):
+    hub = hub_factory(cas_token_ttl_s=60, faults=True)
+    with opened(hub.endpoint, "tests/brief") as door:
+        door.create(soon())
+        for number in range(5):
+            put(door, [noise(1000, number)], seconds=20)
+        assert token_calls(hub) == {"xet-write-token": 1}
+        door.transfer._writing._current.born -= 31
+        put(door, [DATA], seconds=20)
+        assert token_calls(hub) == {"xet-write-token": 2}
+
+
+def test_a_hub_whose_clock_is_far_behind_is_not_asked_each_time(hub, door, monkeypatch):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 86_400)
+    for number in range(4):
+        put(door, [noise(1000, number)])
+
+    assert token_calls(hub) == {"xet-write-token": 1}
+
+
+def test_a_new_session_goes_by_the_hub_token_of_that_moment(hub_factory, tmp_path, monkeypatch):
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(f"tokens:\n  - token: {SECRET}\n    buckets: {{'tests/*': write}}\n")
+    hub = hub_factory(tokens=tokens, faults=True)
+    monkeypatch.setenv("ROTATED", SECRET)
+    with opened(hub.endpoint, "tests/rotated", token_env="ROTATED") as door:
+        door.create(soon())
+        put(door, [DATA])
+        assert SECRET not in repr(door.transfer._writing._current.connection)
+        monkeypatch.setenv("ROTATED", "hf_aTokenThatTheHubDoesNotKnow")
+        put(door, [DATA])
+        door.transfer._writing._current.born -= 3600
+
+        with pytest.raises(AccessDeniedError, match="ROTATED"):
+            put(door, [DATA])
+        monkeypatch.setenv("ROTATED", SECRET)
+        assert put(door, [DATA])
+
+
+@pytest.mark.parametrize("route", ["xorb-upload", "shard-upload"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_commit_that_is_refused_once_is_tried_again(hub, door, route, chunks):
+    data = [noise(SIZE, seed=f"{route} {number}") for number in range(chunks)]
+    sources = [SourceLease(memoryview(one)) for one in data]
+    taken = []
+
+    def give_back(lease):
+        taken.append(lease)
+        lease.revoke()
+
+    refused = hub.control.add_fault(Fault(route=route, status=401, times=1))
+    contents = door.transfer.upload(sources, soon(), Upload(), give_back)
+
+    assert hub.control.hits(refused) == 1
+    assert taken == sources
+    assert token_calls(hub)["xet-write-token"] == 2
+    assert [bytes(read(door, content).buffer) for content in contents] == data
+
+
+def test_a_commit_that_is_refused_for_good_is_tried_twice(hub, door):
+    hub.control.add_fault(Fault(route="xorb-upload", status=401))
+    with pytest.raises(AccessDeniedError):
+        put(door, [noise(SIZE, seed="refused")])
+
+    assert token_calls(hub)["xet-write-token"] == 2
+
+
+def test_a_long_commit_is_not_kept_for_another_try(hub, door, monkeypatch):
+    monkeypatch.setattr("hfbucket_plugin.transfer._UNIT_BYTES", SIZE)
+    hub.control.add_fault(Fault(route="xorb-upload", status=401, times=1))
+
+    with pytest.raises(AccessDeniedError):
+        put(door, [noise(SIZE, seed="long"), noise(SIZE, seed="longer")])
+
+
+def test_closing_ends_sessions_that_were_retired_too(hub, bucket):
+    with opened(hub.endpoint, bucket) as door:
+        content = put(door, [DATA])[0]
+        hub.control.add_fault(Fault(route="xorb-data", hang=True))
+        into = Into(content)
+        reader = threading.Thread(target=door.transfer.read, args=([into.read], soon(60)))
+        reader.start()
+        sessions = door.transfer._reading
+        retired = eventually(lambda: sessions._current)
+        eventually(lambda: retired.readers)
+        sessions.renew()
+        sessions.give_back(sessions.borrow(soon()))
+        assert sessions._current is not retired
+        started = time.monotonic()
+        sessions.close()
+        reader.join(BOUND)
+
+        assert not reader.is_alive()
+        assert time.monotonic() - started < BOUND
+        assert isinstance(into.error, TransportError)
+        hub.control.clear_faults()
+
+
+# --- where hf_xet writes -----------------------------------------------------------------------------------------------
+
+
+def written_below(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_hf_xet_keeps_its_files_below_download_tmp_dir(hub, bucket, tmp_path, monkeypatch):
+    home, tmp = tmp_path / "home", tmp_path / "tmp"
+    monkeypatch.setenv("HF_HOME", str(home))
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp)) as door:
+        content = put(door, [DATA])[0]
+        assert read(door, content).error is None
+
+        assert [name.rsplit("/", 1)[-1].rsplit(".", 1)[-1] for name in written_below(tmp)] == ["lock", "mdb"]
+        assert written_below(home) == []
+    assert list(tmp.iterdir()) == []
+
+
+def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_asked(hub, bucket, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    tally = Tally()
+    with opened(hub.endpoint, bucket, sink=tally) as door:
+        with pytest.raises(ConfigError, match=r"cannot write to '.*/file/xet' \(HF_HOME\): .*set HF_XET_CACHE"):
+            put(door, [DATA])
+        into = read(door, Content("0" * 64, 10))
+
+    assert isinstance(into.error, ConfigError)
+    assert tally.get(metrics.HUB_REQUESTS, route="xet-write-token") == 0
+
+
+def test_a_download_tmp_dir_that_cannot_be_used_costs_no_reads(hub, bucket, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path / "file" / "below")) as door:
+        content = put(door, [DATA])[0]
+
+        assert bytes(read(door, content).buffer) == DATA
+    assert "hf_xet keeps its files in" in caplog.text
+    assert "download_tmp_dir" in caplog.text
+
+
+def test_a_directory_that_was_cleaned_away_is_made_again(hub, bucket, tmp_path):
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path)) as door:
+        content = put(door, [DATA])[0]
+        (own,) = tmp_path.iterdir()
+        shutil.rmtree(own)
+        with pytest.raises(ConfigError, match="hf_xet cannot write its files"):
+            put(door, [noise(SIZE, seed="gone")])
+
+        assert put(door, [noise(SIZE, seed="again")])
+        assert bytes(read(door, content).buffer) == DATA
 
 
 def test_hashes_come_in_the_order_of_their_files(tmp_path):

@@ -1,0 +1,156 @@
+"""Where hf_xet writes, and what is said of it where it cannot.
+
+hf_xet's sessions keep files, and make a directory for each store below a root that only the environment names. Sessions
+of ours keep their files in a directory of ours (`SessionPool`). The root stays: inside somebody's engine the environment is
+not ours to change, so a root that cannot be written is an error that names it; in a process of our own, such as a command,
+the root and the logs move to a directory of ours. Imports no hf_xet: it opens its log when it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.scratch import default_root
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CACHE: Final = "HF_XET_CACHE"
+_LOG: Final = "HF_XET_LOG_DEST"
+_ROOT_NAME: Final = "xet"
+_LOG_NAME: Final = "xet-logs"
+
+_ADVICE: Final = "set HF_XET_CACHE to a directory that this user may write to"
+
+_lock = threading.Lock()
+_ours: list[int] = []
+"""The process that is ours, if it is: a fork of it is, too."""
+
+
+def cache_root(environ: Mapping[str, str] | None = None) -> tuple[Path, str]:
+    """Return the directory below which hf_xet makes one for each store, and the variable that says so.
+
+    Args:
+        environ: The environment; that of the process by default.
+    """
+    env = os.environ if environ is None else environ
+    if env.get(_CACHE):
+        return Path(env[_CACHE]), _CACHE
+    if env.get("HF_HOME"):
+        return Path(env["HF_HOME"], "xet"), "HF_HOME"
+    if env.get("XDG_CACHE_HOME"):
+        return Path(env["XDG_CACHE_HOME"], "huggingface", "xet"), "XDG_CACHE_HOME"
+    home = env.get("HOME") or _passwd_home()
+    return Path(home, ".cache", "huggingface", "xet"), "HOME"
+
+
+def _passwd_home() -> str:
+    import pwd  # noqa: PLC0415 - it is not there on every platform
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return "/"
+
+
+def why_not(root: Path) -> str | None:
+    """Return why a directory cannot be made and written to, in words; None where it can. Makes it, as hf_xet would."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if os.access(root, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
+def claim() -> None:
+    """Declare this process to be one of our own commands or actors, before hf_xet is imported.
+
+    hf_xet's logs then go to a directory of ours, unless `HF_XET_LOG_DEST` says where to.
+    """
+    _ours[:] = [os.getpid()]
+    if not os.environ.get(_LOG) and (directory := _own_directory(_LOG_NAME)) is not None:
+        os.environ[_LOG] = f"{directory}/"
+    if why_not(cache_root()[0]) is not None:
+        _move()
+
+
+def is_ours() -> bool:
+    """Return whether `claim` was called."""
+    return bool(_ours)
+
+
+def expect_usable() -> None:
+    """See to it that hf_xet can make its directories, before a session is asked for.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    with _lock:
+        root, variable = cache_root()
+        if (why := why_not(root)) is None or (is_ours() and _move()):
+            return
+    raise ConfigError(
+        f"hf_xet cannot write to {str(root)!r} ({variable}): {why}; {_ADVICE}, or make {variable} name one"
+    )
+
+
+def _move() -> bool:
+    """Have hf_xet take a directory of ours for its root; for processes of our own."""
+    if (directory := _own_directory(_ROOT_NAME)) is None:
+        return False
+    os.environ[_CACHE] = str(directory)
+    return True
+
+
+def _own_directory(name: str) -> Path | None:
+    """A directory below the default of `download_tmp_dir`, for all processes of this user; None where it cannot be."""
+    root = default_root()
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (root, root / name):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            found = directory.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return None
+    except OSError:
+        return None
+    return root / name if os.access(root / name, os.W_OK | os.X_OK) else None
+
+
+def keep_stdout() -> None:
+    """Keep stdout for `sys.stdout`, and send what native code writes to file descriptor 1 to stderr.
+
+    hf_xet writes log lines there when its log cannot be opened, and stdout is an interface: one line of JSON for programs.
+    """
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):  # a test's
+        return
+    try:
+        if out.fileno() != 1:
+            return
+        out.flush()
+        own = os.dup(1)
+    except (OSError, ValueError):  # it is closed
+        return
+    try:
+        os.dup2(2, 1)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+    sys.stdout = io.TextIOWrapper(
+        io.FileIO(own, "w") if out.write_through else io.BufferedWriter(io.FileIO(own, "w")),
+        encoding=out.encoding,
+        errors=out.errors,
+        newline=None,
+        line_buffering=out.line_buffering,
+        write_through=out.write_through,
+    )
