@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from hfbucket_plugin import xet_home
+
 _EXTRA = frozenset({"typer", "rich"})
 
 
 def main() -> None:
     """Run the command line; an engine's environment need not have what it is made of."""
+    xet_home.begin()
     try:
         from hfbucket_plugin.cli.app import app  # noqa: PLC0415 - it may be missing
     except ModuleNotFoundError as error:

@@ -77,10 +77,13 @@ class Scratch:
 
     Args:
         root: `download_tmp_dir`; made when missing.
+
+    Attributes:
+        root: The same.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._lock = threading.Lock()
         self._own: _Own | None = None
 
@@ -121,7 +124,7 @@ class Scratch:
             yield
         except OSError as error:
             raise ConfigError(
-                f"download_tmp_dir {str(self._root)!r} cannot be used: {error.strerror or error}; set it to a directory "
+                f"download_tmp_dir {str(self.root)!r} cannot be used: {error.strerror or error}; set it to a directory "
                 "that this user may write to, or set TMPDIR"
             ) from None
 
@@ -138,9 +141,9 @@ class Scratch:
 
     def _make(self) -> _Own:
         with self._told(), contextlib.ExitStack() as undo:
-            self._root.parent.mkdir(parents=True, exist_ok=True)
+            self.root.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                self._root.mkdir(mode=0o700)
+                self.root.mkdir(mode=0o700)
             root_fd = self._open_root()
             undo.callback(os.close, root_fd)
             self._sweep(root_fd, None)
@@ -154,7 +157,7 @@ class Scratch:
             found = os.fstat(fd)
             if found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
                 raise ConfigError(
-                    f"download_tmp_dir {str(self._root)!r} cannot be used: a directory made in it belongs to user "
+                    f"download_tmp_dir {str(self.root)!r} cannot be used: a directory made in it belongs to user "
                     f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):03o}; set it to one on a local disk"
                 )
             undo.callback(shutil.rmtree, name, ignore_errors=True, dir_fd=root_fd)
@@ -168,7 +171,7 @@ class Scratch:
             os.rename(f"{_LOCK}.new", _LOCK, src_dir_fd=fd, dst_dir_fd=fd)
             undo.pop_all()
             through = Path(f"/proc/self/fd/{fd}")
-            path = through if through.exists() else self._root / name
+            path = through if through.exists() else self.root / name
             return _Own(name, root_fd, fd, lock_fd, os.getpid(), path)
 
     def _open_root(self) -> int:
@@ -179,15 +182,15 @@ class Scratch:
                 known beforehand, and others may write to it.
             OSError: It cannot be opened.
         """
-        is_default = self._root == default_root()
-        fd = os.open(self._root, _OPEN_DIRECTORY | (os.O_NOFOLLOW if is_default else 0))
+        is_default = self.root == default_root()
+        fd = os.open(self.root, _OPEN_DIRECTORY | (os.O_NOFOLLOW if is_default else 0))
         found, user = os.fstat(fd), os.geteuid()
         owners = {user} if is_default else {user, _ROOT_USER}
         if found.st_uid in owners and not (is_default and found.st_mode & _OTHERS_WRITE):
             return fd
         os.close(fd)
         raise ConfigError(
-            f"download_tmp_dir {str(self._root)!r} is not used: it belongs to user {found.st_uid} with mode "
+            f"download_tmp_dir {str(self.root)!r} is not used: it belongs to user {found.st_uid} with mode "
             f"{stat.S_IMODE(found.st_mode):03o}, and this process runs as user {user}; remove it, or set download_tmp_dir "
             "to a directory of this user's"
         )
@@ -202,7 +205,7 @@ class Scratch:
             OSError: The root cannot be looked at.
         """
         try:
-            fd = os.open(self._root, _OPEN_DIRECTORY)
+            fd = os.open(self.root, _OPEN_DIRECTORY)
         except FileNotFoundError:
             return []
         try:
@@ -213,12 +216,12 @@ class Scratch:
 
     def _sweep(self, root_fd: int, own: str | None) -> list[Path]:
         removed = [
-            self._root / name
+            self.root / name
             for name in sorted(os.listdir(root_fd))
             if name.startswith(_PREFIX) and name != own and _removed_if_dead(root_fd, name)
         ]
         if removed:
-            _log.info("removed temporary files of %d dead processes below %s", len(removed), self._root)
+            _log.info("removed temporary files of %d dead processes below %s", len(removed), self.root)
         return removed
 
     def sweep_quietly(self) -> None:
@@ -226,7 +229,7 @@ class Scratch:
         try:
             self.sweep()
         except OSError as error:
-            _log.warning("left-over temporary files below %s could not be looked at: %s", self._root, error)
+            _log.warning("left-over temporary files below %s could not be looked at: %s", self.root, error)
 
     def close(self) -> None:
         """Remove this process's directory; in a forked child, which has none yet, its parent's is left alone."""

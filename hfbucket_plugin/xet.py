@@ -353,7 +353,8 @@ class SessionPool:
     def _build(self, deadline: Deadline) -> Session:
         what = f"instance {self._hub.instance!r}: session"
         try:
-            xet_home.expect_usable()  # before a token is asked for, which costs a call
+            # Before a token is asked for, which costs a call.
+            xet_home.expect_usable(None if self._scratch is None else self._scratch.root)
         except ConfigError as error:
             raise ConfigError(f"{what}: {error}") from None
         config = self._config.with_config(self._places())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _CACHE: Final = "HF_XET_CACHE"
 _LOG: Final = "HF_XET_LOG_DEST"
+_PLACES: Final = ((_CACHE, ()), ("HF_HOME", ("xet",)), ("XDG_CACHE_HOME", ("huggingface", "xet")))
 _ROOT_NAME: Final = "xet"
 _LOG_NAME: Final = "xet-logs"
 
@@ -42,14 +43,10 @@ def cache_root(environ: Mapping[str, str] | None = None) -> tuple[Path, str]:
         environ: The environment; that of the process by default.
     """
     env = os.environ if environ is None else environ
-    if env.get(_CACHE):
-        return Path(env[_CACHE]), _CACHE
-    if env.get("HF_HOME"):
-        return Path(env["HF_HOME"], "xet"), "HF_HOME"
-    if env.get("XDG_CACHE_HOME"):
-        return Path(env["XDG_CACHE_HOME"], "huggingface", "xet"), "XDG_CACHE_HOME"
-    home = env.get("HOME") or _passwd_home()
-    return Path(home, ".cache", "huggingface", "xet"), "HOME"
+    for variable, below in _PLACES:
+        if variable in env:  # an empty one too: it is then the working directory
+            return Path(env[variable], *below), variable
+    return Path(env.get("HOME") or _passwd_home(), ".cache", "huggingface", "xet"), "HOME"
 
 
 def _passwd_home() -> str:
@@ -67,19 +64,35 @@ def why_not(root: Path) -> str | None:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return error.strerror or str(error)
-    return None if os.access(root, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    if os.access(root, os.W_OK | os.X_OK):
+        return None
+    return os.strerror(errno.EROFS if os.statvfs(root).f_flag & os.ST_RDONLY else errno.EACCES)
 
 
 def claim() -> None:
     """Declare this process to be one of our own commands or actors, before hf_xet is imported.
 
-    hf_xet's logs then go to a directory of ours, unless `HF_XET_LOG_DEST` says where to.
+    hf_xet's logs then go to a directory of ours, unless `HF_XET_LOG_DEST` says where to. Variables that are set and empty, as
+    compose files make them, mean the working directory to it and to huggingface_hub: they are taken for not set.
     """
     _ours[:] = [os.getpid()]
-    if not os.environ.get(_LOG) and (directory := _own_directory(_LOG_NAME)) is not None:
-        os.environ[_LOG] = f"{directory}/"
-    if why_not(cache_root()[0]) is not None:
-        _move()
+    for variable in (*(name for name, _ in _PLACES), _LOG):
+        if os.environ.get(variable) == "":
+            del os.environ[variable]
+    home = cache_root()[0]
+    if not os.environ.get(_LOG):
+        if (directory := _own_directory(default_root(), _LOG_NAME)) is not None:
+            os.environ[_LOG] = f"{directory}/"
+        elif why_not(home / "logs") is not None:  # else it would fill stderr
+            os.environ[_LOG] = os.devnull
+    if why_not(home) is not None:
+        _move(default_root())
+
+
+def begin() -> None:
+    """Begin a command: see `claim` and `keep_stdout`. To be called before anything imports hf_xet."""
+    keep_stdout()
+    claim()
 
 
 def is_ours() -> bool:
@@ -87,32 +100,46 @@ def is_ours() -> bool:
     return bool(_ours)
 
 
-def expect_usable() -> None:
+def expect_usable(directory: Path | None = None) -> None:
     """See to it that hf_xet can make its directories, before a session is asked for.
+
+    Args:
+        directory: `download_tmp_dir`: a process of our own moves hf_xet's root there if it must.
 
     Raises:
         ConfigError: It cannot.
     """
     with _lock:
         root, variable = cache_root()
-        if (why := why_not(root)) is None or (is_ours() and _move()):
+        if (why := why_not(root)) is None:
+            return
+        if is_ours() and any(_move(place) for place in (default_root(), directory and _below(directory)) if place):
             return
     raise ConfigError(
         f"hf_xet cannot write to {str(root)!r} ({variable}): {why}; {_ADVICE}, or make {variable} name one"
     )
 
 
-def _move() -> bool:
+def _below(directory: Path) -> Path:
+    """The directory of this user's below one that several may share."""
+    return directory if directory == default_root() else directory / default_root().name
+
+
+def _move(place: Path) -> bool:
     """Have hf_xet take a directory of ours for its root; for processes of our own."""
-    if (directory := _own_directory(_ROOT_NAME)) is None:
+    if (directory := _own_directory(place, _ROOT_NAME)) is None:
         return False
     os.environ[_CACHE] = str(directory)
     return True
 
 
-def _own_directory(name: str) -> Path | None:
-    """A directory below the default of `download_tmp_dir`, for all processes of this user; None where it cannot be."""
-    root = default_root()
+def _own_directory(root: Path, name: str) -> Path | None:
+    """A directory of this user's, for all its processes; None where it cannot be made, or could be another's.
+
+    Args:
+        root: A directory that bears the user's id.
+        name: Of the directory in it.
+    """
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         for directory in (root, root / name):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic
 import ray
 import ray.exceptions
 
+from hfbucket_plugin import xet_home
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from hfbucket_plugin.instance import open_bucket
@@ -56,6 +57,7 @@ class _Deleter:
     """The actor that deletes: one door to the bucket, one batch at a time."""
 
     def __init__(self, settings: InstanceSettings, instance: str) -> None:
+        xet_home.claim()
         self._settings = settings
         self._bucket = open_bucket(settings, instance, Tally(), _REQUEST_SECS)
 
@@ -77,6 +79,7 @@ class _Carrier:
     """The actor that carries bytes from one instance to another, a window of them at a time."""
 
     def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int) -> None:
+        xet_home.claim()
         self._settings = [settings for _, settings in ends]
         source, destination = (InstanceEnd(name, settings) for name, settings in ends)
         self._mover = Mover(source, destination, How.STREAM, window_bytes)

@@ -419,7 +419,12 @@ def _coded(work: Callable[[], int]) -> tuple[int, str]:
     except HFBucketError as error:
         return code_of(error), str(error)
     except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
-        return exits.FAILED, f"a file of this machine failed: {error}"
+        return exits.FAILED, f"a file of this machine failed: {error}{_advice(error)}"
+
+
+def _advice(error: Exception) -> str:
+    """What to do where there is no directory for temporary files at all, which `tempfile` says in words alone."""
+    return "; set TMPDIR to a directory that can be written" if "temporary directory" in str(error) else ""
 
 
 def code_of(error: HFBucketError | OSError) -> int:

@@ -1,5 +1,9 @@
 """`python -m warmer`."""
 
-from warmer.cli import app
+from hfbucket_plugin import xet_home
+
+xet_home.begin()
+
+from warmer.cli import app  # noqa: E402 - it imports hf_xet, which opens its log then
 
 app(prog_name="python -m warmer")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import ray
 import ray.exceptions
 
+from hfbucket_plugin import xet_home
 from hfbucket_plugin.errors import HFBucketError
 from warmer.allocator import keep_freed_memory
 from warmer.outcomes import Copied, Present
@@ -69,6 +70,7 @@ class NodeActor:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        xet_home.claim()
         keep_freed_memory()
 
     def start(self, config: Config, place: Place) -> tuple[HFBucketError | None, float]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -117,6 +119,7 @@ def _init(address: str | None) -> None:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
             return
         _log.info("no Ray cluster is configured (--address, RAY_ADDRESS): a local Ray is started, on this machine only")
+        _expect_token()
         ray.init(
             "local",
             include_dashboard=False,
@@ -124,13 +127,30 @@ def _init(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address is None:
-            raise ClusterError(f"a local Ray cannot be started: {_first_line(error)}") from None
+            raise ClusterError(
+                f"a local Ray cannot be started: {_first_line(error)}; it writes to the directory for temporary files, which "
+                "TMPDIR or RAY_TMPDIR names"
+            ) from None
         raise ClusterError(
             f"the Ray cluster at {address} cannot be joined: {_first_line(error)}; if it asks for a token, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from None
+
+
+def _expect_token() -> None:
+    """See to it that a local Ray has a token where its own, `~/.ray/auth_token`, can neither be read nor made."""
+    if any(os.environ.get(variable) for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    try:
+        home = Path.home() / ".ray"
+        home.mkdir(parents=True, exist_ok=True)
+        usable = os.access(home, os.W_OK | os.X_OK) or os.access(home / "auth_token", os.R_OK)
+    except (OSError, RuntimeError):  # there is none, or it cannot be written
+        usable = False
+    if not usable:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _first_line(error: BaseException) -> str:

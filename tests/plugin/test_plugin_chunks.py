@@ -493,13 +493,17 @@ def test_by_hash_good_bytes_are_served_and_no_file_stays(filled, connect, tmp_pa
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_by_size_no_file_is_ever_made(filled, connect, tmp_path):
+def test_by_size_no_chunk_is_ever_in_a_file(filled, connect, tmp_path):
     engine = connect()
     engine.store.sweep()
 
     assert engine.get(KEYS) == list(DATA.values())
     assert engine.put({key(50): noise(SIZE, 50)}) == {}
-    assert not (tmp_path / "tmp").exists()
+    kept = [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
+    assert {path.suffix or path.name for path in kept} <= {".mdb", ".lock"}, "hf_xet's own, and the lock"
+    assert sum(path.stat().st_size for path in kept) < SIZE / 10
+    engine.store.close()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_without_room_to_compute_a_hash_nothing_is_served(filled, connect, tmp_path):

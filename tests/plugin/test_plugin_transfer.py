@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin_support import SECRET, eventually, everything_told, in_threads, noise, opened, unused_port, upload
 
-from hfbucket_plugin import metrics
+from hfbucket_plugin import metrics, xet_home
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
@@ -833,6 +833,7 @@ def test_hf_xet_keeps_its_files_below_download_tmp_dir(hub, bucket, tmp_path, mo
 def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_asked(hub, bucket, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(xet_home, "_ours", [])
     tally = Tally()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         with pytest.raises(ConfigError, match=r"cannot write to '.*/file/xet' \(HF_HOME\): .*set HF_XET_CACHE"):

@@ -1,8 +1,10 @@
 """What the command refuses, how it says so, and with which code: all of it before any Ray is started."""
 
 import json
+import os
 import pickle
 import socket
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -217,3 +219,19 @@ def test_a_share_that_is_none(option, share):
 
     assert (done.exit_code, done.stdout) == (2, "")
     assert option in done.stderr
+
+
+@pytest.mark.parametrize("home", ["none", "file", "there"])
+def test_a_local_ray_has_a_token_where_no_home_can_keep_one(home, tmp_path, monkeypatch):
+    from warmer import cluster
+
+    for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    if home == "none":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    cluster._expect_token()
+
+    token = os.environ.pop("RAY_AUTH_TOKEN", None)
+    assert (token is None) == (home == "there")
