@@ -93,9 +93,11 @@ class CheckReport:
     Args:
         require: The share of right chunks that each tier of each node must have.
         for_nobody: How many chunks no node takes: with any, the nodes are not warm.
+        compared_with: What says which contents are right, ready for JSON.
     """
 
-    def __init__(self, require: float, for_nobody: int = 0) -> None:
+    def __init__(self, require: float, for_nobody: int = 0, compared_with: dict[str, Any] | None = None) -> None:
+        self.compared_with = compared_with
         self.require = require
         self.for_nobody = for_nobody
         self.found: list[NodeCheck] = []
@@ -124,6 +126,7 @@ class CheckReport:
             "event": "check",
             "result": result,
             "exit_code": code,
+            "compared_with": self.compared_with,
             "require": self.require,
             "share": round(least, 6),
             "for_nobody": self.for_nobody,
@@ -167,7 +170,14 @@ class TierWatch:
 
 
 def check(
-    bound: Bound, plan: PlanFile, stop: StopSwitch, *, require: float, hashes: bool, canary: Canary | None = None
+    bound: Bound,
+    plan: PlanFile,
+    stop: StopSwitch,
+    *,
+    require: float,
+    hashes: bool,
+    compared_with: dict[str, Any],
+    canary: Canary | None = None,
 ) -> dict[str, Any]:
     """Look into every tier of every node that takes part.
 
@@ -177,6 +187,7 @@ def check(
         stop: Whether to stop.
         require: The share that each must hold.
         hashes: Whether contents are hashed.
+        compared_with: What the plan is: that of a time, or the bucket as it is now.
         canary: What engines are asked, when the tiers are as warm as required; None for nothing.
 
     Returns:
@@ -194,7 +205,7 @@ def check(
     with joined(bound.warm_up.address):
         stop.take_back()
         nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
-        report = CheckReport(require, chunks_for_nobody(plan, nodes))
+        report = CheckReport(require, chunks_for_nobody(plan, nodes), compared_with)
         limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
         expected = shares(plan, nodes)
         watches = [report.watch(tier.name, nodes, expected) for tier in tiers]
@@ -215,6 +226,7 @@ def check(
             with stop.orderly():
                 fleet.run(schedule)
         record = report.record(stopped=limit.requested)
+        _advise(record)
         if canary is None:
             return record
         if record["exit_code"] != exits.COMPLETE:
@@ -223,6 +235,25 @@ def check(
         with stop.orderly():
             places = [Place(one.node.name, one.node.id, one.node.labels) for one in nodes]
             return proven(record, ask_engines(canary, places, limit))
+
+
+def _advise(record: dict[str, Any]) -> None:
+    """Say what wrong chunks were compared with, and what replaces them."""
+    wrong = sum(node["wrong"] for node in record["nodes"])
+    if not wrong:
+        return
+    compared = record["compared_with"]
+    if compared["with"] == "plan":
+        _log.warning(
+            "%d chunks are wrong by the plan of %s: of those that were written anew in the bucket since, the tier may hold the "
+            "later content. Check without the plan to compare with the bucket as it is now",
+            wrong,
+            compared["at"] or "an unknown time",
+        )
+    _log.warning(
+        "%d chunks are wrong: `warmer run --verify-present` with the same choice replaces what differs from the bucket",
+        wrong,
+    )
 
 
 def proven(record: dict[str, Any], canary: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.keys import parse_key
 from hfbucket_plugin.transfer import xet_hashes
 from warmer.errors import TierError
 from warmer.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
+from warmer.reuse import open_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,13 +97,14 @@ class NodeChecker:
     def _look_inside(self, look: _Look, opened: contextlib.ExitStack) -> None:
         chunk, layout = look.chunk, self._declaration.layout
         file, header = self._declaration.file(chunk.key), layout.head(parse_key(chunk.key), chunk.size)
-        if header:
-            with file.open("rb") as source:
-                if source.read(len(header)) != header:
-                    look.is_wrong("its header is not that of this chunk")
-                    return
+        source = opened.enter_context(open_chunk(file, follow=True))
+        if source.read(len(header)) != header:
+            look.is_wrong("its header is not that of this chunk")
+            return
         whole = layout.stored(chunk.size) == chunk.size
-        look.path = file if whole else opened.enter_context(_content(file, len(header), chunk.size))
+        # By the descriptor: the owner of the tier may put something else in its place, at which a reader would hang.
+        content = Path(f"/proc/self/fd/{source.fileno()}")
+        look.path = content if whole else opened.enter_context(_content(source, chunk.size))
 
     @staticmethod
     def _hash(looks: list[_Look]) -> None:
@@ -173,18 +175,16 @@ class _Look:
 
 
 @contextlib.contextmanager
-def _content(file: Path, start: int, size: int) -> Iterator[Path]:
-    """The chunk's own bytes, without header and padding, as a file in memory: the hasher reads files."""
+def _content(source: BinaryIO, size: int) -> Iterator[Path]:
+    """The chunk's own bytes, as a file in memory, without the header, which was read, and padding: the hasher reads files."""
     descriptor = os.memfd_create("hfbucket-check")
     try:
-        with file.open("rb") as source:
-            source.seek(start)
-            left = size
-            while left and (piece := source.read(min(left, _PIECE))):
-                left -= len(piece)
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+        left = size
+        while left and (piece := source.read(min(left, _PIECE))):
+            left -= len(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(descriptor, view) :]
         yield Path(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _SUMS: Final = (
     "copied", "received", "reused", "present", "failed", "unfinished", "bytes",
-    "fetched", "fetched_bytes", "refetched", "fetched_alone",
+    "fetched", "fetched_bytes", "refetched", "fetched_alone", "repaired", "left_wrong",
 )  # fmt: skip
 _OF_A_TIER: Final = ("tier", "result", "exit_code", *_SUMS, "seconds", "failed_by_kind", "nodes")
 

@@ -47,6 +47,8 @@ class Job:
     reserve: bool = False
     since: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    repaired: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def again(self) -> bool:

@@ -87,6 +87,7 @@ FLAGS: Final = (
     Flag("--direct", ("moving", "direct"), ""),
     Flag("--object-store-fraction", ("moving", "object_store_fraction"), "SHARE"),
     Flag("--verify", ("moving", "verify"), "WHAT"),
+    Flag("--verify-present", ("moving", "verify_present"), ""),
     Flag("--max-bandwidth", ("moving", "max_bandwidth"), "SIZE"),
     Flag("--max-node-bandwidth", ("moving", "max_node_bandwidth"), "SIZE"),
     Flag("--max-inflight-bytes", ("moving", "max_inflight_bytes"), "SIZE"),

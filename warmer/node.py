@@ -22,8 +22,9 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.instance import open_bucket
 from warmer.fetching import Fetch, Job
+from warmer.found import Holdings
 from warmer.outcomes import Copied, Failed, Present
-from warmer.receive import Receiver, bytes_of, given_up, hashes_of
+from warmer.receive import Receiver, bytes_of, given_up, hashes_of, tier_name
 from warmer.reuse import EarlierTier
 from warmer.tiers import open_tier
 
@@ -60,6 +61,7 @@ class NodeConfig:
         earlier: Tiers of directories that the run filled before; what they hold need not come from the Hub once more.
         capped: Whether there is a cap on bandwidth: every byte that is asked for is then counted, so hf_xet repeats no request
             by itself.
+        verify_present: Whether what the tier holds already is hashed, and replaced where it is something else.
     """
 
     instance: str
@@ -70,6 +72,7 @@ class NodeConfig:
     verify: Verify = "hash"
     earlier: tuple[Declaration, ...] = ()
     capped: bool = False
+    verify_present: bool = False
 
     def __post_init__(self) -> None:
         if self.settings.token is not None:
@@ -89,6 +92,7 @@ class NodeWarmer:
         chunk_timeout_secs: See `NodeConfig`.
         verify: See `NodeConfig`.
         earlier: See `NodeConfig`, without placeholders.
+        verify_present: See `NodeConfig`.
 
     Attributes:
         chunk_timeout_secs: See `NodeConfig`.
@@ -101,6 +105,8 @@ class NodeWarmer:
         chunk_timeout_secs: float = CHUNK_TIMEOUT_SECS,
         verify: Verify = "hash",
         earlier: Sequence[Declaration] = (),
+        *,
+        verify_present: bool = False,
     ) -> None:
         self._bucket = bucket
         self._verify = verify
@@ -108,7 +114,8 @@ class NodeWarmer:
         self.chunk_timeout_secs = chunk_timeout_secs
         self._stopped = threading.Event()
         self._earlier = [EarlierTier(one) for one in earlier]
-        self._receiver = Receiver(tier, verify, self._stopped)
+        self._holdings = Holdings(tier, verify=verify_present)
+        self._receiver = Receiver(tier, verify, self._stopped, self._holdings)
         self._lock = threading.Lock()
         self._reading: dict[int, list[Read | FileRead]] = {}
 
@@ -134,13 +141,9 @@ class NodeWarmer:
         """
         outcomes: dict[int, Outcome] = {}
         jobs: dict[int, Job] = {}
-        for index, chunk in enumerate(chunks):
-            try:
-                if self._tier.holds(chunk.key, chunk.size):
-                    outcomes[index] = Present(chunk.key, chunk.size)
-                    continue
-            except HFBucketError as error:
-                outcomes[index] = Failed(chunk.key, chunk.size, error.kind, str(error))
+        for (index, chunk), there in zip(enumerate(chunks), self._holdings.look(chunks), strict=True):
+            if there is not None:
+                outcomes[index] = there
                 continue
             jobs[index] = Job(chunk, keep)
             if chunk.gone:
@@ -180,10 +183,7 @@ class NodeWarmer:
 
     def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
         """Whether the tier lacks any of some chunks, as far as it can tell."""
-        try:
-            return not all(self._tier.holds(chunk.key, chunk.size) for chunk in chunks)
-        except HFBucketError:
-            return True
+        return not all(isinstance(there, Present) for there in self._holdings.look(chunks))
 
     def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
@@ -208,11 +208,14 @@ class NodeWarmer:
     def _outcome(self, job: Job) -> Outcome:
         chunk = job.chunk
         if job.done:
-            return Copied(chunk.key, chunk.size, seconds=job.seconds, asked=job.asked)
+            return Copied(
+                chunk.key, chunk.size, seconds=job.seconds, asked=job.asked, repaired=job.repaired, left=job.left
+            )
         if self._stopped.is_set():
             return replace(given_up(chunk), asked=job.asked)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
-        return Failed(chunk.key, chunk.size, error.kind, str(error), asked=job.asked)
+        wrong = self._holdings.wrong_about(chunk.key)
+        return Failed(chunk.key, chunk.size, error.kind, f"{error}; {wrong}" if wrong else str(error), asked=job.asked)
 
     def _fetch_all(self, jobs: list[Job]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
@@ -305,7 +308,9 @@ class NodeWarmer:
             try:
                 if job.keep:
                     job.kept = bytes_of(fetch.draft)
+                repaired, job.left = self._holdings.repair(job.chunk, fetch.draft.path)
                 fetch.draft.publish()
+                job.repaired = (*self._holdings.settled(job.chunk, tier_name(self._tier)), *repaired)
                 job.done, job.seconds = True, time.monotonic() - job.since
             except HFBucketError as error:
                 job.error = error
@@ -335,6 +340,8 @@ class NodeWarmer:
     def close(self) -> None:
         """Stop, and leave no temporary file behind."""
         self.stop()
+        for tier in self._earlier:
+            tier.close()
         self._tier.close()
 
 
@@ -373,7 +380,9 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
         counted=config.capped,
     )
     tier = open_tier(config.tier, place) if tier is None else tier
-    warmer = NodeWarmer(bucket, tier, config.chunk_timeout_secs, config.verify, earlier)
+    warmer = NodeWarmer(
+        bucket, tier, config.chunk_timeout_secs, config.verify, earlier, verify_present=config.verify_present
+    )
     try:
         warmer.check_access()
     except HFBucketError:

@@ -44,6 +44,8 @@ class Copied:
         reused: Whether it came from another tier of the same node, and neither from the Hub nor from another node.
         seconds: From when its node turned to it until it was in the tier, by the clock of that node.
         asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
+        repaired: The tiers of the node in whose place of it something else was found, which is right now.
+        left: Why something else is still in its place in other tiers of the node.
     """
 
     key: str
@@ -52,6 +54,8 @@ class Copied:
     reused: bool = False
     seconds: float = field(default=0.0, compare=False)
     asked: int | None = field(default=None, compare=False)
+    repaired: tuple[str, ...] = field(default=(), compare=False)
+    left: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

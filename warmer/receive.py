@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Final, Literal
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.transfer import xet_hashes
 from warmer.errors import TierError
-from warmer.outcomes import INTERRUPTED, Copied, Failed, Present
+from warmer.found import Holdings
+from warmer.outcomes import INTERRUPTED, Copied, Failed
+from warmer.tiers.directory import DirectoryTier
 
 if TYPE_CHECKING:
     import threading
@@ -39,9 +41,11 @@ class Receiver:
         tier: Where chunks go.
         verify: What is checked before one appears: its length, or its Xet hash too.
         stopped: Set when the run is told to stop.
+        holdings: What the tier holds; None to go by the length of its files.
     """
 
-    def __init__(self, tier: Tier, verify: Verify, stopped: threading.Event) -> None:
+    def __init__(self, tier: Tier, verify: Verify, stopped: threading.Event, holdings: Holdings | None = None) -> None:
+        self._holdings = Holdings(tier) if holdings is None else holdings
         self._tier = tier
         self._verify = verify
         self._stopped = stopped
@@ -85,7 +89,7 @@ class Receiver:
         def fill(index: int, draft: Draft) -> bool:
             return tier.copy(chunks[index], draft, lambda: self._stopped.is_set() or ends.passed)
 
-        return self._take(chunks, has, fill, "hash", reused=True, kept=kept)
+        return self._take(chunks, has, fill, "hash", reused=tier, kept=kept)
 
     def _take(
         self,
@@ -95,7 +99,7 @@ class Receiver:
         verify: Verify,
         *,
         received: bool = False,
-        reused: bool = False,
+        reused: EarlierTier | None = None,
         kept: dict[str, Bytes] | None = None,
     ) -> list[Outcome | None]:
         """Put chunks into the tier whose bytes somebody has.
@@ -106,18 +110,18 @@ class Receiver:
             fill: Writes one of them, by its place among them, into a draft; false where it has not all of it.
             verify: What is checked before one appears.
             received: Where from, see `Copied`.
-            reused: The same.
+            reused: The tier of the same node that they come from; None where they do not.
             kept: Is given the bytes of those that were copied, by key.
         """
         since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
         drafts: dict[int, Draft] = {}
         try:
-            for index, chunk in enumerate(chunks):
+            for (index, chunk), there in zip(enumerate(chunks), self._holdings.look(chunks), strict=True):
+                if there is not None:
+                    outcomes[index] = there
+                    continue
                 try:
-                    if self._tier.holds(chunk.key, chunk.size):
-                        outcomes[index] = Present(chunk.key, chunk.size)
-                        continue
                     if not has(index):
                         outcomes[index] = None
                         continue
@@ -130,9 +134,13 @@ class Receiver:
             filled = {index: draft for index, draft in drafts.items() if index not in outcomes}
             hashes = hashes_of(list(filled.values()), [chunks[index].xet_hash for index in filled], verify)
             for (index, draft), actual in zip(filled.items(), hashes, strict=True):
+                if reused is not None and not isinstance(actual, HFBucketError) and actual != chunks[index].xet_hash:
+                    self._holdings.wrong_in(chunks[index].key, reused)
                 outcome = self._accept(chunks[index], draft, actual, kept)
                 if isinstance(outcome, Copied):
-                    outcome = replace(outcome, received=received, reused=reused, seconds=time.monotonic() - since)
+                    outcome = replace(
+                        outcome, received=received, reused=reused is not None, seconds=time.monotonic() - since
+                    )
                 outcomes[index] = outcome
         finally:
             for draft in drafts.values():
@@ -156,13 +164,15 @@ class Receiver:
                 return None
             try:
                 content = None if kept is None else bytes_of(draft)
+                repaired, left = self._holdings.repair(chunk, draft.path)
                 draft.publish()
             except HFBucketError as error:
                 actual = error
             else:
                 if kept is not None and content is not None:
                     kept[chunk.key] = content
-                return Copied(chunk.key, chunk.size)
+                own = self._holdings.settled(chunk, tier_name(self._tier))
+                return Copied(chunk.key, chunk.size, repaired=(*own, *repaired), left=left)
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
 
@@ -174,6 +184,11 @@ def hashes_of(drafts: Sequence[Draft], expected: Sequence[str], verify: Verify) 
         return xet_hashes(draft.path for draft in drafts)
     except (OSError, RuntimeError) as error:
         return [TierError(f"{draft.path}: its hash cannot be computed: {error}") for draft in drafts]
+
+
+def tier_name(tier: Tier) -> str:
+    """The name of a tier of directories, for people."""
+    return tier.declaration.name if isinstance(tier, DirectoryTier) else ""
 
 
 def given_up(chunk: PlannedChunk) -> Failed:

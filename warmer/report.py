@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 NAMED_FAILURES: Final = 1000
 """Failed chunks in a summary: about 300 kB, which a job's log still passes on as one line."""
 
+_SAID: Final = 100
+"""Wrong chunks that stderr names; the summary counts all of them."""
+
 
 @dataclass(slots=True)
 class NodeReport:
@@ -152,6 +155,8 @@ class RunReport:
 
     Attributes:
         counts: What the schedule had to do; set when it is over.
+        repaired: In how many places, in this tier and those filled before it, something else than the chunk was found and replaced.
+        left_wrong: In how many such places it is still found by engines.
         cut_short: Why the run ended before its end, where its plan was changed or lost meanwhile; None where it was not.
     """
 
@@ -168,6 +173,7 @@ class RunReport:
             )
         self.kinds: Counter[str] = Counter()
         self._failures = failures
+        self.repaired = self.left_wrong = 0
         self.counts = Counts()
         self.cut_short: HFBucketError | None = None
         self._started: float | None = None
@@ -188,7 +194,19 @@ class RunReport:
                 return
             self.kinds[outcome.kind] += 1
             self._failures.add(self.task.tier, self.nodes[node], outcome)
+        if isinstance(outcome, Copied):
+            self._tell_wrong(self.nodes[node], outcome)
         self.nodes[node].add(outcome)
+
+    def _tell_wrong(self, node: NodeReport, outcome: Copied) -> None:
+        """Report what was found in the place of a chunk: engines were served it."""
+        self.repaired += len(outcome.repaired)
+        self.left_wrong += len(outcome.left)
+        for tier in outcome.repaired:
+            words = f"{outcome.key}: tier {tier!r} held something else in its place, which was replaced"
+            self._failures.add_wrong(tier, node, outcome.key, words, repaired=True)
+        for message in outcome.left:
+            self._failures.add_wrong(self.task.tier, node, outcome.key, f"{outcome.key}: {message}", repaired=False)
 
     def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
         """Count chunks that an engine loaded by itself, and those that it held before.
@@ -287,6 +305,9 @@ class RunReport:
             "seconds": round(self.seconds, 3),
             "failed_by_kind": dict(self.kinds),
             "nodes": [asdict(node) for node in self.nodes.values()],
+            "repaired": self.repaired,
+            "left_wrong": self.left_wrong,
+            "wrong": self._failures.wrong,
             "failures": self._failures.named,
             "failures_file": str(self._failures.path) if self._failures.path else None,
         }
@@ -300,7 +321,7 @@ class RunReport:
             return exits.FAILED
         if self.kinds.keys() == {NO_ROOM} and not self.total("copied"):
             return exits.REFUSED
-        return exits.FAILED if self.kinds or self.unfinished else exits.COMPLETE
+        return exits.FAILED if self.kinds or self.unfinished or self.left_wrong else exits.COMPLETE
 
 
 RESULTS: Final = {
@@ -328,6 +349,7 @@ class FailureLog:
 
     def __init__(self, report: Path | None) -> None:
         self.named: list[dict[str, Any]] = []
+        self.wrong: list[dict[str, Any]] = []
         self.path = report
         self._broken = False
         self._written = False
@@ -348,6 +370,22 @@ class FailureLog:
         elif self._out is None:
             self._spill()
         self._write({"event": "failure", **record})
+
+    def add_wrong(self, tier: str, node: NodeReport, key: str, message: str, *, repaired: bool) -> None:
+        """Name a chunk in whose place a tier held something else; the first ones also to people."""
+        record = {
+            "tier": tier,
+            "node": node.id,
+            "node_name": node.name,
+            "key": key,
+            "repaired": repaired,
+            "message": message,
+        }
+        if len(self.wrong) < NAMED_FAILURES:
+            self.wrong.append(record)
+        if len(self.wrong) <= _SAID:
+            _log.warning("node %s: %s", node.name, message)
+        self._write({"event": "wrong", **record})
 
     def _spill(self) -> None:
         if self._broken:

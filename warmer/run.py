@@ -153,9 +153,11 @@ def check(
     canary = None if canary is None else replace(canary, chunk_tokens=bound.chunk_tokens())
     if made is not None:
         expect_fitting(bound, made)
-        return checks.check(bound, made, stop, require=require, hashes=hashes, canary=canary)
+        compared: dict[str, Any] = {"with": "plan", "at": made.header.get("made"), "plan": str(made.path)}
+        return checks.check(bound, made, stop, require=require, hashes=hashes, compared_with=compared, canary=canary)
     with _planned(bound, None) as chosen:
-        return checks.check(bound, chosen, stop, require=require, hashes=hashes, canary=canary)
+        compared = {"with": "bucket", "at": chosen.header.get("made"), "plan": None}
+        return checks.check(bound, chosen, stop, require=require, hashes=hashes, compared_with=compared, canary=canary)
 
 
 def planned_warm_up(made: PlanFile) -> dict[str, Any]:

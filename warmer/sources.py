@@ -79,6 +79,7 @@ class Bound:
             verify=self.warm_up.moving.verify,
             earlier=tuple(one for one in earlier if isinstance(one, Declaration)),
             capped=(self.warm_up.moving.max_bandwidth or self.warm_up.moving.max_node_bandwidth) is not None,
+            verify_present=self.warm_up.moving.verify_present,
         )
 
     def chunk_tokens(self) -> int:

@@ -118,6 +118,10 @@ class Moving(_Part):
         "hash",
         description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Default: hash.",
     )
+    verify_present: bool = Field(
+        False,
+        description="Hash the chunks that a directory tier holds already, and replace those that differ from the bucket's.",
+    )
     max_bandwidth: Bytes | None = Field(
         None, description="Most bytes a second from the Hub, in the whole run, as 500MiB."
     )

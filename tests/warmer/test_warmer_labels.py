@@ -74,7 +74,9 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     files[1].write_bytes(bytes(30_000))
     checked = warmer("check", plan, "--require", "0.9")
     assert checked.code == 3, checked.stderr
+    assert "1 chunks are wrong by the plan of 2" in checked.stderr
     record = checked.summary
+    assert record["compared_with"] == {"with": "plan", "at": record["compared_with"]["at"], "plan": str(plan)}
     assert record["share"] == round(11 / 13, 6)
     found = {(node["tier"], node["ranks"]): (node["right"], node["wrong"], node["missing"]) for node in record["nodes"]}
     assert found[("fs.cold", "2-3")] == (11, 1, 1)
@@ -101,6 +103,23 @@ def test_chosen_nodes_get_their_workers_chunks_in_every_tier(hub, cluster, stock
     assert [(failure["key"], failure["kind"]) for failure in ran.summary["failures"]] == [(SHARED, "missing")]
     assert ran.summary["for_nobody"] == 18
     assert held(warehouse, "warm", batch) == of_workers(3)
+
+
+def test_what_a_check_finds_wrong_is_replaced_where_that_is_asked_for(stocked, warmer):
+    warehouse, config = stocked
+    chosen = ["--lmcache-config", config, "--model", MODEL, "--tier", "fs.cold", "--node-selector", "pool=serving"]
+    assert warmer("run", *chosen).code == 0
+    file = next((warehouse.tier / "cold").glob("*/*.data"))
+    right = file.read_bytes()
+    file.write_bytes(bytes(30_000))
+    assert warmer("run", *chosen).summary["repaired"] == 0
+    assert warmer("check", *chosen).code == 3
+    repaired = warmer("run", *chosen, "--verify-present")
+    assert (repaired.summary["copied"], repaired.summary["repaired"]) == (1, 1), repaired.stderr
+    assert "held something else in its place, which was replaced" in repaired.stderr
+    assert file.read_bytes() == right
+    checked = warmer("check", *chosen)
+    assert (checked.code, checked.summary["compared_with"]["with"]) == (0, "bucket"), checked.stderr
 
 
 def nodes_of(cluster):

@@ -16,9 +16,12 @@ from hfbucket_plugin import metrics
 from hfbucket_plugin.engine_config import EngineConfig
 from hfbucket_plugin.instance import open_bucket
 from localhub.faults import Fault
+from warmer import checking
+from warmer.errors import TierError
 from warmer.node import NodeConfig, NodeWarmer
 from warmer.outcomes import Copied, Failed, Present
 from warmer.plan import PlannedChunk, gone
+from warmer.reuse import EarlierTier
 from warmer.tiers import Place, open_tier
 from warmer.tiers import room as rooms
 
@@ -518,6 +521,103 @@ def test_what_a_tier_before_holds_wrongly_comes_from_the_hub(stocked, node, seco
     assert one.copy(plan[:1]) == [Copied(plan[0].key, plan[0].size)]
     assert stocked.in_tier(stocked.directory / "second") == {chunk.key: stocked.chunks[chunk.key] for chunk in plan[:2]}
     assert one.reuse(plan[:1]) == [Present(plan[0].key, plan[0].size)]
+
+
+@pytest.mark.parametrize("verify", ["hash", "length"])
+def test_what_a_tier_before_holds_wrongly_is_put_right_there_and_told(stocked, node, second, verify):
+    plan = stocked.plan()
+    node().copy(plan)
+    file = stocked.declaration().file(plan[0].key)
+    file.write_bytes(bytes(plan[0].size))
+    one = second(verify=verify)
+    first, other = one.copy(plan[:2])
+    assert (first.repaired, first.left, other.repaired) == (("fs.warm",), (), ())
+    assert file.read_bytes() == stocked.chunks[plan[0].key]
+    one.close()
+    assert_clean(stocked)
+
+
+def test_what_a_tier_before_holds_wrongly_is_put_right_from_what_another_node_has_fetched(stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    file = stocked.declaration().file(plan[0].key)
+    file.write_bytes(bytes(plan[0].size))
+    one = second()
+    assert one.reuse(plan[:1]) == [None]
+    (outcome,) = one.receive(plan[:1], arrays([stocked.chunks[plan[0].key]]))
+    assert (outcome.received, outcome.repaired) == (True, ("fs.warm",))
+    assert file.read_bytes() == stocked.chunks[plan[0].key]
+
+
+def test_what_cannot_be_put_right_for_want_of_room_is_removed(stocked, second):
+    plan = stocked.plan()
+    full = replace(stocked.declaration(max_bytes=10), name="fs.full", base_paths=(stocked.directory / "full",))
+    full.base_paths[0].mkdir()
+    full.file(plan[0].key).write_bytes(bytes(plan[0].size))
+    (outcome,) = second(full).copy(plan[:1])
+    assert outcome.repaired == ("fs.full",)
+    assert not full.file(plan[0].key).exists()
+
+
+def test_what_cannot_be_put_right_is_told(stocked, node, second, monkeypatch):
+    plan = stocked.plan()
+    node().copy(plan)
+    file = stocked.declaration().file(plan[0].key)
+    file.write_bytes(bytes(plan[0].size))
+    one = second()
+
+    def refused(*_):
+        raise TierError("a tier that is read-only")
+
+    monkeypatch.setattr(EarlierTier, "repair", refused)
+    (outcome,) = one.copy(plan[:1])
+    assert outcome.repaired == ()
+    assert "cannot be repaired: a tier that is read-only" in outcome.left[0]
+
+
+def test_what_is_wrong_and_cannot_be_fetched_is_told(hub, stocked, node, second):
+    plan = stocked.plan()
+    node().copy(plan)
+    stocked.declaration().file(plan[0].key).write_bytes(bytes(plan[0].size))
+    hub.control.add_fault(Fault(route="xorb-data", status=500))
+    (outcome,) = second().copy(plan[:1])
+    assert isinstance(outcome, Failed)
+    assert "tier 'fs.warm' holds something else in its place" in outcome.message
+
+
+def test_what_is_there_is_hashed_and_replaced_where_that_was_asked_for(hub, stocked, node):
+    plan = stocked.plan()
+    node().copy(plan)
+    file = stocked.declaration().file(plan[0].key)
+    file.write_bytes(bytes(plan[0].size))
+    assert kinds(node().copy(plan)) == ["Present"] * 6
+    hub.control.reset_counters()
+    one = NodeWarmer(stocked.open(10), open_tier(stocked.declaration()), verify_present=True)
+    assert one.lacks(plan)
+    assert not one.lacks(plan[1:])
+    outcomes = one.copy(plan)
+    assert kinds(outcomes) == ["Copied"] + ["Present"] * 5
+    assert outcomes[0].repaired == ("fs.warm",)
+    assert stocked.in_tier() == stocked.chunks
+    assert kinds(one.copy(plan)) == ["Present"] * 6
+    file.write_bytes(bytes(plan[0].size - 1))  # another length is missing, as ever
+    assert kinds(one.receive(plan[:2], arrays([stocked.chunks[chunk.key] for chunk in plan[:2]]))) == [
+        "Copied",
+        "Present",
+    ]
+    one.close()
+
+
+def test_what_is_there_is_hashed_once_for_all_looks_at_it(stocked, node, monkeypatch):
+    plan, hashed = stocked.plan(), []
+    node().copy(plan)
+    real = checking.xet_hashes
+    monkeypatch.setattr(checking, "xet_hashes", lambda paths: hashed.append(len([*paths])) or real(paths))
+    one = NodeWarmer(stocked.open(10), open_tier(stocked.declaration()), verify_present=True)
+    assert not one.lacks(plan)
+    assert kinds(one.copy(plan)) == ["Present"] * 6
+    assert hashed == [6]
+    one.close()
 
 
 def test_of_several_tiers_before_each_is_asked(hub, stocked, node, second):

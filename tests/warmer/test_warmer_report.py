@@ -227,3 +227,30 @@ def test_a_run_that_ends_before_its_report_has_a_line_leaves_the_last_one(tmp_pa
     log.close()
     assert path.read_text() == "last"
     assert [one.name for one in tmp_path.iterdir()] == ["report.jsonl"]
+
+
+def test_what_was_found_wrong_is_counted_named_and_said(tmp_path, caplog):
+    log = FailureLog(tmp_path / "report.jsonl")
+    run = RunReport(TASK, NODES[:1], log)
+    run.ended("id-a", Copied("k1", 10, repaired=("fs.warm", "fs.two")))
+    run.ended("id-a", Copied("k2", 10, repaired=("fs.warm",)))
+    run.ended("id-a", Present("k3", 30))
+    summary = run.summary(stopped=False)
+    assert (summary["exit_code"], summary["repaired"], summary["left_wrong"]) == (0, 3, 0)
+    assert [(one["tier"], one["key"], one["repaired"]) for one in summary["wrong"]] == [
+        ("fs.warm", "k1", True), ("fs.two", "k1", True), ("fs.warm", "k2", True),
+    ]  # fmt: skip
+    assert caplog.text.count("held something else in its place, which was replaced") == 3
+    log.close(summary)
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["wrong"] * 3 + ["summary"]
+
+
+def test_what_stays_wrong_is_no_success(run):
+    complete(run, "id-a")
+    run.ended("id-b", Copied("k1", 10, left=("tier 'fs.warm' holds something else in its place",)))
+    run.ended("id-b", Present("k2", 20))
+    run.ended("id-b", Present("k3", 30))
+    summary = run.summary(stopped=False)
+    assert (summary["result"], summary["exit_code"], summary["left_wrong"]) == ("failed", 3, 1)
+    assert summary["wrong"][0]["repaired"] is False

@@ -239,6 +239,19 @@ class DirectoryTier:
                 self.room.keep(file)
             return right
 
+    def remove(self, key: str) -> None:
+        """Remove what lies in the place of a chunk, if anything does.
+
+        Raises:
+            KeyFormatError: The tier can hold no chunk of that key.
+            TierError: It cannot be removed.
+        """
+        file = self.declaration.file(key)
+        with _named(self.declaration.name, file), self.room.lock:
+            size = self.size_of(file)
+            self.unlink(file)
+            self.room.removed(size)
+
     def draft(self, key: str, size: int) -> DirectoryDraft:
         """Begin a chunk, with the room for it reserved.
 

@@ -190,6 +190,10 @@ class Room:
         if self._options.max_bytes is not None and self._written * _SHARE > self._options.max_bytes:
             self._look()
 
+    def removed(self, size: int) -> None:
+        """A file of that many bytes is there no more."""
+        self._there -= size
+
     def make(self, directory: Path, size: int) -> bool:
         """Make room on a disk that said to be full; false where that is not allowed, or there is nothing to remove."""
         return self._evict([directory], size)
