@@ -47,7 +47,27 @@ _BACKLOG: Final = 256
 
 _CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
 _TOO_MANY, _SERVER_ERROR = 429, 500
+_QUOTES: Final = "\"'`"
 _BUCKET_MISSING: Final = "RepoNotFound"
+
+
+def token_problem(token: str) -> str | None:
+    """Say in words what else than a token a text holds; None where it may be a token.
+
+    Args:
+        token: What a variable, or the setting `token`, holds, without blanks at its ends.
+    """
+    if not (token.isascii() and token.isprintable()):
+        return "holds line breaks or other characters that cannot be sent; is it the content of a file with more than the token?"
+    if token[0] in _QUOTES or token[-1] in _QUOTES:
+        return "has quotes around it, which `docker --env-file` and systemd's EnvironmentFile do not all take off: write it without"
+    if token.lower().startswith("bearer"):
+        return "begins with 'Bearer': leave that away, the client adds it"
+    if "#" in token:
+        return "has a comment behind it, which env files do not know: leave it away"
+    if " " in token or "=" in token.rstrip("="):
+        return "is more than the token: it holds blanks or an assignment"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +142,8 @@ class HubClient:
             ConfigError: The token cannot be sent. Checked here: the HTTP client would show it in its own error.
         """
         token = self._token()
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise ConfigError(
-                f"instance {self.instance!r}: the token from {self._token_source} holds line breaks or other characters "
-                "that cannot be sent; is it the content of a file with more than the token?"
-            )
+        if token is not None and (problem := token_problem(token)) is not None:
+            raise ConfigError(f"instance {self.instance!r}: the token from {self._token_source} {problem}")
         # `False`, not None: huggingface_hub would otherwise send some other token that it finds on the machine.
         return build_hf_headers(token=token or False, library_name="lmcache-hfbucket", library_version=_version())
 

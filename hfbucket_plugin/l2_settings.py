@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.settings import InstanceSettings, check_fact, hide_tokens, validated
+from hfbucket_plugin.settings import Count, InstanceSettings, SecsOrNone, check_fact, hide_tokens, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +26,9 @@ MODULE: Final = "hfbucket_plugin.l2_adapter"
 DEFAULT_GET_SECS: Final = 9.0
 """What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
 chosen like the classic engine's default, 90 % of 10 s."""
+
+_MAX_CAPACITY_GB: Final = 2**30
+"""An exbibyte: its bytes are a number that all of LMCache's counters hold."""
 
 _LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
 """What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
@@ -40,18 +43,20 @@ class L2Settings(InstanceSettings):
         description="Names the instance in logs and metrics. Give each `--l2-adapter` a name of its own, such as "
         "`hfbucket.us`.",
     )
-    max_capacity_gb: NonNegativeFloat = Field(
+    max_capacity_gb: float = Field(
         0.0,
+        ge=0,
+        le=_MAX_CAPACITY_GB,
         description="GiB that the objects below the prefix may take, for LMCache's `eviction`. 0: no bound, and only "
         "eviction by quota (`IsolatedLRU`) works. A bucket has no bound of its own.",
     )
-    usage_refresh_secs: NonNegativeFloat = Field(
+    usage_refresh_secs: SecsOrNone = Field(
         3600.0,
         description="Most seconds between two listings that correct the account of what the prefix holds, where "
         "`max_capacity_gb` is set. An eviction that finds the account wrong has it listed again at once. A listing costs a "
         "call for every 1,000 objects. 0: never list.",
     )
-    usage_max_pages: PositiveInt = Field(
+    usage_max_pages: Count = Field(
         100,
         description="Most pages of a listing where no `max_capacity_gb` is set: one is made only when an eviction by quota "
         "finds that others deleted objects. With a capacity, all pages are read.",
@@ -61,7 +66,7 @@ class L2Settings(InstanceSettings):
         description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
         "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
     )
-    server_chunk_size: PositiveInt | None = Field(
+    server_chunk_size: Count | None = Field(
         None,
         description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
         "and compared; the layout of lookups shows another chunk size without it.",
@@ -73,7 +78,7 @@ class L2Settings(InstanceSettings):
         description="The server's `--hash-algorithm`, for the fingerprint: LMCache does not tell it to an adapter. Only "
         "recorded and compared, with what it makes of a fixed sequence of tokens.",
     )
-    num_workers: PositiveInt | None = Field(
+    num_workers: Count | None = Field(
         None,
         description="LMCache's built-in adapter takes it; without effect here, where `max_parallel_reads` and "
         "`max_parallel_writes` bound the work.",

@@ -21,8 +21,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     SecretStr,
     ValidationError,
@@ -34,7 +32,7 @@ from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.scratch import default_root
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 KEY_ROOT = "remote_storage_plugin."
 
@@ -50,6 +48,19 @@ them over one by one: at most twice as much where the end is near. Building the 
 MAX_RANGE_BYTES = 3 * PIECE_BYTES
 """A larger object is read as several streams: one alone asks for two pieces at a time."""
 
+
+MAX_SECS = 365 * 86_400
+"""Longest time that a setting may say: a year. Clocks, waits and hf_xet take numbers up to some bound, and fail beyond it."""
+
+MAX_COUNT = 10**9
+_BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
+MAX_BYTES = 2**50
+
+Secs = Annotated[float, Field(gt=0, le=MAX_SECS)]
+SecsOrNone = Annotated[float, Field(ge=0, le=MAX_SECS)]
+# A field with a bound of its own takes PositiveInt: of two equal bounds, pydantic heeds one.
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+ByteCount = Annotated[int, Field(gt=0, le=MAX_BYTES)]
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
 _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
@@ -86,6 +97,11 @@ def _check_endpoint(value: str) -> str:
     if parts.username is not None or parts.query or parts.fragment:  # it is shown in errors
         raise ValueError("must be an address alone: a token goes into the variable that token_env names")
     return value
+
+
+def _default_endpoint() -> str:
+    """`HF_ENDPOINT`; a variable that is set and empty, as compose files make it, is none."""
+    return constants.ENDPOINT.strip() or "https://huggingface.co"
 
 
 def _expand_home(path: Path) -> Path:
@@ -145,35 +161,35 @@ class InstanceSettings(BaseModel):
         "sessions (some MiB), and the chunks that `verify: hash` checks. Must belong to the user of the process, or to root. "
         "A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
     )
-    metadata_cache_ttl_secs: NonNegativeFloat = Field(
+    metadata_cache_ttl_secs: SecsOrNone = Field(
         30.0,
         description="Seconds for which an object's existence, size and hash are believed. LMCache's default.",
     )
 
-    miss_cache_ttl_secs: NonNegativeFloat = Field(
+    miss_cache_ttl_secs: SecsOrNone = Field(
         5.0,
         description="Seconds for which a miss is believed; never longer than `metadata_cache_ttl_secs`. Short, so that "
         "a chunk written elsewhere is soon seen.",
     )
-    metadata_cache_entries: PositiveInt = Field(
+    metadata_cache_entries: Count = Field(
         100_000,
         description="Most entries of the metadata cache; the least recently used go first. About 50 MB when full.",
     )
-    lookup_timeout_secs: PositiveFloat = Field(
+    lookup_timeout_secs: Secs = Field(
         1.0,
         description="Most seconds a lookup may take before it counts as a miss. Short, because a lookup blocks the "
         "engine's scheduler.",
     )
-    get_timeout_secs: PositiveFloat | None = Field(
+    get_timeout_secs: Secs | None = Field(
         None,
         description="Most seconds a get may take; what has arrived by then is returned. Must end before LMCache's "
         "`blocking_timeout_secs`, after which everything would be thrown away. Default: 90 % of that.",
     )
-    put_timeout_secs: PositiveFloat = Field(
+    put_timeout_secs: Secs = Field(
         60.0,
         description="Most seconds a put of one batch may take. Long: a put waits for no one.",
     )
-    close_timeout_secs: PositiveFloat = Field(
+    close_timeout_secs: Secs = Field(
         5.0, description="Most seconds that closing waits for puts under way. An engine that stops must stop."
     )
     verify: Literal["size", "hash"] = Field(
@@ -186,7 +202,7 @@ class InstanceSettings(BaseModel):
         description="What the engine may do here. LMCache sends every put to all its instances and looks all of them up: "
         "`read-only` stores and deletes nothing, `write-only` is never looked up or read. Default: LMCache's behaviour.",
     )
-    max_inflight_bytes: PositiveInt = Field(
+    max_inflight_bytes: ByteCount = Field(
         64 * MIB,
         ge=MIN_INFLIGHT_BYTES,
         description="Most bytes asked for at one time by reads, whose memory beyond the engine's own is this and 32 MiB at "
@@ -205,17 +221,17 @@ class InstanceSettings(BaseModel):
         description="Most commits under way at one time, as far as they fit into `max_inflight_bytes` together; a larger one "
         "goes alone, and keeps the line busy by itself. Two, so that a small put need not wait for another's round trips.",
     )
-    max_waiting_put_bytes: PositiveInt = Field(
+    max_waiting_put_bytes: ByteCount = Field(
         2 * GIB,
         description="Most bytes of chunks whose puts wait or are under way; what comes beyond it is refused and counted as "
         "`not_taken`. They lie in the engine's own memory, which cannot be reused meanwhile: keep it well below that.",
     )
-    put_window_secs: NonNegativeFloat = Field(
+    put_window_secs: SecsOrNone = Field(
         1.0,
         description="Longest that uploaded chunks wait to be named together with others, by one call to the Hub, while "
         "more are being uploaded; when none are, they do not wait. Nobody waits for a put, and calls are scarce.",
     )
-    max_hub_calls_per_minute: PositiveInt | None = Field(
+    max_hub_calls_per_minute: Count | None = Field(
         None,
         description="Most calls of this instance in this process to the Hub's API in any 60 s. Over it, lookups are misses "
         "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
@@ -235,22 +251,22 @@ class InstanceSettings(BaseModel):
         description="Of the model's weights, such as a commit of its repository: recorded in the fingerprint and compared. "
         "Change it with the weights. LMCache does not know it; without it, new weights of the same layout are not noticed.",
     )
-    fingerprint_refresh_secs: PositiveFloat = Field(
+    fingerprint_refresh_secs: Secs = Field(
         1800.0,
         description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
         "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
     )
-    breaker_failures: PositiveInt = Field(
+    breaker_failures: Count = Field(
         3,
         description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
         "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
     )
-    breaker_probe_secs: PositiveFloat = Field(
+    breaker_probe_secs: Secs = Field(
         1.0,
         description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
         "`breaker_max_probe_secs`.",
     )
-    breaker_max_probe_secs: PositiveFloat = Field(
+    breaker_max_probe_secs: Secs = Field(
         10.0,
         description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
     )
@@ -265,23 +281,23 @@ class InstanceSettings(BaseModel):
         description="What a key that is not in the index is. `trust`: a miss, at no cost; a chunk that somebody wrote without "
         "the index is seen with the next snapshot. `ask`: the Hub is asked, as without an index. Puts always ask.",
     )
-    index_refresh_secs: PositiveFloat = Field(
+    index_refresh_secs: Secs = Field(
         60.0,
         description="Least seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
         "every 1000 journals. Longer where more than 200 processes write journals: together they make 1000 calls in 5 minutes. With "
         "`listing`, the calls of a listing are spread so that there is one in this time, as far as `index_max_age_secs` permits.",
     )
-    index_max_age_secs: PositiveFloat = Field(
+    index_max_age_secs: Secs = Field(
         6 * 3600.0,
         description="An index that nobody has renewed for so long is not used: lookups ask the Hub as without one. Six hours "
         "outlast some failed runs of a builder that runs every hour.",
     )
-    index_max_bytes: PositiveInt = Field(
+    index_max_bytes: ByteCount = Field(
         512 * MIB,
         description="Most memory of the index; a larger one is not used, and a `listing` that does not fit is tried again after six hours. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
         "loaded there are two: 512 MiB are 7 million keys.",
     )
-    index_journal_secs: PositiveFloat = Field(
+    index_journal_secs: Secs = Field(
         30.0,
         description="Least seconds between two journals of this process, in which it tells others what it put, deleted and read; "
         "each is a call to the Hub, and none is written when there is no news. Longer where more than 100 processes write some: "
@@ -293,7 +309,7 @@ class InstanceSettings(BaseModel):
         description="Most entries of one journal, of 61 bytes each. A journal that is not full is written anew with every news, "
         "so that there are few to list.",
     )
-    index_journal_waiting: PositiveInt = Field(
+    index_journal_waiting: Count = Field(
         50_000,
         description="Most entries that wait to be written, while the Hub takes none or there is no snapshot yet; about 20 MB when "
         "full. The oldest are dropped first, and counted: others learn of those keys by the next snapshot.",
@@ -304,7 +320,7 @@ class InstanceSettings(BaseModel):
         "read, and a warm-up begins with it, see docs/index.md. Needs `index: snapshot` and a role that reads and writes. On, since "
         "what some processes do not tell looks idle to all; switch it off in all of them, or in none.",
     )
-    heat_secs: PositiveFloat = Field(
+    heat_secs: Secs = Field(
         300.0,
         description="Least seconds between two times that hits are told of, with a journal that is due anyway, or by a call to the "
         "Hub of their own; none if there are none.",
@@ -316,7 +332,7 @@ class InstanceSettings(BaseModel):
         "read. Hits of keys beyond that wait, and are dropped where 32,768 do: then nothing counts as idle before that moment.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
-        default_factory=lambda: constants.ENDPOINT,
+        default_factory=_default_endpoint,
         validate_default=True,
         description="The Hub's address. Default: HF_ENDPOINT, or the public Hub.",
     )
@@ -415,7 +431,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], instance: str, whe
     try:
         settings = model.model_validate(known)
     except ValidationError as error:
-        complaints += _words(error, instance, where)
+        complaints += _words(error, model, values, instance, where)
     else:
         if not complaints:
             return settings
@@ -456,12 +472,41 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
     return complaints
 
 
-def _words(error: ValidationError, instance: str, where: str) -> list[str]:
+def _words(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], instance: str, where: str
+) -> list[str]:
     """What is wrong, without the values: a token may be among them."""
     complaints = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         setting = ".".join(str(part) for part in item["loc"])
         name = f"{where}{setting}" if setting else instance
+        if setting == "endpoint" and setting not in values:
+            name = "the environment variable HF_ENDPOINT"
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
-        complaints.append(f"{name}: {message}")
+        complaints.append(f"{name}: {message}{_bounds(model, setting)}")
     return complaints
+
+
+def _bounds(model: type[BaseModel], setting: str) -> str:
+    """The bounds of a number, in words; nothing where a setting is no number, or none of ours."""
+    field = model.model_fields.get(setting)
+    if field is None:
+        return ""
+    limits: dict[str, float] = {}
+    for found in _all_metadata(field.annotation, field.metadata):
+        for part in getattr(found, "metadata", None) or [found]:  # a `Field` inside of a union keeps them together
+            for name, tighter in (("gt", max), ("ge", max), ("le", min)):
+                bound = getattr(part, name, None)
+                if isinstance(bound, (int, float)):
+                    limits[name] = tighter(limits.get(name, bound), bound)
+    if limits.get("ge", 0) > limits.get("gt", 0):  # it says more
+        limits.pop("gt", None)
+    told = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
+    return f" (allowed: {', '.join(told)})" if told else ""
+
+
+def _all_metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:
+    """What is annotated to a type, also inside of `X | None`."""
+    yield from metadata
+    for inner in getattr(annotation, "__args__", ()):
+        yield from getattr(inner, "__metadata__", ())

@@ -31,7 +31,7 @@ def default_of(field: FieldInfo) -> str:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    if value == constants.ENDPOINT:
+    if value in {constants.ENDPOINT, "https://huggingface.co"}:
         return "`HF_ENDPOINT`"
     if value == default_root():
         return "`lmcache-hfbucket-<user id>` in `TMPDIR`, or in `/tmp`"

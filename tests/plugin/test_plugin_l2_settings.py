@@ -248,3 +248,12 @@ def test_nothing_but_a_config_error_ever_leaves(params):
 def test_any_text_is_read_or_refused(text):
     with contextlib.suppress(ConfigError):
         assert isinstance(from_json(text), L2Settings)
+
+
+@pytest.mark.parametrize(
+    "setting", ["max_capacity_gb", "usage_refresh_secs", "usage_max_pages", "server_chunk_size", "num_workers"]
+)
+@pytest.mark.parametrize("value", [1e300, 10**21, -1, float("nan")])
+def test_every_number_has_bounds_that_an_error_says(setting, value):
+    with pytest.raises(ConfigError, match=rf"adapter_params\.{setting}: .*\(allowed: .*at most [\d,]+\)"):
+        from_params({"bucket_handle": "hf://buckets/o/b", setting: value})

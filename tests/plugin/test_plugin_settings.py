@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from lmcache.v1.config import LMCacheEngineConfig
@@ -13,6 +14,7 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import (
 from plugin_support import SECRET, untimed
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.hub import token_problem
 from hfbucket_plugin.settings import InstanceSettings, load
 
 HANDLE = "hf://buckets/my-org/lmcache-kv/prod"
@@ -358,17 +360,88 @@ def test_the_hub_is_the_one_of_the_environment_unless_named(monkeypatch):
     assert load(config(endpoint="http://127.0.0.1:2"), "hfbucket").endpoint == "http://127.0.0.1:2"
 
 
-def test_a_hub_of_the_environment_that_is_none_is_told(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "localhost:8080")
-
-    assert "remote_storage_plugin.hfbucket.endpoint: must be the address of a Hub" in complaint(config())
-
-
 def test_settings_do_not_change():
     own = load(config(), "hfbucket")
 
     with pytest.raises(ValueError, match="frozen"):
         own.token_env = "OTHER"
     assert "OTHER" not in os.environ
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------------
+
+NUMBERS = sorted(
+    name
+    for name, field in InstanceSettings.model_fields.items()
+    if any(part in str(field.annotation) for part in ("float", "int"))
+)
+
+
+@pytest.mark.parametrize("value", [1e300, 10**21, 10**400, -1, -(10**21), float("nan"), float("inf"), "1e300", "many"])
+@pytest.mark.parametrize("setting", NUMBERS)
+def test_every_number_has_bounds_that_an_error_says(setting, value):
+    message = complaint(config(**{setting: value}))
+
+    assert f"remote_storage_plugin.hfbucket.{setting}: " in message
+    assert re.search(r"\(allowed: (above|at least) [\d,]+, at most [\d,]+\)", message)
+
+
+def test_what_is_allowed_is_said_once_and_as_it_is():
+    assert "(allowed: above 0, at most 256)" in complaint(config(max_parallel_reads=257))
+    assert "(allowed: at least 1,048,576, at most 1,125,899,906,842,624)" in complaint(config(max_inflight_bytes=5))
+    assert "(allowed: above 0, at most 31,536,000)" in complaint(config(get_timeout_secs=float("nan")))
+    assert "allowed" not in complaint(config(verify="sha256"))
+
+
+# --- what is more than a token -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'"{SECRET}"', "quotes"),
+        (f"'{SECRET}'", "quotes"),
+        (f'{SECRET}"', "quotes"),
+        ('""', "quotes"),
+        (f"\u201c{SECRET}\u201d", "cannot be sent"),
+        (f"Bearer {SECRET}", "Bearer"),
+        (f"bearer\t{SECRET}", "cannot be sent"),
+        (f"{SECRET} # prod", "comment"),
+        (f"{SECRET}#prod", "comment"),
+        (f"HF_TOKEN={SECRET}", "assignment"),
+        (f"{SECRET} {SECRET}", "blanks"),
+        (f"{SECRET}\n{SECRET}", "line breaks"),
+    ],
+)
+def test_what_a_text_holds_beside_a_token_is_said_without_the_token(text, said):
+    problem = token_problem(text)
+
+    assert said in problem
+    assert SECRET not in problem
+
+
+@pytest.mark.parametrize(
+    "token", [SECRET, "first", "api_org_" + "A" * 34, "hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6W10.x-y=="]
+)
+def test_a_token_is_no_problem(token):
+    assert token_problem(token) is None
+
+
+# --- HF_ENDPOINT -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_hf_endpoint_is_the_default(empty, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", empty)
+
+    assert load(config(), "hfbucket").endpoint == "https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["hf-mirror.example", "localhost:4321", '"https://huggingface.co"', "https://u:p@mirror"]
+)
+def test_a_wrong_hf_endpoint_is_named_as_that_variable(wrong, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", wrong)
+
+    assert "the environment variable HF_ENDPOINT: must be " in complaint(config())
+    assert "HF_ENDPOINT" not in complaint(config(endpoint=wrong))

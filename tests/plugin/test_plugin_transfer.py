@@ -24,6 +24,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.settings import MAX_BYTES, MAX_SECS
 from hfbucket_plugin.transfer import Read, Upload, cut, xet_hashes
 from localhub.faults import Fault
 
@@ -887,3 +888,11 @@ def test_ranges_cover_an_object_once(size, largest):
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][: len(ranges)]
     assert sum(end - start for start, end in ranges) == size
     assert all(0 < end - start <= largest for start, end in ranges)
+
+
+def test_the_largest_numbers_that_settings_take_are_numbers_for_hf_xet(hub, bucket):
+    largest = {"put_timeout_secs": MAX_SECS, "max_inflight_bytes": MAX_BYTES, "max_parallel_reads": 256}
+    with opened(hub.endpoint, bucket, get_secs=MAX_SECS, **largest) as door:
+        content = put(door, [DATA], seconds=MAX_SECS)[0]
+
+        assert bytes(read(door, content, seconds=MAX_SECS).buffer) == DATA

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.findings import Finding, Severity, error, note, ok, warning
+from hfbucket_plugin.hub import token_problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,12 +26,8 @@ def check(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
         return Finding(NAME, severity, found, f"set {variable}, or name another variable with {where}")
     inline = not environ.get(variable, "").strip()
     source = named.setting("token") if inline else f"the environment variable {variable}"
-    if not (token.isascii() and token.isprintable()):
-        return error(
-            NAME,
-            f"the token from {source} holds line breaks or other characters that cannot be sent",
-            "is it the content of a file with more than the token? Set it anew",
-        )
+    if (problem := token_problem(token)) is not None:
+        return error(NAME, f"the token from {source} {problem}", f"set {source} to the token alone")
     if inline:
         return warning(
             NAME,
