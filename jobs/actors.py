@@ -78,11 +78,11 @@ class _Deleter:
 class _Carrier:
     """The actor that carries bytes from one instance to another, a window of them at a time."""
 
-    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int) -> None:
+    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
         xet_home.claim()
         self._settings = [settings for _, settings in ends]
         source, destination = (InstanceEnd(name, settings) for name, settings in ends)
-        self._mover = Mover(source, destination, How.STREAM, window_bytes)
+        self._mover = Mover(source, destination, How.STREAM, window_bytes, memory_bytes)
 
     def tokens(self) -> list[bool]:
         """Whether its node has a token for each of the two instances."""
@@ -235,7 +235,7 @@ class OnCarriers(_OnActors["Move"]):
 
     Args:
         ends: Where chunks come from, and where they go.
-        window_bytes: Most bytes of chunks in the memory of one actor.
+        bounds: Most bytes of chunks that one actor fetches at one time, and of a single chunk.
         width: How many actors.
         address: Of the cluster; None for the configured one.
 
@@ -245,10 +245,10 @@ class OnCarriers(_OnActors["Move"]):
     """
 
     def __init__(
-        self, ends: tuple[NamedInstance, NamedInstance], window_bytes: int, width: int, address: str | None
+        self, ends: tuple[NamedInstance, NamedInstance], bounds: tuple[int, int], width: int, address: str | None
     ) -> None:
         own = [(named.name, _without_token(named)) for named in ends]
-        super().__init__(width, address, ends, Moved.FAILED, actor=_Carrier, arguments=(own, window_bytes))
+        super().__init__(width, address, ends, Moved.FAILED, actor=_Carrier, arguments=(own, *bounds))
 
 
 def _without_token(named: NamedInstance) -> InstanceSettings:

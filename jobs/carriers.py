@@ -67,7 +67,9 @@ def carrying(
     if mover.how is How.STREAM and not order.local and named[0] is not None and named[1] is not None:
         from jobs.actors import OnCarriers  # noqa: PLC0415 - Ray takes a second to import
 
-        executor: Executor[Move] = OnCarriers((named[0], named[1]), mover.window_bytes, order.parallel, order.address)
+        executor: Executor[Move] = OnCarriers(
+            (named[0], named[1]), (mover.window_bytes, mover.memory_bytes), order.parallel, order.address
+        )
     else:
         executor = CarriersInProcess(mover, order.parallel)
     try:

@@ -23,7 +23,7 @@ from jobs.plan import PlanFile
 from jobs.policy import MIN_AGE
 from jobs.remove import ByName, expect_text, read_keys
 from jobs.run import Job, Order, handles_of
-from jobs.session import Session, options_checked, record_of
+from jobs.session import Commands, Session, options_checked, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from warmer.interrupt import StopSwitch
 
 # Tracebacks of Typer's show local variables, and with them a token.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 @app.callback()

@@ -179,7 +179,7 @@ def export(
         return done[0]
 
     def mirroring(file: ReportFile, stop: StopSwitch) -> Summary | None:
-        if done[0].code:  # nothing is deleted where not all was copied
+        if not done or done[0].code:  # nothing is deleted where not all was copied
             return None
         # Nor where nothing was to be copied yet: what would be deleted is planned only.
         own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)

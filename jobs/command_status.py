@@ -10,9 +10,8 @@ import typer
 from hfbucket_plugin.cli import output, tables
 from hfbucket_plugin.cli.case import opened
 from hfbucket_plugin.cli.words import age, printable, size
-from hfbucket_plugin.errors import HFBucketError
 from jobs import exits, guards, options, show
-from jobs.run import PAGE_SECS, REQUEST_SECS, code_of
+from jobs.run import PAGE_SECS, REQUEST_SECS, code_of, in_words
 from jobs.session import options_checked
 from jobs.status import examine
 from jobs.status_page import write_page
@@ -72,8 +71,8 @@ def status(  # noqa: PLR0917 - Typer makes options of them
                         page_secs=PAGE_SECS,
                         without_heat=without_heat,
                     )
-            except HFBucketError as error:
-                troubles.append(f"{one.name}: no status without a complete listing: {error}")
+            except Exception as error:  # noqa: BLE001 - each instance is shown whatever becomes of the others
+                troubles.append(f"{one.name}: no status without a complete listing: {in_words(error)}")
                 show.note(troubles[-1])
                 codes.append(code_of(error))
                 continue

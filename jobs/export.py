@@ -26,7 +26,7 @@ from jobs.export_report import NAMED_CONFLICTS, ExportSummary, conflict_record
 from jobs.index_teller import telling
 from jobs.instance_end import InstanceEnd
 from jobs.manifest import Line
-from jobs.moving import How, Method, Moved, Mover, find_out
+from jobs.moving import TIMES_IN_MEMORY, How, Method, Moved, Mover, find_out
 from jobs.progress import Progress
 from jobs.rename import Renames
 from jobs.report import NAMED_FAILURES, Tally
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 ATTEMPT_SECS: Final = 600.0
 """Most seconds of a try: a window of bytes between two continents takes minutes."""
-
-_TIMES_IN_MEMORY: Final = 3
-"""Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
 
 _LOOK_UP_SECS: Final = 330.0
 """A look-up waits out the longest pause that the Hub asks for."""
@@ -268,10 +265,10 @@ class Export:
         method: Method,
         told: Callable[[Ended[Move]], None],
     ) -> int:
-        window = max(1, self._order.window_bytes // (_TIMES_IN_MEMORY * self._order.parallel))
+        window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
         streams = method.how is How.STREAM
         named = (self._ends[0].named, self._ends[1].named)
-        mover = Mover(*ends, method.how, window)
+        mover = Mover(*ends, method.how, window, self._order.window_bytes)
         with carrying(mover, named, self._order) as executor:
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own

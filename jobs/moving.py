@@ -20,6 +20,7 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
+from hfbucket_plugin.gate import ByteGate
 from jobs.batch import SEND_SECS, TRIES, Batch, Ended, Result
 from jobs.ends import Chunk, Held
 from jobs.instance_end import InstanceEnd
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
     from jobs.ends import Destination, Source
     from jobs.export_plan import Move
+
+TIMES_IN_MEMORY: Final = 3
+"""Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
+
+SMALL_BYTES: Final = 64 * 1024 * 1024
+"""A chunk of so many bytes goes, alone, however small the window is: that much is there beside it anyway."""
+
+_NO_MEMORY: Final = "there is not enough memory for it: give a smaller --window, or fewer --parallel"
 
 _PAUSE_SECS: Final = 1.0
 """After a 429 that does not say how long to wait."""
@@ -96,13 +105,19 @@ class Mover:
         destination: Where they go.
         how: How; copying by the Hub needs two instances.
         window_bytes: Most bytes that one try fetches at one time; a larger chunk goes alone.
+        memory_bytes: Most memory that chunks on their way take, over all tries of this mover. A chunk that is larger fails by
+            itself, unless it is small for any machine (`SMALL_BYTES`).
     """
 
-    def __init__(self, source: Source, destination: Destination, how: How, window_bytes: int) -> None:
+    def __init__(
+        self, source: Source, destination: Destination, how: How, window_bytes: int, memory_bytes: int | None = None
+    ) -> None:
         self._source = source
         self._destination = destination
         self.how = how
         self.window_bytes = window_bytes
+        self.memory_bytes = window_bytes * TIMES_IN_MEMORY if memory_bytes is None else memory_bytes
+        self._gate = ByteGate(self.memory_bytes)
 
     def attempt(self, batch: Batch[Move], seconds: float) -> Result[Move]:
         """Try once.
@@ -203,16 +218,34 @@ class Mover:
         for moves in _windows(tried.batch.items, self.window_bytes):
             if deadline.passed:
                 return
-            todo = self.as_planned(tried, moves, deadline)
-            chunks = self._fetched(tried, todo, deadline)
-            if not chunks:
-                continue
-            staged = self._destination.put(chunks, deadline)
-            wrong = {to: one for to, one in staged.items() if isinstance(one, HFBucketError)}
-            tried.why |= {to: str(error) for to, error in wrong.items()}
-            self._publish(
-                tried, [move for move in todo if move.to in staged and move.to not in wrong], staged, deadline
-            )
+            todo = self._bearable(tried, self.as_planned(tried, moves, deadline))
+            held = TIMES_IN_MEMORY * sum(move.size for move in todo)
+            try:
+                with self._gate.hold(held, deadline, "memory for chunks on their way (--window)"):
+                    self._stream_window(tried, todo, deadline)
+            except MemoryError:
+                tried.why |= {move.to: _NO_MEMORY for move in todo}
+
+    def _bearable(self, tried: Try, moves: list[Move]) -> list[Move]:
+        """Those that may be in memory; the others fail, whatever a manifest or a bucket says of their size."""
+        most = max(self.memory_bytes, SMALL_BYTES)
+        for move in moves:
+            if move.size > most:
+                tried.end(
+                    move,
+                    Moved.FAILED,
+                    f"it has {move.size:,} bytes, more than --window permits ({most:,}): raise --window if that is right",
+                )
+        return [move for move in moves if move.size <= most]
+
+    def _stream_window(self, tried: Try, todo: list[Move], deadline: Deadline) -> None:
+        chunks = self._fetched(tried, todo, deadline)
+        if not chunks:
+            return
+        staged = self._destination.put(chunks, deadline)
+        wrong = {to: one for to, one in staged.items() if isinstance(one, HFBucketError)}
+        tried.why |= {to: str(error) for to, error in wrong.items()}
+        self._publish(tried, [move for move in todo if move.to in staged and move.to not in wrong], staged, deadline)
 
     def _publish(self, tried: Try, todo: list[Move], staged: Mapping[str, Any], deadline: Deadline) -> None:
         """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""

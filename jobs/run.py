@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import sqlite3
 import stat
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -418,16 +420,38 @@ def _coded(work: Callable[[], int]) -> tuple[int, str]:
         return exits.INTERRUPTED, "told to stop"
     except HFBucketError as error:
         return code_of(error), str(error)
-    except (OSError, sqlite3.Error) as error:  # no room for a plan, or it went away
-        return exits.FAILED, f"a file of this machine failed: {error}{_advice(error)}"
+    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+        return code_of(error), in_words(error)
+
+
+def in_words(error: Exception) -> str:
+    """Why something ended, whatever it was: one line, never a traceback."""
+    if isinstance(error, HFBucketError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there was not enough memory: stop others, or raise the limit of this process"
+    if isinstance(error, (OSError, sqlite3.Error)):  # no room for a plan, or it went away
+        return f"a file of this machine failed: {error}{_advice(error)}"
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where)
+    return f"this is a fault of the command itself; please report it: {type(error).__name__}{place}: {error}"
 
 
 def _advice(error: Exception) -> str:
-    """What to do where there is no directory for temporary files at all, which `tempfile` says in words alone."""
-    return "; set TMPDIR to a directory that can be written" if "temporary directory" in str(error) else ""
+    """What to do where there is no directory for temporary files, or no room in it, which is said in words alone."""
+    if "temporary directory" in str(error):
+        return "; set TMPDIR to a directory that can be written"
+    named = isinstance(error, OSError) and error.filename is not None
+    full = isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and error.errno in _FULL)
+    if named or not full:
+        return ""
+    return f"; temporary files go to {tempfile.gettempdir()!r}: make room there, or set TMPDIR to another directory"
 
 
-def code_of(error: HFBucketError | OSError) -> int:
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def code_of(error: Exception) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
         return exits.FAILED

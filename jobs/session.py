@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import typer
+from typer.core import TyperGroup
 
-from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.output_file import expect_apart
 from jobs import exits, show
 from jobs.report import ReportFile, write_metrics
-from jobs.run import code_of
+from jobs.run import code_of, in_words
 from warmer.errors import Interrupted
 from warmer.interrupt import StopSwitch
 
@@ -64,12 +65,14 @@ class Session:
         metrics: The file for Prometheus; None for none.
         inputs: Options with the files that the command reads: none of these is written to.
         summaries: What came of the jobs so far.
+        broken: Codes of those of which no summary came.
     """
 
     report: Path | None
     metrics: Path | None
     inputs: Sequence[tuple[str, Path | None]] = ()
     summaries: list[Summary] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
 
     def run(self, works: Sequence[tuple[str, Work]]) -> NoReturn:
         """Do the jobs, each whatever came of the one before unless it says None, and end the command.
@@ -87,8 +90,8 @@ class Session:
             # Ray prints where it likes.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
                 while waiting and not stop.requested:
-                    _, work = waiting[0]
-                    summary = work(file, stop)
+                    name, work = waiting[0]
+                    summary = self._done(name, work, file, stop)
                     del waiting[0]
                     if summary is not None:
                         self._add(summary)
@@ -97,8 +100,8 @@ class Session:
                 write_metrics(self.metrics, self.summaries, time.time(), _code_of_file(file))
         except Interrupted:
             end(_told_to_stop(waiting), exits.INTERRUPTED)
-        except HFBucketError as error:
-            end(str(error), exits.worst([code_of(error), *self._codes]))
+        except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
+            end(in_words(error), exits.worst([code_of(error), *self._codes]))
         finally:
             if file is not None:
                 file.close()
@@ -113,7 +116,18 @@ class Session:
 
     @property
     def _codes(self) -> list[int]:
-        return [one.code for one in self.summaries]
+        return [*(one.code for one in self.summaries), *self.broken]
+
+    def _done(self, name: str, work: Work, file: ReportFile, stop: StopSwitch) -> Summary | None:
+        """Do a job. One that cannot even say what came of it is named, and the others are done."""
+        try:
+            return work(file, stop)
+        except (Interrupted, typer.Exit):
+            raise
+        except Exception as error:  # noqa: BLE001 - each is done whatever becomes of the others
+            self.broken.append(code_of(error))
+            show.note(f"{name}: {in_words(error)}")
+            return None
 
     def _add(self, summary: Summary) -> None:
         self.summaries.append(summary)
@@ -141,13 +155,41 @@ def _told_to_stop(waiting: Sequence[tuple[str, Work]]) -> str:
     return "told to stop" + (f"; not done: {names}" if names else "")
 
 
+# Newer Typers bring a click of their own, whose names are not public.
+_CLICK_ERROR: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+_ENDS = (typer.Exit, typer.Abort, _CLICK_ERROR)
+"""What ends a command in good order."""
+
+
 @contextlib.contextmanager
 def options_checked() -> Iterator[None]:
-    """End the command where its options are wrong."""
+    """End the command where its options are wrong, or what they name cannot be read."""
     try:
         yield
-    except HFBucketError as error:
-        end(str(error), code_of(error))
+    except _ENDS:
+        raise
+    except Exception as error:  # noqa: BLE001 - as above
+        end(in_words(error), code_of(error))
+
+
+class Commands(TyperGroup):
+    """A group of commands that end with documented codes, whatever they raise: no traceback ever."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except _ENDS:
+            raise
+        except (
+            BrokenPipeError
+        ):  # whoever reads the output stopped, as `head` does; Python flushes it once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(exits.FAILED) from None
+        except Interrupted:
+            end("told to stop", exits.INTERRUPTED)
+        except Exception as error:  # noqa: BLE001 - as above
+            end(in_words(error), code_of(error))
 
 
 def end(message: str, code: int) -> NoReturn:

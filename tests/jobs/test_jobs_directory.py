@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from depot import DAY, key, mp_key
@@ -11,9 +12,11 @@ from lane import Lane, ended, names
 from plugin_support import eventually, noise
 
 from hfbucket_plugin import run_lock
+from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.keys import encode_name
 from jobs import manifest
+from jobs.instance_end import InstanceEnd
 from localhub.faults import Fault
 
 KEYS = [key(number) for number in range(4)] + [mp_key(number) for number in range(2)]
@@ -346,3 +349,31 @@ def test_a_manifest_that_is_no_file(lane, backup):
     (backup / manifest.NAME).unlink()
     (backup / manifest.NAME).mkdir()
     assert restored(lane, backup).code == 4
+
+
+def test_a_chunk_that_is_larger_than_memory_fails_by_itself(lane, backup):
+    """Whatever a manifest says: the file is sparse, and as long as it says."""
+    huge, (first, *others) = 1 << 38, lines_of(backup)
+    os.truncate(backup / encode_name(first.key), huge)
+    manifest.write(backup, [replace(first, content=Content(first.content.xet_hash, huge)), *others])
+
+    ran = restored(lane, backup, "--window", "16MiB")
+
+    assert (ran.code, ran.counts("streamed", "failed")) == (3, [5, 1]), ran.stderr
+    assert "more than --window permits" in ran.summary["failures"][0]["message"]
+
+
+def test_memory_that_is_not_there_fails_what_needs_it(lane, monkeypatch):
+    own = InstanceEnd.fetch
+
+    def hungry(self, wanted, deadline):
+        if KEYS[0] in wanted:
+            raise MemoryError
+        return own(self, wanted, deadline)
+
+    monkeypatch.setattr(InstanceEnd, "fetch", hungry)
+
+    ran = lane.export("--mode", "stream", "--window", "1KB", "--parallel", "1")
+
+    assert (ran.code, ran.counts("streamed", "failed")) == (3, [len(KEYS) - 1, 1]), ran.stderr
+    assert "not enough memory" in ran.summary["failures"][0]["message"]

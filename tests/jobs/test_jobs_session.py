@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import sqlite3
 
 import pytest
-from depot import NEW, OLD
+from depot import DAY, INSTANCE, NEW, OLD
 from lane import Lane
 from plugin_support import noise
 
+from hfbucket_plugin.bucket import Bucket
 from hfbucket_plugin.errors import ConfigError, TransportError
+from hfbucket_plugin.keys import encode_name
 from jobs import exits
 from jobs.report import ReportFile, Tally
-from jobs.run import coded
+from jobs.run import Job, coded
 from warmer.interrupt import StopSwitch
 
 
@@ -146,3 +149,71 @@ def test_what_breaks_off_after_an_order_to_stop_is_interrupted_whoever_took_it_f
     assert broken_off(lost, told_to_stop=True) == (exits.INTERRUPTED, f"told to stop; {lost}")
     assert broken_off(OSError(28, "full"), told_to_stop=True)[0] == exits.INTERRUPTED
     assert broken_off(ConfigError("unknown setting"), told_to_stop=True) == (exits.USAGE, "unknown setting")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (MemoryError(), 3, "there was not enough memory"),
+        (sqlite3.OperationalError("database or disk is full"), 3, "set TMPDIR to another directory"),
+        (OSError(28, "No space left on device"), 3, "set TMPDIR to another directory"),
+        (OSError(28, "No space left on device", "/x/plan"), 3, "'/x/plan'"),
+        (RecursionError("too deep"), 3, "please report it: RecursionError at "),
+        (ValueError("negative count"), 3, "please report it: ValueError at "),
+        (ConfigError("unknown setting"), 2, "unknown setting"),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, Exception) else None,
+)
+def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, error, code, told):
+    stocked.others = {"hfbucket.eu": "kv/eu"}
+    stocked.put_paths({f"kv/eu/{encode_name(one)}": b"x" for one in OLD}, age=20 * DAY)
+    own = Bucket.list_objects
+
+    def failing(self, prefix, *more):
+        if self.handle.prefix == stocked.prefix and ".hfbucket" not in prefix:
+            raise error
+        return own(self, prefix, *more)
+
+    monkeypatch.setattr(Bucket, "list_objects", failing)
+
+    ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--max-delete", "100%", "--yes")
+
+    assert ran.code == code, ran.stderr
+    assert [one["exit_code"] for one in ran.summaries] == [code, 0]
+    assert told in ran.summaries[0]["message"]
+    assert "Traceback" not in ran.stderr
+    status = stocked.run("status", "--all-instances", "--json")
+    assert status.code == code
+    assert [one["instance"] for one in status.summaries] == ["hfbucket.eu"]
+    assert told in status.stderr
+
+
+def test_what_breaks_outside_of_a_job_is_named_and_the_others_are_done(stocked, monkeypatch):
+    stocked.others = {"hfbucket.eu": "kv/eu"}
+    stocked.put_paths({f"kv/eu/{encode_name(one)}": b"x" for one in OLD}, age=20 * DAY)
+    own = Job.select
+
+    def breaking(self, *arguments):
+        if self._named.name == INSTANCE:
+            raise MemoryError
+        return own(self, *arguments)
+
+    monkeypatch.setattr(Job, "select", breaking)
+
+    ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--max-delete", "100%", "--yes")
+
+    assert (ran.code, [one["instance"] for one in ran.summaries]) == (3, ["hfbucket.eu"])
+    assert f"{INSTANCE}: there was not enough memory" in ran.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "cleanup --max-age 14d", "index", "rm key", "fingerprint show"])
+def test_no_command_ends_with_a_traceback(stocked, monkeypatch, command):
+    def full(*_, **__):
+        raise MemoryError
+
+    for name in ("jobs.options.named_instances", "jobs.command_fingerprint.options.chosen"):
+        monkeypatch.setattr(name, full)
+
+    ran = stocked.run(command)
+
+    assert (ran.code, "there was not enough memory" in ran.stderr) == (3, True)
