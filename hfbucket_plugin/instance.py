@@ -11,12 +11,15 @@ from hfbucket_plugin.pacing import Pacing
 from hfbucket_plugin.scratch import Scratch
 from hfbucket_plugin.settings import MIB, PIECE_BYTES
 from hfbucket_plugin.transfer import Transfer
-from hfbucket_plugin.workers import WorkerPool
+from hfbucket_plugin.workers import FairPool
 
 if TYPE_CHECKING:
     from hfbucket_plugin import metrics
     from hfbucket_plugin.settings import InstanceSettings
 
+
+_BACKGROUND_SHARE: Final = 4
+"""In an engine, reads of the index, journals and fingerprints hold a quarter of the threads at most."""
 
 _BULK_STREAMS: Final = 64
 _BULK_RANGE_BYTES: Final = 32 * MIB
@@ -102,7 +105,9 @@ def open_bucket(
     transfer = Transfer(
         hub,
         settings.bucket_handle.bucket_id,
-        read_workers=WorkerPool(f"hfbucket-read-{instance}", reading.streams),
+        read_workers=FairPool(
+            f"hfbucket-read-{instance}", reading.streams, reading.streams // _BACKGROUND_SHARE if online else None
+        ),
         range_bytes=reading.range_bytes,
         piece_bytes=reading.piece_bytes,
         buffer_bytes=reading.buffer_bytes,

@@ -55,7 +55,7 @@ class OwnObjects:
             memory = [stack.enter_context(_Memory(content.size)) for _, content in objects]
             whole = [one.data for one in memory]
             reads = [
-                Read(name, content, Lease(memoryview(data)))
+                Read(name, content, Lease(memoryview(data)), background=True)
                 for (name, content), data in zip(objects, whole, strict=True)
             ]
             try:

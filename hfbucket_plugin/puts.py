@@ -24,7 +24,7 @@ from hfbucket_plugin.keys import encode_name, is_probe
 from hfbucket_plugin.leases import KEPT, SourceLease
 from hfbucket_plugin.namer import Namer
 from hfbucket_plugin.transfer import Upload
-from hfbucket_plugin.workers import WorkerPool
+from hfbucket_plugin.workers import FairPool, WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -141,7 +141,7 @@ class Putter:
         self._quarantine = quarantine
         self._namer = Namer(bucket, settings.put_window_secs)
         self._gate = ByteGate(settings.max_inflight_bytes)
-        self._threads = WorkerPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
+        self._threads = FairPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
         self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
         self._lock = threading.Lock()
         self._under_way: set[str] = set()
@@ -252,7 +252,7 @@ class Putter:
                     if self._closed:
                         raise RuntimeError(f"instance {self._outcomes.instance!r} is closed")  # noqa: TRY301
                     self._commits.add(commit)
-                future = self._threads.submit(self._upload, commit, deadline)
+                future = self._threads.submit_for(tasks, False, self._upload, commit, deadline)
             except RuntimeError as error:
                 self._end(commit)
                 self._unclaim(commit.sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     RevokedError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.file_reads import FileRead
 from hfbucket_plugin.leases import Lease, SourceLease
+from hfbucket_plugin.workers import WorkerPool
 from hfbucket_plugin.xet import SessionPool, typed_errors, xet_config
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub import HubClient
     from hfbucket_plugin.scratch import Scratch
-    from hfbucket_plugin.workers import WorkerPool
+    from hfbucket_plugin.workers import FairPool
     from hfbucket_plugin.xet import Loan, Session
 
 _WRITE_PIECE: Final = 4 * 1024 * 1024
@@ -38,6 +41,9 @@ _WRITE_PIECE: Final = 4 * 1024 * 1024
 
 _UNIT_BYTES: Final = 64 * 1024 * 1024
 """hf_xet packs what it is fed into units of this size, and sends each when it is full."""
+
+_PROBES: Final = 4
+"""Samples read at one time, on threads of their own: a probe must not wait behind the reads that it is to tell about."""
 
 _TRIES: Final = 2
 """One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
@@ -64,6 +70,7 @@ class Read:
         name: Names the object in errors: its key or path.
         content: What to read; its size is the buffer's.
         lease: Where to.
+        background: Whether nobody waits for it, so that other reads go first.
         error: Why it failed; None while it has not.
         done: Whether every byte has arrived.
         asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
@@ -72,6 +79,7 @@ class Read:
     name: str
     content: Content
     lease: Lease
+    background: bool = False
     error: HFBucketError | None = None
     done: bool = False
     asked: int = 0
@@ -113,6 +121,18 @@ class _Part(_Ticket):
         self.end = end
         self.deadline = deadline
         self.asked = 0  # by the thread that reads it
+        self._submitted = time.monotonic()
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Note that a thread took it up."""
+        self._began = time.monotonic()
+
+    @property
+    def waited(self) -> bool:
+        """Whether it spent most of its time waiting for a thread of ours: then being late is no word against the store."""
+        now = time.monotonic()
+        return (self._began or now) - self._submitted > (now - self._submitted) / 2
 
 
 class Transfer:
@@ -121,7 +141,7 @@ class Transfer:
     Args:
         hub: For access tokens.
         bucket_id: `<namespace>/<bucket>`.
-        read_workers: Threads for reads: at most as many streams are open at one time.
+        read_workers: Threads for reads: at most as many streams are open at one time, but for those of `sample`.
         range_bytes: A larger object is read in ranges of this many bytes, several at a time.
         piece_bytes: What a stream asks for and hands over at a time, see `xet_config`.
         buffer_bytes: What all streams may hold together.
@@ -138,7 +158,7 @@ class Transfer:
         hub: HubClient,
         bucket_id: str,
         *,
-        read_workers: WorkerPool,
+        read_workers: FairPool,
         range_bytes: int,
         piece_bytes: int,
         buffer_bytes: int,
@@ -151,6 +171,7 @@ class Transfer:
     ) -> None:
         self._scratch = scratch
         self._workers = read_workers
+        self._probes = WorkerPool("hfbucket-read-probe", _PROBES)
         self._range_bytes = range_bytes
         reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes, read_retries)
         writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
@@ -207,7 +228,7 @@ class Transfer:
             wanted = min(length, content.size)
             part = _Part(Read("sample", content, Lease(memoryview(bytearray(wanted)))), 0, wanted, deadline)
             try:
-                tasks[self._workers.submit(self._read_part, part)] = part
+                tasks[self._probes.submit(self._read_part, part)] = part
             except RuntimeError as error:
                 part.read.fail(TransportError(f"sample: {error}"))
                 ended(content, part.read.error)
@@ -224,8 +245,7 @@ class Transfer:
                 failure = failure or outcome
         for future in waiting:
             part = tasks[future]
-            part.read.fail(DeadlineError(f"sample: not read within {deadline.seconds:g} s; the call was abandoned"))
-            future.cancel()
+            part.read.fail(_late(part, never_began=future.cancel()))
             self._abandon(part, self._reading)
             failure = failure or part.read.error
         raise failure or TransportError("sample: nothing was read")
@@ -233,21 +253,23 @@ class Transfer:
     def _fill(self, reads: Sequence[tuple[Read | FileRead, int]], deadline: Deadline) -> None:
         """Read so many first bytes of each."""
         tasks: dict[Future[int], _Part] = {}
+        request = object()
         for read, wanted in reads:
             for start, end in [(0, wanted)] if isinstance(read, FileRead) else cut(wanted, self._range_bytes):
                 part = _Part(read, start, end, deadline)
                 try:
-                    future = self._workers.submit(self._read_part, part)
+                    background = not isinstance(read, FileRead) and read.background
+                    future = self._workers.submit_for(request, background, self._read_part, part)
                 except RuntimeError as error:
                     read.fail(TransportError(f"{read.name}: {error}"))
                     break
                 tasks[future] = part
         finished, unfinished = wait(tasks, timeout=deadline.remaining())
-        for future in unfinished:
-            part = tasks[future]
-            name = part.read.name
-            part.read.fail(DeadlineError(f"{name}: not read within {deadline.seconds:g} s; the call was abandoned"))
-            future.cancel()
+        late = {tasks[future]: future.cancel() for future in unfinished}
+        for part in sorted(
+            late, key=_waited_for_a_thread
+        ):  # where the store is late with one part, it is with the object
+            part.read.fail(_late(part, never_began=late[part]))
             self._abandon(part, self._reading)
         arrived = {id(read): 0 for read, _ in reads}
         for future in finished:
@@ -269,6 +291,7 @@ class Transfer:
     def _read_part(self, part: _Part) -> int:
         """Read one part, and return how many of its bytes are in their place: all or, where that failed, none."""
         read, quick = part.read, Deadline.after(_QUICK_SECS)
+        part.begin()
         try:
             for attempt in range(_QUICK_TRIES):
                 if not read.live or part.abandoned:
@@ -278,6 +301,8 @@ class Transfer:
                 reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
                 if self._try_part(part, attempt, last=last, reason_last=reason_last):
                     return part.end - part.start
+        except DeadlineError as error:
+            read.fail(_late(part) if part.waited else error)
         except HFBucketError as error:
             read.fail(error)
         except BaseException as error:  # noqa: BLE001 - a panic of hf_xet's included: this read has failed
@@ -421,6 +446,7 @@ class Transfer:
     def close(self) -> None:
         """End all sessions at once, and the threads that read."""
         self._workers.close()
+        self._probes.close()
         self._reading.close()
         self._writing.close()
         if self._scratch is not None:
@@ -499,6 +525,20 @@ def _sample_error(part: _Part, future: Future[int]) -> HFBucketError | None:
 
 def _tell_sample(part: _Part, ended: Callable[[Content, HFBucketError | None], None], future: Future[int]) -> None:
     ended(part.read.content, _sample_error(part, future))
+
+
+def _late(part: _Part, *, never_began: bool = False) -> DeadlineError:
+    """The error of a part that was not read in time."""
+    name, secs = part.read.name, part.deadline.seconds
+    if never_began or part.waited:
+        return UnsentError(
+            f"{name}: not read within {secs:g} s, most of which it waited for one of max_parallel_reads threads"
+        )
+    return DeadlineError(f"{name}: not read within {secs:g} s; the call was abandoned")
+
+
+def _waited_for_a_thread(part: _Part) -> bool:
+    return part.waited
 
 
 def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import threading
+from collections import OrderedDict, deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -42,7 +43,7 @@ class WorkerPool:
 
     def _start_over(self) -> None:
         """Begin without threads: at first, and in a forked child, where those of the parent do not run."""
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] | _Turns = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
@@ -56,6 +57,10 @@ class WorkerPool:
             RuntimeError: The pool is closed, its backlog is full, or the system has no thread left.
         """
         future: Future[_T] = Future()
+        self._submit(lambda: self._tasks.put((future, function, args, kwargs)))
+        return future
+
+    def _submit(self, enqueue: Callable[[], None]) -> None:
         if self._pid != os.getpid():
             self._start_over()
         with self._lock:
@@ -67,8 +72,7 @@ class WorkerPool:
             if not self._threads:
                 self._start_thread()
             self._waiting += 1
-            self._tasks.put((future, function, args, kwargs))
-        return future
+            enqueue()
 
     def prepare(self) -> None:
         """Have the first thread started, so that a first `submit` from an event loop does not wait for it.
@@ -124,9 +128,13 @@ class WorkerPool:
             if successor:
                 self._start_successor()
             self._perform(*task)
+            self._performed(task[0])
             del task  # else it would keep the last task's buffers alive until the next one comes
             with self._lock:
                 self._idle += 1
+
+    def _performed(self, future: Future[Any]) -> None:
+        """Note that a task has ended, or was cancelled before it began."""
 
     @staticmethod
     def _perform(
@@ -140,3 +148,121 @@ class WorkerPool:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+class FairPool(WorkerPool):
+    """A pool that requests share: their tasks take turns, and those of requests that somebody waits for go first.
+
+    A request of a thousand tasks thus delays one of a single task by about the length of a task, not by its own. Tasks in
+    the background wait until no other task does, and never hold all threads: one that hangs keeps its thread for long.
+
+    Args:
+        name: See `WorkerPool`.
+        size: Most threads.
+        background: Most of them that tasks in the background take while others run; while none does, three quarters of all
+            threads at most. By default there is no limit.
+    """
+
+    def __init__(self, name: str, size: int, background: int | None = None) -> None:
+        self._background = size if background is None else background
+        super().__init__(name, size)
+
+    def _start_over(self) -> None:
+        super()._start_over()
+        idle = self._size if self._background == self._size else max(self._background, self._size * 3 // 4)
+        self._turns = self._tasks = _Turns(self._background, idle)
+
+    def submit_for(
+        self,
+        request: object,
+        background: bool,
+        function: Callable[_P, _T],
+        /,
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> Future[_T]:
+        """Run a function on one of the threads when it is the turn of its request.
+
+        Args:
+            request: Tells whose task it is; by its identity.
+            background: Whether nobody waits for it.
+            function: What to run.
+            *args: Its arguments.
+            **kwargs: The same.
+
+        Raises:
+            RuntimeError: See `submit`.
+        """
+        future: Future[_T] = Future()
+        self._submit(lambda: self._turns.add(request, (future, function, args, kwargs), background=background))
+        return future
+
+    def _performed(self, future: Future[Any]) -> None:
+        self._turns.ended(future)
+
+
+class _Turns:
+    """Tasks of many requests, one of each at a time; a queue as `WorkerPool` takes it."""
+
+    def __init__(self, background: int, background_alone: int) -> None:
+        self._ready = threading.Condition()
+        self._online: OrderedDict[int, deque[_Task]] = OrderedDict()
+        self._behind: OrderedDict[int, deque[_Task]] = OrderedDict()
+        self._most_behind = max(1, background)
+        self._most_behind_alone = max(1, background_alone)
+        self._held: set[Future[Any]] = set()
+        self._serving = 0
+        self._ends = 0
+
+    def put(self, task: _Task | None) -> None:
+        """Add a task that is a request by itself; None ends a thread when no task is left for it."""
+        if task is not None:
+            self.add(task[0], task, background=False)
+            return
+        with self._ready:
+            self._ends += 1
+            self._ready.notify()
+
+    def add(self, request: object, task: _Task, *, background: bool) -> None:
+        """Add a task of a request. Its identity may be used again when all its tasks have begun."""
+        with self._ready:
+            (self._behind if background else self._online).setdefault(id(request), deque()).append(task)
+            self._ready.notify()
+
+    def get(self) -> _Task | None:
+        """The next task; blocks until there is one. None when its thread is to end."""
+        with self._ready:
+            while True:
+                if self._online:
+                    self._serving += 1
+                    return _take_turn(self._online)
+                most = self._most_behind if self._serving else self._most_behind_alone
+                if self._behind and len(self._held) < most:
+                    task = _take_turn(self._behind)
+                    self._held.add(task[0])
+                    return task
+                if self._ends:
+                    self._ends -= 1
+                    return None
+                self._ready.wait()
+
+    def ended(self, future: Future[Any]) -> None:
+        """Note the end of a task: it may make room for one in the background."""
+        with self._ready:
+            if future in self._held:
+                self._held.discard(future)
+                self._ready.notify()
+            else:
+                self._serving -= 1
+                if not self._serving and self._behind:
+                    self._ready.notify_all()
+
+
+def _take_turn(requests: OrderedDict[int, deque[_Task]]) -> _Task:
+    request, tasks = next(iter(requests.items()))
+    task = tasks.popleft()
+    if tasks:
+        requests.move_to_end(request)
+    else:
+        del requests[request]
+    return task

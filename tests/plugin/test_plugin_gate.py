@@ -4,7 +4,7 @@ import pytest
 from plugin_support import eventually, in_threads
 
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import DeadlineError
+from hfbucket_plugin.errors import DeadlineError, UnsentError
 from hfbucket_plugin.gate import ByteGate
 
 
@@ -90,3 +90,46 @@ def test_those_who_wait_come_in_when_there_is_room():
     eventually(lambda: sorted(came) == [0, 1, 2, 3])
     for thread in threads:
         thread.join()
+
+
+def test_one_that_wants_all_of_it_is_not_passed_by_small_ones_for_ever():
+    gate, came = ByteGate(100), []
+
+    def wait(amount):
+        with gate.hold(amount, soon(), "x"):
+            came.append(amount)
+
+    with gate.hold(1, soon(), "x"):
+        threads = []
+        for amount in (100, 2, 3):
+            threads.append(threading.Thread(target=wait, args=(amount,)))
+            threads[-1].start()
+            eventually(lambda: len(gate._queue) == len(threads))
+        assert came == [], "there is room for the small ones, but one came before them"
+    for thread in threads:
+        thread.join(30)
+
+    assert came[0] == 100
+    assert sorted(came) == [2, 3, 100]
+
+
+def test_one_that_gives_up_lets_those_behind_it_in():
+    gate, came = ByteGate(100), threading.Event()
+
+    def wait_in_vain():
+        with pytest.raises(UnsentError), gate.hold(100, soon(0.3), "x"):
+            pass
+
+    def wait():
+        with gate.hold(5, soon(), "x"):
+            came.set()
+
+    with gate.hold(50, soon(), "x"):
+        first = threading.Thread(target=wait_in_vain)
+        first.start()
+        eventually(lambda: gate._queue)
+        second = threading.Thread(target=wait)
+        second.start()
+        assert came.wait(30)
+        first.join(30)
+    second.join(30)

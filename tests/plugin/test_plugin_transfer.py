@@ -5,7 +5,17 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugin_support import SECRET, eventually, everything_told, in_threads, noise, opened, unused_port, upload
+from plugin_support import (
+    SECRET,
+    eventually,
+    everything_told,
+    in_threads,
+    instance_settings,
+    noise,
+    opened,
+    unused_port,
+    upload,
+)
 
 from hfbucket_plugin import metrics, xet_home
 from hfbucket_plugin.content import Content
@@ -21,7 +31,9 @@ from hfbucket_plugin.errors import (
     RevokedError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
+from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
 from hfbucket_plugin.settings import MAX_BYTES, MAX_SECS
@@ -386,6 +398,70 @@ def test_what_has_arrived_before_the_deadline_is_kept(hub, hasty):
     assert bytes(quick.buffer) == DATA
     assert quick.read.done
     assert isinstance(slow.error, TransportError)
+
+
+@pytest.fixture
+def full(door):
+    """All threads that read are held by others."""
+    released, pool = threading.Event(), door.transfer._workers
+    held = [pool.submit_for(object(), False, released.wait, 60) for _ in range(pool._size)]
+    eventually(lambda: all(future.running() for future in held))
+    yield door
+    released.set()
+
+
+def test_a_read_that_no_thread_took_up_says_nothing_about_the_store(hub, full):
+    content = stored(full, hub, {"a": DATA})["a"]
+    session = full.transfer._reading.borrow(soon())
+
+    into = read(full, content, 0.3)
+
+    assert isinstance(into.error, UnsentError)
+    assert "max_parallel_reads" in str(into.error)
+    assert not session.session.retired
+    full.transfer._reading.give_back(session)
+    full.transfer.sample([content], 1000, soon())  # while a probe finds that the store serves
+
+
+def test_a_read_that_began_late_says_nothing_about_the_store(hub, hasty):
+    content = stored(hasty, hub, {"a": DATA})["a"]
+    read(hasty, content)
+    hub.control.add_fault(Fault(route="xorb-data", hang=True))
+    released, pool = threading.Event(), hasty.transfer._workers
+    held = [pool.submit_for(object(), False, released.wait, 60) for _ in range(pool._size)]
+    eventually(lambda: all(future.running() for future in held))
+    into = Into(content)
+    reader = threading.Thread(target=hasty.transfer.read, args=([into.read], soon(1.0)))
+    reader.start()
+    time.sleep(0.8)
+    released.set()
+    reader.join(60)
+
+    assert isinstance(into.error, UnsentError)
+    into = read(hasty, content, 0.5)
+    assert isinstance(into.error, DeadlineError)
+    assert not isinstance(into.error, UnsentError), "it had a thread all the time"
+
+
+def test_reads_in_the_background_leave_threads_to_those_that_somebody_waits_for(hub, bucket):
+    own = instance_settings(hub.endpoint, bucket, max_parallel_reads=4)
+    door = open_bucket(own, "hfbucket", Tally(), 9.0, online=True)
+    contents = stored(door, hub, {f"p{number}": noise(5000, number) for number in range(12)})
+    first = contents.pop("p0")
+    read(door, first)
+    hub.control.add_fault(Fault(route="xorb-data", delay_s=0.2, times=40))
+    behind = [Into(content, name) for name, content in contents.items()]
+    for one in behind:
+        one.read.background = True
+    many = threading.Thread(target=door.transfer.read, args=([one.read for one in behind], soon()))
+    many.start()
+    eventually(lambda: door.transfer._workers._waiting)
+
+    assert read(door, first).read.done
+    assert not all(one.read.done for one in behind), "it did not wait for them"
+    many.join(60)
+    assert all(one.read.done for one in behind)
+    door.close()
 
 
 def test_a_session_whose_readers_were_abandoned_is_replaced(hub, hasty):

@@ -8,7 +8,7 @@ from concurrent.futures import wait
 import pytest
 from plugin_support import eventually
 
-from hfbucket_plugin.workers import WorkerPool
+from hfbucket_plugin.workers import FairPool, WorkerPool
 
 
 def threads_of(name):
@@ -174,7 +174,7 @@ def test_a_system_without_threads_left_refuses_and_recovers(monkeypatch):
 def test_a_forked_child_has_threads_of_its_own():
     script = (
         "import os\n"
-        "from hfbucket_plugin.workers import WorkerPool\n"
+        "from hfbucket_plugin.workers import FairPool, WorkerPool\n"
         "pool = WorkerPool('forked', 2, backlog=2)\n"
         "print(pool.submit(int, 1).result(30), flush=True)\n"
         "child = os.fork()\n"
@@ -209,7 +209,7 @@ def test_an_idle_thread_does_not_keep_the_last_task_alive():
 def test_a_blocked_worker_does_not_keep_the_interpreter_from_ending():
     script = (
         "import threading\n"
-        "from hfbucket_plugin.workers import WorkerPool\n"
+        "from hfbucket_plugin.workers import FairPool, WorkerPool\n"
         "started = threading.Event()\n"
         "def block():\n"
         "    started.set()\n"
@@ -224,3 +224,111 @@ def test_a_blocked_worker_does_not_keep_the_interpreter_from_ending():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
 
     assert (done.stdout, done.stderr) == ("leaving\n", "")
+
+
+# --- requests that share threads ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared():
+    """Makes pools whose tasks hold their thread until they are let go."""
+    gates, pools = [], []
+
+    def make(size, background=None):
+        pool = FairPool("shared", size, background)
+        pools.append(pool)
+        began = []
+
+        def hold(name, request=None, *, behind=False):
+            gate = threading.Event()
+            gates.append(gate)
+
+            def task():
+                began.append(name)
+                assert gate.wait(30)
+
+            future = pool.submit_for(request or object(), behind, task)
+            future.let_go = gate.set
+            return future
+
+        return pool, began, hold
+
+    yield make
+    for gate in gates:
+        gate.set()
+    for pool in pools:
+        pool.close()
+
+
+def test_requests_take_turns_however_many_tasks_each_has(shared):
+    pool, began, hold = shared(1)
+    first = hold("first")
+    eventually(lambda: began)
+    large, small = object(), object()
+    tasks = [pool.submit_for(large, False, began.append, f"large {n}") for n in range(4)]
+    tasks += [pool.submit_for(small, False, began.append, f"small {n}") for n in range(2)]
+    tasks.append(pool.submit(began.append, "alone"))
+
+    first.let_go()
+    wait(tasks, 30)
+
+    assert began[1:] == ["large 0", "small 0", "alone", "large 1", "small 1", "large 2", "large 3"]
+
+
+def test_what_somebody_waits_for_goes_before_the_background(shared):
+    pool, began, hold = shared(1)
+    first = hold("first")
+    eventually(lambda: began)
+    tasks = [pool.submit_for(began, True, began.append, f"behind {n}") for n in range(3)]
+    tasks.append(pool.submit_for(object(), False, began.append, "online"))
+
+    first.let_go()
+    wait(tasks, 30)
+
+    assert began[1:] == ["online", "behind 0", "behind 1", "behind 2"]
+
+
+def test_the_background_never_holds_all_threads_and_few_while_others_run(shared):
+    _, began, hold = shared(4, background=1)
+    behind = [hold(n, behind=True) for n in range(6)]
+    eventually(lambda: sorted(began) == [0, 1, 2])
+
+    online = hold("online")
+    eventually(lambda: began[3:] == ["online"])
+    for future in behind[:2]:
+        future.let_go()
+    wait(behind[:2], 30)
+    second = hold("second")
+    eventually(lambda: began[4:] == ["second"])
+    assert not any(future.running() for future in behind[3:]), "one of them runs, and that is all they may"
+
+    for future in (online, second):
+        future.let_go()
+    eventually(lambda: sorted(began[5:]) == [3, 4])
+
+
+def test_a_task_in_the_background_that_was_cancelled_keeps_no_room(shared):
+    pool, began, hold = shared(2, background=1)
+    first = hold("first", behind=True)
+    eventually(lambda: began)
+    assert all(hold("never", behind=True).cancel() for _ in range(5))
+    last = pool.submit_for(object(), True, int, "7")
+    first.let_go()
+
+    assert last.result(30) == 7
+    assert began == ["first"]
+
+
+def test_a_closed_pool_of_requests_does_what_it_has_taken(shared):
+    pool, began, hold = shared(2, background=1)
+    gates = [hold(n, behind=n % 2 == 0) for n in range(6)]
+    pool.close()
+
+    for future in gates:
+        future.let_go()
+    wait(gates, 30)
+
+    assert sorted(began) == list(range(6))
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit_for(object(), True, int)
+    eventually(lambda: not threads_of("shared"))
