@@ -161,6 +161,7 @@ class CopyRun:
             self._start_secs(config),
             chunk_secs=self.bound.warm_up.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
+            store_bytes=replacing.store_bytes,
         )
         fleet.run(schedule)
 

@@ -7,6 +7,7 @@ once for those that keep pace.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import ray
 import ray.exceptions
 
 from hfbucket_plugin.errors import HFBucketError
+from warmer.cluster import alive_nodes
 from warmer.outcomes import NODE_LOST, NODE_START
 from warmer.tiers import Place
 
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
     from warmer.cluster import Node
     from warmer.interrupt import Stop
+
+_log = logging.getLogger(__name__)
+
+_RESTARTS: Final = 3
+"""How often the process of a node that lives is started again after it died."""
+
+_DEATHS: Final = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+"""What is said of an actor whose process is gone, or cannot be reached."""
 
 _TICK_SECS: Final = 0.25
 """How late an order to stop is noticed at most."""
@@ -91,11 +101,19 @@ class ErrandActor:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call under way."""
+    """A call under way.
+
+    Attributes:
+        node: Whose it is.
+        piece: The number of the piece; None for the start of a node.
+        deadline: When the node counts as hung.
+        again: Whether it starts a node that had begun before: nobody is told what it finds.
+    """
 
     node: str
     piece: int | None
     deadline: float
+    again: bool = False
 
 
 class Errands:
@@ -112,6 +130,9 @@ class Errands:
         self._stop = stop
         self._tick = tick
         self._actors: dict[str, Any] = {}
+        self._restarts: Counter[str] = Counter()
+        self._begin_secs = 0.0
+        self._give: Callable[[str, int], None] = lambda _name, _number: None
         self._calls: dict[Any, _Call] = {}
 
     def __enter__(self) -> Self:
@@ -135,17 +156,22 @@ class Errands:
         Returns:
             What each found, or the `Failure` by which it takes no part; of those that ended before a stop.
         """
-        for name, (node, errand) in self._errands.items():
-            actor_class: Any = ray.remote(ErrandActor)
-            # No CPU: nodes full of engines must take it too.
-            actor = actor_class.options(num_cpus=0, label_selector={"ray.io/node-id": node.id}).remote()
-            self._actors[name] = actor
-            ref = actor.begin.remote(errand, Place(node.name, node.id, node.labels))
-            self._calls[ref] = _Call(name, None, time.monotonic() + secs)
+        self._begin_secs = secs
+        for name in self._errands:
+            self._launch(name)
         found: dict[str, Any] = {}
         while self._calls and not self._stop.requested:
             self._step(lambda call, result: found.__setitem__(call.node, result), NODE_START)
         return found
+
+    def _launch(self, name: str, *, again: bool = False) -> None:
+        node, errand = self._errands[name]
+        actor_class: Any = ray.remote(ErrandActor)
+        # No CPU: nodes full of engines must take it too.
+        actor = actor_class.options(num_cpus=0, label_selector={"ray.io/node-id": node.id}).remote()
+        self._actors[name] = actor
+        ref = actor.begin.remote(errand, Place(node.name, node.id, node.labels))
+        self._calls[ref] = _Call(name, None, time.monotonic() + self._begin_secs, again)
 
     def work(self, piece: Callable[[int], Any], count: int, take: Callable[[str, int, Any], None], secs: float) -> None:
         """Have each node work on all pieces, in their order; returns when it is done or told to stop.
@@ -158,16 +184,24 @@ class Errands:
         """
         shared: OrderedDict[int, Any] = OrderedDict()
         given = dict.fromkeys(self._actors, 0)
+
+        def give(name: str, number: int) -> None:
+            ref = self._actors[name].work.remote(_in_store(shared, number, piece))
+            # The one before it has its own time, and so has the start of a node.
+            wait = sum(
+                call.deadline - time.monotonic() for call in self._calls.values() if call.again and call.node == name
+            )
+            self._calls[ref] = _Call(name, number, time.monotonic() + max(0.0, wait) + secs * _WINDOW)
+
+        self._give = give
         while not self._stop.requested:
             busy = Counter(call.node for call in self._calls.values())
-            for name, actor in self._actors.items():
+            for name in self._actors:
                 under_way = busy[name]
                 for _ in range(under_way, min(_WINDOW, under_way + count - given[name])):
                     number = given[name]
                     given[name] += 1
-                    ref = actor.work.remote(_in_store(shared, number, piece))
-                    # The one before it has its own time.
-                    self._calls[ref] = _Call(name, number, time.monotonic() + secs * _WINDOW)
+                    give(name, number)
             if not self._calls:
                 return
             self._step(lambda call, result: take(call.node, call.piece or 0, result), NODE_LOST)
@@ -194,13 +228,33 @@ class Errands:
             return
         except ray.exceptions.RayTaskError as error:
             result = Failure("internal", f"{type(error.cause).__name__}: {error.cause}"[:300])
+        except _DEATHS as error:
+            if self._restarted(call.node, error):
+                return
+            result = Failure(NODE_LOST, f"lost in mid-run: {type(error).__name__}")
         except ray.exceptions.RayError as error:
             result = Failure(NODE_LOST, f"lost in mid-run: {type(error).__name__}")
         del self._calls[ref]
         if isinstance(result, Failure):
             self._end(call, result, take)
-        else:
+        elif not call.again:
             take(call, result)
+
+    def _restarted(self, name: str, error: Exception) -> bool:
+        """Whether another process goes on where one died: its node lives, and it has not happened too often."""
+        if self._restarts[name] >= _RESTARTS or name not in {node.id for node in alive_nodes()}:
+            return False
+        self._restarts[name] += 1
+        _log.warning(
+            "node %s: its process died and is started again: %s", self._errands[name][0].name, type(error).__name__
+        )
+        calls = [call for call in self._calls.values() if call.node == name]
+        pieces = sorted(call.piece for call in calls if call.piece is not None)
+        self._leave(name)
+        self._launch(name, again=all(call.piece is not None or call.again for call in calls))
+        for piece in pieces:
+            self._give(name, piece)
+        return True
 
     def _end(self, call: _Call, failure: Failure, take: Callable[[_Call, Any], None]) -> None:
         self._leave(call.node)

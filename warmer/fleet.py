@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections import deque
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from warmer.outcomes import Outcome
     from warmer.schedule import Ended, Schedule
 
+_log = logging.getLogger(__name__)
+
 _TICK_SECS: Final = 0.25
 """How late an order to stop is noticed at most."""
 
@@ -42,6 +45,12 @@ _STOP_SECS: Final = 1.5
 """What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
+
+_RESTARTS: Final = 3
+"""How often the process of a node that lives is started again after it died: once more is what the node does to it."""
+
+_DEATHS: Final = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+"""What is said of an actor whose process is gone, or cannot be reached."""
 
 _NAMED_AT_ONCE: Final = 1000
 """How many chunks of lost nodes are named before the driver looks at what else there is to do."""
@@ -102,6 +111,7 @@ class _Crew:
     deadline: float
     launched: float
     started: bool = False
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +141,7 @@ class Fleet:
             nothing else to do.
         chunk_secs: Most seconds that a node may take for a chunk, with its batch and retries.
         replacing: How lost nodes are replaced; None when they are not.
+        store_bytes: The bytes that chunks may take in a node's object store; those of `Replacing` where it is left out.
     """
 
     def __init__(
@@ -143,7 +154,9 @@ class Fleet:
         *,
         chunk_secs: float = CHUNK_TIMEOUT_SECS,
         replacing: Replacing | None = None,
+        store_bytes: Callable[[Node], int] | None = None,
     ) -> None:
+        self._store_bytes = store_bytes or (replacing.store_bytes if replacing is not None else lambda _: 0)
         self._nodes = nodes
         self._config = config
         self._witness = witness
@@ -157,7 +170,7 @@ class Fleet:
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
         self._failing: deque[Iterator[tuple[str, Failed]]] = deque()
-        self._next_look = 0.0
+        self._next_look = self._next_roll = 0.0
 
     def run(self, schedule: Schedule) -> None:
         """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop.
@@ -196,14 +209,14 @@ class Fleet:
             self._lose(schedule, name, NODE_LOST, "lost after it had ended its part")
         return not gone and not self._failing
 
-    def _launch(self, node: Node) -> None:
+    def _launch(self, node: Node, restarts: int = 0) -> None:
         now = time.monotonic()
         actor_class: Any = ray.remote(NodeActor)
         # No CPU: nodes full of engines must take it too. Room for `stop` beside the orders.
         actor = actor_class.options(
             num_cpus=0, max_concurrency=ORDERS_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
         ).remote()
-        self._crews[node.id] = _Crew(node, actor, now + self._start_secs, now)
+        self._crews[node.id] = _Crew(node, actor, now + self._start_secs, now, restarts=restarts)
         place = Place(node.name, node.id, node.labels)
         self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
 
@@ -253,6 +266,8 @@ class Fleet:
             self._flying[ref] = flight
         except ray.exceptions.RayTaskError as error:
             self._broken(schedule, name, order, error)
+        except _DEATHS as error:
+            self._died(schedule, name, error)
         except ray.exceptions.RayError as error:
             # Unavailable counts as lost too: its work is done again by the next run, never waited for without end.
             self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {_short(error)}")
@@ -261,6 +276,26 @@ class Fleet:
                 self._started(schedule, name, *result)
             else:
                 self._ended(schedule, order, result)
+
+    def _died(self, schedule: Schedule, name: str, error: Exception) -> None:
+        """The process of a node is gone. Where the node lives, another one goes on with what is left."""
+        crew = self._crews[name]
+        if crew.restarts >= _RESTARTS or name not in {node.id for node in alive_nodes()}:
+            died = f"its process died {crew.restarts + 1} times, at last: " if crew.restarts else ""
+            self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {died}{_short(error)}")
+            return
+        _log.warning("node %s: its process died and is started again: %s", crew.node.name, _short(error))
+        self._forget(name)
+        for _ in schedule.lost(name, keep_place=True):
+            pass  # nothing: the place is kept
+        self._release(schedule)
+        schedule.resume(name, self._store_bytes(crew.node))
+        self._launch(crew.node, restarts=crew.restarts + 1)
+
+    def _forget(self, name: str) -> None:
+        """Wait for nothing any more that an actor was told, and end it."""
+        self._flying = {ref: flight for ref, flight in self._flying.items() if flight.node != name}
+        self._kill(self._crews[name].actor)
 
     def _ended(self, schedule: Schedule, order: Order, result: Any) -> None:
         now = time.monotonic()
@@ -298,10 +333,22 @@ class Fleet:
 
     def _give_up_late_starters(self, schedule: Schedule) -> None:
         now = time.monotonic()
+        self._give_up_gone(schedule, now)
         for name in schedule.nodes:
             crew = self._crews[name]
             if not crew.started and now > crew.deadline:
                 self._lose(schedule, name, NODE_START, f"took no part within {self._start_secs:g} s; is it overloaded?")
+
+    def _give_up_gone(self, schedule: Schedule, now: float) -> None:
+        """A node that was taken for alive when its process died may have died with it."""
+        again = [name for name in schedule.nodes if self._crews[name].restarts and not self._crews[name].started]
+        if not again or now < self._next_roll:
+            return
+        self._next_roll = now + _JOIN_SECS
+        alive = {node.id for node in alive_nodes()}
+        for name in again:
+            if name not in alive:
+                self._lose(schedule, name, NODE_LOST, "lost in mid-run: the node died")
 
     def _give_up_hung(self, schedule: Schedule) -> None:
         now = time.monotonic()
@@ -310,8 +357,7 @@ class Fleet:
                 self._lose(schedule, name, NODE_LOST, f"answered nothing for {self._patience(order):.0f} s")
 
     def _lose(self, schedule: Schedule, name: str, kind: str, message: str) -> None:
-        self._flying = {ref: flight for ref, flight in self._flying.items() if flight.node != name}
-        self._kill(self._crews[name].actor)
+        self._forget(name)
         self._witness.lost(name, kind, message)
         keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}
         rest = schedule.lost(name, keep_place=keep)

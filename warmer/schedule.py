@@ -9,19 +9,21 @@ node: among what an event returns, or among what `lost` or `abandon` yields.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeGuard
 
+from warmer.convoys import Seat
 from warmer.laggards import Laggards
+from warmer.lanes import Lane
 from warmer.lots import Lot, Stage
 from warmer.orders import Fetch, Receive, Window, total_bytes
 from warmer.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
 from warmer.pace import Caps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from warmer.convoys import Part
-    from warmer.lanes import Lane
     from warmer.lots import Flight
     from warmer.orders import Order
     from warmer.outcomes import Outcome
@@ -37,6 +39,30 @@ _HEED: Final = 0.5
 
 _OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
 """Failures that say nothing about other nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Vacancy:
+    """What a lost node was to have still.
+
+    Attributes:
+        lane: The node as it was.
+        named: Chunks that it had been told to take, or was about to be told.
+        starts: Of each part the number of the first chunk that its convoy had not come to; None where it was in none.
+    """
+
+    lane: Lane
+    named: list[tuple[PlannedChunk, ...]]
+    starts: dict[Part, int | None]
+
+    def rest(self) -> Iterator[PlannedChunk]:
+        """All of it."""
+        for chunks in self.named:
+            yield from chunks
+        yield from self.lane.backlog.rest()
+        for part, start in self.starts.items():
+            if start is not None:
+                yield from part.left(start)
 
 
 class Schedule(Laggards):
@@ -65,7 +91,7 @@ class Schedule(Laggards):
         now: float = 0.0,
     ) -> None:
         super().__init__(nodes, parts, window or Window(), caps, direct=direct, now=now)
-        self._vacant: dict[str, tuple[str, Callable[[], Iterator[PlannedChunk]]]] = {}  # with its role
+        self._vacant: dict[str, _Vacancy] = {}
 
     @property
     def nodes(self) -> list[str]:
@@ -327,7 +353,8 @@ class Schedule(Laggards):
 
         Args:
             node: Its name.
-            keep_place: Whether another node may take its place: then its chunks are kept for `replace` or `abandon`.
+            keep_place: Whether another node may take its place, or it goes on itself: then its chunks are kept for `replace`,
+                `resume` or `abandon`.
 
         Returns:
             The chunks that did not end on it; none when its place is kept.
@@ -339,14 +366,14 @@ class Schedule(Laggards):
         self._astray.pop(node, None)
         self._changed()
         self._out = [order for order in self._out if order.node != node]
-        named: list[PlannedChunk] = []
+        named: list[tuple[PlannedChunk, ...]] = []
         for number in [number for number, flight in self._flights.items() if flight.order.node == node]:
             order = self._flights.pop(number).order
-            named += order.chunks
+            named.append(order.chunks)
             self._fetching_bytes -= total_bytes(order.chunks) if isinstance(order, Fetch) else 0
         for lot in list(self._lots.values()):
             if node in lot.pending:
-                named += lot.chunks
+                named.append(lot.chunks)
                 del lot.pending[node]
             lot.receiving.discard(node)
             self._stock.free(lot, node)
@@ -358,21 +385,11 @@ class Schedule(Laggards):
                     lot.ready_again()
             self._settle(lot)
         self._stock.drop(node)
-        starts = [(seat.part, seat.start) for seat in lane.seats.values()]
+        vacancy = _Vacancy(lane, named, {part: seat.start for part, seat in lane.seats.items()})
         if keep_place:
-            self._vacant[node] = (lane.role, lambda: self._remains(named, lane, starts))
+            self._vacant[node] = vacancy
             return iter(())
-        return self._remains(named, lane, starts)
-
-    @staticmethod
-    def _remains(
-        named: list[PlannedChunk], lane: Lane, starts: list[tuple[Part, int | None]]
-    ) -> Iterator[PlannedChunk]:
-        yield from named
-        yield from lane.backlog.rest()
-        for part, start in starts:
-            if start is not None:
-                yield from part.left(start)
+        return vacancy.rest()
 
     def abandon(self, node: str) -> Iterator[PlannedChunk]:
         """Nobody takes the place of a lost node.
@@ -383,7 +400,7 @@ class Schedule(Laggards):
         Raises:
             KeyError: Its place is not kept.
         """
-        return self._vacant.pop(node)[1]()
+        return self._vacant.pop(node).rest()
 
     def replace(self, lost: str, node: str, store_bytes: int) -> None:
         """A node takes the place of a lost one, and is to have all the chunks that the other was to have.
@@ -391,12 +408,42 @@ class Schedule(Laggards):
         Raises:
             KeyError: The place is not kept.
         """
-        role, _ = self._vacant.pop(lost)
+        role = self._vacant.pop(lost).lane.role
         self._stock.admit(node, store_bytes)
         lane = self._add_lane(node, role)
         for seat in lane.seats.values():
             if seat.convoy is not None:
                 self._alone(lane).add_stretch(seat.part, 0, seat.convoy.position)
+
+    def resume(self, node: str, store_bytes: int) -> None:
+        """A lost node goes on: what ended on it is there, and it is to have what did not.
+
+        Args:
+            node: Its name.
+            store_bytes: The bytes that lots may take in its object store.
+
+        Raises:
+            KeyError: Its place is not kept.
+        """
+        vacancy = self._vacant.pop(node)
+        before = vacancy.lane
+        self._stock.admit(node, store_bytes)
+        lane = self._lanes[node] = Lane(node, before.role, self._window, self._caps.node, self._now)
+        lane.bucket, lane.backlog = before.bucket, before.backlog
+        for chunks in vacancy.named:
+            lane.backlog.add(chunks)
+        for convoy in self._leading:
+            if (old := before.seats.get(convoy.part)) is None:
+                continue
+            seat = lane.seats[convoy.part] = Seat(lane, old.convoy or convoy, self._now)
+            start = vacancy.starts[convoy.part]
+            if old.convoy is None or start is None:
+                seat.convoy = None
+            else:  # what its convoy passed meanwhile it fetches for itself
+                seat.entry = max(start, old.convoy.position)
+                lane.backlog.add_stretch(convoy.part, start, seat.entry)
+        self._alone(lane)
+        self._changed()
 
     def _land(self, number: int, now: float) -> Flight:
         self._now = max(self._now, now)

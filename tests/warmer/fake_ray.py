@@ -29,9 +29,11 @@ class FakeRay:
     Args:
         names: Of the nodes.
         answer: Is given each call when it is made, and then whenever the driver waits, until it has ended; and the time.
+        starts: Whether it is given the calls that start a node, too.
     """
 
-    def __init__(self, names, answer=None):
+    def __init__(self, names, answer=None, *, starts=False):
+        self._starts = starts
         self.nodes = [Node(name, name) for name in names]
         self.alive = list(self.nodes)
         self.now = 0.0
@@ -57,7 +59,7 @@ class FakeRay:
     def call(self, node, method, arguments):
         one = Call(node, method, arguments)
         self.calls.append(one)
-        if method not in ("fetch", "receive"):
+        if method not in ("fetch", "receive") and not (self._starts and method == "start"):
             one.end((None, 0.0) if method == "start" else None)
         return one
 

@@ -95,7 +95,7 @@ class Fleet:
             elif self.alive() and dice < 0.57:
                 self.lose(chance.choice(self.alive()), keep=chance.random() < 0.5)
             elif self.vacant and dice < 0.6:
-                self.abandon() if chance.random() < 0.5 else self.replace()
+                chance.choice([self.abandon, self.replace, self.resume])()
             elif hung and dice < 0.61:
                 hung.clear()
             else:
@@ -208,6 +208,14 @@ class Fleet:
         self.ended[name] = Counter()
         del self.ended[lost]
         self.schedule.replace(lost, name, self.bound)
+        self.unstarted.append(name)
+        for chunk in self.plan:
+            self.excused[chunk.key] += 1
+
+    def resume(self):
+        """A lost node goes on with what did not end on it: nothing ends twice, which `end` sees to."""
+        name, _ = self.vacant.popitem()
+        self.schedule.resume(name, self.bound)
         self.unstarted.append(name)
         for chunk in self.plan:
             self.excused[chunk.key] += 1

@@ -48,6 +48,7 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
 
     world = world.under(monkeypatch)
     world._answer = answer
+    world.alive = world.alive[1:]  # the node, and not its process alone
     witness = drive(world)
     assert {node: kind for node, (kind, _) in witness.errors.items()} == {"a": "node_lost"}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
@@ -73,6 +74,62 @@ def test_what_is_under_way_is_told_when_the_plan_cannot_be_read_on(monkeypatch, 
     assert {outcome.key for _, outcome in witness.outcomes} >= asked
     assert {outcome.key for _, outcome in witness.outcomes} <= {chunk.key for chunk in chunks[:100]}
     assert sorted(world.killed) == ["a", "b"]
+
+
+@pytest.mark.parametrize("method", ["start", "fetch", "receive"])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("replacing", [None, Replacing(list, lambda _lost, _node: True, lambda _node: 10**9)])
+def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, method, times, replacing):
+    died = []
+
+    def answer(call, _now):
+        if call.node == "b" and call.method == method and len(died) < times:
+            died.append(call)
+            call.fail(ray.exceptions.ActorDiedError())
+        elif call.method == "start":
+            call.end((None, 0.0))
+        else:
+            well(call)
+
+    world = FakeRay("abc", answer, starts=True)
+    witness = drive(world.under(monkeypatch), replacing=replacing)
+    assert witness.errors == witness.places == {}
+    every = sorted(chunk.key for chunk in plan([MIB] * 40))
+    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
+    starts = sum(call.method == "start" and call.node == "b" for call in world.calls)
+    assert 2 <= starts <= times + 1  # calls that were under way beside each other die together
+
+
+def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):
+    dead = ray.exceptions.ActorDiedError()
+    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
+    witness = drive(world)
+    kind, message = witness.errors.pop("b")
+    assert (kind, "its process died 4 times" in message) == ("node_lost", True)
+    assert witness.errors == {}
+    every = sorted(chunk.key for chunk in plan([MIB] * 40))
+    assert keys_by_node(witness) == {"a": every, "b": every}
+
+
+def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_not_waited_for(monkeypatch):
+    """The cluster took it for alive a moment longer."""
+    world = FakeRay("ab", starts=True).under(monkeypatch)
+
+    def answer(call, _now):
+        if call.node == "b" and call.method == "fetch":
+            call.fail(ray.exceptions.ActorDiedError())
+        elif call.method == "start" and any(one.method == "fetch" and one.node == "b" for one in world.calls):
+            world.alive = [node for node in world.alive if node.id == "a"]  # and nobody answers
+        elif call.method == "start":
+            call.end((None, 0.0))
+        else:
+            well(call)
+
+    world._answer = answer
+    witness = drive(world)
+    assert witness.errors == {"b": ("node_lost", "lost in mid-run: the node died")}
+    assert world.now < 10
 
 
 @pytest.mark.parametrize("method", ["fetch", "receive"])

@@ -1,0 +1,64 @@
+"""Nodes of errands whose processes die: started again where the node lives, with the pieces that they had."""
+
+import pytest
+import ray.exceptions
+from fake_ray import FakeRay
+
+from warmer import errands
+from warmer.errands import Errands, Failure
+from warmer.interrupt import StopSwitch
+
+
+def carried_out(monkeypatch, answer, pieces=5, names="ab"):
+    """What became of each piece on each node; and the calls."""
+    world = FakeRay(names, answer, starts=True)
+    world.put = lambda piece: piece
+    monkeypatch.setattr(errands, "ray", world)
+    monkeypatch.setattr(errands, "alive_nodes", lambda: world.alive)
+    told = []
+    call = world.call
+
+    def all_calls_wait(node, method, arguments):
+        one = call(node, method, arguments)
+        one.ended = False
+        return one
+
+    world.call = all_calls_wait
+    with Errands(dict.fromkeys(world.nodes), StopSwitch()) as running:
+        found = running.begin(60.0)
+        running.work(lambda number: f"piece {number}", pieces, lambda *one: told.append(one), 60.0)
+    return found, told, world
+
+
+def dying(method, times):
+    died = []
+
+    def answer(call, _now):
+        if call.node == "b" and call.method == method and len(died) < times:
+            died.append(call)
+            call.fail(ray.exceptions.ActorDiedError())
+        else:
+            call.end("found" if call.method == "begin" else f"{call.arguments[0]} of {call.node}")
+
+    return answer
+
+
+@pytest.mark.parametrize("method", ["begin", "work"])
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_process_that_dies_on_a_node_that_lives_is_started_again_with_its_pieces(monkeypatch, method, times):
+    found, told, world = carried_out(monkeypatch, dying(method, times))
+    assert found == {"a": "found", "b": "found"}
+    every = sorted((name, number, f"piece {number} of {name}") for name in "ab" for number in range(5))
+    assert sorted(told) == every  # each once
+    begun = [call for call in world.calls if (call.node, call.method) == ("b", "begin")]
+    assert len(begun) == (times + 1 if method == "begin" else len(begun))
+    assert (len(begun) > 1) == (times > 0)
+
+
+def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):
+    found, told, _ = carried_out(monkeypatch, dying("work", 10**6))
+    assert found == {"a": "found", "b": "found"}
+    (lost,) = [result for name, _, result in told if name == "b"]
+    assert isinstance(lost, Failure)
+    assert lost.kind == "node_lost"
+    assert sum(name == "a" for name, _, _ in told) == 5
