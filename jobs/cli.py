@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.key_set import KeySet
 from jobs import command_fingerprint, guards, options, show
 from jobs.cleanup import ByPolicy
 from jobs.command_export import apply_export, export, mirror_source
@@ -26,12 +28,15 @@ from jobs.run import Job, Order, handles_of
 from jobs.session import Commands, Session, options_checked, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hfbucket_plugin.named import NamedInstance
     from jobs.policy import Policy
     from jobs.report import ReportFile, Summary
     from warmer.interrupt import StopSwitch
+
+_NOTED_KEYS: Final = 100
+"""Keys of the command that its plan names."""
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(
@@ -146,13 +151,14 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
     Exit codes as those of `cleanup`; keys that are not there are named, and are no failure.
     """
     with options_checked():
-        wanted = [*(keys or []), *(read_keys(key_file) if key_file is not None else [])]
-        if not wanted and not prefix:
+        if not keys and key_file is None and not prefix:
             raise ConfigError("name what to delete: keys, --prefix TEXT or --key-file FILE")
         if not all(prefix or []):
             raise ConfigError("an empty --prefix would be everything; name at least a model, such as 'org/model@'")
-        for text in (*wanted, *(prefix or [])):
+        for text in (*(keys or []), *(prefix or [])):
             expect_text(text)
+        first: list[str] = []
+        wanted = KeySet(_noted([*(keys or [])], key_file, first))
         named, every = options.chosen(lmcache_config, instances, l2_adapters, everything=False)
         order = _order(
             yes, dry_run, max_delete, max_duration, lock_lifetime, parallel, batch_size, local, address, plan_dir
@@ -165,18 +171,28 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
             config=_absolute(lmcache_config),
             neighbours=handles_of(every),
         )
-    told = record_of({"keys": wanted[:100], "prefixes": prefix})
+    told = record_of({"keys": first, "prefixes": prefix})
 
     def removing(one: NamedInstance) -> Callable[[ReportFile, StopSwitch], Summary]:
         def work(file: ReportFile, stop: StopSwitch) -> Summary:
             selection = ByName(wanted, prefix or (), order.min_age)
             summary = Job("rm", one, order, file, stop).select(selection, told)
-            return replace(summary, absent=selection.absent if summary.plan is not None else ())
+            if summary.plan is None:
+                return summary
+            return replace(summary, absent=selection.absent, absent_count=selection.absent_count)
 
         return work
 
     inputs = (("--lmcache-config", lmcache_config), ("--key-file", key_file))
     Session(report, metrics_textfile, inputs).run([(one.name, removing(one)) for one in named])
+
+
+def _noted(keys: list[str], key_file: Path | None, first: list[str]) -> Iterator[str]:
+    """The keys of the command line and of a file; the first hundred are noted for the plan."""
+    for key in itertools.chain(keys, () if key_file is None else read_keys(key_file)):
+        if len(first) < _NOTED_KEYS:
+            first.append(key)
+        yield key
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.catalog import ChunkEntry
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, KeyFormatError, ObjectMissingError
+from hfbucket_plugin.key_set import KeySet
 from hfbucket_plugin.keys import decode_name, parse_key
 from hfbucket_plugin.transfer import xet_hashes
 from jobs import manifest
@@ -54,13 +55,11 @@ class DirectorySource:
 
     def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
         """See `Source`."""
-        wanted: frozenset[str] | None = None
-        if choice.keys_from:
-            wanted = frozenset(key for path in choice.keys_from for key in keys_of(path))
         lines = scanned(self._directory, skipped) if self._believe_files else manifest.read(self._directory)
-        for line in lines:
-            if wanted is None or line.key in wanted:
-                yield ChunkEntry(line.key, parse_key(line.key), line.content, line.uploaded_at)
+        with KeySet(key for path in choice.keys_from for key in keys_of(path)) as wanted:
+            for line in lines:
+                if not choice.keys_from or line.key in wanted:
+                    yield ChunkEntry(line.key, parse_key(line.key), line.content, line.uploaded_at)
 
     @staticmethod
     def gone(_wanted: Mapping[str, Content], _deadline: Deadline) -> frozenset[str]:

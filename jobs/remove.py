@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.lines import key_lines
@@ -14,28 +14,39 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from pathlib import Path
 
+    from hfbucket_plugin.key_set import KeySet
+
+
+NAMED_ABSENT: Final = 1000
+"""Keys that are not there which a summary names; it counts all of them."""
+
 
 class ByName:
     """A selection by keys and prefixes.
 
     Args:
-        keys: Whole keys; of what is no chunk, its name below the instance's prefix.
+        keys: Whole keys; of what is no chunk, its name below the instance's prefix. None counts as found.
         prefixes: Starts of keys; none empty.
         min_age: Nothing younger goes.
     """
 
     needs_heat = False
 
-    def __init__(self, keys: Iterable[str], prefixes: Sequence[str], min_age: timedelta) -> None:
-        self._absent = set(keys)
-        self._keys = frozenset(self._absent)
+    def __init__(self, keys: KeySet, prefixes: Sequence[str], min_age: timedelta) -> None:
+        keys.forget()
+        self._keys = keys
         self._prefixes = tuple(prefixes)
         self._min_age = min_age
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Keys that no listing had so far."""
-        return tuple(sorted(self._absent))
+        """Keys that no listing had so far, the first ones."""
+        return tuple(self._keys.absent(NAMED_ABSENT))
+
+    @property
+    def absent_count(self) -> int:
+        """How many keys no listing had so far."""
+        return self._keys.count_absent()
 
     def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks."""
@@ -43,23 +54,22 @@ class ByName:
 
     def foreign(self, entry: Entry, now: datetime) -> Decision:
         """Decide upon any object."""
-        if entry.key in self._keys:
-            self._absent.discard(entry.key)
-        elif not entry.key.startswith(self._prefixes):
+        if not self._keys.find(entry.key) and not entry.key.startswith(self._prefixes):
             return Decision(entry, Reason.KEPT, delete=False)
         return by_age(entry, now, self._min_age, Reason.ASKED)
 
 
-def read_keys(path: Path) -> list[str]:
-    """The keys in a file, one a line; empty lines are left out.
+def read_keys(path: Path) -> Iterator[str]:
+    """Stream the keys of a file, one a line; empty lines are left out.
 
     Raises:
         ConfigError: It cannot be read, names nothing, or a line holds a control character.
     """
-    keys = [line for _, line in key_lines(path, "--key-file")]
-    if not keys:
+    number = 0
+    for number, line in key_lines(path, "--key-file"):  # noqa: B007 - whether there was one is asked below
+        yield line
+    if not number:
         raise ConfigError(f"--key-file {str(path)!r} names no key")
-    return keys
 
 
 def expect_text(argument: str) -> None:

@@ -134,7 +134,8 @@ class Summary:
         chunks_gone: The chunks among what is no longer there.
         failures: The first objects that failed.
         seconds: How long it took.
-        absent: Keys that were asked for and are not there.
+        absent: Keys that were asked for and are not there, the first ones.
+        absent_count: How many there are.
     """
 
     job: str
@@ -149,6 +150,7 @@ class Summary:
     failures: tuple[dict[str, str], ...] = ()
     seconds: float = 0.0
     absent: tuple[str, ...] = ()
+    absent_count: int = 0
 
     @property
     def unfinished(self) -> Extent:
@@ -170,7 +172,7 @@ class Summary:
         if self.message:
             yield f"{exits.RESULTS[self.code]}: {self.message}"
         if self.absent:
-            yield f"{len(self.absent)} keys that were asked for are not there, such as {self.absent[0]!r}"
+            yield f"{self.absent_count} keys that were asked for are not there, such as {self.absent[0]!r}"
         if self.plan is not None and not self.applied:
             if not self.code:  # what is refused would be refused again
                 yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
@@ -209,7 +211,11 @@ class Summary:
             record |= {"plan": str(self.plan.path), "heat": self.plan.header.heat} | self.plan.totals.record()
             record |= {"left": self.left.record(), "unfinished": self.unfinished.record()}
         record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Outcome}
-        return record | {"failures": list(self.failures), "absent": list(self.absent)}
+        return record | {
+            "failures": list(self.failures),
+            "absent": list(self.absent),
+            "absent_count": self.absent_count,
+        }
 
 
 def header_record(header: Header) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hfbucket_plugin.errors import (
     HFBucketError,
     IntegrityError,
     RefusedError,
+    ScratchError,
     ThrottledError,
     TransportError,
 )
@@ -457,7 +458,9 @@ def code_of(error: Exception) -> int:
         return exits.FAILED
     if isinstance(error, RefusedError):
         return exits.REFUSED
-    if not isinstance(error, HFBucketError) or isinstance(error, (TransportError, ThrottledError, IntegrityError)):
+    if not isinstance(error, HFBucketError) or isinstance(
+        error, (TransportError, ThrottledError, IntegrityError, ScratchError)
+    ):
         return exits.FAILED
     return exits.USAGE
 

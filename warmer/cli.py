@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hfbucket_plugin.cli.options import number
-from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.errors import HFBucketError, RefusedError, ScratchError, ThrottledError, TransportError
 from hfbucket_plugin.output_file import expect_apart
 from warmer import exits, run
 from warmer.canary import DEFAULT_REQUIRE, Canary
@@ -291,7 +291,7 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
 def _code(error: Exception) -> int:
     if isinstance(error, RefusedError):
         return exits.REFUSED
-    if isinstance(error, (TransportError, ThrottledError, PlanLostError)):
+    if isinstance(error, (TransportError, ThrottledError, PlanLostError, ScratchError)):
         return exits.FAILED
     return exits.USAGE
 

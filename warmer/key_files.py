@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.catalog import ChunkEntry
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
+from hfbucket_plugin.key_set import KeySet
 from hfbucket_plugin.keys import encode_name, parse_key
+from hfbucket_plugin.lines import check_characters, key_lines
 from warmer.tiers import directory_keys
 
 if TYPE_CHECKING:
@@ -32,26 +34,20 @@ def keys_of(path: Path) -> Iterator[str]:
     if path.is_dir():
         yield from directory_keys(path)
         return
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - it is told in the error
-                text = _key(line.rstrip("\r\n"))
-                if text is not None:
-                    parse_key(text)
-                    yield text
-    except OSError as error:
-        raise ConfigError(f"--keys-from {str(path)!r} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--keys-from {str(path)!r}, line {number + 1}: this is no text in UTF-8") from None
-    except (KeyFormatError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--keys-from {str(path)!r}, line {number}: {error}") from None
+    for number, line in key_lines(path, "--keys-from"):
+        try:
+            text = _key(line)
+            if text is not None:
+                check_characters(text)
+                parse_key(text)
+        except (KeyFormatError, ValueError, RecursionError) as error:
+            raise ConfigError(f"--keys-from {str(path)!r}, line {number}: {error}") from None
+        if text is not None:
+            yield text
 
 
 def _key(line: str) -> str | None:
     """The key of a line; None for one that names none, such as the summary of a report."""
-    if not line.strip():
-        return None
     if not line.startswith("{"):
         return line
     record = json.loads(line)
@@ -70,25 +66,13 @@ def look_up_keys(bucket: Bucket, keys: Iterable[str], skipped: Counter[str]) -> 
         skipped: Keys that it does not hold are counted there, as ``not_in_bucket``.
 
     Raises:
+        ScratchError: There is no room to remember which keys came before.
         HFBucketError: The Hub did not tell.
     """
-    batch: list[str] = []
-    for key in _distinct(keys):
-        batch.append(key)
-        if len(batch) == _LOOKUP_KEYS:
+    with KeySet() as seen:
+        distinct = seen.first_seen(keys)
+        while batch := list(islice(distinct, _LOOKUP_KEYS)):
             yield from _found(bucket, batch, skipped)
-            batch = []
-    if batch:
-        yield from _found(bucket, batch, skipped)
-
-
-def _distinct(keys: Iterable[str]) -> Iterator[str]:
-    seen: set[bytes] = set()
-    for key in keys:
-        digest = blake2b(key.encode(), digest_size=16).digest()  # a fraction of the key's own memory
-        if digest not in seen:
-            seen.add(digest)
-            yield key
 
 
 def _found(bucket: Bucket, keys: Sequence[str], skipped: Counter[str]) -> Iterator[ChunkEntry]:

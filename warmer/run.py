@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, ScratchError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import ClassicKey, MPKey
 from hfbucket_plugin.scratch import Scratch
@@ -57,6 +57,7 @@ def plan(warm_up: WarmUp, out: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: The configuration is wrong, or asks for what is not supported.
         NothingToDoError: Nothing is chosen that the tiers can take.
+        ScratchError: There is no room for the plan, or to sort it.
         HFBucketError: The chunks could not be listed.
     """
     with _planned(bind(warm_up), out) as made:
@@ -222,9 +223,17 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:
-            chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
             recorded = _prompts_recorded(bound)
-            made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded)
+            try:
+                chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
+                made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded)
+            except OSError as error:
+                if isinstance(error, HFBucketError):
+                    raise
+                raise ScratchError(
+                    f"the plan cannot be written below download_tmp_dir, {str(path.parent)!r}: {error.strerror or error}; make "
+                    "room there, or name another directory"
+                ) from None
             if bound.lists:
                 _expect_some(bound, choosing, made, bucket)
             else:

@@ -83,3 +83,13 @@ def test_an_argument_that_is_no_text_is_refused(stocked):
 
     assert (ran.code, ran.stdout) == (2, "")
     assert "U+DCFF" in ran.stderr
+
+
+def test_keys_that_are_not_there_are_counted_and_the_first_ones_named(stocked, monkeypatch):
+    monkeypatch.setattr("jobs.remove.NAMED_ABSENT", 2)
+    absent = [key(number) for number in range(500, 505)]
+    (stocked.directory / "keys").write_text("\n".join([KEYS[0], *reversed(absent)]))
+    ran = stocked.run("rm", "--key-file", str(stocked.directory / "keys"), absent[4], "--yes")
+    assert (ran.code, ran.counts("deleted")) == (0, [1])
+    assert (ran.summary["absent"], ran.summary["absent_count"]) == (absent[:2], 5)
+    assert "5 keys that were asked for are not there" in ran.stderr

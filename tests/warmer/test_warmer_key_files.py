@@ -1,5 +1,7 @@
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from warming import classic_key, content, mp_key
@@ -37,7 +39,16 @@ def test_keys_of_the_directory_of_an_engine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("no key", "line 2: 'no key'"), ("{", "line 2"), ('{"key": 3}', "line 2: its key is no text")]
+    ("line", "said"),
+    [
+        ("no key", "line 2: 'no key'"),
+        ("{", "line 2"),
+        ('{"key": 3}', "line 2: its key is no text"),
+        (f"junk\u2028{classic_key(2)}", "line 2: character 5 is U\\+2028"),
+        (f"{classic_key(2)}\x0b{classic_key(3)}", "line 2: .*U\\+000B"),
+        (json.dumps({"key": "org/m\ud800@1@0@1001@bfloat16"}), "line 2: .*U\\+D800"),
+        (json.dumps({"key": classic_key(2, "org/m\x85")}), "line 2: .*U\\+0085"),
+    ],
 )
 def test_what_is_no_key_is_named_with_its_line(tmp_path, line, said):
     with pytest.raises(ConfigError, match=said):
@@ -45,6 +56,10 @@ def test_what_is_no_key_is_named_with_its_line(tmp_path, line, said):
 
 
 def test_what_cannot_be_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            list(keys_of(path))
     with pytest.raises(ConfigError, match="No such file"):
         list(keys_of(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
