@@ -163,6 +163,7 @@ def classic_hasher(config: Path) -> Hasher:
 
     try:
         settings: Any = LMCacheEngineConfig.from_file(str(config))
+        settings.update_config_from_env()  # as an engine does
         database: Any = ChunkedTokenDatabase(settings, None)
     except Exception as error:  # noqa: BLE001 - whatever LMCache raises about the file
         raise ConfigError(f"--prompts: LMCache cannot hash with {str(config)!r}: {type(error).__name__}") from None

@@ -1,5 +1,11 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
+from lmcache.v1.config import LMCacheEngineConfig
 from plugin_support import SECRET
 
 from hfbucket_plugin.engine_config import EngineConfig
@@ -136,3 +142,87 @@ def test_plugins_that_are_no_names(tmp_path, plugins):
 @pytest.mark.parametrize("extra", ["5", "[a]", f"{SECRET}"])
 def test_extra_config_that_is_no_mapping(tmp_path, extra):
     assert "extra_config must be a mapping" in complaint(tmp_path, f"extra_config: {extra}")
+
+
+# --- as LMCache reads it -----------------------------------------------------------------------------------------------
+
+
+EXTRA = {"remote_storage_plugin.hfbucket.us.bucket_handle": "hf://buckets/o/b/us", "save_chunk_meta": False}
+
+
+def as_lmcache_has_it(path):
+    theirs = LMCacheEngineConfig.from_file(str(path))
+    theirs.update_config_from_env()
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"extra_config": json.dumps(EXTRA), "remote_storage_plugins": "fs.warm, hfbucket.us"},
+        {"extra_config": "", "remote_storage_plugins": ""},
+        {"chunk_size": "512", "save_unfull_chunk": "False", "local_cpu": "1", "use_layerwise": "yes"},
+        {"blocking_timeout_secs": 30.7, "internal_api_server_enabled": 1, "local_cpu": 0, "enable_blending": None},
+        {"blocking_timeout_secs": "soon", "internal_api_server_port_start": "7000", "remote_serde": None},
+        {"run_script_api_enabled": "TRUE", "internal_api_server_host": "0.0.0.0"},  # noqa: S104 - a value in a file
+        {"chunk_size": 256, "local_cpu": True, "remote_storage_plugins": ["hfbucket"], "extra_config": EXTRA},
+    ],
+)
+def test_values_are_what_lmcache_makes_of_them(tmp_path, document):
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(yaml.safe_dump(document))
+    theirs, config = as_lmcache_has_it(path), EngineConfig.read(path)
+
+    assert list(config.plugins) == (theirs.remote_storage_plugins or [])
+    assert config.extra == (theirs.extra_config or {})
+    for name in document.keys() - {"remote_storage_plugins", "extra_config"}:
+        assert config.engine[name] == getattr(theirs, name), name
+
+
+def test_variables_come_before_the_file_as_in_an_engine(tmp_path, monkeypatch):
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    for name, value in {
+        "LMCACHE_EXTRA_CONFIG": f"'{json.dumps(EXTRA)}'",
+        "LMCACHE_REMOTE_STORAGE_PLUGINS": '"hfbucket.us"',
+        "LMCACHE_CHUNK_SIZE": "128",
+        "LMCACHE_BLOCKING_TIMEOUT_SECS": "soon",
+        "LMCACHE_NO_SUCH_SETTING": "1",
+        "LMCACHE_CONFIG_FILE": "/elsewhere.yaml",
+    }.items():
+        monkeypatch.setenv(name, value)
+    theirs, config = as_lmcache_has_it(path), EngineConfig.read(path)
+
+    assert config.plugins == tuple(theirs.remote_storage_plugins) == ("hfbucket.us",)
+    assert config.extra == theirs.extra_config == EXTRA
+    assert config.engine["chunk_size"] == theirs.chunk_size == 128
+    assert "blocking_timeout_secs" not in config.engine
+    assert config.overrides == ("LMCACHE_CHUNK_SIZE", "LMCACHE_EXTRA_CONFIG", "LMCACHE_REMOTE_STORAGE_PLUGINS")
+
+
+def test_a_variable_without_which_there_is_no_instance_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    monkeypatch.setenv("LMCACHE_EXTRA_CONFIG", f'{{"token": "{SECRET}"')
+
+    with pytest.raises(
+        ConfigError, match="LMCACHE_EXTRA_CONFIG must be a mapping of settings, or one as JSON"
+    ) as refused:
+        EngineConfig.read(path)
+    assert SECRET not in str(refused.value)
+
+
+def test_an_extra_config_that_is_no_json_is_named(tmp_path):
+    assert "extra_config must be a mapping" in complaint(tmp_path, f"extra_config: '{{\"a\": {SECRET}'")
+
+
+def test_a_plain_file_costs_no_import_of_lmcache(tmp_path):
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"remote_serde": "naive", "local_cpu": False, "blocking_timeout_secs": 10}))
+    code = (
+        "import sys; from pathlib import Path; from hfbucket_plugin.engine_config import EngineConfig;"
+        "EngineConfig.read(Path(sys.argv[1])); sys.exit('lmcache' in sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
+
+    assert subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False).returncode == 0
