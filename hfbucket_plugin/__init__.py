@@ -5,4 +5,8 @@ Nothing heavy is imported here: `hfbucket_plugin.adapter` is what LMCache loads,
 
 from importlib.metadata import version as _distribution_version
 
+from hfbucket_plugin.texts import clean_logs as _clean_logs
+
+_clean_logs(__name__, __path__)
+
 __version__ = _distribution_version("lmcache-hfbucket")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.errors import IntegrityError
 
 
@@ -287,15 +288,13 @@ def _agree(name: str, recorded: Fingerprint, here: Fingerprint) -> bool:
     return False
 
 
+printable = texts.printable
+
+
 def _word(value: Any) -> str:
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
     return printable({True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value))
-
-
-def printable(text: str) -> str:
-    """A text that came from a bucket, for logs: on one line, and without escape sequences."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def in_words(found: list[Difference], where: str = "here") -> str:

@@ -18,7 +18,7 @@ import tenacity
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from hfbucket_plugin import metrics
+from hfbucket_plugin import metrics, texts
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -290,10 +290,9 @@ class HubClient:
         return self._token_source if self._token() else f"{self._token_source}: not set"
 
     def clean(self, words: object) -> str:
-        """Words of others, without the token should they repeat it, and then shortened."""
-        text = " ".join(str(words).split())
-        token = self._token()
-        return (text.replace(token, "***") if token else text)[:_MAX_SERVER_WORDS]
+        """Words of others on one line, without the token should they repeat it, and then shortened."""
+        texts.know(self._token())
+        return texts.shown(" ".join(str(words).split()))[:_MAX_SERVER_WORDS]
 
 
 def _read(response: httpx2.Response, what: str, deadline: Deadline) -> bytes:

@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.scratch import default_root
@@ -64,12 +65,14 @@ ByteCount = Annotated[int, Field(gt=0, le=MAX_BYTES)]
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
 _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_SHORT_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{4,})")
+_PLAIN_NAME = re.compile(r"[a-z][a-z_.]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def hide_tokens(text: str) -> str:
-    """The text without what looks like a token of the Hub."""
-    return _TOKEN.sub("***", text)
+    """The text without the tokens that this process knows, and without what looks like one of the Hub, short ones too."""
+    return _SHORT_TOKEN.sub("***", texts.hide(text))
 
 
 def _parse_handle(value: Any) -> BucketHandle:
@@ -380,11 +383,17 @@ class InstanceSettings(BaseModel):
         """
         return self.max_inflight_bytes * (1 if self.max_inflight_bytes < _XORB_BYTES else 4)
 
+    def model_post_init(self, _context: Any, /) -> None:
+        """Cut an inline token from every output."""
+        if self.token is not None:
+            texts.know(self.token.get_secret_value())
+
     def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
         """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
 
         Asked anew for each request, so that a rotated token is taken up without a restart.
         """
+        texts.know((os.environ if environ is None else environ).get(self.token_env))
         value = (os.environ if environ is None else environ).get(self.token_env, "").strip()
         if value:
             return value
@@ -468,7 +477,9 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
-            complaints.append(f"unknown setting {where}{name}{hint}")
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            told = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
+            complaints.append(f"unknown setting {where}{told}{hint}")
     return complaints
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -66,7 +65,10 @@ def _show(one: NamedInstance, wanted: list[str], *, as_json: bool) -> Iterator[i
             models = wanted or list(store.models(PAGE_SECS))
             for model in models:
                 for row in _rows(store, model):
-                    output.line(json.dumps({"instance": one.name} | row.record()) if as_json else f"{one.name}: {row}")
+                    if as_json:
+                        output.json_line({"instance": one.name} | row.record())
+                    else:
+                        output.line(f"{one.name}: {row}")
                     if row.trouble:
                         yield exits.FAILED
     except HFBucketError as error:

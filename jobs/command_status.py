@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,7 +77,7 @@ def status(  # noqa: PLR0917 - Typer makes options of them
                 continue
             statuses.append(found)
             if as_json:
-                output.line(json.dumps(found.record()))
+                output.json_line(found.record())
             else:
                 _show(found)
     if html is not None:

@@ -6,11 +6,11 @@ index, which may run every few minutes and know of other objects than chunks, ar
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.handle import RESERVED
 from jobs import small
@@ -118,5 +118,5 @@ def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> No
     record["left"] = left.record()
     record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     deadline = Deadline.after(request_secs)
-    content = small.upload(bucket, json.dumps(record).encode(), deadline)
+    content = small.upload(bucket, texts.as_json(record).encode(), deadline)
     small.put(bucket, f"{DIRECTORY}/{summary.job}.json", content, deadline)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.output_file import OutputFile
 from jobs import exits
@@ -60,7 +60,7 @@ class ReportFile:
             refused = record.get("record") == "summary" and record.get("exit_code") in {exits.USAGE, exits.REFUSED}
             self._done = self._done or not (refused or record.get("record") == "report")
             try:
-                self._out.write(json.dumps(record) + "\n")
+                self._out.write(texts.as_json(record) + "\n")
                 self._out.flush()
             except OSError as error:
                 self._failed(error)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import sys
 import time
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import typer
 from typer.core import TyperGroup
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.output_file import expect_apart
 from jobs import exits, show
 from jobs.report import ReportFile, write_metrics
@@ -80,7 +79,7 @@ class Session:
         Args:
             works: What each is called, and does.
         """
-        logging.basicConfig(stream=sys.stderr, format="jobs: %(message)s", level=logging.WARNING)
+        texts.log_to_stderr("jobs")
         stop = StopSwitch()
         waiting = list(works)
         file = None
@@ -106,7 +105,7 @@ class Session:
             if file is not None:
                 file.close()
             for summary in self.summaries:
-                sys.stdout.write(json.dumps(_told(summary, file)) + "\n")
+                sys.stdout.write(texts.as_json(_told(summary, file)) + "\n")
             sys.stdout.flush()
         if file.problem:
             show.note(file.problem)

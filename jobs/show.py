@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.cli import tables
 from hfbucket_plugin.cli.words import age, printable, size
 from jobs.export_plan import REPLACED
@@ -22,7 +23,7 @@ _HEADER = ("model", "reason", "objects", "bytes")
 
 def note(line: str) -> None:
     """One line for people."""
-    sys.stderr.write(f"jobs: {printable(line)}\n")
+    sys.stderr.write(f"jobs: {texts.shown(line)}\n")
     sys.stderr.flush()
 
 

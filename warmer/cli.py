@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Mapping  # noqa: TC003 - `with_flags` and Typer evaluate the annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.cli.options import number
 from hfbucket_plugin.errors import HFBucketError, RefusedError, ScratchError, ThrottledError, TransportError
 from hfbucket_plugin.output_file import expect_apart
@@ -269,7 +269,7 @@ def _planned(header: dict[str, Any]) -> dict[str, Any]:
 
 def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
     """Do the work of a command, print its record, write its page, and exit with its code."""
-    logging.basicConfig(stream=sys.stderr, format="warmer: %(message)s", level=logging.WARNING)
+    texts.log_to_stderr("warmer")
     logging.getLogger("warmer").setLevel(logging.INFO)
     stop = StopSwitch()
     try:
@@ -280,7 +280,7 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
         _end("told to stop; running again moves only what is missing", exits.INTERRUPTED)
     except (HFBucketError, OSError) as error:
         _end(_advised(error), _code(error))
-    typer.echo(json.dumps(record))
+    typer.echo(texts.as_json(record))
     if page is not None:  # after the record, which is told even when the command is killed meanwhile
         # An order to stop changes nothing about what was done; a second one costs the page.
         with contextlib.suppress(Interrupted), stop.listening(), stop.orderly():
@@ -304,7 +304,7 @@ def _advised(error: Exception) -> str:
 
 
 def _note(line: str) -> None:
-    typer.echo(f"warmer: {line}", err=True)
+    typer.echo(f"warmer: {texts.shown(line)}", err=True)
 
 
 def _end(message: str, code: int) -> NoReturn:

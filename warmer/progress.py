@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Final, Protocol
 
 from rich.console import Console
 
+from hfbucket_plugin import texts
 from warmer.live_table import LiveTable
 from warmer.rates import Rate
 
@@ -75,7 +75,7 @@ class JsonLines:
             "bytes_per_second": round(self._rate.per_sec),
             "seconds_left": None if left is None else round(left, 1),
         }
-        print(json.dumps(line), file=self._out, flush=True)
+        print(texts.as_json(line), file=self._out, flush=True)
 
     def _left(self, report: RunReport) -> float | None:
         """How many seconds it will take; None where that cannot be told. Lost nodes are waited for no more."""

@@ -129,7 +129,7 @@ def prompt_of(raw: bytes) -> Prompt | None:
         raise ValueError('a prompt reads {"token_ids": [1, 2, 3]}')  # noqa: TRY004 - worded with its line by the caller
     unknown = sorted(record.keys() - _FIELDS)
     if unknown:
-        raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(sorted(_FIELDS))}")
+        raise ValueError(f"{len(unknown)} unknown fields; known are {', '.join(sorted(_FIELDS))}")
     token_ids, model, salt = record.get("token_ids"), record.get("model"), record.get("cache_salt")
     if not isinstance(token_ids, list) or not all(
         type(token) is int and 0 <= token < _MOST_TOKEN_ID for token in token_ids

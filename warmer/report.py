@@ -5,7 +5,6 @@ A summary is one JSON record. It names up to `NAMED_FAILURES` failed chunks; a f
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import time
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.output_file import OutputFile
 from warmer import exits
@@ -406,7 +406,7 @@ class FailureLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self._out is not None:
             try:
-                self._out.write(json.dumps(record) + "\n")
+                self._out.write(texts.as_json(record) + "\n")
                 self._written = True
             except OSError as error:
                 self._give_up(error)

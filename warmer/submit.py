@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from typer import BadParameter
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from warmer import exits
 from warmer.errors import ClusterError, Interrupted, NothingToDoError
@@ -187,7 +188,7 @@ def _broken(details: JobDetails) -> tuple[int, str]:
             exits.FAILED,
             f"it was killed by signal {-details.driver_exit_code}; running again moves only what is missing",
         )
-    words = " ".join((details.message or "").split())[:1000]
+    words = texts.shown(" ".join((details.message or "").split()))[:1000]
     if "RUNTIME_ENV" in str(details.error_type or ""):
         return exits.USAGE, f"its runtime environment could not be set up: {words}"
     return exits.FAILED, f"it did not end by itself: {words}"
@@ -281,7 +282,7 @@ class Log:
         if not new:
             return
         self._passed_on += len(new)
-        self._out.write(new)
+        self._out.write(texts.shown_lines(new))  # whoever runs in the cluster may write there
         self._out.flush()
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.cli import exits
 
 if TYPE_CHECKING:
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 def line(text: str, *, at_once: bool = False) -> None:
     """One line of the result; `at_once` for those that take a while to come."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{texts.shown(text)}\n")
     if at_once:
         sys.stdout.flush()
 
 
 def json_line(value: Any) -> None:
     """One JSON document of the result, on a line of its own."""
-    line(json.dumps(value))
+    sys.stdout.write(f"{texts.as_json(value)}\n")
 
 
 def complain(text: str) -> None:
     """One line for people."""
-    sys.stderr.write(f"hfbucket: {text}\n")
+    sys.stderr.write(f"hfbucket: {texts.shown(text)}\n")
 
 
 def end(text: str, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hfbucket_plugin.cli import words
+from hfbucket_plugin import texts
 from hfbucket_plugin.cli.findings import Finding, Severity
 
 if TYPE_CHECKING:
@@ -37,23 +37,23 @@ def busy(what: str) -> Iterator[None]:
 
 def findings(title: str, found: Sequence[Finding]) -> Table:
     """What `doctor` found in one instance."""
-    table = Table(title=Text(words.printable(title)), title_justify="left", expand=True)
+    table = Table(title=Text(texts.shown(title)), title_justify="left", expand=True)
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)
     table.add_column("what was found, and what to do", ratio=1, overflow="fold")
     for one in found:
-        text = Text(one.found)
+        text = Text(texts.shown(one.found))
         if one.mend:
-            text.append(f"\n→ {one.mend}", style="dim" if one.severity < Severity.WARNING else "")
+            text.append(f"\n→ {texts.shown(one.mend)}", style="dim" if one.severity < Severity.WARNING else "")
         table.add_row(one.check, Text(str(one.severity), style=_STYLES[one.severity]), text)
     return table
 
 
 def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of texts and numbers: the first column is text, and gives way where the terminal is narrow."""
-    table = Table(title=Text(words.printable(title)), title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(texts.shown(title)), title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(texts.shown(cell)) for cell in row))
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import texts
+
 if TYPE_CHECKING:
     from datetime import datetime
 
@@ -44,6 +46,4 @@ def count(number: int, one: str) -> str:
     return f"{number:,} {one}" + ("" if number == 1 else "s")
 
 
-def printable(text: str) -> str:
-    """Text of others for a terminal: names in a bucket may hold line breaks and escape sequences."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+printable = texts.printable

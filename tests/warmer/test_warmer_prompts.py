@@ -33,7 +33,7 @@ def test_prompts_are_read(tmp_path):
         ("{", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ("[1, 2]", "a prompt reads"),
-        ('{"tokens": [1]}', "unknown tokens; known are"),
+        ('{"tokens": [1]}', "1 unknown fields; known are"),
         ("{}", "token_ids must be"),
         ('{"token_ids": "secret words"}', "token_ids must be"),
         ('{"token_ids": [1, -1]}', "token_ids must be"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.cli import output
 from hfbucket_plugin.cli.checks.records import PROBES
 from hfbucket_plugin.cli.findings import Finding, error, from_error, ok, warning
 from hfbucket_plugin.cli.reading import fetch
@@ -63,7 +63,7 @@ def check(case: Case, *, read_back: bool) -> Finding:
             with signals.held():
                 left = probe.remove()
                 if left is not None and not told:  # the process ends, and nobody will read a finding
-                    sys.stderr.write(f"hfbucket: {probe.path} is left in the bucket: {left}\n")
+                    output.complain(f"{probe.path} is left in the bucket: {left}")
     return _judge(probe, failure, left, read_back=read_back, seconds=time.monotonic() - started)
 
 

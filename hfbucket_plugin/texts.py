@@ -1,0 +1,159 @@
+"""Texts of others, made safe to show: one line without escapes, and without the tokens that this process knows.
+
+Everything that a command prints, and every log record of the package, passes through here last: names in a bucket, what a
+Hub says, what another process recorded. They may hold line breaks, terminal escapes and marks that reverse the direction
+of text; and a Hub may repeat a token, in another spelling than the one that the environment has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pkgutil
+import re
+import sys
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SECRET_NAME: Final = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$", re.IGNORECASE)
+"""Variables of the environment whose values are cut from every output."""
+
+LEAST_SECRET: Final = 8
+"""A shorter value of a variable such as CI_TOKEN=1 may stand anywhere by chance."""
+
+_LEAST_KNOWN: Final = 3
+"""A shorter token that a setting gives is not cut: every second word would be."""
+
+_MOST_KNOWN: Final = 256
+"""Tokens that are remembered; one that is rotated each hour fills it in ten days."""
+
+_HUB_TOKEN: Final = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_INSTEAD: Final = "***"
+_QUOTES: Final = "\"'"
+
+_known: dict[str, None] = {}
+
+
+def know(token: str | None) -> None:
+    """Cut a token from every output from now on."""
+    if token and token not in _known:
+        _known[token] = None
+        if len(_known) > _MOST_KNOWN:
+            del _known[next(iter(_known))]
+
+
+def printable(text: str) -> str:
+    """A text on one line: what is not printable, such as line breaks, escapes and marks of direction, is written as Python does."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def hide(text: str) -> str:
+    """A text without the tokens that this process knows, and without what looks like one of the Hub."""
+    secrets = _secrets()
+    if secrets:
+        text = re.sub("|".join(map(_pattern, sorted(secrets, key=len, reverse=True))), _INSTEAD, text)
+    return _HUB_TOKEN.sub(_INSTEAD, text)
+
+
+def shown(text: object) -> str:
+    """A text as it may be shown to people: on one line, and without tokens."""
+    return printable(hide(str(text)))
+
+
+def shown_lines(text: str) -> str:
+    """As `shown`, of a text of several lines that are its own, such as the log of a job."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in hide(text))
+
+
+def hidden(value: Any) -> Any:
+    """A document for JSON without tokens. JSON itself escapes the rest."""
+    if isinstance(value, str):
+        return hide(value)
+    if isinstance(value, dict):
+        return {hidden(name): hidden(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hidden(inner) for inner in value]
+    return value
+
+
+def as_json(value: Any) -> str:
+    """A document as one line of JSON, without tokens."""
+    return json.dumps(hidden(value))
+
+
+def _secrets() -> set[str]:
+    named = {
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value.strip(_QUOTES + " \t\r\n")) >= LEAST_SECRET
+    }
+    return set(spellings([*named, *_known]))
+
+
+def spellings(values: Iterable[str]) -> set[str]:
+    """What tokens may look like where somebody repeats them: without quotes around them, in JSON, in an address."""
+    found: set[str] = set()
+    for value in values:
+        bare = value.strip()
+        while len(bare) > 1 and bare[0] in _QUOTES and bare[-1] == bare[0]:
+            bare = bare[1:-1].strip()
+        for one in (value.strip(), bare):
+            found |= {one, json.dumps(one)[1:-1], quote(one), quote(one, safe="")}
+    return {one for one in found if len(one) >= _LEAST_KNOWN}
+
+
+def _pattern(secret: str) -> str:
+    """A short token is cut where it stands by itself, and not out of words."""
+    if len(secret) >= LEAST_SECRET:
+        return re.escape(secret)
+    return rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+
+
+class ShownFormatter(logging.Formatter):
+    """Formats records for people, on one line each, whoever logged them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return shown(super().format(record))
+
+
+def log_to_stderr(command: str) -> None:
+    """Have a command's warnings, and those of all libraries, go to stderr, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ShownFormatter(f"{command}: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+class _Clean(logging.Filter):
+    """Makes the texts of a record safe, whatever handler it comes to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            record.msg, record.args = shown(record.getMessage()), None
+            if record.exc_info and not record.exc_text:
+                record.exc_text = shown_lines(_FORMATTER.formatException(record.exc_info))
+        except Exception:  # noqa: BLE001 - a record that cannot be formatted is the handlers' to complain about
+            return True
+        return True
+
+
+_FORMATTER: Final = logging.Formatter()
+_CLEAN: Final = _Clean()
+
+
+def clean_logs(package: str, path: Iterable[str]) -> None:
+    """Have every logger of a package's modules make the texts of its records safe.
+
+    Each logger gets the filter: those of a parent do not see what children log.
+
+    Args:
+        package: Its name.
+        path: Its `__path__`.
+    """
+    logging.getLogger(package).addFilter(_CLEAN)
+    for module in pkgutil.iter_modules(path):
+        logging.getLogger(f"{package}.{module.name}").addFilter(_CLEAN)
