@@ -27,6 +27,11 @@ _REST_SECS = 0.3
 
 def build(folder: str) -> dict[str, Any]:
     """Publish an index of a folder."""
+    return build_at(f"hf://buckets/{BUCKET}/{folder}")
+
+
+def build_at(handle: str) -> dict[str, Any]:
+    """Publish an index of an instance."""
     from hfbucket_plugin.deadlines import Deadline
     from hfbucket_plugin.index_build import from_listing, publish
     from hfbucket_plugin.index_store import IndexStore
@@ -34,8 +39,8 @@ def build(folder: str) -> dict[str, Any]:
     from hfbucket_plugin.metrics import Tally
     from hfbucket_plugin.settings import load
 
-    handle = {"remote_storage_plugin.hfbucket.bucket_handle": f"hf://buckets/{BUCKET}/{folder}"}
-    bucket = open_bucket(load(handle, "hfbucket"), "hfbucket", Tally(), 60.0)
+    settings = load({"remote_storage_plugin.hfbucket.bucket_handle": handle}, "hfbucket")
+    bucket = open_bucket(settings, "hfbucket", Tally(), 60.0)
     with tempfile.TemporaryDirectory() as directory:
         built = from_listing(bucket, Path(directory), 60.0)
         publish(IndexStore(bucket, "bench"), built, Deadline.after(60.0))

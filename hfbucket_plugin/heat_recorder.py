@@ -34,7 +34,10 @@ _SURGE: Final = 40
 """How many times `heat_keys` are told of at a time under load: 8,000 with defaults, 27 other chunks a second."""
 
 MOST_TOLD: Final = 16_384
-"""Keys of one time, whatever the settings say, and entries of a journal of hits: 1.1 MB."""
+"""Keys of one time, whatever the settings say."""
+
+HITS_ENTRIES: Final = 32_768
+"""Entries of a journal of hits: 2.1 MB. So many that readers have few journals to list, however much is read."""
 
 _SIGN_SECS: Final = 3600.0
 """How often a recorder says that it records, if it has nothing else to tell."""

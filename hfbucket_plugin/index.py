@@ -24,7 +24,7 @@ from hfbucket_plugin import metrics
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.heat_recorder import MOST_TOLD, recorder_of
+from hfbucket_plugin.heat_recorder import HITS_ENTRIES, recorder_of
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
 from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError, problem_of
@@ -265,7 +265,7 @@ class KeyIndex:
     def _make_journals(self) -> None:
         settings = self._settings
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
-        self._hits = JournalWriter(MOST_TOLD, MOST_TOLD, hits=True)
+        self._hits = JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
 
     def _run_refresh(self) -> None:
         wait, spread = 0.0, _SPREAD

@@ -219,13 +219,13 @@ def _bytes_of(told: Sequence[Entry], now: float) -> bytes:
     rows = np.zeros(len(entries), HEAT_JOURNAL if heat else JOURNAL)
     digests = np.frombuffer(b"".join(entry.digest for entry in entries), "<u8").reshape(-1, 2)
     rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
+    rows["age_ms"] = [min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000))) for entry in entries]
+    rows["kind"] = [_kind_of(entry) for entry in entries]
+    rows["size"] = [entry.hits if entry.content is None else entry.content.size for entry in entries]
+    if heat:
+        rows["told"] = [entry.told for entry in entries]
     for index, entry in enumerate(entries):
-        rows["age_ms"][index] = min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000)))
-        rows["kind"][index] = _kind_of(entry)
-        if entry.told:
-            rows["size"][index], rows["told"][index] = entry.hits, entry.told
         if entry.content is not None:
-            rows["size"][index] = entry.content.size
             rows["xet_hash"][index] = hash_bytes(entry.content.xet_hash)
     return to_bytes(rows)
 

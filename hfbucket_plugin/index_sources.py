@@ -334,7 +334,9 @@ class ListingSource:
             self._partial = partial
             raise
         listed = partial.began - CLOCK_MARGIN_SECS
-        rows = last_of_each(in_order(np.concatenate(partial.parts))) if partial.parts else np.zeros(0, ROW)
+        rows = np.concatenate(partial.parts) if partial.parts else np.zeros(0, ROW)
+        partial.parts.clear()  # so that there are two of it at a time, and not three
+        rows = last_of_each(in_order(rows))
         result.view, result.listed = View(Table(rows), listed, listed), listed
         result.calls, result.took = self.calls, time.monotonic() - partial.asked
         return result

@@ -272,6 +272,8 @@ def merged(one: Table, other: Table) -> Table:
 
 def beats(change: Any, other: Any) -> bool:
     """Whether a change of a key is newer than another one of it, by the order of `newest`."""
+    if change["at"] != other["at"]:
+        return bool(change["at"] > other["at"])
     pair = np.stack([other, change])
     return bool(_oldest_first(pair)[-1] == change)
 

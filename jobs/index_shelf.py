@@ -59,6 +59,8 @@ class Found:
         pointer = self.pointer
         if pointer is None:
             return f"key index: no snapshot that can be read{': ' if self.unknown else ''}{self.unknown}"
+        if ahead := pointer.ahead_of(now.timestamp()):
+            return f"key index: {ahead}: neither engines nor cleanups go by it until it was built anew"
         made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
         return (
             f"key index: {count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing "
@@ -83,7 +85,7 @@ class Found:
             "journals": self.journals,
             "journals_waiting": self.waiting,
             "strange": self.strange,
-            "trouble": self.unknown,
+            "trouble": self.unknown or (pointer.ahead_of(now) if pointer is not None else ""),
         }
 
 

@@ -516,7 +516,9 @@ def test_times_ahead_of_the_hubs_clock_are_refused_and_healed_by_the_next_listin
         assert ran.code == 4
         assert f"its {name} (" in ran.stderr
         assert "ahead of the Hub's clock" in ran.stderr
-    build(hot, "--full")
+    assert f"its {name} (" in hot.run("status").stdout
+    assert f"its {name} (" in json.loads(hot.run("status", "--json").stdout)["index"]["trouble"]
+    build(hot)
     assert hot.cleanup("--max-idle", "5d", *LOOSE, "--yes").counts("planned") == [0]
 
 

@@ -32,7 +32,7 @@ from hfbucket_plugin.heat import (
     warmed,
     widened,
 )
-from hfbucket_plugin.heat_recorder import MOST_TOLD, NO_KEY, HeatRecorder, Hits, recorder_of, why_not
+from hfbucket_plugin.heat_recorder import HITS_ENTRIES, NO_KEY, HeatRecorder, Hits, recorder_of, why_not
 from hfbucket_plugin.index_format import HEAT_JOURNAL, JOURNAL, Pointer, changes_of, hits_of, lost_of
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_store import JOURNALS, MAX_JOURNAL_BYTES
@@ -307,7 +307,7 @@ def test_hits_that_are_counted_are_told_no_more():
 
 
 def test_bytes_are_bounded_whatever_is_read():
-    recorder, journal = HeatRecorder(10_000, 300, -300.0), JournalWriter(MOST_TOLD, MOST_TOLD, hits=True)
+    recorder, journal = HeatRecorder(10_000, 300, -300.0), JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
     sizes, now = [], 0.0
     for _ in range(6):
         recorder.read(key(random.randrange(10**6)) for _ in range(30_000))
@@ -317,7 +317,7 @@ def test_bytes_are_bounded_whatever_is_read():
             sizes.append(len(draft.data))
         now += 300
     assert len(sizes) == 6
-    assert max(sizes) <= 1024 + MOST_TOLD * HEAT_JOURNAL.itemsize < MAX_JOURNAL_BYTES
+    assert max(sizes) <= 1024 + HITS_ENTRIES * HEAT_JOURNAL.itemsize < MAX_JOURNAL_BYTES
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

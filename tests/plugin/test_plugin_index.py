@@ -11,6 +11,7 @@ from surface_support import PREFIX, fresh, path_of
 
 from faults.surface import CHUNK_BYTES, chunks_counted, content
 from hfbucket_plugin import metrics
+from hfbucket_plugin.errors import ItemFailure
 from hfbucket_plugin.index_store import JOURNALS, POINTER, SNAPSHOTS, IndexStore
 from localhub.faults import Fault
 
@@ -102,6 +103,54 @@ def test_what_is_put_and_deleted_elsewhere_is_seen_with_the_next_refresh(hub, bu
     assert hub_calls(hub) == {}
     assert counted_by_outcome(writer, metrics.INDEX_JOURNALS)["written"] == 1
     assert counted_by_outcome(reader, metrics.INDEX_JOURNALS)["folded"] == 1
+
+
+@one_surface
+def test_puts_and_hits_are_told_of_by_one_call(hub, indexed):
+    surface = indexed(heat_secs=0.001)
+    surface.put([0])
+    assert surface.get([0]) == [content(0)]
+    hub.control.reset_counters()
+
+    assert index_of(surface).flush()
+
+    assert hub_calls(hub) == {"batch": 1}
+    assert counted_by_outcome(surface, metrics.INDEX_JOURNALS)["written"] == 2
+
+
+@one_surface
+def test_of_two_journals_of_one_call_the_one_that_failed_is_written_again(hub, bucket, indexed, monkeypatch):
+    surface = indexed(heat_secs=0.001)
+    surface.put([0])
+    assert surface.get([0]) == [content(0)]
+    index = index_of(surface)
+    replace = index._bucket.replace
+
+    def refused(old, files, deadline):
+        hits = next(path for path in files if path.endswith("-hits.npy"))
+        failed = replace(old, {path: content for path, content in files.items() if path != hits}, deadline)
+        return failed | {hits: ItemFailure(hits, "hub", "no room")}
+
+    monkeypatch.setattr(index._bucket, "replace", refused)
+    assert index.flush()  # what comes of hits holds nothing up
+    monkeypatch.undo()
+    assert [path.endswith("-hits.npy") for path in paths(hub.endpoint, bucket) if f"{JOURNALS}/" in path] == [False]
+    assert index.flush()
+    assert {path.endswith("-hits.npy") for path in paths(hub.endpoint, bucket) if f"{JOURNALS}/" in path} == {
+        False,
+        True,
+    }
+
+
+@one_surface
+def test_hits_that_wait_are_told_of_at_the_end(hub, bucket, surfaces, indexed):
+    surfaces().put([0])
+    surface = indexed()
+    assert surface.get([0]) == [content(0)]
+
+    index_of(surface).finish(20.0)
+
+    assert any(path.endswith("-hits.npy") for path in paths(hub.endpoint, bucket))
 
 
 @one_surface
