@@ -6,9 +6,10 @@ Pure: no threads, no network. `Guard` in `hfbucket_plugin.guard` feeds it and ru
 from __future__ import annotations
 
 import random
-import threading
 import time
 from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ class Breaker:
         self._first = min(first_probe_secs, max_probe_secs)
         self._longest = max_probe_secs
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._failures = 0
         self._open = False
         self._bad_probes = 0

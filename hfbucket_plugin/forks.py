@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
 _resets: dict[int, WeakMethod[Callable[[], None]]] = {}
 _numbers = itertools.count()
@@ -22,6 +24,25 @@ def reset_in_child(reset: Callable[[], None]) -> None:
     """
     number = next(_numbers)
     _resets[number] = WeakMethod(reset, lambda _gone: _resets.pop(number, None))
+
+
+class Lock:
+    """A lock that is free in a forked child, whichever thread of the parent held it. Use it with `with`."""
+
+    def __init__(self) -> None:
+        self._renew()
+        reset_in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
 
 
 def _reset_all() -> None:

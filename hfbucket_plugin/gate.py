@@ -60,7 +60,7 @@ class ByteGate:
         try:
             yield
         finally:
-            with changed:
-                if changed is self._changed:  # else a fork began anew
+            if changed is self._changed:  # else a fork began anew
+                with changed:
                     self._held -= wanted
-                changed.notify_all()
+                    changed.notify_all()

@@ -11,7 +11,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final, Literal
 
-from hfbucket_plugin import metrics
+from hfbucket_plugin import forks, metrics
 from hfbucket_plugin.breaker import Breaker
 from hfbucket_plugin.errors import (
     BreakerOpenError,
@@ -82,13 +82,18 @@ class Guard:
         }
         self._reasons: dict[Part, str] = {}
         self._trials: dict[Part, frozenset[str]] = {}
+        self._closed = False
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+        for part in PARTS:
+            sink.gauge(metrics.BREAKER_OPEN, 0, instance=instance, part=part)
+
+    def _start_over(self) -> None:
+        """Have no prober: at first, and in a forked child, where that of the parent does not run."""
         self._lock = threading.Lock()
         self._prober: threading.Thread | None = None
         self._probing: dict[Part, set[threading.Thread]] = {part: set() for part in PARTS}
         self._wake = threading.Event()
-        self._closed = False
-        for part in PARTS:
-            sink.gauge(metrics.BREAKER_OPEN, 0, instance=instance, part=part)
 
     def is_open(self, part: Part) -> bool:
         """Whether a part's work should not be tried."""

@@ -13,10 +13,11 @@ Here deadlines and breakers do that, so:
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ class HealthShield:
         self._limit = max(1, int(threshold // 2))
         self._window = _number(extra.get(_INTERVAL_KEY), _DEFAULT_INTERVAL_SECS)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._failed: deque[float] = deque(maxlen=self._limit if self._needed else 0)
 
     def got(self, *, everything: bool) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin import fingerprint_facts
+from hfbucket_plugin import fingerprint_facts, forks
 from hfbucket_plugin.fingerprint import Layout
 from hfbucket_plugin.loglimit import LimitedLog
 
@@ -83,7 +82,7 @@ class L2Fingerprints:
         self._settings = settings
         self._on = settings.fingerprint != "off"
         self._limited = LimitedLog(_log, 3600.0)
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._engines: OrderedDict[tuple[str, int], _Engine] = OrderedDict()
 
     def of_lookup(self, keys: Sequence[ObjectKey], descs: Mapping[int, MemoryLayoutDesc]) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.l2_sizes import LARGEST_OWNER, LARGEST_SIZE, SizeTable, digest_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Usage:
         self.everybody = everybody
         self._most_objects = most_objects
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._sizes = SizeTable()
         self._owners: dict[str, int] = {}
         self._salts: list[str] = [""]

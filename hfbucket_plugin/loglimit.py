@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING
+
+from hfbucket_plugin import forks
 
 if TYPE_CHECKING:
     import logging
@@ -26,7 +27,7 @@ class LimitedLog:
         self._log = log
         self._interval = interval_secs
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._next: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import cachetools
 
+from hfbucket_plugin import forks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -31,11 +33,17 @@ class MetadataCache:
     def __init__(
         self, entries: int, hit_secs: float, miss_secs: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._entries, self._hit_secs, self._miss_secs, self._clock = entries, hit_secs, miss_secs, clock
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Know nothing: at first, and in a forked child, where nobody answers the questions of the parent."""
         self._lock = threading.Lock()
         self._cache: cachetools.TLRUCache[str, Content | None] = cachetools.TLRUCache(
-            maxsize=entries,
-            ttu=lambda _key, value, now: now + (miss_secs if value is None else hit_secs),
-            timer=clock,
+            maxsize=self._entries,
+            ttu=lambda _key, value, now: now + (self._miss_secs if value is None else self._hit_secs),
+            timer=self._clock,
         )
         self._asking: dict[str, Question] = {}
 

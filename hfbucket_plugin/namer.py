@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import HFBucketError, TransportError
 from hfbucket_plugin.workers import WorkerPool
 
@@ -46,11 +47,16 @@ class Namer:
     def __init__(self, bucket: Bucket, window_secs: float) -> None:
         self._bucket = bucket
         self.window_secs = window_secs
+        self._closed = False
+        self._threads = WorkerPool("hfbucket-name", _THREADS)
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Await nothing: at first, and in a forked child, where the uploads of the parent do not go on."""
         self._lock = threading.Lock()
         self._uploads = 0
         self._waiting: list[_Request] = []
-        self._closed = False
-        self._threads = WorkerPool("hfbucket-name", _THREADS)
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:

@@ -7,13 +7,13 @@ Reads from the store are no calls to the Hub: they go on during a pause.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import BudgetError, ThrottledError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Pacing:
         self._cap = calls_per_minute
         self._clock = clock
         self._sleep = sleep
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._calls: deque[float] = deque()
         self._paused_until = float("-inf")
         self._paused_since = float("-inf")

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import ItemFailure
 from hfbucket_plugin.puts import PutReport
 from hfbucket_plugin.workers import WorkerPool
@@ -40,6 +41,11 @@ class PutQueue:
         self._writes = settings.writes
         self._pool = WorkerPool(f"hfbucket-put-call-{outcomes.instance}", settings.max_parallel_writes, _BACKLOG)
         self._pool.prepare()
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Hold nothing: at first, and in a forked child, where the puts of the parent do not go on."""
         self._lock = threading.Lock()
         self._bytes = 0
         self._calls = 0

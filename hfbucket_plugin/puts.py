@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import (
     BreakerOpenError,
     BucketMissingError,
@@ -143,11 +144,16 @@ class Putter:
         self._gate = ByteGate(settings.max_inflight_bytes)
         self._threads = FairPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
         self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
+        self._closed = False
+        self._bucket_is_there = False
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Write nothing: at first, and in a forked child, where the puts of the parent do not go on."""
         self._lock = threading.Lock()
         self._under_way: set[str] = set()
         self._commits: set[_Commit] = set()
-        self._closed = False
-        self._bucket_is_there = False
 
     def write_many(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> PutReport:
         """Store chunks; returns when all are stored or failed, at the deadline at the latest.
@@ -212,6 +218,7 @@ class Putter:
         try:
             contents = self._existence.contents(asked, deadline, patient=True, believe="hits") if asked else {}
         except BucketMissingError:
+            self._forget_bucket()
             if not self._settings.create_bucket_if_missing:
                 raise
             contents = {}
@@ -239,6 +246,11 @@ class Putter:
         if self._settings.create_bucket_if_missing and not self._bucket_is_there:
             self._bucket.create(deadline)
             self._bucket_is_there = True
+
+    def _forget_bucket(self) -> None:
+        """The bucket was deleted: the next put creates it again, if it may, and nothing that it held is there."""
+        self._bucket_is_there = False
+        self._existence.cache.clear()
 
     # --- commits ----------------------------------------------------------------------------------------------------
 
@@ -310,6 +322,8 @@ class Putter:
     def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
         if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
             self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
+        if isinstance(error, BucketMissingError):
+            self._forget_bucket()
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.drop(source.key)
         # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.

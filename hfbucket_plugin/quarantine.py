@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import cachetools
 
+from hfbucket_plugin import forks
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,6 +42,11 @@ class Quarantine:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Hold nothing: at first, and in a forked child, where the cache may be half changed."""
         self._lock = threading.Lock()
         self._records: cachetools.LRUCache[str, _Record] = cachetools.LRUCache(_ENTRIES)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import cachetools
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -105,12 +106,17 @@ class Reader:
         self._quarantine = quarantine
         self._bad = bad
         self._scratch = scratch
+        self._closed = False
+        self._probes = 0
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Read nothing: at first, and in a forked child, where the reads of the parent do not go on."""
         self._lock = threading.Lock()
         self._active: set[Read] = set()
-        self._closed = False
         self._served: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
         self._failed: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
-        self._probes = 0
 
     def read_many(
         self,

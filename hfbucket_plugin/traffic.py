@@ -6,6 +6,8 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
+from hfbucket_plugin import forks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -16,6 +18,11 @@ class Traffic:
     """Counts reads under way, and lets writers wait until there are none."""
 
     def __init__(self) -> None:
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Count none: at first, and in a forked child, where those of the parent do not go on."""
         self._reads = 0
         self._quiet = threading.Condition()
 
@@ -27,15 +34,17 @@ class Traffic:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Be counted as a read for the length of a `with` block."""
-        with self._quiet:
+        quiet = self._quiet
+        with quiet:
             self._reads += 1
         try:
             yield
         finally:
-            with self._quiet:
-                self._reads -= 1
-                if not self._reads:
-                    self._quiet.notify_all()
+            if quiet is self._quiet:  # else a fork began anew
+                with quiet:
+                    self._reads -= 1
+                    if not self._reads:
+                        quiet.notify_all()
 
     def let_reads_pass(self, deadline: Deadline) -> None:
         """Wait until no read is under way, at most until a deadline."""

@@ -7,12 +7,13 @@ connection would hold up an engine's shutdown. These threads are daemons; whoeve
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from hfbucket_plugin import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ class WorkerPool:
         self._backlog = backlog
         self._closed = False
         self._start_over()
+        forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
         """Begin without threads: at first, and in a forked child, where those of the parent do not run."""
@@ -48,7 +50,6 @@ class WorkerPool:
         self._threads = 0
         self._idle = 0
         self._waiting = 0
-        self._pid = os.getpid()
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Run a function on one of the threads.
@@ -61,8 +62,6 @@ class WorkerPool:
         return future
 
     def _submit(self, enqueue: Callable[[], None]) -> None:
-        if self._pid != os.getpid():
-            self._start_over()
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"worker pool {self._name} is closed")

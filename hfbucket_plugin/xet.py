@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import hf_xet
 
-from hfbucket_plugin import xet_home
+from hfbucket_plugin import forks, xet_home
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     ConfigError,
@@ -283,11 +283,15 @@ class SessionPool:
         self._config = config
         self._patient = patient
         self._scratch = scratch
-        self._building = threading.Lock()
-        self._lock = threading.Lock()
+        self._renew_locks()
+        forks.reset_in_child(self._renew_locks)
         self._current: Session | None = None
         self._live: set[Session] = set()
         self._closed = False
+
+    def _renew_locks(self) -> None:
+        self._building = threading.Lock()
+        self._lock = threading.Lock()
 
     def borrow(self, deadline: Deadline) -> Loan:
         """Take a hold on the current session, building one if there is none.
@@ -298,7 +302,8 @@ class SessionPool:
         if (loan := self._try_borrow(deadline)) is not None:
             return loan
         # One thread builds, the others wait for it, each up to its own deadline.
-        if not self._building.acquire(timeout=deadline.remaining()):
+        building = self._building
+        if not building.acquire(timeout=deadline.remaining()):
             raise DeadlineError(
                 f"instance {self._hub.instance!r}: no session for {self._bucket_id} within {deadline.seconds:g} s"
             )
@@ -324,7 +329,7 @@ class SessionPool:
                 self._refuse_when_closed()
             return Loan(session)
         finally:
-            self._building.release()
+            building.release()
 
     def _discard_if_dead(self, session: Session) -> None:
         if session.retired and session.readers == 0:

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from plugin_support import (
     SECRET,
     download,
@@ -807,6 +808,28 @@ def test_without_the_setting_nothing_is_created(hub, bucket, connect, caplog):
     assert "create_bucket_if_missing" in caplog.text
 
 
+def test_a_bucket_that_was_deleted_is_created_again_by_the_process_that_created_it(hub, bucket, connect):
+    engine = connect(f"{bucket}-again", create_bucket_if_missing=True)
+    assert engine.put(DATA) == {}
+    HfApi(endpoint=hub.endpoint, token=False).delete_bucket(f"{bucket}-again")
+
+    assert engine.put({key(9): noise(SIZE, 9)}) == {}
+    assert engine.put(DATA) == {}, "what was there is not believed to be there"
+    assert engine.get(KEYS) == list(DATA.values())
+
+
+def test_a_bucket_that_is_deleted_while_it_is_written_to_is_created_by_the_next_put(hub, bucket, connect):
+    engine = connect(f"{bucket}-lost", create_bucket_if_missing=True)
+    assert engine.hits(KEYS) == 0  # now known for a while, and not asked again
+    assert engine.put({KEYS[0]: DATA[KEYS[0]]}) == {}
+    HfApi(endpoint=hub.endpoint, token=False).delete_bucket(f"{bucket}-lost")
+
+    engine.put({KEYS[1]: DATA[KEYS[1]]})
+
+    assert engine.put({KEYS[1]: DATA[KEYS[1]]}) == {}
+    assert engine.get(KEYS[1:2]) == [DATA[KEYS[1]]]
+
+
 def test_a_bucket_that_may_not_be_created_is_told(hub, bucket, connect):
     engine = connect(f"{bucket}-denied", create_bucket_if_missing=True)
     hub.control.add_fault(Fault(route="bucket-create", status=403, times=1))
@@ -939,6 +962,62 @@ def test_a_forked_child_and_its_parent_both_go_on(hub, filled, tmp_path):
     lines = {"before 1 True [] 1", "child 1 True [] 1", "parent 1 True [] 1"}
     assert set(done.stdout.splitlines()) == lines, done.stdout + done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+FORK_IN_A_PUT = """
+import os, sys, threading
+from plugin_support import eventually, instance_settings
+from hfbucket_plugin.chunks import ChunkStore
+from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.metrics import Tally
+
+class Memory:
+    def __init__(self, key):
+        self.key, self.view = key, memoryview(bytearray(os.urandom(100_000)))
+
+    def release(self):
+        pass
+
+endpoint, bucket, key, directory = sys.argv[1:]
+keys = [key, key[:-1] + "x", key[:-1] + "y"]
+store = ChunkStore(instance_settings(endpoint, bucket, "v2", download_tmp_dir=directory, max_inflight_bytes=4 << 20), "x", Tally(), 9)
+putter = store._putter
+
+def put(*names):
+    sources = [Memory(name) for name in names]
+    return sorted(store.puts.submit(sources, 100_000, Deadline.after(60)).result().stored)
+
+threading.Thread(target=put, args=(keys[0],), daemon=True).start()  # the first upload hangs
+eventually(lambda: any(commit.begun for commit in putter._commits))
+locks = [putter._gate._changed, putter._namer._lock, putter._lock, store.puts._lock, store._existence.cache._lock,
+         putter._traffic._quiet, store._reader._lock, store.guard._lock, store._reader._quarantine._lock]
+for lock in locks:
+    lock.acquire()  # as another thread of the parent may at any moment
+child = os.fork()
+if child == 0:
+    print(putter._gate._held, putter._under_way, putter._namer._uploads, store.puts.waiting_bytes, len(store.puts.pending))
+    print(put(*keys) == sorted(keys), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_child_that_is_forked_while_a_put_is_under_way_starts_without_it(hub, bucket, tmp_path):
+    arguments = [hub.endpoint, bucket, KEYS[0], str(tmp_path / "tmp")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
+    hub.control.add_fault(Fault(route="xorb-upload", hang=True, times=1))
+
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_IN_A_PUT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env=environment,
+    )
+
+    assert done.stdout.splitlines() == ["0 set() 0 0 0", "True"], done.stdout + done.stderr
 
 
 def test_leftovers_of_dead_processes_are_swept_at_the_start(connect, tmp_path, caplog):
