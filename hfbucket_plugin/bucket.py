@@ -10,19 +10,20 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from hfbucket_plugin.content import Content
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin import answers
+from hfbucket_plugin.dates import http_date
+from hfbucket_plugin.deadlines import Deadline, expect_time
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ItemFailure, TransportError
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
+    from hfbucket_plugin.content import Content
     from hfbucket_plugin.handle import BucketHandle
     from hfbucket_plugin.hub import Answer, HubClient
     from hfbucket_plugin.transfer import Transfer
@@ -33,6 +34,12 @@ MAX_BATCH: Final = 1000
 _CONFLICT, _UNPROCESSABLE = 409, 422
 _REFUSALS: Final = frozenset(range(400, 500))
 _LIST_ATTEMPTS: Final = 5
+_PATIENT_ATTEMPTS: Final = 30
+_MAX_SHOWN_PATH: Final = 200
+_LONGEST_CURSOR: Final = 16 * 1024
+
+_MOST_IDLE_PAGES: Final = 16
+"""Pages in a row that bring nothing new, before a listing is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,45 @@ class ObjectInfo:
     path: str
     content: Content
     uploaded_at: datetime | None
+
+
+class Progress:
+    """Makes sure that a listing comes to an end: each page has a cursor of its own, and something new on it.
+
+    Args:
+        of: The prefix that is listed, for errors.
+    """
+
+    def __init__(self, of: str) -> None:
+        self._of = of
+        self._cursors: set[int] = set()
+        self._firsts: set[int] = set()
+        self._idle = 0
+
+    def see(self, infos: Sequence[ObjectInfo], cursor: str | None) -> None:
+        """Take note of a page.
+
+        Args:
+            infos: What is on it.
+            cursor: Of the page that follows; None when it is the last.
+
+        Raises:
+            TransportError: The listing goes round in circles, or brings nothing new for many pages.
+        """
+        if cursor is None:
+            return
+        if hash(cursor) in self._cursors:
+            raise TransportError(f"tree: the Hub's pages below {self._of!r} lead back to one that was there")
+        self._cursors.add(hash(cursor))
+        first = hash(infos[0].path) if infos else None
+        self._idle = self._idle + 1 if first is None or first in self._firsts else 0
+        if self._idle >= _MOST_IDLE_PAGES:
+            raise TransportError(
+                f"tree: the last {self._idle} of the Hub's pages below {self._of!r} bring nothing new, and there is always another "
+                "one: the listing is given up"
+            )
+        if first is not None:
+            self._firsts.add(first)
 
 
 class Bucket:
@@ -94,20 +140,23 @@ class Bucket:
             found |= self._paths_info(paths[start : start + MAX_BATCH], deadline, patient=patient)[0]
         return found
 
-    def stat_dated(self, paths: Sequence[str], deadline: Deadline) -> tuple[dict[str, ObjectInfo], datetime | None]:
+    def stat_dated(
+        self, paths: Sequence[str], deadline: Deadline, *, patient: bool = False
+    ) -> tuple[dict[str, ObjectInfo], datetime | None]:
         """Look up to 1000 objects up by one request, and tell when the Hub answered it.
 
         Args:
             paths: From the root of the bucket.
             deadline: When to give up.
+            patient: Whether pauses that the Hub asked for are waited out.
 
         Returns:
             What exists, by path, and the answer's `Date`, to the second; None where it has none.
 
         Raises:
-            HFBucketError: See `HubClient.request`. Pauses that the Hub asked for are not waited out.
+            HFBucketError: See `HubClient.request`.
         """
-        found, answer = self._paths_info(paths, deadline, patient=False)
+        found, answer = self._paths_info(paths, deadline, patient=patient)
         return found, _date(answer)
 
     def _paths_info(
@@ -120,13 +169,15 @@ class Bucket:
             deadline=deadline,
             attempts=2,
             patient=patient,
+            room=answers.Room.for_records(paths),
             json={"paths": list(paths)},
         )
-        infos = [_object_info(item, "paths-info") for item in _items(answer.json("paths-info"), "paths-info")]
-        return {info.path: info for info in infos}, answer
+        asked = set(paths)
+        infos = [_object_info(item, "paths-info") for item in answer.records("paths-info")]
+        return {info.path: info for info in infos if info.path in asked}, answer
 
     def list_objects(
-        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None
+        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None, *, patient: bool = True
     ) -> Iterator[ObjectInfo]:
         """Stream the objects whose path starts with `prefix`, page by page.
 
@@ -136,20 +187,22 @@ class Bucket:
             prefix: The start of a path; empty for all.
             page_secs: Most seconds a page may take, its retries included.
             each_page: Called before each page is asked for, empty ones too: what it raises ends the listing.
+            patient: Whether a command's pauses do not count (`Deadline.patient`).
 
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
-        url: str | None = self._tree(prefix)
-        asked: set[int] = set()
-        while url is not None:
-            if hash(url) in asked:
-                raise TransportError(f"tree: the Hub's pages lead back to one that was there: {self._hub.clean(url)!r}")
-            asked.add(hash(url))
+        progress, cursor = Progress(prefix), None
+        while True:
             each_page()
-            infos, answer = self._list(url, Deadline.after(page_secs))
-            url = answer.next_page
+            if patient:
+                expect_time(f"listing {prefix!r}")
+            deadline = Deadline.patient(page_secs) if patient else Deadline.after(page_secs)
+            infos, cursor = self.list_page(prefix, cursor, deadline)
+            progress.see(infos, cursor)
             yield from infos
+            if cursor is None:
+                return
 
     def list_page(self, prefix: str, cursor: str | None, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
         """One page of the objects whose path starts with `prefix`, for callers that keep no state; see `list_objects`.
@@ -177,22 +230,41 @@ class Bucket:
             HFBucketError: The page did not come.
         """
         tree = urlsplit(self._tree(prefix))
-        infos, answer = self._list(tree._replace(query=cursor or tree.query).geturl(), deadline)
-        following = answer.next_page
-        if following is None:
-            return infos, None, _date(answer)
-        link = urlsplit(following)
-        if unquote(link.path) != unquote(urlsplit(self._hub.endpoint).path + tree.path) or not link.query:
-            raise TransportError(f"tree: the Hub's next page is elsewhere: {self._hub.clean(following)!r}")
-        return infos, link.query, _date(answer)
+        # A page on the way is worth more tries: all that came before it would be asked for again.
+        attempts = _LIST_ATTEMPTS if cursor is None or deadline.pauses is None else _PATIENT_ATTEMPTS
+        answer = self._hub.request(
+            "GET",
+            tree._replace(query=cursor or tree.query).geturl(),
+            route="tree",
+            deadline=deadline,
+            attempts=attempts,
+            room=answers.PAGE,
+        )
+        infos = [_object_info(item, "tree") for item in answer.records("tree") if item.get("type") == "file"]
+        return infos, self._cursor(answer.next_page, tree.path), _date(answer)
+
+    def _cursor(self, link: str | None, path: str) -> str | None:
+        """The cursor of the next page, whichever host the link names: only ours is asked, and only for this listing.
+
+        A mirror passes links on as its upstream wrote them.
+        """
+        if link is None:
+            return None
+        try:
+            parts = urlsplit(link)
+            elsewhere = not unquote(parts.path).endswith(unquote(path)) or not parts.query
+        except ValueError:
+            elsewhere = True
+        if elsewhere:
+            raise TransportError(f"tree: the Hub's next page is of another listing: {self._hub.clean(link)!r}")
+        if len(parts.query) > _LONGEST_CURSOR or not (parts.query.isascii() and parts.query.isprintable()):
+            raise TransportError(
+                f"tree: the Hub's next page has a cursor that cannot be sent ({len(parts.query)} characters)"
+            )
+        return parts.query
 
     def _tree(self, prefix: str) -> str:
         return f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "") + "?recursive=true"
-
-    def _list(self, url: str, deadline: Deadline) -> tuple[list[ObjectInfo], Answer]:
-        answer = self._hub.request("GET", url, route="tree", deadline=deadline, attempts=_LIST_ATTEMPTS)
-        items = _items(answer.json("tree"), "tree")
-        return [_object_info(item, "tree") for item in items if item.get("type") == "file"], answer
 
     def add(self, files: Mapping[str, Content], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
         """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
@@ -272,7 +344,9 @@ class Bucket:
             once=once,
         )
 
-    def delete(self, paths: Sequence[str], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
+    def delete(
+        self, paths: Sequence[str], deadline: Deadline, *, once: bool = False, urgent: bool = False
+    ) -> dict[str, ItemFailure]:
         """Delete objects, at once and for ever: the Hub keeps no versions.
 
         Args:
@@ -280,6 +354,7 @@ class Bucket:
             deadline: When to give up.
             once: Ask now or not at all, and never again: for callers that looked the objects up just before, and would
                 have to do so again before another try.
+            urgent: See `HubClient.request`.
 
         Returns:
             What failed, by path.
@@ -287,10 +362,10 @@ class Bucket:
         Raises:
             HFBucketError: A request failed as a whole; earlier ones of 1000 paths were done.
         """
-        return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline, once=once)
+        return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline, once=once, urgent=urgent)
 
     def _batch(
-        self, operations: Sequence[dict[str, Any]], deadline: Deadline, *, once: bool = False
+        self, operations: Sequence[dict[str, Any]], deadline: Deadline, *, once: bool = False, urgent: bool = False
     ) -> dict[str, ItemFailure]:
         """Send operations, 1000 a request. A batch is no transaction: items fail one by one."""
         failures: dict[str, ItemFailure] = {}
@@ -304,13 +379,17 @@ class Bucket:
                 deadline=deadline,
                 attempts=1 if once else 2,  # adding, copying and deleting again changes nothing
                 patient=not once,
+                urgent=urgent,
                 allow=frozenset({_UNPROCESSABLE}),
+                room=answers.Room.for_records([*paths, *paths]),  # a reason may repeat the path
                 content="".join(json.dumps(operation) + "\n" for operation in batch).encode(),
                 headers={"Content-Type": "application/x-ndjson"},
             )
             for item in _failed_items(answer.json("batch"), answer.status):
-                path, reason = str(item.get("path")), item.get("error", "no reason given")
-                if path not in paths:  # then nothing is known of those that were asked for either
+                path, reason = item.get("path"), item.get("error", "no reason given")
+                if (
+                    not isinstance(path, str) or path not in paths
+                ):  # then nothing is known of those that were asked for either
                     raise TransportError("batch: the Hub says that an item failed which was not in the batch")
                 failures[path] = ItemFailure(path, "hub", self._hub.clean(reason))
         return failures
@@ -347,7 +426,8 @@ class Bucket:
         answer = self._hub.request("GET", self._api, route="info", deadline=deadline).json("info")
         if not isinstance(answer, dict):
             raise TransportError("info: the Hub's answer is not a record")
-        return answer
+        counted = {name: answers.count_of(answer.get(name)) for name in ("size", "totalFiles")}
+        return answer | {name: count for name, count in counted.items() if count is not None or name in answer}
 
     def settled(self, handle: BucketHandle, deadline: Deadline) -> BucketHandle:
         """A handle by the name that the Hub itself has for its bucket: one that was renamed answers to its old name, too.
@@ -395,33 +475,16 @@ class Bucket:
         self._hub.close()
 
 
-def _items(value: Any, what: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise TransportError(f"{what}: the Hub's answer is not a list of records")
-    return value
-
-
 def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
     try:
-        return ObjectInfo(str(item["path"]), Content(str(item["xetHash"]), int(item["size"])), _time(item))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise TransportError(f"{what}: the Hub's record of {item.get('path')!r} lacks its size, hash or time") from None
+        return ObjectInfo(answers.path_of(item), answers.content_of(item), answers.uploaded_at(item))
+    except ValueError as error:
+        path = ascii(item.get("path"))[:_MAX_SHOWN_PATH]
+        raise TransportError(f"{what}: the Hub's record of {path} cannot be: {error}") from None
 
 
 def _date(answer: Answer) -> datetime | None:
-    try:
-        date = parsedate_to_datetime(answer.headers.get("date", ""))
-    except ValueError:
-        return None
-    return date if date.tzinfo is not None else None
-
-
-def _time(item: dict[str, Any]) -> datetime | None:
-    text = item.get("uploadedAt") or item.get("mtime")
-    if not text:
-        return None
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return http_date(answer.headers.get("date", ""))
 
 
 def _failed_items(value: Any, status: int) -> list[dict[str, Any]]:
@@ -430,4 +493,6 @@ def _failed_items(value: Any, status: int) -> list[dict[str, Any]]:
         return []
     if not failed and status == _UNPROCESSABLE:
         raise TransportError("batch: the Hub refused the batch (422) and did not say which items")
-    return _items(failed, "batch")
+    if not isinstance(failed, list) or not all(isinstance(item, dict) for item in failed):
+        raise TransportError("batch: the Hub's answer is not a list of records")
+    return failed

@@ -138,7 +138,7 @@ def heat_of(
     """
     path = bucket.handle.join(POINTER)
     with contextlib.ExitStack() as stack:
-        info = bucket.stat([path], Deadline.after(request_secs)).get(path)
+        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
         if info is None:
             yield None
             return
@@ -188,15 +188,15 @@ def _fetched(
 ) -> tuple[Pointer, Rows, NDArray[np.uint64]] | None:
     path = bucket.handle.join(POINTER)
     for number in range(_TRIES):
-        info = bucket.stat([path], Deadline.after(request_secs)).get(path)
+        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
         if info is None:
             return None
         try:
-            pointer = store.read_pointer(info, Deadline.after(request_secs))
+            pointer = store.read_pointer(info, Deadline.patient(request_secs))
             if not pointer.heat.known:
                 return None
             file = directory / f"{number}.npy"
-            fetch_snapshot(bucket, store, pointer, file, Deadline.after(10 * request_secs))
+            fetch_snapshot(bucket, store, pointer, file, Deadline.patient(10 * request_secs))
         except MissingError:
             if number == _TRIES - 1:
                 raise

@@ -2,23 +2,24 @@
 
 huggingface_hub's own client has no timeout and retries for minutes; changing that is process-wide
 (`set_client_factory`), and so is not for a plugin inside somebody's engine. This asks the same client for each request,
-with a timeout of its own, and reads the body against the clock.
+with a timeout of its own, and reads the body against the clock. What is answered is believed as far as `answers` lets it.
 """
 
 from __future__ import annotations
 
-import json
+import ssl
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import tenacity
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub.utils import build_hf_headers
 
-from hfbucket_plugin import metrics, texts
+from hfbucket_plugin import answers, metrics, texts
+from hfbucket_plugin.connections import session
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -37,8 +38,15 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.deadlines import Deadline
 
-MAX_BODY_BYTES: Final = 64 * 1024 * 1024
-"""Longest answer read. A page of 1000 objects with long names is below 2 MiB."""
+_PIECE_BYTES: Final = 64 * 1024
+_SHORT_PAUSE_SECS: Final = 1.0
+"""A 429 that asks to wait for less would be asked again at once, and for ever."""
+
+_BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.1, max=5)
+_MOST_REDIRECTS: Final = 5
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_SAME_METHOD: Final = frozenset({307, 308})
+"""Of these alone: after the others a POST would go on as a GET."""
 
 _MAX_SERVER_WORDS: Final = 300
 _THREADS: Final = 32
@@ -79,16 +87,23 @@ class Answer:
     body: bytes
     next_page: str | None
 
+    room: answers.Room = answers.SMALL
+
     def json(self, what: str) -> Any:
-        """The body as JSON.
+        """The body as one JSON value.
 
         Raises:
             TransportError: It is none: a proxy's page, or half an answer.
         """
-        try:
-            return json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise TransportError(f"{what}: the Hub's answer is not JSON ({len(self.body)} bytes)") from None
+        return answers.document(self.body, what, self.room)
+
+    def records(self, what: str) -> list[dict[str, Any]]:
+        """The body as a list of records.
+
+        Raises:
+            TransportError: It is none.
+        """
+        return answers.records(self.body, what, self.room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,8 @@ class _Request:
     what: str
     deadline: Deadline
     patient: bool
+    urgent: bool
+    room: answers.Room
     body: dict[str, Any]
 
 
@@ -156,7 +173,9 @@ class HubClient:
         deadline: Deadline,
         attempts: int = 1,
         patient: bool = True,
+        urgent: bool = False,
         allow: frozenset[int] = frozenset(),
+        room: answers.Room = answers.SMALL,
         **body: Any,
     ) -> Answer:
         """Make one request, with retries of what may pass.
@@ -166,9 +185,11 @@ class HubClient:
             url: A path on the Hub, or a full address on the same host.
             route: A short name for metrics and errors, such as ``paths-info``.
             deadline: When to give up, retries included.
-            attempts: Most tries: transport failures are tried again, and throttling by the patient.
+            attempts: Most tries, where the transport failed. A try that ended in a pause is none.
             patient: Whether to wait, within the deadline, for a pause that the Hub asked for or for our own budget.
+            urgent: Whether to ask even in a pause and beyond our own budget: for the one call that frees others.
             allow: Statuses of 400 and more that are answers and not errors.
+            room: How much the answer may hold.
             **body: `json`, `content`, `params` or more `headers`.
 
         Raises:
@@ -180,11 +201,20 @@ class HubClient:
             TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
                 the time was over.
         """
-        request = _Request(method, self._address(url), f"instance {self.instance!r}: {route}", deadline, patient, body)
+        what = f"instance {self.instance!r}: {route}"
+        request = _Request(method, self._address(url), what, deadline, patient, urgent, room, body)
+        paused = 0
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal paused
+            paused += isinstance(state.outcome and state.outcome.exception(), ThrottledError)
+            return state.attempt_number - paused >= attempts
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=_wait,
+            stop=enough,
+            wait=lambda state: min(_wait(state), deadline.remaining()),
             retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, request)),
+            sleep=self.pacing.sleep,
             reraise=True,
         )
         return retrying(self._once, request, route, allow)
@@ -204,7 +234,8 @@ class HubClient:
 
     def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
         request.deadline.check(request.what)
-        self.pacing.admit(request.what, request.deadline, patient=request.patient)
+        if not request.urgent:
+            self.pacing.admit(request.what, request.deadline, patient=request.patient)
         outcome = "ok"
         try:
             answer = self._send(request)
@@ -235,31 +266,64 @@ class HubClient:
             ) from None
 
     def _exchange(self, request: _Request) -> Answer:
+        address = request.address
+        for _ in range(_MOST_REDIRECTS + 1):
+            answer = self._answer(request, address)
+            if answer.status not in _REDIRECTS:
+                return answer
+            address = self._redirected(request, answer, address)
+        raise TransportError(f"{request.what}: {self.endpoint} redirects more than {_MOST_REDIRECTS} times")
+
+    def _redirected(self, request: _Request, answer: Answer, address: str) -> str:
+        """Where a redirect leads, on the same host: what another one answers is not the Hub's word."""
+        location = answer.headers.get("location", "")
+        try:
+            target = urljoin(address, location)
+            same = urlsplit(target)[:2] == urlsplit(self.endpoint)[:2]
+        except ValueError:
+            same = False
+        if not location or not same:
+            raise TransportError(
+                f"{request.what}: {self.endpoint} redirects to {self.clean(location)[:100]!r}, which is not asked; if the Hub is "
+                "there, name it in endpoint or HF_ENDPOINT"
+            )
+        if request.method != "GET" and answer.status not in _SAME_METHOD:
+            raise TransportError(f"{request.what}: {self.endpoint} answered {answer.status} to a {request.method}")
+        return target
+
+    def _answer(self, request: _Request, address: str) -> Answer:
         what = request.what
-        headers = self.headers() | request.body.get("headers", {})
+        # Only what is unpacked here, in pieces, is asked for.
+        headers = self.headers() | {"Accept-Encoding": "gzip"} | request.body.get("headers", {})
         body = {name: value for name, value in request.body.items() if name != "headers"}
         timeout = httpx2.Timeout(max(0.001, request.deadline.remaining()))
         try:
-            with get_session().stream(
-                request.method, request.address, headers=headers, timeout=timeout, **body
+            with session(self.endpoint).stream(
+                request.method, address, headers=headers, timeout=timeout, follow_redirects=False, **body
             ) as response:
-                content = _read(response, what, request.deadline)
-                return Answer(
-                    response.status_code, response.headers, content, response.links.get("next", {}).get("url")
-                )
+                content = _read(response, what, request.deadline, request.room)
+                following = response.links.get("next", {}).get("url")
+                return Answer(response.status_code, response.headers, content, following, request.room)
         except httpx2.TimeoutException:
             request.deadline.check(what)
             raise TransportError(f"{what}: the Hub at {self.endpoint} did not answer in time") from None
-        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, ssl.SSLError) as error:
             raise TransportError(f"{what}: the Hub at {self.endpoint} cannot be reached: {self.clean(error)}") from None
         except OfflineModeIsEnabled:
             raise TransportError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the Hub; unset it") from None
+        except HFBucketError:
+            raise
+        except ValueError as error:  # UnicodeError of a host that no name server could be asked for, for one
+            raise ConfigError(
+                f"{what}: endpoint {self.endpoint!r} is no address that can be asked ({self.clean(error)}); correct endpoint or "
+                "HF_ENDPOINT"
+            ) from None
         except RuntimeError as error:
             # httpx2 raises this bare when another thread of the process closed the shared client meanwhile.
             raise TransportError(f"{what}: the connection pool was closed under the request: {error}") from None
 
     def _error(self, answer: Answer, what: str) -> HFBucketError:
-        words = self.clean(answer.headers.get("x-error-message") or _words(answer.body))
+        words = self.clean(answer.headers.get("x-error-message") or answers.words(answer.body))
         status = answer.status
         if status in (_UNAUTHORIZED, _FORBIDDEN):
             advice = "give it the right to do this" if status == _FORBIDDEN else "set one that is valid"
@@ -295,33 +359,38 @@ class HubClient:
         return texts.shown(" ".join(str(words).split()))[:_MAX_SERVER_WORDS]
 
 
-def _read(response: httpx2.Response, what: str, deadline: Deadline) -> bytes:
+def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answers.Room) -> bytes:
+    """The body, unpacked here: the client would unpack a piece at once, however much it holds."""
+    unpacking = answers.Unpacking(response.headers.get("content-encoding", ""), what)
+    failed = response.status_code >= _CLIENT_ERROR or response.status_code in _REDIRECTS
     pieces, size = [], 0
-    for piece in response.iter_bytes():
-        deadline.check(what)  # a read timeout alone would let a trickle go on for ever
-        size += len(piece)
-        if size > MAX_BODY_BYTES:
-            raise TransportError(f"{what}: the Hub's answer is longer than {MAX_BODY_BYTES} bytes")
-        pieces.append(piece)
+    for raw in response.iter_raw(_PIECE_BYTES):
+        for piece in unpacking.pieces(raw):
+            deadline.check(what)  # a read timeout alone would let a trickle go on for ever
+            size += len(piece)
+            pieces.append(piece)
+            if failed and size >= answers.WORDS:
+                return b"".join(pieces)[: answers.WORDS]
+            if size > room.nbytes:
+                raise answers.TooLongError(
+                    f"{what}: the Hub's answer is longer than {room.nbytes} bytes, more than was asked for"
+                )
+    unpacking.finish()
     return b"".join(pieces)
 
 
-def _words(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace") or "no reason given"
-
-
 def _wait(state: tenacity.RetryCallState) -> float:
-    if isinstance(state.outcome and state.outcome.exception(), ThrottledError):
+    error = state.outcome and state.outcome.exception()
+    if isinstance(error, ThrottledError) and (error.retry_after is None or error.retry_after >= _SHORT_PAUSE_SECS):
         return 0.0  # the next try waits where all calls do
-    return tenacity.wait_random_exponential(multiplier=0.1, max=5)(state)
+    return _BACKOFF(state)
 
 
 def _worth_another_try(error: BaseException, request: _Request) -> bool:
     if isinstance(error, ThrottledError):
-        return request.patient and (error.retry_after or 0.0) < request.deadline.remaining()
+        return request.patient and not request.urgent and (error.retry_after or 0.0) < request.deadline.for_a_pause
+    if isinstance(error, answers.TooLongError):  # so would the next one be
+        return False
     return isinstance(error, TransportError) and not request.deadline.passed
 
 

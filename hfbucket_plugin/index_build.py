@@ -211,7 +211,7 @@ def hub_time(bucket: Bucket, deadline: Deadline) -> float:
         TransportError: Its answers do not say.
         HFBucketError: No answer.
     """
-    _, date = bucket.stat_dated([bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
+    _, date = bucket.stat_dated([bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=True)
     if date is None:
         raise TransportError("the Hub's answers have no Date: no index can say what it covers")
     return date.timestamp() - CLOCK_MARGIN_SECS
@@ -241,7 +241,7 @@ def from_listing(
     Raises:
         HFBucketError: A page did not come: nothing was made.
     """
-    began = hub_time(bucket, Deadline.after(page_secs))
+    began = hub_time(bucket, Deadline.patient(page_secs))
     with SnapshotFile(directory, now=began) as file:
         infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
         while page := list(islice(infos, _PAGE)):
@@ -263,7 +263,7 @@ def _heat_for_listing(
     journals: list[Journal] = []
     tells = Tells()
     try:
-        shelf = store.list(Deadline.after(request_secs))
+        shelf = store.list(Deadline.patient(request_secs))
         journals, why = shelf.journals, shelf.crowded
     except HFBucketError as error:  # too many of them, say, which this listing is to mend
         why = str(error)
@@ -278,7 +278,7 @@ def _heat_for_listing(
                 file.carry(rows)
     path.unlink(missing_ok=True)
     live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
-    for journal, told in store.read_told(live, Deadline.after(10 * request_secs)):
+    for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
         if isinstance(told, Told):
             _take_hits(told, file, tells, began)
         else:
@@ -301,15 +301,15 @@ def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: fl
     name = bucket.handle.join(POINTER)
     lost = False
     for number in range(_TRIES):
-        info = bucket.stat([name], Deadline.after(request_secs)).get(name)
+        info = bucket.stat([name], Deadline.patient(request_secs)).get(name)
         if info is None:
             return Span(), lost
         try:
-            pointer = store.read_pointer(info, Deadline.after(request_secs))
+            pointer = store.read_pointer(info, Deadline.patient(request_secs))
             if not pointer.heat.known:
                 return Span(), False
             lost = True
-            fetch_snapshot(bucket, store, pointer, path, Deadline.after(10 * request_secs))
+            fetch_snapshot(bucket, store, pointer, path, Deadline.patient(10 * request_secs))
         except (
             MissingError,
             IntegrityError,
@@ -374,12 +374,12 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
         IntegrityError: The present one, or a journal, is not what the bucket says it is; or not all journals could be listed.
         HFBucketError: Something did not arrive: nothing was made.
     """
-    began = hub_time(bucket, Deadline.after(request_secs))
-    shelf = store.list(Deadline.after(request_secs))
+    began = hub_time(bucket, Deadline.patient(request_secs))
+    shelf = store.list(Deadline.patient(request_secs))
     pointer = _present(bucket, store, shelf, began, request_secs)
     garbage = 0
     before = directory / "before.npy"
-    fetch_snapshot(bucket, store, pointer, before, Deadline.after(10 * request_secs))
+    fetch_snapshot(bucket, store, pointer, before, Deadline.patient(10 * request_secs))
     with before.open("rb") as source:
         header = read_header(source, str(before))
         with SnapshotFile(directory, header.dtype, began) as file:
@@ -387,7 +387,7 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
                 file.add(rows)
             tells, since = Tells(), min(pointer.covers, pointer.heat_until or pointer.covers)
             live = [journal for journal in shelf.journals if journal.at >= since]
-            for journal, told in store.read_told(live, Deadline.after(10 * request_secs)):
+            for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
                 if isinstance(told, Told):
                     _take_hits(told, file, tells, began)
                     if journal.at >= pointer.covers:
@@ -415,7 +415,7 @@ def _present(bucket: Bucket, store: IndexStore, shelf: Shelf, began: float, requ
         raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
     if shelf.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
         raise IntegrityError(shelf.crowded)
-    pointer = store.read_pointer(shelf.pointer, Deadline.after(request_secs))
+    pointer = store.read_pointer(shelf.pointer, Deadline.patient(request_secs))
     if ahead := pointer.ahead_of(began):
         raise FormatError(f"{shelf.pointer.path}: {ahead}")
     return pointer

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from hfbucket_plugin.answers import MAX_SIZE
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.heat import HIT, Span
@@ -354,7 +355,7 @@ class Pointer:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
         raise ValueError(f"{value!r} is no count")
     return value
 

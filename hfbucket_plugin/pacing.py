@@ -2,11 +2,13 @@
 
 The Hub counts calls per member in fixed windows of 5 minutes, and a fleet shares one quota. It answers 429 with
 `Retry-After` when it is used up, and tells beforehand with `RateLimit: "<name>";r=<left>;t=<seconds to reset>`.
-Reads from the store are no calls to the Hub: they go on during a pause.
+Reads from the store are no calls to the Hub: they go on during a pause. A thousand processes are told to wait by one used-up
+quota: so pauses end, and scouts are sent, at times of each process' own.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfbucket_plugin import forks
+from hfbucket_plugin.dates import http_date
 from hfbucket_plugin.errors import BudgetError, ThrottledError
 
 if TYPE_CHECKING:
@@ -33,8 +36,16 @@ _LONGEST_ASKED_SECS: Final = 300.0
 _BACKGROUND_SHARE: Final = 4
 _SHORTEST_SLEEP_SECS: Final = 0.001
 _SCOUT_SECS: Final = 15.0
-"""In a long pause one call is let through this often: whether the quota is back, or was only a proxy's whim. Four calls a
-minute are a sixtieth of the smallest quota."""
+"""In a long pause one call is let through after this, and up to as much again: whether the quota is back, or was only a
+proxy's whim."""
+
+_SCOUT_GROWTH: Final = 4
+"""Each further scout of a pause waits so many times longer: a process sends two in a window of the Hub's at most, and a
+thousand of them 2,000, which is below the quota of PRO."""
+
+_SPREAD: Final = 0.1
+_MOST_SPREAD_SECS: Final = 15.0
+"""Up to such a share of a pause, and no more than so many seconds, is waited beyond it: not everybody begins at the reset."""
 
 
 class Pacing:
@@ -45,24 +56,29 @@ class Pacing:
         calls_per_minute: Most calls in any 60 s; None for no cap.
         clock: Seconds, monotonic; tests hand in their own.
         sleep: Waits that many seconds.
+        chance: A number from 0 to 1, by which processes differ in when they ask again.
     """
 
     def __init__(
         self,
         instance: str,
         calls_per_minute: int | None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], None] | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self._instance = instance
         self._cap = calls_per_minute
-        self._clock = clock
-        self._sleep = sleep
+        self._clock = clock or time.monotonic
+        self._sleep = sleep or time.sleep
+        self._chance = chance
         self._lock = forks.Lock()
         self._calls: deque[float] = deque()
         self._paused_until = float("-inf")
         self._paused_since = float("-inf")
         self._scout_at = float("inf")
+        self._scout_secs = _SCOUT_SECS
+        self._spread = 0.0
         self._unexplained = 0
 
     def admit(self, what: str, deadline: Deadline, *, patient: bool) -> None:
@@ -71,24 +87,35 @@ class Pacing:
         Args:
             what: Names the call in errors.
             deadline: When the caller gives up.
-            patient: Whether to wait for a pause or for the budget, as far as the deadline allows. A lookup does not: a
-                miss now is better than an answer later.
+            patient: Whether to wait for a pause or for the budget, as far as the deadline allows (`Deadline.for_a_pause`). A
+                lookup does not: a miss now is better than an answer later.
 
         Raises:
             ThrottledError: The Hub asked for a pause that is not over; `BudgetError` when the own cap is used up.
         """
         while (error := self._take(what)) is not None:
             wait = error.retry_after or 0.0
-            if not patient or wait >= deadline.remaining():
+            if not patient or wait >= deadline.for_a_pause:
                 raise error
-            self._sleep(min(max(wait, _SHORTEST_SLEEP_SECS), _SCOUT_SECS))
+            with deadline.pausing():
+                self._sleep(max(min(wait, self._to_scout()), _SHORTEST_SLEEP_SECS))
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, by the clock that this goes by."""
+        self._sleep(seconds)
+
+    def _to_scout(self) -> float:
+        """Seconds until somebody may ask whether the pause still holds."""
+        with self._lock:
+            return max(0.0, self._scout_at - self._clock()) if self._paused_until > self._clock() else _SCOUT_SECS
 
     def _take(self, what: str) -> ThrottledError | None:
         with self._lock:
             now = self._clock()
             pause = self._paused_until - now
             if pause > 0 and now >= self._scout_at:
-                self._scout_at = now + _SCOUT_SECS
+                self._scout_secs *= _SCOUT_GROWTH
+                self._scout_at = now + self._scout_secs
             elif pause > 0:
                 message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more"
                 return ThrottledError(message, pause)
@@ -125,8 +152,12 @@ class Pacing:
                 asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)
                 self._unexplained = min(self._unexplained + 1, 10)
             if self._paused_until <= now:
-                self._paused_since, self._scout_at = now, now + _SCOUT_SECS
-            self._paused_until = max(self._paused_until, now + min(asked or 0.0, _LONGEST_ASKED_SECS))
+                self._spread = self._chance()
+                self._scout_secs = _SCOUT_SECS * (1 + self._chance())
+                self._paused_since, self._scout_at = now, now + self._scout_secs
+            pause = min(asked or 0.0, _LONGEST_ASKED_SECS)
+            pause += self._spread * min(pause * _SPREAD, _MOST_SPREAD_SECS)
+            self._paused_until = max(self._paused_until, now + pause)
 
     @property
     def paused_secs(self) -> float:
@@ -145,11 +176,14 @@ class Pacing:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`."""
+    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`, seconds or a date."""
     if (reset := _used_up_for(headers)) is not None:
         return reset
     value = headers.get("retry-after", "").strip()
-    return float(value) if value.isascii() and value.isdigit() else None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    until, now = http_date(value), http_date(headers.get("date", ""))
+    return max(0.0, (until - now).total_seconds()) if until is not None and now is not None else None
 
 
 def _used_up_for(headers: Mapping[str, str]) -> float | None:

@@ -12,9 +12,10 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.bucket import Progress
 from hfbucket_plugin.catalog import chunk_entry, without_covered
-from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError, KeyFormatError, TransportError
+from hfbucket_plugin.deadlines import Deadline, expect_time
+from hfbucket_plugin.errors import HFBucketError, KeyFormatError
 from hfbucket_plugin.keys import decode_name, encode_name
 from hfbucket_plugin.shards import encoded_shards, shards, whole_key
 from hfbucket_plugin.workers import WorkerPool
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from concurrent.futures import Future
 
-    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.catalog import ChunkEntry
 
 _log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class _Part:
     exact: bool = False
     pages: deque[list[ChunkEntry]] = field(default_factory=deque)
     cursor: str | None = None
-    asked: Future[tuple[list[ChunkEntry], str | None]] | None = None
-    seen: set[int] = field(default_factory=set)
+    asked: Future[tuple[list[ChunkEntry], list[ObjectInfo], str | None]] | None = None
+    progress: Progress | None = None
     ended: bool = False
 
 
@@ -96,6 +97,7 @@ class _Listing:
     def chunks(self) -> Iterator[ChunkEntry]:
         while self._parts:
             head = self._parts[0]
+            expect_time(f"listing {head.prefix!r}")
             self._ask()
             if head.pages:
                 yield from head.pages.popleft()
@@ -115,15 +117,17 @@ class _Listing:
             if under_way == THREADS or ahead >= _MOST_AHEAD:
                 return
 
-    def _page(self, prefix: str, name: str, cursor: str | None, exact: bool) -> tuple[list[ChunkEntry], str | None]:
+    def _page(
+        self, prefix: str, name: str, cursor: str | None, exact: bool
+    ) -> tuple[list[ChunkEntry], list[ObjectInfo], str | None]:
         path = self._bucket.handle.join(name)
-        deadline = Deadline.after(_PAGE_SECS)
+        deadline = Deadline.patient(_PAGE_SECS)
         if exact:
             infos, following = list(self._bucket.stat([path], deadline).values()), None
         else:
             infos, following = self._bucket.list_page(path, cursor, deadline)
         entries = (chunk_entry(self._bucket, info) for info in infos)
-        return [entry for entry in entries if entry is not None and entry.text.startswith(prefix)], following
+        return [entry for entry in entries if entry is not None and entry.text.startswith(prefix)], infos, following
 
     def _take_in(self) -> None:
         """Wait for an answer, and take in those that are there."""
@@ -131,7 +135,9 @@ class _Listing:
         for future in wait(asked, return_when=FIRST_COMPLETED).done:
             part = asked[future]
             part.asked = None
-            entries, following = future.result()
+            entries, infos, following = future.result()
+            part.progress = part.progress or Progress(part.prefix)
+            part.progress.see(infos, following)
             parts = self._cut(part, entries, following)
             if parts:
                 place = self._parts.index(part)
@@ -160,7 +166,7 @@ class _Listing:
         """How many objects the whole bucket has, asked for once; 0 when the Hub does not tell."""
         if self._total is None:
             try:
-                total = self._bucket.info(Deadline.after(_INFO_SECS)).get("totalFiles")
+                total = self._bucket.info(Deadline.patient(_INFO_SECS)).get("totalFiles")
             except HFBucketError as error:
                 _log.info("listed page by page, since the Hub does not tell how much there is: %s", error)
                 total = None
@@ -179,8 +185,4 @@ def _start(name: str, shorter: str) -> str:
 def _follow(part: _Part, entries: list[ChunkEntry], following: str | None) -> None:
     if entries:
         part.pages.append(entries)
-    if following is not None:
-        if hash(following) in part.seen:
-            raise TransportError(f"tree: the Hub's pages below {part.prefix!r} lead back to one that was there")
-        part.seen.add(hash(following))
     part.cursor, part.ended = following, following is None

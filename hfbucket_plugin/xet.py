@@ -153,7 +153,9 @@ def fetch_access(
     fields = answer.json(route)
     try:
         access = CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
-        usable = urlsplit(access.url).scheme in {"http", "https"} and 0 <= access.expires < _MAX_UNIX_SECS
+        # Both travel in requests of hf_xet's own: no line breaks, no half characters.
+        sendable = all(text.isascii() and text.isprintable() for text in (access.url, access.token))
+        usable = sendable and urlsplit(access.url).scheme in {"http", "https"} and 0 <= access.expires < _MAX_UNIX_SECS
     except (KeyError, TypeError, ValueError, OverflowError):
         usable = False
     if not usable:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
+from hfbucket_plugin.dates import http_date
 from hfbucket_plugin.deadlines import Deadline
 
 if TYPE_CHECKING:
@@ -76,12 +76,8 @@ def ask(bucket: Bucket, clock: HubClock, request_secs: float) -> bool:
         HFBucketError: No answer.
     """
     sent = clock.monotonic()
-    header = bucket.greet(Deadline.after(request_secs)).headers.get("date", "")
-    try:
-        moment = parsedate_to_datetime(header)
-    except ValueError:
-        return False
-    if moment.tzinfo is None:
+    moment = http_date(bucket.greet(Deadline.patient(request_secs)).headers.get("date", ""))
+    if moment is None:
         return False
     clock.stamped(moment, sent, clock.monotonic(), unsure_secs=1.0)
     return True

@@ -1,4 +1,5 @@
 import itertools
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -79,6 +80,18 @@ def test_stat_of_a_missing_bucket(hub):
         door.stat(["a"], soon())
 
 
+BAD_SIZES = ("1e400", "-1", str(-(2**63)), str(2**63), str(2**64), str(10**30), "NaN", "1.5", "true", '"1"', "9" * 5000)
+BAD_HASHES = ("0" * 63, "g" * 64, 5, "../" + "0" * 61, "0" * 64 + "\n", "F" * 64, None)
+BAD_DATES = (
+    '"0001-01-01T00:00:00+23:59"',
+    '"9999-12-31T23:59:59-23:59"',
+    '"2026-13-01"',
+    '"99999-01-01T00:00:00"',
+    "1e308",
+    '"' + "2" * 100_000 + '"',
+)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -95,7 +108,13 @@ def test_stat_of_a_missing_bucket(hub):
         '[{"path": "a", "size": "many", "xetHash": "00"}]',
         '[{"path": "a", "size": null, "xetHash": "00"}]',
         '[{"path": "a", "size": [1], "xetHash": "00"}]',
-        '[{"path": "a", "size": 1e400, "xetHash": "00"}]',
+        *(f'[{{"path": "a", "size": {size}, "xetHash": "{"0" * 64}"}}]' for size in BAD_SIZES),
+        *(f'[{{"path": "a", "size": 1, "xetHash": {json.dumps(one)}}}]' for one in BAD_HASHES),
+        *(f'[{{"path": "a", "size": 1, "xetHash": "{"0" * 64}", "uploadedAt": {one}}}]' for one in BAD_DATES),
+        *(
+            f'[{{"path": {one}, "size": 1, "xetHash": "{"0" * 64}"}}]'
+            for one in ('""', '"\\ud800"', "[1]", '"' + "x" * 5000 + '"')
+        ),
         '[{"path": "a", "size": 1, "xetHash": "00", "uploadedAt": "yesterday"}]',
         '[{"path": "a", "size": 1, "xetHash": "00", "uploadedAt": 5}]',
         '[{"path": "a", "size": 1, "xetHash": "00", "uploadedAt": {"a": 1}}]',
@@ -111,7 +130,7 @@ def test_records_that_are_none_are_a_transport_error(hub, door, route, body):
 
 
 def test_records_without_a_time_of_upload_fall_back_to_the_clients(hub, door):
-    record = '{"type": "file", "path": "%s", "size": 1, "xetHash": "00"%s}'
+    record = '{"type": "file", "path": "%s", "size": 1, "xetHash": "' + "0" * 64 + '"%s}'
     records = [
         record % ("none", ""),
         record % ("mtime", ', "mtime": "2026-01-02T03:04:05.000Z"'),
@@ -176,6 +195,36 @@ def test_prefixes_of_any_characters_are_matched_as_they_are(hub, door, prefix):
     assert door.add(dict.fromkeys([*wanted, "other", prefix[:-1] + "zz"], content), soon()) == {}
 
     assert {info.path for info in door.list_objects(prefix, 60)} == wanted
+
+
+def test_pages_whose_links_name_another_host_are_asked_of_ours(hub_factory):
+    hub = hub_factory(page_size=2, faults=True)
+    with opened(hub.endpoint, "tests/mirrored", token=SECRET) as door, Recorder() as upstream:
+        door.create(soon())
+        assert door.add(dict.fromkeys("abc", taken(door, b"x")), soon()) == {}
+        _, cursor = door.list_page("", None, soon())
+        link = f"{upstream.endpoint}/mirror/api/buckets/tests/mirrored/tree?{cursor}"
+        first = [{"type": "file", "path": path, "size": 1, "xetHash": "0" * 64} for path in "ab"]
+        hub.control.add_fault(
+            Fault(route="tree", status=200, body=json.dumps(first), times=1, headers={"Link": f'<{link}>; rel="next"'})
+        )
+
+        assert [info.path for info in door.list_objects("", 60)] == ["a", "b", "c"]
+
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("records", [[], [{"type": "file", "path": "a", "size": 1, "xetHash": "0" * 64}]])
+def test_a_listing_that_makes_no_progress_is_given_up(hub, bucket, records):
+    """Fresh cursors for ever, with empty pages or the same file on each."""
+    with opened(hub.endpoint, bucket) as door:
+        for number in range(40):
+            link = f"{hub.endpoint}/api/buckets/{bucket}/tree?cursor={number}"
+            headers = {"Link": f'<{link}>; rel="next"'}
+            hub.control.add_fault(Fault(route="tree", status=200, body=json.dumps(records), times=1, headers=headers))
+        with pytest.raises(TransportError, match="bring nothing new"):
+            list(door.list_objects("", 60))
+        hub.control.clear_faults()
 
 
 @pytest.mark.parametrize("link", ["{other}/api/x", "//{other_host}/x", "http://[", "https://{hub_host}/api/x"])

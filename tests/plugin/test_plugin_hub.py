@@ -1,13 +1,17 @@
 import contextlib
+import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
 
+import httpx2
 import pytest
 from plugin_support import SECRET, Recorder, everything_told, in_threads, unused_port
 
 from hfbucket_plugin import metrics
+from hfbucket_plugin.answers import Room
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -211,10 +215,158 @@ def test_no_such_host():
 
 
 def test_an_answer_without_end_is_not_read_for_ever(hub, bucket, monkeypatch):
-    monkeypatch.setattr("hfbucket_plugin.hub.MAX_BODY_BYTES", 1000)
     hub.control.add_fault(Fault(route="paths-info", status=200, body="[" + " " * 2000 + "]"))
 
-    assert "longer than 1000 bytes" in str(failure(client(hub.endpoint), bucket, attempts=1))
+    error = failure(client(hub.endpoint), bucket, attempts=3, room=Room(1000, 1))
+
+    assert "longer than 1000 bytes" in str(error)
+    assert requests(hub) == 1, "the next answer would be as long"
+
+
+@contextlib.contextmanager
+def raw_server(answer):
+    """A server that gives everybody the same bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def packed(body, status="200 OK", encoding="gzip"):
+    data = gzip.compress(body) if encoding == "gzip" else body
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+@pytest.mark.parametrize("status", ["200 OK", "500 Oops", "403 No"])
+@pytest.mark.parametrize("body", [b"[" + b"{}," * 20_000_000 + b"{}]", b"[" * 60_000_000], ids=["items", "nesting"])
+def test_what_is_packed_is_unpacked_no_further_than_was_asked_for(body, status):
+    tracemalloc.start()
+    try:
+        with raw_server(packed(body, status)) as endpoint:
+            tracemalloc.reset_peak()
+            failure(client(endpoint), "a/b", attempts=1)
+            peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < len(body) + 5_000_000, "the body is the test's own"
+
+
+def test_answers_that_are_packed_are_read():
+    with raw_server(packed(b'[{"path": "a"}]')) as endpoint:
+        assert ask(client(endpoint), "a/b").json("x") == [{"path": "a"}]
+    with raw_server(packed(b"[]")[:-3]) as endpoint:
+        assert isinstance(failure(client(endpoint), "a/b", attempts=1), TransportError)
+    with raw_server(packed(b"[]", encoding="br")) as endpoint:
+        assert "which was not asked for" in str(failure(client(endpoint), "a/b", attempts=1))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+@pytest.mark.parametrize("body", ["[" * 100_000 + "]" * 100_000, '{"error":' * 50_000, '{"error": "' + "x" * 100_000])
+def test_errors_with_bodies_of_any_nesting_are_told_as_what_they_are(hub, bucket, status, body):
+    hub.control.add_fault(Fault(route="paths-info", status=status, body=body))
+
+    error = failure(client(hub.endpoint), bucket, attempts=1)
+
+    assert str(status) in str(error)
+    assert len(str(error)) < 1000
+
+
+BAD_HOSTS = (
+    "http://xn--a-\u0378.com",
+    f"http://{'a' * 64}.com",
+    "http://\u2e3a.example",
+    "http://a..b",
+    "http://[::1",
+    "http://a:99999",
+)
+
+
+@pytest.mark.parametrize("host", BAD_HOSTS, ids=ascii)
+def test_hosts_that_are_none_are_one_line(hub, bucket, monkeypatch, host):
+    resolve = socket.getaddrinfo
+
+    def no_name_server(name, *arguments, **more):
+        if name == "127.0.0.1":
+            return resolve(name, *arguments, **more)
+        name.encode("idna")  # as the real one does
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name_server)
+    error = failure(client(host), "a/b", attempts=1)
+    assert isinstance(error, (ConfigError, TransportError))
+    assert "\n" not in str(error)
+
+    if host.isascii():
+        hub.control.add_fault(Fault(route="paths-info", status=307, headers={"Location": f"{host}/x"}))
+        assert "redirects to" in str(failure(client(hub.endpoint), bucket, attempts=1))
+
+
+def test_a_redirect_on_the_same_host_is_followed_with_its_method(hub, bucket):
+    path = f"/api/buckets/{bucket}/paths-info"
+    hub.control.add_fault(Fault(route="paths-info", status=308, times=1, headers={"Location": path}))
+    assert ask(client(hub.endpoint), bucket).json("paths-info") == []
+
+    hub.control.add_fault(Fault(route="paths-info", status=302, times=1, headers={"Location": path}))
+    assert "answered 302 to a POST" in str(failure(client(hub.endpoint), bucket, attempts=1))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("ALL_PROXY", "socks5://user:secret-of-mine@127.0.0.1:9", "ALL_PROXY names a SOCKS proxy"),
+        ("https_proxy", "foo://secret-of-mine", "https_proxy names a proxy that cannot be used"),
+        ("SSL_CERT_FILE", "/opt/gone/cacert.pem", "SSL_CERT_FILE names '/opt/gone/cacert.pem'"),
+    ],
+)
+def test_an_environment_that_forbids_requests_is_told_by_its_variable(  # noqa: PLR0917 - fixtures and parameters
+    hub, bucket, monkeypatch, variable, value, told
+):
+    def no_client():
+        if variable == "ALL_PROXY":
+            raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed")
+        return httpx2.Client()
+
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("hfbucket_plugin.connections.get_session", no_client)
+
+    error = failure(client(hub.endpoint), bucket, attempts=1)
+
+    assert type(error) is ConfigError
+    assert told in str(error)
+    assert "secret-of-mine" not in everything_told(error)
+    if "PROXY" in variable.upper():
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        assert ask(client(hub.endpoint), bucket).json("paths-info") == []
+
+
+def test_attempts_that_end_in_a_pause_are_none(hub, bucket):
+    hub.control.add_fault(Fault(route="paths-info", status=429, times=4, headers={"Retry-After": "0"}))
+
+    assert ask(client(hub.endpoint), bucket, attempts=1).json("paths-info") == []
+    assert requests(hub) == 5
+
+
+def test_an_urgent_call_is_made_in_a_pause(hub, bucket):
+    one = client(hub.endpoint)
+    one.pacing.heed(429, {"retry-after": "300"})
+
+    assert type(failure(one, bucket, patient=False)) is ThrottledError
+    assert ask(one, bucket, urgent=True).json("paths-info") == []
 
 
 def test_offline_mode_is_told(hub, bucket, monkeypatch):
@@ -226,11 +378,9 @@ def test_offline_mode_is_told(hub, bucket, monkeypatch):
 
 
 def test_a_client_that_was_closed_under_the_request_is_no_crash(hub, bucket, monkeypatch):
-    import httpx2
-
     closed = httpx2.Client()
     closed.close()
-    monkeypatch.setattr("hfbucket_plugin.hub.get_session", lambda: closed)
+    monkeypatch.setattr("hfbucket_plugin.connections.get_session", lambda: closed)
 
     assert type(failure(client(hub.endpoint), bucket, attempts=1)) is TransportError
 
@@ -319,15 +469,15 @@ def test_no_token_of_the_machine_is_sent_instead(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_to_another_host_takes_no_token_along(hub, bucket, status):
+def test_a_redirect_to_another_host_is_not_followed(hub, bucket, status):
     with Recorder() as somebody:
         hub.control.add_fault(
             Fault(route="paths-info", status=status, headers={"Location": f"{somebody.endpoint}/caught"})
         )
-        ask(client(hub.endpoint, token=SECRET), bucket)
+        error = failure(client(hub.endpoint, token=SECRET), bucket, attempts=1)
 
-    assert somebody.seen
-    assert all(SECRET not in str(headers) for headers in somebody.seen)
+    assert somebody.seen == []
+    assert "name it in endpoint or HF_ENDPOINT" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +530,7 @@ ECHOES = {
 def test_a_token_that_the_server_repeats_is_in_no_error(hub, bucket, status, echo):
     hub.control.add_fault(Fault(route="paths-info", status=status, **echo))
 
-    told = everything_told(failure(client(hub.endpoint, token=SECRET), bucket, attempts=1))
+    told = everything_told(failure(client(hub.endpoint, token=SECRET), bucket, attempts=1, patient=False))
 
     assert SECRET[:10] not in told
 

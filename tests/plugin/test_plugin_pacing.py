@@ -1,12 +1,14 @@
 """How often the Hub is called: our own cap, and the pauses that it asks for."""
 
+import contextlib
+
 import httpx2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from plugin_support import Clock, any_text, in_threads, untimed
 
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.deadlines import Deadline, patience
 from hfbucket_plugin.errors import BudgetError, ThrottledError
 from hfbucket_plugin.pacing import Pacing, retry_after
 
@@ -16,9 +18,9 @@ USED_UP = {"ratelimit": '"api";r=0;t=40'}
 class Lane:
     """Calls on a clock that sleeping moves."""
 
-    def __init__(self, cap=None):
+    def __init__(self, cap=None, chance=0.0):
         self.clock = Clock()
-        self.pacing = Pacing("hfbucket", cap, self.clock, self.sleep)
+        self.pacing = Pacing("hfbucket", cap, self.clock, self.sleep, lambda: chance)
         self.slept = []
         self.made = []
 
@@ -55,8 +57,12 @@ class Until:
     def __init__(self, clock, seconds):
         self._clock, self._at = clock, clock.now + seconds
 
-    def remaining(self):
+    @property
+    def for_a_pause(self):
         return max(0.0, self._at - self._clock.now)
+
+    def pausing(self):
+        return contextlib.nullcontext()
 
 
 @untimed
@@ -182,10 +188,55 @@ def test_a_long_pause_is_scouted_and_ends_when_the_scout_is_answered():
     assert isinstance(lane.call(), ThrottledError)
 
     lane.clock.now += 15
+    assert isinstance(lane.call(), ThrottledError), "the next one goes later"
+    lane.clock.now += 45
     assert lane.call() is None
     lane.pacing.heed(200, {})
     assert lane.call() is None
     assert lane.pacing.paused_secs == 0
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5, 1.0])
+def test_a_process_scouts_a_window_of_the_hubs_twice_at_most(chance):
+    lane = Lane(chance=chance)
+    lane.pacing.heed(429, {"retry-after": "300"})
+    began = lane.clock.now
+    while lane.clock.now < began + 300:
+        if lane.call() is None:
+            lane.pacing.heed(429, {"retry-after": str(int(began + 300 - lane.clock.now))})
+        lane.clock.now += 1
+
+    assert 1 <= len(lane.made) <= 2
+    assert lane.made[0] - began == pytest.approx(15 * (1 + chance), abs=1)
+
+
+def test_pauses_of_many_processes_end_at_different_times():
+    ends = []
+    for chance in (0.0, 0.5, 1.0):
+        lane = Lane(chance=chance)
+        lane.pacing.heed(429, {"retry-after": "100"})
+        lane.clock.now += 10
+        lane.pacing.heed(
+            429, {"retry-after": "90"}
+        )  # counts down, as the Hub's does: the share stays that of the pause
+        ends.append(lane.pacing.paused_secs)
+
+    assert ends == pytest.approx([90, 95, 100])
+
+
+def test_pauses_do_not_count_against_the_time_of_a_patient_call():
+    lane = Lane()
+    lane.pacing.heed(429, {"retry-after": "10"})
+    with patience(Deadline.after(100)):
+        call = Deadline.patient(1)
+        assert call.for_a_pause == pytest.approx(100, abs=5)
+        lane.pacing.admit("tree", call, patient=True)
+        assert not call.passed
+    lane.pacing.heed(429, {"retry-after": "10"})
+    with patience(Deadline.after(5)), pytest.raises(ThrottledError):
+        lane.pacing.admit("tree", Deadline.patient(60), patient=True)
+    with pytest.raises(ThrottledError):
+        lane.pacing.admit("tree", Deadline.patient(1), patient=True)
 
 
 def test_who_waits_through_a_pause_may_become_the_scout():
@@ -255,6 +306,9 @@ def test_a_shorter_pause_does_not_cut_a_longer_one_short():
         ({"retry-after": "-7"}, None),
         ({"retry-after": "1.5"}, None),
         ({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}, None),
+        ({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT", "date": "Wed, 21 Oct 2099 07:27:30 GMT"}, 30),
+        ({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT", "date": "Wed, 21 Oct 2099 07:29:00 GMT"}, 0),
+        ({"retry-after": "Wed, 21 Oct 99999 07:28:00 +1400", "date": "Wed, 21 Oct 2099 07:29:00 GMT"}, None),
         ({"retry-after": "\u0667"}, None),
         ({"retry-after": "²"}, None),
         ({"ratelimit": '"api";r=3;t=55', "retry-after": "7"}, 7),

@@ -311,7 +311,7 @@ def test_a_token_that_cannot_be_replaced_is_a_failure_that_does_not_show_the_hub
         ({"status": 401}, AccessDeniedError),
         ({"status": 403}, AccessDeniedError),
         ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, BucketMissingError),
-        ({"status": 429, "headers": {"Retry-After": "1"}}, ThrottledError),
+        ({"status": 429, "headers": {"Retry-After": "3600"}}, ThrottledError),
         ({"status": 500}, TransportError),
         ({"status": 200, "body": "[]"}, TransportError),
         ({"status": 200, "body": "{}"}, TransportError),

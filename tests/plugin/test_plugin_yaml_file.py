@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin_support import SECRET
 
@@ -111,16 +111,18 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_not_waited_for(tmp_path
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20) | st.dates(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=10,
+    max_leaves=5,
 )
 
 
+@settings(max_examples=60)
 @given(PLAIN)
 def test_what_yaml_writes_is_read_back_as_yaml_reads_it(value):
     text = yaml.safe_dump(value, allow_unicode=True)
     assert repr(parse_yaml(text, "x")) == repr(yaml.safe_load(text))
 
 
+@settings(max_examples=60)
 @given(st.text(max_size=200) | st.text(alphabet="[]{}&*!-:?|>'\"%@`,# \n\tab0.~<=+\\eux", max_size=60))
 def test_any_text_is_taken_or_refused_by_one_line(text):
     try:

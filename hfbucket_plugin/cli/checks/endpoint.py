@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.findings import Finding, from_error, note, ok, warning
 from hfbucket_plugin.cli.words import count
+from hfbucket_plugin.dates import http_date
 from hfbucket_plugin.errors import HFBucketError, TransportError
 
 if TYPE_CHECKING:
@@ -104,12 +103,9 @@ def judge_way(named: NamedInstance, first: float, rounds: Sequence[float]) -> Fi
 
 def judge_clock(greeting: Greeting) -> Finding:
     """Whether our clock agrees with the Hub's: tokens of the storage expire by it."""
-    try:
-        moment = parsedate_to_datetime(greeting.date)
-    except ValueError:
+    moment = http_date(greeting.date)
+    if moment is None:
         return note(CLOCK, "the Hub's answers tell no time to compare ours with")
-    if moment.tzinfo is None:  # "-0000": UTC, says RFC 5322
-        moment = moment.replace(tzinfo=UTC)
     ahead = greeting.at - moment.timestamp()
     if abs(ahead) <= MAX_SKEW_SECS:
         return ok(CLOCK, f"within {MAX_SKEW_SECS:g} s of the Hub's")
