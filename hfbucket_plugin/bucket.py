@@ -177,7 +177,7 @@ class Bucket:
         return {info.path: info for info in infos if info.path in asked}, answer
 
     def list_objects(
-        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None, *, patient: bool = True
+        self, prefix: str, page_secs: float, each_page: Callable[[], None] = lambda: None
     ) -> Iterator[ObjectInfo]:
         """Stream the objects whose path starts with `prefix`, page by page.
 
@@ -187,7 +187,6 @@ class Bucket:
             prefix: The start of a path; empty for all.
             page_secs: Most seconds a page may take, its retries included.
             each_page: Called before each page is asked for, empty ones too: what it raises ends the listing.
-            patient: Whether a command's pauses do not count (`Deadline.patient`).
 
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
@@ -195,10 +194,8 @@ class Bucket:
         progress, cursor = Progress(prefix), None
         while True:
             each_page()
-            if patient:
-                expect_time(f"listing {prefix!r}")
-            deadline = Deadline.patient(page_secs) if patient else Deadline.after(page_secs)
-            infos, cursor = self.list_page(prefix, cursor, deadline)
+            expect_time(f"listing {prefix!r}")
+            infos, cursor = self.list_page(prefix, cursor, Deadline.patient(page_secs))
             progress.see(infos, cursor)
             yield from infos
             if cursor is None:

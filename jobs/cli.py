@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.key_set import KeySet
 from jobs import command_fingerprint, guards, options, show
@@ -233,7 +234,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
                 dry_run=dry_run,
                 yes=yes,
                 ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
-                max_duration_secs=options.seconds(max_duration, "--max-duration"),
+                until=Deadline.after(options.seconds(max_duration, "--max-duration")),
                 local=in_process(address, local=local),
                 address=address,
                 parallel=parallel,
@@ -288,7 +289,7 @@ def _order(  # noqa: PLR0917 - as the options come
         yes=yes and not dry_run,
         ask=show.ask if show.at_terminal() and not dry_run else None,
         show=show.plan,
-        max_duration_secs=options.seconds(max_duration, "--max-duration"),
+        until=Deadline.after(options.seconds(max_duration, "--max-duration")),  # of the command, whatever it does
         lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
         plan_dir=plan_dir,
         local=in_process(address, local=local),

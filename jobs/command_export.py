@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from jobs import guards, options, show, units
 from jobs.choosing import CHOOSING, Wanted, choice_of, prompts_of
@@ -148,7 +149,7 @@ def export(
             dry_run=dry_run,
             yes=yes,
             ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
-            max_duration_secs=options.seconds(max_duration, "--max-duration"),
+            until=Deadline.after(options.seconds(max_duration, "--max-duration")),
             plan_dir=plan_dir,
             local=in_process(address, local=local),
             address=address,
@@ -164,7 +165,7 @@ def export(
             ask=show.ask if show.at_terminal() and not dry_run else None,
             show=show.plan,
             accept_shrunk=accept_shrunk,
-            max_duration_secs=order.max_duration_secs,
+            until=order.until,
             lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
             plan_dir=plan_dir,
             local=order.local,

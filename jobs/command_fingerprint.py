@@ -12,12 +12,12 @@ import typer
 from hfbucket_plugin.cli import output
 from hfbucket_plugin.cli.case import opened
 from hfbucket_plugin.cli.words import printable
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.deadlines import Deadline, patience
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
 from hfbucket_plugin.fingerprint import Claim, Fingerprint, NewerError, Record, differences, in_words
 from hfbucket_plugin.fingerprint_store import MAX_BYTES, FingerprintStore
 from jobs import exits, options, show
-from jobs.run import PAGE_SECS, REQUEST_SECS, code_of
+from jobs.run import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of
 from jobs.session import options_checked
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def show_all(  # noqa: PLR0917 - Typer makes options of them
     with options_checked():
         named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
     codes: list[int] = []
-    with output.results():
+    with output.results(), patience(Deadline.after(LISTING_SECS)):
         for one in named:
             codes += _show(one, model or [], as_json=as_json)
     raise typer.Exit(exits.worst(codes))
@@ -257,4 +257,4 @@ def _store_of(one: NamedInstance) -> Iterator[FingerprintStore]:
 
 
 def _soon() -> Deadline:
-    return Deadline.after(REQUEST_SECS)
+    return Deadline.patient(REQUEST_SECS)

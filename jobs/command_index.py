@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError
 from jobs import options, units
 from jobs.index_job import IndexJob
@@ -70,7 +71,7 @@ def index(  # noqa: PLR0917 - Typer makes options of them
             grace=_duration(grace, "--grace"),
             dry_run=dry_run,
             accept_shrunk=accept_shrunk,
-            max_duration_secs=options.seconds(max_duration, "--max-duration"),
+            until=Deadline.after(options.seconds(max_duration, "--max-duration")),
             lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
             scratch=scratch,
         )

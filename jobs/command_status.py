@@ -9,8 +9,9 @@ import typer
 from hfbucket_plugin.cli import output, tables
 from hfbucket_plugin.cli.case import opened
 from hfbucket_plugin.cli.words import age, printable, size
+from hfbucket_plugin.deadlines import Deadline, patience
 from jobs import exits, guards, options, show
-from jobs.run import PAGE_SECS, REQUEST_SECS, code_of, in_words
+from jobs.run import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of, in_words
 from jobs.session import options_checked
 from jobs.status import examine
 from jobs.status_page import write_page
@@ -57,7 +58,7 @@ def status(  # noqa: PLR0917 - Typer makes options of them
     codes: list[int] = []
     statuses: list[Status] = []
     troubles: list[str] = []
-    with output.results():
+    with output.results(), patience(Deadline.after(LISTING_SECS)):
         for one in named:
             try:
                 with tables.busy(f"{one.name}: listing"), opened(one, REQUEST_SECS) as bucket:

@@ -61,7 +61,8 @@ class ExportOrder:
         dry_run: Only plan.
         yes: Whether to replace without asking.
         ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
-        max_duration_secs: When to begin no more.
+        max_duration_secs: When to begin no more, where `until` does not say.
+        until: The deadline of the whole command.
         plan_dir: Where plans are written; None for a directory of temporary files.
         local: Whether bytes go through this process, whatever Ray cluster is configured.
         address: Of the Ray cluster; None for the configured one.
@@ -78,6 +79,7 @@ class ExportOrder:
     yes: bool = False
     ask: Callable[[PlanFile], bool] | None = None
     max_duration_secs: float = 3600.0
+    until: Deadline | None = None
     plan_dir: Path | None = None
     local: bool = True
     address: str | None = None
@@ -102,7 +104,7 @@ class Export:
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
-        self._until = Deadline.after(order.max_duration_secs)
+        self._until = order.until or Deadline.after(order.max_duration_secs)
         self._plan: PlanFile | None = None
         self._applied = False
         self._method: Method | None = None
@@ -135,7 +137,7 @@ class Export:
                 stack.callback(destination.close)
                 return work(source, destination)
 
-        code, message = run.coded(with_ends, self._stop)
+        code, message = run.coded(with_ends, self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -293,7 +295,7 @@ class Export:
         moves = plan.moves()
         while page := list(itertools.islice(moves, PAGE)):
             try:
-                held = destination.look_up([move.to for move in page], Deadline.after(_LOOK_UP_SECS))
+                held = destination.look_up([move.to for move in page], Deadline.patient(_LOOK_UP_SECS))
             except (ThrottledError, TransportError):
                 held = {}
             for move in page:

@@ -100,7 +100,7 @@ class ExportPlanning:
         return to
 
     def _compare(self, page: dict[str, PlannedChunk]) -> None:
-        held = self._destination.look_up(list(page), Deadline.after(_LOOK_UP_SECS))
+        held = self._destination.look_up(list(page), Deadline.patient(_LOOK_UP_SECS))
         for to, chunk in page.items():
             self._chosen = self._chosen.plus(chunk.size)
             there = held.get(to)

@@ -74,7 +74,7 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
     if not infos:
         return None
     newest = infos[-1]
-    record = small.read_json(bucket, newest, Deadline.after(request_secs))
+    record = small.read_json(bucket, newest, Deadline.patient(request_secs))
     try:
         left = Extent.from_record(record.get("left"))
         _expect_consistent(record, left, newest.path.rpartition("/")[2])
@@ -117,6 +117,6 @@ def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> No
     record = {name: value for name, value in summary.record().items() if name != "plan"}
     record["left"] = left.record()
     record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-    deadline = Deadline.after(request_secs)
+    deadline = Deadline.patient(request_secs)
     content = small.upload(bucket, texts.as_json(record).encode(), deadline)
     small.put(bucket, f"{DIRECTORY}/{summary.job}.json", content, deadline)

@@ -64,7 +64,7 @@ class IndexJob:
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
-        self._until = Deadline.after(order.max_duration_secs)
+        self._until = order.until or Deadline.after(order.max_duration_secs)
         self._tally = Tally(file)
         self._made: Made | None = None
         self._differences: Differences | None = None
@@ -81,7 +81,7 @@ class IndexJob:
         return self._told(self._verify)
 
     def _told(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
-        code, message = coded(lambda: self._with_bucket(work), self._stop)
+        code, message = coded(lambda: self._with_bucket(work), self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())

@@ -17,7 +17,7 @@ import numpy as np
 
 from hfbucket_plugin import index_build
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
+from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, ThrottledError, TransportError
 from hfbucket_plugin.index_format import read_header
 from hfbucket_plugin.index_store import POINTER
 from hfbucket_plugin.transfer import xet_hashes
@@ -62,7 +62,8 @@ class IndexOrder:
         grace: No old snapshot and no journal is deleted that is younger.
         dry_run: Whether to write nothing.
         accept_shrunk: Whether a listing is believed that is empty or lacks much of what there was.
-        max_duration_secs: When to give up.
+        max_duration_secs: When to give up, where `until` does not say.
+        until: The deadline of the whole command, of which this may be one instance of several.
         lock_secs: How long the lock of a killed run keeps others out.
         scratch: Where snapshots are put together; None for a directory of temporary files.
     """
@@ -75,13 +76,14 @@ class IndexOrder:
     dry_run: bool = False
     accept_shrunk: bool = False
     max_duration_secs: float = 3600.0
+    until: Deadline | None = None
     lock_secs: int = DEFAULT_SECONDS
     scratch: Path | None = None
 
     @property
     def page_secs(self) -> float:
         """Most seconds of a page of a listing."""
-        return min(PAGE_SECS, self.max_duration_secs)
+        return PAGE_SECS
 
 
 class Maker:
@@ -219,9 +221,14 @@ class Maker:
             index_build.fetch_snapshot(self._bucket, self._store, pointer, scratch / "read-back.npy", self._until)
         except MissingError as error:
             raise TransportError(f"the snapshot was stored and cannot be read: {error}: nothing is published") from None
-        seconds = lock.confirm()
-        self._store.publish(pointer, Deadline.after(min(REQUEST_SECS, seconds)))
-        return pointer, before is not None
+        while True:
+            seconds = lock.confirm(patient=True)
+            try:
+                self._store.publish(pointer, Deadline.after(min(REQUEST_SECS, seconds)))
+            except ThrottledError as error:  # when the pause is over, the lock may not be ours any more
+                self._until.wait_out(error)
+            else:
+                return pointer, before is not None
 
     def _unchanged(self, found: Found, built: Built) -> Pointer | None:
         """The pointer before, where its snapshot is there and has the very same bytes."""
@@ -244,8 +251,8 @@ class Maker:
             HFBucketError: Nobody knows.
         """
         path = self._bucket.handle.join(POINTER)
-        info = self._bucket.stat([path], Deadline.after(REQUEST_SECS)).get(path)
-        if info is None or self._store.read_pointer(info, Deadline.after(REQUEST_SECS)) != pointer:
+        info = self._bucket.stat([path], Deadline.patient(REQUEST_SECS)).get(path)
+        if info is None or self._store.read_pointer(info, Deadline.patient(REQUEST_SECS)) != pointer:
             raise TransportError(f"{path}: the Hub took it and shows another one: run again")
         return info.content
 

@@ -116,7 +116,7 @@ def look(
         del found.shelf.strange[_NAMED_STRANGE:]
     if found.shelf.pointer is not None:
         try:
-            found.pointer = store.read_pointer(found.shelf.pointer, Deadline.after(request_secs))
+            found.pointer = store.read_pointer(found.shelf.pointer, Deadline.patient(request_secs))
         except FormatError as error:
             found.unknown = str(error)
         except MissingError:  # somebody else published meanwhile, or the store lost it

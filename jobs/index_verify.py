@@ -232,12 +232,12 @@ class Verification:
         """The newest of what was told since the view was made."""
         self._each_page()
         since = built.covers
-        shelf = self._store.list(Deadline.after(self._page_secs))
+        shelf = self._store.list(Deadline.patient(self._page_secs))
         if shelf.crowded:
             raise TransportError(f"not all journals could be listed: {shelf.crowded}")
         late = [journal for journal in shelf.journals if journal.at >= since and not journal.name.hits]
         told: list[Rows] = []
-        for _, changes in self._store.read_journals(late, Deadline.after(self._page_secs)):
+        for _, changes in self._store.read_journals(late, Deadline.patient(self._page_secs)):
             if isinstance(changes, FormatError):
                 continue
             if isinstance(changes, HFBucketError):

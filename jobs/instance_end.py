@@ -6,13 +6,13 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.catalog import list_chunks
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, RefusedError
 from hfbucket_plugin.instance import open_bucket
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.parallel_listing import list_chunks_ahead
 from hfbucket_plugin.transfer import Read, Upload
 from jobs.batch import FRESH_SECS
 from jobs.ends import Held
@@ -64,7 +64,7 @@ class InstanceEnd:
         """
         if not self.settings.writes:
             raise RefusedError(f"{self._name}: role is {self.settings.role}, so nothing is copied to this instance")
-        deadline = Deadline.after(_REQUEST_SECS)
+        deadline = Deadline.patient(_REQUEST_SECS)
         try:
             self.bucket.info(deadline)
         except BucketMissingError:
@@ -75,7 +75,7 @@ class InstanceEnd:
     def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
         """See `Source`."""
         if not choice.keys_from:
-            return list_chunks(self.bucket, choice.listing_prefixes())
+            return list_chunks_ahead(self.bucket, choice.listing_prefixes())
         keys = (key for path in choice.keys_from for key in keys_of(path))
         return look_up_keys(self.bucket, keys, skipped)
 

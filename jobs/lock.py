@@ -15,20 +15,23 @@ import os
 import platform
 import secrets
 import threading
+from dataclasses import replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.bucket import Progress
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError, RefusedError, TransportError
+from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
 from jobs import small
 from jobs.claims import CLAIM, DELETING, LONGEST_SECONDS, Claim, Holder, LockHeldError, claims_in
-from jobs.hubclock import HubClock
+from jobs.hubclock import HubClock, ask
+from warmer.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.content import Content
     from jobs.claims import LockKind
 
@@ -38,6 +41,8 @@ DEFAULT_SECONDS: Final = LONGEST_SECONDS
 
 _RENEW_AT: Final = 2 / 3
 _RELEASE_TRIES: Final = 3
+_UNSURE_SECS: Final = 15.0
+_CLOCK_TRIES: Final = 3
 
 
 class LockLostError(RefusedError):
@@ -81,6 +86,7 @@ class Lock:
         self._content: Content | None = None
         self._stops: datetime | None = None
         self._left = False
+        self._written: list[str] = []
 
     @property
     def stops(self) -> datetime | None:
@@ -95,14 +101,21 @@ class Lock:
             LockHeldError: Another one holds it; the message names it.
             HFBucketError: The claim could not be made.
         """
+        patient = True
         try:
             self._acquire()
             yield self
+        except (Interrupted, KeyboardInterrupt):
+            patient = False
+            raise
         finally:
-            self._release()
+            self._release(patient=patient)
 
-    def confirm(self) -> float:
+    def confirm(self, *, patient: bool = False) -> float:
         """Make sure that the lock is still ours, and renew it where that is due.
+
+        Args:
+            patient: Whether pauses of the Hub are waited out. Who has work under way looks after it instead.
 
         Returns:
             Seconds for which it is ours from now on, whatever happens.
@@ -112,9 +125,9 @@ class Lock:
             HFBucketError: Nobody knows: the Hub did not tell.
         """
         with self._mutex:
-            own = self._own(self._claims())
+            own = self._own(self._claims(patient=patient))
             if self._seconds_to(own.stops) < self._holder.seconds * _RENEW_AT:
-                own = self._renew(own)
+                own = self._renew(own, patient=patient)
             self._stops = own.stops
             return self._seconds_to(own.stops)
 
@@ -128,6 +141,37 @@ class Lock:
         if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
             self.confirm()
 
+    def keep_planning(self) -> None:
+        """Keep the lock while nothing is changed yet: pauses are waited out, and a lock that ended meanwhile is made again.
+
+        What is planned without a lock is looked at again before it is carried out, so nothing is lost by that.
+
+        Raises:
+            LockHeldError: Another one holds it meanwhile.
+            LockLostError: It was taken away.
+            HFBucketError: Nobody knows: the Hub did not tell.
+        """
+        if self._stops is not None and self._seconds_to(self._stops) >= self._holder.seconds * _RENEW_AT:
+            return
+        while True:
+            try:
+                self.confirm(patient=True)
+            except LockLapsedError:
+                self._make_again()
+            except ThrottledError as error:
+                Deadline.patient(self._secs).wait_out(error)
+                continue
+            return
+
+    def _make_again(self) -> None:
+        _log.warning("our lock ended during a pause of the Hub: it is made again")
+        with self._mutex:
+            # First the old one, which would precede the new one in the queue.
+            small.remove(self._bucket, self._written, Deadline.patient(self._secs))
+            self._written.clear()
+            self._holder = replace(self._holder, id=secrets.token_hex(8))
+            self._acquire()
+
     def leave(self) -> None:
         """Release it not, but let it end by itself: something is under way that may still delete."""
         self._left = True
@@ -135,15 +179,21 @@ class Lock:
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
         told = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
-        self._content = small.upload(self._bucket, json.dumps(told).encode(), self._deadline())
+        self._content = small.upload(self._bucket, json.dumps(told).encode(), Deadline.patient(self._secs))
         sent = self.clock.monotonic()
-        small.put(self._bucket, self._name(CLAIM), self._content, self._deadline())
+        self._put(CLAIM, Deadline.patient(self._secs))
         answered = self.clock.monotonic()
-        claims = self._claims()
+        claims = self._claims(patient=True)
         own = next((claim for claim in claims if claim.holder == self._holder), None)
         if own is None or own.since is None:
             raise TransportError(f"the Hub took our lock and does not list it: nothing is {self._kind.done}; run again")
         self.clock.stamped(own.since, sent, answered)
+        for _ in range(_CLOCK_TRIES):
+            if answered - sent <= _UNSURE_SECS:
+                break
+            sent = self.clock.monotonic()  # the claim waited for a pause of the Hub, and says little of its clock
+            ask(self._bucket, self.clock, self._secs)
+            answered = self.clock.monotonic()
         for claim in claims[: claims.index(own)]:
             self._pass_over(claim)
         self._stops = own.stops
@@ -161,14 +211,26 @@ class Lock:
         _log.warning(
             "the lock of %s, last renewed %s, is stale and passed over", claim.holder.owner, _told(claim.renewed)
         )
-        small.remove(self._bucket, claim.paths, self._deadline())
+        small.remove(self._bucket, claim.paths, Deadline.patient(self._secs))
 
-    def _claims(self) -> list[Claim]:
+    def _claims(self, *, patient: bool) -> list[Claim]:
         prefix = self._bucket.handle.join(f"{self._kind.directory}/")
-        claims = claims_in(self._bucket.list_objects(prefix, self._secs), self._kind)
+        claims = claims_in(
+            self._bucket.list_objects(prefix, self._secs) if patient else self._listed_now(prefix), self._kind
+        )
         for claim in claims:
             self.clock.saw(claim.renewed)
         return claims
+
+    def _listed_now(self, prefix: str) -> Iterator[ObjectInfo]:
+        """A listing that waits for no pause: who has work under way looks after it meanwhile."""
+        progress, cursor = Progress(prefix), None
+        while True:
+            infos, cursor = self._bucket.list_page(prefix, cursor, self._deadline())
+            progress.see(infos, cursor)
+            yield from infos
+            if cursor is None:
+                return
 
     def _own(self, claims: list[Claim]) -> Claim:
         """Our claim, while it holds."""
@@ -186,36 +248,40 @@ class Lock:
     def _seconds_to(self, moment: datetime) -> float:
         return (moment - self.clock.latest()).total_seconds()
 
-    def _renew(self, own: Claim) -> Claim:
-        if self._content is None:
-            raise LockLostError("the lock was never ours")
+    def _renew(self, own: Claim, *, patient: bool) -> Claim:
         self._renewals += 1
-        deadline = Deadline.after(min(self._secs, self._seconds_to(own.stops)))
-        small.put(self._bucket, self._name(str(self._renewals)), self._content, deadline)
-        renewed = self._own(self._claims())
+        seconds = self._seconds_to(own.stops)  # later it would be no renewal
+        deadline = Deadline.after(seconds if patient else min(self._secs, seconds))
+        self._put(str(self._renewals), deadline)
+        renewed = self._own(self._claims(patient=patient))
         with contextlib.suppress(HFBucketError):  # they are deleted at the end, too
             old = [path for path in own.paths if not path.endswith(f"@{CLAIM}")]
             small.remove(self._bucket, old, self._deadline())
         return renewed
 
-    def _release(self) -> None:
-        """Take all of our objects away; they end by themselves where that fails."""
+    def _put(self, part: str, deadline: Deadline) -> None:
+        """Name an object of the lock, which is taken away at the end whatever becomes of this."""
         if self._content is None:
+            raise LockLostError("the lock was never ours")
+        self._written.append(self._bucket.handle.join(self._name(part)))
+        small.put(self._bucket, self._name(part), self._content, deadline)
+
+    def _release(self, *, patient: bool) -> None:
+        """Take all of our objects away, by the names that they were given: a listing may not be had.
+
+        Asked for even in a pause of the Hub, since others wait for it; they end by themselves where it fails.
+        """
+        if not self._written:
             return
         if self._left:
             _log.warning("batches are still under way: our lock ends by itself, in %d s", self._holder.seconds)
             return
+        deadline = Deadline.patient(self._secs) if patient else self._deadline()
         problem: HFBucketError | None = None
-        for _ in range(_RELEASE_TRIES):
+        for number in range(_RELEASE_TRIES):
             try:
-                paths = [path for claim in self._claims() if claim.holder == self._holder for path in claim.paths]
-                small.remove(self._bucket, paths, self._deadline())
-            except RefusedError as error:  # something strange lies among the locks
-                paths = [self._bucket.handle.join(self._name(CLAIM))]
-                with contextlib.suppress(HFBucketError):
-                    small.remove(self._bucket, paths, self._deadline())
-                    return
-                problem = error
+                # The first one goes by no pause: deletes may be served while listings are not.
+                small.raise_failed(self._bucket.delete(self._written, deadline, urgent=not number))
             except HFBucketError as error:
                 problem = error
             else:

@@ -81,7 +81,7 @@ class NotAtSource:
         entries = iter(entries)
         while page := list(itertools.islice(entries, _PAGE)):
             ours = {entry.key for entry in page if chosen(_chunk(entry))}
-            there = self._source.look_up(sorted(ours), Deadline.after(_LOOK_UP_SECS)) if ours else {}
+            there = self._source.look_up(sorted(ours), Deadline.patient(_LOOK_UP_SECS)) if ours else {}
             for entry in page:
                 if entry.key in ours and entry.key not in there:
                     yield by_age(entry, now, self._min_age, Reason.NOT_AT_SOURCE)

@@ -396,20 +396,21 @@ def _one_named(source: InstanceEnd, destination: InstanceEnd, move: Move, second
         HFBucketError: It was refused, or nobody knows.
     """
     mover = Mover(source, destination, How.COPY, 0)
-    deadline, asked = Deadline.after(seconds), frozenset[str]()
+    deadline, asked = Deadline.patient(seconds), frozenset[str]()
+    tries = 0
 
     def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
         return destination.copy(source, {one.to: one.content for one in moves}, soon)
 
-    for tries in range(TRIES):
+    while True:
         tried = Try(Batch((move,), tries, asked))
         try:
             return tried, mover.name(tried, (move,), deadline, give, Moved.COPIED)
-        except ThrottledError:
-            raise
+        except ThrottledError as error:  # no try: when the pause is over, the destination is looked at again
+            deadline.wait_out(error)
         except TransportError:
             asked = frozenset(asked | tried.asked)
-            if tries + 1 == TRIES or deadline.passed:
+            tries += 1
+            if tries == TRIES or deadline.passed:
                 raise
-            time.sleep(_AGAIN_SECS * 2**tries)
-    raise AssertionError("the last try returns or raises")
+            time.sleep(_AGAIN_SECS * 2 ** (tries - 1))

@@ -51,7 +51,11 @@ AcceptShrunk = Annotated[
     bool, typer.Option("--accept-shrunk", help="Believe a listing that lacks much of what there was.")
 ]
 MaxDuration = Annotated[
-    str, typer.Option(metavar="TIME", help="Begin nothing more after this; the Hub's pauses are waited out within it.")
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="End the command after this, all instances together; the Hub's pauses are waited out within it.",
+    ),
 ]
 Parallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches of 1000 deletes at one time.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=1000, help="Most objects of a batch.")]

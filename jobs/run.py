@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.cli.case import opened
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.deadlines import Deadline, patience
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
@@ -60,10 +60,13 @@ if TYPE_CHECKING:
     from jobs.report import ReportFile
     from warmer.interrupt import Stop, StopSwitch
 
-PAGE_SECS: Final = 330.0
-"""A page of a listing waits out the longest pause that the Hub asks for."""
+PAGE_SECS: Final = 60.0
+"""A page of a listing; pauses that the Hub asks for do not count."""
 
 REQUEST_SECS: Final = 60.0
+LISTING_SECS: Final = 3600.0
+"""How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
+
 _SKEW: Final = timedelta(minutes=1)
 
 
@@ -79,7 +82,8 @@ class Order:
         min_age: Nothing younger is deleted.
         foreign: Whether objects that are no chunks may be deleted.
         accept_shrunk: Whether a listing is believed that lacks much of what there was.
-        max_duration_secs: When to begin no more.
+        max_duration_secs: When to begin no more, where `until` does not say.
+        until: The deadline of the whole command, of which this may be one instance of several.
         lock_secs: How long the lock of a killed run keeps others out.
         plan_dir: Where plans are written; None for a directory of temporary files.
         local: Whether to delete in this process, whatever Ray cluster is configured.
@@ -100,6 +104,7 @@ class Order:
     foreign: bool = False
     accept_shrunk: bool = False
     max_duration_secs: float = 3600.0
+    until: Deadline | None = None
     lock_secs: int = DEFAULT_SECONDS
     plan_dir: Path | None = None
     local: bool = True
@@ -130,7 +135,7 @@ class Job:
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
-        self._until = Deadline.after(order.max_duration_secs)
+        self._until = order.until or Deadline.after(order.max_duration_secs)
         self._plan: PlanFile | None = None
         self._applied = order.yes
         self._tally = Tally(file)
@@ -155,7 +160,7 @@ class Job:
             with opened(self._named, REQUEST_SECS) as bucket:
                 return work(bucket)
 
-        code, message = coded(with_bucket, self._stop)
+        code, message = coded(with_bucket, self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -183,7 +188,7 @@ class Job:
     def _select(self, bucket: Bucket, selection: Selection, wanted: dict[str, Any]) -> int:
         if self._order.yes:
             with self._lock(bucket).held() as lock:
-                plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep)
+                plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep_planning)
                 return self._apply(bucket, lock, plan)
         clock = HubClock()
         ask(bucket, clock, REQUEST_SECS)
@@ -236,7 +241,7 @@ class Job:
         own, others = bucket.handle, self._order.neighbours
         if not foreign or all(other.same_bucket(own) for other in others):
             return others
-        deadline = Deadline.after(REQUEST_SECS)
+        deadline = Deadline.patient(REQUEST_SECS)
         settled = bucket.settled(own, deadline)
         buckets = {other.bucket_id.casefold(): other for other in others}
         ours = {name for name, other in buckets.items() if bucket.settled(other, deadline).same_bucket(settled)}
@@ -308,7 +313,7 @@ class Job:
 
         with PlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each, heat)
-            page_secs = min(PAGE_SECS, order.max_duration_secs)
+            page_secs = PAGE_SECS
             neighbours = self._neighbours(bucket, foreign=order.foreign)
             planning.run(Classifier(bucket, neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
@@ -402,13 +407,14 @@ class Job:
         return code
 
 
-def coded(work: Callable[[], int], stop: Stop) -> tuple[int, str]:
-    """Do some work; its exit code, and why it broke off where it did.
+def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
 
     Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
     inside a client that takes it for a failure.
     """
-    code, message = _coded(work)
+    with patience(until):
+        code, message = _coded(work)
     if message and code == exits.FAILED and stop.requested:
         return exits.INTERRUPTED, f"told to stop; {message}"
     return code, message
@@ -419,6 +425,8 @@ def _coded(work: Callable[[], int]) -> tuple[int, str]:
         return work(), ""
     except Interrupted:
         return exits.INTERRUPTED, "told to stop"
+    except ThrottledError as error:  # all pauses but the last one were waited out
+        return code_of(error), f"{error}; --max-duration would be over before"
     except HFBucketError as error:
         return code_of(error), str(error)
     except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
@@ -511,7 +519,7 @@ def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
 
 def files_in(bucket: Bucket) -> int | None:
     """How many objects the bucket says that it has; None where it does not say."""
-    total = bucket.info(Deadline.after(REQUEST_SECS)).get("totalFiles")
+    total = bucket.info(Deadline.patient(REQUEST_SECS)).get("totalFiles")
     return total if type(total) is int else None
 
 

@@ -86,10 +86,10 @@ def _read(bound: Bound, choosing: Choosing, bucket: Bucket, compared: Compared) 
     store = FingerprintStore(bucket, bound.instance.name)
     try:
         for model in itertools.islice(_models(choosing, store), _MODELS):
-            found = store.read(model, Deadline.after(_SECS))
+            found = store.read(model, Deadline.patient(_SECS))
             known = _of_mode(bound, found.record.variants if found is not None else ())
             if not known:  # an engine that ended right after its first store left a claim and no record
-                known = _of_mode(bound, store.first_claimed(store.claims(model, Deadline.after(_SECS)), None))
+                known = _of_mode(bound, store.first_claimed(store.claims(model, Deadline.patient(_SECS)), None))
             for recorded in known:
                 _judge(bound, choosing, recorded, compared)
     finally:

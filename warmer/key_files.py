@@ -77,7 +77,7 @@ def look_up_keys(bucket: Bucket, keys: Iterable[str], skipped: Counter[str]) -> 
 
 def _found(bucket: Bucket, keys: Sequence[str], skipped: Counter[str]) -> Iterator[ChunkEntry]:
     paths = [bucket.handle.join(encode_name(key)) for key in keys]
-    found = bucket.stat(paths, Deadline.after(_LOOKUP_SECS))
+    found = bucket.stat(paths, Deadline.patient(_LOOKUP_SECS))
     for key, path in zip(keys, paths, strict=True):
         info = found.get(path)
         if info is None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 CHUNK_TIMEOUT_SECS: Final = 300.0
 """A batch has a third of it for each try: enough for a node that gets 3 MiB a second, with four of 64 MiB under way."""
 
+_FIRST_SECS: Final = 10.0
 _TRIES: Final = 3
 _LOOKUP_SECS: Final = 15.0
 
@@ -323,7 +324,8 @@ class NodeWarmer:
             BucketMissingError: There is no such bucket, or the token may not see it.
         """
         try:
-            self._bucket.transfer.warm_up(Deadline.after(self.chunk_timeout_secs / _TRIES))
+            # A node that waits here for a pause of the Hub would be taken for one that does not answer.
+            self._bucket.transfer.warm_up(Deadline.after(min(_FIRST_SECS, self.chunk_timeout_secs / _TRIES)))
         except (TransportError, ThrottledError):
             return  # may pass; each chunk tries again
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from hfbucket_plugin.deadlines import Deadline, patience
 from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, ScratchError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import ClassicKey, MPKey
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from warmer.warmup import WarmUp
 
 _log = logging.getLogger(__name__)
+
+_LISTING_SECS = 3600.0
+"""How long choosing may take, the Hub's pauses included, where `--max-duration` does not say."""
 
 _KINDS = {"classic": ClassicKey, "mp": MPKey}
 
@@ -218,26 +222,31 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     prompts = bound.prompts() if bound.lists else None
     choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), prompts)
     bucket = bound.bucket()
+    until = Deadline.after(bound.warm_up.limits.max_duration or _LISTING_SECS)
     # Where engines load from their own tiers, the Hub is asked nothing.
-    compared = fingerprints.compare(bound, choosing, bucket) if bound.lists else fingerprints.Compared()
+    with patience(until):
+        compared = fingerprints.compare(bound, choosing, bucket) if bound.lists else fingerprints.Compared()
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:
-            recorded = _prompts_recorded(bound)
-            try:
-                chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
-                made = PlanFile.write(path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded)
-            except OSError as error:
-                if isinstance(error, HFBucketError):
-                    raise
-                raise ScratchError(
-                    f"the plan cannot be written below download_tmp_dir, {str(path.parent)!r}: {error.strerror or error}; make "
-                    "room there, or name another directory"
-                ) from None
-            if bound.lists:
-                _expect_some(bound, choosing, made, bucket)
-            else:
-                _expect_prompts(bound)
+            with patience(until):
+                recorded = _prompts_recorded(bound)
+                try:
+                    chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
+                    made = PlanFile.write(
+                        path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded
+                    )
+                except OSError as error:
+                    if isinstance(error, HFBucketError):
+                        raise
+                    raise ScratchError(
+                        f"the plan cannot be written below download_tmp_dir, {str(path.parent)!r}: {error.strerror or error}; make "
+                        "room there, or name another directory"
+                    ) from None
+                if bound.lists:
+                    _expect_some(bound, choosing, made, bucket)
+                else:
+                    _expect_prompts(bound)
             if out is not None:
                 _put_out(path, out)
             yield made

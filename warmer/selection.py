@@ -163,7 +163,7 @@ class _Asked(threading.Thread):
 
 
 def _fresh(bucket: Bucket, chunks: list[PlannedChunk]) -> list[PlannedChunk]:
-    found = bucket.stat([chunk.path for chunk in chunks], Deadline.after(_LOOKUP_SECS))
+    found = bucket.stat([chunk.path for chunk in chunks], Deadline.patient(_LOOKUP_SECS))
     fresh = []
     for chunk in chunks:
         info = found.get(chunk.path)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from depot import DAY, NEW, OLD, PREFIX, key
@@ -295,16 +294,16 @@ def test_an_old_plan_does_not_make_the_next_run_believe_a_shrunk_listing(stocked
 @pytest.mark.parametrize(("distinct", "told"), [(True, "--max-duration was over"), (False, "lead back")])
 def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
     """Empty pages, each of which names another one, end with the time; pages that name each other end at once."""
-    own, pages = Bucket._list, []
+    own, pages = Bucket.list_page_dated, []
 
-    def endless(self, url, deadline):
-        if ".hfbucket" in url:
-            return own(self, url, deadline)
-        pages.append(url)
+    def endless(self, prefix, cursor, deadline):
+        if ".hfbucket" in prefix:
+            return own(self, prefix, cursor, deadline)
+        pages.append(cursor)
         assert len(pages) < 50, "it goes on for ever"
-        return [], SimpleNamespace(next_page=f"{url.partition('&')[0]}&again={len(pages) if distinct else 0}")
+        return [], f"again={len(pages) if distinct else 0}", None
 
-    monkeypatch.setattr(Bucket, "_list", endless)
+    monkeypatch.setattr(Bucket, "list_page_dated", endless)
     if distinct:
         monkeypatch.setattr("jobs.run.Deadline.passed", property(lambda _: len(pages) > 5))
 

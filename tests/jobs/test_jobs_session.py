@@ -11,6 +11,7 @@ from lane import Lane
 from plugin_support import noise
 
 from hfbucket_plugin.bucket import Bucket
+from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import ConfigError, TransportError
 from hfbucket_plugin.keys import encode_name
 from jobs import exits
@@ -140,7 +141,7 @@ def broken_off(error, *, told_to_stop):
     def work():
         raise error
 
-    return coded(work, stop)
+    return coded(work, stop, Deadline.after(60))
 
 
 def test_what_breaks_off_after_an_order_to_stop_is_interrupted_whoever_took_it_for_a_failure():
