@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
-import sqlite3
 import stat
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,7 +39,7 @@ from jobs.objects import Classifier
 from jobs.plan import Header, PlanFile, PlanWriter
 from jobs.planning import Planning
 from jobs.report import Summary, Tally, header_record
-from warmer.errors import Interrupted
+from warmer.errors import Interrupted, local_trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -435,29 +432,7 @@ def _coded(work: Callable[[], int]) -> tuple[int, str]:
 
 def in_words(error: Exception) -> str:
     """Why something ended, whatever it was: one line, never a traceback."""
-    if isinstance(error, HFBucketError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return "there was not enough memory: stop others, or raise the limit of this process"
-    if isinstance(error, (OSError, sqlite3.Error)):  # no room for a plan, or it went away
-        return f"a file of this machine failed: {error}{_advice(error)}"
-    where = traceback.extract_tb(error.__traceback__)[-1:]
-    place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where)
-    return f"this is a fault of the command itself; please report it: {type(error).__name__}{place}: {error}"
-
-
-def _advice(error: Exception) -> str:
-    """What to do where there is no directory for temporary files, or no room in it, which is said in words alone."""
-    if "temporary directory" in str(error):
-        return "; set TMPDIR to a directory that can be written"
-    named = isinstance(error, OSError) and error.filename is not None
-    full = isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and error.errno in _FULL)
-    if named or not full:
-        return ""
-    return f"; temporary files go to {tempfile.gettempdir()!r}: make room there, or set TMPDIR to another directory"
-
-
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return local_trouble(error) or str(error)
 
 
 def code_of(error: Exception) -> int:

@@ -17,7 +17,7 @@ from hfbucket_plugin.errors import HFBucketError, RefusedError, ScratchError, Th
 from hfbucket_plugin.output_file import expect_apart
 from warmer import exits, run
 from warmer.canary import DEFAULT_REQUIRE, Canary
-from warmer.errors import ClusterError, Interrupted, PlanLostError
+from warmer.errors import ClusterError, Interrupted, PlanLostError, local_trouble
 from warmer.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.interrupt import StopSwitch
 from warmer.job_env import dashboard_address, refuse_secrets_in, runtime_env
@@ -278,7 +278,9 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
             record = work(stop)
     except Interrupted:
         _end("told to stop; running again moves only what is missing", exits.INTERRUPTED)
-    except (HFBucketError, OSError) as error:
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
         _end(_advised(error), _code(error))
     typer.echo(texts.as_json(record))
     if page is not None:  # after the record, which is told even when the command is killed meanwhile
@@ -291,7 +293,8 @@ def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | Non
 def _code(error: Exception) -> int:
     if isinstance(error, RefusedError):
         return exits.REFUSED
-    if isinstance(error, (TransportError, ThrottledError, PlanLostError, ScratchError)):
+    ours = isinstance(error, HFBucketError)
+    if not ours or isinstance(error, (TransportError, ThrottledError, PlanLostError, ScratchError)):
         return exits.FAILED
     return exits.USAGE
 
@@ -300,7 +303,7 @@ def _advised(error: Exception) -> str:
     """The error's words, and the setting to look at where they do not name it."""
     if isinstance(error, TransportError) and not isinstance(error, ClusterError):
         return f"{error}; if it stays so, look at the instance's endpoint, or HF_ENDPOINT"
-    return str(error)
+    return local_trouble(error) or str(error)
 
 
 def _note(line: str) -> None:

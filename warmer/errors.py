@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Final
+
 from hfbucket_plugin.errors import HFBucketError, RefusedError
 from warmer.outcomes import ENGINE, NO_ROOM
 
@@ -45,3 +52,33 @@ class Interrupted(BaseException):
 
     An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
     """
+
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def local_trouble(error: Exception) -> str:
+    """What this machine lacks, or a fault of our own, in one line and never as a traceback; empty for errors of ours."""
+    if isinstance(error, HFBucketError):
+        return ""
+    if isinstance(error, MemoryError):
+        return "there was not enough memory: stop others, or raise the limit of this process"
+    if isinstance(error, (OSError, sqlite3.Error)):  # no room for a plan, or it went away
+        return f"a file of this machine failed: {error}{_advice(error)}"
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where)
+    return f"this is a fault of the command itself; please report it: {type(error).__name__}{place}: {error}"
+
+
+def _advice(error: Exception) -> str:
+    """What to do where there is no directory for temporary files, or no room in it, which is said in words alone."""
+    if "temporary directory" in str(error):
+        return "; set TMPDIR to a directory that can be written"
+    named = isinstance(error, OSError) and error.filename is not None
+    full = isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and error.errno in _FULL)
+    if named or not full:
+        return ""
+    return (
+        f"; temporary files go to {tempfile.gettempdir()!r}, or to download_tmp_dir of the instance: make room there, or set "
+        "TMPDIR to another directory"
+    )

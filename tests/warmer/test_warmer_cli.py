@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import socket
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,27 @@ def test_a_listing_that_is_denied(refused, hub, warehouse, status):
 def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, status):
     hub.control.add_fault(Fault(route="tree", status=status))
     assert str(status) in refused(3, warehouse.config)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "set TMPDIR to another directory"),
+        (sqlite3.OperationalError("database or disk is full"), "set TMPDIR to another directory"),
+        (MemoryError(), "not enough memory"),
+        (ValueError("negative count"), "please report it: ValueError at "),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, Exception) else None,
+)
+def test_what_this_machine_lacks_is_no_wrong_configuration_and_no_traceback(
+    refused, warehouse, monkeypatch, error, told
+):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("warmer.planning.list_chunks_ahead", failing)
+
+    assert told in refused(3, warehouse.config)
 
 
 def test_a_hub_that_cannot_be_reached(refused, tmp_path):
