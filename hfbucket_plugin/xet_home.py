@@ -35,6 +35,9 @@ _lock = threading.Lock()
 _ours: list[int] = []
 """The process that is ours, if it is: a fork of it is, too."""
 
+_before: dict[str, str | None] = {}
+"""What `claim` found in the variables that it sets."""
+
 
 def cache_root(environ: Mapping[str, str] | None = None) -> tuple[Path, str]:
     """Return the directory below which hf_xet makes one for each store, and the variable that says so.
@@ -76,6 +79,8 @@ def claim() -> None:
     compose files make them, mean the working directory to it and to huggingface_hub: they are taken for not set.
     """
     _ours[:] = [os.getpid()]
+    for variable in (_CACHE, _LOG):
+        _before.setdefault(variable, os.environ.get(variable))
     for variable in (*(name for name, _ in _PLACES), _LOG):
         if os.environ.get(variable) == "":
             del os.environ[variable]
@@ -93,6 +98,12 @@ def begin() -> None:
     """Begin a command: see `claim` and `keep_stdout`. To be called before anything imports hf_xet."""
     keep_stdout()
     claim()
+
+
+def started_with(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what `claim` changed in it: what an engine that is started like this finds."""
+    before = {name: value for name, value in _before.items() if value is not None}
+    return {name: value for name, value in environ.items() if name not in _before} | before
 
 
 def is_ours() -> bool:

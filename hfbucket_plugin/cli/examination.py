@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from hfbucket_plugin import xet_home
 from hfbucket_plugin.cli.checks import (
     access_token,
     bucket,
     endpoint,
     engine,
+    environment,
     fingerprint,
     index,
     listing,
@@ -65,6 +68,9 @@ class _Examination:
         else:
             yield from self._hub()
         yield self._finding(temp_dir.NAME, lambda: temp_dir.check(case.named))
+        around = xet_home.started_with(case.environ)
+        for name, check in environment.CHECKS:
+            yield self._finding(name, partial(check, case.named, around))
 
     def _hub(self) -> Iterator[Finding]:
         case = self._case

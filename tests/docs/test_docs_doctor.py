@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from hfbucket_plugin.cli import examination, exits
 from hfbucket_plugin.cli.app import app
-from hfbucket_plugin.cli.checks import access_token, engine, index, probe_write, temp_dir
+from hfbucket_plugin.cli.checks import access_token, engine, environment, index, probe_write, temp_dir
 from hfbucket_plugin.cli.findings import Severity
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,7 @@ def test_every_check_is_described():
         index.NAME,
         probe_write.NAME,
         *examination.OF_THE_HUB,
+        *(name for name, _ in environment.CHECKS),
     }
 
     assert {cells[0].strip("`") for cells in table("What it says")} == names

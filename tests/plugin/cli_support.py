@@ -40,6 +40,12 @@ CHECKS = [
     "records",
     "fingerprint",
     "temp dir",
+    "environment directories",
+    "environment proxy",
+    "environment endpoint",
+    "environment token",
+    "environment variables",
+    "environment ports",
 ]
 NEEDS_HUB = CHECKS[4:13]
 PATIENT = "2"
