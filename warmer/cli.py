@@ -239,7 +239,7 @@ def submit_command(
         # Ray takes a second to import, which a refused command should not wait for.
         environment = runtime_env(runtime_env_file, runtime_env_json, working_dir)
         where = dashboard_address(address)
-        refuse_secrets_in(command)
+        refuse_secrets_in(command, submission_id)
         from warmer.jobs_api import JobsAPI  # noqa: PLC0415
 
         names = {} if submission_id is None else {"submission_id": submission_id}

@@ -5,25 +5,33 @@ Ray keeps a job's runtime environment and command line in its records and shows 
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import json
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.yaml_file import read_yaml
+from hfbucket_plugin.redaction import HUB_TOKEN, SECRET_NAME, spellings
+from hfbucket_plugin.yaml_file import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
 ADDRESS_VARIABLES: Final = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """As `ray job submit` has them: the first that is set."""
 
-_SECRET_NAME: Final = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$", re.IGNORECASE)
-_HUB_TOKEN: Final = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-_LEAST_SECRET: Final = 8
-"""A shorter value of a variable such as CI_TOKEN=1 may stand anywhere by chance."""
+_TOKEN_SETTING: Final = re.compile(r"(.*\.)?token", re.IGNORECASE)
+"""The setting in each of its places: `remote_storage_plugin.<name>.token`, and `token` in `adapter_params`."""
+
+_UPLOADED: Final = frozenset({".yaml", ".yml", ".json", ".env"})
+"""Endings of the files in a working directory that are looked into: configurations, and files of variables."""
+
+_MOST_UPLOADED: Final = 10_000
+_MOST_UPLOADED_BYTES: Final = 1024 * 1024
+"""Files beyond these are not looked into: Ray itself refuses working directories of more than 500 MiB."""
 
 _INSTEAD: Final = (
     "it would be shown in Ray's dashboard and kept in the job's record. Set the variable in the environment of the cluster's "
@@ -80,20 +88,107 @@ def runtime_env(file: Path | None, text: str | None, working_dir: str | None) ->
     if not isinstance(found, dict):
         raise ConfigError(f"{where} is no mapping of settings")
     _refuse_secrets(found, where)
-    if working_dir is None:
-        return found
-    _refuse_value(working_dir, "--working-dir")  # it may be an address
-    return found | {"working_dir": working_dir}
+    if working_dir is not None:
+        _refuse_value(working_dir, "--working-dir")  # it may be an address
+        found |= {"working_dir": working_dir}
+    if isinstance(directory := found.get("working_dir"), str) and Path(directory).is_dir():
+        excluded = found.get("excludes")
+        _refuse_secrets_below(Path(directory), excluded if isinstance(excluded, list) else [])
+    return found
 
 
-def refuse_secrets_in(command: Sequence[str]) -> None:
-    """Refuse a command line with a secret in it.
+def refuse_secrets_in(command: Sequence[str], submission_id: str | None = None) -> None:
+    """Refuse a job with a secret in what Ray records of it.
+
+    Args:
+        command: The command line. Words that are JSON, as of `--l2-adapter`, are read: a token in other clothes is found by its setting.
+        submission_id: The job's name.
 
     Raises:
         ConfigError: It holds one; the message never does.
     """
+    if submission_id is not None:
+        _refuse_value(submission_id, "--submission-id")
     for word in command:
         _refuse_value(word, "the command of the job")
+        _, _, value = word.partition("=")
+        for text in (word, value):
+            if text[:1] in "{[" and text:
+                _refuse_document(_json(text), "the command of the job")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # the command itself says so
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return parse_yaml(text, name)
+    except ConfigError:
+        return None  # whoever reads it says so; its text was looked at
+
+
+def _is_token(name: str, beside: Mapping[Any, Any], *, anywhere: bool) -> bool:
+    """Whether a name is that of the setting; in files of others `token` alone may mean anything."""
+    if not _TOKEN_SETTING.fullmatch(name):
+        return False
+    return anywhere or name.startswith("remote_storage_plugin.") or "bucket_handle" in beside
+
+
+def _refuse_document(document: Any, where: str, *, anywhere: bool = True) -> None:
+    """Refuse a document with the setting `token` in it, or with a secret in any of its texts.
+
+    Args:
+        document: Plain values, as JSON and YAML have them.
+        where: What the document is, for errors.
+        anywhere: Whether `token` is that setting in every mapping, not only in those of instances.
+    """
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                _refuse_value(str(name), where)
+                if inner and isinstance(inner, (str, int, float)) and _is_token(str(name), value, anywhere=anywhere):
+                    raise ConfigError(
+                        f"{where} holds a value of the setting {str(name).rpartition('.')[2]}; {_INSTEAD}"
+                    )
+                waiting.append(inner)
+        elif isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, str):
+            _refuse_value(value, where)
+            if value.lstrip()[:1] == "{":  # extra_config as JSON in a text
+                waiting.append(_json(value))
+
+
+def _refuse_secrets_below(directory: Path, excluded: Sequence[Any]) -> None:
+    """Refuse a working directory whose configurations hold a secret: Ray uploads it, and every node keeps a copy."""
+    files = (path for path in sorted(directory.rglob("*")) if path.suffix in _UPLOADED or path.name == ".env")
+    for path in itertools.islice(files, _MOST_UPLOADED):
+        inner = path.relative_to(directory)
+        if inner.parts[0] == ".git" or any(isinstance(one, str) and _excludes(one, inner) for one in excluded):
+            continue
+        try:
+            if not path.is_file() or path.stat().st_size > _MOST_UPLOADED_BYTES:
+                continue
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+        except OSError:
+            continue  # Ray says what it cannot upload
+        where = f"--working-dir: {str(inner)!r}"
+        _refuse_value(text, where)
+        document = _yaml(text, where) if path.suffix in {".yaml", ".yml"} else _json(text)
+        _refuse_document(document, where, anywhere=False)
+
+
+def _excludes(pattern: str, path: Path) -> bool:
+    """Whether a pattern of `excludes` names a file; of what a .gitignore may say, names and paths with wildcards."""
+    bare = pattern.strip("/")
+    names = [str(Path(*path.parts[: depth + 1])) for depth in range(len(path.parts))]
+    return any(fnmatch.fnmatch(name, bare) for name in (*names, *path.parts))
 
 
 def _from_file(file: Path) -> Any:
@@ -104,28 +199,14 @@ def _from_file(file: Path) -> Any:
 def _refuse_secrets(found: dict[str, Any], where: str) -> None:
     variables = found.get("env_vars")
     for name, value in variables.items() if isinstance(variables, dict) else ():
-        if value and _SECRET_NAME.search(str(name)):
+        if value and SECRET_NAME.search(str(name)):
             raise ConfigError(f"{where}: env_vars gives {name} a value; {_INSTEAD}")
-    for text in _texts(found):
-        _refuse_value(text, where)
+    _refuse_document(found, where)
 
 
 def _refuse_value(text: str, where: str) -> None:
-    if _HUB_TOKEN.search(text):
+    if HUB_TOKEN.search(text):
         raise ConfigError(f"{where} holds what looks like a token of the Hub; {_INSTEAD}")
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET and value in text:
+        if SECRET_NAME.search(name) and any(one in text for one in spellings(value)):
             raise ConfigError(f"{where} holds the value of {name}; {_INSTEAD}")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a document, names included."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield str(name)
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
-    elif isinstance(value, str):
-        yield value

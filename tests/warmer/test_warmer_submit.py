@@ -104,6 +104,73 @@ def test_a_token_never_travels_in_a_command(monkeypatch):
     refuse_secrets_in(["run", "--prefix", "hf_model@"])
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        '{"type": "plugin", "adapter_params": {"token": "\\u0068f_aB3aB3aB3aB3aB3aB3aB3"}}',
+        '--l2-adapter={"type": "plugin", "adapter_params": {"token": "twelve-chars"}}',
+        '{"adapter_params": {"t\\u006fken": "oauth.eyJhbGciOi"}}',
+        '[{"adapter_params": {"token": "x"}}]',
+        '{"remote_storage_plugin.hfbucket.us.token": "twelve-chars"}',
+    ],
+)
+def test_an_inline_token_is_found_by_its_setting_whatever_it_looks_like(word):
+    with pytest.raises(ConfigError, match="the command of the job holds") as caught:
+        refuse_secrets_in(["run", "--l2-adapter", word])
+    assert not any(secret in str(caught.value) for secret in ("aB3", "twelve", "oauth"))
+
+
+def test_adapters_without_an_inline_token_are_taken():
+    refuse_secrets_in(
+        ["run", "--l2-adapter", '{"adapter_params": {"token_env": "HF_TOKEN", "token": ""}}', "{", "[" * 100_000]
+    )
+
+
+def test_a_token_never_travels_as_the_name_of_a_job(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", f'"{SECRET}"')
+
+    assert "--submission-id holds" in refused(
+        "--address", NOWHERE, "--submission-id", SECRET, "--", "plan", "--all", "--out", "x"
+    )
+
+
+EXTRA = "remote_storage_plugin.hfbucket.us"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lmcache.yaml", f"extra_config:\n  {EXTRA}.token: twelve-chars\n"),
+        ("lmcache.yaml", f'extra_config: \'{{"{EXTRA}.token": "twelve-chars"}}\'\n'),
+        ("deep/er/adapter.json", '{"adapter_params": {"bucket_handle": "hf://buckets/o/b", "token": "twelve-chars"}}'),
+        ("not-yaml.yml", f"a: [\n{HUB_TOKEN}"),
+        (".env", "X=the-secret-of-the-process"),
+    ],
+)
+def test_a_token_in_the_working_directory_is_not_uploaded(tmp_path, monkeypatch, name, text):
+    monkeypatch.setenv("MY_TOKEN", '"the-secret-of-the-process"')
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as caught:
+        runtime_env(None, None, str(tmp_path))
+    assert str(caught.value).startswith(f"--working-dir: {name!r} holds ")
+    assert not any(secret in str(caught.value) for secret in ("twelve-chars", HUB_TOKEN, "the-secret"))
+
+    excludes = json.dumps({"excludes": [name]})
+    assert runtime_env(None, excludes, str(tmp_path))["working_dir"] == str(tmp_path)
+
+
+def test_other_files_of_a_working_directory_are_nobodys_business(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"token": "<s>", "model": {"token": "abcdefghij"}}')
+    (tmp_path / "lmcache.yaml").write_text(f"extra_config: {{{EXTRA}.token_env: HF_US_TOKEN}}")
+    (tmp_path / "large.json").write_text(" " * 2_000_000)
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+
+    assert runtime_env(None, None, str(tmp_path))["working_dir"] == str(tmp_path)
+
+
 def test_a_runtime_environment_that_cannot_be_read(tmp_path):
     path = tmp_path / "env.yaml"
     with pytest.raises(ConfigError, match="cannot be read"):
