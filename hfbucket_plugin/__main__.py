@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hfbucket_plugin import xet_home
+from hfbucket_plugin import texts, xet_home
 
 _EXTRA = frozenset({"typer", "rich"})
 
@@ -19,6 +19,7 @@ def main() -> None:
             raise
         sys.stderr.write("hfbucket: the command line needs typer and rich: pip install 'lmcache-hfbucket[tools]'\n")
         sys.exit(2)
+    texts.hide_in_streams()
     app(prog_name="python -m hfbucket_plugin")
 
 

@@ -11,7 +11,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hfbucket_plugin import __version__
+from hfbucket_plugin import __version__, texts, xet_home
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always, with the command's exit code; 2 where there is no such command or it cannot be loaded.
     """
+    xet_home.begin()
+    texts.hide_in_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=COMMANDS)}
     groups = {point.name: point for point in entry_points(group=GROUPS)}
@@ -86,5 +88,5 @@ def _help(commands: dict[str, EntryPoint], groups: dict[str, EntryPoint]) -> str
 
 
 def _end(message: str) -> NoReturn:
-    sys.stderr.write(f"hfbucket: {message}\n")
+    sys.stderr.write(f"hfbucket: {texts.shown(message)}\n")
     sys.exit(_USAGE)

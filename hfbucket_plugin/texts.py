@@ -13,11 +13,11 @@ import os
 import pkgutil
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 SECRET_NAME: Final = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$", re.IGNORECASE)
 """Variables of the environment whose values are cut from every output."""
@@ -31,9 +31,10 @@ _LEAST_KNOWN: Final = 3
 _MOST_KNOWN: Final = 256
 """Tokens that are remembered; one that is rotated each hour fills it in ten days."""
 
-_HUB_TOKEN: Final = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
+HUB_TOKEN: Final = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _INSTEAD: Final = "***"
-_QUOTES: Final = "\"'"
+_QUOTES: Final = "\"'`"
+_BEARER: Final = re.compile(r"^(bearer|token)\s+", re.IGNORECASE)
 
 _known: dict[str, None] = {}
 
@@ -53,10 +54,14 @@ def printable(text: str) -> str:
 
 def hide(text: str) -> str:
     """A text without the tokens that this process knows, and without what looks like one of the Hub."""
+    return HUB_TOKEN.sub(_INSTEAD, _without_known(text))
+
+
+def _without_known(text: str) -> str:
     secrets = _secrets()
     if secrets:
         text = re.sub("|".join(map(_pattern, sorted(secrets, key=len, reverse=True))), _INSTEAD, text)
-    return _HUB_TOKEN.sub(_INSTEAD, text)
+    return text
 
 
 def shown(text: object) -> str:
@@ -98,12 +103,18 @@ def spellings(values: Iterable[str]) -> set[str]:
     """What tokens may look like where somebody repeats them: without quotes around them, in JSON, in an address."""
     found: set[str] = set()
     for value in values:
-        bare = value.strip()
-        while len(bare) > 1 and bare[0] in _QUOTES and bare[-1] == bare[0]:
-            bare = bare[1:-1].strip()
-        for one in (value.strip(), bare):
+        for one in (value.strip(), _bare(value)):
             found |= {one, json.dumps(one)[1:-1], quote(one), quote(one, safe="")}
     return {one for one in found if len(one) >= _LEAST_KNOWN}
+
+
+def _bare(value: str) -> str:
+    """The token in a value that holds more: quotes that `docker --env-file` keeps, the word Bearer, a comment behind it."""
+    before, bare = None, value
+    while bare != before:
+        before = bare
+        bare = _BEARER.sub("", bare.split(" #", maxsplit=1)[0].strip()).strip(_QUOTES)
+    return bare
 
 
 def _pattern(secret: str) -> str:
@@ -154,6 +165,44 @@ def clean_logs(package: str, path: Iterable[str]) -> None:
         package: Its name.
         path: Its `__path__`.
     """
-    logging.getLogger(package).addFilter(_CLEAN)
-    for module in pkgutil.iter_modules(path):
-        logging.getLogger(f"{package}.{module.name}").addFilter(_CLEAN)
+    for name in (package, *_modules(package, path)):
+        logging.getLogger(name).addFilter(_CLEAN)
+
+
+def _modules(package: str, path: Iterable[str]) -> Iterator[str]:
+    """The names of all modules of a package, without an import of any."""
+    for found in pkgutil.iter_modules(path, f"{package}."):
+        yield found.name
+        if found.ispkg:
+            yield from _modules(found.name, [f"{place}/{found.name.rpartition('.')[2]}" for place in path])
+
+
+class _Hiding:
+    """A text stream that lets no token pass."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without the tokens that this process knows."""
+        self._stream.write(_without_known(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def hide_in_streams() -> None:
+    """Let no token pass to stdout and stderr, whoever writes: Typer, Rich, tracebacks. For a command's process alone.
+
+    What only looks like a token is left as it is here: data may hold such a name.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Hiding):
+            setattr(sys, name, _Hiding(stream))

@@ -25,3 +25,7 @@
 `index_rules`, `retention`, `guards`, `claims`, `policy` and `rename` are pure; only `actors` and `ray_counts` know of Ray. They delete other people's data, so they
 fail closed.
 """
+
+from hfbucket_plugin.texts import clean_logs as _clean_logs
+
+_clean_logs(__name__, __path__)

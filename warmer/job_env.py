@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.redaction import HUB_TOKEN, SECRET_NAME, spellings
+from hfbucket_plugin.texts import HUB_TOKEN, LEAST_SECRET, SECRET_NAME, spellings
 from hfbucket_plugin.yaml_file import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -208,5 +208,5 @@ def _refuse_value(text: str, where: str) -> None:
     if HUB_TOKEN.search(text):
         raise ConfigError(f"{where} holds what looks like a token of the Hub; {_INSTEAD}")
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and any(one in text for one in spellings(value)):
+        if SECRET_NAME.search(name) and any(len(one) >= LEAST_SECRET and one in text for one in spellings([value])):
             raise ConfigError(f"{where} holds the value of {name}; {_INSTEAD}")

@@ -1,11 +1,15 @@
 """What others wrote is shown on one line, without escapes, and without tokens; at the output of every command."""
 
+import io
 import json
 import logging
+import sys
 
 import pytest
 
 import hfbucket_plugin
+import jobs  # noqa: F401 - has its loggers cleaned
+import warmer  # noqa: F401 - the same
 from hfbucket_plugin import texts
 from hfbucket_plugin.cli import output, tables
 from hfbucket_plugin.errors import ConfigError
@@ -27,7 +31,17 @@ def test_what_is_not_printable_is_written_as_escapes():
     assert texts.shown_lines("one\n\ttwo\x1b]0;x\x07\u202e") == "one\n\ttwo\\x1b]0;x\\x07\\u202e"
 
 
-@pytest.mark.parametrize("given", ["s3cr3t/+=value", '"s3cr3t/+=value"', "'s3cr3t/+=value' \n", "\"'s3cr3t/+=value'\""])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "s3cr3t/+=value",
+        '"s3cr3t/+=value"',
+        "'s3cr3t/+=value' \n",
+        "\"'s3cr3t/+=value'\"",
+        "Bearer s3cr3t/+=value",
+        "s3cr3t/+=value # prod",
+    ],
+)
 def test_a_token_is_cut_in_every_spelling(given):
     texts.know(given)
     for said in ("s3cr3t/+=value", '"s3cr3t/+=value"', "s3cr3t/%2B%3Dvalue", "s3cr3t%2F%2B%3Dvalue", given):
@@ -122,3 +136,22 @@ def test_what_libraries_log_beside_a_command_is_clean(capsys, monkeypatch):
     texts.log_to_stderr("warmer")
     logging.getLogger("some.library").warning("%s", NASTY)
     assert capsys.readouterr().err == f"warmer: {texts.printable(NASTY)}\n"
+
+
+def test_loggers_of_inner_packages_are_clean_too():
+    for name in ("hfbucket_plugin.cli.checks.temp_dir", "warmer.tiers.room", "jobs.lock"):
+        assert logging.getLogger(name).filters, name
+
+
+def test_no_token_passes_the_streams_of_a_command(monkeypatch):
+    texts.know("s3cret-of-ours")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+
+    texts.hide_in_streams()
+    texts.hide_in_streams()
+    sys.stdout.write(f'{{"error": "s3cret-of-ours", "model": "{LONG}"}}\n')
+    sys.stderr.writelines(["Traceback: s3cret-of-ours\n"])
+
+    assert sys.stdout.getvalue() == f'{{"error": "***", "model": "{LONG}"}}\n'
+    assert sys.stderr.getvalue() == "Traceback: ***\n"
