@@ -153,7 +153,7 @@ def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, status
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(28, "No space left on device"), "set TMPDIR to another directory"),
+        (OSError(28, "No space left on device"), "make room there"),
         (sqlite3.OperationalError("database or disk is full"), "set TMPDIR to another directory"),
         (MemoryError(), "not enough memory"),
         (ValueError("negative count"), "please report it: ValueError at "),
