@@ -26,7 +26,7 @@ MIN_TESTS := tests/plugin tests/mp tests/localhub
 MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
 	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
 
-.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults soak lint format docs clean
+.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults fuzz soak lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,10 @@ thorough: $(STAMP)  ## models against the real thing, with twenty times the exam
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m faults
+
+fuzz: $(STAMP)  ## the readers of what others write, fed by libFuzzer for a minute each; installs atheris
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	for reader in answers unpacking dates yaml; do $(BIN)/python -m tools.fuzz_readers $$reader -max_total_time=60 || exit 1; done
 
 soak: $(STAMP)  ## five minutes of random faults under load
 	$(BIN)/python -m faults.soak --minutes 5
