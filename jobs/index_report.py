@@ -162,6 +162,8 @@ class IndexSummary:
             "listed": None if pointer is None else _told(pointer.full),
             "heat_since": None if pointer is None or not pointer.heat.known else _told(pointer.heat_since),
             "heat_told": None if pointer is None or not pointer.heat_told else _told(pointer.heat_told),
+            "heat_lost": 0 if pointer is None else pointer.heat_lost,
+            "heat_lost_at": None if pointer is None or not pointer.heat_lost_at else _told(pointer.heat_lost_at),
             "unchanged": made.same,
             "journals": made.journals,
             "garbage": made.garbage,

@@ -433,7 +433,8 @@ LOOSE = ("--max-delete", "100%")
 def test_since_hits_were_dropped_nothing_is_idle_and_plan_and_summary_say_how_many(hot, counting):
     counting(-60)
     loses(Writer(hot), 777)
-    build(hot)
+    summary = build(hot).summary
+    assert (summary["heat_lost"], summary["heat_lost_at"]) == (777, summary["heat_since"])
 
     ran = hot.cleanup("--max-idle", "5d", *LOOSE)
     assert (ran.code, ran.counts("planned")) == (0, [0])

@@ -394,6 +394,24 @@ def test_gets_are_hits_and_lookups_are_none(hub, bucket, surfaces):
     assert index.status()["heat"] == "on"
 
 
+def test_an_engine_that_reads_more_than_it_may_tell_says_so(hub, bucket, surfaces, monkeypatch, caplog):
+    monkeypatch.setattr("hfbucket_plugin.heat_recorder._WAITING_KEYS", 2)
+    surfaces().put(range(5))
+    build(hub.endpoint, bucket)
+    reader = surfaces(**BY_HAND)
+    index = in_use(reader)
+
+    reader.retrieve(range(5))
+    assert index.flush()
+
+    (path,) = journals(hub, bucket)
+    data = download(hub.endpoint, bucket, path)
+    assert hits_of(data, time.time(), 1, path)["hits"].sum() == 2
+    assert lost_of(data, time.time(), 1, path)["hits"].tolist() == [3]
+    assert counted_by_outcome(reader, metrics.HEAT_HITS) == {"told": 2, "dropped": 3}
+    assert "3 hits were dropped" in caplog.text
+
+
 @pytest.mark.parametrize("values", [{"heat": "off"}, {"role": "read-only"}], ids=["off", "read-only"])
 def test_who_records_nothing_writes_nothing(hub, bucket, surfaces, values):
     surfaces().put([0])
