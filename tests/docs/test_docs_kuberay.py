@@ -58,14 +58,21 @@ def test_the_configuration_travels_with_the_ray_job():
     assert spec["submissionMode"] == "K8sJobMode"
 
 
-def test_the_job_warms_and_then_checks():
-    warm, gate = containers(JOB[1]["spec"]["template"]["spec"])
+def test_the_job_warms_what_was_planned_and_then_checks_that():
+    plan, warm, gate = containers(JOB[1]["spec"]["template"]["spec"])
+    made = shlex.split(plan["args"][0])
+    name, planned = taken(made[made.index("warmer") + 1 :])
+    assert (plan["command"], name, str(planned["config"])) == (["sh", "-c"], "plan", "warm.yaml")
+    out = Path(plan["workingDir"]) / planned["out"]
     options, (name, run) = submitted(warm)
-    assert (name, str(run["config"]), options["submission_id"]) == ("run", "warm.yaml", "warm-$(ROLLOUT)")
-    assert options["working_dir"] == warm["volumeMounts"][0]["mountPath"]
+    assert (name, options["submission_id"]) == ("apply", "warm-$(ROLLOUT)")
     assert "ROLLOUT" in {variable["name"] for variable in warm["env"]}
-    _, (name, check) = submitted(gate)
-    assert (name, check["require"], check["verify"]) == ("check", 0.98, "length")
+    also, (checking, check) = submitted(gate)
+    assert (checking, check["require"], check["verify"]) == ("check", 0.98, "length")
+    for one, given in ((options, run), (also, check)):
+        assert Path(one["working_dir"]) / given["plan"] == out
+    for container in (plan, warm, gate):
+        assert out.parent in {Path(mount["mountPath"]) for mount in container["volumeMounts"]}
     assert JOB[1]["spec"]["backoffLimit"] == 0
 
 
@@ -79,7 +86,7 @@ def test_the_configuration_holds_together(documents, tmp_path, monkeypatch):
     assert bound.warm_up.choose.given
     spec = documents[1]["spec"]
     pod = spec["submitterPodTemplate"]["spec"] if "submitterPodTemplate" in spec else spec["template"]["spec"]
-    assert pod["volumes"] == [{"name": "config", "configMap": {"name": documents[0]["metadata"]["name"]}}]
+    assert pod["volumes"][0] == {"name": "config", "configMap": {"name": documents[0]["metadata"]["name"]}}
     assert bound.warm_up.limits.max_duration < spec["activeDeadlineSeconds"]
 
 
