@@ -17,6 +17,7 @@ from hfbucket_plugin import answers
 from hfbucket_plugin.dates import http_date
 from hfbucket_plugin.deadlines import Deadline, expect_time
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ItemFailure, TransportError
+from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
@@ -456,6 +457,14 @@ class Bucket:
             HFBucketError: No answer, or a 5xx.
         """
         return self._hub.request("GET", self._api, route="info", deadline=deadline, allow=_REFUSALS)
+
+    def time(self, deadline: Deadline) -> datetime | None:
+        """What time it is at the Hub, to the second; None where its answer does not say.
+
+        Raises:
+            HFBucketError: See `HubClient.request`.
+        """
+        return _date(self._paths_info([self.handle.join(RESERVED)], deadline, patient=True)[1])
 
     def check_right(self, right: Literal["read", "write"], deadline: Deadline) -> None:
         """Ask the Hub whether the token has a right on the content of the bucket. Nothing is read or written.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_CLOCK_SECS = 60.0
 _LISTING_SECS = 3600.0
 """How long choosing may take, the Hub's pauses included, where `--max-duration` does not say."""
 
@@ -220,11 +221,11 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     if not bound.warm_up.choose.given:
         raise ConfigError(ADVICE)
     prompts = bound.prompts() if bound.lists else None
-    choosing = Choosing(bound.warm_up.choose, bound.takes, datetime.now(UTC), prompts)
     bucket = bound.bucket()
     until = Deadline.after(bound.warm_up.limits.max_duration or _LISTING_SECS)
     # Where engines load from their own tiers, the Hub is asked nothing.
     with patience(until):
+        choosing = Choosing(bound.warm_up.choose, bound.takes, _now(bound, bucket), prompts)
         compared = fingerprints.compare(bound, choosing, bucket) if bound.lists else fingerprints.Compared()
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
@@ -252,6 +253,17 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
             yield made
     finally:
         scratch.close()
+
+
+def _now(bound: Bound, bucket: Bucket) -> datetime:
+    """What `since` counts back from: the Hub's clock, which dates the chunks; ours where nothing depends on it."""
+    ours = datetime.now(UTC)
+    if bound.warm_up.choose.since is None or not bound.lists:
+        return ours
+    theirs = bucket.time(Deadline.after(_CLOCK_SECS))
+    if theirs is None:
+        _log.warning("--since goes by the clock of this machine: the Hub does not say what time it is")
+    return ours if theirs is None else theirs
 
 
 def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """plan, apply, run --dry-run and check, as far as they go without Ray."""
 
+import datetime as dt
 import json
 import os
 
@@ -150,7 +151,7 @@ def test_a_budget_too_small_for_the_first_chunk(stocked, warmer):
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (["--all", "--max-bytes", "5GB"], 2, "--max-bytes (choose.max_bytes): '5GB': the unit 'GB'"),
+        (["--all", "--max-bytes", "5 potatoes"], 2, "--max-bytes (choose.max_bytes)"),
         (["--all", "--since", "24"], 2, "24h"),
         (["--all", "--l2-adapter", '{"type": "hfbucket"}'], 2, "one"),
         (["--all", "--instance", "hfbucket.eu"], 2, "hfbucket.eu"),
@@ -291,3 +292,15 @@ def test_a_report_in_a_configuration_is_not_emptied_by_a_run_that_is_refused(sto
     config.write_text(json.dumps({"source": source_of, "tiers": ["fs.warm"], "report": str(report)}))
     assert "nothing selected" in warmer("run", "--config", config, "--model", "org/none", code=4)
     assert report.read_text() == "last\n"
+
+
+def test_since_counts_back_from_the_clock_of_the_hub(stocked, warmer, tmp_path, monkeypatch):
+    """The chunks were put seconds ago, and this machine's clock is three days ahead."""
+
+    class Ahead(dt.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return dt.datetime.now(tz) + dt.timedelta(days=3)
+
+    monkeypatch.setattr("warmer.run.datetime", Ahead)
+    assert warmer("plan", *source(stocked), "--all", "--since", "2h", "--out", tmp_path / "plan")["selected"] == 5
