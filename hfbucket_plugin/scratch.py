@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import run_lock
 from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class _Own:
         lock_fd: Its lock file, locked.
         pid: The process that made it.
         path: A path to it that no other user can make lead elsewhere.
+        heart: Touches the lock file, for sweepers of other nodes.
     """
 
     name: str
@@ -66,8 +68,11 @@ class _Own:
     lock_fd: int
     pid: int
     path: Path
+    heart: run_lock.Heartbeat
 
     def close(self) -> None:
+        if self.pid == os.getpid():  # a fork has no such thread
+            self.heart.stop()
         for fd in (self.root_fd, self.fd, self.lock_fd):
             os.close(fd)
 
@@ -164,15 +169,15 @@ class Scratch:
             # Locked before it bears its name, so that no sweeper ever finds it unlocked.
             lock_fd = os.open(f"{_LOCK}.new", _NEW_FILE, 0o600, dir_fd=fd)
             undo.callback(os.close, lock_fd)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX)
-            fcntl.flock(
-                fd, fcntl.LOCK_SH
-            )  # systemd-tmpfiles leaves a directory alone that is locked itself, however old
+            run_lock.mark(lock_fd)
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                # systemd-tmpfiles leaves a directory alone that is locked itself, however old.
+                fcntl.flock(fd, fcntl.LOCK_SH)
             os.rename(f"{_LOCK}.new", _LOCK, src_dir_fd=fd, dst_dir_fd=fd)
             undo.pop_all()
             through = Path(f"/proc/self/fd/{fd}")
             path = through if through.exists() else self.root / name
-            return _Own(name, root_fd, fd, lock_fd, os.getpid(), path)
+            return _Own(name, root_fd, fd, lock_fd, os.getpid(), path, run_lock.Heartbeat(lock_fd))
 
     def _open_root(self) -> int:
         """Open the root, and refuse one that others could use against this process.
@@ -254,10 +259,11 @@ def _removed_if_dead(root_fd: int, name: str) -> bool:
             opened.callback(os.close, fd)
             if os.fstat(fd).st_uid != os.geteuid():
                 return False
-            lock_fd = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            opened.callback(os.close, lock_fd)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_fd = run_lock.lock_of_the_dead(_LOCK, fd)
         except OSError:
             return False
+        if lock_fd is None:
+            return False
+        opened.callback(os.close, lock_fd)
         shutil.rmtree(name, ignore_errors=True, dir_fd=root_fd)
     return True

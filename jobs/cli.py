@@ -292,7 +292,7 @@ def _order(  # noqa: PLR0917 - as the options come
         until=Deadline.after(options.seconds(max_duration, "--max-duration")),  # of the command, whatever it does
         lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
         plan_dir=plan_dir,
-        local=in_process(address, local=local),
+        local=in_process(address, local=local, at_once=yes and not dry_run),
         address=address,
         parallel=parallel,
         batch_size=batch_size,

@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.errors import ConfigError
 from jobs.apply import InProcess
 
 if TYPE_CHECKING:
@@ -40,12 +41,14 @@ def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Ex
         executor.close()
 
 
-def in_process(address: str | None, *, local: bool) -> bool:
+def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bool:
     """Whether to delete in this process: when that was asked for, or no Ray cluster is configured.
 
     Args:
         address: `--address`.
         local: `--local`.
+        at_once: Whether the cluster is needed for sure. Else an address of the environment that cannot be joined is an error only
+            when the cluster is to be joined: a command that only plans, or copies to a directory, joins none.
 
     Raises:
         ConfigError: The address is of a kind that cannot be used.
@@ -54,4 +57,9 @@ def in_process(address: str | None, *, local: bool) -> bool:
         return True
     from warmer.cluster import configured_address  # noqa: PLC0415 - Ray takes a second to import
 
-    return configured_address(address) is None
+    try:
+        return configured_address(address) is None
+    except ConfigError:
+        if address or at_once:
+            raise
+        return False

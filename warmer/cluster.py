@@ -62,9 +62,15 @@ def configured_address(given: str | None) -> str | None:
     if address is None or address == "local":
         return None
     if "://" in address:
+        source = "--address" if given else ADDRESS_VARIABLE
+        kind = (
+            "the dashboard's, for `ray job submit` and `warmer submit`"
+            if address.startswith("http")
+            else "Ray Client's"
+        )
         raise ConfigError(
-            f"Ray address {address!r}: only <host>:<port> of the cluster's GCS, or 'auto', can be joined; to run from "
-            "outside the cluster use `ray job submit`"
+            f"{source} {address!r} is {kind}, and this command joins the cluster: set {source} to <host>:<port> of the cluster's "
+            f"GCS, as a rule port 6379, or to 'auto' on a node; or unset it and submit the command as a job"
         )
     return address
 

@@ -13,7 +13,7 @@ from plugin_support import eventually, noise
 
 from hfbucket_plugin import run_lock
 from hfbucket_plugin.content import Content
-from hfbucket_plugin.errors import RefusedError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.keys import encode_name
 from jobs import manifest
 from jobs.instance_end import InstanceEnd
@@ -188,6 +188,17 @@ def test_two_exports_to_one_directory(lane, tmp_path):
         other.close()
     assert (ran.code, "another export" in ran.stderr) == (4, True)
     assert list((tmp_path / "backup").iterdir()) == []
+    assert lane.export(to=str(tmp_path / "backup")).code == 0
+
+
+def test_the_dashboards_address_is_no_matter_for_what_joins_no_cluster(lane, tmp_path, monkeypatch):
+    from jobs.executors import in_process
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert not in_process(None, local=False)
+    for given, at_once in ((None, True), ("http://127.0.0.1:8265", False)):
+        with pytest.raises(ConfigError, match="is the dashboard's, for `ray job submit`"):
+            in_process(given, local=False, at_once=at_once)
     assert lane.export(to=str(tmp_path / "backup")).code == 0
 
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -8,6 +10,7 @@ import tempfile
 import pytest
 from plugin_support import in_threads
 
+from hfbucket_plugin import run_lock
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.scratch import Scratch, default_root
 
@@ -320,3 +323,45 @@ def test_no_temporary_directory_at_all_is_told_when_one_is_needed(tmp_path, monk
     assert root.parent == tmp_path / "file"
     with pytest.raises(ConfigError, match="or set TMPDIR"), Scratch(root).file():
         pass
+
+
+NO_LOCKS = """
+import errno, fcntl
+def flock(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = flock
+"""
+
+
+def test_on_a_file_system_without_locks_the_dead_are_told_by_their_processes(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    held = Scratch(tmp_path)
+    with (
+        held.file() as path,
+        subprocess.Popen(
+            [sys.executable, "-c", NO_LOCKS + HOLDER, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        theirs = type(tmp_path)(process.stdout.readline().strip())
+        assert Scratch(tmp_path).sweep() == []
+        process.kill()
+        process.wait()
+        assert Scratch(tmp_path).sweep() == [theirs.parent]
+        assert path.exists()
+    held.close()
+    assert entries(tmp_path) == []
+
+
+def test_what_a_process_of_another_node_holds_stays_until_it_is_silent(tmp_path, monkeypatch):
+    other = tmp_path / "lmcache-hfbucket-1-abcd"
+    other.mkdir(mode=0o700)
+    (other / ".lock").write_text('{"lease": "flock", "boot": "another", "pid": 1}')
+    assert Scratch(tmp_path).sweep() == []
+    monkeypatch.setattr(run_lock, "STALE_SECS", -1.0)
+    assert Scratch(tmp_path).sweep() == [other]

@@ -214,6 +214,13 @@ def test_an_address_that_cannot_be_joined(refused, stocked, address):
     assert address in refused(2, stocked.config, "--address", address)
 
 
+def test_an_address_of_the_dashboard_is_named_with_its_variable(refused, stocked, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    line = refused(2, stocked.config)
+    assert "RAY_ADDRESS 'http://127.0.0.1:8265' is the dashboard's" in line
+    assert "6379" in line
+
+
 def test_a_submitted_job_joins_its_cluster_and_starts_none(monkeypatch):
     from warmer.cluster import configured_address
 
