@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Longest line that is read."""
 
-_BOM: Final = b"\xef\xbb\xbf"
+BOM: Final = b"\xef\xbb\xbf"
+"""The byte order mark that some editors put before text in UTF-8."""
+
 _BREAKING: Final = frozenset({"Cc", "Zl", "Zp", "Cs"})
 """Categories of Unicode that no key of ours holds: control characters, separators of lines, lone surrogates."""
 
@@ -70,7 +72,7 @@ def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
             if len(line) > MAX_LINE_BYTES:
                 raise ConfigError(f"{what} {str(path)!r}, line {number}: longer than {MAX_LINE_BYTES} bytes")
             if number == 1:
-                line = line.removeprefix(_BOM)
+                line = line.removeprefix(BOM)
             try:
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
             except UnicodeDecodeError:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hfbucket_plugin.keys import Key
+from hfbucket_plugin.lines import BOM
 
 _FIELDS = frozenset({"token_ids", "model", "cache_salt"})
 _MOST_TOKEN_ID = 2**32
@@ -122,6 +123,7 @@ def prompt_of(raw: bytes) -> Prompt | None:
     Raises:
         ValueError: The line is not a prompt.
     """
+    raw = raw.removeprefix(BOM)  # of the file, or of one that was put behind another
     if not raw.strip():
         return None
     record = json.loads(raw.decode())

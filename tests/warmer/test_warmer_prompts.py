@@ -11,6 +11,7 @@ from warming import MODEL
 
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.keys import ClassicKey, MPKey, parse_key
+from warmer.prompt_file import PromptFile
 from warmer.prompts import Prompt, PromptOrder, classic_hasher, mp_hasher, read_prompts
 
 TOKENS = [n * 7919 % 32000 for n in range(1000)]
@@ -46,6 +47,15 @@ def test_what_is_no_prompt_is_named_by_its_line(tmp_path, line, said):
     with pytest.raises(ConfigError, match=f"line 2: .*{said}") as raised:
         list(read_prompts(written(tmp_path, {"token_ids": [1]}, line)))
     assert "secret" not in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"token_ids": [1]}\r\n\xef\xbb\xbf\n{"token_ids": [2]}\n')
+
+    assert list(read_prompts(path)) == [Prompt([1]), Prompt([2])]
+    file = PromptFile(path, ["m"], 1)
+    assert [list(one.token_ids) for one in file.batch(0)] == [[1], [2]]
 
 
 def test_prompts_that_cannot_be_read(tmp_path):
