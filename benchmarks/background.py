@@ -74,7 +74,7 @@ def child(mode: str, endpoint: str, speed: float, windows: float, seed: int) -> 
     """A process: serves for so many windows, and tells of the calls that it made."""
     from faults.mp import MP
     from faults.surface import Limits
-    from hfbucket_plugin import heat_recorder, hub, index
+    from hfbucket_plugin import heat_recorder, hub, index_sources
     from hfbucket_plugin.settings import InstanceSettings
 
     calls: Counter[str] = Counter()
@@ -85,7 +85,7 @@ def child(mode: str, endpoint: str, speed: float, windows: float, seed: int) -> 
         return request(self, method, url, route=route, **more)
 
     hub.HubClient.request = counted  # type: ignore[method-assign, assignment] # with what it is called with here
-    index._WINDOW_SECS /= speed  # type: ignore[misc] # noqa: SLF001 - the clockwork of this process
+    index_sources._WINDOW_SECS /= speed  # type: ignore[misc] # noqa: SLF001 - the clockwork of this process
     heat_recorder._SIGN_SECS /= speed  # type: ignore[misc] # noqa: SLF001 - the same
     fields = InstanceSettings.model_fields
     values = {name: fields[name].default / speed for name in _INTERVALS}

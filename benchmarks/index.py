@@ -51,7 +51,7 @@ _AS_WRITTEN: Final = {
 
 _REFRESH_SECS, _JOURNAL_SECS, _SNAPSHOT_SECS, _JOURNAL_ENTRIES = 60, 30, 600, 2000
 _SHARE_SECS = 0.3
-"""What each process adds to the intervals of all: 1,000 calls in 5 minutes, see `hfbucket_plugin.index`."""
+"""What each process adds to the intervals of all: 1,000 calls in 5 minutes, see `hfbucket_plugin.index_sources`."""
 
 _CHUNKS = 16
 

@@ -27,7 +27,14 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.heat_recorder import HITS_ENTRIES, recorder_of
 from hfbucket_plugin.index_journal import JournalWriter
 from hfbucket_plugin.index_recent import Recent
-from hfbucket_plugin.index_sources import ListingSource, SnapshotSource, TooLargeError, problem_of
+from hfbucket_plugin.index_sources import (
+    ListingSource,
+    SnapshotSource,
+    TooLargeError,
+    journal_secs,
+    problem_of,
+    refresh_secs,
+)
 from hfbucket_plugin.index_store import IndexStore
 from hfbucket_plugin.index_table import digests_of
 from hfbucket_plugin.index_view import Absent
@@ -58,12 +65,6 @@ _MOST_DOUBLINGS: Final = 5
 
 _TOO_LARGE_SECS: Final = 6 * 3600.0
 """When a listing that did not fit is tried again: it costs the same calls."""
-
-_WINDOW_SECS: Final = 300.0
-_READERS_CALLS: Final = 1000
-_WRITERS_CALLS: Final = 1000
-"""Calls that all processes of an instance make for refreshes, and for journals, in a window of the Hub's quota, at most: the more
-processes there are, the rarer each one asks. The smallest quota of a paid plan is 2,500."""
 
 STATES: Final = ("usable", "loading", "missing", "stale", "too_large", "failed")
 
@@ -286,9 +287,7 @@ class KeyIndex:
                 return max(secs, _TOO_LARGE_SECS)
             wait = max(secs, min(calls * secs, settings.index_max_age_secs / 2))
         else:
-            wait = max(
-                secs, min(_WINDOW_SECS * self._writers * calls / _READERS_CALLS, settings.index_max_age_secs / 4)
-            )
+            wait = refresh_secs(settings, self._writers, calls)
         longest = max(wait, settings.index_max_age_secs / 4)
         return float(min(longest, wait * 2 ** min(self._failures, _MOST_DOUBLINGS)))
 
@@ -341,6 +340,10 @@ class KeyIndex:
         if result.crowded:
             self._limited.warning(
                 "crowded", f"[{self._instance}] key index: not all journals are read: {result.crowded}"
+            )
+        elif result.strangers:
+            self._limited.warning(
+                "strangers", f"[{self._instance}] key index: a refresh costs a call more: {result.strangers}"
             )
         self._crowded = result.crowded
         self._refreshed("ok" if result.problem is None else result.problem.kind)
@@ -401,7 +404,7 @@ class KeyIndex:
     @property
     def _journal_wait_secs(self) -> float:
         """Seconds between two journals: the more processes write some, the more."""
-        secs = _WINDOW_SECS * self._writers / _WRITERS_CALLS
+        secs = journal_secs(self._settings, self._writers)
         return 0.0 if secs <= self._settings.index_journal_secs else secs * random.uniform(*_SPREAD)
 
     def _look_at_hits(self) -> None:

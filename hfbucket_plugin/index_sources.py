@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index_format import Pointer
     from hfbucket_plugin.index_store import IndexStore, Shelf
     from hfbucket_plugin.index_table import Rows
+    from hfbucket_plugin.settings import InstanceSettings
 
 _PAGE_SECS: Final = 60.0
 _READ_SECS: Final = 60.0
@@ -40,6 +41,35 @@ _ALIVE_SECS: Final = 2 * 3600.0
 
 _LOAD_SECS: Final = 300.0
 """A snapshot of 60 MB over a slow line; lookups go on meanwhile as before."""
+
+
+_WINDOW_SECS: Final = 300.0
+_READERS_CALLS: Final = 1000
+_WRITERS_CALLS: Final = 1000
+"""Calls that all processes of an instance make for refreshes, and for journals, in a window of the Hub's quota, at most: the more
+processes there are, the rarer each one asks. The smallest quota of a paid plan is 2,500."""
+
+
+def refresh_secs(settings: InstanceSettings, writers: int, calls: int) -> float:
+    """Seconds between two refreshes from snapshots.
+
+    Args:
+        settings: The instance's.
+        writers: How many processes there are, see `writers_of`.
+        calls: Calls to the Hub of a refresh.
+    """
+    shared = _WINDOW_SECS * writers * calls / _READERS_CALLS
+    return max(settings.index_refresh_secs, min(shared, settings.index_max_age_secs / 4))
+
+
+def journal_secs(settings: InstanceSettings, writers: int) -> float:
+    """Seconds between two journals of a process.
+
+    Args:
+        settings: The instance's.
+        writers: How many processes there are, see `writers_of`.
+    """
+    return max(settings.index_journal_secs, _WINDOW_SECS * writers / _WRITERS_CALLS)
 
 
 class TooLargeError(RefusedError):
@@ -69,6 +99,7 @@ class Refreshed:
         calls: Calls to the Hub.
         took: Seconds since the listing that the view stands on was begun; 0 where this refresh began it.
         crowded: See `Shelf`.
+        strangers: The same.
     """
 
     view: View | None = None
@@ -89,6 +120,7 @@ class Refreshed:
     calls: int = 1
     took: float = 0.0
     crowded: str = ""
+    strangers: str = ""
 
 
 class Source(Protocol):
@@ -156,7 +188,14 @@ class SnapshotSource:
     def refresh(self, view: View | None) -> Refreshed:
         """One listing; the pointer and its snapshot if they are new; and the journals that are."""
         shelf = self.store.list(Deadline.after(_PAGE_SECS))
-        result = Refreshed(view, date=shelf.date, calls=shelf.calls, crowded=shelf.crowded, writers=_writers(shelf))
+        result = Refreshed(
+            view,
+            date=shelf.date,
+            calls=shelf.calls,
+            crowded=shelf.crowded,
+            strangers=shelf.strangers,
+            writers=writers_of(shelf),
+        )
         if shelf.pointer is None:
             self._seen = _Seen()
             result.view = None
@@ -282,7 +321,7 @@ def _expect_present(info: ObjectInfo, pointer: Pointer, shelf: Shelf) -> None:
         raise FormatError(f"{info.path}: {ahead}: it is not gone by until a builder has replaced it")
 
 
-def _writers(shelf: Shelf) -> int:
+def writers_of(shelf: Shelf) -> int:
     """How many processes wrote journals of late: about as many as share the instance, since whoever records heat writes hourly."""
     since = (time.time() if shelf.date is None else shelf.date) - _ALIVE_SECS
     late = [journal.name for journal in shelf.journals if journal.at >= since]

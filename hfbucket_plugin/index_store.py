@@ -48,7 +48,6 @@ add them up.
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 import time
@@ -81,8 +80,6 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index_table import Rows, Table
     from hfbucket_plugin.leases import SourceLease
     from hfbucket_plugin.own_objects import Bytes
-
-_log = logging.getLogger(__name__)
 
 DIRECTORY: Final = f"{RESERVED}/index"
 POINTER: Final = f"{DIRECTORY}/current.json"
@@ -183,6 +180,7 @@ class Shelf:
         date: The Hub's time when the listing ended, in seconds since 1970; None where it does not say.
         calls: Calls to the Hub that it took.
         crowded: Why not all journals were listed, and what to do; empty where they were.
+        strangers: That strangers make listings cost more, and what to do; empty where they do not.
     """
 
     pointer: ObjectInfo | None = None
@@ -192,6 +190,7 @@ class Shelf:
     date: float | None = None
     calls: int = 1
     crowded: str = ""
+    strangers: str = ""
 
     def see(self, info: ObjectInfo, handle: BucketHandle) -> None:
         """Take in an object of the listing."""
@@ -228,6 +227,7 @@ class IndexStore:
         self._bucket = bucket
         self._own = OwnObjects(bucket, f"index-{name}")
         self._crowded_until = float("-inf")
+        self._strangers = ""
         self.calls = 0
         """Calls to the Hub of the last listing, whatever came of it."""
 
@@ -242,21 +242,17 @@ class IndexStore:
             HFBucketError: A page did not come; or there are more than `MAX_JOURNALS`.
         """
         self.calls = 0
-        crowded = ""
         if time.monotonic() >= self._crowded_until:
             shelf = self._list(DIRECTORY, deadline)
             if not shelf.crowded:
                 return shelf
-            self._crowded_until = time.monotonic() + _CROWDED_SECS
-            crowded = shelf.crowded
+            self._crowded_until, self._strangers = time.monotonic() + _CROWDED_SECS, shelf.crowded
         pointer = self._bucket.handle.join(POINTER)
         self.calls += 1
         info = self._bucket.stat([pointer], deadline).get(pointer)
         shelf = self._list(JOURNALS, deadline)
-        shelf.pointer, shelf.calls = info, self.calls
+        shelf.pointer, shelf.calls, shelf.strangers = info, self.calls, self._strangers
         shelf.strange.clear()
-        if crowded and not shelf.crowded:
-            _log.warning("%s. Until they are gone readers list the journals apart, for a call more each time", crowded)
         return shelf
 
     def _list(self, directory: str, deadline: Deadline) -> Shelf:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.cli.case import opened
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
+from hfbucket_plugin.index_sources import journal_secs, refresh_secs, writers_of
 from hfbucket_plugin.index_store import SNAPSHOTS, IndexStore
 from jobs import exits, history, index_shelf
 from jobs.claims import INDEXING
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from warmer.interrupt import StopSwitch
 
 _TELL: Final = 1.5
-"""Times `index_journal_secs`, within which a writer has told of what it did: it waits for that long, and a journal takes time."""
+"""Times the interval of journals, within which a writer has told of what it did: it waits for that long, and a journal takes time."""
 
 
 class IndexJob:
@@ -158,6 +159,9 @@ class IndexJob:
 
     def _verify(self, bucket: Bucket, store: IndexStore) -> int:
         settings = self._named.settings
+        shelf = store.list(Deadline.after(self._order.page_secs))
+        writers = writers_of(shelf)
+        refresh, journal = refresh_secs(settings, writers, shelf.calls), journal_secs(settings, writers)
         with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.scratch) as scratch:
             verification = Verification(
                 bucket,
@@ -165,8 +169,8 @@ class IndexJob:
                 Path(scratch),
                 page_secs=self._order.page_secs,
                 request_secs=REQUEST_SECS,
-                window_secs=2 * settings.index_refresh_secs + settings.index_journal_secs,
-                tell_secs=_TELL * settings.index_journal_secs,
+                window_secs=2 * refresh + journal,
+                tell_secs=_TELL * journal,
                 each_page=self._in_time,
             )
             try:

@@ -11,6 +11,7 @@ from index_support import forge, unsorted
 from plugin_support import upload
 
 from hfbucket_plugin.deadlines import Deadline
+from jobs import index_job
 from jobs.index_verify import Verification
 
 KEYS = [key(number) for number in range(8)]
@@ -166,3 +167,17 @@ def test_the_size_of_a_pointer_is_believed_by_nobody_before_the_hub_has_confirme
     assert build(stocked, "--full").summary["made_of"] == "listing"
     verify(stocked)
     assert max(truncated, default=0) < 2**20
+
+
+def test_in_a_large_fleet_it_waits_for_as_long_as_writers_need_to_tell(stocked, monkeypatch):
+    asked = {}
+    real = index_job.Verification
+
+    def watched(*args, **more):
+        asked.update(more)
+        return real(*args, **more)
+
+    monkeypatch.setattr(index_job, "Verification", watched)
+    monkeypatch.setattr(index_job, "writers_of", lambda _shelf: 1000)
+    verify(stocked)
+    assert (asked["tell_secs"], asked["window_secs"]) == (1.5 * 300, 2 * 300 + 300)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hfbucket_plugin.cli import tables
 from hfbucket_plugin.cli.findings import Severity, error, ok, warning
+from hfbucket_plugin.index_store import IndexStore
 from localhub.faults import Fault
 
 
@@ -196,7 +197,7 @@ def test_what_a_killed_probe_left(desk):
     assert ran.findings["records"]["severity"] == "note"
 
 
-def test_an_index_that_engines_go_by(desk):
+def test_an_index_that_engines_go_by(desk, monkeypatch):
     assert "index" not in desk.doctor().findings
     desk.settings["index"] = "snapshot"
 
@@ -209,6 +210,20 @@ def test_an_index_that_engines_go_by(desk):
     ran = desk.doctor()
     assert ran.code == 0
     assert f"ok: {pointer.keys} keys, brought up to date " in ran.told("index")
+
+    listed = IndexStore.list
+    for field, said in (("strangers", "a call more"), ("crowded", "not all journals are read")):
+
+        def crowded(store, deadline, field=field):
+            shelf = listed(store, deadline)
+            setattr(shelf, field, "it holds strangers: delete them")
+            return shelf
+
+        with monkeypatch.context() as patched:
+            patched.setattr(IndexStore, "list", crowded)
+            told = desk.doctor().told("index")
+        assert "it holds strangers: delete them" in told
+        assert said in told
 
     forge(desk.endpoint, desk.bucket_id, unsorted, PREFIX)
     assert "not in the order of their digests" in desk.doctor().told("index")

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from index_support import answers, build, counted_by_outcome, gauge, in_use, index_of
 from plugin_support import eventually, noise, paths, upload
 from surface_support import PREFIX, fresh, path_of
@@ -647,3 +648,26 @@ def test_names_of_chunks_are_digested_as_they_lie_in_the_bucket(hub, bucket, sur
 
     assert index_of(reader).known([writer.name(7)], misses=True)[writer.name(7)].size == CHUNK_BYTES
     assert index_of(reader).known([writer.name(7) + "@x"], misses=True) == {writer.name(7) + "@x": None}
+
+
+@one_surface
+def test_strangers_below_the_index_cost_few_calls_and_are_said(hub, surfaces, hub_factory, monkeypatch, caplog):
+    monkeypatch.setattr("hfbucket_plugin.index_store.MAX_STRANGE", 20)
+    small = hub_factory(page_size=10, faults=True)
+    HfApi(endpoint=small.endpoint, token=False).create_bucket("tests/crowded")
+    handle = {"handle": f"hf://buckets/tests/crowded/{PREFIX}", "endpoint": small.endpoint}
+    surfaces(**handle).put([0])
+    build(small.endpoint, "tests/crowded")
+    upload(small.endpoint, "tests/crowded", {f"{PREFIX}/.hfbucket/index/{one:05d}": b"?" for one in range(300)})
+    reader, writer = surfaces(**handle, **BY_HAND), surfaces(**handle, **BY_HAND)
+    in_use(reader)
+    in_use(writer)
+    writer.put([1])
+    assert index_of(writer).flush()
+    small.control.reset_counters()
+
+    index_of(reader).refresh()
+
+    assert hub_calls(small) == {"paths-info": 1, "tree": 1}
+    assert reader.get([0, 1]) == [content(0), content(1)]
+    assert "holds more than 20 objects" in caplog.text

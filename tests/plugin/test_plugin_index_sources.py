@@ -197,6 +197,7 @@ def test_strangers_below_the_index_cost_a_bounded_number_of_calls_and_are_said(w
         assert later.pointer is not None
         assert later.calls == len(pages.asked) <= 3
         assert bool(later.crowded) is where.startswith("journal/")
+        assert f"more than {MAX_STRANGE} objects" in later.strangers
         if later.crowded:
             assert f"more than {MAX_STRANGE} objects" in later.crowded
         else:

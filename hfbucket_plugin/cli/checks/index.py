@@ -49,6 +49,11 @@ def check(case: Case) -> Finding:
         store.close()
     if unfit is not None:
         return unfit
+    if shelf.strangers and not shelf.crowded:
+        what = f"{_words(case, shelf, pointer)}; {shelf.strangers}"
+        return warning(
+            NAME, what, f"delete what is not ours below {handle.join(DIRECTORY)}: each refresh costs a call more"
+        )
     if shelf.crowded:
         return warning(
             NAME, f"not all journals are read: {shelf.crowded}", f"delete what is not ours below {DIRECTORY}"
