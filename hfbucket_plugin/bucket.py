@@ -39,6 +39,10 @@ _PATIENT_ATTEMPTS: Final = 30
 _MAX_SHOWN_PATH: Final = 200
 _LONGEST_CURSOR: Final = 16 * 1024
 
+_FIRST_LOOK: Final = 100
+"""Pages after which a listing is first compared with what the bucket says it holds; then after twice as many."""
+
+_LOOK_SECS: Final = 15.0
 _MOST_IDLE_PAGES: Final = 16
 """Pages in a row that bring nothing new, before a listing is given up."""
 
@@ -95,6 +99,43 @@ class Progress:
             )
         if first is not None:
             self._firsts.add(first)
+
+
+class Amount:
+    """Compares how much a listing has shown with what the bucket says it holds, ever more seldom: one that goes on for ever ends.
+
+    Args:
+        bucket: That is listed.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._pages = self._shown = 0
+        self._look_at = _FIRST_LOOK
+
+    def see(self, shown: int) -> None:
+        """Take note of a page.
+
+        Args:
+            shown: How many objects are on it.
+
+        Raises:
+            TransportError: There were far more than the bucket holds.
+        """
+        self._pages += 1
+        self._shown += shown
+        if self._pages < self._look_at:
+            return
+        self._look_at *= 2
+        try:
+            total = self._bucket.info(Deadline.patient(_LOOK_SECS)).get("totalFiles")
+        except HFBucketError:  # asked again later; the listing itself says what is wrong
+            return
+        if isinstance(total, int) and self._shown > 2 * total + _FIRST_LOOK // 2:
+            raise TransportError(
+                f"tree: the Hub's pages show {self._shown} objects, and go on, where the bucket says that it has {total}: the listing is "
+                "given up"
+            )
 
 
 class Bucket:
@@ -192,12 +233,14 @@ class Bucket:
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
-        progress, cursor = Progress(prefix), None
+        progress, amount, cursor = Progress(prefix), Amount(self), None
         while True:
             each_page()
             expect_time(f"listing {prefix!r}")
             infos, cursor = self.list_page(prefix, cursor, Deadline.patient(page_secs))
             progress.see(infos, cursor)
+            if cursor is not None:
+                amount.see(len(infos))
             yield from infos
             if cursor is None:
                 return

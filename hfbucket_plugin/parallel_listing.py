@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.bucket import Progress
+from hfbucket_plugin.bucket import Amount, Progress
 from hfbucket_plugin.catalog import chunk_entry, without_covered
 from hfbucket_plugin.deadlines import Deadline, expect_time
 from hfbucket_plugin.errors import HFBucketError, KeyFormatError
@@ -90,6 +90,7 @@ class _Listing:
         self._parts = deque(_Part(prefix, encode_name(prefix)) for prefix in prefixes)
         self._workers = WorkerPool("hfbucket-listing", THREADS)
         self._total: int | None = None
+        self._amount = Amount(bucket)
 
     def close(self) -> None:
         self._workers.close()
@@ -138,6 +139,8 @@ class _Listing:
             entries, infos, following = future.result()
             part.progress = part.progress or Progress(part.prefix)
             part.progress.see(infos, following)
+            if following is not None:
+                self._amount.see(len(infos))
             parts = self._cut(part, entries, following)
             if parts:
                 place = self._parts.index(part)

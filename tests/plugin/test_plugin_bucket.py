@@ -6,7 +6,7 @@ import pytest
 from plugin_support import SECRET, Recorder, download, everything_told, noise, opened, paths, upload
 
 from hfbucket_plugin import metrics
-from hfbucket_plugin.bucket import MAX_BATCH
+from hfbucket_plugin.bucket import MAX_BATCH, Bucket, ObjectInfo
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import (
@@ -20,6 +20,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.metrics import Tally
+from hfbucket_plugin.parallel_listing import list_chunks_ahead
 from hfbucket_plugin.transfer import Upload
 from localhub.faults import Fault
 
@@ -225,6 +226,24 @@ def test_a_listing_that_makes_no_progress_is_given_up(hub, bucket, records):
         with pytest.raises(TransportError, match="bring nothing new"):
             list(door.list_objects("", 60))
         hub.control.clear_faults()
+
+
+def test_a_listing_of_more_than_the_bucket_holds_is_given_up(hub, bucket, monkeypatch):
+    """Another name on each page, for ever."""
+    pages = []
+
+    def endless(_self, prefix, _cursor, _deadline):
+        pages.append(prefix)
+        assert len(pages) < 2000, "it goes on for ever"
+        return [ObjectInfo(f"{len(pages)}", Content("0" * 64, 1), None)], str(len(pages)), None
+
+    with opened(hub.endpoint, bucket) as door:
+        door.create(soon())
+        monkeypatch.setattr(Bucket, "list_page_dated", endless)
+        with pytest.raises(TransportError, match="where the bucket says that it has 0"):
+            list(door.list_objects("", 60))
+        with pytest.raises(TransportError, match="where the bucket says that it has 0"):
+            list(list_chunks_ahead(door, [""]))
 
 
 @pytest.mark.parametrize("link", ["{other}/api/x", "//{other_host}/x", "http://[", "https://{hub_host}/api/x"])
