@@ -659,7 +659,7 @@ def test_a_put_that_fails_as_a_whole_is_told_counted_and_may_be_repeated(hub, bu
     data = {name: noise(SIZE, f"{fault} {name}") for name in KEYS}
     hub.control.add_fault(Fault(**fault))
 
-    failed = engine.put(data)
+    failed = engine.put(data, seconds=4.0 if kind == "throttled" else 60.0)  # pauses are waited out until then
 
     assert {item: failure.kind for item, failure in failed.items()} == dict.fromkeys(KEYS, kind)
     assert engine.count("put", kind) == 6
