@@ -26,6 +26,9 @@ ADDRESS_VARIABLES: Final = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TOKEN_SETTING: Final = re.compile(r"(.*\.)?token", re.IGNORECASE)
 """The setting in each of its places: `remote_storage_plugin.<name>.token`, and `token` in `adapter_params`."""
 
+_TOKEN_LINE: Final = re.compile(r"""(^|[\s.{,"'])token["']?\s*[:=]\s*["']?[^\s"'#,}\]]""", re.IGNORECASE | re.MULTILINE)
+"""The setting in the text of a file that cannot be parsed, such as one with a key given twice."""
+
 _UPLOADED: Final = frozenset({".yaml", ".yml", ".json", ".env"})
 """Endings of the files in a working directory that are looked into: configurations, and files of variables."""
 
@@ -113,15 +116,23 @@ def refuse_secrets_in(command: Sequence[str], submission_id: str | None = None) 
         _refuse_value(word, "the command of the job")
         _, _, value = word.partition("=")
         for text in (word, value):
-            if text[:1] in "{[" and text:
+            if text.lstrip()[:1] in ("{", "["):
                 _refuse_document(_json(text), "the command of the job")
 
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError):
         return None  # the command itself says so
+
+
+class _Pairs(dict[str, Any]):
+    """An object of JSON. Its text travels, so a key that is given twice counts each time."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
 
 
 def _yaml(text: str, name: str) -> Any:
@@ -150,9 +161,9 @@ def _refuse_document(document: Any, where: str, *, anywhere: bool = True) -> Non
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            for name, inner in value.items():
+            for name, inner in value.pairs if isinstance(value, _Pairs) else value.items():
                 _refuse_value(str(name), where)
-                if inner and isinstance(inner, (str, int, float)) and _is_token(str(name), value, anywhere=anywhere):
+                if inner and _is_token(str(name), value, anywhere=anywhere):
                     raise ConfigError(
                         f"{where} holds a value of the setting {str(name).rpartition('.')[2]}; {_INSTEAD}"
                     )
@@ -181,6 +192,14 @@ def _refuse_secrets_below(directory: Path, excluded: Sequence[Any]) -> None:
         where = f"--working-dir: {str(inner)!r}"
         _refuse_value(text, where)
         document = _yaml(text, where) if path.suffix in {".yaml", ".yml"} else _json(text)
+        if (
+            document is None
+            and _TOKEN_LINE.search(text)
+            and ("bucket_handle" in text or "remote_storage_plugin." in text)
+        ):
+            raise ConfigError(
+                f"{where} holds a value of the setting token; {_INSTEAD}"
+            )  # in a file that is broken, say
         _refuse_document(document, where, anywhere=False)
 
 

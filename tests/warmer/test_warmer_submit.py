@@ -112,6 +112,10 @@ def test_a_token_never_travels_in_a_command(monkeypatch):
         '{"adapter_params": {"t\\u006fken": "oauth.eyJhbGciOi"}}',
         '[{"adapter_params": {"token": "x"}}]',
         '{"remote_storage_plugin.hfbucket.us.token": "twelve-chars"}',
+        '\n {"adapter_params": {"token": "twelve-chars"}}',
+        '--l2-adapter= {"adapter_params": {"token": "twelve-chars"}}',
+        '{"adapter_params": {"token": "twelve-chars", "token": ""}}',
+        '{"adapter_params": {"token": ["twelve-chars"]}}',
     ],
 )
 def test_an_inline_token_is_found_by_its_setting_whatever_it_looks_like(word):
@@ -144,6 +148,8 @@ EXTRA = "remote_storage_plugin.hfbucket.us"
         ("lmcache.yaml", f'extra_config: \'{{"{EXTRA}.token": "twelve-chars"}}\'\n'),
         ("deep/er/adapter.json", '{"adapter_params": {"bucket_handle": "hf://buckets/o/b", "token": "twelve-chars"}}'),
         ("not-yaml.yml", f"a: [\n{HUB_TOKEN}"),
+        ("twice.yaml", f"a: 1\na: 2\n{EXTRA}.token: twelve-chars\n"),
+        ("broken.json", '{"bucket_handle": "hf://buckets/o/b", "token": "twelve-chars"'),
         (".env", "X=the-secret-of-the-process"),
     ],
 )
