@@ -32,6 +32,7 @@ VERSION: Final = 1
 
 _HEADER: Final = "warmer_plan"
 _HEAD: Final = f'{{"{_HEADER}":'.encode()
+_SEAL: Final = "seal"
 _HEADER_ROOM: Final = 2048
 """Bytes kept for what is known of a header only when the plan is written: counts."""
 
@@ -404,7 +405,12 @@ def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:
 
 
 def _header_line(header: dict[str, Any]) -> bytes:
-    return json.dumps({_HEADER: VERSION, **header}).encode()
+    return json.dumps({_HEADER: VERSION, **header, _SEAL: _seal_of(header)}).encode()
+
+
+def _seal_of(header: dict[str, Any]) -> str:
+    """What tells a header that was edited from one that a warmer wrote; it keeps nobody out who means to forge one."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _read_header(line: bytes) -> dict[str, Any]:
@@ -425,6 +431,12 @@ def _read_header(line: bytes) -> dict[str, Any]:
         raise ValueError("skipped of the header must hold counts")
     for name in NEVER_PLANNED & header.get("warm_up", {}).keys():
         raise RefusedError(f"warm_up of the header has {name}, which no plan names: give it on the command line")
+    seal = header.pop(_SEAL, None)
+    # Older plans have none.
+    if seal is not None and seal != _seal_of(header):
+        raise RefusedError(
+            "the header was changed after the plan was written: plan anew, or give what is to be different on the command line"
+        )
     return header
 
 

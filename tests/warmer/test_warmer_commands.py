@@ -8,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 from warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
 
+from hfbucket_plugin.errors import RefusedError
 from warmer.cli import app
 from warmer.plan import PlanFile
+from warmer.run import planned_warm_up
 
 
 @pytest.fixture
@@ -118,7 +120,26 @@ def test_a_plan_with_a_token_or_more_chunks_than_were_planned_is_refused(stocked
     head = json.loads(head)
     head["warm_up"]["source"]["l2_adapter"] = adapter(stocked, token="hf_planted")
     out.write_text("\n".join([json.dumps(head), *rest]) + "\n")
-    assert "holds a token" in warmer("apply", out, code=4)
+    assert "the header was changed" in warmer("apply", out, code=4)
+    plan = PlanFile(out)
+    plan.header = head
+    with pytest.raises(RefusedError, match="holds a token"):
+        planned_warm_up(plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tiers": ["/etc"]}, {"filling": {"chown": "root:root"}}, {"address": "elsewhere:1"}, {"nodes": {"names": ["x"]}}],
+)
+def test_a_plan_whose_header_was_edited_is_refused(stocked, warmer, tmp_path, change):
+    out = tmp_path / "plan.jsonl"
+    warmer("plan", *source(stocked), "--all", "--out", out)
+    head, *rest = out.read_text().splitlines()
+    head = json.loads(head)
+    head["warm_up"] |= change
+    out.write_text("\n".join([json.dumps(head), *rest]) + "\n")
+    for command in ("apply", "check"):
+        assert "the header was changed after the plan was written" in warmer(command, out, code=4)
 
 
 def test_a_dry_run_refuses_what_apply_refuses(stocked, warmer, tmp_path):
