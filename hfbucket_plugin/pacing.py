@@ -117,7 +117,7 @@ class Pacing:
                 self._scout_secs *= _SCOUT_GROWTH
                 self._scout_at = now + self._scout_secs
             elif pause > 0:
-                message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more"
+                message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more (429)"
                 return ThrottledError(message, pause)
             if self._cap is not None:
                 while self._calls and self._calls[0] <= now - _WINDOW_SECS:

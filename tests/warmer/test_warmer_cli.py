@@ -145,7 +145,8 @@ def test_a_listing_that_is_denied(refused, hub, warehouse, status):
 
 
 @pytest.mark.parametrize("status", [429, 500])
-def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, status):
+def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, monkeypatch, status):
+    monkeypatch.setattr("warmer.run._LISTING_SECS", 3.0)  # pauses are waited out until then
     hub.control.add_fault(Fault(route="tree", status=status))
     assert str(status) in refused(3, warehouse.config)
 
