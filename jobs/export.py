@@ -7,7 +7,7 @@ import itertools
 import secrets
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -164,6 +164,9 @@ class Export:
         )
 
     def _select(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> int:
+        if wanted.choice.since is not None and isinstance(source, InstanceEnd):
+            # The Hub dates the chunks, so its clock says how long ago that was.
+            wanted = replace(wanted, now=source.bucket.time(Deadline.after(run.REQUEST_SECS)) or wanted.now)
         self._plan = plan = self._make(source, destination, wanted, asked)
         return self._carry_out(source, destination, plan)
 

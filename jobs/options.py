@@ -234,5 +234,5 @@ def foreign(text: str) -> bool:
 
 
 def now() -> datetime:
-    """The local clock: what `--since` counts back from."""
+    """The local clock: what `--since` counts back from where no Hub says what time it is there."""
     return datetime.now(UTC)

@@ -1,6 +1,7 @@
 """Exports on a real local Hub: what is copied, how, and what is left as it is."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,15 @@ def test_the_warmers_choice(lane, tmp_path):
         ran = lane.export(*arguments)
         assert ran.code == (0 if wanted else 4), (arguments, ran.stderr)
         assert lane.listing(lane.eu).keys() == names(wanted), arguments
+
+
+def test_since_counts_back_from_the_clock_of_the_hub(lane, monkeypatch):
+    """This machine's clock is three days ahead."""
+    monkeypatch.setattr("jobs.options.now", lambda: datetime.now(UTC) + timedelta(days=3))
+    lane.eu.prefix = "kv/since"
+    ran = lane.export("--since", "2h")
+    assert ran.code == 0, ran.stderr
+    assert lane.listing(lane.eu).keys() == names([key(50, "org/other")])
 
 
 def test_rename(lane):
