@@ -204,6 +204,7 @@ def test_the_warmers_choice(lane, tmp_path):
 def test_since_counts_back_from_the_clock_of_the_hub(lane, monkeypatch):
     """This machine's clock is three days ahead."""
     monkeypatch.setattr("jobs.options.now", lambda: datetime.now(UTC) + timedelta(days=3))
+    lane.us.put({key(50, "org/other"): b"the newest"}, age=1 * HOUR)
     lane.eu.prefix = "kv/since"
     ran = lane.export("--since", "2h")
     assert ran.code == 0, ran.stderr
