@@ -13,7 +13,7 @@ import os
 import pkgutil
 import re
 import sys
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _MOST_KNOWN: Final = 256
 
 HUB_TOKEN: Final = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _INSTEAD: Final = "***"
+_ANY: Final = "surrogatepass"
+"""A variable of the environment may hold any bytes."""
+
 _QUOTES: Final = "\"'`"
 _BEARER: Final = re.compile(r"^(bearer|token)\s+", re.IGNORECASE)
 
@@ -58,10 +61,31 @@ def hide(text: str) -> str:
 
 
 def _without_known(text: str) -> str:
-    secrets = _secrets()
-    if secrets:
-        text = re.sub("|".join(map(_pattern, sorted(secrets, key=len, reverse=True))), _INSTEAD, text)
-    return text
+    pattern = _known_pattern()
+    return text if pattern is None else pattern.sub(_INSTEAD, text)
+
+
+class _Cached(NamedTuple):
+    """What was found of which environment, and of which tokens that settings gave."""
+
+    environment: object
+    known: tuple[str, ...]
+    pattern: re.Pattern[str] | None
+
+
+_cache: list[_Cached] = []
+
+
+def _known_pattern() -> re.Pattern[str] | None:
+    """All tokens in all spellings; made anew where the environment changed. It is asked for each text that is shown."""
+    environment, known = getattr(os.environ, "_data", None), tuple(_known)
+    cached = _cache[-1] if _cache else None
+    if cached is not None and environment is not None and (cached.environment, cached.known) == (environment, known):
+        return cached.pattern
+    secrets = sorted(_secrets(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(_pattern, secrets))) if secrets else None
+    _cache[:] = [_Cached(None if environment is None else dict(environment), known, pattern)]
+    return pattern
 
 
 def shown(text: object) -> str:
@@ -104,7 +128,7 @@ def spellings(values: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for value in values:
         for one in (value.strip(), _bare(value)):
-            found |= {one, json.dumps(one)[1:-1], quote(one), quote(one, safe="")}
+            found |= {one, json.dumps(one)[1:-1], quote(one, errors=_ANY), quote(one, safe="", errors=_ANY)}
     return {one for one in found if len(one) >= _LEAST_KNOWN}
 
 

@@ -62,6 +62,25 @@ def test_tokens_of_the_environment_and_what_looks_like_one_are_cut(monkeypatch):
     assert texts.hide(f"sk-0123456789 1 {LONG} hf_cache") == "*** 1 *** hf_cache"
 
 
+def test_a_variable_that_changes_is_noticed_and_one_of_any_bytes_harms_nobody(monkeypatch):
+    for value in ("first-value", "other-value"):
+        monkeypatch.setenv("ONE_TOKEN", value)
+        assert texts.hide(f"say {value}") == "say ***"
+    monkeypatch.setenv("ONE_TOKEN", "bytes\udcff\udcfe-value")
+    assert texts.shown("say bytes\udcff\udcfe-value other-value") == "say *** other-value"
+    texts.know("lone\ud800surrogate")
+    assert texts.shown("x") == "x"
+
+
+def test_many_texts_are_shown_without_a_look_at_each_variable(monkeypatch):
+    made, real = [], texts._secrets
+    monkeypatch.setattr(texts, "_secrets", lambda: made.append(1) or real())
+    monkeypatch.setattr(texts, "_cache", [])
+    for _ in range(1000):
+        texts.as_json({"a": ["b"] * 10})
+    assert made == [1]
+
+
 def test_json_stays_json():
     texts.know("1234")
     record = json.loads(texts.as_json({"a": ["1234", 1234, None, True], "1234": {"b": '"1234"'}}))
