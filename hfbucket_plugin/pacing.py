@@ -167,12 +167,17 @@ class Pacing:
 
     @property
     def background_wait_secs(self) -> float:
-        """Seconds until work in the background may take its next call: it leaves three quarters of the cap to others."""
+        """Seconds until work in the background may take its next call.
+
+        It leaves three quarters of the cap to others, and in a pause all calls: only a lookup tries whether the quota is back.
+        """
         with self._lock:
-            if self._cap is None:
-                return 0.0
-            share = max(1, self._cap // _BACKGROUND_SHARE)
-            return max(0.0, self._calls[-share] + _WINDOW_SECS - self._clock()) if len(self._calls) >= share else 0.0
+            now = self._clock()
+            wait = max(0.0, self._paused_until - now)
+            share = max(1, self._cap // _BACKGROUND_SHARE) if self._cap is not None else None
+            if share is not None and len(self._calls) >= share:
+                wait = max(wait, self._calls[-share] + _WINDOW_SECS - now)
+            return wait
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

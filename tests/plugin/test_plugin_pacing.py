@@ -360,3 +360,15 @@ def test_work_in_the_background_leaves_three_quarters_of_the_cap_to_others():
     lane.clock.now += 41
     assert lane.pacing.background_wait_secs == 0
     assert Lane(None).pacing.background_wait_secs == 0
+
+
+@pytest.mark.parametrize("cap", [None, 8])
+def test_work_in_the_background_waits_for_the_end_of_a_pause_with_and_without_a_cap(cap):
+    lane = Lane(cap)
+    lane.pacing.heed(429, {"retry-after": "120"})
+
+    lane.clock.now += 20
+    assert lane.pacing.background_wait_secs == 100, "a lookup may try now, the background may not"
+    assert lane.call() is None
+    lane.clock.now += 100
+    assert lane.pacing.background_wait_secs == 0
