@@ -54,7 +54,7 @@ class SharedBucket:
 
     def __init__(self):
         self.objects = {}
-        self.now = datetime.now(UTC) - timedelta(days=1)
+        self.now = datetime.now(UTC)
         self.meanwhile = []  # changes by others, one before each page of a listing
         self.deleting = lambda: None
 
