@@ -21,6 +21,7 @@ from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.xet import fetch_access
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
@@ -163,13 +164,29 @@ class Bucket:
         """Seconds until work in the background may call the Hub; see `Pacing.background_wait_secs`."""
         return self._hub.pacing.background_wait_secs
 
-    def stat(self, paths: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, ObjectInfo]:
+    def refuse_in_pause(self, what: str) -> None:
+        """Stop here while the Hub would not be asked, since it asked for a pause.
+
+        Raises:
+            ThrottledError: It would not; the message names `what`.
+        """
+        self._hub.pacing.refuse_in_pause(what)
+
+    def stat(
+        self,
+        paths: Sequence[str],
+        deadline: Deadline,
+        *,
+        patient: bool = True,
+        sent: threading.Event | None = None,
+    ) -> dict[str, ObjectInfo]:
         """Look objects up, 1000 a request.
 
         Args:
             paths: From the root of the bucket.
             deadline: When to give up.
             patient: See `HubClient.request`.
+            sent: See `HubClient.request`.
 
         Returns:
             What exists, by path. The Hub leaves out what is missing, and promises no order.
@@ -179,7 +196,7 @@ class Bucket:
         """
         found: dict[str, ObjectInfo] = {}
         for start in range(0, len(paths), MAX_BATCH):
-            found |= self._paths_info(paths[start : start + MAX_BATCH], deadline, patient=patient)[0]
+            found |= self._paths_info(paths[start : start + MAX_BATCH], deadline, patient=patient, sent=sent)[0]
         return found
 
     def stat_dated(
@@ -202,7 +219,7 @@ class Bucket:
         return found, _date(answer)
 
     def _paths_info(
-        self, paths: Sequence[str], deadline: Deadline, *, patient: bool
+        self, paths: Sequence[str], deadline: Deadline, *, patient: bool, sent: threading.Event | None = None
     ) -> tuple[dict[str, ObjectInfo], Answer]:
         answer = self._hub.request(
             "POST",
@@ -212,6 +229,7 @@ class Bucket:
             attempts=2,
             patient=patient,
             room=answers.Room.for_records(paths),
+            sent=sent,
             json={"paths": list(paths)},
         )
         asked = set(paths)

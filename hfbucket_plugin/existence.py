@@ -14,6 +14,7 @@ from hfbucket_plugin.errors import (
     HFBucketError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.handle import RESERVED
 from hfbucket_plugin.keys import encode_name
@@ -33,9 +34,14 @@ if TYPE_CHECKING:
 
 Belief = Literal["all", "hits", "nothing"]
 
-_THREADS: Final = 8
+_THREADS: Final = 64
 _BACKLOG: Final = 64
-"""Lookups last at most a second: more than these at one time means that the Hub does not answer."""
+"""Questions of lookups and gets in progress, and waiting: more than there are threads that look up (16) and get (32), since one that
+waits here loses time that the Hub was to have. They last at most a second: more at one time means that the Hub does not answer."""
+
+_PATIENT_THREADS: Final = 16
+"""Questions of puts and deletes in progress, beside one for each of `max_parallel_writes`. They may sleep through a pause of the Hub,
+so lookups do not share threads with them."""
 
 
 class Existence:
@@ -71,6 +77,8 @@ class Existence:
             settings.effective_miss_ttl_secs,
         )
         self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
+        patient = settings.max_parallel_writes + _PATIENT_THREADS
+        self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{instance}", patient, _BACKLOG)
         self.learn: Callable[[Mapping[str, Content | None], float], None] = lambda _contents, _asked: None
         """Told of every answer of the Hub, and when its question was asked."""
 
@@ -107,18 +115,33 @@ class Existence:
         Raises:
             HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
         """
+        contents, failure = self.answers(keys, deadline, patient=patient, believe=believe)
+        if failure is not None:
+            raise failure
+        return contents
+
+    def answers(
+        self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
+    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+        """As `contents`, for callers that can use what is known though some of it is not.
+
+        Returns:
+            What is known, and why the rest is not; None where all is.
+        """
         indexed = self._indexed(keys, believe)
         if indexed:
             keys = [key for key in keys if key not in indexed]
             if not keys:
-                return indexed
+                return indexed, None
         if len(keys) <= MAX_BATCH:
-            return indexed | self._contents([keys], deadline, patient=patient)
+            asked, failure = self._answers_of([keys], deadline, patient=patient)
+            return indexed | asked, failure
         cached = {key: self.cache.get(key) for key in keys}
         values = indexed | {key: content for key, (is_known, content) in cached.items() if is_known}
         left = list(dict.fromkeys(key for key in keys if key not in values))
         pages = [left[start : start + MAX_BATCH] for start in range(0, len(left), MAX_BATCH)]
-        return values | self._contents(pages, deadline, patient=patient)
+        asked, failure = self._answers_of(pages, deadline, patient=patient)
+        return values | asked, failure
 
     # --- what this process learns by itself -----------------------------------------------------------------------------
 
@@ -154,10 +177,10 @@ class Existence:
         if self._index is not None:
             self._index.served(keys)
 
-    def _contents(
+    def _answers_of(
         self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
-    ) -> dict[str, Content | None]:
-        """Ask for all pages at once. Each is cached as it comes, so that what one that fails leaves out is all that is unknown."""
+    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+        """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
         values: dict[str, Content | None] = {}
         failure: HFBucketError | None = None
         told = Told()
@@ -168,9 +191,7 @@ class Existence:
                 values.update(self._answers(page, question, others, deadline, patient=patient))
             except HFBucketError as error:
                 failure = failure or error
-        if failure is not None:
-            raise failure
-        return values
+        return values, failure
 
     def _ask_page(
         self, page: Sequence[str], deadline: Deadline, told: Told, *, patient: bool
@@ -213,14 +234,17 @@ class Existence:
         try:
             question.told.already |= deadline.passed  # then it says nothing of the Hub
             deadline.check(f"instance {self._instance!r}: lookup")
+            if not patient:
+                self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
             self._guard.admit("lookup")
-        except (BreakerOpenError, DeadlineError) as error:
+        except (BreakerOpenError, DeadlineError, ThrottledError) as error:
             self.cache.fail(question, error)
             return
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while
         # a name server or a proxy does not.
         try:
-            self._threads.submit(self._stat, question, deadline, patient)
+            threads = self._patient_threads if patient else self._threads
+            threads.submit(self._stat, question, deadline, patient)
         except RuntimeError as error:
             self.cache.fail(question, TransportError(f"instance {self._instance!r}: lookup: {error}"))
 
@@ -230,9 +254,10 @@ class Existence:
         except FutureTimeoutError as error:
             if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the request's own
                 raise
-            late = DeadlineError(
+            what = (
                 f"instance {self._instance!r}: lookup: no answer within {deadline.seconds:g} s; the call was abandoned"
             )
+            late = DeadlineError(what) if question.sent.is_set() else UnsentError(f"{what} before it was sent")
             self._tell_guard(question, late)
             raise late from None
 
@@ -247,7 +272,7 @@ class Existence:
         asked = time.monotonic()
         try:
             paths = {handle.join(encode_name(key)): key for key in question.keys}
-            found = self._bucket.stat(list(paths), deadline, patient=patient)
+            found = self._bucket.stat(list(paths), deadline, patient=patient, sent=question.sent)
         except HFBucketError as error:
             self._tell_guard(question, error)
             self.cache.fail(question, error)
@@ -284,4 +309,5 @@ class Existence:
         if self._index is not None:
             self._index.close()
         self._threads.close()
+        self._patient_threads.close()
         self.cache.clear()

@@ -8,6 +8,7 @@ with a timeout of its own, and reads the body against the clock. What is answere
 from __future__ import annotations
 
 import ssl
+import threading
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ from hfbucket_plugin.errors import (
     RefusedError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.pacing import Pacing, retry_after
 from hfbucket_plugin.workers import WorkerPool
@@ -49,9 +51,9 @@ _SAME_METHOD: Final = frozenset({307, 308})
 """Of these alone: after the others a POST would go on as a GET."""
 
 _MAX_SERVER_WORDS: Final = 300
-_THREADS: Final = 32
+_THREADS: Final = 96
 _BACKLOG: Final = 256
-"""Requests under way, and waiting. Lookups have 8 at most, uploads 4, reads one for a token; tools a few more."""
+"""Requests in progress, and waiting. Lookups have 64 at most, puts some 20, reads one for a token; tools a few more."""
 
 _CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
 _TOO_MANY, _SERVER_ERROR = 429, 500
@@ -116,6 +118,7 @@ class _Request:
     urgent: bool
     room: answers.Room
     body: dict[str, Any]
+    sent: threading.Event
 
 
 class HubClient:
@@ -176,6 +179,7 @@ class HubClient:
         urgent: bool = False,
         allow: frozenset[int] = frozenset(),
         room: answers.Room = answers.SMALL,
+        sent: threading.Event | None = None,
         **body: Any,
     ) -> Answer:
         """Make one request, with retries of what may pass.
@@ -190,6 +194,7 @@ class HubClient:
             urgent: Whether to ask even in a pause and beyond our own budget: for the one call that frees others.
             allow: Statuses of 400 and more that are answers and not errors.
             room: How much the answer may hold.
+            sent: Set as soon as the request goes to the Hub.
             **body: `json`, `content`, `params` or more `headers`.
 
         Raises:
@@ -199,10 +204,12 @@ class HubClient:
             RefusedError: Another 4xx: the request itself was wrong.
             ThrottledError: 429, or a pause after one is not over; `BudgetError` when our own cap is used up.
             TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
-                the time was over.
+                the time was over; `UnsentError` when it was over before the request went to the Hub.
         """
         what = f"instance {self.instance!r}: {route}"
-        request = _Request(method, self._address(url), what, deadline, patient, urgent, room, body)
+        request = _Request(
+            method, self._address(url), what, deadline, patient, urgent, room, body, sent or threading.Event()
+        )
         paused = 0
 
         def enough(state: tenacity.RetryCallState) -> bool:
@@ -217,7 +224,12 @@ class HubClient:
             sleep=self.pacing.sleep,
             reraise=True,
         )
-        return retrying(self._once, request, route, allow)
+        try:
+            return retrying(self._once, request, route, allow)
+        except DeadlineError as error:
+            if request.sent.is_set() or isinstance(error, UnsentError):
+                raise
+            raise UnsentError(f"{error} before it was sent") from None
 
     def _address(self, url: str) -> str:
         if url.startswith("/"):
@@ -254,7 +266,7 @@ class HubClient:
         try:
             answer = self._threads.submit(self._exchange, request)
         except RuntimeError as error:
-            raise TransportError(f"{request.what}: not sent: {error}") from None
+            raise UnsentError(f"{request.what}: not sent: {error}") from None
         try:
             return answer.result(timeout=request.deadline.remaining())
         except FutureTimeoutError as error:
@@ -297,6 +309,7 @@ class HubClient:
         headers = self.headers() | {"Accept-Encoding": "gzip"} | request.body.get("headers", {})
         body = {name: value for name, value in request.body.items() if name != "headers"}
         timeout = httpx2.Timeout(max(0.001, request.deadline.remaining()))
+        request.sent.set()
         try:
             with session(self.endpoint).stream(
                 request.method, address, headers=headers, timeout=timeout, follow_redirects=False, **body

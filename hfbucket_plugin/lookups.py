@@ -50,12 +50,18 @@ class Lookups:
         """For each key, whether it would be served; see `ChunkStore.found`."""
         started = time.monotonic()
         outcome, unknown = "ok", "missing"
+        contents: Mapping[str, Content | None] = {}
         try:
             deadline.check("lookup")  # it may have waited for a thread: nobody's fault but ours
             self._guard.admit("read", keys)
-            contents = self._existence.contents(keys, deadline)
+            contents, failure = self._existence.answers(keys, deadline)
+            if failure is not None:
+                raise failure
         except HFBucketError as error:
-            contents = {} if self._guard.is_open("read") else self._existence.known(keys)
+            if self._guard.is_open("read"):
+                contents = {}
+            elif not contents:
+                contents = self._existence.known(keys)
             if self._outcomes.excuses(error):
                 unknown = "missing"
             else:

@@ -178,6 +178,7 @@ class Question:
         self.until = until
         self.patient = patient
         self.told = Told()
+        self.sent = threading.Event()
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, Content | None] = {}
         self.doubtful: set[str] = set()

@@ -109,16 +109,33 @@ class Pacing:
         with self._lock:
             return max(0.0, self._scout_at - self._clock()) if self._paused_until > self._clock() else _SCOUT_SECS
 
+    def refuse_in_pause(self, what: str) -> None:
+        """Stop here where `admit` would refuse a call because of a pause; takes nothing from the budget.
+
+        Raises:
+            ThrottledError: The Hub asked for a pause that is not over.
+        """
+        with self._lock:
+            error = self._pause(what, self._clock())
+        if error is not None:
+            raise error
+
+    def _pause(self, what: str, now: float) -> ThrottledError | None:
+        pause = self._paused_until - now
+        if pause <= 0 or now >= self._scout_at:
+            return None
+        return ThrottledError(
+            f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more (429)", pause
+        )
+
     def _take(self, what: str) -> ThrottledError | None:
         with self._lock:
             now = self._clock()
-            pause = self._paused_until - now
-            if pause > 0 and now >= self._scout_at:
+            if (error := self._pause(what, now)) is not None:
+                return error
+            if self._paused_until > now:
                 self._scout_secs *= _SCOUT_GROWTH
                 self._scout_at = now + self._scout_secs
-            elif pause > 0:
-                message = f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more (429)"
-                return ThrottledError(message, pause)
             if self._cap is not None:
                 while self._calls and self._calls[0] <= now - _WINDOW_SECS:
                     self._calls.popleft()

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
@@ -152,13 +153,14 @@ class Putter:
     def _start_over(self) -> None:
         """Write nothing: at first, and in a forked child, where the puts of the parent do not go on."""
         self._lock = threading.Lock()
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Future[ItemFailure | None]] = {}
         self._commits: set[_Commit] = set()
 
     def write_many(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> PutReport:
         """Store chunks; returns when all are stored or failed, at the deadline at the latest.
 
-        A key that is there at the right size is not written again, nor is one that is being written at this moment.
+        A key that is there at the right size is not written again. Nor is one that another put is writing: that put's outcome is
+        waited for, and is this one's too.
         LMCache's own probe key always is: its health check would never recover otherwise.
 
         Args:
@@ -174,21 +176,30 @@ class Putter:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
             self._tell(report.failures, started)
             return report
-        mine, refused = self._claim(sources, size)
+        mine, others, refused = self._claim(sources, size)
         report = PutReport(refused)
         try:
             todo = self._drop_present(mine, deadline, report)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
-            self._unclaim(mine)
-            report.failures += _release_unwritten(mine, _kind(error), str(error))
+            failures = _release_unwritten(mine, _kind(error), str(error))
+            self._unclaim(mine, failures)
+            report.failures += failures
         else:
             report += self._commit_all(todo, deadline)
+        report.failures += self._await(others, deadline)
         self._tell(report.failures, started)
         return report
 
-    def _claim(self, sources: Sequence[Source], size: int | None) -> tuple[list[Source], list[ItemFailure]]:
-        """Refuse what is no full chunk, pass over what is being written already, and mark the rest as ours."""
+    def _claim(
+        self, sources: Sequence[Source], size: int | None
+    ) -> tuple[list[Source], list[tuple[str, Future[ItemFailure | None]]], list[ItemFailure]]:
+        """Refuse what is not a full chunk, and mark the rest as ours, except for what is being written already.
+
+        Returns:
+            What is ours; the keys that other puts are writing, with what becomes of them; what was refused.
+        """
         mine: list[Source] = []
+        others: list[tuple[str, Future[ItemFailure | None]]] = []
         failures: list[ItemFailure] = []
         for source in sources:
             actual = len(source.view)
@@ -199,38 +210,71 @@ class Putter:
                 source.release()
                 continue
             with self._lock:
-                taken = source.key in self._under_way
-                self._under_way.add(source.key)
-            if taken:
-                self._outcomes.chunks("put", "under_way", 1)
-                source.release()
-            else:
+                outcome = self._under_way.get(source.key)
+                if outcome is None:
+                    self._under_way[source.key] = Future()
+            if outcome is None:
                 mine.append(source)
-        return mine, failures
+            else:
+                others.append((source.key, outcome))
+                source.release()
+        return mine, others, failures
 
-    def _unclaim(self, sources: Sequence[Source]) -> None:
+    def _unclaim(self, sources: Sequence[Source], failures: Sequence[ItemFailure] = ()) -> None:
+        """Tell whoever waits for these keys what became of them: stored, or there already, where they have not failed."""
+        failed = {failure.item: failure for failure in failures}
         with self._lock:
-            self._under_way.difference_update(source.key for source in sources)
+            outcomes = [(source.key, self._under_way.pop(source.key, None)) for source in sources]
+        for key, outcome in outcomes:
+            if outcome is not None:
+                outcome.set_result(failed.get(key))
+
+    def _await(self, others: Sequence[tuple[str, Future[ItemFailure | None]]], deadline: Deadline) -> list[ItemFailure]:
+        """Wait for keys that other puts are writing, and return those that they did not store."""
+        failures: list[ItemFailure] = []
+        for key, outcome in others:
+            try:
+                failure = outcome.result(timeout=deadline.remaining())
+            except FutureTimeoutError:
+                late = f"{key}: another put of it did not end within {deadline.seconds:g} s"
+                failure = ItemFailure(key, DeadlineError.kind, late)
+            if failure is None:
+                self._outcomes.chunks("put", "under_way", 1)
+            else:
+                failures.append(failure)
+        return failures
 
     def _drop_present(self, sources: Sequence[Source], deadline: Deadline, report: PutReport) -> list[Source]:
-        """Release the sources that need no writing, and return the others; where it raises it released none."""
+        """Release the sources that need no writing, and return the others; where it raises it released none.
+
+        Sources of which the Hub does not say whether they are there fail; the others are written all the same.
+        """
         asked = [source.key for source in sources if not is_probe(source.key)]
-        try:
-            contents = self._existence.contents(asked, deadline, patient=True, believe="hits") if asked else {}
-        except BucketMissingError:
+        contents: Mapping[str, Content | None] = {}
+        failure: HFBucketError | None = None
+        if asked:
+            contents, failure = self._existence.answers(asked, deadline, patient=True, believe="hits")
+        if isinstance(failure, BucketMissingError):
             self._forget_bucket()
-            if not self._settings.create_bucket_if_missing:
-                raise
-            contents = {}
+            if self._settings.create_bucket_if_missing:
+                failure = None
+        unknown = [key for key in asked if key not in contents] if failure is not None else []
+        if failure is not None and len(unknown) == len(sources):
+            raise failure
         present = [source for source in sources if self._is_there(source, contents.get(source.key))]
-        if len(present) < len(sources):
+        if len(present) + len(unknown) < len(sources):
             self._create_bucket_once(deadline)
+        if failure is not None:
+            lost = [source for source in sources if source.key in set(unknown)]
+            failures = _release_unwritten(lost, failure.kind, str(failure))
+            self._unclaim(lost, failures)
+            report.failures += failures
         self._unclaim(present)
         for source in present:
             self._outcomes.chunks("put", "present", 1)
             source.release()
-        gone = set(map(id, present))
-        todo = [source for source in sources if id(source) not in gone]
+        gone = {source.key for source in present} | set(unknown)
+        todo = [source for source in sources if source.key not in gone]
         report.replaced = {source.key: old.size for source in todo if (old := contents.get(source.key)) is not None}
         return todo
 
@@ -267,8 +311,9 @@ class Putter:
                 future = self._threads.submit_for(tasks, False, self._upload, commit, deadline)
             except RuntimeError as error:
                 self._end(commit)
-                self._unclaim(commit.sources)
-                failures += commit.failures("transport", str(error))
+                refused = commit.failures("transport", str(error))
+                self._unclaim(commit.sources, refused)
+                failures += refused
             else:
                 tasks[future] = commit
         namings, lost = self._wait_for_uploads(tasks, deadline)
@@ -326,9 +371,10 @@ class Putter:
             self._forget_bucket()
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.drop(source.key)
+        failures = commit.failures(_kind(error), str(error))
         # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.
-        self._unclaim(commit.sources)
-        return commit.failures(_kind(error), str(error))
+        self._unclaim(commit.sources, failures)
+        return failures
 
     def _end(self, commit: _Commit) -> None:
         commit.release()
@@ -391,7 +437,7 @@ class Putter:
                 report.stored.append(source.key)
                 self._existence.wrote(source.key, content)
                 written += content.size
-        self._unclaim(commit.sources)
+        self._unclaim(commit.sources, report.failures)
         self._outcomes.chunks("put", "stored", len(report.stored))
         self._outcomes.bytes("write", written)
         return report

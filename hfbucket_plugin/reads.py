@@ -134,13 +134,18 @@ class Reader:
             self._guard.admit("read", keys, found=True)
             # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
             asking = deadline.within(self._settings.lookup_timeout_secs)
-            contents = self._existence.contents(keys, asking)
+            contents, unknown = self._existence.answers(keys, asking)
+            if unknown is not None and not any(contents.values()):
+                raise unknown
         except HFBucketError as error:
             self._outcomes.failed("get", error, len(keys), started)
             return results
         with self._traffic.reading():
             self._outcomes.in_flight("get", self._traffic.reads)
-            outcome = self._serve(keys, self._full_chunks(keys, contents, sizes), open_buffer, results, deadline)
+            wanted = self._full_chunks(keys, contents, sizes, unknown)
+            outcome = self._serve(keys, wanted, open_buffer, results, deadline)
+        if unknown is not None and outcome == "ok":
+            outcome = unknown.kind
         self._outcomes.in_flight("get", self._traffic.reads)
         served = [index for index, buffer in enumerate(results) if buffer is not None]
         self._outcomes.chunks("get", "hit", len(served))
@@ -152,12 +157,20 @@ class Reader:
         return results
 
     def _full_chunks(
-        self, keys: Sequence[str], contents: Mapping[str, Content | None], sizes: Sequence[int]
+        self,
+        keys: Sequence[str],
+        contents: Mapping[str, Content | None],
+        sizes: Sequence[int],
+        unknown: HFBucketError | None,
     ) -> dict[int, tuple[str, Content]]:
         wanted = {}
+        if unknown is not None:
+            self._outcomes.warn("get", unknown.kind, str(unknown))
         for index, (key, size) in enumerate(zip(keys, sizes, strict=True)):
             content = contents.get(key)
-            if content is None:
+            if unknown is not None and key not in contents:
+                self._outcomes.chunks("get", unknown.kind, 1)
+            elif content is None:
                 self._outcomes.chunks("get", "missing", 1)
             elif content.size != size:
                 self._outcomes.chunks("get", "size", 1)
@@ -220,6 +233,11 @@ class Reader:
                 self._outcomes.chunks("get", "allocation", left)
                 self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
                 break
+            if buffer.lease.size != content.size:  # a larger one would be served with an end that nothing filled
+                self._outcomes.chunks("get", "size", 1)
+                self._outcomes.warn_of_size("get", key, content.size, buffer.lease.size)
+                buffer.release()
+                continue
             read = Read(key, content, buffer.lease)
             with self._lock:
                 self._active.add(read)

@@ -23,11 +23,12 @@ from plugin_support import (
 from hfbucket_plugin import metrics
 from hfbucket_plugin.chunks import ChunkStore
 from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.errors import HFBucketError, TransportError
 from hfbucket_plugin.keys import encode_name
 from hfbucket_plugin.leases import Lease
 from hfbucket_plugin.metrics import Tally
 from hfbucket_plugin.traffic import Traffic
+from hfbucket_plugin.workers import WorkerPool
 from localhub.faults import Fault
 
 SIZE = 100_000
@@ -345,6 +346,50 @@ def test_who_has_more_time_is_not_bound_by_a_lookup_of_the_same_key(hub, filled,
     assert engine.count("lookup", "deadline") == len(KEYS)
 
 
+def test_more_lookups_at_once_than_one_answer_has_time_for_are_all_answered(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=3.0, metadata_cache_ttl_secs=0)
+    hub.control.add_fault(Fault(route="paths-info", delay_s=0.4))
+
+    # One after the other on eight threads, the last would have less time than the Hub takes.
+    hits = in_threads(40, lambda number: engine.hits([KEYS[number % 6]]))
+
+    assert hits == [1] * 40
+    assert not engine.store.guard.status()
+
+
+def test_a_question_that_was_never_sent_says_nothing_about_the_hub(hub, filled, connect, monkeypatch):
+    engine = connect(lookup_timeout_secs=0.2)
+    busy, free = threading.Event(), threading.Event()
+    pool = WorkerPool("held", 1)
+    pool.submit(lambda: (busy.set(), free.wait(60)))
+    assert busy.wait(30)
+    monkeypatch.setattr(engine.store._existence, "_threads", pool)
+
+    assert [engine.hits([name]) for name in KEYS] == [0] * 6
+
+    free.set()
+    assert requests(hub, "paths-info") == 0
+    assert not engine.store.guard.status()
+    assert engine.count("lookup", "deadline") == 6
+
+
+def test_in_a_pause_lookups_are_misses_at_once_however_many_puts_wait_for_its_end(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=20, max_parallel_writes=8)
+    quota = {"ratelimit": '"api";r=0;t=30', "ratelimit-policy": '"fixed window";"api";q=1000;w=300'}
+    hub.control.add_fault(Fault(route="paths-info", status=429, headers=quota))
+    assert engine.hits([key(99)]) == 0
+    for number in range(100, 108):
+        engine.store.puts.submit([Memory(noise(SIZE, number), key(number))], SIZE, soon())
+    eventually(lambda: engine.store._putter._under_way.keys() == {key(number) for number in range(100, 108)})
+
+    started = time.monotonic()
+    assert [engine.hits([name]) for name in KEYS] == [0] * 6
+
+    assert time.monotonic() - started < BOUND
+    assert not engine.store.guard.status()
+    assert requests(hub, "paths-info") == 1, "and the Hub was not asked"
+
+
 # --- get -----------------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +433,62 @@ def test_without_memory_the_rest_are_misses(filled, engine, caplog):
     assert engine.get(KEYS, memory=2) == [DATA[KEYS[0]], DATA[KEYS[1]], None, None, None, None]
     assert engine.count("get", "allocation") == 4
     assert "no memory" in caplog.text
+
+
+def test_of_a_get_what_is_known_is_served_though_the_rest_cannot_be_looked_up(hub, filled, engine):
+    assert engine.hits(KEYS[:5]) == 5
+    hub.control.add_fault(Fault(route="paths-info", status=500))
+
+    assert engine.get(KEYS) == [*(DATA[name] for name in KEYS[:5]), None]
+
+    assert engine.count("get", "hit") == 5
+    assert engine.count("get", "transport") == 1
+    assert engine.ended("get", "transport") == 1
+
+
+@pytest.mark.parametrize("operation", ["get", "lookup"])
+def test_a_page_that_fails_costs_its_own_keys_only_though_nothing_is_cached(filled, connect, monkeypatch, operation):
+    engine = connect(metadata_cache_ttl_secs=0)
+    bad = f"v1/{encode_name(key(1500, 'org/none'))}"
+    real = engine.store.bucket.stat
+
+    def stat(paths, deadline, **options):
+        if bad in paths:
+            raise TransportError("no answer")
+        return real(paths, deadline, **options)
+
+    monkeypatch.setattr(engine.store.bucket, "stat", stat)
+    many = [*KEYS, *(key(number, "org/none") for number in range(1994))]
+
+    if operation == "get":
+        assert engine.get(many)[:6] == [DATA[name] for name in KEYS]
+    else:
+        assert sum(engine.store.found(many, [SIZE] * len(many))) == 6
+
+    assert engine.count(operation, "hit") == 6
+    assert engine.count(operation, "transport") == 1000
+
+
+def test_a_get_of_which_nothing_is_known_fails_as_what_it_is(hub, filled, engine):
+    hub.control.add_fault(Fault(route="paths-info", status=500))
+
+    assert engine.get(KEYS) == [None] * 6
+
+    assert engine.count("get", "transport") == 6
+
+
+def test_a_buffer_that_is_larger_than_the_content_is_not_served_with_an_end_that_nobody_filled(filled, engine):
+    lent = []
+
+    def open_buffer(index):
+        lent.append(Memory(bytes(SIZE + (index == 1))))
+        return lent[-1]
+
+    found = engine.store.read_many(KEYS[:3], [SIZE] * 3, open_buffer, soon())
+
+    assert [buffer is not None for buffer in found] == [True, False, True]
+    assert [buffer.released for buffer in lent] == [0, 1, 0]
+    assert engine.count("get", "size") == 1
 
 
 def test_an_allocator_that_fails_leaks_nothing(filled, engine):
@@ -611,6 +712,51 @@ def test_one_key_put_at_once_from_many_threads_is_uploaded_once(hub, bucket, eng
     assert requests(hub, "batch") == 1
     assert engine.count("put", "stored") == 1
     assert engine.count("put", "under_way") + engine.count("put", "present") == 7
+
+
+def test_a_put_of_what_another_put_fails_to_store_has_failed_too(hub, bucket, engine):
+    hung = hub.control.add_fault(Fault(route="xorb-upload", hang=True))
+    new = [noise(SIZE, f"{bucket} {number}") for number in range(2)]  # which the store does not hold yet
+    first, second = [Memory(new[0], KEYS[0])], [Memory(new[0], KEYS[0]), Memory(new[1], KEYS[1])]
+    failing = engine.store.puts.submit(first, SIZE, soon(3))
+    eventually(lambda: hub.control.hits(hung))
+    waiting = engine.store.puts.submit(second, SIZE, soon())
+    eventually(lambda: second[0].released)
+    assert not waiting.done()
+
+    [failure] = failing.result(30).failures
+    hub.control.clear_faults()
+
+    assert [one.item for one in waiting.result(30).failures] == [KEYS[0]]
+    assert failure.kind == "deadline"
+    assert engine.count("put", "under_way") == 0
+
+
+def test_a_put_waits_for_another_put_of_its_key_no_longer_than_it_has(hub, bucket, engine):
+    hung = hub.control.add_fault(Fault(route="xorb-upload", hang=True))
+    new = noise(SIZE, f"{bucket} late")
+    first = engine.store.puts.submit([Memory(new, KEYS[0])], SIZE, soon(20))
+    eventually(lambda: hub.control.hits(hung))
+
+    [failure] = engine.store.puts.submit([Memory(new, KEYS[0])], SIZE, soon(0.3)).result(10).failures
+
+    assert failure.kind == "deadline"
+    assert "another put" in failure.message
+    hub.control.clear_faults()
+    engine.store.close()
+    first.exception(30)
+
+
+def test_of_a_put_what_is_known_is_stored_though_the_rest_cannot_be_looked_up(hub, filled, connect):
+    engine = connect(lookup_timeout_secs=5)
+    assert engine.hits(KEYS[:1]) == 1
+    hub.control.add_fault(Fault(route="paths-info", status=500))
+
+    failures = engine.put(DATA)
+
+    assert list(failures) == KEYS[1:]
+    assert {failure.kind for failure in failures.values()} == {"transport"}
+    assert engine.count("put", "present") == 1
 
 
 def test_one_key_twice_in_a_batch_is_uploaded_once(hub, bucket, engine):
@@ -1017,7 +1163,7 @@ def test_a_child_that_is_forked_while_a_put_is_under_way_starts_without_it(hub, 
         env=environment,
     )
 
-    assert done.stdout.splitlines() == ["0 set() 0 0 0", "True"], done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["0 {} 0 0 0", "True"], done.stdout + done.stderr
 
 
 def test_leftovers_of_dead_processes_are_swept_at_the_start(connect, tmp_path, caplog):

@@ -22,6 +22,7 @@ from hfbucket_plugin.errors import (
     RefusedError,
     ThrottledError,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.hub import HubClient, retry_after
 from hfbucket_plugin.metrics import Tally
@@ -197,7 +198,7 @@ def test_a_closed_client_sends_nothing(hub, bucket):
 
 
 def test_a_call_whose_deadline_is_over_asks_nothing(hub, bucket):
-    assert type(failure(client(hub.endpoint), bucket, 0)) is DeadlineError
+    assert type(failure(client(hub.endpoint), bucket, 0)) is UnsentError
     assert requests(hub) == 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from plugin_support import eventually
+from surface_support import store_of
 
 from faults.surface import content
 from hfbucket_plugin.deadlines import Deadline
@@ -23,14 +24,6 @@ def hash_of(tmp_path):
 
 def served(surface, number):
     return surface.get([number])[0] is not None
-
-
-def store_of(surface):
-    return (
-        surface.adapter._store
-        if hasattr(surface, "adapter")
-        else surface.remote.connection.getWrappedConnector()._store
-    )
 
 
 QUICK = {"breaker_probe_secs": 0.05, "breaker_max_probe_secs": 0.1}
