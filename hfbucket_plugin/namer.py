@@ -106,6 +106,7 @@ class Namer:
             return
         files: dict[str, Content] = {}
         for request in requests:
+            request.future.set_running_or_notify_cancel()  # it waited here until now
             files.update(request.files)
         try:
             failed = self._bucket.add(files, max((request.deadline for request in requests), key=lambda one: one.at))

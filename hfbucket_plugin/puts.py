@@ -19,6 +19,7 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     ItemFailure,
     TransportError,
+    UnsentError,
 )
 from hfbucket_plugin.gate import ByteGate
 from hfbucket_plugin.handle import RESERVED
@@ -354,9 +355,8 @@ class Putter:
                 self._namer.flush(only_due=True)
                 wait([naming], timeout=min(deadline.remaining(), max(0.05, self._namer.window_secs)))
             if not naming.done():
-                report.failures += self._lost(
-                    commit, DeadlineError(f"not named within {deadline.seconds:g} s; abandoned")
-                )
+                asked = DeadlineError if naming.running() else UnsentError
+                report.failures += self._lost(commit, asked(f"not named within {deadline.seconds:g} s; abandoned"))
             elif (error := naming.exception()) is not None:
                 report.failures += self._lost(commit, error)
             else:

@@ -732,6 +732,21 @@ def test_a_put_of_what_another_put_fails_to_store_has_failed_too(hub, bucket, en
     assert engine.count("put", "under_way") == 0
 
 
+def test_contents_that_waited_here_to_be_named_say_nothing_about_the_hub(hub, bucket, connect, monkeypatch):
+    engine = connect(breaker_failures=1)
+    busy, free = threading.Event(), threading.Event()
+    pool = WorkerPool("held", 1)
+    pool.submit(lambda: (busy.set(), free.wait(60)))
+    assert busy.wait(30)
+    monkeypatch.setattr(engine.store._putter._namer, "_threads", pool)
+
+    failures = engine.put({KEYS[0]: DATA[KEYS[0]]}, seconds=3)
+
+    free.set()
+    assert [failure.kind for failure in failures.values()] == ["deadline"]
+    assert not engine.store.guard.status()
+
+
 def test_a_put_waits_for_another_put_of_its_key_no_longer_than_it_has(hub, bucket, engine):
     hung = hub.control.add_fault(Fault(route="xorb-upload", hang=True))
     new = noise(SIZE, f"{bucket} late")
