@@ -128,6 +128,7 @@ class _OnActors(Generic[T]):
         self._failed = failed
         self._mutex = threading.Lock()
         self._busy: dict[Future[Result[T]], tuple[Any, Batch[T]]] = {}
+        self._unproven: list[Any] = []  # in the places of others, and without an answer so far: Ray may never make them
         self._counts = RayCounts(instances[-1].name)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(joined(address))
@@ -165,6 +166,7 @@ class _OnActors(Generic[T]):
         if busy is None:  # it was given up before
             return
         actor, batch = busy
+        self._forget(actor)
         try:
             self._idle.append(self._replaced(actor) if isinstance(done.exception(), _DEATHS) else actor)
             result = self._result(batch, done)
@@ -191,7 +193,17 @@ class _OnActors(Generic[T]):
         """An actor in the place of one that is of no use any more."""
         with contextlib.suppress(ray.exceptions.RayError, ValueError):  # dead already
             ray.kill(actor)
-        return self._start()
+        new = self._start()
+        with self._mutex:
+            self._unproven.append(new)
+        return new
+
+    def _forget(self, actor: Any) -> bool:
+        """Whether nothing was ever heard of an actor; from now on something was."""
+        with self._mutex:
+            was = any(one is actor for one in self._unproven)
+            self._unproven = [one for one in self._unproven if one is not actor]
+        return was
 
     def lose(self, future: Future[Result[T]]) -> None:
         """End an actor that does not answer, and put another one in its place."""
@@ -200,6 +212,13 @@ class _OnActors(Generic[T]):
         if busy is None:
             return
         actor, batch = busy
+        if self._forget(actor) and self.width > 1:
+            # It cannot be made, it seems: the others do its work, and this was no try of anything.
+            self.width -= 1
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(actor)
+            future.set_result(Result((), _asked(batch)))
+            return
         try:
             self._idle.append(self._replaced(actor))
         except Exception as error:  # noqa: BLE001 - as above
