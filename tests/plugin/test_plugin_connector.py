@@ -14,7 +14,7 @@ from plugin_support import download, eventually, paths, unused_port, upload
 from hfbucket_plugin import metrics
 from hfbucket_plugin.errors import HFBucketError, PartialFailureError
 from hfbucket_plugin.keys import encode_name
-from hfbucket_plugin.leases import Lease
+from hfbucket_plugin.leases import Lease, SourceLease
 from hfbucket_plugin.metrics import Tally
 from localhub.faults import Fault
 
@@ -341,7 +341,7 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
     threads = {"allocate": set(), "write": set(), "feed": set(), "request": set(), "start": set()}
     real_allocate, real_write = rig.memory.allocate, Lease.write
     store = rig.connector._store
-    real_feed, real_request = store.bucket.transfer._feed, store.bucket._hub.request
+    real_feed, real_request = SourceLease.read, store.bucket._hub.request
 
     def noted(name, function):
         def run(*args, **kwargs):
@@ -353,7 +353,7 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
     memory_objs = [rig.chunk(n) for n in range(4)]
     monkeypatch.setattr(rig.memory, "allocate", noted("allocate", real_allocate))
     monkeypatch.setattr(Lease, "write", noted("write", real_write))
-    monkeypatch.setattr(store.bucket.transfer, "_feed", noted("feed", real_feed))
+    monkeypatch.setattr(SourceLease, "read", noted("feed", real_feed))
     monkeypatch.setattr(store.bucket._hub, "request", noted("request", real_request))
     # Starting a thread waits for it: up to 5 ms while others hold the GIL.
     monkeypatch.setattr(threading.Thread, "start", noted("start", threading.Thread.start))
