@@ -104,6 +104,17 @@ def test_a_node_asks_for_longer_pieces_than_an_engine(hub, stocked):
     assert hub.control.counters().routes["reconstruction"].requests == 1
 
 
+def test_a_node_does_not_wait_for_a_pause_of_the_hub_before_it_answers(hub, stocked, node):
+    """A node that did would be taken for one that does not answer; each chunk waits by itself."""
+    hub.control.add_fault(Fault(route="xet-read-token", status=429, headers={"Retry-After": "75"}, times=1))
+    began = time.monotonic()
+
+    node(chunk_timeout=900.0).check_access()
+
+    assert time.monotonic() - began < 60, "the default of --node-timeout"
+    assert hub.control.counters().route("xet-read-token").requests == 1
+
+
 def test_an_empty_chunk_is_an_empty_file(stocked, node):
     key = classic_key(100)
     stocked.put({key: b""})
