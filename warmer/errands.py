@@ -35,6 +35,9 @@ _RESTARTS: Final = 3
 _DEATHS: Final = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 """What is said of an actor whose process is gone, or cannot be reached."""
 
+_ROLL_SECS: Final = 1.0
+"""How often the driver looks whether a node lives whose process is started again."""
+
 _TICK_SECS: Final = 0.25
 """How late an order to stop is noticed at most."""
 
@@ -131,7 +134,7 @@ class Errands:
         self._tick = tick
         self._actors: dict[str, Any] = {}
         self._restarts: Counter[str] = Counter()
-        self._begin_secs = 0.0
+        self._begin_secs = self._next_roll = 0.0
         self._give: Callable[[str, int], None] = lambda _name, _number: None
         self._calls: dict[Any, _Call] = {}
 
@@ -215,10 +218,22 @@ class Errands:
             if ref in self._calls:  # its node was lost a moment ago
                 self._land(ref, take)
         now = time.monotonic()
+        self._give_up_gone(now, take)
         for call in [call for call in self._calls.values() if now > call.deadline]:
             if call.node in self._actors:
                 self._end(call, Failure(late, "answered nothing for too long; is the node overloaded?"), take)
         self._tick()
+
+    def _give_up_gone(self, now: float, take: Callable[[_Call, Any], None]) -> None:
+        """A node that was taken for alive when its process died may have died with it."""
+        starting = [call for call in self._calls.values() if call.piece is None and self._restarts[call.node]]
+        if not starting or now < self._next_roll:
+            return
+        self._next_roll = now + _ROLL_SECS
+        alive = {node.id for node in alive_nodes()}
+        for call in starting:
+            if call.node not in alive and call.node in self._actors:
+                self._end(call, Failure(NODE_LOST, "lost in mid-run: the node died"), take)
 
     def _land(self, ref: Any, take: Callable[[_Call, Any], None]) -> None:
         call = self._calls[ref]

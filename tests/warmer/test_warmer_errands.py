@@ -62,3 +62,22 @@ def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):
     assert isinstance(lost, Failure)
     assert lost.kind == "node_lost"
     assert sum(name == "a" for name, _, _ in told) == 5
+
+
+def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_not_waited_for(monkeypatch):
+    """The cluster took it for alive a moment longer."""
+    begun = []
+
+    def answer(call, _now):
+        if call.node == "b":
+            begun.append(call)
+            if len({id(one) for one in begun}) == 1:
+                call.fail(ray.exceptions.ActorDiedError())
+            else:
+                monkeypatch.setattr(errands, "alive_nodes", list)  # and nobody answers
+        else:
+            call.end("found" if call.method == "begin" else f"{call.arguments[0]} of {call.node}")
+
+    found, told, _ = carried_out(monkeypatch, answer)
+    assert (found["b"].kind, found["b"].message) == ("node_lost", "lost in mid-run: the node died")
+    assert len(told) == 5
