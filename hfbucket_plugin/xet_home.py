@@ -29,8 +29,6 @@ _PLACES: Final = ((_CACHE, ()), ("HF_HOME", ("xet",)), ("XDG_CACHE_HOME", ("hugg
 _ROOT_NAME: Final = "xet"
 _LOG_NAME: Final = "xet-logs"
 
-_ADVICE: Final = "set HF_XET_CACHE to a directory that this user may write to"
-
 _lock = threading.Lock()
 _ours: list[int] = []
 """The process that is ours, if it is: a fork of it is, too."""
@@ -126,8 +124,9 @@ def expect_usable(directory: Path | None = None) -> None:
             return
         if is_ours() and any(_move(place) for place in (default_root(), directory and _below(directory)) if place):
             return
+    which = _CACHE if variable == _CACHE else f"{_CACHE} or HF_HOME"  # the first goes before the second
     raise ConfigError(
-        f"hf_xet cannot write to {str(root)!r} ({variable}): {why}; {_ADVICE}, or make {variable} name one"
+        f"hf_xet cannot write to {str(root)!r} ({variable}): {why}; set {which} to a directory that this user may write to"
     )
 
 

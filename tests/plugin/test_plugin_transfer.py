@@ -907,13 +907,25 @@ def test_hf_xet_keeps_its_files_below_download_tmp_dir(hub, bucket, tmp_path, mo
     assert list(tmp.iterdir()) == []
 
 
-def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_asked(hub, bucket, tmp_path, monkeypatch):
+UNWRITABLE = {
+    "HF_XET_CACHE": r"'.*/file' \(HF_XET_CACHE\): .*set HF_XET_CACHE to",
+    "HF_HOME": r"'.*/file/xet' \(HF_HOME\): .*set HF_XET_CACHE or HF_HOME to",
+    "HOME": r"'.*/file/.cache/huggingface/xet' \(HOME\): .*set HF_XET_CACHE or HF_HOME to",
+}
+
+
+@pytest.mark.parametrize("variable", UNWRITABLE)
+def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_asked(
+    hub, bucket, tmp_path, monkeypatch, variable
+):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    for name in ("HF_XET_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
     monkeypatch.setattr(xet_home, "_ours", [])
     tally = Tally()
     with opened(hub.endpoint, bucket, sink=tally) as door:
-        with pytest.raises(ConfigError, match=r"cannot write to '.*/file/xet' \(HF_HOME\): .*set HF_XET_CACHE"):
+        with pytest.raises(ConfigError, match=f"cannot write to {UNWRITABLE[variable]}"):
             put(door, [DATA])
         into = read(door, Content("0" * 64, 10))
 
