@@ -64,6 +64,8 @@ REQUEST_SECS: Final = 60.0
 LISTING_SECS: Final = 3600.0
 """How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
 
+_LIMIT: Final = "--max-duration"
+
 _SKEW: Final = timedelta(minutes=1)
 
 
@@ -414,6 +416,8 @@ def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, st
         code, message = _coded(work)
     if message and code == exits.FAILED and stop.requested:
         return exits.INTERRUPTED, f"told to stop; {message}"
+    if message and code != exits.INTERRUPTED and until.passed and _LIMIT not in message:
+        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
     return code, message
 
 
@@ -423,7 +427,7 @@ def _coded(work: Callable[[], int]) -> tuple[int, str]:
     except Interrupted:
         return exits.INTERRUPTED, "told to stop"
     except ThrottledError as error:  # all pauses but the last one were waited out
-        return code_of(error), f"{error}; --max-duration would be over before"
+        return code_of(error), f"{error}; {_LIMIT} would be over before"
     except HFBucketError as error:
         return code_of(error), str(error)
     except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others

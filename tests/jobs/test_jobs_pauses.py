@@ -175,6 +175,21 @@ def test_a_pause_that_does_not_end_ends_the_command_at_its_time(hub, new_bucket,
     assert lane.us.left() == lane.us.paths_of(OLD)
 
 
+@pytest.mark.parametrize("command", ["cleanup", "export"])
+def test_a_call_that_the_commands_time_cut_short_says_so(hub, new_bucket, tmp_path, command):
+    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
+    lane.us.put(OLD)
+    fault = hub.control.add_fault(Fault(route="tree", path=lane.us.bucket_id, hang=True))
+
+    if command == "export":
+        ran = lane.export("--local", "--dry-run", "--max-duration", "1s")
+    else:
+        ran = lane.us.cleanup("--max-age", "14d", "--max-duration", "1s")
+    hub.control.clear_fault(fault)
+
+    assert (ran.code in (3, 4), "--max-duration was over" in ran.stderr) == (True, True), ran.stderr
+
+
 def test_one_time_is_for_all_instances(hub, new_bucket, tmp_path):
     depot = Depot(hub, new_bucket(), tmp_path, others={"hfbucket.eu": "kv/eu", "hfbucket.ap": "kv/ap"})
     depot.put(OLD, age=20 * DAY)
