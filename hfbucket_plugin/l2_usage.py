@@ -116,11 +116,13 @@ class Usage:
             for path, size in sizes.items():
                 digest = digest_of(path)
                 known, owner = self._sizes.get(digest)
-                if not (known or self.everybody) or not self._is_news(digest, asked) or (size or 0) == known:
+                if not (known or self.everybody) or not self._is_news(digest, asked):
                     continue
-                if size:
+                if (
+                    size
+                ):  # also where nothing changes: a listing in progress may have been asked before, and is passed over
                     self._set(digest, size, owner)
-                else:
+                elif known:
                     self._count(digest, 0, known, owner, owner)
                     lost.append(path)
         return lost
@@ -154,7 +156,11 @@ class Usage:
             for path, size in sizes:
                 digest = digest_of(path)
                 known, owner = self._sizes.get(digest)
-                if not (known or self.everybody) or not self._is_news(digest, asked):
+                if not (known or self.everybody):
+                    continue
+                if not self._is_news(digest, asked):
+                    if known:  # what is known is later than this page, and the object is there
+                        self._sizes.set(digest, known, owner)
                     continue
                 if known or self._sizes.objects < self._most_objects:
                     self._count(digest, min(size, LARGEST_SIZE), known, owner, owner)

@@ -68,7 +68,12 @@ class SharedBucket:
         if content is not None:
             self.objects[path] = ObjectInfo(path, content, self.now)
 
-    def stat(self, paths, deadline, *, patient=True):
+    def refuse_in_pause(self, what):
+        """There are no pauses."""
+
+    def stat(self, paths, deadline, *, patient=True, sent=None):
+        if sent is not None:
+            sent.set()
         return {path: self.objects[path] for path in paths if path in self.objects}
 
     def info(self, deadline):

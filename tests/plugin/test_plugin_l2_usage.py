@@ -171,6 +171,18 @@ def test_a_listing_that_did_not_see_all_takes_nothing_off():
     assert usage.complete
 
 
+def test_an_answer_after_a_page_was_asked_for_takes_nothing_off():
+    usage = Usage(clock=itertools.count().__next__)
+    usage.wrote([("p/a", "", 5)], {})
+    usage.begin()
+    page_asked = usage.now
+    usage.learnt({"p/a": 5}, usage.now)
+    usage.listed([("p/a", 5)], page_asked)
+
+    assert not usage.end(complete=True)
+    assert usage.total == 5
+
+
 def test_the_end_of_a_listing_that_was_given_up_changes_nothing():
     usage = Usage()
     usage.wrote([("p/a", "ada", 5)], {})

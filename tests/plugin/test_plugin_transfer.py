@@ -439,7 +439,7 @@ def test_a_read_that_began_late_says_nothing_about_the_store(hub, hasty):
 
     assert isinstance(into.error, UnsentError)
     into = read(hasty, content, 0.5)
-    assert isinstance(into.error, DeadlineError)
+    assert isinstance(into.error, TransportError)
     assert not isinstance(into.error, UnsentError), "it had a thread all the time"
 
 
