@@ -338,7 +338,7 @@ class PlanFile:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except RefusedError as error:
             raise RefusedError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
         header, totals, left = reader.header, reader.totals, reader.left
         if header is None or totals is None:

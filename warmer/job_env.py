@@ -85,7 +85,7 @@ def runtime_env(file: Path | None, text: str | None, working_dir: str | None) ->
     elif text is not None:
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError("--runtime-env-json is no JSON") from None
     where = "--runtime-env" if file is not None else "--runtime-env-json"
     if not isinstance(found, dict):

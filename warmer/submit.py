@@ -300,7 +300,7 @@ class Log:
             return
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if found.get("event") in _RECORDS:
             self.record = found

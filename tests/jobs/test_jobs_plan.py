@@ -101,6 +101,8 @@ def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
         (lambda lines: [lines[0].replace(": 3600.0", ": Infinity"), *lines[1:]], ConfigError, "number of seconds"),
         (lambda lines: [lines[0].replace(": 3600.0", ": 1e300"), *lines[1:]], ConfigError, "number of seconds"),
         (lambda lines: [lines[0].replace('"https://hub"', "null"), *lines[1:]], ConfigError, "endpoint"),
+        (lambda lines: ["[" * 100_000, *lines[1:]], ConfigError, "line 1: .*recursion"),
+        (lambda lines: [lines[0], '{"path":' * 100_000, *lines[2:]], ConfigError, "line 2: .*recursion"),
     ],
 )
 def test_a_plan_that_is_broken_is_refused(plan, change, error, told):

@@ -1,6 +1,9 @@
 """Engines that answer nothing, or that they are busy, for a moment: what is loaded all the same, and when a node is given up."""
 
+import gzip
 from array import array
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from test_warmer_engine_tiers import PLACE, engine
@@ -116,6 +119,50 @@ def test_an_answer_of_something_else_is_an_error_of_the_engine(monkeypatch):
     monkeypatch.setattr(EngineHTTP, "ask", lambda *_, **__: {"status": []})
     with pytest.raises(EngineError, match="not that of `lmcache server`"):
         L1Server("http://engine:8080").layout(Deadline.after(0.0))
+
+
+ODD = {"/nested": b'{"a": ' + b"[" * 100_000, "/bomb": gzip.compress(b" " * 40_000_000), "/late": b"  "}
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers what no engine does."""
+
+    def do_GET(self):
+        body = ODD[self.path]
+        self.send_response(200)
+        if self.path == "/bomb":
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture
+def odd():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        serving = Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            with EngineHTTP(f"http://127.0.0.1:{server.server_port}") as engine:
+                yield engine
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+@pytest.mark.parametrize(("path", "why"), [("/nested", "is no JSON object"), ("/bomb", "longer than 16777216 bytes")])
+def test_an_answer_that_nests_or_unpacks_without_bounds_is_an_error(odd, path, why):
+    with pytest.raises(EngineError, match=f"GET {odd.address}{path}: the answer .*{why}") as caught:
+        odd.ask("GET", path)
+    assert not isinstance(caught.value, NotReadyError)
+
+
+def test_an_answer_that_does_not_end_in_time_is_none(odd):
+    with pytest.raises(NotReadyError, match="did not end within 1e-09 s"):
+        engine_http._content(odd._client.get(f"{odd.address}/late"), "GET /late", Deadline.after(1e-9))
 
 
 def test_a_hiccup_begins_with_the_first_failure(monkeypatch):

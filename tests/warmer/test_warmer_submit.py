@@ -186,6 +186,8 @@ def test_a_runtime_environment_that_cannot_be_read(tmp_path):
         runtime_env(path, None, None)
     with pytest.raises(ConfigError, match="is no JSON"):
         runtime_env(None, "{", None)
+    with pytest.raises(ConfigError, match="is no JSON"):
+        runtime_env(None, "[" * 100_000, None)
     with pytest.raises(ConfigError, match="name two environments"):
         runtime_env(path, "{}", None)
 
@@ -298,6 +300,14 @@ def test_a_cluster_that_is_away_for_a_while(caplog, monkeypatch):
     assert (record["exit_code"], record["record"]) == (3, {"event": "summary"})
     assert out.getvalue() == 'one\ntwo\n{"event": "summary"}\n'
     assert "asking again" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_line_of_the_log_that_nests_too_deep_is_no_record():
+    line = '{"event": ' + "[" * 100_000 + "\n"
+    cluster = FailingCluster(None, RUNNING, ended("SUCCEEDED", 0), logs=((line, '{"event": "summary"}\n'),))
+    record = submit(cluster, Submission(["run"], {}, "name"), io.StringIO())
+    assert (record["exit_code"], record["record"]) == (0, {"event": "summary"})
 
 
 @pytest.mark.usefixtures("quick")

@@ -27,6 +27,9 @@ WAIT_SECS: Final = 1.0
 """How often somebody who is not there is asked again."""
 
 _FIRST_PAUSE_SECS: Final = 0.05
+_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Of an answer, unpacked. The longest are configurations and lists of models, of some hundred KiB."""
+
 _SHOWN: Final = 300
 START_IT: Final = "start the engine, look at the address, or wait longer (--wait-engine)"
 """What to do about one who does not come."""
@@ -80,14 +83,15 @@ class EngineHTTP:
         """
         what = f"{method} {self.address}{path}"
         try:
-            response = self._client.request(method, self.address + path, json=body, timeout=secs)
+            with self._client.stream(method, self.address + path, json=body, timeout=secs) as response:
+                content = _content(response, what, Deadline.after(secs))
         except httpx2.TransportError as error:
             raise NotReadyError(f"{what}: no answer: {str(error) or type(error).__name__}") from None
         except httpx2.RequestError as error:
             raise EngineError(f"{what}: the answer cannot be read: {error}") from None
         except httpx2.InvalidURL as error:
             raise ConfigError(f"{what}: {error}") from None
-        words = f"{what}: {response.status_code} {' '.join(response.text.split())[:_SHOWN]}"
+        words = f"{what}: {response.status_code} {' '.join(content.decode(errors='replace').split())[:_SHOWN]}"
         if response.status_code in _NOT_NOW:
             raise NotReadyError(words)
         if response.status_code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
@@ -95,12 +99,31 @@ class EngineHTTP:
         if not response.is_success:
             raise EngineError(words)
         try:
-            answer = json.loads(response.content)
-        except ValueError:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise EngineError(f"{what}: the answer is no JSON object")
         return answer
+
+
+def _content(response: httpx2.Response, what: str, ends: Deadline) -> bytes:
+    """The body of an answer, unpacked.
+
+    Raises:
+        NotReadyError: It did not end in time.
+        EngineError: It is longer than any that an engine gives.
+    """
+    content = bytearray()
+    for piece in response.iter_bytes():
+        content += piece
+        if len(content) > _MOST_BYTES:
+            raise EngineError(
+                f"{what}: the answer is longer than {_MOST_BYTES} bytes; is this the address of an engine?"
+            )
+        if ends.passed:
+            raise NotReadyError(f"{what}: no answer: it did not end within {ends.seconds:g} s")
+    return bytes(content)
 
 
 def once_more(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
