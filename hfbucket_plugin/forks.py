@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from typing import TYPE_CHECKING
-from weakref import WeakMethod
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
+    from types import MethodType, TracebackType
 
-_resets: dict[int, WeakMethod[Callable[[], None]]] = {}
+_resets: dict[int, tuple[weakref.ref[object], Callable[..., None]]] = {}
+"""Objects, and what of theirs is called. A `WeakMethod` fails aloud where it ends with the interpreter."""
+
 _numbers = itertools.count()
 
 
@@ -23,7 +26,9 @@ def reset_in_child(reset: Callable[[], None]) -> None:
         reset: A bound method. Its object is not kept alive; the method waits for nothing and starts no thread.
     """
     number = next(_numbers)
-    _resets[number] = WeakMethod(reset, lambda _gone: _resets.pop(number, None))
+    method = cast("MethodType", reset)
+    forget = partial(_resets.pop, number)  # bound: at the interpreter's end the name may be gone
+    _resets[number] = weakref.ref(method.__self__, lambda _gone: forget(None)), method.__func__
 
 
 class Lock:
@@ -46,9 +51,9 @@ class Lock:
 
 
 def _reset_all() -> None:
-    for reference in list(_resets.values()):
-        if (reset := reference()) is not None:
-            reset()
+    for reference, reset in list(_resets.values()):
+        if (owner := reference()) is not None:
+            reset(owner)
 
 
 os.register_at_fork(after_in_child=_reset_all)

@@ -171,6 +171,15 @@ def test_a_system_without_threads_left_refuses_and_recovers(monkeypatch):
     pool.close()
 
 
+def test_what_lives_until_the_interpreter_ends_ends_without_a_word():
+    """Objects that are there at the end are taken away with the modules that know them."""
+    code = "from hfbucket_plugin.metadata_cache import MetadataCache; kept = MetadataCache(100, 30.0, 0.0)"
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+
+    assert ended.stderr == ""
+
+
 def test_a_forked_child_has_threads_of_its_own():
     script = (
         "import os\n"
