@@ -187,6 +187,8 @@ class Locks:
                 del self._unfetched[task]
                 _return(self._count, found)
             for load in [load for load in self._loads if load.ended_at is not None and load.ended_at <= before]:
+                if load not in self._loads:  # dropped with the one before it, which left no other that was given up
+                    continue
                 self._loads.remove(load)
                 explained = next((maybe for maybe in self._given_up if load in maybe), None)
                 if explained is not None:

@@ -94,7 +94,8 @@ def made(locks, wanted):
 
 @given(wanted=wanted, steps=steps)
 def test_what_is_given_up_writes_no_more_what_is_not_goes_on_and_all_locks_are_returned(wanted, steps):
-    locks = Locks(Clock())
+    clock = Clock()
+    locks = Locks(clock)
     requests = made(locks, wanted)
 
     for number, choice in steps:
@@ -109,6 +110,10 @@ def test_what_is_given_up_writes_no_more_what_is_not_goes_on_and_all_locks_are_r
     assert len(locks) == 0
     assert not +locks._found
     assert all(not load.fetched for load in locks._loads), "what is left was given up, and is not known yet"
+
+    clock.now += FORGOTTEN_SECS
+    locks.forget()
+    assert (locks._loads, locks._given_up) == ([], [])
 
 
 @given(wanted=wanted, steps=steps)
@@ -201,6 +206,23 @@ def test_a_load_whose_result_is_never_fetched_is_forgotten_after_a_while():
     assert load not in locks._loads
     assert not locks._given_up
     assert alive(loads[1:]) == [True], "the other one is not the one that was given up"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_loads_of_equal_keys_that_were_all_given_up_are_forgotten_after_a_while(count):
+    clock = Clock()
+    locks = Locks(clock)
+    loads = loading(locks, count)
+    for load, _ in loads:
+        locks.unlock(["a"])
+        locks.end(load)
+
+    clock.now += FORGOTTEN_SECS
+    locks.forget()
+
+    assert not locks._loads
+    assert not locks._given_up
+    assert locks.free(["a"]) == ["a"]
 
 
 @pytest.mark.parametrize("count", [1, 3])
