@@ -17,12 +17,11 @@ import secrets
 import shutil
 import stat
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin import run_lock
+from hfbucket_plugin import forks, run_lock
 from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class Scratch:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._own: _Own | None = None
 
     @contextlib.contextmanager
@@ -131,6 +130,11 @@ class Scratch:
             raise ConfigError(
                 f"download_tmp_dir {str(self.root)!r} cannot be used: {error.strerror or error}; set it to a directory "
                 "that this user may write to, or set TMPDIR"
+            ) from None
+        except RuntimeError as error:
+            raise ConfigError(
+                f"download_tmp_dir {str(self.root)!r} is not used, since its lock file needs a thread: {error}; raise the limit of "
+                "threads of this user or container"
             ) from None
 
     def _own_directory(self) -> _Own:
@@ -174,10 +178,11 @@ class Scratch:
                 # systemd-tmpfiles leaves a directory alone that is locked itself, however old.
                 fcntl.flock(fd, fcntl.LOCK_SH)
             os.rename(f"{_LOCK}.new", _LOCK, src_dir_fd=fd, dst_dir_fd=fd)
-            undo.pop_all()
             through = Path(f"/proc/self/fd/{fd}")
             path = through if through.exists() else self.root / name
-            return _Own(name, root_fd, fd, lock_fd, os.getpid(), path, run_lock.Heartbeat(lock_fd))
+            own = _Own(name, root_fd, fd, lock_fd, os.getpid(), path, run_lock.Heartbeat(lock_fd))
+            undo.pop_all()
+            return own
 
     def _open_root(self) -> int:
         """Open the root, and refuse one that others could use against this process.

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from plugin_support import in_threads
@@ -206,6 +207,24 @@ def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alon
         assert Scratch(tmp_path).sweep() == [], "the parent's directory is still locked"
     scratch.close()
     assert entries(tmp_path) == []
+
+
+def test_where_no_thread_is_left_nothing_is_left_behind_either(tmp_path, monkeypatch):
+    def no_thread(_descriptor):
+        raise RuntimeError("can't start new thread")
+
+    scratch = Scratch(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patched:
+        patched.setattr("hfbucket_plugin.run_lock.Heartbeat", no_thread)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="can't start new thread"):
+                scratch.directory()
+
+    assert entries(tmp_path) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert scratch.directory().exists()
+    scratch.close()
 
 
 # --- other users of the machine --------------------------------------------------------------------------------------
