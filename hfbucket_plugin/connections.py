@@ -7,7 +7,6 @@ ValueError, FileNotFoundError without a name.
 from __future__ import annotations
 
 import os
-import threading
 from typing import Final
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
@@ -17,13 +16,16 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import ConfigError
 
 _PROXIES: Final = ("http", "https", "all")
 _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
-_lock = threading.Lock()
+_lock = forks.Lock()
 _direct: httpx2.Client | None = None
+_parents: httpx2.Client | None = None
+"""A parent's client, kept alive in a forked child: to close it there would end TLS sessions of the parent."""
 
 
 def session(endpoint: str) -> httpx2.Client:
@@ -74,3 +76,12 @@ def _without_proxies() -> httpx2.Client:
             context = httpx2.create_ssl_context()
             _direct = httpx2.Client(verify=context, trust_env=False, follow_redirects=False, timeout=None)
         return _direct
+
+
+def _forget() -> None:
+    """Leave the parent its connections: a forked child that wrote to them would mix its requests with those of the parent."""
+    global _direct, _parents
+    _parents, _direct = _direct, None
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from hfbucket_plugin import metrics
+from hfbucket_plugin import forks, metrics
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, ThrottledError, TransportError
 from hfbucket_plugin.fingerprint import differences, in_words, printable
@@ -134,12 +134,20 @@ class FingerprintWatch:
         self._store = FingerprintStore(bucket, instance)
         self._threads = WorkerPool(f"hfbucket-fingerprint-{instance}", 1, _BACKLOG)
         self._limited = LimitedLog(_log, _TELL_AGAIN_SECS)
-        self._lock = threading.Lock()
-        self._ended = threading.Condition(self._lock)  # a look has ended
         self._subjects: dict[Subject, None] = {}
         self._known: dict[str, _Known] = {}
         self._claimed: set[str] = set()
         self._closed = False
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Have no look in progress: at first, and in a forked child, where those of the parent do not go on."""
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a look has ended
+        for known in self._known.values():
+            if known.busy:
+                known.busy, known.next_at = False, float("-inf")
 
     def add(self, model: str, facts: Callable[[], Fingerprint]) -> Subject:
         """Watch an engine; the record of its model is looked up soon.

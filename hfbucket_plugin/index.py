@@ -20,7 +20,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin import metrics
+from hfbucket_plugin import forks, metrics
 from hfbucket_plugin.content import Content
 from hfbucket_plugin.deadlines import Deadline
 from hfbucket_plugin.errors import HFBucketError
@@ -95,14 +95,10 @@ class KeyIndex:
         self._clock = clock
         self._limited = LimitedLog(_log)
         self._closed = threading.Event()
-        self._journal_due = threading.Event()
-        self._refreshing = threading.Lock()
-        self._flushing = threading.Lock()
         self._recent = Recent()
         self._make_journals()
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
-        self._heat = recorder_of(settings, clock())
         self._source: Source = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
@@ -118,9 +114,10 @@ class KeyIndex:
         self._hub_offset = time.time() - clock()
         self._renewed_at = clock()
         self._doubt_until = clock()
-        self._starting = threading.Lock()
+        self._starting = forks.Lock()
         self._pid = 0
         self._tell_state("loading")
+        forks.reset_in_child(self._start_over)
 
     # --- lookups ----------------------------------------------------------------------------------------------------
 
@@ -247,13 +244,6 @@ class KeyIndex:
         with self._starting:
             if self._closed.is_set() or self._pid == os.getpid():
                 return
-            if self._pid:  # a fork: a thread that is not here may have held these
-                self._refreshing, self._flushing = threading.Lock(), threading.Lock()
-                self._recent = self._recent.forked()
-                self._make_journals()  # what waited is the parent's to tell, and its journals are
-                self._heat = recorder_of(self._settings, self._clock())
-                if isinstance(self._source, SnapshotSource):
-                    self._source.writer = self._journal.writer
             names = [("refresh", self._run_refresh)] + [("journal", self._run_journal)] * self._journals
             try:
                 for name, run in names:
@@ -263,8 +253,28 @@ class KeyIndex:
                 return
             self._pid = os.getpid()
 
+    def _start_over(self) -> None:
+        """Have no threads, and journals of its own: in a forked child, where a thread that is not there may have held any lock.
+
+        What waited is the parent's to tell.
+        """
+        closed = threading.Event()
+        if self._closed.is_set():
+            closed.set()
+        self._closed = closed
+        self._recent = self._recent.forked()
+        self._make_journals()
+        if isinstance(self._source, SnapshotSource):
+            self._source.writer = self._journal.writer
+        elif isinstance(self._source, ListingSource):
+            self._source.closed = closed
+        self._pid = 0
+
     def _make_journals(self) -> None:
         settings = self._settings
+        self._refreshing, self._flushing = threading.Lock(), threading.Lock()
+        self._journal_due = threading.Event()
+        self._heat = recorder_of(settings, self._clock())
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
         self._hits = JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
 

@@ -13,10 +13,10 @@ import io
 import os
 import stat
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin import forks
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.scratch import default_root
 
@@ -29,7 +29,7 @@ _PLACES: Final = ((_CACHE, ()), ("HF_HOME", ("xet",)), ("XDG_CACHE_HOME", ("hugg
 _ROOT_NAME: Final = "xet"
 _LOG_NAME: Final = "xet-logs"
 
-_lock = threading.Lock()
+_lock = forks.Lock()
 _ours: list[int] = []
 """The process that is ours, if it is: a fork of it is, too."""
 

@@ -280,8 +280,8 @@ def test_a_forked_child_tells_by_journals_of_its_own_and_waits_for_no_thread_of_
     writer.put([0])
     index = index_of(writer)
     own = index._journal.writer
-    index._pid += 1  # as after a fork
-    index._recent._lock.acquire()  # which another thread held meanwhile
+    index._recent._lock.acquire()  # as another thread may hold it at a fork
+    index._start_over()
 
     writer.put([1])
 
