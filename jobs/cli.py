@@ -290,7 +290,7 @@ def _order(  # noqa: PLR0917 - as the options come
         ask=show.ask if show.at_terminal() and not dry_run else None,
         show=show.plan,
         until=Deadline.after(options.seconds(max_duration, "--max-duration")),  # of the command, whatever it does
-        lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
+        lock_secs=options.lock_seconds(lock_lifetime),
         plan_dir=plan_dir,
         local=in_process(address, local=local, at_once=yes and not dry_run),
         address=address,

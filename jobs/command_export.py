@@ -166,7 +166,7 @@ def export(
             show=show.plan,
             accept_shrunk=accept_shrunk,
             until=order.until,
-            lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
+            lock_secs=options.lock_seconds(lock_lifetime),
             plan_dir=plan_dir,
             local=order.local,
             address=address,

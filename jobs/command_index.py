@@ -72,7 +72,7 @@ def index(  # noqa: PLR0917 - Typer makes options of them
             dry_run=dry_run,
             accept_shrunk=accept_shrunk,
             until=Deadline.after(options.seconds(max_duration, "--max-duration")),
-            lock_secs=max(1, round(options.seconds(lock_lifetime, "--lock-lifetime"))),
+            lock_secs=options.lock_seconds(lock_lifetime),
             scratch=scratch,
         )
     Session(report, metrics_textfile, [("--lmcache-config", lmcache_config)]).run(

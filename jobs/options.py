@@ -13,6 +13,7 @@ import typer
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.named import NamedInstance, named_instances
 from jobs import policy, units
+from jobs.claims import LONGEST_SECONDS
 from jobs.lock import DEFAULT_SECONDS
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ Parallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches of 1000
 BatchSize = Annotated[int, typer.Option(min=1, max=1000, help="Most objects of a batch.")]
 LockLifetime = Annotated[
     str,
-    typer.Option(metavar="TIME", help="How long the lock of a killed run keeps others out.", hidden=True),
+    typer.Option(
+        metavar="TIME",
+        help=f"How long the lock of a killed run keeps others out: at most {LONGEST_SECONDS}s.",
+        hidden=True,
+    ),
 ]
 PlanDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep plans here. Default: temporary files.")]
 ScratchDir = Annotated[
@@ -208,6 +213,21 @@ def seconds(text: str, option: str) -> float:
     if not math.isfinite(length) or length <= 0:
         raise ConfigError(f"{option} {text!r}: must be more than nothing")
     return length
+
+
+def lock_seconds(text: str) -> int:
+    """The value of `--lock-lifetime`: whole seconds.
+
+    Raises:
+        ConfigError: It is no duration, none at all, or a longer one than any lock holds.
+    """
+    length = seconds(text, "--lock-lifetime")
+    if length > LONGEST_SECONDS:
+        raise ConfigError(
+            f"--lock-lifetime {text!r}: no lock holds for longer than {LONGEST_SECONDS}s unless it is renewed, and a run renews "
+            "its own for as long as it lasts: give less, or leave the option out"
+        )
+    return max(1, round(length))
 
 
 def age(text: str) -> timedelta:

@@ -191,6 +191,7 @@ def test_an_adapters_json_names_an_instance_too(stocked):
         (["--max-age", "14d", "--max-delete", "most"], "--max-delete"),
         (["--max-age", "14d", "--foreign", "eat"], "--foreign"),
         (["--max-age", "14d", "--max-duration", "0s"], "--max-duration"),
+        (["--max-age", "14d", "--lock-lifetime", "0s"], "--lock-lifetime"),
         (["--max-age", "14d", "--instance", "hfbucket.mars"], "hfbucket.mars"),
         (["--max-age", "14d", "--instance", INSTANCE, "--all-instances"], "not both"),
     ],
@@ -201,6 +202,37 @@ def test_commands_that_cannot_be_meant(depot, arguments, told):
     assert ran.code == 2, ran.stderr
     assert told in ran.stderr
     assert ran.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["cleanup", "--instance", INSTANCE, "--max-age", "14d"],
+        ["rm", "--instance", INSTANCE, OLD[0]],
+        ["index", "--instance", INSTANCE],
+        ["export", "--from", INSTANCE, "--to", "{copies}"],
+        ["apply", "{plan}", "--yes"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_lock_that_would_hold_for_less_than_was_asked_for_is_refused(stocked, command):
+    """Others pass over a claim after 600 s, whatever lifetime it was made with."""
+    from typer.testing import CliRunner
+
+    from jobs.cli import app
+
+    kept = str(stocked.directory / "kept")
+    plan = stocked.cleanup("--max-age", "14d", "--dry-run", "--plan-dir", kept).summary["plan"]
+    before = stocked.all_paths()
+    arguments = [one.format(copies=f"{stocked.directory}/copies/", plan=plan) for one in command]
+    where = ["--lmcache-config", str(stocked.config), "--lock-lifetime"]
+
+    refused = CliRunner().invoke(app, [*arguments, *where, "601s"])
+
+    assert (refused.exit_code, refused.stdout, stocked.all_paths()) == (2, "", before)
+    assert "--lock-lifetime '601s': no lock holds for longer than 600s" in refused.stderr
+    taken = CliRunner().invoke(app, [*arguments, *where, "10min"])
+    assert taken.exit_code == 0, taken.stderr
 
 
 def test_what_deletes_goes_by_no_default(depot):
