@@ -128,6 +128,7 @@ class _OnActors(Generic[T]):
         self._failed = failed
         self._mutex = threading.Lock()
         self._busy: dict[Future[Result[T]], tuple[Any, Batch[T]]] = {}
+        self._dead: list[Any] = []  # still in their places
         self._unproven: list[Any] = []  # in the places of others, and without an answer so far: Ray may never make them
         self._counts = RayCounts(instances[-1].name)
         self._stack = contextlib.ExitStack()
@@ -153,6 +154,11 @@ class _OnActors(Generic[T]):
         # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
         actor = self._idle.pop(0)
         told: Future[Result[T]] = Future()
+        try:
+            actor = self._living(actor)
+        except Exception as error:  # noqa: BLE001 - the future carries it to whoever waits
+            told.set_exception(error)
+            return told
         with self._mutex:
             self._busy[told] = (actor, batch)
         answer = actor.attempt.remote(batch, not_after, seconds, ends).future()
@@ -160,7 +166,11 @@ class _OnActors(Generic[T]):
         return told
 
     def _settle(self, told: Future[Result[T]], done: Future[Any]) -> None:
-        """Tell what an actor answered, whatever that is: somebody waits for it."""
+        """Tell what an actor answered, whatever that is: somebody waits for it.
+
+        Ray calls this on the one thread on which it does everything, `ray.kill` too, which waits for that to be done: so
+        nothing is asked of Ray here, and who died is replaced when its place is needed.
+        """
         with self._mutex:
             busy = self._busy.pop(told, None)
         if busy is None:  # it was given up before
@@ -168,7 +178,10 @@ class _OnActors(Generic[T]):
         actor, batch = busy
         self._forget(actor)
         try:
-            self._idle.append(self._replaced(actor) if isinstance(done.exception(), _DEATHS) else actor)
+            if isinstance(done.exception(), _DEATHS):
+                with self._mutex:
+                    self._dead.append(actor)
+            self._idle.append(actor)
             result = self._result(batch, done)
             self._counts.add(result)
         except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
@@ -188,6 +201,13 @@ class _OnActors(Generic[T]):
         if isinstance(result, HFBucketError):
             raise result
         return result
+
+    def _living(self, actor: Any) -> Any:
+        """The actor, or another one in its place where it died."""
+        with self._mutex:
+            died = any(one is actor for one in self._dead)
+            self._dead = [one for one in self._dead if one is not actor]
+        return self._replaced(actor) if died else actor
 
     def _replaced(self, actor: Any) -> Any:
         """An actor in the place of one that is of no use any more."""

@@ -37,7 +37,7 @@ def places(monkeypatch):
     monkeypatch.setattr(ray, "kill", lambda _: None)
     executor = _OnActors.__new__(_OnActors)
     executor.width, executor._failed, executor._mutex = 2, Outcome.FAILED, threading.Lock()
-    executor._busy, executor._unproven = {}, []
+    executor._busy, executor._unproven, executor._dead = {}, [], []
     executor._counts = SimpleNamespace(add=lambda _: None)
     executor._start = lambda: Actor(answers=False)
     executor._idle = [Actor(answers=False), Actor(answers=True)]

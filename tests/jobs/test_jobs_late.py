@@ -216,6 +216,7 @@ def on_actors(monkeypatch):
     killed = []
     monkeypatch.setattr(actors.ray, "kill", killed.append)
     one._mutex, one._busy, one._idle = threading.Lock(), {}, [Actor()]
+    one._dead, one._unproven, one.width = [], [], 1
     one._start, one._failed, one._counts = Actor, Outcome.FAILED, SimpleNamespace(add=lambda _: None)
     return one, killed
 
@@ -249,16 +250,53 @@ def test_an_actor_that_died_is_replaced_and_its_batch_tried_by_another_one(on_ac
     dead.answer.set_exception(ray.exceptions.ActorDiedError())
     left = future.result(timeout=0).left
 
-    assert killed == [dead]
-    assert one._idle[0] is healthy
-    assert len(one._idle) == 2
-    assert dead not in one._idle
+    assert one._idle == [healthy, dead]
     assert (left.items, left.tries, left.losses) == (tuple(ITEMS), 3, 1)
     assert left.asked == {item.path for item in ITEMS}
 
     future = one.submit(left, AT, 9.0, AT)
     healthy.answer.set_result(done(left))
     assert future.result(timeout=0).left is None
+
+    future = one.submit(batch, AT, 9.0, AT)
+    (new, _) = one._busy[future]
+    assert killed == [dead]
+    assert new not in {dead, healthy}
+    new.answer.set_result(done(batch))
+    assert one._idle == [healthy, new]
+
+
+def test_nothing_is_asked_of_ray_on_its_own_thread(on_actors):
+    """`ray.kill` there waits for ever for that thread, and so does whoever asks Ray for anything afterwards."""
+    import threading
+
+    import ray.exceptions
+
+    one, killed = on_actors
+    (dead,) = one._idle
+    starts = []
+    one._start = lambda: starts.append(threading.current_thread()) or Actor()
+    future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    rays = threading.Thread(target=dead.answer.set_exception, args=[ray.exceptions.ActorDiedError()])
+    rays.start()
+    rays.join()
+    left = future.result(timeout=0).left
+
+    assert (killed, starts) == ([], [])
+    one.submit(left, AT, 9.0, AT)
+    assert (killed, starts) == ([dead], [threading.current_thread()])
+
+
+def test_an_actor_that_cannot_be_started_in_the_place_of_a_dead_one_is_told(on_actors):
+    import ray.exceptions
+
+    one, _ = on_actors
+    (dead,) = one._idle
+    future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    dead.answer.set_exception(ray.exceptions.ActorDiedError())
+    one._start = lambda: 1 / 0
+
+    assert isinstance(one.submit(future.result(timeout=0).left, AT, 9.0, AT).exception(timeout=0), ZeroDivisionError)
 
 
 def test_a_batch_that_kills_its_actors_fails_and_the_actors_are_there_again(on_actors):
@@ -272,10 +310,12 @@ def test_a_batch_that_kills_its_actors_fails_and_the_actors_are_there_again(on_a
         actor.answer.set_exception(ray.exceptions.ActorDiedError())
         result = future.result(timeout=0)
         batch = result.left
-    assert len(killed) == 3
+    assert len(killed) == 2
     assert [ended.outcome for ended in result.ended] == [Outcome.FAILED] * len(ITEMS)
     assert "actors that tried it died 3 times" in result.ended[0].message
     assert len(one._idle) == 1
+    one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    assert len(killed) == 3
 
 
 def test_whatever_an_actor_answers_is_told(on_actors):
