@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _FOR_ALL: Final = 0o666
-_SPECIAL: Final = ("/dev/", "/proc/")
+_SPECIAL: Final = ("/dev/fd/", "/dev/std", "/proc/")
+"""What stands for an open file of a process. Others below /dev, such as /dev/shm, hold files as any directory does."""
 
 
 class OutputFile:
@@ -117,6 +118,41 @@ class OutputFile:
             self._part = None
 
 
+def expect_writable(path: Path, option: str) -> None:
+    """Find out whether a file can be written, before there is anything to write.
+
+    Args:
+        path: Of the file.
+        option: That names it.
+
+    Raises:
+        ConfigError: It cannot be.
+    """
+    OutputFile(path, option).discard()
+
+
+def write_whole(path: Path, text: str, option: str) -> None:
+    """Write a file; it appears whole.
+
+    Args:
+        path: Of the file.
+        text: Its content.
+        option: That names it.
+
+    Raises:
+        ConfigError: It cannot be written. What bore the name stays.
+    """
+    out = OutputFile(path, option)
+    try:
+        out.write(text)
+        out.flush()
+        out.commit()
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
+    finally:
+        out.discard()
+
+
 def _umask() -> int:
     """The mask of this process, which only setting it tells."""
     mask = os.umask(0o077)
@@ -151,6 +187,8 @@ def _same(one: Path, other: Path) -> bool:
         if one.samefile(other):
             # A terminal may be written twice, and a directory is not overwritten by a file.
             return stat.S_ISREG(one.stat().st_mode)
-    except (OSError, ValueError):
+    except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # a null byte: no such file is there, which whoever opens it says
+        return False
     return False

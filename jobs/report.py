@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import prometheus_client
 
 from hfbucket_plugin import texts
-from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.output_file import OutputFile
+from hfbucket_plugin.output_file import OutputFile, write_whole
 from jobs import exits
 from jobs.batch import Outcome
 from jobs.guards import NOTHING, Extent
@@ -261,7 +260,4 @@ def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int 
         values = summary.gauges() | {"exit_code": exits.worst([summary.code, least]), "last_run_timestamp_seconds": now}
         for name, value in values.items():
             gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
-    try:
-        prometheus_client.write_to_textfile(str(path), registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics-textfile {str(path)!r} cannot be written: {error.strerror}") from None
+    write_whole(path, prometheus_client.generate_latest(registry).decode(), "--metrics-textfile")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.cli.pages import document, paragraph, text, write_whole
+from hfbucket_plugin.cli.pages import document, paragraph, text
 from hfbucket_plugin.cli.words import age, size
+from hfbucket_plugin.output_file import write_whole
 from jobs.status import AGES, OLDER, UNKNOWN
 
 if TYPE_CHECKING:

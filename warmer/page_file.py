@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.cli.pages import expect_writable, write_whole
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.output_file import expect_writable, write_whole
 from warmer.history import History
 from warmer.plots import expect_library
 from warmer.run_page import check_page, run_page

@@ -8,12 +8,14 @@ import os
 import secrets
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin.deadlines import Deadline, patience
 from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, ScratchError
 from hfbucket_plugin.handle import BucketHandle
 from hfbucket_plugin.keys import ClassicKey, MPKey
+from hfbucket_plugin.output_file import expect_writable
 from hfbucket_plugin.scratch import Scratch
 from warmer import check as checks
 from warmer import fingerprints
@@ -30,7 +32,6 @@ from warmer.warm_file import validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from hfbucket_plugin.bucket import Bucket
     from warmer.canary import Canary
@@ -220,6 +221,7 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     """A plan in a file: `out`, or one that is gone with the block."""
     if not bound.warm_up.choose.given:
         raise ConfigError(ADVICE)
+    place = None if out is None else _place_of(out)
     prompts = bound.prompts() if bound.lists else None
     bucket = bound.bucket()
     until = Deadline.after(bound.warm_up.limits.max_duration or _LISTING_SECS)
@@ -248,8 +250,8 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
                     _expect_some(bound, choosing, made, bucket)
                 else:
                     _expect_prompts(bound)
-            if out is not None:
-                _put_out(path, out)
+            if place is not None:
+                _put_out(path, place)
             yield made
     finally:
         scratch.close()
@@ -322,6 +324,18 @@ def _expect_prompts(bound: Bound) -> None:
 
 def _new_of_ours(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _place_of(out: Path) -> Path:
+    """Where a plan is put: where a link leads, and never in the place of a device, a pipe or a directory.
+
+    Raises:
+        ConfigError: It is not a regular file, or cannot be written.
+    """
+    if os.path.exists(out) and not os.path.isfile(out):  # noqa: PTH110, PTH113 - these take a null byte for no file
+        raise ConfigError(f"--out {str(out)!r} cannot be written: it is not a regular file; name another one")
+    expect_writable(out, "--out")
+    return Path(os.path.realpath(out))
 
 
 def _put_out(path: Path, out: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from html import escape
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.words import printable
-from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --text: #1c1e21; --faint: #6b7280; --back: #ffffff; --bar: #3b6fb6; --warn: #b45309;
@@ -62,53 +58,3 @@ def paragraph(words: object, kind: str = "") -> str:
     """
     attribute = f' class="{kind}"' if kind else ""
     return f"<p{attribute}>{text(words)}</p>\n"
-
-
-def expect_writable(path: Path, option: str) -> None:
-    """Find out whether a page can be written, before there is anything to write.
-
-    Args:
-        path: Of the page.
-        option: That names it.
-
-    Raises:
-        ConfigError: It cannot be.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{option} {os.fspath(path)!r} cannot be written: it is a directory")
-    part = _part(path)
-    try:
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise _unwritable(path, option, error) from None
-
-
-def write_whole(path: Path, page: str, option: str) -> None:
-    """Write a page; it appears whole.
-
-    Args:
-        path: Of the page.
-        page: Its HTML.
-        option: That names it.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    part = _part(path)
-    try:
-        try:
-            part.write_text(page, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, option, error) from None
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-
-
-def _unwritable(path: Path, option: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{option} {os.fspath(path)!r} cannot be written: {error.strerror}")

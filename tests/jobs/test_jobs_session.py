@@ -34,6 +34,14 @@ def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):
     assert not [path for path in stocked.all_paths() if "/locks/" in path]
 
 
+def test_metrics_take_the_place_of_no_link(stocked, tmp_path):
+    target, link = tmp_path / "target.prom", tmp_path / "jobs.prom"
+    link.symlink_to(target)
+    assert stocked.cleanup("--max-age", "14d", "--metrics-textfile", str(link)).code == 0
+    assert link.is_symlink()
+    assert "hfbucket_jobs_exit_code" in target.read_text()
+
+
 def test_a_report_goes_silent_at_its_first_error(tmp_path):
     file = ReportFile(tmp_path / "report.jsonl")
 

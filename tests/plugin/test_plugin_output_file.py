@@ -1,12 +1,13 @@
 """Reports are written beside their name and take it at the end."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.output_file import OutputFile, expect_apart
+from hfbucket_plugin.output_file import OutputFile, expect_apart, expect_writable, write_whole
 
 
 def files(directory):
@@ -122,3 +123,45 @@ def test_two_outputs_in_one_file_are_refused_though_there_is_none_yet(tmp_path):
         expect_apart([("--report", tmp_path / "one"), ("--report-html", tmp_path / "one")], [])
     expect_apart([("--report", Path("/dev/null")), ("--report-html", Path("/dev/null"))], [("--keys-from", tmp_path)])
     expect_apart([("--report", None), ("--report-html", tmp_path / "x")], [("--keys-from", tmp_path / "y")])
+
+
+def test_a_null_byte_in_a_name_is_left_to_whoever_opens_it(tmp_path):
+    expect_apart([("--report", tmp_path / "nul\0l")], [("--keys-from", tmp_path / "nul\0l")])
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="this machine has no such directory")  # noqa: S108 - as above
+def test_a_report_below_dev_is_a_file_as_any_other():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory, "report.jsonl")
+        write_whole(path, "a longer one than what follows", "--report")
+        write_whole(path, "next", "--report")
+        assert path.read_text() == "next"
+
+
+def test_a_whole_file_takes_the_place_of_no_link_and_no_pipe(tmp_path):
+    target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
+    link.symlink_to(target)
+    os.mkfifo(fifo)
+    expect_writable(link, "--html")
+    assert not target.exists()
+    write_whole(link, "x", "--html")
+    assert (link.is_symlink(), target.read_text()) == (True, "x")
+    for check in (expect_writable, lambda path, option: write_whole(path, "x", option)):
+        with pytest.raises(ConfigError, match=r"--html '.*fifo' cannot be written"):
+            check(fifo, "--html")
+    assert fifo.is_fifo()
+    assert files(tmp_path) == ["fifo", "link", "target"]
+
+
+def test_a_disk_that_is_full_leaves_what_bore_the_name(tmp_path, monkeypatch):
+    path = tmp_path / "jobs.prom"
+    path.write_text("last")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OutputFile, "flush", full)
+    with pytest.raises(ConfigError, match=r"--metrics-textfile '.*' cannot be written: No space left"):
+        write_whole(path, "next", "--metrics-textfile")
+    assert path.read_text() == "last"
+    assert files(tmp_path) == ["jobs.prom"]

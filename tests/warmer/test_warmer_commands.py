@@ -88,6 +88,18 @@ def test_a_plan_can_be_applied_whatever_the_umask_was(stocked, warmer, tmp_path,
     assert PlanFile.open(out, ours=True).chunks == 5
 
 
+def test_a_plan_takes_the_place_of_files_only_and_goes_where_a_link_leads(stocked, warmer, tmp_path):
+    target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
+    link.symlink_to(target)
+    os.mkfifo(fifo)
+    warmer("plan", *source(stocked), "--all", "--out", link)
+    assert (link.is_symlink(), len(keys(target))) == (True, 5)
+    for out in (fifo, tmp_path, "", tmp_path / "none" / "plan", target / "plan"):
+        assert "--out '" in (said := warmer("plan", *source(stocked), "--all", "--out", out, code=2))
+        assert "cannot be written: " in said
+    assert fifo.is_fifo()
+
+
 @pytest.mark.parametrize("command", ["apply", "check"])
 def test_a_plan_that_others_may_write_to_is_refused(stocked, warmer, tmp_path, command):
     out = tmp_path / "plan.jsonl"
