@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 # Before huggingface_hub, hf_xet and lmcache are imported: they read these once.
@@ -18,6 +19,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
 )
 
+import pytest  # noqa: E402 - after the environment
 from hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402 - the same
 
@@ -26,3 +28,10 @@ __all__ = ["bucket", "hub", "hub_factory", "new_bucket", "session_hub"]
 # How long an example takes is no matter of any test's.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _no_known_tokens(monkeypatch):
+    """What one test gave as a token is an ordinary word in the texts of the next."""
+    if (texts := sys.modules.get("hfbucket_plugin.texts")) is not None:
+        monkeypatch.setattr(texts, "_known", {})
