@@ -54,7 +54,7 @@ def test_a_plan_that_is_no_file(stocked, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
         ran = stocked.run("apply", str(path), "--yes")
-        assert (ran.code, "no file" in ran.stderr or "directory" in ran.stderr) == (2, True), ran.stderr
+        assert (ran.code, "regular file" in ran.stderr or "directory" in ran.stderr) == (2, True), ran.stderr
 
 
 def test_the_directory_of_plans_is_ours_alone(stocked, tmp_path):
