@@ -115,9 +115,10 @@ def as_json(value: Any) -> str:
 
 
 def _secrets() -> set[str]:
+    variables = ((name, os.environ.get(name, "")) for name in os.environ)  # not `items`: another thread may remove one
     named = {
         value
-        for name, value in os.environ.items()
+        for name, value in variables
         if SECRET_NAME.search(name) and len(value.strip(_QUOTES + " \t\r\n")) >= LEAST_SECRET
     }
     return set(spellings([*named, *_known]))

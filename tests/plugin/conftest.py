@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
+from hfbucket_plugin import texts
+
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def tokens_of_other_tests(monkeypatch):
+    """A test's token, such as `first`, is cut from no text of another test."""
+    monkeypatch.setattr(texts, "_known", {})
 
 
 @pytest.fixture(scope="module")

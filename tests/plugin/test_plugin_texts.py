@@ -20,11 +20,6 @@ NASTY = "a\x1b[31mb\nc\r\u202ed\u2066e\u2028f\x85g\u200fh\ud800"
 LONG = "hf_testtokentesttokentest"
 
 
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    monkeypatch.setattr(texts, "_known", {})
-
-
 def test_what_is_not_printable_is_written_as_escapes():
     assert texts.shown(NASTY) == "a\\x1b[31mb\\nc\\r\\u202ed\\u2066e\\u2028f\\x85g\\u200fh\\ud800"
     assert texts.shown("ümläut 模型 🤗") == "ümläut 模型 🤗"
@@ -70,6 +65,18 @@ def test_a_variable_that_changes_is_noticed_and_one_of_any_bytes_harms_nobody(mo
     assert texts.shown("say bytes\udcff\udcfe-value other-value") == "say *** other-value"
     texts.know("lone\ud800surrogate")
     assert texts.shown("x") == "x"
+
+
+def test_a_variable_that_another_thread_removes_meanwhile_harms_nobody(monkeypatch):
+    class Environment(dict):
+        def __iter__(self):
+            return iter(["GONE_TOKEN", *super().__iter__()])
+
+    texts.know("s3cr3t-value")
+    monkeypatch.setattr(texts.os, "environ", Environment(ONE_TOKEN="first-value"))
+    monkeypatch.setattr(texts, "_cache", [])
+
+    assert texts.hide("s3cr3t-value first-value") == "*** ***"
 
 
 def test_many_texts_are_shown_without_a_look_at_each_variable(monkeypatch):
