@@ -64,7 +64,6 @@ Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 ByteCount = Annotated[int, Field(gt=0, le=MAX_BYTES)]
 
 # What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
-_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _SHORT_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{4,})")
 _PLAIN_NAME = re.compile(r"[a-z][a-z_.]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -84,7 +83,7 @@ def _parse_handle(value: Any) -> BucketHandle:
 
 
 def _check_variable(value: str) -> str:
-    if not _VARIABLE.fullmatch(value) or _TOKEN.match(value):
+    if not _VARIABLE.fullmatch(value) or texts.HUB_TOKEN.match(value):
         raise ValueError("must be the name of an environment variable, such as HF_TOKEN, not a token itself")
     return value
 
@@ -122,7 +121,7 @@ def check_fact(value: str) -> str:
     Raises:
         ValueError: It looks like a token, or is more than a name.
     """
-    if not value.isprintable() or _TOKEN.search(value):  # it is recorded in the bucket
+    if not value.isprintable() or texts.HUB_TOKEN.search(value):  # it is recorded in the bucket
         raise ValueError("must be a name on one line, and no token")
     return value
 

@@ -21,7 +21,7 @@ from hfbucket_plugin.cli.checks import (
     temp_dir,
     throughput,
 )
-from hfbucket_plugin.cli.findings import Finding, Severity, error, from_error, secrets_of, skipped
+from hfbucket_plugin.cli.findings import Finding, Severity, error, from_error, skipped
 from hfbucket_plugin.errors import HFBucketError
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def examine(case: Case, *, probing: bool = False) -> Iterator[Finding]:
         probing: Store an object, read it back and delete it, too.
     """
     examination = _Examination(case, probing=probing)
+    case.settings.resolve_token(case.environ)  # so that it is known, and cut
     for finding in examination.run():
-        yield finding.cleaned(secrets_of(case.settings, case.environ))
+        yield finding.cleaned()
 
 
 class _Examination:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from hfbucket_plugin import texts
 from hfbucket_plugin.cli import exits
-from hfbucket_plugin.cli.words import printable
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ThrottledError, TransportError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from hfbucket_plugin.named import NamedInstance
-    from hfbucket_plugin.settings import InstanceSettings
-
-_SHORTEST_SECRET: Final = 8
-"""A shorter text is no token of the Hub's (those have 37 characters), and may be a part of any word."""
 
 
 class Severity(IntEnum):
@@ -51,12 +47,9 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.severity}: {self.check}: {self.found}" + (f"; {self.mend}" if self.mend else "")
 
-    def cleaned(self, secrets: Iterable[str]) -> Finding:
-        """The same for people's eyes: without secrets, should a server have repeated one, and on one line."""
-        found, mend = self.found, self.mend
-        for secret in secrets:
-            found, mend = found.replace(secret, "***"), mend.replace(secret, "***")
-        return replace(self, found=printable(found), mend=printable(mend))
+    def cleaned(self) -> Finding:
+        """The same for people's eyes: without tokens, should a server have repeated one, and on one line; see `texts`."""
+        return replace(self, found=texts.shown(self.found), mend=texts.shown(self.mend))
 
 
 def ok(check: str, found: str) -> Finding:
@@ -98,18 +91,13 @@ def from_error(check: str, caught: HFBucketError, named: NamedInstance) -> Findi
     return error(check, found, "")
 
 
-def secrets_of(settings: InstanceSettings, environ: Mapping[str, str] | None = None) -> list[str]:
-    """What must never be shown of an instance."""
-    inline = settings.token.get_secret_value().strip() if settings.token is not None else ""
-    return [secret for secret in (settings.resolve_token(environ) or "", inline) if len(secret) >= _SHORTEST_SECRET]
-
-
 def in_words(caught: HFBucketError, named: NamedInstance) -> str:
     """What ended a listing, in one line that names the instance, what was wrong, and what to do."""
     finding = from_error("", caught, named)
     if isinstance(caught, ThrottledError):
         finding = replace(finding, mend="give --timeout as many seconds to wait for it, or come back later")
-    finding = finding.cleaned(secrets_of(named.settings))
+    named.settings.resolve_token()  # so that it is known, and cut
+    finding = finding.cleaned()
     return f"instance {named.name!r}: {finding.found}" + (f"; {finding.mend}" if finding.mend else "")
 
 
