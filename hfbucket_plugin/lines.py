@@ -49,7 +49,7 @@ def open_regular(path: Path, what: str) -> BinaryIO:
 def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
     r"""Stream the lines of a text file in UTF-8, with their numbers from 1.
 
-    A line ends with `\n` or `\r\n`, and with nothing else; a byte order mark at the start of the file is dropped.
+    A line ends with `\n` or `\r\n`, and with nothing else; a byte order mark at the start of a line is dropped.
 
     Args:
         path: Of the file.
@@ -71,8 +71,7 @@ def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
                 return
             if len(line) > MAX_LINE_BYTES:
                 raise ConfigError(f"{what} {str(path)!r}, line {number}: longer than {MAX_LINE_BYTES} bytes")
-            if number == 1:
-                line = line.removeprefix(BOM)
+            line = line.removeprefix(BOM)  # of the file, or of one that was put behind another
             try:
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
             except UnicodeDecodeError:

@@ -11,14 +11,15 @@ def file(tmp_path):
     return tmp_path / "keys.txt"
 
 
-def test_lines_end_with_newlines_only_and_a_byte_order_mark_is_dropped(file):
-    file.write_bytes("\ufeffone\r\ntwo\u2028three\x0b\x0c\x1c\x85\rfour\n\nlast\ufeff".encode())
+def test_lines_end_with_newlines_only_and_byte_order_marks_before_them_are_dropped(file):
+    file.write_bytes("\ufeffone\r\ntwo\u2028three\x0b\x0c\x1c\x85\rfour\n\n\ufefffrom another file\nlast\ufeff".encode())
 
     assert list(lines_of(file, "--it")) == [
         (1, "one"),
         (2, "two\u2028three\x0b\x0c\x1c\x85\rfour"),
         (3, ""),
-        (4, "last\ufeff"),
+        (4, "from another file"),
+        (5, "last\ufeff"),
     ]
 
 
