@@ -12,7 +12,9 @@ def file(tmp_path):
 
 
 def test_lines_end_with_newlines_only_and_byte_order_marks_before_them_are_dropped(file):
-    file.write_bytes("\ufeffone\r\ntwo\u2028three\x0b\x0c\x1c\x85\rfour\n\n\ufefffrom another file\nlast\ufeff".encode())
+    file.write_bytes(
+        "\ufeffone\r\ntwo\u2028three\x0b\x0c\x1c\x85\rfour\n\n\ufefffrom another file\nlast\ufeff".encode()
+    )
 
     assert list(lines_of(file, "--it")) == [
         (1, "one"),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -426,18 +427,47 @@ def test_another_directory_in_the_place_of_a_new_one_is_not_given_away(tmp_path,
     assert changed == []
 
 
-@pytest.mark.parametrize("mode", [None, 0o755])
-def test_what_is_made_for_one_run_alone_is_that_runs_or_nothing_is_written(tier, tmp_path, monkeypatch, mode):
+def test_what_is_made_for_one_run_alone_is_that_runs_or_nothing_is_written(tier, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    other.mkdir(mode=mode or 0o700)
-    if mode is None:
-        swapping(monkeypatch, "-run.part", other)
-    else:
-        real = os.mkdir
-        monkeypatch.setattr(os, "mkdir", lambda path, *_, **more: real(path, mode, dir_fd=more["dir_fd"]))
+    other.mkdir(mode=0o700)
+    swapping(monkeypatch, "-run.part", other)
     with pytest.raises(TierError, match=r"tier 'fs\.warm'"):
         tier.draft(KEY, 10)
     assert [*other.iterdir()] == []
+
+
+def owned_by(monkeypatch, user, *, of_directories_alone=False):
+    """All that `os.fstat` says of belongs to a user, as on a share that gives what root makes to another one."""
+    real = os.fstat
+
+    def found(descriptor):
+        fields = list(real(descriptor))
+        if not of_directories_alone or stat.S_ISDIR(fields[0]):
+            fields[4] = user
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", found)
+
+
+def test_what_another_user_made_in_the_place_of_what_is_for_one_run_alone_is_not_written(tier, monkeypatch):
+    owned_by(monkeypatch, 5001, of_directories_alone=True)
+    with pytest.raises(TierError, match=r"was replaced while it was being made.* belongs to user 5001"):
+        tier.draft(KEY, 10)
+
+
+@pytest.mark.parametrize("share", ["gives files to another user", "gives directories its own mode"])
+def test_a_share_with_users_or_modes_of_its_own_is_filled(tier, declaration, monkeypatch, share):
+    if share == "gives files to another user":
+        owned_by(monkeypatch, 65534)
+    else:
+        real = os.mkdir
+        monkeypatch.setattr(os, "mkdir", lambda path, *_, **more: real(path, 0o755, dir_fd=more["dir_fd"]))
+    draft = tier.draft(KEY, 10)
+    assert draft.roomy == (share == "gives files to another user")
+    draft.lease.write(0, b"0123456789")
+    draft.publish()
+    assert declaration.file(KEY).read_bytes() == b"0123456789"
+    assert [path.name for made in declaration.base_paths[0].glob("*-run.part") for path in made.iterdir()] == []
 
 
 def test_links_in_the_place_of_temporary_files_lead_nowhere(tmp_path):

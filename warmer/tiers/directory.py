@@ -58,7 +58,7 @@ class DirectoryTier:
         self.ownership = Ownership(declaration.name, declaration.options)
         self._runs: dict[Path, RunFiles] = {}
         self._modes: dict[Path, int] = {}
-        self._private: dict[Path, int] = {}
+        self._private: dict[Path, int | None] = {}
         self._numbers = itertools.count(1)
         self.room: Room = Room(declaration, self._runs)
         try:
@@ -152,11 +152,14 @@ class DirectoryTier:
         """A name for a temporary file, which nobody else has."""
         return self._runs[directory].temporary(next(self._numbers))
 
-    def private(self, directory: Path) -> Path:
+    def private(self, directory: Path) -> Path | None:
         """A name for a temporary file that hf_xet makes, where only this user can put or read anything.
 
         It would follow a link that somebody put there, and makes files that everybody may read. By a descriptor and not by its path, so
         that the directory is this one whatever becomes of its name; one that is gone is not made again.
+
+        Returns:
+            The name; None where the file system gives directories other modes than they are made with, as shares and FUSE may.
 
         Raises:
             OSError: There is no such place, and none can be made.
@@ -164,16 +167,22 @@ class DirectoryTier:
         with self.room.lock:
             if directory not in self._private:
                 self._private[directory] = self._make_private(directory)
-            return Path(f"/proc/self/fd/{self._private[directory]}/{next(self._numbers)}.part")
+            descriptor = self._private[directory]
+        return None if descriptor is None else Path(f"/proc/self/fd/{descriptor}/{next(self._numbers)}.part")
 
-    def _make_private(self, directory: Path) -> int:
-        name, parent = self.at(self._runs[directory].directory())
+    def _make_private(self, directory: Path) -> int | None:
+        run = self._runs[directory]
+        name, parent = self.at(run.directory())
         os.mkdir(name, mode=_PRIVATE, dir_fd=parent)
         made = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         found = os.fstat(made)
-        if found.st_uid == os.geteuid() and found.st_mode & _RIGHTS == _PRIVATE:
+        # Not this process's user: a share may give what root makes to another one.
+        ours = found.st_uid == run.owner
+        if ours and found.st_mode & _RIGHTS == _PRIVATE:
             return made
         os.close(made)
+        if ours:
+            return None
         raise TierError(
             f"tier {self.declaration.name!r}: {directory / name} was replaced while it was being made, by a process that may write to "
             f"the tier: it belongs to user {found.st_uid} with the mode {found.st_mode & _RIGHTS:o}; nothing is written there"
@@ -303,7 +312,9 @@ class DirectoryTier:
         for run in self._runs.values():
             run.close()
         while self._private:
-            os.close(self._private.popitem()[1])
+            descriptor = self._private.popitem()[1]
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class DirectoryDraft:
@@ -331,11 +342,12 @@ class DirectoryDraft:
         self._counted = False
         self._whole: _Whole | None = None
         self._lease: FileLease | None = None
-        self.path = tier.private(target.parent) if roomy else tier.name(target.parent)
+        private = tier.private(target.parent) if roomy else None
+        self.path = private or tier.name(target.parent)
         try:
             if header:
                 self._whole = _Whole(tier, target.parent, header, size)
-            if roomy:
+            if private is not None:
                 tier.room.expect(self.path, target.parent, size)
             else:
                 self._open()

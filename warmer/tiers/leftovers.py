@@ -8,6 +8,7 @@ by its lock file (see `hfbucket_plugin.run_lock`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -64,6 +65,17 @@ class RunFiles:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def owner(self) -> int:
+        """The user to whom the file system gives what this process makes in the directory.
+
+        Raises:
+            OSError: It does not say, or this run was closed.
+        """
+        if self._lock is None:
+            raise OSError(errno.EBADF, "the run was closed")
+        return os.fstat(self._lock).st_uid
 
     def sweep(self) -> list[str]:
         """Remove what dead runs left in the directory, and nothing else; returns the names of those runs.
