@@ -5,8 +5,8 @@ Ray keeps a job's runtime environment and command line in its records and shows 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-import itertools
 import json
 import os
 import re
@@ -33,8 +33,12 @@ _UPLOADED: Final = frozenset({".yaml", ".yml", ".json", ".env"})
 """Endings of the files in a working directory that are looked into: configurations, and files of variables."""
 
 _MOST_UPLOADED: Final = 10_000
-_MOST_UPLOADED_BYTES: Final = 1024 * 1024
-"""Files beyond these are not looked into: Ray itself refuses working directories of more than 500 MiB."""
+"""Such files in one working directory; more are refused, since each is read."""
+
+_MOST_PARSED_BYTES: Final = 1024 * 1024
+"""Longer files are no configurations. Only secrets that are known by what they look like are searched for in them."""
+
+_LONGEST_SECRET: Final = 16 * 1024
 
 _INSTEAD: Final = (
     "it would be shown in Ray's dashboard and kept in the job's record. Set the variable in the environment of the cluster's "
@@ -178,36 +182,60 @@ def _refuse_document(document: Any, where: str, *, anywhere: bool = True) -> Non
 
 def _refuse_secrets_below(directory: Path, excluded: Sequence[Any]) -> None:
     """Refuse a working directory whose configurations hold a secret: Ray uploads it, and every node keeps a copy."""
-    files = (path for path in sorted(directory.rglob("*")) if path.suffix in _UPLOADED or path.name == ".env")
-    for path in itertools.islice(files, _MOST_UPLOADED):
+    read = 0
+    for path in sorted(directory.rglob("*")):
         inner = path.relative_to(directory)
-        if inner.parts[0] == ".git" or any(isinstance(one, str) and _excludes(one, inner) for one in excluded):
+        if path.suffix not in _UPLOADED and path.name != ".env":
             continue
-        try:
-            if not path.is_file() or path.stat().st_size > _MOST_UPLOADED_BYTES:
-                continue
-            text = path.read_text(encoding="utf-8-sig", errors="replace")
-        except OSError:
-            continue  # Ray says what it cannot upload
-        where = f"--working-dir: {str(inner)!r}"
-        _refuse_value(text, where)
-        document = _yaml(text, where) if path.suffix in {".yaml", ".yml"} else _json(text)
-        if (
-            document is None
-            and _TOKEN_LINE.search(text)
-            and ("bucket_handle" in text or "remote_storage_plugin." in text)
-        ):
+        if inner.parts[0] == ".git" or _is_excluded(inner, excluded):
+            continue
+        read += 1
+        if read > _MOST_UPLOADED:
             raise ConfigError(
-                f"{where} holds a value of the setting token; {_INSTEAD}"
-            )  # in a file that is broken, say
-        _refuse_document(document, where, anywhere=False)
+                f"--working-dir holds more than {_MOST_UPLOADED} files that may hold a secret ({', '.join(sorted(_UPLOADED))}): name "
+                "those that the job does not need in excludes of the runtime environment"
+            )
+        with contextlib.suppress(OSError):  # Ray says what it cannot upload
+            if path.is_file():
+                _refuse_secrets_of(path, f"--working-dir: {str(inner)!r}")
+
+
+def _refuse_secrets_of(path: Path, where: str) -> None:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(_MOST_PARSED_BYTES)
+        _refuse_value(text, where)
+        more, end = file.read(_MOST_PARSED_BYTES), text
+        if more:
+            while more:
+                _refuse_value(end[-_LONGEST_SECRET:] + more, where)
+                more, end = file.read(_MOST_PARSED_BYTES), more
+            return
+    document = _yaml(text, where) if path.suffix in {".yaml", ".yml"} else _json(text)
+    settings = "bucket_handle" in text or "remote_storage_plugin." in text
+    if document is None and settings and _TOKEN_LINE.search(text):  # in a file that is broken, say
+        raise ConfigError(f"{where} holds a value of the setting token; {_INSTEAD}")
+    _refuse_document(document, where, anywhere=False)
+
+
+def _is_excluded(path: Path, patterns: Sequence[Any]) -> bool:
+    """Whether `excludes`, which reads as a .gitignore does, keeps a file out of what is uploaded; no where this cannot be told."""
+    texts = [one for one in patterns if isinstance(one, str)]
+    if any(one.startswith("!") for one in texts):  # takes back what the patterns before it say
+        return False
+    return any(_excludes(one, path) for one in texts)
 
 
 def _excludes(pattern: str, path: Path) -> bool:
-    """Whether a pattern of `excludes` names a file; of what a .gitignore may say, names and paths with wildcards."""
-    bare = pattern.strip("/")
-    names = [str(Path(*path.parts[: depth + 1])) for depth in range(len(path.parts))]
-    return any(fnmatch.fnmatch(name, bare) for name in (*names, *path.parts))
+    """Whether a pattern names a file, or a directory above it."""
+    directories = pattern.endswith("/")
+    bare = pattern.removesuffix("/").removesuffix("/**").removeprefix("**/")
+    anchored = "/" in bare
+    wanted = bare.removeprefix("/").split("/")
+    parts = path.parts[:-1] if directories else path.parts
+    if not anchored:
+        return any(fnmatch.fnmatchcase(part, bare) for part in parts)
+    # A `*` of a path does not stand for a slash.
+    return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _from_file(file: Path) -> Any:

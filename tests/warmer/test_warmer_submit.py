@@ -168,6 +168,54 @@ def test_a_token_in_the_working_directory_is_not_uploaded(tmp_path, monkeypatch,
     assert runtime_env(None, excludes, str(tmp_path))["working_dir"] == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "excluded"),
+    [
+        (["secret.yaml"], True),
+        (["a"], True),
+        (["a/"], True),
+        (["/a/b/secret.yaml"], True),
+        (["a/*/secret.yaml"], True),
+        (["a/**"], True),
+        (["**/secret.yaml"], True),
+        (["*.yaml"], True),
+        (["secret.yaml/"], False),
+        (["/secret.yaml"], False),
+        (["b/secret.yaml"], False),
+        (["a/*.yaml"], False),
+        (["*", "!secret.yaml"], False),
+    ],
+)
+def test_what_is_excluded_is_what_ray_leaves_out(tmp_path, patterns, excluded):
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    path = tmp_path / "a" / "b" / "secret.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{EXTRA}.token: twelve-chars\n")
+    assert packaging._get_excludes(tmp_path, patterns)(path) == excluded or not excluded
+
+    given = json.dumps({"excludes": patterns})
+    if excluded:
+        assert runtime_env(None, given, str(tmp_path))["working_dir"] == str(tmp_path)
+    else:
+        with pytest.raises(ConfigError, match="holds a value of the setting token"):
+            runtime_env(None, given, str(tmp_path))
+
+
+def test_a_token_deep_in_a_long_file_is_found_and_too_many_files_are_refused(tmp_path, monkeypatch):
+    long = tmp_path / "long.json"
+    for at in (1_048_570, 2_097_150, 2_500_000):
+        long.write_text(" " * at + HUB_TOKEN + " " * 1_000_000)
+        with pytest.raises(ConfigError, match=r"--working-dir: 'long\.json' holds"):
+            runtime_env(None, None, str(tmp_path))
+    long.unlink()
+    monkeypatch.setattr("warmer.job_env._MOST_UPLOADED", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.json").touch()
+    with pytest.raises(ConfigError, match=r"--working-dir holds more than 3 files .*excludes"):
+        runtime_env(None, None, str(tmp_path))
+    assert runtime_env(None, '{"excludes": ["0.json"]}', str(tmp_path))["working_dir"] == str(tmp_path)
+
+
 def test_other_files_of_a_working_directory_are_nobodys_business(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"token": "<s>", "model": {"token": "abcdefghij"}}')
     (tmp_path / "lmcache.yaml").write_text(f"extra_config: {{{EXTRA}.token_env: HF_US_TOKEN}}")
