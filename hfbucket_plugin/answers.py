@@ -195,7 +195,7 @@ def content_of(record: dict[str, Any]) -> Content:
     size = count_of(record.get("size"))
     xet_hash = record.get("xetHash")
     if size is None:
-        raise ValueError(f"size is no whole number from 0 to {MAX_SIZE}")
+        raise ValueError(f"size is not an integer from 0 to {MAX_SIZE}")
     if not isinstance(xet_hash, str) or not _HASH.fullmatch(xet_hash):
         raise ValueError("xetHash is not 64 hexadecimal digits")
     return Content(xet_hash, size)

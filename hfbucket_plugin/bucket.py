@@ -315,7 +315,7 @@ class Bucket:
         except ValueError:
             elsewhere = True
         if elsewhere:
-            raise TransportError(f"tree: the Hub's next page is of another listing: {self._hub.clean(link)!r}")
+            raise TransportError(f"tree: the Hub's next page belongs to another listing: {self._hub.clean(link)!r}")
         if len(parts.query) > _LONGEST_CURSOR or not (parts.query.isascii() and parts.query.isprintable()):
             raise TransportError(
                 f"tree: the Hub's next page has a cursor that cannot be sent ({len(parts.query)} characters)"
@@ -547,7 +547,7 @@ def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
         return ObjectInfo(answers.path_of(item), answers.content_of(item), answers.uploaded_at(item))
     except ValueError as error:
         path = ascii(item.get("path"))[:_MAX_SHOWN_PATH]
-        raise TransportError(f"{what}: the Hub's record of {path} cannot be: {error}") from None
+        raise TransportError(f"{what}: the Hub's record of {path} is not valid: {error}") from None
 
 
 def _date(answer: Answer) -> datetime | None:

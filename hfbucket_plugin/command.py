@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _load(commands[name])(args=given, prog_name="hfbucket")
     else:
         near = difflib.get_close_matches(name, [*commands, *groups], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         _end(f"there is no command {name!r}{hint} `hfbucket --help` lists all commands")
 
 

@@ -30,12 +30,12 @@ def iso_date(text: object) -> datetime:
         ValueError: It is none, or not between the years 1970 and 9000.
     """
     if not isinstance(text, str) or len(text) > _LONGEST:
-        raise ValueError("is no date of ISO 8601")
+        raise ValueError("is not an ISO 8601 date")
     try:
         moment = datetime.fromisoformat(text)
         return _in_range(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     except (ValueError, OverflowError):
-        raise ValueError("is no date of ISO 8601 between the years 1970 and 9000") from None
+        raise ValueError("is not an ISO 8601 date between the years 1970 and 9000") from None
 
 
 def http_date(text: str) -> datetime | None:

@@ -328,7 +328,7 @@ class HubClient:
             raise
         except ValueError as error:  # UnicodeError of a host that no name server could be asked for, for one
             raise ConfigError(
-                f"{what}: endpoint {self.endpoint!r} is no address that can be asked ({self.clean(error)}); correct endpoint or "
+                f"{what}: endpoint {self.endpoint!r} is not a valid address ({self.clean(error)}); correct endpoint or "
                 "HF_ENDPOINT"
             ) from None
         except RuntimeError as error:

@@ -318,7 +318,7 @@ def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: fl
             _log.warning("the heat of the snapshot before cannot be read (try %d of %d): %s", number + 1, _TRIES, error)
         else:
             return _sane(pointer, now), False
-    _log.warning("heat begins anew: what was read until now is not known any more")
+    _log.warning("heat starts again from now: earlier reads are not known any more")
     return Span(), lost
 
 
@@ -344,7 +344,7 @@ def _sane(pointer: Pointer, began: float) -> Span:
     ahead = pointer.ahead_of(began) if pointer.heat.known else ""
     if not ahead:
         return pointer.heat
-    _log.warning("heat begins anew: the pointer to the key index cannot be believed: %s", ahead)
+    _log.warning("heat starts again from now: the pointer to the key index is not valid: %s", ahead)
     return Span(began, began - HEAT_LATE_SECS, min(began, pointer.heat_told))
 
 

@@ -81,8 +81,8 @@ class Sealed:
         """
         if self.status.st_uid != os.geteuid() or self.status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RefusedError(
-                f"{self._name} belongs to another user, or others may write to it: nobody knows who wrote what is in it, and "
-                "nothing of it is carried out. Plan anew; or read it, and copy it with `install -m 600 PLAN COPY`"
+                f"{self._name} belongs to another user, or others may write to it. It may have been changed, so "
+                "nothing of it is carried out. Plan again; or review it, and copy it with `install -m 600 PLAN COPY`"
             )
 
     def raw_lines(self, start: int = 0) -> Iterator[bytes]:

@@ -205,7 +205,7 @@ class _Loader(yaml.SafeLoader):
         except Exception:  # noqa: BLE001 - constructors let out whatever Python raises: AttributeError, KeyError …
             tag = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else ""
             named = {"int": "integer", "float": "number", "timestamp": "date", "bool": "boolean"}.get(tag, "value")
-            raise _unfit(f"a value is no valid {named}", node.start_mark) from None
+            raise _unfit(f"a value is not a valid {named}", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
             raise _unfit("an integer is out of range", node.start_mark)
         if isinstance(value, float) and math.isinf(value) and not node.value.lower().endswith(".inf"):

@@ -77,8 +77,8 @@ def test_nothing_stays_in_the_directories(found, tmp_path):
 @pytest.mark.parametrize(
     ("environ", "severity", "words"),
     [
-        ({"HTTPS_PROXY": f"http://user:{SECRET}@proxy:3128"}, Severity.OK, "HTTPS_PROXY leads by proxy:3128"),
-        ({"all_proxy": "proxy:3128"}, Severity.OK, "all_proxy leads by proxy:3128"),
+        ({"HTTPS_PROXY": f"http://user:{SECRET}@proxy:3128"}, Severity.OK, "HTTPS_PROXY uses proxy:3128"),
+        ({"all_proxy": "proxy:3128"}, Severity.OK, "all_proxy uses proxy:3128"),
         ({"HTTP_PROXY": ""}, Severity.OK, "no proxy"),
         ({"https_proxy": "ftp://proxy"}, Severity.WARNING, "https_proxy is not the address"),
         ({"HTTPS_PROXY": "http://[proxy"}, Severity.WARNING, "HTTPS_PROXY is not the address"),

@@ -59,6 +59,14 @@ def test_an_unknown_command_names_the_nearest(capsys):
     )
 
 
+def test_an_unknown_command_that_is_near_none_ends_with_where_all_are_listed(capsys):
+    assert ended(capsys, "xyzzy") == (
+        2,
+        "",
+        "hfbucket: there is no command 'xyzzy'. `hfbucket --help` lists all commands\n",
+    )
+
+
 def test_a_missing_extra_is_named_with_what_to_install(capsys, monkeypatch):
     point = EntryPoint(name="cleanup", group=COMMANDS, value="jobs.cli:app")
     monkeypatch.setattr("hfbucket_plugin.command.entry_points", lambda group: [point] if group == COMMANDS else [])

@@ -80,7 +80,7 @@ def _proxy(_: NamedInstance, environ: Mapping[str, str]) -> Finding:
             wrong.append(f"{name} names a SOCKS proxy, for which the package socksio is missing")
             advice.append("pip install socksio")
         else:
-            told.append(f"{name} leads by {host}")
+            told.append(f"{name} uses {host}")
     for name in _CERTIFICATES:
         if name not in environ:
             continue
@@ -193,9 +193,7 @@ def _ports(named: NamedInstance, _: Mapping[str, str]) -> Finding:
     socket = own.get("internal_api_server_socket_path_prefix")
     wrong, advice = [], []
     if not socket and not _is_loopback(host):
-        wrong.append(
-            f"LMCache's internal API server listens on {host}, from port {start} on, and asks nobody who he is"
-        )
+        wrong.append(f"LMCache's internal API server listens on {host}, from port {start} on, without authentication")
         advice.append("set internal_api_server_host to 127.0.0.1, or let a firewall keep others out")
     if own.get("run_script_api_enabled") is True:
         wrong.append("its /run_script runs any Python that it is sent, in the engine")
