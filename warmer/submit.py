@@ -253,6 +253,13 @@ def _stopped(api: JobsAPI, submission_id: str) -> JobDetails | None:
     return details
 
 
+_LAST_WORD: Final = re.compile(r"(?<!\S)\S{1,4096}\Z")
+"""What stands behind the last space, unless it is too long for any token."""
+
+_LONGEST_RECORD: Final = 16 * 1024 * 1024
+"""Characters of a record, which names a thousand chunks at most."""
+
+
 class Log:
     """Passes on the log of a job, and finds the record in it that the command printed last.
 
@@ -265,6 +272,7 @@ class Log:
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
+        self._held = ""
         self._line = ""
         self._passed_on = 0
         self._again = 0
@@ -282,14 +290,26 @@ class Log:
         if not new:
             return
         self._passed_on += len(new)
-        self._out.write(texts.shown_lines(new))  # whoever runs in the cluster may write there
-        self._out.flush()
+        text = self._held + new
+        # A word that may go on waits for its end: half of a token would not be known for one.
+        word = _LAST_WORD.search(text)
+        cut = len(text) if word is None else word.start()
+        self._write(text[:cut])
+        self._held = text[cut:]
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:
             self._look_at(line)
+        if len(self._line) > _LONGEST_RECORD:
+            self._line = "…"  # no record any more, whatever follows
+
+    def _write(self, text: str) -> None:
+        self._out.write(texts.shown_lines(text))  # whoever runs in the cluster may write there
+        self._out.flush()
 
     def close(self) -> None:
         """No more will come."""
+        self._write(self._held)
+        self._held = ""
         if self._line:
             self._look_at(self._line)
             self._out.write("\n")

@@ -351,6 +351,24 @@ def test_a_cluster_that_is_away_for_a_while(caplog, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_token_that_comes_in_pieces_is_cut_from_the_log():
+    out = io.StringIO()
+    pieces = ("one ", f"two {HUB_TOKEN[:9]}", HUB_TOKEN[9:], " three\nand it ends in ", HUB_TOKEN[:12], HUB_TOKEN[12:])
+    submit(FailingCluster(None, RUNNING, ended("SUCCEEDED", 0), logs=(pieces,)), Submission(["run"], {}, "name"), out)
+    assert out.getvalue() == "one two *** three\nand it ends in ***\n"
+
+
+def test_a_line_of_the_log_without_an_end_is_not_kept(monkeypatch):
+    monkeypatch.setattr(submitting, "_LONGEST_RECORD", 30)
+    log = submitting.Log(io.StringIO())
+    for _ in range(100):
+        log.add('{"event": "summary", "x')
+    assert len(log._line) <= 60
+    log.add('"}\n{"event": "summary"}\n')
+    assert log.record == {"event": "summary"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_line_of_the_log_that_nests_too_deep_is_no_record():
     line = '{"event": ' + "[" * 100_000 + "\n"
     cluster = FailingCluster(None, RUNNING, ended("SUCCEEDED", 0), logs=((line, '{"event": "summary"}\n'),))
