@@ -330,10 +330,16 @@ class HFBucketL2Adapter(L2AdapterInterface):
     # --- delete, list, usage ----------------------------------------------------------------------------------------
 
     def delete(self, keys: list[ObjectKey]) -> None:
-        """Delete objects that nobody has locked, at once and for ever. What fails is logged and counted, and stays.
+        """Delete objects that are not locked, at once and for ever. What fails is logged and counted, and stays.
 
-        Blocks its thread for 10 s at most.
+        Blocks its thread for 10 s at most. Never raises: the thread of LMCache's that evicts would end, and with it all eviction.
         """
+        try:
+            self._delete(keys)
+        except Exception:  # noqa: BLE001 - whatever it is, see above
+            _log.exception("[%s] %d objects were not all deleted", self._settings.name, len(keys))
+
+    def _delete(self, keys: Sequence[ObjectKey]) -> None:
         free = self._locks.free(keys)
         kept_out = {key: why for key in free if (why := self._fingerprints.of_load([key]))}
         for why, chunks in Counter(kept_out.values()).items():
