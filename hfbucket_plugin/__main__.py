@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from hfbucket_plugin import texts, xet_home
+from hfbucket_plugin.early_signals import end_by_signals
 
 _EXTRA = frozenset({"typer", "rich"})
 
 
 def main() -> None:
     """Run the command line; an engine's environment need not have what it is made of."""
+    end_by_signals()
     xet_home.begin()
     try:
         from hfbucket_plugin.cli.app import app  # noqa: PLC0415 - it may be missing

@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hfbucket_plugin import __version__, texts, xet_home
+from hfbucket_plugin.early_signals import end_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,8 @@ GROUPS: Final = "hfbucket.groups"
 
 _EXTRAS: Final = {"hfbucket_plugin": "tools", "warmer": "warmer", "jobs": "jobs"}
 _USAGE: Final = 2
+_INTERRUPTED: Final = 5
+"""Of the warmer and the jobs, when they are told to stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = {point.name: point for point in entry_points(group=COMMANDS)}
     groups = {point.name: point for point in entry_points(group=GROUPS)}
     name = given[0] if given else "--help"
+    if arguments is None:  # this process is the command's own
+        end_by_signals(_INTERRUPTED if name in groups else None)
     if name in {"-h", "--help"}:
         sys.stdout.write(_help(commands, groups))
         sys.exit(0 if given else _USAGE)

@@ -1,5 +1,6 @@
 """The command `hfbucket`, which dispatches to the commands of what is installed."""
 
+import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -103,3 +104,36 @@ def test_another_package_of_a_name_of_ours_is_named(tmp_path, monkeypatch, modul
     assert (found.returncode, found.stdout) == (2, "")
     assert f"another package of that name at {package} comes before it" in found.stderr
     assert len(found.stderr.splitlines()) == 1
+
+
+ENDED_WHILE_STARTING = """
+import os, runpy, signal, sys
+
+_, module, number, package = sys.argv
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == module:
+            os.kill(os.getpid(), signal.Signals[number])
+
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["--help"]
+runpy.run_module(package, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("package", "module", "code"),
+    [("warmer", "warmer.cli", 5), ("jobs", "jobs.cli", 5), ("hfbucket_plugin", "hfbucket_plugin.cli.app", None)],
+)
+def test_a_signal_while_a_command_starts_is_no_traceback(package, module, code, name):
+    ran = subprocess.run(
+        [sys.executable, "-c", ENDED_WHILE_STARTING, module, name, package],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (code or 128 + signal.Signals[name], "told to stop\n")
+    assert ran.stdout == ""
