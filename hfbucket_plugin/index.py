@@ -58,7 +58,9 @@ _DOUBT_SECS: Final = 30.0
 _JOURNAL_SECS: Final = 30.0
 _SPREAD: Final = (0.9, 1.1)
 _FIRST_SPREAD: Final = (0.25, 1.0)
-"""Shares of a wait, between which chance decides, so that a fleet that was started together does not ask together."""
+_FIRST_LISTING_SPREAD: Final = (1.0, 1.75)
+"""Shares of a wait, between which chance decides, so that a fleet that was started together does not ask together. A listing has
+cost the calls of the whole wait already: its first wait is never shorter."""
 
 _MOST_DOUBLINGS: Final = 5
 """After failures in a row a refresh comes up to 32 times as late."""
@@ -280,12 +282,13 @@ class KeyIndex:
 
     def _run_refresh(self) -> None:
         wait, spread = 0.0, _SPREAD
+        first = _FIRST_LISTING_SPREAD if self._settings.index == "listing" else _FIRST_SPREAD
         while not self._closed.wait(wait * random.uniform(*spread)):
             try:
                 self.refresh()
             except Exception:  # noqa: BLE001 - whatever it was, the next one must come
                 _log.exception("[%s] key index: the refresh failed", self._instance)
-            wait, spread = self.refresh_wait_secs, _SPREAD if wait else _FIRST_SPREAD
+            wait, spread = self.refresh_wait_secs, _SPREAD if wait else first
 
     @property
     def refresh_wait_secs(self) -> float:

@@ -293,6 +293,21 @@ def test_a_listing_is_waited_for_by_what_it_cost_whatever_came_of_it(waits):
     assert index.refresh_wait_secs >= 6 * 3600
 
 
+@pytest.mark.parametrize(("kind", "least"), [("listing", 300.0), ("snapshot", 15.0)])
+def test_the_first_wait_after_a_listing_is_never_shorter_than_what_it_cost(waits, monkeypatch, kind, least):
+    index = waits(index=kind)
+    index._source.calls = 5 if kind == "listing" else 1
+    monkeypatch.setattr("hfbucket_plugin.index.random.uniform", lambda low, _high: low)
+    waited = []
+    ends = SimpleNamespace(wait=lambda secs: waited.append(secs) or len(waited) == 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "_closed", ends)
+        index._run_refresh()
+
+    assert waited[0] == 0.0
+    assert waited[1] == least
+
+
 def test_refreshes_of_a_fleet_are_spread_by_its_size_and_failures_are_backed_off(waits):
     index = waits(index="snapshot")
     index.refresh()
