@@ -39,7 +39,7 @@ _ACTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "500-once": {"status": 500, "times": 1},
     "500": {"status": 500},
     "truncated": {"truncate_at": 1},
-    "trickled": {"trickle_bytes": 1, "trickle_interval_s": 1.0},
+    "trickled": {"trickle_bytes": 1, "trickle_interval_s": 3.0},
     "flipped": {"flip_every": 1},
     "hang": {"hang": True},
     "reset": {"reset": True},
