@@ -16,11 +16,10 @@ from types import SimpleNamespace
 
 from depot import DAY, key
 from huggingface_hub import HfApi
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from lane import Lane
-from thorough import examples
+from thorough import run_on_hub
 
 from hfbucket_plugin.errors import ThrottledError, TransportError
 from hfbucket_plugin.hub import HubClient
@@ -193,19 +192,4 @@ def test_what_an_engine_writes_after_a_look_is_never_overwritten_or_deleted(hub,
     monkeypatch.setattr("jobs.apply._LOOK_SECS", 0.01)
     monkeypatch.setattr("jobs.moving._AGAIN_SECS", 0.01)
 
-    class OnThis(Engines):
-        pass
-
-    OnThis.hub, OnThis.new_bucket = hub, staticmethod(new_bucket)
-    OnThis.directory, OnThis.monkeypatch = tmp_path, monkeypatch
-    run_state_machine_as_test(
-        OnThis,
-        settings=settings(
-            max_examples=examples(4),
-            stateful_step_count=6,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            database=None,
-            phases=[Phase.generate],  # shrinking would take minutes of requests
-        ),
-    )
+    run_on_hub(Engines, hub, new_bucket, tmp_path, monkeypatch, max_examples=4, steps=6)

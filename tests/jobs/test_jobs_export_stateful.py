@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depot import DAY, HOUR, key
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 from lane import Lane
-from thorough import examples
+from thorough import run_on_hub
 
 from hfbucket_plugin.keys import encode_name
 from jobs.moving import Mover
@@ -217,19 +216,4 @@ def test_an_export_loses_nothing_and_replaces_what_it_may(hub, new_bucket, tmp_p
     monkeypatch.setattr("jobs.apply._LOOK_SECS", 0.01)
     monkeypatch.setattr("jobs.export.PAGE", 2)  # so that there are batches to come between
 
-    class OnThis(Exports):
-        pass
-
-    OnThis.hub, OnThis.new_bucket = hub, staticmethod(new_bucket)
-    OnThis.directory, OnThis.monkeypatch = tmp_path, monkeypatch
-    run_state_machine_as_test(
-        OnThis,
-        settings=settings(
-            max_examples=examples(5),
-            stateful_step_count=8,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            database=None,
-            phases=[Phase.generate],  # shrinking would take minutes of requests
-        ),
-    )
+    run_on_hub(Exports, hub, new_bucket, tmp_path, monkeypatch, max_examples=5, steps=8)

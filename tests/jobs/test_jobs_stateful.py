@@ -12,10 +12,9 @@ from pathlib import Path
 
 from depot import DAY, HOUR, PREFIX, Depot, key
 from huggingface_hub import HfApi
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from thorough import examples
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from thorough import run_on_hub
 
 from jobs.lock import Lock
 from localhub.faults import Fault
@@ -192,19 +191,4 @@ def test_nothing_outside_the_plan_is_ever_lost(hub, new_bucket, tmp_path, monkey
     monkeypatch.setattr("jobs.apply._BACKOFF_SECS", 0.01)
     monkeypatch.setattr("jobs.apply._LOOK_SECS", 0.01)
 
-    class OnThis(Cleanups):
-        pass
-
-    OnThis.hub, OnThis.new_bucket = hub, staticmethod(new_bucket)
-    OnThis.directory, OnThis.monkeypatch = tmp_path, monkeypatch
-    run_state_machine_as_test(
-        OnThis,
-        settings=settings(
-            max_examples=examples(5),
-            stateful_step_count=8,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            database=None,
-            phases=[Phase.generate],  # shrinking would take minutes of requests
-        ),
-    )
+    run_on_hub(Cleanups, hub, new_bucket, tmp_path, monkeypatch, max_examples=5, steps=8)

@@ -160,7 +160,7 @@ def test_commands_print_clean_lines(capsys):
 def test_what_libraries_log_beside_a_command_is_clean(capsys, monkeypatch):
     monkeypatch.setattr(logging.root, "handlers", [])
     texts.log_to_stderr("warmer")
-    logging.getLogger("some.library").warning("%s", NASTY)
+    logging.getLogger("another.package").warning("%s", NASTY)
     assert capsys.readouterr().err == f"warmer: {texts.printable(NASTY)}\n"
 
 
