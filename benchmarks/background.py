@@ -4,8 +4,8 @@
 
 Each process is a real L2 adapter with the default settings, which loads, looks up and stores all the time, on a local Hub whose
 bucket has the journals of a fleet. Its clockwork runs `--speed` times as fast: every interval of the defaults, the Hub's window and
-the lifetime of its tokens are divided by it. Calls are told apart by the thread that makes them: what lookups, loads and stores ask
-for, their tokens apart, is not counted. `index: off` and `index: snapshot` are measured one after the other.
+the lifetime of its tokens are divided by it. Calls are classified by the thread that makes them: what lookups, loads and stores ask for
+is not counted, except for their tokens. `index: off` and `index: snapshot` are measured one after the other.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def kind_of(thread: str, route: str) -> str:
 
 
 def child(mode: str, endpoint: str, speed: float, windows: float, seed: int) -> dict[str, Any]:
-    """A process: serves for so many windows, and tells of the calls that it made."""
+    """A process: serves for N windows, and returns the calls that it made."""
     from faults.mp import MP
     from faults.surface import Limits
     from hfbucket_plugin import heat_recorder, hub, index_sources

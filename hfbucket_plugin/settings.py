@@ -324,14 +324,15 @@ class InstanceSettings(BaseModel):
     )
     heat_secs: Secs = Field(
         300.0,
-        description="Least seconds between two times that hits are told of, with a journal that is due anyway, or by a call to the "
-        "Hub of their own; none if there are none.",
+        description="Minimum seconds between two reports of hits. A report goes with a journal that is due anyway, or else by one "
+        "call to the Hub; without hits there is none.",
     )
     heat_keys: PositiveInt = Field(
         200,
         le=10_000,
-        description="Keys that are told of each time, of 65 bytes each; up to 40 times as many, and 16,384 at most, where more were "
-        "read. Hits of keys beyond that wait, and are dropped where 32,768 do: then nothing counts as idle before that moment.",
+        description="Keys in a report of hits, of 65 bytes each; up to 40 times as many, and at most 16,384, where more were read. "
+        "Hits of further keys wait for the next report. Beyond 32,768 waiting keys hits are dropped, and nothing counts as idle "
+        "before that moment.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=_default_endpoint,
