@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -176,3 +179,22 @@ def noise(size: int, seed: int = 0) -> bytes:
 def everything_told(error: BaseException) -> str:
     """All that a log with a traceback would show of an error."""
     return "\n".join([str(error), repr(error), repr(vars(error)), *traceback.format_exception(error)])
+
+
+def run_script(script: str, arguments: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, which finds the helpers of the tests: for what forks.
+
+    Args:
+        script: The text of the program.
+        arguments: Its arguments.
+        home: The process's HF_HOME.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env=environment,
+    )

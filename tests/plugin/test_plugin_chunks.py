@@ -1,7 +1,4 @@
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from plugin_support import (
     instance_settings,
     noise,
     paths,
+    run_script,
     unused_port,
     upload,
 )
@@ -1109,16 +1107,8 @@ os._exit(0)
 
 def test_a_forked_child_and_its_parent_both_go_on(hub, filled, tmp_path):
     arguments = [hub.endpoint, filled, KEYS[0], str(tmp_path / "tmp")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
 
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-        env=environment,
-    )
+    done = run_script(FORK, arguments, tmp_path / "home")
 
     lines = {"before 1 True [] 1", "child 1 True [] 1", "parent 1 True [] 1"}
     assert set(done.stdout.splitlines()) == lines, done.stdout + done.stderr
@@ -1166,17 +1156,9 @@ os._exit(0)
 
 def test_a_child_that_is_forked_while_a_put_is_under_way_starts_without_it(hub, bucket, tmp_path):
     arguments = [hub.endpoint, bucket, KEYS[0], str(tmp_path / "tmp")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
     hub.control.add_fault(Fault(route="xorb-upload", hang=True, times=1))
 
-    done = subprocess.run(
-        [sys.executable, "-c", FORK_IN_A_PUT, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-        env=environment,
-    )
+    done = run_script(FORK_IN_A_PUT, arguments, tmp_path / "home")
 
     assert done.stdout.splitlines() == ["0 {} 0 0 0", "True"], done.stdout + done.stderr
 

@@ -1,8 +1,8 @@
 """What a forked child finds: no lock of its parent's, and nothing that waits for a thread of its parent's."""
 
 import os
-import subprocess
-import sys
+
+from plugin_support import run_script
 
 from hfbucket_plugin import connections
 
@@ -55,16 +55,8 @@ os._exit(0)
 
 def test_a_child_waits_for_no_lock_and_for_no_look_of_its_parents(hub, bucket, tmp_path):
     arguments = [hub.endpoint, bucket, str(tmp_path / "tmp")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
 
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment,
-    )
+    done = run_script(FORK, arguments, tmp_path / "home")
 
     assert done.stdout.splitlines() == ["1 {}", "1 True", "True", "fingerprint_unknown", "None"], done.stderr
 
