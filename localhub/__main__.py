@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from localhub.access import TokensError, load_tokens
 from localhub.app import Options
+from localhub.http.access import TokensError, load_tokens
 from localhub.server import serve
 
 

@@ -12,22 +12,22 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Router
 from starlette.types import ASGIApp
 
-from localhub.access import Access, Token
-from localhub.batch import Batches
-from localhub.bucket_routes import BucketRoutes
-from localhub.buckets import BucketStore
-from localhub.control_routes import ControlRoutes
-from localhub.counters import Counters
-from localhub.database import Database
 from localhub.errors import HubError
-from localhub.faults import FaultBook
-from localhub.objects import ObjectStore
-from localhub.root import DATABASE, UPLOADS, check_root
-from localhub.routing import Routes
-from localhub.signing import Signer
-from localhub.spool import remove_stale
-from localhub.storage_routes import StorageRoutes
-from localhub.xorb_store import XorbStore
+from localhub.faults.rules import FaultBook
+from localhub.http.access import Access, Token
+from localhub.http.batch import Batches
+from localhub.http.bucket_routes import BucketRoutes
+from localhub.http.control_routes import ControlRoutes
+from localhub.http.routing import Routes
+from localhub.http.signing import Signer
+from localhub.http.storage_routes import StorageRoutes
+from localhub.state.buckets import BucketStore
+from localhub.state.counters import Counters
+from localhub.state.database import Database
+from localhub.state.objects import ObjectStore
+from localhub.state.root import DATABASE, UPLOADS, check_root
+from localhub.state.spool import remove_stale
+from localhub.state.xorb_store import XorbStore
 
 _THREADS = 8
 

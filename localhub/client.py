@@ -6,8 +6,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from localhub.counters import RouteCounters
-from localhub.faults import Fault
+from localhub.faults.rules import Fault
+from localhub.state.counters import RouteCounters
 
 _TIMEOUT_SECONDS = 30.0
 

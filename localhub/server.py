@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from localhub.app import Options, make_app
-from localhub.injection import TRANSPORT
+from localhub.faults.injection import TRANSPORT
 
 _KEEP_ALIVE_SECONDS = 120
 """Longer than the clients keep idle connections, so that it is never this side that closes one they just chose."""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import lz4.frame
 
-from localhub.hashing import chunk_hash, file_hash, to_hex, xorb_hash
+from localhub.formats.hashing import chunk_hash, file_hash, to_hex, xorb_hash
 
 END = b"\xff" * 32
 TAG = b"HFRepoMetaData\0" + bytes([85, 105, 103, 69, 106, 123, 129, 87, 131, 165, 189, 217, 92, 205, 209, 74, 169])

@@ -8,8 +8,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from starlette.requests import Request
 
-from localhub.buckets import Bucket
 from localhub.errors import HubError, bucket_not_found
+from localhub.state.buckets import Bucket
 
 _MAX_BYTES: Final = 1024 * 1024
 

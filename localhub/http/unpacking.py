@@ -8,11 +8,11 @@ from pathlib import Path
 
 from starlette.responses import StreamingResponse
 
-from localhub.reconstruction import Piece
-from localhub.streaming import range_headers
-from localhub.wire import run_in
-from localhub.xorb_store import XorbStore
-from localhub.xorbs import ChunkTable, iter_chunks
+from localhub.formats.reconstruction import Piece
+from localhub.formats.xorbs import ChunkTable, iter_chunks
+from localhub.http.streaming import range_headers
+from localhub.http.wire import run_in
+from localhub.state.xorb_store import XorbStore
 
 _CHUNKS_AT_ONCE = 16
 """At most 2 MiB."""

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi
 from rawhub import Raw, make_shard, make_xorb, upload
 
 from localhub.faults import Fault
-from localhub.hashing import to_hex
-from localhub.storage_routes import MAX_XORB_BODY_BYTES
+from localhub.formats.hashing import to_hex
+from localhub.http.storage_routes import MAX_XORB_BODY_BYTES
 
 MIB = 1024 * 1024
 

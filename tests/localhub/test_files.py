@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rawhub import Raw, upload
 
-from localhub.hashing import to_hex
+from localhub.formats.hashing import to_hex
 
 EMPTY = to_hex(bytes(32))
 

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
-from localhub.buckets import Bucket, now_ms
-from localhub.database import Database
 from localhub.errors import bad_request
-from localhub.hashing import EMPTY_FILE_HASH, from_hex
-from localhub.paths import PathError, check_path
-from localhub.wire import first_problem
+from localhub.formats.hashing import EMPTY_FILE_HASH, from_hex
+from localhub.http.wire import first_problem
+from localhub.state.buckets import Bucket, now_ms
+from localhub.state.database import Database
+from localhub.state.paths import PathError, check_path
 
 # What a time can be written with: the years 1 to 9999.
 Milliseconds = Annotated[int, Field(ge=-62_135_596_800_000, le=253_402_300_799_999)]

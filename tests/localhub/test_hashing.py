@@ -3,7 +3,7 @@ import os
 import hf_xet
 import pytest
 
-from localhub.hashing import EMPTY_FILE_HASH, chunk_hash, file_hash, from_hex, to_hex, xorb_hash
+from localhub.formats.hashing import EMPTY_FILE_HASH, chunk_hash, file_hash, from_hex, to_hex, xorb_hash
 
 
 def test_text_form_of_hashes():

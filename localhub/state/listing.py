@@ -4,8 +4,8 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
-from localhub.buckets import Bucket, BucketStore, iso
 from localhub.errors import bad_request
+from localhub.state.buckets import Bucket, BucketStore, iso
 
 _LAST_CODE_POINT = 0x10FFFF
 _SURROGATES = range(0xD800, 0xE000)

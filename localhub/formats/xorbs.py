@@ -14,7 +14,7 @@ from typing import Protocol
 
 import lz4.frame  # type: ignore[import-untyped] # it ships no types
 
-from localhub.hashing import HASH_BYTES, Node, chunk_hash, xorb_hash
+from localhub.formats.hashing import HASH_BYTES, Node, chunk_hash, xorb_hash
 
 MAX_CHUNK_BYTES = 128 * 1024
 """Largest unpacked chunk (public Xet chunking specification)."""

@@ -10,9 +10,9 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from localhub.database import Database
 from localhub.errors import bad_request
-from localhub.hashing import to_hex
+from localhub.formats.hashing import to_hex
+from localhub.state.database import Database
 
 REGIONS = ("us", "eu")
 """The storage regions of the Hub (`huggingface_hub.constants.REPO_REGIONS`); the first is the default."""
@@ -64,7 +64,7 @@ class Bucket:
 
 
 class BucketStore:
-    """Reads and writes buckets, and reads their files; batches write files (`localhub.batch`).
+    """Reads and writes buckets, and reads their files; batches write files (`localhub.http.batch`).
 
     Args:
         database: where the rows are.

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import HfApi
 from rawhub import Raw
 
-from localhub.hashing import to_hex
+from localhub.formats.hashing import to_hex
 from localhub.process import HubStartError
-from localhub.spool import remove_stale
+from localhub.state.spool import remove_stale
 
 EMPTY = to_hex(bytes(32))
 MIB = 1024 * 1024

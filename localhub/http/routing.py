@@ -9,11 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from localhub.counters import Counters, RouteCounters
 from localhub.errors import HubError
-from localhub.faults import FaultBook
-from localhub.injection import inject
-from localhub.wire import Json
+from localhub.faults.injection import inject
+from localhub.faults.rules import FaultBook
+from localhub.http.wire import Json
+from localhub.state.counters import Counters, RouteCounters
 
 Handler = Callable[[Request], Awaitable[Response]]
 """Serves one request; raises `HubError` to refuse it."""

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from rawhub import Raw, upload
 
 from localhub.client import ControlError
-from localhub.faults import Fault, FaultBook
-from localhub.hashing import to_hex
+from localhub.faults.rules import Fault, FaultBook
+from localhub.formats.hashing import to_hex
 
 EMPTY = to_hex(bytes(32))
 

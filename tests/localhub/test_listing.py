@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rawhub import Raw
 
-from localhub.hashing import to_hex
-from localhub.listing import after_prefix, encode_cursor
+from localhub.formats.hashing import to_hex
+from localhub.state.listing import after_prefix, encode_cursor
 
 EMPTY = to_hex(bytes(32))
 PATHS = ["a", "dir/1", "dir/2", "dir/sub/3", "dir/sub/4", "dir-x/5", "dir.txt", "v1/6", "v10/7", "v1", "z"]

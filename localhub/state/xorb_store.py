@@ -5,10 +5,10 @@ from pathlib import Path
 
 from cachetools import LRUCache
 
-from localhub.database import Database
-from localhub.hashing import to_hex
-from localhub.spool import Spool
-from localhub.xorbs import ChunkTable, XorbError, read_xorb
+from localhub.formats.hashing import to_hex
+from localhub.formats.xorbs import ChunkTable, XorbError, read_xorb
+from localhub.state.database import Database
+from localhub.state.spool import Spool
 
 _CACHED_CHUNKS = 1 << 20
 """Chunk tables kept in memory, by their chunks: 8 MiB of them, tables of about 64 GiB of data."""

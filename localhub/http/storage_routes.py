@@ -10,18 +10,18 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from localhub.errors import HubError, bad_request
-from localhub.hashing import from_hex, to_hex
-from localhub.objects import ObjectStore
-from localhub.reconstruction import MakeUrl, Piece, describe, describe_v2, pieces
-from localhub.routing import Routes
-from localhub.shards import ShardError
-from localhub.signing import Right, Scope, Signer
-from localhub.spool import Spool
-from localhub.streaming import FileSlice
-from localhub.unpacking import FileBytes
-from localhub.wire import Json, base_url, byte_range, read_body, run_in
-from localhub.xorb_store import XorbStore
-from localhub.xorbs import MAX_XORB_BYTES, XorbError
+from localhub.formats.hashing import from_hex, to_hex
+from localhub.formats.reconstruction import MakeUrl, Piece, describe, describe_v2, pieces
+from localhub.formats.shards import ShardError
+from localhub.formats.xorbs import MAX_XORB_BYTES, XorbError
+from localhub.http.routing import Routes
+from localhub.http.signing import Right, Scope, Signer
+from localhub.http.streaming import FileSlice
+from localhub.http.unpacking import FileBytes
+from localhub.http.wire import Json, base_url, byte_range, read_body, run_in
+from localhub.state.objects import ObjectStore
+from localhub.state.spool import Spool
+from localhub.state.xorb_store import XorbStore
 
 MAX_XORB_BODY_BYTES = MAX_XORB_BYTES + 4 * 1024 * 1024
 """Largest upload of a xorb: its data, 8 bytes of header per chunk, what LZ4 adds, and a footer."""

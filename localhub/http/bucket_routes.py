@@ -11,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from localhub.access import Access, Caller
-from localhub.batch import Batches, ItemError, parse_batch
-from localhub.buckets import REGIONS, Bucket, BucketStore
 from localhub.errors import HubError, entry_not_found
-from localhub.injection import REFUSE
-from localhub.listing import decode_cursor, encode_cursor, tree_page
-from localhub.routing import Routes
-from localhub.signing import Right, Signer
-from localhub.wire import Json, Result, base_url, other_host, read_body, read_model, run_in
+from localhub.faults.injection import REFUSE
+from localhub.http.access import Access, Caller
+from localhub.http.batch import Batches, ItemError, parse_batch
+from localhub.http.routing import Routes
+from localhub.http.signing import Right, Signer
+from localhub.http.wire import Json, Result, base_url, other_host, read_body, read_model, run_in
+from localhub.state.buckets import REGIONS, Bucket, BucketStore
+from localhub.state.listing import decode_cursor, encode_cursor, tree_page
 
 _FEW_PATHS = 32
 """As many are looked up at once, more in a thread: 1000 take several milliseconds, a change of threads a tenth."""

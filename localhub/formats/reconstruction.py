@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from localhub.hashing import to_hex
-from localhub.shards import Term, iter_terms
-from localhub.xorbs import ChunkTable
+from localhub.formats.hashing import to_hex
+from localhub.formats.shards import Term, iter_terms
+from localhub.formats.xorbs import ChunkTable
 
 FindTable = Callable[[bytes], ChunkTable | None]
 """Returns a stored xorb's chunk table, or None."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from localhub.faults import Fault, Injection, Rule
+from localhub.faults.rules import Fault, Injection, Rule
 
 TRANSPORT = "localhub.transport"
 """Where `localhub.server` puts the connection's transport in the scope."""

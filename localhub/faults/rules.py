@@ -1,4 +1,4 @@
-"""Faults on order: which requests they meet and what they do. `localhub.injection` carries them out."""
+"""Faults on order: which requests they meet and what they do. `localhub.faults.injection` carries them out."""
 
 import asyncio
 import itertools

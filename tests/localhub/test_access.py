@@ -5,8 +5,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError
 from rawhub import Raw, make_shard, make_xorb, upload
 
-from localhub.access import TokensError, load_tokens
-from localhub.hashing import to_hex
+from localhub.formats.hashing import to_hex
+from localhub.http.access import TokensError, load_tokens
 from localhub.process import HubStartError
 
 EMPTY = to_hex(bytes(32))

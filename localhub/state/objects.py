@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from localhub.database import Database
-from localhub.hashing import EMPTY_FILE_HASH
-from localhub.shards import check_shard, parse_shard
-from localhub.xorb_store import XorbStore
+from localhub.formats.hashing import EMPTY_FILE_HASH
+from localhub.formats.shards import check_shard, parse_shard
+from localhub.state.database import Database
+from localhub.state.xorb_store import XorbStore
 
 
 @dataclass(frozen=True)

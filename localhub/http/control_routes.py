@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from localhub.counters import Counters
 from localhub.errors import HubError, bad_request
-from localhub.faults import Fault, FaultBook
-from localhub.routing import Handler, refusal
-from localhub.wire import Json, first_problem, read_body
+from localhub.faults.rules import Fault, FaultBook
+from localhub.http.routing import Handler, refusal
+from localhub.http.wire import Json, first_problem, read_body
+from localhub.state.counters import Counters
 
 _FAULTS: TypeAdapter[list[Fault]] = TypeAdapter(list[Fault])
 

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from localhub.hashing import HASH_BYTES, Node, file_hash, to_hex
-from localhub.xorbs import ChunkTable, hash_at
+from localhub.formats.hashing import HASH_BYTES, Node, file_hash, to_hex
+from localhub.formats.xorbs import ChunkTable, hash_at
 
 _TAG = b"HFRepoMetaData\0"
 _BLOCK = struct.Struct("<32sIIQ")

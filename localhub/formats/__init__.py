@@ -1,0 +1,1 @@
+"""The formats of Xet storage: hashes, xorbs, shards and reconstructions."""

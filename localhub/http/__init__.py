@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, access control, request and response bodies."""

@@ -1,0 +1,1 @@
+"""What a Hub keeps under its root directory."""
