@@ -26,7 +26,7 @@ MIN_TESTS := tests/plugin tests/mp tests/localhub
 MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
 	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
 
-.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults fuzz soak lint format docs clean
+.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults fuzz soak lint format docs dist clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +88,10 @@ format: $(STAMP)
 docs: $(STAMP)  ## what is written from code: the tables of settings and of promises
 	$(BIN)/python -m tools.settings_table
 	$(BIN)/python -m faults.pages
+
+dist: $(STAMP)  ## the distribution for engines and clusters, and that of localhub, in dist/
+	$(BIN)/hatchling build -d dist
+	cd localhub && ../$(BIN)/hatchling build -d ../dist
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(MIN_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
