@@ -85,8 +85,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP)  ## what is written from code: the tables of settings and of promises
+docs: $(STAMP)  ## what is written from code: the tables of settings, options, metrics and promises
 	$(BIN)/python -m tools.settings_table
+	$(BIN)/python -m tools.options_table
+	$(BIN)/python -m tools.metrics_table
 	$(BIN)/python -m faults.pages
 
 dist: $(STAMP)  ## the distribution for engines and clusters, and that of localhub, in dist/

@@ -109,7 +109,7 @@ def test_every_option_is_described_where_it_belongs():
         name: {
             cells[0].strip("`").split()[0]
             for cells in table("Options")
-            if cells[1] == "all" or name in re.findall(r"`(\w+)`", cells[1])
+            if cells[2] == "all" or name in re.findall(r"`(\w+)`", cells[2])
         }
         for name in commands
     }

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from hfbucket_plugin import metrics, settings
-from tools import settings_table
+from tools import metrics_table, options_table, settings_table
+from tools.generated import filled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -18,17 +19,38 @@ def blocks(page, language):
     return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_table_of_settings_is_the_models():
     page = settings_table.PAGE.read_text(encoding="utf-8")
 
     assert settings_table.rendered(page) == page, "run `make docs`"
 
 
+def test_the_tables_of_metrics_are_those_of_the_code():
+    page = metrics_table.PAGE.read_text(encoding="utf-8")
+
+    assert filled(page, metrics_table.parts()) == page, "run `make docs`"
+
+
+@pytest.mark.parametrize(("page", "parts"), options_table.parts().items(), ids=lambda value: getattr(value, "name", ""))
+def test_the_tables_of_options_are_those_of_the_commands(page, parts):
+    text = page.read_text(encoding="utf-8")
+
+    assert filled(text, parts) == text, "run `make docs`"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/configure.md"])
@@ -55,7 +77,7 @@ def test_make_targets_and_scripts_that_are_shown_exist():
 
 
 def test_every_metric_is_described():
-    page = (REPOSITORY / "docs" / "operate.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
     names = [value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)]
     assert len(names) >= 12
     for name in names:

@@ -1,4 +1,4 @@
-"""`docs/warm.md` says what is so."""
+"""The pages `docs/warm*.md` say what is so."""
 
 import dataclasses
 import io
@@ -27,12 +27,18 @@ from warmer.run_metrics import RunMetrics
 from warmer.tiers import ENGINE_KINDS, TierOptions, declared_tier
 from warmer.warm_file import warm_up
 
-PAGE = Path(__file__).parents[2] / "docs" / "warm.md"
+ROOT = Path(__file__).parents[2]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("warm*.md")))
+
+
+def section_of(title):
+    """The text of a section, on whichever page it is."""
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0].split("\n# ")[0]
 
 
 def named(section):
     """What stands in backquotes in the first column of the tables of a section."""
-    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    text = section_of(section)
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
@@ -49,7 +55,7 @@ def test_every_option_is_described():
 
 
 def shown_yaml(section):
-    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    text = section_of(section)
     (shown,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     return shown
 
@@ -69,14 +75,14 @@ def test_the_warm_yaml_shown_loads_and_has_every_setting(tmp_path):
 
 
 def test_every_field_of_a_check_is_described():
-    text = PAGE.read_text(encoding="utf-8").split("## Checking\n")[1].split("\n## ")[0]
+    text = section_of("Checking")
     names = {field.name for field in dataclasses.fields(NodeCheck)} | set(CheckReport(1.0).record(stopped=False))
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
 def test_every_reason_for_passing_by_is_described():
-    text = PAGE.read_text(encoding="utf-8").split("## The summary\n")[1].split("\n## ")[0]
-    source = "".join(path.read_text() for path in (PAGE.parents[1] / "warmer").glob("*.py"))
+    text = section_of("The summary")
+    source = "".join(path.read_text() for path in (ROOT / "warmer").rglob("*.py"))
     reasons = set(re.findall(r'skipped\["(\w+)"\]', source))
     assert len(reasons) >= 5
     assert [reason for reason in reasons if f"`{reason}`" not in text] == []
@@ -86,16 +92,14 @@ def test_every_field_of_the_summary_is_described():
     task = Task("i", "b", "t", {"prefix": ["p"]}, 1, 1)
     summary = RunReport(task, [Node("id", "name")], FailureLog(None)).summary(stopped=False)
     assert set(summary) <= named("The summary")
-    text = PAGE.read_text(encoding="utf-8")
-    assert all(f"`{field.name}`" in text for field in dataclasses.fields(NodeReport))
+    assert all(f"`{field.name}`" in TEXT for field in dataclasses.fields(NodeReport))
     kinds = {outcomes.NODE_LOST, outcomes.NODE_START, outcomes.INTERNAL}
     assert kinds <= named("The summary")
 
 
 def test_every_exit_code_is_described():
-    text = PAGE.read_text(encoding="utf-8")
     codes = {value for name, value in vars(exits).items() if name.isupper()}
-    assert {int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)} == codes
+    assert {int(code) for code in re.findall(r"^\| (\d) \|", TEXT, re.MULTILINE)} == codes
 
 
 def test_the_configuration_shown_is_one_that_works(tmp_path):
@@ -109,7 +113,7 @@ def test_the_configuration_shown_is_one_that_works(tmp_path):
 
 
 def test_the_tiers_shown_are_taken_and_those_named_as_impossible_refused():
-    text = PAGE.read_text(encoding="utf-8").split("## Tiers\n")[1].split("\n## ")[0]
+    text = section_of("Tiers")
     for kind in ENGINE_KINDS:
         assert f"`{kind}`" in text
     (shown,) = re.findall(r"--l2-adapter '(\{.*?\})'", text)
@@ -128,14 +132,12 @@ def test_the_tiers_shown_are_taken_and_those_named_as_impossible_refused():
 
 
 def test_every_option_of_a_tier_is_described():
-    text = PAGE.read_text(encoding="utf-8")
     options = {field.name for field in dataclasses.fields(TierOptions)}
-    assert [name for name in options if f"`{name}`" not in text and f"`--{name}`" not in text] == []
+    assert [name for name in options if f"`{name}`" not in TEXT and f"`--{name}`" not in TEXT] == []
 
 
 def test_the_commands_shown_take_their_options():
-    text = PAGE.read_text(encoding="utf-8")
-    commands = re.findall(r"python -m warmer (plan|apply|check) ([^\n`]*)", text)
+    commands = re.findall(r"python -m warmer (plan|apply|check) ([^\n`]*)", TEXT)
     assert {name for name, _ in commands} == {"plan", "apply", "check"}
     known = typer.main.get_command(app).commands
     for name, arguments in commands:
@@ -151,8 +153,7 @@ RUN = (
 
 
 def test_the_commands_shown_are_those_that_the_tests_run():
-    text = PAGE.read_text(encoding="utf-8")
-    commands = re.findall(r"python -m warmer run [^\n]*", text)
+    commands = re.findall(r"python -m warmer run [^\n]*", TEXT)
     assert len(commands) >= 2
     for command in commands:
         options = set(re.findall(r"--[a-z0-9-]+", command))
@@ -160,8 +161,8 @@ def test_the_commands_shown_are_those_that_the_tests_run():
 
 
 def test_the_jobs_shown_are_commands():
-    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    text = TEXT.replace("\\\n", " ")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     submitted = re.findall(r"^python -m warmer submit ([^\n`]*)", text + readme, re.MULTILINE)
     jobs = re.findall(r"^ray job submit [^\n]*-- +python -m warmer ([^\n`]*)", text, re.MULTILINE)
     checks = re.findall(r"^python -m warmer (check --config [^\n`]*)", text + readme, re.MULTILINE)
@@ -183,13 +184,13 @@ def test_every_field_of_a_line_of_progress_is_described():
 
 
 def test_every_field_of_a_canary_is_described():
-    text = PAGE.read_text(encoding="utf-8").split("## A gate for pipelines\n")[1].split("\n## ")[0]
+    text = section_of("A gate for pipelines")
     names = {field.name for field in dataclasses.fields(EngineFound)} | {"require", "prompt"}
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
 def test_every_metric_of_a_run_is_described():
-    page = (PAGE.parent / "operate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(ray_warmer_\w+)` \| (\w+) \|", page, re.MULTILINE))
     made = [value for value in vars(RunMetrics()).values() if isinstance(value, (Metric, CountedBytes, dict))]
     flat = [one for value in made for one in (value.values() if isinstance(value, dict) else [value])]
