@@ -10,7 +10,7 @@ from localhub.server import serve
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, or 1 with a message on stderr."""
+    """Run the command line and return the exit status: 0, or 1 with an error on stderr."""
     given = _parser().parse_args(arguments)
     try:
         options = Options(
@@ -28,33 +28,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="localhub", description="A Hugging Face Hub with buckets, on loopback.")
+    parser = argparse.ArgumentParser(prog="localhub", description="A local Hugging Face Hub with buckets, for tests.")
     serving = parser.add_subparsers(required=True, metavar="command").add_parser(
         "serve",
         help="serve a root directory until SIGTERM or SIGINT",
         description="Serve a root directory until SIGTERM or SIGINT. Prints one line of JSON when ready.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    serving.add_argument("--root", type=Path, required=True, metavar="DIR", help="where everything is stored")
-    serving.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    serving.add_argument("--port", type=_port, default=0, help="port to listen on, 0 for any that is free")
-    serving.add_argument("--page-size", type=_positive, default=1000, metavar="N", help="entries on a listing's page")
     serving.add_argument(
-        "--tokens", type=Path, metavar="FILE", help="YAML of who may do what; default: anybody anything"
+        "--root",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of everything that the Hub stores; created when missing",
+    )
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serving.add_argument("--port", type=_port, default=0, help="port to listen on; 0 for any free port")
+    serving.add_argument(
+        "--page-size",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="maximum number of entries on a page of a listing",
+    )
+    serving.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with tokens and their rights; without it, every caller may do everything",
     )
     serving.add_argument(
         "--cas-token-ttl",
         type=float,
         default=3600.0,
         metavar="S",
-        help="seconds that storage tokens and links hold",
+        help="validity of storage tokens and links, in seconds",
     )
     serving.add_argument(
         "--faults",
         action="store_true",
-        help="take orders for faults at /_control/faults, from anybody: with --tokens too, without a token",
+        help="accept faults at /_control/faults, without a token even if --tokens is given",
     )
-    serving.add_argument("--until-stdin-closes", action="store_true", help="end as well when stdin, a pipe, is closed")
+    serving.add_argument("--until-stdin-closes", action="store_true", help="also exit when stdin, a pipe, is closed")
     return parser
 
 

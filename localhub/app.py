@@ -1,15 +1,16 @@
-"""Puts a Hub together: one root directory, its stores, its routes."""
+"""The ASGI application of a Hub: one root directory, its stores, its routes."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Mount, Router
+from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp
 
 from localhub.errors import HubError
@@ -18,7 +19,7 @@ from localhub.http.access import Access, Token
 from localhub.http.batch import Batches
 from localhub.http.bucket_routes import BucketRoutes
 from localhub.http.control_routes import ControlRoutes
-from localhub.http.routing import Routes
+from localhub.http.routing import ObservedEndpoint
 from localhub.http.signing import Signer
 from localhub.http.storage_routes import StorageRoutes
 from localhub.state.buckets import BucketStore
@@ -34,40 +35,34 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Options:
-    """How a Hub is run.
+    """Settings of a Hub.
 
     Attributes:
-        root: directory of all that it stores; made when missing.
-        page_size: most entries of a listing's page.
-        tokens: who may do what; None for no access control.
-        cas_token_ttl_s: how long storage tokens and links hold, in seconds.
-        faults: whether faults can be ordered over the wire.
+        root: directory of everything that the Hub stores; created when missing.
+        page_size: maximum number of entries on a page of a listing.
+        tokens: the tokens by their secret; None for no access control.
+        cas_token_ttl_s: validity of storage tokens and links, in seconds.
+        faults: whether clients can add faults.
     """
 
     root: Path
     page_size: int = 1000
-    tokens: dict[str, Token] | None = None
+    tokens: dict[str, Token] | None = field(default=None, repr=False)  # its keys are secrets
     cas_token_ttl_s: float = 3600.0
     faults: bool = False
 
 
-class _Text(Convertor[str]):
-    """The rest of a path whatever it holds: Starlette's own stops at a line break."""
+class _Text(PathConvertor):
+    """The rest of a path, line breaks included, at which Starlette's own convertor stops."""
 
     regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 def make_app(options: Options) -> ASGIApp:
     """Return the ASGI application of a Hub.
 
     Raises:
-        RuntimeError: the root was made by another version of this package, or is not a Hub's (`RootError`).
+        RuntimeError: the root was made by another version of this package, or is not the root of a Hub (`RootError`).
     """
     register_url_convertor("text", _Text())
     check_root(options.root)
@@ -75,44 +70,38 @@ def make_app(options: Options) -> ASGIApp:
     uploads = options.root / UPLOADS
     uploads.mkdir(exist_ok=True)
     remove_stale(uploads)
-    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="localhub")
 
-    access = Access(options.tokens)
     signer = Signer(database.secret(), options.cas_token_ttl_s)
     xorbs = XorbStore(options.root, database)
+    objects = ObjectStore(database, xorbs, only_arrived=options.tokens is not None)
     buckets = BucketRoutes(
         store=BucketStore(database),
-        batches=Batches(database, only_arrived=access.controlled),
-        access=access,
+        batches=Batches(database, objects),
+        access=Access(options.tokens),
         signer=signer,
-        executor=executor,
         page_size=options.page_size,
     )
-    storage = StorageRoutes(
-        xorbs=xorbs,
-        objects=ObjectStore(database, xorbs, only_arrived=access.controlled),
-        signer=signer,
-        executor=executor,
-        uploads=uploads,
-    )
-    counters = Counters()
-    faults = FaultBook() if options.faults else None
-    make = Routes(counters, faults)
+    storage = StorageRoutes(xorbs=xorbs, objects=objects, signer=signer, uploads=uploads)
+    counters, faults = Counters(), FaultBook()
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: object) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="localhub"))
         yield
-        executor.shutdown()
+        await loop.shutdown_default_executor()
         database.close()
 
-    routes: list[BaseRoute] = [
-        *storage.routes(make),
-        *buckets.routes(make),
-        *ControlRoutes(counters, faults).routes(),
+    routes = [
+        *(
+            Route(path, ObservedEndpoint(handler, name, counters, faults), methods=[method], name=name)
+            for name, method, path, handler in storage.routes() + buckets.routes()
+        ),
+        *ControlRoutes(counters, faults).routes(faults=options.faults),
+        # Anything else that a client probes for is answered at once, and counted.
+        Mount("/", ObservedEndpoint(_unknown, "unknown", counters, faults)),
     ]
-    # Whatever else a client probes for is answered at once, and counted.
-    routes.append(Mount("/", make.app("unknown", _unknown)))
-    # Not a Starlette: its middleware would catch what no endpoint here lets out, at a tenth of a small request.
+    # Not a Starlette: its middleware catches exceptions, of which endpoints raise none, and costs a tenth of a small request.
     return Router(routes, redirect_slashes=False, lifespan=lifespan)
 
 

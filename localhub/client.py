@@ -1,4 +1,4 @@
-"""A client of a Hub's control routes, for tests and benchmarks. It needs nothing beyond pydantic."""
+"""A client of a Hub's control routes, for tests and benchmarks. Its only dependencies are pydantic and regex."""
 
 import json
 import urllib.error
@@ -13,47 +13,47 @@ _TIMEOUT_SECONDS = 30.0
 
 
 class ControlError(RuntimeError):
-    """The Hub refused an order; the message is its answer."""
+    """The Hub refused a request; the message holds its response."""
 
 
 @dataclass(frozen=True)
 class CountersView:
-    """What passed over the wire since the start or the last reset.
+    """Counters of a Hub process since its start or the last reset.
 
     Attributes:
-        routes: by name of the route; routes that nobody asked are missing.
-        total: over all routes.
+        routes: counters by name of the route; routes without requests are missing.
+        total: sums over all routes.
     """
 
     routes: dict[str, RouteCounters]
     total: RouteCounters
 
     def route(self, name: str) -> RouteCounters:
-        """Return the counters of a route, all zero when nobody asked it."""
+        """Return the counters of a route, all zero if it had no request."""
         return self.routes.get(name, RouteCounters())
 
 
 class HubControl:
-    """Orders faults from a Hub and reads its counters.
+    """Adds faults to a Hub and reads its counters.
 
     Args:
-        endpoint: its address, such as `http://127.0.0.1:4321`. Faults need a Hub that was started with `--faults`.
+        endpoint: URL of the Hub, such as `http://127.0.0.1:4321`. Faults require a Hub that was started with `--faults`.
     """
 
     def __init__(self, endpoint: str) -> None:
         self._base = endpoint.rstrip("/") + "/_control"
 
     def add_fault(self, fault: Fault) -> int:
-        """Order a fault; return the number that `clear_fault` and `hits` take.
+        """Add a fault; return the number that `clear_fault` and `hits` take.
 
         Raises:
             ControlError: the Hub was started without faults.
-            OSError: it cannot be reached.
+            OSError: the Hub cannot be reached.
         """
         return int(self._call("POST", "/faults", [fault.model_dump(exclude_defaults=True)])[0]["id"])
 
     def hits(self, number: int) -> int:
-        """Return how many requests a fault met.
+        """Return how many requests a fault affected.
 
         Raises:
             ControlError: there is no fault of that number.
@@ -65,7 +65,7 @@ class HubControl:
         raise ControlError(f"there is no fault {number}")
 
     def clear_fault(self, number: int) -> None:
-        """Take one fault back; requests that hang in it are served.
+        """Clear one fault; requests that hang because of it are served.
 
         Raises:
             ControlError: there is no fault of that number.
@@ -74,16 +74,16 @@ class HubControl:
         self._call("DELETE", f"/faults/{number}")
 
     def clear_faults(self) -> None:
-        """Take every fault back.
+        """Clear all faults.
 
         Raises:
             ControlError: the Hub was started without faults.
-            OSError: it cannot be reached.
+            OSError: the Hub cannot be reached.
         """
         self._call("DELETE", "/faults")
 
     def counters(self) -> CountersView:
-        """Return what passed over the wire.
+        """Return the counters.
 
         Raises:
             OSError: the Hub cannot be reached.

@@ -1,4 +1,6 @@
-"""The refusals of this Hub, in the shape that the clients read."""
+"""Refusals of this Hub, in the form that the clients read."""
+
+from pydantic import ValidationError
 
 
 class HubError(Exception):
@@ -8,8 +10,8 @@ class HubError(Exception):
     `BucketNotFoundError`, `EntryNotFound` becomes `RemoteEntryNotFoundError`) and show `X-Error-Message`.
 
     Args:
-        status: HTTP status of the answer.
-        message: what was wrong, for a person; also the body's `error`.
+        status: HTTP status of the response.
+        message: what is wrong, for a person; also the body's `error`.
         code: value of `X-Error-Code`, or None for no such header.
         extra: more fields of the JSON body.
     """
@@ -29,11 +31,11 @@ def bad_request(message: str) -> HubError:
     return HubError(400, message)
 
 
-def bucket_not_found(bucket_id: str) -> HubError:
-    """Return the 404 for a bucket that does not exist, or that the caller may not see."""
-    return HubError(404, f"Bucket not found: {bucket_id}", code="RepoNotFound")
+def problems(error: ValidationError) -> list[str]:
+    """Return every problem as `place: message`, without the input, which may hold secrets."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [": ".join(filter(None, (_place(one["loc"]), one["msg"]))) for one in found]
 
 
-def entry_not_found(path: str) -> HubError:
-    """Return the 404 for a path that a bucket does not hold."""
-    return HubError(404, f"Entry not found: {path}", code="EntryNotFound")
+def _place(location: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")

@@ -1,4 +1,4 @@
-"""Runs a Hub under uvicorn: one socket, one announcement, a clean end."""
+"""Runs a Hub under uvicorn: one socket, one announcement on stdout, a clean exit."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,28 +17,22 @@ from localhub.app import Options, make_app
 from localhub.faults.injection import TRANSPORT
 
 _KEEP_ALIVE_SECONDS = 120
-"""Longer than the clients keep idle connections, so that it is never this side that closes one they just chose."""
+"""Longer than the clients keep idle connections: this side must not close one that a client is about to use."""
 
 _GRACE_SECONDS = 3
 _BACKLOG = 2048
 
 
-class _WithTransport:
-    """An application that is told the transport of its connection: faults cut and reset it."""
-
-    def __init__(self, app: ASGIApp, transport: asyncio.Transport) -> None:
-        self._app = app
-        self._transport = transport
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[TRANSPORT] = self._transport
-        await self._app(scope, receive, send)
-
-
-class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type] # uvicorn chooses the base when it is imported
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type] # uvicorn chooses the base class when it is imported
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.app: Any = _WithTransport(self.app, transport)
+        app: ASGIApp = self.app  # type: ignore[has-type] # the same
+
+        async def with_transport(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[TRANSPORT] = transport  # for faults that close or reset the connection
+            await app(scope, receive, send)
+
+        self.app = with_transport
 
 
 class _Server(uvicorn.Server):
@@ -50,7 +43,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn raises the signal again at its end, which would make a clean end look like a death.
+        # uvicorn raises the signal again when it ends, so that a clean exit would look like a kill.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -60,7 +53,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # Not before: a signal that follows the announcement must find its handler.
+        # Not earlier: a signal that follows the announcement must find its handler.
         sys.stdout.write(json.dumps(self._announcement) + "\n")
         sys.stdout.flush()
 
@@ -81,12 +74,12 @@ def serve(options: Options, host: str, port: int, *, until_stdin_closes: bool = 
     Args:
         options: what to serve.
         host: address to listen on.
-        port: port to listen on; 0 for any that is free.
-        until_stdin_closes: whether to end as well when stdin, a pipe, is closed: so a Hub does not outlive a parent
-            that was killed.
+        port: port to listen on; 0 for any free port.
+        until_stdin_closes: whether to exit when stdin, a pipe, is closed, so that a Hub does not outlive a parent that
+            is killed.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: listening on the address fails.
         RuntimeError: the root was made by another version of this package.
     """
     with _listen(host, port) as listener:
@@ -115,14 +108,8 @@ def serve(options: Options, host: str, port: int, *, until_stdin_closes: bool = 
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, every answer takes 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    family, dualstack = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in host else (socket.AF_INET, False)
+    listener = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=dualstack)
+    # A socket made from the descriptor knows its protocol. asyncio disables Nagle's algorithm, which delays every response by
+    # 40 ms, only for sockets that do.
+    return socket.socket(fileno=listener.detach())

@@ -1,4 +1,4 @@
-"""Faults on order: rules, and how they are applied to requests."""
+"""Injected faults: the rules, and their application to requests."""
 
 from localhub.faults.rules import Fault
 

@@ -1,4 +1,4 @@
-"""Carries faults out at the wire, around whatever serves the request."""
+"""Applies faults to the ASGI messages of a request."""
 
 import asyncio
 import socket
@@ -11,18 +11,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from localhub.faults.rules import Fault, Injection, Rule
 
 TRANSPORT = "localhub.transport"
-"""Where `localhub.server` puts the connection's transport in the scope."""
+"""Key of the connection's transport in the scope; `localhub.server` sets it."""
 
 REFUSE = "localhub.refuse"
-"""Where a fault puts its choice of a batch's items in the scope."""
+"""Key in the scope of the function that chooses the items of a batch that fail."""
 
 
 class _CutError(Exception):
-    """The connection was cut on purpose: nothing more is to be sent."""
+    """The connection was closed on purpose; nothing more can be sent."""
 
 
 async def inject(injection: Injection, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Serve a request with `app` while doing to it what `injection` says."""
+    """Serve a request with `app` and apply `injection` to it."""
     if injection.delay_s:
         await asyncio.sleep(injection.delay_s)
     if injection.rule is None:
@@ -33,7 +33,7 @@ async def inject(injection: Injection, app: ASGIApp, scope: Scope, receive: Rece
         await Response(fault.body, fault.status, fault.headers)(scope, receive, send)
     elif fault.reset:
         _reset(scope[TRANSPORT])
-        await _gone(receive)
+        await _disconnected(receive)
     elif fault.hang:
         held = await _hang(injection.rule, receive)
         if held is not None:
@@ -42,7 +42,7 @@ async def inject(injection: Injection, app: ASGIApp, scope: Scope, receive: Rece
         if fault.items is not None:
             scope[REFUSE] = fault.refuses
         with suppress(_CutError):
-            await app(scope, receive, _bend(fault, scope[TRANSPORT], receive, send))
+            await app(scope, receive, _altered(fault, scope[TRANSPORT], receive, send))
 
 
 def _reset(transport: asyncio.Transport) -> None:
@@ -52,14 +52,14 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-async def _gone(receive: Receive) -> None:
-    """Wait until the server has seen that the connection is closed: it would take an early return for a mistake."""
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the server notices that the connection is closed: it logs an error for an earlier return."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _hang(rule: Rule, receive: Receive) -> Receive | None:
-    """Wait until the rule is cleared; return what replays the request, or None when the client went away."""
+    """Wait until the rule is cleared; return a `receive` that replays the request, or None when the client disconnects."""
     held: list[Message] = []
     cleared = asyncio.ensure_future(rule.cleared.wait())
     try:
@@ -86,11 +86,11 @@ def _replay(held: list[Message], receive: Receive) -> Receive:
     return replayed
 
 
-def _bend(fault: Fault, transport: asyncio.Transport, receive: Receive, send: Send) -> Send:
-    """Return a `send` that does to the answer's body what `fault` says."""
+def _altered(fault: Fault, transport: asyncio.Transport, receive: Receive, send: Send) -> Send:
+    """Return a `send` that applies `fault` to the body of the response."""
     position = 0
 
-    async def bent(message: Message) -> None:
+    async def altered(message: Message) -> None:
         nonlocal position
         if message["type"] != "http.response.body":
             await send(message)
@@ -106,13 +106,13 @@ def _bend(fault: Fault, transport: asyncio.Transport, receive: Receive, send: Se
         else:
             await send(message)
 
-    return bent
+    return altered
 
 
 async def _truncate(rest: bytes, transport: asyncio.Transport, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": rest, "more_body": True})
     transport.close()
-    await _gone(receive)
+    await _disconnected(receive)
     raise _CutError
 
 

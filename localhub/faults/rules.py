@@ -1,4 +1,4 @@
-"""Faults on order: which requests they meet and what they do. `localhub.faults.injection` carries them out."""
+"""Rules for injected faults: which requests they match and what they do. `localhub.faults.injection` applies them."""
 
 import asyncio
 import itertools
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 _ACTIONS = ("status", "truncate_at", "trickle_bytes", "flip_at", "flip_every", "hang", "reset", "items")
 
 _SEARCH_SECONDS = 0.1
-"""A search that takes longer would hold up every request of the Hub."""
+"""A longer search would block every request of the Hub."""
 
 _log = logging.getLogger("localhub")
 
@@ -21,28 +21,28 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Fault(BaseModel, extra="forbid", frozen=True):
-    """One rule. It holds a delay, or one action, or both.
+    """One fault: which requests it matches, and a delay, an action, or both.
 
     Attributes:
-        route: name of the route that it meets (see `docs/localhub.md`), or `*` for every one.
-        method: HTTP method that it meets; None for every one.
+        route: name of a route (see `docs/localhub.md`), or `*` for every route.
+        method: HTTP method; None for every method.
         path: text that the decoded path of the request contains.
-        path_regex: regular expression that is found in the decoded path; one whose search takes over 0.1 s is dropped.
-        times: how many requests it meets before it is spent; None for all.
-        delay_s: seconds to wait before anything else. Delays of several rules add up.
-        status: answer with this HTTP status instead of serving the request.
-        headers: headers of that answer.
-        body: body of that answer.
-        truncate_at: send this many bytes of the answer's body, then close the connection.
-        trickle_bytes: send the answer's body in pieces of this many bytes.
+        path_regex: regular expression to search in the decoded path; ignored once a search takes over 0.1 s.
+        times: number of requests that the fault affects; None for all.
+        delay_s: seconds to wait before anything else. Delays of several faults add up.
+        status: respond with this HTTP status instead of serving the request.
+        headers: headers of that response.
+        body: body of that response.
+        truncate_at: send this many bytes of the response's body, then close the connection.
+        trickle_bytes: send the response's body in pieces of this many bytes.
         trickle_interval_s: seconds between those pieces.
-        flip_at: invert the bytes at these offsets of the answer's body; its length stays.
-        flip_every: invert every n-th byte of the answer's body; its length stays.
-        hang: do not answer until the rule is cleared (then serve the request) or the client goes away.
+        flip_at: invert the bytes at these offsets of the response's body; its length stays the same.
+        flip_every: invert every n-th byte of the response's body; its length stays the same.
+        hang: do not respond until the fault is cleared (then serve the request) or the client disconnects.
         reset: reset the TCP connection instead of serving the request.
-        items: fail the items of a batch whose path contains this text; the others are served. Empty for all.
-        items_regex: narrows `items` to paths in which this regular expression is found.
-        items_error: the error text of those items.
+        items: fail the items of a batch whose path contains this text; serve the others. Empty for all items.
+        items_regex: limits `items` to paths in which this regular expression is found.
+        items_error: the error of those items.
     """
 
     route: str = "*"
@@ -71,29 +71,25 @@ class Fault(BaseModel, extra="forbid", frozen=True):
         try:
             regex.compile(pattern or "")
         except regex.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
+            raise ValueError(f"invalid regular expression: {error}") from error
         return pattern
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
-        actions = self._actions()
+        actions = self.actions()
         if len(actions) > 1:
-            raise ValueError(f"a fault has one action, this one has {', '.join(actions)}")
+            raise ValueError(f"a fault has one action, not {', '.join(actions)}")
         if not actions and not self.delay_s:
             raise ValueError(f"a fault needs delay_s or one of {', '.join(_ACTIONS)}")
         return self
 
-    @property
-    def acts(self) -> bool:
-        """Whether it does more than delay."""
-        return bool(self._actions())
-
-    def _actions(self) -> list[str]:
-        # Not by truth: to truncate at 0 and to fail the items that contain "" are actions.
+    def actions(self) -> list[str]:
+        """Return the names of the fields that make the fault do more than delay."""
+        # Falsy values count: truncating at 0 and failing the items that contain "" are actions.
         return [name for name in _ACTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
 
     def meets(self, route: str, method: str, path: str) -> bool:
-        """Whether a request is one that this rule is for."""
+        """Whether the fault matches a request."""
         return (
             self.route in ("*", route)
             and (self.method is None or self.method.upper() == method)
@@ -102,38 +98,37 @@ class Fault(BaseModel, extra="forbid", frozen=True):
         )
 
     def refuses(self, path: str) -> str | None:
-        """Return the error text for an item of a batch, or None if it is to be served."""
-        if self.items is None or self.items not in path:
-            return None
-        if self.items_regex is not None and not _is_found(self.items_regex, path):
-            return None
-        return self.items_error
+        """Return the error of an item of a batch, or None to serve it."""
+        matches = self.items is not None and self.items in path
+        if matches and self.items_regex is not None:
+            matches = _is_found(self.items_regex, path)
+        return self.items_error if matches else None
 
 
 _too_slow: set[str] = set()
 
 
 def _is_found(pattern: str, text: str) -> bool:
-    """Search for a pattern of an order; one that once took too long is found nowhere from then on."""
+    """Search for a pattern; after a search that takes too long, the pattern matches nothing."""
     if pattern in _too_slow:
         return False
     try:
         return regex.search(pattern, text, timeout=_SEARCH_SECONDS) is not None
     except TimeoutError:
         _too_slow.add(pattern)
-        _log.warning("the regular expression %r took over %s s and is not used any more", pattern, _SEARCH_SECONDS)
+        _log.warning("ignoring the regular expression %r: a search took over %s s", pattern, _SEARCH_SECONDS)
         return False
 
 
 @dataclass
 class Rule:
-    """A fault that was ordered.
+    """A fault in effect.
 
     Attributes:
-        number: names it on the control route.
-        fault: what was ordered.
-        hits: how many requests it met.
-        cleared: set once it is taken back; lets go of those that hang.
+        number: its id on the control routes.
+        fault: the fault.
+        hits: number of requests that the fault affected.
+        cleared: set when the fault is cleared; releases the requests that hang.
     """
 
     number: int
@@ -143,7 +138,7 @@ class Rule:
 
     @property
     def spent(self) -> bool:
-        """Whether it met as many requests as it was for."""
+        """Whether the fault affected as many requests as it is for."""
         return self.fault.times is not None and self.hits >= self.fault.times
 
     def describe(self) -> dict[str, Any]:
@@ -153,11 +148,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Injection:
-    """What is to happen to one request.
+    """What to do to one request.
 
     Attributes:
         delay_s: seconds to wait first.
-        rule: the rule whose action is carried out, if any.
+        rule: the rule whose action to apply, if any.
     """
 
     delay_s: float
@@ -172,35 +167,35 @@ class FaultBook:
         self._numbers = itertools.count(1)
 
     def add(self, fault: Fault) -> Rule:
-        """Order a fault."""
+        """Add a fault."""
         rule = Rule(next(self._numbers), fault)
         self._rules.append(rule)
         return rule
 
     def clear(self, number: int | None = None) -> int:
-        """Take back one rule, or all; return how many those were."""
-        gone = [rule for rule in self._rules if number in (None, rule.number)]
-        for rule in gone:
+        """Clear one rule, or all; return how many were cleared."""
+        cleared = [rule for rule in self._rules if number in (None, rule.number)]
+        for rule in cleared:
             rule.cleared.set()
-        self._rules = [rule for rule in self._rules if rule not in gone]
-        return len(gone)
+            self._rules.remove(rule)
+        return len(cleared)
 
     def rules(self) -> list[Rule]:
-        """Return the rules, spent ones too: their hits tell what happened."""
+        """Return the rules, including spent ones, whose hits show what happened."""
         return list(self._rules)
 
     def choose(self, route: str, method: str, path: str) -> Injection | None:
-        """Return what is to happen to a request, counting it as met; None for nothing.
+        """Return what to do to a request, and count it; None for nothing.
 
-        The first rule with an action that meets it acts; the delays of rules that only delay add up with its own.
+        The first matching rule with an action is applied. The delays of matching rules without an action are added.
         """
         delay_s = 0.0
         acting: Rule | None = None
         for rule in self._rules:
-            if rule.spent or (acting and rule.fault.acts) or not rule.fault.meets(route, method, path):
+            if rule.spent or (acting and rule.fault.actions()) or not rule.fault.meets(route, method, path):
                 continue
             rule.hits += 1
             delay_s += rule.fault.delay_s
-            if rule.fault.acts:
+            if rule.fault.actions():
                 acting = rule
         return Injection(delay_s, acting) if delay_s or acting else None

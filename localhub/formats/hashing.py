@@ -1,9 +1,8 @@
-r"""Xet hashes: their text form, and the Merkle trees that make xorb and file hashes.
+r"""Xet hashes: their text form, and the Merkle trees of xorbs and files (https://huggingface.co/docs/xet/hashing).
 
-After the public Xet protocol specification (https://huggingface.co/docs/xet/hashing): every hash is keyed BLAKE3
-of 32 bytes. A chunk's hash covers its unpacked bytes. Inner nodes cover one line `"{hash} : {size}\n"` per child.
-A xorb's hash is the root over its chunks; a file's hash is the root over its chunks, hashed once more with a key of
-zeros.
+Every hash is keyed BLAKE3 of 32 bytes. A chunk's hash covers its unpacked bytes; an inner node covers one line
+`"{hash} : {size}\n"` per child. A xorb's hash is the root over its chunks; a file's hash is the root over its chunks,
+hashed again with a key of zeros.
 """
 
 import string
@@ -14,7 +13,7 @@ from blake3 import blake3
 
 HASH_BYTES = 32
 EMPTY_FILE_HASH = bytes(HASH_BYTES)
-"""What hf_xet gives a file of no bytes: no chunks, so no tree, so zeros."""
+"""The hash that hf_xet gives a file of no bytes: without chunks there is no tree."""
 
 _CHUNK_KEY = bytes.fromhex("6697f5775b9550de3135cbaca597181c9de421109beb2b58b4d0b04b93adf229")
 _NODE_KEY = bytes.fromhex("017ec5c7a5472996fd946666b48a02e65ddd536f37c76dd2f86352e64a53713f")
@@ -30,6 +29,10 @@ Node = tuple[bytes, int]
 """A hash and the number of unpacked bytes beneath it."""
 
 
+class HashError(ValueError):
+    """This text is not a hash."""
+
+
 def to_hex(digest: bytes) -> str:
     """Return the text form of a hash: four little-endian 64-bit words, each as 16 hexadecimal digits.
 
@@ -43,10 +46,10 @@ def from_hex(text: str) -> bytes:
     """Return the 32 bytes of a hash from its text form.
 
     Raises:
-        ValueError: `text` is not 64 hexadecimal digits.
+        HashError: `text` is not 64 hexadecimal digits.
     """
     if len(text) != 2 * HASH_BYTES or not _HEX.issuperset(text):
-        raise ValueError(f"not a Xet hash (64 hexadecimal digits): {text[:80]!r}")
+        raise HashError(f"not a Xet hash (64 hexadecimal digits): {text[:80]!r}")
     return _WORDS.pack(*(int(text[i : i + 16], 16) for i in range(0, 64, 16)))
 
 
@@ -56,23 +59,15 @@ def chunk_hash(data: bytes | bytearray) -> bytes:
 
 
 def xorb_hash(chunks: Sequence[Node]) -> bytes:
-    """Return the hash of the xorb that holds these chunks in this order."""
-    return _root(chunks)
+    """Return the hash of the xorb that holds these chunks, at least one, in this order."""
+    while len(chunks) > 1:
+        chunks = _level_above(chunks)
+    return chunks[0][0]
 
 
 def file_hash(chunks: Sequence[Node]) -> bytes:
     """Return the hash of the file made of these chunks in this order; zeros when there are none."""
-    if not chunks:
-        return EMPTY_FILE_HASH
-    return blake3(_root(chunks), key=_FILE_KEY).digest()
-
-
-def _root(nodes: Sequence[Node]) -> bytes:
-    if not nodes:
-        return bytes(HASH_BYTES)
-    while len(nodes) > 1:
-        nodes = _level_above(nodes)
-    return nodes[0][0]
+    return blake3(xorb_hash(chunks), key=_FILE_KEY).digest() if chunks else EMPTY_FILE_HASH
 
 
 def _level_above(nodes: Sequence[Node]) -> list[Node]:
@@ -86,7 +81,7 @@ def _level_above(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _cut(nodes: Sequence[Node], start: int) -> int:
-    """Return where the family that begins at `start` ends: the children's own hashes choose, so that trees agree."""
+    """Return where the children of the node that begins at `start` end; their hashes decide, so equal runs split alike."""
     if len(nodes) - start <= _MIN_BRANCHING:
         return len(nodes)
     limit = min(start + _MAX_BRANCHING, len(nodes))

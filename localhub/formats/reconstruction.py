@@ -1,4 +1,4 @@
-"""From a file's terms to what a client fetches: narrowed to the chunks that the wanted bytes touch."""
+"""Reconstructions: what a client fetches to read a range of a file, limited to the chunks that hold it."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ FindTable = Callable[[bytes], ChunkTable | None]
 """Returns a stored xorb's chunk table, or None."""
 
 MakeUrl = Callable[[bytes], str]
-"""Returns the address at which a xorb's bytes are served."""
+"""Returns the URL of a xorb's bytes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Piece:
         table: its chunk table.
         first: the first chunk.
         end: the chunk after the last.
-        skip: unpacked bytes of the first chunk that come before the wanted ones.
+        skip: unpacked bytes of the first chunk that precede the wanted ones.
     """
 
     xorb: bytes
@@ -34,27 +34,22 @@ class Piece:
     end: int
     skip: int
 
-    @property
-    def unpacked_bytes(self) -> int:
-        """Unpacked bytes of the whole chunks."""
-        return self.table.unpacked_bytes(self.first, self.end)
-
 
 class MissingXorbError(LookupError):
-    """A file's xorb is not stored, although its shard was taken: the root was tampered with."""
+    """A file's xorb is not stored although its shard was accepted: the root was modified."""
 
 
 def pieces(terms: bytes, start: int, stop: int, find: FindTable) -> Iterator[Piece]:
-    """Yield, in order, the chunks that hold the bytes `start` to `stop` of a file, the latter not included.
+    """Yield, in order, the chunks that hold the bytes `start` to `stop` (exclusive) of a file.
 
     Args:
         terms: the file's terms as stored, 48 bytes each.
         start: first wanted byte.
         stop: end of the wanted bytes, at most the file's size.
-        find: gives the chunk tables.
+        find: returns chunk tables.
 
     Raises:
-        MissingXorbError: a xorb is gone.
+        MissingXorbError: a xorb is missing.
     """
     offset = 0
     for term in iter_terms(terms):
@@ -69,9 +64,9 @@ def pieces(terms: bytes, start: int, stop: int, find: FindTable) -> Iterator[Pie
 
 
 def describe(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
-    """Return the answer of `GET /v1/reconstructions/{hash}`.
+    """Return the response to `GET /v1/reconstructions/{hash}`.
 
-    Runs of one xorb that touch or overlap are fetched once.
+    Adjacent and overlapping runs of one xorb are fetched once.
     """
     return {
         **_terms(found),
@@ -85,10 +80,10 @@ def describe(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
 
 
 def describe_v2(found: list[Piece], url: MakeUrl) -> dict[str, Any]:
-    """Return the answer of `GET /v2/reconstructions/{hash}`, which the client asks first.
+    """Return the response to `GET /v2/reconstructions/{hash}`, which the client requests first.
 
-    It says the same as v1, by xorb: addresses, each with the ranges to fetch there in one request. Each address gets
-    one range here, so that no answer of several parts is ever asked for.
+    It holds the same as v1, by xorb: URLs, each with the ranges to fetch in one request. Here every URL has one range,
+    so that clients never request several parts in one response.
     """
     return {
         **_terms(found),
@@ -108,7 +103,7 @@ def _terms(found: list[Piece]) -> dict[str, Any]:
         "terms": [
             {
                 "hash": to_hex(piece.xorb),
-                "unpacked_length": piece.unpacked_bytes,
+                "unpacked_length": piece.table.unpacked_bytes(piece.first, piece.end),
                 "range": {"start": piece.first, "end": piece.end},
             }
             for piece in found
@@ -131,7 +126,7 @@ def _narrow(term: Term, table: ChunkTable, start: int, stop: int) -> Piece:
 
 
 def _fetches(group: list[Piece]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Yield what to fetch of one xorb: chunks, end excluded, and their serialized bytes, end included."""
+    """Yield what to fetch of one xorb: chunks (end exclusive) and their serialized bytes (end inclusive)."""
     table = group[0].table
     merged: list[tuple[int, int]] = []
     for first, end in sorted((piece.first, piece.end) for piece in group):

@@ -1,16 +1,10 @@
-"""The shard format: which chunks of which xorbs make each file; and what makes this Hub refuse one.
+"""The shard format, which lists the chunks that make each file (https://huggingface.co/docs/xet/shard), and its validation.
 
-After the public Xet protocol specification (https://huggingface.co/docs/xet/shard). All numbers are little-endian:
-
-- 48 bytes header: a tag of 32, u64 version, u64 footer bytes;
-- file blocks: 48 bytes `hash[32], u32 flags, u32 n, u64`, then n terms of 48 bytes `xorb hash[32], u32 flags, u32
-  unpacked bytes, u32 first chunk, u32 end chunk`, then n*48 bytes if flag bit 31 (verification) and 48 bytes if
-  bit 30 (metadata); a block whose hash is all ones ends the list;
-- xorb blocks: 48 bytes `hash[32], u32 flags, u32 n, u32 unpacked bytes, u32 stored bytes`, then n chunks of 48 bytes
-  `hash[32], u32 start among the unpacked bytes, u32 unpacked bytes, u64`; ended in the same way;
-- a footer, which says nothing that the blocks do not.
+All numbers are little-endian, all entries 48 bytes long. A header (tag[32], u64 version, u64 footer bytes) precedes the file
+blocks and the xorb blocks; a block whose hash is all ones ends each list. The footer repeats what the blocks say.
 """
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,21 +13,21 @@ from localhub.formats.hashing import HASH_BYTES, Node, file_hash, to_hex
 from localhub.formats.xorbs import ChunkTable, hash_at
 
 _TAG = b"HFRepoMetaData\0"
-_BLOCK = struct.Struct("<32sIIQ")
-_TERM = struct.Struct("<32sIIII")
-_CHUNK = struct.Struct("<32sIIQ")
+_BLOCK = struct.Struct("<32sIIQ")  # hash, flags, number of entries that follow, unused
+_TERM = struct.Struct("<32sIIII")  # xorb, flags, unpacked bytes, first chunk, end chunk
+_CHUNK = struct.Struct("<32sIIQ")  # hash, start among the unpacked bytes, unpacked bytes, unused
 _HEADER_BYTES = 48
 _ENTRY_BYTES = 48
 _END = b"\xff" * HASH_BYTES
-_VERIFICATION_FLAG = 1 << 31
-_METADATA_FLAG = 1 << 30
+_VERIFICATION_FLAG = 1 << 31  # a file block has one more entry per term
+_METADATA_FLAG = 1 << 30  # a file block has one more entry
 
 FindXorb = Callable[[bytes], tuple[ChunkTable, bytes] | None]
 """Returns a stored xorb's chunk table and chunk hashes, or None."""
 
 
 class ShardError(ValueError):
-    """This shard is malformed or contradicts what is stored."""
+    """This shard is malformed or contradicts the stored xorbs."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +36,9 @@ class Term:
 
     Attributes:
         xorb: the xorb's hash.
-        unpacked_bytes: how many bytes of the file the run is.
-        first: its first chunk.
-        end: the chunk after its last.
+        unpacked_bytes: length of the run in bytes of the file.
+        first: the first chunk.
+        end: the chunk after the last.
     """
 
     xorb: bytes
@@ -59,7 +53,7 @@ class FileRecord:
 
     Attributes:
         digest: the file's hash.
-        terms: its terms as they are in the shard, 48 bytes each.
+        terms: its terms in the format of the shard, 48 bytes each.
     """
 
     digest: bytes
@@ -67,7 +61,7 @@ class FileRecord:
 
     @property
     def size(self) -> int:
-        """The file's bytes: a shard says so only as the sum of its terms."""
+        """Size of the file in bytes, which is the sum of its terms."""
         return sum(term.unpacked_bytes for term in iter_terms(self.terms))
 
 
@@ -85,7 +79,7 @@ class XorbRecord:
 
 
 def iter_terms(terms: bytes) -> Iterator[Term]:
-    """Yield the terms of a file from their 48 bytes each."""
+    """Yield the terms of a file from their serialized form."""
     for xorb, _flags, unpacked_bytes, first, end in _TERM.iter_unpack(terms):
         yield Term(xorb, unpacked_bytes, first, end)
 
@@ -94,10 +88,10 @@ def parse_shard(data: bytes) -> tuple[list[FileRecord], list[XorbRecord]]:
     """Return the files and the xorbs of a shard.
 
     Raises:
-        ShardError: it is malformed.
+        ShardError: the shard is malformed.
     """
     if not data.startswith(_TAG):
-        raise ShardError("the body is not a shard: it lacks the tag")
+        raise ShardError("the body is not a shard: the tag is missing")
     files: list[FileRecord] = []
     xorbs: list[XorbRecord] = []
     position = _HEADER_BYTES
@@ -117,24 +111,22 @@ def parse_shard(data: bytes) -> tuple[list[FileRecord], list[XorbRecord]]:
 
 
 def check_shard(files: list[FileRecord], xorbs: list[XorbRecord], find: FindXorb) -> None:
-    """Refuse a shard that does not agree with the stored xorbs.
+    """Refuse a shard that contradicts the stored xorbs.
 
-    Every xorb that it names must be stored; its terms must lie in the xorbs and be as long as the chunks there;
-    every file's hash must be the one of its chunks. So a stored file is whole, whatever a client remembers about
-    another Hub at this address.
+    Every xorb that the shard names must be stored, its terms must lie in the xorbs and be as long as their chunks, and
+    every file's hash must be the one of its chunks. So every stored file is complete, even if a client confuses this Hub
+    with an earlier one at the same address.
 
     Raises:
-        ShardError: what does not agree.
+        ShardError: the shard contradicts the stored xorbs; the message says where.
     """
-    known: dict[bytes, tuple[ChunkTable, bytes]] = {}
 
+    @functools.cache
     def stored(digest: bytes) -> tuple[ChunkTable, bytes]:
-        if digest not in known:
-            found = find(digest)
-            if found is None:
-                raise ShardError(f"the shard names the xorb {to_hex(digest)}, which is not stored here")
-            known[digest] = found
-        return known[digest]
+        found = find(digest)
+        if found is None:
+            raise ShardError(f"the shard names the xorb {to_hex(digest)}, which is not stored on this Hub")
+        return found
 
     for xorb in xorbs:
         _check_xorb(xorb, *stored(xorb.digest))
@@ -143,24 +135,24 @@ def check_shard(files: list[FileRecord], xorbs: list[XorbRecord], find: FindXorb
         for term in iter_terms(file.terms):
             nodes += _chunks_of(term, *stored(term.xorb))
         if file_hash(nodes) != file.digest:
-            raise ShardError(f"the chunks of the file {to_hex(file.digest)} hash to {to_hex(file_hash(nodes))}")
+            raise ShardError(f"the chunks of the file {to_hex(file.digest)} have the hash {to_hex(file_hash(nodes))}")
 
 
 def _check_xorb(xorb: XorbRecord, table: ChunkTable, hashes: bytes) -> None:
     sizes = [table.unpacked_bytes(index, index + 1) for index in range(len(table))]
     if [size for _, size in xorb.chunks] != sizes or b"".join(digest for digest, _ in xorb.chunks) != hashes:
-        raise ShardError(f"the shard's chunks of the xorb {to_hex(xorb.digest)} are not the stored ones")
+        raise ShardError(f"the shard's chunks of the xorb {to_hex(xorb.digest)} differ from the stored ones")
 
 
 def _chunks_of(term: Term, table: ChunkTable, hashes: bytes) -> Iterator[Node]:
     if not term.first < term.end <= len(table):
         raise ShardError(
-            f"a term takes chunks {term.first} to {term.end} of the xorb {to_hex(term.xorb)}, which has {len(table)}"
+            f"a term names chunks {term.first} to {term.end} of the xorb {to_hex(term.xorb)}, which has {len(table)}"
         )
     if term.unpacked_bytes != table.unpacked_bytes(term.first, term.end):
         raise ShardError(
-            f"a term says {term.unpacked_bytes} bytes for chunks {term.first} to {term.end} of the xorb"
-            f" {to_hex(term.xorb)}, which are {table.unpacked_bytes(term.first, term.end)}"
+            f"a term has {term.unpacked_bytes} bytes for chunks {term.first} to {term.end} of the xorb"
+            f" {to_hex(term.xorb)}, which have {table.unpacked_bytes(term.first, term.end)}"
         )
     for index in range(term.first, term.end):
         yield hash_at(hashes, index), table.unpacked_bytes(index, index + 1)
@@ -169,7 +161,7 @@ def _chunks_of(term: Term, table: ChunkTable, hashes: bytes) -> Iterator[Node]:
 def _block(data: bytes, position: int) -> tuple[bytes, int, int] | None:
     """Return hash, flags and count of the block at `position`, or None where the list ends."""
     if position + _ENTRY_BYTES > len(data):
-        raise ShardError("the shard ends before its lists do")
+        raise ShardError("the shard ends before its lists end")
     digest, flags, count, _ = _BLOCK.unpack_from(data, position)
     return None if digest == _END else (digest, flags, count)
 

@@ -1,8 +1,7 @@
-"""The xorb format: chunks back to back, each with a header of 8 bytes, and an optional footer.
+"""The xorb format: concatenated chunks and an optional footer (https://huggingface.co/docs/xet/xorb).
 
-After the public Xet protocol specification (https://huggingface.co/docs/xet/xorb). A chunk's header is `u8 version
-= 0, u24 packed length, u8 scheme, u24 unpacked length`, little-endian. Schemes: 0 none, 1 LZ4 frame, 2 the bytes
-regrouped by their position modulo four, then LZ4 frame.
+The header of a chunk is `u8 version = 0, u24 packed length, u8 scheme, u24 unpacked length`, little-endian. Schemes: 0 none,
+1 LZ4 frame, 2 the bytes regrouped by their position modulo four, then LZ4 frame.
 """
 
 import itertools
@@ -10,7 +9,7 @@ import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO
 
 import lz4.frame  # type: ignore[import-untyped] # it ships no types
 
@@ -24,28 +23,22 @@ MAX_XORB_BYTES = 64 * 1024 * 1024
 
 _HEADER = struct.Struct("<II")
 _FOOTER_MAGIC = b"XETBLOB"
+_SCHEMES = (0, 1, 2)
+_GROUPED = 2
 _GROUPS = 4
 
 
 class XorbError(ValueError):
-    """These bytes are not a xorb, or not the one that they are said to be."""
-
-
-class Reader(Protocol):
-    """What a xorb is read from."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return the next `size` bytes, fewer only at the end."""
-        ...
+    """These bytes are not a xorb, or not the expected one."""
 
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """Where each chunk of a xorb lies.
+    """Position of each chunk of a xorb.
 
     Attributes:
-        ends: for each chunk, where its serialized bytes end, in bytes from the xorb's start.
-        unpacked_ends: for each chunk, the unpacked bytes of the xorb up to its end.
+        ends: for each chunk, the end of its serialized bytes, from the start of the xorb.
+        unpacked_ends: for each chunk, the end of its unpacked bytes, from the start of the unpacked xorb.
     """
 
     ends: "array[int]"
@@ -55,25 +48,25 @@ class ChunkTable:
         return len(self.ends)
 
     def start(self, index: int) -> int:
-        """Return where chunk `index` starts among the serialized bytes."""
+        """Return the start of chunk `index` in the serialized bytes."""
         return self.ends[index - 1] if index else 0
 
     def unpacked_start(self, index: int) -> int:
-        """Return how many unpacked bytes come before chunk `index`."""
+        """Return the start of chunk `index` in the unpacked bytes."""
         return self.unpacked_ends[index - 1] if index else 0
 
     def unpacked_bytes(self, first: int, end: int) -> int:
-        """Return the unpacked bytes of chunks `first` to `end`, the latter not included."""
+        """Return the number of unpacked bytes of chunks `first` to `end` (exclusive)."""
         return self.unpacked_start(end) - self.unpacked_start(first)
 
 
 @dataclass(frozen=True)
 class Xorb:
-    """A xorb that was read whole and whose every chunk was unpacked and hashed.
+    """A verified xorb.
 
     Attributes:
-        table: where its chunks lie.
-        hashes: the chunks' hashes, 32 bytes each, back to back.
+        table: the positions of its chunks.
+        hashes: the concatenated hashes of its chunks, 32 bytes each.
         digest: its own hash.
     """
 
@@ -83,17 +76,17 @@ class Xorb:
 
     @property
     def size(self) -> int:
-        """Bytes of its chunks as serialized, without a footer."""
+        """Serialized bytes of the chunks, without a footer."""
         return self.table.ends[-1]
 
 
-def read_xorb(source: Reader) -> Xorb:
+def read_xorb(source: IO[bytes]) -> Xorb:
     """Read a xorb, unpack and hash every chunk, and compute its hash.
 
-    A footer is skipped: the table is made from the chunks themselves, which a footer could contradict.
+    A footer is ignored: the table is computed from the chunks, which a footer could contradict.
 
     Raises:
-        XorbError: a chunk is malformed, too large or does not unpack; there is none; or the sum is over 64 MiB.
+        XorbError: a chunk is malformed or too large, there is none, or their sum exceeds 64 MiB.
     """
     nodes: list[Node] = []
     ends = array("I")
@@ -108,11 +101,11 @@ def read_xorb(source: Reader) -> Xorb:
     return Xorb(ChunkTable(ends, unpacked_ends), b"".join(digest for digest, _ in nodes), xorb_hash(nodes))
 
 
-def iter_chunks(source: Reader) -> Iterator[tuple[bytes | bytearray, int]]:
-    """Yield each chunk unpacked, with the place where its serialized bytes end.
+def iter_chunks(source: IO[bytes]) -> Iterator[tuple[bytes | bytearray, int]]:
+    """Yield each chunk unpacked, with the end of its serialized bytes.
 
     Raises:
-        XorbError: a chunk is malformed, too large or does not unpack.
+        XorbError: a chunk is malformed or too large.
     """
     end = 0
     while header := source.read(_HEADER.size):
@@ -124,9 +117,11 @@ def iter_chunks(source: Reader) -> Iterator[tuple[bytes | bytearray, int]]:
         version, packed_bytes = low & 0xFF, low >> 8
         scheme, unpacked_bytes = high & 0xFF, high >> 8
         if version != 0:
-            raise XorbError(f"chunk header of unknown version {version} at byte {end}")
+            raise XorbError(f"unknown version {version} in the chunk header at byte {end}")
         if not 0 < unpacked_bytes <= MAX_CHUNK_BYTES or packed_bytes > 2 * MAX_CHUNK_BYTES:
-            raise XorbError(f"chunk of {packed_bytes} bytes for {unpacked_bytes} at byte {end}: over the limits")
+            raise XorbError(
+                f"the chunk at byte {end} exceeds the limits: {packed_bytes} bytes packed, {unpacked_bytes} unpacked"
+            )
         packed = source.read(packed_bytes)
         if len(packed) < packed_bytes:
             raise XorbError(f"the xorb ends inside the chunk at byte {end}")
@@ -134,15 +129,11 @@ def iter_chunks(source: Reader) -> Iterator[tuple[bytes | bytearray, int]]:
 
 
 def _unpack(packed: bytes, scheme: int, unpacked_bytes: int, where: int) -> bytes | bytearray:
-    match scheme:
-        case 0:
-            data: bytes | bytearray = packed
-        case 1:
-            data = _lz4(packed, unpacked_bytes, where)
-        case 2:
-            data = _ungroup(_lz4(packed, unpacked_bytes, where))
-        case _:
-            raise XorbError(f"unknown compression scheme {scheme} in the chunk at byte {where}")
+    if scheme not in _SCHEMES:
+        raise XorbError(f"unknown compression scheme {scheme} in the chunk at byte {where}")
+    data: bytes | bytearray = packed if scheme == 0 else _lz4(packed, unpacked_bytes, where)
+    if scheme == _GROUPED:
+        data = _ungroup(data)
     if len(data) != unpacked_bytes:
         raise XorbError(f"the chunk at byte {where} unpacks to {len(data)} bytes, its header says {unpacked_bytes}")
     return data
@@ -150,14 +141,14 @@ def _unpack(packed: bytes, scheme: int, unpacked_bytes: int, where: int) -> byte
 
 def _lz4(packed: bytes, unpacked_bytes: int, where: int) -> bytes:
     try:
-        # One byte more than promised is enough to see that there is more: a bomb is never unpacked.
+        # One byte more than announced shows that there is more; a decompression bomb is never unpacked.
         data = lz4.frame.LZ4FrameDecompressor().decompress(packed, max_length=unpacked_bytes + 1)
     except (RuntimeError, EOFError) as error:
         raise XorbError(f"the chunk at byte {where} is not an LZ4 frame: {error}") from error
     return bytes(data)
 
 
-def _ungroup(grouped: bytes) -> bytearray:
+def _ungroup(grouped: bytes | bytearray) -> bytearray:
     data = bytearray(len(grouped))
     start = 0
     for group in range(_GROUPS):
@@ -168,5 +159,5 @@ def _ungroup(grouped: bytes) -> bytearray:
 
 
 def hash_at(hashes: bytes, index: int) -> bytes:
-    """Return the hash of chunk `index` from hashes that lie back to back."""
+    """Return the hash of chunk `index` from concatenated hashes."""
     return hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]

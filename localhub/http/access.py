@@ -1,20 +1,22 @@
-"""Who may do what: `tokens.yaml`, and the answers of the Hub to those who may not."""
+"""Access control: `tokens.yaml`, and the refusals that callers without a right receive."""
 
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from starlette.requests import Request
 
-from localhub.errors import HubError, bucket_not_found
+from localhub.errors import HubError, problems
+from localhub.http.signing import Right
 from localhub.state.buckets import Bucket
 
 _MAX_BYTES: Final = 1024 * 1024
 
-ANYBODY = "local"
-"""The user that `me` means where there is no access control, or the token names none."""
+DEFAULT_USER = "local"
+"""The namespace that `me` stands for without access control, and for tokens that name no user."""
 
 
 class TokensError(ValueError):
@@ -27,12 +29,12 @@ class Token(BaseModel, extra="forbid", frozen=True):
     Attributes:
         token: the secret, as the clients send it.
         user: the namespace that `me` stands for.
-        buckets: rights by bucket id or glob (`my-org/*`); the strongest that matches holds.
+        buckets: rights by bucket id or glob (`my-org/*`); the strongest one that matches applies.
     """
 
     token: Annotated[str, Field(min_length=1, repr=False)]
-    user: Annotated[str, Field(min_length=1)] = ANYBODY
-    buckets: dict[str, Literal["read", "write"]]
+    user: Annotated[str, Field(min_length=1)] = DEFAULT_USER
+    buckets: dict[str, Right]
 
     @field_validator("buckets")
     @classmethod
@@ -42,7 +44,7 @@ class Token(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(f"{pattern!r} is not of the form namespace/name")
         return buckets
 
-    def allows(self, right: Literal["read", "write"], bucket_id: str) -> bool:
+    def allows(self, right: Right, bucket_id: str) -> bool:
         """Whether this token has a right on a bucket; `write` includes `read`."""
         granted = {given for pattern, given in self.buckets.items() if fnmatchcase(bucket_id, pattern)}
         return "write" in granted or right in granted
@@ -53,41 +55,45 @@ class _File(BaseModel, extra="forbid"):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: the last one would win, which may be the wider right."""
+    """Rejects duplicate keys: otherwise the last one would win, which may be the wider right."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See `yaml.SafeLoader`.
 
         Raises:
-            yaml.constructor.ConstructorError: A key is there twice.
+            yaml.constructor.ConstructorError: a key occurs twice.
         """
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, "a key is there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep=deep)
 
 
 def _document(path: Path) -> Any:
-    """The document of a YAML file.
+    """Return the document of a YAML file.
 
     Raises:
-        OSError: The file cannot be read.
-        TokensError: It is longer than any list of tokens, or not YAML.
+        OSError: the file cannot be read.
+        TokensError: the file is too long, or not YAML.
     """
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise TokensError(f"{path} is longer than {_MAX_BYTES} bytes")
+        raise TokensError(f"{path} is larger than {_MAX_BYTES} bytes")
     try:
         return yaml.load(data.decode("utf-8-sig"), _UniqueKeys)  # noqa: S506 - a safe loader
-    except Exception as error:  # noqa: BLE001 - PyYAML lets out what its constructors raise, RecursionError included
-        # Not the error's own text: it quotes the file, which holds secrets.
+    except Exception as error:  # noqa: BLE001 - PyYAML passes on what its constructors raise, RecursionError included
+        # The error's own text quotes the file, which holds secrets.
         mark = getattr(error, "problem_mark", None)
         where = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    raise TokensError(f"{path} is not YAML{where}")
+    raise TokensError(f"{path} is not valid YAML{where}")
+
+
+_FULL_ACCESS = Token(token="none", buckets={"*/*": "write"})  # noqa: S106 - no request is compared with it
+"""The rights of every caller without access control."""
 
 
 def load_tokens(path: Path) -> dict[str, Token]:
@@ -97,120 +103,98 @@ def load_tokens(path: Path) -> dict[str, Token]:
         The tokens by their secret.
 
     Raises:
-        TokensError: the file is missing, not YAML, or an entry is wrong; secrets are not in the message.
+        TokensError: the file is missing, not YAML, or an entry is invalid. The message holds no secret.
     """
     try:
         content = _File.model_validate(_document(path))
     except OSError as error:
         raise TokensError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{_place(part['loc'])}: {part['msg']}" for part in error.errors())
-        raise TokensError(f"{path}: {problems}") from None
+        raise TokensError(f"{path}: {'; '.join(problems(error))}") from None
     tokens: dict[str, Token] = {}
     for number, token in enumerate(content.tokens):
         if token.token in tokens:
-            raise TokensError(f"{path}: tokens[{number}]: this token was given before")
+            raise TokensError(f"{path}: tokens[{number}]: duplicate token")
         tokens[token.token] = token
     return tokens
 
 
+@dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request.
+    """The sender of a request.
 
-    Args:
-        token: their token, or None for nobody in particular.
-        free: whether there is no access control.
+    Attributes:
+        token: the token that came with the request, or None for an anonymous caller.
     """
 
-    def __init__(self, token: Token | None, *, free: bool) -> None:
-        self._token = token
-        self._free = free
+    token: Token | None
 
     @property
     def user(self) -> str:
         """The namespace that `me` stands for."""
-        return self._token.user if self._token else ANYBODY
+        return self.token.user if self.token else DEFAULT_USER
 
-    def may(self, right: Literal["read", "write"], bucket_id: str) -> bool:
-        """Whether the caller has a right that a token gives; public buckets may be read without one."""
-        return self._free or (self._token is not None and self._token.allows(right, bucket_id))
+    def may(self, right: Right, bucket_id: str) -> bool:
+        """Whether the token grants a right on a bucket. Public buckets can be read without one."""
+        return self.token is not None and self.token.allows(right, bucket_id)
 
     def may_see(self, bucket: Bucket) -> bool:
-        """Whether the caller may know of a bucket and read it."""
+        """Whether the caller may read a bucket and know that it exists."""
         return not bucket.private or self.may("read", bucket.id)
 
-    def readable(self, bucket: Bucket | None, bucket_id: str) -> Bucket:
-        """Return `bucket` if the caller may read it.
+    def open(self, bucket: Bucket | None, bucket_id: str, right: Right) -> Bucket:
+        """Return `bucket` if the caller has `right` on it.
 
         Raises:
             HubError: 404 `RepoNotFound` for a bucket that is missing or hidden from this token, so that the two
-                cannot be told apart; 401 with the same code for a caller without a token.
+                cannot be distinguished; 401 with the same code for a caller without a token. For a bucket that the
+                caller may only read, 403, or 401 without a token.
         """
-        if bucket is not None and self.may_see(bucket):
-            return bucket
-        if self._token is None and not self._free:
-            raise HubError(401, "Invalid username or password.", code="RepoNotFound")
-        raise bucket_not_found(bucket_id)
-
-    def writable(self, bucket: Bucket | None, bucket_id: str) -> Bucket:
-        """Return `bucket` if the caller may write to it.
-
-        Raises:
-            HubError: as `readable`; and 403 for a bucket that the caller may only read, or 401 without a token.
-        """
-        found = self.readable(bucket, bucket_id)
-        self.require_write(bucket_id)
-        return found
+        if bucket is None or not self.may_see(bucket):
+            if self.token is None:
+                raise HubError(401, "Invalid username or password.", code="RepoNotFound")
+            raise HubError(404, f"Bucket not found: {bucket_id}", code="RepoNotFound")
+        if right == "write":
+            self.require_write(bucket_id)
+        return bucket
 
     def require_write(self, bucket_id: str) -> None:
-        """Refuse callers that may not write to (or make) a bucket.
+        """Refuse callers that may not write to (or create) a bucket.
 
         Raises:
             HubError: 403, or 401 for a caller without a token.
         """
         if self.may("write", bucket_id):
             return
-        if self._token is None:
+        if self.token is None:
             raise HubError(401, "Invalid username or password.")
         raise HubError(403, f"this token has no write access to {bucket_id}")
 
 
+@dataclass(frozen=True)
 class Access:
-    """Tells who sends a request.
+    """Identifies the caller of a request.
 
-    Args:
-        tokens: the tokens by their secret; None for no access control, where everybody may do everything and a
-            token that comes along is not looked at.
+    Attributes:
+        tokens: the tokens by their secret; None for no access control, where every caller may do everything and
+            tokens in requests are ignored.
     """
 
-    def __init__(self, tokens: dict[str, Token] | None) -> None:
-        self._tokens = tokens
-
-    @property
-    def controlled(self) -> bool:
-        """Whether there is access control."""
-        return self._tokens is not None
+    tokens: dict[str, Token] | None = field(repr=False)  # its keys are secrets
 
     def caller(self, request: Request) -> Caller:
-        """Return who sent a request.
+        """Return the sender of a request.
 
         Raises:
-            HubError: 401 for a token that is not known.
+            HubError: 401 for an unknown token.
         """
-        if self._tokens is None:
-            return Caller(None, free=True)
+        if self.tokens is None:
+            return Caller(_FULL_ACCESS)
         authorization = request.headers.get("authorization")
         if authorization is None:
-            return Caller(None, free=False)
+            return Caller(None)
         scheme, _, secret = authorization.partition(" ")
-        token = self._tokens.get(secret.strip()) if scheme.lower() == "bearer" else None
+        token = self.tokens.get(secret.strip()) if scheme.lower() == "bearer" else None
         if token is None:
             raise HubError(401, "Invalid credentials in Authorization header")
-        return Caller(token, free=False)
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "the file"
+        return Caller(token)

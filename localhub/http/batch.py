@@ -1,21 +1,20 @@
-"""The batch of a bucket: adding, copying and deleting files, each on its own."""
+"""The batch of a bucket: files are added, copied and deleted, each on its own."""
 
 import sqlite3
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
-from localhub.errors import bad_request
-from localhub.formats.hashing import EMPTY_FILE_HASH, from_hex
-from localhub.http.wire import first_problem
+from localhub.errors import bad_request, problems
+from localhub.formats.hashing import EMPTY_FILE_HASH, HashError, from_hex
 from localhub.state.buckets import Bucket, now_ms
 from localhub.state.database import Database
+from localhub.state.objects import ObjectStore
 from localhub.state.paths import PathError, check_path
 
-# What a time can be written with: the years 1 to 9999.
+# The years 1 to 9999, which are all that an ISO 8601 time can name.
 Milliseconds = Annotated[int, Field(ge=-62_135_596_800_000, le=253_402_300_799_999)]
 
 
@@ -23,61 +22,34 @@ class _Operation(BaseModel, alias_generator=to_camel):
     path: str
 
 
-class AddFile(_Operation):
-    """`addFile`: a path gets an object that was uploaded before."""
+class _PutFile(_Operation):
+    xet_hash: str
+    mtime: Milliseconds | None = None
+    content_type: str | None = None
+
+
+class AddFile(_PutFile):
+    """`addFile`: a path receives an object that was uploaded before."""
 
     type: Literal["addFile"]
-    xet_hash: str
-    mtime: Milliseconds | None = None
-    content_type: str | None = None
 
 
-class CopyFile(_Operation):
-    """`copyFile`: a path gets an object that another bucket of the region holds."""
+class CopyFile(_PutFile):
+    """`copyFile`: a path receives an object of another bucket in the same region."""
 
     type: Literal["copyFile"]
-    xet_hash: str
     source_repo_type: str
     source_repo_id: str
-    mtime: Milliseconds | None = None
-    content_type: str | None = None
 
 
 class DeleteFile(_Operation):
-    """`deleteFile`: a path goes."""
+    """`deleteFile`: a path is deleted."""
 
     type: Literal["deleteFile"]
 
 
-Operation = Annotated[AddFile | CopyFile | DeleteFile, Field(discriminator="type")]
-_OPERATION: TypeAdapter[AddFile | CopyFile | DeleteFile] = TypeAdapter(Operation)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a batch.
-
-    Attributes:
-        processed: number of operations.
-        failed: the path and the reason of each that failed.
-    """
-
-    processed: int
-    failed: list[dict[str, str]]
-
-    @property
-    def status(self) -> int:
-        """200, or 422 when every operation failed."""
-        return 422 if self.failed and len(self.failed) == self.processed else 200
-
-    def body(self) -> dict[str, object]:
-        """Return the answer's body."""
-        return {
-            "success": not self.failed,
-            "processed": self.processed,
-            "succeeded": self.processed - len(self.failed),
-            "failed": self.failed,
-        }
+Operation = AddFile | CopyFile | DeleteFile
+_OPERATION: TypeAdapter[Operation] = TypeAdapter(Annotated[Operation, Field(discriminator="type")])
 
 
 class ItemError(Exception):
@@ -85,26 +57,26 @@ class ItemError(Exception):
 
 
 FindSource = Callable[[str], Bucket]
-"""Returns the bucket of an id for copying from; raises `ItemError` where the caller may not."""
+"""Returns the bucket of an id to copy from; raises `ItemError` if the caller may not read it."""
 
 Refuse = Callable[[str], str | None]
-"""Returns why the operation on a path is to fail, or None: how faults reach single items."""
+"""Returns why the operation on a path must fail, or None: how faults reach single items."""
 
 
-def parse_batch(body: bytes) -> list[AddFile | CopyFile | DeleteFile]:
+def parse_batch(body: bytes) -> list[Operation]:
     """Return the operations of an NDJSON body.
 
     Raises:
         HubError: 400 naming the first line that is not an operation. Nothing of the batch is applied then.
     """
-    operations = []
+    operations: list[Operation] = []
     for number, line in enumerate(body.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             operations.append(_OPERATION.validate_json(line))
         except ValidationError as error:
-            raise bad_request(f"line {number} of the batch: {first_problem(error)}") from error
+            raise bad_request(f"line {number} of the batch: {problems(error)[0]}") from error
     if not operations:
         raise bad_request("the batch holds no operation")
     return operations
@@ -114,71 +86,70 @@ class Batches:
     """Applies batches.
 
     Args:
-        database: where the files are.
-        only_arrived: whether `addFile` takes only objects that were uploaded or copied to the bucket before, and
-            not any that the Hub holds: so with access control, where a hash must not be a key to others' bytes.
+        database: where the files are recorded.
+        objects: the contents that files can have.
     """
 
-    def __init__(self, database: Database, *, only_arrived: bool) -> None:
+    def __init__(self, database: Database, objects: ObjectStore) -> None:
         self._database = database
-        self._only_arrived = only_arrived
+        self._objects = objects
 
     def apply(
         self,
         bucket: Bucket,
-        operations: Iterable[AddFile | CopyFile | DeleteFile],
+        operations: Iterable[Operation],
         *,
         source: FindSource,
         refuse: Refuse | None = None,
-    ) -> Outcome:
-        """Apply operations in order, each succeeding or failing on its own.
+    ) -> list[dict[str, str]]:
+        """Apply operations in order; each succeeds or fails on its own.
 
-        Deleting a path that is not there succeeds, as in the object stores that buckets are modelled after. The
-        time of upload is the server's, one for the whole batch.
+        Deleting a path that does not exist succeeds, as in other object stores. The time of upload is the server's,
+        one for the whole batch.
+
+        Returns:
+            The path and the error of each operation that failed.
         """
         failed: list[dict[str, str]] = []
-        processed = 0
         with self._database.transaction() as connection:
-            work = _Work(connection, bucket, source, only_arrived=self._only_arrived)
+            writer = _Writer(connection, self._objects, bucket, source, refuse)
             for operation in operations:
-                processed += 1
-                reason = refuse(operation.path) if refuse else None
-                if reason is None:
-                    reason = work.try_to_apply(operation)
-                if reason is not None:
-                    failed.append({"path": operation.path, "error": reason})
-            work.finish()
-        return Outcome(processed, failed)
+                try:
+                    writer.apply(operation)
+                except (ItemError, PathError, HashError) as error:
+                    failed.append({"path": operation.path, "error": str(error)})
+            writer.finish()
+        return failed
 
 
-class _Work:
-    """One batch inside its transaction."""
+class _Writer:
+    """Writes one batch inside its transaction."""
 
     def __init__(
-        self, connection: sqlite3.Connection, bucket: Bucket, source: FindSource, *, only_arrived: bool
+        self,
+        connection: sqlite3.Connection,
+        objects: ObjectStore,
+        bucket: Bucket,
+        source: FindSource,
+        refuse: Refuse | None,
     ) -> None:
         self._connection = connection
+        self._objects = objects
         self._bucket = bucket
         self._source = source
-        self._only_arrived = only_arrived
+        self._refuse = refuse
         self._now = now_ms()
         self._bytes = 0
         self._files = 0
 
-    def try_to_apply(self, operation: AddFile | CopyFile | DeleteFile) -> str | None:
-        """Apply an operation; return why it failed, or None."""
-        try:
-            self._apply(operation)
-        except (ItemError, PathError) as error:
-            return str(error)
-        return None
-
-    def _apply(self, operation: AddFile | CopyFile | DeleteFile) -> None:
+    def apply(self, operation: Operation) -> None:
+        if self._refuse and (reason := self._refuse(operation.path)) is not None:
+            raise ItemError(reason)
         check_path(operation.path)
         if isinstance(operation, DeleteFile):
             self._remove(operation.path)
             return
-        digest = _digest(operation.xet_hash)
+        digest = from_hex(operation.xet_hash)
         if isinstance(operation, CopyFile):
             size = self._size_in_source(operation, digest)
         else:
@@ -191,7 +162,7 @@ class _Work:
             (self._bytes, self._files, self._bucket.row),
         )
 
-    def _put(self, operation: AddFile | CopyFile, digest: bytes, size: int) -> None:
+    def _put(self, operation: _PutFile, digest: bytes, size: int) -> None:
         self._remove(operation.path)
         self._connection.execute(
             "INSERT INTO files (bucket, path, hash, size, mtime_ms, uploaded_ms, content_type)"
@@ -219,16 +190,10 @@ class _Work:
             self._files -= 1
 
     def _size_of_object(self, digest: bytes) -> int:
-        if digest == EMPTY_FILE_HASH:
-            return 0
-        row = self._connection.execute("SELECT size FROM objects WHERE hash = ?", (digest,)).fetchone()
-        if row is None or (self._only_arrived and not self._arrived(digest)):
-            raise ItemError("xetHash is not known: upload the file first")
-        return int(row[0])
-
-    def _arrived(self, digest: bytes) -> bool:
-        query = "SELECT 1 FROM arrivals WHERE bucket = ? AND hash = ?"
-        return self._connection.execute(query, (self._bucket.row, digest)).fetchone() is not None
+        stored = self._objects.get(digest)
+        if stored is None or not (digest == EMPTY_FILE_HASH or self._objects.may_read(digest, self._bucket.row)):
+            raise ItemError("unknown xetHash: upload the file first")
+        return stored.size
 
     def _size_in_source(self, operation: CopyFile, digest: bytes) -> int:
         if operation.source_repo_type != "bucket":
@@ -244,10 +209,3 @@ class _Work:
         if row is None:
             raise ItemError(f"xetHash is not in {source.id}")
         return int(row[0])
-
-
-def _digest(text: str) -> bytes:
-    try:
-        return from_hex(text)
-    except ValueError as error:
-        raise ItemError(str(error)) from error

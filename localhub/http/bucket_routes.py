@@ -1,28 +1,28 @@
 """The Hub's routes for buckets, as `huggingface_hub` 2.4 calls them."""
 
+import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from email.utils import formatdate
+from functools import partial
 from typing import Annotated, Literal
 from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute
 
-from localhub.errors import HubError, entry_not_found
+from localhub.errors import HubError
 from localhub.faults.injection import REFUSE
 from localhub.http.access import Access, Caller
 from localhub.http.batch import Batches, ItemError, parse_batch
-from localhub.http.routing import Routes
+from localhub.http.routing import RouteSpec
 from localhub.http.signing import Right, Signer
-from localhub.http.wire import Json, Result, base_url, other_host, read_body, read_model, run_in
+from localhub.http.wire import Json, base_url, other_host, read_body, read_model
 from localhub.state.buckets import REGIONS, Bucket, BucketStore
 from localhub.state.listing import decode_cursor, encode_cursor, tree_page
 
 _FEW_PATHS = 32
-"""As many are looked up at once, more in a thread: 1000 take several milliseconds, a change of threads a tenth."""
+"""Up to this many are looked up in the event loop: 1000 take several milliseconds, a switch of threads a tenth of one."""
 
 _BUCKET = "/api/buckets/{namespace}/{name}"
 
@@ -47,10 +47,9 @@ class BucketRoutes:
     Args:
         store: the buckets.
         batches: applies batches to them.
-        access: tells who asks.
-        signer: makes storage tokens and links.
-        executor: where blocking work goes.
-        page_size: most entries of a page.
+        access: identifies callers.
+        signer: signs storage tokens and links.
+        page_size: maximum number of entries on a page.
     """
 
     def __init__(
@@ -60,31 +59,29 @@ class BucketRoutes:
         batches: Batches,
         access: Access,
         signer: Signer,
-        executor: Executor,
         page_size: int,
     ) -> None:
         self._store = store
         self._batches = batches
         self._access = access
         self._signer = signer
-        self._executor = executor
         self._page_size = page_size
 
-    def routes(self, make: Routes) -> list[BaseRoute]:
-        """Return the routes, those that are asked most first."""
+    def routes(self) -> list[RouteSpec]:
+        """Return the routes, the most frequent ones first."""
         return [
-            make.route("paths-info", "POST", _BUCKET + "/paths-info", self._paths_info),
-            make.route("xet-read-token", "GET", _BUCKET + "/xet-read-token", self._read_token),
-            make.route("xet-write-token", "GET", _BUCKET + "/xet-write-token", self._write_token),
-            make.route("batch", "POST", _BUCKET + "/batch", self._batch),
-            make.route("tree", "GET", _BUCKET + "/tree", self._tree),
-            make.route("tree", "GET", _BUCKET + "/tree/{prefix:text}", self._tree),
-            make.route("resolve", "GET", "/buckets/{namespace}/{name}/resolve/{path:text}", self._resolve),
-            make.route("bucket-settings", "PUT", _BUCKET + "/settings", self._settings),
-            make.route("bucket-info", "GET", _BUCKET, self._info),
-            make.route("bucket-create", "POST", _BUCKET, self._create),
-            make.route("bucket-delete", "DELETE", _BUCKET, self._delete),
-            make.route("bucket-list", "GET", "/api/buckets/{namespace}", self._list),
+            ("paths-info", "POST", _BUCKET + "/paths-info", self._paths_info),
+            ("xet-read-token", "GET", _BUCKET + "/xet-read-token", partial(self._storage_token, "read")),
+            ("xet-write-token", "GET", _BUCKET + "/xet-write-token", partial(self._storage_token, "write")),
+            ("batch", "POST", _BUCKET + "/batch", self._batch),
+            ("tree", "GET", _BUCKET + "/tree", self._tree),
+            ("tree", "GET", _BUCKET + "/tree/{prefix:text}", self._tree),
+            ("resolve", "GET", "/buckets/{namespace}/{name}/resolve/{path:text}", self._resolve),
+            ("bucket-settings", "PUT", _BUCKET + "/settings", self._settings),
+            ("bucket-info", "GET", _BUCKET, self._info),
+            ("bucket-create", "POST", _BUCKET, self._create),
+            ("bucket-delete", "DELETE", _BUCKET, self._delete),
+            ("bucket-list", "GET", "/api/buckets/{namespace}", self._list),
         ]
 
     async def _create(self, request: Request) -> Response:
@@ -93,23 +90,22 @@ class BucketRoutes:
         caller.require_write(f"{namespace}/{name}")
         wanted = await read_model(request, _Create)
         private = wanted.visibility == "private" or bool(wanted.private)
-        made = await self._run(lambda: self._store.create(namespace, name, private=private, region=wanted.region))
+        made = await asyncio.to_thread(self._store.create, namespace, name, private=private, region=wanted.region)
         url = f"{base_url(request)}/buckets/{namespace}/{name}"
         if not made:
             raise HubError(409, "You already created this bucket", extra={"url": url})
         return Json({"url": url, "name": name, "id": f"{namespace}/{name}"})
 
     async def _info(self, request: Request) -> Response:
-        return Json(self._readable(request).info())
+        return Json(self._open(request, "read").info())
 
     async def _list(self, request: Request) -> Response:
         caller = self._access.caller(request)
-        namespace = request.path_params["namespace"]
-        namespace = caller.user if namespace == "me" else namespace
+        namespace = _namespace(request, caller)
         search = request.query_params.get("search", "")
         cursor = request.query_params.get("cursor")
         after = decode_cursor(cursor) if cursor else ""
-        found = await self._run(lambda: self._store.of_namespace(namespace, search, after, self._page_size + 1))
+        found = await asyncio.to_thread(self._store.of_namespace, namespace, search, after, self._page_size + 1)
         if not found and not after and not search and namespace != caller.user:
             raise HubError(404, f"there is no namespace {namespace}")
         page = found[: self._page_size]
@@ -117,63 +113,55 @@ class BucketRoutes:
         return Json([bucket.info() for bucket in page if caller.may_see(bucket)], headers=_link(request, following))
 
     async def _delete(self, request: Request) -> Response:
-        bucket = self._writable(request)
-        await self._run(lambda: self._store.delete(bucket))
+        bucket = self._open(request, "write")
+        await asyncio.to_thread(self._store.delete, bucket)
         return Response(status_code=204)
 
     async def _settings(self, request: Request) -> Response:
-        bucket = self._writable(request)
+        bucket = self._open(request, "write")
         wanted = await read_model(request, _Settings)
-        await self._run(lambda: self._store.set_private(bucket, wanted.private))
+        await asyncio.to_thread(self._store.set_private, bucket, wanted.private)
         return Json({"private": wanted.private})
 
     async def _tree(self, request: Request) -> Response:
-        bucket = self._readable(request)
+        bucket = self._open(request, "read")
         prefix = request.path_params.get("prefix", "")
-        # The Hub lists recursively unless told otherwise, whatever the docstring of `list_bucket_tree` says.
+        # The Hub lists recursively by default, contrary to the docstring of `list_bucket_tree`.
         recursive = request.query_params.get("recursive", "true").lower() not in {"false", "0"}
         cursor = request.query_params.get("cursor")
-        page = await self._run(
-            lambda: tree_page(
-                self._store, bucket, prefix=prefix, recursive=recursive, cursor=cursor, limit=self._page_size
-            )
+        items, following = await asyncio.to_thread(
+            tree_page, self._store, bucket, prefix=prefix, recursive=recursive, cursor=cursor, limit=self._page_size
         )
-        return Json(page.items, headers=_link(request, page.cursor))
+        return Json(items, headers=_link(request, following))
 
     async def _paths_info(self, request: Request) -> Response:
-        bucket = self._readable(request)
+        bucket = self._open(request, "read")
         wanted = await read_model(request, _Paths)
         if len(wanted.paths) <= _FEW_PATHS:
-            answer = Json(self._store.files(bucket, wanted.paths))
+            entries = self._store.files(bucket, wanted.paths)
         else:
-            answer = Json(await self._run(lambda: self._store.files(bucket, wanted.paths)))
-        # The Hub dates all of its answers; of these, clients make use.
-        answer.headers["Date"] = formatdate(usegmt=True)
-        return answer
+            entries = await asyncio.to_thread(self._store.files, bucket, wanted.paths)
+        # The Hub dates all of its responses; clients use the date of this one.
+        return Json(entries, headers={"Date": formatdate(usegmt=True)})
 
     async def _batch(self, request: Request) -> Response:
         caller = self._access.caller(request)
-        bucket = self._writable(request, caller)
+        bucket = self._open(request, "write", caller)
         operations = parse_batch(await read_body(request))
         refuse = request.scope.get(REFUSE)
-        outcome = await self._run(
-            lambda: self._batches.apply(bucket, operations, source=self._source(caller), refuse=refuse)
-        )
-        return Json(outcome.body(), outcome.status)
-
-    async def _read_token(self, request: Request) -> Response:
-        return self._storage_token(request, self._readable(request), "read")
-
-    async def _write_token(self, request: Request) -> Response:
-        return self._storage_token(request, self._writable(request), "write")
+        source = self._source(caller)
+        failed = await asyncio.to_thread(self._batches.apply, bucket, operations, source=source, refuse=refuse)
+        succeeded = len(operations) - len(failed)
+        body = {"success": not failed, "processed": len(operations), "succeeded": succeeded, "failed": failed}
+        return Json(body, 200 if succeeded else 422)
 
     async def _resolve(self, request: Request) -> Response:
-        bucket = self._readable(request)
+        bucket = self._open(request, "read")
         path = request.path_params["path"]
         entry = self._store.file(bucket, path)
         if entry is None:
-            raise entry_not_found(path)
-        # Another host, as the real Hub's CDN is: the clients read these headers and do not follow.
+            raise HubError(404, f"Entry not found: {path}", code="EntryNotFound")
+        # Another host, like the real Hub's CDN: the clients read these headers and do not follow the redirect.
         location = other_host(request) + self._signer.link(f"/file-data/{entry['xetHash']}")
         headers = {
             "Location": location,
@@ -185,39 +173,35 @@ class BucketRoutes:
         }
         return Response(status_code=302, headers=headers)
 
-    def _storage_token(self, request: Request, bucket: Bucket, right: Right) -> Response:
-        token, expires = self._signer.token(right, bucket.row)
+    async def _storage_token(self, right: Right, request: Request) -> Response:
+        token, expires = self._signer.token(right, self._open(request, right).row)
         url = base_url(request)
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
         return Json({"casUrl": url, "accessToken": token, "exp": expires}, headers=headers)
 
-    def _readable(self, request: Request) -> Bucket:
-        caller = self._access.caller(request)
-        namespace, name = _names(request, caller)
-        return caller.readable(self._store.find(namespace, name), f"{namespace}/{name}")
-
-    def _writable(self, request: Request, caller: Caller | None = None) -> Bucket:
+    def _open(self, request: Request, right: Right, caller: Caller | None = None) -> Bucket:
         caller = caller or self._access.caller(request)
         namespace, name = _names(request, caller)
-        return caller.writable(self._store.find(namespace, name), f"{namespace}/{name}")
+        return caller.open(self._store.find(namespace, name), f"{namespace}/{name}", right)
 
     def _source(self, caller: Caller) -> Callable[[str], Bucket]:
         def find(bucket_id: str) -> Bucket:
             namespace, _, name = bucket_id.partition("/")
             try:
-                return caller.readable(self._store.find(namespace, name), bucket_id)
+                return caller.open(self._store.find(namespace, name), bucket_id, "read")
             except HubError as error:
                 raise ItemError(error.message) from error
 
         return find
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
-        return await run_in(self._executor, work)
+
+def _namespace(request: Request, caller: Caller) -> str:
+    namespace: str = request.path_params["namespace"]
+    return caller.user if namespace == "me" else namespace
 
 
 def _names(request: Request, caller: Caller) -> tuple[str, str]:
-    namespace, name = request.path_params["namespace"], request.path_params["name"]
-    return (caller.user if namespace == "me" else namespace), name
+    return _namespace(request, caller), request.path_params["name"]
 
 
 def _link(request: Request, cursor: str | None) -> dict[str, str]:

@@ -1,16 +1,14 @@
-"""Routes of this Hub's own, for tests and benchmarks: faults and counters. Neither counted nor open to faults."""
-
-from collections.abc import Sequence
+"""Control routes for tests and benchmarks: faults and counters."""
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
-from localhub.errors import HubError, bad_request
+from localhub.errors import HubError, bad_request, problems
 from localhub.faults.rules import Fault, FaultBook
-from localhub.http.routing import Handler, refusal
-from localhub.http.wire import Json, first_problem, read_body
+from localhub.http.routing import Endpoint
+from localhub.http.wire import Json, read_body
 from localhub.state.counters import Counters
 
 _FAULTS: TypeAdapter[list[Fault]] = TypeAdapter(list[Fault])
@@ -20,23 +18,30 @@ class ControlRoutes:
     """Serves `/_control`.
 
     Args:
-        counters: what passed over the wire.
-        faults: the faults on order, or None where there can be none: then their routes are not there.
+        counters: the counters of this process.
+        faults: the rules for faults.
     """
 
-    def __init__(self, counters: Counters, faults: FaultBook | None) -> None:
+    def __init__(self, counters: Counters, faults: FaultBook) -> None:
         self._counters = counters
         self._faults = faults
 
-    def routes(self) -> Sequence[BaseRoute]:
-        """Return the routes."""
-        routes = [
-            _route("GET", "/_control/counters", self._show_counters),
-            _route("DELETE", "/_control/counters", self._reset_counters),
+    def routes(self, *, faults: bool) -> list[Route]:
+        """Return the routes; those of faults only if `faults` is set."""
+        handlers = [
+            ("GET", "/counters", self._show_counters),
+            ("DELETE", "/counters", self._reset_counters),
+            ("GET", "/faults", self._show),
+            ("POST", "/faults", self._add),
+            ("PUT", "/faults", self._add),
+            ("DELETE", "/faults", self._clear),
+            ("DELETE", "/faults/{number:int}", self._clear),
         ]
-        if self._faults is not None:
-            routes += FaultRoutes(self._faults).routes()
-        return routes
+        return [
+            Route("/_control" + path, Endpoint(handler), methods=[method])
+            for method, path, handler in handlers
+            if faults or not path.startswith("/faults")
+        ]
 
     async def _show_counters(self, _request: Request) -> Response:
         return Json(self._counters.snapshot())
@@ -45,62 +50,27 @@ class ControlRoutes:
         self._counters.reset()
         return Response(status_code=204)
 
-
-class FaultRoutes:
-    """Serves `/_control/faults`: GET shows the rules, POST adds some, PUT replaces all, DELETE takes back.
-
-    Args:
-        book: the faults on order.
-    """
-
-    def __init__(self, book: FaultBook) -> None:
-        self._book = book
-
-    def routes(self) -> list[Route]:
-        """Return the routes."""
-        return [
-            _route("GET", "/_control/faults", self._show),
-            _route("POST", "/_control/faults", self._add),
-            _route("PUT", "/_control/faults", self._replace),
-            _route("DELETE", "/_control/faults", self._clear),
-            _route("DELETE", "/_control/faults/{number:int}", self._clear_one),
-        ]
-
     async def _show(self, _request: Request) -> Response:
-        return Json([rule.describe() for rule in self._book.rules()])
+        return Json([rule.describe() for rule in self._faults.rules()])
 
     async def _add(self, request: Request) -> Response:
-        return Json([self._book.add(fault).describe() for fault in await _faults(request)], 201)
+        faults = await _read_faults(request)
+        if request.method == "PUT":
+            self._faults.clear()
+        return Json([self._faults.add(fault).describe() for fault in faults], 201)
 
-    async def _replace(self, request: Request) -> Response:
-        faults = await _faults(request)
-        self._book.clear()
-        return Json([self._book.add(fault).describe() for fault in faults], 201)
-
-    async def _clear(self, _request: Request) -> Response:
-        return Json({"cleared": self._book.clear()})
-
-    async def _clear_one(self, request: Request) -> Response:
-        number = request.path_params["number"]
-        if not self._book.clear(number):
+    async def _clear(self, request: Request) -> Response:
+        number = request.path_params.get("number")
+        cleared = self._faults.clear(number)
+        if number is not None and not cleared:
             raise HubError(404, f"there is no fault {number}")
-        return Json({"cleared": 1})
+        return Json({"cleared": cleared})
 
 
-async def _faults(request: Request) -> list[Fault]:
-    """Return the faults of a body: one, or a list."""
+async def _read_faults(request: Request) -> list[Fault]:
+    """Return the faults of a body: one object, or a list of them."""
     body = (await read_body(request)).strip()
     try:
         return _FAULTS.validate_json(body if body.startswith(b"[") else b"[" + body + b"]")
     except ValidationError as error:
-        raise bad_request(first_problem(error)) from error
-
-
-def _route(method: str, path: str, handler: Handler) -> Route:
-    async def endpoint(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except HubError as error:
-            return refusal(error)
-
-    return Route(path, endpoint, methods=[method])
+        raise bad_request(problems(error)[0]) from error

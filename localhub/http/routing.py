@@ -1,4 +1,4 @@
-"""One route of this Hub: counted, open to faults, its refusals turned into answers."""
+"""Endpoints of routes: requests are counted and open to faults, and refusals become responses."""
 
 import logging
 import re
@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from localhub.errors import HubError
@@ -18,37 +17,50 @@ from localhub.state.counters import Counters, RouteCounters
 Handler = Callable[[Request], Awaitable[Response]]
 """Serves one request; raises `HubError` to refuse it."""
 
+RouteSpec = tuple[str, str, str, Handler]
+"""Name, HTTP method, path and handler of a route."""
+
 _NOT_PRINTABLE = re.compile(r"[^ -~]")
 _log = logging.getLogger("localhub")
 
 
-class Routes:
-    """Makes the routes of one server.
+class Endpoint:
+    """ASGI application of one route, neither counted nor open to faults.
 
     Args:
-        counters: where requests are counted.
-        faults: the faults on order, or None when there can be none.
+        handler: serves the requests.
     """
 
-    def __init__(self, counters: Counters, faults: FaultBook | None) -> None:
-        self._counters = counters
-        self._faults = faults
-
-    def route(self, name: str, method: str, path: str, handler: Handler) -> Route:
-        """Return a route. `name` is what counters and faults call it."""
-        return Route(path, self.app(name, handler), methods=[method], name=name)
-
-    def app(self, name: str, handler: Handler) -> "Endpoint":
-        """Return what serves a request of the route `name`."""
-        return Endpoint(name, handler, self._counters, self._faults)
-
-
-class Endpoint:
-    """The ASGI application of one route."""
-
-    def __init__(self, name: str, handler: Handler, counters: Counters, faults: FaultBook | None) -> None:
-        self._name = name
+    def __init__(self, handler: Handler) -> None:
         self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        try:
+            response = await self._handler(Request(scope, receive))
+        except HubError as error:
+            response = _refusal(error)
+        except ClientDisconnect:
+            return
+        except Exception:  # noqa: BLE001 - a defect of this Hub must appear as a 500, not as a closed connection
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            response = Json({"error": "internal error: see this Hub's stderr"}, 500)
+        await response(scope, receive, send)
+
+
+class ObservedEndpoint(Endpoint):
+    """ASGI application of one route that is counted and open to faults.
+
+    Args:
+        handler: serves the requests.
+        name: name of the route in counters and faults.
+        counters: where requests are counted.
+        faults: the rules for faults.
+    """
+
+    def __init__(self, handler: Handler, name: str, counters: Counters, faults: FaultBook) -> None:
+        super().__init__(handler)
+        self._name = name
         self._counters = counters
         self._faults = faults
 
@@ -57,27 +69,14 @@ class Endpoint:
         counters = self._counters.route(self._name)
         counters.requests += 1
         receive, send = _counted(counters, receive, send, with_body=scope["method"] != "HEAD")
-        injection = self._faults and self._faults.choose(self._name, scope["method"], scope["path"])
+        injection = self._faults.choose(self._name, scope["method"], scope["path"])
         if injection:
-            await inject(injection, self._serve, scope, receive, send)
+            await inject(injection, super().__call__, scope, receive, send)
         else:
-            await self._serve(scope, receive, send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            response = await self._handler(Request(scope, receive))
-        except HubError as error:
-            response = refusal(error)
-        except ClientDisconnect:
-            return
-        except Exception:  # noqa: BLE001 - a mistake of ours must be seen as a 500, not as a dead connection
-            _log.exception("%s %s failed", scope["method"], scope["path"])
-            response = Json({"error": "internal error: see this Hub's stderr"}, 500)
-        await response(scope, receive, send)
+            await super().__call__(scope, receive, send)
 
 
-def refusal(error: HubError) -> Response:
-    """Return the answer that tells of a refusal."""
+def _refusal(error: HubError) -> Response:
     # A header takes neither control characters nor other alphabets; the body has the text as it is.
     headers = {"X-Error-Message": _NOT_PRINTABLE.sub("?", error.message)}
     if error.code is not None:
@@ -94,7 +93,7 @@ def _counted(counters: RouteCounters, receive: Receive, send: Send, *, with_body
 
     async def counted_send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            # The server leaves the body of an answer to HEAD out.
+            # The server omits the body of a response to HEAD.
             counters.bytes_out += len(message.get("body", b"")) if with_body else 0
         else:
             status = str(message["status"])

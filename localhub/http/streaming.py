@@ -1,50 +1,50 @@
-"""Answers whose body is part of a file, sent in pieces without the file ever being in memory."""
+"""Responses whose body is bytes of files, stored as they are or unpacked from xorbs, and never held in memory as a whole."""
 
 import asyncio
+import itertools
 import os
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from localhub.formats.reconstruction import Piece
+from localhub.formats.xorbs import ChunkTable, iter_chunks
+from localhub.state.xorb_store import XorbStore
 
 _PIECE_BYTES = 512 * 1024
 
+_CHUNKS_PER_PIECE = 16
+"""At most 2 MiB."""
 
-def range_headers(wanted: tuple[int, int] | None, size: int) -> dict[str, str]:
-    """Return the headers of an answer that is the bytes from the first to the second of `wanted`, or all `size`."""
-    if wanted is None:
-        return {"accept-ranges": "bytes", "content-length": str(size)}
-    start, stop = wanted
-    return {
-        "accept-ranges": "bytes",
-        "content-length": str(stop - start),
-        "content-range": f"bytes {start}-{stop - 1}/{size}",
-    }
+
+def _ranged(wanted: tuple[int, int] | None, size: int) -> dict[str, Any]:
+    """Return status, headers and media type of a response with the bytes of `wanted`, or with all `size` bytes."""
+    start, stop = wanted or (0, size)
+    headers = {"accept-ranges": "bytes", "content-length": str(stop - start)}
+    if wanted:
+        headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
+    return {"status_code": 206 if wanted else 200, "headers": headers, "media_type": "application/octet-stream"}
 
 
 class FileSlice(Response):
-    """A file, or a range of its bytes as a 206.
+    """A stored file, or a range of its bytes as a 206.
 
     Args:
         path: the file.
-        size: its bytes.
-        wanted: first byte and end (not included) of the range; None for the whole file as a 200.
-        executor: where reads go that would wait for the disk.
+        size: its size in bytes.
+        wanted: the start and the end (exclusive) of the range; None for the whole file as a 200.
     """
 
-    def __init__(self, path: Path, size: int, wanted: tuple[int, int] | None, executor: Executor) -> None:
-        super().__init__(
-            status_code=206 if wanted else 200,
-            headers=range_headers(wanted, size),
-            media_type="application/octet-stream",
-        )
+    def __init__(self, path: Path, size: int, wanted: tuple[int, int] | None) -> None:
+        super().__init__(**_ranged(wanted, size))
         self._path = path
         self._start, self._stop = wanted or (0, size)
-        self._executor = executor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer."""
+        """Send the response."""
         del receive
         file = os.open(self._path, os.O_RDONLY)
         try:
@@ -61,14 +61,46 @@ class FileSlice(Response):
     async def _read(self, file: int, size: int, offset: int) -> bytes | bytearray:
         buffer = bytearray(size)
         try:
-            # What the page cache holds is read at once: a change of threads costs more than the copy.
+            # What the page cache holds is read here: a switch of threads costs more than the copy.
             count = os.preadv(file, [buffer], offset, os.RWF_NOWAIT)
         except OSError:
             count = 0
         if count == size:
             return buffer
-        loop = asyncio.get_running_loop()
-        piece = await loop.run_in_executor(self._executor, os.pread, file, size, offset)
+        piece = await asyncio.to_thread(os.pread, file, size, offset)
         if not piece:
-            raise EOFError(f"{self._path} is shorter than what is recorded of it")
+            raise EOFError(f"{self._path} is shorter than its recorded size")
         return piece
+
+
+def file_bytes(found: list[Piece], size: int, wanted: tuple[int, int] | None, xorbs: XorbStore) -> Response:
+    """Return a response with a file that is unpacked from its chunks, or a range of its bytes as a 206.
+
+    Args:
+        found: the chunks that hold the wanted bytes, in order.
+        size: size of the whole file in bytes.
+        wanted: the start and the end (exclusive) of the range; None for the whole file as a 200.
+        xorbs: where the chunks are stored.
+    """
+    start, stop = wanted or (0, size)
+    return StreamingResponse(_unpacked(found, stop - start, xorbs), **_ranged(wanted, size))
+
+
+async def _unpacked(found: list[Piece], length: int, xorbs: XorbStore) -> AsyncIterator[bytes]:
+    """Yield `length` bytes of the chunks, without those that the first piece skips."""
+    skip = found[0].skip if found else 0
+    for piece in found:
+        path = xorbs.path(piece.xorb)
+        for first in range(piece.first, piece.end, _CHUNKS_PER_PIECE):
+            end = min(first + _CHUNKS_PER_PIECE, piece.end)
+            part = (await asyncio.to_thread(_unpack, path, piece.table, first, end))[skip : skip + length]
+            skip = 0
+            length -= len(part)
+            yield part
+
+
+def _unpack(path: Path, table: ChunkTable, first: int, end: int) -> bytes:
+    """Return the unpacked bytes of the chunks `first` to `end` (exclusive) of a stored xorb."""
+    with path.open("rb", buffering=1024 * 1024) as file:
+        file.seek(table.start(first))
+        return b"".join(chunk for chunk, _ in itertools.islice(iter_chunks(file), end - first))

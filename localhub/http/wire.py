@@ -1,20 +1,16 @@
-"""Reading requests and writing answers: bounded bodies, JSON, byte ranges, absolute addresses."""
+"""Reading requests and writing responses: bounded bodies, JSON, byte ranges, absolute URLs."""
 
-import asyncio
 import json
 import re
-from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from localhub.errors import HubError, bad_request
+from localhub.errors import HubError, bad_request, problems
 
 Model = TypeVar("Model", bound=BaseModel)
-Result = TypeVar("Result")
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 """Largest JSON or NDJSON body."""
@@ -24,7 +20,7 @@ _OTHER_NAME = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
 
 
 class Json(Response):
-    """A compact JSON answer."""
+    """A compact JSON response."""
 
     media_type = "application/json"
 
@@ -34,54 +30,47 @@ class Json(Response):
 
 
 async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return a body.
+    """Return the body of a request.
 
     Raises:
-        HubError: 413 when it is longer than `limit` bytes.
+        HubError: 413 when the body is longer than `limit` bytes.
     """
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > limit:
-            raise HubError(413, f"the body is over the limit of {limit} bytes")
+            raise HubError(413, f"the body exceeds the limit of {limit} bytes")
     return bytes(body)
 
 
 async def read_model(request: Request, model: type[Model]) -> Model:
-    """Return the JSON object of a body as a model; an empty body stands for an empty object.
+    """Return the JSON object of a request's body as a model; an empty body stands for an empty object.
 
     Raises:
-        HubError: 400 when it is not what the model describes, 413 when it is too long.
+        HubError: 400 when the body does not match the model, 413 when it is too long.
     """
     body = await read_body(request)
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
-        raise bad_request(first_problem(error)) from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong, with its place, in one line."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}" if place else first["msg"]
+        raise bad_request(problems(error)[0]) from error
 
 
 def base_url(request: Request) -> str:
-    """Return scheme, host and port under which the client reached this server, without a trailing slash."""
+    """Return the scheme, host and port at which the client reached this server, without a trailing slash."""
     return f"{request.url.scheme}://{request.url.netloc}"
 
 
 def other_host(request: Request) -> str:
-    """Return the same server under another host name: the clients stop at redirects that leave the Hub's host."""
+    """Return the URL of this server under another host name: clients do not follow redirects away from the Hub's host."""
     host = request.url.hostname or "127.0.0.1"
     return f"{request.url.scheme}://{_OTHER_NAME.get(host, 'localhost')}:{request.url.port or 80}"
 
 
 def byte_range(request: Request, size: int) -> tuple[int, int] | None:
-    """Return start and end (not included) of the wanted bytes, or None when all are wanted.
+    """Return the start and the end (exclusive) of the requested bytes, or None for all of them.
 
-    A header that is not one single range of bytes is ignored, as RFC 9110 allows.
+    A header that is not a single byte range is ignored, as RFC 9110 allows.
 
     Raises:
         HubError: 416 when the range lies outside the `size` bytes.
@@ -98,8 +87,3 @@ def byte_range(request: Request, size: int) -> tuple[int, int] | None:
     if start >= stop:
         raise HubError(416, f"the range {header} lies outside the {size} bytes")
     return start, stop
-
-
-async def run_in(executor: Executor, work: Callable[[], Result]) -> Result:
-    """Return what blocking work returns, done in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(executor, work)

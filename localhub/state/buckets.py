@@ -26,14 +26,14 @@ class Bucket:
     """One bucket.
 
     Attributes:
-        row: its number, never used twice.
+        row: row number, never reused.
         namespace: the user or organization.
-        name: its name in the namespace.
-        private: whether only tokens with a right on it may see it.
-        region: where its bytes are stored; a server-side copy stays within one region.
-        created_ms: milliseconds since 1970.
-        size: bytes of all its files.
-        files: number of its files.
+        name: the name in the namespace.
+        private: whether only tokens with a right on the bucket may see it.
+        region: where the bytes are stored; a server-side copy stays within one region.
+        created_ms: time of creation, in milliseconds since 1970.
+        size: bytes of all files.
+        files: number of files.
     """
 
     row: int
@@ -51,7 +51,7 @@ class Bucket:
         return f"{self.namespace}/{self.name}"
 
     def info(self) -> dict[str, object]:
-        """Return what `bucket_info` reads."""
+        """Return the response to `bucket_info`."""
         return {
             "id": self.id,
             "private": self.private,
@@ -64,33 +64,33 @@ class Bucket:
 
 
 class BucketStore:
-    """Reads and writes buckets, and reads their files; batches write files (`localhub.http.batch`).
+    """Reads and writes buckets, and reads their files. `localhub.http.batch` writes files.
 
     Args:
-        database: where the rows are.
+        database: where buckets and files are recorded.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def find(self, namespace: str, name: str) -> Bucket | None:
-        """Return a bucket, or None when there is none of that name."""
+        """Return a bucket, or None when it does not exist."""
         row = self._database.reader.execute(
             "SELECT * FROM buckets WHERE namespace = ? AND name = ?", (namespace, name)
         ).fetchone()
         return _bucket(row) if row else None
 
     def create(self, namespace: str, name: str, *, private: bool, region: str) -> bool:
-        """Make a bucket; return False, changing nothing, when it exists.
+        """Create a bucket; return False, changing nothing, when it exists.
 
         Raises:
-            HubError: 400 for a name or region that cannot be.
+            HubError: 400 for an invalid name or region.
         """
         for part in (namespace, name):
             if not _NAME.fullmatch(part) or ".." in part:
-                raise bad_request(f"not a valid bucket name: {namespace}/{name}")
+                raise bad_request(f"invalid bucket name: {namespace}/{name}")
         if region not in REGIONS:
-            raise bad_request(f"unknown region {region!r}, known are {', '.join(REGIONS)}")
+            raise bad_request(f"unknown region {region!r}: expected one of {', '.join(REGIONS)}")
         with self._database.transaction() as connection:
             made = connection.execute(
                 "INSERT OR IGNORE INTO buckets (namespace, name, private, region, created_ms) VALUES (?, ?, ?, ?, ?)",
@@ -99,17 +99,17 @@ class BucketStore:
             return made.rowcount == 1
 
     def delete(self, bucket: Bucket) -> None:
-        """Remove a bucket with its files, at once and for good."""
+        """Delete a bucket and its files."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM buckets WHERE id = ?", (bucket.row,))
 
     def set_private(self, bucket: Bucket, private: bool) -> None:
-        """Change who may see a bucket."""
+        """Change the visibility of a bucket."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE buckets SET private = ? WHERE id = ?", (private, bucket.row))
 
     def of_namespace(self, namespace: str, search: str, after: str, limit: int) -> list[Bucket]:
-        """Return up to `limit` buckets of a namespace by name, from after the name `after`, whose name has `search`."""
+        """Return up to `limit` buckets of a namespace, by name, whose name is greater than `after` and contains `search`."""
         rows = self._database.reader.execute(
             "SELECT * FROM buckets"
             " WHERE namespace = ? AND name > ? AND instr(lower(name), lower(?)) ORDER BY name LIMIT ?",
@@ -125,12 +125,12 @@ class BucketStore:
         return entry(row) if row else None
 
     def files(self, bucket: Bucket, paths: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the entries of those paths that are files, sorted by hash, because the Hub promises no order.
+        """Return the entries of those paths that are files, sorted by hash.
 
-        An order of its own makes every client that relies on the order of its request fail here rather than there.
+        The Hub guarantees no order. A client that relies on the order of its request fails here.
         """
         rows = self._database.reader.execute(
-            # CROSS JOIN fixes the order of the loops: the planner would rather scan the bucket by hash.
+            # CROSS JOIN fixes the order of the loops; otherwise the planner scans the bucket by hash.
             "SELECT files.* FROM json_each(?) AS wanted CROSS JOIN files ON files.bucket = ? AND files.path = wanted.value"
             " ORDER BY files.hash DESC, files.path DESC",
             (json.dumps(list(dict.fromkeys(paths))), bucket.row),
@@ -138,7 +138,7 @@ class BucketStore:
         return [entry(row) for row in rows]
 
     def snapshot(self) -> AbstractContextManager[object]:
-        """Return a context in which every read of this thread sees the same state."""
+        """Return a context in which all reads of this thread see the same state."""
         return self._database.snapshot()
 
     def scan(self, bucket: Bucket, start: str, stop: str | None, limit: int) -> Iterator[dict[str, Any]]:
@@ -150,14 +150,14 @@ class BucketStore:
         return map(entry, rows)
 
     def newest_ms(self, bucket: Bucket, start: str, stop: str) -> int:
-        """Return when the newest file with `start <= path < stop` was uploaded; there must be one."""
+        """Return the time of upload of the newest file with `start <= path < stop`; at least one must exist."""
         query = "SELECT max(uploaded_ms) FROM files WHERE bucket = ? AND path >= ? AND path < ?"
         row = self._database.reader.execute(query, (bucket.row, start, stop)).fetchone()
         return int(row[0])
 
 
 def entry(row: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a row of `files` as the clients read it."""
+    """Return a row of `files` in the form that the clients read."""
     _, path, digest, size, mtime_ms, uploaded_ms, content_type = row
     item = {
         "type": "file",
@@ -174,13 +174,13 @@ def entry(row: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def now_ms() -> int:
-    """Return the time in milliseconds since 1970."""
+    """Return the current time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 @lru_cache(maxsize=8192)  # the files of one batch share a time
 def iso(milliseconds: int) -> str:
-    """Return a time as the Hub writes it: UTC, millisecond precision.
+    """Return a time in the Hub's format: UTC, with millisecond precision.
 
     Raises:
         OverflowError: the time is outside the years 1 to 9999.

@@ -1,18 +1,19 @@
-"""What passed over the wire since the start or the last reset, by route."""
+"""Counters of requests and bytes by route, since the start or the last reset."""
 
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
 class RouteCounters:
-    """What passed over one route.
+    """Counters of one route.
 
     Attributes:
-        requests: number of requests that came in.
-        bytes_in: bytes of their bodies as far as they were read.
-        bytes_out: bytes of the answers' bodies as far as they were sent.
-        statuses: number of answers by status, as text.
+        requests: number of requests received.
+        bytes_in: bytes of request bodies that were read.
+        bytes_out: bytes of response bodies that were sent.
+        statuses: number of responses by status, as text.
     """
 
     requests: int = 0
@@ -20,34 +21,33 @@ class RouteCounters:
     bytes_out: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
 
+    def __add__(self, other: "RouteCounters") -> "RouteCounters":
+        """Return the sums."""
+        return RouteCounters(
+            self.requests + other.requests,
+            self.bytes_in + other.bytes_in,
+            self.bytes_out + other.bytes_out,
+            dict(Counter(self.statuses) + Counter(other.statuses)),
+        )
+
 
 class Counters:
     """The counters of one server process."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, RouteCounters] = {}
+        self._routes: defaultdict[str, RouteCounters] = defaultdict(RouteCounters)
 
     def route(self, name: str) -> RouteCounters:
-        """Return the counters of a route, made when first asked for."""
-        counters = self._routes.get(name)
-        if counters is None:
-            counters = self._routes[name] = RouteCounters()
-        return counters
+        """Return the counters of a route."""
+        return self._routes[name]
 
     def reset(self) -> None:
-        """Start over from zero."""
+        """Set all counters to zero."""
         self._routes.clear()
 
     def snapshot(self) -> dict[str, Any]:
-        """Return everything as JSON: `routes` by name, and `total` over all of them."""
-        total = RouteCounters()
-        for route in self._routes.values():
-            total.requests += route.requests
-            total.bytes_in += route.bytes_in
-            total.bytes_out += route.bytes_out
-            for status, count in route.statuses.items():
-                total.statuses[status] = total.statuses.get(status, 0) + count
+        """Return all counters as JSON: `routes` by name, and `total` over all of them."""
         return {
             "routes": {name: asdict(route) for name, route in sorted(self._routes.items())},
-            "total": asdict(total),
+            "total": asdict(sum(self._routes.values(), RouteCounters())),
         }

@@ -1,4 +1,4 @@
-"""One SQLite database for everything that is not bulk data, safe under many threads and several processes."""
+"""One SQLite database for everything but bulk data, safe for many threads and several processes."""
 
 import contextlib
 import fcntl
@@ -14,14 +14,14 @@ _BUSY_SECONDS = 60.0
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE buckets (
-    -- Never used twice, so that a token for a deleted bucket opens no later one of that name.
+    -- Never reused: a token for a deleted bucket must not open a later one of that name.
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     namespace TEXT NOT NULL,
     name TEXT NOT NULL,
     private INTEGER NOT NULL,
     region TEXT NOT NULL,
     created_ms INTEGER NOT NULL,
-    -- Kept by the batches, so that asking costs nothing however much is stored.
+    -- Maintained by batches, so that reading them costs the same however much is stored.
     size INTEGER NOT NULL DEFAULT 0,
     files INTEGER NOT NULL DEFAULT 0,
     UNIQUE (namespace, name)
@@ -44,7 +44,7 @@ CREATE TABLE xorbs (
     chunk_hashes BLOB NOT NULL
 );
 CREATE TABLE objects (hash BLOB PRIMARY KEY, size INTEGER NOT NULL, terms BLOB NOT NULL);
--- Which objects ever came to a bucket: what its tokens may read and add.
+-- The objects that were ever added to a bucket: what its tokens may read and add.
 CREATE TABLE arrivals (
     bucket INTEGER NOT NULL REFERENCES buckets ON DELETE CASCADE,
     hash BLOB NOT NULL,
@@ -58,13 +58,13 @@ _TABLES = frozenset({"meta", "buckets", "files", "xorbs", "objects", "arrivals"}
 class Database:
     """The database of one root directory.
 
-    Every thread has its own connection, kept until `close`, because opening one costs more than most queries.
+    Every thread keeps its own connection until `close`, because opening one costs more than most queries.
 
     Args:
-        path: the database file; made with its schema when it is missing.
+        path: the database file; created with its schema when missing.
 
     Raises:
-        RuntimeError: the file was made by another version of this package or by another program, or is damaged.
+        RuntimeError: the file was created by another version of this package or by another program, or is damaged.
         OSError: the lock beside it cannot be opened.
     """
 
@@ -73,7 +73,7 @@ class Database:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        # SQLite's own waiting polls with pauses of up to 100 ms; threads of one process take turns without it.
+        # SQLite waits by polling, with pauses of up to 100 ms; a lock avoids that among the threads of one process.
         self._writing = threading.Lock()
         self._create()
 
@@ -87,21 +87,15 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Give this thread's connection inside a write transaction: committed at the end, undone on an exception."""
+        """Give this thread's connection inside a write transaction: committed at the end, rolled back on an exception."""
         connection = self.reader
-        with self._writing:
+        with self._writing, connection:
             connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+            yield connection
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Give this thread's connection for several reads of one state, whatever is written meanwhile."""
+        """Give this thread's connection for several reads of one state, regardless of concurrent writes."""
         connection = self.reader
         connection.execute("BEGIN")
         try:
@@ -110,12 +104,12 @@ class Database:
             connection.execute("ROLLBACK")
 
     def secret(self) -> bytes:
-        """Return the key that signs tokens and links: made once, shared by every process on this root."""
+        """Return the key that signs tokens and links: created once, shared by every process on this root."""
         row = self.reader.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
         return bytes(row[0])
 
     def close(self) -> None:
-        """Close every thread's connection; nothing may use the database afterwards."""
+        """Close every thread's connection. The database cannot be used afterwards."""
         with self._lock:
             for connection in self._connections:
                 connection.close()
@@ -129,7 +123,7 @@ class Database:
             check_same_thread=False,
             cached_statements=256,
         )
-        # A killed process loses nothing; only a power cut may take the last transactions.
+        # A killed process loses nothing; a power cut may lose the last transactions.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
         with self._lock:
@@ -137,7 +131,7 @@ class Database:
         return connection
 
     def _create(self) -> None:
-        # SQLite does not wait for its turn to change to WAL, so several processes that start at once take theirs here.
+        # SQLite does not wait for a lock to switch to WAL, so processes that start at the same time wait here.
         lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,24 +139,22 @@ class Database:
             self._make_schema()
         except sqlite3.DatabaseError as error:
             self.close()
-            raise RuntimeError(f"{self._path} cannot be used: {error}; remove it, or name another root") from error
-        except RuntimeError:
-            self.close()
-            raise
+            raise RuntimeError(
+                f"{self._path} cannot be used: {error}; choose another root, or remove the file if nothing needs it"
+            ) from error
         finally:
             os.close(lock)
 
     def _make_schema(self) -> None:
         with self.transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    raise RuntimeError(f"{self._path} is a database of another program; name another root")
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+            if version == 0 and not tables:
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
                 connection.execute("INSERT INTO meta VALUES ('secret', ?)", (secrets.token_bytes(32),))
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version != _VERSION:
-                raise RuntimeError(f"{self._path} has schema version {version}, this package reads {_VERSION}")
-            elif _TABLES - {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}:
-                raise RuntimeError(f"{self._path} is a database of another program; name another root")
+            elif version not in {0, _VERSION}:
+                raise sqlite3.DatabaseError(f"its schema version is {version}, this package supports {_VERSION}")
+            elif version == 0 or not tables >= _TABLES:
+                raise sqlite3.DatabaseError("it is the database of another program")

@@ -1,4 +1,4 @@
-"""The files that shards describe, by their hash: which chunks make each of them."""
+"""The contents of files by hash: the chunks that make each of them."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class StoredObject:
     """The content of a file.
 
     Attributes:
-        size: its bytes.
-        terms: its terms as they are in a shard, 48 bytes each.
+        size: size in bytes.
+        terms: its terms in the format of shards, 48 bytes each.
     """
 
     size: int
@@ -25,9 +25,10 @@ class ObjectStore:
     """The contents of files.
 
     Args:
-        database: where they are recorded.
-        xorbs: where their bytes are.
-        only_arrived: whether a bucket's tokens read only what came to that bucket: so with access control.
+        database: where contents are recorded.
+        xorbs: where their bytes are stored.
+        only_arrived: whether a bucket accepts and serves only contents that were uploaded or copied to it. Set with access
+            control, where knowing a hash must not give access to the bytes.
     """
 
     def __init__(self, database: Database, xorbs: XorbStore, *, only_arrived: bool) -> None:
@@ -36,14 +37,14 @@ class ObjectStore:
         self._only_arrived = only_arrived
 
     def register(self, shard: bytes, bucket: int) -> None:
-        """Take in an uploaded shard for a bucket. Blocks.
+        """Verify and store an uploaded shard. Blocks.
 
         Args:
-            shard: its bytes.
-            bucket: row number of the bucket whose token brought it.
+            shard: the bytes of the shard.
+            bucket: row number of the bucket of the token.
 
         Raises:
-            ShardError: it is malformed or does not agree with the stored xorbs; nothing of it is kept then.
+            ShardError: the shard is malformed or contradicts the stored xorbs. Nothing of it is stored then.
         """
         files, xorbs = parse_shard(shard)
         check_shard(files, xorbs, self._xorbs.chunks)
@@ -52,7 +53,7 @@ class ObjectStore:
                 "INSERT OR IGNORE INTO objects (hash, size, terms) VALUES (?, ?, ?)",
                 [(file.digest, file.size, file.terms) for file in files],
             )
-            # A bucket that was deleted meanwhile takes nothing in.
+            # Records nothing for a bucket that was deleted meanwhile.
             connection.executemany(
                 "INSERT OR IGNORE INTO arrivals SELECT id, ? FROM buckets WHERE id = ?",
                 [(file.digest, bucket) for file in files],
@@ -66,12 +67,12 @@ class ObjectStore:
         return StoredObject(*row) if row else None
 
     def may_read(self, digest: bytes, bucket: int) -> bool:
-        """Whether a bucket's storage tokens read a hash: what came to the bucket once, or anything without control.
+        """Whether a bucket's storage tokens may read a hash.
 
-        It stays readable after its path was overwritten or deleted, as long as the bucket is there: content is
-        addressed by hash, and a client may still hold an older listing.
+        Content stays readable after its path was overwritten or deleted, until the bucket is deleted: it is addressed by
+        hash, and a client may still hold an older listing.
         """
         if not self._only_arrived:
             return True
-        query = "SELECT 1 FROM arrivals WHERE bucket = ? AND hash = ?"
-        return self._database.reader.execute(query, (bucket, digest)).fetchone() is not None
+        arrived = "SELECT 1 FROM arrivals WHERE bucket = ? AND hash = ?"
+        return self._database.reader.execute(arrived, (bucket, digest)).fetchone() is not None

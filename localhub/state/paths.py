@@ -1,18 +1,18 @@
-"""Which paths a bucket takes."""
+"""Validation of paths in buckets."""
 
 MAX_PATH_BYTES = 1024
-"""Longest path in UTF-8, as in the object stores that buckets are modelled after."""
+"""Longest path in UTF-8, as in other object stores."""
 
 
 class PathError(ValueError):
-    """A bucket cannot hold a file at this path; the message says why."""
+    """A bucket cannot hold a file at this path; the message gives the reason."""
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is empty, too long, no text, or that leads elsewhere once it is a local path.
+    """Refuse a path that is empty, too long, not valid Unicode, or that leads elsewhere as a local path.
 
     Raises:
-        PathError: why the path is refused.
+        PathError: the path is refused.
     """
     try:
         length = len(path.encode())
@@ -21,7 +21,7 @@ def check_path(path: str) -> None:
     if length > MAX_PATH_BYTES:
         raise PathError(f"the path is {length} bytes long, the limit is {MAX_PATH_BYTES}")
     if "\0" in path:
-        raise PathError("the path holds a NUL character")
+        raise PathError("the path contains a NUL character")
     for segment in path.split("/"):
         if segment in {"", ".", ".."}:
-            raise PathError(f"the path has a segment {segment!r}: it must be relative and lead to one place")
+            raise PathError(f"the path has a segment {segment!r}; paths must be relative and normalized")

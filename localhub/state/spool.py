@@ -1,13 +1,14 @@
-"""Request bodies on their way to the disk: in memory while they are small, in a file beyond."""
+"""Request bodies on their way to the disk."""
 
-import io
+import asyncio
 import os
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 from localhub.errors import HubError
 
@@ -15,101 +16,69 @@ _PIECE_BYTES = 1024 * 1024
 _STALE_SECONDS = 24 * 3600.0
 _PREFIX = "localhub-upload-"
 
-Run = Callable[[Callable[[], None]], Awaitable[None]]
-"""Runs a blocking function in a thread."""
 
-
-class Spool:
-    """One body. At most 1 MiB of it is in memory; the rest is in a temporary file that `close` removes.
+class Spool(AbstractContextManager["Spool"]):
+    """One body in a temporary file, which the end of the context removes. At most 1 MiB of it is in memory.
 
     Args:
-        directory: where the temporary file goes; on the file system of the file that `publish` makes.
+        directory: where the temporary file is created, on the file system of the file that `publish` makes.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._file = tempfile.NamedTemporaryFile(dir=directory, prefix=_PREFIX, delete=False)  # noqa: SIM115 - `__exit__` closes it
+        self._path = Path(self._file.name)
         self._pieces: list[bytes] = []
-        self._held = 0
-        self._file: IO[bytes] | None = None
-        self.size = 0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
-    async def fill(self, stream: AsyncIterator[bytes], limit: int, run: Run) -> None:
-        """Take in a whole body.
+    async def fill(self, stream: AsyncIterator[bytes], limit: int) -> None:
+        """Write a whole body.
 
         Raises:
-            HubError: 413 when it is longer than `limit` bytes.
+            HubError: 413 when the body is longer than `limit` bytes.
         """
+        size = held = 0
         async for piece in stream:
-            self.size += len(piece)
-            if self.size > limit:
-                raise HubError(413, f"the body is over the limit of {limit} bytes")
+            size += len(piece)
+            if size > limit:
+                raise HubError(413, f"the body exceeds the limit of {limit} bytes")
             self._pieces.append(piece)
-            self._held += len(piece)
-            if self._held >= _PIECE_BYTES:
-                await run(self._flush)
+            held += len(piece)
+            if held >= _PIECE_BYTES:
+                await asyncio.to_thread(self._flush)
+                held = 0
 
     def reader(self) -> IO[bytes]:
-        """Return a reader of the whole body, to be closed by the caller."""
-        if self._file is None:
-            return io.BytesIO(b"".join(self._pieces))
+        """Return a reader of the whole body, which the caller closes."""
         self._flush()
-        return Path(self._file.name).open("rb", buffering=_PIECE_BYTES)
+        return self._path.open("rb", buffering=_PIECE_BYTES)
 
     def publish(self, target: Path, size: int) -> None:
         """Make the first `size` bytes the file `target`, which appears whole or not at all."""
-        self._flush()
-        if self._file is None:
-            self._file = self._open()
         self._file.truncate(size)
-        Path(self._file.name).replace(target)
-        self._file.close()
-        self._file = None
-
-    def close(self) -> None:
-        """Drop the body."""
-        self._pieces.clear()
-        if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
+        self._path.replace(target)
 
     def _flush(self) -> None:
-        if self._file is None:
-            self._file = self._open()
         self._file.writelines(self._pieces)
         self._file.flush()
         self._pieces.clear()
-        self._held = 0
-
-    def _open(self) -> IO[bytes]:
-        return tempfile.NamedTemporaryFile(dir=self._directory, prefix=_PREFIX, delete=False)
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what processes that were killed left behind: bodies older than a day, which no upload takes.
-
-    Only regular files that bear the name of a body are removed, and no link is followed.
+    """Remove what killed processes left behind: regular files older than a day with the name of a spool.
 
     Raises:
-        OSError: The directory cannot be read, or is a link.
+        OSError: the directory cannot be read, or is a symbolic link.
     """
     oldest = time.time() - _STALE_SECONDS
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        for name in os.listdir(opened):  # noqa: PTH208 - by descriptor, which pathlib has not
-            if not name.startswith(_PREFIX):
-                continue
-            try:
+        for name in os.listdir(opened):  # noqa: PTH208 - by descriptor, which pathlib does not support
+            with suppress(FileNotFoundError):  # another process of this root removes it too
                 found = os.stat(name, dir_fd=opened, follow_symlinks=False)
-                if stat.S_ISREG(found.st_mode) and found.st_mtime < oldest:
+                if name.startswith(_PREFIX) and stat.S_ISREG(found.st_mode) and found.st_mtime < oldest:
                     os.unlink(name, dir_fd=opened)
-            except FileNotFoundError:
-                continue
     finally:
         os.close(opened)

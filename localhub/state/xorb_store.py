@@ -1,4 +1,4 @@
-"""Xorbs on disk: the bytes in one file each, the chunk tables in the database."""
+"""Xorbs on disk: one file each for the bytes, and the chunk tables in the database."""
 
 from array import array
 from pathlib import Path
@@ -11,7 +11,7 @@ from localhub.state.database import Database
 from localhub.state.spool import Spool
 
 _CACHED_CHUNKS = 1 << 20
-"""Chunk tables kept in memory, by their chunks: 8 MiB of them, tables of about 64 GiB of data."""
+"""Capacity of the cache of chunk tables, in chunks: 8 MiB of tables for about 64 GiB of data."""
 
 
 class XorbStore:
@@ -29,23 +29,23 @@ class XorbStore:
         self._tables: LRUCache[bytes, ChunkTable] = LRUCache(_CACHED_CHUNKS, getsizeof=len)
 
     def path(self, digest: bytes) -> Path:
-        """Return the file of a xorb, whether it is stored or not."""
+        """Return the path of a xorb, which need not be stored."""
         name = to_hex(digest)
         return self._directory / name[:2] / name
 
     def has(self, digest: bytes) -> bool:
         """Whether a xorb is stored."""
-        query = "SELECT 1 FROM xorbs WHERE hash = ?"
-        return self._database.reader.execute(query, (digest,)).fetchone() is not None
+        row = self._database.reader.execute("SELECT 1 FROM xorbs WHERE hash = ?", (digest,)).fetchone()
+        return row is not None
 
     def adopt(self, spool: Spool, digest: bytes) -> bool:
-        """Verify and store an uploaded xorb; return False when it was there already.
+        """Verify and store an uploaded xorb; return False when it was stored before.
 
-        Every chunk is unpacked and hashed: bytes that are not those of the hash never get in. Blocks for about a
-        millisecond per MiB.
+        Every chunk is unpacked and hashed, so that only the bytes of the hash are stored. Blocks for about a millisecond
+        per MiB.
 
         Raises:
-            XorbError: the bytes are not a xorb, or not that of `digest`.
+            XorbError: the bytes are not a xorb, or not the one of `digest`.
         """
         with spool.reader() as source:
             xorb = read_xorb(source)
@@ -53,7 +53,7 @@ class XorbStore:
             raise XorbError(f"the content hashes to {to_hex(xorb.digest)}, not to {to_hex(digest)}")
         target = self.path(digest)
         target.parent.mkdir(exist_ok=True)
-        # The file first: a row is a promise that the bytes are there.
+        # The file first: a row guarantees that the bytes are stored.
         spool.publish(target, xorb.size)
         with self._database.transaction() as connection:
             made = connection.execute(
@@ -63,20 +63,17 @@ class XorbStore:
             return made.rowcount == 1
 
     def table(self, digest: bytes) -> ChunkTable | None:
-        """Return a xorb's chunk table, or None when the xorb is not stored. Not for use by several threads."""
+        """Return a xorb's chunk table, or None when the xorb is not stored. Not thread-safe."""
         table = self._tables.get(digest)
         if table is None:
-            row = self._database.reader.execute(
-                "SELECT ends, unpacked_ends FROM xorbs WHERE hash = ?", (digest,)
-            ).fetchone()
-            if row is None:
+            found = self.chunks(digest)
+            if found is None:
                 return None
-            table = ChunkTable(array("I", row[0]), array("I", row[1]))
-            self._tables[digest] = table
+            table = self._tables[digest] = found[0]
         return table
 
     def chunks(self, digest: bytes) -> tuple[ChunkTable, bytes] | None:
-        """Return a xorb's chunk table and its chunks' hashes back to back, or None when the xorb is not stored."""
+        """Return a xorb's chunk table and its concatenated chunk hashes, or None when the xorb is not stored."""
         row = self._database.reader.execute(
             "SELECT ends, unpacked_ends, chunk_hashes FROM xorbs WHERE hash = ?", (digest,)
         ).fetchone()

@@ -180,18 +180,18 @@ def test_storage_tokens_and_links_expire(hub_factory):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("", "the file: "),
-        ("tokens: {", "is not YAML: line"),
-        ("tokens: " + "[" * 5000, "is not YAML"),
-        ("tokens: [{token: a, buckets: {x/y: read, x/y: write}}]", "is not YAML: line 1, column 42"),
-        ("tokens: !!int zzz", "is not YAML"),
+        ("", "tokens.yaml: Input should be a valid dictionary"),
+        ("tokens: {", "is not valid YAML: line"),
+        ("tokens: " + "[" * 5000, "is not valid YAML"),
+        ("tokens: [{token: a, buckets: {x/y: read, x/y: write}}]", "is not valid YAML: line 1, column 42"),
+        ("tokens: !!int zzz", "is not valid YAML"),
         ("token: []", "tokens: Field required; token: Extra inputs"),
         ("tokens: [{token: a}]", r"tokens\[0\].buckets: Field required"),
         ("tokens: [{token: '', buckets: {}}]", r"tokens\[0\].token"),
         ("tokens: [{token: a, buckets: {}, rights: 1}]", r"tokens\[0\].rights: Extra inputs"),
         ("tokens: [{token: a, buckets: {}}, {token: b, buckets: {x/y: all}}]", r"tokens\[1\].buckets.x/y: .*'write'"),
         ("tokens: [{token: a, buckets: {x: read}}]", r"tokens\[0\].buckets: .*'x' is not of the form namespace/name"),
-        ("tokens: [{token: a, buckets: {}}, {token: a, buckets: {}}]", r"tokens\[1\]: this token was given before"),
+        ("tokens: [{token: a, buckets: {}}, {token: a, buckets: {}}]", r"tokens\[1\]: duplicate token"),
     ],
 )
 def test_a_wrong_tokens_file_names_the_entry(tmp_path, content, complaint):

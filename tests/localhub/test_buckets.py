@@ -50,7 +50,7 @@ def test_names_that_cannot_be(hub, name):
 
     answer = Raw(hub.endpoint).call("POST", f"/api/buckets/names/{quote(name)}", {})
     assert answer.status == 400
-    assert "not a valid bucket name" in answer.error
+    assert "invalid bucket name" in answer.error
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_root_of_another_version_is_refused(hub_factory, tmp_path):
     with sqlite3.connect(root / "hub.sqlite") as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(HubStartError, match="schema version 99, this package reads 1"):
+    with pytest.raises(HubStartError, match="schema version is 99, this package supports 1"):
         hub_factory(root)
 
 
@@ -197,8 +197,8 @@ def link(path):
     [
         (garbage, "hub.sqlite is not an SQLite database"),
         (cut, "hub.sqlite cannot be used"),
-        (of_another_program, "hub.sqlite is a database of another program"),
-        (of_another_program_with_our_version, "hub.sqlite is a database of another program"),
+        (of_another_program, "hub.sqlite cannot be used: it is the database of another program"),
+        (of_another_program_with_our_version, "hub.sqlite cannot be used: it is the database of another program"),
         (Path.mkdir, "hub.sqlite is not a regular file"),
         (os.mkfifo, "hub.sqlite is not a regular file"),
         (link, "hub.sqlite is not a regular file"),

@@ -61,7 +61,7 @@ def test_a_port_that_is_taken(hub, tmp_path):
 
 
 def test_a_hub_that_takes_too_long_is_given_up(tmp_path):
-    with pytest.raises(HubStartError, match="did not come up: it wrote nothing to stderr"):
+    with pytest.raises(HubStartError, match="did not start: nothing on stderr"):
         start(tmp_path / "root", start_timeout_s=0.0)
 
 

@@ -37,18 +37,18 @@ def test_verification_and_metadata_entries_are_stepped_over():
 @pytest.mark.parametrize(
     ("shard", "complaint"),
     [
-        (b"", "lacks the tag"),
-        (b"not a shard at all, whatever it is", "lacks the tag"),
-        (TAG + bytes(16), "ends before its lists do"),
-        (TAG + bytes(16) + END + bytes(16), "ends before its lists do"),
+        (b"", "the tag is missing"),
+        (b"not a shard at all, whatever it is", "the tag is missing"),
+        (TAG + bytes(16), "ends before its lists end"),
+        (TAG + bytes(16) + END + bytes(16), "ends before its lists end"),
         (make_shard(XORB, CHUNKS)[0][:140], "ends inside a block"),
-        (make_shard(bytes(32), CHUNKS)[0], "0000000000000000, which is not stored here"),
-        (make_shard(bytes(32), CHUNKS, with_xorb=False)[0], "which is not stored here"),
-        (make_shard(XORB, CHUNKS, terms=[(12, 0, 4)])[0], "takes chunks 0 to 4 of the xorb"),
-        (make_shard(XORB, CHUNKS, terms=[(0, 1, 1)])[0], "takes chunks 1 to 1 of the xorb"),
-        (make_shard(XORB, CHUNKS, terms=[(13, 0, 3)])[0], "says 13 bytes for chunks 0 to 3"),
+        (make_shard(bytes(32), CHUNKS)[0], "0000000000000000, which is not stored on this Hub"),
+        (make_shard(bytes(32), CHUNKS, with_xorb=False)[0], "which is not stored on this Hub"),
+        (make_shard(XORB, CHUNKS, terms=[(12, 0, 4)])[0], "names chunks 0 to 4 of the xorb"),
+        (make_shard(XORB, CHUNKS, terms=[(0, 1, 1)])[0], "names chunks 1 to 1 of the xorb"),
+        (make_shard(XORB, CHUNKS, terms=[(13, 0, 3)])[0], "has 13 bytes for chunks 0 to 3"),
         (make_shard(XORB, CHUNKS, digest=b"x" * 32)[0], "the chunks of the file"),
-        (make_shard(XORB, CHUNKS[::-1], digest=make_shard(XORB, CHUNKS)[1])[0], "are not the stored ones"),
+        (make_shard(XORB, CHUNKS[::-1], digest=make_shard(XORB, CHUNKS)[1])[0], "differ from the stored ones"),
     ],
 )
 def test_shards_that_are_refused(shard, complaint):

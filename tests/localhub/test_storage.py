@@ -140,7 +140,7 @@ def test_a_shard_that_does_not_agree_leaves_nothing_behind(raw, write, bucket):
     shard, digest = make_shard(xorb, chunks, terms=[(1999, 0, 2)])
     answer = raw.call("POST", "/v1/shards", shard, write)
     assert answer.status == 400
-    assert "says 1999 bytes" in answer.error
+    assert "has 1999 bytes" in answer.error
     add = {"type": "addFile", "path": "x", "xetHash": to_hex(digest), "mtime": 0}
     assert raw.batch(bucket, add).status == 422
     assert raw.call("GET", f"/v1/reconstructions/{to_hex(digest)}", headers=write).status == 404

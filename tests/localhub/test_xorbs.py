@@ -45,8 +45,8 @@ def test_a_footer_is_left_out():
         (header(1, 0, 1, version=1) + b"a", "unknown version 1"),
         (header(1, 9, 1) + b"a", "unknown compression scheme 9"),
         (header(2, 0, 1) + b"ab", "unpacks to 2 bytes, its header says 1"),
-        (header(0, 0, 0), "over the limits"),
-        (header(1, 0, MAX_CHUNK_BYTES + 1) + b"a", "over the limits"),
+        (header(0, 0, 0), "exceeds the limits"),
+        (header(1, 0, MAX_CHUNK_BYTES + 1) + b"a", "exceeds the limits"),
         (header(20, 1, 20) + b"no frame of any kind", "not an LZ4 frame"),
         (
             packed(b"abc" * 100, 1)[:4] + b"\1" + (299).to_bytes(3, "little") + packed(b"abc" * 100, 1)[8:],
