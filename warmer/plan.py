@@ -442,5 +442,5 @@ def _read_header(line: bytes) -> dict[str, Any]:
 
 _HEADER_TYPES: Final[dict[str, type]] = {
     "made": str, "instance": str, "bucket": str, "takes": str, "tiers": list, "warm_up": dict, "selected": int,
-    "selected_bytes": int, "skipped": dict, "fingerprints": dict, "order": dict, "prompts": dict, "prompts_file": dict,
+    "selected_bytes": int, "skipped": dict, "fingerprints": list, "order": dict, "prompts": dict, "prompts_file": dict,
 }  # fmt: skip
