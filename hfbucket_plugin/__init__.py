@@ -5,7 +5,7 @@ Nothing heavy is imported here: `hfbucket_plugin.adapter` is what LMCache loads,
 
 from importlib.metadata import version as _distribution_version
 
-from hfbucket_plugin.texts import clean_logs as _clean_logs
+from hfbucket_plugin.core.texts import clean_logs as _clean_logs
 
 _clean_logs(__name__, __path__)
 

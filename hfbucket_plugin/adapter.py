@@ -22,10 +22,10 @@ from lmcache.v1.storage_backend.connector import (
     extract_plugin_type,
 )
 
-from hfbucket_plugin import settings
-from hfbucket_plugin.connector import HFBucketConnector
+from hfbucket_plugin.config import settings
+from hfbucket_plugin.engine.classic import HFBucketConnector
+from hfbucket_plugin.engine.health_monitor import lift_threshold
 from hfbucket_plugin.errors import ConfigError, HFBucketError
-from hfbucket_plugin.health_shield import lift_threshold
 
 if TYPE_CHECKING:
     from lmcache.v1.storage_backend.connector import ConnectorContext

@@ -26,6 +26,6 @@
 fail closed.
 """
 
-from hfbucket_plugin.texts import clean_logs as _clean_logs
+from hfbucket_plugin.core.texts import clean_logs as _clean_logs
 
 _clean_logs(__name__, __path__)

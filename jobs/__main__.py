@@ -1,13 +1,14 @@
 """`python -m jobs`."""
 
-from hfbucket_plugin import texts, xet_home
-from hfbucket_plugin.early_signals import end_by_signals
-from jobs import exits
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.hub import xet_home
+from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.early_signals import end_by_signals
 
-end_by_signals(exits.INTERRUPTED)
+end_by_signals(exit_codes.INTERRUPTED)
 xet_home.begin()
 
-from jobs.cli import app  # noqa: E402 - it imports hf_xet, which opens its log then
+from jobs.cli.app import app  # noqa: E402 - it imports hf_xet, which opens its log then
 
 texts.hide_in_streams()
 app(prog_name="python -m jobs")

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from hfbucket_plugin import texts
-from hfbucket_plugin.deadlines import Deadline
-from hfbucket_plugin.handle import RESERVED
-from jobs import small
-from jobs.guards import Extent, GuardError
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import RESERVED
+from jobs.deletion.guards import Extent, GuardError
+from jobs.lock import records
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.bucket import Bucket
+    from hfbucket_plugin.hub.bucket import Bucket
 
 DIRECTORY: Final = f"{RESERVED}/reports"
 _DELETING: Final = ("cleanup", "rm", "mirror")
@@ -74,7 +74,7 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
     if not infos:
         return None
     newest = infos[-1]
-    record = small.read_json(bucket, newest, Deadline.patient(request_secs))
+    record = records.read_json(bucket, newest, Deadline.patient(request_secs))
     try:
         left = Extent.from_record(record.get("left"))
         _expect_consistent(record, left, newest.path.rpartition("/")[2])
@@ -118,5 +118,5 @@ def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> No
     record["left"] = left.record()
     record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     deadline = Deadline.patient(request_secs)
-    content = small.upload(bucket, texts.as_json(record).encode(), deadline)
-    small.put(bucket, f"{DIRECTORY}/{summary.job}.json", content, deadline)
+    content = records.upload(bucket, texts.as_json(record).encode(), deadline)
+    records.put(bucket, f"{DIRECTORY}/{summary.job}.json", content, deadline)

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
 
-from hfbucket_plugin import texts
-from hfbucket_plugin.output_file import OutputFile, write_whole
-from jobs import exits
-from jobs.batch import Outcome
-from jobs.guards import NOTHING, Extent
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.files import OutputFile, write_whole
+from hfbucket_plugin.tools import exit_codes
+from jobs.batch.model import Outcome
+from jobs.deletion.guards import NOTHING, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from enum import StrEnum
     from pathlib import Path
 
-    from jobs.batch import Ended
-    from jobs.plan import Header, PlanFile
+    from jobs.batch.model import Ended
+    from jobs.deletion.plan import Header, PlanFile
     from jobs.session import Summary as Told
 
 NAMED_FAILURES: Final = 1000
@@ -56,7 +56,10 @@ class ReportFile:
         with self._lock:
             if self._out is None or self.problem:
                 return
-            refused = record.get("record") == "summary" and record.get("exit_code") in {exits.USAGE, exits.REFUSED}
+            refused = record.get("record") == "summary" and record.get("exit_code") in {
+                exit_codes.USAGE,
+                exit_codes.REFUSED,
+            }
             self._done = self._done or not (refused or record.get("record") == "report")
             try:
                 self._out.write(texts.as_json(record) + "\n")
@@ -169,7 +172,7 @@ class Summary:
     def lines(self) -> Iterator[str]:
         """For people."""
         if self.message:
-            yield f"{exits.RESULTS[self.code]}: {self.message}"
+            yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
         if self.absent:
             yield f"{self.absent_count} keys that were asked for are not there, such as {self.absent[0]!r}"
         if self.plan is not None and not self.applied:
@@ -178,7 +181,7 @@ class Summary:
             return
         if self.ended:
             yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
-        if self.plan is not None and self.code in (exits.FAILED, exits.INTERRUPTED):
+        if self.plan is not None and self.code in (exit_codes.FAILED, exit_codes.INTERRUPTED):
             yield f"to go on: python -m jobs apply {self.plan.path} --yes"
 
     def gauges(self) -> dict[str, float]:
@@ -195,7 +198,7 @@ class Summary:
     def record(self) -> dict[str, Any]:
         """For JSON; the fields are described in `docs/retention.md`."""
         code = self.code
-        result = exits.RESULTS[code] if self.applied or code else "planned"
+        result = exit_codes.RESULTS[code] if self.applied or code else "planned"
         record: dict[str, Any] = {
             "record": "summary",
             "job": self.job,
@@ -239,7 +242,7 @@ GAUGES: Final = {
 }
 
 
-def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int = exits.COMPLETE) -> None:
+def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int = exit_codes.COMPLETE) -> None:
     """Write the file that Prometheus' textfile collector reads; it appears whole.
 
     Args:
@@ -257,7 +260,10 @@ def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int 
         for name, text in GAUGES.items()
     }
     for summary in summaries:
-        values = summary.gauges() | {"exit_code": exits.worst([summary.code, least]), "last_run_timestamp_seconds": now}
+        values = summary.gauges() | {
+            "exit_code": exit_codes.worst([summary.code, least]),
+            "last_run_timestamp_seconds": now,
+        }
         for name, value in values.items():
             gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
     write_whole(path, prometheus_client.generate_latest(registry).decode(), "--metrics-textfile")

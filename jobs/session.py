@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import typer
 from typer.core import TyperGroup
 
-from hfbucket_plugin import texts
-from hfbucket_plugin.output_file import expect_apart
-from jobs import exits, show
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.files import expect_apart
+from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.signals import StopSwitch
+from jobs.cli import show
+from jobs.deletion.job import code_of, in_words
 from jobs.report import ReportFile, write_metrics
-from jobs.run import code_of, in_words
-from warmer.errors import Interrupted
-from warmer.interrupt import StopSwitch
+from warmer.report.outcomes import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,9 +99,9 @@ class Session:
             if self.metrics is not None:
                 write_metrics(self.metrics, self.summaries, time.time(), _code_of_file(file))
         except Interrupted:
-            end(_told_to_stop(waiting), exits.INTERRUPTED)
+            end(_told_to_stop(waiting), exit_codes.INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
-            end(in_words(error), exits.worst([code_of(error), *self._codes]))
+            end(in_words(error), exit_codes.worst([code_of(error), *self._codes]))
         finally:
             if file is not None:
                 file.close()
@@ -110,8 +111,8 @@ class Session:
         if file.problem:
             show.note(file.problem)
         if waiting:
-            end(_told_to_stop(waiting), exits.INTERRUPTED)
-        raise typer.Exit(exits.worst([*self._codes, _code_of_file(file)]))
+            end(_told_to_stop(waiting), exit_codes.INTERRUPTED)
+        raise typer.Exit(exit_codes.worst([*self._codes, _code_of_file(file)]))
 
     @property
     def _codes(self) -> list[int]:
@@ -136,7 +137,7 @@ class Session:
 
 def _code_of_file(file: ReportFile) -> int:
     """What a report that is not whole means for how the command ends."""
-    return exits.FAILED if file.problem else exits.COMPLETE
+    return exit_codes.FAILED if file.problem else exit_codes.COMPLETE
 
 
 def _told(summary: Summary, file: ReportFile | None) -> dict[str, Any]:
@@ -144,9 +145,9 @@ def _told(summary: Summary, file: ReportFile | None) -> dict[str, Any]:
     record = summary.record()
     if file is None or not file.problem:
         return record
-    code = exits.worst([summary.code, _code_of_file(file)])
+    code = exit_codes.worst([summary.code, _code_of_file(file)])
     message = "; ".join(filter(None, (record["message"], file.problem)))
-    return record | {"result": exits.RESULTS[code], "exit_code": code, "message": message}
+    return record | {"result": exit_codes.RESULTS[code], "exit_code": code, "message": message}
 
 
 def _told_to_stop(waiting: Sequence[tuple[str, Work]]) -> str:
@@ -184,9 +185,9 @@ class Commands(TyperGroup):
             BrokenPipeError
         ):  # whoever reads the output stopped, as `head` does; Python flushes it once more at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(exits.FAILED) from None
+            raise typer.Exit(exit_codes.FAILED) from None
         except Interrupted:
-            end("told to stop", exits.INTERRUPTED)
+            end("told to stop", exit_codes.INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - as above
             end(in_words(error), code_of(error))
 

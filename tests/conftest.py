@@ -20,8 +20,9 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402 - after the environment
-from hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402 - the same
+
+from tests.support.hubs import bucket, hub, hub_factory, new_bucket, session_hub  # noqa: E402 - after the environment
 
 __all__ = ["bucket", "hub", "hub_factory", "new_bucket", "session_hub"]
 
@@ -33,5 +34,5 @@ settings.load_profile("untimed")
 @pytest.fixture(autouse=True)
 def _no_known_tokens(monkeypatch):
     """What one test gave as a token is an ordinary word in the texts of the next."""
-    if (texts := sys.modules.get("hfbucket_plugin.texts")) is not None:
+    if (texts := sys.modules.get("hfbucket_plugin.core.texts")) is not None:
         monkeypatch.setattr(texts, "_known", {})

@@ -10,6 +10,6 @@
 `plan`, `schedule` and `report` are pure; only `cluster` and `fleet` know of Ray.
 """
 
-from hfbucket_plugin.texts import clean_logs as _clean_logs
+from hfbucket_plugin.core.texts import clean_logs as _clean_logs
 
 _clean_logs(__name__, __path__)

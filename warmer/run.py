@@ -11,35 +11,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfbucket_plugin.deadlines import Deadline, patience
+from hfbucket_plugin.core.deadline import Deadline, patience
+from hfbucket_plugin.core.files import Scratch, expect_writable
+from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, ScratchError
-from hfbucket_plugin.handle import BucketHandle
-from hfbucket_plugin.keys import ClassicKey, MPKey
-from hfbucket_plugin.output_file import expect_writable
-from hfbucket_plugin.scratch import Scratch
-from warmer import check as checks
-from warmer import fingerprints
-from warmer.carry import CopyRun
-from warmer.choose import ADVICE
-from warmer.engine_run import checkable
-from warmer.errors import NothingToDoError
-from warmer.plan import NEVER_PLANNED, PlanFile
-from warmer.planning import WORDS, Choosing
-from warmer.prompt_file import digest_of, expect_recorded
-from warmer.report import FailureLog
-from warmer.sources import bind, recorded
-from warmer.warm_file import validated
+from hfbucket_plugin.tools.selection import ADVICE
+from warmer.check import gate as checks
+from warmer.cluster.engine_tiers import checkable
+from warmer.cluster.execute import CopyRun
+from warmer.node.prompts import digest_of, expect_recorded
+from warmer.plan.build import WORDS, Choosing
+from warmer.plan.plan_file import NEVER_PLANNED, PlanFile
+from warmer.report.outcomes import NothingToDoError
+from warmer.report.summary import FailureLog
+from warmer.request import resolve
+from warmer.request.resolve import bind, recorded
+from warmer.request.warm_file import validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hfbucket_plugin.bucket import Bucket
-    from warmer.canary import Canary
-    from warmer.fingerprints import Compared
-    from warmer.interrupt import StopSwitch
-    from warmer.onlookers import Onlooker
-    from warmer.sources import Bound
-    from warmer.warmup import WarmUp
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.tools.signals import StopSwitch
+    from warmer.check.canary import Canary
+    from warmer.report.observers import Onlooker
+    from warmer.request.model import WarmUp
+    from warmer.request.resolve import Bound, Compared
 
 _log = logging.getLogger(__name__)
 
@@ -168,7 +165,7 @@ def check(
 
 
 def planned_warm_up(made: PlanFile) -> dict[str, Any]:
-    """What a plan was made of, for `warmer.warm_file`; empty for a plan without a header.
+    """What a plan was made of, for `warmer.request.warm_file`; empty for a plan without a header.
 
     Raises:
         ConfigError: The header is not readable.
@@ -228,7 +225,7 @@ def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
     # Where engines load from their own tiers, the Hub is asked nothing.
     with patience(until):
         choosing = Choosing(bound.warm_up.choose, bound.takes, _now(bound, bucket), prompts)
-        compared = fingerprints.compare(bound, choosing, bucket) if bound.lists else fingerprints.Compared()
+        compared = resolve.compare(bound, choosing, bucket) if bound.lists else resolve.Compared()
     scratch = Scratch(bound.instance.settings.download_tmp_dir)
     try:
         with scratch.file() as sorting, scratch.file() as path:

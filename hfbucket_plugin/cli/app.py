@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from hfbucket_plugin.cli.command_doctor import doctor
-from hfbucket_plugin.cli.command_ls import ls
-from hfbucket_plugin.cli.command_stat import stat
+from hfbucket_plugin.cli.doctor import doctor
+from hfbucket_plugin.cli.ls import ls
+from hfbucket_plugin.cli.stat import stat
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from hfbucket_plugin import texts
-from hfbucket_plugin.cli import exits
+from hfbucket_plugin.core import texts
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ThrottledError, TransportError
+from hfbucket_plugin.tools import exit_codes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.config.instances import NamedInstance
 
 
 class Severity(IntEnum):
@@ -104,4 +104,4 @@ def in_words(caught: HFBucketError, named: NamedInstance) -> str:
 def exit_code(findings: Iterable[Finding]) -> int:
     """The code that tells the worst of some findings."""
     worst = max((finding.severity for finding in findings), default=Severity.OK)
-    return {Severity.WARNING: exits.WARNINGS, Severity.ERROR: exits.ERRORS}.get(worst, exits.OK)
+    return {Severity.WARNING: exit_codes.WARNINGS, Severity.ERROR: exit_codes.ERRORS}.get(worst, exit_codes.OK)

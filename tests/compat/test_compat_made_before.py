@@ -19,18 +19,18 @@ from urllib.parse import quote, unquote
 import httpx2
 import pytest
 import yaml
-from hubs import start_on_fresh_port
 from huggingface_hub import HfApi
-from l2_support import content_of, layout, load, lookup, mp_key
-from plugin_rig import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
-from plugin_support import eventually
 from typer.testing import CliRunner
 
-from faults.mp import MP
-from faults.surface import Limits
+from dev.faults.mp import MP
+from dev.faults.surface import Limits
 from hfbucket_plugin.cli.app import app as plugin_app
-from jobs.cli import app as jobs_app
-from warmer.cli import app as warmer_app
+from jobs.cli.app import app as jobs_app
+from tests.support.hubs import start_on_fresh_port
+from tests.support.l2_support import content_of, layout, load, lookup, mp_key
+from tests.support.plugin_rig import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
+from tests.support.plugin_support import eventually
+from warmer.cli.app import app as warmer_app
 
 MADE = Path(__file__).parent / "made_by_0_1"
 OBJECTS = json.loads((MADE / "objects.json").read_text())

@@ -1,10 +1,3 @@
-"""Helpers of the plugin's tests serve these too."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
-
 import pytest
 
 
@@ -13,13 +6,13 @@ def no_cluster(monkeypatch, tmp_path):
     """No Ray cluster is configured, and plans that nobody wants are the test's own."""
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("jobs.run.default_plan_dir", lambda: tmp_path / "plans")
+    monkeypatch.setattr("jobs.deletion.job.default_plan_dir", lambda: tmp_path / "plans")
 
 
 @pytest.fixture
 def depot(hub, bucket, tmp_path):
     """An empty bucket, and an engine's YAML."""
-    from depot import Depot
+    from tests.support.depot import Depot
 
     return Depot(hub, bucket, tmp_path)
 
@@ -27,7 +20,7 @@ def depot(hub, bucket, tmp_path):
 @pytest.fixture
 def stocked(depot):
     """A bucket with old chunks in it, and new ones."""
-    from depot import DAY, NEW, OLD
+    from tests.support.depot import DAY, NEW, OLD
 
     depot.put(OLD, age=20 * DAY)
     depot.put(NEW, age=1 * DAY)

@@ -3,11 +3,11 @@ import textwrap
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError
-from rawhub import Raw, make_shard, make_xorb, upload
 
 from localhub.formats.hashing import to_hex
 from localhub.http.access import TokensError, load_tokens
 from localhub.process import HubStartError
+from tests.support.rawhub import Raw, make_shard, make_xorb, upload
 
 EMPTY = to_hex(bytes(32))
 TOKENS = """
@@ -24,7 +24,7 @@ tokens:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    from hubs import start_on_fresh_port
+    from tests.support.hubs import start_on_fresh_port
 
     root = tmp_path_factory.mktemp("guarded")
     (root / "tokens.yaml").write_text(TOKENS)

@@ -1,7 +1,8 @@
 import pytest
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import BucketNotFoundError, HfHubHTTPError
-from rawhub import Raw
+
+from tests.support.rawhub import Raw
 
 
 def test_a_bucket_is_made_told_of_changed_and_deleted(hub):

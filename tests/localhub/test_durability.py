@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 from huggingface_hub import HfApi
-from rawhub import Raw
 
 from localhub.formats.hashing import to_hex
 from localhub.process import HubStartError
 from localhub.state.spool import remove_stale
+from tests.support.rawhub import Raw
 
 EMPTY = to_hex(bytes(32))
 MIB = 1024 * 1024

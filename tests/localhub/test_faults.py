@@ -8,11 +8,11 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError
 from pydantic import ValidationError
-from rawhub import Raw, upload
 
 from localhub.client import ControlError
 from localhub.faults.rules import Fault, FaultBook
 from localhub.formats.hashing import to_hex
+from tests.support.rawhub import Raw, upload
 
 EMPTY = to_hex(bytes(32))
 

@@ -7,9 +7,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, EntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rawhub import Raw, upload
 
 from localhub.formats.hashing import to_hex
+from tests.support.rawhub import Raw, upload
 
 EMPTY = to_hex(bytes(32))
 

@@ -2,10 +2,10 @@ import pytest
 from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
-from rawhub import Raw
 
 from localhub.formats.hashing import to_hex
 from localhub.state.listing import after_prefix, encode_cursor
+from tests.support.rawhub import Raw
 
 EMPTY = to_hex(bytes(32))
 PATHS = ["a", "dir/1", "dir/2", "dir/sub/3", "dir/sub/4", "dir-x/5", "dir.txt", "v1/6", "v10/7", "v1", "z"]
@@ -26,7 +26,7 @@ def listed(api: HfApi, bucket: str, prefix: str | None = None, *, recursive: boo
 
 @pytest.fixture(scope="module")
 def small_pages(tmp_path_factory):
-    from hubs import start_on_fresh_port
+    from tests.support.hubs import start_on_fresh_port
 
     with start_on_fresh_port(tmp_path_factory.mktemp("small-pages"), page_size=2) as running:
         fill(running.endpoint, "list/all", PATHS)

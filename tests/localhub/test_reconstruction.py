@@ -4,12 +4,12 @@ from array import array
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rawhub import make_xorb
 
 from localhub.formats.hashing import to_hex
 from localhub.formats.reconstruction import MissingXorbError, describe, describe_v2, pieces
 from localhub.formats.shards import _TERM
 from localhub.formats.xorbs import ChunkTable, iter_chunks, read_xorb
+from tests.support.rawhub import make_xorb
 
 
 @st.composite

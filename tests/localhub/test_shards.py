@@ -1,10 +1,10 @@
 import io
 
 import pytest
-from rawhub import END, TAG, make_shard, make_xorb
 
 from localhub.formats.shards import ShardError, check_shard, parse_shard
 from localhub.formats.xorbs import read_xorb
+from tests.support.rawhub import END, TAG, make_shard, make_xorb
 
 CHUNKS = [b"one", b"two!", b"three"]
 BODY, XORB = make_xorb(CHUNKS)

@@ -7,11 +7,11 @@ from datetime import timedelta
 import hf_xet
 import pytest
 from huggingface_hub import HfApi
-from rawhub import Raw, make_shard, make_xorb, upload
 
 from localhub.faults import Fault
 from localhub.formats.hashing import to_hex
 from localhub.http.storage_routes import MAX_XORB_BODY_BYTES
+from tests.support.rawhub import Raw, make_shard, make_xorb, upload
 
 MIB = 1024 * 1024
 

@@ -5,9 +5,9 @@ import lz4.frame
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rawhub import make_xorb, packed
 
 from localhub.formats.xorbs import MAX_CHUNK_BYTES, MAX_XORB_BYTES, XorbError, hash_at, iter_chunks, read_xorb
+from tests.support.rawhub import make_xorb, packed
 
 
 def header(packed_bytes: int, scheme: int, unpacked_bytes: int, version: int = 0) -> bytes:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hfbucket_plugin import texts
+from hfbucket_plugin.core import texts
 
 _numbers = itertools.count(1)
 
@@ -18,7 +18,7 @@ def tokens_of_other_tests(monkeypatch):
 @pytest.fixture(scope="module")
 def loop():
     """An engine's event loop."""
-    from faults.classic import running_loop
+    from dev.faults.classic import running_loop
 
     with running_loop() as one:
         yield one
@@ -27,11 +27,10 @@ def loop():
 @pytest.fixture(params=["classic", "mp"])
 def surfaces(request, hub, bucket, tmp_path, loop):
     """Makes surfaces of one kind over one bucket."""
-    from surface_support import PREFIX
-
-    from faults.classic import Classic
-    from faults.mp import MP
-    from faults.surface import Limits
+    from dev.faults.classic import Classic
+    from dev.faults.mp import MP
+    from dev.faults.surface import Limits
+    from tests.support.surface_support import PREFIX
 
     patient = Limits(lookup=20, get=20, put=30)
     made = []
@@ -57,8 +56,8 @@ def surfaces(request, hub, bucket, tmp_path, loop):
 @pytest.fixture
 def l2_adapters(hub, bucket, tmp_path):
     """Makes L2 adapters over the bucket of the test, below `v1`."""
-    from faults.mp import MP
-    from faults.surface import Limits
+    from dev.faults.mp import MP
+    from dev.faults.surface import Limits
 
     patient = Limits(lookup=20, get=20, put=30)
     made = []

@@ -1,6 +1,7 @@
 import pytest
-from raylets import as_it_was, raylets
-from warming import Warehouse
+
+from tests.support.raylets import as_it_was, raylets
+from tests.support.warming import Warehouse
 
 LABELS = (
     {"pool": "serving", "lmcache.workers": "0-1"},

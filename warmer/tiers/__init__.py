@@ -9,21 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.tiers.classic_fs import declared_fs
-from warmer.tiers.declaration import DirectoryDeclaration
+from warmer.tiers.declare import DirectoryDeclaration, TierOptions, declared_fs, declared_mp
 from warmer.tiers.directory import DirectoryTier, Held
 from warmer.tiers.engines import ENGINE_KINDS, L1Declaration, LocalCPUDeclaration, declared_engine, engine_spec
-from warmer.tiers.listing import directory_keys
-from warmer.tiers.mp_fs import declared_mp
-from warmer.tiers.options import TierOptions
-from warmer.tiers.place import Place
+from warmer.tiers.inventory import directory_keys
+from warmer.tiers.naming import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hfbucket_plugin.engine_config import EngineConfig
-    from hfbucket_plugin.leases import Lease
+    from hfbucket_plugin.config.lmcache_yaml import EngineConfig
+    from hfbucket_plugin.core.buffers import Lease
 
 Declaration = DirectoryDeclaration
 """What the driver hands to the nodes."""

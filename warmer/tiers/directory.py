@@ -7,21 +7,102 @@ import errno
 import itertools
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from warmer.errors import TierError, TierFullError
-from warmer.tiers.file_lease import FULL, FileLease
-from warmer.tiers.file_names import file_name, unambiguous
-from warmer.tiers.leftovers import RunFiles
-from warmer.tiers.listing import chunk_files
-from warmer.tiers.ownership import Ownership
-from warmer.tiers.room import Room
+from hfbucket_plugin.core.buffers import Lease
+from warmer.report.outcomes import TierError, TierFullError
+from warmer.tiers.disk_budget import Room
+from warmer.tiers.inventory import chunk_files
+from warmer.tiers.naming import file_name, unambiguous
+from warmer.tiers.run_files import Ownership, RunFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from warmer.tiers.declaration import DirectoryDeclaration
+    from warmer.tiers.declare import DirectoryDeclaration
+
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk, or a full quota of it, says."""
+
+
+class FileLease(Lease):
+    """Lets several threads write disjoint ranges of one file, until it is revoked.
+
+    Args:
+        descriptor: Open for writing; the lease closes it.
+        size: Bytes that the file is to have.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__(memoryview(b""))
+        self.size = size
+        self._descriptor = descriptor
+        self._writing = threading.Lock()
+        self._open = True
+        self._live = True
+
+    def write(self, at: int, piece: bytes) -> bool:
+        """Write a piece at an offset.
+
+        Returns:
+            False when the lease was revoked: stop reading.
+
+        Raises:
+            ValueError: The piece would pass the file's end. Nothing was written.
+            TierError: The disk did not take it: no matter of the store's, whose errors are told apart from it.
+        """
+        if at < 0 or at + len(piece) > self.size:
+            raise ValueError(f"{len(piece)} bytes at {at} do not fit into a file of {self.size}")
+        # One step with the check: after a revoke the descriptor may be closed, and its number another file's.
+        with self._writing:
+            if not self._live:
+                return False
+            view = memoryview(piece)
+            while view:
+                try:
+                    written = os.pwrite(self._descriptor, view, at)
+                except OSError as error:
+                    kind = TierFullError if error.errno in FULL else TierError
+                    raise kind(f"the tier's disk did not take {len(view)} bytes: {error}") from None
+                view, at = view[written:], at + written
+            return True
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file, open for reading and writing until `close`."""
+        return self._descriptor
+
+    def revoke(self) -> None:
+        """After this returns nothing writes any more."""
+        with self._writing:
+            self._live = False
+
+    @property
+    def live(self) -> bool:
+        """Whether writes are still taken."""
+        return self._live
+
+    def close(self, *, fsync: bool = False) -> None:
+        """Revoke, and close the file. Further calls do nothing.
+
+        Args:
+            fsync: Whether to force the bytes to the disk first.
+
+        Raises:
+            OSError: The disk did not take them.
+        """
+        self.revoke()
+        if not self._open:
+            return
+        self._open = False
+        try:
+            if fsync:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
 
 _T = TypeVar("_T")

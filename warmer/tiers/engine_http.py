@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import httpx2
 
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
-from warmer.errors import EngineError
+from warmer.report.outcomes import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,21 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.config.settings import KEY_ROOT
+from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.keys import ClassicKey, MPKey
-from hfbucket_plugin.settings import KEY_ROOT
-from warmer.tiers import place as places
-from warmer.tiers.classic_fs import declared_fs
+from warmer.tiers import naming as places
+from warmer.tiers.declare import declared_fs
 from warmer.tiers.local_cpu import worker_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hfbucket_plugin.engine_config import EngineConfig
-    from hfbucket_plugin.keys import Key
-    from warmer.tiers.declaration import DirectoryDeclaration
-    from warmer.tiers.options import TierOptions
-    from warmer.tiers.place import Place
+    from hfbucket_plugin.config.lmcache_yaml import EngineConfig
+    from hfbucket_plugin.core.keys import Key
+    from warmer.tiers.declare import DirectoryDeclaration, TierOptions
+    from warmer.tiers.naming import Place
 
 L1: Final = "l1"
 LOCAL_CPU: Final = "local_cpu"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.errors import TierError
+from warmer.report.outcomes import TierError
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.keys import ClassicKey
+    from hfbucket_plugin.core.keys import ClassicKey
 
 _NUMBERS: Final = {"half": 2, "bfloat16": 3, "float": 4, "double": 5, "uint8": 6, "fp8_e4m3fn": 7, "fp8_e5m2": 8}
 _BYTES: Final = {"half": 2, "bfloat16": 2, "float": 4, "double": 8, "uint8": 1, "fp8_e4m3fn": 1, "fp8_e5m2": 1}

@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from hfbucket_plugin.deadlines import Deadline
-from warmer.errors import EngineError
+from hfbucket_plugin.core.deadline import Deadline
+from warmer.report.outcomes import EngineError
 from warmer.tiers.engine_http import EngineHTTP, NotReadyError, once_more, when_ready
 
 if TYPE_CHECKING:

@@ -15,18 +15,18 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.deadlines import Deadline
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import ClassicKey
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.keys import ClassicKey
-from warmer.errors import EngineError, TierError, TierFullError
+from warmer.report.outcomes import EngineError, TierError, TierFullError
 from warmer.tiers.engine_http import START_IT, WAIT_SECS, EngineHTTP, NotReadyError, once_more, when_ready
-from warmer.tiers.listing import listed
+from warmer.tiers.inventory import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from warmer.tiers.declaration import DirectoryDeclaration
+    from warmer.tiers.declare import DirectoryDeclaration
 
 _GIB: Final = 1024**3
 _SHARE: Final = 0.8

@@ -1,22 +1,33 @@
-"""The bucket's own record."""
+"""Checks of the bucket: that it is there, what it lists, its records, its throughput."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.cli.findings import Finding, note, ok, warning
-from hfbucket_plugin.cli.words import count, size
-from hfbucket_plugin.errors import BucketMissingError
+from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
+from hfbucket_plugin.core.keys import RESERVED
+from hfbucket_plugin.core.units import age, count, size
+from hfbucket_plugin.errors import BucketMissingError, IntegrityError
+from hfbucket_plugin.hub.records import fetch
+from hfbucket_plugin.store.quarantine import BAD_DIRECTORY
+from hfbucket_plugin.tools.inventory import Kind, Listed, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from hfbucket_plugin.cli.case import Case
+    from hfbucket_plugin.cli.context import Case
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.hub.bucket import ObjectInfo
+    from hfbucket_plugin.hub.listing import ChunkEntry
 
-NAME: Final = "bucket"
+
+BUCKET: Final = "bucket"
 
 
-def check(case: Case) -> tuple[Finding, bool]:
+def check_bucket(case: Case) -> tuple[Finding, bool]:
     """Ask for the record.
 
     Returns:
@@ -33,7 +44,7 @@ def check(case: Case) -> tuple[Finding, bool]:
             raise
         found = f"{settings.bucket_handle.bucket_id} does not exist, or this token may not see it"
         advice = f"the first put creates it ({case.named.setting('create_bucket_if_missing')}), if the token may"
-        return warning(NAME, found, advice), False
+        return warning(BUCKET, found, advice), False
     return describe(settings.bucket_handle.bucket_id, record), True
 
 
@@ -49,5 +60,150 @@ def describe(bucket_id: str, record: Mapping[str, Any]) -> Finding:
         parts.append(f"{size(amount)} in {count(files, 'object')}")
     found = ", ".join(parts)
     if private is False:
-        return note(NAME, found, "whoever knows its name can read it, and KV chunks tell what prompts said")
-    return ok(NAME, found)
+        return note(BUCKET, found, "whoever knows its name can read it, and KV chunks tell what prompts said")
+    return ok(BUCKET, found)
+
+
+LISTING: Final = "listing"
+
+FIRST: Final = 1000
+"""Objects looked at: a page of the Hub."""
+
+MAX_SAMPLE_BYTES: Final = 256 * 1024 * 1024
+"""Largest chunk that is read for a test."""
+
+_OWN: Final = {"classic": Kind.CLASSIC, "mp": Kind.MP}
+_ENGINES: Final = {Kind.CLASSIC: "the classic engine", Kind.MP: "MP mode (lmcache server)"}
+_EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class Seen:
+    """A listing in numbers.
+
+    Attributes:
+        by_kind: Objects of each kind.
+        foreign: The path of the first object that is neither a key's nor ours.
+        sample: A chunk to read for a test: one of the engine's own kind, and then the newest.
+        more: Whether there is more than was looked at.
+    """
+
+    by_kind: dict[Kind, int]
+    foreign: str | None = None
+    sample: ChunkEntry | None = None
+    more: bool = False
+
+
+def check_listing(case: Case) -> tuple[Finding, ChunkEntry | None]:
+    """List the first objects.
+
+    Returns:
+        What was found, and a chunk to test reading with, if there is any.
+
+    Raises:
+        HFBucketError: A page did not come.
+    """
+    listed = case.ask("tree", lambda _: [*itertools.islice(walk(case.bucket, "", case.timeout_secs), FIRST)])
+    seen = look(listed, _OWN[case.named.mode])
+    return judge(case.named, seen), seen.sample
+
+
+def look(listed: Iterable[Listed], own: Kind) -> Seen:
+    """Count what was listed.
+
+    Args:
+        listed: The objects.
+        own: The kind of the keys that the engine writes.
+    """
+    best = (False, _EARLIEST, 0)
+    seen = Seen(dict.fromkeys(Kind, 0))
+    for one in listed:
+        seen.by_kind[one.kind] += 1
+        if one.kind is Kind.FOREIGN and seen.foreign is None:
+            seen.foreign = one.info.path
+        if one.chunk is not None and one.kind is not Kind.PROBE and one.info.content.size <= MAX_SAMPLE_BYTES:
+            rank = (one.kind is own, one.chunk.uploaded_at or _EARLIEST, one.chunk.content.size)
+            if seen.sample is None or rank > best:
+                seen.sample, best = one.chunk, rank
+    seen.more = sum(seen.by_kind.values()) >= FIRST
+    return seen
+
+
+def judge(named: NamedInstance, seen: Seen) -> Finding:
+    """Whether what was found is what the engines of this configuration look for."""
+    own = _OWN[named.mode]
+    other = Kind.MP if own is Kind.CLASSIC else Kind.CLASSIC
+    total = sum(seen.by_kind.values())
+    if not total:
+        return ok(LISTING, "no objects yet")
+    told = [kind.counted(number) for kind, number in seen.by_kind.items() if number]
+    found = f"{'the first ' if seen.more else ''}{count(total, 'object')}: {', '.join(told)}"
+    if seen.by_kind[other] and not seen.by_kind[own]:
+        return warning(
+            LISTING,
+            f"{found}: these are keys of {_ENGINES[other]}, and this configuration is one of {_ENGINES[own]}, which "
+            "looks for others",
+            f"look at {named.setting('bucket_handle')}: a prefix of its own for each kind keeps them apart",
+        )
+    if seen.foreign is not None:
+        return note(LISTING, f"{found}; the first foreign one is {seen.foreign!r}", "engines pass them by")
+    return ok(LISTING, found)
+
+
+RECORDS: Final = "records"
+BAD: Final = f"{BAD_DIRECTORY}/"
+PROBES: Final = f"{RESERVED}/probe/"
+
+_FIRST: Final = 1000
+
+
+def check_records(case: Case) -> Finding:
+    """List what lies below the two prefixes.
+
+    Raises:
+        HFBucketError: A page did not come.
+    """
+    bad, probes = (_list(case, name) for name in (BAD, PROBES))
+    handle = case.bucket.handle
+    if bad:
+        newest = max(bad, key=lambda info: info.uploaded_at or datetime.min.replace(tzinfo=UTC))
+        when = age(newest.uploaded_at, datetime.fromtimestamp(case.now(), UTC))
+        return warning(
+            RECORDS,
+            f"{'at least ' if len(bad) == _FIRST else ''}{count(len(bad), 'record')} of bad objects below {handle.join(BAD)}, the newest {when} old: {newest.path}",
+            "each says which object failed its hash, and why: delete the object or let it be, then delete the record",
+        )
+    if probes:
+        found = f"{count(len(probes), 'object')} of --probe-write below {handle.join(PROBES)}, such as {probes[0].path}"
+        return note(RECORDS, found, "unless one runs at this moment it was killed: delete them")
+    return ok(RECORDS, "no records of bad objects")
+
+
+def _list(case: Case, name: str) -> Sequence[ObjectInfo]:
+    path = case.bucket.handle.join(name)
+    return case.ask("tree", lambda _: [*itertools.islice(case.bucket.list_objects(path, case.timeout_secs), _FIRST)])
+
+
+THROUGHPUT: Final = "throughput"
+
+
+def check_throughput(case: Case, chunk: ChunkEntry) -> Finding:
+    """Read one chunk and compare its Xet hash.
+
+    Raises:
+        HFBucketError: It did not arrive.
+    """
+    try:
+        fetched = case.ask(THROUGHPUT, lambda deadline: fetch(case.bucket, chunk.text, chunk.content, deadline))
+    except IntegrityError as caught:
+        verify = case.named.setting("verify")
+        advice = (
+            f"set {verify} to hash" if case.settings.verify != "hash" else f"{verify} is hash, so it is never served"
+        )
+        return error(
+            THROUGHPUT,
+            f"the bytes of a chunk are not what was stored: {caught}",
+            f"{advice}; if it stays so, delete the object",
+        )
+    speed = size(chunk.content.size / max(fetched.seconds, 1e-6))
+    return ok(THROUGHPUT, f"{size(chunk.content.size)} in {fetched.seconds:.2f} s, {speed}/s, hash right: {chunk.text}")

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.findings import Finding, from_error, note, ok, warning
-from hfbucket_plugin.cli.words import count
-from hfbucket_plugin.dates import http_date
+from hfbucket_plugin.core.dates import http_date
+from hfbucket_plugin.core.units import count
 from hfbucket_plugin.errors import HFBucketError, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfbucket_plugin.cli.case import Case
-    from hfbucket_plugin.deadlines import Deadline
-    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.cli.context import Case
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.core.deadline import Deadline
 
 NAME: Final = "endpoint"
 CLOCK: Final = "clock"

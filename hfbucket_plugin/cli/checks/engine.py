@@ -1,18 +1,23 @@
-"""What is configured: the instance, and the engine around it."""
+"""Checks of the engine's configuration and of its temporary directory."""
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
-from hfbucket_plugin.engine_rules import complaints
-from hfbucket_plugin.named import OUR_MODULE
+from hfbucket_plugin.config.instances import OUR_MODULE
+from hfbucket_plugin.config.lmcache_yaml import complaints
+from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.units import size
+from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from hfbucket_plugin.engine_config import EngineConfig
-    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.lmcache_yaml import EngineConfig
+
 
 CONFIG: Final = "config"
 ENGINE: Final = "engine"
@@ -23,7 +28,7 @@ _UNFULL: Final = ("save_unfull_chunk", "enable_blending", "enable_pd")
 """The last two make LMCache turn the first one on."""
 
 
-def check(named: NamedInstance, environ: Mapping[str, str]) -> Iterator[Finding]:
+def check_engine(named: NamedInstance, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Look at the configuration. What the settings' own model refuses never comes here."""
     settings = named.settings
     yield ok(CONFIG, f"{settings.bucket_handle} on {settings.endpoint}, {named.mode}, role {settings.role}")
@@ -90,3 +95,26 @@ def _hash_seed(environ: Mapping[str, str]) -> Finding:
         "engine finds what another one stored",
         "set PYTHONHASHSEED to the same number for every engine of the instance, and where doctor runs",
     )
+
+
+NAME: Final = "temp dir"
+
+
+def check_temp_dir(named: NamedInstance) -> Finding:
+    """Write a file there, and remove it."""
+    settings = named.settings
+    if settings.verify != "hash":
+        return ok(NAME, f"not needed: verify is {settings.verify}")
+    scratch = Scratch(settings.download_tmp_dir)
+    try:
+        with scratch.file() as path:
+            path.write_bytes(b"doctor")
+            free = shutil.disk_usage(path).free
+    except (ConfigError, OSError) as caught:
+        advice = (
+            f"name another directory with {named.setting('download_tmp_dir')}, or set {named.setting('verify')} to size"
+        )
+        return error(NAME, f"every get is a miss with verify: hash: {caught}", advice)
+    finally:
+        scratch.close()
+    return ok(NAME, f"{settings.download_tmp_dir} can be written, {size(free)} free")

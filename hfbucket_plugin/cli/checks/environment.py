@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from hfbucket_plugin import xet_home
 from hfbucket_plugin.cli.findings import Finding, note, ok, warning
-from hfbucket_plugin.engine_config import NO_SETTINGS, VARIABLE_HEAD
+from hfbucket_plugin.config.lmcache_yaml import NO_SETTINGS, VARIABLE_HEAD
+from hfbucket_plugin.core.files import Scratch
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.scratch import Scratch
+from hfbucket_plugin.hub import xet_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hfbucket_plugin.named import NamedInstance
+    from hfbucket_plugin.config.instances import NamedInstance
 
 DIRECTORIES: Final = "environment directories"
 PROXY: Final = "environment proxy"

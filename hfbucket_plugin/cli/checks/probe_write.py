@@ -6,21 +6,21 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.cli import output
-from hfbucket_plugin.cli.checks.records import PROBES
+from hfbucket_plugin.cli.checks.bucket import PROBES
 from hfbucket_plugin.cli.findings import Finding, error, from_error, ok, warning
-from hfbucket_plugin.cli.reading import fetch
-from hfbucket_plugin.cli.signals import EndingSignals
-from hfbucket_plugin.cli.words import size
+from hfbucket_plugin.core.units import size
 from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, ObjectMissingError, TransportError
-from hfbucket_plugin.transfer import Upload
+from hfbucket_plugin.hub.records import fetch
+from hfbucket_plugin.hub.transfer import Upload
+from hfbucket_plugin.tools import console
+from hfbucket_plugin.tools.probe_signals import EndingSignals
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.cli.case import Case
-    from hfbucket_plugin.content import Content
-    from hfbucket_plugin.deadlines import Deadline
+    from hfbucket_plugin.cli.context import Case
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.core.deadline import Deadline
+    from hfbucket_plugin.core.keys import Content
     from hfbucket_plugin.errors import ItemFailure
-    from hfbucket_plugin.named import NamedInstance
 
 NAME: Final = "probe"
 
@@ -63,7 +63,7 @@ def check(case: Case, *, read_back: bool) -> Finding:
             with signals.held():
                 left = probe.remove()
                 if left is not None and not told:  # the process ends, and nobody will read a finding
-                    output.complain(f"{probe.path} is left in the bucket: {left}")
+                    console.complain(f"{probe.path} is left in the bucket: {left}")
     return _judge(probe, failure, left, read_back=read_back, seconds=time.monotonic() - started)
 
 

@@ -1,0 +1,151 @@
+"""What a soak showed, as a table, and whether it is what it should be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dev.faults.ledger import OPERATIONS
+from dev.faults.promises import BACK_SECS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dev.faults.ledger import Ledger
+    from dev.faults.resources import Held
+    from dev.faults.weather import Weather
+
+_SUCCESS: Final = {"lookup": "hit", "get": "hit"}
+
+_WARM_SECS: Final = 90.0
+_MEMORY_MIB: Final = 64.0
+_COLD_MEMORY_MIB: Final = 192.0
+"""Once the engines have been at work for 90 s; before that the C library's pools, one a thread, still fill. Within 14 minutes it
+was between 740 and 813 MiB, without a trend: sessions come and go."""
+
+_THREADS: Final = 64
+"""Thread pools start a thread when all that they have are busy, up to 95 an engine, and keep it while it is open."""
+
+_DESCRIPTORS: Final = 48
+"""Connections that are kept for the next request, some for each session."""
+
+_LEFT_MEMORY_MIB: Final = 256.0
+"""After the engines were closed: what the C library keeps in pools for threads that have ended. Reached within a minute (180 MiB),
+and not passed in five (192 MiB)."""
+
+_LEFT_THREADS: Final = 2
+_LEFT_DESCRIPTORS: Final = 8
+"""After the engines were closed: what huggingface_hub and hf_xet keep for the process, idle connections to the Hub above all."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the process held.
+
+    Attributes:
+        before: Before the engines were made.
+        warm: After a third of the time.
+        end: At the end, when nothing was under way.
+        closed: When the engines were closed.
+        warm_secs: How long the engines had been at work when `warm` was taken.
+    """
+
+    before: Held
+    warm: Held
+    end: Held
+    closed: Held
+    warm_secs: float
+
+
+@dataclass(frozen=True)
+class _Line:
+    what: str
+    shown: str
+    bound: str = ""
+    kept: bool = True
+
+
+def judge(
+    ledger: Ledger, weather: Weather, moments: Moments, *, back: float | None, healthy: bool, leaked: int
+) -> tuple[str, bool]:
+    """The table, and whether all was kept.
+
+    Args:
+        ledger: What was seen and counted.
+        weather: What faults there were.
+        moments: What was held.
+        back: Seconds until service was full again.
+        healthy: What LMCache's check said at the end.
+        leaked: Chunks of the classic engines' memory that did not come back.
+    """
+    lines = [
+        *_work(ledger, weather, back, healthy=healthy),
+        *_counts(ledger),
+        _Line("chunks of engine memory lost", str(leaked), "none", not leaked),
+        *_resources(moments),
+    ]
+    width = max(len(line.what) for line in lines)
+    text = [
+        f"{'ok ' if line.kept else 'BAD'} {line.what:{width}}  {line.shown}"
+        + (f"  (promised: {line.bound})" if line.bound else "")
+        for line in lines
+    ]
+    kept = all(line.kept for line in lines)
+    return "\n".join([*text, "Every promise was kept." if kept else "A promise was broken."]), kept
+
+
+def _work(ledger: Ledger, weather: Weather, back: float | None, *, healthy: bool) -> Iterator[_Line]:
+    yield _Line("calls", ", ".join(f"{ledger.calls[operation]} {operation}" for operation in OPERATIONS))
+    faults = ", ".join(f"{name} {times}" for name, times in sorted(weather.seen.items()))
+    yield _Line("faults", f"{weather.seen.total()}: {faults} {weather.problem}", "", not weather.problem)
+    yield _Line("chunks served", str(ledger.told["get"]), "some", bool(ledger.told["get"]))
+    yield _Line("wrong chunks", str(ledger.wrong), "none", not ledger.wrong)
+    raised = "".join(f"\n      {text}" for text in ledger.raised[:5])
+    yield _Line("raised into an engine", f"{len(ledger.raised)}{raised}", "none", not ledger.raised)
+    shown = "never" if back is None else f"{back:.1f} s after the last fault"
+    yield _Line("full service", shown, f"{BACK_SECS:g} s", back is not None and back <= BACK_SECS)
+    yield _Line("LMCache's health check", "holds" if healthy else "failed", "holds", healthy)
+    yield _Line("slowest call, beyond its deadline", f"{max(0.0, ledger.latest):.2f} s")
+
+
+def _counts(ledger: Ledger) -> Iterator[_Line]:
+    for operation in OPERATIONS:
+        counted, asked = ledger.counted[operation], ledger.asked[operation]
+        words = ", ".join(f"{kind} {number}" for kind, number in counted.most_common())
+        shown = f"{asked}, {counted.total()}: {words}"
+        if operation == "delete":  # in MP mode what is not there, or is locked, is not deleted
+            yield _Line(f"{operation}: chunks asked, counted", shown, "no more", counted.total() <= asked)
+        else:
+            yield _Line(f"{operation}: chunks asked, counted", shown, "equal", counted.total() == asked)
+        if (success := _SUCCESS.get(operation)) is not None:
+            seen, told = asked - ledger.told[operation], counted.total() - counted[success]
+            yield _Line(f"{operation}: failures seen, counted", f"{seen}, {told}", "equal", seen == told)
+
+
+def _resources(moments: Moments) -> Iterator[_Line]:
+    warm, end, before, closed = moments.warm, moments.end, moments.before, moments.closed
+    bound = _MEMORY_MIB if moments.warm_secs >= _WARM_SECS else _COLD_MEMORY_MIB
+    grown = end.rss_mib - warm.rss_mib
+    yield _Line(
+        f"memory, after {moments.warm_secs:.0f} s and at the end",
+        f"{warm.rss_mib:.0f} and {end.rss_mib:.0f} MiB",
+        f"+{bound:.0f}",
+        grown <= bound,
+    )
+    yield _grown("threads", "at the end", warm.threads, end.threads, _THREADS)
+    yield _grown("descriptors", "at the end", warm.descriptors, end.descriptors, _DESCRIPTORS)
+    left = closed.rss_mib - before.rss_mib
+    yield _Line(
+        "memory, before the engines and closed",
+        f"{before.rss_mib:.0f} and {closed.rss_mib:.0f} MiB",
+        f"+{_LEFT_MEMORY_MIB:.0f}",
+        left <= _LEFT_MEMORY_MIB,
+    )
+    yield _grown("threads", "closed", before.threads, closed.threads, _LEFT_THREADS)
+    yield _grown("descriptors", "closed", before.descriptors, closed.descriptors, _LEFT_DESCRIPTORS)
+    yield _Line("temporary files, closed", str(closed.files), "none", not closed.files)
+
+
+def _grown(what: str, when: str, was: int, now: int, bound: int) -> _Line:
+    first = "warm" if when == "at the end" else "before the engines"
+    return _Line(f"{what}, {first} and {when}", f"{was} and {now}", f"+{bound}", now - was <= bound)

@@ -1,0 +1,177 @@
+"""The keys of instances, streamed, as records and as rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from hfbucket_plugin.cli.context import opened
+from hfbucket_plugin.cli.findings import in_words
+from hfbucket_plugin.core import units
+from hfbucket_plugin.core.keys import ClassicKey, MPKey
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.tools import console, options
+from hfbucket_plugin.tools.inventory import Kind, Listed, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.listing import ChunkEntry
+
+
+_WIDTHS: Final = (12, 7, 24, 5, 6, 8, 10, 7, 25)
+HEADER: Final = ("INSTANCE", "KIND", "MODEL", "WORLD", "WORKER", "PART", "SIZE", "AGE", "UPLOADED", "KEY")
+
+
+class Keys:
+    """The keys of one instance.
+
+    Args:
+        bucket: Its bucket.
+        key_prefix: The start of the keys; empty for all.
+        page_secs: Most seconds a page of the listing may take.
+        model: The only model whose keys are wanted; None for all models.
+
+    Attributes:
+        passed_by: Objects that are no keys, by kind, as far as the listing was read.
+    """
+
+    def __init__(self, bucket: Bucket, key_prefix: str, page_secs: float, model: str | None = None) -> None:
+        self._listed = walk(bucket, key_prefix, page_secs, model=model)
+        self.passed_by: Counter[Kind] = Counter()
+
+    def __iter__(self) -> Iterator[tuple[Listed, ChunkEntry]]:
+        """Stream them.
+
+        Raises:
+            HFBucketError: A page did not come: there are more.
+        """
+        for listed in self._listed:
+            if listed.chunk is None:
+                self.passed_by[listed.kind] += 1
+            else:
+                yield listed, listed.chunk
+
+
+def record(instance: str, kind: Kind, chunk: ChunkEntry, now: datetime) -> dict[str, Any]:
+    """A key for programs."""
+    key, uploaded = chunk.key, chunk.uploaded_at
+    return {
+        "instance": instance,
+        "key": chunk.text,
+        "kind": str(kind),
+        "model": key.model,
+        "world_size": key.world_size,
+        "worker": key.worker_id,
+        "layer": key.layer_id if isinstance(key, ClassicKey) else None,
+        "group": key.group if isinstance(key, MPKey) else None,
+        "size": chunk.content.size,
+        "xet_hash": chunk.content.xet_hash,
+        "uploaded_at": units.instant(uploaded),
+        "age_seconds": max(0, round((now - uploaded).total_seconds())) if uploaded is not None else None,
+    }
+
+
+def row(instance: str, kind: Kind, chunk: ChunkEntry, now: datetime) -> tuple[str, ...]:
+    """A key for people: the columns of `HEADER`."""
+    key = chunk.key
+    uploaded = chunk.uploaded_at.astimezone(UTC) if chunk.uploaded_at is not None else None
+    cells = (
+        instance,
+        str(kind),
+        key.model,
+        str(key.world_size),
+        str(key.worker_id),
+        _part(chunk),
+        units.size(chunk.content.size),
+        units.age(uploaded, now),
+        units.instant(uploaded) or "-",
+        chunk.text,
+    )
+    return tuple(units.printable(cell) for cell in cells)
+
+
+def _part(chunk: ChunkEntry) -> str:
+    if isinstance(chunk.key, MPKey):
+        return f"group {chunk.key.group}"
+    return "-" if chunk.key.layer_id is None else f"layer {chunk.key.layer_id}"
+
+
+def aligned(cells: tuple[str, ...]) -> str:
+    """Cells in columns. The widths are fixed, since the rows to come are not known: a long cell moves its own row."""
+    *most, last = cells
+    return " ".join([cell.ljust(width) for cell, width in zip(most, _WIDTHS, strict=True)] + [last])
+
+
+def ls(  # noqa: PLR0917 - Typer makes options of them
+    lmcache_config: options.LMCacheConfig = None,
+    instances: options.Instances = None,
+    l2_adapters: options.L2Adapters = None,
+    model: options.Model = None,
+    prefix: options.Prefix = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many keys.")] = None,
+    as_json: options.AsJson = False,
+    timeout: options.Timeout = options.DEFAULT_TIMEOUT_SECS,
+) -> None:
+    """List the keys of instances, as they come; with --json, one line each. What is no key is counted on stderr.
+
+    Exits 0, or 1 when --model or --prefix selects nothing, 2 for a wrong command or configuration, 3 when a listing is
+    not complete.
+    """
+    start = options.key_prefix(model, prefix)
+    chosen = options.chosen(lmcache_config, instances, l2_adapters)
+    shown = _Shown(limit, model, as_json=as_json)
+    with console.results():
+        if not as_json and console.stdout_console().is_terminal:
+            console.line(aligned(HEADER))
+        for named in chosen:
+            if not shown.enough:
+                shown.add(named, start, timeout)
+    raise typer.Exit(options.listing_code(start, failed=shown.failed, empty=not shown.keys))
+
+
+class _Shown:
+    """What is shown of several instances.
+
+    Attributes:
+        keys: How many keys were shown.
+        failed: Whether a listing is not complete.
+    """
+
+    def __init__(self, limit: int | None, model: str | None, *, as_json: bool) -> None:
+        self._limit = limit
+        self._model = model
+        self._as_json = as_json
+        self.keys = 0
+        self.failed = False
+
+    @property
+    def enough(self) -> bool:
+        """Whether the limit is reached."""
+        return self.keys == self._limit
+
+    def add(self, named: NamedInstance, start: str, timeout: float) -> None:
+        """Show the keys of an instance."""
+        now = datetime.now(UTC)
+        with opened(named, timeout) as bucket:
+            keys = Keys(bucket, start, timeout, self._model)
+            try:
+                for listed, chunk in keys:
+                    if self._as_json:
+                        console.json_line(record(named.name, listed.kind, chunk, now))
+                    else:
+                        console.line(aligned(row(named.name, listed.kind, chunk, now)))
+                    self.keys += 1
+                    if self.enough:
+                        break
+            except HFBucketError as error:
+                self.failed = True
+                console.complain(f"the listing is not complete: {in_words(error, named)}")
+        if keys.passed_by:
+            told = ", ".join(kind.counted(number) for kind, number in sorted(keys.passed_by.items()))
+            console.complain(f"instance {named.name!r}: objects that are no keys: {told}")

@@ -1,0 +1,84 @@
+"""Which instances a tool works on: named by the configuration that engines use too, classic or MP, as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from hfbucket_plugin.config import l2
+from hfbucket_plugin.config.lmcache_yaml import EngineConfig
+from hfbucket_plugin.config.settings import KEY_ROOT
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+
+_BUILT_IN_TYPE: Final = "hfbucket"
+OUR_MODULE: Final = "hfbucket_plugin.adapter"
+"""The `module_path` of the instances that this package serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedInstance:
+    """One instance, as a configuration names it.
+
+    Attributes:
+        name: `hfbucket.us`, or the `name` of an L2 adapter's JSON.
+        settings: Its settings.
+        mode: Which engines use the configuration, and so which kind of key their objects have.
+        engine: The rest of a classic engine's configuration; None in MP mode, whose server has no file.
+    """
+
+    name: str
+    settings: InstanceSettings
+    mode: Literal["classic", "mp"]
+    engine: EngineConfig | None = None
+
+    def setting(self, name: str) -> str:
+        """A setting of the instance under the name that it has where users write it."""
+        return f"{KEY_ROOT}{self.name}.{name}" if self.mode == "classic" else f"adapter_params.{name}"
+
+
+def named_instances(
+    lmcache_config: Path | None = None, instances: Sequence[str] = (), l2_adapters: Sequence[str] = ()
+) -> list[NamedInstance]:
+    """The instances that options name.
+
+    Args:
+        lmcache_config: The LMCache YAML of a classic engine.
+        instances: Names in it; none for all bucket instances that it declares.
+        l2_adapters: JSON texts as `lmcache server --l2-adapter` takes them.
+
+    Raises:
+        ConfigError: Nothing is named, a file cannot be read, or settings are wrong.
+    """
+    if lmcache_config is None and not l2_adapters:
+        raise ConfigError(
+            "name a configuration: --lmcache-config FILE, or --l2-adapter JSON as lmcache server takes it"
+        )
+    if instances and lmcache_config is None:
+        raise ConfigError("--instance names an instance of an LMCache YAML: give --lmcache-config FILE with it")
+    found = _classic(EngineConfig.read(lmcache_config), instances) if lmcache_config is not None else []
+    for text in l2_adapters:
+        settings = l2.from_json(text)
+        found.append(NamedInstance(settings.name, settings, "mp"))
+    return found
+
+
+def _classic(config: EngineConfig, instances: Sequence[str]) -> list[NamedInstance]:
+    names = list(instances) or [name for name in config.plugins if _is_bucket(config, name)]
+    if not names:
+        declared = ", ".join(config.plugins) or "none"
+        raise ConfigError(
+            f"{config.source}: remote_storage_plugins declares no bucket instance; it declares {declared}"
+        )
+    return [NamedInstance(name, config.instance(name), "classic", config) for name in names]
+
+
+def _is_bucket(config: EngineConfig, plugin: str) -> bool:
+    return (
+        plugin.split(".", maxsplit=1)[0] == _BUILT_IN_TYPE or config.plugin_value(plugin, "module_path") == OUR_MODULE
+    )

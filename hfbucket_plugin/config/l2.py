@@ -1,0 +1,138 @@
+"""The settings of an instance in MP mode: the JSON that `lmcache server --l2-adapter` takes, read by it and by our tools.
+
+::
+
+    {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter", "class_name": "HFBucketL2Adapter",
+     "adapter_params": {"bucket_handle": "hf://buckets/my-org/lmcache-kv/prod", "token_env": "HF_TOKEN"}}
+
+The JSON of LMCache's built-in adapter, `{"type": "hfbucket", "bucket_handle": ...}`, names the same settings and objects,
+so tools take it too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, Field
+
+from hfbucket_plugin.config.settings import Count, InstanceSettings, SecsOrNone, check_fact, hide_tokens, validated
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODULE: Final = "hfbucket_plugin.l2_adapter"
+DEFAULT_GET_SECS: Final = 9.0
+"""What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
+chosen like the classic engine's default, 90 % of 10 s."""
+
+_MAX_CAPACITY_GB: Final = 2**30
+"""An exbibyte: its bytes are a number that all of LMCache's counters hold."""
+
+_LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
+"""What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
+
+
+class L2Settings(InstanceSettings):
+    """What an L2 adapter of LMCache's MP mode is told: the settings of an instance, and some of its own."""
+
+    name: str = Field(
+        "hfbucket",
+        pattern=r"^[A-Za-z0-9_.:/-]{1,64}$",
+        description="Names the instance in logs and metrics. Give each `--l2-adapter` a name of its own, such as "
+        "`hfbucket.us`.",
+    )
+    max_capacity_gb: float = Field(
+        0.0,
+        ge=0,
+        le=_MAX_CAPACITY_GB,
+        description="GiB that the objects below the prefix may take, for LMCache's `eviction`. 0: no bound, and only "
+        "eviction by quota (`IsolatedLRU`) works. A bucket has no bound of its own.",
+    )
+    usage_refresh_secs: SecsOrNone = Field(
+        3600.0,
+        description="Most seconds between two listings that correct the account of what the prefix holds, where "
+        "`max_capacity_gb` is set. An eviction that finds the account wrong has it listed again at once. A listing costs a "
+        "call for every 1,000 objects. 0: never list.",
+    )
+    usage_max_pages: Count = Field(
+        100,
+        description="Most pages of a listing where no `max_capacity_gb` is set: one is made only when an eviction by quota "
+        "finds that others deleted objects. With a capacity, all pages are read.",
+    )
+    object_sizes: Literal["layout", "any"] = Field(
+        "layout",
+        description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
+        "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
+    )
+    server_chunk_size: Count | None = Field(
+        None,
+        description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
+        "and compared; the layout of lookups shows another chunk size without it.",
+    )
+    server_hash_algorithm: Annotated[str, AfterValidator(check_fact)] | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="The server's `--hash-algorithm`, for the fingerprint: LMCache does not tell it to an adapter. Only "
+        "recorded and compared, with what it makes of a fixed sequence of tokens.",
+    )
+    num_workers: Count | None = Field(
+        None,
+        description="LMCache's built-in adapter takes it; without effect here, where `max_parallel_reads` and "
+        "`max_parallel_writes` bound the work.",
+    )
+
+    @property
+    def load_timeout_secs(self) -> float:
+        """Most seconds that a load may take."""
+        return self.get_timeout_secs if self.get_timeout_secs is not None else DEFAULT_GET_SECS
+
+
+def _refused(message: str) -> ConfigError:
+    """The error for a text that repeats values, should a token have been pasted in place of one."""
+    return ConfigError(hide_tokens(message))
+
+
+def from_params(params: Mapping[str, Any]) -> L2Settings:
+    """The settings of `adapter_params`.
+
+    Raises:
+        ConfigError: One message that names every wrong setting, and the nearest known name.
+    """
+    name = params.get("name")
+    instance = name if isinstance(name, str) else "hfbucket"
+    misplaced = sorted(_LMCACHE_KEYS & params.keys())
+    if misplaced:
+        raise _refused(
+            f"instance {instance!r}: {', '.join(misplaced)} must stand beside adapter_params, not in it: LMCache reads it there"
+        )
+    return validated(L2Settings, params, instance, "adapter_params.")
+
+
+def from_json(text: str) -> L2Settings:
+    """The settings in the JSON of an `--l2-adapter`, ours or the built-in's.
+
+    Raises:
+        ConfigError: It is no JSON object, names no adapter of a bucket, or holds wrong settings.
+    """
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError("--l2-adapter: this is no JSON; give it the very text that `lmcache server` takes") from None
+    if not isinstance(spec, dict):
+        raise ConfigError('--l2-adapter: must be a JSON object, such as {"type": "plugin", ...}')
+    kind = spec.get("type")
+    if kind == "hfbucket":
+        return from_params({key: value for key, value in spec.items() if key not in _LMCACHE_KEYS})
+    if kind != "plugin" or spec.get("module_path") != MODULE:
+        named = f"type {kind!r}" + (f", module_path {spec.get('module_path')!r}" if kind == "plugin" else "")
+        raise _refused(
+            f'--l2-adapter: {named} is no adapter of a bucket; these are {{"type": "plugin", "module_path": "{MODULE}", ...}} '
+            'and the built-in {"type": "hfbucket", ...}'
+        )
+    params = spec.get("adapter_params", {})
+    if not isinstance(params, dict):
+        raise ConfigError("--l2-adapter: adapter_params must be a JSON object of settings")
+    return from_params(params)

@@ -1,0 +1,523 @@
+"""The settings of one bucket instance, read from the LMCache configuration that the engine uses too.
+
+All keys live flat under `extra_config["remote_storage_plugin.<instance>.<setting>"]`, where the instance is
+`hfbucket`, an instance-qualified name such as `hfbucket.us`, or any other name whose `module_path` names our adapter.
+Every field states its default and the reason for it; `docs/configure.md` is checked against this model by a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path  # noqa: TC003 - pydantic evaluates it
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.files import default_root
+from hfbucket_plugin.core.keys import BucketHandle
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+KEY_ROOT = "remote_storage_plugin."
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+MIN_INFLIGHT_BYTES = MIB
+_XORB_BYTES = 64 * MIB
+PIECE_BYTES = 2 * MIB
+"""hf_xet fetches a stream in pieces of this size, each with two round trips that overlap those of the next piece, and hands
+them over one by one: at most twice as much where the end is near. Building the `bytes` of a piece holds the GIL."""
+
+MAX_RANGE_BYTES = 3 * PIECE_BYTES
+"""A larger object is read as several streams: one alone asks for two pieces at a time."""
+
+
+MAX_SECS = 365 * 86_400
+"""Longest time that a setting may say: a year. Clocks, waits and hf_xet take numbers up to some bound, and fail beyond it."""
+
+MAX_COUNT = 10**9
+_BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
+MAX_BYTES = 2**50
+
+Secs = Annotated[float, Field(gt=0, le=MAX_SECS)]
+SecsOrNone = Annotated[float, Field(ge=0, le=MAX_SECS)]
+# A field with a bound of its own takes PositiveInt: of two equal bounds, pydantic heeds one.
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+ByteCount = Annotated[int, Field(gt=0, le=MAX_BYTES)]
+
+# What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
+_SHORT_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{4,})")
+_PLAIN_NAME = re.compile(r"[a-z][a-z_.]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def hide_tokens(text: str) -> str:
+    """The text without the tokens that this process knows, and without what looks like one of the Hub, short ones too."""
+    return _SHORT_TOKEN.sub("***", texts.hide(text))
+
+
+def _parse_handle(value: Any) -> BucketHandle:
+    if isinstance(value, BucketHandle):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a text that reads hf://buckets/<namespace>/<bucket>[/<prefix>]")  # noqa: TRY004 - pydantic words ValueError only
+    return BucketHandle.parse(value)
+
+
+def _check_variable(value: str) -> str:
+    if not _VARIABLE.fullmatch(value) or texts.HUB_TOKEN.match(value):
+        raise ValueError("must be the name of an environment variable, such as HF_TOKEN, not a token itself")
+    return value
+
+
+def _check_endpoint(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not value.isprintable() or " " in value:
+        raise ValueError("must be the address of a Hub, such as https://huggingface.co")
+    if parts.username is not None or parts.query or parts.fragment:  # it is shown in errors
+        raise ValueError("must be an address alone: a token goes into the variable that token_env names")
+    return value
+
+
+def _default_endpoint() -> str:
+    """`HF_ENDPOINT`; a variable that is set and empty, as compose files make it, is none."""
+    return constants.ENDPOINT.strip() or "https://huggingface.co"
+
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "'~' stands for a home directory, and this user has none: set HOME, or write the path out"
+        ) from None
+
+
+def check_fact(value: str) -> str:
+    """Refuse what must not be recorded in a bucket.
+
+    Raises:
+        ValueError: It looks like a token, or is more than a name.
+    """
+    if not value.isprintable() or texts.HUB_TOKEN.search(value):  # it is recorded in the bucket
+        raise ValueError("must be a name on one line, and no token")
+    return value
+
+
+def _as_switch(value: Any) -> Any:
+    """`on` and `off`, which YAML reads as booleans where they are not quoted."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class InstanceSettings(BaseModel):
+    """Everything one instance is told. Immutable; a token never shows in its `repr`.
+
+    The first block is LMCache's own reference for the backend, with its meanings and defaults; the second is ours.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    bucket_handle: Annotated[BucketHandle, BeforeValidator(_parse_handle)] = Field(
+        description="`hf://buckets/<namespace>/<bucket>[/<prefix>]`. Required: there is no bucket to guess."
+    )
+    token_env: Annotated[str, AfterValidator(_check_variable)] = Field(
+        "HF_TOKEN",
+        description="Environment variable that holds the access token. A non-empty variable wins over `token`. "
+        "The default is the variable that every Hugging Face tool reads.",
+    )
+    token: SecretStr | None = Field(
+        None,
+        description="A token written into the configuration. LMCache logs its configuration, this included: "
+        "prefer `token_env`.",
+    )
+    create_bucket_if_missing: bool = Field(
+        False,
+        description="Create the bucket on the first write, not before. Off, so that a mistyped handle is an error and "
+        "not a new bucket.",
+    )
+    download_tmp_dir: Annotated[Path, AfterValidator(_expand_home)] = Field(
+        default_factory=default_root,
+        description="Where temporary files go, each process in a locked subdirectory of its own: what hf_xet keeps of its "
+        "sessions (some MiB), and the chunks that `verify: hash` checks. Must belong to the user of the process, or to root. "
+        "A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
+    )
+    metadata_cache_ttl_secs: SecsOrNone = Field(
+        30.0,
+        description="Seconds for which an object's existence, size and hash are believed. LMCache's default.",
+    )
+
+    miss_cache_ttl_secs: SecsOrNone = Field(
+        5.0,
+        description="Seconds for which a miss is believed; never longer than `metadata_cache_ttl_secs`. Short, so that "
+        "a chunk written elsewhere is soon seen.",
+    )
+    metadata_cache_entries: Count = Field(
+        100_000,
+        description="Most entries of the metadata cache; the least recently used go first. About 50 MB when full.",
+    )
+    lookup_timeout_secs: Secs = Field(
+        1.0,
+        description="Most seconds a lookup may take before it counts as a miss. Short, because a lookup blocks the "
+        "engine's scheduler.",
+    )
+    get_timeout_secs: Secs | None = Field(
+        None,
+        description="Most seconds a get may take; what has arrived by then is returned. Must end before LMCache's "
+        "`blocking_timeout_secs`, after which everything would be thrown away. Default: 90 % of that.",
+    )
+    put_timeout_secs: Secs = Field(
+        60.0,
+        description="Most seconds a put of one batch may take. Long: a put waits for no one.",
+    )
+    close_timeout_secs: Secs = Field(
+        5.0, description="Most seconds that closing waits for puts under way. An engine that stops must stop."
+    )
+    verify: Literal["size", "hash"] = Field(
+        "size",
+        description="What is checked before a chunk is served. `size`: its length. `hash`: its Xet hash too, at "
+        "0.5 to 1.7 GB/s; it also finds flipped bytes in incompressible data, which Xet's own decoder passes.",
+    )
+    role: Literal["read-write", "read-only", "write-only"] = Field(
+        "read-write",
+        description="What the engine may do here. LMCache sends every put to all its instances and looks all of them up: "
+        "`read-only` stores and deletes nothing, `write-only` is never looked up or read. Default: LMCache's behaviour.",
+    )
+    max_inflight_bytes: ByteCount = Field(
+        64 * MIB,
+        ge=MIN_INFLIGHT_BYTES,
+        description="Most bytes asked for at one time by reads, whose memory beyond the engine's own is this and 32 MiB at "
+        "most; 16 chunks of 4 MiB fit into 64 MiB. Puts are cut into commits of four times as much (of as much, below "
+        "64 MiB), stored whole or not at all: where one takes longer than `put_timeout_secs`, lower this.",
+    )
+    max_parallel_reads: PositiveInt = Field(
+        32,
+        le=256,
+        description="Most streams open at one time, as far as `max_inflight_bytes` lets them. Each costs two round trips; "
+        "32 hide them for small chunks, and more did not help on two cores.",
+    )
+    max_parallel_writes: PositiveInt = Field(
+        2,
+        le=64,
+        description="Most commits under way at one time, as far as they fit into `max_inflight_bytes` together; a larger one "
+        "goes alone, and keeps the line busy by itself. Two, so that a small put need not wait for another's round trips.",
+    )
+    max_waiting_put_bytes: ByteCount = Field(
+        2 * GIB,
+        description="Most bytes of chunks whose puts wait or are under way; what comes beyond it is refused and counted as "
+        "`not_taken`. They lie in the engine's own memory, which cannot be reused meanwhile: keep it well below that.",
+    )
+    put_window_secs: SecsOrNone = Field(
+        1.0,
+        description="Longest that uploaded chunks wait to be named together with others, by one call to the Hub, while "
+        "more are being uploaded; when none are, they do not wait. Nobody waits for a put, and calls are scarce.",
+    )
+    max_hub_calls_per_minute: Count | None = Field(
+        None,
+        description="Most calls of this instance in this process to the Hub's API in any 60 s. Over it, lookups are misses "
+        "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
+        "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
+    )
+    fingerprint: Annotated[Literal["enforce", "warn", "off"], BeforeValidator(_as_switch)] = Field(
+        "warn",
+        description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
+        "weights, chunk size, layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups "
+        "and gets are misses and its puts are refused, also while the fingerprint is not known. `warn`: it is logged and "
+        "counted. Warned of by default, since a fleet that has never recorded one must not stop.",
+    )
+    model_revision: Annotated[str, AfterValidator(check_fact)] | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Of the model's weights, such as a commit of its repository: recorded in the fingerprint and compared. "
+        "Change it with the weights. LMCache does not know it; without it, new weights of the same layout are not noticed.",
+    )
+    fingerprint_refresh_secs: Secs = Field(
+        1800.0,
+        description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
+        "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
+    )
+    breaker_failures: Count = Field(
+        3,
+        description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
+        "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
+    )
+    breaker_probe_secs: Secs = Field(
+        1.0,
+        description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
+        "`breaker_max_probe_secs`.",
+    )
+    breaker_max_probe_secs: Secs = Field(
+        10.0,
+        description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
+    )
+    index: Annotated[Literal["off", "listing", "snapshot"], BeforeValidator(_as_switch)] = Field(
+        "off",
+        description="Whether lookups go by a table of the instance's keys in this process's memory, see docs/index.md. "
+        "`snapshot`: a published one, kept current by journals that the writers add. `listing`: one that this process makes of "
+        "the instance's listing. Off, since the one needs a builder on a schedule, and the other costs a call for 1000 objects.",
+    )
+    index_miss: Literal["trust", "ask"] = Field(
+        "trust",
+        description="What a key that is not in the index is. `trust`: a miss, at no cost; a chunk that somebody wrote without "
+        "the index is seen with the next snapshot. `ask`: the Hub is asked, as without an index. Puts always ask.",
+    )
+    index_refresh_secs: Secs = Field(
+        60.0,
+        description="Least seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
+        "every 1000 journals. Longer where more than 200 processes write journals: together they make 1000 calls in 5 minutes. With "
+        "`listing`, the calls of a listing are spread so that there is one in this time, as far as `index_max_age_secs` permits.",
+    )
+    index_max_age_secs: Secs = Field(
+        6 * 3600.0,
+        description="An index that nobody has renewed for so long is not used: lookups ask the Hub as without one. Six hours "
+        "outlast some failed runs of a builder that runs every hour.",
+    )
+    index_max_bytes: ByteCount = Field(
+        512 * MIB,
+        description="Most memory of the index; a larger one is not used, and a `listing` that does not fit is tried again after six hours. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
+        "loaded there are two: 512 MiB are 7 million keys.",
+    )
+    index_journal_secs: Secs = Field(
+        30.0,
+        description="Least seconds between two journals of this process, in which it tells others what it put, deleted and read; "
+        "each is a call to the Hub, and none is written when there is no news. Longer where more than 100 processes write some: "
+        "together they make 1000 calls in 5 minutes.",
+    )
+    index_journal_entries: PositiveInt = Field(
+        2000,
+        le=50_000,
+        description="Most entries of one journal, of 61 bytes each. A journal that is not full is written anew with every news, "
+        "so that there are few to list.",
+    )
+    index_journal_waiting: Count = Field(
+        50_000,
+        description="Most entries that wait to be written, while the Hub takes none or there is no snapshot yet; about 20 MB when "
+        "full. The oldest are dropped first, and counted: others learn of those keys by the next snapshot.",
+    )
+    heat: Annotated[Literal["on", "off"], BeforeValidator(_as_switch)] = Field(
+        "on",
+        description="Whether this process tells, by journals too, which chunks it was served: so that a cleanup keeps what is "
+        "read, and a warm-up begins with it, see docs/index.md. Needs `index: snapshot` and a role that reads and writes. On, since "
+        "what some processes do not tell looks idle to all; switch it off in all of them, or in none.",
+    )
+    heat_secs: Secs = Field(
+        300.0,
+        description="Minimum seconds between two reports of hits. A report goes with a journal that is due anyway, or else by one "
+        "call to the Hub; without hits there is none.",
+    )
+    heat_keys: PositiveInt = Field(
+        200,
+        le=10_000,
+        description="Keys in a report of hits, of 65 bytes each; up to 40 times as many, and at most 16,384, where more were read. "
+        "Hits of further keys wait for the next report. Beyond 32,768 waiting keys hits are dropped, and nothing counts as idle "
+        "before that moment.",
+    )
+    endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
+        default_factory=_default_endpoint,
+        validate_default=True,
+        description="The Hub's address. Default: HF_ENDPOINT, or the public Hub.",
+    )
+
+    @model_validator(mode="after")
+    def _misses_are_believed_no_longer_than_hits(self) -> InstanceSettings:
+        if "miss_cache_ttl_secs" in self.model_fields_set and self.miss_cache_ttl_secs > self.metadata_cache_ttl_secs:
+            raise ValueError(  # pydantic turns it into the ValidationError that `load` words
+                f"miss_cache_ttl_secs ({self.miss_cache_ttl_secs}) must not exceed metadata_cache_ttl_secs "
+                f"({self.metadata_cache_ttl_secs})"
+            )
+        return self
+
+    @property
+    def reads(self) -> bool:
+        """Whether the engine may look chunks up and read them."""
+        return self.role != "write-only"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the engine may store and delete chunks."""
+        return self.role != "read-only"
+
+    @property
+    def effective_miss_ttl_secs(self) -> float:
+        """Seconds for which a miss is believed, the cap applied."""
+        return min(self.miss_cache_ttl_secs, self.metadata_cache_ttl_secs)
+
+    @property
+    def range_bytes(self) -> int:
+        """Bytes of one stream: a larger object is read in several, side by side."""
+        return min(MAX_RANGE_BYTES, self.max_inflight_bytes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What hf_xet may hold of all streams together; the rest of `max_inflight_bytes` is for pieces being copied."""
+        return self.max_inflight_bytes * 3 // 4
+
+    @property
+    def commit_bytes(self) -> int:
+        """Bytes after which a put is cut.
+
+        hf_xet packs what it is fed into units of 64 MiB and keeps about four of them in memory, however long a commit is;
+        a short one takes about two and a half times its own bytes.
+        """
+        return self.max_inflight_bytes * (1 if self.max_inflight_bytes < _XORB_BYTES else 4)
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Cut an inline token from every output."""
+        if self.token is not None:
+            texts.know(self.token.get_secret_value())
+
+    def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
+        """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
+
+        Asked anew for each request, so that a rotated token is taken up without a restart.
+        """
+        texts.know((os.environ if environ is None else environ).get(self.token_env))
+        value = (os.environ if environ is None else environ).get(self.token_env, "").strip()
+        if value:
+            return value
+        inline = self.token.get_secret_value().strip() if self.token is not None else ""
+        return inline or None
+
+
+_Model = TypeVar("_Model", bound=InstanceSettings)
+
+# LMCache's own keys in the same namespace: they say which class serves the instance, and are no settings of it.
+_LOADER_KEYS = frozenset({"module_path", "class_name"})
+
+
+def load(extra_config: Mapping[Any, Any] | None, instance: str, declared: Iterable[str] = ()) -> InstanceSettings:
+    """Read one instance's settings.
+
+    Args:
+        extra_config: LMCache's `extra_config`: a flat map with dotted keys.
+        instance: The plugin name, such as `hfbucket` or `hfbucket.us`.
+        declared: All names in `remote_storage_plugins`; keys of `hfbucket.us` also begin with `hfbucket.`, and are
+            told apart from settings of `hfbucket` by the declared names and by the dot they hold.
+
+    Raises:
+        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+    """
+    values = _own_values(extra_config or {}, instance, frozenset(declared))
+    return validated(InstanceSettings, values, instance, f"{KEY_ROOT}{instance}.")
+
+
+def validated(model: type[_Model], values: Mapping[str, Any], instance: str, where: str) -> _Model:
+    """Settings from values under the names that users gave them.
+
+    Args:
+        model: `InstanceSettings`, or a model with more settings.
+        values: Setting to value.
+        instance: Named in errors.
+        where: What stands before a setting's name where the user wrote it.
+
+    Raises:
+        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+    """
+    complaints = _unknown(model, values, where)
+    known = {name: value for name, value in values.items() if name in model.model_fields}
+    try:
+        settings = model.model_validate(known)
+    except ValidationError as error:
+        complaints += _words(error, model, values, instance, where)
+    else:
+        if not complaints:
+            return settings
+    # Outside of the handler: the cause would print the values, a token among them.
+    raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(complaints)}"))
+
+
+def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:
+    head = f"{KEY_ROOT}{instance}."
+    values: dict[str, Any] = {}
+    for key, value in extra_config.items():
+        if not isinstance(key, str) or not key.startswith(head):
+            continue
+        setting = key[len(head) :]
+        if setting in _LOADER_KEYS or _belongs_to_another(setting, instance, declared):
+            continue
+        values[setting] = value
+    return values
+
+
+def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -> bool:
+    """Whether `<instance>.<setting>` is a setting of a longer-named instance, declared or commented out."""
+    qualifier, dot, last = setting.rpartition(".")
+    if not dot:
+        return False
+    names = {".".join([instance, *qualifier.split(".")[: n + 1]]) for n in range(qualifier.count(".") + 1)}
+    return bool(names & declared) or last in InstanceSettings.model_fields or last in _LOADER_KEYS
+
+
+def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> list[str]:
+    known = list(model.model_fields)
+    complaints = []
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            told = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
+            complaints.append(f"unknown setting {where}{told}{hint}")
+    return complaints
+
+
+def _words(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], instance: str, where: str
+) -> list[str]:
+    """What is wrong, without the values: a token may be among them."""
+    complaints = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        setting = ".".join(str(part) for part in item["loc"])
+        name = f"{where}{setting}" if setting else instance
+        if setting == "endpoint" and setting not in values:
+            name = "the environment variable HF_ENDPOINT"
+        message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
+        complaints.append(f"{name}: {message}{_bounds(model, setting)}")
+    return complaints
+
+
+def _bounds(model: type[BaseModel], setting: str) -> str:
+    """The bounds of a number, in words; nothing where a setting is no number, or none of ours."""
+    field = model.model_fields.get(setting)
+    if field is None:
+        return ""
+    limits: dict[str, float] = {}
+    for found in _all_metadata(field.annotation, field.metadata):
+        for part in getattr(found, "metadata", None) or [found]:  # a `Field` inside of a union keeps them together
+            for name, tighter in (("gt", max), ("ge", max), ("le", min)):
+                bound = getattr(part, name, None)
+                if isinstance(bound, (int, float)):
+                    limits[name] = tighter(limits.get(name, bound), bound)
+    if limits.get("ge", 0) > limits.get("gt", 0):  # it says more
+        limits.pop("gt", None)
+    told = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
+    return f" (allowed: {', '.join(told)})" if told else ""
+
+
+def _all_metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:
+    """What is annotated to a type, also inside of `X | None`."""
+    yield from metadata
+    for inner in getattr(annotation, "__args__", ()):
+        yield from getattr(inner, "__metadata__", ())

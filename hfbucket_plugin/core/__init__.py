@@ -1,0 +1,1 @@
+"""Keys, deadlines, concurrency, buffers, files, telemetry, units: nothing here knows the Hub or LMCache."""

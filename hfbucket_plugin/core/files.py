@@ -1,0 +1,447 @@
+"""Files that appear whole or not at all, and temporary directories."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+from hfbucket_plugin.core import forks, run_lock
+from hfbucket_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+_FOR_ALL: Final = 0o666
+_SPECIAL: Final = ("/dev/fd/", "/dev/std", "/proc/")
+"""What stands for an open file of a process. Others below /dev, such as /dev/shm, hold files as any directory does."""
+
+
+class OutputFile:
+    """A text file that is written beside its name, and bears it from `commit` on.
+
+    Until then what bore the name stays as it is. Where the directory takes no new file but the file itself may be written, its
+    content is replaced by `commit`. Pipes and devices are written as it comes.
+
+    Args:
+        path: Of the file. A link is followed.
+        option: That names it, for errors.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, option: str) -> None:
+        self._part: Path | None = None
+        self._spooled = False
+        try:
+            # Not `resolve`: what /dev/stdout names is not a place of its own.
+            self._target = path if str(path.absolute()).startswith(_SPECIAL) else Path(os.path.realpath(path))
+            self._out = self._open()
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{option} {str(path)!r} cannot be written: {why}") from None
+
+    def _open(self) -> IO[str]:
+        found: os.stat_result | None = None
+        with contextlib.suppress(FileNotFoundError):
+            found = self._target.stat()
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(21, "it is a directory")
+        if str(self._target).startswith(_SPECIAL) or (found is not None and not stat.S_ISREG(found.st_mode)):
+            number = os.open(self._target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody reads
+            os.set_blocking(number, True)
+            return os.fdopen(number, "w", encoding="utf-8")
+        if found is not None:
+            os.close(os.open(self._target, os.O_WRONLY | os.O_CLOEXEC))  # may it be written at all?
+        try:
+            number, name = tempfile.mkstemp(prefix=f"{self._target.name}.", suffix=".part", dir=self._target.parent)
+        except PermissionError:
+            if found is None:
+                raise
+            self._spooled = True
+            return tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._part = Path(name)
+        os.fchmod(number, stat.S_IMODE(found.st_mode) if found is not None else _FOR_ALL & ~_umask())
+        if found is not None:
+            with contextlib.suppress(OSError):
+                os.fchown(number, found.st_uid, found.st_gid)
+        return os.fdopen(number, "w", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        """Add text.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._out.write(text)
+
+    def flush(self) -> None:
+        """Hand over to the system what was written.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._out.flush()
+
+    def commit(self) -> None:
+        """End the file and give it its name.
+
+        Raises:
+            OSError: Not all of it could be written; what could be bears the name.
+        """
+        try:
+            try:
+                self._out.flush()
+                if self._spooled:
+                    self._out.seek(0)
+                    with self._target.open("w", encoding="utf-8") as target:
+                        shutil.copyfileobj(self._out, target)
+            finally:
+                if self._part is not None:
+                    self._part.replace(self._target)
+                    self._part = None
+            self._out.close()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """End without it: what bore the name stays. After `commit`, does nothing."""
+        with contextlib.suppress(OSError):
+            self._out.close()
+        if self._part is not None:
+            with contextlib.suppress(OSError):
+                self._part.unlink()
+            self._part = None
+
+
+def expect_writable(path: Path, option: str) -> None:
+    """Find out whether a file can be written, before there is anything to write.
+
+    Args:
+        path: Of the file.
+        option: That names it.
+
+    Raises:
+        ConfigError: It cannot be.
+    """
+    OutputFile(path, option).discard()
+
+
+def write_whole(path: Path, text: str, option: str) -> None:
+    """Write a file; it appears whole.
+
+    Args:
+        path: Of the file.
+        text: Its content.
+        option: That names it.
+
+    Raises:
+        ConfigError: It cannot be written. What bore the name stays.
+    """
+    out = OutputFile(path, option)
+    try:
+        out.write(text)
+        out.flush()
+        out.commit()
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
+    finally:
+        out.discard()
+
+
+def _umask() -> int:
+    """The mask of this process, which only setting it tells."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def expect_apart(outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[tuple[str, Path | None]]) -> None:
+    """Refuse a command that would write to a file that it reads, or twice to the same, under whatever names.
+
+    Args:
+        outputs: Options with the files that they name to be written; None for an option that was not given.
+        inputs: The same of files to be read.
+
+    Raises:
+        ConfigError: Two are the same file; the message names both options.
+    """
+    seen = [(option, path) for option, path in inputs if path is not None]
+    for option, path in outputs:
+        if path is None:
+            continue
+        for other, taken in seen:
+            if _same(path, taken):
+                raise ConfigError(
+                    f"{option} {str(path)!r} is the file of {other} {str(taken)!r}, and would be overwritten: give another name"
+                )
+        seen.append((option, path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        if one.samefile(other):
+            # A terminal may be written twice, and a directory is not overwritten by a file.
+            return stat.S_ISREG(one.stat().st_mode)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # a null byte: no such file is there, which whoever opens it says
+        return False
+    return False
+
+
+_log = logging.getLogger(__name__)
+
+_PREFIX: Final = "lmcache-hfbucket-"
+_LOCK: Final = ".lock"
+_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+_ROOT_USER: Final = 0
+
+
+def default_root() -> Path:
+    """Return the default of `download_tmp_dir`: below the system's temporary directory, a directory of this user's own."""
+    try:
+        base = tempfile.gettempdir()
+    except OSError:  # nothing can be written: whoever needs the directory says so, with its name
+        base = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - the system's own, and only named in an error
+    return Path(base) / f"{_PREFIX}{os.geteuid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """This process's subdirectory.
+
+    Attributes:
+        name: Its name below the root.
+        root_fd: The root.
+        fd: The subdirectory.
+        lock_fd: Its lock file, locked.
+        pid: The process that made it.
+        path: A path to it that no other user can make lead elsewhere.
+        heart: Touches the lock file, for sweepers of other nodes.
+    """
+
+    name: str
+    root_fd: int
+    fd: int
+    lock_fd: int
+    pid: int
+    path: Path
+    heart: run_lock.Heartbeat
+
+    def close(self) -> None:
+        if self.pid == os.getpid():  # a fork has no such thread
+            self.heart.stop()
+        for fd in (self.root_fd, self.fd, self.lock_fd):
+            os.close(fd)
+
+
+class Scratch:
+    """Temporary files below one root, made when first needed.
+
+    Args:
+        root: `download_tmp_dir`; made when missing.
+
+    Attributes:
+        root: The same.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = forks.Lock()
+        self._own: _Own | None = None
+
+    @contextlib.contextmanager
+    def file(self) -> Iterator[Path]:
+        """Yield the path of a new empty file, removed at the end of the `with` block.
+
+        The path leads through a descriptor of this process, and means nothing to another one.
+
+        Raises:
+            ConfigError: The root cannot be made or written to, or belongs to another user.
+        """
+        own, name = self._own_directory(), secrets.token_hex(8)
+        with self._told():
+            os.close(os.open(name, _NEW_FILE, 0o600, dir_fd=own.fd))
+        path = own.path / name
+        try:
+            yield path
+        finally:
+            with self._lock:
+                if (
+                    self._own is own
+                ):  # else it went with the directory, and the number of its descriptor may be another's
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=own.fd)
+
+    def directory(self) -> Path:
+        """Return the path of this process's own subdirectory, which `close` removes with all that is in it.
+
+        Raises:
+            ConfigError: The root cannot be made or written to, or belongs to another user.
+        """
+        return self._own_directory().path
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"download_tmp_dir {str(self.root)!r} cannot be used: {error.strerror or error}; set it to a directory "
+                "that this user may write to, or set TMPDIR"
+            ) from None
+        except RuntimeError as error:
+            raise ConfigError(
+                f"download_tmp_dir {str(self.root)!r} is not used, since its lock file needs a thread: {error}; raise the limit of "
+                "threads of this user or container"
+            ) from None
+
+    def _own_directory(self) -> _Own:
+        with self._lock:
+            own = self._own
+            # A fork shares no lock with its parent; and what cleans /tmp up may have removed the directory.
+            if own is None or own.pid != os.getpid() or not os.fstat(own.fd).st_nlink:
+                self._own = None
+                if own is not None:  # if it is the parent's, its lock would live on in us
+                    own.close()
+                self._own = own = self._make()
+            return own
+
+    def _make(self) -> _Own:
+        with self._told(), contextlib.ExitStack() as undo:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.root.mkdir(mode=0o700)
+            root_fd = self._open_root()
+            undo.callback(os.close, root_fd)
+            self._sweep(root_fd, None)
+            while True:
+                name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=root_fd)
+                    break
+            fd = os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=root_fd)
+            undo.callback(os.close, fd)
+            found = os.fstat(fd)
+            if found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
+                raise ConfigError(
+                    f"download_tmp_dir {str(self.root)!r} cannot be used: a directory made in it belongs to user "
+                    f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):03o}; set it to one on a local disk"
+                )
+            undo.callback(shutil.rmtree, name, ignore_errors=True, dir_fd=root_fd)
+            # Locked before it bears its name, so that no sweeper ever finds it unlocked.
+            lock_fd = os.open(f"{_LOCK}.new", _NEW_FILE, 0o600, dir_fd=fd)
+            undo.callback(os.close, lock_fd)
+            run_lock.mark(lock_fd)
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                # systemd-tmpfiles leaves a directory alone that is locked itself, however old.
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            os.rename(f"{_LOCK}.new", _LOCK, src_dir_fd=fd, dst_dir_fd=fd)
+            through = Path(f"/proc/self/fd/{fd}")
+            path = through if through.exists() else self.root / name
+            own = _Own(name, root_fd, fd, lock_fd, os.getpid(), path, run_lock.Heartbeat(lock_fd))
+            undo.pop_all()
+            return own
+
+    def _open_root(self) -> int:
+        """Open the root, and refuse one that others could use against this process.
+
+        Raises:
+            ConfigError: It belongs to another user; or it is the default, in which everything has a name that is
+                known beforehand, and others may write to it.
+            OSError: It cannot be opened.
+        """
+        is_default = self.root == default_root()
+        fd = os.open(self.root, _OPEN_DIRECTORY | (os.O_NOFOLLOW if is_default else 0))
+        found, user = os.fstat(fd), os.geteuid()
+        owners = {user} if is_default else {user, _ROOT_USER}
+        if found.st_uid in owners and not (is_default and found.st_mode & _OTHERS_WRITE):
+            return fd
+        os.close(fd)
+        raise ConfigError(
+            f"download_tmp_dir {str(self.root)!r} is not used: it belongs to user {found.st_uid} with mode "
+            f"{stat.S_IMODE(found.st_mode):03o}, and this process runs as user {user}; remove it, or set download_tmp_dir "
+            "to a directory of this user's"
+        )
+
+    def sweep(self) -> list[Path]:
+        """Remove what dead processes of this user left below the root, and nothing else.
+
+        Returns:
+            The directories removed.
+
+        Raises:
+            OSError: The root cannot be looked at.
+        """
+        try:
+            fd = os.open(self.root, _OPEN_DIRECTORY)
+        except FileNotFoundError:
+            return []
+        try:
+            own = self._own
+            return self._sweep(fd, own.name if own is not None else None)
+        finally:
+            os.close(fd)
+
+    def _sweep(self, root_fd: int, own: str | None) -> list[Path]:
+        removed = [
+            self.root / name
+            for name in sorted(os.listdir(root_fd))
+            if name.startswith(_PREFIX) and name != own and _removed_if_dead(root_fd, name)
+        ]
+        if removed:
+            _log.info("removed temporary files of %d dead processes below %s", len(removed), self.root)
+        return removed
+
+    def sweep_quietly(self) -> None:
+        """As `sweep`, for start-up: what cannot be removed is left, and said."""
+        try:
+            self.sweep()
+        except OSError as error:
+            _log.warning("left-over temporary files below %s could not be looked at: %s", self.root, error)
+
+    def close(self) -> None:
+        """Remove this process's directory; in a forked child, which has none yet, its parent's is left alone."""
+        with self._lock:
+            own, self._own = self._own, None
+        if own is None:
+            return
+        if own.pid == os.getpid():
+            shutil.rmtree(own.name, ignore_errors=True, dir_fd=own.root_fd)
+        own.close()
+
+
+def _removed_if_dead(root_fd: int, name: str) -> bool:
+    """Remove a directory whose process is dead, and return whether that was so.
+
+    A directory without its lock file is being made at this moment, or is not ours: it is left alone, as is another
+    user's.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            fd = os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=root_fd)
+            opened.callback(os.close, fd)
+            if os.fstat(fd).st_uid != os.geteuid():
+                return False
+            lock_fd = run_lock.lock_of_the_dead(_LOCK, fd)
+        except OSError:
+            return False
+        if lock_fd is None:
+            return False
+        opened.callback(os.close, lock_fd)
+        shutil.rmtree(name, ignore_errors=True, dir_fd=root_fd)
+    return True

@@ -1,0 +1,284 @@
+"""Metrics and rate-limited logs of an instance."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import prometheus_client
+
+from hfbucket_plugin.core import forks
+from hfbucket_plugin.errors import BucketMissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hfbucket_plugin.errors import HFBucketError
+
+
+class LimitedLog:
+    """Logs at most one warning per kind and interval.
+
+    Args:
+        log: Where to.
+        interval_secs: 30 by default: LMCache's health monitor looks as often.
+        clock: Seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self, log: logging.Logger, interval_secs: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._log = log
+        self._interval = interval_secs
+        self._clock = clock
+        self._lock = forks.Lock()
+        self._next: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def warning(self, kind: str, message: str) -> bool:
+        """Log the message, unless one of its kind was logged within the interval.
+
+        Returns:
+            Whether it was logged.
+        """
+        now = self._clock()
+        with self._lock:
+            if now < self._next.get(kind, float("-inf")):
+                self._left_out[kind] = self._left_out.get(kind, 0) + 1
+                return False
+            self._next[kind] = now + self._interval
+            left_out = self._left_out.pop(kind, 0)
+        more = f" ({left_out} more like this since the last one)" if left_out else ""
+        self._log.warning("%s%s", message, more)
+        return True
+
+
+OPERATIONS = "hfbucket_operations_total"
+CHUNKS = "hfbucket_chunks_total"
+BYTES = "hfbucket_bytes_total"
+SECONDS = "hfbucket_seconds"
+HUB_REQUESTS = "hfbucket_hub_requests_total"
+BREAKER_OPEN = "hfbucket_breaker_open"
+BREAKER_CHANGES = "hfbucket_breaker_changes_total"
+IN_FLIGHT = "hfbucket_in_flight"
+WAITING_PUT_BYTES = "hfbucket_waiting_put_bytes"
+CACHE_ENTRIES = "hfbucket_metadata_cache_entries"
+FINGERPRINT_STATE = "hfbucket_fingerprint_state"
+FINGERPRINT_CONFLICTS = "hfbucket_fingerprint_conflicts_total"
+QUARANTINED = "hfbucket_quarantined_contents"
+BAD_OBJECTS = "hfbucket_bad_objects_total"
+INDEX_STATE = "hfbucket_index_state"
+INDEX_KEYS = "hfbucket_index_keys"
+INDEX_BYTES = "hfbucket_index_bytes"
+INDEX_AGE = "hfbucket_index_age_seconds"
+INDEX_REFRESHES = "hfbucket_index_refreshes_total"
+INDEX_JOURNALS = "hfbucket_index_journals_total"
+INDEX_DROPPED = "hfbucket_index_entries_dropped_total"
+INDEX_ANSWERS = "hfbucket_index_answers_total"
+HEAT_HITS = "hfbucket_heat_hits_total"
+
+_COUNTERS = {
+    OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
+    CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
+    BYTES: ("Bytes of chunks moved", ("instance", "direction")),
+    HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
+    FINGERPRINT_CONFLICTS: (
+        "Times that a field was found to differ from the bucket's fingerprint",
+        ("instance", "field"),
+    ),
+    BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
+    BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
+    INDEX_REFRESHES: ("Refreshes of the key index, by how they ended", ("instance", "outcome")),
+    INDEX_JOURNALS: (
+        "Journals of the key index that were read or written, by what became of them",
+        ("instance", "outcome"),
+    ),
+    INDEX_DROPPED: ("Puts and deletes that no journal will tell of, since too many waited", ("instance",)),
+    INDEX_ANSWERS: ("Keys that the index was asked for: hit, miss, or left for the Hub", ("instance", "outcome")),
+    HEAT_HITS: (
+        "Chunks served that others were told of, or will not be, since too many keys wait",
+        ("instance", "outcome"),
+    ),
+}
+# How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
+_GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
+    BREAKER_OPEN: ("Whether a breaker is open: its calls are misses at once", ("instance", "part"), "livemax"),
+    IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
+    WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
+    FINGERPRINT_STATE: ("Models of this process by the state of their fingerprint", ("instance", "state"), "livesum"),
+    CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
+    INDEX_STATE: ("1 for the state that the key index is in", ("instance", "state"), "livemax"),
+    INDEX_KEYS: ("Keys of the snapshot that is in use", ("instance",), "livemax"),
+    INDEX_BYTES: ("Memory of the key index", ("instance",), "livesum"),
+    INDEX_AGE: ("Age of the key index in use, at its last refresh", ("instance",), "livemax"),
+    QUARANTINED: ("Contents that could not be served of late, and are not offered", ("instance",), "livesum"),
+}
+# From a cached lookup (microseconds) to a put that ran into its deadline.
+_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+
+class Sink(Protocol):
+    """Where measurements go. Implementations are thread-safe and do not raise."""
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter."""
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Record one value of a histogram."""
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Set a gauge."""
+
+
+class Tally:
+    """A sink that keeps its numbers in memory, for reports and tests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] += value  # type: ignore[assignment]
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Count the observation and add up its values, as `<name>_count` and `<name>_sum`."""
+        self.count(f"{name}_count", **labels)
+        self.count(f"{name}_sum", value, **labels)
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Note the present value."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] = value  # type: ignore[assignment]
+
+    def get(self, name: str, /, **labels: str) -> float:
+        """The sum of all counters of that name whose labels include the given ones."""
+        wanted = set(labels.items())
+        with self._lock:
+            return sum(v for (n, pairs), v in self._counts.items() if n == name and wanted <= set(pairs))
+
+
+class PrometheusSink:
+    """A sink into a Prometheus registry: by default the process-wide one, which LMCache serves too."""
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry = prometheus_client.REGISTRY) -> None:
+        self._counters = {
+            name: prometheus_client.Counter(name, text, labels, registry=registry)
+            for name, (text, labels) in _COUNTERS.items()
+        }
+        self._seconds = prometheus_client.Histogram(
+            SECONDS,
+            "Duration of operations on a bucket instance",
+            ("instance", "operation"),
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._gauges = {
+            name: prometheus_client.Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
+            for name, (text, labels, mode) in _GAUGES.items()
+        }
+
+    def count(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Add `value` to a counter of the table above."""
+        self._counters[name].labels(**labels).inc(value)
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Record a duration in seconds."""
+        if name == SECONDS:
+            self._seconds.labels(**labels).observe(value)
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Set a gauge of the table above."""
+        self._gauges[name].labels(**labels).set(value)
+
+
+_shared: PrometheusSink | None = None
+_shared_lock = threading.Lock()
+
+
+def default_sink() -> Sink:
+    """The process's sink into the default Prometheus registry: made once, since collectors register by name."""
+    global _shared  # noqa: PLW0603 - the registry is process-wide too
+    with _shared_lock:
+        if _shared is None:
+            _shared = PrometheusSink()
+        return _shared
+
+
+_log = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """Counts and logs what happened to chunks and operations of one instance.
+
+    Args:
+        instance: Its name.
+        sink: Where numbers go.
+        creates_bucket: Whether a missing bucket is no failure, since the first write creates it.
+    """
+
+    def __init__(self, instance: str, sink: Sink, *, creates_bucket: bool = False) -> None:
+        self.instance = instance
+        self._creates_bucket = creates_bucket
+        self.sink = sink
+        self._limited = LimitedLog(_log)
+
+    def chunks(self, operation: str, outcome: str, chunks: int) -> None:
+        """Count chunks of an operation that ended alike."""
+        if chunks:
+            self.sink.count(CHUNKS, chunks, instance=self.instance, operation=operation, outcome=outcome)
+
+    def bytes(self, direction: str, amount: int) -> None:
+        """Count bytes of chunks that were moved, ``read`` or ``write``."""
+        if amount:
+            self.sink.count(BYTES, amount, instance=self.instance, direction=direction)
+
+    def ended(self, operation: str, outcome: str, started: float) -> None:
+        """Count an operation, and how long it took since `started` on the monotonic clock."""
+        self.sink.count(OPERATIONS, instance=self.instance, operation=operation, outcome=outcome)
+        self.sink.observe(SECONDS, time.monotonic() - started, instance=self.instance, operation=operation)
+
+    def excuses(self, error: HFBucketError) -> bool:
+        """Whether an error says no more than that nothing is there yet."""
+        return self._creates_bucket and isinstance(error, BucketMissingError)
+
+    def failed(self, operation: str, error: HFBucketError, chunks: int, started: float) -> None:
+        """Count an operation that failed as a whole, and log why."""
+        if self.excuses(error):
+            self.chunks(operation, "missing", chunks)
+            self.ended(operation, "ok", started)
+            return
+        self.chunks(operation, error.kind, chunks)
+        self.ended(operation, error.kind, started)
+        self.warn(operation, error.kind, str(error))
+
+    def in_flight(self, operation: str, calls: int) -> None:
+        """Tell how many calls of an operation are under way."""
+        self.sink.gauge(IN_FLIGHT, calls, instance=self.instance, operation=operation)
+
+    def quarantined(self, contents: int) -> None:
+        """Tell how many contents are not offered, since they could not be served of late."""
+        self.sink.gauge(QUARANTINED, contents, instance=self.instance)
+
+    def warn_of_size(self, operation: str, what: str, actual: int, size: int | None) -> None:
+        """Log that an object is no full chunk, of `size` bytes where that is known."""
+        full = "none of 0 bytes" if size is None else str(size)
+        self.warn(
+            operation,
+            "size",
+            f"{what}: refused, since the object has {actual} bytes and a full chunk {full}; was it written with another "
+            "chunk_size, dtype or layout?",
+        )
+
+    def waiting_puts(self, calls: int, amount: int) -> None:
+        """Tell how many puts wait or are under way, and their bytes."""
+        self.in_flight("put", calls)
+        self.sink.gauge(WAITING_PUT_BYTES, amount, instance=self.instance)
+
+    def warn(self, operation: str, kind: str, message: str) -> None:
+        """Log a warning; one a kind and operation within 30 s, and how many were left out."""
+        self._limited.warning(f"{operation} {kind}", f"[{self.instance}] {operation}: {message}")

@@ -1,0 +1,150 @@
+"""Sizes, durations, ages and ranks of workers, as people write them and as they are shown."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core import texts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+
+_STEP: Final = 1024
+_BYTE_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB")
+_AGE_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+def size(amount: float) -> str:
+    """Bytes in words: `512 B`, `1.5 MiB`."""
+    if amount < _STEP:
+        return f"{amount:.0f} B"
+    for unit in _BYTE_UNITS[:-1]:
+        amount /= _STEP
+        if amount < _STEP:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / _STEP:.1f} {_BYTE_UNITS[-1]}"
+
+
+def age(moment: datetime | None, now: datetime) -> str:
+    """How long ago a moment was, in its largest unit: `3 d`, `20 min`; `-` where it is not known."""
+    if moment is None:
+        return "-"
+    seconds = max(0, int((now - moment).total_seconds()))  # clocks differ: nothing was uploaded in the future
+    for length, unit in _AGE_UNITS:
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def instant(moment: datetime | None) -> str | None:
+    """A moment as ISO 8601 with its offset, to the second."""
+    return moment.isoformat(timespec="seconds") if moment is not None else None
+
+
+def count(number: int, one: str) -> str:
+    """A number with its noun: `1 object`, `2,000 objects`."""
+    return f"{number:,} {one}" + ("" if number == 1 else "s")
+
+
+printable = texts.printable
+
+
+_QUANTITY: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)")
+_BYTES: Final = {"": 1, "B": 1} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("KMGTP", start=1)
+    for unit, base in (("iB", 1024), ("B", 1000))
+}
+_MOST_BYTES: Final = 2**63 - 1
+_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_LONGEST_SECS: Final = 100 * 366 * 86400
+
+_RANKS: Final = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7}))?")
+_MOST_RANKS: Final = 65536
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size, such as `50GiB` or `50GB`; without a unit it is in bytes.
+
+    Binary (`KiB` to `PiB`) and decimal units (`KB` to `PB`) are what they say; a fraction of a byte is dropped.
+
+    Raises:
+        ValueError: It is none; the message says what would be.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: it reads 50GiB, 500GB, 64KiB or a number of bytes")
+    number, unit = match[1], match[2]
+    if unit not in _BYTES:
+        raise ValueError(
+            f"{text!r}: the unit {unit!r} is not known{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB, PiB and KB, MB, GB, "
+            "TB, PB"
+        )
+    size = Decimal(number) * _BYTES[unit]
+    if size != int(size) and _BYTES[unit] == 1:
+        raise ValueError(f"{text!r} is no whole number of bytes")
+    if size > _MOST_BYTES:
+        raise ValueError(f"{text!r} is more than {_MOST_BYTES} bytes")
+    return int(size)
+
+
+def _nearest_unit(unit: str) -> str:
+    """`Gi`, `gib` and `G` mean GiB to most, but 7 % less to some: asked for, not guessed."""
+    near = f"{unit[:1].upper()}iB"
+    return f" (did you mean {near}?)" if near in _BYTES else ""
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read a time, such as `24h`, `30m` or `30min`; its unit is never left out.
+
+    Raises:
+        ValueError: It is none; the message says what would be.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None or match[2] not in _SECONDS:
+        raise ValueError(f"{text!r} is no length of time: it reads 90s, 30m or 30min, 24h, 7d or 2w")
+    seconds = Decimal(match[1]) * _SECONDS[match[2]]
+    if seconds > _LONGEST_SECS:
+        raise ValueError(f"{text!r} is more than a hundred years")
+    return timedelta(seconds=float(seconds))
+
+
+def format_duration(value: timedelta) -> str:
+    """A length of time as `parse_duration` reads it."""
+    return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "s"
+
+
+def parse_ranks(text: str) -> frozenset[int]:
+    """Read ranks of workers, such as `0-3,7`.
+
+    Raises:
+        ValueError: They are none; the message says what would be.
+    """
+    ranks: set[int] = set()
+    for part in text.split(","):
+        match = _RANKS.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"{text!r} are no ranks of workers: they read 0-3 or 0-3,7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{text!r}: {part.strip()!r} ends before it begins")
+        if last - first >= _MOST_RANKS:
+            raise ValueError(f"{text!r}: {part.strip()!r} are more workers than any engine has")
+        ranks.update(range(first, last + 1))
+    return frozenset(ranks)
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Ranks as `parse_ranks` reads them."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,1 @@
+"""LMCache's interfaces: classic connector and MP adapter."""

@@ -1,0 +1,1 @@
+"""Fingerprints: which model and engine configuration wrote the chunks of a prefix."""

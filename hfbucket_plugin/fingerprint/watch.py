@@ -1,0 +1,477 @@
+"""Whether engines are what the bucket's fingerprints say: looked up in the background, told, and enforced where that is wanted.
+
+Nothing here waits in an engine's thread. Whoever uses an engine's chunks asks `Subject.refusal`, which answers from what is
+known, and lets a thread of the watch look when it is time: at first, at the first use (only then an engine knows all of its
+own layout), at the first put (only who stores records), and every so often. So an instance that nobody uses asks nothing.
+
+Under `enforce` only what is known to agree is served or stored. There is no time after which the unknown passes: the record
+lies in the bucket beside the chunks, so who cannot read the one could not read the others either; and whoever stores
+before its record counts might store under the keys of another.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from hfbucket_plugin.core import forks, telemetry
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, ThrottledError, TransportError
+from hfbucket_plugin.fingerprint.model import differences, in_words, printable
+from hfbucket_plugin.fingerprint.store import FingerprintStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.fingerprint.model import Fingerprint
+    from hfbucket_plugin.fingerprint.store import Found
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.circuit_breaker import Guard
+
+_log = logging.getLogger(__name__)
+
+State = Literal["unknown", "unrecorded", "agrees", "conflict", "unreadable"]
+STATES: Final[tuple[State, ...]] = get_args(State)
+
+CONFLICT: Final = "fingerprint"
+UNKNOWN: Final = "fingerprint_unknown"
+"""The outcomes of chunks that are not served or stored under `enforce`."""
+
+_BACKLOG: Final = 1024
+_MAX_CLAIMED: Final = 1024
+"""Digests that are remembered as claimed; beyond them no more traces are left."""
+
+_LOOK_SECS: Final = 30.0
+_FIRST_RETRY_SECS: Final = 1.0
+_LAST_RETRY_SECS: Final = 60.0
+_SOONER: Final = 10
+"""Where it is not as it should be, it is looked at so much more often."""
+
+_TELL_AGAIN_SECS: Final = 3600.0
+
+
+class Subject:
+    """One engine, or all those behind an L2 adapter whose keys could be equal.
+
+    Args:
+        watch: Its own.
+        model: The model's name.
+        facts: What is known of it, without delay. Raises what it likes where that is no fingerprint.
+    """
+
+    def __init__(self, watch: FingerprintWatch, model: str, facts: Callable[[], Fingerprint]) -> None:
+        self._watch = watch
+        self.model = model
+        self.facts = facts
+        self.state: State = "unknown"
+        self.used = False
+        self.stores = False
+        self.told = ""
+        self.write_at = float("-inf")  # before, what was refused is not tried again
+        self.revision = 0  # of its facts: what was found out about an earlier one does not hold
+
+    def refusal(self, *, storing: bool = False) -> str | None:
+        """Why its chunks may not be looked up, read, deleted or stored now, as the outcome that is counted; None: they may.
+
+        Args:
+            storing: Whether to store.
+        """
+        return self._watch.refusal(self, storing=storing)
+
+    def changed(self) -> None:
+        """Its facts are other ones now: what was found out does not hold any more."""
+        self._watch.changed(self)
+
+
+class _Known:
+    """What is known of one model's record."""
+
+    def __init__(self) -> None:
+        self.found: Found | None = None
+        self.busy = False
+        self.next_at = float("-inf")
+        self.fresh_until = float("-inf")
+        self.soon = self.later = float("-inf")
+        self.status: Literal["unread", "read", "unreadable"] = "unread"
+        self.retry_secs = _FIRST_RETRY_SECS
+        self.bucket_is_missing = False
+
+
+class FingerprintWatch:
+    """The fingerprints of one instance, for an engine.
+
+    Args:
+        bucket: The instance's.
+        settings: The instance's.
+        instance: Its name.
+        guard: Its breakers: nothing is asked while lookups are given up.
+        sink: Where states are told.
+        clock: Seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        settings: InstanceSettings,
+        instance: str,
+        guard: Guard,
+        sink: telemetry.Sink,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bucket = bucket
+        self._settings = settings
+        self._instance = instance
+        self._guard = guard
+        self._sink = sink
+        self._clock = clock
+        self._store = FingerprintStore(bucket, instance)
+        self._threads = WorkerPool(f"hfbucket-fingerprint-{instance}", 1, _BACKLOG)
+        self._limited = LimitedLog(_log, _TELL_AGAIN_SECS)
+        self._subjects: dict[Subject, None] = {}
+        self._known: dict[str, _Known] = {}
+        self._claimed: set[str] = set()
+        self._closed = False
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Have no look in progress: at first, and in a forked child, where those of the parent do not go on."""
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a look has ended
+        for known in self._known.values():
+            if known.busy:
+                known.busy, known.next_at = False, float("-inf")
+
+    def add(self, model: str, facts: Callable[[], Fingerprint]) -> Subject:
+        """Watch an engine; the record of its model is looked up soon.
+
+        Args:
+            model: See `Subject`.
+            facts: See `Subject`.
+        """
+        subject = Subject(self, model, facts)
+        with self._lock:
+            self._subjects[subject] = None
+            self._known.setdefault(model, _Known())
+        self.look_soon(model)
+        return subject
+
+    def drop(self, subject: Subject) -> None:
+        """Watch an engine no more."""
+        with self._lock:
+            self._subjects.pop(subject, None)
+            if all(other.model != subject.model for other in self._subjects):
+                self._known.pop(subject.model, None)
+
+    # --- in an engine's thread --------------------------------------------------------------------------------------
+
+    def refusal(self, subject: Subject, *, storing: bool) -> str | None:
+        """See `Subject.refusal`."""
+        if self._settings.fingerprint == "off":
+            return None
+        stores = storing and self._settings.writes
+        if not subject.used or (stores and not subject.stores):
+            self._first_use(subject, stores=stores)
+        elif (known := self._known.get(subject.model)) is not None and self._clock() >= known.next_at:
+            self._look(subject.model)
+        if self._settings.fingerprint == "warn" or subject.state == "agrees":
+            return None
+        return CONFLICT if subject.state == "conflict" else UNKNOWN
+
+    def _first_use(self, subject: Subject, *, stores: bool) -> None:
+        """An engine that agreed as it started may know more of itself now: until that is compared, it does not agree."""
+        agrees = not subject.used and subject.state == "agrees" and self._agrees(subject)
+        with self._lock:
+            if not subject.used:
+                subject.used = True
+                subject.revision += 1
+                if subject.state == "agrees" and not agrees:
+                    subject.state = "unknown"
+            subject.stores |= stores
+        self.look_soon(subject.model)
+
+    def _agrees(self, subject: Subject) -> bool:
+        known = self._known.get(subject.model)
+        try:
+            mine = subject.facts()
+        except Exception:  # noqa: BLE001 - told by `_judge`
+            return False
+        recorded = known.found.record.of(mine.space) if known is not None and known.found is not None else None
+        if recorded is None or differences(recorded, mine):
+            return False
+        return not (subject.stores and recorded.completed(mine) != recorded)
+
+    def changed(self, subject: Subject) -> None:
+        """See `Subject.changed`.
+
+        An engine that still agrees with the record goes on agreeing while it is compared again in the background, unless it
+        stores and the record lacks something of it: nothing is stored before its record counts.
+        """
+        agrees = subject.state == "agrees" and self._agrees(subject)
+        with self._lock:
+            subject.revision += 1
+            if not agrees:
+                subject.state = "unknown"
+        self.look_soon(subject.model)
+
+    def look_soon(self, model: str) -> None:
+        """Have a model's engines compared with its record, now if nobody does. The Hub is asked only when it is time."""
+        with self._lock:
+            known = self._known.get(model)
+            if known is None or self._settings.fingerprint == "off":
+                return
+            known.next_at = float("-inf")
+        self._look(model)
+
+    def _look(self, model: str) -> None:
+        with self._lock:
+            known = self._known.get(model)
+            if known is None or known.busy:
+                return
+            known.busy = True
+        try:
+            self._threads.submit(self._work, model, known)
+        except RuntimeError:  # closed, or no thread is left: whoever asks next tries again
+            known.busy = False
+
+    # --- on the thread of the watch -------------------------------------------------------------------------------
+
+    def _work(self, model: str, known: _Known) -> None:
+        try:
+            while self._clock() >= known.next_at:
+                known.next_at = float("inf")  # whoever wants another look meanwhile sets it back
+                known.fresh_until = self._looked(model, known)
+                with self._lock:
+                    known.next_at = min(known.next_at, known.fresh_until)
+        except Exception:  # noqa: BLE001 - whatever it was, the engine works without the fingerprint
+            _log.exception("[%s] fingerprint: the look at %r failed", self._instance, model)
+            known.next_at = self._clock() + _LAST_RETRY_SECS
+        finally:
+            self._tell_states()
+            with self._lock:
+                known.busy = False
+                again = self._clock() >= known.next_at and not self._closed
+                if not again:
+                    self._ended.notify_all()
+            if again:  # wanted in the last moment
+                self._look(model)
+
+    def _looked(self, model: str, known: _Known) -> float:
+        """Look once, and tell until when that will do."""
+        failed = False
+        if self._clock() >= known.fresh_until:
+            if wait := self._must_wait():
+                return self._clock() + wait
+            failed = not self._read(model, known)
+        if known.status == "unread":
+            return self._clock() + self._retry_secs(known) if failed else known.fresh_until
+        with self._lock:
+            subjects = [subject for subject in self._subjects if subject.model == model]
+        for subject in subjects:
+            failed |= not self._judge(subject, known)
+        if failed:
+            return self._clock() + self._retry_secs(known)
+        known.retry_secs = _FIRST_RETRY_SECS
+        return known.later if all(subject.state == "agrees" for subject in subjects) else known.soon
+
+    @staticmethod
+    def _retry_secs(known: _Known) -> float:
+        known.retry_secs = min(2 * known.retry_secs, _LAST_RETRY_SECS)
+        return known.retry_secs
+
+    def _must_wait(self) -> float:
+        """Seconds until the Hub may be asked by work in the background."""
+        if wait := self._bucket.paused_secs or self._bucket.background_wait_secs:
+            return min(wait, _LAST_RETRY_SECS)
+        return _FIRST_RETRY_SECS if self._guard.is_open("lookup") else 0.0
+
+    def _read(self, model: str, known: _Known) -> bool:
+        """Ask the Hub for the record; whether it said anything."""
+        refresh = self._settings.fingerprint_refresh_secs
+        known.soon, known.later = self._clock() + refresh / _SOONER, self._clock() + refresh
+        known.bucket_is_missing = False
+        try:
+            known.found = self._store.read(model, Deadline.after(_LOOK_SECS), known.found)
+        except BucketMissingError:
+            known.found, known.bucket_is_missing = None, True
+        except IntegrityError as error:
+            self._unreadable(model, known, error)
+            return True
+        except HFBucketError as error:
+            self._warn(f"{model} {error.kind}", f"of {printable(model)} is not known for now{self._so()}: {error}")
+            return False
+        known.status = "read"
+        return True
+
+    def _unreadable(self, model: str, known: _Known, error: IntegrityError) -> None:
+        known.found, known.status = None, "unreadable"
+        self._warn(f"{model} unreadable", f"cannot be read, and nothing is compared{self._so()}: {error}")
+
+    def _judge(self, subject: Subject, known: _Known) -> bool:
+        """Compare an engine with the record, and record it where nobody has; whether nothing failed that may soon not."""
+        with self._lock:
+            revision, used, stores = subject.revision, subject.used, subject.stores
+        try:
+            mine = subject.facts()
+        except Exception as error:  # noqa: BLE001 - another LMCache, or what no fingerprint can hold: the engine goes on
+            self._settle(subject, revision, "unknown")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._warn(f"{subject.model} facts", f"of {printable(subject.model)} cannot be made{self._so()}: {reason}")
+            return True
+        if not used:  # KV groups register, and hashes get their seed, after a connector is made
+            mine = mine.model_copy(update={"layout": None, "hash_check": None})
+        recorded, done = self._of(mine, known), True
+        wanted = known.status == "read" and (recorded is None or self._lacks(recorded, mine))
+        if stores and wanted and self._clock() >= subject.write_at:
+            done = self._record(subject, mine, known)
+            recorded = self._of(mine, known)
+        if known.status == "unreadable":
+            self._settle(subject, revision, "unreadable")
+        elif recorded is None:
+            self._settle(subject, revision, "unrecorded")
+        elif not differences(recorded, mine):
+            subject.told = ""
+            self._settle(subject, revision, "agrees")
+        elif self._settle(subject, revision, "conflict"):
+            self._conflict(subject, recorded, mine)
+        return done
+
+    @staticmethod
+    def _of(mine: Fingerprint, known: _Known) -> Fingerprint | None:
+        return known.found.record.of(mine.space) if known.found is not None else None
+
+    @staticmethod
+    def _lacks(recorded: Fingerprint, mine: Fingerprint) -> bool:
+        return not differences(recorded, mine) and recorded.completed(mine) != recorded
+
+    def _settle(self, subject: Subject, revision: int, state: State) -> bool:
+        """Set the state of an engine, unless its facts have changed meanwhile; then it is looked at again."""
+        with self._lock:
+            if subject.revision != revision:
+                return False
+            subject.state = state
+            return True
+
+    def _record(self, subject: Subject, mine: Fingerprint, known: _Known) -> bool:
+        """Record an engine, or what the record lacks of it. That it may not is no error of the engine's.
+
+        Returns:
+            Whether it is there, or may not be.
+        """
+        try:
+            if known.bucket_is_missing and self._settings.create_bucket_if_missing:
+                self._bucket.create(Deadline.after(_LOOK_SECS))
+            known.found = self._store.record_first(mine, Deadline.after(_LOOK_SECS))
+        except IntegrityError as error:
+            self._unreadable(subject.model, known, error)
+        except HFBucketError as error:
+            so = "" if subject.state == "agrees" else self._so()
+            self._warn(
+                f"{subject.model} record {error.kind}", f"of {printable(subject.model)} was not recorded{so}: {error}"
+            )
+            return self._refused(subject, error)
+        return True
+
+    def _refused(self, subject: Subject, error: HFBucketError) -> bool:
+        """Whether the Hub refuses to be written to, which only an operator changes.
+
+        Then the next try is `fingerprint_refresh_secs` later: each is several calls, and a fleet whose token can only read
+        would use up with them what its lookups need. Under `enforce` it looks nothing up meanwhile, and waits for the operator.
+        """
+        if isinstance(error, (TransportError, ThrottledError)):
+            return False
+        if self._settings.fingerprint == "warn":
+            subject.write_at = self._clock() + self._settings.fingerprint_refresh_secs
+        return True
+
+    def _conflict(self, subject: Subject, recorded: Fingerprint, mine: Fingerprint) -> None:
+        found = differences(recorded, mine)
+        words = in_words(found)
+        if subject.told != words:
+            for one in found:
+                self._sink.count(telemetry.FINGERPRINT_CONFLICTS, instance=self._instance, field=one.field)
+        subject.told = words
+        who = f"{recorded.written_by or 'somebody'} at {recorded.recorded_at or 'some time'}"
+        then = (
+            "nothing is served from it or stored there (fingerprint: enforce)"
+            if self._settings.fingerprint == "enforce"
+            else "it is used all the same (fingerprint: warn)"
+        )
+        self._warn(
+            f"{subject.model} {mine.space} {words}",
+            f"{printable(subject.model)} ({printable(str(mine.space))}) is not what the bucket holds: {words}. That was recorded by "
+            f"{printable(who)}; {then}. See `python -m jobs fingerprint show` and docs/fingerprint.md",
+        )
+        self._claim(subject, mine)
+
+    def _claim(self, subject: Subject, mine: Fingerprint) -> None:
+        """Leave a trace of an engine that is not what was recorded, for operators."""
+        if not self._settings.writes or mine.digest in self._claimed or len(self._claimed) >= _MAX_CLAIMED:
+            return
+        if self._clock() < subject.write_at:
+            return
+        try:
+            self._store.claim(mine, Deadline.after(_LOOK_SECS))
+        except HFBucketError as error:
+            self._refused(subject, error)
+            self._warn(
+                f"{mine.model} claim {error.kind}", f"of this engine was not left for `jobs fingerprint show`: {error}"
+            )
+        else:
+            self._claimed.add(mine.digest)
+
+    def _so(self) -> str:
+        return (
+            ", so nothing is served or stored (fingerprint: enforce)" if self._settings.fingerprint == "enforce" else ""
+        )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if self._closed:  # and so is the bucket: what fails now says nothing
+            return
+        self._limited.warning(kind, f"[{self._instance}] fingerprint: {message}")
+
+    def _tell_states(self) -> None:
+        with self._lock:
+            states = Counter(subject.state for subject in self._subjects)
+        for state in STATES:
+            self._sink.gauge(telemetry.FINGERPRINT_STATE, states[state], instance=self._instance, state=state)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def status(self) -> list[str]:
+        """What is not as it should be, in words; empty when all agrees or is not known yet."""
+        with self._lock:
+            subjects = list(self._subjects)
+        return [
+            f"{printable(one.model)}: {one.told}"
+            if one.state == "conflict"
+            else f"{printable(one.model)}: its fingerprint is unreadable"
+            for one in subjects
+            if one.state in {"conflict", "unreadable"}
+        ]
+
+    def finish(self, secs: float) -> None:
+        """Let a look end that may record an engine which stores: a script may end right after its first store.
+
+        Args:
+            secs: How long to wait for it at most.
+        """
+        with self._ended:
+            self._ended.wait_for(lambda: not self._is_recording(), timeout=max(0.0, secs))
+
+    def _is_recording(self) -> bool:
+        storing = {subject.model for subject in self._subjects if subject.stores}
+        return any(known.busy for model, known in self._known.items() if model in storing)
+
+    def close(self) -> None:
+        """Look at nothing any more. Does not wait."""
+        self._closed = True
+        self._threads.close()
+        self._store.close()

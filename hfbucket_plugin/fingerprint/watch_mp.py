@@ -1,0 +1,157 @@
+"""The fingerprints of MP mode: one adapter serves engines of several models, and learns of them from keys and layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core import forks
+from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.fingerprint import detect
+from hfbucket_plugin.fingerprint.model import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+    from lmcache.v1.memory_management import MemoryObj
+
+    from hfbucket_plugin.config.l2 import L2Settings
+    from hfbucket_plugin.fingerprint.model import Fingerprint
+    from hfbucket_plugin.fingerprint.watch import FingerprintWatch
+
+_log = logging.getLogger(__name__)
+
+_WORLD: Final = 0xFF00FF00
+"""Of a `kv_rank`: the world size and the local one. LMCache keeps one layout for all ranks of a model's world."""
+
+
+MAX_ENGINES: Final = 1024
+"""Models and worlds that are watched; those used longest ago are forgotten, and looked up again when they are used."""
+
+
+class _Engine:
+    """The engines of one model and world."""
+
+    def __init__(self, watch: FingerprintWatch, settings: L2Settings, key: ObjectKey) -> None:
+        self._settings = settings
+        self._key = key
+        self._layout: Layout | None = None
+        self.subject = watch.add(key.model_name, self._facts)
+
+    def _facts(self) -> Fingerprint:
+        key = self._key
+        return detect.mp(self._settings, key.model_name, key.kv_rank, len(key.chunk_hash), self._layout)
+
+    def learn(self, layout: Layout) -> None:
+        """Merge the groups that a request names into what is known: each request names its own groups, not all of the model.
+
+        The engine's facts change only with a group that was not known, or that is laid out in another way than before.
+        """
+        merged = layout if self._layout is None else layout.completed(self._layout)
+        if merged != self._layout:
+            self._layout = merged
+            self.subject.changed()
+
+    def learn_group(self, index: int, memory_obj: MemoryObj) -> None:
+        """Take in the layout of an object to be stored, where lookups have not told it."""
+        known = self._layout.groups if self._layout is not None else ()
+        if any(group.object_group == index for group in known):
+            return
+        metadata = memory_obj.metadata
+        shapes = metadata.shapes or [metadata.shape]
+        dtypes = metadata.dtypes or [metadata.dtype]
+        new = [detect.mp_group(index, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self.learn(Layout(groups=tuple(sorted((*known, *new), key=lambda group: group.object_group))))
+
+
+class L2Fingerprints:
+    """Says of the keys of an L2 adapter whether they may be used.
+
+    The keys of a task are of one model and world (LMCache groups them so). Each method returns why they may not be used, as
+    the outcome that is counted, or None; see `Subject.refusal`.
+
+    Args:
+        watch: Of the instance.
+        settings: Of the adapter.
+    """
+
+    def __init__(self, watch: FingerprintWatch, settings: L2Settings) -> None:
+        self._watch = watch
+        self._settings = settings
+        self._on = settings.fingerprint != "off"
+        self._limited = LimitedLog(_log, 3600.0)
+        self._lock = forks.Lock()
+        self._engines: OrderedDict[tuple[str, int], _Engine] = OrderedDict()
+
+    def of_lookup(self, keys: Sequence[ObjectKey], descs: Mapping[int, MemoryLayoutDesc]) -> str | None:
+        """Of keys to be looked up, with the layouts that LMCache gives with them."""
+        if self._on and keys:
+            with self._without_raising():
+                if (layout := detect.mp_layout(descs)) is not None:
+                    for engine in self._of(keys):
+                        engine.learn(layout)
+        return self._refusal(keys)
+
+    def of_store(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> str | None:
+        """Of objects to be stored."""
+        if self._on:
+            groups = {(_world(key), key.object_group_id): (key, obj) for key, obj in zip(keys, objects, strict=True)}
+            with self._without_raising():
+                for key, memory_obj in groups.values():
+                    self._engine(key).learn_group(key.object_group_id, memory_obj)
+        return self._refusal(keys, storing=True)
+
+    def of_load(self, keys: Sequence[ObjectKey]) -> str | None:
+        """Of keys to be read or deleted."""
+        return self._refusal(keys)
+
+    @contextlib.contextmanager
+    def _without_raising(self) -> Iterator[None]:
+        """What a layout says is a help; one that is not as it was in the LMCache that this was written for must stop nothing."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is: the layout is not known then, and not compared
+            self._limited.warning(
+                "layout",
+                f"[{self._settings.name}] fingerprint: a layout is not understood: {type(error).__name__}: {error}",
+            )
+
+    def _refusal(self, keys: Sequence[ObjectKey], *, storing: bool = False) -> str | None:
+        if not self._on:
+            return None
+        reasons = [engine.subject.refusal(storing=storing) for engine in self._of(keys)]
+        return next((why for why in reasons if why), None)
+
+    def _of(self, keys: Sequence[ObjectKey]) -> list[_Engine]:
+        return [self._engine(key) for key in {_world(key): key for key in keys}.values()]
+
+    def status(self) -> list[str]:
+        """What is not as it should be, in words; see `FingerprintWatch.status`."""
+        return self._watch.status()
+
+    def finish(self, secs: float) -> None:
+        """Let records that are being written be written; see `FingerprintWatch.finish`."""
+        self._watch.finish(secs)
+
+    def close(self) -> None:
+        """Look at nothing any more."""
+        self._watch.close()
+
+    def _engine(self, key: ObjectKey) -> _Engine:
+        world = _world(key)
+        with self._lock:
+            engine = self._engines.get(world)
+            if engine is None:
+                engine = self._engines[world] = _Engine(self._watch, self._settings, key)
+                if len(self._engines) > MAX_ENGINES:
+                    self._watch.drop(self._engines.popitem(last=False)[1].subject)
+            else:
+                self._engines.move_to_end(world)
+            return engine
+
+
+def _world(key: ObjectKey) -> tuple[str, int]:
+    return key.model_name, key.kv_rank & _WORLD

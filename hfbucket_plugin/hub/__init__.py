@@ -1,0 +1,1 @@
+"""The Hub: client, limits, bucket, transfers, metadata records, listings."""

@@ -1,0 +1,414 @@
+"""Requests to the Hub's API: over huggingface_hub's shared connections, each with a deadline and a typed outcome.
+
+huggingface_hub's own client has no timeout and retries for minutes; changing that is process-wide
+(`set_client_factory`), and so is not for a plugin inside somebody's engine. This asks the same client for each request,
+with a timeout of its own, and reads the body against the clock. What is answered is believed as far as `answers` lets it.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urljoin, urlsplit
+
+import httpx2
+import tenacity
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers
+
+from hfbucket_plugin.core import telemetry, texts
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    BucketMissingError,
+    ConfigError,
+    DeadlineError,
+    HFBucketError,
+    RefusedError,
+    ThrottledError,
+    TransportError,
+    UnsentError,
+)
+from hfbucket_plugin.hub import answers
+from hfbucket_plugin.hub.connections import session
+from hfbucket_plugin.hub.rate_limit import Pacing, retry_after
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hfbucket_plugin.core.deadline import Deadline
+
+_PIECE_BYTES: Final = 64 * 1024
+_SHORT_PAUSE_SECS: Final = 1.0
+"""A 429 that asks to wait for less would be asked again at once, and for ever."""
+
+_BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.1, max=5)
+_MOST_REDIRECTS: Final = 5
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_SAME_METHOD: Final = frozenset({307, 308})
+"""Of these alone: after the others a POST would go on as a GET."""
+
+_MAX_SERVER_WORDS: Final = 300
+_THREADS: Final = 96
+_BACKLOG: Final = 256
+"""Requests in progress, and waiting. Lookups have 64 at most, puts some 20, reads one for a token; tools a few more."""
+
+_CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
+_TOO_MANY, _SERVER_ERROR = 429, 500
+_QUOTES: Final = "\"'`"
+_BUCKET_MISSING: Final = "RepoNotFound"
+
+
+def token_problem(token: str) -> str | None:
+    """Say in words what else than a token a text holds; None where it may be a token.
+
+    Args:
+        token: What a variable, or the setting `token`, holds, without blanks at its ends.
+    """
+    if not (token.isascii() and token.isprintable()):
+        return "holds line breaks or other characters that cannot be sent; is it the content of a file with more than the token?"
+    if token[0] in _QUOTES or token[-1] in _QUOTES:
+        return "has quotes around it, which `docker --env-file` and systemd's EnvironmentFile do not all take off: write it without"
+    if token.lower().startswith("bearer"):
+        return "begins with 'Bearer': leave that away, the client adds it"
+    if "#" in token:
+        return "has a comment behind it, which env files do not know: leave it away"
+    if " " in token or "=" in token.rstrip("="):
+        return "is more than the token: it holds blanks or an assignment"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the Hub answered, with a status below 400 or one that the caller allowed."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    next_page: str | None
+
+    room: answers.Room = answers.SMALL
+
+    def json(self, what: str) -> Any:
+        """The body as one JSON value.
+
+        Raises:
+            TransportError: It is none: a proxy's page, or half an answer.
+        """
+        return answers.document(self.body, what, self.room)
+
+    def records(self, what: str) -> list[dict[str, Any]]:
+        """The body as a list of records.
+
+        Raises:
+            TransportError: It is none.
+        """
+        return answers.records(self.body, what, self.room)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    address: str
+    what: str
+    deadline: Deadline
+    patient: bool
+    urgent: bool
+    room: answers.Room
+    body: dict[str, Any]
+    sent: threading.Event
+
+
+class HubClient:
+    """Asks one Hub, for one instance.
+
+    Args:
+        endpoint: The Hub's address.
+        instance: Named in errors and metrics.
+        token: Gives the access token, or None for none; asked anew for each request.
+        token_source: What gives the token, in words, for errors: never the token itself.
+        sink: Where requests are counted.
+        pacing: Admits requests; by default without a cap of our own.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        instance: str,
+        token: Callable[[], str | None],
+        token_source: str,
+        sink: telemetry.Sink,
+        pacing: Pacing | None = None,
+    ) -> None:
+        self.endpoint = endpoint.rstrip("/")
+        self.instance = instance
+        self._token = token
+        self._token_source = token_source
+        self._sink = sink
+        self.pacing = pacing or Pacing(instance, None)
+        self._threads = WorkerPool(f"hfbucket-hub-{instance}", _THREADS, _BACKLOG)
+
+    def close(self) -> None:
+        """Send nothing more; what is under way is left to end by itself."""
+        self._threads.close()
+
+    def headers(self) -> dict[str, str]:
+        """The headers of a request, authorization included: for requests only, never for logs.
+
+        Raises:
+            ConfigError: The token cannot be sent. Checked here: the HTTP client would show it in its own error.
+        """
+        token = self._token()
+        if token is not None and (problem := token_problem(token)) is not None:
+            raise ConfigError(f"instance {self.instance!r}: the token from {self._token_source} {problem}")
+        # `False`, not None: huggingface_hub would otherwise send some other token that it finds on the machine.
+        return build_hf_headers(token=token or False, library_name="lmcache-hfbucket", library_version=_version())
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        route: str,
+        deadline: Deadline,
+        attempts: int = 1,
+        patient: bool = True,
+        urgent: bool = False,
+        allow: frozenset[int] = frozenset(),
+        room: answers.Room = answers.SMALL,
+        sent: threading.Event | None = None,
+        **body: Any,
+    ) -> Answer:
+        """Make one request, with retries of what may pass.
+
+        Args:
+            method: The HTTP method.
+            url: A path on the Hub, or a full address on the same host.
+            route: A short name for metrics and errors, such as ``paths-info``.
+            deadline: When to give up, retries included.
+            attempts: Most tries, where the transport failed. A try that ended in a pause is none.
+            patient: Whether to wait, within the deadline, for a pause that the Hub asked for or for our own budget.
+            urgent: Whether to ask even in a pause and beyond our own budget: for the one call that frees others.
+            allow: Statuses of 400 and more that are answers and not errors.
+            room: How much the answer may hold.
+            sent: Set as soon as the request goes to the Hub.
+            **body: `json`, `content`, `params` or more `headers`.
+
+        Raises:
+            AccessDeniedError: 401 or 403.
+            BucketMissingError: 404, and the Hub says that it is the bucket.
+            ConfigError: The token cannot be sent.
+            RefusedError: Another 4xx: the request itself was wrong.
+            ThrottledError: 429, or a pause after one is not over; `BudgetError` when our own cap is used up.
+            TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
+                the time was over; `UnsentError` when it was over before the request went to the Hub.
+        """
+        what = f"instance {self.instance!r}: {route}"
+        request = _Request(
+            method, self._address(url), what, deadline, patient, urgent, room, body, sent or threading.Event()
+        )
+        paused = 0
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal paused
+            paused += isinstance(state.outcome and state.outcome.exception(), ThrottledError)
+            return state.attempt_number - paused >= attempts
+
+        retrying = tenacity.Retrying(
+            stop=enough,
+            wait=lambda state: min(_wait(state), deadline.remaining()),
+            retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, request)),
+            sleep=self.pacing.sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, request, route, allow)
+        except DeadlineError as error:
+            if request.sent.is_set() or isinstance(error, UnsentError):
+                raise
+            raise UnsentError(f"{error} before it was sent") from None
+
+    def _address(self, url: str) -> str:
+        if url.startswith("/"):
+            return self.endpoint + url
+        try:
+            elsewhere = urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]
+        except ValueError:
+            elsewhere = True
+        if elsewhere:  # a page link that leads elsewhere gets no token
+            raise TransportError(
+                f"instance {self.instance!r}: the Hub's answer leads to another host: {self.clean(url)!r}"
+            )
+        return url
+
+    def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
+        request.deadline.check(request.what)
+        if not request.urgent:
+            self.pacing.admit(request.what, request.deadline, patient=request.patient)
+        outcome = "ok"
+        try:
+            answer = self._send(request)
+            self.pacing.heed(answer.status, answer.headers)
+            if answer.status >= _CLIENT_ERROR and answer.status not in allow:
+                raise self._error(answer, request.what)
+        except HFBucketError as error:
+            outcome = error.kind
+            raise
+        finally:
+            self._sink.count(telemetry.HUB_REQUESTS, instance=self.instance, route=route, outcome=outcome)
+        return answer
+
+    def _send(self, request: _Request) -> Answer:
+        """Send on a thread of our own: a name server that hangs, or headers that trickle in, heed no timeout."""
+        try:
+            answer = self._threads.submit(self._exchange, request)
+        except RuntimeError as error:
+            raise UnsentError(f"{request.what}: not sent: {error}") from None
+        try:
+            return answer.result(timeout=request.deadline.remaining())
+        except FutureTimeoutError as error:
+            answer.cancel()
+            if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the thread's own
+                raise
+            raise DeadlineError(
+                f"{request.what}: no answer within {request.deadline.seconds:g} s; the call was abandoned"
+            ) from None
+
+    def _exchange(self, request: _Request) -> Answer:
+        address = request.address
+        for _ in range(_MOST_REDIRECTS + 1):
+            answer = self._answer(request, address)
+            if answer.status not in _REDIRECTS:
+                return answer
+            address = self._redirected(request, answer, address)
+        raise TransportError(f"{request.what}: {self.endpoint} redirects more than {_MOST_REDIRECTS} times")
+
+    def _redirected(self, request: _Request, answer: Answer, address: str) -> str:
+        """Where a redirect leads, on the same host: what another one answers is not the Hub's word."""
+        location = answer.headers.get("location", "")
+        try:
+            target = urljoin(address, location)
+            same = urlsplit(target)[:2] == urlsplit(self.endpoint)[:2]
+        except ValueError:
+            same = False
+        if not location or not same:
+            raise TransportError(
+                f"{request.what}: {self.endpoint} redirects to {self.clean(location)[:100]!r}, which is not asked; if the Hub is "
+                "there, name it in endpoint or HF_ENDPOINT"
+            )
+        if request.method != "GET" and answer.status not in _SAME_METHOD:
+            raise TransportError(f"{request.what}: {self.endpoint} answered {answer.status} to a {request.method}")
+        return target
+
+    def _answer(self, request: _Request, address: str) -> Answer:
+        what = request.what
+        # Only what is unpacked here, in pieces, is asked for.
+        headers = self.headers() | {"Accept-Encoding": "gzip"} | request.body.get("headers", {})
+        body = {name: value for name, value in request.body.items() if name != "headers"}
+        timeout = httpx2.Timeout(max(0.001, request.deadline.remaining()))
+        request.sent.set()
+        try:
+            with session(self.endpoint).stream(
+                request.method, address, headers=headers, timeout=timeout, follow_redirects=False, **body
+            ) as response:
+                content = _read(response, what, request.deadline, request.room)
+                following = response.links.get("next", {}).get("url")
+                return Answer(response.status_code, response.headers, content, following, request.room)
+        except httpx2.TimeoutException:
+            request.deadline.check(what)
+            raise TransportError(f"{what}: the Hub at {self.endpoint} did not answer in time") from None
+        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, ssl.SSLError) as error:
+            raise TransportError(f"{what}: the Hub at {self.endpoint} cannot be reached: {self.clean(error)}") from None
+        except OfflineModeIsEnabled:
+            raise TransportError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the Hub; unset it") from None
+        except HFBucketError:
+            raise
+        except ValueError as error:  # UnicodeError of a host that no name server could be asked for, for one
+            raise ConfigError(
+                f"{what}: endpoint {self.endpoint!r} is not a valid address ({self.clean(error)}); correct endpoint or "
+                "HF_ENDPOINT"
+            ) from None
+        except RuntimeError as error:
+            # httpx2 raises this bare when another thread of the process closed the shared client meanwhile.
+            raise TransportError(f"{what}: the connection pool was closed under the request: {error}") from None
+
+    def _error(self, answer: Answer, what: str) -> HFBucketError:
+        words = self.clean(answer.headers.get("x-error-message") or answers.words(answer.body))
+        status = answer.status
+        if status in (_UNAUTHORIZED, _FORBIDDEN):
+            advice = "give it the right to do this" if status == _FORBIDDEN else "set one that is valid"
+            return AccessDeniedError(
+                f"{what}: the Hub answered {status} ({words}) to the token from {self._source()}; {advice}",
+                status,
+            )
+        if status == _NOT_FOUND and answer.headers.get("x-error-code") == _BUCKET_MISSING:
+            return BucketMissingError(
+                f"{what}: the Hub answered 404 ({words}): the bucket does not exist, or may not be "
+                f"seen with the token from {self._source()}. Create it, mend bucket_handle, or set "
+                "create_bucket_if_missing"
+            )
+        if status == _TOO_MANY:
+            after = retry_after(answer.headers)
+            told = f"; it asks to wait {after:g} s" if after is not None else ""
+            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{told}", after)
+        if status == _NOT_FOUND:  # a proxy's, or a mistyped endpoint's: nothing is known of the bucket
+            return TransportError(
+                f"{what}: {self.endpoint} answered 404 ({words}), and not as a Hub does for a missing bucket; check "
+                "endpoint or HF_ENDPOINT"
+            )
+        if status >= _SERVER_ERROR or status == _REQUEST_TIMEOUT:
+            return TransportError(f"{what}: the Hub answered {status} ({words})")
+        return RefusedError(f"{what}: the Hub answered {status} ({words})")
+
+    def _source(self) -> str:
+        return self._token_source if self._token() else f"{self._token_source}: not set"
+
+    def clean(self, words: object) -> str:
+        """Words of others on one line, without the token should they repeat it, and then shortened."""
+        texts.know(self._token())
+        return texts.shown(" ".join(str(words).split()))[:_MAX_SERVER_WORDS]
+
+
+def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answers.Room) -> bytes:
+    """The body, unpacked here: the client would unpack a piece at once, however much it holds."""
+    unpacking = answers.Unpacking(response.headers.get("content-encoding", ""), what)
+    failed = response.status_code >= _CLIENT_ERROR or response.status_code in _REDIRECTS
+    pieces, size = [], 0
+    for raw in response.iter_raw(_PIECE_BYTES):
+        for piece in unpacking.pieces(raw):
+            deadline.check(what)  # a read timeout alone would let a trickle go on for ever
+            size += len(piece)
+            pieces.append(piece)
+            if failed and size >= answers.WORDS:
+                return b"".join(pieces)[: answers.WORDS]
+            if size > room.nbytes:
+                raise answers.TooLongError(
+                    f"{what}: the Hub's answer is longer than {room.nbytes} bytes, more than was asked for"
+                )
+    unpacking.finish()
+    return b"".join(pieces)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome and state.outcome.exception()
+    if isinstance(error, ThrottledError) and (error.retry_after is None or error.retry_after >= _SHORT_PAUSE_SECS):
+        return 0.0  # the next try waits where all calls do
+    return _BACKOFF(state)
+
+
+def _worth_another_try(error: BaseException, request: _Request) -> bool:
+    if isinstance(error, ThrottledError):
+        return request.patient and not request.urgent and (error.retry_after or 0.0) < request.deadline.for_a_pause
+    if isinstance(error, answers.TooLongError):  # so would the next one be
+        return False
+    return isinstance(error, TransportError) and not request.deadline.passed
+
+
+def _version() -> str:
+    from hfbucket_plugin import __version__  # noqa: PLC0415 - the package imports this module
+
+    return __version__

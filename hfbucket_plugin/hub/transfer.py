@@ -1,0 +1,558 @@
+"""Bytes: streamed from the store into a caller's buffer, uploaded from one, and hashed. Knows nothing of keys."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import hf_xet
+
+from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    ConfigError,
+    DeadlineError,
+    HFBucketError,
+    IntegrityError,
+    RevokedError,
+    TransportError,
+    UnsentError,
+)
+from hfbucket_plugin.hub.transfer_file import FileRead
+from hfbucket_plugin.hub.xet_session import SessionPool, typed_errors, xet_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from hfbucket_plugin.core.concurrency import FairPool
+    from hfbucket_plugin.core.files import Scratch
+    from hfbucket_plugin.hub.client import HubClient
+    from hfbucket_plugin.hub.xet_session import Loan, Session
+
+_WRITE_PIECE: Final = 4 * 1024 * 1024
+"""Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
+
+_UNIT_BYTES: Final = 64 * 1024 * 1024
+"""hf_xet packs what it is fed into units of this size, and sends each when it is full."""
+
+_PROBES: Final = 4
+"""Samples read at one time, on threads of their own: a probe must not wait behind the reads that it is to tell about."""
+
+_TRIES: Final = 2
+"""One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
+lost the reason why a stream ended."""
+
+_QUICK_TRIES: Final = 6
+_QUICK_SECS: Final = 1.0
+"""Where hf_xet lost the reason, which it does every other time, that of a content which is not there would make a miss look
+like a failure: an answer as quick as that one is asked for again, as long as all tries together took no longer than this."""
+
+_REASON_LOST: Final = "Data sender was dropped"
+"""What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
+
+
+class _ReasonLostError(TransportError):
+    """A stream failed, and hf_xet does not say why."""
+
+
+@dataclass(slots=True, eq=False)
+class Read:
+    """One object to be read into one buffer.
+
+    Attributes:
+        name: Names the object in errors: its key or path.
+        content: What to read; its size is the buffer's.
+        lease: Where to.
+        background: Whether nobody waits for it, so that other reads go first.
+        error: Why it failed; None while it has not.
+        done: Whether every byte has arrived.
+        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
+    """
+
+    name: str
+    content: Content
+    lease: Lease
+    background: bool = False
+    error: HFBucketError | None = None
+    done: bool = False
+    asked: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return self.lease.live
+
+    def give_up(self) -> None:
+        """Stop it: after this returns nothing writes into the buffer any more."""
+        self.lease.revoke()
+
+    def fail(self, error: HFBucketError) -> None:
+        """Record the first error, and let nothing write into the buffer any more.
+
+        Whatever happens to a read whose buffer was revoked is of no concern to the owner, and is no failure of the store.
+        """
+        if self.error is None:
+            self.error = error if self.live else RevokedError(f"{self.name}: its buffer was taken back")
+        self.give_up()
+
+
+class _Ticket:
+    """A task on a worker, which its coordinator may stop waiting for."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self.loan: Loan | None = None
+
+
+class _Part(_Ticket):
+    """Some bytes of an object, from `start` to `end`, that a worker is to read; all of them, where a file is to be made."""
+
+    def __init__(self, read: Read | FileRead, start: int, end: int, deadline: Deadline) -> None:
+        super().__init__()
+        self.read = read
+        self.start = start
+        self.end = end
+        self.deadline = deadline
+        self.asked = 0  # by the thread that reads it
+        self._submitted = time.monotonic()
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Note that a thread took it up."""
+        self._began = time.monotonic()
+
+    @property
+    def waited(self) -> bool:
+        """Whether it spent most of its time waiting for a thread of ours: then being late is no word against the store."""
+        now = time.monotonic()
+        return (self._began or now) - self._submitted > (now - self._submitted) / 2
+
+
+class Transfer:
+    """Moves the bytes of one bucket.
+
+    Args:
+        hub: For access tokens.
+        bucket_id: `<namespace>/<bucket>`.
+        read_workers: Threads for reads: at most as many streams are open at one time, but for those of `sample`.
+        range_bytes: A larger object is read in ranges of this many bytes, several at a time.
+        piece_bytes: What a stream asks for and hands over at a time, see `xet_config`.
+        buffer_bytes: What all streams may hold together.
+        read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
+        write_timeout_secs: The same for writes.
+        streams: Streams open at one time.
+        patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
+        read_retries: How often hf_xet itself repeats a request of a read that failed.
+        scratch: Where hf_xet keeps its files; removed by `close`. None for the places that the environment gives it.
+    """
+
+    def __init__(
+        self,
+        hub: HubClient,
+        bucket_id: str,
+        *,
+        read_workers: FairPool,
+        range_bytes: int,
+        piece_bytes: int,
+        buffer_bytes: int,
+        read_timeout_secs: float,
+        write_timeout_secs: float,
+        streams: int,
+        patient: bool = True,
+        read_retries: int = 1,
+        scratch: Scratch | None = None,
+    ) -> None:
+        self._scratch = scratch
+        self._workers = read_workers
+        self._probes = WorkerPool("hfbucket-read-probe", _PROBES)
+        self._range_bytes = range_bytes
+        reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes, read_retries)
+        writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
+        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient, scratch=scratch)
+        self._writing = SessionPool(hub, bucket_id, "write", writing, scratch=scratch)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a read would find a session."""
+        return self._reading.ready
+
+    def warm_up(self, deadline: Deadline) -> None:
+        """Have a session ready for reading, so that the first read does not wait for one.
+
+        Raises:
+            HFBucketError: No access, or no answer before the deadline.
+        """
+        self._reading.give_back(self._reading.borrow(deadline))
+
+    def renew(self) -> None:
+        """Have later reads go through a session of their own: nothing that this one keeps serves them."""
+        self._reading.renew()
+
+    def read(self, reads: Sequence[Read | FileRead], deadline: Deadline) -> None:
+        """Fill the buffers, or have the files made, of several reads; returns when all have ended or the deadline has passed.
+
+        Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
+        buffer of a read that is not done.
+        """
+        self._fill([(read, read.content.size) for read in reads], deadline)
+
+    def sample(
+        self,
+        contents: Sequence[Content],
+        length: int,
+        deadline: Deadline,
+        ended: Callable[[Content, HFBucketError | None], None] = lambda _content, _error: None,
+    ) -> None:
+        """Read the first bytes of several contents and throw them away: whether the store serves any.
+
+        Returns as soon as one was served; the others go on until the deadline.
+
+        Args:
+            contents: What to read of; at least one.
+            length: How many bytes of each.
+            deadline: When to give up.
+            ended: Called for each content when it has ended, with its error; on any thread.
+
+        Raises:
+            HFBucketError: The store serves none, or not before the deadline; the error of the first that failed.
+        """
+        tasks: dict[Future[int], _Part] = {}
+        for content in contents:
+            wanted = min(length, content.size)
+            part = _Part(Read("sample", content, Lease(memoryview(bytearray(wanted)))), 0, wanted, deadline)
+            try:
+                tasks[self._probes.submit(self._read_part, part)] = part
+            except RuntimeError as error:
+                part.read.fail(TransportError(f"sample: {error}"))
+                ended(content, part.read.error)
+        for future, part in tasks.items():
+            future.add_done_callback(partial(_tell_sample, part, ended))
+        waiting = set(tasks)
+        failure: HFBucketError | None = None
+        while waiting and not deadline.passed:
+            finished, waiting = wait(waiting, timeout=deadline.remaining(), return_when=FIRST_COMPLETED)
+            for future in finished:
+                outcome = _sample_error(tasks[future], future)
+                if outcome is None:
+                    return
+                failure = failure or outcome
+        for future in waiting:
+            part = tasks[future]
+            part.read.fail(_late(part, never_began=future.cancel()))
+            self._abandon(part, self._reading)
+            failure = failure or part.read.error
+        raise failure or TransportError("sample: nothing was read")
+
+    def _fill(self, reads: Sequence[tuple[Read | FileRead, int]], deadline: Deadline) -> None:
+        """Read so many first bytes of each."""
+        tasks: dict[Future[int], _Part] = {}
+        request = object()
+        for read, wanted in reads:
+            for start, end in [(0, wanted)] if isinstance(read, FileRead) else cut(wanted, self._range_bytes):
+                part = _Part(read, start, end, deadline)
+                try:
+                    background = not isinstance(read, FileRead) and read.background
+                    future = self._workers.submit_for(request, background, self._read_part, part)
+                except RuntimeError as error:
+                    read.fail(TransportError(f"{read.name}: {error}"))
+                    break
+                tasks[future] = part
+        finished, unfinished = wait(tasks, timeout=deadline.remaining())
+        late = {tasks[future]: future.cancel() for future in unfinished}
+        for part in sorted(
+            late, key=_waited_for_a_thread
+        ):  # where the store is late with one part, it is with the object
+            part.read.fail(_late(part, never_began=late[part]))
+            self._abandon(part, self._reading)
+        arrived = {id(read): 0 for read, _ in reads}
+        for future in finished:
+            arrived[id(tasks[future].read)] += future.result()
+        for part in tasks.values():
+            part.read.asked += part.asked
+        for read, wanted in reads:
+            # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
+            if read.error is None and arrived[id(read)] != wanted:
+                read.fail(IntegrityError(f"{read.name}: {arrived[id(read)]} of {wanted} bytes arrived"))
+            read.done = read.error is None
+
+    @staticmethod
+    def _abandon(ticket: _Ticket, sessions: SessionPool) -> None:
+        ticket.abandoned = True
+        if ticket.loan is not None:
+            sessions.give_up(ticket.loan)
+
+    def _read_part(self, part: _Part) -> int:
+        """Read one part, and return how many of its bytes are in their place: all or, where that failed, none."""
+        read, quick = part.read, Deadline.after(_QUICK_SECS)
+        part.begin()
+        try:
+            for attempt in range(_QUICK_TRIES):
+                if not read.live or part.abandoned:
+                    read.fail(RevokedError(f"{read.name}: given up before it was read"))
+                    break
+                last = attempt >= _TRIES - 1
+                reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
+                if self._try_part(part, attempt, last=last, reason_last=reason_last):
+                    return part.end - part.start
+        except DeadlineError as error:
+            read.fail(_late(part) if part.waited else error)
+        except HFBucketError as error:
+            read.fail(error)
+        except BaseException as error:  # noqa: BLE001 - a panic of hf_xet's included: this read has failed
+            read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
+        return 0
+
+    def _try_part(self, part: _Part, attempt: int, *, last: bool, reason_last: bool) -> bool:
+        read, deadline = part.read, part.deadline
+        part.loan = loan = self._reading.borrow(deadline)
+        try:
+            if part.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
+                raise RevokedError(f"{read.name}: given up before it was read")
+            part.asked += part.end - part.start
+            if isinstance(read, FileRead):
+                read.fetch(loan.session, attempt)
+            else:
+                with typed_errors(read.name):
+                    self._stream(loan.session, read, part)
+        except AccessDeniedError:
+            self._reading.retire(loan)
+            if last:
+                raise
+            return False
+        except ConfigError:  # of hf_xet's directories: the next session makes its own anew
+            self._reading.retire(loan)
+            raise
+        except TransportError as error:
+            if read.live:  # a read that was stopped from here says nothing about its session
+                self._reading.doubt(loan)
+            if isinstance(error, _ReasonLostError) or _REASON_LOST in str(error):
+                again = not reason_last
+            else:
+                again = loan.session.retired and not last
+            if deadline.passed or not again:
+                raise
+            return False
+        finally:
+            self._reading.give_back(loan)
+        return True
+
+    @staticmethod
+    def _stream(session: Session, read: Read, part: _Part) -> None:
+        start, end = part.start, part.end
+        info = hf_xet.XetFileInfo(read.content.xet_hash, read.content.size)
+        whole = end - start == read.content.size
+        bounds = {} if whole else {"start": start, "end": end}
+        at = start
+        for piece in session.group.download_stream(info, **bounds):
+            if at + len(piece) > end:
+                raise IntegrityError(f"{read.name}: more bytes arrived than the {read.content.size} that it has")
+            if not read.lease.write(at, piece):
+                raise RevokedError(f"{read.name}: its buffer was taken back while it was being read")
+            at += len(piece)
+            del piece  # else it would stay in memory while the next one is awaited
+            part.deadline.check(read.name)
+        if at == start:
+            raise _ReasonLostError(f"{read.name}: the store sent nothing, and hf_xet does not say why")
+        if at != end:
+            raise IntegrityError(f"{read.name}: only {at - start} of the bytes {start} to {end} arrived")
+
+    def upload(
+        self,
+        sources: Sequence[SourceLease | bytes],
+        deadline: Deadline,
+        upload: Upload,
+        taken: Callable[[SourceLease], None] = lambda _source: None,
+    ) -> list[Content]:
+        """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
+
+        Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
+        timeouts say. Whoever waits for that thread calls `abandon` at the deadline, which frees it at once.
+
+        A commit that the store refuses (401, 403) is tried once more, with a new token, where it is no longer than 64 MiB.
+
+        Args:
+            sources: Bytes, or leases on memory that stays as it is until its lease is revoked.
+            deadline: When to give up.
+            upload: The handle by which a coordinator can stop waiting.
+            taken: Called with each lease, once, when its memory is not needed any more.
+
+        Raises:
+            HFBucketError: The store did not take them. None of them may be relied on.
+        """
+        ticket = upload.ticket
+        pieces = _Pieces([SourceLease(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
+        for last in (False, True):
+            loan = self._writing.borrow(deadline)
+            ticket.loan = loan
+            try:
+                if ticket.abandoned:
+                    raise DeadlineError("upload: abandoned before it began")
+                with typed_errors("upload"):
+                    return self._commit(loan.session, pieces, deadline, ticket, taken)
+            except AccessDeniedError:
+                self._writing.retire(loan)
+                if last or not pieces.complete or ticket.abandoned or deadline.passed:
+                    raise
+            except ConfigError:  # of hf_xet's directories: the next session makes its own anew
+                self._writing.retire(loan)
+                raise
+            except TransportError:
+                self._writing.doubt(loan)
+                raise
+            finally:
+                self._writing.give_back(loan)
+        raise AssertionError("the last try returns or raises")
+
+    def _commit(
+        self,
+        session: Session,
+        pieces: _Pieces,
+        deadline: Deadline,
+        ticket: _Ticket,
+        taken: Callable[[SourceLease], None],
+    ) -> list[Content]:
+        commit = session.xet.new_upload_commit(**session.connection)
+        contents = []
+        try:
+            for number, source in enumerate(pieces.sources):
+                kept = number < pieces.kept
+                # One after the other: hf_xet takes a few streams at a time, and would wait for one to end that nobody
+                # writes to. It takes no more than it is uploading at the time.
+                stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
+                for piece in pieces.of(number, ticket):
+                    deadline.check("upload")
+                    stream.write(piece)
+                info = stream.finish().xet_info
+                contents.append(Content(info.hash, info.file_size))
+                if not kept:
+                    taken(source)
+            commit.wait_to_finish()
+        except BaseException:
+            commit.abort()
+            raise
+        return contents
+
+    def abandon(self, upload: Upload) -> None:
+        """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""
+        self._abandon(upload.ticket, self._writing)
+
+    def close(self) -> None:
+        """End all sessions at once, and the threads that read."""
+        self._workers.close()
+        self._probes.close()
+        self._reading.close()
+        self._writing.close()
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+class _Pieces:
+    """What an upload hands to hf_xet, kept until the store may have taken some of it: a copy for another try.
+
+    hf_xet sends nothing before it has filled a unit of 64 MiB, or the commit ends. Only then does the store say that it
+    refuses a token, when the sources' memory has been given back. A longer commit is not kept: it takes less memory than
+    what hf_xet keeps of one that is so long.
+
+    Attributes:
+        complete: Whether all that was handed over is kept.
+    """
+
+    def __init__(self, sources: Sequence[SourceLease]) -> None:
+        self.sources = sources
+        self.complete = True
+        self._kept: list[list[bytes]] = []
+        self._bytes = 0
+
+    @property
+    def kept(self) -> int:
+        """How many sources are kept as a whole; their memory is not read again."""
+        return len(self._kept)
+
+    def of(self, number: int, ticket: _Ticket) -> Iterator[bytes]:
+        """The bytes of a source, in pieces: kept ones, or read from its memory.
+
+        Raises:
+            DeadlineError: It was abandoned.
+            RevokedError: Its memory was taken back.
+        """
+        if number < len(self._kept):
+            yield from self._kept[number]
+            return
+        kept: list[bytes] = []
+        source = self.sources[number]
+        for start, end in cut(source.size, _WRITE_PIECE):
+            # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
+            piece = source.read(start, end)
+            if ticket.abandoned:
+                raise DeadlineError("upload: abandoned")
+            if piece is None:
+                raise RevokedError("upload: its memory was taken back")
+            if self.complete:
+                kept.append(piece)
+                self._bytes += len(piece)
+                if self._bytes > _UNIT_BYTES:
+                    self.complete = False
+                    kept, self._kept = [], []
+            yield piece
+        if self.complete:
+            self._kept.append(kept)
+
+
+class Upload:
+    """A handle on one upload, made by the coordinator before the upload begins."""
+
+    def __init__(self) -> None:
+        self.ticket = _Ticket()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ticket.abandoned
+
+
+def _sample_error(part: _Part, future: Future[int]) -> HFBucketError | None:
+    if part.read.error is None and (future.cancelled() or future.result() != part.end):
+        part.read.fail(IntegrityError(f"sample: fewer than {part.end} bytes arrived"))
+    return part.read.error
+
+
+def _tell_sample(part: _Part, ended: Callable[[Content, HFBucketError | None], None], future: Future[int]) -> None:
+    ended(part.read.content, _sample_error(part, future))
+
+
+def _late(part: _Part, *, never_began: bool = False) -> DeadlineError:
+    """The error of a part that was not read in time."""
+    name, secs = part.read.name, part.deadline.seconds
+    if never_began or part.waited:
+        return UnsentError(
+            f"{name}: not read within {secs:g} s, most of which it waited for one of max_parallel_reads threads"
+        )
+    return DeadlineError(f"{name}: not read within {secs:g} s; the call was abandoned")
+
+
+def _waited_for_a_thread(part: _Part) -> bool:
+    return part.waited
+
+
+def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Cut `size` bytes into ranges of `largest`, the last one with what is left."""
+    for start in range(0, size, largest):
+        yield start, min(start + largest, size)
+
+
+def xet_hashes(paths: Iterable[Path]) -> list[str]:
+    """The Xet hashes of files, in order: equal to `xet_hash` in a listing if and only if the content is the same.
+
+    Runs at 0.5 to 1.7 GB/s on two cores; many small files in one call are faster than one by one.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return [info.hash for info in hf_xet.hash_files([str(path) for path in paths])]

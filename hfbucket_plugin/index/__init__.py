@@ -1,0 +1,1 @@
+"""The key index: its format, its objects, and the reader that an engine keeps."""

@@ -1,0 +1,1 @@
+"""Access statistics of chunks: recorded by engines, published with the index."""

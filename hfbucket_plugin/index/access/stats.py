@@ -1,0 +1,262 @@
+"""How hot keys are: what readers tell of their hits, added up per key. Pure.
+
+A *hit* is a chunk that was served to an engine. Readers tell of hits in the journals of the key index (`index_journal`), as
+entries of a kind of their own: a key's digest, how many hits, how long ago the last one was, and when that was told first.
+A builder adds them up in two more columns of the snapshot (`COLUMNS`):
+
+- `last_hit`: when the last one was. That is a maximum: told twice, late or out of order makes no difference.
+- `heat`: how many there were, each worth half as much after every `HALF_LIFE_SECS`. That is a sum, so every tell has to be in
+  it once, though journals grow and tell again what they told before. Hence a tell bears the moment at which it was told
+  first, by the Hub's clock as its writer knows it, which never changes: a snapshot counts the tells of a window, which begins
+  where that of the snapshot before ended (`Span.until`), and of one that it meets in several journals one. A tell that gets
+  there after its window has closed, `LATE_SECS` later, is not counted. So heat is never more than what was told.
+
+A recorder is bounded, and what it had to drop it tells of too, without the keys. Since the last such moment heat is complete,
+and not before: `Span.since` moves to it, as after a gap.
+
+`heat` is the binary logarithm of the sum as it would be at `LANDMARK`, had the decay gone on from there (*forward decay*: Cormode,
+Shkapenyuk, Srivastava and Xu, ICDE 2009): a value changes by hits alone and not as time goes by, so a snapshot of which no key
+was read stays the same, byte for byte. `buckets` makes the coarse numbers of it that people and orders go by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from hfbucket_plugin.index.table import ROW, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from hfbucket_plugin.index.table import Rows
+
+HALF_LIFE_SECS: Final = 7 * 86400.0
+"""A week: traffic has days and weekends, and what was hot before the last one should not outweigh what is hot now."""
+
+LANDMARK: Final = 1704067200.0
+"""2024-01-01 UTC, in seconds since 1970. Part of the format: all values count from it, and are above 0 for that reason."""
+
+LATE_SECS: Final = 300.0
+"""How late a tell may get into the bucket to be counted: some tries of a journal."""
+
+GAP_SECS: Final = 86400.0
+"""Nobody told of anything for so long: then nobody recorded. Recorders that have nothing to tell say so every hour."""
+
+COLUMNS: Final = (("last_hit", "<u4"), ("heat", "<f4"))
+"""`last_hit`: seconds since 1970 by the Hub's clock; `heat`: see above. 0 in both: no hit is known."""
+
+WARM_ROW: Final = np.dtype([*ROW.descr, *COLUMNS])
+"""A row of a snapshot that knows heat: 68 bytes."""
+
+HIT: Final = np.dtype(
+    [("digest_hi", "<u8"), ("digest_lo", "<u8"), ("hits", "<u8"), ("at", "<f8"), ("told", "<u4"), ("writer", "<u8")]
+)
+"""One tell: of which key, how many hits, when the last one was and when it was told first (seconds since 1970 by the Hub's
+clock), and by whom. The digest 0 is no key's: it says that somebody records."""
+
+_HOUR: Final = 3600
+_MOST_HITS: Final = 1 << 40
+"""Of one tell: more is nonsense, and would swamp all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """For how long heat is known.
+
+    Attributes:
+        since: Since when it has been recorded without a gap, in seconds since 1970 by the Hub's clock; 0: it is not known.
+        until: Tells before then are counted, in the same seconds.
+        told: When the last tell was made; 0: none ever.
+        lost: How many hits recorders dropped since the first that was told of without a gap.
+        lost_at: When the last of these was; 0: none was. `since` is never earlier.
+    """
+
+    since: float = 0.0
+    until: float = 0.0
+    told: float = 0.0
+    lost: int = 0
+    lost_at: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether anybody recorded it."""
+        return self.since > 0
+
+
+class Tells:
+    """When tells were made: enough of it to see gaps, in memory that does not grow with their number.
+
+    And what recorders dropped, of which there is one row for each writer and moment at most.
+    """
+
+    def __init__(self) -> None:
+        self._hours: set[int] = set()
+        self._last = 0
+        self._lost: list[Rows] = []
+        self._unread = 0
+        self._lost_at = 0.0
+
+    def lose(self, lost: Rows, now: float) -> None:
+        """Note hits that recorders dropped.
+
+        Args:
+            lost: Of `HIT`, with repetitions.
+            now: The Hub's time.
+        """
+        if len(lost):
+            self._lost.append(lost)
+            self._lost_at = max(self._lost_at, min(now, float(lost["at"].max())))
+
+    def unread(self, hits: int, at: float) -> None:
+        """Note a journal of hits that could not be read: as many hits as it may tell of, and when the Hub took it."""
+        self._unread += hits
+        self._lost_at = max(self._lost_at, at)
+
+    def add(self, told: NDArray[np.uint32], now: float) -> None:
+        """Note tells; those of a clock that is ahead of the Hub's are passed over."""
+        told = told[told <= now + 60]
+        if len(told):
+            self._hours.update(np.unique(told // _HOUR).tolist())
+            self._last = max(self._last, int(told.max()))
+
+    def span(self, before: Span, now: float, until: float) -> Span:
+        """For how long heat is known after these tells.
+
+        Args:
+            before: The same before them.
+            now: The Hub's time: recording begins now where it began anew, since what was read before may not be known.
+            until: Tells before then are counted.
+        """
+        until = max(before.until, until)
+        span = self._whole(before, now, until)
+        lost_at = max(before.lost_at if span.since == before.since else 0.0, self._lost_at)
+        if not span.known or not lost_at:
+            return span
+        rows = once(joined(self._lost))
+        fresh = rows["hits"][(rows["told"] >= before.until) & (rows["told"] < until)]
+        number = self._unread + int(np.minimum(fresh, _MOST_HITS).sum(dtype=np.uint64))
+        number += before.lost if span.since == before.since else 0
+        # As after a gap: what was read before then may not be known.
+        return replace(span, since=max(span.since, lost_at), lost=min(number, _MOST_HITS), lost_at=lost_at)
+
+    def _whole(self, before: Span, now: float, until: float) -> Span:
+        if self._last <= before.told:
+            return Span(before.since, until, before.told)
+        hours = sorted(hour for hour in self._hours if hour >= before.told // _HOUR)
+        steps = np.diff([before.told // _HOUR, *hours]) if before.known else np.array([np.inf])
+        whole = bool((steps <= GAP_SECS // _HOUR).all())
+        return Span(before.since if whole else now, until, float(self._last))
+
+
+def once(hits: Rows) -> Rows:
+    """Tells of several journals, each once: sorted by digest, then by who told and when.
+
+    Args:
+        hits: Of `HIT`, in any order, with repetitions.
+    """
+    if not len(hits):
+        return hits
+    hits = hits[np.lexsort((hits["told"], hits["writer"], hits["digest_lo"], hits["digest_hi"]))]
+    first = np.ones(len(hits), bool)
+    first[1:] = np.zeros(len(hits) - 1, bool)
+    for name in ("digest_hi", "digest_lo", "writer", "told"):
+        first[1:] |= hits[name][1:] != hits[name][:-1]
+    starts = np.flatnonzero(first)
+    told: Rows = hits[starts].copy()
+    for name in ("hits", "at"):
+        told[name] = np.maximum.reduceat(hits[name], starts)
+    return told
+
+
+def widened(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
+    """Rows with the columns of heat; what has none is 0 in them."""
+    if rows.dtype == dtype:
+        return rows
+    wide = np.zeros(len(rows), dtype)
+    for name in rows.dtype.names or ():
+        if name in (dtype.names or ()):
+            wide[name] = rows[name]
+    return wide
+
+
+def has_heat(dtype: np.dtype[Any]) -> bool:
+    """Whether rows of a type have the columns of heat."""
+    return all(name in (dtype.names or ()) and dtype[name] == np.dtype(kind) for name, kind in COLUMNS)
+
+
+def carried(rows: Rows, before: Rows) -> Rows:
+    """Rows with the heat that those of an earlier snapshot have; a key that it lacks has none.
+
+    Args:
+        rows: Sorted, with the columns of heat; changed in place.
+        before: Sorted, with the columns of heat.
+    """
+    where = Table(before).find(_digests(rows))
+    known = where >= 0
+    for name, _ in COLUMNS:
+        rows[name][known] = before[name][where[known]]
+    return rows
+
+
+def warmed(rows: Rows, hits: Rows, begin: float, end: float) -> Rows:
+    """Rows after hits.
+
+    Args:
+        rows: Sorted, with the columns of heat; changed in place.
+        hits: Of `HIT`, each tell once (`once`). Those of keys that are not there are passed over.
+        begin: Tells since then are counted, in seconds since 1970.
+        end: Tells before then are counted.
+    """
+    where = Table(rows).find(_digests(hits)) if len(hits) else np.zeros(0, np.int64)
+    hits, where = hits[where >= 0], where[where >= 0]
+    np.maximum.at(rows["last_hit"], where, np.clip(hits["at"], 0, 0xFFFFFFFF).astype(np.uint32))
+    counted = (hits["told"] >= begin) & (hits["told"] < end) & (hits["hits"] > 0)
+    hits, where = hits[counted], where[counted]
+    if len(hits):
+        keys, number = np.unique(where, return_inverse=True)
+        log = np.log2(np.minimum(hits["hits"], _MOST_HITS).astype(np.float64))
+        log += _age_of(np.clip(hits["at"], LANDMARK, hits["told"] + LATE_SECS))
+        before = rows["heat"][keys].astype(np.float64)
+        top = before.copy()
+        np.maximum.at(top, number, log)
+        total = np.where(before > 0, np.exp2(before - top), 0.0)
+        np.add.at(total, number, np.exp2(log - top[number]))
+        rows["heat"][keys] = np.maximum(rows["heat"][keys], _down(top + np.log2(total)))
+    return rows
+
+
+def _down(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The next float32 that is not more."""
+    rounded = values.astype(np.float32)
+    return np.where(rounded > values, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+
+
+def _age_of(at: Any) -> Any:
+    """Half-lives between the landmark and a moment."""
+    return (at - LANDMARK) / HALF_LIFE_SECS
+
+
+def counts(heat: NDArray[np.float32], now: float) -> NDArray[np.float64]:
+    """How many hits values of the column stand for at a moment, decayed."""
+    return np.where(heat > 0, np.exp2(heat.astype(np.float64) - _age_of(now)), 0.0)
+
+
+def buckets(heat: NDArray[np.float32], now: float) -> NDArray[np.uint8]:
+    """The coarse number of values of the column: 1 for about one hit, 2 for two, 3 for four, 4 for eight, ...; 0 for fewer."""
+    return np.where(heat > 0, np.clip(np.floor(heat - _age_of(now) + 0.5) + 1, 0, 255), 0).astype(np.uint8)
+
+
+def _digests(rows: Rows) -> NDArray[np.uint64]:
+    digests: NDArray[np.uint64] = np.stack([rows["digest_hi"], rows["digest_lo"]], axis=1)
+    return digests
+
+
+def joined(hits: Iterable[Rows]) -> Rows:
+    """Tells of several sources as one table."""
+    parts = list(hits)
+    return np.concatenate(parts) if parts else np.zeros(0, HIT)

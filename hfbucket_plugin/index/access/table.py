@@ -1,0 +1,230 @@
+"""The heat that the key index of an instance knows, for jobs and warm-ups: looked up on disk, whatever the number of keys.
+
+Whether there is any is told apart with care, since who deletes goes by it: an instance without heat (no index, or nobody records) is
+one thing, and an index that cannot be read, or that nobody brings up to date any more, another (`HeatUnknownError`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
+from hfbucket_plugin.index.access.stats import GAP_SECS, buckets, has_heat
+from hfbucket_plugin.index.build import fetch_snapshot
+from hfbucket_plugin.index.format import AHEAD_SECS, FormatError, read_header
+from hfbucket_plugin.index.store import POINTER, IndexStore
+from hfbucket_plugin.index.table import digests_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.format import Pointer
+    from hfbucket_plugin.index.table import Rows
+
+STALE_SECS: Final = GAP_SECS
+"""A snapshot that is older says nothing of what was read of late: its builder should run every hour."""
+
+_BLOCK_ROWS: Final = 100_000
+_TRIES: Final = 3
+"""A builder may replace the snapshot that is about to be read."""
+
+
+class HeatUnknownError(RefusedError):
+    """The instance has an index, and what it knows of heat cannot be gone by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What is known of one key's reads.
+
+    Attributes:
+        last: When it was last read; None where no read is known.
+        bucket: How hot it is, see `heat.buckets`.
+    """
+
+    last: datetime | None = None
+    bucket: int = 0
+
+
+UNREAD: Final = Use()
+
+
+class HeatTable:
+    """The heat of a snapshot that lies in a file. Made by `heat_of`.
+
+    Args:
+        rows: Of the snapshot, mapped from the file.
+        first_words: Their first digest words, mapped: side by side, as a binary search wants them.
+        pointer: To it.
+        now: What buckets are told for, in seconds since 1970.
+    """
+
+    def __init__(self, rows: Rows, first_words: NDArray[np.uint64], pointer: Pointer, now: float) -> None:
+        self._rows = rows
+        self._first = first_words
+        self.pointer = pointer
+        self._now = now
+
+    @property
+    def since(self) -> datetime:
+        """Since when all hits are known: since they are recorded, or since a recorder last dropped some."""
+        return datetime.fromtimestamp(max(self.pointer.heat_since, self.pointer.heat_lost_at), UTC)
+
+    @property
+    def lost(self) -> int:
+        """How many hits recorders dropped."""
+        return self.pointer.heat_lost
+
+    @property
+    def lost_at(self) -> datetime | None:
+        """When the last of them was; None where none was dropped."""
+        at = self.pointer.heat_lost_at
+        return datetime.fromtimestamp(at, UTC) if at else None
+
+    def look_up(self, names: Sequence[str]) -> list[Use]:
+        """What is known of objects, by their names below the instance's prefix. For a page at a time."""
+        found = [UNREAD] * len(names)
+        where = self._find(digests_of(names))
+        known = np.flatnonzero(where >= 0)
+        rows = self._rows[where[known]]
+        levels = buckets(rows["heat"], self._now)
+        for index, last, level in zip(known.tolist(), rows["last_hit"].tolist(), levels.tolist(), strict=True):
+            if last or level:
+                found[index] = Use(datetime.fromtimestamp(last, UTC) if last else None, level)
+        return found
+
+    def _find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Where digests are among the rows; -1 for those that are not. As `Table.find`, without a word of it in memory."""
+        found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
+        at = np.searchsorted(self._first, digests[:, 0]).astype(np.int64)
+        open_ = np.arange(len(digests))
+        while True:
+            open_ = open_[at[open_] < len(self._first)]
+            open_ = open_[self._first[at[open_]] == digests[open_, 0]]
+            if not len(open_):
+                return found
+            same = self._rows[at[open_]]["digest_lo"] == digests[open_, 1]
+            found[open_[same]] = at[open_[same]]
+            open_ = open_[~same]
+            at[open_] += 1  # 64 bits alike
+
+
+@contextlib.contextmanager
+def heat_of(
+    bucket: Bucket, now: datetime, request_secs: float, scratch: Path | None = None
+) -> Iterator[HeatTable | None]:
+    """The heat of an instance, for a stretch of work; None where it has none: no index, or nobody recorded hits.
+
+    Args:
+        bucket: The instance's.
+        now: The Hub's time.
+        request_secs: Most seconds of a request; ten times as much for the snapshot.
+        scratch: Where the snapshot lies meanwhile, 76 bytes a key; None for the system's directory of temporary files.
+
+    Raises:
+        HeatUnknownError: There is an index, and it cannot be read, or it is too old to say what was read of late.
+        AccessDeniedError: And other errors that no index is to blame for, of the first look.
+    """
+    path = bucket.handle.join(POINTER)
+    with contextlib.ExitStack() as stack:
+        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
+        if info is None:
+            yield None
+            return
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heat-", dir=scratch)))
+        store = IndexStore(bucket, "heat")
+        try:
+            found = _fetched(bucket, store, directory, request_secs, now)
+        except (HFBucketError, OSError) as error:
+            raise HeatUnknownError(
+                f"what was read when is not known, since the key index cannot be read: {error}"
+            ) from None
+        finally:
+            store.close()
+        if found is None:
+            yield None
+            return
+        pointer, rows, first = found
+        expect_fresh(pointer, now)
+        yield HeatTable(rows, first, pointer, now.timestamp())
+
+
+def expect_fresh(pointer: Pointer, now: datetime) -> None:
+    """Make sure that an index says what was read of late.
+
+    Raises:
+        HeatUnknownError: It is not up to date, nobody told it of anything for long, or its times are ahead of the Hub's clock.
+    """
+    if ahead := pointer.ahead_of(now.timestamp()):
+        raise HeatUnknownError(
+            f"what was read when is not known: the pointer to the key index cannot be believed: {ahead}. "
+            "Run `python -m jobs index --full`, and find out who wrote it"
+        )
+    for at, what in (
+        (pointer.covers, "the key index was last brought up to date"),
+        (pointer.heat_told, "hits were last told of, be it that there were none,"),
+    ):
+        age = now.timestamp() - at
+        if age > STALE_SECS:
+            raise HeatUnknownError(
+                f"what was read of late is not known: {what} {age / 3600:.0f} h ago. Does `python -m jobs index` run on a "
+                "schedule, and is heat on in the engines?"
+            )
+
+
+def _fetched(
+    bucket: Bucket, store: IndexStore, directory: Path, request_secs: float, now: datetime
+) -> tuple[Pointer, Rows, NDArray[np.uint64]] | None:
+    path = bucket.handle.join(POINTER)
+    for number in range(_TRIES):
+        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
+        if info is None:
+            return None
+        try:
+            pointer = store.read_pointer(info, Deadline.patient(request_secs))
+            if not pointer.heat.known:
+                return None
+            file = directory / f"{number}.npy"
+            fetch_snapshot(bucket, store, pointer, file, Deadline.patient(10 * request_secs))
+        except MissingError:
+            if number == _TRIES - 1:
+                raise
+        else:
+            return pointer, *_mapped(file, directory / f"{number}.first", now.timestamp() + AHEAD_SECS)
+    return None
+
+
+def _mapped(path: Path, first: Path, latest: float) -> tuple[Rows, NDArray[np.uint64]]:
+    """The rows of a snapshot, and their first words apart, both left on the disk.
+
+    Raises:
+        FormatError: It has no heat, or a hit in it is later than `latest`.
+    """
+    with path.open("rb") as file:
+        header = read_header(file, str(path))
+    if not has_heat(header.dtype):
+        raise FormatError(f"{path}: its pointer says that it knows heat, and it has no columns for it")
+    if not header.rows:
+        return np.zeros(0, header.dtype), np.zeros(0, "<u8")
+    rows: Rows = np.memmap(path, header.dtype, "r", header.offset, (header.rows,))
+    words: NDArray[np.uint64] = np.memmap(first, np.dtype("<u8"), "w+", 0, (header.rows,))
+    for start in range(0, header.rows, _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
+        words[start : start + len(block)] = block["digest_hi"]
+        if (last := int(block["last_hit"].max())) > latest:
+            raise FormatError(
+                f"a key's last_hit ({last}) is {(last - latest + AHEAD_SECS) / 3600:,.1f} h ahead of the Hub's clock. "
+                "Run `python -m jobs index --full`, and find out who wrote the snapshot"
+            )
+    return rows, words

@@ -1,0 +1,494 @@
+"""Making snapshots of a key index, in bounded memory: from a listing, or from the snapshot before and what journals tell.
+
+Digests are evenly spread, so rows are sorted by laying them into as many files as there are *parts* (`PARTS`), each for a
+range of digests, and sorting one file after the other: 10,000,000 keys take 600 MB of disk and 10 MB of memory at a time.
+
+Which of the two: a listing costs a call for 1000 objects and is the whole truth, what other tools wrote and deleted included;
+the snapshot before and the journals cost two calls, and carry on what was wrong in either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+
+import numpy as np
+
+from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import RESERVED
+from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
+from hfbucket_plugin.hub.transfer import Read, xet_hashes
+from hfbucket_plugin.index.access.stats import HIT, WARM_ROW, Span, Tells, carried, has_heat, once, warmed, widened
+from hfbucket_plugin.index.access.stats import LATE_SECS as HEAT_LATE_SECS
+from hfbucket_plugin.index.format import HEAT_JOURNAL, FormatError, check_order, check_snapshot, header_of, read_header
+from hfbucket_plugin.index.refresh import listed_rows
+from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, Told
+from hfbucket_plugin.index.table import CHANGE, ROW, applied, in_order, last_of_each, newest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.index.format import Pointer
+    from hfbucket_plugin.index.store import IndexStore, Journal, Shelf
+    from hfbucket_plugin.index.table import Rows
+
+_log = logging.getLogger(__name__)
+
+PARTS: Final = 64
+_BLOCK_ROWS: Final = 50_000
+_HEAT: Final = np.dtype([(name, WARM_ROW[name]) for name in ("digest_hi", "digest_lo", "last_hit", "heat")])
+_PAGE: Final = 1000
+_TRIES: Final = 3
+
+
+class _Parts:
+    """Rows on disk, by range of their digests.
+
+    Args:
+        directory: Where; it is there, and nobody else's.
+        name: Of the files.
+        dtype: Of the rows.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._paths = [directory / f"{name}-{part:02d}" for part in range(PARTS)]
+        self._files: list[BinaryIO] = []  # none before there is something to write
+        self._held: list[Rows] = []
+        self._held_rows = 0
+
+    def add(self, rows: Rows) -> None:
+        self._held.append(rows)
+        self._held_rows += len(rows)
+        if self._held_rows >= _BLOCK_ROWS:
+            self._spill()
+
+    def _spill(self) -> None:
+        rows = np.concatenate(self._held)
+        self._files = self._files or [path.open("xb") for path in self._paths]
+        self._held, self._held_rows = [], 0
+        part = (rows["digest_hi"] >> np.uint64(64 - PARTS.bit_length() + 1)).astype(np.int64)
+        order = np.argsort(part, kind="stable")  # what comes later for the same key stays later
+        ends = np.searchsorted(part[order], np.arange(PARTS + 1))
+        for number, file in enumerate(self._files):
+            file.write(rows[order[ends[number] : ends[number + 1]]].tobytes())
+
+    def read(self, part: int) -> Rows:
+        if self._held:
+            self._spill()
+        if not self._files:
+            return np.zeros(0, self.dtype)
+        self._files[part].flush()
+        rows: Rows = np.fromfile(self._paths[part], self.dtype)
+        return rows
+
+    def drop(self, part: int) -> None:
+        if self._files:
+            self._files[part].close()
+            self._paths[part].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for part in range(PARTS):
+            self.drop(part)
+
+
+class SnapshotFile:
+    """A snapshot in the making. Use it as a context manager: at the end its temporary files go.
+
+    Args:
+        directory: For temporary files: empty, and nobody else's.
+        dtype: Of the rows: the columns of `ROW`, and more perhaps.
+        now: The Hub's time: no hit is later, whatever the rows say.
+    """
+
+    def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW, now: float = 0xFFFFFFFF) -> None:
+        self._latest = np.uint32(min(0xFFFFFFFF, now))
+        self._rows = _Parts(directory, "rows", dtype)
+        self._changes = _Parts(directory, "changes", CHANGE)
+        self._hits = _Parts(directory, "hits", HIT)
+        self._before = _Parts(directory, "before", _HEAT)
+        self._all = (self._rows, self._changes, self._hits, self._before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for parts in self._all:
+            parts.close()
+
+    def add(self, rows: Rows) -> None:
+        """Add keys; of several rows of one key the last one counts."""
+        if has_heat(rows.dtype) and len(rows) and rows["last_hit"].max() > self._latest:
+            rows = rows.copy()
+            rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
+        self._rows.add(rows)
+
+    def change(self, changes: Rows) -> None:
+        """Add what happened since, in any order."""
+        self._changes.add(changes)
+
+    def hit(self, hits: Rows) -> None:
+        """Add tells of hits, in any order, with repetitions."""
+        self._hits.add(hits)
+
+    def carry(self, rows: Rows) -> None:
+        """Add rows of an earlier snapshot, for the heat that they have."""
+        rows = widened(rows, _HEAT).copy()
+        rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
+        self._before.add(rows)
+
+    def write(self, path: Path, counted: tuple[float, float] | None = None) -> int:
+        """Write the snapshot, sorted, each key once.
+
+        Args:
+            path: Of the file.
+            counted: The window of the tells that are counted, see `heat.warmed`; None for a snapshot without heat.
+
+        Returns:
+            How many keys it has.
+        """
+        keys, dtype = 0, self._rows.dtype
+        if counted is not None and not has_heat(dtype):
+            dtype = WARM_ROW
+        with path.open("wb") as out:
+            out.write(header_of(dtype, 0))
+            for part in range(PARTS):
+                rows = last_of_each(in_order(self._rows.read(part)))
+                rows = applied(rows, newest(self._changes.read(part)))
+                if counted is not None:
+                    rows = carried(widened(rows, dtype), last_of_each(in_order(self._before.read(part))))
+                    rows = warmed(rows, once(self._hits.read(part)), *counted)
+                out.write(rows.tobytes())
+                keys += len(rows)
+                for parts in self._all:
+                    parts.drop(part)
+            out.seek(0)
+            out.write(header_of(dtype, keys))
+        return keys
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A snapshot that is a file yet.
+
+    Attributes:
+        path: Of the file.
+        keys: Rows in it.
+        covers: See `Pointer`.
+        listed: See there.
+        full: See there.
+        garbage: Journals that are none, and were passed over.
+        heat: For how long heat is known.
+    """
+
+    path: Path
+    keys: int
+    covers: float
+    listed: float
+    full: float
+    garbage: int = 0
+    heat: Span = Span()  # noqa: RUF009 - it is frozen
+
+
+def hub_time(bucket: Bucket, deadline: Deadline) -> float:
+    """What time it is at the Hub, in seconds since 1970, less `CLOCK_MARGIN_SECS`.
+
+    Raises:
+        TransportError: Its answers do not say.
+        HFBucketError: No answer.
+    """
+    _, date = bucket.stat_dated([bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=True)
+    if date is None:
+        raise TransportError("the Hub's answers have no Date: no index can say what it covers")
+    return date.timestamp() - CLOCK_MARGIN_SECS
+
+
+def from_listing(
+    bucket: Bucket,
+    directory: Path,
+    page_secs: float,
+    each_page: Callable[[], None] = lambda: None,
+    each_object: Callable[[ObjectInfo], None] = lambda _info: None,
+    *,
+    store: IndexStore | None = None,
+) -> Built:
+    """Make a snapshot from a listing of the whole instance, with the heat that the one before and journals tell of.
+
+    Where these are not whole heat begins anew, and the log says so: a listing has to help where an index is damaged.
+
+    Args:
+        bucket: The instance's.
+        directory: For the snapshot and temporary files: empty, and nobody else's.
+        page_secs: Most seconds of a page.
+        each_page: Called before each page; what it raises ends the listing.
+        each_object: Given each object of the listing, for who checks what was listed.
+        store: The instance's index, for its heat; None for none.
+
+    Raises:
+        HFBucketError: A page did not come: nothing was made.
+    """
+    began = hub_time(bucket, Deadline.patient(page_secs))
+    with SnapshotFile(directory, now=began) as file:
+        infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
+        while page := list(islice(infos, _PAGE)):
+            file.add(listed_rows(page, bucket.handle))
+        path, heat, counted = directory / "snapshot.npy", Span(until=began - HEAT_LATE_SECS), None
+        if store is not None:
+            heat, counted = _heat_for_listing(bucket, store, file, directory, request_secs=page_secs, began=began)
+        return Built(path, file.write(path, counted), began, began, began, heat=heat)
+
+
+_Counted = tuple[float, float] | None
+
+
+def _heat_for_listing(
+    bucket: Bucket, store: IndexStore, file: SnapshotFile, directory: Path, *, request_secs: float, began: float
+) -> tuple[Span, _Counted]:
+    """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
+    path = directory / "before.npy"
+    journals: list[Journal] = []
+    tells = Tells()
+    try:
+        shelf = store.list(Deadline.patient(request_secs))
+        journals, why = shelf.journals, shelf.crowded
+    except HFBucketError as error:  # too many of them, say, which this listing is to mend
+        why = str(error)
+    if why:
+        _log.warning("what journals tell of hits is lost, so that nothing counts as idle before now: %s", why)
+        tells.unread(1, began)
+    before, lost = _heat_before(bucket, store, path, request_secs, began)
+    if before.known:
+        with path.open("rb") as source:
+            dtype = read_header(source, str(path)).dtype
+            for rows in _blocks(source, dtype):
+                file.carry(rows)
+    path.unlink(missing_ok=True)
+    live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
+    for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
+        if isinstance(told, Told):
+            _take_hits(told, file, tells, began)
+        else:
+            _miss_hits(journal, told, tells)
+    span, counted = _span(tells, before, began)
+    if lost and not span.known:  # nothing may look idle because what was read is not known any more
+        return Span(began, span.until, began), (before.until, span.until)
+    return span, counted
+
+
+def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float, now: float) -> tuple[Span, bool]:
+    """Fetch the snapshot before, if it knows heat.
+
+    Returns:
+        For how long it knows it, and whether there was heat that cannot be read any more.
+
+    Raises:
+        HFBucketError: The Hub did not answer: that is no reason to forget what a month of reads has told.
+    """
+    name = bucket.handle.join(POINTER)
+    lost = False
+    for number in range(_TRIES):
+        info = bucket.stat([name], Deadline.patient(request_secs)).get(name)
+        if info is None:
+            return Span(), lost
+        try:
+            pointer = store.read_pointer(info, Deadline.patient(request_secs))
+            if not pointer.heat.known:
+                return Span(), False
+            lost = True
+            fetch_snapshot(bucket, store, pointer, path, Deadline.patient(10 * request_secs))
+        except (
+            MissingError,
+            IntegrityError,
+            TransportError,
+        ) as error:  # a store may say the last of what it lacks, too
+            _log.warning("the heat of the snapshot before cannot be read (try %d of %d): %s", number + 1, _TRIES, error)
+        else:
+            return _sane(pointer, now), False
+    _log.warning("heat starts again from now: earlier reads are not known any more")
+    return Span(), lost
+
+
+def _take_hits(told: Told, file: SnapshotFile, tells: Tells, began: float) -> None:
+    file.hit(told.hits)
+    for rows in (told.hits, told.lost):
+        tells.add(rows["told"], began)
+    tells.lose(told.lost, began)
+
+
+def _miss_hits(journal: Journal, why: HFBucketError, tells: Tells) -> None:
+    """Note that a journal of hits could not be read: what it told of would else look idle."""
+    hits = max(1, journal.content.size // HEAT_JOURNAL.itemsize)
+    tells.unread(hits, journal.at)
+    _log.warning(
+        "%s: the journal could not be read, so that up to %d keys that were read are not known: %s",
+        journal.path, hits, why,
+    )  # fmt: skip
+
+
+def _sane(pointer: Pointer, began: float) -> Span:
+    """For how long a snapshot knows heat; where its times are ahead of the Hub's clock heat begins anew now."""
+    ahead = pointer.ahead_of(began) if pointer.heat.known else ""
+    if not ahead:
+        return pointer.heat
+    _log.warning("heat starts again from now: the pointer to the key index is not valid: %s", ahead)
+    return Span(began, began - HEAT_LATE_SECS, min(began, pointer.heat_told))
+
+
+def _span(tells: Tells, before: Span, began: float) -> tuple[Span, _Counted]:
+    """For how long heat is known after some tells, and the window of those that are counted; None where none ever was."""
+    span = tells.span(before, began, began - HEAT_LATE_SECS)
+    return span, (before.until, span.until) if span.known else None
+
+
+def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) -> Iterator[ObjectInfo]:
+    for info in infos:
+        each(info)
+        yield info
+
+
+def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_secs: float) -> Built:
+    """Make a snapshot from the present one and the journals since.
+
+    Args:
+        bucket: The instance's.
+        store: Its index.
+        directory: For the snapshot and temporary files: empty, and nobody else's.
+        request_secs: Most seconds of a request, and of reading the journals.
+
+    Raises:
+        MissingError: There is no snapshot yet.
+        IntegrityError: The present one, or a journal, is not what the bucket says it is; or not all journals could be listed.
+        HFBucketError: Something did not arrive: nothing was made.
+    """
+    began = hub_time(bucket, Deadline.patient(request_secs))
+    shelf = store.list(Deadline.patient(request_secs))
+    pointer = _present(bucket, store, shelf, began, request_secs)
+    garbage = 0
+    before = directory / "before.npy"
+    fetch_snapshot(bucket, store, pointer, before, Deadline.patient(10 * request_secs))
+    with before.open("rb") as source:
+        header = read_header(source, str(before))
+        with SnapshotFile(directory, header.dtype, began) as file:
+            for rows in _blocks(source, header.dtype):
+                file.add(rows)
+            tells, since = Tells(), min(pointer.covers, pointer.heat_until or pointer.covers)
+            live = [journal for journal in shelf.journals if journal.at >= since]
+            for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
+                if isinstance(told, Told):
+                    _take_hits(told, file, tells, began)
+                    if journal.at >= pointer.covers:
+                        file.change(told.changes[told.changes["at"] >= pointer.listed])
+                    continue
+                if journal.name.hits:
+                    _miss_hits(journal, told, tells)
+                if isinstance(told, FormatError):
+                    garbage += journal.at >= pointer.covers
+                elif (
+                    journal.at >= pointer.covers and not journal.name.hits
+                ):  # it would be lost: the new snapshot claims to cover it
+                    raise told
+            path = directory / "snapshot.npy"
+            heat, counted = _span(tells, _sane(pointer, began), began)
+            keys = file.write(path, counted)
+    before.unlink()
+    covers = max(began, pointer.covers)
+    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage, heat)
+
+
+def _present(bucket: Bucket, store: IndexStore, shelf: Shelf, began: float, request_secs: float) -> Pointer:
+    """The pointer to the snapshot that another one may be made of."""
+    if shelf.pointer is None:
+        raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
+    if shelf.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
+        raise IntegrityError(shelf.crowded)
+    pointer = store.read_pointer(shelf.pointer, Deadline.patient(request_secs))
+    if ahead := pointer.ahead_of(began):
+        raise FormatError(f"{shelf.pointer.path}: {ahead}")
+    return pointer
+
+
+def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
+    while data := source.read(_BLOCK_ROWS * dtype.itemsize):
+        yield np.frombuffer(data, dtype)
+
+
+def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Path, deadline: Deadline) -> None:
+    """Read a snapshot into a file, whatever its size, and check it by the rules of the readers in engines.
+
+    Raises:
+        FormatError: It is no snapshot that this version reads.
+        IntegrityError: It is not what the pointer says.
+        HFBucketError: It did not arrive.
+    """
+    name = store.snapshot_path(pointer)
+    info = bucket.stat([name], deadline).get(name)
+    if info is None:
+        raise MissingError(f"{name}: the pointer names a snapshot that is not there")
+    if info.content != pointer.content:  # before room is made for as much as anybody may write into a pointer
+        raise IntegrityError(
+            f"{name}: the pointer says {pointer.size} bytes of hash {pointer.xet_hash}, and the Hub lists "
+            f"{info.content.size} of {info.content.xet_hash}"
+        )
+    with path.open("w+b") as file:
+        file.truncate(max(1, pointer.size))
+        with mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
+            read = Read(name, pointer.content, Lease(view[: pointer.size]))
+            try:
+                bucket.transfer.read([read], deadline)
+            finally:
+                read.lease.revoke()
+        if read.error is not None:
+            raise read.error
+        if xet_hashes([path])[0] != pointer.xet_hash:
+            raise IntegrityError(f"{name}: what arrived is not what its hash says")
+        file.seek(0)
+        header = read_header(file, name)
+    check_snapshot(header, pointer, name)
+    if header.rows:
+        rows = np.memmap(path, header.dtype, "r", header.offset, (header.rows,))
+        check_order(rows, name)
+
+
+def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot and name it; no reader looks at it before `IndexStore.publish`.
+
+    Raises:
+        IntegrityError: The store took something else than the file.
+        HFBucketError: It is not there, or nobody knows.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(built.path.open("rb"))
+        memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        view = stack.enter_context(memoryview(memory))
+        lease = SourceLease(view)
+        stack.callback(lease.revoke)
+        pointer = store.put_snapshot(
+            lease,
+            keys=built.keys,
+            covers=built.covers,
+            listed=built.listed,
+            full=built.full,
+            deadline=deadline,
+            heat=built.heat,
+        )
+    if xet_hashes([built.path])[0] != pointer.xet_hash:
+        raise IntegrityError(f"{built.path}: the store took something else than the file: it is not published")
+    return pointer
+
+
+def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+    """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
+
+    Raises:
+        HFBucketError: It is not published, or nobody knows.
+    """
+    pointer = put(store, built, deadline)
+    store.publish(pointer, deadline)
+    return pointer

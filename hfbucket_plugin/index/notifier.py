@@ -1,0 +1,129 @@
+"""Tells the key index of an instance what a job put there or deleted, by a journal, as engines do.
+
+Readers would else go by what is gone until the next snapshot that is made of a listing: each such hit is a miss at the read,
+after which they ask the Hub about everything for a while. What could not be told changes nothing but that: no job fails of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.index.journal import JournalWriter
+from hfbucket_plugin.index.store import POINTER, IndexStore
+from hfbucket_plugin.index.table import digests_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.hub.bucket import Bucket
+
+_log = logging.getLogger(__name__)
+
+_ENTRIES: Final = 50_000
+"""Most entries of a journal: 3 MB."""
+
+_WAITING: Final = 2 * _ENTRIES
+_FLUSH_ENTRIES: Final = 10_000
+_FLUSH_SECS: Final = 15.0
+_REQUEST_SECS: Final = 60.0
+_LOOK_SECS: Final = 15.0
+
+
+class Teller:
+    """Collects what was done, and writes it now and then. Not thread-safe. Made by `telling`.
+
+    Whether the instance has an index is looked up when there is something to tell: one call.
+
+    Args:
+        bucket: The instance's.
+
+    Attributes:
+        untold: How many entries no reader will learn of.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._indexed: bool | None = None
+        self._store = IndexStore(bucket, "jobs")
+        self._journal = JournalWriter(_ENTRIES, _WAITING)
+        self._flushed = time.monotonic()
+        self._problem: HFBucketError | None = None
+        self.untold = 0
+
+    def did(self, name: str, content: Content | None) -> None:
+        """Note what became of an object.
+
+        Args:
+            name: Below the instance's prefix; a nested one is none that engines ask for, and passed over.
+            content: What it has now; None where it was deleted.
+        """
+        if not name or "/" in name or self._indexed is False:
+            return
+        _, dropped = self._journal.note(digests_of([name]).tobytes(), content, time.monotonic())
+        self.untold += dropped
+        if len(self._journal) >= _FLUSH_ENTRIES or time.monotonic() - self._flushed >= _FLUSH_SECS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits; a failure is told at the end, if it is one still."""
+        self._flushed = time.monotonic()
+        if not len(self._journal) or not self._is_indexed():
+            return
+        while (draft := self._journal.draft(time.monotonic())) is not None:
+            deadline = Deadline.after(_REQUEST_SECS)
+            try:
+                self._store.put_journal(draft.name.text, draft.data, draft.instead_of, deadline)
+            except HFBucketError as error:
+                self._problem = error
+                return
+            finally:
+                self._journal.attempted(time.monotonic())
+            self._journal.written(draft)
+
+    def _is_indexed(self) -> bool:
+        if self._indexed is None:
+            path = self._bucket.handle.join(POINTER)
+            try:
+                self._indexed = path in self._bucket.stat([path], Deadline.after(_LOOK_SECS), patient=False)
+            except HFBucketError:  # then it may have one; a journal that nobody reads does no harm
+                self._indexed = True
+        return self._indexed
+
+    def close(self) -> None:
+        """Write the rest, and say so where that cannot be."""
+        self._flush()
+        if self._indexed is False:
+            self.untold = 0
+        else:
+            self.untold += len(self._journal)
+        self._store.close()
+        if self.untold:
+            _log.warning(
+                "the key index was not told of %d objects (%s): readers learn of them when it is next made of a listing, "
+                "such as by: python -m jobs index --full",
+                self.untold,
+                self._problem or "too many waited",
+            )
+
+
+@contextlib.contextmanager
+def telling(bucket: Bucket | None) -> Iterator[Teller | None]:
+    """A teller for a stretch of work.
+
+    Args:
+        bucket: The instance's; None where the work is done elsewhere.
+    """
+    if bucket is None:
+        yield None
+        return
+    teller = Teller(bucket)
+    try:
+        yield teller
+    finally:
+        teller.close()

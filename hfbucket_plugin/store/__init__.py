@@ -1,0 +1,1 @@
+"""The chunk store: lookups, reads and writes of one instance."""

@@ -1,0 +1,307 @@
+"""What both engine surfaces share: full-chunk rules, lookups, reads into the engine's buffers, writes, deletes.
+
+Everything here takes key strings and blocks its thread up to a deadline at most. Nothing raises into an engine for a
+single chunk: a chunk that is not served is a miss with a reason, counted and logged apart from a plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core.concurrency import Traffic
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.core.telemetry import Outcomes
+from hfbucket_plugin.errors import HFBucketError, RefusedError
+from hfbucket_plugin.hub.circuit_breaker import Guard
+from hfbucket_plugin.hub.connect import open_bucket
+from hfbucket_plugin.hub.listing import list_chunks
+from hfbucket_plugin.index.access.recorder import why_not
+from hfbucket_plugin.index.reader import KeyIndex
+from hfbucket_plugin.store.lookup import Existence, Lookups
+from hfbucket_plugin.store.quarantine import BadObjects, Quarantine
+from hfbucket_plugin.store.read import Reader
+from hfbucket_plugin.store.write import Putter
+from hfbucket_plugin.store.write_queue import PutQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core import telemetry
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.errors import ItemFailure
+    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.store.read import Buffer
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP_SECS: Final = 5.0
+_WARM_UP_EVERY_SECS: Final = 10.0
+"""Apart at least, so that an outage does not double the requests of lookups."""
+
+
+class ChunkStore:
+    """The chunks of one instance.
+
+    Args:
+        settings: The instance's.
+        instance: Its name.
+        sink: Where outcomes are counted.
+        get_timeout_secs: The deadline that gets usually have.
+    """
+
+    def __init__(
+        self, settings: InstanceSettings, instance: str, sink: telemetry.Sink, get_timeout_secs: float
+    ) -> None:
+        self.settings = settings
+        self._get_secs = get_timeout_secs
+        self.bucket: Bucket = open_bucket(settings, instance, sink, get_timeout_secs, online=True)
+        self._handle = settings.bucket_handle
+        self._outcomes = Outcomes(instance, sink, creates_bucket=settings.create_bucket_if_missing)
+        self._scratch = Scratch(settings.download_tmp_dir)
+        self.guard = Guard(
+            settings, instance, sink,
+            {"lookup": self._probe_lookup, "read": self._probe_read, "write": self._probe_write},
+        )  # fmt: skip
+        traffic, quarantine = Traffic(), Quarantine()
+        self.index = None if settings.index == "off" else KeyIndex(self.bucket, settings, instance, sink)
+        self._existence = Existence(self.bucket, settings, instance, self.guard, sink, index=self.index)
+        self._lookups = Lookups(self._existence, self._outcomes, self.guard, quarantine)
+        self._bad = BadObjects(self.bucket, settings, instance, sink)
+        self._reader = Reader(
+            self.bucket,
+            self._existence,
+            self._outcomes,
+            settings,
+            guard=self.guard,
+            traffic=traffic,
+            quarantine=quarantine,
+            bad=self._bad,
+            scratch=self._scratch,
+        )
+        self._putter = Putter(
+            self.bucket,
+            self._existence,
+            self._outcomes,
+            settings,
+            guard=self.guard,
+            traffic=traffic,
+            quarantine=quarantine,
+        )
+        self.puts = PutQueue(self._putter, self._outcomes, settings)
+        self._next_warm_up = 0.0
+        if why := why_not(settings):
+            _log.warning("[%s] %s", instance, why)
+        if self.index is not None:
+            self.index.start()
+
+    # --- lookups ----------------------------------------------------------------------------------------------------
+
+    def found(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[int | None],
+        *,
+        prefix_only: bool = False,
+        deadline: Deadline | None = None,
+    ) -> list[bool]:
+        """For each key, whether it is there as a full chunk and would be served.
+
+        Returns within `lookup_timeout_secs`; a failure is a miss, counted and logged as what it is. What is known
+        already is answered even while the Hub is not.
+
+        Args:
+            keys: Key strings.
+            sizes: Bytes of the full chunk of each; None takes any size but 0.
+            prefix_only: Whether hits behind the first miss are of no use.
+            deadline: When to give up; by default `lookup_timeout_secs` from now.
+        """
+        if not self.settings.reads:
+            self.not_looked_up(len(keys), "role")
+            return [False] * len(keys)
+        self.warm_up()
+        until = deadline or Deadline.after(self.settings.lookup_timeout_secs)
+        return self._lookups.found(keys, sizes, until, prefix_only=prefix_only)
+
+    def not_looked_up(self, chunks: int, why: str) -> None:
+        """Count chunks that are misses for a reason of the surface's own, in a word."""
+        self._outcomes.chunks("lookup", why, chunks)
+
+    def kept_out(self, operation: str, chunks: int, why: str) -> None:
+        """Count chunks of an operation that was not tried, for a reason of the surface's own, in a word."""
+        self._outcomes.chunks(operation, why, chunks)
+
+    def prefix_hits(self, keys: Sequence[str], size: int) -> int:
+        """How many keys, from the first on without a gap, are there as full chunks of `size` bytes; see `found`."""
+        return sum(self.found(keys, [size] * len(keys), prefix_only=True))
+
+    def warm_up(self) -> None:
+        """Have a session for reading made in the background, if there is none.
+
+        At the start it spares the first read an access token, TLS and client set-up, and tells the log at once of a
+        token or bucket that will not do; beside a lookup it runs while the Hub looks the keys up.
+        """
+        if not self.settings.reads or self.guard.is_open("read"):
+            return
+        if not self.bucket.transfer.ready and time.monotonic() >= self._next_warm_up:
+            self._next_warm_up = time.monotonic() + _WARM_UP_EVERY_SECS
+            self._existence.in_background(self._make_session)
+
+    def _make_session(self) -> None:
+        try:
+            self.bucket.transfer.warm_up(Deadline.after(_WARM_UP_SECS))
+        except HFBucketError as error:
+            if not self._outcomes.excuses(error):
+                self._outcomes.warn("session", error.kind, str(error))
+
+    # --- reads ------------------------------------------------------------------------------------------------------
+
+    def read_many(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        open_buffer: Callable[[int], Buffer | None],
+        deadline: Deadline,
+        *,
+        prefix_only: bool = False,
+    ) -> list[Buffer | None]:
+        """Read chunks into the engine's buffers.
+
+        Args:
+            keys: Their keys.
+            sizes: Bytes of the full chunk of each; an object of another size is refused.
+            open_buffer: Gives the buffer for the key at an index, or None when there is no memory at this moment:
+                then this chunk and those after it are misses, since nothing here waits for memory.
+            deadline: What has arrived by then is returned; the rest are misses.
+            prefix_only: Whether chunks behind the first miss are of no use, and are released.
+
+        Returns:
+            For each key its filled buffer, or None; every buffer that is not returned was released, and nothing writes
+            into it any more.
+        """
+        if not self.settings.reads:
+            self._outcomes.chunks("get", "role", len(keys))
+            return [None] * len(keys)
+        return self._reader.read_many(keys, sizes, open_buffer, deadline, prefix_only=prefix_only)
+
+    def delete(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
+        """Delete chunks, at once and for ever.
+
+        Returns:
+            What failed, by key.
+
+        Raises:
+            HFBucketError: The request failed as a whole.
+        """
+        started = time.monotonic()
+        if not self.settings.writes:
+            raise RefusedError(f"instance {self._outcomes.instance!r}: its role is read-only: nothing is deleted")
+        paths = {self._handle.join(encode_name(key)): key for key in keys}
+        try:
+            self.guard.check("lookup")
+            failures = {paths.get(p, p): f for p, f in self.bucket.delete(list(paths), deadline).items()}
+        except HFBucketError as error:
+            for key in keys:  # it may have been done, and only the answer be missing
+                self._existence.drop(key)
+            self._outcomes.failed("delete", error, len(keys), started)
+            raise
+        for key in keys:
+            if key in failures:
+                self._existence.drop(key)
+                self._outcomes.warn("delete", failures[key].kind, f"{key}: {failures[key].message}")
+            else:
+                self._existence.deleted(key)
+        self._outcomes.chunks("delete", "deleted", len(keys) - len(failures))
+        self._outcomes.chunks("delete", "hub", len(failures))
+        self._outcomes.ended("delete", "hub" if failures else "ok", started)
+        return failures
+
+    def look(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ObjectInfo]:
+        """Ask the Hub which of some chunks are there, whatever is believed of them.
+
+        Returns:
+            What is there, by key.
+
+        Raises:
+            HFBucketError: The Hub did not say.
+        """
+        started = time.monotonic()
+        paths = {self._handle.join(encode_name(key)): key for key in keys}
+        try:
+            self.guard.check("lookup")
+            found = self.bucket.stat(list(paths), deadline)
+        except HFBucketError as error:
+            self._outcomes.failed("delete", error, len(keys), started)
+            raise
+        there = {paths[path]: info for path, info in found.items() if path in paths}
+        for key in keys:
+            if key not in there:
+                self._existence.deleted(key)
+        return there
+
+    def on_answers(self, learn: Callable[[Mapping[str, Content | None], float], None]) -> None:
+        """Have a function told of every answer of the Hub to a lookup: the contents by key, and when they were asked for."""
+        self._existence.learn = learn
+
+    def list_keys(self) -> Iterator[str]:
+        """Stream the key strings of this instance: not those of a longer prefix, nor objects that are no chunks.
+
+        Raises:
+            HFBucketError: A page did not come.
+        """
+        with self.listing():
+            for entry in list_chunks(self.bucket, [""]):
+                yield entry.text
+
+    @contextlib.contextmanager
+    def listing(self) -> Iterator[None]:
+        """Count, by how it ends, what lists the bucket in a `with` block: all of it, or a page."""
+        started = time.monotonic()
+        try:
+            yield
+        except HFBucketError as error:
+            self._outcomes.failed("list", error, 0, started)
+            raise
+        self._outcomes.ended("list", "ok", started)
+
+    # --- probes of the breakers: each has the deadline of the work that it stands for -------------------------------
+
+    def _probe_lookup(self) -> None:
+        self._existence.probe(Deadline.after(self.settings.lookup_timeout_secs))
+
+    def _probe_read(self) -> None:
+        self._reader.probe(Deadline.after(self._get_secs))
+
+    def _probe_write(self) -> None:
+        self._putter.probe(Deadline.after(self.settings.put_timeout_secs))
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove temporary files of dead processes, beside whatever else is going on."""
+        self._existence.in_background(self._scratch.sweep_quietly)
+
+    def finish(self, secs: float) -> None:
+        """Tell the key index's readers of the last puts, before `close`.
+
+        Args:
+            secs: How long to wait for that at most.
+        """
+        if self.index is not None:
+            self.index.finish(secs)
+
+    def close(self) -> None:
+        """Take no more work, and end all transfers at once; waits for nothing. No buffer is touched afterwards."""
+        self.guard.close()
+        self.puts.close()
+        self._reader.close()
+        self._putter.close()
+        self._bad.close()
+        self._existence.close()
+        self.bucket.close()
+        self._scratch.close()

@@ -1,0 +1,387 @@
+"""Which chunks the bucket holds."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Final, Literal
+
+from hfbucket_plugin.core import telemetry
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.keys import RESERVED, encode_name
+from hfbucket_plugin.errors import (
+    BreakerOpenError,
+    DeadlineError,
+    HFBucketError,
+    ThrottledError,
+    TransportError,
+    UnsentError,
+)
+from hfbucket_plugin.hub.bucket import MAX_BATCH
+from hfbucket_plugin.store.metadata_cache import MetadataCache, Told
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.deadline import Deadline
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.index.reader import KeyIndex
+    from hfbucket_plugin.store.metadata_cache import Question
+    from hfbucket_plugin.store.quarantine import Quarantine
+
+
+Belief = Literal["all", "hits", "nothing"]
+
+_THREADS: Final = 64
+_BACKLOG: Final = 64
+"""Questions of lookups and gets in progress, and waiting: more than there are threads that look up (16) and get (32), since one that
+waits here loses time that the Hub was to have. They last at most a second: more at one time means that the Hub does not answer."""
+
+_PATIENT_THREADS: Final = 16
+"""Questions of puts and deletes in progress, beside one for each of `max_parallel_writes`. They may sleep through a pause of the Hub,
+so lookups do not share threads with them."""
+
+
+class Existence:
+    """Answers which chunks of an instance exist, and with what content.
+
+    Args:
+        bucket: Where they are looked up.
+        settings: The instance's.
+        instance: Its name.
+        guard: Its `lookup` breaker.
+        sink: Where the size of the cache is told.
+        index: Knows most answers already; None where there is none.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        settings: InstanceSettings,
+        instance: str,
+        guard: Guard,
+        sink: telemetry.Sink,
+        *,
+        index: KeyIndex | None = None,
+    ) -> None:
+        self._bucket = bucket
+        self._index = index
+        self._instance = instance
+        self._guard = guard
+        self._sink = sink
+        self.cache = MetadataCache(
+            settings.metadata_cache_entries,
+            settings.metadata_cache_ttl_secs,
+            settings.effective_miss_ttl_secs,
+        )
+        self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
+        patient = settings.max_parallel_writes + _PATIENT_THREADS
+        self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{instance}", patient, _BACKLOG)
+        self.learn: Callable[[Mapping[str, Content | None], float], None] = lambda _contents, _asked: None
+        """Told of every answer of the Hub, and when its question was asked."""
+
+    def known(self, keys: Sequence[str]) -> dict[str, Content | None]:
+        """What is known already of some of the keys; the Hub is not asked."""
+        indexed = self._indexed(keys, "all")
+        found = {key: self.cache.get(key) for key in keys if key not in indexed}
+        return indexed | {key: content for key, (is_known, content) in found.items() if is_known}
+
+    def some(self, count: int) -> list[Content]:
+        """Some contents that the Hub said are there, as many as asked for at most."""
+        return self.cache.some(count)
+
+    def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, Content | None]:
+        if self._index is None or believe == "nothing":
+            return {}
+        return self._index.known(keys, misses=believe == "all")
+
+    def contents(
+        self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
+    ) -> dict[str, Content | None]:
+        """What the bucket holds under each key: its content, or None for a miss.
+
+        What the index knows or what is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key
+        that is being asked for already is not asked for again.
+
+        Args:
+            keys: Key strings.
+            deadline: When to give up.
+            patient: Whether a question waits for the Hub's pauses and our budget, see `HubClient.request`.
+            believe: What of the index. A wrong miss costs a lookup a recomputation, and a put another upload over what is
+                there: puts believe hits only. Deletes believe nothing.
+
+        Raises:
+            HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
+        """
+        contents, failure = self.answers(keys, deadline, patient=patient, believe=believe)
+        if failure is not None:
+            raise failure
+        return contents
+
+    def answers(
+        self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
+    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+        """As `contents`, for callers that can use what is known though some of it is not.
+
+        Returns:
+            What is known, and why the rest is not; None where all is.
+        """
+        indexed = self._indexed(keys, believe)
+        if indexed:
+            keys = [key for key in keys if key not in indexed]
+            if not keys:
+                return indexed, None
+        if len(keys) <= MAX_BATCH:
+            asked, failure = self._answers_of([keys], deadline, patient=patient)
+            return indexed | asked, failure
+        cached = {key: self.cache.get(key) for key in keys}
+        values = indexed | {key: content for key, (is_known, content) in cached.items() if is_known}
+        left = list(dict.fromkeys(key for key in keys if key not in values))
+        pages = [left[start : start + MAX_BATCH] for start in range(0, len(left), MAX_BATCH)]
+        asked, failure = self._answers_of(pages, deadline, patient=patient)
+        return values | asked, failure
+
+    # --- what this process learns by itself -----------------------------------------------------------------------------
+
+    def wrote(self, key: str, content: Content) -> None:
+        """Note what was put under a key."""
+        self.cache.put(key, content)
+        if self._index is not None:
+            self._index.wrote(key, content)
+
+    def deleted(self, key: str) -> None:
+        """Note that a key was deleted."""
+        self.cache.put(key, None)
+        if self._index is not None:
+            self._index.deleted(key)
+
+    def drop(self, key: str) -> None:
+        """Forget a key: nobody knows what became of it, or what is known of it is wrong."""
+        self.cache.drop(key)
+        if self._index is not None:
+            self._index.doubt(key)
+
+    def gone(self, key: str) -> None:
+        """Note that the store lacks what was believed to be under a key.
+
+        What is believed of others is asked anew too, so that stale answers cannot add up to what disables the engine.
+        """
+        self.cache.clear()
+        if self._index is not None:
+            self._index.gone(key)
+
+    def served(self, keys: Sequence[str]) -> None:
+        """Note that the engine was given the chunks of these keys."""
+        if self._index is not None:
+            self._index.served(keys)
+
+    def _answers_of(
+        self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
+    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+        """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
+        values: dict[str, Content | None] = {}
+        failure: HFBucketError | None = None
+        told = Told()
+        asked = [self._ask_page(page, deadline, told, patient=patient) for page in pages]
+        for page, (known, question, others) in zip(pages, asked, strict=True):
+            values.update(known)
+            try:
+                values.update(self._answers(page, question, others, deadline, patient=patient))
+            except HFBucketError as error:
+                failure = failure or error
+        return values, failure
+
+    def _ask_page(
+        self, page: Sequence[str], deadline: Deadline, told: Told, *, patient: bool
+    ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
+        known, question, others = self.cache.ask(page, deadline.at, patient=patient)
+        if question is not None:
+            question.told = told
+            self._ask(question, deadline, patient=patient)
+        return known, question, others
+
+    def _answers(
+        self,
+        page: Sequence[str],
+        question: Question | None,
+        others: dict[str, Question],
+        deadline: Deadline,
+        *,
+        patient: bool,
+    ) -> dict[str, Content | None]:
+        """Wait for what was asked of a page, by us and by others."""
+        values: dict[str, Content | None] = {}
+        while True:
+            try:
+                for one in {id(q): q for q in (*others.values(), question) if q is not None}.values():
+                    answer = self._wait(one, deadline)
+                    values.update({key: answer[key] for key in page if key in answer})
+            except DeadlineError:
+                # A question of somebody with less time than we have: ask what it left open ourselves.
+                if not others or deadline.passed:
+                    raise
+            except ThrottledError:  # or with less patience
+                if not others or not patient or deadline.passed:
+                    raise
+            else:
+                return values
+            known, question, others = self._ask_page(page, deadline, Told(), patient=patient)
+            values.update(known)
+
+    def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
+        try:
+            question.told.already |= deadline.passed  # then it says nothing of the Hub
+            deadline.check(f"instance {self._instance!r}: lookup")
+            if not patient:
+                self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
+            self._guard.admit("lookup")
+        except (BreakerOpenError, DeadlineError, ThrottledError) as error:
+            self.cache.fail(question, error)
+            return
+        # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while
+        # a name server or a proxy does not.
+        try:
+            threads = self._patient_threads if patient else self._threads
+            threads.submit(self._stat, question, deadline, patient)
+        except RuntimeError as error:
+            self.cache.fail(question, TransportError(f"instance {self._instance!r}: lookup: {error}"))
+
+    def _wait(self, question: Question, deadline: Deadline) -> dict[str, Content | None]:
+        try:
+            return question.future.result(timeout=deadline.remaining())
+        except FutureTimeoutError as error:
+            if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the request's own
+                raise
+            what = (
+                f"instance {self._instance!r}: lookup: no answer within {deadline.seconds:g} s; the call was abandoned"
+            )
+            late = DeadlineError(what) if question.sent.is_set() else UnsentError(f"{what} before it was sent")
+            self._tell_guard(question, late)
+            raise late from None
+
+    def _tell_guard(self, question: Question, error: HFBucketError | None) -> None:
+        """Count the questions of a call once: by the first thread, or by who stopped waiting for it."""
+        if not question.told.already:
+            question.told.already = True
+            self._guard.ended("lookup", error)
+
+    def _stat(self, question: Question, deadline: Deadline, patient: bool) -> None:
+        handle = self._bucket.handle
+        asked = time.monotonic()
+        try:
+            paths = {handle.join(encode_name(key)): key for key in question.keys}
+            found = self._bucket.stat(list(paths), deadline, patient=patient, sent=question.sent)
+        except HFBucketError as error:
+            self._tell_guard(question, error)
+            self.cache.fail(question, error)
+        except BaseException as error:  # noqa: BLE001 - whoever waits must get an answer, and one that they handle
+            what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
+            self.cache.fail(question, TransportError(what))
+        else:
+            self._tell_guard(question, None)
+            self._sink.gauge(telemetry.CACHE_ENTRIES, len(self.cache), instance=self._instance)
+            contents = {paths[p]: info.content for p, info in found.items() if p in paths}
+            answers = {key: contents.get(key) for key in question.keys}
+            if self._index is not None:
+                self._index.told(answers, asked)
+            self.cache.answer(question, contents)
+            self.learn(answers, asked)
+
+    def probe(self, deadline: Deadline) -> None:
+        """Ask what a lookup asks: whether the Hub answers.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        self._bucket.stat([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=False)
+
+    def in_background(self, function: Callable[[], None]) -> None:
+        """Run something small beside the lookups, if a thread is free for it."""
+        try:
+            self._threads.submit(function)
+        except RuntimeError:
+            return
+
+    def close(self) -> None:
+        """Take no more questions, and forget all answers."""
+        if self._index is not None:
+            self._index.close()
+        self._threads.close()
+        self._patient_threads.close()
+        self.cache.clear()
+
+
+_HIT: Final = "hit"
+_BEHIND_A_GAP: Final = "behind_a_gap"
+
+
+class Lookups:
+    """Answers lookups of one instance.
+
+    Args:
+        existence: What is there.
+        outcomes: Where results are told.
+        guard: While its `read` breaker is open nothing is a hit, since nothing would be served.
+        quarantine: Contents that could not be served of late.
+    """
+
+    def __init__(
+        self,
+        existence: Existence,
+        outcomes: Outcomes,
+        guard: Guard,
+        quarantine: Quarantine,
+    ) -> None:
+        self._existence = existence
+        self._outcomes = outcomes
+        self._guard = guard
+        self._quarantine = quarantine
+
+    def found(
+        self, keys: Sequence[str], sizes: Sequence[int | None], deadline: Deadline, *, prefix_only: bool
+    ) -> list[bool]:
+        """For each key, whether it would be served; see `ChunkStore.found`."""
+        started = time.monotonic()
+        outcome, unknown = "ok", "missing"
+        contents: Mapping[str, Content | None] = {}
+        try:
+            deadline.check("lookup")  # it may have waited for a thread: nobody's fault but ours
+            self._guard.admit("read", keys)
+            contents, failure = self._existence.answers(keys, deadline)
+            if failure is not None:
+                raise failure
+        except HFBucketError as error:
+            if self._guard.is_open("read"):
+                contents = {}
+            elif not contents:
+                contents = self._existence.known(keys)
+            if self._outcomes.excuses(error):
+                unknown = "missing"
+            else:
+                unknown = outcome = error.kind
+                self._outcomes.warn("lookup", error.kind, str(error))
+        judged = [self._judge(key, contents, size, unknown) for key, size in zip(keys, sizes, strict=True)]
+        if prefix_only:
+            gap = next((index for index, word in enumerate(judged) if word != _HIT), len(judged))
+            judged[gap:] = [_BEHIND_A_GAP if word == _HIT else word for word in judged[gap:]]
+        for word, chunks in Counter(judged).items():
+            self._outcomes.chunks("lookup", word, chunks)
+        self._outcomes.ended("lookup", outcome, started)
+        return [word == _HIT for word in judged]
+
+    def _judge(self, key: str, contents: Mapping[str, Content | None], size: int | None, unknown: str) -> str:
+        """What becomes of a key, in a word."""
+        if key not in contents:
+            return unknown
+        content = contents[key]
+        if content is None:
+            return "missing"
+        if not content.size or size not in (None, content.size):
+            self._outcomes.warn_of_size("lookup", key, content.size, size)
+            return "size"
+        return "quarantined" if self._quarantine.holds(content.xet_hash) else _HIT

@@ -1,0 +1,174 @@
+"""Corrupt objects: recorded, and not served for a while."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import cachetools
+
+from hfbucket_plugin.core import forks, telemetry
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import RESERVED
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub.records import OwnObjects
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.hub.bucket import Bucket
+
+
+_log = logging.getLogger(__name__)
+
+BAD_DIRECTORY: Final = f"{RESERVED}/bad"
+_RECORD_SECS: Final = 30.0
+_BACKLOG: Final = 100
+
+
+class BadObjects:
+    """Records objects that are proven bad, in the background.
+
+    Args:
+        bucket: Where.
+        settings: The instance's: without the right to write, they are told and not recorded.
+        instance: Its name.
+        sink: Where they are counted.
+    """
+
+    def __init__(self, bucket: Bucket, settings: InstanceSettings, instance: str, sink: telemetry.Sink) -> None:
+        self._bucket = bucket
+        self._settings = settings
+        self._instance = instance
+        self._sink = sink
+        self._threads = WorkerPool(f"hfbucket-bad-{instance}", 1, _BACKLOG)
+        self._own = OwnObjects(bucket, f"bad-{instance}")
+
+    def record(self, key: str, content: Content, why: str) -> None:
+        """Tell of an object whose content failed its hash in two independent fetches."""
+        self._sink.count(telemetry.BAD_OBJECTS, instance=self._instance)
+        _log.error(
+            "[%s] %s is proven bad: two fetches failed its hash. It is not served; delete it, or let it be. Storing it "
+            "again may be deduplicated onto the same bad bytes. %s", self._instance, key, why,
+        )  # fmt: skip
+        if self._settings.writes:
+            try:
+                self._threads.submit(self._write, key, content, why)
+            except RuntimeError as error:
+                _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
+
+    def _write(self, key: str, content: Content, why: str) -> None:
+        record = {
+            "key": key,
+            "xet_hash": content.xet_hash,
+            "size": content.size,
+            "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "why": why,
+        }
+        deadline = Deadline.after(_RECORD_SECS)
+        path = self._bucket.handle.join(f"{BAD_DIRECTORY}/{content.xet_hash}.json")
+        try:
+            stored = self._own.upload(json.dumps(record).encode(), deadline)
+            failed = self._bucket.add({path: stored}, deadline)
+        except HFBucketError as error:
+            _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
+            return
+        for failure in failed.values():
+            _log.warning("[%s] %s: no record was written: %s", self._instance, key, failure.message)
+
+    def close(self) -> None:
+        """Record nothing any more."""
+        self._threads.close()
+        self._own.close()
+
+
+_FIRST_SECS: Final = 15.0
+"""Short, so that service is back soon after something else than the object was at fault; doubled each time."""
+
+_LONGEST_SECS: Final = 3600.0
+_PROOF: Final = 2
+"""Fetches that failed the hash, one after the other and independent of each other, that prove an object bad."""
+
+_ENTRIES: Final = 10_000
+
+
+@dataclass(slots=True)
+class _Record:
+    until: float
+    strikes: int
+    wrong_hashes: int
+
+
+class Quarantine:
+    """Xet hashes of contents, bounded in number; thread-safe.
+
+    By content and not by key: an object that was written anew is served at once.
+
+    Args:
+        clock: Seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Hold nothing: at first, and in a forked child, where the cache may be half changed."""
+        self._lock = threading.Lock()
+        self._records: cachetools.LRUCache[str, _Record] = cachetools.LRUCache(_ENTRIES)
+
+    def add(self, xet_hash: str, *, wrong_hash: bool) -> bool:
+        """Note that a content could not be served.
+
+        Args:
+            xet_hash: Of the content as it is listed.
+            wrong_hash: Whether as many bytes arrived as it has, and their hash was another.
+
+        Returns:
+            Whether this proves the object bad: a second, independent fetch has failed the hash.
+        """
+        with self._lock:
+            record = self._records.get(xet_hash) or _Record(float("-inf"), 0, 0)
+            if self._clock() < record.until:  # asked for beside the fetch that failed: the same failure, seen twice
+                return False
+            record.until = self._clock() + min(_LONGEST_SECS, _FIRST_SECS * 2.0 ** min(record.strikes, 10))
+            record.strikes += 1
+            record.wrong_hashes += wrong_hash
+            self._records[xet_hash] = record
+            return wrong_hash and record.wrong_hashes == _PROOF
+
+    def holds(self, xet_hash: str) -> bool:
+        """Whether a content should not be offered now."""
+        if not self._records:
+            return False
+        with self._lock:
+            record = self._records.get(xet_hash)
+            return record is not None and self._clock() < record.until
+
+    def knows(self, xet_hash: str) -> bool:
+        """Whether a content has failed before and was not served since."""
+        if not self._records:
+            return False
+        with self._lock:
+            return xet_hash in self._records
+
+    def clear(self, xet_hash: str) -> bool:
+        """Note that a content was served after all; return whether it had failed before."""
+        if not self._records:
+            return False
+        with self._lock:
+            return self._records.pop(xet_hash, None) is not None
+
+    def __len__(self) -> int:
+        return len(self._records)

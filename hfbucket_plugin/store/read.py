@@ -1,0 +1,402 @@
+"""Reading chunks into the engine's buffers: what is served, and what is a miss and why."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+import cachetools
+
+from hfbucket_plugin.core import forks
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    BucketMissingError,
+    HashMismatchError,
+    HFBucketError,
+    IntegrityError,
+    MissingError,
+    RevokedError,
+    ScratchError,
+    ThrottledError,
+    TransportError,
+    UnsentError,
+)
+from hfbucket_plugin.hub.transfer import Read, xet_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.buffers import Lease
+    from hfbucket_plugin.core.concurrency import Traffic
+    from hfbucket_plugin.core.deadline import Deadline
+    from hfbucket_plugin.core.files import Scratch
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.store.lookup import Existence
+    from hfbucket_plugin.store.quarantine import BadObjects, Quarantine
+
+_COPY_BYTES: Final = 4 * 1024 * 1024
+_SAMPLE_BYTES: Final = 64 * 1024
+"""What a probe reads of a content: within one piece of content-defined chunking's largest size, 128 KiB."""
+
+_SAMPLES: Final = 3
+"""Contents that a probe reads of at one time: one that cannot be read says nothing about the others."""
+
+_REMEMBERED: Final = 16
+"""Contents served last, and failed last, that probes read of in turn."""
+
+
+_STORES_FAULT: Final = (TransportError, ThrottledError, AccessDeniedError, IntegrityError)
+
+
+class Buffer(Protocol):
+    """Memory of the engine's that one chunk is read into."""
+
+    @property
+    def view(self) -> memoryview:
+        """Writable bytes, exactly as many as a full chunk has."""
+
+    @property
+    def lease(self) -> Lease:
+        """The right to write into them, which the owner may take back at any moment."""
+
+    def release(self) -> None:
+        """Give the memory back: the chunk was not read. Called at most once, and nothing writes afterwards."""
+
+
+class Reader:
+    """Reads the chunks of one instance.
+
+    Args:
+        bucket: Where from.
+        existence: Says what is there, and is told what could not be served.
+        outcomes: Where results are told.
+        settings: The instance's.
+        guard: Its `read` breaker.
+        traffic: Counts the reads, so that puts let them pass.
+        quarantine: Contents that could not be served of late.
+        bad: Where objects are recorded that are proven bad.
+        scratch: Space for hashing.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        existence: Existence,
+        outcomes: Outcomes,
+        settings: InstanceSettings,
+        *,
+        guard: Guard,
+        traffic: Traffic,
+        quarantine: Quarantine,
+        bad: BadObjects,
+        scratch: Scratch,
+    ) -> None:
+        self._bucket = bucket
+        self._existence = existence
+        self._outcomes = outcomes
+        self._settings = settings
+        self._guard = guard
+        self._traffic = traffic
+        self._quarantine = quarantine
+        self._bad = bad
+        self._scratch = scratch
+        self._closed = False
+        self._probes = 0
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Read nothing: at first, and in a forked child, where the reads of the parent do not go on."""
+        self._lock = threading.Lock()
+        self._active: set[Read] = set()
+        self._served: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
+        self._failed: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
+
+    def read_many(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        open_buffer: Callable[[int], Buffer | None],
+        deadline: Deadline,
+        *,
+        prefix_only: bool = False,
+    ) -> list[Buffer | None]:
+        """Read chunks; see `ChunkStore.read_many`."""
+        started = time.monotonic()
+        results: list[Buffer | None] = [None] * len(keys)
+        try:
+            self._guard.admit("read", keys, found=True)
+            # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
+            asking = deadline.within(self._settings.lookup_timeout_secs)
+            contents, unknown = self._existence.answers(keys, asking)
+            if unknown is not None and not any(contents.values()):
+                raise unknown
+        except HFBucketError as error:
+            self._outcomes.failed("get", error, len(keys), started)
+            return results
+        with self._traffic.reading():
+            self._outcomes.in_flight("get", self._traffic.reads)
+            wanted = self._full_chunks(keys, contents, sizes, unknown)
+            outcome = self._serve(keys, wanted, open_buffer, results, deadline)
+        if unknown is not None and outcome == "ok":
+            outcome = unknown.kind
+        self._outcomes.in_flight("get", self._traffic.reads)
+        served = [index for index, buffer in enumerate(results) if buffer is not None]
+        self._outcomes.chunks("get", "hit", len(served))
+        self._outcomes.bytes("read", sum(sizes[index] for index in served))
+        self._outcomes.ended("get", outcome, started)
+        if prefix_only:
+            _release_behind_first_miss(results)
+        self._existence.served([key for key, buffer in zip(keys, results, strict=True) if buffer is not None])
+        return results
+
+    def _full_chunks(
+        self,
+        keys: Sequence[str],
+        contents: Mapping[str, Content | None],
+        sizes: Sequence[int],
+        unknown: HFBucketError | None,
+    ) -> dict[int, tuple[str, Content]]:
+        wanted = {}
+        if unknown is not None:
+            self._outcomes.warn("get", unknown.kind, str(unknown))
+        for index, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+            content = contents.get(key)
+            if unknown is not None and key not in contents:
+                self._outcomes.chunks("get", unknown.kind, 1)
+            elif content is None:
+                self._outcomes.chunks("get", "missing", 1)
+            elif content.size != size:
+                self._outcomes.chunks("get", "size", 1)
+                self._outcomes.warn_of_size("get", key, content.size, size)
+            elif self._quarantine.holds(content.xet_hash):
+                self._outcomes.chunks("get", "quarantined", 1)
+            else:
+                wanted[index] = (key, content)
+        return wanted
+
+    def _serve(
+        self,
+        keys: Sequence[str],
+        wanted: Mapping[int, tuple[str, Content]],
+        open_buffer: Callable[[int], Buffer | None],
+        results: list[Buffer | None],
+        deadline: Deadline,
+    ) -> str:
+        """Fill buffers into `results`; return how the operation ended, in a word."""
+        reads = self._open(wanted, open_buffer)
+        try:
+            self._bucket.transfer.read([read for read, _ in reads.values()], deadline)
+            if self._settings.verify == "hash":
+                for read, _ in reads.values():
+                    self._verify(read, deadline)
+        except BaseException:  # whatever it is, the memory is the engine's again
+            for read, buffer in reads.values():
+                read.lease.revoke()
+                buffer.release()
+            raise
+        finally:
+            with self._lock:
+                self._active.difference_update(read for read, _ in reads.values())
+        outcome = "ok"
+        store_works = self._tell_guard([read for read, _ in reads.values()])
+        for index, (read, buffer) in reads.items():
+            read.lease.revoke()
+            if read.error is None:
+                if self._quarantine.clear(read.content.xet_hash):
+                    self._outcomes.quarantined(len(self._quarantine))
+                results[index] = buffer
+            else:
+                buffer.release()
+                outcome = read.error.kind
+                self._missed(keys[index], read, store_works=store_works)
+        return outcome
+
+    def _open(
+        self, wanted: Mapping[int, tuple[str, Content]], open_buffer: Callable[[int], Buffer | None]
+    ) -> dict[int, tuple[Read, Buffer]]:
+        reads: dict[int, tuple[Read, Buffer]] = {}
+        for index, (key, content) in wanted.items():
+            problem = "there is none free"
+            try:
+                buffer = open_buffer(index)
+            except Exception as error:  # noqa: BLE001 - the engine's allocator; the buffers opened before must not leak
+                buffer, problem = None, f"{type(error).__name__}: {error}"
+            if buffer is None:
+                left = len(wanted) - len(reads)
+                self._outcomes.chunks("get", "allocation", left)
+                self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
+                break
+            if buffer.lease.size != content.size:  # a larger one would be served with an end that nothing filled
+                self._outcomes.chunks("get", "size", 1)
+                self._outcomes.warn_of_size("get", key, content.size, buffer.lease.size)
+                buffer.release()
+                continue
+            read = Read(key, content, buffer.lease)
+            with self._lock:
+                self._active.add(read)
+                closed = self._closed
+            if closed:
+                read.fail(TransportError(f"{key}: the instance is closed"))
+            reads[index] = (read, buffer)
+        return reads
+
+    def _verify(self, read: Read, deadline: Deadline) -> None:
+        """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
+        if not read.done:
+            return
+        try:
+            deadline.check(f"{read.name}: hash")
+            with self._scratch.file() as path:
+                with path.open("wb") as out:
+                    for at in range(0, read.content.size, _COPY_BYTES):
+                        if (piece := read.lease.read(at, _COPY_BYTES)) is None:
+                            raise RevokedError(f"{read.name}: its buffer was taken back while it was being hashed")
+                        out.write(piece)
+                actual = xet_hashes([path])[0]
+        except HFBucketError as error:
+            read.fail(error)
+            return
+        except OSError as error:
+            # No word against the store or the object: nothing is wrong with either.
+            read.fail(ScratchError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
+            return
+        if actual != read.content.xet_hash:
+            expected = read.content.xet_hash
+            read.fail(
+                HashMismatchError(f"{read.name}: what arrived has the hash {actual}, the listing says {expected}")
+            )
+
+    def _tell_guard(self, reads: Sequence[Read]) -> bool:
+        """Whether the store served anything: only then is what failed the objects' own fault."""
+        for read in reads:
+            self._remember(read.content, read.error)
+        if any(read.error is None or isinstance(read.error, HashMismatchError) for read in reads):
+            self._guard.succeeded("read")
+            return True
+        for read in reads:
+            if isinstance(read.error, _STORES_FAULT) and not isinstance(read.error, UnsentError) and not self._closed:
+                self._guard.failed("read", read.error)
+                break
+        return False
+
+    def _remember(self, content: Content, error: HFBucketError | None) -> None:
+        """Note for probes whether a content could be read last."""
+        with self._lock:
+            if error is None:
+                self._served[content.xet_hash] = content
+                self._failed.pop(content.xet_hash, None)
+            elif isinstance(error, MissingError):
+                self._served.pop(content.xet_hash, None)
+                self._failed.pop(content.xet_hash, None)
+            elif isinstance(error, _STORES_FAULT):
+                self._failed[content.xet_hash] = content
+
+    def _missed(self, key: str, read: Read, *, store_works: bool) -> None:
+        error = read.error
+        if error is None or self._closed:
+            return
+        self._outcomes.chunks("get", error.kind, 1)
+        self._outcomes.warn("get", error.kind, str(error))
+        if isinstance(error, MissingError):
+            # The store lacks what the Hub lists, or listed a while ago.
+            self._existence.gone(key)
+            if isinstance(error, BucketMissingError):  # no word against the object
+                return
+        elif isinstance(error, HashMismatchError):
+            self._existence.drop(key)
+            self._bucket.transfer.renew()  # so that the next fetch is independent of this one
+        elif not (store_works and isinstance(error, (IntegrityError, TransportError))):
+            return
+        if self._quarantine.add(read.content.xet_hash, wrong_hash=isinstance(error, HashMismatchError)):
+            self._bad.record(key, read.content, str(error))
+        self._outcomes.quarantined(len(self._quarantine))
+
+    def probe(self, deadline: Deadline) -> None:
+        """Read a little of several contents, other ones each time: whether the store serves any.
+
+        Where it serves one, those that fail beside it are quarantined: they are at fault themselves.
+
+        Raises:
+            HFBucketError: It serves none, or not before the deadline.
+        """
+        if contents := self._to_sample():
+            sampled = _Sampled(self._quarantine_sampled)
+
+            def ended(content: Content, error: HFBucketError | None) -> None:
+                self._remember(content, error)
+                sampled.add(content, error)
+
+            self._bucket.transfer.sample(contents, _SAMPLE_BYTES, deadline, ended)
+        else:
+            self._bucket.transfer.warm_up(deadline)
+
+    def _to_sample(self) -> list[Content]:
+        """What to read of next: contents that have not failed since they were served or looked up, then those that have."""
+        known = {content.xet_hash: content for content in self._existence.some(_REMEMBERED) if content.size}
+        with self._lock:
+            failed = dict(self._failed.items())
+            known |= dict(self._served.items())
+            self._probes += 1
+            turn = self._probes * _SAMPLES
+        fresh = [content for xet_hash, content in known.items() if xet_hash not in failed]
+        stale = list(failed.values())
+        return [*_in_turn(fresh, turn), *_in_turn(stale, turn)][:_SAMPLES]
+
+    def _quarantine_sampled(self, content: Content) -> None:
+        self._quarantine.add(content.xet_hash, wrong_hash=False)
+        self._outcomes.quarantined(len(self._quarantine))
+
+    def close(self) -> None:
+        """Write into no buffer any more."""
+        with self._lock:
+            self._closed = True
+            active = list(self._active)
+        for read in active:
+            read.fail(TransportError(f"{read.name}: the instance was closed"))
+
+
+def _in_turn(contents: list[Content], turn: int) -> list[Content]:
+    """Contents from another one on each time."""
+    start = turn % len(contents) if contents else 0
+    return contents[start:] + contents[:start]
+
+
+class _Sampled:
+    """How the contents of one probe ended, on whatever thread.
+
+    Args:
+        at_fault: Called for each content that failed although another one was served.
+    """
+
+    def __init__(self, at_fault: Callable[[Content], None]) -> None:
+        self._at_fault = at_fault
+        self._lock = threading.Lock()
+        self._served = False
+        self._failed: list[Content] = []
+
+    def add(self, content: Content, error: HFBucketError | None) -> None:
+        """Note how a content ended; None where it was served."""
+        with self._lock:
+            if error is None:
+                self._served = True
+            elif isinstance(error, (IntegrityError, TransportError)) and not isinstance(error, UnsentError):
+                self._failed.append(content)
+            failed, self._failed = (self._failed, []) if self._served else ([], self._failed)
+        for one in failed:
+            self._at_fault(one)
+
+
+def _release_behind_first_miss(results: list[Buffer | None]) -> None:
+    missed = False
+    for index, buffer in enumerate(results):
+        if buffer is None:
+            missed = True
+        elif missed:
+            buffer.release()
+            results[index] = None

@@ -1,0 +1,491 @@
+"""Writing chunks: what is refused, what is there already, and commits of bounded bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from hfbucket_plugin.core import forks
+from hfbucket_plugin.core.buffers import KEPT, SourceLease
+from hfbucket_plugin.core.concurrency import ByteGate, FairPool, WorkerPool
+from hfbucket_plugin.core.keys import RESERVED, encode_name, is_probe
+from hfbucket_plugin.errors import (
+    BreakerOpenError,
+    BucketMissingError,
+    DeadlineError,
+    HFBucketError,
+    IntegrityError,
+    ItemFailure,
+    TransportError,
+    UnsentError,
+)
+from hfbucket_plugin.hub.transfer import Upload
+from hfbucket_plugin.store.committer import Namer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.concurrency import Traffic
+    from hfbucket_plugin.core.deadline import Deadline
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.store.lookup import Existence
+    from hfbucket_plugin.store.quarantine import Quarantine
+
+_YIELD_SECS: Final = 1.0
+_YIELD_BYTES: Final = 32 * 1024 * 1024
+"""A commit waits for reads to end before it begins, and again after so many bytes, for a second at most: engines that read
+without a pause must not keep puts out for ever."""
+
+_PROBES: Final = 16
+"""Probes in progress at one time, see `Guard`."""
+
+
+class Source(Protocol):
+    """One chunk to be stored, in memory of the engine's."""
+
+    @property
+    def key(self) -> str:
+        """Its key string."""
+
+    @property
+    def view(self) -> memoryview:
+        """Its bytes. They stay as they are until `release`."""
+
+    def release(self) -> None:
+        """The bytes are not needed any more. Called once for every source, whatever became of it."""
+
+
+@dataclass(slots=True)
+class PutReport:
+    """What became of a put.
+
+    Attributes:
+        failures: What was not stored, item by item.
+        stored: The keys that were written; neither those that were there already nor those written by another put.
+        replaced: Bytes of the objects that were there before under keys that were to be written, as far as that was known.
+    """
+
+    failures: list[ItemFailure] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+    replaced: dict[str, int] = field(default_factory=dict)
+
+    def __iadd__(self, other: PutReport) -> Self:
+        self.failures += other.failures
+        self.stored += other.stored
+        self.replaced |= other.replaced
+        return self
+
+
+class _Commit:
+    """Sources that are uploaded together; the memory of each is given back once, when nothing can read it any more."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self.leases = [SourceLease(source.view, getattr(source, "memory", KEPT)) for source in sources]
+        self.upload = Upload()
+        self.files: Mapping[str, Content] = {}
+        self.begun = False
+        self._lock = threading.Lock()
+        self._held = dict(zip(self.leases, sources, strict=True))
+
+    def release(self, *leases: SourceLease) -> None:
+        """Give the memory of some sources back, or of all."""
+        with self._lock:
+            gone = {lease: self._held.pop(lease) for lease in leases or self.leases if lease in self._held}
+        for lease, source in gone.items():
+            lease.revoke()
+            source.release()
+
+    def failures(self, kind: str, message: str) -> list[ItemFailure]:
+        return [ItemFailure(source.key, kind, f"{source.key}: {message}") for source in self.sources]
+
+
+class Putter:
+    """Writes the chunks of one instance.
+
+    Args:
+        bucket: Where to.
+        existence: Says what is there already, and is told what was written.
+        outcomes: Where results are told.
+        settings: The instance's.
+        guard: Its `write` breaker.
+        traffic: Lets reads go first.
+        quarantine: Contents that cannot be served: they are written again although they are there.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        existence: Existence,
+        outcomes: Outcomes,
+        settings: InstanceSettings,
+        *,
+        guard: Guard,
+        traffic: Traffic,
+        quarantine: Quarantine,
+    ) -> None:
+        self._bucket = bucket
+        self._existence = existence
+        self._outcomes = outcomes
+        self._settings = settings
+        self._guard = guard
+        self._traffic = traffic
+        self._quarantine = quarantine
+        self._namer = Namer(bucket, settings.put_window_secs)
+        self._gate = ByteGate(settings.max_inflight_bytes)
+        self._threads = FairPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
+        self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
+        self._closed = False
+        self._bucket_is_there = False
+        self._start_over()
+        forks.reset_in_child(self._start_over)
+
+    def _start_over(self) -> None:
+        """Write nothing: at first, and in a forked child, where the puts of the parent do not go on."""
+        self._lock = threading.Lock()
+        self._under_way: dict[str, Future[ItemFailure | None]] = {}
+        self._commits: set[_Commit] = set()
+
+    def write_many(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> PutReport:
+        """Store chunks; returns when all are stored or failed, at the deadline at the latest.
+
+        A key that is there at the right size is not written again. Nor is one that another put is writing: that put's outcome is
+        waited for, and is this one's too.
+        LMCache's own probe key always is: its health check would never recover otherwise.
+
+        Args:
+            sources: The chunks. Each is released exactly once, when nothing reads its memory any more.
+            size: Bytes of a full chunk: a source of another size is refused. None: each is whole, whatever its size.
+            deadline: When to give up.
+        """
+        started = time.monotonic()
+        try:
+            deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
+            self._guard.admit("write")
+        except (BreakerOpenError, DeadlineError) as error:
+            report = PutReport(_release_unwritten(sources, error.kind, str(error)))
+            self._tell(report.failures, started)
+            return report
+        mine, others, refused = self._claim(sources, size)
+        report = PutReport(refused)
+        try:
+            todo = self._drop_present(mine, deadline, report)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
+            failures = _release_unwritten(mine, _kind(error), str(error))
+            self._unclaim(mine, failures)
+            report.failures += failures
+        else:
+            report += self._commit_all(todo, deadline)
+        report.failures += self._await(others, deadline)
+        self._tell(report.failures, started)
+        return report
+
+    def _claim(
+        self, sources: Sequence[Source], size: int | None
+    ) -> tuple[list[Source], list[tuple[str, Future[ItemFailure | None]]], list[ItemFailure]]:
+        """Refuse what is not a full chunk, and mark the rest as ours, except for what is being written already.
+
+        Returns:
+            What is ours; the keys that other puts are writing, with what becomes of them; what was refused.
+        """
+        mine: list[Source] = []
+        others: list[tuple[str, Future[ItemFailure | None]]] = []
+        failures: list[ItemFailure] = []
+        for source in sources:
+            actual = len(source.view)
+            if not actual or size not in (None, actual):
+                wanted = f"no full chunk of {size}; partial uploads are refused" if actual else "no chunk"
+                message = f"{source.key}: {actual} bytes are {wanted}"
+                failures.append(ItemFailure(source.key, "refused", message))
+                source.release()
+                continue
+            with self._lock:
+                outcome = self._under_way.get(source.key)
+                if outcome is None:
+                    self._under_way[source.key] = Future()
+            if outcome is None:
+                mine.append(source)
+            else:
+                others.append((source.key, outcome))
+                source.release()
+        return mine, others, failures
+
+    def _unclaim(self, sources: Sequence[Source], failures: Sequence[ItemFailure] = ()) -> None:
+        """Tell whoever waits for these keys what became of them: stored, or there already, where they have not failed."""
+        failed = {failure.item: failure for failure in failures}
+        with self._lock:
+            outcomes = [(source.key, self._under_way.pop(source.key, None)) for source in sources]
+        for key, outcome in outcomes:
+            if outcome is not None:
+                outcome.set_result(failed.get(key))
+
+    def _await(self, others: Sequence[tuple[str, Future[ItemFailure | None]]], deadline: Deadline) -> list[ItemFailure]:
+        """Wait for keys that other puts are writing, and return those that they did not store."""
+        failures: list[ItemFailure] = []
+        for key, outcome in others:
+            try:
+                failure = outcome.result(timeout=deadline.remaining())
+            except FutureTimeoutError:
+                late = f"{key}: another put of it did not end within {deadline.seconds:g} s"
+                failure = ItemFailure(key, DeadlineError.kind, late)
+            if failure is None:
+                self._outcomes.chunks("put", "under_way", 1)
+            else:
+                failures.append(failure)
+        return failures
+
+    def _drop_present(self, sources: Sequence[Source], deadline: Deadline, report: PutReport) -> list[Source]:
+        """Release the sources that need no writing, and return the others; where it raises it released none.
+
+        Sources of which the Hub does not say whether they are there fail; the others are written all the same.
+        """
+        asked = [source.key for source in sources if not is_probe(source.key)]
+        contents: Mapping[str, Content | None] = {}
+        failure: HFBucketError | None = None
+        if asked:
+            contents, failure = self._existence.answers(asked, deadline, patient=True, believe="hits")
+        if isinstance(failure, BucketMissingError):
+            self._forget_bucket()
+            if self._settings.create_bucket_if_missing:
+                failure = None
+        unknown = [key for key in asked if key not in contents] if failure is not None else []
+        if failure is not None and len(unknown) == len(sources):
+            raise failure
+        present = [source for source in sources if self._is_there(source, contents.get(source.key))]
+        if len(present) + len(unknown) < len(sources):
+            self._create_bucket_once(deadline)
+        if failure is not None:
+            lost = [source for source in sources if source.key in set(unknown)]
+            failures = _release_unwritten(lost, failure.kind, str(failure))
+            self._unclaim(lost, failures)
+            report.failures += failures
+        self._unclaim(present)
+        for source in present:
+            self._outcomes.chunks("put", "present", 1)
+            source.release()
+        gone = {source.key for source in present} | set(unknown)
+        todo = [source for source in sources if source.key not in gone]
+        report.replaced = {source.key: old.size for source in todo if (old := contents.get(source.key)) is not None}
+        return todo
+
+    def _is_there(self, source: Source, content: Content | None) -> bool:
+        return (
+            content is not None
+            and content.size == len(source.view)
+            and not is_probe(source.key)
+            and not self._quarantine.knows(content.xet_hash)
+        )
+
+    def _create_bucket_once(self, deadline: Deadline) -> None:
+        if self._settings.create_bucket_if_missing and not self._bucket_is_there:
+            self._bucket.create(deadline)
+            self._bucket_is_there = True
+
+    def _forget_bucket(self) -> None:
+        """The bucket was deleted: the next put creates it again, if it may, and nothing that it held is there."""
+        self._bucket_is_there = False
+        self._existence.cache.clear()
+
+    # --- commits ----------------------------------------------------------------------------------------------------
+
+    def _commit_all(self, sources: Sequence[Source], deadline: Deadline) -> PutReport:
+        """Write commits side by side, and abandon those that the deadline finds unfinished."""
+        tasks: dict[Future[Future[dict[str, ItemFailure]]], _Commit] = {}
+        failures: list[ItemFailure] = []
+        for commit in map(_Commit, self._cut(sources)):
+            try:
+                with self._lock:
+                    if self._closed:
+                        raise RuntimeError(f"instance {self._outcomes.instance!r} is closed")  # noqa: TRY301
+                    self._commits.add(commit)
+                future = self._threads.submit_for(tasks, False, self._upload, commit, deadline)
+            except RuntimeError as error:
+                self._end(commit)
+                refused = commit.failures("transport", str(error))
+                self._unclaim(commit.sources, refused)
+                failures += refused
+            else:
+                tasks[future] = commit
+        namings, lost = self._wait_for_uploads(tasks, deadline)
+        report = self._wait_for_names(namings, deadline)
+        report.failures += failures + lost
+        return report
+
+    def _wait_for_uploads(
+        self, tasks: Mapping[Future[Future[dict[str, ItemFailure]]], _Commit], deadline: Deadline
+    ) -> tuple[dict[_Commit, Future[dict[str, ItemFailure]]], list[ItemFailure]]:
+        """The namings of what was uploaded, and what was not; the memory of all is given back."""
+        namings, failures = {}, []
+        unfinished = set(tasks)
+        while unfinished and not deadline.passed:
+            patience = min(deadline.remaining(), max(0.05, self._namer.window_secs))
+            _, unfinished = wait(unfinished, timeout=patience)
+            self._namer.flush(only_due=True)
+        for future, commit in tasks.items():
+            if future in unfinished:
+                if not future.cancel():
+                    self._bucket.transfer.abandon(commit.upload)
+                error: BaseException | None = DeadlineError(f"not stored within {deadline.seconds:g} s; abandoned")
+            else:
+                error = future.exception()
+            self._end(commit)
+            if error is None:
+                namings[commit] = future.result()
+            else:
+                failures += self._lost(commit, error)
+        return namings, failures
+
+    def _wait_for_names(
+        self, namings: Mapping[_Commit, Future[dict[str, ItemFailure]]], deadline: Deadline
+    ) -> PutReport:
+        report = PutReport()
+        for commit, naming in namings.items():
+            while not naming.done() and not deadline.passed:
+                self._namer.flush(only_due=True)
+                wait([naming], timeout=min(deadline.remaining(), max(0.05, self._namer.window_secs)))
+            if not naming.done():
+                asked = DeadlineError if naming.running() else UnsentError
+                report.failures += self._lost(commit, asked(f"not named within {deadline.seconds:g} s; abandoned"))
+            elif (error := naming.exception()) is not None:
+                report.failures += self._lost(commit, error)
+            else:
+                self._guard.succeeded("write")
+                report += self._settle(commit, naming.result())
+        return report
+
+    def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
+        if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
+            self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
+        if isinstance(error, BucketMissingError):
+            self._forget_bucket()
+        for source in commit.sources:  # they may be there, and only the answer be missing
+            self._existence.drop(source.key)
+        failures = commit.failures(_kind(error), str(error))
+        # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.
+        self._unclaim(commit.sources, failures)
+        return failures
+
+    def _end(self, commit: _Commit) -> None:
+        commit.release()
+        with self._lock:
+            self._commits.discard(commit)
+
+    def _cut(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
+        """Cut into commits, so that a failure costs no more than one."""
+        limit = self._settings.commit_bytes
+        commit: list[Source] = []
+        amount = 0
+        for source in sources:
+            if commit and amount + len(source.view) > limit:
+                yield commit
+                commit, amount = [], 0
+            commit.append(source)
+            amount += len(source.view)
+        if commit:
+            yield commit
+
+    def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
+        """Upload a commit, give its memory back, and have its contents named."""
+        sizes = [lease.size for lease in commit.leases]
+        with self._namer.expecting(), self._gate.hold(sum(sizes), deadline, "put"):
+            unyielding = 0
+
+            def taken(lease: SourceLease) -> None:
+                nonlocal unyielding
+                commit.release(lease)
+                unyielding += lease.size
+                if unyielding >= _YIELD_BYTES:
+                    unyielding = 0
+                    self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+
+            self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+            commit.begun = True
+            try:
+                contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload, taken)
+            finally:
+                commit.release()
+            if [content.size for content in contents] != sizes:
+                raise IntegrityError(f"{[content.size for content in contents]} of {sizes} bytes were taken")
+            if commit.upload.abandoned:
+                raise DeadlineError("abandoned")
+            join = self._bucket.handle.join
+            files = {join(encode_name(s.key)): c for s, c in zip(commit.sources, contents, strict=True)}
+            commit.files = files
+            return self._namer.name(files, deadline)
+
+    def _settle(self, commit: _Commit, failed: Mapping[str, ItemFailure]) -> PutReport:
+        """Tell item by item what became of a commit."""
+        report = PutReport()
+        written = 0
+        for source, (path, content) in zip(commit.sources, commit.files.items(), strict=True):
+            if path in failed:
+                message = f"{source.key}: {failed[path].message}"
+                report.failures.append(ItemFailure(source.key, failed[path].kind, message))
+                self._existence.drop(source.key)
+            else:
+                report.stored.append(source.key)
+                self._existence.wrote(source.key, content)
+                written += content.size
+        self._unclaim(commit.sources, report.failures)
+        self._outcomes.chunks("put", "stored", len(report.stored))
+        self._outcomes.bytes("write", written)
+        return report
+
+    def _tell(self, failures: Sequence[ItemFailure], started: float) -> None:
+        for failure in failures:
+            self._outcomes.chunks("put", failure.kind, 1)
+            self._outcomes.warn("put", failure.kind, failure.message)
+        self._outcomes.ended("put", failures[0].kind if failures else "ok", started)
+
+    # --- probing ----------------------------------------------------------------------------------------------------
+
+    def probe(self, deadline: Deadline) -> None:
+        """Upload a few bytes that no object names, and ask for an empty deed: whether writing works.
+
+        Raises:
+            HFBucketError: It does not, or not before the deadline.
+        """
+        upload = Upload()
+        try:
+            # Not on the threads of puts: behind puts that hang, it would say nothing about the store.
+            future = self._probes.submit(self._bucket.transfer.upload, [os.urandom(64)], deadline, upload)
+        except RuntimeError as error:
+            raise TransportError(str(error)) from None
+        wait([future], timeout=deadline.remaining())
+        if not future.done():
+            future.cancel()
+            self._bucket.transfer.abandon(upload)
+            raise DeadlineError(f"probe: not uploaded within {deadline.seconds:g} s; abandoned")
+        future.result()
+        self._bucket.delete([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
+
+    def close(self) -> None:
+        """Take no more work, name nothing any more, and read no memory of the engine's any more."""
+        with self._lock:
+            self._closed = True
+            commits = list(self._commits)
+        self._threads.close()
+        self._probes.close()
+        self._namer.close()
+        for commit in commits:
+            self._bucket.transfer.abandon(commit.upload)
+            commit.release()
+
+
+def _kind(error: BaseException) -> str:
+    return error.kind if isinstance(error, HFBucketError) else HFBucketError.kind
+
+
+def _release_unwritten(sources: Sequence[Source], kind: str, message: str) -> list[ItemFailure]:
+    for source in sources:
+        source.release()
+    return [ItemFailure(source.key, kind, f"{source.key}: {message}") for source in sources]

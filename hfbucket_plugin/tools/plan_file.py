@@ -1,0 +1,210 @@
+"""Plan files: JSON Lines, written atomically and sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+import tempfile
+import weakref
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Self
+
+from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.tools.lines import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+_LINES: Final = 1000
+_STRETCH_BYTES: Final = 8 * 1024 * 1024
+"""A stretch has 1,000 lines, or fewer long ones: only one stretch is in memory at a time."""
+
+MOST_LINE_BYTES: Final = 1024 * 1024
+"""No plan has longer lines: a header that names hundreds of models has a tenth of it."""
+
+
+_READ_BYTES: Final = 256 * 1024
+
+
+class _At(io.RawIOBase):
+    """An open file from some byte on. It shares no position with other readers of that file, and does not close it."""
+
+    def __init__(self, number: int, at: int) -> None:
+        super().__init__()
+        self._number = number
+        self._at = at
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self._number, [buffer], self._at)
+        self._at += count
+        return count
+
+
+class Sealed:
+    """A file of lines, held open.
+
+    Args:
+        path: Of the file.
+        what: What it is, for errors, such as `plan`.
+        longest: Most bytes of a line.
+
+    Attributes:
+        status: Its owner, mode and more.
+
+    Raises:
+        ConfigError: It cannot be read, or is not a regular file.
+    """
+
+    def __init__(self, path: Path, what: str, longest: int = MOST_LINE_BYTES) -> None:
+        self._longest = longest
+        self._name = f"{what} {str(path)!r}"
+        self._stretches: list[tuple[int, bytes]] = []
+        file = open_regular(path, what)
+        weakref.finalize(self, file.close)
+        self._number = file.fileno()
+        self.status = os.fstat(self._number)
+
+    def expect_ours(self) -> None:
+        """Refuse a file that somebody else could have written.
+
+        Raises:
+            RefusedError: It belongs to another user, or others may write to it.
+        """
+        if self.status.st_uid != os.geteuid() or self.status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RefusedError(
+                f"{self._name} belongs to another user, or others may write to it. It may have been changed, so "
+                "nothing of it is carried out. Plan again; or review it, and copy it with `install -m 600 PLAN COPY`"
+            )
+
+    def raw_lines(self, start: int = 0) -> Iterator[bytes]:
+        """The lines as they are now, compared with nothing.
+
+        Args:
+            start: Byte at which the first line begins.
+
+        Raises:
+            ValueError: The line after the one that was given last is too long.
+            OSError: The file cannot be read.
+        """
+        with io.BufferedReader(_At(self._number, start), _READ_BYTES) as file:
+            while line := file.readline(self._longest + 1):
+                if len(line) > self._longest:
+                    raise ValueError(f"the line after it is longer than {self._longest} bytes")
+                yield line
+
+    def lines(self) -> Iterator[bytes]:
+        """All lines, for the first time.
+
+        Raises:
+            ValueError: The line after the one that was given last is too long.
+            OSError: The file cannot be read.
+        """
+        self._stretches.clear()
+        stretch: list[bytes] = []
+        size = 0
+        lines = self.raw_lines()
+        problem: ValueError | None = None
+        while problem is None:
+            line = b""
+            try:
+                line = next(lines, b"")
+            except ValueError as error:
+                problem = error
+            if line:
+                stretch.append(line)
+                size += len(line)
+            if not line or len(stretch) == _LINES or size >= _STRETCH_BYTES:
+                yield from self._sealed(stretch)
+                stretch, size = [], 0
+            if not line:
+                break
+        if problem is not None:
+            raise problem
+
+    def _sealed(self, stretch: list[bytes]) -> list[bytes]:
+        whole = b"".join(stretch)
+        if whole:
+            self._stretches.append((len(whole), hashlib.sha256(whole).digest()))
+        return stretch
+
+    def lines_again(self) -> Iterator[bytes]:
+        """The same lines once more.
+
+        Raises:
+            RefusedError: The file was changed since it was read.
+            OSError: It cannot be read any more.
+        """
+        at = 0
+        for length, digest in self._stretches:
+            yield from io.BytesIO(self.again(at, length, digest))
+            at += length
+
+    def again(self, at: int, length: int, digest: bytes) -> bytes:
+        """A stretch of the file, which must be what it was.
+
+        Args:
+            at: Its first byte.
+            length: Its length in bytes.
+            digest: Its SHA-256 when it was read first.
+
+        Raises:
+            RefusedError: It was changed since.
+            OSError: It cannot be read any more.
+        """
+        whole = self._read(at, length)
+        if hashlib.sha256(whole).digest() != digest:
+            raise RefusedError(f"{self._name} was changed after it was checked: nothing more of it is carried out")
+        return whole
+
+    def _read(self, at: int, length: int) -> bytes:
+        pieces: list[bytes] = []
+        while length and (piece := os.pread(self._number, length, at)):
+            pieces.append(piece)
+            at, length = at + len(piece), length - len(piece)
+        return b"".join(pieces)
+
+
+class PlanOutput:
+    """Writes the lines of a plan, JSON objects all of them. Use it as a context manager.
+
+    Args:
+        path: Of the plan.
+        header: Its first line.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number, self._part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        except OSError as error:
+            raise ConfigError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
+        self._out: IO[str] = os.fdopen(number, "w", encoding="utf-8")
+        self._write(header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+        Path(self._part).unlink(missing_ok=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._out.write(json.dumps(record) + "\n")
+
+    def _end(self, totals: dict[str, Any]) -> None:
+        """Write the last line: from now on the plan is there."""
+        self._write({"record": "end"} | totals)
+        self._out.flush()
+        os.fsync(self._out.fileno())
+        Path(self._part).replace(self._path)

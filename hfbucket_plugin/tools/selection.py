@@ -1,0 +1,246 @@
+"""Which chunks a run is about: a choice as people state it, and the filter that it is. Pure.
+
+As much of a choice as possible is asked of the Hub itself: a listing starts at the longest starts of keys that cannot
+leave out a chunk of the choice (`listing_prefixes`). What the start of a key does not tell is filtered afterwards.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, model_validator
+
+from hfbucket_plugin.core.keys import ClassicKey, MPKey
+from hfbucket_plugin.core.units import format_duration, format_ranks, parse_bytes, parse_duration, parse_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hfbucket_plugin.core.keys import Key
+    from hfbucket_plugin.hub.listing import ChunkEntry
+
+KINDS: Final[tuple[type[Key], ...]] = (ClassicKey, MPKey)
+
+ADVICE: Final = (
+    "nothing says which chunks: give --prefix 'org/model@8@', --model, --keys-from or --prompts; or --all for every "
+    "chunk of the instance"
+)
+
+_MOST_PREFIXES: Final = 256
+"""Beyond as many, fewer and shorter ones are listed: each costs a request at least."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+def _as_bytes(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _as_duration(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        raise ValueError("a length of time has a unit, such as 24h")  # noqa: TRY004 - pydantic words ValueError only
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _as_seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return parse_duration(value).total_seconds()
+
+
+def as_ranks(value: Any) -> Any:
+    """For pydantic: ranks of workers from `0-3,7`, or from the number that YAML makes of `3`."""
+    if isinstance(value, bool):
+        raise ValueError("ranks of workers read 0-3,7")  # noqa: TRY004 - as above
+    return parse_ranks(str(value)) if isinstance(value, (str, int)) else value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+"""One text or several, none empty."""
+
+Bytes = Annotated[int, BeforeValidator(_as_bytes), Field(gt=0)]
+"""A number of bytes, or a text such as `50GiB`."""
+
+Seconds = Annotated[float, BeforeValidator(_as_seconds), Field(gt=0)]
+"""A number of seconds, or a text such as `30m`."""
+
+Length = Annotated[timedelta, BeforeValidator(_as_duration), Field(ge=timedelta(0)), PlainSerializer(format_duration)]
+"""A length of time, or a text such as `24h`."""
+
+Ranks = Annotated[frozenset[int], BeforeValidator(as_ranks), PlainSerializer(format_ranks)]
+"""Ranks of workers."""
+
+
+class Choice(BaseModel):
+    """Which chunks of an instance. All that is given has to hold; of several texts in one field, one has to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    all: bool = Field(False, description="Every chunk of the instance. Has to be said: it may be millions.")
+    prefix: Texts = Field(
+        (),
+        description="Chunks whose key starts with this, such as 'org/model@8@'. Empty texts are refused: `--all` says that.",
+    )
+    model: Texts = Field((), description="Chunks of this model, by its whole name.")
+    world_size: PositiveInt | None = Field(None, description="Chunks of engines of so many workers.")
+    workers: Ranks | None = Field(None, description="Chunks of these workers, as 0-3,7.")
+    include: Texts = Field(
+        (), description="Only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
+    )
+    exclude: Texts = Field((), description="No keys that match this glob.")
+    since: Annotated[Length, Field(gt=timedelta(0))] | None = Field(
+        None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d."
+    )
+    newest: PositiveInt | None = Field(None, description="At most so many chunks, the newest.")
+    hottest: PositiveInt | None = Field(
+        None,
+        description="At most so many chunks, those that engines read most; see docs/index.md. Where the instance's key index "
+        "knows nothing of reads, the newest.",
+    )
+    max_bytes: Bytes | None = Field(
+        None,
+        description="At most so many bytes, as 50GiB: the chunks that are read most, as with `--hottest`; with `--newest`, and in "
+        "an export, the newest; with `--prompts` the first of the prompts.",
+    )
+    keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
+        (),
+        description="Only the keys in this file: one a line, or lines of JSON with a `key`, such as an earlier plan or report; "
+        "or those of the chunks in this directory of LMCache's.",
+    )
+    prompts: Path | None = Field(
+        None,
+        description='Only chunks of the prompts in this file, in their order: a line of JSON each, {"token_ids": [...]}, and '
+        '"model" and "cache_salt" where they matter.',
+    )
+    chunk_size: PositiveInt = Field(
+        256, description="Tokens of a chunk, for `--prompts` in MP mode: as `lmcache server` has it."
+    )
+    hash_algorithm: str = Field(
+        "blake3", description="What hashes tokens, for `--prompts` in MP mode: as `lmcache server` has it."
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Choice:
+        if self.all and self.prefix:
+            raise ValueError("all and prefix contradict each other: say --all, or name the prefixes")
+        for name in ("newest", "hottest"):
+            if getattr(self, name) is not None and self.prompts is not None:
+                raise ValueError(
+                    f"{name} and prompts contradict each other: prompts are warmed from their start; use max_bytes"
+                )
+        if self.newest is not None and self.hottest is not None:
+            raise ValueError("newest and hottest contradict each other: give one of them")
+        if self.workers is not None and self.world_size is not None and max(self.workers) >= self.world_size:
+            raise ValueError(
+                f"an engine of {self.world_size} workers has no worker {max(self.workers)}: they count from 0"
+            )
+        return self
+
+    @property
+    def given(self) -> bool:
+        """Whether it says which chunks at all."""
+        return self.all or bool(self.prefix or self.model or self.keys_from or self.prompts)
+
+    @property
+    def wants_heat(self) -> bool:
+        """Whether chunks are wanted in the order in which they are read most."""
+        return self.prompts is None and self.newest is None and (self.hottest or self.max_bytes) is not None
+
+    @property
+    def most(self) -> int | None:
+        """At most so many chunks."""
+        return self.newest if self.hottest is None else self.hottest
+
+    def listing_prefixes(self, kind: type[Key] | None = None) -> list[str]:
+        """Starts of keys, such that each chunk of the choice starts with one of them.
+
+        Args:
+            kind: The only kind of key that is wanted; None for both, which can be told less about.
+        """
+        prefixes = list(self.prefix) or [""]
+        if not self.model:
+            return sorted(set(prefixes))
+        kinds = KINDS if kind is None else (kind,)
+        starts = [start for model in self.model for one in kinds for start in self._starts(model, one)]
+        if len(starts) > _MOST_PREFIXES:
+            starts = [f"{model}@" for model in self.model]
+        return sorted({both for prefix in prefixes for start in starts if (both := _both(prefix, start)) is not None})
+
+    def _starts(self, model: str, kind: type[Key]) -> list[str]:
+        if self.world_size is None:
+            return [f"{model}@"]
+        if kind is ClassicKey:
+            start = f"{model}@{self.world_size}@"
+            return [start] if self.workers is None else [f"{start}{worker}@" for worker in sorted(self.workers)]
+        # Of a rank, at least 8 digits, the last six tell the worker (2) and what is local (4), and those before them the world size.
+        start = f"{model}@{self.world_size:02x}"
+        if self.workers is None:
+            return [start]
+        return [f"{start}{worker:02x}" for worker in sorted(self.workers) if worker < 256]  # noqa: PLR2004 - a byte
+
+    def filter(self, now: datetime) -> Filter:
+        """The choice as a filter.
+
+        Args:
+            now: What `since` counts back from.
+        """
+        return Filter(self, now)
+
+
+def _both(prefix: str, start: str) -> str | None:
+    """The start of the keys that start with both."""
+    if prefix.startswith(start):
+        return prefix
+    return start if start.startswith(prefix) else None
+
+
+class Filter:
+    """Tells the chunks of a choice from others, as far as a chunk alone can tell.
+
+    Args:
+        choice: What is wanted.
+        now: What `since` counts back from.
+    """
+
+    def __init__(self, choice: Choice, now: datetime) -> None:
+        self._choice = choice
+        self._after = None if choice.since is None else now - choice.since
+        self._models = frozenset(choice.model)
+        self._include = _pattern(choice.include)
+        self._exclude = _pattern(choice.exclude)
+
+    def __call__(self, entry: ChunkEntry) -> bool:
+        """Whether a chunk is of the choice."""
+        return self._named(entry.text) and self._written_by(entry.key) and self._recent(entry.uploaded_at)
+
+    def _named(self, text: str) -> bool:
+        if self._choice.prefix and not text.startswith(self._choice.prefix):
+            return False
+        if self._include is not None and not self._include.match(text):
+            return False
+        return self._exclude is None or not self._exclude.match(text)
+
+    def _written_by(self, key: Key) -> bool:
+        choice = self._choice
+        if self._models and key.model not in self._models:
+            return False
+        if choice.world_size is not None and key.world_size != choice.world_size:
+            return False
+        return choice.workers is None or key.worker_id in choice.workers
+
+    def _recent(self, uploaded_at: datetime | None) -> bool:
+        return self._after is None or (uploaded_at is not None and uploaded_at >= self._after)
+
+
+def _pattern(globs: Iterable[str]) -> re.Pattern[str] | None:
+    texts = [fnmatch.translate(glob) for glob in globs]
+    return re.compile("|".join(texts)) if texts else None

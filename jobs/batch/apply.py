@@ -1,0 +1,297 @@
+"""A plan, carried out: batches side by side, each after the lock was confirmed, retried for what failed of it only."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Generic, Protocol
+
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
+from hfbucket_plugin.hub.bucket import MAX_BATCH
+from jobs.batch.model import Batch, Result, T, attempt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from jobs.batch.model import Elsewhere, Ended
+    from jobs.deletion.plan import Item
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECS: Final = 0.2
+"""How often to look whether to stop, while nothing ends."""
+
+_BACKOFF_SECS: Final = 0.5
+_ATTEMPT_SECS: Final = 60.0
+"""Most seconds of a try, far less than the lock holds."""
+
+_LOST_SECS: Final = 10.0
+"""A try that has not ended so long after it should have is lost."""
+
+_KEEP_SECS: Final = 5.0
+"""How long to leave the Hub alone after the lock could not be renewed, while tries are under way."""
+
+
+class Executor(Protocol[T]):
+    """Where batches are tried."""
+
+    width: int
+    """How many at one time."""
+
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
+        """Begin a try at a batch.
+
+        Args:
+            batch: What it is about.
+            not_after: See `jobs.batch.model.attempt`.
+            seconds: How long it may take, from now on.
+            ends: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
+        """
+
+    def lose(self, future: Future[Result[T]]) -> None:
+        """Give a try up that should have ended long ago; where that is possible, it ends by this."""
+
+    def close(self) -> None:
+        """Begin no more."""
+
+
+class InProcess:
+    """Batches on threads of this process.
+
+    Args:
+        bucket: The instance's.
+        width: How many at one time.
+        source: Of a mirror.
+    """
+
+    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
+        self.width = width
+        self._bucket = bucket
+        self._source = source
+        self._pool = WorkerPool("jobs-delete", width)
+
+    def submit(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[Item]]:
+        """Begin a try at a batch. However late its thread gets to it, it ends in time."""
+        deadline = Deadline.after(seconds)
+        return self._pool.submit(attempt, self._bucket, batch, not_after, deadline, source=self._source)
+
+    def lose(self, _future: Future[Result[Item]]) -> None:
+        """Threads end by themselves: every request has its deadline."""
+
+    def close(self) -> None:
+        """Begin no more."""
+        self._pool.close()
+
+
+class Stop(Protocol):
+    """Whether to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether an order came."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How applying ended.
+
+    Attributes:
+        why: None when the plan was carried out to its end; else why it was not.
+    """
+
+    why: HFBucketError | OSError | None = None
+    stopped: bool = False
+
+
+class Applier(Generic[T]):
+    """Carries plans out.
+
+    Args:
+        executor: Where batches are tried.
+        confirm: Makes sure that the lock is held, and says for how many seconds it is; raises when it is not.
+        ends: Until when, by the Hub's clock, it then is.
+        keep: Keeps the lock meanwhile; raises when it is not held.
+        not_after: An object that was uploaded later is too young.
+        told: Is told of every object that has ended.
+        stop: Whether to stop.
+        until: When to begin no more.
+        batch_size: Most objects of a batch.
+        batch_bytes: Most bytes of a batch of several; None for no bound.
+        attempt_secs: Most seconds of a try.
+
+    Attributes:
+        undrained: Whether `run` broke off while tries were under way that did not end.
+    """
+
+    def __init__(
+        self,
+        executor: Executor[T],
+        *,
+        confirm: Callable[[], float],
+        not_after: datetime,
+        told: Callable[[Ended[T]], None],
+        stop: Stop,
+        until: Deadline,
+        batch_size: int = MAX_BATCH,
+        batch_bytes: int | None = None,
+        attempt_secs: float = _ATTEMPT_SECS,
+        ends: Callable[[], datetime | None] = lambda: None,
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._executor = executor
+        self._confirm = confirm
+        self._not_after = not_after
+        self._told = told
+        self._stop = stop
+        self._until = until
+        self._size = min(batch_size, MAX_BATCH)
+        self._batch_bytes = batch_bytes
+        self._attempt_secs = attempt_secs
+        self._ends = ends
+        self._keep = keep
+        self._keep_at = 0.0
+        self.undrained = False
+        self._fresh: Iterator[Batch[T]] = iter(())
+        self._exhausted = False
+        self._again: list[tuple[float, Batch[T]]] = []
+        self._quiet_until = 0.0
+        self._why: HFBucketError | OSError | None = None
+
+    def run(self, items: Iterator[T]) -> End:
+        """Do what is still as planned. Returns when all has ended that was begun.
+
+        An error waits for what was begun, too, and counts it: nothing is deleted after this has ended, unless `undrained`.
+        """
+        self._fresh, self._exhausted, self._why = _batches(items, self._size, self._batch_bytes), False, None
+        running: dict[Future[Result[T]], float] = {}
+        try:
+            while True:
+                self._feed(running)
+                if running:
+                    for future in self._ended(running):
+                        self._take(future)
+                    self._keep_lock()
+                elif self._over or (self._exhausted and not self._again):
+                    return End(self._why, self._stop.requested)
+                else:
+                    time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
+        except BaseException as error:
+            # A second order to stop does not wait for long.
+            self._drain(running, self._attempt_secs + 2 * _LOST_SECS if isinstance(error, Exception) else _LOOK_SECS)
+            raise
+
+    def _drain(self, running: dict[Future[Result[T]], float], seconds: float) -> None:
+        """Wait for what is under way, and count it; nothing new is begun."""
+        self.undrained = bool(running)
+        until = Deadline.after(seconds)
+        while running:
+            for future in self._ended(running):
+                with contextlib.suppress(Exception):  # one error is being told already
+                    self._take(future)
+            if until.passed:
+                break
+        self.undrained = bool(running)
+
+    def _ended(self, running: dict[Future[Result[T]], float]) -> Iterator[Future[Result[T]]]:
+        """Tries that have ended, taken out of those that are under way; what should have, long ago, is given up."""
+        done, _ = wait(running, _LOOK_SECS, FIRST_COMPLETED)
+        for future in done:
+            del running[future]
+            yield future
+        late = [future for future, lost_at in running.items() if time.monotonic() >= lost_at]
+        for future in late:
+            running[future] = math.inf
+            self._executor.lose(future)
+
+    def _keep_lock(self) -> None:
+        """Keep the lock while tries are under way: those who wait for it must not get it before they have ended."""
+        if self._why is not None or time.monotonic() < self._keep_at:
+            return
+        try:
+            self._keep()
+        except (ThrottledError, TransportError) as error:
+            _log.warning("the lock could not be renewed yet: %s", error)
+            self._keep_at = time.monotonic() + _KEEP_SECS
+        except HFBucketError as error:
+            self._why = error
+
+    def _feed(self, running: dict[Future[Result[T]], float]) -> None:
+        """Begin as many batches as may run."""
+        while not self._over and len(running) < self._executor.width and (batch := self._next()) is not None:
+            try:
+                seconds = min(self._attempt_secs, self._confirm())
+            except (ThrottledError, TransportError) as error:  # nobody knows whether the lock is ours
+                self._hold(batch, error)
+            except HFBucketError as error:
+                self._why = error
+            else:
+                future = self._executor.submit(batch, self._not_after, seconds, self._ends())
+                running[future] = time.monotonic() + seconds + _LOST_SECS
+
+    @property
+    def _over(self) -> bool:
+        return self._why is not None or self._stop.requested or self._until.passed
+
+    def _next(self) -> Batch[T] | None:
+        """The batch that is due; None where there is none now."""
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return None
+        for place, (ready_at, batch) in enumerate(self._again):
+            if ready_at <= now:
+                del self._again[place]
+                return batch
+        batch_or_none = next(self._fresh, None)
+        self._exhausted = batch_or_none is None
+        return batch_or_none
+
+    def _hold(self, batch: Batch[T], error: HFBucketError) -> None:
+        asked = error.retry_after if isinstance(error, ThrottledError) else None
+        _log.warning("waiting, since the lock could not be confirmed: %s", error)
+        self._be_quiet(asked or _BACKOFF_SECS)
+        self._again.append((0.0, batch))
+
+    def _take(self, future: Future[Result[T]]) -> None:
+        try:
+            result = future.result()
+        except (HFBucketError, OSError) as error:  # an OSError is a disk's
+            self._why = self._why or error
+            return
+        for ended in result.ended:
+            self._told(ended)
+        if result.wait_secs:
+            self._be_quiet(result.wait_secs)
+        if result.left is not None:
+            backoff = _BACKOFF_SECS * 2**result.left.tries if result.left.tries else 0.0
+            self._again.append((time.monotonic() + backoff, result.left))
+
+    def _be_quiet(self, seconds: float) -> None:
+        self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
+
+
+def _batches(items: Iterator[T], size: int, most_bytes: int | None) -> Iterator[Batch[T]]:
+    if most_bytes is None:
+        while batch := tuple(itertools.islice(items, size)):
+            yield Batch(batch)
+        return
+    taken: list[T] = []
+    nbytes = 0
+    for item in items:
+        if taken and (len(taken) == size or nbytes + item.size > most_bytes):
+            yield Batch(tuple(taken))
+            taken, nbytes = [], 0
+        taken.append(item)
+        nbytes += item.size
+    if taken:
+        yield Batch(tuple(taken))

@@ -1,0 +1,343 @@
+"""Batches on Ray actors."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import defaultdict
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Generic
+
+import ray
+import ray.exceptions
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.errors import ConfigError, HFBucketError
+from hfbucket_plugin.hub import xet_home
+from hfbucket_plugin.hub.connect import open_bucket
+from jobs.batch.model import TRIES, Batch, Ended, Outcome, Result, T, attempt
+from jobs.deletion.guards import Extent
+from jobs.export.bucket import InstanceEnd
+from jobs.export.copy import How, Moved, Mover
+from warmer.cluster.ray import joined
+from warmer.report.metrics import CountedBytes
+from warmer.report.outcomes import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+    from enum import StrEnum
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from jobs.deletion.plan import Item
+    from jobs.export.plan import Move
+
+
+_TAGS = ("instance", "outcome")
+
+
+class RayCounts:
+    """Counters of one run.
+
+    Args:
+        instance: That is changed.
+    """
+
+    def __init__(self, instance: str) -> None:
+        self._instance = instance
+        self._objects = CountedBytes("jobs_objects", "jobs_bytes", "Objects that a job is done with, by outcome", _TAGS)
+
+    def add(self, result: Result[Any]) -> None:
+        """Count what has ended with a try."""
+        ended: defaultdict[str, Extent] = defaultdict(Extent)
+        for one in result.ended:
+            ended[str(one.outcome)] = ended[str(one.outcome)].plus(one.item.size)
+        for outcome, extent in ended.items():
+            tags = {"instance": self._instance, "outcome": outcome}
+            self._objects.add(extent.objects, extent.bytes, tags)
+
+
+_REQUEST_SECS: Final = 60.0
+_START_SECS: Final = 120.0
+
+_LOSSES: Final = 3
+"""A batch whose actors died so often is what kills them."""
+
+_DEATHS: Final = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+)
+"""What is said of an actor whose process is gone, whatever it was given to do."""
+
+
+class _Deleter:
+    """The actor that deletes: one door to the bucket, one batch at a time."""
+
+    def __init__(self, settings: InstanceSettings, instance: str) -> None:
+        xet_home.claim()
+        self._settings = settings
+        self._bucket = open_bucket(settings, instance, Tally(), _REQUEST_SECS)
+
+    def tokens(self) -> list[bool]:
+        """Whether its node has a token for the instance."""
+        return [self._settings.resolve_token() is not None]
+
+    def attempt(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, ends: datetime
+    ) -> Result[Item] | HFBucketError:
+        """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
+        try:
+            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), ends)
+        except HFBucketError as error:
+            return error
+
+
+class _Carrier:
+    """The actor that carries bytes from one instance to another, a window of them at a time."""
+
+    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
+        xet_home.claim()
+        self._settings = [settings for _, settings in ends]
+        source, destination = (InstanceEnd(name, settings) for name, settings in ends)
+        self._mover = Mover(source, destination, How.STREAM, window_bytes, memory_bytes)
+
+    def tokens(self) -> list[bool]:
+        """Whether its node has a token for each of the two instances."""
+        return [settings.resolve_token() is not None for settings in self._settings]
+
+    def attempt(
+        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: None
+    ) -> Result[Move] | HFBucketError:
+        """Try at a batch, as `_Deleter` does."""
+        try:
+            return self._mover.attempt(batch, seconds)
+        except HFBucketError as error:
+            return error
+
+
+class _OnActors(Generic[T]):
+    """Batches on actors, as many as may run at one time.
+
+    Args:
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+        instances: Whose tokens the actors need.
+        failed: What an object is whose actors were lost, again and again.
+        actor: The class of the actors.
+        arguments: Of its constructor.
+
+    Raises:
+        ConfigError: A node lacks the variable of a token.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        address: str | None,
+        instances: Sequence[NamedInstance],
+        failed: StrEnum,
+        *,
+        actor: type,
+        arguments: Sequence[Any],
+    ) -> None:
+        self.width = width
+        self._failed = failed
+        self._mutex = threading.Lock()
+        self._busy: dict[Future[Result[T]], tuple[Any, Batch[T]]] = {}
+        self._dead: list[Any] = []  # still in their places
+        self._unproven: list[Any] = []  # in the places of others, and without an answer so far: Ray may never make them
+        self._counts = RayCounts(instances[-1].name)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(joined(address))
+        try:
+            remote: Any = ray.remote(num_cpus=0, max_restarts=TRIES)(actor)
+            self._start: Callable[[], Any] = lambda: remote.remote(*arguments)
+            self._idle: list[Any] = [self._start() for _ in range(width)]
+            have = ray.get([one.tokens.remote() for one in self._idle], timeout=_START_SECS)
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise ClusterError(f"the Ray cluster starts no actors: {str(error).splitlines()[0]}") from None
+        for place, named in enumerate(instances):
+            settings = named.settings
+            if settings.resolve_token() is not None and not all(found[place] for found in have):
+                self.close()
+                raise ConfigError(
+                    f"a node of the Ray cluster lacks {settings.token_env} ({named.setting('token_env')} names it)"
+                )
+
+    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
+        """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
+        # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
+        actor = self._idle.pop(0)
+        told: Future[Result[T]] = Future()
+        try:
+            actor = self._living(actor)
+        except Exception as error:  # noqa: BLE001 - the future carries it to whoever waits
+            told.set_exception(error)
+            return told
+        with self._mutex:
+            self._busy[told] = (actor, batch)
+        answer = actor.attempt.remote(batch, not_after, seconds, ends).future()
+        answer.add_done_callback(lambda done: self._settle(told, done))
+        return told
+
+    def _settle(self, told: Future[Result[T]], done: Future[Any]) -> None:
+        """Tell what an actor answered, whatever that is: somebody waits for it.
+
+        Ray calls this on the one thread on which it does everything, `ray.kill` too, which waits for that to be done: so
+        nothing is asked of Ray here, and who died is replaced when its place is needed.
+        """
+        with self._mutex:
+            busy = self._busy.pop(told, None)
+        if busy is None:  # it was given up before
+            return
+        actor, batch = busy
+        self._forget(actor)
+        try:
+            if isinstance(done.exception(), _DEATHS):
+                with self._mutex:
+                    self._dead.append(actor)
+            self._idle.append(actor)
+            result = self._result(batch, done)
+            self._counts.add(result)
+        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+            told.set_exception(error)
+        else:
+            told.set_result(result)
+
+    def _result(self, batch: Batch[T], done: Future[Any]) -> Result[T]:
+        try:
+            result: Result[T] | HFBucketError = done.result()
+        except _DEATHS as error:
+            if batch.losses + 1 < _LOSSES:
+                return Result((), replace(_asked(batch), losses=batch.losses + 1))
+            return _given_up(batch, self._failed, f"actors that tried it died {_LOSSES} times: {_first_line(error)}")
+        except ray.exceptions.RayError as error:
+            return _lost(batch, self._failed, _first_line(error))
+        if isinstance(result, HFBucketError):
+            raise result
+        return result
+
+    def _living(self, actor: Any) -> Any:
+        """The actor, or another one in its place where it died."""
+        with self._mutex:
+            died = any(one is actor for one in self._dead)
+            self._dead = [one for one in self._dead if one is not actor]
+        return self._replaced(actor) if died else actor
+
+    def _replaced(self, actor: Any) -> Any:
+        """An actor in the place of one that is of no use any more."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # dead already
+            ray.kill(actor)
+        new = self._start()
+        with self._mutex:
+            self._unproven.append(new)
+        return new
+
+    def _forget(self, actor: Any) -> bool:
+        """Whether nothing was ever heard of an actor; from now on something was."""
+        with self._mutex:
+            was = any(one is actor for one in self._unproven)
+            self._unproven = [one for one in self._unproven if one is not actor]
+        return was
+
+    def lose(self, future: Future[Result[T]]) -> None:
+        """End an actor that does not answer, and put another one in its place."""
+        with self._mutex:
+            busy = self._busy.pop(future, None)
+        if busy is None:
+            return
+        actor, batch = busy
+        if self._forget(actor) and self.width > 1:
+            # It cannot be made, it seems: the others do its work, and this was no try of anything.
+            self.width -= 1
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(actor)
+            future.set_result(Result((), _asked(batch)))
+            return
+        try:
+            self._idle.append(self._replaced(actor))
+        except Exception as error:  # noqa: BLE001 - as above
+            future.set_exception(error)
+        else:
+            future.set_result(_lost(batch, self._failed, "it did not answer in time"))
+
+    def close(self) -> None:
+        """End the actors, and leave the cluster."""
+        self._stack.close()
+
+
+class OnActors(_OnActors["Item"]):
+    """Batches of deletes on actors.
+
+    Args:
+        named: The instance.
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+
+    Raises:
+        ConfigError: A token is written into the configuration, or a node lacks its variable.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(self, named: NamedInstance, width: int, address: str | None) -> None:
+        arguments = (_without_token(named), named.name)
+        super().__init__(width, address, [named], Outcome.FAILED, actor=_Deleter, arguments=arguments)
+
+
+class OnCarriers(_OnActors["Move"]):
+    """Batches of copies on actors, through which the bytes go.
+
+    Args:
+        ends: Where chunks come from, and where they go.
+        bounds: Most bytes of chunks that one actor fetches at one time, and of a single chunk.
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+
+    Raises:
+        ConfigError: A token is written into the configuration, or a node lacks its variable.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(
+        self, ends: tuple[NamedInstance, NamedInstance], bounds: tuple[int, int], width: int, address: str | None
+    ) -> None:
+        own = [(named.name, _without_token(named)) for named in ends]
+        super().__init__(width, address, ends, Moved.FAILED, actor=_Carrier, arguments=(own, *bounds))
+
+
+def _without_token(named: NamedInstance) -> InstanceSettings:
+    """Settings as they may leave this process."""
+    settings = named.settings.model_copy(update={"token": None})
+    if named.settings.resolve_token() is not None and settings.resolve_token() is None:
+        raise ConfigError(
+            f"{named.setting('token')} is written into the configuration; it would have to travel through Ray, which is "
+            f"never done. Set {settings.token_env} on all nodes, or give --local"
+        )
+    return settings
+
+
+def _lost(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
+    """What came of a try whose actor was lost: nobody knows, so every object is looked up again."""
+    if batch.tries + 1 >= TRIES:
+        return _given_up(batch, failed, f"its actor was lost: {why}")
+    return Result((), replace(_asked(batch), tries=batch.tries + 1))
+
+
+def _asked(batch: Batch[T]) -> Batch[T]:
+    """A batch of which nobody knows what became, as it is tried again."""
+    return replace(batch, asked=batch.asked | {item.path for item in batch.items})
+
+
+def _given_up(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
+    return Result(tuple(Ended(item, failed, why) for item in batch.items))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,289 @@
+"""`python -m jobs export`, and the carrying out of its plans."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import ConfigError, RefusedError
+from jobs.cli import options, show, units
+from jobs.deletion import guards
+from jobs.deletion.executor import in_process
+from jobs.deletion.job import Job, Order, handles_of
+from jobs.deletion.mirror import JOB as MIRROR
+from jobs.deletion.mirror import NotAtSource, check_mirror
+from jobs.export.bucket import InstanceEnd
+from jobs.export.job import Export, ExportOrder
+from jobs.export.plan import Place, PlanFile, Renames
+from jobs.export.planning import CHOOSING, OnConflict, Wanted, choice_of, prompts_of
+from jobs.export.resolve import Endpoint, endpoint
+from jobs.session import Session, options_checked
+from warmer.request.flags import Flag  # noqa: TC001 - as above
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.signals import StopSwitch
+    from jobs.deletion.plan import PlanFile as DeletePlan
+    from jobs.export.report import ExportSummary
+    from jobs.report import ReportFile, Summary
+    from jobs.session import Work
+
+From = Annotated[
+    str, typer.Option("--from", metavar="NAME|DIR/", help="An instance, or a directory, which has a slash in it.")
+]
+To = Annotated[str, typer.Option("--to", metavar="NAME|DIR/", help="The same: where chunks go.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|copy|stream",
+        help="copy: the Hub copies by hash, no bytes move. stream: bytes go through here. auto: what the Hub permits.",
+    ),
+]
+Conflict = Annotated[
+    str,
+    typer.Option(
+        "--on-conflict",
+        metavar="skip|newer|overwrite",
+        help="What becomes of a chunk under whose key the destination has something else. It is named in any case.",
+    ),
+]
+RenameFlag = Annotated[
+    list[str] | None,
+    typer.Option("--rename", metavar="OLD=NEW", help="Rewrite the start of keys: old-model@=new-model@. Repeatable."),
+]
+Mirror = Annotated[
+    bool,
+    typer.Option(
+        "--mirror", help="Then delete chunks of the choice that the source does not have, by the guards of cleanup."
+    ),
+]
+WithoutManifest = Annotated[
+    bool, typer.Option("--without-manifest", help="Import files of a directory that no manifest vouches for.")
+]
+Window = Annotated[str, typer.Option(metavar="SIZE", help="Most memory that chunks on their way take.")]
+ExportYes = Annotated[
+    bool, typer.Option("--yes", help="Replace and delete without asking. What only adds needs no order.")
+]
+ExportLocal = Annotated[
+    bool, typer.Option("--local", help="Bytes go through this process, whatever Ray cluster is configured.")
+]
+ExportParallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches at one time.")]
+
+_WINDOW: Final = "512MiB"
+
+
+def with_choice(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the warmer's flags that say which chunks; it is called with what they gave, as `given`."""
+    own = [one for name, one in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
+    parameters = [*own, *(flag.parameter() for flag in CHOOSING)]
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        given = {flag: value for flag in CHOOSING if (value := values.pop(flag.variable)) not in (None, [])}
+        command(given=given, **values)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters}
+    return called
+
+
+@with_choice
+def export(
+    *,
+    given: Mapping[Flag, Any],
+    source: From,
+    destination: To,
+    lmcache_config: options.LMCacheConfig = None,
+    l2_adapters: options.L2Adapters = None,
+    mode: Mode = "auto",
+    on_conflict: Conflict = "skip",
+    rename: RenameFlag = None,
+    mirror: Mirror = False,
+    without_manifest: WithoutManifest = False,
+    yes: ExportYes = False,
+    dry_run: options.DryRun = False,
+    max_delete: options.MaxDelete = None,
+    min_age: options.MinAge = options.DEFAULT_MIN_AGE,
+    accept_shrunk: options.AcceptShrunk = False,
+    max_duration: options.MaxDuration = options.DEFAULT_DURATION,
+    lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
+    parallel: ExportParallel = 4,
+    window: Window = _WINDOW,
+    local: ExportLocal = False,
+    address: options.Address = None,
+    plan_dir: options.PlanDir = None,
+    report: options.Report = None,
+    metrics_textfile: options.MetricsFile = None,
+) -> None:
+    """Copy chunks from one instance or directory to another; what is there already is passed by. Without a choice, all.
+
+    Exits 0 when done or only planned, 2 for a wrong command or configuration, 3 when some failed or are left, 4 when
+    nothing was chosen or it was refused as a whole, 5 when told to stop. Running again moves only what is missing.
+    """
+    with options_checked():
+        adapters = l2_adapters or []
+        ends = (
+            endpoint(source, "--from", lmcache_config, adapters),
+            endpoint(destination, "--to", lmcache_config, adapters),
+        )
+        renames, choice = Renames.parse(rename or []), choice_of(given)
+        _check_ends(ends, renames, without_manifest=without_manifest)
+        if mirror:
+            check_mirror(choice, renames, directories=None in (ends[0].named, ends[1].named))
+        order = ExportOrder(
+            mode=_one_of(mode, "--mode", ("auto", "copy", "stream")),
+            on_conflict=OnConflict(_one_of(on_conflict, "--on-conflict", tuple(OnConflict))),
+            renames=renames,
+            believe_files=without_manifest,
+            dry_run=dry_run,
+            yes=yes,
+            ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
+            until=Deadline.after(options.seconds(max_duration, "--max-duration")),
+            plan_dir=plan_dir,
+            local=in_process(address, local=local),
+            address=address,
+            parallel=parallel,
+            window_bytes=_window(window),
+            config=None if lmcache_config is None else str(lmcache_config.absolute()),
+        )
+        wanted = Wanted(choice, options.now(), prompts_of(choice, ends[0].named, lmcache_config))
+        deleting = Order(
+            max_delete=guards.MaxDelete.parse(max_delete or []),
+            min_age=options.age(min_age),
+            yes=yes and not dry_run,
+            ask=show.ask if show.at_terminal() and not dry_run else None,
+            show=show.plan,
+            accept_shrunk=accept_shrunk,
+            until=order.until,
+            lock_secs=options.lock_seconds(lock_lifetime),
+            plan_dir=plan_dir,
+            local=order.local,
+            address=address,
+            config=order.config,
+        )
+    asked = choice.model_dump(mode="json", exclude_defaults=True)
+    done: list[ExportSummary] = []
+
+    def copying(file: ReportFile, stop: StopSwitch) -> ExportSummary:
+        done.append(Export(ends, order, file, stop).select(wanted, asked))
+        return done[0]
+
+    def mirroring(file: ReportFile, stop: StopSwitch) -> Summary | None:
+        if not done or done[0].code:  # nothing is deleted where not all was copied
+            return None
+        # Nor where nothing was to be copied yet: what would be deleted is planned only.
+        own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
+        return _mirror(ends, choice, own, file, stop)
+
+    works: list[tuple[str, Work]] = [("the export", copying)]
+    if mirror:
+        works.append(("the mirror", mirroring))
+    inputs = [("--lmcache-config", lmcache_config), ("--prompts", choice.prompts)]
+    inputs += [("--keys-from", path) for path in choice.keys_from]
+    Session(report, metrics_textfile, inputs).run(works)
+
+
+def _mirror(
+    ends: tuple[Endpoint, Endpoint], choice: Choice, order: Order, file: ReportFile, stop: StopSwitch
+) -> Summary:
+    source, destination = ends[0].named, ends[1].named
+    if source is None or destination is None:
+        raise ConfigError("--mirror works between two instances")
+    order = replace(order, neighbours=handles_of((source, destination)))
+    with InstanceEnd(source.name, source.settings).opened() as end:
+        selection = NotAtSource(end, choice, order.min_age)
+        order = replace(order, local=True, source=end)
+        return Job(MIRROR, destination, order, file, stop).select(selection, {"source": ends[0].place.record()})
+
+
+def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[str]) -> NamedInstance:
+    """The source of a mirror whose plan is to be carried out.
+
+    Args:
+        plan: The plan.
+        config: The LMCache YAML; None for none.
+        l2_adapters: The JSON of MP adapters.
+
+    Raises:
+        ConfigError: The plan names none, or another place than the configuration does.
+    """
+    try:
+        place = Place.from_record(plan.header.wanted.get("source"))
+    except ValueError:
+        place = Place(None, "")
+    if place.instance is None:
+        raise ConfigError(f"plan {str(plan.path)!r} of a mirror names no source: nothing is deleted. Plan anew")
+    found = endpoint(place.instance, "the plan's source", config, l2_adapters)
+    if found.named is None or not found.place.same_as(place):
+        raise ConfigError(f"the plan's source is {place.where}, and {place.name!r} is {found.place.where} now")
+    return found.named
+
+
+def apply_export(
+    plan: Path,
+    lmcache_config: Path | None,
+    l2_adapters: list[str] | None,
+    order: ExportOrder,
+    session: Session,
+) -> NoReturn:
+    """Carry out a plan of an export, or the rest of it.
+
+    Args:
+        plan: The plan.
+        lmcache_config: The LMCache YAML; None for the one that the plan names.
+        l2_adapters: The JSON of MP adapters.
+        order: How it is to be done.
+        session: Reports it.
+    """
+    with options_checked():
+        opened = PlanFile.open(plan, ours=True)
+        header = opened.header
+        config = lmcache_config or (None if header.config is None else Path(header.config))
+        found = [
+            endpoint(place.instance or place.where, option, config, l2_adapters or [])
+            for place, option in ((header.source, "the plan's source"), (header.destination, "the plan's destination"))
+        ]
+        order = replace(order, believe_files=header.believe_files, renames=header.renames, mode=header.mode)
+
+    def work(file: ReportFile, stop: StopSwitch) -> ExportSummary:
+        return Export((found[0], found[1]), order, file, stop).resume(opened)
+
+    session.run([("the export", work)])
+
+
+def _check_ends(ends: tuple[Endpoint, Endpoint], renames: Renames, *, without_manifest: bool) -> None:
+    source, destination = ends
+    if source.place.same_as(destination.place) and not renames.rules:
+        raise ConfigError(f"--from and --to are the same place: {source.place.where}")
+    if destination.named is not None and not destination.named.settings.writes:
+        raise RefusedError(
+            f"--to {destination.place.name!r}: role is {destination.named.settings.role}, so nothing is copied there"
+        )
+    if without_manifest and source.directory is None:
+        raise ConfigError("--without-manifest is about a directory: --from names an instance")
+
+
+def _one_of(text: str, option: str, known: tuple[str, ...]) -> str:
+    if text not in known:
+        raise ConfigError(f"{option} {text!r}: must be one of {', '.join(known)}")
+    return text
+
+
+def _window(text: str) -> int:
+    try:
+        size = units.size(text)
+    except ValueError as error:
+        raise ConfigError(f"--window {text!r}: {error}") from None
+    if not size:
+        raise ConfigError(f"--window {text!r}: must be more than nothing")
+    return size

@@ -1,0 +1,260 @@
+"""`python -m jobs fingerprint`: what buckets say of the engines that fill them, and which of them is right."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from hfbucket_plugin.cli.context import opened
+from hfbucket_plugin.core.deadline import Deadline, patience
+from hfbucket_plugin.core.units import printable
+from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
+from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, NewerError, Record, differences, in_words
+from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
+from hfbucket_plugin.tools import console, exit_codes
+from jobs.cli import options, show
+from jobs.deletion.job import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of
+from jobs.session import options_checked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.fingerprint.store import Found
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_CLAIM: Final = "claimed"
+_RECORDED: Final = "recorded"
+
+
+@app.callback()
+def main() -> None:
+    """Show the fingerprints of instances, and say which one is right."""
+
+
+@app.command("show")
+def show_all(  # noqa: PLR0917 - Typer makes options of them
+    lmcache_config: options.LMCacheConfig = None,
+    instances: options.Instances = None,
+    all_instances: options.AllInstances = False,
+    l2_adapters: options.L2Adapters = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model. Repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what is recorded of each model, and which engines came by that are not like it.
+
+    Exits 0, or 2 for a wrong command or configuration, 3 when some cannot be read.
+    """
+    with options_checked():
+        named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
+    codes: list[int] = []
+    with console.results(), patience(Deadline.after(LISTING_SECS)):
+        for one in named:
+            codes += _show(one, model or [], as_json=as_json)
+    raise typer.Exit(exit_codes.worst(codes))
+
+
+def _show(one: NamedInstance, wanted: list[str], *, as_json: bool) -> Iterator[int]:
+    try:
+        with _store_of(one) as store:
+            models = wanted or list(store.models(PAGE_SECS))
+            for model in models:
+                for row in _rows(store, model):
+                    if as_json:
+                        console.json_line({"instance": one.name} | row.record())
+                    else:
+                        console.line(f"{one.name}: {row}")
+                    if row.trouble:
+                        yield exit_codes.FAILED
+    except HFBucketError as error:
+        show.note(f"{one.name}: {error}")
+        yield code_of(error)
+        return
+    if not models and not as_json:
+        console.line(f"{one.name}: no fingerprint is recorded")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One fingerprint in a bucket, or why it cannot be read."""
+
+    model: str
+    kind: str
+    fingerprint: Fingerprint | None = None
+    wrong: str = ""
+    trouble: str = ""
+
+    def __str__(self) -> str:
+        model, one = printable(self.model), self.fingerprint
+        if one is None:
+            return f"{model}: {self.kind}: unreadable: {printable(self.trouble)}"
+        facts = ", ".join(f"{name} {word}" for name, word in one.facts().items())
+        conflict = f" CONFLICT: {self.wrong}." if self.wrong else ""
+        return f"{model}: {printable(str(one.space))}: {self.kind} {one.digest}:{conflict} {facts}"
+
+    def record(self) -> dict[str, Any]:
+        one = self.fingerprint
+        return {
+            "model": self.model,
+            "kind": self.kind,
+            "digest": one.digest if one is not None else None,
+            "conflict": self.wrong or None,
+            "fingerprint": one.model_dump(mode="json", exclude_none=True) if one is not None else None,
+            "trouble": self.trouble or None,
+        }
+
+
+def _rows(store: FingerprintStore, model: str) -> Iterator[_Row]:
+    """What is recorded, and then the claims that are not the same."""
+    try:
+        found = store.read(model, _soon())
+    except IntegrityError as error:
+        found = None
+        yield _Row(model, _RECORDED, trouble=str(error))
+    variants = found.record.variants if found is not None else ()
+    yield from (_Row(model, _RECORDED, variant) for variant in variants)
+    known = {variant.digest for variant in variants}
+    for claim in store.claims(model, _soon()):
+        theirs = claim.fingerprint
+        if theirs is None:
+            yield _Row(model, _CLAIM, trouble=claim.why)
+        elif theirs.digest not in known:
+            recorded = found.record.of(theirs.space) if found is not None else None
+            wrong = in_words(differences(recorded, theirs), "there") if recorded is not None else ""
+            yield _Row(model, _CLAIM, theirs, wrong)
+
+
+@app.command()
+def accept(  # noqa: PLR0917 - Typer makes options of them
+    lmcache_config: options.LMCacheConfig = None,
+    instances: options.Instances = None,
+    all_instances: options.AllInstances = False,
+    l2_adapters: options.L2Adapters = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model.")] = None,
+    digest: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="Of a claim, as show tells it; its start will do.")
+    ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="In place of a digest: a line of show --json, or a claim.")
+    ] = None,
+    clear_claims: Annotated[
+        bool, typer.Option("--clear-claims", help="Delete the claims that are not like it, too.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Record it without asking.")] = False,
+) -> None:
+    """Record another fingerprint in the place of that which is recorded; engines see it within their next look.
+
+    Exits 0 when done, or only shown since nobody could be asked; 2 for a wrong command or configuration, 3 when it failed, 4
+    when refused.
+    """
+    with options_checked():
+        if (digest is None) == (from_file is None):
+            raise ConfigError("name the fingerprint: --digest DIGEST, or --from-file FILE")
+        if digest is not None and not digest:  # the start of every digest, such as from a variable that is not set
+            raise ConfigError("--digest is empty: name the fingerprint as `show` tells it")
+        given = _given(from_file, model) if from_file is not None else None
+        if given is None and not model:
+            raise ConfigError("name the model of the digest: --model NAME")
+        named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
+    codes = []
+    with console.results():
+        for one in named:
+            try:
+                with _store_of(one) as store:
+                    wanted = given or _claimed(store, model or "", digest or "")
+                    _accept(one, store, wanted, yes=yes, clear=clear_claims)
+            except HFBucketError as error:
+                show.note(f"{one.name}: {error}")
+                codes.append(code_of(error))
+    raise typer.Exit(exit_codes.worst(codes))
+
+
+def _given(path: Path, model: str | None) -> Fingerprint:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"--from-file {str(path)!r}: is too large for a fingerprint")
+        fingerprint = Claim.from_json(path.read_bytes(), f"--from-file {str(path)!r}")
+    except OSError as error:
+        raise ConfigError(f"--from-file {str(path)!r} cannot be read: {error.strerror}") from None
+    except IntegrityError as error:
+        raise ConfigError(str(error)) from None
+    if model is not None and fingerprint.model != model:
+        raise ConfigError(f"--from-file {str(path)!r}: is of {fingerprint.model!r}, not of {model!r}")
+    return fingerprint
+
+
+def _claimed(store: FingerprintStore, model: str, digest: str) -> Fingerprint:
+    claims = [claim.fingerprint for claim in store.claims(model, _soon()) if claim.fingerprint is not None]
+    fitting = [one for one in claims if one.digest.startswith(digest)]
+    if len(fitting) != 1:
+        there = ", ".join(one.digest for one in claims) or "none"
+        many = "no claim" if not fitting else f"{len(fitting)} claims"
+        raise RefusedError(f"{many} of {model!r} with the digest {digest!r}: there are {there}")
+    return fitting[0]
+
+
+def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *, yes: bool, clear: bool) -> None:
+    found, trouble = _read(store, wanted.model)
+    before = found.record.of(wanted.space) if found is not None else None
+    stale = [
+        claim.path
+        for claim in (store.claims(wanted.model, _soon()) if clear else ())
+        if claim.fingerprint is not None and differences(wanted, claim.fingerprint)
+    ]
+    console.line(
+        f"{one.name}: before: {_Row(wanted.model, _RECORDED, before, trouble=trouble or 'nothing is recorded')}"
+    )
+    console.line(f"{one.name}: after:  {_Row(wanted.model, _RECORDED, wanted)}")
+    if before is not None and (wrong := differences(before, wanted)):
+        console.line(f"{one.name}: changes: {in_words(wrong, 'from then on')}")
+    for path in stale:
+        console.line(f"{one.name}: to be deleted: {path}")
+    if not yes and not (show.at_terminal() and _asked(one, wanted)):
+        show.note(f"{one.name}: nothing was changed; --yes does it")
+        return
+    again, _ = _read(store, wanted.model)
+    if again != found:
+        raise RefusedError(f"{store.path(wanted.model)}: was changed since it was shown; look again")
+    base = found.record if found is not None else Record(model=wanted.model)
+    store.write(base.having(wanted), _soon())
+    written = store.read(wanted.model, _soon())
+    if written is None or written.record.of(wanted.space) != wanted:
+        raise TransportError(f"{store.path(wanted.model)}: another one was written at the same time; look again")
+    store.remove(stale, _soon())
+    show.note(f"{one.name}: recorded; engines see it with their next look (fingerprint_refresh_secs)")
+
+
+def _read(store: FingerprintStore, model: str) -> tuple[Found | None, str]:
+    try:
+        return store.read(model, _soon()), ""
+    except NewerError as error:
+        raise RefusedError(str(error)) from None
+    except IntegrityError as error:
+        return None, str(error)
+
+
+def _asked(one: NamedInstance, wanted: Fingerprint) -> bool:
+    try:
+        question = f"Record it for {printable(wanted.model)} in {one.settings.bucket_handle}?"
+        return typer.confirm(question, default=False, err=True)
+    except typer.Abort:
+        return False
+
+
+@contextlib.contextmanager
+def _store_of(one: NamedInstance) -> Iterator[FingerprintStore]:
+    with opened(one, REQUEST_SECS) as bucket:
+        store = FingerprintStore(bucket, one.name)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def _soon() -> Deadline:
+    return Deadline.patient(REQUEST_SECS)

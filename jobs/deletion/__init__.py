@@ -1,0 +1,1 @@
+"""Cleanup and `rm`: plan, checks, deletes."""

@@ -1,0 +1,509 @@
+"""One job on one instance: plan → guards → apply → report, with the lock around what deletes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.cli.context import opened
+from hfbucket_plugin.core.deadline import Deadline, patience
+from hfbucket_plugin.core.keys import same_endpoint
+from hfbucket_plugin.errors import (
+    ConfigError,
+    HFBucketError,
+    IntegrityError,
+    RefusedError,
+    ScratchError,
+    ThrottledError,
+    TransportError,
+)
+from hfbucket_plugin.index.notifier import telling
+from hfbucket_plugin.tools import exit_codes
+from jobs import history
+from jobs.batch.apply import Applier
+from jobs.batch.model import Outcome
+from jobs.deletion import mirror
+from jobs.deletion.executor import executing
+from jobs.deletion.guards import Extent, GuardError, MaxDelete, check_listing, check_not_more
+from jobs.deletion.plan import Header, PlanFile, PlanWriter
+from jobs.deletion.planning import Planning
+from jobs.deletion.recheck import rechecking
+from jobs.lock.clock import HubClock, ask
+from jobs.lock.lock import DEFAULT_SECONDS, Lock, LockLapsedError
+from jobs.report import Summary, Tally, header_record
+from jobs.retention.access import UNASKED, Heat, opened_heat
+from jobs.retention.objects import Classifier
+from warmer.report.outcomes import Interrupted, local_trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.core.keys import BucketHandle
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.format import Pointer
+    from hfbucket_plugin.index.notifier import Teller
+    from hfbucket_plugin.tools.signals import Stop, StopSwitch
+    from jobs.batch.apply import End
+    from jobs.batch.model import Ended
+    from jobs.deletion.plan import Item
+    from jobs.deletion.planning import Selection
+    from jobs.export.bucket import InstanceEnd
+    from jobs.report import ReportFile
+
+PAGE_SECS: Final = 60.0
+"""A page of a listing; pauses that the Hub asks for do not count."""
+
+REQUEST_SECS: Final = 60.0
+LISTING_SECS: Final = 3600.0
+"""How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
+
+_LIMIT: Final = "--max-duration"
+
+_SKEW: Final = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a job is to be done.
+
+    Attributes:
+        yes: Whether to delete without asking.
+        ask: Asks whether to carry a plan out; None where nobody can be asked, and nothing is deleted.
+        show: Shows a plan.
+        max_delete: Most that may be deleted.
+        min_age: Nothing younger is deleted.
+        foreign: Whether objects that are no chunks may be deleted.
+        accept_shrunk: Whether a listing is believed that lacks much of what there was.
+        max_duration_secs: When to begin no more, where `until` does not say.
+        until: The deadline of the whole command, of which this may be one instance of several.
+        lock_secs: How long the lock of a killed run keeps others out.
+        plan_dir: Where plans are written; None for a directory of temporary files.
+        local: Whether to delete in this process, whatever Ray cluster is configured.
+        address: Of the Ray cluster; None for the configured one.
+        parallel: Most batches at one time.
+        batch_size: Most objects of a batch.
+        config: The LMCache YAML, noted in plans.
+        neighbours: Handles of all instances that the configuration names.
+        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
+        without_heat: Whether to go by when objects were put, whatever is known of reads.
+    """
+
+    max_delete: MaxDelete
+    min_age: timedelta
+    yes: bool = False
+    ask: Callable[[PlanFile], bool] | None = None
+    show: Callable[[PlanFile], None] = field(default=lambda _: None)
+    foreign: bool = False
+    accept_shrunk: bool = False
+    max_duration_secs: float = 3600.0
+    until: Deadline | None = None
+    lock_secs: int = DEFAULT_SECONDS
+    plan_dir: Path | None = None
+    local: bool = True
+    address: str | None = None
+    parallel: int = 4
+    batch_size: int = 1000
+    config: str | None = None
+    neighbours: tuple[BucketHandle, ...] = ()
+    source: InstanceEnd | None = None
+    without_heat: bool = False
+
+
+class Job:
+    """A job on one instance.
+
+    Args:
+        name: `cleanup` or `rm`.
+        named: The instance.
+        order: How it is to be done.
+        file: Where it is told of every object.
+        stop: Whether to stop.
+    """
+
+    def __init__(self, name: str, named: NamedInstance, order: Order, file: ReportFile, stop: StopSwitch) -> None:
+        self._name = name
+        self._named = named
+        self._order = order
+        self._file = file
+        self._stop = stop
+        self._started = time.monotonic()
+        self._until = order.until or Deadline.after(order.max_duration_secs)
+        self._plan: PlanFile | None = None
+        self._applied = order.yes
+        self._tally = Tally(file)
+        self._chunks_gone = Extent()
+        self._teller: Teller | None = None
+        self._planned_by: Pointer | None = None
+        self._resumed = False
+        self._message = ""
+
+    def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
+        """Plan what a selection wants, and carry it out if that was ordered."""
+        return self._told(lambda bucket: self._select(bucket, selection, wanted))
+
+    def resume(self, plan: PlanFile) -> Summary:
+        """Carry a plan out that was made before."""
+        return self._told(lambda bucket: self._resume(bucket, plan))
+
+    def _told(self, work: Callable[[Bucket], int]) -> Summary:
+        """Do the work, and report however it ends."""
+
+        def with_bucket() -> int:
+            with opened(self._named, REQUEST_SECS) as bucket:
+                return work(bucket)
+
+        code, message = coded(with_bucket, self._stop, self._until)
+        self._message = message or self._message
+        summary = self._summary(code)
+        self._file.write(summary.record())
+        if code == exit_codes.COMPLETE and self._applied and self._plan is not None:
+            with contextlib.suppress(OSError):
+                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
+                    self._plan.path.unlink()
+        return summary
+
+    def _summary(self, code: int) -> Summary:
+        return Summary(
+            self._name,
+            self._named.name,
+            str(self._named.settings.bucket_handle),
+            code,
+            self._applied,
+            self._message,
+            self._plan,
+            dict(self._tally.ended),
+            self._chunks_gone,
+            tuple(self._tally.failures),
+            time.monotonic() - self._started,
+        )
+
+    def _select(self, bucket: Bucket, selection: Selection, wanted: dict[str, Any]) -> int:
+        if self._order.yes:
+            with self._lock(bucket).held() as lock:
+                plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep_planning)
+                return self._apply(bucket, lock, plan)
+        clock = HubClock()
+        ask(bucket, clock, REQUEST_SECS)
+        plan = self._make(bucket, clock, selection, wanted, tick=lambda: None)
+        if self._order.ask is None or not plan.left.objects or not self._order.ask(plan):
+            return exit_codes.COMPLETE
+        self._applied = True
+        with self._lock(bucket).held() as lock:
+            return self._apply(bucket, lock, plan)
+
+    def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
+        self._plan, self._resumed = plan, True
+        self._name = plan.header.job
+        endpoint = self._named.settings.endpoint
+        if plan.header.bucket != bucket.handle or not same_endpoint(plan.header.endpoint, endpoint):
+            raise ConfigError(
+                f"plan {str(plan.path)!r} is for {plan.header.bucket} of {plan.header.endpoint}, and {self._named.name!r} is "
+                f"{bucket.handle} of {endpoint}"
+            )
+        self._file.write(header_record(plan.header))
+        self._order.show(plan)
+        if plan.header.foreign:
+            self._expect_no_neighbour(bucket, plan)
+        for limits in (plan.header.max_delete, self._order.max_delete):
+            plan.check(limits)
+        if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
+            return exit_codes.COMPLETE
+        self._applied = True
+        with self._lock(bucket).held() as lock:
+            return self._apply(bucket, lock, plan)
+
+    def _expect_no_neighbour(self, bucket: Bucket, plan: PlanFile) -> None:
+        """Refuse a plan that deletes what is of another instance by now."""
+        classifier = Classifier(bucket, self._neighbours(bucket, foreign=True))
+        for item in plan.items():
+            if classifier.is_neighbour(item.path):
+                raise RefusedError(
+                    f"{item.path!r}, which the plan deletes, belongs to another instance of the configuration: nothing is "
+                    "deleted. Plan anew"
+                )
+
+    def _neighbours(self, bucket: Bucket, *, foreign: bool) -> tuple[BucketHandle, ...]:
+        """The other instances, those of this bucket by its name here: what is below their prefixes is not deleted.
+
+        Where objects that are not chunks may be deleted, the Hub is asked which of the other names lead to this bucket.
+
+        Raises:
+            HFBucketError: Nobody knows.
+        """
+        own, others = bucket.handle, self._order.neighbours
+        if not foreign or all(other.same_bucket(own) for other in others):
+            return others
+        deadline = Deadline.patient(REQUEST_SECS)
+        settled = bucket.settled(own, deadline)
+        buckets = {other.bucket_id.casefold(): other for other in others}
+        ours = {name for name, other in buckets.items() if bucket.settled(other, deadline).same_bucket(settled)}
+        return tuple(other.within(own.bucket_id) if other.bucket_id.casefold() in ours else other for other in others)
+
+    def _lock(self, bucket: Bucket) -> Lock:
+        if not self._named.settings.writes:
+            raise RefusedError(f"role is {self._named.settings.role}, so nothing is deleted through this instance")
+        return Lock(bucket, self._name, seconds=self._order.lock_secs, request_secs=REQUEST_SECS)
+
+    def _make(
+        self, bucket: Bucket, clock: HubClock, selection: Selection, wanted: dict[str, Any], *, tick: Callable[[], None]
+    ) -> PlanFile:
+        """List, plan, and judge the plan.
+
+        Raises:
+            GuardError: It looks wrong.
+            HeatUnknownError: It would go by what was read, and that cannot be told.
+        """
+        now = clock.earliest() if clock.known else datetime.now(UTC)
+        with self._heat(bucket, now, needed=selection.needs_heat) as heat:
+            return self._make_by(bucket, clock, selection, wanted, now=now, heat=heat, tick=tick)
+
+    def _heat(self, bucket: Bucket, now: datetime, *, needed: bool) -> contextlib.AbstractContextManager[Heat]:
+        if not needed:
+            return contextlib.nullcontext(UNASKED)
+        return opened_heat(bucket, now, REQUEST_SECS, without=self._order.without_heat)
+
+    def _make_by(
+        self,
+        bucket: Bucket,
+        clock: HubClock,
+        selection: Selection,
+        wanted: dict[str, Any],
+        *,
+        now: datetime,
+        heat: Heat,
+        tick: Callable[[], None],
+    ) -> PlanFile:
+        order = self._order
+        self._planned_by = None if heat.table is None else heat.table.pointer
+        header = Header(
+            self._name,
+            self._named.name,
+            bucket.handle,
+            self._named.settings.endpoint,
+            now,
+            "hub" if clock.known else "local",
+            order.min_age,
+            order.max_delete,
+            order.foreign,
+            order.config,
+            wanted,
+            heat.record(),
+        )
+        self._file.write(header_record(header))
+        last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
+        total = None if order.accept_shrunk else files_in(bucket)
+        in_bucket = None if bucket.handle.prefix else total
+        path = plan_dir(order.plan_dir) / _file_name(header)
+
+        def in_time() -> None:
+            if self._until.passed:
+                raise RefusedError("--max-duration was over before all was listed: nothing is deleted")
+
+        def each() -> None:
+            in_time()
+            tick()
+
+        with PlanWriter(path, header) as writer:
+            planning = Planning(header, selection, writer, each, heat)
+            page_secs = PAGE_SECS
+            neighbours = self._neighbours(bucket, foreign=order.foreign)
+            planning.run(Classifier(bucket, neighbours).walk(page_secs, in_time))
+            left = None if last is None else last.left
+            if total is not None:
+                _expect_not_more(bucket, planning, total)
+            check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
+            planning.finish()
+        self._plan = plan = PlanFile.open(path)
+        order.show(plan)
+        plan.check(order.max_delete)
+        return plan
+
+    def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+        order = self._order
+        if self._name == mirror.JOB:
+            mirror.expect_source(order.source)
+        now = lock.clock.earliest()
+        if plan.header.made_at > lock.clock.latest() + _SKEW:
+            raise RefusedError(
+                f"the plan was made at {plan.header.made_at.isoformat(timespec='seconds')} by a clock that is ahead of the "
+                f"Hub's ({now.isoformat(timespec='seconds')}), so its ages are wrong: nothing is deleted. Plan anew"
+            )
+        with (
+            self._stop.orderly(),
+            telling(bucket) as teller,
+            rechecking(bucket, plan.header, self._planned_by, now, self._count, without=order.without_heat) as unused,
+            executing(self._named, bucket, self._order) as executor,
+        ):
+            self._teller = teller
+            if not self._order.local:
+                self._stop.take_back()  # `ray.init` puts handlers of its own
+            applier = Applier(
+                executor,
+                confirm=lock.confirm,
+                not_after=now - max(plan.header.min_age, self._order.min_age),
+                told=self._count,
+                stop=self._stop,
+                until=self._until,
+                batch_size=self._order.batch_size,
+                ends=lambda: lock.stops,
+                keep=lock.keep,
+            )
+            try:
+                end = applier.run(unused(plan.items()))
+            finally:
+                if applier.undrained:
+                    lock.leave()
+            code = self._judge(end)
+            if not isinstance(end.why, RefusedError):
+                code = self._keep(bucket, code)
+        return code
+
+    def _count(self, ended: Ended[Item]) -> None:
+        if self._teller is not None and ended.outcome is Outcome.DELETED:
+            self._teller.did(self._named.settings.bucket_handle.relative(ended.item.path) or "", None)
+        if ended.outcome in (Outcome.DELETED, Outcome.GONE) and ended.item.is_chunk:
+            self._chunks_gone = self._chunks_gone.plus(ended.item.size)
+        self._tally.add(ended)
+
+    def _judge(self, end: End) -> int:
+        unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
+        if end.why is not None:
+            self._message = str(end.why)
+            return code_of(end.why)
+        if end.stopped and unfinished:
+            self._message = "told to stop"
+            return exit_codes.INTERRUPTED
+        if unfinished:
+            self._message = f"--max-duration was over before all was done: {unfinished} objects are left"
+            return exit_codes.FAILED
+        return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
+
+    def _left(self, bucket: Bucket) -> Extent:
+        """The chunks that the instance has now: what an old plan knew of it is not less than what the last run left.
+
+        Raises:
+            HFBucketError: The last report cannot be read.
+        """
+        left = self._summary(exit_codes.COMPLETE).left
+        last = history.last_run(bucket, REQUEST_SECS) if self._resumed else None
+        return left if last is None else max(left, last.left.minus(self._chunks_gone), key=lambda one: one.objects)
+
+    def _keep(self, bucket: Bucket, code: int) -> int:
+        """Keep the report in the bucket: the next run judges its listing by it."""
+        try:
+            history.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
+        except HFBucketError as error:
+            self._message = f"{self._message}; " if self._message else ""
+            self._message += f"the report could not be kept in the bucket: {error}"
+            return code or exit_codes.FAILED
+        return code
+
+
+def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
+
+    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
+    inside a client that takes it for a failure.
+    """
+    with patience(until):
+        code, message = _coded(work)
+    if message and code == exit_codes.FAILED and stop.requested:
+        return exit_codes.INTERRUPTED, f"told to stop; {message}"
+    if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
+        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
+    return code, message
+
+
+def _coded(work: Callable[[], int]) -> tuple[int, str]:
+    try:
+        return work(), ""
+    except Interrupted:
+        return exit_codes.INTERRUPTED, "told to stop"
+    except ThrottledError as error:  # all pauses but the last one were waited out
+        return code_of(error), f"{error}; {_LIMIT} would be over before"
+    except HFBucketError as error:
+        return code_of(error), str(error)
+    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+        return code_of(error), in_words(error)
+
+
+def in_words(error: Exception) -> str:
+    """Why something ended, whatever it was: one line, never a traceback."""
+    return local_trouble(error) or str(error)
+
+
+def code_of(error: Exception) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
+        return exit_codes.FAILED
+    if isinstance(error, RefusedError):
+        return exit_codes.REFUSED
+    if not isinstance(error, HFBucketError) or isinstance(
+        error, (TransportError, ThrottledError, IntegrityError, ScratchError)
+    ):
+        return exit_codes.FAILED
+    return exit_codes.USAGE
+
+
+def default_plan_dir() -> Path:
+    """Where plans go that nobody wanted elsewhere."""
+    return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
+
+
+def plan_dir(wanted: Path | None) -> Path:
+    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
+
+    Raises:
+        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
+        OSError: It cannot be made.
+    """
+    if wanted is not None:
+        return wanted
+    directory = default_plan_dir()
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RefusedError(
+            f"{str(directory)!r}, where plans go, is no directory that is only yours: others could change a plan there. Take "
+            "it away, or give --plan-dir DIR"
+        )
+    return directory
+
+
+def _file_name(header: Header) -> str:
+    safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
+    return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+
+
+def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
+    """Refuse a listing of more than the bucket says it has, before it or after: engines wrote while it was listed.
+
+    Raises:
+        GuardError: It is one.
+        HFBucketError: The bucket does not say.
+    """
+    try:
+        check_not_more(planning.shown, planning.seen, total)
+    except GuardError:
+        check_not_more(planning.shown, planning.seen, max(total, files_in(bucket) or 0))
+
+
+def files_in(bucket: Bucket) -> int | None:
+    """How many objects the bucket says that it has; None where it does not say."""
+    total = bucket.info(Deadline.patient(REQUEST_SECS)).get("totalFiles")
+    return total if type(total) is int else None
+
+
+def handles_of(instances: Iterable[NamedInstance]) -> tuple[BucketHandle, ...]:
+    """The handles of instances, each once."""
+    return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

@@ -1,0 +1,97 @@
+"""What a mirror deletes at its destination: chunks of the choice that the source does not have. Guarded as a cleanup is."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import Content, parse_key
+from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.hub.listing import ChunkEntry, list_chunks
+from jobs.deletion.planning import by_age
+from jobs.retention.order import Decision, Entry, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from datetime import datetime, timedelta
+
+    from hfbucket_plugin.tools.selection import Choice
+    from jobs.export.bucket import InstanceEnd
+    from jobs.export.plan import Renames
+
+JOB: Final = "mirror"
+
+_PAGE: Final = 1000
+_LOOK_UP_SECS: Final = 330.0
+_PARTS: Final = ("since", "newest", "max_bytes", "keys_from", "prompts")
+
+
+def check_mirror(choice: Choice, renames: Renames, *, directories: bool) -> None:
+    """Refuse what a mirror cannot be of: only names say what both ends should have.
+
+    Raises:
+        ConfigError: The choice goes by more than names, or one of the ends is a directory.
+    """
+    if directories:
+        raise ConfigError("--mirror works between two instances: files of a directory are yours to delete")
+    if renames.rules:
+        raise ConfigError("--mirror and --rename contradict each other: the source does not have the copies' names")
+    flags = [f"--{name.replace('_', '-')}" for name in _PARTS if getattr(choice, name) not in (None, ())]
+    if flags:
+        raise ConfigError(
+            f"--mirror and {', '.join(flags)} contradict each other: what was not chosen would be deleted. Choose by names "
+            "(--prefix, --model, --world-size, --workers, --include, --exclude)"
+        )
+
+
+def expect_source(source: InstanceEnd | None) -> None:
+    """Refuse a source that has nothing: its mirror would be emptied.
+
+    Raises:
+        RefusedError: It has no chunk, or is not known.
+        HFBucketError: It does not tell, or is not there.
+    """
+    if source is None:
+        raise RefusedError("the source of the mirror is not known: nothing is deleted")
+    if next(list_chunks(source.bucket, [""]), None) is None:
+        raise RefusedError(f"{source.name}, the source of the mirror, has no chunk: nothing is deleted")
+
+
+class NotAtSource:
+    """A selection: chunks of a choice that the source does not have now.
+
+    Args:
+        source: The source of the mirror.
+        choice: Which chunks the mirror is about.
+        min_age: Nothing younger goes.
+    """
+
+    needs_heat = False
+
+    def __init__(self, source: InstanceEnd, choice: Choice, min_age: timedelta) -> None:
+        self._source = source
+        self._choice = choice
+        self._min_age = min_age
+
+    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+        """Decide upon the chunks, a page at a time: the source is asked for each by name."""
+        chosen = self._choice.filter(now)
+        entries = iter(entries)
+        while page := list(itertools.islice(entries, _PAGE)):
+            ours = {entry.key for entry in page if chosen(_chunk(entry))}
+            there = self._source.look_up(sorted(ours), Deadline.patient(_LOOK_UP_SECS)) if ours else {}
+            for entry in page:
+                if entry.key in ours and entry.key not in there:
+                    yield by_age(entry, now, self._min_age, Reason.NOT_AT_SOURCE)
+                else:
+                    yield Decision(entry, Reason.KEPT, delete=False)
+
+    @staticmethod
+    def foreign(entry: Entry, _now: datetime) -> Decision:
+        """What is no chunk stays."""
+        return Decision(entry, Reason.KEPT, delete=False)
+
+
+def _chunk(entry: Entry) -> ChunkEntry:
+    return ChunkEntry(entry.key, parse_key(entry.key), Content(entry.xet_hash, entry.size), entry.uploaded_at)

@@ -1,0 +1,183 @@
+"""A listing, turned into a plan: what is to go, and what was found on the way."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
+from hfbucket_plugin.index.access.table import HeatUnknownError
+from jobs.deletion.guards import Extent, GuardError
+from jobs.deletion.plan import Item
+from jobs.retention.access import UNASKED
+from jobs.retention.objects import Kind
+from jobs.retention.order import Decision, Entry, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime, timedelta
+
+    from jobs.deletion.plan import Header, PlanWriter
+    from jobs.retention.access import Heat
+    from jobs.retention.objects import Listed
+
+_CACHE_KIB: Final = 16 * 1024
+
+TICK_OBJECTS: Final = 1000
+"""As many as a page has."""
+
+
+class Selection(Protocol):
+    """What is to go."""
+
+    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+        """Decide upon the chunks, in any order."""
+
+    def foreign(self, entry: Entry, now: datetime) -> Decision:
+        """Decide upon what is no chunk, where that is to go."""
+
+    @property
+    def needs_heat(self) -> bool:
+        """Whether it goes by when chunks were last read."""
+
+
+class Planning:
+    """Counts a listing, and writes what is to go into a plan.
+
+    Args:
+        header: Of the plan.
+        selection: What is to go.
+        writer: Of the plan.
+        tick: Called for every page: what must be done meanwhile.
+        heat: When chunks were last read.
+
+    Attributes:
+        listed: The chunks of the instance.
+        foreign: What is no chunk, and may be deleted.
+        seen: All objects of the listing, each counted once.
+        shown: The same, each counted as often as the listing showed it.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        selection: Selection,
+        writer: PlanWriter,
+        tick: Callable[[], None],
+        heat: Heat = UNASKED,
+    ) -> None:
+        self._header = header
+        self._selection = selection
+        self._writer = writer
+        self._tick = tick
+        self._heat = heat
+        self.listed = self.foreign = Extent()
+        self.seen = self.shown = 0
+        self.kept: defaultdict[str, Extent] = defaultdict(Extent)
+        self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
+
+    def run(self, listing: Iterable[Listed]) -> None:
+        """Plan a listing.
+
+        Raises:
+            GuardError: It did not come whole.
+            HFBucketError: It never will: no rights, no such bucket.
+            HeatUnknownError: A budget would delete by reads that are not known.
+        """
+        now = self._header.made_at
+        for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
+            self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
+
+    def _chunks(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+        for one in self._distinct(_whole(listing)):
+            entry = one.entry
+            if one.kind is Kind.CHUNK:
+                self.listed = self.listed.plus(entry.size)
+                yield entry
+            elif one.kind.foreign and self._header.foreign:
+                self.foreign = self.foreign.plus(entry.size)
+                self._take(self._selection.foreign(entry, self._header.made_at), one.info.path, "")
+            else:
+                self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+
+    def _distinct(self, listing: Iterable[Listed]) -> Iterator[Listed]:
+        """Each object once: a page that the Hub shows again lends no room to the cap on deletes."""
+        with Seen() as seen:
+            for one in listing:
+                if self.shown % TICK_OBJECTS == 0:
+                    self._tick()
+                self.shown += 1
+                if seen.new(one.info.path):
+                    self.seen += 1
+                    yield one
+
+    def _take(self, decision: Decision, path: str, model: str) -> None:
+        entry = decision.entry
+        if not decision.delete or entry.uploaded_at is None:
+            reason = str(decision.reason)
+            self.kept[reason] = self.kept[reason].plus(entry.size)
+            return
+        if decision.reason is Reason.OVER_BUDGET:
+            why = self._heat.why_no_order(entry.last_used, self._header.made_at)
+            if why:
+                raise HeatUnknownError(why)
+        used = None if self._heat.table is None else entry.last_used
+        item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason), used)
+        self._writer.add(item, model)
+
+    def finish(self) -> None:
+        """End the plan."""
+        self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by), self.foreign)
+
+
+class Seen:
+    """Which paths were seen, in a temporary file. Use it as a context manager.
+
+    Paths come in their order where all is well, so that the table grows at its end: memory does not follow their number.
+    """
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="listing-")
+        self._base = sqlite3.connect(Path(self._directory.name, "seen.sqlite"), isolation_level=None)
+        self._base.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
+            "CREATE TABLE seen (path BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.close()
+        self._directory.cleanup()
+
+    def new(self, path: str) -> bool:
+        """Note a path; say whether it is the first time."""
+        return bool(
+            self._base.execute(
+                "INSERT OR IGNORE INTO seen VALUES (?)", (path.encode("utf-8", "surrogatepass"),)
+            ).rowcount
+        )
+
+
+def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:
+    """A listing that refuses where it breaks off."""
+    try:
+        yield from listing
+    except (AccessDeniedError, BucketMissingError, ConfigError, RefusedError):
+        raise
+    except HFBucketError as error:
+        raise GuardError(f"the listing is not complete, so nothing is deleted: {error}") from None
+
+
+def by_age(entry: Entry, now: datetime, min_age: timedelta, reason: Reason) -> Decision:
+    """Delete whatever is old enough to be deleted at all."""
+    if entry.uploaded_at is None:
+        return Decision(entry, Reason.NO_DATE, delete=False)
+    if now - entry.uploaded_at < min_age:
+        return Decision(entry, Reason.TOO_YOUNG, delete=False)
+    return Decision(entry, reason, delete=True)

@@ -1,0 +1,241 @@
+"""Just before objects are deleted because nobody used them: was one of them read since that was planned?"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.index.access.table import HeatUnknownError
+from hfbucket_plugin.index.format import FormatError
+from hfbucket_plugin.index.store import POINTER, IndexStore, Told
+from hfbucket_plugin.index.table import digests_of
+from jobs.batch.model import Ended, Outcome
+from jobs.retention.access import ADVICE, opened_heat
+from jobs.retention.order import BY_USE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.access.table import HeatTable
+    from hfbucket_plugin.index.format import Pointer
+    from hfbucket_plugin.index.table import Rows
+    from jobs.deletion.plan import Header, Item
+
+_ITEMS: Final = 1000
+_LOOK_SECS: Final = 180.0
+"""How old what is known may be: a listing of the journals costs a call for 1000, and readers tell of hits every five minutes."""
+
+_REQUEST_SECS: Final = 60.0
+_DRIFT_SECS: Final = 60.0
+"""A journal that is written anew tells of an old hit as if it were later by what its upload took."""
+
+_MOST_HITS: Final = 4_000_000
+"""Keys that were read since: 100 MB."""
+
+_LAST: Final = np.dtype([("digest_hi", "<u8"), ("digest_lo", "<u8"), ("at", "<f8")])
+
+
+class Recheck:
+    """Keeps back what was read since it was planned.
+
+    Args:
+        bucket: The instance's.
+        table: What a snapshot knows that is newer than the plan; None for a plan that was made by it.
+        since: Journals that the Hub took since then tell what it does not know, in seconds since 1970.
+        told: Is told of what is kept back.
+        clock: Monotonic seconds.
+        lost_at: The last moment at which an engine dropped hits, as far as the plan knows, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        table: HeatTable | None,
+        since: float,
+        told: Callable[[Ended[Item]], None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        lost_at: float = 0.0,
+    ) -> None:
+        self._store = IndexStore(bucket, "recheck")
+        self._table = table
+        self._since = since
+        self._lost_at = lost_at
+        self._told = told
+        self._clock = clock
+        self._looked_at: float | None = None
+        self._read: set[tuple[str, str]] = set()
+        self._last: Rows = np.zeros(0, _LAST)
+
+    def unused(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items that were not read since, as they are asked for.
+
+        Raises:
+            HeatUnknownError: Nobody knows what was read since.
+        """
+        while page := list(islice(items, _ITEMS)):
+            asked = [item for item in page if item.reason in BY_USE and item.last_used is not None]
+            used = self._used(asked) if asked else frozenset()
+            for item in page:
+                if item.path in used:
+                    self._told(Ended(item, Outcome.USED))
+                else:
+                    yield item
+
+    def _used(self, items: list[Item]) -> frozenset[str]:
+        self._look()
+        names = [encode_name(item.key) for item in items]
+        lasts = self._by_journals(names)
+        if self._table is not None:
+            for index, use in enumerate(self._table.look_up(names)):
+                lasts[index] = max(lasts[index], 0.0 if use.last is None else use.last.timestamp())
+        return frozenset(
+            item.path
+            for item, last in zip(items, lasts, strict=True)
+            if last > (item.last_used or datetime.fromtimestamp(0, UTC)).timestamp() + _DRIFT_SECS
+        )
+
+    def _by_journals(self, names: list[str]) -> list[float]:
+        found = {(row["digest_hi"], row["digest_lo"]): row["at"] for row in self._among(names)}
+        return [float(found.get((digest[0], digest[1]), 0.0)) for digest in digests_of(names)]
+
+    def _among(self, names: list[str]) -> Rows:
+        some: Rows = self._last[np.isin(self._last["digest_hi"], digests_of(names)[:, 0])]
+        return some
+
+    def _look(self) -> None:
+        """Read the journals that are new, if it is time."""
+        if self._looked_at is not None and self._clock() - self._looked_at < _LOOK_SECS:
+            return
+        try:
+            shelf = self._store.list(Deadline.after(_REQUEST_SECS))
+            if shelf.crowded:
+                raise HeatUnknownError(f"what was read since the plan is not known: {shelf.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
+            fresh = [
+                one
+                for one in shelf.journals
+                if one.name.hits and one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
+            ]
+            for journal, told in self._store.read_told(fresh, Deadline.after(10 * _REQUEST_SECS)):
+                if isinstance(told, Told):
+                    self._expect_whole(told.lost)
+                    self._take(told.hits)
+                elif not isinstance(told, FormatError):
+                    raise told
+                self._read.add((journal.path, journal.content.xet_hash))
+        except HeatUnknownError:
+            raise
+        except HFBucketError as error:
+            raise HeatUnknownError(
+                f"what was read since the plan is not known: {error}. Run again, or {ADVICE[0].lower()}{ADVICE[1:]}"
+            ) from None
+        self._looked_at = self._clock()
+
+    def _expect_whole(self, lost: Rows) -> None:
+        """Make sure that no hit was dropped since what was planned by.
+
+        Raises:
+            HeatUnknownError: Some were.
+        """
+        lost = lost[lost["at"] > self._lost_at + _DRIFT_SECS]
+        if len(lost):
+            raise _dropped(int(lost["hits"].max()))
+
+    def _take(self, hits: Rows) -> None:
+        rows = np.zeros(len(hits), _LAST)
+        for name in _LAST.names or ():
+            rows[name] = hits[name]
+        rows = np.concatenate([self._last, rows])
+        rows = rows[np.lexsort((rows["at"], rows["digest_lo"], rows["digest_hi"]))]
+        last = np.ones(len(rows), bool)
+        last[:-1] = (rows["digest_hi"][1:] != rows["digest_hi"][:-1]) | (
+            rows["digest_lo"][1:] != rows["digest_lo"][:-1]
+        )
+        self._last = rows[last]
+        if len(self._last) > _MOST_HITS:
+            raise HeatUnknownError(f"more than {_MOST_HITS:,} chunks were read since the plan: plan anew. {ADVICE}")
+
+    def close(self) -> None:
+        """Look no more."""
+        self._store.close()
+
+
+def _dropped(hits: int) -> HeatUnknownError:
+    return HeatUnknownError(
+        f"what was read since the plan is not known: engines dropped {hits:,} hits or more. Plan again when the key index "
+        f"knows of that, or {ADVICE[0].lower()}{ADVICE[1:]}"
+    )
+
+
+def _dropped_before(header: Header, planned_by: Pointer | None) -> float:
+    """The last moment at which an engine dropped hits, as far as a plan knows."""
+    if planned_by is not None:
+        return planned_by.heat_lost_at
+    at = header.heat.get("dropped_at")
+    try:
+        return datetime.fromisoformat(at).timestamp() + 1 if isinstance(at, str) else 0.0  # it is told to the second
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+@contextlib.contextmanager
+def rechecking(
+    bucket: Bucket,
+    header: Header,
+    planned_by: Pointer | None,
+    now: datetime,
+    told: Callable[[Ended[Item]], None],
+    *,
+    without: bool,
+) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
+    """What passes by items that were read since they were planned; everything passes of a plan that does not go by reads.
+
+    Args:
+        bucket: The instance's.
+        header: Of the plan.
+        planned_by: The snapshot that the plan was just made by; None for a plan that was made before.
+            Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
+        now: The Hub's time.
+        told: Is told of what is kept back.
+        without: Whether to do without, whatever the plan goes by.
+
+    Raises:
+        HeatUnknownError: Nobody knows by now what was read since.
+    """
+    if not header.heat.get("known") or without:
+        yield lambda items: items
+        return
+    with contextlib.ExitStack() as stack:
+        table, pointer = None, planned_by
+        if pointer is None or not _is_present(bucket, pointer):
+            table = stack.enter_context(opened_heat(bucket, now, _REQUEST_SECS)).table
+            if table is None:
+                raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
+            pointer = table.pointer
+        lost_at = _dropped_before(header, planned_by)
+        if pointer.heat_lost_at > lost_at + _DRIFT_SECS:
+            raise _dropped(max(1, pointer.heat_lost))
+        recheck = Recheck(bucket, table, pointer.covers, told, lost_at=lost_at)
+        stack.callback(recheck.close)
+        yield recheck.unused
+
+
+def _is_present(bucket: Bucket, pointer: Pointer) -> bool:
+    """Whether a snapshot is the present one still. What it covers does not tell: the Hub's clock has seconds."""
+    store, path = IndexStore(bucket, "recheck"), bucket.handle.join(POINTER)
+    try:
+        info = bucket.stat([path], Deadline.after(_REQUEST_SECS)).get(path)
+        return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)) == pointer
+    except HFBucketError:  # whoever reads all of it says what is wrong
+        return False
+    finally:
+        store.close()

@@ -1,0 +1,1 @@
+"""Exports between instances and directories."""

@@ -1,0 +1,169 @@
+"""A bucket instance as an end of an export."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, RefusedError
+from hfbucket_plugin.hub.connect import open_bucket
+from hfbucket_plugin.hub.listing import list_chunks_ahead
+from hfbucket_plugin.hub.transfer import Read, Upload
+from jobs.batch.model import FRESH_SECS
+from jobs.export.endpoint import Held
+from warmer.plan.key_files import keys_of, look_up_keys
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.listing import ChunkEntry
+    from hfbucket_plugin.tools.selection import Choice
+    from jobs.export.endpoint import Chunk
+
+_REQUEST_SECS: Final = 60.0
+
+
+class InstanceEnd:
+    """An instance.
+
+    Args:
+        name: Of the instance.
+        settings: Its settings.
+        may_be_missing: Whether a bucket that is not there holds nothing, and is no error: a destination that is to
+            be created. Never so for a source, whose mirror would be emptied.
+    """
+
+    def __init__(self, name: str, settings: InstanceSettings, *, may_be_missing: bool = False) -> None:
+        self._name = name
+        self._may_be_missing = may_be_missing
+        self.settings = settings
+        # hf_xet's own patience follows the deadlines that an instance has.
+        patient = settings.model_copy(update={"put_timeout_secs": _REQUEST_SECS})
+        self.bucket: Bucket = open_bucket(patient, name, Tally(), _REQUEST_SECS)
+
+    @property
+    def name(self) -> str:
+        """Of the instance."""
+        return self._name
+
+    def begin(self) -> None:
+        """Create the bucket where it is missing and that is allowed.
+
+        Raises:
+            RefusedError: The instance stores nothing.
+            HFBucketError: There is no such bucket.
+        """
+        if not self.settings.writes:
+            raise RefusedError(f"{self._name}: role is {self.settings.role}, so nothing is copied to this instance")
+        deadline = Deadline.patient(_REQUEST_SECS)
+        try:
+            self.bucket.info(deadline)
+        except BucketMissingError:
+            if not self._may_be_missing:
+                raise
+            self.bucket.create(deadline)
+
+    def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
+        """See `Source`."""
+        if not choice.keys_from:
+            return list_chunks_ahead(self.bucket, choice.listing_prefixes())
+        keys = (key for path in choice.keys_from for key in keys_of(path))
+        return look_up_keys(self.bucket, keys, skipped)
+
+    @property
+    def fresh_secs(self) -> float:
+        """See `Destination`. The rule of deletes: the Hub has no conditional write."""
+        return FRESH_SECS
+
+    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:
+        """See `Destination`."""
+        by_path = {self._path(key): key for key in keys}
+        try:
+            found = self.bucket.stat(list(by_path), deadline, patient=patient)
+        except BucketMissingError:
+            if not self._may_be_missing:
+                raise
+            return {}
+        return {by_path[path]: Held(info.content, info.uploaded_at) for path, info in found.items() if path in by_path}
+
+    def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
+        """See `Source`."""
+        buffers = {key: bytearray(content.size) for key, content in wanted.items()}
+        reads = {key: Read(key, content, Lease(memoryview(buffers[key]))) for key, content in wanted.items()}
+        self.bucket.transfer.read(list(reads.values()), deadline)
+        return {key: buffers[key] if read.error is None else read.error for key, read in reads.items()}
+
+    def gone(self, wanted: Mapping[str, Content], deadline: Deadline) -> frozenset[str]:
+        """See `Source`."""
+        held = self.look_up(list(wanted), deadline)
+        return frozenset(key for key, content in wanted.items() if key not in held or held[key].content != content)
+
+    def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
+        """See `Destination`. What the client hashed while it sent it is compared with what it should be."""
+        upload = Upload()
+        # hf_xet waits minutes for an answer whatever its timeouts say.
+        watch = threading.Timer(deadline.remaining(), self.bucket.transfer.abandon, [upload])
+        watch.daemon = True
+        watch.start()
+        try:
+            sources = [SourceLease(memoryview(chunk.data)) for chunk in chunks.values()]
+            sent = self.bucket.transfer.upload(sources, deadline, upload)
+        finally:
+            watch.cancel()
+        return {
+            key: content if content == chunk.content else _wrong(key, chunk, content)
+            for (key, chunk), content in zip(chunks.items(), sent, strict=True)
+        }
+
+    def publish(self, staged: Mapping[str, Content], _replacing: frozenset[str], deadline: Deadline) -> dict[str, str]:
+        """See `Destination`."""
+        by_path = {self._path(key): content for key, content in staged.items()}
+        failed = self.bucket.add(by_path, deadline, once=True)
+        return {key: failed[path].message for key in staged if (path := self._path(key)) in failed}
+
+    def drop(self, staged: Mapping[str, Content]) -> None:
+        """See `Destination`. What has no name is the store's own matter."""
+
+    def copy(self, source: InstanceEnd, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, str]:
+        """Have the Hub copy contents from the bucket of another instance, by hash, now or not at all; no bytes move.
+
+        Returns:
+            Why, by key, for those that it did not copy.
+
+        Raises:
+            HFBucketError: The request failed as a whole.
+        """
+        by_path = {self._path(key): content for key, content in wanted.items()}
+        failed = self.bucket.copy(source.bucket.handle, by_path, deadline, once=True)
+        return {key: failed[path].message for key in wanted if (path := self._path(key)) in failed}
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[InstanceEnd]:
+        """Itself, closed at the end."""
+        try:
+            yield self
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End all transfers."""
+        self.bucket.close()
+
+    def _path(self, key: str) -> str:
+        return self.bucket.handle.join(encode_name(key))
+
+
+def _wrong(key: str, chunk: Chunk, content: Content) -> IntegrityError:
+    return IntegrityError(
+        f"{key}: its bytes have the hash {content.xet_hash} and size {content.size}, and should have "
+        f"{chunk.content.xet_hash} and {chunk.content.size}; they were not stored. Its copy at the source is damaged"
+    )

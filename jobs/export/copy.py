@@ -1,0 +1,416 @@
+"""One try at one batch of copies: by the Hub, from bucket to bucket, or as bytes through this process.
+
+Either way the destination is looked at just before anything gets a name there, and once more afterwards: what counts as
+copied is there, under its key, with its hash.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.concurrency import ByteGate
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    BucketMissingError,
+    HFBucketError,
+    RefusedError,
+    ThrottledError,
+    TransportError,
+)
+from jobs.batch.model import SEND_SECS, TRIES, Batch, Ended, Result
+from jobs.export.bucket import InstanceEnd
+from jobs.export.endpoint import Chunk, Held
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from jobs.export.endpoint import Destination, Source
+    from jobs.export.plan import Move
+
+TIMES_IN_MEMORY: Final = 3
+"""Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
+
+SMALL_BYTES: Final = 64 * 1024 * 1024
+"""A chunk of so many bytes goes, alone, however small the window is: that much is there beside it anyway."""
+
+_NO_MEMORY: Final = "there is not enough memory for it: give a smaller --window, or fewer --parallel"
+
+_PAUSE_SECS: Final = 1.0
+"""After a 429 that does not say how long to wait."""
+
+
+_AGAIN_SECS: Final = 0.25
+"""Before the second try at the first object that the Hub is asked to copy; twice as long before each further one."""
+
+_LOOK_AGAIN_SECS: Final = 15.0
+"""In a long pause the Hub is asked this often whether it is over, as `hfbucket_plugin.hub.rate_limit` lets one through."""
+
+
+class How(StrEnum):
+    """How bytes come to the destination. The values stand in reports."""
+
+    COPY = "copy"  # by the Hub, which knows them by their hash
+    COPY_OR_STREAM = "copy-or-stream"  # the same, and as bytes where it refuses single objects
+    STREAM = "stream"  # through this process
+
+
+class Moved(StrEnum):
+    """How a copy ended. The values stand in reports."""
+
+    COPIED = "copied"  # by the Hub
+    STREAMED = "streamed"
+    SAME = "same"  # it was there when we came to it
+    CHANGED = "changed"  # the destination is not as it was planned: it stays as it is
+    GONE = "gone"  # the source no longer has it
+    FAILED = "failed"
+
+
+@dataclass
+class Try:
+    """What came of a try so far."""
+
+    batch: Batch[Move]
+    ended: list[Ended[Move]] = field(default_factory=list)
+    why: dict[str, str] = field(default_factory=dict)  # by the key at the destination
+    asked: set[str] = field(default_factory=set)
+
+    def end(self, move: Move, outcome: Moved, message: str = "") -> None:
+        """Note how one has ended."""
+        self.ended.append(Ended(move, outcome, message))
+
+    def result(self, *, wait_secs: float = 0.0, counts: bool = True) -> Result[Move]:
+        """The result: what did not end is tried again, or has failed for good."""
+        done = {ended.item.to for ended in self.ended}
+        left = tuple(move for move in self.batch.items if move.to not in done)
+        if not left:
+            return Result(tuple(self.ended))
+        # A try that ended some is none for the others: they may not have had their turn.
+        tries = self.batch.tries + (1 if counts and not self.ended else 0)
+        if tries >= TRIES:
+            failed = (Ended(move, Moved.FAILED, self.why.get(move.to, "no time was left for it")) for move in left)
+            return Result((*self.ended, *failed))
+        asked = (self.batch.asked | self.asked) & {move.path for move in left}
+        return Result(tuple(self.ended), Batch(left, tries, frozenset(asked)), wait_secs)
+
+
+class Mover:
+    """Copies between two ends.
+
+    Args:
+        source: Where chunks come from.
+        destination: Where they go.
+        how: How; copying by the Hub needs two instances.
+        window_bytes: Most bytes that one try fetches at one time; a larger chunk goes alone.
+        memory_bytes: Most memory that chunks on their way take, over all tries of this mover. A chunk that is larger fails by
+            itself, unless it is small for any machine (`SMALL_BYTES`).
+    """
+
+    def __init__(
+        self, source: Source, destination: Destination, how: How, window_bytes: int, memory_bytes: int | None = None
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self.how = how
+        self.window_bytes = window_bytes
+        self.memory_bytes = window_bytes * TIMES_IN_MEMORY if memory_bytes is None else memory_bytes
+        self._gate = ByteGate(self.memory_bytes)
+
+    def attempt(self, batch: Batch[Move], seconds: float) -> Result[Move]:
+        """Try once.
+
+        Args:
+            batch: What is to be copied.
+            seconds: How long this may take.
+
+        Raises:
+            HFBucketError: What will not pass by waiting: no rights, no such bucket.
+            OSError: The disk of a directory is full.
+        """
+        deadline, tried = Deadline.after(seconds), Try(batch)
+        copying = self.how is How.COPY or (self.how is How.COPY_OR_STREAM and not batch.tries)
+        try:
+            if copying:
+                self._copy(tried, deadline)
+            else:
+                self._stream(tried, deadline)
+        except ThrottledError as error:
+            return tried.result(wait_secs=error.retry_after or _PAUSE_SECS, counts=False)
+        except TransportError as error:
+            tried.why = {move.to: str(error) for move in batch.items} | tried.why
+            return tried.result()
+        return tried.result()
+
+    def _copy(self, tried: Try, deadline: Deadline) -> None:
+        source, destination = _instances(self._source, self._destination)
+        self.name(
+            tried,
+            tried.batch.items,
+            deadline,
+            lambda moves, soon: destination.copy(source, {move.to: move.content for move in moves}, soon),
+            Moved.COPIED,
+        )
+
+    def name(
+        self,
+        tried: Try,
+        moves: Iterable[Move],
+        deadline: Deadline,
+        give: Callable[[list[Move], Deadline], dict[str, str]],
+        outcome: Moved,
+    ) -> dict[str, str]:
+        """Give contents their names at the destination where it is as planned, by the rule of deletes (`jobs.batch.model`).
+
+        Between the look and the naming lies one request, which is sent once and not for long: a look that has become old
+        is done again. A pause that the Hub asks for is waited out before the look, never between the two.
+
+        Args:
+            tried: Where it is noted how they end.
+            moves: What is to get a name.
+            deadline: When to give up.
+            give: Gives the names until a deadline; returns why, by key, for those that have none.
+            outcome: What they are then.
+
+        Returns:
+            What `give` returned; empty where nothing was to be named.
+
+        Raises:
+            ThrottledError: The pause is longer than the time that is left.
+            HFBucketError: Nobody knows what became of any.
+        """
+        todo = list(moves)
+        while True:
+            try:
+                sent = time.monotonic()
+                todo = self.as_planned(tried, todo, deadline, patient=False)
+                if not todo:
+                    return {}
+                if time.monotonic() - sent > self._destination.fresh_secs:
+                    deadline.check("naming what was copied")
+                    continue
+                failed = self._given(tried, todo, give, deadline.within(SEND_SECS))
+                break
+            except ThrottledError as error:
+                pause = error.retry_after or _PAUSE_SECS
+                if pause >= deadline.remaining():
+                    raise
+                time.sleep(min(pause, _LOOK_AGAIN_SECS))
+        self.verify(tried, todo, failed, outcome, deadline)
+        return failed
+
+    @staticmethod
+    def _given(
+        tried: Try, moves: list[Move], give: Callable[[list[Move], Deadline], dict[str, str]], soon: Deadline
+    ) -> dict[str, str]:
+        """Give names, and note that the destination was asked to: what a lost answer leaves there is ours."""
+        before = frozenset(tried.asked)
+        tried.asked |= {move.path for move in moves}
+        try:
+            return give(moves, soon)
+        except ThrottledError:  # nothing was named
+            tried.asked = set(before)
+            raise
+
+    def _stream(self, tried: Try, deadline: Deadline) -> None:
+        for moves in _windows(tried.batch.items, self.window_bytes):
+            if deadline.passed:
+                return
+            todo = self._bearable(tried, self.as_planned(tried, moves, deadline))
+            held = TIMES_IN_MEMORY * sum(move.size for move in todo)
+            try:
+                with self._gate.hold(held, deadline, "memory for chunks on their way (--window)"):
+                    self._stream_window(tried, todo, deadline)
+            except MemoryError:
+                tried.why |= {move.to: _NO_MEMORY for move in todo}
+
+    def _bearable(self, tried: Try, moves: list[Move]) -> list[Move]:
+        """Those that may be in memory; the others fail, whatever a manifest or a bucket says of their size."""
+        most = max(self.memory_bytes, SMALL_BYTES)
+        for move in moves:
+            if move.size > most:
+                tried.end(
+                    move,
+                    Moved.FAILED,
+                    f"it has {move.size:,} bytes, more than --window permits ({most:,}): raise --window if that is right",
+                )
+        return [move for move in moves if move.size <= most]
+
+    def _stream_window(self, tried: Try, todo: list[Move], deadline: Deadline) -> None:
+        chunks = self._fetched(tried, todo, deadline)
+        if not chunks:
+            return
+        staged = self._destination.put(chunks, deadline)
+        wrong = {to: one for to, one in staged.items() if isinstance(one, HFBucketError)}
+        tried.why |= {to: str(error) for to, error in wrong.items()}
+        self._publish(tried, [move for move in todo if move.to in staged and move.to not in wrong], staged, deadline)
+
+    def _publish(self, tried: Try, todo: list[Move], staged: Mapping[str, Any], deadline: Deadline) -> None:
+        """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""
+
+        def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+            replacing = frozenset(move.to for move in moves if move.replaces is not None)
+            return self._destination.publish({move.to: staged[move.to] for move in moves}, replacing, soon)
+
+        try:
+            self.name(tried, todo, deadline, give, Moved.STREAMED)
+        finally:
+            self._destination.drop({move.to: staged[move.to] for move in todo})
+
+    def _fetched(self, tried: Try, todo: list[Move], deadline: Deadline) -> dict[str, Chunk]:
+        by_key = {move.key: move for move in todo}
+        chunks: dict[str, Chunk] = {}
+        lost: list[Move] = []
+        for key, data in self._source.fetch({key: move.content for key, move in by_key.items()}, deadline).items():
+            move = by_key[key]
+            if isinstance(data, bytearray):
+                chunks[move.to] = Chunk(data, move.content, move.uploaded_at)
+            elif isinstance(data, (ThrottledError, AccessDeniedError, BucketMissingError)):
+                raise data
+            else:
+                tried.why[move.to] = str(data)
+                lost.append(move)
+        self._end_gone(tried, lost, deadline)
+        return chunks
+
+    def as_planned(self, tried: Try, moves: Iterable[Move], deadline: Deadline, *, patient: bool = True) -> list[Move]:
+        """Those for which the destination is as it was planned; the others end."""
+        moves = list(moves)
+        held = self._destination.look_up([move.to for move in moves], deadline, patient=patient) if moves else {}
+        todo: list[Move] = []
+        for move in moves:
+            there = held.get(move.to)
+            if there is not None and there.content == move.content:
+                ours = move.path in tried.batch.asked  # the Hub did it, and its answer was lost
+                tried.end(move, self._ours if ours else Moved.SAME)
+            elif _state(there) != _state(move.replaces):
+                tried.end(move, Moved.CHANGED)
+            else:
+                todo.append(move)
+        return todo
+
+    @property
+    def _ours(self) -> Moved:
+        return Moved.STREAMED if self.how is How.STREAM else Moved.COPIED
+
+    def verify(self, tried: Try, moves: list[Move], failed: dict[str, str], outcome: Moved, deadline: Deadline) -> None:
+        """End those that are there now; say of the others why not."""
+        held = self._destination.look_up([move.to for move in moves if move.to not in failed], deadline)
+        for move in moves:
+            there = held.get(move.to)
+            if there is not None and there.content == move.content:
+                tried.end(move, outcome)
+            else:
+                tried.why[move.to] = failed.get(move.to, f"{self._destination.name} took it, and does not have it now")
+        self._end_gone(tried, [move for move in moves if move.to in failed], deadline)
+
+    def _end_gone(self, tried: Try, moves: list[Move], deadline: Deadline) -> None:
+        """End those that the source no longer has as planned."""
+        gone = self._source.gone({move.key: move.content for move in moves}, deadline) if moves else frozenset()
+        for move in moves:
+            if move.key in gone:
+                tried.end(move, Moved.GONE)
+
+
+def _state(held: Held | None) -> object:
+    return None if held is None else (held.content, held.uploaded_at)
+
+
+def _instances(source: Source, destination: Destination) -> tuple[InstanceEnd, InstanceEnd]:
+    if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):
+        raise RefusedError("the Hub copies between buckets only: give --mode stream, or auto")
+    return source, destination
+
+
+def _windows(moves: Iterable[Move], most_bytes: int) -> Iterator[list[Move]]:
+    window: list[Move] = []
+    nbytes = 0
+    for move in moves:
+        if window and nbytes + move.size > most_bytes:
+            yield window
+            window, nbytes = [], 0
+        window.append(move)
+        nbytes += move.size
+    if window:
+        yield window
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How bytes are moved, and why so.
+
+    Attributes:
+        how: How.
+        why: In words; where the Hub decided, its own.
+        moved: What was copied while that was found out.
+        asked: Whether the Hub was asked at all: it is not where nothing was to be copied any more.
+    """
+
+    how: How
+    why: str
+    moved: Move | None = None
+    asked: bool = True
+
+
+def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move], seconds: float) -> Method:
+    """Ask the Hub whether it copies from one bucket to the other, by the first copies that are to be made.
+
+    Args:
+        source: Where chunks come from.
+        destination: Where they go.
+        moves: What is to be copied, if it is still as planned.
+        seconds: How long one try may take.
+
+    Raises:
+        TransportError: The Hub did not answer; nothing is known then.
+        HFBucketError: The destination cannot be looked at.
+    """
+    for move in moves:
+        try:
+            tried, failed = _one_named(source, destination, move, seconds)
+        except (RefusedError, AccessDeniedError, BucketMissingError) as error:
+            return Method(How.STREAM, f"the Hub refused to copy: {error}")
+        except (ThrottledError, TransportError) as error:
+            raise TransportError(
+                f"whether the Hub copies is not known: {error}. Run again, or give --mode stream"
+            ) from None
+        outcomes = {ended.outcome for ended in tried.ended}
+        if outcomes & {Moved.SAME, Moved.CHANGED}:
+            continue
+        if not failed:
+            moved = move if Moved.COPIED in outcomes else None
+            return Method(
+                How.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
+            )
+        if Moved.GONE not in outcomes:
+            return Method(How.STREAM, f"the Hub refused to copy: {failed[move.to]}")
+    return Method(How.STREAM, "there was nothing to ask the Hub with", asked=False)
+
+
+def _one_named(source: InstanceEnd, destination: InstanceEnd, move: Move, seconds: float) -> tuple[Try, dict[str, str]]:
+    """Have the Hub copy one object, trying again what may pass: what became of it, and why it has no name.
+
+    Raises:
+        HFBucketError: It was refused, or nobody knows.
+    """
+    mover = Mover(source, destination, How.COPY, 0)
+    deadline, asked = Deadline.patient(seconds), frozenset[str]()
+    tries = 0
+
+    def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+        return destination.copy(source, {one.to: one.content for one in moves}, soon)
+
+    while True:
+        tried = Try(Batch((move,), tries, asked))
+        try:
+            return tried, mover.name(tried, (move,), deadline, give, Moved.COPIED)
+        except ThrottledError as error:  # no try: when the pause is over, the destination is looked at again
+            deadline.wait_out(error)
+        except TransportError:
+            asked = frozenset(asked | tried.asked)
+            tries += 1
+            if tries == TRIES or deadline.passed:
+                raise
+            time.sleep(_AGAIN_SECS * 2 ** (tries - 1))

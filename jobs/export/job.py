@@ -1,0 +1,358 @@
+"""One export: plan → apply → report. It adds, it replaces where that was ordered, and it never deletes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.index.notifier import telling
+from hfbucket_plugin.tools import exit_codes
+from jobs.batch.apply import Applier
+from jobs.batch.model import Ended
+from jobs.cli.progress import Progress
+from jobs.deletion import job
+from jobs.export.bucket import InstanceEnd
+from jobs.export.copy import TIMES_IN_MEMORY, How, Method, Moved, Mover, find_out
+from jobs.export.directory import DirectoryDestination, Known
+from jobs.export.executor import carrying
+from jobs.export.manifest import Line
+from jobs.export.plan import CONFLICT, JOB, REPLACED, Header, PlanFile, PlanWriter, Renames
+from jobs.export.planning import PAGE, ExportPlanning, OnConflict
+from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
+from jobs.report import NAMED_FAILURES, Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hfbucket_plugin.tools.signals import StopSwitch
+    from jobs.batch.apply import End
+    from jobs.export.endpoint import Destination, Source
+    from jobs.export.plan import Move
+    from jobs.export.planning import Wanted
+    from jobs.export.resolve import Endpoint
+    from jobs.report import ReportFile
+
+ATTEMPT_SECS: Final = 600.0
+"""Most seconds of a try: a window of bytes between two continents takes minutes."""
+
+_LOOK_UP_SECS: Final = 330.0
+"""A look-up waits out the longest pause that the Hub asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """How an export is to be done.
+
+    Attributes:
+        mode: `auto`, `copy` or `stream`.
+        on_conflict: What becomes of chunks under whose key the destination has something else.
+        renames: What the copies are called.
+        believe_files: Whether a directory is imported that has no manifest.
+        dry_run: Only plan.
+        yes: Whether to replace without asking.
+        ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
+        max_duration_secs: When to begin no more, where `until` does not say.
+        until: The deadline of the whole command.
+        plan_dir: Where plans are written; None for a directory of temporary files.
+        local: Whether bytes go through this process, whatever Ray cluster is configured.
+        address: Of the Ray cluster; None for the configured one.
+        parallel: Most batches at one time.
+        window_bytes: Most memory of bytes on their way, over all batches.
+        config: The LMCache YAML, noted in plans.
+    """
+
+    mode: str = "auto"
+    on_conflict: OnConflict = OnConflict.SKIP
+    renames: Renames = field(default_factory=Renames)
+    believe_files: bool = False
+    dry_run: bool = False
+    yes: bool = False
+    ask: Callable[[PlanFile], bool] | None = None
+    max_duration_secs: float = 3600.0
+    until: Deadline | None = None
+    plan_dir: Path | None = None
+    local: bool = True
+    address: str | None = None
+    parallel: int = 4
+    window_bytes: int = 512 * 1024 * 1024
+    config: str | None = None
+
+
+class Export:
+    """An export from one end to the other.
+
+    Args:
+        ends: Where chunks come from, and where they go.
+        order: How it is to be done.
+        file: Where it is told of every chunk.
+        stop: Whether to stop.
+    """
+
+    def __init__(self, ends: tuple[Endpoint, Endpoint], order: ExportOrder, file: ReportFile, stop: StopSwitch) -> None:
+        self._ends = ends
+        self._order = order
+        self._file = file
+        self._stop = stop
+        self._started = time.monotonic()
+        self._until = order.until or Deadline.after(order.max_duration_secs)
+        self._plan: PlanFile | None = None
+        self._applied = False
+        self._method: Method | None = None
+        self._conflicts: list[dict[str, Any]] = []
+        self._in_manifest: int | None = None
+        self._tally = Tally(file)
+        self._message = ""
+
+    def select(self, wanted: Wanted, asked: dict[str, Any]) -> ExportSummary:
+        """Plan what is wanted, and carry it out unless that needs an order that was not given.
+
+        Args:
+            wanted: Which chunks.
+            asked: The same, as the plan notes it.
+        """
+        return self._told(lambda source, destination: self._select(source, destination, wanted, asked))
+
+    def resume(self, plan: PlanFile) -> ExportSummary:
+        """Carry a plan out that was made before."""
+        return self._told(lambda source, destination: self._resume(source, destination, plan))
+
+    def _told(self, work: Callable[[Source, Destination], int]) -> ExportSummary:
+        """Do the work, and report however it ends."""
+
+        def with_ends() -> int:
+            with contextlib.ExitStack() as stack:
+                source = self._ends[0].source(believe_files=self._order.believe_files)
+                stack.callback(source.close)
+                destination = self._ends[1].destination()
+                stack.callback(destination.close)
+                return work(source, destination)
+
+        code, message = job.coded(with_ends, self._stop, self._until)
+        self._message = message or self._message
+        summary = self._summary(code)
+        self._file.write(summary.record())
+        if code == exit_codes.COMPLETE and self._applied and self._plan is not None and not summary.conflicts:
+            with contextlib.suppress(OSError):
+                if self._plan.path.parent == job.default_plan_dir():  # one that nobody asked to keep
+                    self._plan.path.unlink()
+        return summary
+
+    def _summary(self, code: int) -> ExportSummary:
+        return ExportSummary(
+            self._ends[0].place,
+            self._ends[1].place,
+            code,
+            self._applied,
+            self._message,
+            self._plan,
+            self._method,
+            dict(self._tally.ended),
+            tuple(self._tally.failures),
+            tuple(self._conflicts),
+            self._in_manifest,
+            time.monotonic() - self._started,
+        )
+
+    def _select(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> int:
+        if wanted.choice.since is not None and isinstance(source, InstanceEnd):
+            # The Hub dates the chunks, so its clock says how long ago that was.
+            wanted = replace(wanted, now=source.bucket.time(Deadline.after(job.REQUEST_SECS)) or wanted.now)
+        self._plan = plan = self._make(source, destination, wanted, asked)
+        return self._carry_out(source, destination, plan)
+
+    def _make(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> PlanFile:
+        order = self._order
+        header = Header(
+            self._ends[0].place,
+            self._ends[1].place,
+            datetime.now(UTC),
+            order.mode,
+            order.renames,
+            order.believe_files,
+            order.config,
+            asked,
+        )
+        self._file.write(header.record() | {"record": "report"})
+        name = f"{JOB}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+        path = job.plan_dir(order.plan_dir) / name
+
+        def each() -> None:
+            if self._until.passed:
+                raise RefusedError("--max-duration was over before all was listed: nothing is copied. Raise it")
+
+        with PlanWriter(path, header) as writer, tempfile.TemporaryDirectory(prefix="export-") as scratch:
+            planning = ExportPlanning(
+                header, source, destination, on_conflict=order.on_conflict, writer=writer, tick=each
+            )
+            planning.run(wanted, Path(scratch, "order"))
+        return PlanFile.open(path)
+
+    def _resume(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+        self._plan = plan
+        for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
+            if one.instance != end.place.instance or not one.same_as(end.place):
+                raise ConfigError(
+                    f"plan {str(plan.path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now"
+                )
+        self._file.write(plan.header.record() | {"record": "report"})
+        return self._carry_out(source, destination, plan)
+
+    def _carry_out(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+        if CONFLICT in plan.left:
+            self._name_conflicts(plan)
+        if not self._ordered(plan):
+            return exit_codes.COMPLETE
+        self._applied = True
+        destination.begin()
+        with Known() as known, self._stop.orderly():
+            code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exit_codes.COMPLETE
+            if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
+                self._in_manifest = destination.finish(known)
+                if known.damaged:
+                    code = self._name_damaged(known.damaged) or code
+        return code
+
+    def _name_damaged(self, names: list[str]) -> int:
+        """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
+        message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
+        self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
+        told = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
+        self._message = f"{self._message}; {told}" if self._message else told
+        return exit_codes.FAILED
+
+    def _name_conflicts(self, plan: PlanFile) -> None:
+        for move in plan.moves(CONFLICT):
+            told = {"record": "object", "path": move.path, "size": move.size, "reason": CONFLICT, "outcome": CONFLICT}
+            self._file.write(told | conflict_record(move))
+            if len(self._conflicts) < NAMED_CONFLICTS:
+                self._conflicts.append(conflict_record(move))
+
+    def _ordered(self, plan: PlanFile) -> bool:
+        """Whether to carry a plan out: what only adds needs no order, what replaces does."""
+        if self._order.dry_run:
+            return False
+        if self._order.yes or not plan.left.get(REPLACED):
+            return True
+        return self._order.ask is not None and self._order.ask(plan)
+
+    def _apply(self, source: Source, destination: Destination, plan: PlanFile, known: Known) -> int:
+        progress = Progress(plan.moves_left, self._ends[1].place.name)
+
+        def told(ended: Ended[Move]) -> None:
+            progress.add(ended.item.size)
+            if teller is not None and ended.outcome in (Moved.COPIED, Moved.STREAMED):
+                teller.did(encode_name(ended.item.to), ended.item.content)
+            if ended.outcome in (Moved.STREAMED, Moved.SAME):
+                move = ended.item
+                known.add(Line(move.to, move.content, move.uploaded_at))
+            self._tally.add(ended)
+
+        with telling(destination.bucket if isinstance(destination, InstanceEnd) else None) as teller:
+            moves = self._fresh(destination, plan, told)
+            self._method, moves = self._find_out(source, destination, plan, moves, told)
+            return self._move((source, destination), plan, moves, self._method, told)
+
+    def _move(
+        self,
+        ends: tuple[Source, Destination],
+        plan: PlanFile,
+        moves: Iterator[Move],
+        method: Method,
+        told: Callable[[Ended[Move]], None],
+    ) -> int:
+        window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
+        streams = method.how is How.STREAM
+        named = (self._ends[0].named, self._ends[1].named)
+        mover = Mover(*ends, method.how, window, self._order.window_bytes)
+        with carrying(mover, named, self._order) as executor:
+            if not self._order.local:
+                self._stop.take_back()  # `ray.init` puts handlers of its own
+            applier = Applier(
+                executor,
+                confirm=lambda: ATTEMPT_SECS,
+                not_after=plan.header.made_at,
+                told=told,
+                stop=self._stop,
+                until=self._until,
+                batch_size=PAGE,
+                batch_bytes=window if streams else None,
+                attempt_secs=ATTEMPT_SECS,
+            )
+            return self._judge(applier.run(moves))
+
+    def _fresh(self, destination: Destination, plan: PlanFile, told: Callable[[Ended[Move]], None]) -> Iterator[Move]:
+        """What is still to be copied; what is there by now ends: so a plan goes on where it was interrupted.
+
+        A look-up that fails changes nothing: every batch is looked up again before anything gets a name.
+        """
+        moves = plan.moves()
+        while page := list(itertools.islice(moves, PAGE)):
+            try:
+                held = destination.look_up([move.to for move in page], Deadline.patient(_LOOK_UP_SECS))
+            except (ThrottledError, TransportError):
+                held = {}
+            for move in page:
+                there = held.get(move.to)
+                if there is not None and there.content == move.content:
+                    told(Ended(move, Moved.SAME))
+                else:
+                    yield move
+
+    def _find_out(
+        self,
+        source: Source,
+        destination: Destination,
+        plan: PlanFile,
+        moves: Iterator[Move],
+        told: Callable[[Ended[Move]], None],
+    ) -> tuple[Method, Iterator[Move]]:
+        """How bytes are to be moved, and what is left to be moved then.
+
+        Raises:
+            RefusedError: The Hub does not copy, and bytes are not to be streamed.
+        """
+        mode = plan.header.mode
+        if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):
+            if mode == "copy":
+                raise RefusedError("--mode copy: the Hub copies between buckets only. Give --mode stream, or auto")
+            return Method(How.STREAM, "one of the two ends is a directory"), moves
+        if mode == "stream":
+            return Method(How.STREAM, "that was asked for"), moves
+        looked_at: list[Move] = []
+
+        def noted() -> Iterator[Move]:
+            for move in moves:
+                looked_at.append(move)
+                yield move
+
+        method = find_out(source, destination, noted(), _LOOK_UP_SECS)
+        if mode == "copy":
+            if method.how is How.STREAM and method.asked:
+                raise RefusedError(f"--mode copy: {method.why}. Nothing was copied; give --mode auto or stream")
+            method = Method(How.COPY, "that was asked for", method.moved)
+        if method.moved is not None:
+            told(Ended(method.moved, Moved.COPIED))
+        return method, itertools.chain((move for move in looked_at if move is not method.moved), moves)
+
+    def _judge(self, end: End) -> int:
+        unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
+        if end.why is not None:
+            self._message = str(end.why)
+            return job.code_of(end.why)
+        if end.stopped and unfinished:
+            self._message = "told to stop"
+            return exit_codes.INTERRUPTED
+        if unfinished:
+            self._message = f"--max-duration was over before all was done: {unfinished} chunks are left"
+            return exit_codes.FAILED
+        return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE

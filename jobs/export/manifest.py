@@ -1,0 +1,238 @@
+"""`MANIFEST.jsonl` of a directory of chunks: what lies there, with a checksum of itself.
+
+A header, a line a chunk by key in ascending order, and an end that has their number and the SHA-256 of all lines before it.
+What is not so is not believed: no line of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from dataclasses import dataclass
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.keys import Content, encode_name, parse_key
+from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+NAME: Final = "MANIFEST.jsonl"
+VERSION: Final = 1
+
+_HASH_DIGITS: Final = 64
+_MAX_LINE: Final = 64 * 1024
+
+
+class ManifestError(RefusedError):
+    """The manifest of a directory is not there or not whole: nothing is imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One chunk of a directory.
+
+    Attributes:
+        key: Its key string.
+        content: Its hash and size.
+        uploaded_at: When the Hub took it, where it was exported from; None where that was not known.
+    """
+
+    key: str
+    content: Content
+    uploaded_at: datetime | None
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "key": self.key,
+            "size": self.content.size,
+            "xet_hash": self.content.xet_hash,
+            "uploaded_at": None if self.uploaded_at is None else self.uploaded_at.isoformat(),
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Line:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing, or more than that: names of files above all, which come from keys only.
+        """
+        if record.keys() != {"key", "size", "xet_hash", "uploaded_at"}:
+            raise ValueError("a chunk has key, size, xet_hash and uploaded_at, and nothing else")
+        key, size, xet_hash, at = (record[name] for name in ("key", "size", "xet_hash", "uploaded_at"))
+        if not isinstance(key, str) or type(size) is not int or size < 0:
+            raise ValueError("a chunk's key is a text, its size a number")
+        if not isinstance(xet_hash, str) or len(xet_hash) != _HASH_DIGITS or set(xet_hash) - set("0123456789abcdef"):
+            raise ValueError("a chunk's xet_hash has 64 hexadecimal digits")
+        parse_key(key)
+        file_name(key)  # what cannot be encoded is no key
+        moment = None if at is None else datetime.fromisoformat(at)
+        if moment is not None and moment.tzinfo is None:
+            raise ValueError("uploaded_at has no time zone")
+        return cls(key, Content(xet_hash, size), moment)
+
+
+def file_name(key: str) -> str:
+    """The name of a chunk's file: it has no slash, and is neither `.` nor `..`, whatever the key is."""
+    return encode_name(key)
+
+
+def write(directory: Path, lines: Iterable[Line]) -> int:
+    """Write the manifest of a directory, in place of the one that it has; it appears whole.
+
+    Args:
+        directory: Of the chunks.
+        lines: By key in ascending order, each once.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = directory / f".part-{secrets.token_hex(8)}"
+    digest = hashlib.sha256()
+    count = 0
+    try:
+        with part.open("xb") as out:
+            for record in _records(lines):
+                text = (json.dumps(record) + "\n").encode()
+                digest.update(text)
+                out.write(text)
+                count += 1
+            end = {"record": "end", "chunks": count - 1, "sha256": digest.hexdigest()}
+            out.write((json.dumps(end) + "\n").encode())
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(directory / NAME)
+    finally:
+        part.unlink(missing_ok=True)
+    sync(directory)
+    return count - 1
+
+
+def _records(lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+    yield {"record": "manifest", "version": VERSION}
+    for line in lines:
+        yield line.record()
+
+
+def expect_whole(directory: Path) -> None:
+    """Refuse a manifest that is damaged; a directory may well have none.
+
+    Raises:
+        ManifestError: It is.
+    """
+    if os.path.lexists(directory / NAME):
+        next(read(directory), None)
+
+
+def sync(directory: Path) -> None:
+    """Have the names of a directory on its disk.
+
+    Raises:
+        OSError: They are not.
+    """
+    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def read(directory: Path) -> Iterator[Line]:
+    """Stream the manifest of a directory, after all of it was checked.
+
+    Raises:
+        ManifestError: It is not there, not whole, or of a newer version.
+    """
+    path = directory / NAME
+    try:
+        # A file of somebody else that the name leads to is no manifest of this directory.
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hold us up
+    except FileNotFoundError:
+        raise ManifestError(f"{str(directory)!r} has no {NAME}: the export to it did not end, or it is none") from None
+    except OSError as error:
+        raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ManifestError(f"{str(path)!r} is no file: nothing of the directory is used")
+    with os.fdopen(number, "rb") as file:
+        _check(path, file)
+        file.seek(0)  # the same file, whatever the name leads to meanwhile
+        next(file)
+        for line in file:
+            record = json.loads(line)
+            if record.get("record") == "end":
+                return
+            yield Line.from_record(record)
+
+
+def _check(path: Path, file: IO[bytes]) -> None:
+    """Read all of it.
+
+    Raises:
+        ManifestError: Something is wrong with it.
+    """
+    checker, number = _Checker(), 0
+    try:
+        while text := file.readline(_MAX_LINE):
+            number += 1
+            checker.take(text)
+    except (ValueError, TypeError, AttributeError, KeyFormatError, RecursionError) as error:
+        reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else error
+        raise ManifestError(
+            f"{str(path)!r}, line {number}: {reason}; nothing of the directory is used. Export anew, or import with "
+            "--without-manifest what its files say"
+        ) from None
+    except OSError as error:
+        raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if not checker.ended:
+        raise ManifestError(f"{str(path)!r} has no end: it was not written whole. Export anew")
+
+
+class _Checker:
+    """Takes a manifest line by line."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._digest = hashlib.sha256()
+        self._chunks = -1  # the header is none
+        self._last = ""
+
+    def take(self, text: bytes) -> None:
+        if self.ended:
+            raise ValueError("there is more after its end")
+        record = json.loads(text)
+        if not isinstance(record, dict) or not text.endswith(b"\n"):
+            raise ValueError("this line is not whole")
+        if self._chunks < 0:
+            if record.get("record") != "manifest" or record.get("version") != VERSION:
+                raise ValueError(f"this is no manifest of version {VERSION}")
+        elif record.get("record") == "end":
+            if record.get("chunks") != self._chunks or record.get("sha256") != self._digest.hexdigest():
+                raise ValueError("its checksum is not that of its lines: they were changed")
+            self.ended = True
+        else:
+            key = Line.from_record(record).key
+            if key <= self._last:
+                raise ValueError("a key is there twice, or not in its order")
+            self._last = key
+        self._digest.update(text)
+        self._chunks += 1
+
+
+def expect_directory(directory: Path, option: str) -> None:
+    """Refuse what is no directory.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{option} {str(directory)!r} is no directory")

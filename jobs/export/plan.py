@@ -1,0 +1,476 @@
+"""The plan of an export."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key, same_endpoint
+from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
+from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
+from jobs.deletion.guards import Extent
+from jobs.export.endpoint import Held
+from jobs.export.manifest import Line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from hfbucket_plugin.core.keys import Content
+
+
+_DIGEST_BYTES: Final = 16
+_CACHE_KIB: Final = 16 * 1024
+
+
+class RenameError(RefusedError):
+    """A copy cannot have the name that it would get: nothing is copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One rule.
+
+    Attributes:
+        old: The start of a key.
+        new: What takes its place.
+    """
+
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.old}={self.new}"
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """Rules, the first that matches a key decides. Without any, every key stays as it is.
+
+    Attributes:
+        rules: In their order.
+    """
+
+    rules: tuple[Rename, ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Renames:
+        """Read `old-model@=new-model@`, several of them.
+
+        Raises:
+            ConfigError: One is no such text, or two begin alike, so that the second would never be asked.
+        """
+        rules: list[Rename] = []
+        for text in texts:
+            old, found, new = text.partition("=")
+            if not found or not old or not new or old == new or "=" in new:
+                raise ConfigError(f"--rename {text!r}: must read OLD=NEW, two different starts of keys without '='")
+            for rule in rules:
+                if old.startswith(rule.old):
+                    raise ConfigError(f"--rename {text!r} comes after {str(rule)!r}, which takes all of its keys")
+            rules.append(Rename(old, new))
+        return cls(tuple(rules))
+
+    def texts(self) -> list[str]:
+        """What `parse` reads."""
+        return [str(rule) for rule in self.rules]
+
+    def __call__(self, key: str) -> str:
+        """The key of the copy of a chunk.
+
+        Raises:
+            RenameError: That would be no key, one of another kind or chunk, or LMCache's probe.
+        """
+        rule = next((rule for rule in self.rules if key.startswith(rule.old)), None)
+        if rule is None:
+            return key
+        renamed = rule.new + key.removeprefix(rule.old)
+        try:
+            before, after = parse_key(key), parse_key(renamed)
+        except KeyFormatError as error:
+            raise RenameError(f"--rename {str(rule)!r}: {error}; nothing is copied. Mend the rule") from None
+        if type(before) is not type(after) or before.chunk_hash != after.chunk_hash or is_probe(renamed):
+            raise RenameError(
+                f"--rename {str(rule)!r} would make {renamed!r} of {key!r}, which names another chunk or none; nothing is "
+                "copied. Rewrite what stands before the hash, and keep its number of '@'"
+            )
+        return renamed
+
+
+class Names:
+    """Which names were given so far, as digests in a temporary file. Use it as a context manager.
+
+    Args:
+        directory: Where the file is made; None for the system's directory of temporary files.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="names-", dir=directory)
+        self._base = sqlite3.connect(Path(self._directory.name, "names.sqlite"), isolation_level=None)
+        self._base.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
+            "CREATE TABLE names (digest BLOB PRIMARY KEY, key TEXT) WITHOUT ROWID; BEGIN"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.close()
+        self._directory.cleanup()
+
+    def give(self, name: str, key: str) -> None:
+        """Give a name to the copy of a chunk.
+
+        Raises:
+            RenameError: Another chunk's copy has it.
+        """
+        digest = blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest()
+        added = self._base.execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (digest, key)).rowcount
+        if added:
+            return
+        (other,) = self._base.execute("SELECT key FROM names WHERE digest = ?", (digest,)).fetchone()
+        if other != key:  # a listing that shifted under its pages names a chunk twice
+            raise RenameError(
+                f"--rename: the copies of {other!r} and of {key!r} would both be {name!r}; nothing is copied. Mend the "
+                "rules, or choose one of the two"
+            )
+
+
+VERSION: Final = 1
+JOB: Final = "export"
+NEW, REPLACED, CONFLICT = "new", "replaced", "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One of the two ends, as a plan names it.
+
+    Attributes:
+        instance: The name of the instance; None for a directory.
+        where: The handle of its bucket, or the path of the directory.
+        endpoint: The Hub of the bucket; None for a directory.
+    """
+
+    instance: str | None
+    where: str
+    endpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.instance or self.where
+
+    def same_as(self, other: Place) -> bool:
+        """Whether both are one place, however it is spelled; names of instances do not matter."""
+        if self.endpoint is None or other.endpoint is None:
+            return (self.endpoint, self.where) == (other.endpoint, other.where)
+        same = BucketHandle.parse(self.where) == BucketHandle.parse(other.where)
+        return same and same_endpoint(self.endpoint, other.endpoint)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"instance": self.instance, "where": self.where, "endpoint": self.endpoint}
+
+    @classmethod
+    def from_record(cls, record: Any) -> Place:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        if not isinstance(record, dict) or not isinstance(record.get("where"), str):
+            raise ValueError("an end needs instance and where")  # noqa: TRY004 - worded like every other fault
+        instance, endpoint = record.get("instance"), record.get("endpoint")
+        if not isinstance(instance, str | None) or not isinstance(endpoint, str | None):
+            raise ValueError("the instance and the endpoint of an end are texts")  # noqa: TRY004 - as above
+        return cls(instance, record["where"], endpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a plan is for.
+
+    Attributes:
+        source: Where chunks come from.
+        destination: Where they go.
+        made_at: When it was planned.
+        mode: `auto`, `copy` or `stream`.
+        renames: What the copies are called.
+        believe_files: Whether a directory was listed that has no manifest.
+        config: The LMCache YAML that names the instances; None where none does.
+        wanted: What was asked for.
+    """
+
+    source: Place
+    destination: Place
+    made_at: datetime
+    mode: str
+    renames: Renames = field(default_factory=Renames)
+    believe_files: bool = False
+    config: str | None = None
+    wanted: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "record": "plan",
+            "version": VERSION,
+            "job": JOB,
+            "from": self.source.record(),
+            "to": self.destination.record(),
+            "made_at": self.made_at.isoformat(),
+            "mode": self.mode,
+            "rename": self.renames.texts(),
+            "believe_files": self.believe_files,
+            "config": self.config,
+            "wanted": self.wanted,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Header:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no header, or of another version.
+        """
+        if record.get("record") != "plan" or record.get("job") != JOB or record.get("version") != VERSION:
+            raise ValueError(f"this is no plan of an export, version {VERSION}")
+        config, mode = record.get("config"), record.get("mode")
+        if not isinstance(config, str | None) or mode not in ("auto", "copy", "stream"):
+            raise ValueError("a plan's config is a text, its mode auto, copy or stream")
+        made_at = datetime.fromisoformat(record["made_at"])
+        source, destination = Place.from_record(record.get("from")), Place.from_record(record.get("to"))
+        renames = Renames.parse(record["rename"])
+        believes = record.get("believe_files") is True
+        return cls(source, destination, made_at, mode, renames, believes, config, record.get("wanted", {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One chunk that is to be copied, if the destination still is as it was when that was planned.
+
+    Attributes:
+        key: Its key at the source.
+        to: Its key at the destination.
+        content: Its hash and size.
+        uploaded_at: When the Hub took it; None where that is not known.
+        replaces: What it replaces; None where there was nothing.
+    """
+
+    key: str
+    to: str
+    content: Content
+    uploaded_at: datetime | None
+    replaces: Held | None = None
+
+    @property
+    def path(self) -> str:
+        """Its name at the destination."""
+        return encode_name(self.to)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.content.size
+
+    @property
+    def reason(self) -> str:
+        """Why it is copied."""
+        return NEW if self.replaces is None else REPLACED
+
+    def record(self, reason: str | None = None) -> dict[str, Any]:
+        """For JSON."""
+        line = Line(self.key, self.content, self.uploaded_at).record()
+        if self.replaces is not None:
+            held = self.replaces
+            line["there"] = Line(self.to, held.content, held.uploaded_at).record()
+        return {"reason": reason or self.reason} | line
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], renames: Renames) -> Move:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        own = {name: value for name, value in record.items() if name not in ("reason", "there")}
+        line = Line.from_record(own)
+        there = None if record.get("there") is None else Line.from_record(record["there"])
+        to = renames(line.key)
+        if there is not None and there.key != to:
+            raise ValueError("what it replaces bears another key")
+        replaces = None if there is None else Held(there.content, there.uploaded_at)
+        if (record.get("reason") in (REPLACED, CONFLICT)) != (replaces is not None):
+            raise ValueError("a chunk replaces what is there, or is new")
+        return cls(line.key, to, line.content, line.uploaded_at, replaces)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What was found while planning.
+
+    Attributes:
+        chosen: The chunks of the choice.
+        planned: Those that are to be copied, by reason.
+        same: Those that the destination has.
+        conflicts: Those under whose key the destination has, and keeps, something else.
+        skipped: How many others were passed by, by reason.
+    """
+
+    chosen: Extent
+    planned: dict[str, Extent]
+    same: Extent
+    conflicts: Extent
+    skipped: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "chosen": self.chosen.record(),
+            "planned": {reason: extent.record() for reason, extent in sorted(self.planned.items())},
+            "same": self.same.record(),
+            "conflicts": self.conflicts.record(),
+            "skipped": self.skipped,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Totals:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        planned = {reason: Extent.from_record(one) for reason, one in record["planned"].items()}
+        chosen, same, conflicts = (Extent.from_record(record[name]) for name in ("chosen", "same", "conflicts"))
+        return cls(chosen, planned, same, conflicts, dict(record["skipped"]))
+
+
+class PlanWriter(PlanOutput):
+    """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
+
+    Args:
+        path: Of the plan.
+        header: What it is for.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        super().__init__(path, header.record())
+        self.planned: defaultdict[str, Extent] = defaultdict(Extent)
+
+    def add(self, move: Move) -> None:
+        """Plan a copy."""
+        self._write(move.record())
+        self.planned[move.reason] = self.planned[move.reason].plus(move.size)
+
+    def name_conflict(self, move: Move) -> None:
+        """Name a chunk that is not copied, since the destination has something else under its key."""
+        self._write(move.record(CONFLICT))
+
+    def finish(self, totals: Totals) -> None:
+        """End the plan: from now on it is there."""
+        self._end(totals.record())
+
+
+class PlanFile:
+    """A plan on disk.
+
+    Attributes:
+        path: Of the file.
+        header: What it is for.
+        totals: What was found while planning.
+        left: What is still in it, by reason: less than planned where lines were taken out.
+    """
+
+    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent], lines: Sealed) -> None:
+        self.path = path
+        self.header = header
+        self.totals = totals
+        self.left = left
+        self._lines = lines
+
+    @property
+    def moves_left(self) -> Extent:
+        """All that is still to be copied."""
+        kinds = [self.left[reason] for reason in (NEW, REPLACED) if reason in self.left]
+        return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
+
+    @classmethod
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+        """Read a plan, every line of it.
+
+        Args:
+            path: Of the plan.
+            ours: Whether to refuse one that somebody else could have written.
+
+        Raises:
+            ConfigError: It cannot be read, is none, or is not whole.
+            RefusedError: It may be somebody else's.
+        """
+        left: defaultdict[str, Extent] = defaultdict(Extent)
+        header, totals, number = None, None, 0
+        lines = Sealed(path, "plan")
+        if ours:
+            lines.expect_ours()
+        try:
+            for number, line in enumerate(lines.lines(), 1):  # noqa: B007 - it is told in the error
+                record = json.loads(line)
+                if totals is not None:
+                    raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
+                if header is None:
+                    header = Header.from_record(record)
+                elif record.get("record") == "end":
+                    totals = Totals.from_record(record)
+                else:
+                    reason = str(record.get("reason"))
+                    left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
+        except OSError as error:
+            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            kind = RefusedError if isinstance(error, RefusedError) else ConfigError
+            raise kind(f"plan {str(path)!r}, line {number}: {error}") from None
+        if header is None or totals is None:
+            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
+        return cls(path, header, totals, dict(left), lines)
+
+    def moves(self, *reasons: str) -> Iterator[Move]:
+        """What is to be copied, or other lines of the plan, in its order.
+
+        Args:
+            reasons: Of the lines; none for what is to be copied.
+
+        Raises:
+            RefusedError: The file was changed since it was opened.
+            OSError: It cannot be read any more.
+        """
+        wanted = reasons or (NEW, REPLACED)
+        lines = self._lines.lines_again()
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            if record.get("reason") in wanted:
+                yield Move.from_record(record, self.header.renames)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a plan is of an export, as its first line says.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    lines = Sealed(path, "plan")
+    try:
+        return bool(json.loads(next(lines.lines(), b"")).get("job") == JOB)
+    except OSError as error:
+        raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, RecursionError):
+        return False

@@ -1,0 +1,237 @@
+"""Make the plan of an export."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from pydantic import ValidationError
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import Content, is_probe, parse_key
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
+from hfbucket_plugin.tools.selection import Choice
+from jobs.deletion.guards import Extent, GuardError
+from jobs.export.plan import Move, Names, Totals
+from warmer.plan.ordered import in_order, newest_first, within
+from warmer.plan.plan_file import PlannedChunk
+from warmer.request.flags import flags_of, nested
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import datetime
+    from pathlib import Path
+    from typing import Any
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.hub.listing import ChunkEntry
+    from jobs.export.endpoint import Destination, Held, Source
+    from jobs.export.plan import Header, PlanWriter
+    from warmer.request.flags import Flag
+
+
+CHOOSING = tuple(flag for flag in flags_of("choose") if flag.name != "--hottest")
+"""The warmer's flags that say which chunks. An export goes by what is there, not by what was read: its budget takes the newest."""
+
+
+def choice_of(given: Mapping[Flag, Any]) -> Choice:
+    """The choice that flags state; without any, all chunks.
+
+    Raises:
+        ConfigError: Some are wrong; all of them are named.
+    """
+    values = nested(given).get("choose", {})
+    flags = {flag.place[1]: flag.name for flag in CHOOSING}
+    try:
+        return Choice.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            (str(item["loc"][0]) if item["loc"] else "", item["msg"].removeprefix("Value error, "))
+            for item in error.errors(include_url=False, include_input=False)
+        ]
+    raise ConfigError("; ".join(f"{flags.get(name, name)}: {words}" if name else words for name, words in problems))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which chunks of a source.
+
+    Attributes:
+        choice: As flags state it.
+        now: What `since` counts back from.
+        prompts: Where chunks stand among the prompts, when the choice names some.
+    """
+
+    choice: Choice
+    now: datetime
+    prompts: PromptOrder | None = None
+
+    def of(self, source: Source, scratch: Path, skipped: Counter[str]) -> Iterator[PlannedChunk]:
+        """Stream what is wanted; in order where the choice cuts it: as the prompts have them, or the newest first.
+
+        Args:
+            source: Where chunks come from.
+            scratch: A file to sort in.
+            skipped: What is passed by is counted there: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
+
+        Raises:
+            HFBucketError: The listing is not complete.
+            OSError: There is no room to sort in.
+        """
+        choice, prompts = self.choice, self.prompts
+        chunks = self._filtered(source.entries(choice, skipped), skipped)
+
+        def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
+            return within(ordered, choice.newest, choice.max_bytes)
+
+        if prompts is not None:
+            return in_order(chunks, lambda chunk: prompts.place(parse_key(chunk.key)) or 0, scratch, cut)
+        if choice.newest is None and choice.max_bytes is None:
+            return chunks
+        return in_order(chunks, newest_first, scratch, cut)
+
+    def _filtered(self, entries: Iterable[ChunkEntry], skipped: Counter[str]) -> Iterator[PlannedChunk]:
+        passes = self.choice.filter(self.now)
+        for entry in entries:
+            if is_probe(entry.text):
+                skipped["probe"] += 1
+            elif not passes(entry) or (self.prompts is not None and self.prompts.place(entry.key) is None):
+                skipped["not_chosen"] += 1
+            else:
+                content = entry.content
+                yield PlannedChunk(entry.text, "", content.xet_hash, content.size, entry.uploaded_at)
+
+
+def prompts_of(choice: Choice, source: NamedInstance | None, config: Path | None) -> PromptOrder | None:
+    """Where chunks stand among the prompts that a choice names; None where it names none.
+
+    Args:
+        choice: Which chunks.
+        source: The instance; None for a directory.
+        config: The LMCache YAML, which says how classic engines hash.
+
+    Raises:
+        ConfigError: The prompts cannot be read, or nothing says how they are hashed.
+    """
+    if choice.prompts is None:
+        return None
+    if source is None:
+        raise ConfigError("--prompts: nothing says how the engine of a directory hashes; export from an instance")
+    prompts = read_prompts(choice.prompts)
+    first = next(prompts, None)
+    if first is None:
+        raise ConfigError(f"--prompts {str(choice.prompts)!r} holds no prompt")
+    if source.mode == "mp" or config is None:
+        hasher = mp_hasher(choice.chunk_size, choice.hash_algorithm)
+    else:
+        hasher = classic_hasher(config)
+    return PromptOrder(itertools.chain([first], prompts), hasher)
+
+
+PAGE: Final = 1000
+"""Keys that are looked up at one time: as many as the Hub takes."""
+
+_LOOK_UP_SECS: Final = 330.0
+"""A look-up waits out the longest pause that the Hub asks for; that of a directory hashes up to a thousand files."""
+
+
+class OnConflict(StrEnum):
+    """What becomes of a chunk under whose key the destination has something else."""
+
+    SKIP = "skip"
+    NEWER = "newer"
+    OVERWRITE = "overwrite"
+
+
+class ExportPlanning:
+    """Compares the two ends, page by page.
+
+    Args:
+        header: Of the plan.
+        source: Where chunks come from.
+        destination: Where they go.
+        on_conflict: What becomes of conflicts.
+        writer: Of the plan.
+        tick: Called for every page: whether to go on.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        source: Source,
+        destination: Destination,
+        *,
+        on_conflict: OnConflict,
+        writer: PlanWriter,
+        tick: Callable[[], None],
+    ) -> None:
+        self._header = header
+        self._source = source
+        self._destination = destination
+        self._on_conflict = on_conflict
+        self._writer = writer
+        self._tick = tick
+        self._chosen = self._same = self._conflicts = Extent()
+
+    def run(self, wanted: Wanted, scratch: Path) -> None:
+        """Write the plan.
+
+        Raises:
+            RenameError: A copy would have no name, or that of another.
+            GuardError: Nothing was chosen.
+            HFBucketError: One of the ends did not tell what it holds.
+            OSError: There is no room for it.
+        """
+        skipped: Counter[str] = Counter()
+        with contextlib.ExitStack() as stack:
+            names = stack.enter_context(Names()) if self._header.renames.rules else None
+            for page in _pages(wanted.of(self._source, scratch, skipped)):
+                self._tick()
+                self._compare({self._named(chunk, names): chunk for chunk in page})
+        if not self._chosen.objects:
+            passed_by = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+            raise GuardError(
+                f"{self._source.name} has no chunk that was chosen{f' ({passed_by})' if passed_by else ''}: nothing is "
+                "copied. Is that the right end, and the right choice?"
+            )
+        self._writer.finish(
+            Totals(self._chosen, dict(self._writer.planned), self._same, self._conflicts, dict(skipped))
+        )
+
+    def _named(self, chunk: PlannedChunk, names: Names | None) -> str:
+        to = self._header.renames(chunk.key)
+        if names is not None:
+            names.give(to, chunk.key)
+        return to
+
+    def _compare(self, page: dict[str, PlannedChunk]) -> None:
+        held = self._destination.look_up(list(page), Deadline.patient(_LOOK_UP_SECS))
+        for to, chunk in page.items():
+            self._chosen = self._chosen.plus(chunk.size)
+            there = held.get(to)
+            move = Move(chunk.key, to, Content(chunk.xet_hash, chunk.size), chunk.uploaded_at, there)
+            if there is None or (there.content != move.content and self._replaces(move, there)):
+                self._writer.add(move)
+            elif there.content == move.content:
+                self._same = self._same.plus(chunk.size)
+            else:
+                self._conflicts = self._conflicts.plus(chunk.size)
+                self._writer.name_conflict(move)
+
+    def _replaces(self, move: Move, there: Held) -> bool:
+        if self._on_conflict is OnConflict.NEWER:
+            return (
+                move.uploaded_at is not None and there.uploaded_at is not None and move.uploaded_at > there.uploaded_at
+            )
+        return self._on_conflict is OnConflict.OVERWRITE
+
+
+def _pages(chunks: Iterable[PlannedChunk]) -> Iterator[list[PlannedChunk]]:
+    chunks = iter(chunks)
+    while page := list(itertools.islice(chunks, PAGE)):
+        yield page

@@ -1,0 +1,165 @@
+"""What came of an export: counted, told in words, and as JSON. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.tools import exit_codes
+from jobs.deletion.guards import Extent
+from jobs.export.copy import How, Moved
+from jobs.export.plan import JOB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from enum import StrEnum
+
+    from jobs.export.copy import Method
+    from jobs.export.plan import Move, Place, PlanFile
+
+NAMED_CONFLICTS: Final = 1000
+"""Conflicts that a summary names; the plan names all."""
+
+_TOLD_CONFLICTS: Final = 10
+
+
+def conflict_record(move: Move) -> dict[str, Any]:
+    """A chunk that is not copied, since the destination has something else under its key."""
+    there = move.replaces
+    return {
+        "key": move.key,
+        "to": move.to,
+        "xet_hash": move.content.xet_hash,
+        "there_xet_hash": "" if there is None else there.content.xet_hash,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """What came of an export.
+
+    Attributes:
+        source: Where chunks came from.
+        destination: Where they went.
+        code: The exit code.
+        applied: Whether anything was to be copied; a plan that is only shown is not.
+        message: Why it did not end well; empty where it did.
+        plan: The plan, where there is one.
+        method: How bytes were moved, and why so; None where nothing was.
+        ended: How much ended, by outcome.
+        failures: The first chunks that failed.
+        conflicts: The first chunks that were not copied for what the destination has under their keys.
+        in_manifest: Chunks in the manifest of a directory that was exported to; None elsewhere.
+        seconds: How long it took.
+    """
+
+    source: Place
+    destination: Place
+    code: int
+    applied: bool
+    message: str = ""
+    plan: PlanFile | None = None
+    method: Method | None = None
+    ended: dict[StrEnum, Extent] = field(default_factory=dict)
+    failures: tuple[dict[str, str], ...] = ()
+    conflicts: tuple[dict[str, Any], ...] = ()
+    in_manifest: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def job(self) -> str:
+        """Which job."""
+        return JOB
+
+    @property
+    def instance(self) -> str:
+        """The destination: it is what changes."""
+        return self.destination.name
+
+    @property
+    def how(self) -> str | None:
+        """How bytes were moved, where any were."""
+        if self.method is None:
+            return None
+        mixed = self.method.how is How.COPY_OR_STREAM
+        return str(How.COPY if mixed and Moved.STREAMED not in self.ended else self.method.how)
+
+    @property
+    def moved(self) -> Extent:
+        """What was copied, by the Hub or as bytes."""
+        kinds = [self.ended[one] for one in (Moved.COPIED, Moved.STREAMED) if one in self.ended]
+        return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
+
+    @property
+    def unfinished(self) -> Extent:
+        """What was planned and has not ended."""
+        if self.plan is None or not self.applied:
+            return Extent()
+        left = self.plan.moves_left
+        for extent in self.ended.values():
+            left = left.minus(extent)
+        return left
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        if self.message:
+            yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
+        if self.plan is None:
+            return
+        totals = self.plan.totals
+        yield f"chosen: {totals.chosen}; there already: {totals.same}"
+        if totals.conflicts.objects:
+            yield from self._told_conflicts(totals.conflicts)
+        if not self.applied:
+            if not self.code:  # what is refused would be refused again
+                yield (
+                    f"nothing was copied: this was only planned ({self.plan.moves_left}). To carry it out: python -m jobs apply "
+                    f"{self.plan.path} --yes"
+                )
+            return
+        if self.method is not None:
+            yield f"{self.how}, since {self.method.why}"
+        if self.ended:
+            yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
+        if self.code in (exit_codes.FAILED, exit_codes.INTERRUPTED):
+            yield f"to go on: python -m jobs apply {self.plan.path} --yes"
+
+    def _told_conflicts(self, conflicts: Extent) -> Iterator[str]:
+        yield f"not copied, since something else is there under the same key: {conflicts} (--on-conflict says what to do)"
+        for one in self.conflicts[:_TOLD_CONFLICTS]:
+            yield f"conflict: {one['to']}"
+        if conflicts.objects > _TOLD_CONFLICTS and self.plan is not None:
+            yield f"and {conflicts.objects - _TOLD_CONFLICTS} more, all in {self.plan.path}"
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics."""
+        failed = self.ended.get(Moved.FAILED, Extent())
+        return {
+            "copied_objects": self.moved.objects,
+            "copied_bytes": self.moved.bytes,
+            "failed_objects": failed.objects,
+            "unfinished_objects": self.unfinished.objects,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; the fields are described in `docs/export.md`."""
+        record: dict[str, Any] = {
+            "record": "summary",
+            "job": self.job,
+            "from": self.source.record(),
+            "to": self.destination.record(),
+            "result": exit_codes.RESULTS[self.code] if self.applied or self.code else "planned",
+            "exit_code": self.code,
+            "message": self.message,
+            "seconds": round(self.seconds, 3),
+            "how": self.how,
+            "why": None if self.method is None else self.method.why,
+        }
+        if self.plan is not None:
+            # What ended as `same` while copying was planned; what was so before is not in the plan.
+            record |= {"plan": str(self.plan.path)} | self.plan.totals.record()
+            record |= {"there_already": record.pop("same"), "unfinished": self.unfinished.record()}
+        record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Moved}
+        if self.in_manifest is not None:
+            record["in_manifest"] = self.in_manifest
+        return record | {"failures": list(self.failures), "conflicting": list(self.conflicts)}

@@ -1,0 +1,1 @@
+"""The index job: build, verify, prune."""

@@ -1,0 +1,139 @@
+"""What lies below `.hfbucket/index/` of an instance, as its builder and `status` look at it: one listing, and the pointer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.units import age, count
+from hfbucket_plugin.errors import HFBucketError, MissingError
+from hfbucket_plugin.index.format import FormatError
+from hfbucket_plugin.index.store import DIRECTORY, JOURNALS, MAX_JOURNALS, IndexStore, Shelf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.format import Pointer
+
+_NAMED_STRANGE: Final = 100
+
+
+@dataclass(slots=True)
+class Found:
+    """What there is of an index.
+
+    Attributes:
+        shelf: The objects, but for those that are only counted here.
+        pointer: To the present snapshot; None where there is none that can be read.
+        unknown: Why not, where there is one: it is of a newer version, or garbage.
+        more_journals: Journals beyond the first `MAX_JOURNALS` of the listing, which are counted only.
+        strange: Objects that are none of an index; the first are in the shelf.
+    """
+
+    shelf: Shelf = field(default_factory=Shelf)
+    pointer: Pointer | None = None
+    unknown: str = ""
+    more_journals: int = 0
+    strange: int = 0
+
+    @property
+    def journals(self) -> int:
+        """How many journals there are."""
+        return len(self.shelf.journals) + self.more_journals
+
+    @property
+    def waiting(self) -> int:
+        """How many the present snapshot does not cover, as far as they are known."""
+        covers = 0.0 if self.pointer is None else self.pointer.covers
+        return self.more_journals + sum(journal.at >= covers for journal in self.shelf.journals)
+
+    def line(self, now: datetime) -> str:
+        """For people.
+
+        Args:
+            now: The Hub's time.
+        """
+        pointer = self.pointer
+        if pointer is None:
+            return f"key index: no snapshot that can be read{': ' if self.unknown else ''}{self.unknown}"
+        if ahead := pointer.ahead_of(now.timestamp()):
+            return f"key index: {ahead}: neither engines nor cleanups go by it until it was built anew"
+        made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
+        return (
+            f"key index: {count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing "
+            f"{age(listed, now)} old; {count(self.waiting, 'journal')} since, {self.journals:,} in all, "
+            f"{count(len(self.shelf.snapshots), 'snapshot')}"
+        )
+
+    def record(self, now: float) -> dict[str, Any]:
+        """For JSON.
+
+        Args:
+            now: The Hub's time, in seconds since 1970.
+        """
+        pointer, shelf = self.pointer, self.shelf
+        return {
+            "snapshot": None if pointer is None else pointer.snapshot,
+            "keys": None if pointer is None else pointer.keys,
+            "bytes": None if pointer is None else pointer.size,
+            "age_seconds": None if pointer is None else round(now - pointer.covers, 1),
+            "listed_seconds_ago": None if pointer is None else round(now - pointer.full, 1),
+            "snapshots": len(shelf.snapshots),
+            "journals": self.journals,
+            "journals_waiting": self.waiting,
+            "strange": self.strange,
+            "trouble": self.unknown or (pointer.ahead_of(now) if pointer is not None else ""),
+        }
+
+
+def look(
+    bucket: Bucket, store: IndexStore, page_secs: float, request_secs: float, each_page: Callable[[], None]
+) -> Found:
+    """List the index, and read its pointer. Memory is bounded, whatever lies there.
+
+    Args:
+        bucket: The instance's.
+        store: Its index.
+        page_secs: Most seconds of a page.
+        request_secs: Most seconds of reading the pointer.
+        each_page: Called before each page; what it raises ends the listing.
+
+    Raises:
+        HFBucketError: A page did not come, or the pointer did not arrive whole.
+    """
+    handle, found = bucket.handle, Found()
+    journals = handle.join(f"{JOURNALS}/")
+    for info in bucket.list_objects(handle.join(f"{DIRECTORY}/"), page_secs, each_page):
+        if len(found.shelf.journals) >= MAX_JOURNALS and info.path.startswith(journals):
+            found.more_journals += 1
+            continue
+        before = len(found.shelf.strange)
+        found.shelf.see(info, handle)
+        found.strange += len(found.shelf.strange) - before
+        del found.shelf.strange[_NAMED_STRANGE:]
+    if found.shelf.pointer is not None:
+        try:
+            found.pointer = store.read_pointer(found.shelf.pointer, Deadline.patient(request_secs))
+        except FormatError as error:
+            found.unknown = str(error)
+        except MissingError:  # somebody else published meanwhile, or the store lost it
+            return found
+    return found
+
+
+def state(bucket: Bucket, page_secs: float, request_secs: float) -> Found | str:
+    """What there is of an index, for those who only tell of it.
+
+    Returns:
+        Or why nobody knows.
+    """
+    store = IndexStore(bucket, "status")
+    try:
+        return look(bucket, store, page_secs, request_secs, lambda: None)
+    except HFBucketError as error:
+        return str(error)
+    finally:
+        store.close()

@@ -1,0 +1,230 @@
+"""One build of the key index of an instance: lock → snapshot → guards → publication → pruning → report.
+
+Nothing but objects below `.hfbucket/index/` is written or deleted, beside the lock and the report. Whatever ends a build before
+its pointer is written leaves the snapshot before in use; whatever ends it afterwards leaves old objects for the next one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.cli.context import opened
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
+from hfbucket_plugin.index.refresh import journal_secs, refresh_secs, writers_of
+from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
+from hfbucket_plugin.tools import exit_codes
+from jobs import history
+from jobs.deletion.guards import Extent
+from jobs.deletion.job import REQUEST_SECS, code_of, coded
+from jobs.index import inventory
+from jobs.index.build import Maker
+from jobs.index.prune import Limits, prune, spare
+from jobs.index.report import IndexSummary, Made
+from jobs.index.verify import Verification
+from jobs.lock.claims import INDEXING
+from jobs.lock.clock import HubClock, ask
+from jobs.lock.lock import Keeper, Lock
+from jobs.report import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.format import Pointer
+    from hfbucket_plugin.tools.signals import StopSwitch
+    from jobs.deletion.plan import Item
+    from jobs.index.build import IndexOrder
+    from jobs.index.inventory import Found
+    from jobs.index.verify import Differences
+    from jobs.report import ReportFile
+
+_TELL: Final = 1.5
+"""Times the interval of journals, within which a writer has told of what it did: it waits for that long, and a journal takes time."""
+
+
+class IndexJob:
+    """A build.
+
+    Args:
+        named: The instance.
+        order: How it is to be done.
+        file: Where it is told of every object that is deleted, and of the end.
+        stop: Whether to stop.
+    """
+
+    def __init__(self, named: NamedInstance, order: IndexOrder, file: ReportFile, stop: StopSwitch) -> None:
+        self._named = named
+        self._order = replace(order, max_age_secs=named.settings.index_max_age_secs)
+        self._file = file
+        self._stop = stop
+        self._started = time.monotonic()
+        self._until = order.until or Deadline.after(order.max_duration_secs)
+        self._tally = Tally(file)
+        self._made: Made | None = None
+        self._differences: Differences | None = None
+        self._spare = Extent()
+        self._strange = 0
+        self._message = ""
+
+    def run(self) -> IndexSummary:
+        """Build it, and report however that ends."""
+        return self._told(self._locked)
+
+    def verify(self) -> IndexSummary:
+        """Compare it, as a reader sees it, with a listing; nothing is written."""
+        return self._told(self._verify)
+
+    def _told(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
+        code, message = coded(lambda: self._with_bucket(work), self._stop, self._until)
+        self._message = message or self._message
+        summary = self._summary(code)
+        self._file.write(summary.record())
+        return summary
+
+    def _summary(self, code: int) -> IndexSummary:
+        return IndexSummary(
+            self._named.name,
+            str(self._named.settings.bucket_handle),
+            code,
+            self._order.dry_run,
+            self._message,
+            self._made,
+            self._differences,
+            self._spare,
+            dict(self._tally.ended),
+            tuple(self._tally.failures),
+            self._strange,
+            time.monotonic() - self._started,
+        )
+
+    def _with_bucket(self, work: Callable[[Bucket, IndexStore], int]) -> int:
+        self._file.write({"record": "report", "job": history.INDEX, "instance": self._named.name})
+        with opened(self._named, REQUEST_SECS) as bucket:
+            store = IndexStore(bucket, "builder")
+            try:
+                return work(bucket, store)
+            finally:
+                store.close()
+
+    def _locked(self, bucket: Bucket, store: IndexStore) -> int:
+        if self._order.dry_run:
+            clock = HubClock()
+            ask(bucket, clock, REQUEST_SECS)
+            return self._work(bucket, store, clock, None, self._in_time)
+        if not self._named.settings.writes:
+            raise RefusedError(f"role is {self._named.settings.role}, so no index is published through this instance")
+        lock = Lock(bucket, history.INDEX, seconds=self._order.lock_secs, request_secs=REQUEST_SECS, kind=INDEXING)
+        with lock.held(), Keeper(lock, self._order.lock_secs) as keeper:
+
+            def tick() -> None:
+                self._in_time()
+                keeper.check()
+
+            return self._work(bucket, store, lock.clock, lock, tick)
+
+    def _in_time(self) -> None:
+        if self._until.passed:
+            raise RefusedError("--max-duration was over before all was listed and read: nothing is published. Raise it")
+
+    def _work(
+        self, bucket: Bucket, store: IndexStore, clock: HubClock, lock: Lock | None, tick: Callable[[], None]
+    ) -> int:
+        found = inventory.look(bucket, store, self._order.page_secs, REQUEST_SECS, tick)
+        self._strange = found.strange
+        if found.unknown and not self._order.full:
+            raise RefusedError(
+                f"{found.unknown}: nothing is published. If no newer version works on this instance, give --full once"
+            )
+        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.scratch) as scratch:
+            maker = Maker(self._named.name, bucket, store, self._order, until=self._until, tick=tick)
+            built, made = maker.make(found, _now(clock), Path(scratch))
+            self._made = made
+            if lock is None:
+                self._spare = _extent(spare(found, "", built.covers, _now(clock), self._limits))
+                return exit_codes.COMPLETE
+            pointer, same = maker.publish(found, built, lock, Path(scratch))
+        content = maker.expect(pointer)
+        self._made = replace(made, pointer=pointer, same=same)
+        code = self._prune(bucket, found, pointer, content, lock)
+        return self._keep(bucket, made.keys, code)
+
+    # --- verifying it ---------------------------------------------------------------------------------------------------
+
+    def _verify(self, bucket: Bucket, store: IndexStore) -> int:
+        settings = self._named.settings
+        shelf = store.list(Deadline.after(self._order.page_secs))
+        writers = writers_of(shelf)
+        refresh, journal = refresh_secs(settings, writers, shelf.calls), journal_secs(settings, writers)
+        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.scratch) as scratch:
+            verification = Verification(
+                bucket,
+                store,
+                Path(scratch),
+                page_secs=self._order.page_secs,
+                request_secs=REQUEST_SECS,
+                window_secs=2 * refresh + journal,
+                tell_secs=_TELL * journal,
+                each_page=self._in_time,
+            )
+            try:
+                self._differences = found = verification.run()
+            except MissingError as error:
+                self._message = str(error)
+                return exit_codes.FAILED
+        return exit_codes.FAILED if found.total else exit_codes.COMPLETE
+
+    # --- afterwards -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self._order.keep, self._order.grace, self._until)
+
+    def _prune(self, bucket: Bucket, found: Found, pointer: Pointer, content: Content, lock: Lock) -> int:
+        """Delete what nobody needs any more; whatever becomes of that, the index is published."""
+        present = bucket.handle.join(f"{SNAPSHOTS}/{pointer.snapshot}")
+        items = list(spare(found, present, pointer.covers, lock.clock.earliest(), self._limits))
+        self._spare = _extent(items)
+        if not items:
+            return exit_codes.COMPLETE
+        end = prune(
+            bucket, lock, iter(items), pointer=content, limits=self._limits, told=self._tally.add, stop=self._stop
+        )
+        left = self._summary(exit_codes.COMPLETE).unfinished.objects
+        if end.why is not None:
+            self._message = f"the index is published; old objects are left: {end.why}"
+            return code_of(end.why)
+        if left:
+            why = "told to stop" if end.stopped else "--max-duration was over"
+            self._message = f"{why}; the index is published, and {left} old objects are left"
+            return exit_codes.INTERRUPTED if end.stopped else exit_codes.FAILED
+        return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
+
+    def _keep(self, bucket: Bucket, keys: Extent, code: int) -> int:
+        """Keep the report in the bucket: the next build judges its listing by it."""
+        try:
+            history.keep(bucket, self._summary(code), keys, REQUEST_SECS)
+        except HFBucketError as error:
+            self._message = f"{self._message}; " if self._message else ""
+            self._message += f"the report could not be kept in the bucket: {error}"
+            return code or exit_codes.FAILED
+        return code
+
+
+def _extent(items: Iterable[Item]) -> Extent:
+    extent = Extent()
+    for item in items:
+        extent = extent.plus(item.size)
+    return extent
+
+
+def _now(clock: HubClock) -> datetime:
+    """The Hub's time, as far as it tells it: for ages of a snapshot, whose own times are the Hub's."""
+    return clock.earliest() if clock.known else datetime.now(UTC)

@@ -1,0 +1,282 @@
+"""Compares the key index of an instance, as a reader sees it, with a listing. Writes nothing.
+
+The view is made first, and the listing is compared with it page by page, so that names are at hand; what the listing does
+not have at its end is known by its digest only, for an index holds no names. Meanwhile the instance is in use: what differs is
+looked for in the journals that came since, once more after the time in which a writer has to tell, and only what nobody
+told of then counts. A key that is young is no difference either: its journal may be on its way.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError, MissingError, TransportError
+from hfbucket_plugin.index import build
+from hfbucket_plugin.index.format import FormatError, read_header
+from hfbucket_plugin.index.refresh import listed_rows
+from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS
+from hfbucket_plugin.index.table import NO_CHANGES, ROW, Table, newest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
+    from hfbucket_plugin.index.build import Built
+    from hfbucket_plugin.index.store import IndexStore
+    from hfbucket_plugin.index.table import Rows
+
+_PAGE: Final = 1000
+_NAMED: Final = 10
+_TRIES: Final = 3
+_UNSEEN_ROWS: Final = 100_000
+
+
+@dataclass
+class Differences:
+    """What a verification found.
+
+    Attributes:
+        keys: How many keys the index has.
+        listed: How many the listing has.
+        missing: In the listing and not in the index: a miss that is none.
+        surplus: In the index and not in the listing: a hit that is none.
+        different: In both, with other contents.
+        young: In the listing and not in the index, and younger than readers need to learn of them; no difference.
+        meanwhile: What was told of while this went on; no difference.
+        examples: The first of each, by name where it is known, else by digest.
+    """
+
+    keys: int = 0
+    listed: int = 0
+    missing: int = 0
+    surplus: int = 0
+    different: int = 0
+    young: int = 0
+    meanwhile: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many differences count."""
+        return self.missing + self.surplus + self.different
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; the fields are described in `docs/index.md`."""
+        return {
+            "keys": self.keys,
+            "listed": self.listed,
+            "missing": self.missing,
+            "surplus": self.surplus,
+            "different": self.different,
+            "young": self.young,
+            "meanwhile": self.meanwhile,
+            "examples": self.examples,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield (
+            f"{self.keys:,} keys in the index, {self.listed:,} in the listing: {self.missing:,} missing, "
+            f"{self.surplus:,} surplus, {self.different:,} different; {self.young:,} too young to be known, "
+            f"{self.meanwhile:,} changed meanwhile"
+        )
+        for kind, names in self.examples.items():
+            for name in names:
+                yield f"{kind}: {name}"
+
+
+@dataclass
+class _Suspects:
+    """Rows of one kind of difference, as the listing has them, or, for `surplus`, the index; names of the first."""
+
+    rows: list[Rows] = field(default_factory=list)
+    names: dict[bytes, str] = field(default_factory=dict)
+
+    @property
+    def all(self) -> Rows:
+        return np.concatenate(self.rows) if self.rows else np.zeros(0, ROW)
+
+
+class Verification:
+    """One comparison.
+
+    Args:
+        bucket: The instance's.
+        store: Its index.
+        scratch: For temporary files: empty, and nobody else's.
+        page_secs: Most seconds of a page of the listing.
+        request_secs: Most seconds of a request.
+        window_secs: How long it may take until readers know of a put or a delete.
+        tell_secs: How long it may take until a writer has told of it.
+        each_page: Called now and then; what it raises ends it.
+        sleep: Waits; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        store: IndexStore,
+        scratch: Path,
+        *,
+        page_secs: float,
+        request_secs: float,
+        window_secs: float,
+        tell_secs: float,
+        each_page: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bucket = bucket
+        self._store = store
+        self._scratch = scratch
+        self._page_secs = page_secs
+        self._request_secs = request_secs
+        self._window_secs = window_secs
+        self._tell_secs = tell_secs
+        self._each_page = each_page
+        self._sleep = sleep
+        self._missing, self._surplus, self._different = _Suspects(), _Suspects(), _Suspects()
+
+    def run(self) -> Differences:
+        """Compare.
+
+        Raises:
+            MissingError: There is no snapshot.
+            HFBucketError: Something did not arrive: nothing is known.
+        """
+        built = self._view()
+        rows = _on_disk(built.path)
+        view = Table(rows)
+        seen = np.zeros(len(view), bool)
+        found = Differences(keys=len(view))
+        infos = self._bucket.list_objects(self._bucket.handle.join(""), self._page_secs, self._each_page)
+        while page := list(islice(infos, _PAGE)):
+            self._compare(page, view, seen, found, built.covers - self._window_secs)
+        for start in range(0, len(view), _UNSEEN_ROWS):
+            unseen = np.flatnonzero(~seen[start : start + _UNSEEN_ROWS]) + start
+            if len(unseen):
+                self._surplus.rows.append(_plain(rows[unseen]))
+        self._count(found, built)
+        return found
+
+    def _view(self) -> Built:
+        """The index as a reader sees it."""
+        for number in range(_TRIES):
+            self._each_page()
+            directory = self._scratch / str(number)
+            directory.mkdir()
+            try:
+                return build.from_journals(self._bucket, self._store, directory, self._request_secs)
+            except MissingError:
+                if number == _TRIES - 1:  # else a writer replaced its last journal while it was about to be read
+                    raise
+        raise AssertionError("not reached")
+
+    def _compare(
+        self, page: list[ObjectInfo], view: Table, seen: NDArray[np.bool_], found: Differences, known_before: float
+    ) -> None:
+        rows = listed_rows(page, self._bucket.handle)
+        found.listed += len(rows)
+        if not len(rows):
+            return
+        where = view.find(_digests(rows))
+        there = where >= 0
+        seen[where[there]] = True
+        young = ~there & (rows["uploaded_at"] >= known_before)
+        found.young += int(young.sum())
+        absent = rows[~there & ~young]
+        listed, known = rows[there], view.rows[where[there]]
+        other = (listed["size"] != known["size"]) | (listed["xet_hash"] != known["xet_hash"]).any(axis=1)
+        for suspects, some in ((self._missing, absent), (self._different, listed[other])):
+            if len(some):
+                suspects.rows.append(some)
+                self._name(suspects, some, page)
+
+    def _name(self, suspects: _Suspects, rows: Rows, page: list[ObjectInfo]) -> None:
+        """Note the names of the first suspects: a row has none."""
+        if len(suspects.names) >= _PAGE:
+            return
+        wanted = {_digest(row) for row in rows}
+        for info in page:
+            for row in listed_rows([info], self._bucket.handle):
+                if _digest(row) in wanted:
+                    suspects.names[_digest(row)] = info.path
+
+    # --- what was told meanwhile ----------------------------------------------------------------------------------------
+
+    def _count(self, found: Differences, built: Built) -> None:
+        kinds = {"missing": self._missing, "surplus": self._surplus, "different": self._different}
+        suspects = {kind: one.all for kind, one in kinds.items()}
+        total = sum(map(len, suspects.values()))
+        for pause in (0.0, self._tell_secs):
+            if not any(map(len, suspects.values())):
+                break
+            self._sleep(pause)
+            changes = self._changes(built)
+            suspects = {kind: _untold(rows, changes) for kind, rows in suspects.items()}
+        for kind, rows in suspects.items():
+            setattr(found, kind, len(rows))
+            if len(rows):
+                found.examples[kind] = [kinds[kind].names.get(_digest(row)) or _described(row) for row in rows[:_NAMED]]
+        found.meanwhile = total - found.total
+
+    def _changes(self, built: Built) -> Table:
+        """The newest of what was told since the view was made."""
+        self._each_page()
+        since = built.covers
+        shelf = self._store.list(Deadline.patient(self._page_secs))
+        if shelf.crowded:
+            raise TransportError(f"not all journals could be listed: {shelf.crowded}")
+        late = [journal for journal in shelf.journals if journal.at >= since and not journal.name.hits]
+        told: list[Rows] = []
+        for _, changes in self._store.read_journals(late, Deadline.patient(self._page_secs)):
+            if isinstance(changes, FormatError):
+                continue
+            if isinstance(changes, HFBucketError):
+                raise TransportError(f"a journal could not be read: {changes}")
+            told.append(changes[changes["at"] >= since - CLOCK_MARGIN_SECS])
+        return Table(newest(*told)) if told else NO_CHANGES
+
+
+def _untold(rows: Rows, changes: Table) -> Rows:
+    """Of differences those that no change accounts for, whatever it was: the listing came by before it, or after."""
+    untold: Rows = rows[changes.find(_digests(rows)) < 0]
+    return untold
+
+
+def _on_disk(path: Path) -> Rows:
+    """The rows of a snapshot, left on the disk: what is looked at comes into memory a page at a time."""
+    with path.open("rb") as file:
+        header = read_header(file, str(path))
+    if not header.rows:
+        return np.zeros(0, header.dtype)
+    return np.memmap(path, header.dtype, "r", header.offset, (header.rows,))
+
+
+def _plain(rows: Rows) -> Rows:
+    """Rows without the columns that are none of `ROW`, in memory."""
+    plain = np.zeros(len(rows), ROW)
+    for name in ROW.names or ():
+        plain[name] = rows[name]
+    return plain
+
+
+def _digests(rows: Rows) -> NDArray[np.uint64]:
+    digests: NDArray[np.uint64] = np.stack([rows["digest_hi"], rows["digest_lo"]], axis=1)
+    return digests
+
+
+def _digest(row: Any) -> bytes:
+    return bytes(row["digest_hi"].tobytes() + row["digest_lo"].tobytes())
+
+
+def _described(row: Any) -> str:
+    return f"digest {_digest(row).hex()}, {row['size']} bytes, Xet hash {row['xet_hash'].tobytes().hex()}"

@@ -1,0 +1,342 @@
+"""The lock of a bucket, and the thread that refreshes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import threading
+from dataclasses import replace
+from datetime import UTC
+from typing import TYPE_CHECKING, Final, Self
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.hub.bucket import Progress
+from jobs.lock import records
+from jobs.lock.claims import CLAIM, DELETING, LONGEST_SECONDS, Claim, Holder, LockHeldError, claims_in
+from jobs.lock.clock import HubClock, ask
+from warmer.report.outcomes import Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
+    from jobs.lock.claims import LockKind
+
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_SECONDS: Final = LONGEST_SECONDS
+
+_RENEW_AT: Final = 2 / 3
+_RELEASE_TRIES: Final = 3
+_UNSURE_SECS: Final = 15.0
+_CLOCK_TRIES: Final = 3
+
+
+class LockLostError(RefusedError):
+    """The lock is no longer ours: nothing more may be done that it is for."""
+
+
+class LockLapsedError(LockLostError):
+    """The lock ended before it could be renewed: the Hub wanted to be left alone for too long, or we slept."""
+
+
+class Lock:
+    """The lock of one instance; thread-safe.
+
+    Args:
+        bucket: The instance's.
+        what_for: Named to others, such as `cleanup`.
+        seconds: How long the lock of a holder that was killed keeps others out; at most `LONGEST_SECONDS`.
+        request_secs: Most seconds of a request.
+        clock: The Hub's, which this also sets.
+        kind: What it keeps others from.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        what_for: str,
+        *,
+        seconds: int = DEFAULT_SECONDS,
+        request_secs: float = 60.0,
+        clock: HubClock | None = None,
+        kind: LockKind = DELETING,
+    ) -> None:
+        self._bucket = bucket
+        self._kind = kind
+        self._secs = request_secs
+        self.clock = clock or HubClock()
+        owner = f"{what_for} on {platform.node()} pid {os.getpid()}"
+        self._holder = Holder(secrets.token_hex(8), owner, min(seconds, LONGEST_SECONDS))
+        self._mutex = threading.Lock()
+        self._renewals = 0
+        self._content: Content | None = None
+        self._stops: datetime | None = None
+        self._left = False
+        self._written: list[str] = []
+
+    @property
+    def stops(self) -> datetime | None:
+        """Until when it is ours by the Hub's clock, as last confirmed; None while it is not."""
+        return self._stops
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Lock]:
+        """Hold the lock for the length of a `with` block.
+
+        Raises:
+            LockHeldError: Another one holds it; the message names it.
+            HFBucketError: The claim could not be made.
+        """
+        patient = True
+        try:
+            self._acquire()
+            yield self
+        except (Interrupted, KeyboardInterrupt):
+            patient = False
+            raise
+        finally:
+            self._release(patient=patient)
+
+    def confirm(self, *, patient: bool = False) -> float:
+        """Make sure that the lock is still ours, and renew it where that is due.
+
+        Args:
+            patient: Whether pauses of the Hub are waited out. Who has work under way looks after it instead.
+
+        Returns:
+            Seconds for which it is ours from now on, whatever happens.
+
+        Raises:
+            LockLostError: It is not ours any more.
+            HFBucketError: Nobody knows: the Hub did not tell.
+        """
+        with self._mutex:
+            own = self._own(self._claims(patient=patient))
+            if self._seconds_to(own.stops) < self._holder.seconds * _RENEW_AT:
+                own = self._renew(own, patient=patient)
+            self._stops = own.stops
+            return self._seconds_to(own.stops)
+
+    def keep(self) -> None:
+        """Renew the lock where that is due, and ask nothing where it is not: for stretches that delete nothing.
+
+        Raises:
+            LockLostError: It is not ours any more.
+            HFBucketError: Nobody knows: the Hub did not tell.
+        """
+        if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
+            self.confirm()
+
+    def keep_planning(self) -> None:
+        """Keep the lock while nothing is changed yet: pauses are waited out, and a lock that ended meanwhile is made again.
+
+        What is planned without a lock is looked at again before it is carried out, so nothing is lost by that.
+
+        Raises:
+            LockHeldError: Another one holds it meanwhile.
+            LockLostError: It was taken away.
+            HFBucketError: Nobody knows: the Hub did not tell.
+        """
+        if self._stops is not None and self._seconds_to(self._stops) >= self._holder.seconds * _RENEW_AT:
+            return
+        while True:
+            try:
+                self.confirm(patient=True)
+            except LockLapsedError:
+                self._make_again()
+            except ThrottledError as error:
+                Deadline.patient(self._secs).wait_out(error)
+                continue
+            return
+
+    def _make_again(self) -> None:
+        _log.warning("our lock ended during a pause of the Hub: it is made again")
+        with self._mutex:
+            # First the old one, which would precede the new one in the queue.
+            records.remove(self._bucket, self._written, Deadline.patient(self._secs))
+            self._written.clear()
+            self._holder = replace(self._holder, id=secrets.token_hex(8))
+            self._acquire()
+
+    def leave(self) -> None:
+        """Release it not, but let it end by itself: something is under way that may still delete."""
+        self._left = True
+
+    def _acquire(self) -> None:
+        # For people who look into the bucket: the name says all that contenders need.
+        told = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
+        self._content = records.upload(self._bucket, json.dumps(told).encode(), Deadline.patient(self._secs))
+        sent = self.clock.monotonic()
+        self._put(CLAIM, Deadline.patient(self._secs))
+        answered = self.clock.monotonic()
+        claims = self._claims(patient=True)
+        own = next((claim for claim in claims if claim.holder == self._holder), None)
+        if own is None or own.since is None:
+            raise TransportError(f"the Hub took our lock and does not list it: nothing is {self._kind.done}; run again")
+        self.clock.stamped(own.since, sent, answered)
+        for _ in range(_CLOCK_TRIES):
+            if answered - sent <= _UNSURE_SECS:
+                break
+            sent = self.clock.monotonic()  # the claim waited for a pause of the Hub, and says little of its clock
+            ask(self._bucket, self.clock, self._secs)
+            answered = self.clock.monotonic()
+        for claim in claims[: claims.index(own)]:
+            self._pass_over(claim)
+        self._stops = own.stops
+
+    def _pass_over(self, claim: Claim) -> None:
+        """Do so with a claim before ours, if it is dead.
+
+        Its objects go, so that its owner, should it only have slept, finds no lock when it wakes up.
+        """
+        if self.clock.earliest() <= claim.stale:
+            raise LockHeldError(
+                f"{self._bucket.handle} is locked by {claim.holder.owner} since {_told(claim.since)}; it ends by itself "
+                f"when that is done, or at {_told(claim.stale)} if that was killed"
+            )
+        _log.warning(
+            "the lock of %s, last renewed %s, is stale and passed over", claim.holder.owner, _told(claim.renewed)
+        )
+        records.remove(self._bucket, claim.paths, Deadline.patient(self._secs))
+
+    def _claims(self, *, patient: bool) -> list[Claim]:
+        prefix = self._bucket.handle.join(f"{self._kind.directory}/")
+        claims = claims_in(
+            self._bucket.list_objects(prefix, self._secs) if patient else self._listed_now(prefix), self._kind
+        )
+        for claim in claims:
+            self.clock.saw(claim.renewed)
+        return claims
+
+    def _listed_now(self, prefix: str) -> Iterator[ObjectInfo]:
+        """A listing that waits for no pause: who has work under way looks after it meanwhile."""
+        progress, cursor = Progress(prefix), None
+        while True:
+            infos, cursor = self._bucket.list_page(prefix, cursor, self._deadline())
+            progress.see(infos, cursor)
+            yield from infos
+            if cursor is None:
+                return
+
+    def _own(self, claims: list[Claim]) -> Claim:
+        """Our claim, while it holds."""
+        for claim in claims:
+            if claim.holder == self._holder and claim.since is not None:
+                if self.clock.latest() >= claim.stops:
+                    raise LockLapsedError(
+                        f"our lock was not renewed in time: nothing more is {self._kind.done}; run again"
+                    )
+                return claim
+            if self.clock.earliest() <= claim.stale:
+                raise LockLostError(f"the lock went to {claim.holder.owner}: nothing more is {self._kind.done}")
+        raise LockLostError(f"our lock was taken away: nothing more is {self._kind.done}; run again")
+
+    def _seconds_to(self, moment: datetime) -> float:
+        return (moment - self.clock.latest()).total_seconds()
+
+    def _renew(self, own: Claim, *, patient: bool) -> Claim:
+        self._renewals += 1
+        seconds = self._seconds_to(own.stops)  # later it would be no renewal
+        deadline = Deadline.after(seconds if patient else min(self._secs, seconds))
+        self._put(str(self._renewals), deadline)
+        renewed = self._own(self._claims(patient=patient))
+        with contextlib.suppress(HFBucketError):  # they are deleted at the end, too
+            old = [path for path in own.paths if not path.endswith(f"@{CLAIM}")]
+            records.remove(self._bucket, old, self._deadline())
+        return renewed
+
+    def _put(self, part: str, deadline: Deadline) -> None:
+        """Name an object of the lock, which is taken away at the end whatever becomes of this."""
+        if self._content is None:
+            raise LockLostError("the lock was never ours")
+        self._written.append(self._bucket.handle.join(self._name(part)))
+        records.put(self._bucket, self._name(part), self._content, deadline)
+
+    def _release(self, *, patient: bool) -> None:
+        """Take all of our objects away, by the names that they were given: a listing may not be had.
+
+        Asked for even in a pause of the Hub, since others wait for it; they end by themselves where it fails.
+        """
+        if not self._written:
+            return
+        if self._left:
+            _log.warning("batches are still under way: our lock ends by itself, in %d s", self._holder.seconds)
+            return
+        deadline = Deadline.patient(self._secs) if patient else self._deadline()
+        problem: HFBucketError | None = None
+        for number in range(_RELEASE_TRIES):
+            try:
+                # The first one goes by no pause: deletes may be served while listings are not.
+                records.raise_failed(self._bucket.delete(self._written, deadline, urgent=not number))
+            except HFBucketError as error:
+                problem = error
+            else:
+                return
+        _log.warning("our lock could not be taken away and ends in %d s: %s", self._holder.seconds, problem)
+
+    def _name(self, part: str) -> str:
+        return f"{self._kind.directory}/{self._holder.name(part)}"
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self._secs)
+
+
+def _told(moment: datetime | None) -> str:
+    return "?" if moment is None else moment.astimezone(UTC).isoformat(timespec="seconds")
+
+
+_LOOK_SECS: Final = 5.0
+_LOOKS: Final = 20
+"""Looks while a renewal holds, where it does not hold for long."""
+
+
+class Keeper:
+    """A thread that renews a lock where that is due. Use it as a context manager, within that of the lock.
+
+    Args:
+        lock: The lock, held.
+        seconds: For how long each renewal of it holds.
+    """
+
+    def __init__(self, lock: Lock, seconds: float) -> None:
+        self._lock = lock
+        self._every = min(_LOOK_SECS, seconds / _LOOKS)
+        self._over = threading.Event()
+        self._lost: LockLostError | None = None
+        self._thread = threading.Thread(target=self._run, name="jobs-keeper", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()  # a renewal that is under way ends by its deadline; the lock is released after it
+
+    def check(self) -> None:
+        """Stop here when the lock is lost; asks nobody.
+
+        Raises:
+            LockLostError: It is.
+        """
+        if self._lost is not None:
+            raise self._lost
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                self._lock.keep()
+            except LockLostError as error:
+                self._lost = error
+                return
+            except HFBucketError as error:  # whoever needs the lock asks for it again
+                _log.warning("the lock could not be renewed yet: %s", error)

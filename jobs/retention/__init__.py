@@ -1,0 +1,1 @@
+"""Retention rules: which chunks may go, and in which order."""

@@ -1,0 +1,180 @@
+"""What is to be kept and for how long: a policy of one instance, from `retention.yaml` or from flags."""
+
+from __future__ import annotations
+
+import difflib
+from datetime import timedelta
+from pathlib import Path  # noqa: TC003 - pydantic and Typer look at annotations
+from typing import Annotated, Any, Final
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+
+from hfbucket_plugin.config.yaml_file import read_yaml
+from hfbucket_plugin.core.keys import model_of
+from hfbucket_plugin.errors import ConfigError
+from jobs.cli import units
+
+Duration = Annotated[timedelta, BeforeValidator(units.duration), PlainSerializer(units.in_short, return_type=str)]
+Size = Annotated[int, BeforeValidator(units.size), Field(gt=0)]
+Start = Annotated[str, Field(min_length=1)]
+"""The start of a key. Never empty: that would be everything, which nobody should write by accident."""
+
+MIN_AGE: Final = timedelta(hours=1)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Section):
+    """Bounds of a set of objects."""
+
+    max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
+        None, description="Objects that the Hub took longer ago than this are deleted (`expired`)."
+    )
+    max_idle: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
+        None, description="Objects that were neither put nor read for longer than this are deleted (`idle`)."
+    )
+    max_bytes: Size | None = Field(
+        None,
+        description="While the objects take more than this, those are deleted whose last use, put or read, is the longest ago "
+        "(`over-budget`).",
+    )
+    max_objects: Annotated[PositiveInt, Strict()] | None = Field(
+        None, description="While there are more objects than this, the same are deleted (`over-budget`)."
+    )
+    keep_newest: Annotated[NonNegativeInt, Strict()] = Field(
+        0, description="So many of the objects that were put last are kept, whatever other rules say (`shielded`)."
+    )
+
+    @property
+    def bounds_anything(self) -> bool:
+        """Whether they can lead to a deletion."""
+        return self.max_age is not None or self.needs_heat
+
+    @property
+    def needs_heat(self) -> bool:
+        """Whether they go by when objects were last read."""
+        return any(limit is not None for limit in (self.max_idle, self.max_bytes, self.max_objects))
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether all the objects must be known before the first can be decided upon."""
+        return bool(self.keep_newest) or self.max_bytes is not None or self.max_objects is not None
+
+
+class Rule(Limits):
+    """Limits of the keys with some start, or of one model. The first rule that matches a key decides its `max_age` and `max_idle`."""
+
+    prefix: Start | None = Field(None, description="The start of the keys that the rule is for.")
+    model: Start | None = Field(None, description="The model that the rule is for, as engines were given its name.")
+
+    @model_validator(mode="after")
+    def _is_for_something(self) -> Rule:
+        if self.prefix is None and self.model is None:
+            raise ValueError("a rule needs prefix or model")
+        return self
+
+    def matches(self, key: str) -> bool:
+        """Whether the rule is for a key; one with both prefix and model is for keys that have both."""
+        by_model = self.model is None or (key.startswith(f"{self.model}@") and model_of(key) == self.model)
+        return by_model and (self.prefix is None or key.startswith(self.prefix))
+
+
+class Models(_Section):
+    """Which models are still served."""
+
+    keep: Annotated[tuple[Start, ...], Field(min_length=1)] = Field(
+        description="Objects of all other models are deleted (`model-retired`)."
+    )
+
+
+class Policy(Limits):
+    """What an instance keeps.
+
+    Its own `max_age` and `max_idle` are for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.
+    """
+
+    min_age: Duration = Field(MIN_AGE, description="Nothing younger is ever deleted (`too-young`).")
+    keep_prefix: tuple[Start, ...] = Field((), description="Keys that start with one of these are kept (`shielded`).")
+    models: Models | None = Field(None, description="Retire models by naming those that stay.")
+    rules: tuple[Rule, ...] = Field((), description="Limits for some keys; the first match wins.")
+
+    @property
+    def deletes_anything(self) -> bool:
+        """Whether it can lead to a deletion."""
+        return self.models is not None or any(limits.bounds_anything for limits in (self, *self.rules))
+
+    @property
+    def goes_by_use(self) -> bool:
+        """Whether it goes by when objects were last read."""
+        return any(limits.needs_heat for limits in (self, *self.rules))
+
+    @property
+    def streams(self) -> bool:
+        """Whether each object can be decided upon by itself."""
+        return not any(limits.needs_order for limits in (self, *self.rules))
+
+    def record(self) -> dict[str, Any]:
+        """The policy for a plan's header: only what was set."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def from_values(values: Any, where: str) -> Policy:
+    """A policy from a mapping.
+
+    Raises:
+        ConfigError: One message that names every wrong setting, with `where` before it, and the nearest known name.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: must be a mapping of settings")
+    try:
+        policy = Policy.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{where}: {_in_words(one)}" for one in error.errors())) from None
+    if not policy.deletes_anything:
+        raise ConfigError(
+            f"{where}: this policy deletes nothing; give max_age, max_idle, max_bytes, max_objects or models.keep, or a rule with them"
+        )
+    return policy
+
+
+_NAMES: Final = sorted({*Policy.model_fields, *Rule.model_fields, *Models.model_fields})
+
+
+def _in_words(problem: Any) -> str:
+    setting = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _NAMES, n=1, cutoff=0.4)
+        return f"unknown setting {setting}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{setting}: {message}" if setting else message
+
+
+def read(path: Path, instance: str) -> Policy:
+    """The policy of an instance in a `retention.yaml`: its own below `instances`, else `default`.
+
+    Raises:
+        ConfigError: The file cannot be read, has no policy for the instance, or a wrong one.
+    """
+    document = read_yaml(path, "--policy")
+    instances = document.get("instances", {}) if isinstance(document, dict) else None
+    if not isinstance(instances, dict) or set(document) - {"instances", "default"}:
+        raise ConfigError(f"{path}: must be a mapping with instances, default or both, and nothing else")
+    if instance in instances:
+        return from_values(instances[instance], f"{path}: instances.{instance}")
+    if "default" in document:
+        return from_values(document["default"], f"{path}: default")
+    known = ", ".join(map(str, instances)) or "none"
+    raise ConfigError(f"{path}: has no policy for instance {instance!r} and no default; it has {known}")

@@ -1,0 +1,312 @@
+"""What an instance holds, how it grows, and what the next cleanup would do. Changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.index.access.table import HeatUnknownError
+from hfbucket_plugin.index.store import DIRECTORY as INDEX
+from jobs import history
+from jobs.deletion.guards import Extent, GuardError, MaxDelete, check_listing
+from jobs.index import inventory
+from jobs.index.inventory import Found
+from jobs.lock import clock as hubclock
+from jobs.lock.clock import HubClock
+from jobs.retention.access import Heat, dropped_of, opened_heat
+from jobs.retention.objects import Classifier, Kind
+from jobs.retention.order import Reason, decide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from jobs.history import Last
+    from jobs.retention.objects import Listed
+    from jobs.retention.order import Entry
+    from jobs.retention.policy import Policy
+
+AGES: Final = (
+    ("1h", timedelta(hours=1)),
+    ("1d", timedelta(days=1)),
+    ("7d", timedelta(days=7)),
+    ("14d", timedelta(days=14)),
+    ("30d", timedelta(days=30)),
+    ("90d", timedelta(days=90)),
+)
+"""Bounds of the histogram: what is younger than each, and not younger than the one before."""
+
+READ_WITHIN: Final = (("1d", timedelta(days=1)), ("7d", timedelta(days=7)), ("30d", timedelta(days=30)))
+"""Bounds of the hot and the idle share: what was read within each, and not within the one before."""
+
+LONGER: Final = "longer"
+NEVER: Final = "never"
+
+OLDER: Final = "older"
+UNKNOWN: Final = "unknown"
+
+_DAY: Final = timedelta(days=1)
+
+
+@dataclass
+class Census:
+    """Counts a listing.
+
+    Attributes:
+        now: By the Hub's clock, where it tells.
+        chunks: All chunks.
+        seen: All objects.
+        models: Chunks by model.
+        workers: Chunks by model, world size and worker.
+        ages: Chunks by age.
+        passed_by: What is no chunk, by kind.
+        has_index: Whether there are objects of a key index.
+        reads: Chunks by when they were last read; `never` since reads are known. Empty where they are not.
+    """
+
+    now: datetime
+    chunks: Extent = field(default_factory=Extent)
+    seen: int = 0
+    models: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    workers: defaultdict[tuple[str, int, int], Extent] = field(default_factory=lambda: defaultdict(Extent))
+    ages: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    passed_by: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+    has_index: bool = False
+    reads: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
+
+    def read(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Count when chunks were read, and pass them on."""
+        for entry in entries:
+            hit = entry.last_hit
+            name = NEVER
+            if hit is not None:
+                name = next((name for name, bound in READ_WITHIN if self.now - hit <= bound), LONGER)
+            self.reads[name] = self.reads[name].plus(entry.size)
+            yield entry
+
+    def entries(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+        """Count a listing, and pass its chunks on."""
+        for one in listing:
+            self.seen += 1
+            entry = one.entry
+            if one.kind is not Kind.CHUNK or one.chunk is None:
+                self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
+                self.has_index = self.has_index or one.name.startswith(f"{INDEX}/")
+                continue
+            key, size = one.chunk.key, entry.size
+            self.chunks = self.chunks.plus(size)
+            self.models[key.model] = self.models[key.model].plus(size)
+            worker = (key.model, key.world_size, key.worker_id)
+            self.workers[worker] = self.workers[worker].plus(size)
+            age = self._age(entry.uploaded_at)
+            self.ages[age] = self.ages[age].plus(size)
+            yield entry
+
+    def _age(self, uploaded_at: datetime | None) -> str:
+        if uploaded_at is None:
+            return UNKNOWN
+        age = self.now - uploaded_at
+        return next((name for name, bound in AGES if age < bound), OLDER)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the next cleanup would do.
+
+    Attributes:
+        planned: What would go.
+        by_reason: The same, by model and reason.
+        kept: What would stay, by reason.
+        refused: Why it would be refused; empty where it would not.
+    """
+
+    planned: Extent
+    by_reason: dict[tuple[str, str], Extent]
+    kept: dict[str, Extent]
+    refused: str
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "planned": self.planned.record(),
+            "by_reason": [
+                {"model": model, "reason": reason} | extent.record()
+                for (model, reason), extent in sorted(self.by_reason.items())
+            ],
+            "kept": {reason: extent.record() for reason, extent in sorted(self.kept.items())},
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an instance holds.
+
+    Attributes:
+        instance: Which.
+        bucket: Its handle.
+        census: The counts.
+        last: The last run that left a report; None where there is none.
+        trouble: Why that report cannot be read; empty where it can.
+        outlook: What the next cleanup would do; None where no policy was given.
+        index: What there is of its key index, or why nobody knows; None where it has none.
+        heat: Whether reads are known, and since when, or why not (`jobs.retention.access.Heat.record`).
+    """
+
+    instance: str
+    bucket: str
+    census: Census
+    last: Last | None
+    trouble: str
+    outlook: Outlook | None
+    index: Found | str | None = None
+    heat: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def heat_rows(self) -> list[tuple[str, Extent]]:
+        """The hot and the idle share, for people: what, and how much; empty where reads are not known."""
+        words = {LONGER: f"not read within {READ_WITHIN[-1][0]}", NEVER: "never read"}
+        order = [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
+        reads = self.census.reads
+        return [(words.get(name, f"read within {name}"), reads[name]) for name in order if name in reads]
+
+    @property
+    def heat_line(self) -> str:
+        """Since when reads are known, or why not; for people."""
+        if self.heat.get("known"):
+            return f"reads are known since {self.heat['since']}{dropped_of(self.heat)}"
+        return f"reads are not known: {self.heat['why']}" if self.heat.get("why") else ""
+
+    @property
+    def index_line(self) -> str:
+        """The state of the key index, for people; empty where there is none."""
+        if isinstance(self.index, Found):
+            return self.index.line(self.census.now)
+        return f"nothing is known of the key index: {self.index}" if self.index else ""
+
+    @property
+    def growth(self) -> dict[str, float] | None:
+        """Since the last run; None where there was none."""
+        if self.last is None:
+            return None
+        since = self.census.now - self.last.at
+        nbytes = self.census.chunks.bytes - self.last.left.bytes
+        days = since / _DAY
+        return {
+            "objects": self.census.chunks.objects - self.last.left.objects,
+            "bytes": nbytes,
+            "seconds": round(since.total_seconds(), 3),
+            "bytes_per_day": round(nbytes / days) if days > 0 else 0,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; the fields are described in `docs/retention.md`."""
+        census, last = self.census, self.last
+        order = [name for name, _ in AGES] + [OLDER, UNKNOWN]
+        return {
+            "instance": self.instance,
+            "bucket": self.bucket,
+            "now": census.now.isoformat(timespec="seconds"),
+            "chunks": census.chunks.record(),
+            "by_model": [{"model": model} | extent.record() for model, extent in sorted(census.models.items())],
+            "by_worker": [
+                {"model": model, "world_size": world, "worker": worker} | extent.record()
+                for (model, world, worker), extent in sorted(census.workers.items())
+            ],
+            "ages": [{"younger_than": name} | census.ages[name].record() for name in order if name in census.ages],
+            "heat": self.heat,
+            "reads": [
+                {"read_within": name} | census.reads[name].record()
+                for name in [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
+                if name in census.reads
+            ],
+            "passed_by": {kind: extent.record() for kind, extent in sorted(census.passed_by.items())},
+            "last_run": None
+            if last is None
+            else {"job": last.job, "at": last.at.isoformat(timespec="seconds"), "left": last.left.record()},
+            "last_run_trouble": self.trouble,
+            "growth": self.growth,
+            "next_cleanup": None if self.outlook is None else self.outlook.record(),
+            "index": self.index.record(census.now.timestamp()) if isinstance(self.index, Found) else None,
+            "index_trouble": self.index if isinstance(self.index, str) else "",
+        }
+
+
+def examine(
+    instance: str,
+    bucket: Bucket,
+    policy: Policy | None,
+    limits: MaxDelete,
+    *,
+    request_secs: float,
+    page_secs: float,
+    without_heat: bool = False,
+) -> Status:
+    """Look at an instance, by one listing.
+
+    Args:
+        instance: Its name.
+        bucket: The door to it.
+        policy: What the next cleanup will go by; None where that is not asked.
+        limits: What it may delete.
+        request_secs: Most seconds of a request.
+        page_secs: Most seconds of a page of the listing.
+        without_heat: Whether to go by when objects were put, whatever is known of reads; then no index is read.
+
+    Raises:
+        HFBucketError: The listing is not complete.
+    """
+    clock = HubClock()
+    hubclock.ask(bucket, clock, request_secs)
+    now = clock.earliest() if clock.known else datetime.now(UTC)
+    census = Census(now)
+    last, trouble = None, ""
+    try:
+        last = history.last_run(bucket, request_secs)
+    except GuardError as error:
+        trouble = str(error)
+    unreadable = ""
+    with contextlib.ExitStack() as stack:
+        try:
+            heat = stack.enter_context(opened_heat(bucket, now, request_secs, without=without_heat))
+        except HeatUnknownError as error:
+            unreadable, heat = str(error), Heat(None, str(error))
+        entries = heat.warmed(census.entries(Classifier(bucket).walk(page_secs)))
+        if heat.table is not None:
+            entries = census.read(entries)
+        outlook = None
+        if policy is None:
+            for _ in entries:
+                pass
+        else:
+            outlook = _outlook(policy, entries, census, limits, last, heat=heat)
+            if unreadable and policy.goes_by_use:
+                outlook = replace(outlook, refused=unreadable)
+    index = inventory.state(bucket, page_secs, request_secs) if census.has_index else None
+    return Status(instance, str(bucket.handle), census, last, trouble, outlook, index, heat.record())
+
+
+def _outlook(
+    policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None, *, heat: Heat
+) -> Outlook:
+    planned, refused = Extent(), ""
+    by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
+    kept: defaultdict[str, Extent] = defaultdict(Extent)
+    for decision in decide(policy, entries, census.now):
+        entry, reason = decision.entry, str(decision.reason)
+        if decision.delete:
+            planned = planned.plus(entry.size)
+            by_reason[entry.model, reason] = by_reason[entry.model, reason].plus(entry.size)
+            if decision.reason is Reason.OVER_BUDGET and not refused:
+                refused = heat.why_no_order(entry.last_used, census.now)
+        else:
+            kept[reason] = kept[reason].plus(entry.size)
+    try:
+        check_listing(census.chunks, census.seen, in_bucket=None, last=None if last is None else last.left)
+        limits.check(planned, census.chunks)
+    except GuardError as error:
+        refused = refused or str(error)
+    return Outlook(planned, dict(by_reason), dict(kept), refused)

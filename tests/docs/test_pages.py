@@ -1,0 +1,85 @@
+"""What the pages say is true: settings, links, configurations, commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dev import metrics_table, options_table, settings_table
+from dev.generated import filled
+from hfbucket_plugin.config import settings
+from hfbucket_plugin.core import telemetry
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_table_of_settings_is_the_models():
+    page = settings_table.PAGE.read_text(encoding="utf-8")
+
+    assert settings_table.rendered(page) == page, "run `make docs`"
+
+
+def test_the_tables_of_metrics_are_those_of_the_code():
+    page = metrics_table.PAGE.read_text(encoding="utf-8")
+
+    assert filled(page, metrics_table.parts()) == page, "run `make docs`"
+
+
+@pytest.mark.parametrize(("page", "parts"), options_table.parts().items(), ids=lambda value: getattr(value, "name", ""))
+def test_the_tables_of_options_are_those_of_the_commands(page, parts):
+    text = page.read_text(encoding="utf-8")
+
+    assert filled(text, parts) == text, "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/configure.md"])
+def test_configurations_load(name):
+    loaded = 0
+    for text in blocks(REPOSITORY / name, "yaml"):
+        document = yaml.safe_load(text)
+        for instance in document.get("remote_storage_plugins", []):
+            own = settings.load(document["extra_config"], instance, document["remote_storage_plugins"])
+            assert own.bucket_handle.bucket == "lmcache-kv"
+            loaded += 1
+
+    assert loaded
+
+
+def test_make_targets_and_scripts_that_are_shown_exist():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for command in blocks(page, "bash"):
+            for target in re.findall(r"^make ([\w-]+)", command, re.MULTILINE):
+                assert f"\n{target}:" in makefile, target
+            for script in re.findall(r"python (benchmarks/\S+\.py)", command):
+                assert (REPOSITORY / script).exists(), script
+
+
+def test_every_metric_is_described():
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = [value for name, value in vars(telemetry).items() if name.isupper() and isinstance(value, str)]
+    assert len(names) >= 12
+    for name in names:
+        assert f"`{name}`" in page

@@ -1,0 +1,386 @@
+import errno
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hfbucket_plugin.core import run_lock
+from hfbucket_plugin.core.files import Scratch, default_root
+from hfbucket_plugin.errors import ConfigError
+from tests.support.plugin_support import in_threads
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hfbucket_plugin.core.files import Scratch
+scratch = Scratch(Path(sys.argv[1]))
+with scratch.file() as path:
+    path.write_bytes(b"left over")
+    print(path.resolve(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has a file open below the same root; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        process.path = type(tmp_path)(process.stdout.readline().strip())
+        yield process
+        process.kill()
+
+
+def entries(root):
+    return sorted(entry.name for entry in root.iterdir())
+
+
+def test_a_file_lives_as_long_as_its_block(tmp_path):
+    scratch = Scratch(tmp_path)
+
+    with scratch.file() as path:
+        assert path.read_bytes() == b""
+        assert path.resolve().is_relative_to(tmp_path)
+        path.write_bytes(b"x")
+    assert not path.exists()
+    with pytest.raises(KeyError), scratch.file() as path:
+        raise KeyError
+    assert not path.exists()
+
+
+def test_a_file_that_was_taken_away_is_no_error(tmp_path):
+    with Scratch(tmp_path).file() as path:
+        path.unlink()
+
+
+def test_nothing_is_made_before_it_is_needed_and_nothing_stays_behind(tmp_path):
+    root = tmp_path / "a" / "b"
+    scratch = Scratch(root)
+    scratch.sweep()
+    assert not root.exists()
+
+    with scratch.file(), scratch.file():
+        assert len(entries(root)) == 1
+    scratch.close()
+    scratch.close()
+
+    assert entries(root) == []
+
+
+def test_it_can_be_used_again_after_close(tmp_path):
+    scratch = Scratch(tmp_path)
+    with scratch.file():
+        pass
+    scratch.close()
+
+    with scratch.file() as path:
+        assert path.exists()
+    scratch.close()
+    assert entries(tmp_path) == []
+
+
+def test_threads_share_one_directory(tmp_path):
+    scratch = Scratch(tmp_path)
+
+    def use(_number):
+        with scratch.file() as path:
+            return path
+
+    paths = in_threads(16, use)
+
+    assert len(set(paths)) == 16
+    assert len({path.parent for path in paths}) == 1
+    assert len(entries(tmp_path)) == 1
+    scratch.close()
+
+
+def test_only_its_owner_may_look_into_the_directory(tmp_path):
+    with Scratch(tmp_path).file() as path:
+        assert path.stat().st_mode & 0o077 == 0
+        assert path.parent.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("root", ["file", "file/below"])
+def test_a_root_that_cannot_be_used_names_the_setting(tmp_path, root):
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(tmp_path / root).file():
+        pass
+
+
+def test_sweeping_a_root_that_cannot_be_used_is_quiet(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    Scratch(tmp_path / "file").sweep_quietly()
+    Scratch(tmp_path / "file" / "below").sweep_quietly()
+    Scratch(tmp_path / "nowhere").sweep_quietly()
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, holder, caplog):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert holder.path.read_bytes() == b"left over"
+
+    with caplog.at_level(logging.INFO, logger="hfbucket_plugin.core.files"):
+        removed = Scratch(tmp_path).sweep()
+
+    assert removed == [holder.path.parent]
+    assert entries(tmp_path) == []
+    assert "1 dead process" in caplog.text
+
+
+def test_the_first_file_sweeps_too(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+
+    with Scratch(tmp_path).file():
+        assert not holder.path.exists()
+
+
+def test_what_a_living_process_holds_stays(tmp_path, holder):
+    scratch = Scratch(tmp_path)
+
+    assert scratch.sweep() == []
+    with scratch.file():
+        pass
+    scratch.close()
+
+    assert holder.path.read_bytes() == b"left over"
+
+
+def test_two_of_one_process_leave_each_other_alone(tmp_path):
+    first, second = Scratch(tmp_path), Scratch(tmp_path)
+    with first.file() as one, second.file() as two:
+        assert first.sweep() == second.sweep() == []
+        second.close()
+        assert one.exists()
+        assert not two.exists()
+    first.close()
+
+
+def test_what_is_not_ours_stays(tmp_path):
+    (tmp_path / "hfbucket-hfbucket-abc123").mkdir()  # of LMCache's built-in backend
+    (tmp_path / "lmcache-hfbucket-photos").mkdir()  # without a lock, so somebody else's
+    (tmp_path / "lmcache-hfbucket-photos" / "a.jpg").write_text("dear")
+    (tmp_path / "lmcache-hfbucket-file").write_text("dear")
+    (tmp_path / "other").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".lock").write_text("")
+    (elsewhere / "dear").write_text("dear")
+    (tmp_path / "lmcache-hfbucket-link").symlink_to(elsewhere)
+    before = entries(tmp_path)
+
+    removed = Scratch(tmp_path).sweep()
+
+    assert removed == []
+    assert entries(tmp_path) == before
+    assert (elsewhere / "dear").read_text() == "dear"
+    assert (tmp_path / "lmcache-hfbucket-photos" / "a.jpg").read_text() == "dear"
+
+
+def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alone(tmp_path):
+    scratch = Scratch(tmp_path)
+    with scratch.file() as path:
+        path.write_bytes(b"parent")
+        parents = path.resolve()  # `path` leads through a descriptor, whose number the child uses again
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                scratch.close()
+                with scratch.file() as own:
+                    status = 0 if own.resolve().parent != parents.parent and parents.exists() else 2
+                scratch.close()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert path.read_bytes() == b"parent"
+        assert Scratch(tmp_path).sweep() == [], "the parent's directory is still locked"
+    scratch.close()
+    assert entries(tmp_path) == []
+
+
+def test_where_no_thread_is_left_nothing_is_left_behind_either(tmp_path, monkeypatch):
+    def no_thread(_descriptor):
+        raise RuntimeError("can't start new thread")
+
+    scratch = Scratch(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patched:
+        patched.setattr("hfbucket_plugin.core.run_lock.Heartbeat", no_thread)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="can't start new thread"):
+                scratch.directory()
+
+    assert entries(tmp_path) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert scratch.directory().exists()
+    scratch.close()
+
+
+# --- other users of the machine --------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_swapped_under_us_leads_nowhere(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("dear")
+    root = tmp_path / "root"
+    scratch = Scratch(root)
+    with scratch.file() as path:
+        real = path.resolve()
+        real.parent.rename(tmp_path / "moved")
+        real.parent.mkdir()
+        real.symlink_to(victim)
+        path.write_bytes(b"a chunk")
+        with scratch.file() as second:
+            second.write_bytes(b"another")
+
+        assert victim.read_text() == "dear"
+        assert (tmp_path / "moved" / path.name).read_bytes() == b"a chunk"
+        assert entries(real.parent) == [path.name]
+    scratch.close()
+    assert victim.read_text() == "dear"
+
+
+@pytest.fixture
+def default(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return default_root()
+
+
+def test_the_default_is_this_users_own(default, tmp_path):
+    assert default == tmp_path / f"lmcache-hfbucket-{os.geteuid()}"
+
+    with Scratch(default).file():
+        assert default.stat().st_mode & 0o077 == 0
+
+
+def test_a_default_that_another_user_made_first_is_refused(default, monkeypatch):
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    root = default_root()
+    root.mkdir()
+
+    with (
+        pytest.raises(ConfigError, match=f"download_tmp_dir '{root}' .* belongs to user {user} .* as user 4711"),
+        Scratch(root).file(),
+    ):
+        pass
+    assert entries(root) == []
+
+
+@pytest.mark.parametrize("made", ["open", "link"])
+def test_a_default_that_others_may_write_to_or_that_is_a_link_is_refused(default, tmp_path, made):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if made == "link":
+        default.symlink_to(elsewhere)
+    else:
+        default.mkdir()
+        default.chmod(0o777)
+
+    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(default).file():
+        pass
+    assert entries(elsewhere) == []
+
+
+def test_a_directory_of_another_user_is_refused_and_one_of_roots_is_not(tmp_path, monkeypatch):
+    real = os.fstat
+
+    def owned_by(uid):
+        def fstat(fd):
+            found = real(fd)
+            of_root = found.st_ino == tmp_path.stat().st_ino
+            return os.stat_result((*found[:4], uid if of_root else found.st_uid, *found[5:]))
+
+        monkeypatch.setattr(os, "fstat", fstat)
+
+    owned_by(4711)
+    with pytest.raises(ConfigError, match="belongs to user 4711"), Scratch(tmp_path).file():
+        pass
+    owned_by(0)
+    scratch = Scratch(tmp_path)
+    with scratch.file() as path:
+        assert path.exists()
+    scratch.close()
+
+
+def test_what_another_users_process_left_is_left_alone(tmp_path, holder, monkeypatch):
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+    assert Scratch(tmp_path).sweep() == []
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    lock = tmp_path / "lock"
+    lock.write_text("")
+    forged = tmp_path / "lmcache-hfbucket-1-forged"
+    forged.mkdir()
+    (forged / ".lock").symlink_to(lock)
+
+    assert Scratch(tmp_path).sweep() == []
+    assert forged.exists()
+
+
+def test_no_temporary_directory_at_all_is_told_when_one_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("none")))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    root = default_root()
+
+    assert root.parent == tmp_path / "file"
+    with pytest.raises(ConfigError, match="or set TMPDIR"), Scratch(root).file():
+        pass
+
+
+NO_LOCKS = """
+import errno, fcntl
+def flock(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = flock
+"""
+
+
+def test_on_a_file_system_without_locks_the_dead_are_told_by_their_processes(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    held = Scratch(tmp_path)
+    with (
+        held.file() as path,
+        subprocess.Popen(
+            [sys.executable, "-c", NO_LOCKS + HOLDER, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        theirs = type(tmp_path)(process.stdout.readline().strip())
+        assert Scratch(tmp_path).sweep() == []
+        process.kill()
+        process.wait()
+        assert Scratch(tmp_path).sweep() == [theirs.parent]
+        assert path.exists()
+    held.close()
+    assert entries(tmp_path) == []
+
+
+def test_what_a_process_of_another_node_holds_stays_until_it_is_silent(tmp_path, monkeypatch):
+    other = tmp_path / "lmcache-hfbucket-1-abcd"
+    other.mkdir(mode=0o700)
+    (other / ".lock").write_text('{"lease": "flock", "boot": "another", "pid": 1}')
+    assert Scratch(tmp_path).sweep() == []
+    monkeypatch.setattr(run_lock, "STALE_SECS", -1.0)
+    assert Scratch(tmp_path).sweep() == [other]

@@ -1,0 +1,1 @@
+"""Checks before traffic: what nodes hold, and canary prompts."""

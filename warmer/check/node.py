@@ -1,0 +1,189 @@
+"""Looks into one node's tier and writes nothing: what is right, what is wrong, what is missing. Plain Python."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from hfbucket_plugin.core.keys import parse_key
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub.transfer import xet_hashes
+from warmer.node.reuse import open_chunk
+from warmer.report.outcomes import INTERRUPTED, Failed, Missing, Right, TierError, Wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from warmer.plan.plan_file import PlannedChunk
+    from warmer.report.outcomes import Outcome
+    from warmer.tiers import Declaration, Place
+
+_PIECE: Final = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CheckConfig:
+    """What a node needs to know for a check. No bucket: the plan says what is right.
+
+    Attributes:
+        tier: Which tier to look into.
+        hashes: Whether contents are hashed; otherwise a file of the right length is taken for right.
+    """
+
+    tier: Declaration
+    hashes: bool = True
+
+    def open(self, place: Place) -> NodeChecker:
+        """Begin, on the node.
+
+        Raises:
+            ConfigError: This node has no value for a placeholder in a path.
+        """
+        return NodeChecker(self.tier.at(place), hashes=self.hashes)
+
+
+class NodeChecker:
+    """One node's part of a check. Its methods may be called from several threads.
+
+    Args:
+        declaration: Of the tier, without placeholders. Its directories need not exist.
+        hashes: See `CheckConfig`.
+    """
+
+    def __init__(self, declaration: Declaration, *, hashes: bool = True) -> None:
+        self._declaration = declaration
+        self._hashes = hashes
+        self._stopped = threading.Event()
+
+    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+        """Look at some chunks. The name is that of its part in a fleet: nothing is copied.
+
+        Nothing raises for a single chunk.
+
+        Returns:
+            What was found, in their order.
+        """
+        with contextlib.ExitStack() as opened:
+            looks = [self._look(chunk, opened) for chunk in chunks]
+            self._hash([look for look in looks if look.path is not None])
+        return [look.outcome for look in looks]
+
+    def _look(self, chunk: PlannedChunk, opened: contextlib.ExitStack) -> _Look:
+        look = _Look(chunk, Right(chunk.key, chunk.size))
+        if self._stopped.is_set():
+            look.outcome = Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the check was told to stop")
+            return look
+        with look.failing():
+            wrong = self._wrong_outside(chunk)
+            if wrong is not None:
+                look.is_wrong(wrong)
+            elif self._hashes:
+                self._look_inside(look, opened)
+        return look
+
+    def _wrong_outside(self, chunk: PlannedChunk) -> str | None:
+        """What is wrong with a chunk's file, as far as that shows without reading it."""
+        found, stored = self._declaration.file(chunk.key).stat(), self._declaration.layout.stored(chunk.size)
+        if not stat.S_ISREG(found.st_mode):
+            return "what lies there is no file"
+        return None if found.st_size == stored else f"its file has {found.st_size} bytes, not {stored}"
+
+    def _look_inside(self, look: _Look, opened: contextlib.ExitStack) -> None:
+        chunk, layout = look.chunk, self._declaration.layout
+        file, header = self._declaration.file(chunk.key), layout.head(parse_key(chunk.key), chunk.size)
+        source = opened.enter_context(open_chunk(file, follow=True))
+        if source.read(len(header)) != header:
+            look.is_wrong("its header is not that of this chunk")
+            return
+        whole = layout.stored(chunk.size) == chunk.size
+        # By the descriptor: the owner of the tier may put something else in its place, at which a reader would hang.
+        content = Path(f"/proc/self/fd/{source.fileno()}")
+        look.path = content if whole else opened.enter_context(_content(source, chunk.size))
+
+    @staticmethod
+    def _hash(looks: list[_Look]) -> None:
+        """Hash all in one call, which is faster; one by one where one of them cannot be read."""
+        paths = [look.path for look in looks if look.path is not None]
+        try:
+            hashes = xet_hashes(paths) if paths else []
+        except (OSError, RuntimeError):
+            for look in looks:
+                with look.failing():
+                    look.has(_hash_of(look.path))
+            return
+        for look, actual in zip(looks, hashes, strict=True):
+            look.has(actual)
+
+    def stop(self) -> None:
+        """Look at nothing any more."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+        self.stop()
+
+
+def _hash_of(path: Path | None) -> str:
+    if path is None:
+        raise ValueError("nothing to hash")
+    try:
+        return xet_hashes([path])[0]
+    except (OSError, RuntimeError):
+        path.stat()  # the hasher's errors do not tell that a file is gone
+        raise
+
+
+@dataclass(slots=True)
+class _Look:
+    """One chunk that is looked at.
+
+    Attributes:
+        chunk: Which.
+        outcome: What was found, as far as it is known.
+        path: Of its bytes, when they are to be hashed.
+    """
+
+    chunk: PlannedChunk
+    outcome: Outcome
+    path: Path | None = None
+
+    def is_wrong(self, reason: str) -> None:
+        self.outcome = Wrong(self.chunk.key, self.chunk.size, f"{self.chunk.key}: {reason}")
+
+    def has(self, actual: str) -> None:
+        if actual != self.chunk.xet_hash:
+            self.is_wrong(f"it has the hash {actual}, the plan says {self.chunk.xet_hash}")
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """What is raised here is this chunk's."""
+        key, size = self.chunk.key, self.chunk.size
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            self.outcome = Missing(key, size)
+        except HFBucketError as error:
+            self.outcome = Failed(key, size, error.kind, str(error))
+        except (OSError, ValueError, RuntimeError) as error:
+            self.outcome = Failed(key, size, TierError.kind, f"{key}: it cannot be looked at: {error}")
+
+
+@contextlib.contextmanager
+def _content(source: BinaryIO, size: int) -> Iterator[Path]:
+    """The chunk's own bytes, as a file in memory, without the header, which was read, and padding: the hasher reads files."""
+    descriptor = os.memfd_create("hfbucket-check")
+    try:
+        left = size
+        while left and (piece := source.read(min(left, _PIECE))):
+            left -= len(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

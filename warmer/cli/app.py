@@ -1,0 +1,316 @@
+"""`python -m warmer`: the command line. stdout holds one record and nothing else; everything for people is on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Mapping  # noqa: TC003 - `with_flags` and Typer evaluate the annotations
+from pathlib import Path  # noqa: TC003 - as above
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.files import expect_apart
+from hfbucket_plugin.errors import HFBucketError, RefusedError, ScratchError, ThrottledError, TransportError
+from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.options import number
+from hfbucket_plugin.tools.signals import StopSwitch
+from warmer import run
+from warmer.check.canary import DEFAULT_REQUIRE, Canary
+from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime_env
+from warmer.cluster.submit import Submission, expect_command, submit
+from warmer.plan.plan_file import PlanFile
+from warmer.report.html import PageFile
+from warmer.report.outcomes import ClusterError, Interrupted, PlanLostError, local_trouble
+from warmer.request.flags import FLAGS, Flag, flags_of, with_flags
+from warmer.request.resolve import bind
+from warmer.request.warm_file import warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from warmer.request.model import WarmUp
+
+# Tracebacks of Typer's show local variables, and with them a token.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell what would be copied, and copy nothing.", show_default=False)
+]
+
+_PLANNING = flags_of("source", "choose", "tiers", "filling", "moving", "nodes", "limits", "address")
+_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report", "report_html")
+_CHECKING = tuple(
+    flag
+    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address", "report_html")
+    if flag.name not in {"--replace-nodes", "--wait-engine"}  # nobody waits for nodes to join, nor asks engines
+)
+
+
+@app.callback()
+def main() -> None:
+    """Fill node-local LMCache tiers from a Hugging Face Bucket, on every node of a Ray cluster."""
+
+
+@app.command("run")
+@with_flags(FLAGS)
+def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _DryRun = False) -> None:
+    """Copy chosen chunks into tiers of every node; what is there already is passed by.
+
+    Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
+    to do, nowhere to do it or no room for any of it, 5 when told to stop. Running again moves only what is missing.
+    """
+    page = PageFile()
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        wanted = warm_up(config, given)
+        _expect_apart(wanted, ("--config", config))
+        return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop, *page.open(wanted.report_html))
+
+    _end_with(work, page)
+
+
+@app.command("plan")
+@with_flags(_PLANNING)
+def plan_command(
+    *,
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    out: Annotated[Path, typer.Option("--out", help="The plan file to write.", metavar="FILE", show_default=False)],
+) -> None:
+    """Choose chunks and write down which, for `apply`. No Ray is needed.
+
+    Exits 0 when the plan is written, 2 for a wrong configuration or command, 3 when the Hub could not be reached, 4 when
+    nothing was chosen, 5 when told to stop.
+    """
+
+    def work(_: StopSwitch) -> dict[str, Any]:
+        wanted = warm_up(config, given)
+        _expect_apart(wanted, ("--config", config), out=out)
+        return _planned(run.plan(wanted, out)) | {"plan": str(out)}
+
+    _end_with(work)
+
+
+@app.command("apply")
+@with_flags(_APPLYING)
+def apply_command(
+    *,
+    plan: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN", show_default=False)],
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    dry_run: _DryRun = False,
+) -> None:
+    """Copy what a plan says; what is there already is passed by. Flags win over what the plan was made with.
+
+    Exits as `run` does. Applying again moves only what is missing: that is how to go on after a stop or a crash.
+    """
+    page = PageFile()
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        made = PlanFile.open(plan, ours=not dry_run)
+        wanted = warm_up(config, given, run.planned_warm_up(made))
+        _expect_apart(wanted, ("--config", config), ("plan", plan))
+        if not dry_run:
+            return run.apply(wanted, made, stop, *page.open(wanted.report_html))
+        bound = bind(wanted)
+        run.expect_fitting(bound, made)
+        return _planned({**made.header, **run.selected(bound, made)}) | {"plan": str(plan)}
+
+    _end_with(work, page)
+
+
+@app.command("check")
+@with_flags(_CHECKING)
+def check_command(
+    *,
+    plan: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A plan file; without one, chunks are chosen by the flags.", metavar="[PLAN]", show_default=False
+        ),
+    ] = None,
+    config: Path | None,
+    given: Mapping[Flag, Any],
+    require: Annotated[
+        float,
+        typer.Option(
+            "--require", min=0.0, max=1.0, callback=number, help="The share that every tier of every node must hold."
+        ),
+    ] = 1.0,
+    verify: Annotated[
+        str, typer.Option("--verify", help="hash: contents are read and hashed. length: files are only looked at.")
+    ] = "hash",
+    canary: Annotated[
+        Path | None,
+        typer.Option(
+            "--canary",
+            help="Ask engines these prompts too, as of --prompts: they must say that they took them from the cache.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            help="A vLLM to ask, http://HOST:PORT; with {node_name}, {node_id} or {label:NAME} one for each node. Repeatable.",
+            metavar="URL",
+            show_default=False,
+        ),
+    ] = None,
+    canary_require: Annotated[
+        float,
+        typer.Option(
+            "--canary-require",
+            min=0.0,
+            max=1.0,
+            callback=number,
+            help="The part of each prompt's full chunks that must be cached.",
+        ),
+    ] = DEFAULT_REQUIRE,
+    engine_key_env: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-key-env", help="The variable that holds the engines' API key.", metavar="NAME", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Tell how warm every node is: what of a choice is right, wrong or missing in each tier. Nothing is written.
+
+    Exits 0 when every tier of every node holds the required share, 3 when one does not or an engine computed too much, 2 for
+    a wrong configuration or command, 4 when there was nothing to check, 5 when told to stop.
+    """
+    if verify not in {"hash", "length"}:
+        _end(f"--verify {verify!r} is neither hash nor length", exit_codes.USAGE)
+    page = PageFile()
+
+    def work(stop: StopSwitch) -> dict[str, Any]:
+        made = PlanFile.open(plan, ours=True) if plan is not None else None
+        wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
+        _expect_apart(wanted, ("--config", config), ("plan", plan), ("--canary", canary))
+        page.open(wanted.report_html)
+        asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
+        return run.check(wanted, made, stop, require=require, hashes=verify == "hash", canary=asked)
+
+    _end_with(work, page)
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+def submit_command(
+    *,
+    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(help="run, plan, apply or check, with its options, after `--`.", show_default=False)
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="The dashboard, http://HOST:PORT. Default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS.",
+            metavar="URL",
+        ),
+    ] = None,
+    submission_id: Annotated[
+        str | None,
+        typer.Option("--submission-id", help="The job's name. One that was submitted before is refused.", metavar="ID"),
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option("--working-dir", help="Uploaded; the job runs in it.", metavar="DIR")
+    ] = None,
+    runtime_env_file: Annotated[
+        Path | None, typer.Option("--runtime-env", help="The job's environment, in YAML. No tokens.", metavar="FILE")
+    ] = None,
+    runtime_env_json: Annotated[
+        str | None, typer.Option("--runtime-env-json", help="The same as JSON. No tokens.", metavar="JSON")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit it, and do not follow it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="On SIGTERM or SIGINT let the job go on.")] = False,
+) -> None:
+    """Run a command as a Ray job: passes its log on, and exits with the code that it ended with.
+
+    Told to stop, it stops the job. Exits as the command does; 2 when the cluster does not answer or refuses the job, 3 when
+    the job was killed or the cluster lost, 4 when a job of this name was submitted before, 5 when the job was stopped.
+    """
+    expect_command(context, command)
+
+    def work(_: StopSwitch) -> dict[str, Any]:
+        # Ray takes a second to import, which a refused command should not wait for.
+        environment = runtime_env(runtime_env_file, runtime_env_json, working_dir)
+        where = dashboard_address(address)
+        refuse_secrets_in(command, submission_id)
+        from warmer.cluster.jobs_api import JobsAPI  # noqa: PLC0415
+
+        names = {} if submission_id is None else {"submission_id": submission_id}
+        wanted = Submission(command, environment, wait=not no_wait, detach=detach, **names)
+        return submit(JobsAPI(where), wanted, sys.stderr)
+
+    _end_with(work)
+
+
+def _expect_apart(wanted: WarmUp, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
+    """Refuse to write to a file that the command reads."""
+    choose = wanted.choose
+    expect_apart(
+        [("--report", wanted.report), ("--report-html", wanted.report_html), ("--out", out)],
+        [
+            *inputs,
+            ("--lmcache-config", wanted.source.lmcache_config),
+            ("--prompts", choose.prompts),
+            *(("--keys-from", path) for path in choose.keys_from),
+        ],
+    )
+
+
+def _planned(header: dict[str, Any]) -> dict[str, Any]:
+    return {"event": "plan", "exit_code": exit_codes.COMPLETE, **header}
+
+
+def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
+    """Do the work of a command, print its record, write its page, and exit with its code."""
+    texts.log_to_stderr("warmer")
+    logging.getLogger("warmer").setLevel(logging.INFO)
+    stop = StopSwitch()
+    try:
+        # Ray prints where it likes.
+        with stop.listening(), contextlib.redirect_stdout(sys.stderr):
+            record = work(stop)
+    except Interrupted:
+        _end("told to stop; running again moves only what is missing", exit_codes.INTERRUPTED)
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
+        _end(_advised(error), _code(error))
+    typer.echo(texts.as_json(record))
+    if page is not None:  # after the record, which is told even when the command is killed meanwhile
+        # An order to stop changes nothing about what was done; a second one costs the page.
+        with contextlib.suppress(Interrupted), stop.listening(), stop.orderly():
+            page.write(record)
+    raise typer.Exit(record["exit_code"])
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, RefusedError):
+        return exit_codes.REFUSED
+    ours = isinstance(error, HFBucketError)
+    if not ours or isinstance(error, (TransportError, ThrottledError, PlanLostError, ScratchError)):
+        return exit_codes.FAILED
+    return exit_codes.USAGE
+
+
+def _advised(error: Exception) -> str:
+    """The error's words, and the setting to look at where they do not name it."""
+    if isinstance(error, TransportError) and not isinstance(error, ClusterError):
+        return f"{error}; if it stays so, look at the instance's endpoint, or HF_ENDPOINT"
+    return local_trouble(error) or str(error)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"warmer: {texts.shown(line)}", err=True)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    _note(message)
+    raise typer.Exit(code)

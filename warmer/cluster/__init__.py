@@ -1,0 +1,1 @@
+"""Ray: nodes, actors, the driver and the submission of jobs."""

@@ -1,0 +1,187 @@
+"""Tiers in the memory of engines, filled by a run: who is there, what each is to load, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.errors import ConfigError
+from warmer.cluster.schedule_setup import parts_of
+from warmer.node.engine_memory import LoadConfig, WorkerSearch
+from warmer.node.prompts import BATCH_PROMPTS, L1Errand, PromptLoad
+from warmer.plan.plan_file import is_for
+from warmer.report.outcomes import ENGINE, NODE_LOST, Failed
+from warmer.report.summary import Share
+from warmer.tiers import L1Declaration, LocalCPUDeclaration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from hfbucket_plugin.tools.signals import Stop
+    from warmer.cluster.actor_pool import Errand, Errands, Failure
+    from warmer.cluster.placement import Assigned
+    from warmer.node.prompts import PromptFile
+    from warmer.plan.plan_file import PlanFile
+    from warmer.report.observers import Looks
+    from warmer.request.resolve import Bound
+    from warmer.tiers import AnyTier, Declaration
+
+_SPARE_SECS: Final = 60.0
+"""What a node may take beyond what it waits for, before it counts as hung."""
+
+
+def checkable(tiers: Iterable[AnyTier]) -> list[Declaration]:
+    """Tiers, all of which can be looked into without changing them.
+
+    Raises:
+        ConfigError: One cannot.
+    """
+    found = []
+    for tier in tiers:
+        if isinstance(tier, L1Declaration):
+            raise ConfigError(
+                f"tier {tier.name!r} cannot be checked: `lmcache server` tells what its L1 holds only of what it is asked to "
+                "load. `run` counts what was there as present; name other tiers with --tier to check those"
+            )
+        if isinstance(tier, LocalCPUDeclaration):
+            raise ConfigError(
+                f"tier {tier.name!r} cannot be checked: a classic engine does not tell which chunks are in its memory; name "
+                "other tiers with --tier to check those"
+            )
+        found.append(tier)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRun:
+    """One tier in the memory of engines, on all nodes that take part.
+
+    Attributes:
+        bound: From where to where.
+        plan: What of the bucket.
+        nodes: Who takes part.
+        looks: Is told what happens.
+        stop: Says whether to stop.
+    """
+
+    bound: Bound
+    plan: PlanFile
+    nodes: Sequence[Assigned]
+    looks: Looks
+    stop: Stop
+
+    def search_workers(self, tier: LocalCPUDeclaration) -> tuple[LoadConfig, list[Assigned]]:
+        """Wait for the workers of classic engines. Nodes on which none comes take no part: their chunks fail.
+
+        Returns:
+            What nodes are told to load theirs, and which nodes do, with the workers that they have.
+        """
+        needed = frozenset(0 if worker is None else worker for worker in self.plan.shares)
+        wait = self.bound.warm_up.limits.wait_engine.total_seconds()
+        wanted = {one.node.id: needed if one.ranks is None else needed & one.ranks for one in self.nodes}
+        found = self._begun(
+            {
+                one: WorkerSearch(tier, wanted[one.node.id], all_of_them=one.ranks is not None, wait_secs=wait)
+                for one in self.nodes
+            },
+            wait,
+        )
+        there = []
+        for one in self.nodes:
+            workers = found.get(one.node.id)
+            if isinstance(workers, frozenset):
+                there.append(one if one.ranks is not None else replace(one, ranks=workers))
+            elif workers is not None:
+                self._fail_chunks(one, workers)
+        ranks = {one.node.id: (one.ranks or frozenset()) & needed for one in there}
+        return LoadConfig(self.bound.node_config(tier), tier, ranks, needed, wait), there
+
+    def _begun(self, errands: Mapping[Assigned, Errand], wait: float) -> dict[str, Any]:
+        from warmer.cluster.actor_pool import Errands  # noqa: PLC0415 - Ray takes a second to import
+
+        with Errands({one.node: errand for one, errand in errands.items()}, self.stop, self.looks) as running:
+            return running.begin(self._start_secs(wait))
+
+    def _start_secs(self, wait: float) -> float:
+        return self.bound.warm_up.limits.node_timeout + wait + _SPARE_SECS
+
+    def _fail_chunks(self, one: Assigned, failure: Failure) -> None:
+        """Name all chunks of a node whose engine did not come."""
+        self.looks.lost(one.node.id, failure.kind, failure.message)
+        for part in parts_of([one], self.plan).values():
+            for chunk in part.chunks_from(0):
+                if self.stop.requested:
+                    return
+                message = f"{chunk.key}: not loaded: {failure.message}"
+                self.looks.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
+
+    def load_prompts(self, tier: L1Declaration, prompts: PromptFile) -> None:
+        """Have the server of each node load the prompts of the models that it serves."""
+        from warmer.cluster.actor_pool import Errands, Failure  # noqa: PLC0415 - as above
+
+        limits, choice = self.bound.warm_up.limits, self.bound.warm_up.choose
+        wait, world_size = limits.wait_engine.total_seconds(), choice.world_size or 1
+        errand = L1Errand(
+            tier,
+            tuple(prompts.chunks),
+            world_size,
+            choice.chunk_size,
+            choice.hash_algorithm,
+            wait,
+            limits.chunk_timeout,
+        )
+        able = []
+        for one in self.nodes:
+            if all(is_for(worker, one.ranks) for worker in range(world_size)):
+                able.append(one)
+            else:
+                words = (
+                    f"a server loads the chunks of all {world_size} workers at once, and this node takes those of some"
+                )
+                self._fail_prompts(one.node.id, Failure(ConfigError.kind, words))
+        with Errands({one.node: errand for one in able}, self.stop, self.looks) as running:
+            self._share_out(running.begin(self._start_secs(wait)), prompts)
+            secs = limits.chunk_timeout * BATCH_PROMPTS + _SPARE_SECS
+            running.work(prompts.batch, prompts.batches, self._take, secs)
+            self._expect_alive(running)
+
+    def _share_out(self, found: Mapping[str, Any], prompts: PromptFile) -> None:
+        """Note what each node is to hold: the prompts of the models that it serves, and of those that nobody serves."""
+        served = {node: models for node, models in found.items() if isinstance(models, frozenset)}
+        nowhere = set(prompts.chunks).difference(*served.values())
+        for node, models in found.items():
+            if not isinstance(models, frozenset):
+                self._fail_prompts(node, models)
+                continue
+            chunks = sum(prompts.chunks[model] for model in prompts.chunks if model in models or model in nowhere)
+            self.looks.report.nodes[node].expect(Share(chunks, 0))
+            for model in sorted(nowhere):
+                words = f"no engine of so many workers has registered the model {model!r} with the server of any node"
+                self.looks.lacking(node, prompts.chunks[model], ENGINE, words)
+
+    def _fail_prompts(self, node: str, failure: Failure) -> None:
+        self.looks.lost(node, failure.kind, failure.message)
+        one = self.looks.report.nodes[node]
+        self.looks.lacking(node, one.selected - one.ended, failure.kind, f"not loaded: {failure.message}")
+
+    def _take(self, node: str, _: int, result: Any) -> None:
+        if not isinstance(result, list):
+            self._fail_prompts(node, result)
+            return
+        for load in result:
+            self._count(node, load)
+
+    def _count(self, node: str, load: PromptLoad) -> None:
+        self.looks.loaded(node, copied=load.copied, present=load.present, size=load.bytes)
+        words = f"prompt in line {load.line}: {load.lacking} of {load.chunks} chunks are not in memory: {load.message}"
+        self.looks.lacking(node, load.lacking, load.ended, words)
+
+    def _expect_alive(self, running: Errands) -> None:
+        """See that those that ended their part are still there: what a node held went with it."""
+        from warmer.cluster.actor_pool import Failure  # noqa: PLC0415 - as above
+        from warmer.cluster.ray import alive_nodes  # noqa: PLC0415 - as above
+
+        alive = {node.id for node in alive_nodes()}
+        for node in running.nodes:
+            if node not in alive:
+                self._fail_prompts(node, Failure(NODE_LOST, "lost after it had ended its part"))

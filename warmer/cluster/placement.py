@@ -1,0 +1,202 @@
+"""Which nodes take part, and which chunks each of them gets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core.units import parse_ranks
+from hfbucket_plugin.errors import ConfigError
+from warmer.report.outcomes import NothingToDoError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from warmer.cluster.ray import Node
+    from warmer.request.model import Nodes
+
+
+_SELECTOR: Final = re.compile(r"\s*([^=\s!]+)\s*=\s*(!?)\s*(?:in\(([^()]*)\)|([^,()!\s]+))\s*")
+_NAMED: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """A node that takes part.
+
+    Attributes:
+        node: Which.
+        ranks: Of the workers whose chunks it takes; None for all.
+    """
+
+    node: Node
+    ranks: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """One condition on a label, in Ray's own words.
+
+    Attributes:
+        label: Its name.
+        values: Of which the label has one.
+        negated: Whether it must have none of them; a node without the label then fits too.
+    """
+
+    label: str
+    values: frozenset[str]
+    negated: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        """Read `pool=serving`, `pool=!serving`, `pool=in(a,b)` or `pool=!in(a,b)`.
+
+        Raises:
+            ConfigError: It is none.
+        """
+        match = _SELECTOR.fullmatch(text)
+        values = (
+            [value.strip() for value in (match[3] if match[3] is not None else match[4]).split(",")] if match else []
+        )
+        if match is None or not all(values):
+            raise ConfigError(
+                f"--node-selector {text!r} reads LABEL=VALUE, LABEL=!VALUE, LABEL=in(A,B) or LABEL=!in(A,B); give several "
+                "conditions one by one"
+            )
+        return cls(match[1], frozenset(values), bool(match[2]))
+
+    def fits(self, labels: Mapping[str, str]) -> bool:
+        """Whether a node with these labels fits."""
+        return (labels.get(self.label) in self.values) != self.negated
+
+
+def assigned(alive: Sequence[Node], wanted: Nodes) -> list[Assigned]:
+    """The nodes that take part.
+
+    Args:
+        alive: The nodes there are.
+        wanted: Which of them, and with whose chunks.
+
+    Raises:
+        ConfigError: A name is none of theirs, or a condition or label cannot be read.
+        NothingToDoError: None takes part.
+    """
+    if not alive:
+        raise NothingToDoError("the Ray cluster has no node that is alive")
+    _expect_known(alive, wanted.names)
+    chosen = eligible(alive, wanted)
+    if not chosen:
+        raise NothingToDoError(
+            f"no node has the labels {', '.join(wanted.selector)}; there are {_described(alive, labels=True)}"
+        )
+    return [Assigned(node, ranks_of(node, wanted)) for node in chosen]
+
+
+def eligible(alive: Sequence[Node], wanted: Nodes) -> list[Node]:
+    """Those among some nodes that have the labels and names that are asked for.
+
+    Raises:
+        ConfigError: A condition cannot be read.
+    """
+    selectors = [Selector.parse(text) for text in wanted.selector]
+    return [
+        node
+        for node in alive
+        if all(selector.fits(node.labels) for selector in selectors)
+        and (not wanted.names or node.name in wanted.names or node.id in wanted.names)
+    ]
+
+
+def ranks_of(node: Node, wanted: Nodes) -> frozenset[int] | None:
+    """The workers whose chunks a node takes; None for all.
+
+    Raises:
+        ConfigError: The label of the node are no ranks.
+    """
+    for name in (node.id, node.name):
+        if name in wanted.ranks:
+            return wanted.ranks[name]
+    text = node.labels.get(wanted.ranks_label)
+    if not text:
+        return None
+    try:
+        return parse_ranks(text.replace("_", ","))
+    except ValueError as error:
+        raise ConfigError(f"node {node.name} ({node.id}): label {wanted.ranks_label}: {error}") from None
+
+
+def unknown_ranks(alive: Sequence[Node], wanted: Nodes) -> list[str]:
+    """The names for which ranks are given, and that no node has: it may be down."""
+    known = {name for node in alive for name in (node.name, node.id)}
+    return sorted(wanted.ranks.keys() - known)
+
+
+def _expect_known(alive: Sequence[Node], names: Sequence[str]) -> None:
+    known = {name for node in alive for name in (node.name, node.id)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"--nodes {', '.join(unknown)}: no such node is alive; there are {_described(alive)}")
+
+
+def _described(nodes: Sequence[Node], *, labels: bool = False) -> str:
+    """Names, ids and labels that are not Ray's own."""
+    words = []
+    for node in nodes[:_NAMED]:
+        own = [f"{name}={value}" for name, value in sorted(node.labels.items()) if not name.startswith("ray.io/")]
+        words.append(f"{node.name} ({node.id}{': ' + ', '.join(own) if labels and own else ''})")
+    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
+    return ", ".join(words) + more
+
+
+class Places:
+    """The nodes of a run. A lost one's place may be taken by one that joins, which is then to have all its chunks.
+
+    Args:
+        nodes: Who takes part at first.
+        wanted: What was said of nodes; it holds for those that join, too.
+    """
+
+    def __init__(self, nodes: Sequence[Assigned], wanted: Nodes) -> None:
+        self._held = {one.node.id: one for one in nodes}
+        self._wanted = wanted
+        self._whole: Places | None = None
+
+    @property
+    def nodes(self) -> list[Assigned]:
+        """Who takes part now; a lost one whose place nobody took does."""
+        return list(self._held.values())
+
+    def having(self, nodes: Sequence[Assigned]) -> Places:
+        """Some of these places, with the workers that their nodes turned out to have; who is replaced there is so here too."""
+        some = Places(nodes, self._wanted)
+        some._whole = self
+        return some
+
+    def candidates(self, alive: Sequence[Node]) -> list[Node]:
+        """Those among some nodes that may take part. First those that take certain workers' chunks: others fit anywhere."""
+        return sorted(eligible(alive, self._wanted), key=lambda node: self._ranks(node) is None)
+
+    def _ranks(self, node: Node) -> frozenset[int] | None:
+        """Whose chunks a node says that it takes; None for all, or where it cannot be read."""
+        try:
+            return ranks_of(node, self._wanted)
+        except ConfigError:
+            return None
+
+    def fits(self, lost: str, node: Node) -> bool:
+        """Whether a node may take the place of a lost one: it takes the same workers' chunks, or does not say whose."""
+        try:
+            ranks = ranks_of(node, self._wanted)
+        except ConfigError:
+            return False
+        return ranks is None or ranks == self._held[lost].ranks
+
+    def take(self, lost: str, by: Node) -> None:
+        """A node takes the place of a lost one."""
+        if self._whole is not None:
+            self._whole.take(lost, by)
+        self._held = {
+            by.id if name == lost else name: replace(one, node=by) if name == lost else one
+            for name, one in self._held.items()
+        }

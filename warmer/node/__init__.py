@@ -1,0 +1,1 @@
+"""The work of an actor on its node."""

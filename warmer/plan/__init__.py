@@ -1,0 +1,1 @@
+"""Plans: which chunks a warm-up copies."""

@@ -1,0 +1,214 @@
+"""Build a plan: from keys, prefixes, prompts or access statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from hfbucket_plugin.core.keys import ClassicKey, MPKey, encode_name, is_probe, parse_key
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub.listing import list_chunks, list_chunks_ahead
+from hfbucket_plugin.index.access.table import heat_of
+from warmer.plan.key_files import keys_of, look_up_keys
+from warmer.plan.ordered import hottest_first, in_order, newest_first, within
+from warmer.plan.plan_file import Planner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from datetime import datetime
+    from pathlib import Path
+
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.index.access.table import HeatTable
+    from warmer.plan.plan_file import PlannedChunk
+
+
+_PAGE: Final = 1000
+_REQUEST_SECS: Final = 60.0
+
+
+@contextlib.contextmanager
+def warmed(
+    chunks: Iterable[PlannedChunk], bucket: Bucket, now: datetime, scratch: Path
+) -> Iterator[tuple[Iterator[PlannedChunk], str]]:
+    """Chunks with their heat, for a stretch of work, and why there is none: empty where there is.
+
+    An index that cannot be read is no reason not to warm: nothing but the order goes by it.
+
+    Args:
+        chunks: As they come.
+        bucket: The instance's.
+        now: The time.
+        scratch: Where the snapshot of the index lies meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            table, why = stack.enter_context(heat_of(bucket, now, _REQUEST_SECS, scratch)), "no hits are recorded"
+        except HFBucketError as error:
+            table, why = None, str(error)
+        yield (iter(chunks), why) if table is None else (_with_heat(chunks, table), "")
+
+
+def _with_heat(chunks: Iterable[PlannedChunk], table: HeatTable) -> Iterator[PlannedChunk]:
+    chunks = iter(chunks)
+    while page := list(islice(chunks, _PAGE)):
+        for chunk, use in zip(page, table.look_up([encode_name(one.key) for one in page]), strict=True):
+            yield replace(chunk, heat=use.bucket, last_hit=use.last)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime
+    from pathlib import Path
+
+    from hfbucket_plugin.core.keys import Key
+    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.hub.listing import ChunkEntry
+    from hfbucket_plugin.tools.prompts import PromptOrder
+    from hfbucket_plugin.tools.selection import Choice
+    from warmer.plan.plan_file import PlannedChunk
+
+    Listing = Callable[[Iterable[str]], Iterator[ChunkEntry]]
+
+_log = logging.getLogger(__name__)
+
+_WHY_CHARS: Final = 500
+"""Of a reason that goes into the header of a plan, whose room is bounded."""
+
+_LOOKED_THROUGH: Final = 100_000
+"""Chunks that are looked through at most for one of the other kind, to say that it was there."""
+
+WORDS: Final[dict[type[Key], str]] = {
+    ClassicKey: "keys of the classic engine",
+    MPKey: "keys of MP mode (`lmcache server`)",
+}
+
+
+@dataclass(slots=True)
+class Choosing:
+    """One choice, carried out on one bucket.
+
+    Attributes:
+        choice: What is wanted.
+        takes: The kind of key that the tiers take.
+        now: What `since` counts back from.
+        prompts: Where chunks stand among the prompts, when the choice names some.
+        skipped: Chunks passed by, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
+            told apart by a filter) and ``not_in_bucket`` (keys of a file).
+        chosen: Chunks that passed all that, a budget not regarded.
+        cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
+    """
+
+    choice: Choice
+    takes: type[Key]
+    now: datetime
+    prompts: PromptOrder | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    chosen: int = 0
+    cold: str = ""
+
+    def planned(self, bucket: Bucket, scratch: Path) -> Iterator[PlannedChunk]:
+        """Yield the chosen chunks, in the order in which they are to be copied.
+
+        That is: as the prompts have them, each from its start; or the hottest first, where `hottest` or `max_bytes` is
+        given, as far as the instance's key index knows what is read; or the newest first, where that is not known or `newest` is
+        given; or as a file of keys has them; or by key.
+
+        Args:
+            bucket: The instance's.
+            scratch: A file to sort in.
+
+        Raises:
+            ConfigError: A file of keys cannot be read.
+            HFBucketError: The listing is not complete.
+            OSError: There is no room to sort in.
+        """
+        chunks = self.of(self._entries(bucket), bucket)
+        choice, prompts = self.choice, self.prompts
+
+        def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
+            return within(ordered, choice.most, choice.max_bytes)
+
+        if prompts is not None:
+            return in_order(chunks, lambda chunk: _placed(prompts, chunk), scratch, cut)
+        if choice.most is None and choice.max_bytes is None:
+            return chunks
+        if not choice.wants_heat:
+            return in_order(chunks, newest_first, scratch, cut)
+        return self._hottest(chunks, bucket, scratch, cut)
+
+    def _hottest(
+        self,
+        chunks: Iterable[PlannedChunk],
+        bucket: Bucket,
+        scratch: Path,
+        cut: Callable[[Iterable[PlannedChunk]], Iterator[PlannedChunk]],
+    ) -> Iterator[PlannedChunk]:
+        """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
+        with warmed(chunks, bucket, self.now, scratch.parent) as (told, why):
+            self.cold = why[:_WHY_CHARS]
+            if why:
+                _log.info("the newest chunks come first, not those that are read most: %s", why)
+            yield from in_order(told, newest_first if why else hottest_first, scratch, cut)
+
+    def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[PlannedChunk]:
+        """The chosen ones among some chunks, as they come."""
+        planner = Planner(bucket.handle, self.takes)
+        planner.skipped = self.skipped
+        for chunk in planner.plan(self._chosen(entries)):
+            self.chosen += 1
+            yield chunk
+
+    def _entries(self, bucket: Bucket) -> Iterator[ChunkEntry]:
+        files = self.choice.keys_from
+        if files:
+            keys = itertools.chain.from_iterable(keys_of(path) for path in files)
+            return look_up_keys(bucket, keys, self.skipped)
+        named = bool(self.choice.model) or (self.prompts is not None and self.prompts.models is not None)
+        return list_chunks_ahead(bucket, self.listed(self.takes), any_model=not named)
+
+    def listed(self, kind: type[Key]) -> list[str]:
+        """Starts of keys that are listed for one kind."""
+        choice = self.choice
+        if self.prompts is not None and self.prompts.models is not None and not choice.model:
+            choice = choice.model_copy(update={"model": tuple(sorted(self.prompts.models))})
+        return choice.listing_prefixes(kind)
+
+    def _chosen(self, entries: Iterable[ChunkEntry]) -> Iterator[ChunkEntry]:
+        passes = self._passes()
+        for entry in entries:
+            if passes(entry):
+                yield entry
+            else:
+                self.skipped["not_chosen"] += 1
+
+    def _passes(self) -> Callable[[ChunkEntry], bool]:
+        prompts, filtered = self.prompts, self.choice.filter(self.now)
+        if prompts is None:
+            return filtered
+        return lambda entry: filtered(entry) and prompts.place(entry.key) is not None
+
+    def other_kind_found(self, bucket: Bucket) -> bool:
+        """Whether the choice would hold chunks of the kind that the tiers do not take.
+
+        Raises:
+            HFBucketError: The Hub did not tell.
+        """
+        if self.skipped["other_kind"] or self.choice.keys_from:
+            return self.skipped["other_kind"] > 0
+        other = MPKey if self.takes is ClassicKey else ClassicKey
+        filtered = self.choice.filter(self.now)
+        entries = itertools.islice(list_chunks(bucket, self.listed(other)), _LOOKED_THROUGH)
+        return any(isinstance(entry.key, other) and not is_probe(entry.text) and filtered(entry) for entry in entries)
+
+
+def _placed(prompts: PromptOrder, chunk: PlannedChunk) -> int:
+    place = prompts.place(parse_key(chunk.key))
+    if place is None:
+        raise ValueError(f"{chunk.key} is of no prompt")
+    return place

@@ -1,0 +1,501 @@
+"""The plan of a warm-up and its file."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key
+from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.tools.plan_file import Sealed
+from warmer.report.outcomes import PlanLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Set as AbstractSet
+    from pathlib import Path
+
+    from hfbucket_plugin.core.keys import Key
+    from hfbucket_plugin.hub.listing import ChunkEntry
+
+
+VERSION: Final = 1
+"""Of the format of plan files. A reader refuses a newer one."""
+
+_HEADER: Final = "warmer_plan"
+_HEAD: Final = f'{{"{_HEADER}":'.encode()
+_SEAL: Final = "seal"
+_HEADER_ROOM: Final = 2048
+"""Bytes kept for what is known of a header only when the plan is written: counts."""
+
+_MOST_LINE_BYTES: Final = 64 * 1024
+"""Of a chunk: the Hub's names have about a thousand characters at most, and a line has such a name twice."""
+
+NEVER_PLANNED: Final = frozenset({"report", "report_html"})
+"""Parts of a warm-up that no plan has: files that a run writes are named by whoever runs it."""
+
+SEGMENT_CHUNKS: Final = 1000
+"""Chunks of a segment: as many as the Hub looks up in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    """One chunk that every node is to hold.
+
+    Attributes:
+        key: Its key string.
+        path: Of its object, from the root of the bucket.
+        xet_hash: Of its content, 64 hexadecimal digits.
+        size: Bytes.
+        uploaded_at: When the Hub took it; None when it did not say.
+        gone: Whether the bucket no longer held it when it was last looked up.
+        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
+            what all its workers share (MLA) as if it had one.
+        heat: How hot it is (`hfbucket_plugin.index.access.stats.buckets`); None where that was not asked or is not known.
+        last_hit: When it was last read; None where that is not known.
+    """
+
+    key: str
+    path: str
+    xet_hash: str
+    size: int
+    uploaded_at: datetime | None = None
+    gone: bool = False
+    worker: int | None = None
+    heat: int | None = None
+    last_hit: datetime | None = None
+
+    def to_line(self) -> str:
+        """The chunk as one line of JSON, its newline included."""
+        record: dict[str, Any] = {"key": self.key, "path": self.path, "xet_hash": self.xet_hash, "size": self.size}
+        if self.uploaded_at is not None:
+            record["uploaded_at"] = self.uploaded_at.isoformat()
+        if self.gone:
+            record["gone"] = True
+        if self.worker is not None:
+            record["worker"] = self.worker
+        if self.heat is not None:
+            record["heat"] = self.heat
+        if self.last_hit is not None:
+            record["last_hit"] = self.last_hit.isoformat()
+        return json.dumps(record) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> PlannedChunk:
+        """Read what `to_line` wrote.
+
+        Raises:
+            ValueError: The line is no planned chunk.
+        """
+        record = json.loads(line)
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
+            raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
+        return cls(
+            key=record["key"],
+            path=record["path"],
+            xet_hash=_hash(record["xet_hash"]),
+            size=_number(record, "size", "a size in bytes"),
+            uploaded_at=_moment(record, "uploaded_at"),
+            gone=_flag(record, "gone"),
+            worker=None if record.get("worker") is None else _number(record, "worker", "a rank"),
+            heat=None if record.get("heat") is None else _number(record, "heat", "a number of reads"),
+            last_hit=_moment(record, "last_hit"),
+        )
+
+
+_TEXTS: Final = ("key", "path", "xet_hash")
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_MOST: Final = 2**63 - 1
+"""No file is larger, and no count is."""
+
+
+def _hash(text: str) -> str:
+    if not _HASH.fullmatch(text):
+        raise ValueError("xet_hash must be 64 hexadecimal digits")
+    return text
+
+
+def _number(record: dict[str, Any], name: str, what: str) -> int:
+    value = record.get(name)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} must be {what}")
+    return value
+
+
+def _flag(record: dict[str, Any], name: str) -> bool:
+    value = record.get(name, False)
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false")
+    return value
+
+
+def _moment(record: dict[str, Any], name: str) -> datetime | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError(f"{name} must be a date and time with its offset, as text")
+    return moment
+
+
+class Planner:
+    """Turns a listing into planned chunks for tiers that take one kind of key, and counts what it passes by.
+
+    Args:
+        handle: Of the instance that was listed.
+        takes: The kind of key that the tier takes.
+
+    Attributes:
+        skipped: Chunks passed by, by reason: ``other_kind`` (keys that the tier cannot take) and ``probe`` (the
+            object with which LMCache tests a backend).
+    """
+
+    def __init__(self, handle: BucketHandle, takes: type[Key]) -> None:
+        self._handle = handle
+        self._takes = takes
+        self.skipped: Counter[str] = Counter()
+
+    def plan(self, entries: Iterable[ChunkEntry]) -> Iterator[PlannedChunk]:
+        """Yield what fits the tier, in the order of the listing: by key, hence by model and then by worker."""
+        for entry in entries:
+            if not isinstance(entry.key, self._takes):
+                self.skipped["other_kind"] += 1
+            elif is_probe(entry.text):
+                self.skipped["probe"] += 1
+            else:
+                path = self._handle.join(encode_name(entry.text))
+                content, key = entry.content, entry.key
+                worker = key.worker_id if key.world_size > 1 else None
+                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at, worker=worker)
+
+
+def gone(chunk: PlannedChunk) -> PlannedChunk:
+    """The chunk, no longer in the bucket."""
+    return replace(chunk, gone=True)
+
+
+class Segments(Protocol):
+    """Chunks that are read segment by segment: a plan, or the part of one."""
+
+    @property
+    def segments(self) -> int:
+        """How many segments there are."""
+
+    def segment(self, index: int) -> list[PlannedChunk]:
+        """The chunks of one: `SEGMENT_CHUNKS`, and in the last what is left.
+
+        Raises:
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
+        """
+
+
+def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
+    """The chunks of a plan, or of a part of one, from its number `start` on, counted from 0.
+
+    Raises:
+        RefusedError: The file was changed since it was read first.
+        PlanLostError: The file cannot be read any more.
+    """
+    for index in range(start // SEGMENT_CHUNKS, source.segments):
+        segment = source.segment(index)
+        yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]
+
+
+class PlanFile:
+    """A plan on disk: a header, if it has one, and chunks, a line each. It is held open.
+
+    Each segment is compared with what it was when the plan was read or written first: whatever becomes of the file meanwhile,
+    no chunk is given that was not in it then.
+
+    Attributes:
+        path: Of the file.
+        header: What the plan is of, as it was written; empty when the file has no header.
+        chunks: How many it holds.
+        bytes: The sum of their sizes.
+        home: What the paths of its chunks begin with, before the names of their keys; None as long as there are none.
+        shares: The same for each worker that chunks are for; under None, for those that are for all.
+        workers: Of each segment, how many chunks are for which worker.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] = {}
+        self.chunks = 0
+        self.bytes = 0
+        self.home: str | None = None
+        self.shares: dict[int | None, tuple[int, int]] = {}
+        self.workers: list[Counter[int | None]] = []
+        self._segments: list[_Segment] = []
+        self._file: Sealed | None = None
+
+    def _count(self, chunk: PlannedChunk, line: bytes, at: int) -> None:
+        if self.chunks % SEGMENT_CHUNKS == 0:
+            self._segments.append(_Segment(at))
+            self.workers.append(Counter())
+        self._segments[-1].add(line)
+        self.workers[-1][chunk.worker] += 1
+        self.chunks += 1
+        self.bytes += chunk.size
+        chunks, size = self.shares.get(chunk.worker, (0, 0))
+        self.shares[chunk.worker] = (chunks + 1, size + chunk.size)
+
+    @classmethod
+    def write(
+        cls,
+        path: Path,
+        chunks: Iterable[PlannedChunk],
+        header: Callable[[PlanFile], dict[str, Any]] | None = None,
+    ) -> PlanFile:
+        """Write a plan, as the chunks come.
+
+        Args:
+            path: Of the file.
+            chunks: In their order.
+            header: Makes the header, first of an empty plan and then of the whole, which may be longer by some counts.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        plan, at = cls(path), 0
+        with path.open("wb") as out:
+            room = 0
+            if header is not None:
+                room = len(_header_line(header(plan))) + _HEADER_ROOM
+                at += out.write(b" " * (room - 1) + b"\n")
+            for chunk in chunks:
+                line = chunk.to_line().encode()
+                plan._count(chunk, line, at)
+                at += out.write(line)
+            if header is not None:
+                plan.header = header(plan)
+                line = _header_line(plan.header)
+                if len(line) > room - 1:
+                    raise ValueError("the header of a plan grew beyond the room that was kept for it")
+                out.seek(0)
+                out.write(line)
+            out.flush()
+            os.fsync(out.fileno())
+        plan._file = Sealed(path, "plan")
+        return plan
+
+    @classmethod
+    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+        """Read a plan that was written before, every line of it.
+
+        Args:
+            path: Of the file.
+            ours: Whether to refuse one that somebody else could have written.
+
+        Raises:
+            ConfigError: The file cannot be read, or a line of it is not a planned chunk; the message says which.
+            RefusedError: It belongs to another user, or others may write to it; or its header says what no plan says, or a
+                line names an object that is not that of its key.
+        """
+        plan, at, number = cls(path), 0, 0
+        plan._file = file = Sealed(path, "plan")
+        if ours:
+            file.expect_ours()
+        try:
+            for number, line in enumerate(file.raw_lines(), 1):
+                if number == 1 and line.startswith(_HEAD):
+                    plan._begin(_read_header(line))
+                else:
+                    plan._take(line, at)
+                at += len(line)
+        except OSError as error:
+            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+        except RefusedError as error:
+            raise RefusedError(f"plan {str(path)!r}, line {number}: {error}") from None
+        except UnicodeError:
+            raise ConfigError(f"plan {str(path)!r}, line {number}: this is not valid Unicode text") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"plan {str(path)!r}, line {number}: {error}") from None
+        return plan
+
+    def _begin(self, header: dict[str, Any]) -> None:
+        self.header = header
+        if "bucket" in header:
+            self.home = BucketHandle.parse(header["bucket"]).join("")
+
+    def _take(self, line: bytes, at: int) -> None:
+        if len(line) > _MOST_LINE_BYTES:
+            raise ValueError(f"the line is longer than {_MOST_LINE_BYTES} bytes")
+        chunk = PlannedChunk.from_line(line.decode())
+        parse_key(chunk.key)
+        name = encode_name(chunk.key)
+        if self.home is None:
+            self.home = chunk.path.removesuffix(name)
+        if chunk.path != self.home + name:
+            raise RefusedError(
+                f"path {chunk.path!r} is not that of the key {chunk.key!r}, which is {self.home + name!r}: plan anew"
+            )
+        self._count(chunk, line, at)
+
+    @property
+    def segments(self) -> int:
+        """How many segments it has."""
+        return len(self._segments)
+
+    def segment(self, index: int) -> list[PlannedChunk]:
+        """The chunks of one segment, at most `SEGMENT_CHUNKS`.
+
+        Raises:
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
+        """
+        if self._file is None:
+            raise ValueError("the plan was not written yet")
+        segment = self._segments[index]
+        try:
+            whole = self._file.again(segment.at, segment.length, segment.digest.digest())
+        except OSError as error:
+            raise PlanLostError(f"plan {str(self.path)!r} cannot be read any more: {error.strerror}") from None
+        return [PlannedChunk.from_line(line) for line in whole.decode().split("\n") if line]
+
+    def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
+        """The plan from its chunk number `start` on, counted from 0.
+
+        Raises:
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
+        """
+        return chunks_from(self, start)
+
+    def share(self, ranks: frozenset[int] | None) -> tuple[int, int]:
+        """How many chunks are for some workers, and their bytes.
+
+        Args:
+            ranks: Of the workers; None for all.
+        """
+        shares = [share for worker, share in self.shares.items() if is_for(worker, ranks)]
+        return sum(chunks for chunks, _ in shares), sum(size for _, size in shares)
+
+
+class _Segment:
+    """Where a segment lies in its file, and what it held when it was read first."""
+
+    __slots__ = ("at", "digest", "length")
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.length = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, line: bytes) -> None:
+        self.length += len(line)
+        self.digest.update(line)
+
+
+def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:
+    """Whether a chunk of a worker is to be where some workers are; None stands for all."""
+    return ranks is None or worker is None or worker in ranks
+
+
+def _header_line(header: dict[str, Any]) -> bytes:
+    return json.dumps({_HEADER: VERSION, **header, _SEAL: _seal_of(header)}).encode()
+
+
+def _seal_of(header: dict[str, Any]) -> str:
+    """What tells a header that was edited from one that a warmer wrote; it keeps nobody out who means to forge one."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _read_header(line: bytes) -> dict[str, Any]:
+    header = json.loads(line)
+    if not isinstance(header, dict) or type(header.get(_HEADER)) is not int:
+        raise ValueError("this is no header of a plan")
+    version = header.pop(_HEADER)
+    if version > VERSION:
+        raise ValueError(f"the plan has the format {version}, of a newer warmer; this one reads up to {VERSION}")
+    json.dumps(header, ensure_ascii=False).encode()  # JSON may escape halves of characters, which no text can hold
+    for name, kind in _HEADER_TYPES.items():
+        if name in header and not isinstance(header[name], kind):
+            raise ValueError(f"{name} of the header is not of the type that a plan has there")
+    tiers, prompts = header.get("tiers", []), header.get("prompts_file", {})
+    if not all(isinstance(one, str) for one in [*tiers, *prompts.values()]):
+        raise ValueError("tiers and prompts_file of the header must hold texts")
+    if not all(type(one) is int for one in header.get("skipped", {}).values()):
+        raise ValueError("skipped of the header must hold counts")
+    for name in NEVER_PLANNED & header.get("warm_up", {}).keys():
+        raise RefusedError(f"warm_up of the header has {name}, which no plan names: give it on the command line")
+    seal = header.pop(_SEAL, None)
+    # Older plans have none.
+    if seal is not None and seal != _seal_of(header):
+        raise RefusedError(
+            "the header was changed after the plan was written: plan anew, or give what is to be different on the command line"
+        )
+    return header
+
+
+_HEADER_TYPES: Final[dict[str, type]] = {
+    "made": str, "instance": str, "bucket": str, "takes": str, "tiers": list, "warm_up": dict, "selected": int,
+    "selected_bytes": int, "skipped": dict, "fingerprints": list, "order": dict, "prompts": dict, "prompts_file": dict,
+}  # fmt: skip
+
+
+class PlanPart:
+    """The chunks of a plan that are for certain workers, in its order.
+
+    Args:
+        plan: The plan.
+        workers: Their ranks; None among them stands for the chunks that are for all workers.
+    """
+
+    def __init__(self, plan: PlanFile, workers: AbstractSet[int | None]) -> None:
+        self._plan = plan
+        self._workers = frozenset(workers)
+        counts = (sum(counted[worker] for worker in self._workers) for counted in plan.workers)
+        # How many come before each segment of the plan, and in all.
+        self._before = list(itertools.accumulate(counts, initial=0))
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return self._before[-1]
+
+    @property
+    def segments(self) -> int:
+        """How many segments they make; not those of the plan."""
+        return -(-self.chunks // SEGMENT_CHUNKS)
+
+    def segment(self, index: int) -> list[PlannedChunk]:
+        """The chunks of one segment, at most `SEGMENT_CHUNKS`.
+
+        Raises:
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
+        """
+        start = index * SEGMENT_CHUNKS
+        return list(itertools.islice(self._read(start), min(SEGMENT_CHUNKS, self.chunks - start)))
+
+    def _read(self, start: int) -> Iterator[PlannedChunk]:
+        first = bisect.bisect_right(self._before, start) - 1
+        left = start - self._before[first]
+        for index in range(first, self._plan.segments):
+            if self._before[index + 1] == self._before[index]:
+                continue  # nothing of it
+            own = (chunk for chunk in self._plan.segment(index) if chunk.worker in self._workers)
+            yield from itertools.islice(own, left, None)
+            left = 0
+
+    def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
+        """The part from its chunk number `start` on, counted from 0.
+
+        Raises:
+            RefusedError: The file was changed since it was read first.
+            PlanLostError: The file cannot be read any more.
+        """
+        return chunks_from(self, start)

@@ -1,0 +1,1 @@
+"""Outcomes, reports, progress and metrics of a run."""

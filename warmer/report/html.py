@@ -1,0 +1,461 @@
+"""The report as one HTML page."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from array import array
+from bisect import bisect_left
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.core.files import expect_writable, write_whole
+from hfbucket_plugin.core.units import size
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools.html import document, paragraph, text
+from warmer.report import plots
+from warmer.report.outcomes import Copied
+from warmer.report.plots import expect_library
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from warmer.report.observers import Onlooker
+    from warmer.report.outcomes import Outcome
+    from warmer.report.summary import RunReport
+
+
+BINS: Final = 120
+"""Stretches of time of a run, however long it is: as many as a plot on a phone can tell apart."""
+
+_FIRST_WIDTH_SECS: Final = 0.1
+
+
+class TimeBins:
+    """Sums over time by name: a fixed number of bins, which become twice as wide when the time runs past the last one.
+
+    Memory is that of names times bins: 1 MiB for 1,000 nodes.
+
+    Args:
+        bins: How many; even.
+        width_secs: How wide they are at first.
+
+    Attributes:
+        width_secs: How wide they are by now.
+        series: What fell into each bin; by name.
+    """
+
+    def __init__(self, bins: int = BINS, width_secs: float = _FIRST_WIDTH_SECS) -> None:
+        self._bins = bins
+        self.width_secs = width_secs
+        self.series: dict[str, array[int]] = {}
+
+    def add(self, name: str, at_secs: float, amount: int) -> None:
+        """Add to the bin of a time, which counts from the first bin's start."""
+        while (place := int(at_secs / self.width_secs)) >= self._bins:
+            self._widen()
+        series = self.series.get(name)
+        if series is None:
+            series = self.series[name] = array("q", bytes(8 * self._bins))
+        series[place] += amount
+
+    def _widen(self) -> None:
+        self.width_secs *= 2
+        for name, series in self.series.items():
+            halves = [one + other for one, other in zip(series[::2], series[1::2], strict=True)]
+            self.series[name] = array("q", halves + [0] * (self._bins - len(halves)))
+
+
+class Latencies:
+    """How long things took: counts in fixed buckets, four to each power of ten from 1 ms to 1000 s.
+
+    Attributes:
+        counts: One for each bucket; the last is for what took longer than all bounds.
+    """
+
+    BOUNDS: Final = tuple(10 ** (step / 4) for step in range(-12, 13))
+    """The upper end of each bucket but the last, in seconds."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+
+    @property
+    def total(self) -> int:
+        """How many were counted."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float:
+        """The upper end of the bucket that holds this share of all, in seconds; 0 of none, infinite beyond the last bound."""
+        wanted, seen = share * self.total, 0
+        for bound, count in zip(self.BOUNDS, self.counts, strict=False):
+            seen += count
+            if seen >= wanted:
+                return bound if self.total else 0.0
+        return float("inf")
+
+
+class History:
+    """An onlooker that remembers.
+
+    Attributes:
+        began: When.
+        reports: Of the tiers, in their order.
+        bytes: What was copied over time, by the node's id; over all tiers.
+        from_hub: How long chunks took that came from the Hub.
+        from_nodes: How long chunks took that came from other nodes.
+    """
+
+    def __init__(self) -> None:
+        self.began = datetime.now(UTC)
+        self.reports: list[RunReport] = []
+        self.bytes = TimeBins()
+        self.from_hub = Latencies()
+        self.from_nodes = Latencies()
+        self._since: float | None = None
+
+    def begin(self, report: RunReport) -> None:
+        """A tier is about to be filled; time counts from the first one's beginning."""
+        self.reports.append(report)
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
+        """Remember a chunk that was copied."""
+        if isinstance(outcome, Copied) and self._since is not None:
+            self.bytes.add(node, time.monotonic() - self._since, outcome.size)
+            if not outcome.reused:
+                (self.from_nodes if outcome.received else self.from_hub).add(outcome.seconds)
+
+    def loaded(self, _report: RunReport, node: str, size: int) -> None:
+        """Remember chunks that an engine loaded; how long each took, it does not tell."""
+        if size and self._since is not None:
+            self.bytes.add(node, time.monotonic() - self._since, size)
+
+    def lacking(self, report: RunReport, node: str, chunks: int, kind: str) -> None:
+        """The report says it."""
+
+    def lost(self, report: RunReport, node: str, kind: str) -> None:
+        """The report says it."""
+
+    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        """Nothing but chunks is remembered."""
+
+    def close(self, report: RunReport) -> None:
+        """The report says how it ended."""
+
+    def names(self) -> dict[str, str]:
+        """The names of the nodes, by id."""
+        return {node.id: node.name for report in self.reports for node in report.nodes.values()}
+
+
+DRAWN_NODES: Final = 10
+"""Nodes with a colour of their own in the plot over time."""
+
+NAMED_ROWS: Final = 20
+"""Tiers of nodes with a bar of their own."""
+
+LISTED_ROWS: Final = 100
+"""Tiers of nodes in the table."""
+
+LISTED_FAILURES: Final = 100
+
+_STYLE: Final = """
+svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
+.wide { overflow-x: auto } .key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: .3rem 0; list-style: none }
+.key i { display: inline-block; width: .8em; height: .8em; margin-right: .35em } dl { display: grid; grid-template-columns:
+  max-content 1fr; gap: .1rem 1rem } dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+_PARTS: Final = ("right", "missing", "wrong", "unknown")
+_PART_COLOURS: Final = (plots.COLOURS[2], plots.COLOURS[10], plots.COLOURS[1], plots.COLOURS[3])
+_SHOWN: Final = (
+    "selected", "copied", "received", "reused", "present", "failed", "unfinished", "fetched", "refetched", "fetched_alone", "for_nobody",
+)  # fmt: skip
+_OF_A_NODE: Final = ("selected", "copied", "received", "reused", "present", "failed")
+
+
+def run_page(summary: Mapping[str, Any], history: History) -> str:
+    """The page of a run.
+
+    Args:
+        summary: As it is printed, see `docs/warm.md`.
+        history: What was remembered of it.
+    """
+    tiers = summary.get("tiers") or [summary]
+    rows = [(tier["tier"], node) for tier in tiers for node in tier["nodes"]]
+    return document(
+        "Warm-up",
+        [
+            _verdict(summary, ", ".join(str(tier["tier"]) for tier in tiers)),
+            paragraph(f"{history.began:%Y-%m-%d %H:%M:%S} UTC, {summary['seconds']:,.1f} s", "faint"),
+            _facts(_run_facts(summary)),
+            *_failures(summary),
+            *_over_time(history, {node["id"]: _left(node) for _, node in rows}),
+            *_latencies(history),
+            *_coverage(rows),
+            *_nodes(rows),
+        ],
+        _STYLE,
+    )
+
+
+def check_page(record: Mapping[str, Any]) -> str:
+    """The page of a check.
+
+    Args:
+        record: As it is printed, see `docs/warm.md`.
+    """
+    nodes = record["nodes"]
+    named, others = _chosen(nodes, NAMED_ROWS, lambda node: 1 - node["share"])
+    drawn = [(f"{node['name']} {node['tier']}", _shares([node])) for node in named]
+    if others:
+        drawn.append((f"{len(others)} others", _shares(others)))
+    words = {"result": record["result"], "share": f"{record['share']:.2%}", "require": f"{record['require']:.2%}"}
+    return document(
+        "Check of tiers",
+        [
+            paragraph(f"The nodes are {record['result']}.", "" if record["exit_code"] == 0 else "warn"),
+            _facts([*words.items(), ("for_nobody", record["for_nobody"])]),
+            "<h2>What is there</h2>\n",
+            *([_key(_PARTS, _PART_COLOURS), plots.parts(drawn, _PART_COLOURS)] if drawn else []),
+            *_table(
+                ("node", "tier", "selected", "right", "wrong", "missing", "unknown", ""),
+                (
+                    (one["name"], one["tier"], *(one[name] for name in ("selected", "right", "wrong", "missing", "unknown")),
+                     one["error"] or "")
+                    for one in _chosen(nodes, LISTED_ROWS, lambda node: 1 - node["share"])[0]
+                ),
+            ),
+            _left_out(len(nodes), LISTED_ROWS),
+            *_engines(record["canary"]),
+        ],
+        _STYLE,
+    )  # fmt: skip
+
+
+def _engines(canary: Mapping[str, Any] | None) -> Iterator[str]:
+    if canary is None:
+        return
+    engines = canary["engines"]
+    yield "<h2>What engines took from the cache</h2>\n"
+    yield from _table(
+        ("engine", "prompts", "tokens", "cached", "coldest prompt", ""),
+        (
+            (
+                one["engine"],
+                one["prompts"],
+                one["tokens"],
+                one["cached_tokens"],
+                f"{one['share']:.2%}",
+                one["error"] or "",
+            )
+            for one in _chosen(engines, LISTED_ROWS, lambda one: (one["error"] is not None, 1 - one["share"]))[0]
+        ),
+    )
+    yield _left_out(len(engines), LISTED_ROWS)
+
+
+def _verdict(summary: Mapping[str, Any], tiers: str) -> str:
+    words = f"{summary['result']}: {summary['bucket']} into {tiers}"
+    return paragraph(words[:1].upper() + words[1:], "" if summary["exit_code"] == 0 else "warn")
+
+
+def _run_facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "exit code", summary["exit_code"]
+    yield "instance", summary["instance"]
+    yield "choice", ", ".join(f"{name}: {value}" for name, value in summary["choice"].items())
+    for name in _SHOWN:
+        yield name.replace("_", " "), f"{summary[name]:,}"
+    yield "copied bytes", size(summary["bytes"])
+    yield "from the Hub", size(summary["fetched_bytes"])
+    if summary["seconds"]:
+        yield "rate", f"{size(summary['bytes'] / summary['seconds'])}/s into all nodes"
+
+
+def _facts(facts: Iterable[tuple[str, object]]) -> str:
+    return f"<dl>{''.join(f'<dt>{text(name)}</dt><dd>{text(value)}</dd>' for name, value in facts)}</dl>\n"
+
+
+def _failures(summary: Mapping[str, Any]) -> Iterator[str]:
+    if not summary["failed_by_kind"]:
+        return
+    yield "<h2>Failures</h2>\n"
+    yield from _table(("kind", "chunks"), sorted(summary["failed_by_kind"].items()))
+    failures = summary["failures"][:LISTED_FAILURES]
+    yield from _table(
+        ("node", "tier", "kind", "chunk", "what was wrong"),
+        ((one["node_name"], one["tier"], one["kind"], one["key"], one["message"]) for one in failures),
+    )
+    if summary["failed"] > len(failures):
+        where = f"; all are in {summary['failures_file']}" if summary["failures_file"] else ""
+        yield paragraph(f"{len(failures)} of {summary['failed']:,} failures are shown{where}", "faint")
+
+
+def _over_time(history: History, left: Mapping[str, float]) -> Iterator[str]:
+    series = {name: list(bins) for name, bins in history.bytes.series.items()}
+    yield "<h2>Bytes over time</h2>\n"
+    if not series:
+        yield paragraph("Nothing was copied.", "faint")
+        return
+    most = max(place for bins in series.values() for place, amount in enumerate(bins) if amount) + 1
+    # Those that took longest, or did not get all: what somebody who looks at this page looks for.
+    last = {name: max(place for place, amount in enumerate(bins) if amount) for name, bins in series.items()}
+    chosen, others = _chosen(list(series), DRAWN_NODES, lambda name: (left.get(name, 0.0), last[name]))
+    drawn = [series[name][:most] for name in chosen]
+    names = history.names()
+    labels = [f"{names.get(name, name)} {name[:6]}" for name in chosen]
+    if others:
+        drawn.append([sum(series[name][place] for name in others) for place in range(most)])
+        labels.append(f"{len(others)} others")
+    yield _key(labels, plots.COLOURS)
+    yield plots.bytes_over_time(history.bytes.width_secs, drawn)
+
+
+def _latencies(history: History) -> Iterator[str]:
+    told = {"from the Hub": history.from_hub, "from other nodes": history.from_nodes}
+    told = {name: one for name, one in told.items() if one.total}
+    if not told:
+        return
+    yield "<h2>How long chunks took</h2>\n"
+    yield paragraph(
+        "From when their node turned to them until they were in the tier, checked; retries included.", "faint"
+    )
+    yield _key(list(told), plots.COLOURS)
+    yield plots.latencies(history.from_hub.BOUNDS, {name: one.counts for name, one in told.items()})
+    yield from _table(
+        ("", "chunks", "half within", "99 % within"),
+        ((name, f"{one.total:,}", _secs(one.quantile(0.5)), _secs(one.quantile(0.99))) for name, one in told.items()),
+    )
+
+
+def _coverage(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
+    kept = [row for row in rows if row[1]["replaced_by"] is None]
+    if not kept:
+        return
+    named, others = _chosen(kept, NAMED_ROWS, lambda row: _left(row[1]))
+    drawn = [(f"{node['name']} {tier}", *_before_and_after([node])) for tier, node in named]
+    if others:
+        drawn.append((f"{len(others)} others", *_before_and_after([node for _, node in others])))
+    yield "<h2>Coverage before and after</h2>\n"
+    yield _key(("there before", "there after"), (plots.COLOURS[10], plots.COLOURS[2]))
+    yield plots.coverage(drawn)
+
+
+def _nodes(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
+    yield "<h2>Nodes</h2>\n"
+    yield from _table(
+        ("node", "tier", *_OF_A_NODE, "bytes", ""),
+        (
+            (node["name"], tier, *(f"{node[name]:,}" for name in _OF_A_NODE),
+             size(node["bytes"]), _said(node))
+            for tier, node in _chosen(rows, LISTED_ROWS, lambda row: (row[1]["error"] is not None, _left(row[1])))[0]
+        ),
+    )  # fmt: skip
+    yield _left_out(len(rows), LISTED_ROWS)
+
+
+def _said(node: Mapping[str, Any]) -> str:
+    words = [node["error"]] if node["error"] else []
+    return "; ".join([*words, f"{node['replaced_by']} took its place"] if node["replaced_by"] else words)
+
+
+def _chosen(rows: Sequence[Any], most: int, worth: Any) -> tuple[list[Any], list[Any]]:
+    """The rows that are worth most, in their own order; and the others."""
+    if len(rows) <= most:
+        return list(rows), []
+    best = set(heapq.nlargest(most, range(len(rows)), key=lambda at: worth(rows[at])))
+    return [rows[at] for at in sorted(best)], [row for at, row in enumerate(rows) if at not in best]
+
+
+def _left(node: Mapping[str, Any]) -> float:
+    """The part of a node's chunks that is not there."""
+    return 1 - (node["copied"] + node["present"]) / node["selected"] if node["selected"] else 0.0
+
+
+def _before_and_after(nodes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    selected = sum(node["selected"] for node in nodes)
+    if not selected:
+        return 1.0, 1.0
+    before = sum(node["present"] for node in nodes)
+    return before / selected, (before + sum(node["copied"] for node in nodes)) / selected
+
+
+def _shares(nodes: Sequence[Mapping[str, Any]]) -> list[float]:
+    selected = sum(node["selected"] for node in nodes)
+    return [sum(node[name] for node in nodes) / selected if selected else 0.0 for name in _PARTS]
+
+
+def _secs(value: float) -> str:
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def _key(labels: Sequence[str], colours: Sequence[str]) -> str:
+    parts = (
+        f'<li><i style="background:{colours[at % len(colours)]}"></i>{text(label)}</li>'
+        for at, label in enumerate(labels)
+    )
+    return f'<ul class="key">{"".join(parts)}</ul>\n'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield f'<div class="wide"><table>\n<tr>{"".join(f"<th>{text(name)}</th>" for name in head)}</tr>\n'
+    for row in rows:
+        yield f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>\n"
+    yield "</table></div>\n"
+
+
+def _left_out(there: int, most: int) -> str:
+    return paragraph(f"The {most} of {there:,} that lack most.", "faint") if there > most else ""
+
+
+_log = logging.getLogger(__name__)
+
+OPTION: Final = "--report-html"
+
+
+class PageFile:
+    """A page that somebody may have asked for."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._history = History()
+
+    def open(self, path: Path | None) -> tuple[Onlooker, ...]:
+        """Make sure that the page can be written and drawn.
+
+        Args:
+            path: Of the page; None for none.
+
+        Returns:
+            Who has to look on for it.
+
+        Raises:
+            ConfigError: It cannot be written, or what draws its plots is not installed.
+        """
+        if path is None:
+            return ()
+        expect_writable(path, OPTION)
+        expect_library()
+        self._path = path
+        return (self._history,)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the page of a summary, or of the record of a check. What was done stays done when that fails."""
+        if self._path is None:
+            return
+        try:
+            write_whole(
+                self._path,
+                run_page(record, self._history) if record["event"] == "summary" else check_page(record),
+                OPTION,
+            )
+        except ConfigError as error:
+            _log.warning("%s", error)
+        except Exception:  # noqa: BLE001 - a plot that cannot be drawn says nothing about the run, and must not change its exit code
+            _log.exception("%s: the page could not be drawn", OPTION)

@@ -1,0 +1,184 @@
+"""Metrics of a run, for Prometheus and for Ray."""
+
+from __future__ import annotations
+
+from collections import Counter as Sums
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
+from ray.util.metrics import Counter, Gauge
+
+from warmer.report.outcomes import INTERRUPTED, Copied, Failed
+from warmer.schedule.tasks import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from warmer.report.outcomes import Outcome
+    from warmer.report.summary import NodeReport, RunReport
+
+
+PREFIX: Final = "ray_"
+"""What Ray puts before each name; and `_total` after those of counters."""
+
+
+class CountedBytes:
+    """How many things there were, and of how many bytes: two counters with the same tags.
+
+    Args:
+        things: The name of the first.
+        bytes_name: The name of the second.
+        what: The things, in words.
+        tags: Names of the tags.
+    """
+
+    def __init__(self, things: str, bytes_name: str, what: str, tags: tuple[str, ...]) -> None:
+        self._things = Counter(things, what, tags)
+        self._bytes = Counter(bytes_name, f"{what}: their bytes", tags)
+
+    def add(self, count: int, size: int, tags: Mapping[str, str]) -> None:
+        """Count some; none and no bytes are counted as nothing.
+
+        Args:
+            count: How many.
+            size: Their bytes.
+            tags: A value for each.
+        """
+        if count:
+            self._things.inc(count, dict(tags))
+        if size:
+            self._bytes.inc(size, dict(tags))
+
+
+_RUN: Final = ("instance", "tier")
+_NODE: Final = (*_RUN, "node", "node_id")
+
+FETCHED: Final = "fetched"
+RECEIVED: Final = "received"
+REUSED: Final = "reused"
+PRESENT: Final = "present"
+FAILED: Final = "failed"
+
+_OF_COUNTS: Final = {
+    "fetched": ("warmer_fetched_chunks", "Chunks that came from the Hub, again ones included"),
+    "fetched_bytes": ("warmer_fetched_bytes", "Their bytes"),
+    "refetched": ("warmer_refetched_chunks", "Chunks that the Hub was asked for once more"),
+    "own": ("warmer_fetched_alone_chunks", "Chunks that a node asked the Hub for by itself"),
+}
+
+
+class RunMetrics:
+    """An onlooker that counts. Chunks are counted once a second, not one by one: there may be millions.
+
+    Node and tier are told by name; `node_id` is Ray's, since names need not be unique. The number of series is that of nodes
+    times tiers times outcomes, never of chunks.
+    """
+
+    def __init__(self) -> None:
+        self._chunks = CountedBytes(
+            "warmer_chunks", "warmer_bytes", "Chunks that have ended on a node, by outcome", (*_NODE, "outcome")
+        )
+        self._failures = Counter("warmer_failures", "Chunks that failed on a node, by kind", (*_NODE, "kind"))
+        self._lost = Counter("warmer_lost_nodes", "Nodes that took no part or were lost, by kind", (*_NODE, "kind"))
+        self._of_counts = {field: Counter(name, words, _RUN) for field, (name, words) in _OF_COUNTS.items()}
+        self._busy = Gauge("warmer_in_flight_chunks", "Chunks that a node is busy with", _NODE)
+        self._busy_bytes = Gauge("warmer_in_flight_bytes", "Their bytes", _NODE)
+        self._coverage = Gauge(
+            "warmer_coverage_ratio", "Of the chunks that a node is to hold in a tier, the part that is there", _NODE
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._received_bytes: Sums[str] = Sums()
+        self._reused_bytes: Sums[str] = Sums()
+        self._kinds: Sums[tuple[str, str]] = Sums()
+        self._told: dict[str, dict[str, tuple[int, int]]] = {}
+        self._told_counts = Counts()
+        self._told_busy: dict[str, tuple[int, int]] = {}
+        self._told_coverage: dict[str, float] = {}
+
+    def begin(self, report: RunReport) -> None:
+        """Begin anew: each tier has its own series."""
+        self._forget()
+        self._tell_coverage(report)
+
+    def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
+        """Keep in mind what the report does not tell by node."""
+        if isinstance(outcome, Copied) and outcome.received:
+            self._received_bytes[node] += outcome.size
+        elif isinstance(outcome, Copied) and outcome.reused:
+            self._reused_bytes[node] += outcome.size
+        elif isinstance(outcome, Failed) and outcome.kind != INTERRUPTED:
+            self._kinds[node, outcome.kind] += 1
+
+    def loaded(self, report: RunReport, node: str, size: int) -> None:
+        """The report tells it by node."""
+
+    def lacking(self, _report: RunReport, node: str, chunks: int, kind: str) -> None:
+        """Keep in mind what the report does not tell by node."""
+        self._kinds[node, kind] += chunks
+
+    def lost(self, report: RunReport, node: str, kind: str) -> None:
+        """Count a node."""
+        self._lost.inc(1, _tags(report, node) | {"kind": kind})
+
+    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        """Tell what has changed."""
+        for node in report.nodes.values():
+            self._tell_chunks(report, node)
+        for (name, kind), count in self._kinds.items():
+            self._failures.inc(count, _tags(report, name) | {"kind": kind})
+        self._kinds.clear()
+        self._tell_counts(report)
+        self._tell_busy(report, under_way)
+        self._tell_coverage(report)
+
+    def close(self, report: RunReport) -> None:
+        """Tell how it ended; nothing is under way any more."""
+        self.look(report, {})
+
+    def _tell_chunks(self, report: RunReport, node: NodeReport) -> None:
+        received, reused = self._received_bytes[node.id], self._reused_bytes[node.id]
+        now = {
+            FETCHED: (node.copied - node.received - node.reused, node.bytes - received - reused),
+            RECEIVED: (node.received, received),
+            REUSED: (node.reused, reused),
+            PRESENT: (node.present, node.present_bytes),
+            FAILED: (node.failed, 0),
+        }
+        told = self._told.get(node.id, {})
+        if told != now:
+            for outcome, (count, size) in now.items():
+                before, bytes_before = told.get(outcome, (0, 0))
+                self._chunks.add(count - before, size - bytes_before, _tags(report, node.id) | {"outcome": outcome})
+            self._told[node.id] = now
+
+    def _tell_counts(self, report: RunReport) -> None:
+        told, now = asdict(self._told_counts), asdict(report.counts)
+        for field, counter in self._of_counts.items():
+            if now[field] > told[field]:
+                counter.inc(now[field] - told[field], _run_tags(report))
+        self._told_counts = Counts(**now)
+
+    def _tell_busy(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        for node in report.nodes:
+            busy = under_way.get(node, (0, 0))
+            if self._told_busy.get(node) != busy:
+                self._told_busy[node] = busy
+                self._busy.set(busy[0], _tags(report, node))
+                self._busy_bytes.set(busy[1], _tags(report, node))
+
+    def _tell_coverage(self, report: RunReport) -> None:
+        for node, one in report.nodes.items():
+            share = (one.copied + one.present) / one.selected if one.selected else 1.0
+            if self._told_coverage.get(node) != share:
+                self._told_coverage[node] = share
+                self._coverage.set(share, _tags(report, node))
+
+
+def _run_tags(report: RunReport) -> dict[str, str]:
+    return {"instance": report.task.instance, "tier": report.task.tier}
+
+
+def _tags(report: RunReport, node: str) -> dict[str, str]:
+    return _run_tags(report) | {"node": report.nodes[node].name, "node_id": node}

@@ -1,0 +1,117 @@
+"""Who looks on while a run goes on: a display, metrics, what a page is drawn from. None of them has a say in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from warmer.report.outcomes import Outcome
+    from warmer.report.progress import Display
+    from warmer.report.summary import RunReport
+
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECS: Final = 1.0
+
+
+class Onlooker(Protocol):
+    """Is told how the run of one tier goes; of several tiers, one after the other. Called in the driver's thread only."""
+
+    def begin(self, report: RunReport) -> None:
+        """A tier is about to be filled; the report is the one that the other calls bring, and goes on changing."""
+
+    def ended(self, report: RunReport, node: str, outcome: Outcome) -> None:
+        """A chunk has ended on a node; the report counts it already. Called for every chunk: it has to be cheap."""
+
+    def loaded(self, report: RunReport, node: str, size: int) -> None:
+        """An engine has loaded chunks of so many bytes by itself; the report counts them already."""
+
+    def lacking(self, report: RunReport, node: str, chunks: int, kind: str) -> None:
+        """So many chunks were not loaded by an engine, all for one reason; the report counts them already."""
+
+    def lost(self, report: RunReport, node: str, kind: str) -> None:
+        """A node takes no part any more; the report says why."""
+
+    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+        """Time has passed: called about once a second.
+
+        Args:
+            report: Of the tier.
+            under_way: The chunks that nodes are busy with, and their bytes; by the nodes' ids.
+        """
+
+    def close(self, report: RunReport) -> None:
+        """The tier is over."""
+
+
+@contextlib.contextmanager
+def looking_on(onlookers: Sequence[Onlooker], report: RunReport) -> Iterator[None]:
+    """Let onlookers see a tier from its beginning to its end, however that comes."""
+    for one in onlookers:
+        one.begin(report)
+    try:
+        yield
+    finally:
+        for one in onlookers:
+            one.close(report)
+
+
+@dataclass(slots=True)
+class Looks:
+    """Tells the report of a tier what happens, and lets a display and onlookers see it; called a few times a second.
+
+    Args:
+        report: Of the tier.
+        display: Shows it.
+        onlookers: Look at it about once a second.
+        under_way: What nodes are busy with.
+    """
+
+    report: RunReport
+    display: Display
+    onlookers: Sequence[Onlooker]
+    under_way: Callable[[], Mapping[str, tuple[int, int]]] = dict
+    _next: float = field(default=0.0, init=False)
+
+    def ended(self, node: str, outcome: Outcome) -> None:
+        """A chunk has ended on a node."""
+        self.report.ended(node, outcome)
+        for one in self.onlookers:
+            one.ended(self.report, node, outcome)
+
+    def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
+        """An engine has loaded chunks by itself, see `RunReport.loaded`."""
+        self.report.loaded(node, copied=copied, present=present, size=size)
+        for one in self.onlookers:
+            one.loaded(self.report, node, size)
+
+    def lacking(self, node: str, chunks: int, kind: str, message: str) -> None:
+        """An engine did not load chunks, see `RunReport.lacking`."""
+        if chunks:
+            self.report.lacking(node, chunks, kind, message)
+            for one in self.onlookers:
+                one.lacking(self.report, node, chunks, kind)
+
+    def lost(self, node: str, kind: str, message: str) -> None:
+        """A node takes no part any more."""
+        _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
+        self.report.lost(node, kind, message)
+        for one in self.onlookers:
+            one.lost(self.report, node, kind)
+
+    def __call__(self) -> None:
+        """Time has passed."""
+        self.display.show(self.report)
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LOOK_SECS
+            under_way = self.under_way()
+            for one in self.onlookers:
+                one.look(self.report, under_way)

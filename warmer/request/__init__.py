@@ -1,0 +1,1 @@
+"""What a warm-up is asked to do, and what that means on this configuration."""

@@ -1,0 +1,206 @@
+"""A whole warm-up, as `warm.yaml` and the command's flags describe it: one model, in which every flag has its place."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path  # noqa: TC003 - pydantic evaluates the annotations
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from hfbucket_plugin.core.units import parse_bytes
+from hfbucket_plugin.tools.selection import Bytes, Choice, Length, Ranks, Seconds, Texts
+from warmer.node.receive import Verify  # noqa: TC001 - as above
+from warmer.node.worker import CHUNK_TIMEOUT_SECS
+
+RANKS_LABEL: Final = "lmcache.workers"
+NODE_START_SECS: Final = 60.0
+"""Enough to start a worker process on a node that is busy loading a model."""
+
+WAIT_ENGINE: Final = timedelta(minutes=10)
+"""Enough to load a model of some hundred GB from a local disk."""
+
+OBJECT_STORE_FRACTION: Final = 0.3
+"""Ray begins to write objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
+
+_OCTAL: Final = 8
+
+
+def _as_json(value: Any) -> Any:
+    """A mapping in YAML stands for the JSON that `lmcache server` takes."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _as_tiers(value: Any) -> Any:
+    values = [value] if isinstance(value, (str, dict)) else value
+    return [_as_json(one) for one in values] if isinstance(values, (list, tuple)) else values
+
+
+def _as_size(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _as_mode(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return int(value, _OCTAL)
+        except ValueError:
+            raise ValueError(f"{value!r} is no mode of a file, in octal, such as '0640'") from None
+    if isinstance(value, int):  # YAML reads 0640 as octal and 640 as decimal
+        raise ValueError("write the mode as a text, such as '0640'")  # noqa: TRY004 - pydantic words ValueError only
+    return value
+
+
+def _as_selector(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [f"{key}={text}" for key, text in value.items()]
+    return [value] if isinstance(value, str) else value
+
+
+def _as_names(value: Any) -> Any:
+    """`--nodes a,b` names two."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
+        return values
+    return [name.strip() for one in values for name in one.split(",") if name.strip()]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Part):
+    """Where chunks come from: an instance, named by the configuration that engines use."""
+
+    lmcache_config: Path | None = Field(None, description="The LMCache YAML of the engines.")
+    instance: str | None = Field(
+        None, description="The bucket's instance in it, such as hfbucket.us; may be left out where it declares but one."
+    )
+    l2_adapter: Annotated[str | None, BeforeValidator(_as_json)] = Field(
+        None, description="In place of a YAML, for MP mode: the JSON of the bucket that `lmcache server` takes."
+    )
+
+
+class Filling(_Part):
+    """How tiers are filled."""
+
+    fsync: bool = Field(
+        False,
+        description="Force each file to the disk before it appears. Off by default: a file could only be lost to a power "
+        "failure soon after the run, but then LMCache would not notice.",
+    )
+    max_bytes: Bytes | None = Field(
+        None, description="What a tier's chunk files may take, the engine's own included, as 500GiB."
+    )
+    min_free: Annotated[int, BeforeValidator(_as_size), Field(ge=0)] = Field(
+        0, description="What stays free on a tier's file system, as 20GiB."
+    )
+    evict: bool = Field(False, description="Let the chunk files that were written longest ago make room.")
+    chown: str | None = Field(None, description="Owner of the files, as user:group. Default: the directory's.")
+    chmod: Annotated[int, BeforeValidator(_as_mode), PlainSerializer("{:04o}".format)] | None = Field(
+        None, description="Mode of the files, as 0640. Default: as LMCache makes its own, less the umask."
+    )
+
+
+class Moving(_Part):
+    """How bytes move: through whom, how many at a time, how fast."""
+
+    direct: bool = Field(False, description="Every node fetches for itself, and hands nothing to others.")
+    object_store_fraction: float = Field(
+        OBJECT_STORE_FRACTION,
+        ge=0.01,
+        le=0.7,
+        description="Most of each node's Ray object store that chunks may take. Default: 0.3. Ray begins to write objects to "
+        "disk at 0.8.",
+    )
+    verify: Verify = Field(
+        "hash",
+        description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Default: hash.",
+    )
+    verify_present: bool = Field(
+        False,
+        description="Hash the chunks that a directory tier holds already, and replace those that differ from the bucket's.",
+    )
+    max_bandwidth: Bytes | None = Field(
+        None, description="Most bytes a second from the Hub, in the whole run, as 500MiB."
+    )
+    max_node_bandwidth: Bytes | None = Field(
+        None, description="Most bytes a second that reach a node, from the Hub or from other nodes, as 100MiB."
+    )
+    max_inflight_bytes: Bytes | None = Field(
+        None,
+        description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in four "
+        "batches at most.",
+    )
+
+
+class Nodes(_Part):
+    """Which nodes take part, and with which workers' chunks."""
+
+    selector: Annotated[tuple[str, ...], BeforeValidator(_as_selector)] = Field(
+        (),
+        description="Only nodes with this Ray label, as pool=serving; also pool=!serving, pool=in(a,b) and pool=!in(a,b). "
+        "All of several have to hold.",
+    )
+    names: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = Field(
+        (), description="Only these nodes, by name or id, separated by commas."
+    )
+    ranks_label: str = Field(
+        RANKS_LABEL,
+        description="The label that tells whose chunks a node takes, as 0-3; several ranges are joined by '_', since labels "
+        "hold no comma. A node without it takes those of all workers.",
+    )
+    ranks: dict[str, Ranks] = Field(
+        default_factory=dict,
+        description="The same by name or id of the node, as gpu-a=0-3; wins over the label.",
+    )
+    replace: bool = Field(
+        False, description="Nodes that join the cluster meanwhile take the places of those that are lost."
+    )
+
+
+class Limits(_Part):
+    """How long things may take."""
+
+    chunk_timeout: Seconds = Field(
+        CHUNK_TIMEOUT_SECS,
+        description="Most time for a chunk, in seconds or as 5m, with its batch (64 MiB at most, or one larger chunk) and retries. Default: 300.",
+    )
+    node_timeout: Seconds = Field(
+        NODE_START_SECS, description="Most time until a node takes part, in seconds or as 2m. Default: 60."
+    )
+    wait_engine: Length = Field(
+        WAIT_ENGINE,
+        description="How long a tier in the memory of engines waits for the engine of each node, as 10m. Default: 10m.",
+    )
+    max_duration: Seconds | None = Field(
+        None, description="Stop in good order after so much time of copying, in seconds or as 30m, with exit code 5."
+    )
+
+
+class WarmUp(_Part):
+    """A whole warm-up."""
+
+    source: Source = Field(default_factory=lambda: Source.model_validate({}))
+    choose: Choice = Field(default_factory=lambda: Choice.model_validate({}))
+    tiers: Annotated[Texts, BeforeValidator(_as_tiers)] = Field(
+        (),
+        description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native adapter of "
+        "`lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. Several are filled one after the other.",
+    )
+    filling: Filling = Field(default_factory=lambda: Filling.model_validate({}))
+    moving: Moving = Field(default_factory=lambda: Moving.model_validate({}))
+    nodes: Nodes = Field(default_factory=lambda: Nodes.model_validate({}))
+    limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
+    address: str | None = Field(
+        None,
+        description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; without "
+        "either a local Ray is started.",
+    )
+    report: Path | None = Field(
+        None, description="Write a JSON line for every failed chunk, and the summary as the last line, to this file."
+    )
+    report_html: Path | None = Field(
+        None, description="Write a page for people too, with plots, when it is over; one file that loads nothing."
+    )

@@ -1,0 +1,350 @@
+"""A request resolved against instances, tiers and fingerprints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from hfbucket_plugin.config.instances import named_instances
+from hfbucket_plugin.config.lmcache_yaml import EngineConfig
+from hfbucket_plugin.core import telemetry
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.keys import ClassicKey
+from hfbucket_plugin.errors import ConfigError, HFBucketError
+from hfbucket_plugin.fingerprint import detect
+from hfbucket_plugin.fingerprint.detect import as_configured
+from hfbucket_plugin.fingerprint.model import differences, in_words, printable
+from hfbucket_plugin.fingerprint.store import FingerprintStore
+from hfbucket_plugin.hub.connect import open_bucket
+from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
+from warmer.node.prompts import PromptFile
+from warmer.node.worker import NodeConfig
+from warmer.report.outcomes import NothingToDoError
+from warmer.tiers import Declaration, L1Declaration, LocalCPUDeclaration, TierOptions, named_tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.keys import Key
+    from hfbucket_plugin.fingerprint.model import Fingerprint
+    from hfbucket_plugin.hub.bucket import Bucket
+    from warmer.plan.build import Choosing
+    from warmer.request.model import WarmUp
+    from warmer.tiers import AnyTier
+
+
+_log = logging.getLogger(__name__)
+
+_MODELS: Final = 20
+"""Models whose fingerprints are looked at: each costs a call."""
+
+_SECS: Final = 30.0
+
+_AFTER_MODEL: Final = re.compile(r"[0-9]{1,7}|[0-9a-f]{8,}")
+"""A world size, or a rank of MP mode."""
+
+
+@dataclass(slots=True)
+class Compared:
+    """What fingerprints tell of a choice.
+
+    Attributes:
+        facts: For the header of a plan: for each fingerprint the model, whose keys it is of, its digest, all that it says,
+            and how the configuration differs.
+        agree: Fingerprints from which it does not.
+        conflicts: In words, those from which it does.
+    """
+
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    agree: int = 0
+    conflicts: list[str] = field(default_factory=list)
+
+
+def compare(bound: Bound, choosing: Choosing, bucket: Bucket) -> Compared:
+    """Compare what is recorded of the chosen models with the configuration; with prompts, with the hashes made here too.
+
+    What differs is a warning; where no engine of the configuration would be served, and `fingerprint` is `enforce`, it is
+    refused.
+
+    Raises:
+        NothingToDoError: Refused.
+        HFBucketError: The fingerprints cannot be read, which under `enforce` is refused too.
+    """
+    mode = bound.instance.settings.fingerprint
+    compared = Compared()
+    if mode == "off":
+        return compared
+    try:
+        _read(bound, choosing, bucket, compared)
+    except HFBucketError as error:
+        if mode == "enforce":
+            raise
+        _log.warning("the fingerprints of the chosen models are not known: %s", error)
+    for words in compared.conflicts:
+        _log.warning("%s", words)
+    if mode == "enforce" and compared.conflicts and not compared.agree:
+        raise NothingToDoError(
+            f"the engines of this configuration would be served none of it (fingerprint: enforce): {compared.conflicts[0]}; see "
+            "docs/fingerprint.md"
+        )
+    return compared
+
+
+def _read(bound: Bound, choosing: Choosing, bucket: Bucket, compared: Compared) -> None:
+    store = FingerprintStore(bucket, bound.instance.name)
+    try:
+        for model in itertools.islice(_models(choosing, store), _MODELS):
+            found = store.read(model, Deadline.patient(_SECS))
+            known = _of_mode(bound, found.record.variants if found is not None else ())
+            if not known:  # an engine that ended right after its first store left a claim and no record
+                known = _of_mode(bound, store.first_claimed(store.claims(model, Deadline.patient(_SECS)), None))
+            for recorded in known:
+                _judge(bound, choosing, recorded, compared)
+    finally:
+        store.close()
+
+
+def _of_mode(bound: Bound, fingerprints: Iterable[Fingerprint]) -> list[Fingerprint]:
+    return [one for one in fingerprints if (one.mode == "classic") is (bound.takes is ClassicKey)]
+
+
+def _models(choosing: Choosing, store: FingerprintStore) -> list[str]:
+    choice, prompts = choosing.choice, choosing.prompts
+    if choice.model:
+        return list(choice.model)
+    if prompts is not None and prompts.models is not None:
+        return sorted(prompts.models)
+    if choice.prefix and all("@" in prefix for prefix in choice.prefix):
+        return sorted({model for prefix in choice.prefix for model in _possible_models(prefix)})
+    return list(itertools.islice(store.models(_SECS), _MODELS))
+
+
+def _possible_models(prefix: str) -> Iterator[str]:
+    """The models whose keys may start with a text that holds an `@`, as far as the text tells: a model may hold `@` itself."""
+    fields = prefix.split("@")
+    for place in range(1, len(fields)):
+        yield "@".join(fields[:place])
+        if _AFTER_MODEL.fullmatch(fields[place]):
+            return
+
+
+def _judge(bound: Bound, choosing: Choosing, recorded: Fingerprint, compared: Compared) -> None:
+    here = as_configured(recorded, bound.instance)
+    if choosing.prompts is not None:
+        here = _as_hashed(bound, recorded, here)
+    wrong = differences(recorded, here) if here is not None else []
+    where = "where this command runs" if choosing.prompts is not None else "in this configuration"
+    if wrong:
+        who = f"{printable(recorded.model)} ({printable(str(recorded.space))})"
+        compared.conflicts.append(f"the fingerprint of {who}: {in_words(wrong, where)}")
+    else:
+        compared.agree += 1
+    compared.facts.append(
+        {"model": recorded.model, "of": str(recorded.space), "digest": recorded.digest}
+        | recorded.facts()
+        | ({"differs": in_words(wrong, where)} if wrong else {})
+    )
+
+
+def _as_hashed(bound: Bound, recorded: Fingerprint, here: Fingerprint | None) -> Fingerprint | None:
+    """What an engine would be that hashes as the prompts were hashed here."""
+    choice = bound.warm_up.choose
+    if recorded.mode == "classic":
+        algorithm = here.hash_algorithm if here is not None else None
+        return here and here.model_copy(update={"hash_check": algorithm and detect.classic_check(algorithm)})
+    base = here or recorded.model_copy(update={"layout": None, "model_revision": None, "hash_bytes": None})
+    return base.model_copy(
+        update={
+            "chunk_size": choice.chunk_size,
+            "hash_algorithm": choice.hash_algorithm,
+            "hash_check": detect.mp_check(choice.hash_algorithm),
+        }
+    )
+
+
+_CHUNK_TOKENS: Final = 256
+"""LMCache's own default of `chunk_size`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a warm-up's names stand for.
+
+    Attributes:
+        warm_up: The warm-up.
+        instance: Where chunks come from; its settings may hold a token, so it stays in this process.
+        tiers: Where they go, in their order.
+        prompt_file: The prompts that engines are asked for; None where no tier loads by prompts.
+    """
+
+    warm_up: WarmUp
+    instance: NamedInstance
+    tiers: tuple[AnyTier, ...]
+    prompt_file: PromptFile | None = None
+
+    @property
+    def lists(self) -> bool:
+        """Whether chunks are listed in the bucket: prompts alone say what servers load by themselves."""
+        return not all(isinstance(tier, L1Declaration) for tier in self.tiers)
+
+    @property
+    def takes(self) -> type[Key]:
+        """The kind of key that the tiers take."""
+        return self.tiers[0].takes
+
+    def bucket(self) -> Bucket:
+        """The door to the bucket. Opens no connection."""
+        settings = self.instance.settings
+        return open_bucket(settings, self.instance.name, telemetry.Tally(), self.warm_up.limits.chunk_timeout)
+
+    def node_config(self, tier: AnyTier) -> NodeConfig:
+        """What nodes are told about one tier of directories, or about the staging directories of one of memory.
+
+        Raises:
+            ConfigError: The token would have to travel.
+        """
+        if isinstance(tier, L1Declaration):
+            raise TypeError(f"tier {tier.name!r} takes no chunks from nodes: its server loads them by itself")
+        earlier = self.tiers[: self.tiers.index(tier)]
+        return NodeConfig(
+            instance=self.instance.name,
+            settings=without_token(self.instance),
+            tier=tier.staging if isinstance(tier, LocalCPUDeclaration) else tier,
+            token_expected=self.instance.settings.resolve_token() is not None,
+            chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
+            verify=self.warm_up.moving.verify,
+            earlier=tuple(one for one in earlier if isinstance(one, Declaration)),
+            capped=(self.warm_up.moving.max_bandwidth or self.warm_up.moving.max_node_bandwidth) is not None,
+            verify_present=self.warm_up.moving.verify_present,
+        )
+
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk, as the engines have it.
+
+        Raises:
+            ConfigError: The engines' configuration says what is no number.
+        """
+        path = self.warm_up.source.lmcache_config
+        if self.takes is not ClassicKey or path is None:
+            return self.warm_up.choose.chunk_size
+        size = EngineConfig.read(path).engine.get("chunk_size", _CHUNK_TOKENS)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"{path}: chunk_size {size!r} is no number of tokens")
+        return size
+
+    def prompts(self) -> PromptOrder | None:
+        """Where chunks stand among the prompts, when the warm-up names some.
+
+        Raises:
+            ConfigError: They cannot be read, or not be hashed.
+        """
+        choice = self.warm_up.choose
+        if choice.prompts is None:
+            return None
+        prompts = read_prompts(choice.prompts)
+        first = next(prompts, None)  # what cannot be read is said before LMCache is loaded
+        if first is None:
+            raise ConfigError(f"--prompts {str(choice.prompts)!r} holds no prompt")
+        if self.takes is not ClassicKey:
+            hasher = mp_hasher(choice.chunk_size, choice.hash_algorithm)
+        elif self.warm_up.source.lmcache_config is not None:
+            hasher = classic_hasher(self.warm_up.source.lmcache_config)
+        else:
+            raise ConfigError(
+                "--prompts: how classic engines hash is said by their LMCache YAML: give --lmcache-config"
+            )
+        return PromptOrder(itertools.chain([first], prompts), hasher)
+
+
+def bind(warm_up: WarmUp) -> Bound:
+    """Find what a warm-up names.
+
+    Raises:
+        ConfigError: The configuration is wrong, or lacks it; or asks for what is not supported.
+    """
+    source = warm_up.source
+    if source.l2_adapter is not None and source.lmcache_config is not None:
+        raise ConfigError("--l2-adapter and --lmcache-config name two sources; a warm-up has one")
+    found = named_instances(
+        source.lmcache_config,
+        [source.instance] if source.instance else [],
+        [source.l2_adapter] if source.l2_adapter else [],
+    )
+    if len(found) != 1:
+        names = ", ".join(instance.name for instance in found)
+        raise ConfigError(f"--instance: {source.lmcache_config} declares {names}; name one of these")
+    if not warm_up.tiers:
+        raise ConfigError("--tier: name the tier to fill, such as fs.warm")
+    config = EngineConfig.read(source.lmcache_config) if source.lmcache_config else None
+    filling = warm_up.filling
+    options = TierOptions(
+        filling.fsync, filling.max_bytes, filling.min_free, filling.evict, filling.chown, filling.chmod
+    )
+    tiers = tuple(named_tier(config, text, options) for text in warm_up.tiers)
+    if len({tier.takes for tier in tiers}) > 1:
+        raise ConfigError("--tier: classic tiers and tiers of `lmcache server` take different keys; fill them apart")
+    servers = [tier for tier in tiers if isinstance(tier, L1Declaration)]
+    prompts = _prompt_file(servers[0], warm_up, found[0]) if servers else None
+    bound = Bound(warm_up, found[0], tiers, prompts)
+    without_token(bound.instance)
+    return bound
+
+
+def _prompt_file(tier: L1Declaration, warm_up: WarmUp, instance: NamedInstance) -> PromptFile:
+    """The prompts that a server is asked for.
+
+    Raises:
+        ConfigError: It cannot be asked, since the warm-up does not say what for; or the prompts cannot be read.
+    """
+    choice, why = (
+        warm_up.choose,
+        f"tier {tier.name!r}: `lmcache server` loads its memory for prompts, and takes no keys",
+    )
+    if instance.mode != "mp":
+        raise ConfigError(
+            f"tier {tier.name!r} is the memory of `lmcache server`, and {instance.name!r} is an instance of the classic engine, "
+            "whose chunks it cannot hold: give --l2-adapter in place of --lmcache-config; the memory of classic engines is "
+            "the tier local_cpu"
+        )
+    if choice.prompts is None:
+        raise ConfigError(f"{why}: give --prompts")
+    if choice.world_size is None:
+        raise ConfigError(f"{why}, each of an engine of so many workers: give --world-size")
+    return PromptFile(choice.prompts, choice.model, choice.chunk_size)
+
+
+def without_token(instance: NamedInstance) -> InstanceSettings:
+    """The settings of an instance as they may leave this process.
+
+    Raises:
+        ConfigError: The only token is written into the configuration.
+    """
+    settings, name = instance.settings, instance.name
+    bare = settings.model_copy(update={"token": None})
+    if settings.resolve_token() is not None and bare.resolve_token() is None:
+        where = f"remote_storage_plugin.{name}.token" if instance.mode == "classic" else "token in --l2-adapter"
+        raise ConfigError(
+            f"instance {name!r}: {where} is written into the configuration; it would have to travel through Ray to the "
+            f"nodes, which is never done. Set the environment variable {settings.token_env} on all nodes (token_env names "
+            "it), and leave the token out"
+        )
+    return bare
+
+
+def recorded(warm_up: WarmUp) -> WarmUp:
+    """A warm-up as it may be written down: without a token, whatever the JSON of an adapter holds."""
+    text = warm_up.source.l2_adapter
+    if text is None:
+        return warm_up
+    spec = json.loads(text)
+    for part in (spec, spec.get("adapter_params")):
+        if isinstance(part, dict):
+            part.pop("token", None)
+    source = warm_up.source.model_copy(update={"l2_adapter": json.dumps(spec)})
+    return warm_up.model_copy(update={"source": source})

@@ -1,0 +1,119 @@
+"""`warm.yaml`, and flags over it: read into one warm-up, or refused in words that name the place and the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from hfbucket_plugin.config.yaml_file import read_yaml
+from hfbucket_plugin.errors import ConfigError
+from warmer.request.flags import FLAGS, nested
+from warmer.request.model import WarmUp
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from warmer.request.flags import Flag
+
+_INSTEAD: Final = {("choose", "all"): ("choose", "prefix"), ("choose", "prefix"): ("choose", "all")}
+"""What one says on the command line takes the place of the other in the file."""
+
+_SOURCES: Final = ("lmcache_config", "instance"), ("l2_adapter",)
+
+
+def warm_up(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, Any] | None = None) -> WarmUp:
+    """A warm-up from a file and flags.
+
+    Args:
+        path: Of a `warm.yaml`; None for none.
+        given: What flags gave; it takes the place of what the file says there.
+        planned: What a plan was made of; the file takes the place of it there, but the plan alone says which chunks.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it or in the flags is wrong; all of it is named.
+    """
+    document = _merged(dict(planned or {}), {} if path is None else _read(path))
+    flagged = {flag.place for flag in given}
+    if planned is not None:
+        choosing = [flag.name for flag in given if flag.place[0] == "choose"]
+        if choosing:
+            raise ConfigError(f"{', '.join(choosing)}: the plan says which chunks; plan anew, or leave the plan out")
+        document["choose"] = planned.get("choose", {})
+    for place in flagged:
+        if place in _INSTEAD:
+            _drop(document, _INSTEAD[place], unless=flagged)
+    for one, other in (_SOURCES, _SOURCES[::-1]):
+        if any(("source", name) in flagged for name in one):
+            for name in other:
+                _drop(document, ("source", name), unless=flagged)
+    return validated(_merged(document, nested(given)), str(path) if path else None)
+
+
+def validated(document: Mapping[str, Any], source: str | None) -> WarmUp:
+    """A warm-up from values.
+
+    Args:
+        document: The values.
+        source: The file that they are from, for errors; None for flags alone.
+
+    Raises:
+        ConfigError: Some are wrong; all of them are named.
+    """
+    try:
+        return WarmUp.model_validate(document)
+    except ValidationError as error:
+        words = "; ".join(_complaint(item) for item in error.errors(include_url=False, include_input=False))
+    # Outside of the handler: the cause would print the values.
+    raise ConfigError(f"{source}: {words}" if source else words)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document = read_yaml(path, "--config")
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"--config {str(path)!r} is no mapping of settings")
+    # A section of which all lines are commented out is None.
+    return {name: value for name, value in document.items() if value is not None or name not in WarmUp.model_fields}
+
+
+def _drop(document: dict[str, Any], place: tuple[str, ...], unless: set[tuple[str, ...]]) -> None:
+    section = document.get(place[0])
+    if place not in unless and isinstance(section, dict):
+        document[place[0]] = {name: value for name, value in section.items() if name != place[1]}
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    merged = dict(below)
+    for name, value in above.items():
+        # A section is merged; a mapping of nodes in it is replaced as a whole.
+        deeper = name in WarmUp.model_fields and isinstance(value, dict)
+        merged[name] = _merged(merged.get(name, {}), value) if deeper else value
+    return merged
+
+
+def _complaint(item: Any) -> str:
+    place = tuple(str(step) for step in item["loc"] if not isinstance(step, int))
+    name = ".".join(place)
+    flags = [flag.name for flag in FLAGS if flag.place == place[: len(flag.place)]]
+    where = f"{flags[0]} ({name})" if flags else name or "warm-up"
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {name}{_nearest(place)}"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest(place: Sequence[str]) -> str:
+    model: Any = WarmUp
+    for step in place[:-1]:
+        found = model.model_fields[step].annotation
+        model = next(
+            (one for one in (found, *get_args(found)) if isinstance(one, type) and issubclass(one, BaseModel)), WarmUp
+        )
+    known = sorted(model.model_fields)
+    near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)
+    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Which node fetches which chunk, and when. Plain Python, without Ray."""

@@ -1,0 +1,172 @@
+"""Batches on their way to all who lack them, and the room that they take in the object stores. Pure."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from warmer.schedule.tasks import total_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from warmer.plan.plan_file import PlannedChunk
+    from warmer.schedule.cohort import Convoy
+    from warmer.schedule.tasks import Order
+
+
+class Stage(enum.Enum):
+    """How far a lot is."""
+
+    READY = "some lack it, and nobody has been told to fetch it"
+    FETCHING = "one node fetches it"
+    STORED = "it lies in the object store"
+
+
+class Lot:
+    """Chunks that the same nodes lack, and that move together.
+
+    Attributes:
+        number: Names it, in the order of their making.
+        chunks: Never empty.
+        size: Their bytes.
+        convoy: For whose members it was made.
+        pending: Who lacks them and has not been told to take them. In the order in which they are asked.
+        receiving: Who has been told to take them from the store.
+        reserved: On whose store its bytes are counted.
+        stage: How far it is.
+        holder: Who fetches it, or has left it in the store.
+        source: The number of the order to fetch.
+        done: How many have received it.
+        attempts: How often fetching it has failed.
+        avoid: Who failed to fetch it, and fetches it again only when nobody else can.
+        handed_over: Whether another node was asked for it because the first took so long; that is done once.
+    """
+
+    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], convoy: Convoy) -> None:
+        self.number = number
+        self.chunks = chunks
+        self.size = total_bytes(chunks)
+        self.pending = dict.fromkeys(pending)
+        self.receiving: set[str] = set()
+        self.reserved: set[str] = set()
+        self.stage = Stage.READY
+        self.holder: str | None = None
+        self.source = 0
+        self.done = 0
+        self.convoy = convoy
+        self.attempts = 0
+        self.avoid: frozenset[str] = frozenset()
+        self.handed_over = False
+
+    def allowance(self, fan: int) -> int:
+        """How many more may take it now: those that have it serve the others."""
+        return fan * (1 + self.done) - len(self.receiving)
+
+    def to_the_end(self, node: str) -> None:
+        """Ask a node that is pending after all others."""
+        del self.pending[node]
+        self.pending[node] = None
+
+    def ready_again(self) -> None:
+        """What was fetched of it, or was to be, is of no use to the others any more."""
+        self.stage, self.holder, self.source, self.done = Stage.READY, None, 0, 0
+
+
+@dataclass(slots=True)
+class Flight:
+    """An order under way.
+
+    Attributes:
+        order: The order.
+        lot: Whose chunks they are; None for those that a node fetches for itself.
+        since: When it was given.
+        hold: Bytes that it may leave in its node's store though no lot counts them.
+        was_of: The lot that went on without it, since it took so long; None where it did not.
+        spent: Bytes that the cap of the run let go for it.
+    """
+
+    order: Order
+    lot: Lot | None
+    since: float
+    hold: int = 0
+    was_of: Lot | None = None
+    spent: int = 0
+
+
+class Stock:
+    """How many bytes of lots may lie in the object store of each node.
+
+    A lot's bytes count on every node that is to have it, from before it is fetched until nobody waits for it: a node
+    that has received a lot keeps a copy, from which others take it, until then.
+
+    Args:
+        bounds: Bytes by node.
+    """
+
+    def __init__(self, bounds: Mapping[str, int]) -> None:
+        self._bounds = dict(bounds)
+        self.used = dict.fromkeys(bounds, 0)
+
+    def admit(self, node: str, bound: int) -> None:
+        """A node joins."""
+        self._bounds[node] = bound
+        self.used[node] = 0
+
+    def can_ever(self, nodes: Iterable[str], size: int) -> bool:
+        """Whether so much would fit into the stores of those nodes if they were empty."""
+        return size <= self.least(nodes)
+
+    def least(self, nodes: Iterable[str]) -> int:
+        """The bound of the smallest store among those of some nodes, one at least."""
+        return min(map(self._bounds.__getitem__, nodes))
+
+    def fits(self, nodes: Iterable[str], size: int) -> bool:
+        """Whether there is room on all those nodes."""
+        used, bounds = self.used, self._bounds
+        return all(used[node] + size <= bounds[node] for node in nodes)
+
+    def reserve(self, lot: Lot, nodes: Iterable[str]) -> None:
+        """Count a lot on nodes."""
+        lot.reserved = set(nodes)
+        for node in lot.reserved:
+            self.used[node] += lot.size
+
+    def reserve_too(self, lot: Lot, node: str) -> None:
+        """Count a lot on one more node."""
+        lot.reserved.add(node)
+        self.used[node] += lot.size
+
+    def free(self, lot: Lot, node: str) -> None:
+        """Count a lot on a node no more."""
+        if node in lot.reserved:
+            lot.reserved.discard(node)
+            self.give_back(node, lot.size)
+
+    def give_back(self, node: str, size: int) -> None:
+        """Count some bytes on a node no more."""
+        if node in self.used:
+            self.used[node] -= size
+
+    def free_all(self, lot: Lot, but: Iterable[str | None] = ()) -> None:
+        """Count a lot on no node any more, but some."""
+        for node in lot.reserved.difference(but):
+            self.free(lot, node)
+
+    def hand_on(self, lot: Lot, child: Lot, nodes: Iterable[str]) -> None:
+        """Part of a lot goes on as one of its own, for some of the nodes; call before the lot shrinks."""
+        child.reserved = lot.reserved.intersection(nodes)
+        for node in lot.reserved - child.reserved:
+            self.give_back(node, child.size)
+
+    def shrink(self, lot: Lot, size: int) -> None:
+        """A lot has no more than so many bytes left."""
+        for node in lot.reserved:
+            self.give_back(node, lot.size - size)
+        lot.size = size
+
+    def drop(self, node: str) -> None:
+        """A node is lost."""
+        self._bounds.pop(node, None)
+        self.used.pop(node, None)

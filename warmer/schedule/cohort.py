@@ -1,0 +1,318 @@
+"""Cohorts: nodes that share a list of chunks, and the state of each node."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from warmer.schedule.rate import Pace, TokenBucket
+from warmer.schedule.tasks import total_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from warmer.plan.plan_file import PlannedChunk
+
+    Reader = Callable[[int], Iterator[PlannedChunk]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Chunks of the plan that the same nodes are to have.
+
+    Attributes:
+        plan: Reads them from the n-th of them on.
+        nodes: Who is to have them; None for all.
+        rest: The same as `plan`, for a lost node, where that costs less.
+    """
+
+    plan: Reader
+    nodes: frozenset[str] | None = None
+    rest: Reader | None = None
+
+    def is_for(self, node: str) -> bool:
+        """Whether a node is to have them."""
+        return self.nodes is None or node in self.nodes
+
+    def left(self, start: int) -> Iterator[PlannedChunk]:
+        """What a lost node will not get."""
+        return (self.rest or self.plan)(start)
+
+
+class Convoy:
+    """One reading of a part of the plan, whose chunks go into lots for all its members.
+
+    Args:
+        part: The part.
+        behind: The convoy of those that cannot keep up with this one; None where each of them goes on by itself.
+
+    Attributes:
+        position: The number of the next chunk, in the part.
+        lots: How many of its lots are under way.
+        full: Whether there was no room for another lot when it was last tried, and nothing has changed since.
+        blocked_since: When there first was no room since a lot was begun; None when there was.
+        turn: Rotates who is asked first.
+    """
+
+    def __init__(self, part: Part, behind: Convoy | None = None) -> None:
+        self.part = part
+        self.behind = behind
+        self._source: Iterator[PlannedChunk] | None = None
+        self._peeked: PlannedChunk | None = None
+        self._over = False
+        self._begun = False
+        self._members: list[Seat] | None = None
+        self.position = 0
+        self.lots = 0
+        self.full = False
+        self.blocked_since: float | None = None
+        self.turn = 0
+
+    def begin(self, position: int) -> None:
+        """Read from here on; once it has begun, this does nothing."""
+        if not self._begun:
+            self._begun = True
+            self.position = position
+
+    def peek(self) -> PlannedChunk | None:
+        """The next chunk; None at the end of the part."""
+        if self._peeked is None and not self._over:
+            if self._source is None:
+                self._source = self.part.plan(self.position)
+            self._peeked = next(self._source, None)
+            self._over = self._peeked is None
+        return self._peeked
+
+    def advance(self) -> None:
+        """Go past the next chunk."""
+        self._peeked = None
+        self.position += 1
+
+    def members(self, lanes: Iterable[Lane]) -> list[Seat]:
+        """The seats in it, among those of all nodes."""
+        if self._members is None:
+            seats = (lane.seats.get(self.part) for lane in lanes)
+            self._members = [seat for seat in seats if seat is not None and seat.convoy is self]
+        return self._members
+
+    def changed(self) -> None:
+        """Some node has come or gone."""
+        self._members = None
+
+    def block(self, now: float) -> None:
+        """There is no room for another lot."""
+        self.full = True
+        self.blocked_since = now if self.blocked_since is None else self.blocked_since
+
+
+class Seat:
+    """Where a node is in one part of the plan.
+
+    Args:
+        lane: The node.
+        convoy: With whom it is to keep pace.
+        now: The time.
+
+    Attributes:
+        convoy: With whom it keeps pace; None when it fetches all that is left for itself.
+        entry: The number of the first chunk of the part that it takes from its convoy.
+    """
+
+    def __init__(self, lane: Lane, convoy: Convoy, now: float) -> None:
+        self.lane = lane
+        self.part = convoy.part
+        self.convoy: Convoy | None = convoy
+        self.entry = 0
+        self._blame = 0.0
+        self._blamed_at = now
+
+    @property
+    def start(self) -> int | None:
+        """The number of the first chunk that it has not been given by its convoy; None when it is in none."""
+        return None if self.convoy is None else max(self.entry, self.convoy.position)
+
+    def blame(self, secs: float, now: float, memory_secs: float) -> float:
+        """Note that it held up the others for so long; returns what is remembered of all such times."""
+        self._blame = self._blame * math.exp((self._blamed_at - now) / memory_secs) + secs
+        self._blamed_at = now
+        return self._blame
+
+    def forgive(self) -> None:
+        """Remember none of it."""
+        self._blame = 0.0
+
+
+MOST_STRETCHES: Final = 64
+"""A node with more stretches of the plan to fetch for itself takes all that follows for itself, too, as one."""
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from warmer.plan.plan_file import PlannedChunk
+    from warmer.schedule.tasks import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The chunks of a part of the plan from number `start` up to `end`, or to its end."""
+
+    part: Part
+    start: int
+    end: int | None
+
+
+class Backlog:
+    """What a node fetches for itself: chunks that are named, and stretches of the plan that are read when it comes to them."""
+
+    def __init__(self) -> None:
+        self._named: deque[tuple[PlannedChunk, ...]] = deque()
+        self._stretches: deque[Stretch] = deque()
+        self._reading: Iterator[PlannedChunk] | None = None
+        self._at = 0
+        self._peeked: PlannedChunk | None = None
+
+    def add(self, chunks: tuple[PlannedChunk, ...]) -> None:
+        """Name chunks."""
+        if chunks:
+            self._named.append(chunks)
+
+    def add_stretch(self, part: Part, start: int, end: int | None) -> None:
+        """Add the chunks of a part of the plan from number `start` up to `end`, or to its end."""
+        last = self._stretches[-1] if self._stretches else None
+        if last is not None and last.part is part and last.end == start:
+            self._stretches[-1] = Stretch(part, last.start, end)
+        elif end is None or start < end:
+            self._stretches.append(Stretch(part, start, end))
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many stretches as are kept."""
+        return len(self._stretches) >= MOST_STRETCHES
+
+    def __bool__(self) -> bool:
+        """Whether anything is left."""
+        return bool(self._named) or self._peek() is not None
+
+    def _peek(self) -> PlannedChunk | None:
+        """The next chunk of the stretches."""
+        while self._peeked is None and self._stretches:
+            stretch = self._stretches[0]
+            if self._reading is None:
+                self._at = stretch.start
+                self._reading = stretch.part.plan(stretch.start)
+            self._peeked = next(self._reading, None) if stretch.end is None or self._at < stretch.end else None
+            self._at += 1
+            if self._peeked is None:
+                self._stretches.popleft()
+                self._reading = None
+        return self._peeked
+
+    def cut(self, most_chunks: int, most_bytes: int, fits: Callable[[int], bool]) -> tuple[PlannedChunk, ...]:
+        """Take what makes the next order; nothing where the first chunk does not fit.
+
+        Args:
+            most_chunks: Of the order.
+            most_bytes: Of the order; a larger chunk goes alone.
+            fits: Whether so many bytes may be ordered now.
+        """
+        taken: list[PlannedChunk] = []
+        size = 0
+        while len(taken) < most_chunks and (chunk := self._next()) is not None:
+            if (taken and size + chunk.size > most_bytes) or not fits(size + chunk.size):
+                break
+            self._take()
+            taken.append(chunk)
+            size += chunk.size
+        return tuple(taken)
+
+    def _next(self) -> PlannedChunk | None:
+        return self._named[0][0] if self._named else self._peek()
+
+    def _take(self) -> None:
+        if not self._named:
+            self._peeked = None
+            return
+        rest = self._named.popleft()[1:]
+        if rest:
+            self._named.appendleft(rest)
+
+    def rest(self) -> Iterator[PlannedChunk]:
+        """What is left of a lost node's; nothing is to be taken any more."""
+        yield from itertools.chain.from_iterable(self._named)
+        if self._peeked is not None:
+            yield self._peeked
+        for number, stretch in enumerate(self._stretches):
+            first = self._at if number == 0 and self._reading is not None else stretch.start
+            yield from itertools.islice(stretch.part.left(first), None if stretch.end is None else stretch.end - first)
+
+
+class Lane:
+    """One node.
+
+    Args:
+        name: Its name.
+        role: Whose chunks it is to have: its own, or those of the node that it replaces.
+        window: How much may be under way on it.
+        rate: Most bytes a second that reach it; None for no cap.
+        now: The time.
+
+    Attributes:
+        started: Whether it may be given orders.
+        backlog: What it fetches for itself.
+        seats: Where it is in each part of the plan that it is to have.
+        fetches, receives: Orders under way.
+        bytes: Under way.
+        pace, receive_pace: How fast it fetches, and receives.
+    """
+
+    def __init__(self, name: str, role: str, window: Window, rate: float | None, now: float) -> None:
+        self.name = name
+        self.role = role
+        self.backlog = Backlog()
+        self.seats: dict[Part, Seat] = {}
+        self.bucket = TokenBucket(rate, now)
+        self._window = window
+        self.started = False
+        self.fetches = 0
+        self.receives = 0
+        self.bytes = 0
+        self.pace = Pace()
+        self.receive_pace = Pace()
+
+    def may_fetch(self, size: int, now: float) -> bool:
+        """Whether it may be told to fetch so many bytes now."""
+        return self.fetches < self._window.fetches and self._may(size, now)
+
+    def may_receive(self, size: int, now: float) -> bool:
+        """Whether it may be told to receive so many bytes now."""
+        return self.receives < self._window.receives and self._may(size, now)
+
+    def _may(self, size: int, now: float) -> bool:
+        if not self.started or (self.bytes and self.bytes + size > self._window.bytes):
+            return False
+        return self.bucket.ready(now)
+
+    def begin(self, chunks: tuple[PlannedChunk, ...], *, fetch: bool) -> None:
+        """An order is under way."""
+        size = total_bytes(chunks)
+        self.bytes += size
+        self.bucket.spend(size)
+        if fetch:
+            self.fetches += 1
+        else:
+            self.receives += 1
+
+    def end(self, chunks: tuple[PlannedChunk, ...], *, fetch: bool) -> None:
+        """An order has ended."""
+        self.bytes -= total_bytes(chunks)
+        if fetch:
+            self.fetches -= 1
+        else:
+            self.receives -= 1
+
+    def load(self, size: int, typical: float) -> float:
+        """How many seconds it would take it to have fetched so many bytes, after what is under way."""
+        return (self.bytes + size) * (self.pace.secs_per_byte or typical)
