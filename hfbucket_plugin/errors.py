@@ -230,3 +230,10 @@ class PartialFailureError(HFBucketError):
     def __init__(self, message: str, failures: tuple[ItemFailure, ...]) -> None:
         super().__init__(message)
         self.failures = failures
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT came while there was nothing under way that would have to be ended in order.
+
+    An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
+    """

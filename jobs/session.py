@@ -15,12 +15,12 @@ from typer.core import TyperGroup
 
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.files import expect_apart
+from hfbucket_plugin.errors import Interrupted
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import StopSwitch
 from jobs.cli import show
 from jobs.deletion.job import code_of, in_words
 from jobs.report import ReportFile, write_metrics
-from warmer.report.outcomes import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -6,12 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from hfbucket_plugin.cli.checks import access, bucket, endpoint, engine, environment, metadata, probe_write
-from hfbucket_plugin.cli.context import Case, opened
+from hfbucket_plugin.cli.context import Case
 from hfbucket_plugin.cli.findings import Finding, Severity, error, exit_code, from_error, skipped
+from hfbucket_plugin.core import texts
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub import xet_home
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import options
@@ -178,7 +182,7 @@ def _examined(named: NamedInstance, timeout: float, *, probe_write: bool, show: 
             if show and not console.is_terminal:
                 output.line(f"{named.name}: {finding}", at_once=True)
     if show and console.is_terminal:
-        console.print(tables.findings(f"{named.name}  {named.settings.bucket_handle}", found))
+        console.print(findings_table(f"{named.name}  {named.settings.bucket_handle}", found))
     return found
 
 
@@ -192,3 +196,20 @@ def _record(named: NamedInstance, found: Sequence[Finding]) -> dict[str, Any]:
             {"check": one.check, "severity": str(one.severity), "found": one.found, "mend": one.mend} for one in found
         ],
     }
+
+
+_STYLES: Final = {Severity.OK: "green", Severity.NOTE: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+
+
+def findings_table(title: str, found: Sequence[Finding]) -> Table:
+    """What `doctor` found in one instance."""
+    table = Table(title=Text(texts.shown(title)), title_justify="left", expand=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("what was found, and what to do", ratio=1, overflow="fold")
+    for one in found:
+        text = Text(texts.shown(one.found))
+        if one.mend:
+            text.append(f"\n→ {texts.shown(one.mend)}", style="dim" if one.severity < Severity.WARNING else "")
+        table.add_row(one.check, Text(str(one.severity), style=_STYLES[one.severity]), text)
+    return table

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.cli.findings import in_words
 from hfbucket_plugin.core import units
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console, options
 from hfbucket_plugin.tools.inventory import Kind, Listed, walk
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.cli.findings import in_words
 from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import options

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.config.settings import MIB, PIECE_BYTES
 from hfbucket_plugin.core.concurrency import FairPool
 from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.telemetry import Tally
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.client import HubClient
 from hfbucket_plugin.hub.rate_limit import Pacing
 from hfbucket_plugin.hub.transfer import Transfer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfbucket_plugin.config.instances import NamedInstance
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core import telemetry
 
@@ -119,3 +124,24 @@ def open_bucket(
         scratch=Scratch(settings.download_tmp_dir),
     )
     return Bucket(hub, settings.bucket_handle, transfer)
+
+
+@contextlib.contextmanager
+def opened(named: NamedInstance, timeout_secs: float, *, few_calls: bool = False) -> Iterator[Bucket]:
+    """The door to an instance's bucket, closed at the end.
+
+    Args:
+        named: The instance.
+        timeout_secs: Most seconds of a request. hf_xet's own patience follows the deadlines of an instance.
+        few_calls: Whether no more than some dozen calls will be made: `max_hub_calls_per_minute`, which keeps engines
+            from using a quota up, is then not heeded.
+    """
+    own: dict[str, Any] = {"put_timeout_secs": timeout_secs}
+    if few_calls:
+        own["max_hub_calls_per_minute"] = None
+    settings = named.settings.model_copy(update=own)
+    bucket = open_bucket(settings, named.name, Tally(), timeout_secs)
+    try:
+        yield bucket
+    finally:
+        bucket.close()

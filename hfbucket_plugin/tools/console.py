@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hfbucket_plugin.cli.findings import Finding, Severity
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.tools import exit_codes
 
@@ -59,9 +58,6 @@ def results() -> Iterator[None]:
         raise typer.Exit(exit_codes.OK) from None
 
 
-_STYLES: Final = {Severity.OK: "green", Severity.NOTE: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
-
-
 def stdout_console() -> Console:
     """Standard output. Names in a bucket are no markup, and are not to be coloured as if they were Python."""
     return Console(markup=False, highlight=False, emoji=False)
@@ -76,20 +72,6 @@ def busy(what: str) -> Iterator[None]:
         return
     with errors.status(what):
         yield
-
-
-def findings(title: str, found: Sequence[Finding]) -> Table:
-    """What `doctor` found in one instance."""
-    table = Table(title=Text(texts.shown(title)), title_justify="left", expand=True)
-    table.add_column("check", no_wrap=True)
-    table.add_column("result", no_wrap=True)
-    table.add_column("what was found, and what to do", ratio=1, overflow="fold")
-    for one in found:
-        text = Text(texts.shown(one.found))
-        if one.mend:
-            text.append(f"\n→ {texts.shown(one.mend)}", style="dim" if one.severity < Severity.WARNING else "")
-        table.add_row(one.check, Text(str(one.severity), style=_STYLES[one.severity]), text)
-    return table
 
 
 def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -7,7 +7,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from warmer.report.outcomes import Interrupted
+from hfbucket_plugin.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

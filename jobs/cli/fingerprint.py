@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import printable
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
 from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, NewerError, Record, differences, in_words
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console, exit_codes
 from jobs.cli import options, show
 from jobs.deletion.job import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import age, printable, size
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import exit_codes

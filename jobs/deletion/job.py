@@ -13,18 +13,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.keys import same_endpoint
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
     IntegrityError,
+    Interrupted,
     RefusedError,
     ScratchError,
     ThrottledError,
     TransportError,
 )
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.index.notifier import telling
 from hfbucket_plugin.tools import exit_codes
 from jobs import history
@@ -41,7 +42,7 @@ from jobs.lock.lock import DEFAULT_SECONDS, Lock, LockLapsedError
 from jobs.report import Summary, Tally, header_record
 from jobs.retention.access import UNASKED, Heat, opened_heat
 from jobs.retention.objects import Classifier
-from warmer.report.outcomes import Interrupted, local_trouble
+from warmer.report.outcomes import local_trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

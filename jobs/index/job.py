@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.cli.context import opened
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
+from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.index.refresh import journal_secs, refresh_secs, writers_of
 from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
 from hfbucket_plugin.tools import exit_codes

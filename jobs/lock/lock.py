@@ -14,12 +14,11 @@ from datetime import UTC
 from typing import TYPE_CHECKING, Final, Self
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.errors import HFBucketError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.errors import HFBucketError, Interrupted, RefusedError, ThrottledError, TransportError
 from hfbucket_plugin.hub.bucket import Progress
 from jobs.lock import records
 from jobs.lock.claims import CLAIM, DELETING, LONGEST_SECONDS, Claim, Holder, LockHeldError, claims_in
 from jobs.lock.clock import HubClock, ask
-from warmer.report.outcomes import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from typer.testing import CliRunner
 
 from hfbucket_plugin.cli.app import app
-from hfbucket_plugin.cli.context import Case, opened
+from hfbucket_plugin.cli.context import Case
 from hfbucket_plugin.config.instances import NamedInstance, named_instances
 from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.hub.connect import opened
 from tests.support.plugin_support import SECRET, upload
 
 if TYPE_CHECKING:

@@ -13,7 +13,14 @@ import typer
 
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.files import expect_apart
-from hfbucket_plugin.errors import HFBucketError, RefusedError, ScratchError, ThrottledError, TransportError
+from hfbucket_plugin.errors import (
+    HFBucketError,
+    Interrupted,
+    RefusedError,
+    ScratchError,
+    ThrottledError,
+    TransportError,
+)
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.options import number
 from hfbucket_plugin.tools.signals import StopSwitch
@@ -23,7 +30,7 @@ from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime
 from warmer.cluster.submit import Submission, expect_command, submit
 from warmer.plan.plan_file import PlanFile
 from warmer.report.html import PageFile
-from warmer.report.outcomes import ClusterError, Interrupted, PlanLostError, local_trouble
+from warmer.report.outcomes import ClusterError, PlanLostError, local_trouble
 from warmer.request.flags import FLAGS, Flag, flags_of, with_flags
 from warmer.request.resolve import bind
 from warmer.request.warm_file import warm_up

@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Any, Final
 from typer import BadParameter
 
 from hfbucket_plugin.core import texts
-from hfbucket_plugin.errors import ConfigError, HFBucketError
+from hfbucket_plugin.errors import ConfigError, HFBucketError, Interrupted
 from hfbucket_plugin.tools import exit_codes
-from warmer.report.outcomes import ClusterError, Interrupted, NothingToDoError
+from warmer.report.outcomes import ClusterError, NothingToDoError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

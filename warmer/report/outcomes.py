@@ -175,13 +175,6 @@ class NothingToDoError(RefusedError):
     """Nothing is selected that the tiers can take, or no node is there to take it."""
 
 
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT came while there was nothing under way that would have to be ended in order.
-
-    An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
-    """
-
-
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -14,11 +14,11 @@ from huggingface_hub import HfApi
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
+from hfbucket_plugin.errors import Interrupted
 from jobs.lock.lock import Lock
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, PREFIX, Depot, key
 from tests.support.thorough import run_on_hub
-from warmer.report.outcomes import Interrupted
 
 KEYS = [key(number) for number in range(6)] + [key(number, "org/kept") for number in range(2)]
 OTHERS = [f"{PREFIX}/README.md", f"{PREFIX}/nested/x", f"{PREFIX}/test%401%400%400%40bfloat16", f"{PREFIX}-east/x"]

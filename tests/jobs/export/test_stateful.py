@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.errors import Interrupted
 from jobs.export.copy import Mover
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, key
 from tests.support.lane import Lane
 from tests.support.thorough import run_on_hub
-from warmer.report.outcomes import Interrupted
 
 KEYS = [key(number) for number in range(6)]
 NAMES = [encode_name(one) for one in KEYS]

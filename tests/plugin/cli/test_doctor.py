@@ -6,9 +6,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from hfbucket_plugin.cli.doctor import findings_table
 from hfbucket_plugin.cli.findings import Severity, error, ok, warning
 from hfbucket_plugin.index.store import IndexStore
-from hfbucket_plugin.tools import console
 from localhub.faults import Fault
 from tests.support.cli_support import CHECKS, HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
 from tests.support.index_support import build, forge, unsorted
@@ -93,7 +93,7 @@ def test_a_table_where_stdout_is_a_terminal(desk, monkeypatch):
 def test_texts_of_others_are_no_markup():
     out = StringIO()
     Console(file=out, width=100, markup=False).print(
-        console.findings("[red]title[/]", [error("listing", "an object [bold]x[/bold]", "mend [it]"), ok("b", "[/]")])
+        findings_table("[red]title[/]", [error("listing", "an object [bold]x[/bold]", "mend [it]"), ok("b", "[/]")])
     )
 
     assert all(text in out.getvalue() for text in ("[red]title[/]", "[bold]x[/bold]", "→ mend [it]", "[/]"))

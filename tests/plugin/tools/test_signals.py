@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
+from hfbucket_plugin.errors import Interrupted
 from hfbucket_plugin.tools.signals import StopSwitch
-from warmer.report.outcomes import Interrupted
 
 
 @pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT])

@@ -9,14 +9,14 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, Interrupted
 from tests.support.warming import SECRET
 from warmer.cli.app import app
 from warmer.cluster import submit as submitting
 from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime_env
 from warmer.cluster.jobs_api import JobsAPI
 from warmer.cluster.submit import Log, Submission, outcome, submit
-from warmer.report.outcomes import ClusterError, Interrupted, NothingToDoError
+from warmer.report.outcomes import ClusterError, NothingToDoError
 
 HUB_TOKEN = "hf_" + "aB3" * 10
 NOWHERE = "http://127.0.0.1:1"

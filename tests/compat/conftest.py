@@ -1,1 +1,0 @@
-"""Helpers of the plugin's tests serve these too."""
