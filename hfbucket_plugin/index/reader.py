@@ -130,7 +130,8 @@ class KeyIndex:
                 what the Hub once said of a key that the index does not know: nobody would tell of its end.
         """
         view = self._usable_view()
-        asked = [key for key in keys if not is_probe(key)]  # which LMCache writes and reads to test the bucket itself
+        # Not the probe, which LMCache writes and reads to test the bucket itself.
+        asked = list(dict.fromkeys(key for key in keys if not is_probe(key)))
         if view is None or not asked:
             return {}
         trusts = misses and self._settings.index_miss == "trust"

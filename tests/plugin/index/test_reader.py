@@ -60,6 +60,15 @@ def test_a_miss_costs_no_call_and_a_hit_none_either(hub, surfaces, indexed):
     assert answers(reader) == {"miss": 16, "hit": 32}
 
 
+def test_a_key_that_is_asked_for_twice_is_answered_twice_and_counted_once(surfaces, indexed):
+    number = SIXTEEN[0]
+    surfaces().put([number])
+    reader = indexed()
+
+    assert reader.get([number, number]) == [content(number)] * 2
+    assert answers(reader) == {"hit": 1}
+
+
 def test_a_key_that_is_not_there_is_asked_for_where_that_is_wanted(hub, surfaces, indexed):
     writer = surfaces()
     writer.put([0])
