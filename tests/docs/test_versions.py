@@ -27,3 +27,13 @@ def test_the_oldest_permitted_versions_are_those_that_are_tested():
     bounds = dict(_BOUND.match(one).groups() for one in wanted)
 
     assert {name: version(pinned[name]) for name in bounds} == {name: version(bound) for name, bound in bounds.items()}
+
+
+def test_the_version_is_that_of_the_latest_release_in_the_changelog():
+    own, localhub = (
+        tomllib.loads(path.read_text())["project"]["version"]
+        for path in (ROOT / "pyproject.toml", ROOT / "localhub" / "pyproject.toml")
+    )
+    released = re.findall(r"^## \[([0-9.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert own == localhub == released[0]
