@@ -4,12 +4,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError
 
-from localhub.formats.hashing import to_hex
 from localhub.http.access import TokensError, load_tokens
 from localhub.process import HubStartError
-from tests.support.rawhub import Raw, make_shard, make_xorb, upload
+from tests.support.rawhub import EMPTY, Raw, add_file, make_shard, make_xorb, upload
 
-EMPTY = to_hex(bytes(32))
 TOKENS = """
 tokens:
   - token: hf_owner
@@ -78,87 +76,89 @@ def test_who_may_write(guarded, token, private, public, scratch):
     for name, expected in [("private", private), ("public", public), ("scratch", scratch)]:
         path = f"/api/buckets/my-org/{name}"
         assert status(guarded, token, "GET", f"{path}/xet-write-token") == expected
-        operation = {"type": "addFile", "path": "empty", "xetHash": EMPTY, "mtime": 0}
-        assert status(guarded, token, "POST", f"{path}/batch", operation) == expected
-        settings = {"private": name != "public"}
-        assert status(guarded, token, "PUT", f"{path}/settings", settings) == expected
+        assert status(guarded, token, "POST", f"{path}/batch", add_file("empty")) == expected
+        assert status(guarded, token, "PUT", f"{path}/settings", {"private": name != "public"}) == expected
 
 
-def test_who_may_make_and_delete(guarded):
-    path = "/api/buckets/my-org/new"
-    assert status(guarded, "hf_reader", "POST", path, {}) == (403, None)
-    assert status(guarded, None, "POST", path, {}) == (401, None)
-    assert status(guarded, "hf_owner", "POST", path, {}) == FINE
-    assert status(guarded, "hf_reader", "DELETE", path) == (403, None)
-    assert status(guarded, "hf_owner", "DELETE", path) == (204, None)
+def test_who_may_create_and_delete(guarded):
+    for token, method, expected in [
+        ("hf_reader", "POST", 403),
+        (None, "POST", 401),
+        ("hf_owner", "POST", 200),
+        ("hf_reader", "DELETE", 403),
+        ("hf_owner", "DELETE", 204),
+    ]:
+        assert status(guarded, token, method, "/api/buckets/my-org/new", {}) == (expected, None)
 
 
 def test_what_the_clients_make_of_it(guarded):
-    with pytest.raises(BucketNotFoundError):
-        HfApi(endpoint=guarded.endpoint, token="hf_stranger").bucket_info("my-org/private")
-    with pytest.raises(BucketNotFoundError):
-        HfApi(endpoint=guarded.endpoint, token=False).bucket_info("my-org/private")
-    with pytest.raises(HfHubHTTPError, match="Invalid credentials in Authorization header"):
-        HfApi(endpoint=guarded.endpoint, token="hf_made_up").bucket_info("my-org/private")
-    with pytest.raises(HfHubHTTPError, match="403 Forbidden: this token has no write access to my-org/public"):
-        HfApi(endpoint=guarded.endpoint, token="hf_reader").batch_bucket_files("my-org/public", delete=["name"])
+    for token, error, text in [
+        ("hf_stranger", BucketNotFoundError, None),
+        (False, BucketNotFoundError, None),
+        ("hf_made_up", HfHubHTTPError, "Invalid credentials in Authorization header"),
+    ]:
+        with pytest.raises(error, match=text):
+            HfApi(endpoint=guarded.endpoint, token=token).bucket_info("my-org/private")
     reader = HfApi(endpoint=guarded.endpoint, token="hf_reader")
+    with pytest.raises(HfHubHTTPError, match="403 Forbidden: this token has no write access to my-org/public"):
+        reader.batch_bucket_files("my-org/public", delete=["name"])
     assert reader.create_bucket("my-org/public", exist_ok=True).bucket_id == "my-org/public"
 
 
 def test_lists_show_what_one_may_see(guarded):
-    def shown(token: str | bool, namespace: str | None = None) -> list[str]:
-        return [bucket.id for bucket in HfApi(endpoint=guarded.endpoint, token=token).list_buckets(namespace)]
-
     everything = ["my-org/private", "my-org/public", "my-org/scratch"]
-    assert shown("hf_owner") == everything
-    assert shown("hf_reader", "my-org") == everything
-    assert shown("hf_reader") == []
-    assert shown("hf_stranger", "my-org") == ["my-org/public"]
-    assert shown(False, "my-org") == ["my-org/public"]
+    for token, namespace, expected in [
+        ("hf_owner", None, everything),
+        ("hf_reader", "my-org", everything),
+        ("hf_reader", None, []),
+        ("hf_stranger", "my-org", ["my-org/public"]),
+        (False, "my-org", ["my-org/public"]),
+    ]:
+        shown = HfApi(endpoint=guarded.endpoint, token=token).list_buckets(namespace)
+        assert [bucket.id for bucket in shown] == expected
 
 
 def test_copies_need_a_right_on_the_source(guarded):
     owner, reader = (HfApi(endpoint=guarded.endpoint, token=token) for token in ("hf_owner", "hf_reader"))
     owner.batch_bucket_files("other/one", add=[(b"secret content", "secret")])
-    digest = next(iter(owner.get_bucket_paths_info("other/one", ["secret"]))).xet_hash
+    (digest,) = (file.xet_hash for file in owner.get_bucket_paths_info("other/one", ["secret"]))
     with pytest.raises(BucketBatchError, match="Bucket not found: other/one"):
         reader.batch_bucket_files("my-org/scratch", copy=[("bucket", "other/one", digest, "stolen")])
     owner.batch_bucket_files("my-org/private", copy=[("bucket", "other/one", digest, "given")])
     reader.batch_bucket_files("my-org/scratch", copy=[("bucket", "my-org/private", digest, "taken")])
 
 
-def test_a_hash_is_no_key_to_the_bytes_of_others(guarded):
+def test_a_hash_gives_no_access_to_the_bytes_of_others(guarded):
     owner, reader = Raw(guarded.endpoint, "hf_owner"), Raw(guarded.endpoint, "hf_reader")
     chunks = [b"another secret content"]
     digest = upload(owner, "other/one", chunks)
-    path = f"/v1/reconstructions/{digest}"
-    assert owner.call("GET", path, headers=owner.storage_token("other/one", "read")).status == 200
+    assert owner.reconstruct(digest, owner.storage_token("other/one", "read")).status == 200
     mine = reader.storage_token("my-org/scratch")
-    assert reader.call("GET", path, headers=mine).status == 404
-    operation = {"type": "addFile", "path": "stolen", "xetHash": digest, "mtime": 0}
-    assert reader.batch("my-org/scratch", operation).status == 422
-    # Whoever has the content may have the hash.
+
+    def statuses() -> tuple[int, int]:
+        add = reader.batch("my-org/scratch", add_file("stolen", digest))
+        return add.status, reader.reconstruct(digest, mine).status
+
+    assert statuses() == (422, 404)
+    # A caller that has the content may use the hash.
     upload(reader, "my-org/scratch", chunks)
-    assert reader.batch("my-org/scratch", operation).status == 200
-    assert reader.call("GET", path, headers=mine).status == 200
+    assert statuses() == (200, 200)
 
 
 def test_storage_tokens_are_scoped_and_cannot_be_made_up(guarded):
     raw = Raw(guarded.endpoint, "hf_owner")
     body, xorb = make_xorb([b"scoped"])
-    path = f"/v1/xorbs/default/{to_hex(xorb)}"
     read, write = raw.storage_token("other/one", "read"), raw.storage_token("other/one", "write")
     for headers in (read, write):
         assert "hf_owner" not in headers["Authorization"]
-    assert raw.call("POST", path, body, read).status == 403
+    assert raw.post_xorb(xorb, body, read).status == 403
     assert raw.call("POST", "/v1/shards", make_shard(xorb, [b"scoped"])[0], read).status == 403
     forged = {"Authorization": write["Authorization"][:-1] + ("A" if write["Authorization"][-1] != "A" else "B")}
     for headers in ({"Authorization": ""}, {"Authorization": "Bearer hf_owner"}, {"Authorization": "Bearer ü"}, forged):
-        assert raw.call("POST", path, body, headers).status == 401
-        assert raw.call("GET", f"/v1/reconstructions/{EMPTY}", headers=headers).status == 401
+        assert raw.post_xorb(xorb, body, headers).status == 401
+        assert raw.reconstruct(EMPTY, headers).status == 401
         assert raw.call("GET", f"/v1/chunks/default/{EMPTY}", headers=headers).status == 401
-    assert raw.call("POST", path, body, write).status == 200
+    assert raw.post_xorb(xorb, body, write).status == 200
     assert raw.call("GET", f"/v1/chunks/default/{EMPTY}", headers=read).status == 404
 
 
@@ -169,9 +169,9 @@ def test_storage_tokens_and_links_expire(hub_factory):
     assert answer.headers["X-Xet-Access-Token"] == answer.json["accessToken"]
     assert answer.headers["X-Xet-Token-Expiration"] == str(answer.json["exp"])
     assert answer.headers["X-Xet-Cas-Url"] == answer.json["casUrl"] == raw.endpoint
-    expired = raw.call("GET", f"/v1/reconstructions/{EMPTY}", headers=raw.storage_token("short/lived"))
+    expired = raw.reconstruct(EMPTY, raw.storage_token("short/lived"))
     assert (expired.status, "expired" in expired.error) == (401, True)
-    raw.batch("short/lived", {"type": "addFile", "path": "x", "xetHash": EMPTY, "mtime": 0})
+    raw.batch("short/lived", add_file("x"))
     location = raw.call("HEAD", "/buckets/short/lived/resolve/x").headers["Location"]
     link = raw.call("GET", "/file-data/" + location.rpartition("/")[2])
     assert (link.status, "expired" in link.error) == (403, True)

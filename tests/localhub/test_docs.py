@@ -15,43 +15,38 @@ PAGE = Path(__file__).parents[2] / "docs" / "localhub.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def free_port() -> int:
+def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+        return str(listener.getsockname()[1])
 
 
 @pytest.fixture
 def run_block(tmp_path):
-    """Runs a block of the page; what serves is left running until the test ends."""
-    ports = {port: str(free_port()) for port in ("4321", "4322")}
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HOME": str(tmp_path / "hf-home"),
-    }
-    serving: list[subprocess.Popen[bytes]] = []
+    """Runs a block of the page; a server is left running until the test ends."""
+    ports = {port: free_port() for port in ("4321", "4322")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    place = {"cwd": tmp_path, "env": os.environ | {"PATH": path, "HF_HOME": str(tmp_path / "hf-home")}}
+    serving: list[subprocess.Popen[str]] = []
 
     def run(language: str, text: str) -> str:
-        for shown, used in ports.items():
-            text = text.replace(shown, used)
+        text = re.sub("|".join(ports), lambda shown: ports[shown[0]], text)
         if language == "yaml":
             (tmp_path / "tokens.yaml").write_text(text)
             return text
-        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
         if text.startswith("python -m localhub serve"):
-            process = subprocess.Popen(
-                ["bash", "-c", f"exec {text}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
-            )
-            serving.append(process)
-            return process.stdout.readline().decode()
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            command = ["bash", "-c", f"exec {text}"]
+            serving.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **place))
+            return serving[-1].stdout.readline()
+        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **place)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     yield run
     for process in serving:
-        process.terminate()
-        assert process.wait(20) == 0
-        process.stdout.close()
+        with process:
+            process.terminate()
+        assert process.returncode == 0
 
 
 def test_the_page_does_what_it_says(run_block):

@@ -1,8 +1,7 @@
 import contextlib
 import os
+import re
 import sqlite3
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import psutil
 import pytest
 from huggingface_hub import HfApi
 
-from localhub.formats.hashing import to_hex
+from localhub.__main__ import main
 from localhub.process import HubStartError
 from localhub.state.spool import remove_stale
-from tests.support.rawhub import Raw
+from tests.support.rawhub import Raw, add_file
 
-EMPTY = to_hex(bytes(32))
 MIB = 1024 * 1024
 
 
@@ -35,7 +33,7 @@ def test_what_is_stored_outlives_the_process(hub_factory, tmp_path, end):
     api.download_bucket_files("kept/one", [("content", tmp_path / "content")])
     assert (tmp_path / "content").read_bytes() == content
     digest = next(file.xet_hash for file in before if file.size)
-    assert Raw(running.endpoint).call("GET", f"/v1/reconstructions/{digest}", headers=token).status == 200
+    assert Raw(running.endpoint).reconstruct(digest, token).status == 200
 
 
 def test_two_processes_serve_one_root(hub_factory, tmp_path):
@@ -48,13 +46,13 @@ def test_two_processes_serve_one_root(hub_factory, tmp_path):
     one.batch_bucket_files("shared/one", add=[(content, "content")])
     two.download_bucket_files("shared/one", [("content", tmp_path / "content")])
     assert (tmp_path / "content").read_bytes() == content
-    # A token of the one opens the other.
-    digest = next(iter(two.list_bucket_tree("shared/one"))).xet_hash
+    # Each accepts the tokens of the other.
+    (file,) = two.list_bucket_tree("shared/one")
     token = Raw(first.endpoint).storage_token("shared/one", "read")
-    assert Raw(second.endpoint).call("GET", f"/v1/reconstructions/{digest}", headers=token).status == 200
+    assert Raw(second.endpoint).reconstruct(file.xet_hash, token).status == 200
 
     def write(at: int) -> int:
-        operations = [{"type": "addFile", "path": f"{at}/{n}", "xetHash": EMPTY, "mtime": 0} for n in range(200)]
+        operations = [add_file(f"{at}/{number}") for number in range(200)]
         return Raw((first, second)[at % 2].endpoint).batch("shared/one", *operations).status
 
     with ThreadPoolExecutor(8) as threads:
@@ -76,143 +74,105 @@ def test_memory_does_not_grow_with_what_passes(hub_factory, tmp_path):
     api.batch_bucket_files("big/one", add=[(big, "big")])
     api.download_bucket_files("big/one", [("big", tmp_path / "back")])
     assert (tmp_path / "back").stat().st_size == 256 * MIB
-    peak = int(
-        next(
-            line.split()[1]
-            for line in open(f"/proc/{running.pid}/status", encoding="ascii")  # noqa: SIM115, PTH123
-            if line.startswith("VmHWM")
-        )
-    )
-    assert peak * 1024 - before < 100 * MIB
+    (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{running.pid}/status").read_text())
+    assert int(peak) * 1024 - before < 100 * MIB
 
 
 def test_uploads_that_were_left_behind_are_removed(tmp_path):
-    old, young, others, outside = (
-        tmp_path / "uploads" / name for name in ("localhub-upload-old", "localhub-upload-new", "thesis.pdf", "kept")
-    )
-    linked, nested = tmp_path / "uploads" / "localhub-upload-link", tmp_path / "uploads" / "localhub-upload-dir"
-    nested.mkdir(parents=True)
-    for path in (old, young, others, outside):
-        path.touch()
-    linked.symlink_to(outside)
-    for path in (old, others, outside, nested):
-        os.utime(path, (0, 0))
-    os.utime(linked, (0, 0), follow_symlinks=False)
+    kept = {"localhub-upload-link", "localhub-upload-dir", "thesis.pdf", "target"}
+    (tmp_path / "localhub-upload-dir").mkdir()
+    (tmp_path / "localhub-upload-link").symlink_to("target")
+    for name in ("localhub-upload-old", "thesis.pdf", "target"):
+        (tmp_path / name).touch()
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
+    (tmp_path / "localhub-upload-new").touch()
 
-    remove_stale(tmp_path / "uploads")
+    remove_stale(tmp_path)
 
-    assert {path.name for path in (tmp_path / "uploads").iterdir()} == {
-        young.name,
-        others.name,
-        outside.name,
-        linked.name,
-        nested.name,
-    }
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"localhub-upload-new"}
 
 
-def test_no_upload_leaves_a_file_behind(hub, bucket):
-    raw = Raw(hub.endpoint)
-    token = raw.storage_token(bucket)
-    assert raw.call("POST", f"/v1/xorbs/default/{EMPTY}", os.urandom(3 * MIB), token).status == 400
+def test_no_upload_leaves_a_file_behind(hub, raw, bucket):
+    assert raw.post_xorb(bytes(32), os.urandom(3 * MIB), raw.storage_token(bucket)).status == 400
     assert list((hub.root / "uploads").iterdir()) == []
 
 
 def test_a_root_of_another_version_is_refused(hub_factory, tmp_path):
     root = tmp_path / "root"
     hub_factory(root).stop()
-    with sqlite3.connect(root / "hub.sqlite") as connection:
+    with contextlib.closing(sqlite3.connect(root / "hub.sqlite")) as connection:
         connection.execute("PRAGMA user_version = 99")
-    connection.close()
     with pytest.raises(HubStartError, match="schema version is 99, this package supports 1"):
         hub_factory(root)
 
 
-def told(root):
-    """What the command says when it refuses a root, and what is in the root afterwards."""
-    process = subprocess.run(
-        [sys.executable, "-m", "localhub", "serve", "--root", str(root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert process.returncode == 1
-    (line,) = process.stderr.splitlines()
-    return line
+@pytest.fixture
+def refusal(capsys):
+    """Starts a Hub on a root that it refuses and returns the error."""
+
+    def refuse(root: Path) -> str:
+        assert main(["serve", "--root", str(root)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return refuse
 
 
 @pytest.mark.parametrize("as_link", [False, True])
-def test_a_directory_of_somebody_elses_is_refused_and_left_alone(tmp_path, as_link):
-    root, uploads = tmp_path / "site", tmp_path / "site" / "uploads"
+def test_the_directory_of_another_program_is_refused_and_left_alone(tmp_path, refusal, as_link):
+    uploads, target = tmp_path / "site" / "uploads", tmp_path / "elsewhere"
+    (target if as_link else uploads).mkdir(parents=True)
     if as_link:
-        root.mkdir()
-        (tmp_path / "elsewhere").mkdir()
-        uploads.symlink_to(tmp_path / "elsewhere")
-    else:
-        uploads.mkdir(parents=True)
-    picture = uploads / "picture.png"
-    picture.touch()
-    os.utime(picture, (0, 0))
+        uploads.parent.mkdir()
+        uploads.symlink_to(target)
+    (uploads / "picture.png").touch()
+    os.utime(uploads / "picture.png", (0, 0))
 
-    assert "holds 'uploads' and no hub.sqlite, so it is not the root of a Hub" in told(root)
-    assert [path.name for path in root.rglob("*")] + [picture.exists()] == (
-        ["uploads", True] if as_link else ["uploads", "picture.png", True]
-    )
+    assert "holds 'uploads' and no hub.sqlite, so it is not the root of a Hub" in refusal(uploads.parent)
+    assert [path.name for path in uploads.parent.iterdir()] == ["uploads"]
+    assert [path.name for path in uploads.iterdir()] == ["picture.png"]
 
 
-def test_a_link_in_a_root_is_refused(tmp_path, hub_factory):
+def test_a_link_in_a_root_is_refused(tmp_path, hub_factory, refusal):
     root = tmp_path / "root"
     hub_factory(root).stop()
     (root / "uploads").rmdir()
     (root / "uploads").symlink_to(tmp_path)
 
-    assert "uploads is a symbolic link" in told(root)
+    assert "uploads is a symbolic link" in refusal(root)
 
 
-def garbage(path):
-    path.write_bytes(b"garbage" * 100)
+def database(script: str):
+    def make(path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript(script)
 
-
-def cut(path):
-    path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
-
-
-def of_another_program(path):
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE meta (x)")
-
-
-def of_another_program_with_our_version(path):
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE theirs (x)")
-        connection.execute("PRAGMA user_version = 1")
-
-
-def link(path):
-    path.symlink_to("/etc/hostname")
+    return make
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (garbage, "hub.sqlite is not an SQLite database"),
-        (cut, "hub.sqlite cannot be used"),
-        (of_another_program, "hub.sqlite cannot be used: it is the database of another program"),
-        (of_another_program_with_our_version, "hub.sqlite cannot be used: it is the database of another program"),
+        (lambda path: path.write_bytes(b"garbage" * 100), "hub.sqlite is not an SQLite database"),
+        (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000), "hub.sqlite cannot be used"),
+        (database("CREATE TABLE meta (x)"), "hub.sqlite cannot be used: it is the database of another program"),
+        (
+            database("CREATE TABLE theirs (x); PRAGMA user_version = 1"),
+            "hub.sqlite cannot be used: it is the database of another program",
+        ),
         (Path.mkdir, "hub.sqlite is not a regular file"),
         (os.mkfifo, "hub.sqlite is not a regular file"),
-        (link, "hub.sqlite is not a regular file"),
+        (lambda path: path.symlink_to("/etc/hostname"), "hub.sqlite is not a regular file"),
     ],
 )
-def test_what_is_no_database_of_a_hub_is_refused_in_one_line(tmp_path, make, words):
-    root = tmp_path / "root"
-    root.mkdir()
-    make(root / "hub.sqlite")
+def test_anything_but_the_database_of_a_hub_is_refused_in_one_line(tmp_path, refusal, make, words):
+    make(tmp_path / "hub.sqlite")
 
-    assert words in told(root)
+    assert words in refusal(tmp_path)
 
 
-def test_a_root_that_is_a_file_is_refused(tmp_path):
+def test_a_root_that_is_a_file_is_refused(tmp_path, refusal):
     (tmp_path / "file").touch()
 
-    assert "file is not a directory" in told(tmp_path / "file")
+    assert "file is not a directory" in refusal(tmp_path / "file")

@@ -8,15 +8,7 @@ from huggingface_hub.errors import BucketBatchError, EntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from localhub.formats.hashing import to_hex
-from tests.support.rawhub import Raw, upload
-
-EMPTY = to_hex(bytes(32))
-
-
-@pytest.fixture
-def api(hub):
-    return HfApi(endpoint=hub.endpoint, token=False)
+from tests.support.rawhub import EMPTY, add_file, upload
 
 
 def read(api: HfApi, bucket: str, tmp_path: Path, *paths: str) -> dict[str, bytes]:
@@ -60,24 +52,15 @@ def test_overwriting_and_deleting_keep_the_sums_right(api, bucket):
     assert (api.bucket_info(bucket).total_files, api.bucket_info(bucket).size) == (0, 0)
 
 
-def test_paths_info_leaves_out_what_is_missing_and_keeps_no_order(api, bucket):
+def test_paths_info_omits_missing_paths_and_keeps_no_order(api, raw, bucket):
     paths = [f"{number:04}" for number in range(1500)]
-    operations = [{"type": "addFile", "path": path, "xetHash": EMPTY, "mtime": 1} for path in paths]
-    raw = Raw(api.endpoint)
-    assert raw.batch(bucket, *operations).json == {"success": True, "processed": 1500, "succeeded": 1500, "failed": []}
-    asked = [*paths, "missing", "00", "0000"]
-    found = [file.path for file in api.get_bucket_paths_info(bucket, asked)]
+    added = raw.batch(bucket, *map(add_file, paths)).json
+    assert added == {"success": True, "processed": 1500, "succeeded": 1500, "failed": []}
+    found = [file.path for file in api.get_bucket_paths_info(bucket, [*paths, "missing", "00", "0000"])]
     assert found[:500] != paths[:500]
     assert sorted(set(found)) == paths
     answer = raw.call("POST", f"/api/buckets/{bucket}/paths-info", {"paths": ["0001", "0001", "x"]})
     assert [entry["path"] for entry in answer.json] == ["0001"]
-
-
-@pytest.mark.parametrize("body", [{}, {"paths": "a"}, {"paths": [1]}, {"paths": ["a"] * 1001}])
-def test_paths_info_refuses_what_is_no_list_of_paths(hub, bucket, body):
-    answer = Raw(hub.endpoint).call("POST", f"/api/buckets/{bucket}/paths-info", body)
-    assert answer.status == 400
-    assert "paths" in answer.error
 
 
 def test_copies_move_no_bytes(hub, api, new_bucket, tmp_path):
@@ -87,8 +70,7 @@ def test_copies_move_no_bytes(hub, api, new_bucket, tmp_path):
     digest = next(iter(api.get_bucket_paths_info(source, ["from"]))).xet_hash
     hub.control.reset_counters()
     api.batch_bucket_files(target, copy=[("bucket", source, digest, "to")])
-    counters = hub.control.counters()
-    assert set(counters.routes) == {"batch"}
+    assert set(hub.control.counters().routes) == {"batch"}
     api.delete_bucket(source)
     assert read(api, target, tmp_path, "to") == {"to": content}
 
@@ -113,68 +95,23 @@ def test_copies_that_cannot_be(api, new_bucket):
         api.batch_bucket_files(target, copy=[copies[5], *copies[:5]])
     assert failed.value.response.status_code == 200
     reasons = {failure["path"]: failure["error"] for failure in failed.value.failures}
-    assert set(reasons) == {copy[3] for copy in copies[1:]}
-    assert "not in" in reasons["unknown hash"]
-    assert "Bucket not found" in reasons["unknown bucket"]
-    assert "region eu" in reasons["other region"]
-    assert "buckets only" in reasons["no bucket"]
+    expected = {
+        "unknown hash": "not in",
+        "unknown bucket": "Bucket not found",
+        "other region": "region eu",
+        "no bucket": "buckets only",
+        "not in there yet": "",
+    }
+    assert {path for path, reason in reasons.items() if expected[path] in reason} == set(reasons) == set(expected)
     assert [file.path for file in api.list_bucket_tree(target)] == ["fine"]
 
 
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("", "segment ''"),
-        ("/absolute", "segment ''"),
-        ("a//b", "segment ''"),
-        ("a/", "segment ''"),
-        ("../up", "segment '..'"),
-        ("a/../../b", "segment '..'"),
-        ("a/./b", "segment '.'"),
-        ("nul\0", "NUL"),
-        ("x" * 1025, "1025 bytes"),
-        ("ü" * 513, "1026 bytes"),
-    ],
-)
-def test_paths_that_cannot_be(hub, bucket, path, reason):
-    answer = Raw(hub.endpoint).batch(bucket, {"type": "addFile", "path": path, "xetHash": EMPTY, "mtime": 0})
-    assert answer.status == 422
-    assert answer.json["succeeded"] == 0
-    assert reason in answer.json["failed"][0]["error"]
-
-
-def test_adding_what_was_never_uploaded_fails(hub, bucket):
-    raw = Raw(hub.endpoint)
-    add = {"type": "addFile", "path": "x", "mtime": 0}
-    for digest in ("f" * 64, "short"):
-        answer = raw.batch(bucket, {**add, "xetHash": digest}, {**add, "xetHash": EMPTY, "path": "y"})
-        assert answer.status == 200
-        assert (answer.json["success"], answer.json["processed"], answer.json["succeeded"]) == (False, 2, 1)
-        assert [failure["path"] for failure in answer.json["failed"]] == ["x"]
-
-
-@pytest.mark.parametrize(
-    ("body", "complaint"),
-    [
-        (b"", "no operation"),
-        (b"\n \n", "no operation"),
-        (b"{", "line 1 of the batch: Invalid JSON"),
-        (b'{"type": "deleteFile", "path": "x"}\n7', "line 2 of the batch"),
-        (b'{"type": "moveFile", "path": "x"}', "line 1 of the batch"),
-        (b'{"type": "addFile", "path": "x"}', "xetHash"),
-        (b'{"type": "addFile", "path": 1, "xetHash": ""}', "path"),
-        (b'{"type": "addFile", "path": "\\ud800", "xetHash": ""}', "hex escape"),
-        (b'{"type": "addFile", "path": "x", "xetHash": "", "mtime": 1e30}', "mtime"),
-        (b"\xff", "line 1 of the batch: Invalid JSON"),
-    ],
-)
-def test_malformed_batches_are_refused_whole(hub, bucket, body, complaint):
-    raw = Raw(hub.endpoint)
-    raw.batch(bucket, {"type": "addFile", "path": "x", "xetHash": EMPTY, "mtime": 0})
-    answer = raw.call("POST", f"/api/buckets/{bucket}/batch", body)
-    assert answer.status == 400
-    assert complaint in answer.error
-    assert raw.call("GET", f"/api/buckets/{bucket}").json["totalFiles"] == 1
+@pytest.mark.parametrize("digest", ["f" * 64, "short"])
+def test_adding_what_was_never_uploaded_fails(raw, bucket, digest):
+    answer = raw.batch(bucket, add_file("x", digest), add_file("y"))
+    (failure,) = answer.json.pop("failed")
+    assert (answer.status, failure["path"]) == (200, "x")
+    assert answer.json == {"success": False, "processed": 2, "succeeded": 1, "failed": [failure]}
 
 
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
@@ -195,9 +132,8 @@ def test_sync_both_ways(api, bucket, tmp_path):
     assert plan.summary()["uploads"] == 0
 
 
-def test_what_resolve_tells(hub, api, bucket):
+def test_what_resolve_answers(hub, api, raw, bucket):
     api.batch_bucket_files(bucket, add=[(b"0123456789", "some dir/näme")])
-    raw = Raw(hub.endpoint)
     answer = raw.call("HEAD", f"/buckets/{bucket}/resolve/some%20dir%2Fn%C3%A4me")
     assert answer.status == 302
     assert answer.headers["X-Linked-Size"] == "10"
@@ -218,10 +154,9 @@ def test_what_resolve_tells(hub, api, bucket):
         api.get_bucket_file_metadata(bucket, "missing")
 
 
-def test_a_long_file_unpacks_over_http(hub, api, bucket):
+def test_a_long_file_unpacks_over_http(hub, api, raw, bucket):
     content = os.urandom(1_000_000) + b"pattern!" * 300_000 + os.urandom(1_000_000)
     api.batch_bucket_files(bucket, add=[(content, "long")])
-    raw = Raw(hub.endpoint)
     location = raw.call("HEAD", f"/buckets/{bucket}/resolve/long").headers["Location"]
     path = location.partition(f":{hub.port}")[2]
     assert raw.call("GET", path).body == content
@@ -241,11 +176,8 @@ names = st.lists(
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(names, min_size=1, max_size=4, unique=True))
-def test_names_of_every_kind(hub, bucket, paths):
-    api = HfApi(endpoint=hub.endpoint, token=False)
-    raw = Raw(hub.endpoint)
-    operations = [{"type": "addFile", "path": path, "xetHash": EMPTY, "mtime": 0} for path in paths]
-    assert raw.batch(bucket, *operations).json["failed"] == []
+def test_names_of_every_kind(api, raw, bucket, paths):
+    assert raw.batch(bucket, *map(add_file, paths)).json["failed"] == []
     assert {file.path for file in api.list_bucket_tree(bucket, recursive=True)} == set(paths)
     assert {file.path for file in api.get_bucket_paths_info(bucket, paths)} == set(paths)
     for path in paths:
@@ -263,12 +195,8 @@ def test_files_of_odd_names_go_up_and_come_back(api, bucket, tmp_path, name):
     assert read(api, bucket, tmp_path, name) == {name: name.encode()}
 
 
-def test_every_compression_comes_back(hub, bucket, tmp_path):
-    api = HfApi(endpoint=hub.endpoint, token=False)
-    raw = Raw(hub.endpoint)
-    for scheme in (0, 1, 2):
-        chunks = [bytes([scheme, one]) * 5_000 + b"odd"[: one % 4] for one in range(9)]
-        digest = upload(raw, bucket, chunks, scheme)
-        add = {"type": "addFile", "path": str(scheme), "xetHash": digest, "mtime": 0}
-        assert raw.batch(bucket, add).json["success"]
-        assert read(api, bucket, tmp_path, str(scheme)) == {str(scheme): b"".join(chunks)}
+@pytest.mark.parametrize("scheme", [0, 1, 2])
+def test_every_compression_comes_back(api, raw, bucket, tmp_path, scheme):
+    chunks = [bytes([scheme, one]) * 5_000 + b"odd"[: one % 4] for one in range(9)]
+    assert raw.batch(bucket, add_file("x", upload(raw, bucket, chunks, scheme))).json["success"]
+    assert read(api, bucket, tmp_path, "x") == {"x": b"".join(chunks)}

@@ -14,7 +14,7 @@ from tests.support.rawhub import make_xorb
 
 @st.composite
 def files(draw):
-    """Some xorbs, a file that takes runs of their chunks, and a range of its bytes."""
+    """Some xorbs; what holds a range of a file made of runs of their chunks; the file, and the range."""
     xorbs = []
     for number in range(draw(st.integers(1, 3))):
         sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -24,26 +24,26 @@ def files(draw):
         number = draw(st.integers(0, len(xorbs) - 1))
         first = draw(st.integers(0, len(xorbs[number]) - 1))
         runs.append((number, first, draw(st.integers(first + 1, len(xorbs[number])))))
-    content = b"".join(b"".join(xorbs[number][first:end]) for number, first, end in runs)
+    parts = [b"".join(xorbs[number][first:end]) for number, first, end in runs]
+    content = b"".join(parts)
     start = draw(st.integers(0, len(content) - 1))
-    return xorbs, runs, content, start, draw(st.integers(start + 1, len(content)))
+    stop = draw(st.integers(start + 1, len(content)))
+    packed = [make_xorb(chunks) for chunks in xorbs]
+    tables = {digest: read_xorb(io.BytesIO(body)).table for body, digest in packed}
+    terms = b"".join(
+        _TERM.pack(packed[number][1], 0, len(part), first, end)
+        for (number, first, end), part in zip(runs, parts, strict=True)
+    )
+    return packed, list(pieces(terms, start, stop, tables.get)), content, start, stop
 
 
 @given(files())
 def test_a_client_that_follows_the_answer_gets_the_bytes_and_no_chunk_too_many(drawn):
-    xorbs, runs, content, start, stop = drawn
-    bodies, tables = {}, {}
-    for chunks in xorbs:
-        body, digest = make_xorb(chunks)
-        bodies[digest], tables[digest] = body, read_xorb(io.BytesIO(body)).table
-    order = list(bodies)
-    terms = b"".join(
-        _TERM.pack(order[number], 0, len(b"".join(xorbs[number][first:end])), first, end) for number, first, end in runs
-    )
-    answer = describe(list(pieces(terms, start, stop, tables.get)), to_hex)
+    packed, found, content, start, stop = drawn
+    answer = describe(found, to_hex)
 
     fetched: dict[tuple[str, int], bytes] = {}
-    for digest, body in bodies.items():
+    for body, digest in packed:
         for fetch in answer["fetch_info"].get(to_hex(digest), []):
             part = body[fetch["url_range"]["start"] : fetch["url_range"]["end"] + 1]
             for at, (chunk, _) in enumerate(iter_chunks(io.BytesIO(part)), fetch["range"]["start"]):
@@ -63,13 +63,7 @@ def test_a_client_that_follows_the_answer_gets_the_bytes_and_no_chunk_too_many(d
 
 @given(files())
 def test_both_versions_say_the_same(drawn):
-    xorbs, runs, _, start, stop = drawn
-    tables = {digest: read_xorb(io.BytesIO(body)).table for body, digest in map(make_xorb, xorbs)}
-    order = [make_xorb(chunks)[1] for chunks in xorbs]
-    terms = b"".join(
-        _TERM.pack(order[number], 0, len(b"".join(xorbs[number][first:end])), first, end) for number, first, end in runs
-    )
-    found = list(pieces(terms, start, stop, tables.get))
+    found = drawn[1]
     one, two = describe(found, to_hex), describe_v2(found, to_hex)
     translated = {
         xorb: [

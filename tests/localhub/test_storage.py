@@ -10,8 +10,7 @@ from huggingface_hub import HfApi
 
 from localhub.faults import Fault
 from localhub.formats.hashing import to_hex
-from localhub.http.storage_routes import MAX_XORB_BODY_BYTES
-from tests.support.rawhub import Raw, make_shard, make_xorb, upload
+from tests.support.rawhub import add_file, make_shard, make_xorb, upload
 
 MIB = 1024 * 1024
 
@@ -22,15 +21,20 @@ def stream_group(endpoint: str, bucket: str, **settings: object):
     return hf_xet.XetSession(config=config).new_download_stream_group(token_refresh_url=url, token_refresh_headers={})
 
 
+def stored(api: HfApi, bucket: str, content: bytes) -> hf_xet.XetFileInfo:
+    """Upload a file and return what hf_xet needs to read it."""
+    api.batch_bucket_files(bucket, add=[(content, "x")])
+    (file,) = api.get_bucket_paths_info(bucket, ["x"])
+    return hf_xet.XetFileInfo(file.xet_hash, file.size)
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket, version):
-    api = HfApi(endpoint=hub.endpoint, token=False)
+def test_streams_of_ranges_fetch_little_more_than_they_need(hub, api, bucket, version):
     content = os.urandom(20 * MIB)
-    api.batch_bucket_files(bucket, add=[(content, "big")])
-    file = next(iter(api.get_bucket_paths_info(bucket, ["big"])))
+    info = stored(api, bucket, content)
     group = stream_group(hub.endpoint, bucket, reconstruction_api_version=version)
-    info = hf_xet.XetFileInfo(file.xet_hash, file.size)
-    for start, stop in [(0, 1), (5 * MIB, 5 * MIB + 100_000), (file.size - 10, file.size), (MIB - 1, 3 * MIB + 1)]:
+    end = len(content)
+    for start, stop in [(0, 1), (5 * MIB, 5 * MIB + 100_000), (end - 10, end), (MIB - 1, 3 * MIB + 1)]:
         hub.control.reset_counters()
         assert b"".join(group.download_stream(info, start, stop)) == content[start:stop]
         # Chunks are at most 128 KiB, so the two ends cost less than two of them.
@@ -39,12 +43,9 @@ def test_streams_of_ranges_fetch_little_more_than_they_need(hub, bucket, version
     assert hub.control.counters().route("unknown").requests == 0
 
 
-def test_hf_xet_gets_over_faults_except_for_wrong_bytes(hub, bucket):
-    api = HfApi(endpoint=hub.endpoint, token=False)
+def test_hf_xet_recovers_from_faults_except_wrong_bytes(hub, api, bucket):
     content = os.urandom(MIB)
-    api.batch_bucket_files(bucket, add=[(content, "x")])
-    file = next(iter(api.get_bucket_paths_info(bucket, ["x"])))
-    info = hf_xet.XetFileInfo(file.xet_hash, file.size)
+    info = stored(api, bucket, content)
     group = stream_group(hub.endpoint, bucket, retry_base_delay=timedelta(milliseconds=1))
     for fault in (
         Fault(route="xorb-data", truncate_at=1000, times=1),
@@ -62,8 +63,7 @@ def test_hf_xet_gets_over_faults_except_for_wrong_bytes(hub, bucket):
     assert (len(received), received != content) == (len(content), True)
 
 
-def test_many_streams_at_once(hub, bucket):
-    api = HfApi(endpoint=hub.endpoint, token=False)
+def test_many_streams_at_once(hub, api, bucket):
     contents = {f"file-{number}": os.urandom(300_000 + number) for number in range(24)}
     api.batch_bucket_files(bucket, add=[(content, name) for name, content in contents.items()])
     files = {file.path: file for file in api.list_bucket_tree(bucket, recursive=True)}
@@ -77,7 +77,7 @@ def test_many_streams_at_once(hub, bucket):
         assert all(threads.map(fetch, contents))
 
 
-def test_the_same_content_from_many_threads_and_processes(hub, bucket, tmp_path):
+def test_the_same_content_from_many_threads_and_processes(hub, api, bucket, tmp_path):
     path = tmp_path / "content"
     path.write_bytes(os.urandom(2 * MIB))
     script = (
@@ -90,7 +90,6 @@ def test_the_same_content_from_many_threads_and_processes(hub, bucket, tmp_path)
         subprocess.Popen([*command, f"process-{number}"], env=os.environ | {"HF_HOME": str(tmp_path / str(number))})
         for number in range(3)
     ]
-    api = HfApi(endpoint=hub.endpoint, token=False)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda at: api.batch_bucket_files(bucket, add=[(path, f"thread-{at}")]), range(16)))
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -101,11 +100,6 @@ def test_the_same_content_from_many_threads_and_processes(hub, bucket, tmp_path)
 
 
 @pytest.fixture
-def raw(hub):
-    return Raw(hub.endpoint)
-
-
-@pytest.fixture
 def write(raw, bucket):
     return raw.storage_token(bucket)
 
@@ -113,90 +107,71 @@ def write(raw, bucket):
 def test_a_xorb_goes_in_once(raw, write):
     body, digest = make_xorb([os.urandom(1000)])
     for inserted in (True, False):
-        answer = raw.call("POST", f"/v1/xorbs/default/{to_hex(digest)}", body, write)
+        answer = raw.post_xorb(digest, body, write)
         assert (answer.status, answer.json) == (200, {"was_inserted": inserted})
 
 
 def test_a_xorb_must_be_the_one_that_its_hash_names(raw, write):
     chunks = [os.urandom(1000), os.urandom(1000)]
     body, digest = make_xorb(chunks)
-    path = f"/v1/xorbs/default/{to_hex(digest)}"
     for wrong in (make_xorb(chunks[::-1])[0], body[:-1] + bytes([body[-1] ^ 1]), body[:1008]):
-        answer = raw.call("POST", path, wrong, write)
-        assert answer.status == 400
-        assert "the content hashes to" in answer.error
-    assert raw.call("POST", path, body[:-1], write).status == 400
+        answer = raw.post_xorb(digest, wrong, write)
+        assert (answer.status, "the content hashes to" in answer.error) == (400, True)
+    assert raw.post_xorb(digest, body[:-1], write).status == 400
     assert raw.call("POST", "/v1/xorbs/default/xyz", body, write).status == 400
     shard, _ = make_shard(digest, chunks)
     assert raw.call("POST", "/v1/shards", shard, write).status == 400
-    assert raw.call("POST", path, body, write).json == {"was_inserted": True}
+    assert raw.post_xorb(digest, body, write).json == {"was_inserted": True}
     assert raw.call("POST", "/v1/shards", shard, write).json == {"result": 1}
 
 
-def test_a_shard_that_does_not_agree_leaves_nothing_behind(raw, write, bucket):
+def test_a_shard_that_contradicts_its_xorb_leaves_nothing_behind(raw, write, bucket):
     chunks = [os.urandom(1000), os.urandom(1000)]
     body, xorb = make_xorb(chunks)
-    assert raw.call("POST", f"/v1/xorbs/default/{to_hex(xorb)}", body, write).status == 200
+    assert raw.post_xorb(xorb, body, write).status == 200
     shard, digest = make_shard(xorb, chunks, terms=[(1999, 0, 2)])
     answer = raw.call("POST", "/v1/shards", shard, write)
-    assert answer.status == 400
-    assert "has 1999 bytes" in answer.error
-    add = {"type": "addFile", "path": "x", "xetHash": to_hex(digest), "mtime": 0}
-    assert raw.batch(bucket, add).status == 422
-    assert raw.call("GET", f"/v1/reconstructions/{to_hex(digest)}", headers=write).status == 404
+    assert (answer.status, "has 1999 bytes" in answer.error) == (400, True)
+    assert raw.batch(bucket, add_file("x", to_hex(digest))).status == 422
+    assert raw.reconstruct(to_hex(digest), write).status == 404
 
 
-def test_bodies_that_are_too_long(raw, bucket, write):
-    body = bytes(MAX_XORB_BODY_BYTES + 1)
-    for path in (f"/v1/xorbs/default/{'0' * 64}", "/v1/shards"):
-        assert raw.call("POST", path, body, write).status == 413
-    for path in ("batch", "paths-info"):
-        answer = raw.call("POST", f"/api/buckets/{bucket}/{path}", body[: 16 * MIB + 1])
-        assert answer.status == 413
-        assert "limit of 16777216 bytes" in answer.error
-
-
-def test_ranges_of_a_reconstruction(raw, bucket):
+@pytest.mark.parametrize(
+    ("wanted", "chunks"),
+    [
+        (None, (0, 0, 3)),
+        ("bytes=0-299", (0, 0, 3)),
+        ("bytes=99-99", (99, 0, 1)),
+        ("bytes=100-199", (0, 1, 2)),
+        ("bytes=150-200", (50, 1, 3)),
+        ("bytes=250-", (50, 2, 3)),
+        ("bytes=250-9999999", (50, 2, 3)),
+        ("bytes=-1", (99, 2, 3)),
+        ("lines=1-2", (0, 0, 3)),
+    ],
+)
+def test_ranges_of_a_reconstruction(raw, bucket, wanted, chunks):
     digest = upload(raw, bucket, [b"a" * 100, b"b" * 100, b"c" * 100])
     read = raw.storage_token(bucket, "read")
-
-    def reconstruct(wanted: str | None):
-        headers = read if wanted is None else {**read, "Range": wanted}
-        return raw.call("GET", f"/v1/reconstructions/{digest}", headers=headers)
-
-    def chunks(wanted: str | None) -> tuple[int, int, int]:
-        answer = reconstruct(wanted).json
-        (term,) = answer["terms"]
-        return answer["offset_into_first_range"], term["range"]["start"], term["range"]["end"]
-
-    assert chunks(None) == (0, 0, 3)
-    assert chunks("bytes=0-299") == (0, 0, 3)
-    assert chunks("bytes=99-99") == (99, 0, 1)
-    assert chunks("bytes=100-199") == (0, 1, 2)
-    assert chunks("bytes=150-200") == (50, 1, 3)
-    assert chunks("bytes=250-") == (50, 2, 3)
-    assert chunks("bytes=250-9999999") == (50, 2, 3)
-    assert chunks("bytes=-1") == (99, 2, 3)
-    assert chunks("lines=1-2") == (0, 0, 3)
-    assert reconstruct("bytes=300-").status == 416
-    assert raw.call("GET", f"/v1/reconstructions/{'0' * 63}1", headers=read).status == 404
+    answer = raw.reconstruct(digest, read | ({"Range": wanted} if wanted else {})).json
+    (term,) = answer["terms"]
+    assert (answer["offset_into_first_range"], *term["range"].values()) == chunks
+    assert raw.reconstruct(digest, {**read, "Range": "bytes=300-"}).status == 416
+    assert raw.reconstruct("0" * 63 + "1", read).status == 404
 
 
-def test_xorb_bytes_by_range(hub, raw, bucket):
+def test_xorb_bytes_by_range(raw, bucket):
     chunks = [os.urandom(100_000) for _ in range(20)]
-    digest = upload(raw, bucket, chunks)
+    path = raw.xorb_link(bucket, upload(raw, bucket, chunks))
     body, _ = make_xorb(chunks)
-    answer = raw.call("GET", f"/v1/reconstructions/{digest}", headers=raw.storage_token(bucket, "read")).json
-    (fetch,) = next(iter(answer["fetch_info"].values()))
-    path = fetch["url"].removeprefix(hub.endpoint)
-    assert (fetch["url_range"]["start"], fetch["url_range"]["end"]) == (0, len(body) - 1)
-    whole = raw.call("GET", path)
-    assert (whole.status, whole.body) == (200, body)
-    part = raw.call("GET", path, headers={"Range": "bytes=5-1500000"})
-    assert (part.status, part.headers["Content-Range"]) == (206, f"bytes 5-1500000/{len(body)}")
-    assert part.body == body[5:1_500_001]
-    everything = raw.call("GET", path, headers={"Range": f"bytes=0-{len(body) - 1}"})
-    assert (everything.status, everything.body) == (206, body)
+    for wanted, status, start, stop in [
+        (None, 200, 0, len(body)),
+        ("bytes=5-1500000", 206, 5, 1_500_001),
+        (f"bytes=0-{len(body) - 1}", 206, 0, len(body)),
+    ]:
+        answer = raw.call("GET", path, headers={"Range": wanted} if wanted else {})
+        assert (answer.status, answer.body) == (status, body[start:stop])
+        assert answer.headers["Content-Range"] == (wanted and f"bytes {start}-{stop - 1}/{len(body)}")
     assert raw.call("HEAD", path).headers["Content-Length"] == str(len(body))
     assert raw.call("GET", path, headers={"Range": f"bytes={len(body)}-"}).status == 416
     assert raw.call("GET", path.replace("expires=1", "expires=2")).status == 403

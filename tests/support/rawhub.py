@@ -1,4 +1,4 @@
-"""What the tests need below the clients: plain HTTP, and xorbs and shards made by hand."""
+"""Plain HTTP requests to a Hub, and xorbs and shards made by hand."""
 
 import http.client
 import json
@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 import lz4.frame
 
 from localhub.formats.hashing import chunk_hash, file_hash, to_hex, xorb_hash
+
+EMPTY = to_hex(bytes(32))
+"""The hash of the empty file."""
 
 END = b"\xff" * 32
 TAG = b"HFRepoMetaData\0" + bytes([85, 105, 103, 69, 106, 123, 129, 87, 131, 165, 189, 217, 92, 205, 209, 74, 169])
@@ -56,9 +59,28 @@ class Raw:
     def batch(self, bucket: str, *operations: dict[str, Any]) -> Answer:
         return self.call("POST", f"/api/buckets/{bucket}/batch", "\n".join(json.dumps(one) for one in operations))
 
+    def info(self, bucket: str) -> Answer:
+        return self.call("GET", f"/api/buckets/{bucket}")
+
+    def post_xorb(self, digest: bytes, body: bytes, headers: dict[str, str]) -> Answer:
+        return self.call("POST", f"/v1/xorbs/default/{to_hex(digest)}", body, headers)
+
+    def reconstruct(self, digest: str, headers: dict[str, str]) -> Answer:
+        return self.call("GET", f"/v1/reconstructions/{digest}", headers=headers)
+
+    def xorb_link(self, bucket: str, digest: str) -> str:
+        """Path and query at which the only xorb of a file is served."""
+        ((fetch,),) = self.reconstruct(digest, self.storage_token(bucket, "read")).json["fetch_info"].values()
+        return fetch["url"].removeprefix(self.endpoint)
+
     def storage_token(self, bucket: str, right: str = "write") -> dict[str, str]:
         token = self.call("GET", f"/api/buckets/{bucket}/xet-{right}-token").json["accessToken"]
         return {"Authorization": f"Bearer {token}"}
+
+
+def add_file(path: str, digest: str = EMPTY) -> dict[str, Any]:
+    """The operation of a batch that adds an uploaded file, by default the empty one."""
+    return {"type": "addFile", "path": path, "xetHash": digest, "mtime": 0}
 
 
 def packed(chunk: bytes, scheme: int = 0) -> bytes:
@@ -108,7 +130,7 @@ def upload(raw: Raw, bucket: str, chunks: Sequence[bytes], scheme: int = 0) -> s
     """Upload a file of these chunks by hand and return its hash as text."""
     token = raw.storage_token(bucket)
     body, xorb = make_xorb(chunks, scheme)
-    assert raw.call("POST", f"/v1/xorbs/default/{to_hex(xorb)}", body, token).status == 200
+    assert raw.post_xorb(xorb, body, token).status == 200
     shard, digest = make_shard(xorb, chunks)
     assert raw.call("POST", "/v1/shards", shard, token).status == 200
     return to_hex(digest)
