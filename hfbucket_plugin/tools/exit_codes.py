@@ -1,4 +1,7 @@
-"""The exit codes of all commands. They are an interface: scripts, schedules and pipelines branch on them."""
+"""The exit codes of all commands. They are an interface: scripts, schedules and pipelines branch on them.
+
+The plugin's own commands (`doctor`, `ls`, `stat`) use `OK`, `WARNINGS`, `USAGE` and `ERRORS`, the warmer and the jobs the others.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,29 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-
 OK: Final = 0
-"""Done; `doctor` found nothing to mend."""
+"""Done; `doctor` found nothing to fix."""
 
 WARNINGS: Final = 1
-"""`doctor` found warnings and no errors; `ls` and `stat` found nothing that `--model` or `--prefix` selects."""
-
-USAGE: Final = 2
-"""The command or the configuration is wrong: nothing was asked of the Hub. Also Typer's own code."""
+"""`doctor` found warnings and no errors; nothing matched `--model` or `--prefix` of `ls` or `stat`."""
 
 ERRORS: Final = 3
-"""`doctor` found errors; `ls` and `stat` could not list everything."""
-
+"""`doctor` found errors; `ls` or `stat` could not list everything."""
 
 COMPLETE: Final = 0
-"""Every selected chunk is on every node."""
+"""Everything that was asked for is done, or was done before."""
 
-"""The command, the configuration or the rights are wrong: the same command would fail again. Also Typer's own code."""
+USAGE: Final = 2
+"""The command, the configuration or the permissions are wrong: the same command would fail again. Also Typer's own code."""
 
 FAILED: Final = 3
-"""Some chunks are not there, each named; or a node took no part or was lost; or the Hub could not be reached. Running again moves only what is missing."""
+"""Something failed and was reported, or the Hub did not answer. Running again does only what is left."""
 
 REFUSED: Final = 4
-"""There was nothing to do or nowhere to do it: nothing selected that fits the tier, no node that takes part or takes
-any of it, or no room on any of them for a single chunk."""
+"""Nothing was done, or nothing more: there was nothing to do, or a safety check refused."""
 
 INTERRUPTED: Final = 5
-"""SIGTERM or SIGINT. Running again moves only what is missing."""
-
-
-__all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "REFUSED", "RESULTS", "USAGE", "worst"]
-
-_WORST_FIRST: Final = (INTERRUPTED, USAGE, REFUSED, FAILED)
+"""A signal or `--max-duration` ended the run. Running again does only what is left."""
 
 RESULTS: Final = {
     COMPLETE: "complete",
@@ -48,7 +41,9 @@ RESULTS: Final = {
     REFUSED: "refused",
     INTERRUPTED: "interrupted",
 }
-"""The codes in words, as they stand in summaries."""
+"""The codes of the warmer and the jobs in words, as they stand in summaries."""
+
+_WORST_FIRST: Final = (INTERRUPTED, USAGE, REFUSED, FAILED)
 
 
 def worst(codes: Iterable[int]) -> int:
