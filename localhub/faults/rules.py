@@ -88,7 +88,7 @@ class Fault(BaseModel, extra="forbid", frozen=True):
         # Falsy values count: truncating at 0 and failing the items that contain "" are actions.
         return [name for name in _ACTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
 
-    def meets(self, route: str, method: str, path: str) -> bool:
+    def matches(self, route: str, method: str, path: str) -> bool:
         """Whether the fault matches a request."""
         return (
             self.route in ("*", route)
@@ -192,7 +192,7 @@ class FaultBook:
         delay_s = 0.0
         acting: Rule | None = None
         for rule in self._rules:
-            if rule.spent or (acting and rule.fault.actions()) or not rule.fault.meets(route, method, path):
+            if rule.spent or (acting and rule.fault.actions()) or not rule.fault.matches(route, method, path):
                 continue
             rule.hits += 1
             delay_s += rule.fault.delay_s

@@ -18,7 +18,7 @@ MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_what_is_stored_outlives_the_process(hub_factory, tmp_path, end):
+def test_stored_data_outlives_the_process(hub_factory, tmp_path, end):
     running = hub_factory()
     api = HfApi(endpoint=running.endpoint, token=False)
     api.create_bucket("kept/one", private=True)
@@ -60,7 +60,7 @@ def test_two_processes_serve_one_root(hub_factory, tmp_path):
     assert one.bucket_info("shared/one").total_files == two.bucket_info("shared/one").total_files == 3201
 
 
-def test_memory_does_not_grow_with_what_passes(hub_factory, tmp_path):
+def test_memory_does_not_grow_with_the_size_of_files(hub_factory, tmp_path):
     running = hub_factory()
     api = HfApi(endpoint=running.endpoint, token=False)
     api.create_bucket("big/one")

@@ -44,7 +44,7 @@ def test_the_empty_file_has_the_hash_of_zeros(api, bucket, tmp_path):
     assert api.get_bucket_file_metadata(bucket, "bytes").size == 0
 
 
-def test_overwriting_and_deleting_keep_the_sums_right(api, bucket):
+def test_overwriting_and_deleting_update_the_totals(api, bucket):
     api.batch_bucket_files(bucket, add=[(b"12345", "a"), (b"123", "b")])
     api.batch_bucket_files(bucket, add=[(b"1234567", "a")], delete=["b", "was never there"])
     assert (api.bucket_info(bucket).total_files, api.bucket_info(bucket).size) == (1, 7)
@@ -75,7 +75,7 @@ def test_copies_move_no_bytes(hub, api, new_bucket, tmp_path):
     assert read(api, target, tmp_path, "to") == {"to": content}
 
 
-def test_copies_that_cannot_be(api, new_bucket):
+def test_impossible_copies_fail(api, new_bucket):
     source, target, abroad = new_bucket(), new_bucket(), new_bucket(region="eu")
     api.batch_bucket_files(source, add=[(b"content", "from")])
     digest = next(iter(api.get_bucket_paths_info(source, ["from"]))).xet_hash
@@ -132,7 +132,7 @@ def test_sync_both_ways(api, bucket, tmp_path):
     assert plan.summary()["uploads"] == 0
 
 
-def test_what_resolve_answers(hub, api, raw, bucket):
+def test_responses_of_resolve(hub, api, raw, bucket):
     api.batch_bucket_files(bucket, add=[(b"0123456789", "some dir/näme")])
     answer = raw.call("HEAD", f"/buckets/{bucket}/resolve/some%20dir%2Fn%C3%A4me")
     assert answer.status == 302

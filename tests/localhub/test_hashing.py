@@ -14,7 +14,7 @@ def test_text_form_of_hashes():
 
 
 @pytest.mark.parametrize("text", ["", "0" * 63, "0" * 65, "g" * 64, "+" + "0" * 63, " " * 64])
-def test_what_is_no_hash(text):
+def test_invalid_hashes_are_refused(text):
     with pytest.raises(ValueError, match="not a Xet hash"):
         from_hex(text)
 

@@ -63,7 +63,7 @@ def test_directories_have_the_time_of_their_newest_file(small_pages):
     assert {entry.uploaded_at for entry in directories} == {files["dir/1"].uploaded_at}
 
 
-def test_pages_hold_still_while_files_come_and_go(small_pages):
+def test_pages_are_consistent_while_files_come_and_go(small_pages):
     api = fill(small_pages.endpoint, "list/moving", ["b", "d", "f", "h"])
     entries = iter(api.list_bucket_tree("list/moving", recursive=True))
     assert [next(entries).path, next(entries).path] == ["b", "d"]

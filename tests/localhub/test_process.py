@@ -48,21 +48,24 @@ def test_a_hub_does_not_outlive_the_process_that_started_it(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "root")]
     started = subprocess.run(command, capture_output=True, text=True, check=False)
     assert started.returncode == -9
-    # Whoever inherits it may be slow to collect it, or never do.
+    # The process that inherits it may collect it late, or never.
     with suppress(psutil.NoSuchProcess):
         hub = psutil.Process(int(started.stdout))
         while hub.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
 
 
-def test_a_port_that_is_taken(hub, tmp_path):
-    with pytest.raises(HubStartError, match="Address already in use"):
-        start(tmp_path / "root", port=hub.port)
-
-
-def test_a_hub_that_takes_too_long_is_given_up(tmp_path):
-    with pytest.raises(HubStartError, match="did not start: nothing on stderr"):
-        start(tmp_path / "root", start_timeout_s=0.0)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda hub: {"port": hub.port}, "Address already in use"),
+        (lambda _: {"start_timeout_s": 0.0}, "did not start: nothing on stderr"),
+        (lambda hub: {"tokens": hub.root / "missing.yaml"}, "No such file"),
+    ],
+)
+def test_a_hub_that_does_not_start(hub, tmp_path, options, words):
+    with pytest.raises(HubStartError, match=words):
+        start(tmp_path / "root", **options(hub))
 
 
 def test_a_root_that_cannot_be_made(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_a_client_that_follows_the_answer_gets_the_bytes_and_no_chunk_too_many(d
 
 
 @given(files())
-def test_both_versions_say_the_same(drawn):
+def test_both_versions_hold_the_same(drawn):
     found = drawn[1]
     one, two = describe(found, to_hex), describe_v2(found, to_hex)
     translated = {
@@ -80,7 +80,7 @@ def test_no_bytes_need_no_chunks():
     assert describe([], to_hex) == {"offset_into_first_range": 0, "terms": [], "fetch_info": {}}
 
 
-def test_runs_of_one_xorb_that_touch_are_fetched_once():
+def test_adjacent_runs_of_one_xorb_are_fetched_once():
     table = ChunkTable(array("I", [10, 20, 30, 40, 50]), array("I", [1, 2, 3, 4, 5]))
     xorb = bytes(32)
     terms = b"".join(_TERM.pack(xorb, 0, end - first, first, end) for first, end in [(0, 2), (1, 3), (4, 5)])
@@ -91,6 +91,6 @@ def test_runs_of_one_xorb_that_touch_are_fetched_once():
     assert ranges == [(0, 3, {"start": 0, "end": 29}), (4, 5, {"start": 40, "end": 49})]
 
 
-def test_a_xorb_that_is_gone_is_noticed():
+def test_a_missing_xorb_is_noticed():
     with pytest.raises(MissingXorbError):
         list(pieces(_TERM.pack(bytes(32), 0, 1, 0, 1), 0, 1, lambda _digest: None))

@@ -60,7 +60,7 @@ def test_malformed_requests_are_refused_whole(raw, bucket, path, body, complaint
         ("ü" * 513, "1026 bytes"),
     ],
 )
-def test_paths_that_cannot_be(raw, bucket, path, reason):
+def test_invalid_paths_are_refused(raw, bucket, path, reason):
     answer = raw.batch(bucket, add_file(path))
     assert (answer.status, answer.json["succeeded"]) == (422, 0)
     assert reason in answer.json["failed"][0]["error"]

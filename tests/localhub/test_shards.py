@@ -15,7 +15,7 @@ def check(shard: bytes) -> None:
     check_shard(*parse_shard(shard), {XORB: (stored.table, stored.hashes)}.get)
 
 
-def test_what_a_shard_says():
+def test_the_records_of_a_shard():
     shard, digest = make_shard(XORB, CHUNKS)
     files, xorbs = parse_shard(shard)
     assert [(file.digest, file.size) for file in files] == [(digest, 12)]
@@ -23,11 +23,11 @@ def test_what_a_shard_says():
     check(shard)
 
 
-def test_an_empty_shard_is_fine():
+def test_an_empty_shard_is_valid():
     assert parse_shard(TAG + bytes(16) + (END + bytes(16)) * 2) == ([], [])
 
 
-def test_verification_and_metadata_entries_are_stepped_over():
+def test_verification_and_metadata_entries_are_skipped():
     shard, digest = make_shard(XORB, CHUNKS)
     flagged = shard[:80] + (3 << 30).to_bytes(4, "little") + shard[84:144] + bytes(96) + shard[144:]
     files, xorbs = parse_shard(flagged)
@@ -51,6 +51,6 @@ def test_verification_and_metadata_entries_are_stepped_over():
         (make_shard(XORB, CHUNKS[::-1], digest=make_shard(XORB, CHUNKS)[1])[0], "differ from the stored ones"),
     ],
 )
-def test_shards_that_are_refused(shard, complaint):
+def test_invalid_shards_are_refused(shard, complaint):
     with pytest.raises(ShardError, match=complaint):
         check(shard)

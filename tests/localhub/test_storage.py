@@ -178,7 +178,7 @@ def test_xorb_bytes_by_range(raw, bucket):
     assert raw.call("GET", path.partition("?")[0]).status == 403
 
 
-def test_a_hub_that_lost_everything_refuses_what_clients_believe_is_there(hub_factory, tmp_path):
+def test_a_hub_that_lost_its_data_refuses_shards_of_missing_xorbs(hub_factory, tmp_path):
     first = hub_factory(tmp_path / "root")
     endpoint, content = first.endpoint, os.urandom(500_000)
     api = HfApi(endpoint=endpoint, token=False)
