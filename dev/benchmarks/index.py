@@ -137,7 +137,7 @@ def engines(delay_ms: float, runs: int) -> dict[str, dict[str, dict[str, Any]]]:
         HfApi(endpoint=hub.endpoint, token=False).create_bucket(BUCKET)
         for mode in ("classic", "mp"):
             hub.control.clear_faults()
-            children.run(hub, f"benchmarks.{mode}", "prepare", case=CASE, folder=mode, seeds=seeds)
+            children.run(hub, f"dev.benchmarks.{mode}", "prepare", case=CASE, folder=mode, seeds=seeds)
             children.run(hub, "dev.benchmarks.indexed", "build", folder=mode)
             if delay_ms:
                 hub.control.add_fault(Fault(delay_s=delay_ms / 1000))

@@ -88,7 +88,7 @@ def scenarios() -> Iterator[Scenario]:
 
 def measure(hub: RunningHub, scenario: Scenario, runs: int, delay: Fault | None) -> dict[str, Row]:
     """Run every side, alternating."""
-    module = f"benchmarks.{scenario.mode}"
+    module = f"dev.benchmarks.{scenario.mode}"
     folder = scenario.name.replace(" ", "-")
     hub.control.clear_faults()
     if scenario.action == "get":
