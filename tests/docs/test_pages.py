@@ -13,6 +13,7 @@ from hfbucket_plugin.core import telemetry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+LONGEST = 260
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -83,3 +84,17 @@ def test_every_metric_is_described():
     assert len(names) >= 12
     for name in names:
         assert f"`{name}`" in page
+
+
+def test_the_files_that_the_design_names_exist():
+    text = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.py)?)`", text))
+    bases = (REPOSITORY, REPOSITORY / "hfbucket_plugin", REPOSITORY / "hfbucket_plugin" / "index")
+
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not any((base / name).exists() for base in bases)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_is_too_long_to_read(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST
