@@ -237,3 +237,7 @@ class Interrupted(BaseException):
 
     An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
     """
+
+
+class GuardError(RefusedError):
+    """The plan or the listing that it came from looks wrong: nothing is deleted."""

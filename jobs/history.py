@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
-from jobs.deletion.guards import Extent, GuardError
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.errors import GuardError
 from jobs.lock import records
 
 if TYPE_CHECKING:

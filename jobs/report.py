@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import prometheus_client
 
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.files import OutputFile, write_whole
-from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.tools import console, exit_codes
 from jobs.batch.model import Outcome
-from jobs.deletion.guards import NOTHING, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,11 +20,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from jobs.batch.model import Ended
-    from jobs.deletion.plan import Header, PlanFile
-    from jobs.session import Summary as Told
+
 
 NAMED_FAILURES: Final = 1000
 """Failed objects that a summary names; the report file names all."""
+
+
+def note(text: str) -> None:
+    """Write one line for people to stderr: stdout is for programs."""
+    console.complain(text, "jobs")
 
 
 class ReportFile:
@@ -120,111 +123,6 @@ class Tally:
         return Extent(sum(one.objects for one in extents), sum(one.bytes for one in extents))
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What came of a job on one instance.
-
-    Attributes:
-        job: `cleanup` or `rm`.
-        instance: Which.
-        bucket: Its handle.
-        code: The exit code.
-        applied: Whether anything was to be deleted; a plan that is only shown is not.
-        message: Why it did not end well; empty where it did.
-        plan: The plan, where there is one.
-        ended: How much ended, by outcome.
-        chunks_gone: The chunks among what is no longer there.
-        failures: The first objects that failed.
-        seconds: How long it took.
-        absent: Keys that were asked for and are not there, the first ones.
-        absent_count: How many there are.
-    """
-
-    job: str
-    instance: str
-    bucket: str
-    code: int
-    applied: bool
-    message: str = ""
-    plan: PlanFile | None = None
-    ended: dict[StrEnum, Extent] = field(default_factory=dict)
-    chunks_gone: Extent = NOTHING
-    failures: tuple[dict[str, str], ...] = ()
-    seconds: float = 0.0
-    absent: tuple[str, ...] = ()
-    absent_count: int = 0
-
-    @property
-    def unfinished(self) -> Extent:
-        """What was planned and has not ended."""
-        if self.plan is None or not self.applied:
-            return Extent()
-        left = self.plan.left
-        for extent in self.ended.values():
-            left = left.minus(extent)
-        return left
-
-    @property
-    def left(self) -> Extent:
-        """The chunks that the instance has now, as far as this job knows."""
-        return Extent() if self.plan is None else self.plan.totals.listed.minus(self.chunks_gone)
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        if self.message:
-            yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
-        if self.absent:
-            yield f"{self.absent_count} keys that were asked for are not there, such as {self.absent[0]!r}"
-        if self.plan is not None and not self.applied:
-            if not self.code:  # what is refused would be refused again
-                yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
-            return
-        if self.ended:
-            yield ", ".join(f"{outcome}: {extent}" for outcome, extent in self.ended.items())
-        if self.plan is not None and self.code in (exit_codes.FAILED, exit_codes.INTERRUPTED):
-            yield f"to go on: python -m jobs apply {self.plan.path} --yes"
-
-    def gauges(self) -> dict[str, float]:
-        """For metrics."""
-        deleted, failed = (self.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
-        known: dict[str, float] = {} if self.plan is None else {"objects": self.left.objects, "bytes": self.left.bytes}
-        return known | {
-            "deleted_objects": deleted.objects,
-            "deleted_bytes": deleted.bytes,
-            "failed_objects": failed.objects,
-            "unfinished_objects": self.unfinished.objects,
-        }
-
-    def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/retention.md`."""
-        code = self.code
-        result = exit_codes.RESULTS[code] if self.applied or code else "planned"
-        record: dict[str, Any] = {
-            "record": "summary",
-            "job": self.job,
-            "instance": self.instance,
-            "bucket": self.bucket,
-            "result": result,
-            "exit_code": code,
-            "message": self.message,
-            "seconds": round(self.seconds, 3),
-        }
-        if self.plan is not None:
-            record |= {"plan": str(self.plan.path), "heat": self.plan.header.heat} | self.plan.totals.record()
-            record |= {"left": self.left.record(), "unfinished": self.unfinished.record()}
-        record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Outcome}
-        return record | {
-            "failures": list(self.failures),
-            "absent": list(self.absent),
-            "absent_count": self.absent_count,
-        }
-
-
-def header_record(header: Header) -> dict[str, Any]:
-    """The first line of an instance's part of a report."""
-    return header.record() | {"record": "report"}
-
-
 GAUGES: Final = {
     "hfbucket_jobs_objects": "Objects of the instance after the last run",
     "hfbucket_jobs_bytes": "Bytes of these objects",
@@ -242,7 +140,7 @@ GAUGES: Final = {
 }
 
 
-def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int = exit_codes.COMPLETE) -> None:
+def write_metrics(path: Path, summaries: Iterable[Summary], now: float, least: int = exit_codes.COMPLETE) -> None:
     """Write the file that Prometheus' textfile collector reads; it appears whole.
 
     Args:
@@ -267,3 +165,28 @@ def write_metrics(path: Path, summaries: Iterable[Told], now: float, least: int 
         for name, value in values.items():
             gauges[f"hfbucket_jobs_{name}"].labels(instance=summary.instance, job_name=summary.job).set(value)
     write_whole(path, prometheus_client.generate_latest(registry).decode(), "--metrics-textfile")
+
+
+class Summary(Protocol):
+    """What came of one job."""
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+
+    @property
+    def job(self) -> str:
+        """Which job."""
+
+    @property
+    def instance(self) -> str:
+        """What it was about, for people and for metrics."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+
+    def gauges(self) -> dict[str, float]:
+        """For metrics, by the names in `jobs.report.GAUGES`."""

@@ -8,48 +8,32 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from hfbucket_plugin.core import texts
+from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.files import expect_apart
-from hfbucket_plugin.errors import Interrupted
+from hfbucket_plugin.errors import (
+    HFBucketError,
+    IntegrityError,
+    Interrupted,
+    RefusedError,
+    ScratchError,
+    ThrottledError,
+    TransportError,
+)
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.signals import StopSwitch
-from jobs.cli import show
-from jobs.deletion.job import code_of, in_words
-from jobs.report import ReportFile, write_metrics
+from hfbucket_plugin.tools.signals import Stop, StopSwitch
+from jobs.lock.lock import LockLapsedError
+from jobs.report import ReportFile, Summary, note, write_metrics
+from warmer.report.outcomes import local_trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-
-class Summary(Protocol):
-    """What came of one job."""
-
-    @property
-    def code(self) -> int:
-        """The exit code."""
-
-    @property
-    def job(self) -> str:
-        """Which job."""
-
-    @property
-    def instance(self) -> str:
-        """What it was about, for people and for metrics."""
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-
-    def gauges(self) -> dict[str, float]:
-        """For metrics, by the names in `jobs.report.GAUGES`."""
 
 
 Work = Callable[[ReportFile, StopSwitch], Summary | None]
@@ -109,7 +93,7 @@ class Session:
                 sys.stdout.write(texts.as_json(_told(summary, file)) + "\n")
             sys.stdout.flush()
         if file.problem:
-            show.note(file.problem)
+            note(file.problem)
         if waiting:
             end(_told_to_stop(waiting), exit_codes.INTERRUPTED)
         raise typer.Exit(exit_codes.worst([*self._codes, _code_of_file(file)]))
@@ -126,13 +110,13 @@ class Session:
             raise
         except Exception as error:  # noqa: BLE001 - each is done whatever becomes of the others
             self.broken.append(code_of(error))
-            show.note(f"{name}: {in_words(error)}")
+            note(f"{name}: {in_words(error)}")
             return None
 
     def _add(self, summary: Summary) -> None:
         self.summaries.append(summary)
         for line in summary.lines():
-            show.note(f"{summary.instance}: {line}")
+            note(f"{summary.instance}: {line}")
 
 
 def _code_of_file(file: ReportFile) -> int:
@@ -194,10 +178,59 @@ class Commands(TyperGroup):
 
 def end(message: str, code: int) -> NoReturn:
     """Say why, and end the command."""
-    show.note(message)
+    note(message)
     raise typer.Exit(code)
 
 
 def record_of(values: dict[str, Any]) -> dict[str, Any]:
     """What was asked for, for a plan's header: without what was not."""
     return {name: value for name, value in values.items() if value}
+
+
+_LIMIT: Final = "--max-duration"
+
+
+def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
+    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
+
+    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
+    inside a client that takes it for a failure.
+    """
+    with patience(until):
+        code, message = _coded(work)
+    if message and code == exit_codes.FAILED and stop.requested:
+        return exit_codes.INTERRUPTED, f"told to stop; {message}"
+    if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
+        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
+    return code, message
+
+
+def _coded(work: Callable[[], int]) -> tuple[int, str]:
+    try:
+        return work(), ""
+    except Interrupted:
+        return exit_codes.INTERRUPTED, "told to stop"
+    except ThrottledError as error:  # all pauses but the last one were waited out
+        return code_of(error), f"{error}; {_LIMIT} would be over before"
+    except HFBucketError as error:
+        return code_of(error), str(error)
+    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+        return code_of(error), in_words(error)
+
+
+def in_words(error: Exception) -> str:
+    """Why something ended, whatever it was: one line, never a traceback."""
+    return local_trouble(error) or str(error)
+
+
+def code_of(error: Exception) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
+        return exit_codes.FAILED
+    if isinstance(error, RefusedError):
+        return exit_codes.REFUSED
+    if not isinstance(error, HFBucketError) or isinstance(
+        error, (TransportError, ThrottledError, IntegrityError, ScratchError)
+    ):
+        return exit_codes.FAILED
+    return exit_codes.USAGE

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hfbucket_plugin.core.keys import Content, parse_key
 from hfbucket_plugin.hub.listing import ChunkEntry
 from hfbucket_plugin.tools.selection import Choice
-from jobs.export.plan import Header, Place, PlanFile, PlanWriter, Renames
-from jobs.export.planning import ExportPlanning, OnConflict, Wanted
+from jobs.export.plan import Header, OnConflict, Place, PlanFile, PlanWriter, Renames
+from jobs.export.planning import ExportPlanning, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,10 +11,11 @@ from hfbucket_plugin.config.settings import KEY_ROOT
 from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from hfbucket_plugin.config.settings import InstanceSettings
+    from hfbucket_plugin.core.keys import BucketHandle
 
 _BUILT_IN_TYPE: Final = "hfbucket"
 OUR_MODULE: Final = "hfbucket_plugin.adapter"
@@ -82,3 +83,8 @@ def _is_bucket(config: EngineConfig, plugin: str) -> bool:
     return (
         plugin.split(".", maxsplit=1)[0] == _BUILT_IN_TYPE or config.plugin_value(plugin, "module_path") == OUR_MODULE
     )
+
+
+def handles_of(instances: Iterable[NamedInstance]) -> tuple[BucketHandle, ...]:
+    """The handles of instances, each once."""
+    return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core import texts
 
@@ -148,3 +149,50 @@ def format_ranks(ranks: Iterable[int]) -> str:
         else:
             runs.append([rank, rank])
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much there is of something.
+
+    Attributes:
+        objects: How many objects.
+        bytes: The sum of their sizes.
+    """
+
+    objects: int = 0
+    bytes: int = 0
+
+    def plus(self, nbytes: int) -> Extent:
+        """With one more object of that size."""
+        return Extent(self.objects + 1, self.bytes + nbytes)
+
+    def and_(self, other: Extent) -> Extent:
+        """With another extent."""
+        return Extent(self.objects + other.objects, self.bytes + other.bytes)
+
+    def minus(self, other: Extent) -> Extent:
+        """Without another extent; never below nothing."""
+        return Extent(max(0, self.objects - other.objects), max(0, self.bytes - other.bytes))
+
+    def record(self) -> dict[str, int]:
+        """For JSON."""
+        return {"objects": self.objects, "bytes": self.bytes}
+
+    @classmethod
+    def from_record(cls, record: Any) -> Extent:
+        """Read what `record` made.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        objects, nbytes = (record.get("objects"), record.get("bytes")) if isinstance(record, dict) else (None, None)
+        if type(objects) is not int or type(nbytes) is not int or objects < 0 or nbytes < 0:
+            raise ValueError("an extent needs objects and bytes, as numbers")
+        return cls(objects, nbytes)
+
+    def __str__(self) -> str:
+        return f"{count(self.objects, 'object')}, {size(self.bytes)}"
+
+
+NOTHING: Final = Extent()

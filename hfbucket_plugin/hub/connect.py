@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.config.settings import MIB, PIECE_BYTES
 from hfbucket_plugin.core.concurrency import FairPool
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.files import Scratch
 from hfbucket_plugin.core.telemetry import Tally
 from hfbucket_plugin.hub.bucket import Bucket
@@ -145,3 +146,20 @@ def opened(named: NamedInstance, timeout_secs: float, *, few_calls: bool = False
         yield bucket
     finally:
         bucket.close()
+
+
+PAGE_SECS: Final = 60.0
+"""A page of a listing; pauses that the Hub asks for do not count."""
+
+
+REQUEST_SECS: Final = 60.0
+
+
+LISTING_SECS: Final = 3600.0
+"""How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
+
+
+def files_in(bucket: Bucket) -> int | None:
+    """How many objects the bucket says that it has; None where it does not say."""
+    total = bucket.info(Deadline.patient(REQUEST_SECS)).get("totalFiles")
+    return total if type(total) is int else None

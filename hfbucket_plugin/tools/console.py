@@ -32,9 +32,15 @@ def json_line(value: Any) -> None:
     sys.stdout.write(f"{texts.as_json(value)}\n")
 
 
-def complain(text: str) -> None:
-    """One line for people."""
-    sys.stderr.write(f"hfbucket: {texts.shown(text)}\n")
+def complain(text: str, program: str = "hfbucket") -> None:
+    """Write one line for people to stderr.
+
+    Args:
+        text: The line.
+        program: Stands before it.
+    """
+    sys.stderr.write(f"{program}: {texts.shown(text)}\n")
+    sys.stderr.flush()
 
 
 def end(text: str, code: int) -> NoReturn:
@@ -82,3 +88,8 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for row in rows:
         table.add_row(*(Text(texts.shown(cell)) for cell in row))
     return table
+
+
+def at_terminal() -> bool:
+    """Whether somebody can be shown a plan, and asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -208,3 +209,29 @@ class PlanOutput:
         self._out.flush()
         os.fsync(self._out.fileno())
         Path(self._part).replace(self._path)
+
+
+def default_plan_dir() -> Path:
+    """Where plans go that nobody wanted elsewhere."""
+    return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
+
+
+def plan_dir(wanted: Path | None) -> Path:
+    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
+
+    Raises:
+        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
+        OSError: It cannot be made.
+    """
+    if wanted is not None:
+        return wanted
+    directory = default_plan_dir()
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RefusedError(
+            f"{str(directory)!r}, where plans go, is no directory that is only yours: others could change a plan there. Take "
+            "it away, or give --plan-dir DIR"
+        )
+    return directory

@@ -11,19 +11,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Protocol
 
-from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from hfbucket_plugin.hub.bucket import MAX_BATCH
-from jobs.batch.model import Batch, Result, T, attempt
+from jobs.batch.model import Batch, Result, T
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
 
-    from hfbucket_plugin.hub.bucket import Bucket
-    from jobs.batch.model import Elsewhere, Ended
-    from jobs.deletion.plan import Item
+    from jobs.batch.model import Ended
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ class Executor(Protocol[T]):
 
         Args:
             batch: What it is about.
-            not_after: See `jobs.batch.model.attempt`.
+            not_after: See `jobs.deletion.attempt.attempt`.
             seconds: How long it may take, from now on.
             ends: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
         """
@@ -62,36 +59,6 @@ class Executor(Protocol[T]):
 
     def close(self) -> None:
         """Begin no more."""
-
-
-class InProcess:
-    """Batches on threads of this process.
-
-    Args:
-        bucket: The instance's.
-        width: How many at one time.
-        source: Of a mirror.
-    """
-
-    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
-        self.width = width
-        self._bucket = bucket
-        self._source = source
-        self._pool = WorkerPool("jobs-delete", width)
-
-    def submit(
-        self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
-    ) -> Future[Result[Item]]:
-        """Begin a try at a batch. However late its thread gets to it, it ends in time."""
-        deadline = Deadline.after(seconds)
-        return self._pool.submit(attempt, self._bucket, batch, not_after, deadline, source=self._source)
-
-    def lose(self, _future: Future[Result[Item]]) -> None:
-        """Threads end by themselves: every request has its deadline."""
-
-    def close(self) -> None:
-        """Begin no more."""
-        self._pool.close()
 
 
 class Stop(Protocol):

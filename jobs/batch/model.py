@@ -1,34 +1,18 @@
-"""One try at one batch: look every object up again, and delete those that are still the ones that were planned."""
+"""Batches of objects, and what comes of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from time import monotonic
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
-
-from hfbucket_plugin.errors import DeadlineError, ThrottledError, TransportError
-from jobs.lock.clock import HubClock
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
-    from datetime import datetime
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-    from jobs.deletion.plan import Item
 
 TRIES: Final = 4
 """Most tries at an object that fails; waiting for the Hub's quota is none."""
-
-FRESH_SECS: Final = 3.0
-"""How old a look may be, from when it was asked for, when the delete or the naming that goes by it is sent."""
-
-SEND_SECS: Final = 10.0
-"""When such a request is given up: the longer it is under way, the older the look that it goes by."""
-
-_PAUSE_SECS: Final = 1.0
-"""After a 429 that does not say how long to wait."""
 
 
 class Thing(Protocol):
@@ -52,17 +36,6 @@ class Thing(Protocol):
 
 
 T = TypeVar("T", bound=Thing)
-
-
-class Outcome(StrEnum):
-    """How an object ended. The values stand in reports."""
-
-    DELETED = "deleted"
-    GONE = "gone"  # before we came to it
-    USED = "used"  # read since it was planned, and it was to go for lack of use: it stays
-    CHANGED = "changed"  # written anew since it was planned, or at a mirror's source again: it stays
-    TOO_YOUNG = "too-young"  # only a plan that was edited names one
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +85,23 @@ class Result(Generic[T]):
     wait_secs: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """What there was of a batch.
+FRESH_SECS: Final = 3.0
+"""How old a look may be, from when it was asked for, when the delete or the naming that goes by it is sent."""
 
-    Attributes:
-        found: By path.
-        sent: When it was asked for: it is true of no moment before.
-        deadline: Until when something may be deleted by it.
-    """
 
-    found: dict[str, ObjectInfo]
-    sent: float
-    deadline: Deadline
+SEND_SECS: Final = 10.0
+"""When such a request is given up: the longer it is under way, the older the look that it goes by."""
 
-    @property
-    def fresh(self) -> bool:
-        """Whether something may still be deleted by it."""
-        return monotonic() - self.sent <= FRESH_SECS
+
+class Outcome(StrEnum):
+    """How an object ended. The values stand in reports."""
+
+    DELETED = "deleted"
+    GONE = "gone"  # before we came to it
+    USED = "used"  # read since it was planned, and it was to go for lack of use: it stays
+    CHANGED = "changed"  # written anew since it was planned, or at a mirror's source again: it stays
+    TOO_YOUNG = "too-young"  # only a plan that was edited names one
+    FAILED = "failed"
 
 
 class Elsewhere(Protocol):
@@ -141,110 +113,3 @@ class Elsewhere(Protocol):
         Raises:
             HFBucketError: Nobody knows.
         """
-
-
-def attempt(
-    bucket: Bucket,
-    batch: Batch[Item],
-    not_after: datetime,
-    deadline: Deadline,
-    ends: datetime | None = None,
-    *,
-    source: Elsewhere | None = None,
-) -> Result[Item]:
-    """Try once. What was rewritten or is too young stays.
-
-    Between the look and the delete lies one request: a look that has become old before the delete is sent is done again.
-
-    Args:
-        bucket: The instance's.
-        batch: What is to go.
-        not_after: An object that was uploaded later is too young.
-        deadline: Nothing is asked of the Hub after that.
-        ends: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
-            late; None where `deadline` was set when the lock was confirmed.
-        source: Of a mirror: what it has is `changed`, and stays.
-
-    Raises:
-        HFBucketError: What will not pass by waiting: no rights, no such bucket.
-    """
-    paths = [item.path for item in batch.items]
-    try:
-        while True:
-            at_source = () if source is None else source.look_up([item.key for item in batch.items], deadline)
-            look = _look(bucket, paths, deadline, ends)
-            ended, todo = _compare(batch, look.found, at_source, not_after)
-            if look.fresh or not todo:
-                break
-    except ThrottledError as error:
-        return Result((), batch, error.retry_after or _PAUSE_SECS)
-    except TransportError as error:
-        return _again(batch, batch.items, batch.asked, dict.fromkeys(paths, str(error)), [])
-    if not todo:
-        return Result(tuple(ended))
-    left = tuple(todo.values())
-    try:
-        failed = bucket.delete(list(todo), look.deadline.within(SEND_SECS), once=True)
-    except ThrottledError as error:
-        return Result(tuple(ended), Batch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
-    except TransportError as error:
-        return _again(batch, left, batch.asked | todo.keys(), dict.fromkeys(todo, str(error)), ended)
-    ended += [Ended(item, Outcome.DELETED) for path, item in todo.items() if path not in failed]
-    left = tuple(item for path, item in todo.items() if path in failed)
-    return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
-
-
-def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime | None) -> _Look:
-    """Look up what there is.
-
-    Raises:
-        DeadlineError: The lock has ended.
-        HFBucketError: Nobody knows.
-    """
-    sent = monotonic()
-    if ends is None:
-        return _Look(bucket.stat(paths, deadline, patient=False), sent, deadline)
-    found, date = bucket.stat_dated(paths, deadline)
-    if date is None:
-        raise TransportError(
-            "the Hub's answer has no Date, so nobody knows here whether the lock still holds: give --local"
-        )
-    clock = HubClock(monotonic)
-    clock.stamped(date, sent, monotonic(), unsure_secs=1.0)
-    seconds = (ends - clock.latest()).total_seconds()
-    if seconds <= 0:
-        raise DeadlineError("the lock ended before this batch could be deleted")
-    return _Look(found, sent, deadline.within(seconds))
-
-
-def _compare(
-    batch: Batch[Item], found: dict[str, ObjectInfo], at_source: Container[str], not_after: datetime
-) -> tuple[list[Ended[Item]], dict[str, Item]]:
-    """What has ended, and by path what is still as planned."""
-    ended: list[Ended[Item]] = []
-    todo: dict[str, Item] = {}
-    for item in batch.items:
-        info = found.get(item.path)
-        if info is None:
-            ended.append(Ended(item, Outcome.DELETED if item.path in batch.asked else Outcome.GONE))
-        elif info.uploaded_at != item.uploaded_at or info.content.xet_hash != item.xet_hash or item.key in at_source:
-            ended.append(Ended(item, Outcome.CHANGED))
-        elif item.uploaded_at > not_after:
-            ended.append(Ended(item, Outcome.TOO_YOUNG))
-        elif item.path in todo:  # a listing that shifted under its pages names an object twice
-            ended.append(Ended(item, Outcome.GONE))
-        else:
-            todo[item.path] = item
-    return ended, todo
-
-
-def _again(
-    batch: Batch[Item], left: tuple[Item, ...], asked: frozenset[str], why: dict[str, str], ended: list[Ended[Item]]
-) -> Result[Item]:
-    """The result of a try that left something, or the last of it."""
-    tries = batch.tries + 1
-    if not left:
-        return Result(tuple(ended))
-    if tries >= TRIES:
-        return Result((*ended, *(Ended(item, Outcome.FAILED, why[item.path]) for item in left)))
-    return Result(tuple(ended), Batch(left, tries, asked & {item.path for item in left}))

@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Generic
 import ray
 import ray.exceptions
 
-from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, HFBucketError
-from hfbucket_plugin.hub import xet_home
-from hfbucket_plugin.hub.connect import open_bucket
-from jobs.batch.model import TRIES, Batch, Ended, Outcome, Result, T, attempt
-from jobs.deletion.guards import Extent
-from jobs.export.bucket import InstanceEnd
-from jobs.export.copy import How, Moved, Mover
+from jobs.batch.model import TRIES, Batch, Ended, Result, T
 from warmer.cluster.ray import joined
 from warmer.report.metrics import CountedBytes
 from warmer.report.outcomes import ClusterError
@@ -32,8 +26,6 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.instances import NamedInstance
     from hfbucket_plugin.config.settings import InstanceSettings
-    from jobs.deletion.plan import Item
-    from jobs.export.plan import Move
 
 
 _TAGS = ("instance", "outcome")
@@ -60,7 +52,6 @@ class RayCounts:
             self._objects.add(extent.objects, extent.bytes, tags)
 
 
-_REQUEST_SECS: Final = 60.0
 _START_SECS: Final = 120.0
 
 _LOSSES: Final = 3
@@ -75,52 +66,7 @@ _DEATHS: Final = (
 """What is said of an actor whose process is gone, whatever it was given to do."""
 
 
-class _Deleter:
-    """The actor that deletes: one door to the bucket, one batch at a time."""
-
-    def __init__(self, settings: InstanceSettings, instance: str) -> None:
-        xet_home.claim()
-        self._settings = settings
-        self._bucket = open_bucket(settings, instance, Tally(), _REQUEST_SECS)
-
-    def tokens(self) -> list[bool]:
-        """Whether its node has a token for the instance."""
-        return [self._settings.resolve_token() is not None]
-
-    def attempt(
-        self, batch: Batch[Item], not_after: datetime, seconds: float, ends: datetime
-    ) -> Result[Item] | HFBucketError:
-        """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
-        try:
-            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), ends)
-        except HFBucketError as error:
-            return error
-
-
-class _Carrier:
-    """The actor that carries bytes from one instance to another, a window of them at a time."""
-
-    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
-        xet_home.claim()
-        self._settings = [settings for _, settings in ends]
-        source, destination = (InstanceEnd(name, settings) for name, settings in ends)
-        self._mover = Mover(source, destination, How.STREAM, window_bytes, memory_bytes)
-
-    def tokens(self) -> list[bool]:
-        """Whether its node has a token for each of the two instances."""
-        return [settings.resolve_token() is not None for settings in self._settings]
-
-    def attempt(
-        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: None
-    ) -> Result[Move] | HFBucketError:
-        """Try at a batch, as `_Deleter` does."""
-        try:
-            return self._mover.attempt(batch, seconds)
-        except HFBucketError as error:
-            return error
-
-
-class _OnActors(Generic[T]):
+class ActorExecutor(Generic[T]):
     """Batches on actors, as many as may run at one time.
 
     Args:
@@ -273,46 +219,7 @@ class _OnActors(Generic[T]):
         self._stack.close()
 
 
-class OnActors(_OnActors["Item"]):
-    """Batches of deletes on actors.
-
-    Args:
-        named: The instance.
-        width: How many actors.
-        address: Of the cluster; None for the configured one.
-
-    Raises:
-        ConfigError: A token is written into the configuration, or a node lacks its variable.
-        ClusterError: The cluster cannot be joined, or starts no actors.
-    """
-
-    def __init__(self, named: NamedInstance, width: int, address: str | None) -> None:
-        arguments = (_without_token(named), named.name)
-        super().__init__(width, address, [named], Outcome.FAILED, actor=_Deleter, arguments=arguments)
-
-
-class OnCarriers(_OnActors["Move"]):
-    """Batches of copies on actors, through which the bytes go.
-
-    Args:
-        ends: Where chunks come from, and where they go.
-        bounds: Most bytes of chunks that one actor fetches at one time, and of a single chunk.
-        width: How many actors.
-        address: Of the cluster; None for the configured one.
-
-    Raises:
-        ConfigError: A token is written into the configuration, or a node lacks its variable.
-        ClusterError: The cluster cannot be joined, or starts no actors.
-    """
-
-    def __init__(
-        self, ends: tuple[NamedInstance, NamedInstance], bounds: tuple[int, int], width: int, address: str | None
-    ) -> None:
-        own = [(named.name, _without_token(named)) for named in ends]
-        super().__init__(width, address, ends, Moved.FAILED, actor=_Carrier, arguments=(own, *bounds))
-
-
-def _without_token(named: NamedInstance) -> InstanceSettings:
+def without_token(named: NamedInstance) -> InstanceSettings:
     """Settings as they may leave this process."""
     settings = named.settings.model_copy(update={"token": None})
     if named.settings.resolve_token() is not None and settings.resolve_token() is None:

@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from hfbucket_plugin.config.instances import handles_of
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools import console
 from hfbucket_plugin.tools.key_set import KeySet
-from jobs.cli import fingerprint, options, show
+from jobs.cli import fingerprint, options
 from jobs.cli.export import apply_export, export, mirror_source
 from jobs.cli.index import index
 from jobs.cli.status import status
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
-from jobs.deletion.job import Job, Order, handles_of
+from jobs.deletion.job import Job
 from jobs.deletion.mirror import JOB as MIRROR
-from jobs.deletion.plan import PlanFile
+from jobs.deletion.plan import Order, PlanFile
+from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.deletion.select import ByName, ByPolicy, expect_text, read_keys
 from jobs.export.bucket import InstanceEnd
-from jobs.export.job import ExportOrder
-from jobs.export.plan import is_export
+from jobs.export.plan import ExportOrder, is_export
+from jobs.export.report import ask_to_replace
 from jobs.retention.policy import MIN_AGE
 from jobs.session import Commands, Session, options_checked, record_of
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.instances import NamedInstance
     from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.report import ReportFile, Summary
+    from jobs.deletion.report import Summary
+    from jobs.report import ReportFile
     from jobs.retention.policy import Policy
 
 _NOTED_KEYS: Final = 100
@@ -233,7 +237,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
             own = ExportOrder(
                 dry_run=dry_run,
                 yes=yes,
-                ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
+                ask=ask_to_replace if console.at_terminal() and not dry_run else None,
                 until=Deadline.after(options.seconds(max_duration, "--max-duration")),
                 local=in_process(address, local=local),
                 address=address,
@@ -287,8 +291,8 @@ def _order(  # noqa: PLR0917 - as the options come
         max_delete=guards.MaxDelete.parse(max_delete or []),
         min_age=MIN_AGE,
         yes=yes and not dry_run,
-        ask=show.ask if show.at_terminal() and not dry_run else None,
-        show=show.plan,
+        ask=ask_to_delete if console.at_terminal() and not dry_run else None,
+        show=show_plan,
         until=Deadline.after(options.seconds(max_duration, "--max-duration")),  # of the command, whatever it does
         lock_secs=options.lock_seconds(lock_lifetime),
         plan_dir=plan_dir,

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from hfbucket_plugin.config.instances import handles_of
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError, RefusedError
-from jobs.cli import options, show, units
+from hfbucket_plugin.tools import console
+from jobs.cli import options, units
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
-from jobs.deletion.job import Job, Order, handles_of
+from jobs.deletion.job import Job
 from jobs.deletion.mirror import JOB as MIRROR
 from jobs.deletion.mirror import NotAtSource, check_mirror
+from jobs.deletion.plan import Order
+from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.export.bucket import InstanceEnd
-from jobs.export.job import Export, ExportOrder
-from jobs.export.plan import Place, PlanFile, Renames
-from jobs.export.planning import CHOOSING, OnConflict, Wanted, choice_of, prompts_of
+from jobs.export.job import Export
+from jobs.export.plan import ExportOrder, OnConflict, Place, PlanFile, Renames
+from jobs.export.planning import CHOOSING, Wanted, choice_of, prompts_of
+from jobs.export.report import ask_to_replace
 from jobs.export.resolve import Endpoint, endpoint
 from jobs.session import Session, options_checked
 from warmer.request.flags import Flag  # noqa: TC001 - as above
@@ -34,8 +39,9 @@ if TYPE_CHECKING:
     from hfbucket_plugin.tools.selection import Choice
     from hfbucket_plugin.tools.signals import StopSwitch
     from jobs.deletion.plan import PlanFile as DeletePlan
+    from jobs.deletion.report import Summary
     from jobs.export.report import ExportSummary
-    from jobs.report import ReportFile, Summary
+    from jobs.report import ReportFile
     from jobs.session import Work
 
 From = Annotated[
@@ -147,7 +153,7 @@ def export(
             believe_files=without_manifest,
             dry_run=dry_run,
             yes=yes,
-            ask=show.ask_to_replace if show.at_terminal() and not dry_run else None,
+            ask=ask_to_replace if console.at_terminal() and not dry_run else None,
             until=Deadline.after(options.seconds(max_duration, "--max-duration")),
             plan_dir=plan_dir,
             local=in_process(address, local=local),
@@ -161,8 +167,8 @@ def export(
             max_delete=guards.MaxDelete.parse(max_delete or []),
             min_age=options.age(min_age),
             yes=yes and not dry_run,
-            ask=show.ask if show.at_terminal() and not dry_run else None,
-            show=show.plan,
+            ask=ask_to_delete if console.at_terminal() and not dry_run else None,
+            show=show_plan,
             accept_shrunk=accept_shrunk,
             until=order.until,
             lock_secs=options.lock_seconds(lock_lifetime),

@@ -14,11 +14,11 @@ from hfbucket_plugin.core.units import printable
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
 from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, NewerError, Record, differences, in_words
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
-from hfbucket_plugin.hub.connect import opened
+from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, opened
 from hfbucket_plugin.tools import console, exit_codes
-from jobs.cli import options, show
-from jobs.deletion.job import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of
-from jobs.session import options_checked
+from jobs.cli import options
+from jobs.report import note
+from jobs.session import code_of, options_checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ def _show(one: NamedInstance, wanted: list[str], *, as_json: bool) -> Iterator[i
                     if row.trouble:
                         yield exit_codes.FAILED
     except HFBucketError as error:
-        show.note(f"{one.name}: {error}")
+        note(f"{one.name}: {error}")
         yield code_of(error)
         return
     if not models and not as_json:
@@ -169,7 +169,7 @@ def accept(  # noqa: PLR0917 - Typer makes options of them
                     wanted = given or _claimed(store, model or "", digest or "")
                     _accept(one, store, wanted, yes=yes, clear=clear_claims)
             except HFBucketError as error:
-                show.note(f"{one.name}: {error}")
+                note(f"{one.name}: {error}")
                 codes.append(code_of(error))
     raise typer.Exit(exit_codes.worst(codes))
 
@@ -214,8 +214,8 @@ def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *,
         console.line(f"{one.name}: changes: {in_words(wrong, 'from then on')}")
     for path in stale:
         console.line(f"{one.name}: to be deleted: {path}")
-    if not yes and not (show.at_terminal() and _asked(one, wanted)):
-        show.note(f"{one.name}: nothing was changed; --yes does it")
+    if not yes and not (console.at_terminal() and _asked(one, wanted)):
+        note(f"{one.name}: nothing was changed; --yes does it")
         return
     again, _ = _read(store, wanted.model)
     if again != found:
@@ -226,7 +226,7 @@ def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *,
     if written is None or written.record.of(wanted.space) != wanted:
         raise TransportError(f"{store.path(wanted.model)}: another one was written at the same time; look again")
     store.remove(stale, _soon())
-    show.note(f"{one.name}: recorded; engines see it with their next look (fingerprint_refresh_secs)")
+    note(f"{one.name}: recorded; engines see it with their next look (fingerprint_refresh_secs)")
 
 
 def _read(store: FingerprintStore, model: str) -> tuple[Found | None, str]:

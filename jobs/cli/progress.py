@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from jobs.cli import show
-from jobs.deletion.guards import Extent
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.tools import console
+from jobs.report import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ class Progress:
         self._all = all_of_it
         self._name = name
         self._clock = clock
-        self._every = _TERMINAL_SECS if show.at_terminal() else _LOG_SECS
+        self._every = _TERMINAL_SECS if console.at_terminal() else _LOG_SECS
         self._last = clock()
         self._done = Extent()
 
@@ -37,4 +38,4 @@ class Progress:
         self._done = self._done.plus(nbytes)
         if self._clock() - self._last >= self._every:
             self._last = self._clock()
-            show.note(f"{self._name}: {self._done} of {self._all}")
+            note(f"{self._name}: {self._done} of {self._all}")

@@ -8,21 +8,21 @@ import typer
 
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import age, printable, size
-from hfbucket_plugin.hub.connect import opened
+from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import exit_codes
-from jobs.cli import options, show
+from jobs.cli import options
 from jobs.deletion import guards
-from jobs.deletion.job import LISTING_SECS, PAGE_SECS, REQUEST_SECS, code_of, in_words
-from jobs.session import options_checked
+from jobs.report import note
+from jobs.session import code_of, in_words, options_checked
 from jobs.status.html import write_page
 from jobs.status.status import examine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jobs.deletion.guards import Extent
+    from hfbucket_plugin.core.units import Extent
     from jobs.status.status import Status
 
 _HEADER = ("", "objects", "bytes")
@@ -76,7 +76,7 @@ def status(  # noqa: PLR0917 - Typer makes options of them
                     )
             except Exception as error:  # noqa: BLE001 - each instance is shown whatever becomes of the others
                 troubles.append(f"{one.name}: no status without a complete listing: {in_words(error)}")
-                show.note(troubles[-1])
+                note(troubles[-1])
                 codes.append(code_of(error))
                 continue
             statuses.append(found)

@@ -6,17 +6,21 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
+from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
-from jobs.batch.apply import InProcess
+from jobs.deletion.attempt import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
+    from datetime import datetime
 
     from hfbucket_plugin.config.instances import NamedInstance
     from hfbucket_plugin.hub.bucket import Bucket
     from jobs.batch.apply import Executor
-    from jobs.deletion.job import Order
-    from jobs.deletion.plan import Item
+    from jobs.batch.model import Batch, Elsewhere, Result
+    from jobs.deletion.plan import Item, Order
 
 _RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 """Without one of them no cluster is configured (`warmer.cluster.ray`)."""
@@ -32,9 +36,9 @@ def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Ex
     if order.local:
         executor: Executor[Item] = InProcess(bucket, order.parallel, order.source)
     else:
-        from jobs.batch.ray_pool import OnActors  # noqa: PLC0415 - Ray takes a second to import
+        from jobs.deletion.ray import DeletionActors  # noqa: PLC0415 - Ray takes a second to import
 
-        executor = OnActors(named, order.parallel, order.address)
+        executor = DeletionActors(named, order.parallel, order.address)
     try:
         yield executor
     finally:
@@ -63,3 +67,33 @@ def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bo
         if address or at_once:
             raise
         return False
+
+
+class InProcess:
+    """Batches on threads of this process.
+
+    Args:
+        bucket: The instance's.
+        width: How many at one time.
+        source: Of a mirror.
+    """
+
+    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
+        self.width = width
+        self._bucket = bucket
+        self._source = source
+        self._pool = WorkerPool("jobs-delete", width)
+
+    def submit(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[Item]]:
+        """Begin a try at a batch. However late its thread gets to it, it ends in time."""
+        deadline = Deadline.after(seconds)
+        return self._pool.submit(attempt, self._bucket, batch, not_after, deadline, source=self._source)
+
+    def lose(self, _future: Future[Result[Item]]) -> None:
+        """Threads end by themselves: every request has its deadline."""
+
+    def close(self) -> None:
+        """Begin no more."""
+        self._pool.close()

@@ -3,120 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import stat
-import tempfile
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.deadline import Deadline, patience
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import same_endpoint
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import (
     ConfigError,
+    GuardError,
     HFBucketError,
-    IntegrityError,
-    Interrupted,
     RefusedError,
-    ScratchError,
-    ThrottledError,
-    TransportError,
 )
-from hfbucket_plugin.hub.connect import opened
+from hfbucket_plugin.hub.connect import PAGE_SECS, REQUEST_SECS, files_in, opened
 from hfbucket_plugin.index.notifier import telling
 from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs import history
 from jobs.batch.apply import Applier
 from jobs.batch.model import Outcome
 from jobs.deletion import mirror
 from jobs.deletion.executor import executing
-from jobs.deletion.guards import Extent, GuardError, MaxDelete, check_listing, check_not_more
+from jobs.deletion.guards import check_listing, check_not_more
 from jobs.deletion.plan import Header, PlanFile, PlanWriter
 from jobs.deletion.planning import Planning
 from jobs.deletion.recheck import rechecking
+from jobs.deletion.report import Summary, header_record
 from jobs.lock.clock import HubClock, ask
-from jobs.lock.lock import DEFAULT_SECONDS, Lock, LockLapsedError
-from jobs.report import Summary, Tally, header_record
+from jobs.lock.lock import Lock
+from jobs.report import Tally
 from jobs.retention.access import UNASKED, Heat, opened_heat
 from jobs.retention.objects import Classifier
-from warmer.report.outcomes import local_trouble
+from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from hfbucket_plugin.config.instances import NamedInstance
     from hfbucket_plugin.core.keys import BucketHandle
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.format import Pointer
     from hfbucket_plugin.index.notifier import Teller
-    from hfbucket_plugin.tools.signals import Stop, StopSwitch
+    from hfbucket_plugin.tools.signals import StopSwitch
     from jobs.batch.apply import End
     from jobs.batch.model import Ended
-    from jobs.deletion.plan import Item
+    from jobs.deletion.plan import Item, Order
     from jobs.deletion.planning import Selection
-    from jobs.export.bucket import InstanceEnd
     from jobs.report import ReportFile
 
-PAGE_SECS: Final = 60.0
-"""A page of a listing; pauses that the Hub asks for do not count."""
-
-REQUEST_SECS: Final = 60.0
-LISTING_SECS: Final = 3600.0
-"""How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
-
-_LIMIT: Final = "--max-duration"
 
 _SKEW: Final = timedelta(minutes=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """How a job is to be done.
-
-    Attributes:
-        yes: Whether to delete without asking.
-        ask: Asks whether to carry a plan out; None where nobody can be asked, and nothing is deleted.
-        show: Shows a plan.
-        max_delete: Most that may be deleted.
-        min_age: Nothing younger is deleted.
-        foreign: Whether objects that are no chunks may be deleted.
-        accept_shrunk: Whether a listing is believed that lacks much of what there was.
-        max_duration_secs: When to begin no more, where `until` does not say.
-        until: The deadline of the whole command, of which this may be one instance of several.
-        lock_secs: How long the lock of a killed run keeps others out.
-        plan_dir: Where plans are written; None for a directory of temporary files.
-        local: Whether to delete in this process, whatever Ray cluster is configured.
-        address: Of the Ray cluster; None for the configured one.
-        parallel: Most batches at one time.
-        batch_size: Most objects of a batch.
-        config: The LMCache YAML, noted in plans.
-        neighbours: Handles of all instances that the configuration names.
-        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
-        without_heat: Whether to go by when objects were put, whatever is known of reads.
-    """
-
-    max_delete: MaxDelete
-    min_age: timedelta
-    yes: bool = False
-    ask: Callable[[PlanFile], bool] | None = None
-    show: Callable[[PlanFile], None] = field(default=lambda _: None)
-    foreign: bool = False
-    accept_shrunk: bool = False
-    max_duration_secs: float = 3600.0
-    until: Deadline | None = None
-    lock_secs: int = DEFAULT_SECONDS
-    plan_dir: Path | None = None
-    local: bool = True
-    address: str | None = None
-    parallel: int = 4
-    batch_size: int = 1000
-    config: str | None = None
-    neighbours: tuple[BucketHandle, ...] = ()
-    source: InstanceEnd | None = None
-    without_heat: bool = False
 
 
 class Job:
@@ -409,78 +347,6 @@ class Job:
         return code
 
 
-def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
-    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
-
-    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
-    inside a client that takes it for a failure.
-    """
-    with patience(until):
-        code, message = _coded(work)
-    if message and code == exit_codes.FAILED and stop.requested:
-        return exit_codes.INTERRUPTED, f"told to stop; {message}"
-    if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
-        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
-    return code, message
-
-
-def _coded(work: Callable[[], int]) -> tuple[int, str]:
-    try:
-        return work(), ""
-    except Interrupted:
-        return exit_codes.INTERRUPTED, "told to stop"
-    except ThrottledError as error:  # all pauses but the last one were waited out
-        return code_of(error), f"{error}; {_LIMIT} would be over before"
-    except HFBucketError as error:
-        return code_of(error), str(error)
-    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
-        return code_of(error), in_words(error)
-
-
-def in_words(error: Exception) -> str:
-    """Why something ended, whatever it was: one line, never a traceback."""
-    return local_trouble(error) or str(error)
-
-
-def code_of(error: Exception) -> int:
-    """The exit code that an error stands for."""
-    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
-        return exit_codes.FAILED
-    if isinstance(error, RefusedError):
-        return exit_codes.REFUSED
-    if not isinstance(error, HFBucketError) or isinstance(
-        error, (TransportError, ThrottledError, IntegrityError, ScratchError)
-    ):
-        return exit_codes.FAILED
-    return exit_codes.USAGE
-
-
-def default_plan_dir() -> Path:
-    """Where plans go that nobody wanted elsewhere."""
-    return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
-
-
-def plan_dir(wanted: Path | None) -> Path:
-    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
-
-    Raises:
-        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
-        OSError: It cannot be made.
-    """
-    if wanted is not None:
-        return wanted
-    directory = default_plan_dir()
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700, parents=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise RefusedError(
-            f"{str(directory)!r}, where plans go, is no directory that is only yours: others could change a plan there. Take "
-            "it away, or give --plan-dir DIR"
-        )
-    return directory
-
-
 def _file_name(header: Header) -> str:
     safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
     return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
@@ -497,14 +363,3 @@ def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
         check_not_more(planning.shown, planning.seen, total)
     except GuardError:
         check_not_more(planning.shown, planning.seen, max(total, files_in(bucket) or 0))
-
-
-def files_in(bucket: Bucket) -> int | None:
-    """How many objects the bucket says that it has; None where it does not say."""
-    total = bucket.info(Deadline.patient(REQUEST_SECS)).get("totalFiles")
-    return total if type(total) is int else None
-
-
-def handles_of(instances: Iterable[NamedInstance]) -> tuple[BucketHandle, ...]:
-    """The handles of instances, each once."""
-    return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

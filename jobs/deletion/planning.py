@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, ConfigError, HFBucketError, RefusedError
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.errors import (
+    AccessDeniedError,
+    BucketMissingError,
+    ConfigError,
+    GuardError,
+    HFBucketError,
+    RefusedError,
+)
 from hfbucket_plugin.index.access.table import HeatUnknownError
-from jobs.deletion.guards import Extent, GuardError
 from jobs.deletion.plan import Item
 from jobs.retention.access import UNASKED
 from jobs.retention.objects import Kind

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from jobs.batch.apply import Executor
     from jobs.batch.model import Batch, Result
     from jobs.export.copy import Mover
-    from jobs.export.job import ExportOrder
-    from jobs.export.plan import Move
+    from jobs.export.plan import ExportOrder, Move
 
 
 class CarriersInProcess:
@@ -65,9 +64,9 @@ def carrying(
         HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the tokens.
     """
     if mover.how is How.STREAM and not order.local and named[0] is not None and named[1] is not None:
-        from jobs.batch.ray_pool import OnCarriers  # noqa: PLC0415 - Ray takes a second to import
+        from jobs.export.ray import CopyActors  # noqa: PLC0415 - Ray takes a second to import
 
-        executor: Executor[Move] = OnCarriers(
+        executor: Executor[Move] = CopyActors(
             (named[0], named[1]), (mover.window_bytes, mover.memory_bytes), order.parallel, order.address
         )
     else:

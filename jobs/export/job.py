@@ -7,7 +7,7 @@ import itertools
 import secrets
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.hub.connect import REQUEST_SECS
 from hfbucket_plugin.index.notifier import telling
 from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs.batch.apply import Applier
 from jobs.batch.model import Ended
 from jobs.cli.progress import Progress
-from jobs.deletion import job
 from jobs.export.bucket import InstanceEnd
 from jobs.export.copy import TIMES_IN_MEMORY, How, Method, Moved, Mover, find_out
 from jobs.export.directory import DirectoryDestination, Known
 from jobs.export.executor import carrying
 from jobs.export.manifest import Line
-from jobs.export.plan import CONFLICT, JOB, REPLACED, Header, PlanFile, PlanWriter, Renames
-from jobs.export.planning import PAGE, ExportPlanning, OnConflict
+from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportOrder, Header, PlanFile, PlanWriter
+from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
 from jobs.report import NAMED_FAILURES, Tally
+from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,45 +49,6 @@ ATTEMPT_SECS: Final = 600.0
 
 _LOOK_UP_SECS: Final = 330.0
 """A look-up waits out the longest pause that the Hub asks for."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOrder:
-    """How an export is to be done.
-
-    Attributes:
-        mode: `auto`, `copy` or `stream`.
-        on_conflict: What becomes of chunks under whose key the destination has something else.
-        renames: What the copies are called.
-        believe_files: Whether a directory is imported that has no manifest.
-        dry_run: Only plan.
-        yes: Whether to replace without asking.
-        ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
-        max_duration_secs: When to begin no more, where `until` does not say.
-        until: The deadline of the whole command.
-        plan_dir: Where plans are written; None for a directory of temporary files.
-        local: Whether bytes go through this process, whatever Ray cluster is configured.
-        address: Of the Ray cluster; None for the configured one.
-        parallel: Most batches at one time.
-        window_bytes: Most memory of bytes on their way, over all batches.
-        config: The LMCache YAML, noted in plans.
-    """
-
-    mode: str = "auto"
-    on_conflict: OnConflict = OnConflict.SKIP
-    renames: Renames = field(default_factory=Renames)
-    believe_files: bool = False
-    dry_run: bool = False
-    yes: bool = False
-    ask: Callable[[PlanFile], bool] | None = None
-    max_duration_secs: float = 3600.0
-    until: Deadline | None = None
-    plan_dir: Path | None = None
-    local: bool = True
-    address: str | None = None
-    parallel: int = 4
-    window_bytes: int = 512 * 1024 * 1024
-    config: str | None = None
 
 
 class Export:
@@ -137,13 +100,13 @@ class Export:
                 stack.callback(destination.close)
                 return work(source, destination)
 
-        code, message = job.coded(with_ends, self._stop, self._until)
+        code, message = coded(with_ends, self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exit_codes.COMPLETE and self._applied and self._plan is not None and not summary.conflicts:
             with contextlib.suppress(OSError):
-                if self._plan.path.parent == job.default_plan_dir():  # one that nobody asked to keep
+                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
                     self._plan.path.unlink()
         return summary
 
@@ -166,7 +129,7 @@ class Export:
     def _select(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> int:
         if wanted.choice.since is not None and isinstance(source, InstanceEnd):
             # The Hub dates the chunks, so its clock says how long ago that was.
-            wanted = replace(wanted, now=source.bucket.time(Deadline.after(job.REQUEST_SECS)) or wanted.now)
+            wanted = replace(wanted, now=source.bucket.time(Deadline.after(REQUEST_SECS)) or wanted.now)
         self._plan = plan = self._make(source, destination, wanted, asked)
         return self._carry_out(source, destination, plan)
 
@@ -184,7 +147,7 @@ class Export:
         )
         self._file.write(header.record() | {"record": "report"})
         name = f"{JOB}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
-        path = job.plan_dir(order.plan_dir) / name
+        path = plan_dir(order.plan_dir) / name
 
         def each() -> None:
             if self._until.passed:
@@ -348,7 +311,7 @@ class Export:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)
-            return job.code_of(end.why)
+            return code_of(end.why)
         if end.stopped and unfinished:
             self._message = "told to stop"
             return exit_codes.INTERRUPTED

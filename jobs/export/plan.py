@@ -8,20 +8,22 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key, same_endpoint
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
-from jobs.deletion.guards import Extent
 from jobs.export.endpoint import Held
 from jobs.export.manifest import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import Content
 
 
@@ -474,3 +476,50 @@ def is_export(path: Path) -> bool:
         raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, RecursionError):
         return False
+
+
+class OnConflict(StrEnum):
+    """What becomes of a chunk under whose key the destination has something else."""
+
+    SKIP = "skip"
+    NEWER = "newer"
+    OVERWRITE = "overwrite"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """How an export is to be done.
+
+    Attributes:
+        mode: `auto`, `copy` or `stream`.
+        on_conflict: What becomes of chunks under whose key the destination has something else.
+        renames: What the copies are called.
+        believe_files: Whether a directory is imported that has no manifest.
+        dry_run: Only plan.
+        yes: Whether to replace without asking.
+        ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
+        max_duration_secs: When to begin no more, where `until` does not say.
+        until: The deadline of the whole command.
+        plan_dir: Where plans are written; None for a directory of temporary files.
+        local: Whether bytes go through this process, whatever Ray cluster is configured.
+        address: Of the Ray cluster; None for the configured one.
+        parallel: Most batches at one time.
+        window_bytes: Most memory of bytes on their way, over all batches.
+        config: The LMCache YAML, noted in plans.
+    """
+
+    mode: str = "auto"
+    on_conflict: OnConflict = OnConflict.SKIP
+    renames: Renames = field(default_factory=Renames)
+    believe_files: bool = False
+    dry_run: bool = False
+    yes: bool = False
+    ask: Callable[[PlanFile], bool] | None = None
+    max_duration_secs: float = 3600.0
+    until: Deadline | None = None
+    plan_dir: Path | None = None
+    local: bool = True
+    address: str | None = None
+    parallel: int = 4
+    window_bytes: int = 512 * 1024 * 1024
+    config: str | None = None

@@ -6,18 +6,17 @@ import contextlib
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import Content, is_probe, parse_key
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.errors import ConfigError, GuardError
 from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
 from hfbucket_plugin.tools.selection import Choice
-from jobs.deletion.guards import Extent, GuardError
-from jobs.export.plan import Move, Names, Totals
+from jobs.export.plan import Move, Names, OnConflict, Totals
 from warmer.plan.ordered import in_order, newest_first, within
 from warmer.plan.plan_file import PlannedChunk
 from warmer.request.flags import flags_of, nested
@@ -138,14 +137,6 @@ PAGE: Final = 1000
 
 _LOOK_UP_SECS: Final = 330.0
 """A look-up waits out the longest pause that the Hub asks for; that of a directory hashes up to a thousand files."""
-
-
-class OnConflict(StrEnum):
-    """What becomes of a chunk under whose key the destination has something else."""
-
-    SKIP = "skip"
-    NEWER = "newer"
-    OVERWRITE = "overwrite"
 
 
 class ExportPlanning:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import typer
+
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.tools import exit_codes
-from jobs.deletion.guards import Extent
 from jobs.export.copy import How, Moved
-from jobs.export.plan import JOB
+from jobs.export.plan import JOB, REPLACED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,3 +165,12 @@ class ExportSummary:
         if self.in_manifest is not None:
             record["in_manifest"] = self.in_manifest
         return record | {"failures": list(self.failures), "conflicting": list(self.conflicts)}
+
+
+def ask_to_replace(shown: PlanFile) -> bool:
+    """Ask whether to carry out an export that replaces; no answer is none."""
+    replaced, destination = shown.left[REPLACED], shown.header.destination.where
+    try:
+        return typer.confirm(f"Replace {replaced} in {destination}, for ever?", default=False, err=True)
+    except typer.Abort:
+        return False

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, ThrottledError, TransportError
+from hfbucket_plugin.hub.connect import PAGE_SECS, REQUEST_SECS, files_in
 from hfbucket_plugin.hub.transfer import xet_hashes
 from hfbucket_plugin.index import build
 from hfbucket_plugin.index.format import read_header
 from hfbucket_plugin.index.store import MAX_JOURNALS, POINTER
 from jobs import history
-from jobs.cli import show
-from jobs.deletion.guards import Extent, check_listing
-from jobs.deletion.job import PAGE_SECS, REQUEST_SECS, files_in
+from jobs.deletion.guards import check_listing
 from jobs.index.report import Made
 from jobs.lock.lock import DEFAULT_SECONDS
+from jobs.report import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -246,7 +247,7 @@ class Maker:
             self._tick()
             if time.monotonic() - self._told_at >= _TOLD_SECS:
                 self._told_at = time.monotonic()
-                show.note(f"{self._name}: {self._seen:,} objects listed")
+                note(f"{self._name}: {self._seen:,} objects listed")
 
         return build.from_listing(self._bucket, scratch, self._order.page_secs, page, each, store=self._store)
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
-from hfbucket_plugin.hub.connect import opened
+from hfbucket_plugin.hub.connect import REQUEST_SECS, opened
 from hfbucket_plugin.index.refresh import journal_secs, refresh_secs, writers_of
 from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
 from hfbucket_plugin.tools import exit_codes
 from jobs import history
-from jobs.deletion.guards import Extent
-from jobs.deletion.job import REQUEST_SECS, code_of, coded
 from jobs.index import inventory
 from jobs.index.build import Maker
 from jobs.index.prune import Limits, prune, spare
@@ -31,6 +30,7 @@ from jobs.lock.claims import INDEXING
 from jobs.lock.clock import HubClock, ask
 from jobs.lock.lock import Keeper, Lock
 from jobs.report import Tally
+from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.index.store import POINTER
-from jobs.batch.apply import Applier, InProcess
+from jobs.batch.apply import Applier
+from jobs.deletion.executor import InProcess
 from jobs.deletion.plan import Item
 from jobs.index.build import spare_journals, spare_snapshots
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from hfbucket_plugin.core.units import count, size
+from hfbucket_plugin.core.units import NOTHING, Extent, count, size
 from hfbucket_plugin.tools import exit_codes
 from jobs.batch.model import Outcome
-from jobs.deletion.guards import NOTHING, Extent
 from jobs.history import INDEX
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from jobs.deletion.guards import Extent
+    from hfbucket_plugin.core.units import Extent
     from jobs.status.status import Status
 
 _STYLE: Final = """

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.errors import GuardError
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from hfbucket_plugin.index.store import DIRECTORY as INDEX
 from jobs import history
-from jobs.deletion.guards import Extent, GuardError, MaxDelete, check_listing
+from jobs.deletion.guards import MaxDelete, check_listing
 from jobs.index import inventory
 from jobs.index.inventory import Found
 from jobs.lock import clock as hubclock

@@ -10,7 +10,8 @@ import typer.main
 from hfbucket_plugin.tools import exit_codes
 from jobs.cli.app import app
 from jobs.export.copy import Moved
-from jobs.export.planning import CHOOSING, OnConflict
+from jobs.export.plan import OnConflict
+from jobs.export.planning import CHOOSING
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

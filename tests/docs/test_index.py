@@ -99,7 +99,7 @@ def test_metrics_are_described(name):
 
 
 def test_every_field_of_the_summary_is_described():
-    from jobs.deletion.guards import Extent
+    from hfbucket_plugin.core.units import Extent
 
     made = Made("journals", "", Extent(), None, 0, same=False, journals=0, garbage=0)
     record = IndexSummary("hfbucket.us", "", 0, made=made, differences=Differences()).record()

@@ -13,8 +13,9 @@ from hfbucket_plugin.errors import ConfigError, TransportError
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import StopSwitch
-from jobs.deletion.job import Job, coded
+from jobs.deletion.job import Job
 from jobs.report import ReportFile, Tally
+from jobs.session import coded
 from tests.support.depot import DAY, INSTANCE, NEW, OLD
 from tests.support.lane import Lane
 from tests.support.plugin_support import noise

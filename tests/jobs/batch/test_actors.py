@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from jobs.batch.model import TRIES, Batch, Outcome, Result
-from jobs.batch.ray_pool import _OnActors
+from jobs.batch.ray_pool import ActorExecutor
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ITEM = SimpleNamespace(path="kv/a")
@@ -35,7 +35,7 @@ class Actor:
 def places(monkeypatch):
     """Two places, one of an actor that answers nothing, in which none can be made again."""
     monkeypatch.setattr(ray, "kill", lambda _: None)
-    executor = _OnActors.__new__(_OnActors)
+    executor = ActorExecutor.__new__(ActorExecutor)
     executor.width, executor._failed, executor._mutex = 2, Outcome.FAILED, threading.Lock()
     executor._busy, executor._unproven, executor._dead = {}, [], []
     executor._counts = SimpleNamespace(add=lambda _: None)

@@ -61,7 +61,7 @@ def busy_carriers(ray):
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = ray.access["RAY_AUTH_TOKEN"].encode() in (path / "environ").read_bytes()
-            if ours and (path / "cmdline").read_bytes().startswith(b"ray::_Carrier.attempt"):
+            if ours and (path / "cmdline").read_bytes().startswith(b"ray::_Copier.attempt"):
                 found.add(int(path.name))
     return found
 

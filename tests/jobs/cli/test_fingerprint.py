@@ -152,7 +152,7 @@ def test_accept_does_not_overwrite_what_nobody_was_shown(met, monkeypatch):
         upload(met.hub.endpoint, met.bucket_id, {f"{HEAD}.json": Record(model=MODEL).having(GONE).to_json()})
         return True
 
-    monkeypatch.setattr("jobs.cli.show.at_terminal", lambda: True)
+    monkeypatch.setattr("hfbucket_plugin.tools.console.at_terminal", lambda: True)
     monkeypatch.setattr("jobs.cli.fingerprint._asked", asked)
     ran = fingerprint(met, "accept", "--model", MODEL, "--digest", OTHER.digest)
 

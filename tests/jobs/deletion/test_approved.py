@@ -41,8 +41,8 @@ def test_a_plan_that_is_changed_while_it_is_approved(stocked, monkeypatch, chang
         change(plan.path, all_of_it(stocked, plan.path.read_text().splitlines()))
         return True
 
-    monkeypatch.setattr("jobs.cli.show.at_terminal", lambda: True)
-    monkeypatch.setattr("jobs.cli.show.ask", asked)
+    monkeypatch.setattr("hfbucket_plugin.tools.console.at_terminal", lambda: True)
+    monkeypatch.setattr("jobs.cli.app.ask_to_delete", asked)
     ran = stocked.cleanup("--max-age", "14d")
 
     assert ran.code == code, ran.stderr

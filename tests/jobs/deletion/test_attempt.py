@@ -12,7 +12,8 @@ from hfbucket_plugin.core.keys import Content
 from hfbucket_plugin.errors import RefusedError, TransportError
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from jobs.batch.apply import Applier
-from jobs.batch.model import Batch, Ended, Outcome, Result, attempt
+from jobs.batch.model import Batch, Ended, Outcome, Result
+from jobs.deletion.attempt import attempt
 from jobs.lock.lock import Lock, LockLostError
 from tests.jobs.deletion.test_plan import AT, ITEMS, Shelf, outcomes
 from tests.support.depot import DAY, key
@@ -24,7 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr("jobs.batch.model.monotonic", lambda: self.now)
+        monkeypatch.setattr("jobs.deletion.attempt.monotonic", lambda: self.now)
 
 
 class SlowShelf(Shelf):
@@ -211,8 +212,9 @@ def on_actors(monkeypatch):
     import threading
 
     from jobs.batch import ray_pool
+    from jobs.deletion.ray import DeletionActors
 
-    one = object.__new__(ray_pool.OnActors)
+    one = object.__new__(DeletionActors)
     killed = []
     monkeypatch.setattr(ray_pool.ray, "kill", killed.append)
     one._mutex, one._busy, one._idle = threading.Lock(), {}, [Actor()]

@@ -54,7 +54,7 @@ def test_without_yes_nothing_is_deleted_or_written(stocked, options):
 
 @pytest.mark.parametrize(("answer", "left"), [("y\n", 20), ("n\n", 24), ("", 24)])
 def test_at_a_terminal_it_asks(stocked, monkeypatch, answer, left):
-    monkeypatch.setattr("jobs.cli.show.at_terminal", lambda: True)
+    monkeypatch.setattr("hfbucket_plugin.tools.console.at_terminal", lambda: True)
 
     ran = stocked.cleanup("--max-age", "14d", stdin=answer)
 
@@ -65,7 +65,7 @@ def test_at_a_terminal_it_asks(stocked, monkeypatch, answer, left):
 
 
 def test_a_dry_run_at_a_terminal_does_not_ask(stocked, monkeypatch):
-    monkeypatch.setattr("jobs.cli.show.at_terminal", lambda: True)
+    monkeypatch.setattr("hfbucket_plugin.tools.console.at_terminal", lambda: True)
 
     assert stocked.cleanup("--max-age", "14d", "--dry-run", stdin="y\n").code == 0
     assert len(stocked.left()) == 24

@@ -172,7 +172,7 @@ class Engines(RuleBasedStateMachine):
             patch.setattr(HubClient, "request", lambda *args, **more: engine.request(request, *args, **more))
             patch.setattr(Export, "_apply", working(jobs[0]))
             patch.setattr(Job, "_apply", working(jobs[1]))
-            patch.setattr("jobs.batch.model.monotonic", engine.monotonic)
+            patch.setattr("jobs.deletion.attempt.monotonic", engine.monotonic)
             patch.setattr("jobs.export.copy.time", SimpleNamespace(monotonic=engine.monotonic, sleep=time.sleep))
             ran = run()
         assert ran.code in (0, 3, 4), ran.stderr

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core.keys import BucketHandle, Content
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.core.units import Extent
+from hfbucket_plugin.errors import ConfigError, GuardError
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from jobs.deletion.guards import Extent, GuardError, MaxDelete, check_listing, check_not_more
+from jobs.deletion.guards import MaxDelete, check_listing, check_not_more
 from jobs.retention.objects import Classifier, Kind
 from tests.support.plugin_support import untimed
 

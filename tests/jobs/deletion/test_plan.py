@@ -9,6 +9,7 @@ import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
+from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     ConfigError,
@@ -18,9 +19,11 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from jobs.batch.apply import Applier, InProcess
-from jobs.batch.model import Batch, Outcome, attempt
-from jobs.deletion.guards import Extent, MaxDelete
+from jobs.batch.apply import Applier
+from jobs.batch.model import Batch, Outcome
+from jobs.deletion.attempt import attempt
+from jobs.deletion.executor import InProcess
+from jobs.deletion.guards import MaxDelete
 from jobs.deletion.plan import Header, Item, PlanFile, PlanWriter
 from jobs.lock.lock import LockLostError
 

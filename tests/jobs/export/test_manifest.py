@@ -160,8 +160,8 @@ def test_times_of_files_lose_nothing(tmp_path):
 
 
 def test_progress_is_told_now_and_then(capsys):
+    from hfbucket_plugin.core.units import Extent
     from jobs.cli.progress import Progress
-    from jobs.deletion.guards import Extent
     from tests.support.plugin_support import Clock
 
     clock = Clock()

@@ -1,0 +1,61 @@
+"""Batches of deletes on Ray actors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.hub import xet_home
+from hfbucket_plugin.hub.connect import REQUEST_SECS, open_bucket
+from jobs.batch.model import Batch, Outcome, Result
+from jobs.batch.ray_pool import ActorExecutor, without_token
+from jobs.deletion.attempt import attempt
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.settings import InstanceSettings
+    from jobs.deletion.plan import Item
+
+
+class _Deleter:
+    """The actor that deletes: one door to the bucket, one batch at a time."""
+
+    def __init__(self, settings: InstanceSettings, instance: str) -> None:
+        xet_home.claim()
+        self._settings = settings
+        self._bucket = open_bucket(settings, instance, Tally(), REQUEST_SECS)
+
+    def tokens(self) -> list[bool]:
+        """Whether its node has a token for the instance."""
+        return [self._settings.resolve_token() is not None]
+
+    def attempt(
+        self, batch: Batch[Item], not_after: datetime, seconds: float, ends: datetime
+    ) -> Result[Item] | HFBucketError:
+        """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
+        try:
+            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), ends)
+        except HFBucketError as error:
+            return error
+
+
+class DeletionActors(ActorExecutor["Item"]):
+    """Batches of deletes on actors.
+
+    Args:
+        named: The instance.
+        width: How many actors.
+        address: Of the cluster; None for the configured one.
+
+    Raises:
+        ConfigError: A token is written into the configuration, or a node lacks its variable.
+        ClusterError: The cluster cannot be joined, or starts no actors.
+    """
+
+    def __init__(self, named: NamedInstance, width: int, address: str | None) -> None:
+        arguments = (without_token(named), named.name)
+        super().__init__(width, address, [named], Outcome.FAILED, actor=_Deleter, arguments=arguments)
