@@ -72,10 +72,5 @@ def parts() -> dict[str, str]:
     return {name: table(HEAD, sorted(some)) for name, some in rows.items()}
 
 
-def main() -> None:
-    """Rewrite the page."""
-    write(PAGE, parts())
-
-
 if __name__ == "__main__":
-    main()
+    write(PAGE, parts())

@@ -72,11 +72,6 @@ def parts() -> dict[Path, dict[str, str]]:
     }
 
 
-def main() -> None:
-    """Rewrite the pages."""
+if __name__ == "__main__":
     for page, texts in parts().items():
         write(page, texts)
-
-
-if __name__ == "__main__":
-    main()

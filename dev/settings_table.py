@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from huggingface_hub import constants
 
+from dev.generated import table, write
 from hfbucket_plugin.config.l2 import L2Settings
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.core.files import default_root
@@ -15,11 +15,8 @@ from hfbucket_plugin.core.files import default_root
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "configure.md"
-PLACES = {
-    "settings": "<!-- settings: written by `make docs` from hfbucket_plugin/config/settings.py -->",
-    "l2_settings": "<!-- l2_settings: written by `make docs` from hfbucket_plugin/config/l2.py -->",
-}
+PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "configure.md"
+HEAD: Final = ("setting", "default", "meaning, and why the default")
 
 
 def default_of(field: FieldInfo) -> str:
@@ -38,44 +35,18 @@ def default_of(field: FieldInfo) -> str:
     return f"`{value}`"
 
 
-def table(fields: dict[str, FieldInfo]) -> str:
+def settings(fields: dict[str, FieldInfo]) -> str:
     """The table of some settings, in the order of their model."""
-    rows = ["| setting | default | meaning, and why the default |", "|---|---|---|"]
-    rows += [
-        f"| `{name}` | {default_of(field)} | {' '.join((field.description or '').split())} |"
-        for name, field in fields.items()
-    ]
-    return "\n".join(rows)
+    rows = [(f"`{name}`", default_of(field), field.description or "") for name, field in fields.items()]
+    return table(HEAD, rows)
 
 
-def rendered(page: str) -> str:
-    """The page with the tables in their places.
-
-    Raises:
-        ValueError: The page has no place for one.
-    """
+def parts() -> dict[str, str]:
+    """The generated parts of the page."""
     common = dict(InstanceSettings.model_fields)
-    fields = {
-        "settings": common,
-        "l2_settings": {name: field for name, field in L2Settings.model_fields.items() if name not in common},
-    }
-    for name, begin in PLACES.items():
-        end = f"<!-- /{name} -->"
-        head, found, rest = page.partition(begin)
-        _, ended, tail = rest.partition(end)
-        if not found or not ended:
-            raise ValueError(f"{PAGE} lacks the lines {begin} and {end}")
-        page = f"{head}{begin}\n{table(fields[name])}\n{end}{tail}"
-    return page
-
-
-def main() -> None:
-    """Rewrite the page."""
-    before = PAGE.read_text(encoding="utf-8")
-    after = rendered(before)
-    PAGE.write_text(after, encoding="utf-8")
-    sys.stderr.write("docs/configure.md " + ("was up to date\n" if before == after else "rewritten\n"))
+    of_mp_mode = {name: field for name, field in L2Settings.model_fields.items() if name not in common}
+    return {"settings": settings(common), "l2_settings": settings(of_mp_mode)}
 
 
 if __name__ == "__main__":
-    main()
+    write(PAGE, parts())

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dev.faults.cells import tables
-from dev.faults.pages import MEASURED, PAGE, replaced, with_promises, write
+from dev.faults.pages import PAGE, parts
 from dev.faults.plan import trials
 from dev.faults.pool import make_all
 from dev.faults.verdict import breaches, timing
+from dev.generated import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def _end(reports: Sequence[Report], again: int, seconds: float, *, write_page: b
     text = f"{summary}\n\n{tables(reports)}"
     print(text)
     if write_page:
-        write(replaced(with_promises(PAGE.read_text(encoding="utf-8")), MEASURED, text))
+        write(PAGE, parts() | {"measured": text})
     return 1 if broken else 0
 
 
