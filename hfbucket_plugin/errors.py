@@ -181,7 +181,7 @@ class HashMismatchError(IntegrityError):
     kind = "integrity"
 
 
-class ScratchError(HFBucketError):
+class TempDirError(HFBucketError):
     """There was no space for a temporary file. Says nothing against the bucket."""
 
     kind = "scratch"
@@ -239,5 +239,5 @@ class Interrupted(BaseException):
     """
 
 
-class GuardError(RefusedError):
+class SafetyError(RefusedError):
     """The plan or the listing that it came from looks wrong: nothing is deleted."""

@@ -14,7 +14,7 @@ from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.core.units import Extent
-from hfbucket_plugin.errors import GuardError
+from hfbucket_plugin.errors import SafetyError
 from jobs.lock import records
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ INDEX: Final = "index"
 """The job that builds the key index."""
 
 
-class Kept(Protocol):
+class SavedSummary(Protocol):
     """A summary, as far as it is kept."""
 
     @property
@@ -38,7 +38,7 @@ class Kept(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Last:
+class LastRun:
     """What the last run told.
 
     Attributes:
@@ -54,7 +54,7 @@ class Last:
     record: dict[str, Any]
 
 
-def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> Last | None:
+def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> LastRun | None:
     """The newest report of a job that deletes, or None when there is none; what else lies there is nobody's report.
 
     Args:
@@ -80,10 +80,10 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
         left = Extent.from_record(record.get("left"))
         _expect_consistent(record, left, newest.path.rpartition("/")[2])
     except ValueError as error:
-        raise GuardError(
+        raise SafetyError(
             f"{newest.path} is no report of ours ({error}): nothing is deleted. Delete it, and give --accept-shrunk once"
         ) from None
-    return Last(str(record.get("job")), newest.uploaded_at or oldest, left, record)
+    return LastRun(str(record.get("job")), newest.uploaded_at or oldest, left, record)
 
 
 def _expect_consistent(record: dict[str, Any], left: Extent, name: str) -> None:
@@ -102,7 +102,7 @@ def _expect_consistent(record: dict[str, Any], left: Extent, name: str) -> None:
         raise ValueError(f"it leaves {left.objects} of {listed.objects} objects, and {gone} were deleted")
 
 
-def keep(bucket: Bucket, summary: Kept, left: Extent, request_secs: float) -> None:
+def keep(bucket: Bucket, summary: SavedSummary, left: Extent, request_secs: float) -> None:
     """Keep a report in the bucket, in place of the last one of its kind.
 
     Args:

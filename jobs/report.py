@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from enum import StrEnum
     from pathlib import Path
 
-    from jobs.batch.model import Ended
+    from jobs.batch.model import ItemOutcome
 
 
 NAMED_FAILURES: Final = 1000
@@ -87,7 +87,7 @@ class ReportFile:
         self.problem = self.problem or f"--report {str(self._path)!r} is not whole: {error.strerror}"
 
 
-class Tally:
+class OutcomeTally:
     """Counts the objects of one plan as they end.
 
     Args:
@@ -103,7 +103,7 @@ class Tally:
         self.failures: list[dict[str, str]] = []
         self._file = file
 
-    def add(self, ended: Ended[Any]) -> None:
+    def add(self, ended: ItemOutcome[Any]) -> None:
         """Count an object."""
         item = ended.item
         self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
@@ -140,7 +140,7 @@ GAUGES: Final = {
 }
 
 
-def write_metrics(path: Path, summaries: Iterable[Summary], now: float, least: int = exit_codes.COMPLETE) -> None:
+def write_metrics(path: Path, summaries: Iterable[JobSummary], now: float, least: int = exit_codes.COMPLETE) -> None:
     """Write the file that Prometheus' textfile collector reads; it appears whole.
 
     Args:
@@ -167,7 +167,7 @@ def write_metrics(path: Path, summaries: Iterable[Summary], now: float, least: i
     write_whole(path, prometheus_client.generate_latest(registry).decode(), "--metrics-textfile")
 
 
-class Summary(Protocol):
+class JobSummary(Protocol):
     """What came of one job."""
 
     @property

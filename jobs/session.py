@@ -21,14 +21,14 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     Interrupted,
     RefusedError,
-    ScratchError,
+    TempDirError,
     ThrottledError,
     TransportError,
 )
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.signals import Stop, StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal, Stop
 from jobs.lock.lock import LockLapsedError
-from jobs.report import ReportFile, Summary, note, write_metrics
+from jobs.report import JobSummary, ReportFile, note, write_metrics
 from warmer.report.outcomes import local_trouble
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-Work = Callable[[ReportFile, StopSwitch], Summary | None]
+Work = Callable[[ReportFile, ShutdownSignal], JobSummary | None]
 """Does a job. None where it is not to be done, for what became of the one before."""
 
 
 @dataclass
-class Session:
+class CommandSession:
     """One command.
 
     Attributes:
@@ -55,7 +55,7 @@ class Session:
     report: Path | None
     metrics: Path | None
     inputs: Sequence[tuple[str, Path | None]] = ()
-    summaries: list[Summary] = field(default_factory=list)
+    summaries: list[JobSummary] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
 
     def run(self, works: Sequence[tuple[str, Work]]) -> NoReturn:
@@ -65,7 +65,7 @@ class Session:
             works: What each is called, and does.
         """
         texts.log_to_stderr("jobs")
-        stop = StopSwitch()
+        stop = ShutdownSignal()
         waiting = list(works)
         file = None
         try:
@@ -102,7 +102,7 @@ class Session:
     def _codes(self) -> list[int]:
         return [*(one.code for one in self.summaries), *self.broken]
 
-    def _done(self, name: str, work: Work, file: ReportFile, stop: StopSwitch) -> Summary | None:
+    def _done(self, name: str, work: Work, file: ReportFile, stop: ShutdownSignal) -> JobSummary | None:
         """Do a job. One that cannot even say what came of it is named, and the others are done."""
         try:
             return work(file, stop)
@@ -113,7 +113,7 @@ class Session:
             note(f"{name}: {in_words(error)}")
             return None
 
-    def _add(self, summary: Summary) -> None:
+    def _add(self, summary: JobSummary) -> None:
         self.summaries.append(summary)
         for line in summary.lines():
             note(f"{summary.instance}: {line}")
@@ -124,7 +124,7 @@ def _code_of_file(file: ReportFile) -> int:
     return exit_codes.FAILED if file.problem else exit_codes.COMPLETE
 
 
-def _told(summary: Summary, file: ReportFile | None) -> dict[str, Any]:
+def _told(summary: JobSummary, file: ReportFile | None) -> dict[str, Any]:
     """A summary for JSON: a job is no success whose report is not whole, and its summary agrees with the exit code."""
     record = summary.record()
     if file is None or not file.problem:
@@ -167,7 +167,7 @@ class Commands(TyperGroup):
             raise
         except (
             BrokenPipeError
-        ):  # whoever reads the output stopped, as `head` does; Python flushes it once more at the end
+        ):  # the reader of the output stopped, as `head` does; Python flushes it once more at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(exit_codes.FAILED) from None
         except Interrupted:
@@ -230,7 +230,7 @@ def code_of(error: Exception) -> int:
     if isinstance(error, RefusedError):
         return exit_codes.REFUSED
     if not isinstance(error, HFBucketError) or isinstance(
-        error, (TransportError, ThrottledError, IntegrityError, ScratchError)
+        error, (TransportError, ThrottledError, IntegrityError, TempDirError)
     ):
         return exit_codes.FAILED
     return exit_codes.USAGE

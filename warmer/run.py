@@ -12,31 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin.core.deadline import Deadline, patience
-from hfbucket_plugin.core.files import Scratch, expect_writable
+from hfbucket_plugin.core.files import TempDir, expect_writable
 from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, MPKey
-from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, ScratchError
+from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, TempDirError
 from hfbucket_plugin.tools.selection import ADVICE
 from warmer.check import gate as checks
 from warmer.cluster.engine_tiers import checkable
 from warmer.cluster.execute import CopyRun
 from warmer.node.prompts import digest_of, expect_recorded
-from warmer.plan.build import WORDS, Choosing
-from warmer.plan.plan_file import NEVER_PLANNED, PlanFile
+from warmer.plan.build import WORDS, PlanBuilder
+from warmer.plan.plan_file import NEVER_PLANNED, WarmPlanFile
 from warmer.report.outcomes import NothingToDoError
 from warmer.report.summary import FailureLog
 from warmer.request import resolve
-from warmer.request.resolve import bind, recorded
+from warmer.request.resolve import recorded, resolve_request
 from warmer.request.warm_file import validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.tools.signals import StopSwitch
+    from hfbucket_plugin.tools.signals import ShutdownSignal
     from warmer.check.canary import Canary
-    from warmer.report.observers import Onlooker
-    from warmer.request.model import WarmUp
-    from warmer.request.resolve import Bound, Compared
+    from warmer.report.observers import Observer
+    from warmer.request.model import WarmRequest
+    from warmer.request.resolve import Compared, ResolvedRequest
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ _LISTING_SECS = 3600.0
 _KINDS = {"classic": ClassicKey, "mp": MPKey}
 
 
-def plan(warm_up: WarmUp, out: Path | None) -> dict[str, Any]:
+def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
     """Choose chunks, and write down which.
 
     Args:
-        warm_up: What was asked for.
+        request: What was asked for.
         out: The plan file, which appears when it is complete; None to only tell what it would hold.
 
     Returns:
@@ -63,17 +63,17 @@ def plan(warm_up: WarmUp, out: Path | None) -> dict[str, Any]:
         ScratchError: There is no room for the plan, or to sort it.
         HFBucketError: The chunks could not be listed.
     """
-    with _planned(bind(warm_up), out) as made:
+    with _planned(resolve_request(request), out) as made:
         return made.header
 
 
-def run(warm_up: WarmUp, stop: StopSwitch, *onlookers: Onlooker) -> dict[str, Any]:
+def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
     """Choose chunks and copy them.
 
     Args:
-        warm_up: What was asked for.
+        request: What was asked for.
         stop: Whether to stop.
-        onlookers: Who looks on.
+        observers: Who looks on.
 
     Returns:
         The summary, its `exit_code` included.
@@ -85,19 +85,19 @@ def run(warm_up: WarmUp, stop: StopSwitch, *onlookers: Onlooker) -> dict[str, An
         HFBucketError: The chunks could not be listed.
         Interrupted: Told to stop before copying began.
     """
-    bound = bind(warm_up)
-    with _reported(bound) as failures, _planned(bound, None) as made:
-        return _carried_out(bound, made, failures, stop, onlookers)
+    resolved = resolve_request(request)
+    with _reported(resolved) as failures, _planned(resolved, None) as made:
+        return _executed(resolved, made, failures, stop, observers)
 
 
-def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch, *onlookers: Onlooker) -> dict[str, Any]:
+def apply(request: WarmRequest, made: WarmPlanFile, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
     """Copy what a plan says; what is there already is passed by.
 
     Args:
-        warm_up: Of the plan, see `planned_warm_up`.
+        request: Of the plan, see `planned_request`.
         made: The plan.
         stop: Whether to stop.
-        onlookers: Who looks on.
+        observers: Who looks on.
 
     Returns:
         The summary, its `exit_code` included.
@@ -109,24 +109,28 @@ def apply(warm_up: WarmUp, made: PlanFile, stop: StopSwitch, *onlookers: Onlooke
         ClusterError: The configured Ray cluster does not answer.
         Interrupted: Told to stop before copying began.
     """
-    bound = bind(warm_up)
-    expect_fitting(bound, made)
-    with _reported(bound) as failures:
-        return _carried_out(bound, made, failures, stop, onlookers)
+    resolved = resolve_request(request)
+    expect_fitting(resolved, made)
+    with _reported(resolved) as failures:
+        return _executed(resolved, made, failures, stop, observers)
 
 
-def _carried_out(
-    bound: Bound, made: PlanFile, failures: FailureLog, stop: StopSwitch, onlookers: Sequence[Onlooker]
+def _executed(
+    resolved: ResolvedRequest,
+    made: WarmPlanFile,
+    failures: FailureLog,
+    stop: ShutdownSignal,
+    observers: Sequence[Observer],
 ) -> dict[str, Any]:
-    summary = CopyRun(bound, made, onlookers).carry_out(failures, stop)
+    summary = CopyRun(resolved, made, observers).execute(failures, stop)
     failures.close(summary)
     return summary
 
 
 def check(
-    warm_up: WarmUp,
-    made: PlanFile | None,
-    stop: StopSwitch,
+    request: WarmRequest,
+    made: WarmPlanFile | None,
+    stop: ShutdownSignal,
     *,
     require: float,
     hashes: bool,
@@ -135,8 +139,8 @@ def check(
     """Tell how warm every node is.
 
     Args:
-        warm_up: Of the plan, or what to choose.
-        made: The plan; None to choose anew.
+        request: Of the plan, or what to choose.
+        made: The plan; None to choose again.
         stop: Whether to stop.
         require: The share that each tier of each node must hold.
         hashes: Whether contents are hashed.
@@ -152,19 +156,21 @@ def check(
         HFBucketError: The chunks could not be listed.
         Interrupted: Told to stop before the check began.
     """
-    bound = bind(warm_up)
-    checkable(bound.tiers)
-    canary = None if canary is None else replace(canary, chunk_tokens=bound.chunk_tokens())
+    resolved = resolve_request(request)
+    checkable(resolved.tiers)
+    canary = None if canary is None else replace(canary, chunk_tokens=resolved.chunk_tokens())
     if made is not None:
-        expect_fitting(bound, made)
+        expect_fitting(resolved, made)
         compared: dict[str, Any] = {"with": "plan", "at": made.header.get("made"), "plan": str(made.path)}
-        return checks.check(bound, made, stop, require=require, hashes=hashes, compared_with=compared, canary=canary)
-    with _planned(bound, None) as chosen:
+        return checks.check(resolved, made, stop, require=require, hashes=hashes, compared_with=compared, canary=canary)
+    with _planned(resolved, None) as chosen:
         compared = {"with": "bucket", "at": chosen.header.get("made"), "plan": None}
-        return checks.check(bound, chosen, stop, require=require, hashes=hashes, compared_with=compared, canary=canary)
+        return checks.check(
+            resolved, chosen, stop, require=require, hashes=hashes, compared_with=compared, canary=canary
+        )
 
 
-def planned_warm_up(made: PlanFile) -> dict[str, Any]:
+def planned_request(made: WarmPlanFile) -> dict[str, Any]:
     """What a plan was made of, for `warmer.request.warm_file`; empty for a plan without a header.
 
     Raises:
@@ -172,13 +178,13 @@ def planned_warm_up(made: PlanFile) -> dict[str, Any]:
         RefusedError: It holds a token, which no plan does.
     """
     document = made.header.get("warm_up", {})
-    warm_up = validated(document, str(made.path))
-    if recorded(warm_up) != warm_up:
-        raise RefusedError(f"plan {str(made.path)!r} holds a token, which no plan does: plan anew")
+    request = validated(document, str(made.path))
+    if recorded(request) != request:
+        raise RefusedError(f"plan {str(made.path)!r} holds a token, which no plan does: make a new plan")
     return dict(document)
 
 
-def expect_fitting(bound: Bound, made: PlanFile) -> None:
+def expect_fitting(resolved: ResolvedRequest, made: WarmPlanFile) -> None:
     """Make sure that a plan is of the bucket and the kind of tier that a configuration names by now.
 
     Raises:
@@ -188,76 +194,76 @@ def expect_fitting(bound: Bound, made: PlanFile) -> None:
     """
     if made.chunks > made.header.get("selected", made.chunks):
         raise RefusedError(
-            f"plan {str(made.path)!r} names {made.chunks} chunks, and {made.header['selected']} were planned: plan anew"
+            f"plan {str(made.path)!r} names {made.chunks} chunks, and {made.header['selected']} were planned: make a new plan"
         )
-    if not made.chunks and bound.lists:
+    if not made.chunks and resolved.lists:
         raise NothingToDoError(f"plan {str(made.path)!r} holds no chunk")
-    if bound.prompt_file is not None:
-        expect_recorded(bound.prompt_file, made.header.get("prompts_file"), made.path)
-    bucket, kind = bound.instance.settings.bucket_handle, made.header.get("takes")
+    if resolved.prompt_file is not None:
+        expect_recorded(resolved.prompt_file, made.header.get("prompts_file"), made.path)
+    bucket, kind = resolved.instance.settings.bucket_handle, made.header.get("takes")
     if BucketHandle.parse(str(made.header.get("bucket", bucket))) != bucket:
         raise ConfigError(
-            f"plan {str(made.path)!r} is of {made.header['bucket']}, and instance {bound.instance.name!r} is {bucket}: "
-            "plan anew"
+            f"plan {str(made.path)!r} is of {made.header['bucket']}, and instance {resolved.instance.name!r} is {bucket}: "
+            "make a new plan"
         )
-    home = bound.instance.settings.bucket_handle.join("")
+    home = resolved.instance.settings.bucket_handle.join("")
     if made.home not in (None, home):
         raise ConfigError(
-            f"plan {str(made.path)!r} names objects below {made.home!r}, and those of instance {bound.instance.name!r} are below "
-            f"{home!r}: plan anew"
+            f"plan {str(made.path)!r} names objects below {made.home!r}, and those of instance {resolved.instance.name!r} are below "
+            f"{home!r}: make a new plan"
         )
-    if kind in _KINDS and _KINDS[kind] is not bound.takes:
+    if kind in _KINDS and _KINDS[kind] is not resolved.takes:
         raise ConfigError(
-            f"plan {str(made.path)!r} holds {WORDS[_KINDS[kind]]}, and tier {bound.tiers[0].name!r} takes "
-            f"{WORDS[bound.takes]}"
+            f"plan {str(made.path)!r} holds {WORDS[_KINDS[kind]]}, and tier {resolved.tiers[0].name!r} takes "
+            f"{WORDS[resolved.takes]}"
         )
 
 
 @contextlib.contextmanager
-def _planned(bound: Bound, out: Path | None) -> Iterator[PlanFile]:
+def _planned(resolved: ResolvedRequest, out: Path | None) -> Iterator[WarmPlanFile]:
     """A plan in a file: `out`, or one that is gone with the block."""
-    if not bound.warm_up.choose.given:
+    if not resolved.request.choose.given:
         raise ConfigError(ADVICE)
     place = None if out is None else _place_of(out)
-    prompts = bound.prompts() if bound.lists else None
-    bucket = bound.bucket()
-    until = Deadline.after(bound.warm_up.limits.max_duration or _LISTING_SECS)
+    prompts = resolved.prompts() if resolved.lists else None
+    bucket = resolved.bucket()
+    until = Deadline.after(resolved.request.limits.max_duration or _LISTING_SECS)
     # Where engines load from their own tiers, the Hub is asked nothing.
     with patience(until):
-        choosing = Choosing(bound.warm_up.choose, bound.takes, _now(bound, bucket), prompts)
-        compared = resolve.compare(bound, choosing, bucket) if bound.lists else resolve.Compared()
-    scratch = Scratch(bound.instance.settings.download_tmp_dir)
+        choosing = PlanBuilder(resolved.request.choose, resolved.takes, _now(resolved, bucket), prompts)
+        compared = resolve.compare(resolved, choosing, bucket) if resolved.lists else resolve.Compared()
+    temp_dir = TempDir(resolved.instance.settings.download_tmp_dir)
     try:
-        with scratch.file() as sorting, scratch.file() as path:
+        with temp_dir.file() as sorting, temp_dir.file() as path:
             with patience(until):
-                recorded = _prompts_recorded(bound)
+                recorded = _prompts_recorded(resolved)
                 try:
-                    chunks = choosing.planned(bucket, sorting) if bound.lists else iter(())
-                    made = PlanFile.write(
-                        path, chunks, lambda whole: _header(bound, choosing, compared, whole) | recorded
+                    chunks = choosing.planned(bucket, sorting) if resolved.lists else iter(())
+                    made = WarmPlanFile.write(
+                        path, chunks, lambda whole: _header(resolved, choosing, compared, whole) | recorded
                     )
                 except OSError as error:
                     if isinstance(error, HFBucketError):
                         raise
-                    raise ScratchError(
+                    raise TempDirError(
                         f"the plan cannot be written below download_tmp_dir, {str(path.parent)!r}: {error.strerror or error}; make "
                         "room there, or name another directory"
                     ) from None
-                if bound.lists:
-                    _expect_some(bound, choosing, made, bucket)
+                if resolved.lists:
+                    _expect_some(resolved, choosing, made, bucket)
                 else:
-                    _expect_prompts(bound)
+                    _expect_prompts(resolved)
             if place is not None:
                 _put_out(path, place)
             yield made
     finally:
-        scratch.close()
+        temp_dir.close()
 
 
-def _now(bound: Bound, bucket: Bucket) -> datetime:
+def _now(resolved: ResolvedRequest, bucket: Bucket) -> datetime:
     """What `since` counts back from: the Hub's clock, which dates the chunks; ours where nothing depends on it."""
     ours = datetime.now(UTC)
-    if bound.warm_up.choose.since is None or not bound.lists:
+    if resolved.request.choose.since is None or not resolved.lists:
         return ours
     theirs = bucket.time(Deadline.after(_CLOCK_SECS))
     if theirs is None:
@@ -265,57 +271,59 @@ def _now(bound: Bound, bucket: Bucket) -> datetime:
     return ours if theirs is None else theirs
 
 
-def _header(bound: Bound, choosing: Choosing, compared: Compared, made: PlanFile) -> dict[str, Any]:
+def _header(resolved: ResolvedRequest, choosing: PlanBuilder, compared: Compared, made: WarmPlanFile) -> dict[str, Any]:
     skipped = dict(choosing.skipped)
     if choosing.chosen > made.chunks:
         skipped["over_budget"] = choosing.chosen - made.chunks
     kinds = {kind: name for name, kind in _KINDS.items()}
     header: dict[str, Any] = {
         "made": choosing.now.isoformat(timespec="seconds"),
-        "instance": bound.instance.name,
-        "bucket": str(bound.instance.settings.bucket_handle),
-        "takes": kinds[bound.takes],
-        "tiers": [tier.name for tier in bound.tiers],
-        "warm_up": recorded(bound.warm_up).model_dump(mode="json", exclude_defaults=True, exclude=set(NEVER_PLANNED)),
+        "instance": resolved.instance.name,
+        "bucket": str(resolved.instance.settings.bucket_handle),
+        "takes": kinds[resolved.takes],
+        "tiers": [tier.name for tier in resolved.tiers],
+        "warm_up": recorded(resolved.request).model_dump(
+            mode="json", exclude_defaults=True, exclude=set(NEVER_PLANNED)
+        ),
         "selected": made.chunks,
         "selected_bytes": made.bytes,
         "skipped": skipped,
     }
     if compared.facts:
         header["fingerprints"] = compared.facts
-    if bound.warm_up.choose.wants_heat:
+    if resolved.request.choose.wants_heat:
         header["order"] = {"by": "newest" if choosing.cold else "heat", "why": choosing.cold}
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
     return header
 
 
-def selected(bound: Bound, made: PlanFile) -> dict[str, int]:
+def selected(resolved: ResolvedRequest, made: WarmPlanFile) -> dict[str, int]:
     """How much a plan is about: lines of a plan of chunks may have been removed."""
-    if not bound.lists and bound.prompt_file is not None:
-        return {"selected": bound.prompt_file.chunks.total(), "selected_bytes": 0}
+    if not resolved.lists and resolved.prompt_file is not None:
+        return {"selected": resolved.prompt_file.chunks.total(), "selected_bytes": 0}
     return {"selected": made.chunks, "selected_bytes": made.bytes}
 
 
-def _prompts_recorded(bound: Bound) -> dict[str, Any]:
+def _prompts_recorded(resolved: ResolvedRequest) -> dict[str, Any]:
     """What a header says of prompts, beside the chunks that were found of them in the bucket."""
-    path, found = bound.warm_up.choose.prompts, bound.prompt_file
+    path, found = resolved.request.choose.prompts, resolved.prompt_file
     if path is None:
         return {}
     digest = digest_of(path) if found is None else found.sha256
     recorded: dict[str, Any] = {"prompts_file": {"path": str(path), "sha256": digest}}
-    if found is not None and not bound.lists:
+    if found is not None and not resolved.lists:
         chunks = found.chunks.total()
         recorded |= {"prompts": {"prompts": found.prompts.total(), "chunks": chunks}, "selected": chunks}
     return recorded
 
 
-def _expect_prompts(bound: Bound) -> None:
-    found = bound.prompt_file
+def _expect_prompts(resolved: ResolvedRequest) -> None:
+    found = resolved.prompt_file
     if found is not None and not found.chunks.total():
         raise NothingToDoError(
             f"nothing selected: --prompts {str(found.path)!r} holds {found.prompts.total()} prompts of the models that are asked "
-            f"for, and none of them a full chunk of {bound.warm_up.choose.chunk_size} tokens"
+            f"for, and none of them a full chunk of {resolved.request.choose.chunk_size} tokens"
         )
 
 
@@ -351,10 +359,10 @@ def _put_out(path: Path, out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from None
 
 
-def _expect_some(bound: Bound, choosing: Choosing, made: PlanFile, bucket: Bucket) -> None:
+def _expect_some(resolved: ResolvedRequest, choosing: PlanBuilder, made: WarmPlanFile, bucket: Bucket) -> None:
     other = choosing.skipped["other_kind"]
-    tiers, words = ", ".join(repr(tier.name) for tier in bound.tiers), WORDS[bound.takes]
-    found = WORDS[MPKey if bound.takes is ClassicKey else ClassicKey]
+    tiers, words = ", ".join(repr(tier.name) for tier in resolved.tiers), WORDS[resolved.takes]
+    found = WORDS[MPKey if resolved.takes is ClassicKey else ClassicKey]
     if made.chunks:
         if other:
             _log.info("%d chunks have %s and are passed by: tier %s takes %s only", other, found, tiers, words)
@@ -365,7 +373,7 @@ def _expect_some(bound: Bound, choosing: Choosing, made: PlanFile, bucket: Bucke
         raise NothingToDoError(
             f"nothing selected that tier {tiers} can take: what was found has {found}, and the tier takes {words} only"
         )
-    asked = bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True)
+    asked = resolved.request.choose.model_dump(mode="json", exclude_defaults=True)
     passed = choosing.skipped["not_chosen"]
     reason = f"; {passed} that were listed are told apart by it" if passed else ""
     if choosing.prompts is not None:
@@ -373,12 +381,12 @@ def _expect_some(bound: Bound, choosing: Choosing, made: PlanFile, bucket: Bucke
             ". The prompts' hashes are those of LMCache as it runs here: engines need the same chunk size, hash algorithm, "
             "vLLM and PYTHONHASHSEED"
         )
-    raise NothingToDoError(f"nothing selected: instance {bound.instance.name!r} holds no chunk of {asked}{reason}")
+    raise NothingToDoError(f"nothing selected: instance {resolved.instance.name!r} holds no chunk of {asked}{reason}")
 
 
 @contextlib.contextmanager
-def _reported(bound: Bound) -> Iterator[FailureLog]:
-    failures = FailureLog(bound.warm_up.report)
+def _reported(resolved: ResolvedRequest) -> Iterator[FailureLog]:
+    failures = FailureLog(resolved.request.report)
     try:
         yield failures
     finally:

@@ -129,7 +129,7 @@ def prepare(fleet: int, seconds: float = 60.0) -> dict[str, Any]:
     from dev.faults.surface import Limits
     from hfbucket_plugin.config.settings import load
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.telemetry import Tally
+    from hfbucket_plugin.core.telemetry import MemorySink
     from hfbucket_plugin.hub.connect import open_bucket
     from hfbucket_plugin.hub.transfer import Upload
     from hfbucket_plugin.index.access.recorder import Hits
@@ -146,7 +146,7 @@ def prepare(fleet: int, seconds: float = 60.0) -> dict[str, Any]:
         writer.put(range(_CHUNKS))
         writer.close()
     build_at(handle)
-    bucket, deadline = open_bucket(settings, "hfbucket", Tally(), seconds), Deadline.after(10 * seconds)
+    bucket, deadline = open_bucket(settings, "hfbucket", MemorySink(), seconds), Deadline.after(10 * seconds)
     files = {}
     for hits in (False, True):
         journal = JournalWriter(10, 10, hits=hits)

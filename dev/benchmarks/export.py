@@ -37,7 +37,7 @@ def child(arguments: list[str]) -> None:
     """The command, and after it its peak memory on a line of its own."""
     from jobs.cli.app import app
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # else the peak is that of whoever started us
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # else the peak is that of the parent process
     before = peak_kib()
     try:
         app(arguments, prog_name="jobs")

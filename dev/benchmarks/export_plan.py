@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hfbucket_plugin.core.keys import Content, parse_key
+from hfbucket_plugin.core.keys import ContentId, parse_key
 from hfbucket_plugin.hub.listing import ChunkEntry
-from hfbucket_plugin.tools.selection import Choice
-from jobs.export.plan import Header, OnConflict, Place, PlanFile, PlanWriter, Renames
-from jobs.export.planning import ExportPlanning, Wanted
+from hfbucket_plugin.tools.selection import Selection
+from jobs.export.plan import EndpointRef, ExportHeader, ExportPlanFile, ExportPlanWriter, OnConflict, Renames
+from jobs.export.planning import ExportPlanning, WantedChunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,11 +46,11 @@ class Source:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def entries(self, _choice: Choice, _skipped: object) -> Iterator[ChunkEntry]:
+    def entries(self, _selection: Selection, _skipped: object) -> Iterator[ChunkEntry]:
         """As a listing gives them."""
         for number in range(self._count):
             key = f"org/model@8@{number % 8}@{number:016x}@bfloat16"
-            content = Content(f"{number:064x}", CHUNK_BYTES)
+            content = ContentId(f"{number:064x}", CHUNK_BYTES)
             yield ChunkEntry(key, parse_key(key), content, NOW - timedelta(seconds=number))
 
 
@@ -66,15 +66,15 @@ class Destination:
 
 def measure(case: str, count: int) -> dict[str, float]:
     """One case, in this process."""
-    rules, choice = CASES[case]
-    wanted = Wanted(Choice.model_validate(choice | ({"newest": count // 2} if choice else {})), NOW)
+    rules, selection = CASES[case]
+    wanted = WantedChunks(Selection.model_validate(selection | ({"newest": count // 2} if selection else {})), NOW)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = peak_mib()
     with tempfile.TemporaryDirectory() as name:
-        places = [Place(one, f"hf://buckets/org/{one}") for one in ("us", "eu")]
-        header = Header(places[0], places[1], NOW, "auto", Renames.parse(rules))
+        places = [EndpointRef(one, f"hf://buckets/org/{one}") for one in ("us", "eu")]
+        header = ExportHeader(places[0], places[1], NOW, "auto", Renames.parse(rules))
         path, started = Path(name, "plan.jsonl"), time.perf_counter()
-        with PlanWriter(path, header) as writer:
+        with ExportPlanWriter(path, header) as writer:
             source, destination = Source(count), Destination()
             planning = ExportPlanning(
                 header,
@@ -86,7 +86,7 @@ def measure(case: str, count: int) -> dict[str, float]:
             )
             planning.run(wanted, Path(name, "order"))
         planned = time.perf_counter()
-        PlanFile.open(path)
+        ExportPlanFile.open(path)
         read = time.perf_counter()
     return {"plan": planned - started, "read": read - planned, "memory_mib": peak_mib() - before}
 

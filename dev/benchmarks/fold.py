@@ -70,8 +70,8 @@ def random_rows(number: int, dtype: np.dtype[Any], seed: int) -> Any:
 def figures(changes: int, keys: int) -> dict[str, dict[str, float]]:
     """All of them."""
     from dev.benchmarks.gauges import Memory
-    from hfbucket_plugin.core.keys import Content
-    from hfbucket_plugin.hub.records import OwnObjects, hash_of
+    from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.hub.records import RecordStore, hash_of
     from hfbucket_plugin.index.table import CHANGE, EMPTY, ROW, Table, View, in_order, last_of_each, merged, newest
 
     found: dict[str, dict[str, float]] = {}
@@ -103,7 +103,7 @@ def figures(changes: int, keys: int) -> dict[str, dict[str, float]]:
     rows = random_rows(keys, ROW, 300)
     measure(f"listing: {keys:,} rows in order", lambda: Table(last_of_each(in_order(rows))))
     data = rows.tobytes()
-    content = Content(hash_of(bytearray(data)), len(data))
+    content = ContentId(hash_of(bytearray(data)), len(data))
 
     class Transfer:
         def read(self, reads: Any, _deadline: object) -> None:
@@ -112,7 +112,7 @@ def figures(changes: int, keys: int) -> dict[str, dict[str, float]]:
                 for start in range(0, len(data), piece):
                     read.lease.write(start, data[start : start + piece])
 
-    own = OwnObjects(SimpleNamespace(transfer=Transfer()), "benchmark")  # type: ignore[arg-type] # all that is used of it
+    own = RecordStore(SimpleNamespace(transfer=Transfer()), "benchmark")  # type: ignore[arg-type] # all that is used of it
     measure(f"load: {len(data) / 2**20:.0f} MiB read and hashed", lambda: own.read([("it", content)], None))  # type: ignore[arg-type] # same
     own.close()
     return found

@@ -26,7 +26,7 @@ class Memory:
     """Peak memory of this process beyond what it held when this was made."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew here
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again here
         self._before = _resident("VmRSS")
 
     def extra_mib(self) -> float:

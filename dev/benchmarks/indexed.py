@@ -34,13 +34,13 @@ def build_at(handle: str) -> dict[str, Any]:
     """Publish an index of an instance."""
     from hfbucket_plugin.config.settings import load
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.telemetry import Tally
+    from hfbucket_plugin.core.telemetry import MemorySink
     from hfbucket_plugin.hub.connect import open_bucket
     from hfbucket_plugin.index.build import from_listing, publish
     from hfbucket_plugin.index.store import IndexStore
 
     settings = load({"remote_storage_plugin.hfbucket.bucket_handle": handle}, "hfbucket")
-    bucket = open_bucket(settings, "hfbucket", Tally(), 60.0)
+    bucket = open_bucket(settings, "hfbucket", MemorySink(), 60.0)
     with tempfile.TemporaryDirectory() as directory:
         built = from_listing(bucket, Path(directory), 60.0)
         publish(IndexStore(bucket, "bench"), built, Deadline.after(60.0))

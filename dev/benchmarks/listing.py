@@ -58,7 +58,7 @@ def measure(hub: Any, chunks: Callable[[], Iterator[Any]]) -> tuple[dict[str, An
 def main() -> None:
     """List both ways and print the ratio."""
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.telemetry import Tally
+    from hfbucket_plugin.core.telemetry import MemorySink
     from hfbucket_plugin.hub.connect import open_bucket
     from hfbucket_plugin.hub.listing import list_chunks, list_chunks_ahead
     from localhub.faults import Fault
@@ -73,7 +73,7 @@ def main() -> None:
         settings = InstanceSettings.model_validate(
             {"bucket_handle": "hf://buckets/org/bench/prod", "endpoint": hub.endpoint}
         )
-        door = open_bucket(settings, "bench", Tally(), 60.0)
+        door = open_bucket(settings, "bench", MemorySink(), 60.0)
         fill(door, options.keys)
         hub.control.add_fault(Fault(delay_s=options.delay_ms / 1000))
         prefixes = [f"{MODEL}@1@0@"]

@@ -97,18 +97,18 @@ class MadeUpBucket:
 
     def stat(self, paths: list[str], _deadline: Any) -> dict[str, Any]:
         """Look paths up."""
-        from hfbucket_plugin.core.keys import Content
+        from hfbucket_plugin.core.keys import ContentId
         from hfbucket_plugin.hub.bucket import ObjectInfo
 
-        return {path: ObjectInfo(path, Content("ab" * 32, 2**20), NOW) for path in paths}
+        return {path: ObjectInfo(path, ContentId("ab" * 32, 2**20), NOW) for path in paths}
 
 
 def measure(case: str, keys: int) -> dict[str, Any]:
     """Run one case here."""
     from hfbucket_plugin.core.keys import ClassicKey
-    from hfbucket_plugin.tools.selection import Choice
-    from warmer.plan.build import Choosing
-    from warmer.plan.plan_file import PlanFile
+    from hfbucket_plugin.tools.selection import Selection
+    from warmer.plan.build import PlanBuilder
+    from warmer.plan.plan_file import WarmPlanFile
 
     given = dict(CASES[case])
     with tempfile.TemporaryDirectory() as directory:
@@ -118,7 +118,7 @@ def measure(case: str, keys: int) -> dict[str, Any]:
                 out.writelines(f"{MODEL}@{WORKERS}@0@{number:016x}@bfloat16\n" for number in range(keys))
         if "max_bytes" in given:
             given["max_bytes"] = keys * 2**20 * 9 // 10
-        choosing = Choosing(Choice(**given), ClassicKey, NOW)
+        choosing = PlanBuilder(Selection(**given), ClassicKey, NOW)
         bucket: Any = MadeUpBucket(keys)
         started = time.process_time()
         listed = 0
@@ -126,10 +126,10 @@ def measure(case: str, keys: int) -> dict[str, Any]:
             listed = sum(len(page) for prefix in choosing.listed(ClassicKey) for page in pages(keys, prefix))
         making = time.process_time() - started
         started = time.process_time()
-        plan = PlanFile.write(Path(directory) / "plan", choosing.planned(bucket, Path(directory) / "scratch"))
+        plan = WarmPlanFile.write(Path(directory) / "plan", choosing.planned(bucket, Path(directory) / "scratch"))
         planning = time.process_time() - started - making
         started = time.process_time()
-        opened = PlanFile.open(Path(directory) / "plan")
+        opened = WarmPlanFile.open(Path(directory) / "plan")
         read = sum(len(opened.segment(index)) for index in range(opened.segments))
         reading = time.process_time() - started
     assert read == plan.chunks  # noqa: S101 - a benchmark of something wrong is worth nothing

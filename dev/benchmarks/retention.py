@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.retention.order import Entry, decide
+from jobs.retention.order import RetentionEntry, decide
 from jobs.retention.policy import from_values
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ CASES = {
 }
 
 
-def entries(count: int) -> Iterator[Entry]:
+def entries(count: int) -> Iterator[RetentionEntry]:
     """As a listing gives them: by key, and so in no order of age."""
     dice = random.Random(7)
     hashes = [f"{dice.getrandbits(256):064x}" for _ in range(997)]
     for number in range(count):
         key = f"org/model-{number * 4 // count}@8@{number % 8}@{dice.getrandbits(64):016x}@bfloat16"
         age = timedelta(seconds=dice.randrange(30 * 86400), microseconds=dice.randrange(1_000_000))
-        yield Entry(key, hashes[number % 997], CHUNK_BYTES, NOW - age)
+        yield RetentionEntry(key, hashes[number % 997], CHUNK_BYTES, NOW - age)
 
 
 def measure(case: str, count: int) -> dict[str, float]:

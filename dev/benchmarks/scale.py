@@ -26,9 +26,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 from warmer.plan.plan_file import SEGMENT_CHUNKS, PlannedChunk  # noqa: E402
 from warmer.report.outcomes import Copied  # noqa: E402
-from warmer.schedule.cohort import Part  # noqa: E402 - found by the line above
-from warmer.schedule.scheduler import Schedule  # noqa: E402
-from warmer.schedule.tasks import Fetch, Order, total_bytes  # noqa: E402
+from warmer.schedule.cohort import PlanSection  # noqa: E402 - found by the line above
+from warmer.schedule.scheduler import Scheduler  # noqa: E402
+from warmer.schedule.tasks import FetchTask, Task, total_bytes  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Fleet:
     options: argparse.Namespace
     now: float = 0.0
     spent: float = 0.0
-    orders: int = 0
+    tasks: int = 0
     placements: int = 0
     unplaced: int = 0
     requests: Counter[str] = field(default_factory=Counter)
@@ -60,24 +60,26 @@ class Fleet:
         healthy = [name for name in names if name not in self.slow]
         self.doomed = self.chance.sample(healthy, options.lost)
         started = time.process_time()
-        self.schedule = Schedule(dict.fromkeys(names, self.store), [self.part(names, n) for n in range(options.groups)])
+        self.schedule = Scheduler(
+            dict.fromkeys(names, self.store), [self.part(names, n) for n in range(options.groups)]
+        )
         for name in names:
             self.schedule.started(name)
         self.spent += time.process_time() - started
         self.requests["xet-read-token"] = options.nodes
-        self.flying: dict[str, int] = dict.fromkeys(names, 0)
+        self.in_flight: dict[str, int] = dict.fromkeys(names, 0)
         self.left: dict[str, int] = dict.fromkeys(names, options.chunks)
         self.idle_since: dict[str, float] = dict.fromkeys(names, 0.0)
-        self.events: list[tuple[float, int, Order | str]] = []
+        self.events: list[tuple[float, int, Task | str]] = []
         self.numbers = itertools.count()
         self.dead: set[str] = set()
         self.ended_at: dict[str, float] = {}
         self.holders: dict[int, str] = {}
 
-    def part(self, names: list[str], group: int) -> Part:
+    def part(self, names: list[str], group: int) -> PlanSection:
         """The chunks of one group of nodes."""
         own = frozenset(names[group :: self.options.groups])
-        return Part(lambda start: self.plan(group, start), own, rest=lambda start: self.listed(group, start))
+        return PlanSection(lambda start: self.plan(group, start), own, rest=lambda start: self.listed(group, start))
 
     def listed(self, group: int, start: int) -> Iterator[PlannedChunk]:
         """The plan of a group, made as it is read."""
@@ -98,14 +100,14 @@ class Fleet:
                 self.requests["paths-info"] += 1
             yield chunk
 
-    def secs(self, order: Order) -> float:
+    def secs(self, task: Task) -> float:
         """How long a node takes to carry an order out."""
-        rate = self.options.wan_mib if isinstance(order, Fetch) else self.options.lan_mib
-        slowness = self.options.slowness if order.node in self.slow else 1.0
+        rate = self.options.wan_mib if isinstance(task, FetchTask) else self.options.lan_mib
+        slowness = self.options.slowness if task.node in self.slow else 1.0
         jitter = self.chance.uniform(0.8, 1.25)
-        return self.options.call_secs + slowness * jitter * total_bytes(order.chunks) / (rate * MIB)
+        return self.options.call_secs + slowness * jitter * total_bytes(task.chunks) / (rate * MIB)
 
-    def at(self, secs: float, what: Order | str) -> None:
+    def at(self, secs: float, what: Task | str) -> None:
         """Have something happen."""
         heapq.heappush(self.events, (self.now + secs, next(self.numbers), what))
 
@@ -128,22 +130,22 @@ class Fleet:
     def decide(self) -> None:
         """Have the schedule say what to do."""
         started = time.process_time()
-        orders = self.schedule.orders(self.now)
+        tasks = self.schedule.tasks(self.now)
         self.spent += time.process_time() - started
-        for order in orders:
-            self.orders += 1
-            name = order.node
-            if not self.flying[name] and name not in self.slow and name not in self.dead:
+        for task in tasks:
+            self.tasks += 1
+            name = task.node
+            if not self.in_flight[name] and name not in self.slow and name not in self.dead:
                 self.longest_wait = max(self.longest_wait, self.now - self.idle_since[name])
-            self.flying[name] += 1
-            self.at(self.secs(order), order)
-            if isinstance(order, Fetch):
+            self.in_flight[name] += 1
+            self.at(self.secs(task), task)
+            if isinstance(task, FetchTask):
                 # As hf_xet asks: how a file is put together, and its bytes, once for each piece of 4 MiB.
                 ranges = -(-self.size // (4 * MIB))
-                self.requests["reconstruction"] += ranges * len(order.chunks)
-                self.requests["data"] += ranges * len(order.chunks)
+                self.requests["reconstruction"] += ranges * len(task.chunks)
+                self.requests["data"] += ranges * len(task.chunks)
 
-    def happen(self, what: Order | str) -> None:
+    def happen(self, what: Task | str) -> None:
         """A node has carried out an order, or dies."""
         if isinstance(what, str):
             self.die(what)
@@ -153,7 +155,7 @@ class Fleet:
             return
         results = [Copied(chunk.key, chunk.size) for chunk in what.chunks]
         started = time.process_time()
-        if isinstance(what, Fetch):
+        if isinstance(what, FetchTask):
             self.holders[what.number] = name
             ended = self.schedule.fetched(what.number, results, shared=what.share, now=self.now)
         elif self.holders.get(what.source) in self.dead and self.chance.random() < 0.5:
@@ -168,12 +170,12 @@ class Fleet:
                 self.holders.pop(number, None)
         self.placements += len(ended)
         self.left[name] -= len(ended)
-        self.flying[name] -= 1
-        if not self.flying[name]:
+        self.in_flight[name] -= 1
+        if not self.in_flight[name]:
             self.idle_since[name] = self.now
         if not self.left[name]:
             self.ended_at[name] = self.now
-        if self.orders % 1000 == 0:
+        if self.tasks % 1000 == 0:
             self.peak_store = max(self.peak_store, *self.schedule.store_bytes.values())
 
     def die(self, name: str) -> None:
@@ -209,17 +211,17 @@ def ray_calls(count: int, chunks_of_each: int) -> tuple[float, float]:
     actors = [ray.remote(Actor).options(num_cpus=0, max_concurrency=5).remote() for _ in range(8)]
     ray.get([actor.fetch.remote(chunks) for actor in actors])
     started, spent, given = time.perf_counter(), time.process_time(), 0
-    flying: dict[Any, Any] = {}
-    while given < count or flying:
+    in_flight: dict[Any, Any] = {}
+    while given < count or in_flight:
         for actor in actors:
-            while given < count and sum(other is actor for other in flying.values()) < 4:
-                flying[actor.fetch.remote(chunks)] = actor
+            while given < count and sum(other is actor for other in in_flight.values()) < 4:
+                in_flight[actor.fetch.remote(chunks)] = actor
                 given += 1
-        landed, _ = ray.wait(list(flying), num_returns=1, fetch_local=False)
-        landed, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0, fetch_local=False)
+        landed, _ = ray.wait(list(in_flight), num_returns=1, fetch_local=False)
+        landed, _ = ray.wait(list(in_flight), num_returns=len(in_flight), timeout=0, fetch_local=False)
         for ref in landed:
             ray.get(ref)
-            del flying[ref]
+            del in_flight[ref]
     rates = count / (time.perf_counter() - started), count / (time.process_time() - spent)
     ray.shutdown()
     return rates
@@ -276,9 +278,9 @@ def main() -> None:
         "slow": options.slow,
         "placements": fleet.placements,
         "placements_of_lost_nodes": fleet.unplaced,
-        "orders": fleet.orders,
+        "orders": fleet.tasks,
         "scheduler_cpu_secs": round(fleet.spent, 2),
-        "orders_per_cpu_sec": round(fleet.orders / fleet.spent),
+        "orders_per_cpu_sec": round(fleet.tasks / fleet.spent),
         "placements_per_cpu_sec": round(fleet.placements / fleet.spent),
         "driver_mib": round(peak_mib(), 1),
         "driver_mib_before": round(before, 1),

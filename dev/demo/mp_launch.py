@@ -1,4 +1,4 @@
-"""Runs `lmcache` in this process, and ends it when standard input closes: it does not outlive whoever started it.
+"""Runs `lmcache` in this process, and ends it when standard input closes: it does not outlive its parent process.
 
 python -m dev.demo.mp_launch server --port 5555 …
 """

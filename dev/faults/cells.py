@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from dev.faults.guarantees import NOTHING, SERVED, TITLES, guarantee
 from dev.faults.injections import OPERATIONS
 from dev.faults.plan import SURFACES
-from dev.faults.promises import NOTHING, SERVED, TITLES, promise
 from dev.faults.verdict import breaches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dev.faults.promises import Promise
+    from dev.faults.guarantees import Guarantee
     from dev.faults.trial import Report
 
 _NAMES = {"classic": "Classic engine", "mp": "MP mode"}
@@ -41,15 +41,15 @@ def _cell(reports: Sequence[Report]) -> str:
         return NOTHING
     by_word: dict[str, list[Report]] = defaultdict(list)
     for report in reports:
-        by_word[_promised(report).word].append(report)
+        by_word[_guaranteed(report).word].append(report)
     # Two only where `verify` makes the difference.
     texts = [_text(word, by_word[word]) for word in sorted(by_word)]
     return "<br>".join(texts)
 
 
-def _promised(report: Report) -> Promise:
+def _guaranteed(report: Report) -> Guarantee:
     trial = report.trial
-    return promise(trial.fault, trial.operation, trial.route, trial.verify)
+    return guarantee(trial.fault, trial.operation, trial.route, trial.verify)
 
 
 def _text(word: str, reports: Sequence[Report]) -> str:

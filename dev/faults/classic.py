@@ -138,7 +138,9 @@ class Classic:
         self.remote.batched_submit_put_task(
             [_key(number) for number in numbers], objects, on_complete_callback=lambda _: left.release()
         )
-        for memory_obj in objects:  # LMCache's storage manager does so too: whoever stores holds a reference of its own
+        for (
+            memory_obj
+        ) in objects:  # LMCache's storage manager does so too: the storing side holds a reference of its own
             memory_obj.ref_count_down()
         for _ in numbers:
             if not left.acquire(timeout=_PATIENCE_SECS):

@@ -134,7 +134,7 @@ class MP:
         return bool(result.is_successful())
 
     def _stored(self, task: int) -> Any:
-        with self._lock:  # the adapter gives all results at once, whoever's they are
+        with self._lock:  # the adapter gives all results at once, for all waiters
             self._stores |= self.adapter.pop_completed_store_tasks()
             return self._stores.pop(task, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from dev.faults.promises import table
+from dev.faults.guarantees import table
 from dev.generated import write
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"

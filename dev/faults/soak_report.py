@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dev.faults.guarantees import BACK_SECS
 from dev.faults.ledger import OPERATIONS
-from dev.faults.promises import BACK_SECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dev.faults.ledger import Ledger
+    from dev.faults.random_faults import RandomFaults
     from dev.faults.resources import Held
-    from dev.faults.weather import Weather
 
 _SUCCESS: Final = {"lookup": "hit", "get": "hit"}
 
@@ -66,20 +66,20 @@ class _Line:
 
 
 def judge(
-    ledger: Ledger, weather: Weather, moments: Moments, *, back: float | None, healthy: bool, leaked: int
+    ledger: Ledger, random_faults: RandomFaults, moments: Moments, *, back: float | None, healthy: bool, leaked: int
 ) -> tuple[str, bool]:
     """The table, and whether all was kept.
 
     Args:
         ledger: What was seen and counted.
-        weather: What faults there were.
+        random_faults: What faults there were.
         moments: What was held.
         back: Seconds until service was full again.
         healthy: What LMCache's check said at the end.
         leaked: Chunks of the classic engines' memory that did not come back.
     """
     lines = [
-        *_work(ledger, weather, back, healthy=healthy),
+        *_work(ledger, random_faults, back, healthy=healthy),
         *_counts(ledger),
         _Line("chunks of engine memory lost", str(leaked), "none", not leaked),
         *_resources(moments),
@@ -94,10 +94,12 @@ def judge(
     return "\n".join([*text, "Every promise was kept." if kept else "A promise was broken."]), kept
 
 
-def _work(ledger: Ledger, weather: Weather, back: float | None, *, healthy: bool) -> Iterator[_Line]:
+def _work(ledger: Ledger, random_faults: RandomFaults, back: float | None, *, healthy: bool) -> Iterator[_Line]:
     yield _Line("calls", ", ".join(f"{ledger.calls[operation]} {operation}" for operation in OPERATIONS))
-    faults = ", ".join(f"{name} {times}" for name, times in sorted(weather.seen.items()))
-    yield _Line("faults", f"{weather.seen.total()}: {faults} {weather.problem}", "", not weather.problem)
+    faults = ", ".join(f"{name} {times}" for name, times in sorted(random_faults.seen.items()))
+    yield _Line(
+        "faults", f"{random_faults.seen.total()}: {faults} {random_faults.problem}", "", not random_faults.problem
+    )
     yield _Line("chunks served", str(ledger.told["get"]), "some", bool(ledger.told["get"]))
     yield _Line("wrong chunks", str(ledger.wrong), "none", not ledger.wrong)
     raised = "".join(f"\n      {text}" for text in ledger.raised[:5])

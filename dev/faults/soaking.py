@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 from huggingface_hub import HfApi
 
 from dev.faults.classic import Classic, running_loop
-from dev.faults.crew import Crew
 from dev.faults.ledger import Ledger
 from dev.faults.mp import MP
+from dev.faults.random_faults import RandomFaults
 from dev.faults.resources import held, warm_libraries
 from dev.faults.soak_report import Moments, judge
 from dev.faults.surface import Limits
-from dev.faults.weather import Weather
+from dev.faults.workers import Workers
 from localhub.process import start
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ def main(directory: Path, seconds: float, seed: int, *, verbose: bool) -> int:
         engines: list[Surface] = [*classic, MP("hfbucket.mp", directory, **where)]
         free = [engine.free_chunks() for engine in classic]
         ledger = Ledger()
-        crew, weather = Crew(engines, ledger, seed), Weather(hub, seed, tell)
-        crew.start()
-        weather.start()
+        workers, random_faults = Workers(engines, ledger, seed), RandomFaults(hub, seed, tell)
+        workers.start()
+        random_faults.start()
         time.sleep(seconds / 3)
         warm = held(temporary)
         time.sleep(seconds * 2 / 3)
-        weather.clear()
-        crew.stop()
-        back = crew.served_again()
+        random_faults.clear()
+        workers.stop()
+        back = workers.served_again()
         time.sleep(_SETTLE_SECS)
         end = held(temporary)
         healthy = all(engine.healthy() for engine in engines)
@@ -79,7 +79,7 @@ def main(directory: Path, seconds: float, seed: int, *, verbose: bool) -> int:
         time.sleep(_SETTLE_SECS)
         after = held(temporary)
     moments = Moments(before, warm, end, after, warm_secs=seconds / 3)
-    text, kept = judge(ledger, weather, moments, back=back, healthy=healthy, leaked=leaked)
+    text, kept = judge(ledger, random_faults, moments, back=back, healthy=healthy, leaked=leaked)
     out.write(text + "\n")
     out.flush()
     return 0 if kept else 1

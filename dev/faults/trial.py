@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 from huggingface_hub import HfApi
 
 from dev.faults.classic import Classic
+from dev.faults.guarantees import BACK_SECS, FAILED, SILENT
 from dev.faults.injections import WHOLE_HUB, injected
 from dev.faults.mp import MP
-from dev.faults.promises import BACK_SECS, FAILED, SILENT
 from dev.faults.surface import Limits, chunks_counted, content, operations_counted
 from hfbucket_plugin.core.keys import encode_name
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dev.faults.promises import BACK_SECS, FAILED, LATE_SECS, SERVED, SILENT, promise
+from dev.faults.guarantees import BACK_SECS, FAILED, LATE_SECS, SERVED, SILENT, guarantee
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dev.faults.promises import Promise
+    from dev.faults.guarantees import Guarantee
     from dev.faults.trial import Report
 
 
@@ -18,7 +18,7 @@ def breaches(report: Report) -> list[str]:
     if report.problem:
         return [f"the trial could not be made: {report.problem.strip().splitlines()[-1]}"]
     trial = report.trial
-    one = promise(trial.fault, trial.operation, trial.route, trial.verify)
+    one = guarantee(trial.fault, trial.operation, trial.route, trial.verify)
     return [*_outcomes(report, one), *_counts(report, one), *timing(report), *_safety(report, one)]
 
 
@@ -35,7 +35,7 @@ def timing(report: Report) -> list[str]:
     return found
 
 
-def _outcomes(report: Report, one: Promise) -> Iterator[str]:
+def _outcomes(report: Report, one: Guarantee) -> Iterator[str]:
     operation = report.trial.operation
     allowed = {one.word, SILENT} | ({SERVED[operation][0]} if one.some else set())
     for number, call in enumerate(report.calls, 1):
@@ -46,7 +46,7 @@ def _outcomes(report: Report, one: Promise) -> Iterator[str]:
             yield f"call {number}: the engine was told {', '.join(sorted(strange))}, promised is {one.word}"
 
 
-def _counts(report: Report, one: Promise) -> Iterator[str]:
+def _counts(report: Report, one: Guarantee) -> Iterator[str]:
     operation = report.trial.operation
     counted, asked = (report.operations, len(report.calls)) if operation == "list" else (report.chunks, report.asked)
     if sum(counted.values()) != asked:
@@ -60,7 +60,7 @@ def _counts(report: Report, one: Promise) -> Iterator[str]:
         yield "a failure is counted as a success"
 
 
-def _safety(report: Report, one: Promise) -> Iterator[str]:
+def _safety(report: Report, one: Guarantee) -> Iterator[str]:
     if report.wrong and not one.wrong_bytes:
         yield f"{report.wrong} chunks came back with wrong bytes"
     if report.lost:

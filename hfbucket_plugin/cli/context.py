@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from hfbucket_plugin.core.concurrency import bounded
+from hfbucket_plugin.core.concurrency import call_with_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.hub.bucket import Bucket
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckContext:
     """What the checks of one instance share.
 
     Attributes:
@@ -32,7 +32,7 @@ class Case:
         now: Unix seconds.
     """
 
-    named: NamedInstance
+    named: InstanceConfig
     bucket: Bucket = field(repr=False)
     timeout_secs: float
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
@@ -49,4 +49,4 @@ class Case:
         Raises:
             HFBucketError: It failed, or there was no answer in time.
         """
-        return bounded(what, function, self.timeout_secs)
+        return call_with_deadline(what, function, self.timeout_secs)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfbucket_plugin.cli.checks import access, bucket, endpoint, engine, environment, metadata, probe_write
-from hfbucket_plugin.cli.context import Case
+from hfbucket_plugin.cli.context import CheckContext
 from hfbucket_plugin.cli.findings import Finding, Severity, error, exit_code, from_error, skipped
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.errors import HFBucketError
@@ -23,7 +23,7 @@ from hfbucket_plugin.tools import options
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ OF_THE_BUCKET: Final = (
 OF_THE_HUB: Final = (endpoint.NAME, endpoint.CLOCK, bucket.BUCKET, *OF_THE_BUCKET)
 
 
-def examine(case: Case, *, probing: bool = False) -> Iterator[Finding]:
+def examine(case: CheckContext, *, probing: bool = False) -> Iterator[Finding]:
     """Carry out the checks, and yield what each finds as soon as it is found.
 
     Args:
@@ -59,7 +59,7 @@ class _Examination:
     Each check that needs the Hub is carried out by `_try`, so that one that fails says so and the others go on.
     """
 
-    def __init__(self, case: Case, *, probing: bool) -> None:
+    def __init__(self, case: CheckContext, *, probing: bool) -> None:
         self._case = case
         self._probing = probing
 
@@ -172,12 +172,12 @@ def doctor(  # noqa: PLR0917 - Typer makes options of them
     raise typer.Exit(code)
 
 
-def _examined(named: NamedInstance, timeout: float, *, probe_write: bool, show: bool) -> list[Finding]:
+def _examined(named: InstanceConfig, timeout: float, *, probe_write: bool, show: bool) -> list[Finding]:
     """Examine an instance, and show what is found: a table in a terminal, else lines as they come."""
     console = tables.stdout_console()
     found = []
     with tables.busy(f"{named.name}: looking"), opened(named, timeout, few_calls=True) as bucket:
-        for finding in examine(Case(named, bucket, timeout), probing=probe_write):
+        for finding in examine(CheckContext(named, bucket, timeout), probing=probe_write):
             found.append(finding)
             if show and not console.is_terminal:
                 output.line(f"{named.name}: {finding}", at_once=True)
@@ -186,7 +186,7 @@ def _examined(named: NamedInstance, timeout: float, *, probe_write: bool, show: 
     return found
 
 
-def _record(named: NamedInstance, found: Sequence[Finding]) -> dict[str, Any]:
+def _record(named: InstanceConfig, found: Sequence[Finding]) -> dict[str, Any]:
     return {
         "instance": named.name,
         "mode": named.mode,

@@ -13,7 +13,7 @@ from hfbucket_plugin.tools import exit_codes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 
 class Severity(IntEnum):
@@ -77,7 +77,7 @@ def skipped(check: str, why: str) -> Finding:
     return note(check, f"skipped: {why}")
 
 
-def from_error(check: str, caught: HFBucketError, named: NamedInstance) -> Finding:
+def from_error(check: str, caught: HFBucketError, named: InstanceConfig) -> Finding:
     """What a check found that could not be carried out. The Hub's client words most advice in its messages itself."""
     found = caught.message.removeprefix(f"instance {named.name!r}: ")
     if isinstance(caught, ThrottledError):
@@ -91,7 +91,7 @@ def from_error(check: str, caught: HFBucketError, named: NamedInstance) -> Findi
     return error(check, found, "")
 
 
-def in_words(caught: HFBucketError, named: NamedInstance) -> str:
+def in_words(caught: HFBucketError, named: InstanceConfig) -> str:
     """What ended a listing, in one line that names the instance, what was wrong, and what to do."""
     finding = from_error("", caught, named)
     if isinstance(caught, ThrottledError):

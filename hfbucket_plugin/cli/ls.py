@@ -19,7 +19,7 @@ from hfbucket_plugin.tools.inventory import Kind, Listed, walk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.hub.listing import ChunkEntry
 
@@ -155,7 +155,7 @@ class _Shown:
         """Whether the limit is reached."""
         return self.keys == self._limit
 
-    def add(self, named: NamedInstance, start: str, timeout: float) -> None:
+    def add(self, named: InstanceConfig, start: str, timeout: float) -> None:
         """Show the keys of an instance."""
         now = datetime.now(UTC)
         with opened(named, timeout) as bucket:

@@ -13,10 +13,10 @@ from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import options
-from hfbucket_plugin.tools.inventory import HEADER, Summary, rows, summarised, walk
+from hfbucket_plugin.tools.inventory import HEADER, InstanceSummary, rows, summarised, walk
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 
 def stat(  # noqa: PLR0917 - Typer makes options of them
@@ -51,7 +51,7 @@ def stat(  # noqa: PLR0917 - Typer makes options of them
     raise typer.Exit(options.listing_code(start, failed=len(records) < len(chosen), empty=empty))
 
 
-def _summary(named: NamedInstance, start: str, timeout: float, model: str | None) -> Summary | None:
+def _summary(named: InstanceConfig, start: str, timeout: float, model: str | None) -> InstanceSummary | None:
     """The summary of an instance; None, and a complaint, where its listing is not complete."""
     try:
         with tables.busy(f"{named.name}: listing"), opened(named, timeout) as bucket:
@@ -61,7 +61,7 @@ def _summary(named: NamedInstance, start: str, timeout: float, model: str | None
         return None
 
 
-def _show(named: NamedInstance, summary: Summary) -> None:
+def _show(named: InstanceConfig, summary: InstanceSummary) -> None:
     """A table in a terminal, else a line for each of its rows."""
     console, shown = tables.stdout_console(), rows(summary, datetime.now(UTC))
     if console.is_terminal:

@@ -23,7 +23,7 @@ OUR_MODULE: Final = "hfbucket_plugin.adapter"
 
 
 @dataclass(frozen=True, slots=True)
-class NamedInstance:
+class InstanceConfig:
     """One instance, as a configuration names it.
 
     Attributes:
@@ -45,7 +45,7 @@ class NamedInstance:
 
 def named_instances(
     lmcache_config: Path | None = None, instances: Sequence[str] = (), l2_adapters: Sequence[str] = ()
-) -> list[NamedInstance]:
+) -> list[InstanceConfig]:
     """The instances that options name.
 
     Args:
@@ -65,18 +65,18 @@ def named_instances(
     found = _classic(EngineConfig.read(lmcache_config), instances) if lmcache_config is not None else []
     for text in l2_adapters:
         settings = l2.from_json(text)
-        found.append(NamedInstance(settings.name, settings, "mp"))
+        found.append(InstanceConfig(settings.name, settings, "mp"))
     return found
 
 
-def _classic(config: EngineConfig, instances: Sequence[str]) -> list[NamedInstance]:
+def _classic(config: EngineConfig, instances: Sequence[str]) -> list[InstanceConfig]:
     names = list(instances) or [name for name in config.plugins if _is_bucket(config, name)]
     if not names:
         declared = ", ".join(config.plugins) or "none"
         raise ConfigError(
             f"{config.source}: remote_storage_plugins declares no bucket instance; it declares {declared}"
         )
-    return [NamedInstance(name, config.instance(name), "classic", config) for name in names]
+    return [InstanceConfig(name, config.instance(name), "classic", config) for name in names]
 
 
 def _is_bucket(config: EngineConfig, plugin: str) -> bool:
@@ -85,6 +85,6 @@ def _is_bucket(config: EngineConfig, plugin: str) -> bool:
     )
 
 
-def handles_of(instances: Iterable[NamedInstance]) -> tuple[BucketHandle, ...]:
+def handles_of(instances: Iterable[InstanceConfig]) -> tuple[BucketHandle, ...]:
     """The handles of instances, each once."""
     return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

@@ -308,7 +308,7 @@ class InstanceSettings(BaseModel):
     index_journal_entries: PositiveInt = Field(
         2000,
         le=50_000,
-        description="Most entries of one journal, of 61 bytes each. A journal that is not full is written anew with every news, "
+        description="Most entries of one journal, of 61 bytes each. A journal that is not full is rewritten with every news, "
         "so that there are few to list.",
     )
     index_journal_waiting: Count = Field(
@@ -391,7 +391,7 @@ class InstanceSettings(BaseModel):
     def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
         """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
 
-        Asked anew for each request, so that a rotated token is taken up without a restart.
+        Asked again for each request, so that a rotated token is taken up without a restart.
         """
         texts.know((os.environ if environ is None else environ).get(self.token_env))
         value = (os.environ if environ is None else environ).get(self.token_env, "").strip()

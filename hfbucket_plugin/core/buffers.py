@@ -4,7 +4,7 @@ The engine owns the buffers that reads fill and that puts are stored from, and r
 as failed. A thread that is still blocked in the network at that moment must never touch them again: it would write into
 another chunk, or store another chunk's bytes. The check and the copy are one step here.
 
-`lmcache server` also frees memory that is lent without a word to whoever fills it: when it aborts a request, or clears its
+`lmcache server` also frees memory that is lent without telling the code that fills it: when it aborts a request, or clears its
 cache by force. Its memory objects are marked as not valid before their memory is given to anybody else, so each copy
 asks for that mark first.
 """
@@ -35,7 +35,7 @@ class _Kept:
 KEPT: Final = _Kept()
 
 
-class Lease:
+class RevocableBuffer:
     """Lets several threads write disjoint ranges of one buffer, until it is revoked.
 
     Args:
@@ -86,7 +86,7 @@ class Lease:
         return self._buffer is not None and self._memory.valid
 
 
-class SourceLease:
+class RevocableSource:
     """Lets a thread copy a buffer, until it is revoked.
 
     Args:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-class ByteGate:
+class ByteSemaphore:
     """Lets threads in, in the order in which they came, as long as what they hold together stays within a number of bytes.
 
     One that waits for much room thus holds up those behind it for a while, and is not passed by them for ever. One that wants more than the whole bound is let in alone: it would wait for ever otherwise.
@@ -62,13 +62,13 @@ class ByteGate:
         try:
             yield
         finally:
-            if changed is self._changed:  # else a fork began anew
+            if changed is self._changed:  # else a fork started over
                 with changed:
                     self._held -= wanted
                     changed.notify_all()
 
 
-class Traffic:
+class ReadPriority:
     """Counts reads under way, and lets writers wait until there are none."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Traffic:
         try:
             yield
         finally:
-            if quiet is self._quiet:  # else a fork began anew
+            if quiet is self._quiet:  # else a fork started over
                 with quiet:
                     self._reads -= 1
                     if not self._reads:
@@ -231,7 +231,7 @@ class WorkerPool:
             return
         try:
             result = function(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+        except BaseException as error:  # noqa: BLE001 - the future carries it to the waiter
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -359,7 +359,7 @@ _GRACE_SECS: Final = 0.5
 """A call that notices its deadline itself says better what it was waiting for: it gets so much longer to say it."""
 
 
-def bounded(what: str, function: Callable[[Deadline], _T], seconds: float) -> _T:
+def call_with_deadline(what: str, function: Callable[[Deadline], _T], seconds: float) -> _T:
     """Call a function with a deadline, on a thread of its own that never keeps the process from ending.
 
     A client's timeout does not bound everything: resolving a name has none, and neither have hf_xet's uploads.

@@ -195,7 +195,7 @@ def _same(one: Path, other: Path) -> bool:
             return stat.S_ISREG(one.stat().st_mode)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
-    except ValueError:  # a null byte: no such file is there, which whoever opens it says
+    except ValueError:  # a null byte: no such file is there, which opening it reports
         return False
     return False
 
@@ -215,7 +215,7 @@ def default_root() -> Path:
     """Return the default of `download_tmp_dir`: below the system's temporary directory, a directory of this user's own."""
     try:
         base = tempfile.gettempdir()
-    except OSError:  # nothing can be written: whoever needs the directory says so, with its name
+    except OSError:  # nothing can be written: the code that needs the directory reports it, with its name
         base = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - the system's own, and only named in an error
     return Path(base) / f"{_PREFIX}{os.geteuid()}"
 
@@ -249,7 +249,7 @@ class _Own:
             os.close(fd)
 
 
-class Scratch:
+class TempDir:
     """Temporary files below one root, made when first needed.
 
     Args:
@@ -261,7 +261,7 @@ class Scratch:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._own: _Own | None = None
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ _numbers = itertools.count()
 
 
 def reset_in_child(reset: Callable[[], None]) -> None:
-    """Have a method called in a forked child, before anything else runs there: it makes locks and state anew.
+    """Have a method called in a forked child, before anything else runs there: it recreates locks and state.
 
     Args:
         reset: A bound method. Its object is not kept alive; the method waits for nothing and starts no thread.
@@ -31,7 +31,7 @@ def reset_in_child(reset: Callable[[], None]) -> None:
     _resets[number] = weakref.ref(method.__self__, lambda _gone: forget(None)), method.__func__
 
 
-class Lock:
+class ForkSafeLock:
     """A lock that is free in a forked child, whichever thread of the parent held it. Use it with `with`."""
 
     def __init__(self) -> None:

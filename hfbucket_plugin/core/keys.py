@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ContentId:
     """What identifies the content of an object: its Xet hash (64 hexadecimal digits) and its size in bytes."""
 
     xet_hash: str

@@ -85,7 +85,7 @@ def take_only(name: str, directory: int) -> int | None:
         directory: Descriptor of the directory.
 
     Returns:
-        Its descriptor. Whoever removes the file, then closes the descriptor, gives the lock back.
+        Its descriptor. Removing the file and then closing the descriptor releases the lock.
 
     Raises:
         OSError: The directory cannot be written.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.errors import HFBucketError
 
 
-class LimitedLog:
+class RateLimitedLogger:
     """Logs at most one warning per kind and interval.
 
     Args:
@@ -34,7 +34,7 @@ class LimitedLog:
         self._log = log
         self._interval = interval_secs
         self._clock = clock
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._next: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
 
@@ -114,7 +114,7 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] =
     INDEX_KEYS: ("Keys of the snapshot that is in use", ("instance",), "livemax"),
     INDEX_BYTES: ("Memory of the key index", ("instance",), "livesum"),
     INDEX_AGE: ("Age of the key index in use, at its last refresh", ("instance",), "livemax"),
-    QUARANTINED: ("Contents that could not be served of late, and are not offered", ("instance",), "livesum"),
+    QUARANTINED: ("Contents that could not be served recently, and are not offered", ("instance",), "livesum"),
 }
 # From a cached lookup (microseconds) to a put that ran into its deadline.
 _BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -133,7 +133,7 @@ class Sink(Protocol):
         """Set a gauge."""
 
 
-class Tally:
+class MemorySink:
     """A sink that keeps its numbers in memory, for reports and tests."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ def default_sink() -> Sink:
 _log = logging.getLogger(__name__)
 
 
-class Outcomes:
+class Telemetry:
     """Counts and logs what happened to chunks and operations of one instance.
 
     Args:
@@ -225,7 +225,7 @@ class Outcomes:
         self.instance = instance
         self._creates_bucket = creates_bucket
         self.sink = sink
-        self._limited = LimitedLog(_log)
+        self._limited = RateLimitedLogger(_log)
 
     def chunks(self, operation: str, outcome: str, chunks: int) -> None:
         """Count chunks of an operation that ended alike."""
@@ -261,7 +261,7 @@ class Outcomes:
         self.sink.gauge(IN_FLIGHT, calls, instance=self.instance, operation=operation)
 
     def quarantined(self, contents: int) -> None:
-        """Tell how many contents are not offered, since they could not be served of late."""
+        """Tell how many contents are not offered, since they could not be served recently."""
         self.sink.gauge(QUARANTINED, contents, instance=self.instance)
 
     def warn_of_size(self, operation: str, what: str, actual: int, size: int | None) -> None:

@@ -77,7 +77,7 @@ _cache: list[_Cached] = []
 
 
 def _known_pattern() -> re.Pattern[str] | None:
-    """All tokens in all spellings; made anew where the environment changed. It is asked for each text that is shown."""
+    """All tokens in all spellings; rebuilt where the environment changed. It is asked for each text that is shown."""
     environment, known = getattr(os.environ, "_data", None), tuple(_known)
     cached = _cache[-1] if _cache else None
     if cached is not None and environment is not None and (cached.environment, cached.known) == (environment, known):
@@ -150,7 +150,7 @@ def _pattern(secret: str) -> str:
 
 
 class ShownFormatter(logging.Formatter):
-    """Formats records for people, on one line each, whoever logged them."""
+    """Formats records for people, on one line each, of all loggers."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
@@ -223,7 +223,7 @@ class _Hiding:
 
 
 def hide_in_streams() -> None:
-    """Let no token pass to stdout and stderr, whoever writes: Typer, Rich, tracebacks. For a command's process alone.
+    """Let no token pass to stdout and stderr, from any writer: Typer, Rich, tracebacks. For a command's process alone.
 
     What only looks like a token is left as it is here: data may hold such a name.
     """

@@ -98,7 +98,7 @@ class HFBucketConnector(RemoteConnector):
         self._calls = WorkerPool(f"hfbucket-call-{instance}", _CONCURRENT_CALLS)
         self._questions = WorkerPool(f"hfbucket-question-{instance}", _CONCURRENT_QUESTIONS)
         self._watch = FingerprintWatch(
-            self._store.bucket, settings, instance, self._store.guard, sink or default_sink()
+            self._store.bucket, settings, instance, self._store.breakers, sink or default_sink()
         )
         self._fingerprint = self._watch.add(metadata.model_name, self._facts)
         self._closed = False

@@ -34,7 +34,7 @@ LIFTED: Final = 1_000_000_000
 
 
 class HealthShield:
-    """Counts gets that failed of late; thread-safe. Where the threshold is lifted there is nothing to shield.
+    """Counts gets that failed recently; thread-safe. Where the threshold is lifted there is nothing to shield.
 
     Args:
         extra: The engine's `extra_config`.
@@ -47,7 +47,7 @@ class HealthShield:
         self._limit = max(1, int(threshold // 2))
         self._window = _number(extra.get(_INTERVAL_KEY), _DEFAULT_INTERVAL_SECS)
         self._clock = clock
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._failed: deque[float] = deque(maxlen=self._limit if self._needed else 0)
 
     def got(self, *, everything: bool) -> None:
@@ -58,7 +58,7 @@ class HealthShield:
 
     @property
     def raised(self) -> bool:
-        """Whether so many gets have failed of late that nothing should be found."""
+        """Whether so many gets have failed recently that nothing should be found."""
         if len(self._failed) < self._limit:
             return False
         with self._lock:

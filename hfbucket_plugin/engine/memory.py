@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hfbucket_plugin.core.buffers import KEPT, Lease
+from hfbucket_plugin.core.buffers import KEPT, RevocableBuffer
 
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
@@ -24,7 +24,7 @@ class TargetMemory:
     def __init__(self, memory_obj: MemoryObj) -> None:
         self.memory_obj = memory_obj
         self.view = bytes_of(memory_obj)
-        self.lease = Lease(self.view)
+        self.lease = RevocableBuffer(self.view)
 
     def release(self) -> None:
         """Drop the reference: the allocator takes the memory back."""
@@ -60,7 +60,7 @@ class BorrowedMemory:
         self.key = key
         self.memory: Memory = memory_obj if hasattr(memory_obj, "valid") else KEPT
         self.view = bytes_of(memory_obj)
-        self.lease = Lease(self.view, self.memory)
+        self.lease = RevocableBuffer(self.view, self.memory)
 
     def release(self) -> None:
         """Nothing to do: leases see to it that nothing touches the memory any more."""

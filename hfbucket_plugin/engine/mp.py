@@ -31,7 +31,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.core.telemetry import default_sink
 from hfbucket_plugin.engine.memory import BorrowedMemory
-from hfbucket_plugin.engine.mp_tasks import Locks, TaskBoard, key_string, layout_bytes, object_key
+from hfbucket_plugin.engine.mp_tasks import Locks, TaskTable, key_string, layout_bytes, object_key
 from hfbucket_plugin.engine.mp_usage import Usage, UsageListing, list_page
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.fingerprint.watch import FingerprintWatch
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.l2 import L2Settings
     from hfbucket_plugin.core import telemetry
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.engine.mp_tasks import Load
     from hfbucket_plugin.store.write import PutReport
 
@@ -113,11 +113,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
         super().__init__(max_capacity_bytes=int(settings.max_capacity_gb * _GIB))
         self._settings = settings
         self._store = ChunkStore(settings, settings.name, sink or default_sink(), settings.load_timeout_secs)
-        watch = FingerprintWatch(self._store.bucket, settings, settings.name, self._store.guard, sink or default_sink())
+        watch = FingerprintWatch(
+            self._store.bucket, settings, settings.name, self._store.breakers, sink or default_sink()
+        )
         self._fingerprints = L2Fingerprints(watch, settings)
-        self._stores: TaskBoard[L2StoreResult] = TaskBoard()
-        self._lookups: TaskBoard[Bitmap] = TaskBoard()
-        self._loads: TaskBoard[Bitmap] = TaskBoard()
+        self._stores: TaskTable[L2StoreResult] = TaskTable()
+        self._lookups: TaskTable[Bitmap] = TaskTable()
+        self._loads: TaskTable[Bitmap] = TaskTable()
         self._lookup_threads = WorkerPool(f"hfbucket-l2-lookup-{settings.name}", _LOOKUPS, _BACKLOG)
         self._load_threads = WorkerPool(f"hfbucket-l2-load-{settings.name}", _LOADS, _BACKLOG)
         for pool in (self._lookup_threads, self._load_threads):
@@ -291,7 +293,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def _submit(
         self,
         pool: WorkerPool,
-        board: TaskBoard[Bitmap],
+        board: TaskTable[Bitmap],
         task: int,
         bits: int,
         function: Callable[..., Sequence[bool]],
@@ -309,7 +311,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 for index, found in enumerate(function(*args)):
                     if found:
                         bitmap.set(index)
-            except Exception:  # noqa: BLE001 - whoever polls must be told
+            except Exception:  # noqa: BLE001 - the polling side must get a result
                 _log.exception("[%s] a task failed", self._settings.name)
                 bitmap = Bitmap(bits)
             finally:
@@ -422,7 +424,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def _path(self, name: str) -> str:
         return self._store.bucket.handle.join(encode_name(name))
 
-    def _learn(self, contents: Mapping[str, Content | None], asked: float) -> None:
+    def _learn(self, contents: Mapping[str, ContentId | None], asked: float) -> None:
         """Correct the account by what the Hub said of some keys, and tell LMCache of those that are gone."""
         keys = {self._path(name): name for name in contents}
         sizes = {path: content.size if (content := contents[name]) else None for path, name in keys.items()}
@@ -451,12 +453,12 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
-        """One page of the keys that the bucket holds, whoever wrote them; see `list_page`."""
+        """One page of the keys that the bucket holds, of all writers; see `list_page`."""
         with self._store.listing():
             return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
-        """What the bucket holds below the prefix, whoever wrote it; without a capacity, this process's own objects.
+        """What the bucket holds below the prefix, of all writers; without a capacity, this process's own objects.
 
         By cache salt it tells this process's own objects only: LMCache deletes all that it knows of a salt without a quota,
         and a server that has just started has no quotas.
@@ -473,7 +475,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._usage_listing.again()
 
     def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Tell of objects that a listing found, newest first, whoever evicts by the capacity of the whole.
+        """Tell of objects that a listing found, newest first, to the listeners that evict by the capacity of the whole.
 
         Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
         """
@@ -485,7 +487,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
     def report_status(self) -> dict[str, Any]:
         """The state of this adapter; `reasons` say in words why it is not healthy."""
-        open_parts = self._store.guard.status()
+        open_parts = self._store.breakers.status()
         reasons = [f"{part} is given up for now: {why}" for part, why in open_parts.items()]
         if self._closed:
             reasons.append("the adapter is closed")

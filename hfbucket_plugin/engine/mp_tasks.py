@@ -179,7 +179,7 @@ class Locks:
             if len(maybe) == 1:
                 self._clear_up()
             return
-        for key in keys:  # LMCache does not unlock some of the keys of a load; whoever does has given up the load
+        for key in keys:  # LMCache does not unlock some of the keys of a load; a caller that does has given up the load
             if key in self._found:
                 _return(self._found, (key,))
             elif key not in self._count:
@@ -236,7 +236,7 @@ def _return(locks: Counter[ObjectKey], keys: Iterable[ObjectKey]) -> None:
 _Result = TypeVar("_Result")
 
 
-class TaskBoard(Generic[_Result]):
+class TaskTable(Generic[_Result]):
     """Hands out task ids, keeps results until they are fetched, and signals each.
 
     Results of requests that LMCache aborted are never fetched, and are dropped after `FORGOTTEN_SECS`. After `close` all are,

@@ -275,7 +275,7 @@ _NOBODY: Final = 0
 class Usage:
     """Bytes below the prefix in all, and of this process's own objects by cache salt; thread-safe.
 
-    What was counted for an object is taken off when it is found gone, deleted or replaced, whoever did it: by own deletes,
+    What was counted for an object is taken off when it is found gone, deleted or replaced, by any process: by own deletes,
     by the answers to lookups, and by listings.
 
     Args:
@@ -294,7 +294,7 @@ class Usage:
         self.everybody = everybody
         self._most_objects = most_objects
         self._clock = clock
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._sizes = SizeTable()
         self._owners: dict[str, int] = {}
         self._salts: list[str] = [""]
@@ -625,7 +625,7 @@ class UsageListing:
         self._told_until = _LONG_AGO  # everything uploaded until then was told
         self._told_newest: datetime | None = None  # the newest object that was told; None where all were
         self._told_left = 0
-        self._anew = False
+        self._restart = False
         self._gap_secs = 0.0
         self._last_secs = 0.0
         self._rest_until = 0.0
@@ -692,7 +692,7 @@ class UsageListing:
         if not self._by_itself:
             return
         with self._lock:
-            self._anew = True  # taken up at the start of a listing: one that is under way has skipped objects
+            self._restart = True  # taken up at the start of a listing: one that is under way has skipped objects
         self._want()
 
     def close(self) -> None:
@@ -762,8 +762,8 @@ class UsageListing:
             with contextlib.suppress(HFBucketError):  # the first page tells what is wrong
                 files = self._bucket.info(Deadline.after(_INFO_SECS)).get("totalFiles")
         with self._lock:
-            if self._anew:
-                self._anew, self._told_until, self._told_newest = False, _LONG_AGO, None
+            if self._restart:
+                self._restart, self._told_until, self._told_newest = False, _LONG_AGO, None
             number = self._asked
             self._baseline = (files, self._usage.net) if isinstance(files, int) else None
         self._usage.begin()
@@ -771,7 +771,7 @@ class UsageListing:
 
     def _list(self) -> None:
         """List what is left of the listing under way, or all."""
-        if self._anew and self._progress is not None:
+        if self._restart and self._progress is not None:
             self._give_up()
         if not self._wait_for_turn():
             return

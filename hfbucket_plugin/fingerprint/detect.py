@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin import __version__
 from hfbucket_plugin.config.l2 import L2Settings
-from hfbucket_plugin.core.telemetry import LimitedLog
-from hfbucket_plugin.fingerprint.model import Fingerprint, Group, Layout
+from hfbucket_plugin.core.telemetry import RateLimitedLogger
+from hfbucket_plugin.fingerprint.model import ChunkLayout, Fingerprint, LayerGroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmcache.v1.distributed.api import MemoryLayoutDesc
     from lmcache.v1.metadata import LMCacheMetadata
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 
 _CHUNK_SIZE: Final = 256
@@ -31,7 +31,7 @@ _ALGORITHM: Final = "builtin"
 """LMCache's defaults (`lmcache/v1/config.py`)."""
 
 
-def as_configured(recorded: Fingerprint, named: NamedInstance, hash_check: str | None = None) -> Fingerprint | None:
+def as_configured(recorded: Fingerprint, named: InstanceConfig, hash_check: str | None = None) -> Fingerprint | None:
     """What an engine in the place of a recorded one would be by a configuration, as far as that says.
 
     Args:
@@ -68,7 +68,7 @@ def _number(value: Any) -> int | None:
         return None  # LMCache has its own opinion of it
 
 
-_limited = LimitedLog(logging.getLogger(__name__), 3600.0)
+_limited = RateLimitedLogger(logging.getLogger(__name__), 3600.0)
 
 CHECK_TOKENS: Final = tuple(range(1, 17))
 """What is hashed for `hash_check`: a chunk of 16 tokens, whatever the chunk size of the engine."""
@@ -80,7 +80,7 @@ _BLAKE3: Final = "blake3"
 def classic(config: LMCacheEngineConfig, metadata: LMCacheMetadata, revision: str | None) -> Fingerprint:
     """The fingerprint of a classic engine.
 
-    Cheap but for the first call, which looks a hash function up. Ask anew when the engine is at work: its KV groups
+    Cheap but for the first call, which looks a hash function up. Ask again when the engine is at work: its KV groups
     register after the connector is made.
 
     Args:
@@ -108,13 +108,13 @@ def classic(config: LMCacheEngineConfig, metadata: LMCacheMetadata, revision: st
     )
 
 
-def _classic_layout(metadata: LMCacheMetadata) -> Layout:
+def _classic_layout(metadata: LMCacheMetadata) -> ChunkLayout:
     shapes, dtypes = metadata.get_shapes(), metadata.get_dtypes()
-    groups = [Group(shape=tuple(shape), dtype=_name(dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    return Layout(groups=tuple(groups), worker=metadata.worker_id)
+    groups = [LayerGroup(shape=tuple(shape), dtype=_name(dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return ChunkLayout(groups=tuple(groups), worker=metadata.worker_id)
 
 
-def mp(settings: L2Settings, model: str, kv_rank: int, hash_bytes: int, layout: Layout | None) -> Fingerprint:
+def mp(settings: L2Settings, model: str, kv_rank: int, hash_bytes: int, layout: ChunkLayout | None) -> Fingerprint:
     """The fingerprint of an engine behind `lmcache server`, as far as an L2 adapter can know it.
 
     Args:
@@ -142,19 +142,19 @@ def mp(settings: L2Settings, model: str, kv_rank: int, hash_bytes: int, layout: 
     )
 
 
-def mp_layout(descs: Mapping[int, MemoryLayoutDesc]) -> Layout | None:
+def mp_layout(descs: Mapping[int, MemoryLayoutDesc]) -> ChunkLayout | None:
     """The layout of all object groups; None where there is none."""
     groups = [
         mp_group(index, shape, dtype)
         for index, desc in sorted(descs.items())
         for shape, dtype in zip(desc.shapes, desc.dtypes, strict=True)
     ]
-    return Layout(groups=tuple(groups)) if groups else None
+    return ChunkLayout(groups=tuple(groups)) if groups else None
 
 
-def mp_group(index: int, shape: Sequence[int], dtype: Any) -> Group:
+def mp_group(index: int, shape: Sequence[int], dtype: Any) -> LayerGroup:
     """One group of an object group."""
-    return Group(shape=tuple(shape), dtype=_name(dtype), object_group=index)
+    return LayerGroup(shape=tuple(shape), dtype=_name(dtype), object_group=index)
 
 
 def _name(dtype: Any) -> str:

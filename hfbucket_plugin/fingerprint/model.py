@@ -39,7 +39,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")  # a later release may say more
 
 
-class Group(_Model):
+class LayerGroup(_Model):
     """Layers that are stored together and alike.
 
     Attributes:
@@ -68,7 +68,7 @@ MAX_WORKERS: Final = 1024
 """Workers of one engine whose layouts are recorded side by side; those of further ones are not compared."""
 
 
-class Layout(_Model):
+class ChunkLayout(_Model):
     """How a full chunk of one worker is laid out.
 
     Attributes:
@@ -76,13 +76,13 @@ class Layout(_Model):
         worker: Whose; None where all workers are known to have the same, as in MP mode.
     """
 
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=_MAX_GROUPS)]
+    groups: Annotated[tuple[LayerGroup, ...], Field(min_length=1, max_length=_MAX_GROUPS)]
     worker: _Count | None = None
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.groups))
 
-    def fits(self, other: Layout) -> bool:
+    def fits(self, other: ChunkLayout) -> bool:
         """Whether chunks of one can be chunks of the other.
 
         Where keys name the object group, chunks of different ones never meet: those that both know are compared. In classic
@@ -97,16 +97,16 @@ class Layout(_Model):
         kinds, others = ({group.kind for group in one.groups} - {None} for one in (self, other))
         return not kinds or not others or bool(kinds & others)
 
-    def completed(self, other: Layout) -> Layout:
+    def completed(self, other: ChunkLayout) -> ChunkLayout:
         """This one, with the object groups that only the other knows; for two that fit."""
         known = self._by_object_group()
         new = [group for group in other.groups if group.object_group not in known]
         if not new or self.worker is not None or other.worker is not None or len(self.groups) + len(new) > _MAX_GROUPS:
             return self
-        return Layout(groups=tuple(sorted((*self.groups, *new), key=lambda group: group.object_group)))
+        return ChunkLayout(groups=tuple(sorted((*self.groups, *new), key=lambda group: group.object_group)))
 
-    def _by_object_group(self) -> dict[int, list[Group]]:
-        found: dict[int, list[Group]] = {}
+    def _by_object_group(self) -> dict[int, list[LayerGroup]]:
+        found: dict[int, list[LayerGroup]] = {}
         for group in self.groups:
             found.setdefault(group.object_group, []).append(group)
         return found
@@ -161,8 +161,8 @@ class Fingerprint(_Model):
     dtype: _Text | None = None
     model_revision: _Text | None = None
     chunk_size: _Count | None = None
-    layout: Layout | None = None
-    layouts: Annotated[tuple[Layout, ...], Field(max_length=MAX_WORKERS)] = ()
+    layout: ChunkLayout | None = None
+    layouts: Annotated[tuple[ChunkLayout, ...], Field(max_length=MAX_WORKERS)] = ()
     hash_algorithm: _Text | None = None
     hash_check: _Text | None = None
     hash_bytes: _Count | None = None
@@ -215,10 +215,10 @@ class Fingerprint(_Model):
                 more.setdefault(layout.worker, layout)
         return {"layout": first, "layouts": tuple(more[worker] for worker in sorted(more, key=lambda one: one or 0))}
 
-    def _all_layouts(self) -> tuple[Layout, ...]:
+    def _all_layouts(self) -> tuple[ChunkLayout, ...]:
         return self.layouts if self.layout is None else (self.layout, *self.layouts)
 
-    def layout_beside(self, layout: Layout) -> Layout | None:
+    def layout_beside(self, layout: ChunkLayout) -> ChunkLayout | None:
         """The layout that one is compared with: its own worker's, else that of the worker which was recorded first."""
         return next((one for one in self._all_layouts() if one.worker == layout.worker), self.layout)
 
@@ -283,7 +283,7 @@ def _agree(name: str, recorded: Fingerprint, here: Fingerprint) -> bool:
         return True
     if name == "hash_algorithm":
         return recorded.hash_check is not None and recorded.hash_check == here.hash_check
-    if isinstance(mine, Layout) and isinstance(theirs, Layout):
+    if isinstance(mine, ChunkLayout) and isinstance(theirs, ChunkLayout):
         return mine.fits(theirs)
     return False
 
@@ -341,7 +341,7 @@ class Record(_Model):
         return record
 
 
-class Claim(_Model):
+class FingerprintClaim(_Model):
     """The fingerprint of one engine, in an object of its own.
 
     Attributes:
@@ -373,7 +373,7 @@ def _to_json(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
-_Kind = TypeVar("_Kind", Record, Claim)
+_Kind = TypeVar("_Kind", Record, FingerprintClaim)
 
 
 def _read(kind: type[_Kind], data: bytes, where: str) -> _Kind:

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.keys import RESERVED, decode_name, encode_name
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, KeyFormatError, RefusedError, TransportError
-from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Claim, Fingerprint, Record, differences
-from hfbucket_plugin.hub.records import OwnObjects
+from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Fingerprint, FingerprintClaim, Record, differences
+from hfbucket_plugin.hub.records import RecordStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.fingerprint.model import Space
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.hub.records import Bytes
@@ -57,7 +57,7 @@ _EARLY: Final = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredRecord:
     """The record of a model, as it lies in the bucket.
 
     Attributes:
@@ -66,7 +66,7 @@ class Found:
     """
 
     record: Record
-    content: Content
+    content: ContentId
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class FingerprintStore:
 
     def __init__(self, bucket: Bucket, name: str) -> None:
         self._bucket = bucket
-        self._own = OwnObjects(bucket, f"fingerprint-{name}")
+        self._own = RecordStore(bucket, f"fingerprint-{name}")
 
     def path(self, model: str) -> str:
         """Where the record of a model lies."""
@@ -108,7 +108,7 @@ class FingerprintStore:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def read(self, model: str, deadline: Deadline, known: Found | None = None) -> Found | None:
+    def read(self, model: str, deadline: Deadline, known: StoredRecord | None = None) -> StoredRecord | None:
         """The record of a model, or None when there is none.
 
         Args:
@@ -126,7 +126,7 @@ class FingerprintStore:
             return None
         if known is not None and known.content == info.content:
             return known
-        return Found(Record.from_json(self._content(info, deadline), model, path), info.content)
+        return StoredRecord(Record.from_json(self._content(info, deadline), model, path), info.content)
 
     def _content(self, info: ObjectInfo, deadline: Deadline) -> bytes:
         return _bytes(self._contents([info], deadline)[0])
@@ -193,7 +193,7 @@ class FingerprintStore:
 
     # --- writing --------------------------------------------------------------------------------------------------
 
-    def record_first(self, mine: Fingerprint, deadline: Deadline) -> Found:
+    def record_first(self, mine: Fingerprint, deadline: Deadline) -> StoredRecord:
         """Record a fingerprint unless there is one of its space; see the module.
 
         Returns:
@@ -217,7 +217,7 @@ class FingerprintStore:
             base = found.record if found is not None else Record(model=mine.model)
             if there is None and len(base.variants) >= MAX_VARIANTS:
                 raise RefusedError(
-                    f"{self.path(mine.model)}: holds {MAX_VARIANTS} fingerprints already, and no more: write it anew with "
+                    f"{self.path(mine.model)}: holds {MAX_VARIANTS} fingerprints already, and no more: write it again with "
                     "`python -m jobs fingerprint accept --from-file`"
                 )
             self.write(base.having(wanted), deadline)
@@ -253,7 +253,7 @@ class FingerprintStore:
             return True
         if len(infos) >= MAX_CLAIMS:
             return False
-        self._put(path, Claim.to_json(mine), deadline)
+        self._put(path, FingerprintClaim.to_json(mine), deadline)
         return True
 
     def write(self, record: Record, deadline: Deadline) -> None:
@@ -297,7 +297,7 @@ def _decoded(name: str) -> str:
 
 def _claimed(info: ObjectInfo, data: Bytes | HFBucketError, model: str) -> Claimed:
     try:
-        fingerprint = Claim.from_json(_bytes(data), info.path)
+        fingerprint = FingerprintClaim.from_json(_bytes(data), info.path)
         if fingerprint.model != model:
             raise IntegrityError(f"{info.path}: is of {fingerprint.model!r}")
     except HFBucketError as error:

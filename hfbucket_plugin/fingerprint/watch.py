@@ -1,11 +1,11 @@
 """Whether engines are what the bucket's fingerprints say: looked up in the background, told, and enforced where that is wanted.
 
-Nothing here waits in an engine's thread. Whoever uses an engine's chunks asks `Subject.refusal`, which answers from what is
+Nothing here waits in an engine's thread. A caller that uses an engine's chunks asks `EngineHandle.refusal`, which answers from what is
 known, and lets a thread of the watch look when it is time: at first, at the first use (only then an engine knows all of its
 own layout), at the first put (only who stores records), and every so often. So an instance that nobody uses asks nothing.
 
 Under `enforce` only what is known to agree is served or stored. There is no time after which the unknown passes: the record
-lies in the bucket beside the chunks, so who cannot read the one could not read the others either; and whoever stores
+lies in the bucket beside the chunks, so who cannot read the one could not read the others either; and an engine that stores
 before its record counts might store under the keys of another.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 from hfbucket_plugin.core import forks, telemetry
 from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.core.telemetry import RateLimitedLogger
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, ThrottledError, TransportError
 from hfbucket_plugin.fingerprint.model import differences, in_words, printable
 from hfbucket_plugin.fingerprint.store import FingerprintStore
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.fingerprint.model import Fingerprint
-    from hfbucket_plugin.fingerprint.store import Found
+    from hfbucket_plugin.fingerprint.store import StoredRecord
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _SOONER: Final = 10
 _TELL_AGAIN_SECS: Final = 3600.0
 
 
-class Subject:
+class EngineHandle:
     """One engine, or all those behind an L2 adapter whose keys could be equal.
 
     Args:
@@ -93,7 +93,7 @@ class _Known:
     """What is known of one model's record."""
 
     def __init__(self) -> None:
-        self.found: Found | None = None
+        self.found: StoredRecord | None = None
         self.busy = False
         self.next_at = float("-inf")
         self.fresh_until = float("-inf")
@@ -110,7 +110,7 @@ class FingerprintWatch:
         bucket: The instance's.
         settings: The instance's.
         instance: Its name.
-        guard: Its breakers: nothing is asked while lookups are given up.
+        breakers: Its breakers: nothing is asked while lookups are given up.
         sink: Where states are told.
         clock: Seconds, monotonic; tests hand in their own.
     """
@@ -120,7 +120,7 @@ class FingerprintWatch:
         bucket: Bucket,
         settings: InstanceSettings,
         instance: str,
-        guard: Guard,
+        breakers: CircuitBreakers,
         sink: telemetry.Sink,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -128,13 +128,13 @@ class FingerprintWatch:
         self._bucket = bucket
         self._settings = settings
         self._instance = instance
-        self._guard = guard
+        self._breakers = breakers
         self._sink = sink
         self._clock = clock
         self._store = FingerprintStore(bucket, instance)
         self._threads = WorkerPool(f"hfbucket-fingerprint-{instance}", 1, _BACKLOG)
-        self._limited = LimitedLog(_log, _TELL_AGAIN_SECS)
-        self._subjects: dict[Subject, None] = {}
+        self._limited = RateLimitedLogger(_log, _TELL_AGAIN_SECS)
+        self._subjects: dict[EngineHandle, None] = {}
         self._known: dict[str, _Known] = {}
         self._claimed: set[str] = set()
         self._closed = False
@@ -149,21 +149,21 @@ class FingerprintWatch:
             if known.busy:
                 known.busy, known.next_at = False, float("-inf")
 
-    def add(self, model: str, facts: Callable[[], Fingerprint]) -> Subject:
+    def add(self, model: str, facts: Callable[[], Fingerprint]) -> EngineHandle:
         """Watch an engine; the record of its model is looked up soon.
 
         Args:
-            model: See `Subject`.
-            facts: See `Subject`.
+            model: See `EngineHandle`.
+            facts: See `EngineHandle`.
         """
-        subject = Subject(self, model, facts)
+        subject = EngineHandle(self, model, facts)
         with self._lock:
             self._subjects[subject] = None
             self._known.setdefault(model, _Known())
         self.look_soon(model)
         return subject
 
-    def drop(self, subject: Subject) -> None:
+    def drop(self, subject: EngineHandle) -> None:
         """Watch an engine no more."""
         with self._lock:
             self._subjects.pop(subject, None)
@@ -172,8 +172,8 @@ class FingerprintWatch:
 
     # --- in an engine's thread --------------------------------------------------------------------------------------
 
-    def refusal(self, subject: Subject, *, storing: bool) -> str | None:
-        """See `Subject.refusal`."""
+    def refusal(self, subject: EngineHandle, *, storing: bool) -> str | None:
+        """See `EngineHandle.refusal`."""
         if self._settings.fingerprint == "off":
             return None
         stores = storing and self._settings.writes
@@ -185,7 +185,7 @@ class FingerprintWatch:
             return None
         return CONFLICT if subject.state == "conflict" else UNKNOWN
 
-    def _first_use(self, subject: Subject, *, stores: bool) -> None:
+    def _first_use(self, subject: EngineHandle, *, stores: bool) -> None:
         """An engine that agreed as it started may know more of itself now: until that is compared, it does not agree."""
         agrees = not subject.used and subject.state == "agrees" and self._agrees(subject)
         with self._lock:
@@ -197,7 +197,7 @@ class FingerprintWatch:
             subject.stores |= stores
         self.look_soon(subject.model)
 
-    def _agrees(self, subject: Subject) -> bool:
+    def _agrees(self, subject: EngineHandle) -> bool:
         known = self._known.get(subject.model)
         try:
             mine = subject.facts()
@@ -208,8 +208,8 @@ class FingerprintWatch:
             return False
         return not (subject.stores and recorded.completed(mine) != recorded)
 
-    def changed(self, subject: Subject) -> None:
-        """See `Subject.changed`.
+    def changed(self, subject: EngineHandle) -> None:
+        """See `EngineHandle.changed`.
 
         An engine that still agrees with the record goes on agreeing while it is compared again in the background, unless it
         stores and the record lacks something of it: nothing is stored before its record counts.
@@ -238,7 +238,7 @@ class FingerprintWatch:
             known.busy = True
         try:
             self._threads.submit(self._work, model, known)
-        except RuntimeError:  # closed, or no thread is left: whoever asks next tries again
+        except RuntimeError:  # closed, or no thread is left: the next caller tries again
             known.busy = False
 
     # --- on the thread of the watch -------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class FingerprintWatch:
     def _work(self, model: str, known: _Known) -> None:
         try:
             while self._clock() >= known.next_at:
-                known.next_at = float("inf")  # whoever wants another look meanwhile sets it back
+                known.next_at = float("inf")  # a caller that needs another look meanwhile resets it
                 known.fresh_until = self._looked(model, known)
                 with self._lock:
                     known.next_at = min(known.next_at, known.fresh_until)
@@ -290,7 +290,7 @@ class FingerprintWatch:
         """Seconds until the Hub may be asked by work in the background."""
         if wait := self._bucket.paused_secs or self._bucket.background_wait_secs:
             return min(wait, _LAST_RETRY_SECS)
-        return _FIRST_RETRY_SECS if self._guard.is_open("lookup") else 0.0
+        return _FIRST_RETRY_SECS if self._breakers.is_open("lookup") else 0.0
 
     def _read(self, model: str, known: _Known) -> bool:
         """Ask the Hub for the record; whether it said anything."""
@@ -314,7 +314,7 @@ class FingerprintWatch:
         known.found, known.status = None, "unreadable"
         self._warn(f"{model} unreadable", f"cannot be read, and nothing is compared{self._so()}: {error}")
 
-    def _judge(self, subject: Subject, known: _Known) -> bool:
+    def _judge(self, subject: EngineHandle, known: _Known) -> bool:
         """Compare an engine with the record, and record it where nobody has; whether nothing failed that may soon not."""
         with self._lock:
             revision, used, stores = subject.revision, subject.used, subject.stores
@@ -351,7 +351,7 @@ class FingerprintWatch:
     def _lacks(recorded: Fingerprint, mine: Fingerprint) -> bool:
         return not differences(recorded, mine) and recorded.completed(mine) != recorded
 
-    def _settle(self, subject: Subject, revision: int, state: State) -> bool:
+    def _settle(self, subject: EngineHandle, revision: int, state: State) -> bool:
         """Set the state of an engine, unless its facts have changed meanwhile; then it is looked at again."""
         with self._lock:
             if subject.revision != revision:
@@ -359,7 +359,7 @@ class FingerprintWatch:
             subject.state = state
             return True
 
-    def _record(self, subject: Subject, mine: Fingerprint, known: _Known) -> bool:
+    def _record(self, subject: EngineHandle, mine: Fingerprint, known: _Known) -> bool:
         """Record an engine, or what the record lacks of it. That it may not is no error of the engine's.
 
         Returns:
@@ -379,7 +379,7 @@ class FingerprintWatch:
             return self._refused(subject, error)
         return True
 
-    def _refused(self, subject: Subject, error: HFBucketError) -> bool:
+    def _refused(self, subject: EngineHandle, error: HFBucketError) -> bool:
         """Whether the Hub refuses to be written to, which only an operator changes.
 
         Then the next try is `fingerprint_refresh_secs` later: each is several calls, and a fleet whose token can only read
@@ -391,7 +391,7 @@ class FingerprintWatch:
             subject.write_at = self._clock() + self._settings.fingerprint_refresh_secs
         return True
 
-    def _conflict(self, subject: Subject, recorded: Fingerprint, mine: Fingerprint) -> None:
+    def _conflict(self, subject: EngineHandle, recorded: Fingerprint, mine: Fingerprint) -> None:
         found = differences(recorded, mine)
         words = in_words(found)
         if subject.told != words:
@@ -411,7 +411,7 @@ class FingerprintWatch:
         )
         self._claim(subject, mine)
 
-    def _claim(self, subject: Subject, mine: Fingerprint) -> None:
+    def _claim(self, subject: EngineHandle, mine: Fingerprint) -> None:
         """Leave a trace of an engine that is not what was recorded, for operators."""
         if not self._settings.writes or mine.digest in self._claimed or len(self._claimed) >= _MAX_CLAIMED:
             return

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core import forks
-from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.core.telemetry import RateLimitedLogger
 from hfbucket_plugin.fingerprint import detect
-from hfbucket_plugin.fingerprint.model import Layout
+from hfbucket_plugin.fingerprint.model import ChunkLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,14 +38,14 @@ class _Engine:
     def __init__(self, watch: FingerprintWatch, settings: L2Settings, key: ObjectKey) -> None:
         self._settings = settings
         self._key = key
-        self._layout: Layout | None = None
+        self._layout: ChunkLayout | None = None
         self.subject = watch.add(key.model_name, self._facts)
 
     def _facts(self) -> Fingerprint:
         key = self._key
         return detect.mp(self._settings, key.model_name, key.kv_rank, len(key.chunk_hash), self._layout)
 
-    def learn(self, layout: Layout) -> None:
+    def learn(self, layout: ChunkLayout) -> None:
         """Merge the groups that a request names into what is known: each request names its own groups, not all of the model.
 
         The engine's facts change only with a group that was not known, or that is laid out in another way than before.
@@ -64,14 +64,14 @@ class _Engine:
         shapes = metadata.shapes or [metadata.shape]
         dtypes = metadata.dtypes or [metadata.dtype]
         new = [detect.mp_group(index, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        self.learn(Layout(groups=tuple(sorted((*known, *new), key=lambda group: group.object_group))))
+        self.learn(ChunkLayout(groups=tuple(sorted((*known, *new), key=lambda group: group.object_group))))
 
 
 class L2Fingerprints:
     """Says of the keys of an L2 adapter whether they may be used.
 
     The keys of a task are of one model and world (LMCache groups them so). Each method returns why they may not be used, as
-    the outcome that is counted, or None; see `Subject.refusal`.
+    the outcome that is counted, or None; see `EngineHandle.refusal`.
 
     Args:
         watch: Of the instance.
@@ -82,8 +82,8 @@ class L2Fingerprints:
         self._watch = watch
         self._settings = settings
         self._on = settings.fingerprint != "off"
-        self._limited = LimitedLog(_log, 3600.0)
-        self._lock = forks.Lock()
+        self._limited = RateLimitedLogger(_log, 3600.0)
+        self._lock = forks.ForkSafeLock()
         self._engines: OrderedDict[tuple[str, int], _Engine] = OrderedDict()
 
     def of_lookup(self, keys: Sequence[ObjectKey], descs: Mapping[int, MemoryLayoutDesc]) -> str | None:

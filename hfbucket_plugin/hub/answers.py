@@ -1,7 +1,7 @@
 """The one reader of what the Hub answers: bounded before it is unpacked and before it is parsed, and checked field by field.
 
 An answer of 60 kB may unpack to gigabytes, nest deep enough to end the interpreter, or take the GIL for seconds while it is
-parsed; its numbers and dates may be any. Whoever asks says how much an answer may hold; more than that is refused unread.
+parsed; its numbers and dates may be any. The caller says how much an answer may hold; more than that is refused unread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hfbucket_plugin.core.dates import iso_date
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import TransportError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _SPACE = re.compile(r"[ \t\n\r]*+")
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class BodyLimit:
     """How much an answer may hold.
 
     Attributes:
@@ -56,19 +56,19 @@ class Room:
     records: int
 
     @classmethod
-    def for_records(cls, paths: Iterable[str]) -> Room:
+    def for_records(cls, paths: Iterable[str]) -> BodyLimit:
         """For one record of each path, however the Hub escapes it."""
         lengths = [len(json.dumps(path)) + _RECORD_BYTES for path in paths]
         return cls(4 * _KIB + sum(lengths), len(lengths))
 
 
-SMALL: Final = Room(64 * _KIB, 16)
+SMALL: Final = BodyLimit(64 * _KIB, 16)
 """For one record: that of a bucket, a token."""
 
 WORDS: Final = 16 * _KIB
 """Bytes of an error's body that are read: only its first words are shown."""
 
-PAGE: Final = Room(4 * _KIB * _KIB, 10_000)
+PAGE: Final = BodyLimit(4 * _KIB * _KIB, 10_000)
 """For a page of a listing. The Hub's have 1,000 records, of 250 bytes each where the names are those of chunks."""
 
 
@@ -80,7 +80,7 @@ class Unpacking:
     """Unpacks a body as it arrives, in pieces that never hold the GIL for long.
 
     Args:
-        encoding: The header `Content-Encoding`.
+        encoding: The header `ContentId-Encoding`.
         what: Names the request in errors.
 
     Raises:
@@ -122,7 +122,7 @@ class Unpacking:
             raise TransportError(f"{self._what}: the Hub's answer cannot be unpacked: it breaks off")
 
 
-def document(body: bytes, what: str, room: Room = SMALL) -> Any:
+def document(body: bytes, what: str, room: BodyLimit = SMALL) -> Any:
     """Parse an answer that holds one JSON value.
 
     Raises:
@@ -136,7 +136,7 @@ def document(body: bytes, what: str, room: Room = SMALL) -> Any:
     return value
 
 
-def records(body: bytes, what: str, room: Room) -> list[dict[str, Any]]:
+def records(body: bytes, what: str, room: BodyLimit) -> list[dict[str, Any]]:
     """Parse an answer that holds a list of records, one after the other: no other thread waits for all of them.
 
     Raises:
@@ -186,7 +186,7 @@ def count_of(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value <= MAX_SIZE else None
 
 
-def content_of(record: dict[str, Any]) -> Content:
+def content_of(record: dict[str, Any]) -> ContentId:
     """The hash and size of a record.
 
     Raises:
@@ -198,7 +198,7 @@ def content_of(record: dict[str, Any]) -> Content:
         raise ValueError(f"size is not an integer from 0 to {MAX_SIZE}")
     if not isinstance(xet_hash, str) or not _HASH.fullmatch(xet_hash):
         raise ValueError("xetHash is not 64 hexadecimal digits")
-    return Content(xet_hash, size)
+    return ContentId(xet_hash, size)
 
 
 def path_of(record: dict[str, Any]) -> str:
@@ -227,7 +227,7 @@ def uploaded_at(record: dict[str, Any]) -> datetime | None:
     return iso_date(text) if text else None
 
 
-def _text(body: bytes, what: str, room: Room) -> str:
+def _text(body: bytes, what: str, room: BodyLimit) -> str:
     if len(body) > room.nbytes:
         raise TooLongError(f"{what}: the Hub's answer is longer than {room.nbytes} bytes, more than was asked for")
     try:

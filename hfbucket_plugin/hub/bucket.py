@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from hfbucket_plugin.core.keys import BucketHandle, Content
+    from hfbucket_plugin.core.keys import BucketHandle, ContentId
     from hfbucket_plugin.hub.client import Answer, HubClient
     from hfbucket_plugin.hub.transfer import Transfer
 
@@ -58,11 +58,11 @@ class ObjectInfo:
     """
 
     path: str
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
 
 
-class Progress:
+class ListingProgress:
     """Makes sure that a listing comes to an end: each page has a cursor of its own, and something new on it.
 
     Args:
@@ -101,7 +101,7 @@ class Progress:
             self._firsts.add(first)
 
 
-class Amount:
+class ListingBound:
     """Compares how much a listing has shown with what the bucket says it holds, ever more seldom: one that goes on for ever ends.
 
     Args:
@@ -156,12 +156,12 @@ class Bucket:
     @property
     def paused_secs(self) -> float:
         """Seconds left of a pause that the Hub asked for; 0 when there is none."""
-        return self._hub.pacing.paused_secs
+        return self._hub.rate_limiter.paused_secs
 
     @property
     def background_wait_secs(self) -> float:
-        """Seconds until work in the background may call the Hub; see `Pacing.background_wait_secs`."""
-        return self._hub.pacing.background_wait_secs
+        """Seconds until work in the background may call the Hub; see `RateLimiter.background_wait_secs`."""
+        return self._hub.rate_limiter.background_wait_secs
 
     def refuse_in_pause(self, what: str) -> None:
         """Stop here while the Hub would not be asked, since it asked for a pause.
@@ -169,7 +169,7 @@ class Bucket:
         Raises:
             ThrottledError: It would not; the message names `what`.
         """
-        self._hub.pacing.refuse_in_pause(what)
+        self._hub.rate_limiter.refuse_in_pause(what)
 
     def stat(
         self,
@@ -227,7 +227,7 @@ class Bucket:
             deadline=deadline,
             attempts=2,
             patient=patient,
-            room=answers.Room.for_records(paths),
+            room=answers.BodyLimit.for_records(paths),
             sent=sent,
             json={"paths": list(paths)},
         )
@@ -250,7 +250,7 @@ class Bucket:
         Raises:
             HFBucketError: A page did not come; what was yielded before is no complete listing.
         """
-        progress, amount, cursor = Progress(prefix), Amount(self), None
+        progress, amount, cursor = ListingProgress(prefix), ListingBound(self), None
         while True:
             each_page()
             expect_time(f"listing {prefix!r}")
@@ -324,7 +324,7 @@ class Bucket:
     def _tree(self, prefix: str) -> str:
         return f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "") + "?recursive=true"
 
-    def add(self, files: Mapping[str, Content], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
+    def add(self, files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
         """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
 
         Args:
@@ -341,7 +341,7 @@ class Bucket:
         return self.replace((), files, deadline, once=once)
 
     def replace(
-        self, old: Sequence[str], files: Mapping[str, Content], deadline: Deadline, *, once: bool = False
+        self, old: Sequence[str], files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False
     ) -> dict[str, ItemFailure]:
         """Name contents, as `add`, and delete what they stand for, by the same call. A new one is named before an old one goes.
 
@@ -369,7 +369,7 @@ class Bucket:
         )
 
     def copy(
-        self, source: BucketHandle, files: Mapping[str, Content], deadline: Deadline, *, once: bool = False
+        self, source: BucketHandle, files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False
     ) -> dict[str, ItemFailure]:
         """Copy contents of another bucket of the same storage region, by hash: no bytes move.
 
@@ -439,7 +439,7 @@ class Bucket:
                 patient=not once,
                 urgent=urgent,
                 allow=frozenset({_UNPROCESSABLE}),
-                room=answers.Room.for_records([*paths, *paths]),  # a reason may repeat the path
+                room=answers.BodyLimit.for_records([*paths, *paths]),  # a reason may repeat the path
                 content="".join(json.dumps(operation) + "\n" for operation in batch).encode(),
                 headers={"Content-Type": "application/x-ndjson"},
             )

@@ -39,7 +39,7 @@ _JITTER: Final = 0.2
 """Share by which a wait is shortened at random, so that a fleet does not probe in step."""
 
 
-class Breaker:
+class CircuitBreaker:
     """Counts failures in a row; thread-safe.
 
     Args:
@@ -60,7 +60,7 @@ class Breaker:
         self._first = min(first_probe_secs, max_probe_secs)
         self._longest = max_probe_secs
         self._clock = clock
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._failures = 0
         self._open = False
         self._bad_probes = 0
@@ -171,7 +171,7 @@ class _Probe:
         self.ended = False
 
 
-class Guard:
+class CircuitBreakers:
     """Opens and closes the breakers of one instance.
 
     Args:
@@ -193,7 +193,9 @@ class Guard:
         self._sink = sink
         self._probes = probes
         self._breakers = {
-            part: Breaker(settings.breaker_failures, settings.breaker_probe_secs, settings.breaker_max_probe_secs)
+            part: CircuitBreaker(
+                settings.breaker_failures, settings.breaker_probe_secs, settings.breaker_max_probe_secs
+            )
             for part in PARTS
         }
         self._reasons: dict[Part, str] = {}
@@ -302,7 +304,7 @@ class Guard:
             thread = threading.Thread(target=self._probe_all, name=f"hfbucket-probe-{self._instance}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread left: whoever asks next tries again
+            except RuntimeError:  # no thread left: the next caller tries again
                 return
             self._prober = thread
 

@@ -34,7 +34,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.hub import answers
 from hfbucket_plugin.hub.connections import session
-from hfbucket_plugin.hub.rate_limit import Pacing, retry_after
+from hfbucket_plugin.hub.rate_limit import RateLimiter, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,7 +90,7 @@ class Answer:
     body: bytes
     next_page: str | None
 
-    room: answers.Room = answers.SMALL
+    room: answers.BodyLimit = answers.SMALL
 
     def json(self, what: str) -> Any:
         """The body as one JSON value.
@@ -117,7 +117,7 @@ class _Request:
     deadline: Deadline
     patient: bool
     urgent: bool
-    room: answers.Room
+    room: answers.BodyLimit
     body: dict[str, Any]
     sent: threading.Event
 
@@ -128,10 +128,10 @@ class HubClient:
     Args:
         endpoint: The Hub's address.
         instance: Named in errors and metrics.
-        token: Gives the access token, or None for none; asked anew for each request.
+        token: Gives the access token, or None for none; asked again for each request.
         token_source: What gives the token, in words, for errors: never the token itself.
         sink: Where requests are counted.
-        pacing: Admits requests; by default without a cap of our own.
+        rate_limiter: Admits requests; by default without a cap of our own.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class HubClient:
         token: Callable[[], str | None],
         token_source: str,
         sink: telemetry.Sink,
-        pacing: Pacing | None = None,
+        rate_limiter: RateLimiter | None = None,
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.instance = instance
         self._token = token
         self._token_source = token_source
         self._sink = sink
-        self.pacing = pacing or Pacing(instance, None)
+        self.rate_limiter = rate_limiter or RateLimiter(instance, None)
         self._threads = WorkerPool(f"hfbucket-hub-{instance}", _THREADS, _BACKLOG)
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class HubClient:
         patient: bool = True,
         urgent: bool = False,
         allow: frozenset[int] = frozenset(),
-        room: answers.Room = answers.SMALL,
+        room: answers.BodyLimit = answers.SMALL,
         sent: threading.Event | None = None,
         **body: Any,
     ) -> Answer:
@@ -222,7 +222,7 @@ class HubClient:
             stop=enough,
             wait=lambda state: min(_wait(state), deadline.remaining()),
             retry=tenacity.retry_if_exception(lambda error: _worth_another_try(error, request)),
-            sleep=self.pacing.sleep,
+            sleep=self.rate_limiter.sleep,
             reraise=True,
         )
         try:
@@ -248,11 +248,11 @@ class HubClient:
     def _once(self, request: _Request, route: str, allow: frozenset[int]) -> Answer:
         request.deadline.check(request.what)
         if not request.urgent:
-            self.pacing.admit(request.what, request.deadline, patient=request.patient)
+            self.rate_limiter.admit(request.what, request.deadline, patient=request.patient)
         outcome = "ok"
         try:
             answer = self._send(request)
-            self.pacing.heed(answer.status, answer.headers)
+            self.rate_limiter.heed(answer.status, answer.headers)
             if answer.status >= _CLIENT_ERROR and answer.status not in allow:
                 raise self._error(answer, request.what)
         except HFBucketError as error:
@@ -373,7 +373,7 @@ class HubClient:
         return texts.shown(" ".join(str(words).split()))[:_MAX_SERVER_WORDS]
 
 
-def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answers.Room) -> bytes:
+def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answers.BodyLimit) -> bytes:
     """The body, unpacked here: the client would unpack a piece at once, however much it holds."""
     unpacking = answers.Unpacking(response.headers.get("content-encoding", ""), what)
     failed = response.status_code >= _CLIENT_ERROR or response.status_code in _REDIRECTS

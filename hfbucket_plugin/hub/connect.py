@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.config.settings import MIB, PIECE_BYTES
 from hfbucket_plugin.core.concurrency import FairPool
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.files import Scratch
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.files import TempDir
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.client import HubClient
-from hfbucket_plugin.hub.rate_limit import Pacing
+from hfbucket_plugin.hub.rate_limit import RateLimiter
 from hfbucket_plugin.hub.transfer import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core import telemetry
 
@@ -37,7 +37,7 @@ _BOUND_PIECE_BYTES: Final = 4 * MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ReadProfile:
     """How much is read at one time.
 
     Attributes:
@@ -53,7 +53,7 @@ class Reading:
     buffer_bytes: int
 
     @classmethod
-    def online(cls, settings: InstanceSettings) -> Reading:
+    def online(cls, settings: InstanceSettings) -> ReadProfile:
         """Inside an engine: little memory, and pieces so small that nobody waits for the GIL for long."""
         return cls(
             settings.max_parallel_reads,
@@ -63,7 +63,7 @@ class Reading:
         )
 
     @classmethod
-    def bulk(cls, settings: InstanceSettings) -> Reading:
+    def bulk(cls, settings: InstanceSettings) -> ReadProfile:
         """In a process of its own that reads thousands of objects: twice the streams, and pieces eight times as large.
 
         With 40 ms a request 64 streams read objects of 1 MiB 1.7 times as fast as 32, and more were no faster on two cores; a large
@@ -96,17 +96,17 @@ def open_bucket(
         sink: Where requests are counted.
         read_timeout_secs: The deadline that reads will have; hf_xet's own timeouts are set below it.
         online: Whether an engine waits for reads: they then fail at once where tools wait for the Hub's pauses.
-        bulk: Whether a process of its own reads a great many objects, see `Reading.bulk`.
+        bulk: Whether a process of its own reads a great many objects, see `ReadProfile.bulk`.
         counted: Whether every byte that reads ask for has to be known: hf_xet then repeats nothing by itself.
     """
-    reading = Reading.bulk(settings) if bulk else Reading.online(settings)
+    reading = ReadProfile.bulk(settings) if bulk else ReadProfile.online(settings)
     hub = HubClient(
         settings.endpoint,
         instance=instance,
         token=settings.resolve_token,
         token_source=f"the environment variable {settings.token_env} (token_env)",
         sink=sink,
-        pacing=Pacing(instance, settings.max_hub_calls_per_minute),
+        rate_limiter=RateLimiter(instance, settings.max_hub_calls_per_minute),
     )
     transfer = Transfer(
         hub,
@@ -122,13 +122,13 @@ def open_bucket(
         streams=reading.streams,
         patient=not online,
         read_retries=0 if counted else 1,
-        scratch=Scratch(settings.download_tmp_dir),
+        temp_dir=TempDir(settings.download_tmp_dir),
     )
     return Bucket(hub, settings.bucket_handle, transfer)
 
 
 @contextlib.contextmanager
-def opened(named: NamedInstance, timeout_secs: float, *, few_calls: bool = False) -> Iterator[Bucket]:
+def opened(named: InstanceConfig, timeout_secs: float, *, few_calls: bool = False) -> Iterator[Bucket]:
     """The door to an instance's bucket, closed at the end.
 
     Args:
@@ -141,7 +141,7 @@ def opened(named: NamedInstance, timeout_secs: float, *, few_calls: bool = False
     if few_calls:
         own["max_hub_calls_per_minute"] = None
     settings = named.settings.model_copy(update=own)
-    bucket = open_bucket(settings, named.name, Tally(), timeout_secs)
+    bucket = open_bucket(settings, named.name, MemorySink(), timeout_secs)
     try:
         yield bucket
     finally:

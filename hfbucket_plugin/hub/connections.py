@@ -22,7 +22,7 @@ from hfbucket_plugin.errors import ConfigError
 _PROXIES: Final = ("http", "https", "all")
 _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
-_lock = forks.Lock()
+_lock = forks.ForkSafeLock()
 _direct: httpx2.Client | None = None
 _parents: httpx2.Client | None = None
 """A parent's client, kept alive in a forked child: to close it there would end TLS sessions of the parent."""

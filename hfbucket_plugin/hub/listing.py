@@ -13,14 +13,14 @@ from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline, expect_time
 from hfbucket_plugin.core.keys import RESERVED, decode_name, encode_name, parse_key
 from hfbucket_plugin.errors import HFBucketError, KeyFormatError
-from hfbucket_plugin.hub.bucket import Amount, Progress
+from hfbucket_plugin.hub.bucket import ListingBound, ListingProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
     from datetime import datetime
 
-    from hfbucket_plugin.core.keys import Content, Key
+    from hfbucket_plugin.core.keys import ContentId, Key
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
 
 
@@ -40,7 +40,7 @@ class ChunkEntry:
 
     text: str
     key: Key
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
 
 
@@ -189,7 +189,7 @@ class _Part:
     pages: deque[list[ChunkEntry]] = field(default_factory=deque)
     cursor: str | None = None
     asked: Future[tuple[list[ChunkEntry], list[ObjectInfo], str | None]] | None = None
-    progress: Progress | None = None
+    progress: ListingProgress | None = None
     ended: bool = False
 
 
@@ -215,7 +215,7 @@ def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str], *, any_model:
 
 
 class _Listing:
-    """One listing, driven by whoever takes its chunks."""
+    """One listing, driven by the consumer of its chunks."""
 
     def __init__(self, bucket: Bucket, prefixes: Iterable[str], *, any_model: bool) -> None:
         self._bucket = bucket
@@ -223,7 +223,7 @@ class _Listing:
         self._parts = deque(_Part(prefix, encode_name(prefix)) for prefix in prefixes)
         self._workers = WorkerPool("hfbucket-listing", THREADS)
         self._total: int | None = None
-        self._amount = Amount(bucket)
+        self._amount = ListingBound(bucket)
 
     def close(self) -> None:
         self._workers.close()
@@ -270,7 +270,7 @@ class _Listing:
             part = asked[future]
             part.asked = None
             entries, infos, following = future.result()
-            part.progress = part.progress or Progress(part.prefix)
+            part.progress = part.progress or ListingProgress(part.prefix)
             part.progress.see(infos, following)
             if following is not None:
                 self._amount.see(len(infos))

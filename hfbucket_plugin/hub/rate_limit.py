@@ -48,7 +48,7 @@ _MOST_SPREAD_SECS: Final = 15.0
 """Up to such a share of a pause, and no more than so many seconds, is waited beyond it: not everybody begins at the reset."""
 
 
-class Pacing:
+class RateLimiter:
     """Admits calls of one instance; thread-safe.
 
     Args:
@@ -72,7 +72,7 @@ class Pacing:
         self._clock = clock or time.monotonic
         self._sleep = sleep or time.sleep
         self._chance = chance
-        self._lock = forks.Lock()
+        self._lock = forks.ForkSafeLock()
         self._calls: deque[float] = deque()
         self._paused_until = float("-inf")
         self._paused_since = float("-inf")
@@ -98,13 +98,13 @@ class Pacing:
             if not patient or wait >= deadline.for_a_pause:
                 raise error
             with deadline.pausing():
-                self._sleep(max(min(wait, self._to_scout()), _SHORTEST_SLEEP_SECS))
+                self._sleep(max(min(wait, self._to_probe()), _SHORTEST_SLEEP_SECS))
 
     def sleep(self, seconds: float) -> None:
         """Wait, by the clock that this goes by."""
         self._sleep(seconds)
 
-    def _to_scout(self) -> float:
+    def _to_probe(self) -> float:
         """Seconds until somebody may ask whether the pause still holds."""
         with self._lock:
             return max(0.0, self._scout_at - self._clock()) if self._paused_until > self._clock() else _SCOUT_SECS

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from hfbucket_plugin.core.buffers import Lease
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, TransportError
-from hfbucket_plugin.hub.transfer import Read, Upload, xet_hashes
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload, xet_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfbucket_plugin.core.buffers import SourceLease
+    from hfbucket_plugin.core.buffers import RevocableSource
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
 
 
@@ -29,7 +29,7 @@ Bytes = bytearray | mmap.mmap
 """What an object was read into."""
 
 
-class OwnObjects:
+class RecordStore:
     """Reads and writes small objects of ours.
 
     Args:
@@ -41,7 +41,7 @@ class OwnObjects:
         self._bucket = bucket
         self._uploads = WorkerPool(f"hfbucket-own-{name}", 1, 1)
 
-    def read(self, objects: Sequence[tuple[str, Content]], deadline: Deadline) -> list[Bytes | HFBucketError]:
+    def read(self, objects: Sequence[tuple[str, ContentId]], deadline: Deadline) -> list[Bytes | HFBucketError]:
         """Read objects side by side, and compare each with its hash. They are all in memory at one time.
 
         Args:
@@ -55,7 +55,7 @@ class OwnObjects:
             memory = [stack.enter_context(_Memory(content.size)) for _, content in objects]
             whole = [one.data for one in memory]
             reads = [
-                Read(name, content, Lease(memoryview(data)), background=True)
+                DownloadToBuffer(name, content, RevocableBuffer(memoryview(data)), background=True)
                 for (name, content), data in zip(objects, whole, strict=True)
             ]
             try:
@@ -79,7 +79,7 @@ class OwnObjects:
                 results.append(data)
         return results
 
-    def upload(self, data: bytes | SourceLease, deadline: Deadline) -> Content:
+    def upload(self, data: bytes | RevocableSource, deadline: Deadline) -> ContentId:
         """Upload a content; it is in no bucket yet. hf_xet may hang for longer than its timeouts say.
 
         Raises:
@@ -194,7 +194,7 @@ class Fetched:
     seconds: float
 
 
-def fetch(bucket: Bucket, name: str, content: Content, deadline: Deadline) -> Fetched:
+def fetch(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> Fetched:
     """Read an object as the engine does: by the streams of `Transfer`.
 
     Args:
@@ -209,7 +209,7 @@ def fetch(bucket: Bucket, name: str, content: Content, deadline: Deadline) -> Fe
     """
     bucket.transfer.warm_up(deadline)  # else the session's making would be measured too
     data = bytearray(content.size)
-    read = Read(name, content, Lease(memoryview(data)))
+    read = DownloadToBuffer(name, content, RevocableBuffer(memoryview(data)))
     started = time.monotonic()
     bucket.transfer.read([read], deadline)
     seconds = time.monotonic() - started

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 import hf_xet
 
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     ConfigError,
@@ -24,7 +24,7 @@ from hfbucket_plugin.errors import (
     TransportError,
     UnsentError,
 )
-from hfbucket_plugin.hub.transfer_file import FileRead
+from hfbucket_plugin.hub.transfer_file import DownloadToFile
 from hfbucket_plugin.hub.xet_session import SessionPool, typed_errors, xet_config
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.core.concurrency import FairPool
-    from hfbucket_plugin.core.files import Scratch
+    from hfbucket_plugin.core.files import TempDir
     from hfbucket_plugin.hub.client import HubClient
-    from hfbucket_plugin.hub.xet_session import Loan, Session
+    from hfbucket_plugin.hub.xet_session import SessionLease, XetSession
 
 _WRITE_PIECE: Final = 4 * 1024 * 1024
 """Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
@@ -63,7 +63,7 @@ class _ReasonLostError(TransportError):
 
 
 @dataclass(slots=True, eq=False)
-class Read:
+class DownloadToBuffer:
     """One object to be read into one buffer.
 
     Attributes:
@@ -77,8 +77,8 @@ class Read:
     """
 
     name: str
-    content: Content
-    lease: Lease
+    content: ContentId
+    lease: RevocableBuffer
     background: bool = False
     error: HFBucketError | None = None
     done: bool = False
@@ -108,13 +108,13 @@ class _Ticket:
 
     def __init__(self) -> None:
         self.abandoned = False
-        self.loan: Loan | None = None
+        self.session_lease: SessionLease | None = None
 
 
 class _Part(_Ticket):
     """Some bytes of an object, from `start` to `end`, that a worker is to read; all of them, where a file is to be made."""
 
-    def __init__(self, read: Read | FileRead, start: int, end: int, deadline: Deadline) -> None:
+    def __init__(self, read: DownloadToBuffer | DownloadToFile, start: int, end: int, deadline: Deadline) -> None:
         super().__init__()
         self.read = read
         self.start = start
@@ -150,7 +150,7 @@ class Transfer:
         streams: Streams open at one time.
         patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
         read_retries: How often hf_xet itself repeats a request of a read that failed.
-        scratch: Where hf_xet keeps its files; removed by `close`. None for the places that the environment gives it.
+        temp_dir: Where hf_xet keeps its files; removed by `close`. None for the places that the environment gives it.
     """
 
     def __init__(
@@ -167,16 +167,16 @@ class Transfer:
         streams: int,
         patient: bool = True,
         read_retries: int = 1,
-        scratch: Scratch | None = None,
+        temp_dir: TempDir | None = None,
     ) -> None:
-        self._scratch = scratch
+        self._temp_dir = temp_dir
         self._workers = read_workers
         self._probes = WorkerPool("hfbucket-read-probe", _PROBES)
         self._range_bytes = range_bytes
         reading = xet_config(read_timeout_secs, streams, piece_bytes, buffer_bytes, read_retries)
         writing = xet_config(write_timeout_secs, streams, piece_bytes, buffer_bytes)
-        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient, scratch=scratch)
-        self._writing = SessionPool(hub, bucket_id, "write", writing, scratch=scratch)
+        self._reading = SessionPool(hub, bucket_id, "read", reading, patient=patient, temp_dir=temp_dir)
+        self._writing = SessionPool(hub, bucket_id, "write", writing, temp_dir=temp_dir)
 
     @property
     def ready(self) -> bool:
@@ -195,7 +195,7 @@ class Transfer:
         """Have later reads go through a session of their own: nothing that this one keeps serves them."""
         self._reading.renew()
 
-    def read(self, reads: Sequence[Read | FileRead], deadline: Deadline) -> None:
+    def read(self, reads: Sequence[DownloadToBuffer | DownloadToFile], deadline: Deadline) -> None:
         """Fill the buffers, or have the files made, of several reads; returns when all have ended or the deadline has passed.
 
         Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
@@ -205,10 +205,10 @@ class Transfer:
 
     def sample(
         self,
-        contents: Sequence[Content],
+        contents: Sequence[ContentId],
         length: int,
         deadline: Deadline,
-        ended: Callable[[Content, HFBucketError | None], None] = lambda _content, _error: None,
+        ended: Callable[[ContentId, HFBucketError | None], None] = lambda _content, _error: None,
     ) -> None:
         """Read the first bytes of several contents and throw them away: whether the store serves any.
 
@@ -226,7 +226,9 @@ class Transfer:
         tasks: dict[Future[int], _Part] = {}
         for content in contents:
             wanted = min(length, content.size)
-            part = _Part(Read("sample", content, Lease(memoryview(bytearray(wanted)))), 0, wanted, deadline)
+            part = _Part(
+                DownloadToBuffer("sample", content, RevocableBuffer(memoryview(bytearray(wanted)))), 0, wanted, deadline
+            )
             try:
                 tasks[self._probes.submit(self._read_part, part)] = part
             except RuntimeError as error:
@@ -250,15 +252,15 @@ class Transfer:
             failure = failure or part.read.error
         raise failure or TransportError("sample: nothing was read")
 
-    def _fill(self, reads: Sequence[tuple[Read | FileRead, int]], deadline: Deadline) -> None:
+    def _fill(self, reads: Sequence[tuple[DownloadToBuffer | DownloadToFile, int]], deadline: Deadline) -> None:
         """Read so many first bytes of each."""
         tasks: dict[Future[int], _Part] = {}
         request = object()
         for read, wanted in reads:
-            for start, end in [(0, wanted)] if isinstance(read, FileRead) else cut(wanted, self._range_bytes):
+            for start, end in [(0, wanted)] if isinstance(read, DownloadToFile) else cut(wanted, self._range_bytes):
                 part = _Part(read, start, end, deadline)
                 try:
-                    background = not isinstance(read, FileRead) and read.background
+                    background = not isinstance(read, DownloadToFile) and read.background
                     future = self._workers.submit_for(request, background, self._read_part, part)
                 except RuntimeError as error:
                     read.fail(TransportError(f"{read.name}: {error}"))
@@ -285,8 +287,8 @@ class Transfer:
     @staticmethod
     def _abandon(ticket: _Ticket, sessions: SessionPool) -> None:
         ticket.abandoned = True
-        if ticket.loan is not None:
-            sessions.give_up(ticket.loan)
+        if ticket.session_lease is not None:
+            sessions.give_up(ticket.session_lease)
 
     def _read_part(self, part: _Part) -> int:
         """Read one part, and return how many of its bytes are in their place: all or, where that failed, none."""
@@ -311,40 +313,40 @@ class Transfer:
 
     def _try_part(self, part: _Part, attempt: int, *, last: bool, reason_last: bool) -> bool:
         read, deadline = part.read, part.deadline
-        part.loan = loan = self._reading.borrow(deadline)
+        part.session_lease = session_lease = self._reading.borrow(deadline)
         try:
-            if part.abandoned:  # while it waited for the session, which whoever abandoned it did not know of
+            if part.abandoned:  # while it waited for the session, which the abandoning thread did not know of
                 raise RevokedError(f"{read.name}: given up before it was read")
             part.asked += part.end - part.start
-            if isinstance(read, FileRead):
-                read.fetch(loan.session, attempt)
+            if isinstance(read, DownloadToFile):
+                read.fetch(session_lease.session, attempt)
             else:
                 with typed_errors(read.name):
-                    self._stream(loan.session, read, part)
+                    self._stream(session_lease.session, read, part)
         except AccessDeniedError:
-            self._reading.retire(loan)
+            self._reading.retire(session_lease)
             if last:
                 raise
             return False
-        except ConfigError:  # of hf_xet's directories: the next session makes its own anew
-            self._reading.retire(loan)
+        except ConfigError:  # of hf_xet's directories: the next session makes its own again
+            self._reading.retire(session_lease)
             raise
         except TransportError as error:
             if read.live:  # a read that was stopped from here says nothing about its session
-                self._reading.doubt(loan)
+                self._reading.doubt(session_lease)
             if isinstance(error, _ReasonLostError) or _REASON_LOST in str(error):
                 again = not reason_last
             else:
-                again = loan.session.retired and not last
+                again = session_lease.session.retired and not last
             if deadline.passed or not again:
                 raise
             return False
         finally:
-            self._reading.give_back(loan)
+            self._reading.give_back(session_lease)
         return True
 
     @staticmethod
-    def _stream(session: Session, read: Read, part: _Part) -> None:
+    def _stream(session: XetSession, read: DownloadToBuffer, part: _Part) -> None:
         start, end = part.start, part.end
         info = hf_xet.XetFileInfo(read.content.xet_hash, read.content.size)
         whole = end - start == read.content.size
@@ -365,15 +367,15 @@ class Transfer:
 
     def upload(
         self,
-        sources: Sequence[SourceLease | bytes],
+        sources: Sequence[RevocableSource | bytes],
         deadline: Deadline,
         upload: Upload,
-        taken: Callable[[SourceLease], None] = lambda _source: None,
-    ) -> list[Content]:
+        taken: Callable[[RevocableSource], None] = lambda _source: None,
+    ) -> list[ContentId]:
         """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
 
         Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
-        timeouts say. Whoever waits for that thread calls `abandon` at the deadline, which frees it at once.
+        timeouts say. The code that waits for that thread calls `abandon` at the deadline, which frees it at once.
 
         A commit that the store refuses (401, 403) is tried once more, with a new token, where it is no longer than 64 MiB.
 
@@ -387,37 +389,37 @@ class Transfer:
             HFBucketError: The store did not take them. None of them may be relied on.
         """
         ticket = upload.ticket
-        pieces = _Pieces([SourceLease(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
+        pieces = _Pieces([RevocableSource(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
         for last in (False, True):
-            loan = self._writing.borrow(deadline)
-            ticket.loan = loan
+            session_lease = self._writing.borrow(deadline)
+            ticket.session_lease = session_lease
             try:
                 if ticket.abandoned:
                     raise DeadlineError("upload: abandoned before it began")
                 with typed_errors("upload"):
-                    return self._commit(loan.session, pieces, deadline, ticket, taken)
+                    return self._commit(session_lease.session, pieces, deadline, ticket, taken)
             except AccessDeniedError:
-                self._writing.retire(loan)
+                self._writing.retire(session_lease)
                 if last or not pieces.complete or ticket.abandoned or deadline.passed:
                     raise
-            except ConfigError:  # of hf_xet's directories: the next session makes its own anew
-                self._writing.retire(loan)
+            except ConfigError:  # of hf_xet's directories: the next session makes its own again
+                self._writing.retire(session_lease)
                 raise
             except TransportError:
-                self._writing.doubt(loan)
+                self._writing.doubt(session_lease)
                 raise
             finally:
-                self._writing.give_back(loan)
+                self._writing.give_back(session_lease)
         raise AssertionError("the last try returns or raises")
 
     def _commit(
         self,
-        session: Session,
+        session: XetSession,
         pieces: _Pieces,
         deadline: Deadline,
         ticket: _Ticket,
-        taken: Callable[[SourceLease], None],
-    ) -> list[Content]:
+        taken: Callable[[RevocableSource], None],
+    ) -> list[ContentId]:
         commit = session.xet.new_upload_commit(**session.connection)
         contents = []
         try:
@@ -430,7 +432,7 @@ class Transfer:
                     deadline.check("upload")
                     stream.write(piece)
                 info = stream.finish().xet_info
-                contents.append(Content(info.hash, info.file_size))
+                contents.append(ContentId(info.hash, info.file_size))
                 if not kept:
                     taken(source)
             commit.wait_to_finish()
@@ -449,8 +451,8 @@ class Transfer:
         self._probes.close()
         self._reading.close()
         self._writing.close()
-        if self._scratch is not None:
-            self._scratch.close()
+        if self._temp_dir is not None:
+            self._temp_dir.close()
 
 
 class _Pieces:
@@ -464,7 +466,7 @@ class _Pieces:
         complete: Whether all that was handed over is kept.
     """
 
-    def __init__(self, sources: Sequence[SourceLease]) -> None:
+    def __init__(self, sources: Sequence[RevocableSource]) -> None:
         self.sources = sources
         self.complete = True
         self._kept: list[list[bytes]] = []
@@ -523,7 +525,7 @@ def _sample_error(part: _Part, future: Future[int]) -> HFBucketError | None:
     return part.read.error
 
 
-def _tell_sample(part: _Part, ended: Callable[[Content, HFBucketError | None], None], future: Future[int]) -> None:
+def _tell_sample(part: _Part, ended: Callable[[ContentId, HFBucketError | None], None], future: Future[int]) -> None:
     ended(part.read.content, _sample_error(part, future))
 
 

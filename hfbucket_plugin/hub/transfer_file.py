@@ -21,8 +21,8 @@ from hfbucket_plugin.hub.xet_session import typed_errors
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hfbucket_plugin.core.keys import Content
-    from hfbucket_plugin.hub.xet_session import Session
+    from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.hub.xet_session import XetSession
 
 _LOCAL: Final = re.compile(r"\bIO Error: .*\(os error (\d+)\)")
 """How hf_xet 1.8 tells what the disk refused; what it says of the network has no such number."""
@@ -32,7 +32,7 @@ _MISMATCH: Final = "File size mismatch"
 
 
 @dataclass(slots=True, eq=False)
-class FileRead:
+class DownloadToFile:
     """One object to be written into one file, which hf_xet makes.
 
     Attributes:
@@ -47,7 +47,7 @@ class FileRead:
     """
 
     name: str
-    content: Content
+    content: ContentId
     path: Path
     error: HFBucketError | None = None
     done: bool = False
@@ -62,7 +62,7 @@ class FileRead:
         return self._live
 
     def give_up(self) -> None:
-        """Stop it: whoever waits for it is freed at once. Never raises."""
+        """Stop it: its waiter is freed at once. Never raises."""
         with self._lock:
             self._live = False
             handle = self._handle
@@ -75,7 +75,7 @@ class FileRead:
             self.error = error
         self.give_up()
 
-    def fetch(self, session: Session, attempt: int) -> None:
+    def fetch(self, session: XetSession, attempt: int) -> None:
         """Have hf_xet write the file, and wait for it.
 
         Blocks its thread until hf_xet answers, or `give_up` is called.
@@ -99,7 +99,7 @@ class FileRead:
                 raise LocalFileError(f"{self.name}: {path}: {os.strerror(number)}", number) from None
             raise
 
-    def _write(self, session: Session, path: Path) -> None:
+    def _write(self, session: XetSession, path: Path) -> None:
         size = self.content.size
         self._expect_live()
         if size:

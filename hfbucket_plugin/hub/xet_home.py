@@ -29,7 +29,7 @@ _PLACES: Final = ((_CACHE, ()), ("HF_HOME", ("xet",)), ("XDG_CACHE_HOME", ("hugg
 _ROOT_NAME: Final = "xet"
 _LOG_NAME: Final = "xet-logs"
 
-_lock = forks.Lock()
+_lock = forks.ForkSafeLock()
 _ours: list[int] = []
 """The process that is ours, if it is: a fork of it is, too."""
 

@@ -34,7 +34,7 @@ from hfbucket_plugin.errors import (
     DeadlineError,
     HFBucketError,
     ObjectMissingError,
-    ScratchError,
+    TempDirError,
     ThrottledError,
     TransportError,
 )
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.files import Scratch
+    from hfbucket_plugin.core.files import TempDir
     from hfbucket_plugin.hub.client import HubClient
 
 _log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _token_path(bucket_id: str, right: str) -> str:
     return f"/api/buckets/{bucket_id}/xet-{right}-token"
 
 
-class Session:
+class XetSession:
     """One hf_xet session and, for reading, its groups; counts who reads from it.
 
     Args:
@@ -237,7 +237,7 @@ class Session:
             return self._files
 
     def end(self) -> None:
-        """Free whoever reads from it, at once."""
+        """Free its readers, at once."""
         with self._lock:
             self._ended = True
             downloads = list(self._downloads)
@@ -250,10 +250,10 @@ class Session:
             self.group.abort()
 
 
-class Loan:
-    """One reader's hold on a session, ended once: by the reader itself, or by whoever gives the reader up."""
+class SessionLease:
+    """One reader's hold on a session, ended once: by the reader itself, or by the code that gives the reader up."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: XetSession) -> None:
         self.session = session
         self.ended = False
 
@@ -267,7 +267,7 @@ class SessionPool:
         right: What the sessions may do.
         config: See `xet_config`.
         patient: Whether asking for a token waits for the Hub's pauses, see `HubClient.request`.
-        scratch: Where hf_xet keeps its files; None for the places that the environment gives it.
+        temp_dir: Where hf_xet keeps its files; None for the places that the environment gives it.
     """
 
     def __init__(
@@ -278,32 +278,32 @@ class SessionPool:
         config: hf_xet.XetConfig,
         *,
         patient: bool = True,
-        scratch: Scratch | None = None,
+        temp_dir: TempDir | None = None,
     ) -> None:
         self._hub = hub
         self._bucket_id = bucket_id
         self._right = right
         self._config = config
         self._patient = patient
-        self._scratch = scratch
+        self._temp_dir = temp_dir
         self._renew_locks()
         forks.reset_in_child(self._renew_locks)
-        self._current: Session | None = None
-        self._live: set[Session] = set()
+        self._current: XetSession | None = None
+        self._live: set[XetSession] = set()
         self._closed = False
 
     def _renew_locks(self) -> None:
         self._building = threading.Lock()
         self._lock = threading.Lock()
 
-    def borrow(self, deadline: Deadline) -> Loan:
+    def borrow(self, deadline: Deadline) -> SessionLease:
         """Take a hold on the current session, building one if there is none.
 
         Raises:
             HFBucketError: No access, or no answer before the deadline.
         """
-        if (loan := self._try_borrow(deadline)) is not None:
-            return loan
+        if (session_lease := self._try_borrow(deadline)) is not None:
+            return session_lease
         # One thread builds, the others wait for it, each up to its own deadline.
         building = self._building
         if not building.acquire(timeout=deadline.remaining()):
@@ -311,8 +311,8 @@ class SessionPool:
                 f"instance {self._hub.instance!r}: no session for {self._bucket_id} within {deadline.seconds:g} s"
             )
         try:
-            if (loan := self._try_borrow(deadline)) is not None:
-                return loan
+            if (session_lease := self._try_borrow(deadline)) is not None:
+                return session_lease
             self._refuse_when_closed()  # before a token is asked for: many readers may be queued when it closes
             session = self._build(deadline)
             with self._lock:
@@ -322,7 +322,7 @@ class SessionPool:
                     self._live.add(session)
                     session.readers += 1
                 idle = before is not None and before.readers == 0
-                if before is not None:  # its token ends soon: whoever reads from it reads on
+                if before is not None:  # its token ends soon: its readers read on
                     before.retired = True
                     self._discard_if_dead(before)
             if before is not None and idle:
@@ -330,11 +330,11 @@ class SessionPool:
             if closed:
                 _abort(session)
                 self._refuse_when_closed()
-            return Loan(session)
+            return SessionLease(session)
         finally:
             building.release()
 
-    def _discard_if_dead(self, session: Session) -> None:
+    def _discard_if_dead(self, session: XetSession) -> None:
         if session.retired and session.readers == 0:
             self._live.discard(session)
             if self._current is session:
@@ -350,19 +350,19 @@ class SessionPool:
         with self._lock:
             return _usable(self._current, 0.0)
 
-    def _try_borrow(self, deadline: Deadline) -> Loan | None:
+    def _try_borrow(self, deadline: Deadline) -> SessionLease | None:
         with self._lock:
             session = self._current
             if session is None or not _usable(session, deadline.remaining()):
                 return None
             session.readers += 1
-            return Loan(session)
+            return SessionLease(session)
 
-    def _build(self, deadline: Deadline) -> Session:
+    def _build(self, deadline: Deadline) -> XetSession:
         what = f"instance {self._hub.instance!r}: session"
         try:
             # Before a token is asked for, which costs a call.
-            xet_home.expect_usable(None if self._scratch is None else self._scratch.root)
+            xet_home.expect_usable(None if self._temp_dir is None else self._temp_dir.root)
         except ConfigError as error:
             raise ConfigError(f"{what}: {error}") from None
         config = self._config.with_config(self._places())
@@ -373,14 +373,14 @@ class SessionPool:
             group = xet.new_download_stream_group(**connection) if self._right == "read" else None
         lives = access.expires - time.time()
         # By a clock that is far off it has ended already: then the store says when it does.
-        return Session(xet, group, connection, lives if lives > 0 else math.inf)
+        return XetSession(xet, group, connection, lives if lives > 0 else math.inf)
 
     def _places(self) -> dict[str, Any]:
         """Where hf_xet keeps its files: by its configuration, never by the environment of somebody's engine."""
-        if self._scratch is None:
+        if self._temp_dir is None:
             return {}
         try:
-            directory = self._scratch.directory()
+            directory = self._temp_dir.directory()
         except ConfigError as error:
             _log.warning("[%s] hf_xet keeps its files in %s: %s", self._hub.instance, xet_home.cache_root()[0], error)
             return {}
@@ -390,21 +390,21 @@ class SessionPool:
             "shard.cache_size_limit": _SHARD_CACHE_BYTES,
         }
 
-    def give_back(self, loan: Loan) -> None:
+    def give_back(self, session_lease: SessionLease) -> None:
         """The reader is done with its session."""
-        self._end(loan, retire=False)
+        self._end(session_lease, retire=False)
 
-    def give_up(self, loan: Loan) -> None:
+    def give_up(self, session_lease: SessionLease) -> None:
         """Nobody waits for this reader any more, and it may be blocked: retire its session."""
-        self._end(loan, retire=True)
+        self._end(session_lease, retire=True)
 
-    def retire(self, loan: Loan) -> None:
+    def retire(self, session_lease: SessionLease) -> None:
         """Replace the session for those who come next, such as after the store refused its token. The loan goes on."""
         with self._lock:
-            loan.session.retired = True
+            session_lease.session.retired = True
 
     def renew(self) -> None:
-        """Replace the current session for those who come next. Whoever reads from it reads on."""
+        """Replace the current session for those who come next. Its readers read on."""
         with self._lock:
             session = self._current
             if session is None:
@@ -415,17 +415,17 @@ class SessionPool:
         if idle:
             _abort(session)
 
-    def doubt(self, loan: Loan) -> None:
+    def doubt(self, session_lease: SessionLease) -> None:
         """Replace the session for those who come next if it is not new: the store may have moved since."""
-        if time.monotonic() - loan.session.born >= _RENEWAL_SECS:
-            self.retire(loan)
+        if time.monotonic() - session_lease.session.born >= _RENEWAL_SECS:
+            self.retire(session_lease)
 
-    def _end(self, loan: Loan, *, retire: bool) -> None:
+    def _end(self, session_lease: SessionLease, *, retire: bool) -> None:
         with self._lock:
-            if loan.ended:
+            if session_lease.ended:
                 return
-            loan.ended = True
-            session = loan.session
+            session_lease.ended = True
+            session = session_lease.session
             session.readers -= 1
             session.retired = session.retired or retire
             dead = session.retired and session.readers == 0
@@ -434,7 +434,7 @@ class SessionPool:
             _abort(session)
 
     def close(self) -> None:
-        """Abort all sessions, retired ones that are still read from too; whoever reads gets an error at once."""
+        """Abort all sessions, retired ones that are still read from too; their readers get an error at once."""
         with self._lock:
             self._closed = True
             self._current = None
@@ -443,12 +443,12 @@ class SessionPool:
             _abort(session)
 
 
-def _usable(session: Session | None, secs: float) -> bool:
+def _usable(session: XetSession | None, secs: float) -> bool:
     """Whether a session may be lent for an operation that takes up to so many seconds."""
     return session is not None and not session.retired and session.pid == os.getpid() and session.holds_for(secs)
 
 
-def _abort(session: Session) -> None:
+def _abort(session: XetSession) -> None:
     # After a fork the session belongs to the parent; touching it would hang.
     if session.pid != os.getpid():
         return
@@ -463,7 +463,7 @@ def typed_errors(what: str) -> Iterator[None]:
     Raises:
         ObjectMissingError: The store does not hold the content.
         AccessDeniedError: The store refused the token.
-        ConfigError: hf_xet cannot write to its own directories; `ScratchError` where their disk is full.
+        ConfigError: hf_xet cannot write to its own directories; `TempDirError` where their disk is full.
         ThrottledError: The store asks to come again later.
         TransportError: Anything else; `DeadlineError` where hf_xet timed out.
     """
@@ -489,7 +489,7 @@ def _typed(what: str, error: BaseException) -> HFBucketError:
     told = f"{what}: {type(error).__name__}: {_short(error)}"
     number = int(local[1]) if isinstance(error, OSError) and (local := _LOCAL.search(str(error))) else 0
     if number in _FULL:
-        return ScratchError(
+        return TempDirError(
             f"{what}: no space for hf_xet's files: {os.strerror(number)}; make room in download_tmp_dir"
         )
     if number in _UNWRITABLE:

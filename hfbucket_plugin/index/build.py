@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 import numpy as np
 
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
-from hfbucket_plugin.hub.transfer import Read, xet_hashes
-from hfbucket_plugin.index.access.stats import HIT, WARM_ROW, Span, Tells, carried, has_heat, once, warmed, widened
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, xet_hashes
+from hfbucket_plugin.index.access.stats import HIT, WARM_ROW, HitLog, Span, carried, has_heat, once, warmed, widened
 from hfbucket_plugin.index.access.stats import LATE_SECS as HEAT_LATE_SECS
 from hfbucket_plugin.index.format import HEAT_JOURNAL, FormatError, check_order, check_snapshot, header_of, read_header
 from hfbucket_plugin.index.refresh import listed_rows
-from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, Told
+from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, JournalRows
 from hfbucket_plugin.index.table import CHANGE, ROW, applied, in_order, last_of_each, newest
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.index.format import Pointer
-    from hfbucket_plugin.index.store import IndexStore, Journal, Shelf
+    from hfbucket_plugin.index.store import IndexListing, IndexStore, Journal
     from hfbucket_plugin.index.table import Rows
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class SnapshotFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltSnapshot:
     """A snapshot that is a file yet.
 
     Attributes:
@@ -218,10 +218,10 @@ def from_listing(
     each_object: Callable[[ObjectInfo], None] = lambda _info: None,
     *,
     store: IndexStore | None = None,
-) -> Built:
+) -> BuiltSnapshot:
     """Make a snapshot from a listing of the whole instance, with the heat that the one before and journals tell of.
 
-    Where these are not whole heat begins anew, and the log says so: a listing has to help where an index is damaged.
+    Where these are not whole heat starts over, and the log says so: a listing has to help where an index is damaged.
 
     Args:
         bucket: The instance's.
@@ -242,7 +242,7 @@ def from_listing(
         path, heat, counted = directory / "snapshot.npy", Span(until=began - HEAT_LATE_SECS), None
         if store is not None:
             heat, counted = _heat_for_listing(bucket, store, file, directory, request_secs=page_secs, began=began)
-        return Built(path, file.write(path, counted), began, began, began, heat=heat)
+        return BuiltSnapshot(path, file.write(path, counted), began, began, began, heat=heat)
 
 
 _Counted = tuple[float, float] | None
@@ -254,10 +254,10 @@ def _heat_for_listing(
     """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
     path = directory / "before.npy"
     journals: list[Journal] = []
-    tells = Tells()
+    tells = HitLog()
     try:
-        shelf = store.list(Deadline.patient(request_secs))
-        journals, why = shelf.journals, shelf.crowded
+        listing = store.list(Deadline.patient(request_secs))
+        journals, why = listing.journals, listing.crowded
     except HFBucketError as error:  # too many of them, say, which this listing is to mend
         why = str(error)
     if why:
@@ -272,7 +272,7 @@ def _heat_for_listing(
     path.unlink(missing_ok=True)
     live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
     for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
-        if isinstance(told, Told):
+        if isinstance(told, JournalRows):
             _take_hits(told, file, tells, began)
         else:
             _miss_hits(journal, told, tells)
@@ -315,14 +315,14 @@ def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: fl
     return Span(), lost
 
 
-def _take_hits(told: Told, file: SnapshotFile, tells: Tells, began: float) -> None:
+def _take_hits(told: JournalRows, file: SnapshotFile, tells: HitLog, began: float) -> None:
     file.hit(told.hits)
     for rows in (told.hits, told.lost):
         tells.add(rows["told"], began)
     tells.lose(told.lost, began)
 
 
-def _miss_hits(journal: Journal, why: HFBucketError, tells: Tells) -> None:
+def _miss_hits(journal: Journal, why: HFBucketError, tells: HitLog) -> None:
     """Note that a journal of hits could not be read: what it told of would else look idle."""
     hits = max(1, journal.content.size // HEAT_JOURNAL.itemsize)
     tells.unread(hits, journal.at)
@@ -333,7 +333,7 @@ def _miss_hits(journal: Journal, why: HFBucketError, tells: Tells) -> None:
 
 
 def _sane(pointer: Pointer, began: float) -> Span:
-    """For how long a snapshot knows heat; where its times are ahead of the Hub's clock heat begins anew now."""
+    """For how long a snapshot knows heat; where its times are ahead of the Hub's clock heat starts over now."""
     ahead = pointer.ahead_of(began) if pointer.heat.known else ""
     if not ahead:
         return pointer.heat
@@ -341,7 +341,7 @@ def _sane(pointer: Pointer, began: float) -> Span:
     return Span(began, began - HEAT_LATE_SECS, min(began, pointer.heat_told))
 
 
-def _span(tells: Tells, before: Span, began: float) -> tuple[Span, _Counted]:
+def _span(tells: HitLog, before: Span, began: float) -> tuple[Span, _Counted]:
     """For how long heat is known after some tells, and the window of those that are counted; None where none ever was."""
     span = tells.span(before, began, began - HEAT_LATE_SECS)
     return span, (before.until, span.until) if span.known else None
@@ -353,7 +353,7 @@ def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) ->
         yield info
 
 
-def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_secs: float) -> Built:
+def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_secs: float) -> BuiltSnapshot:
     """Make a snapshot from the present one and the journals since.
 
     Args:
@@ -368,8 +368,8 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
         HFBucketError: Something did not arrive: nothing was made.
     """
     began = hub_time(bucket, Deadline.patient(request_secs))
-    shelf = store.list(Deadline.patient(request_secs))
-    pointer = _present(bucket, store, shelf, began, request_secs)
+    listing = store.list(Deadline.patient(request_secs))
+    pointer = _present(bucket, store, listing, began, request_secs)
     garbage = 0
     before = directory / "before.npy"
     fetch_snapshot(bucket, store, pointer, before, Deadline.patient(10 * request_secs))
@@ -378,10 +378,10 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
         with SnapshotFile(directory, header.dtype, began) as file:
             for rows in _blocks(source, header.dtype):
                 file.add(rows)
-            tells, since = Tells(), min(pointer.covers, pointer.heat_until or pointer.covers)
-            live = [journal for journal in shelf.journals if journal.at >= since]
+            tells, since = HitLog(), min(pointer.covers, pointer.heat_until or pointer.covers)
+            live = [journal for journal in listing.journals if journal.at >= since]
             for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
-                if isinstance(told, Told):
+                if isinstance(told, JournalRows):
                     _take_hits(told, file, tells, began)
                     if journal.at >= pointer.covers:
                         file.change(told.changes[told.changes["at"] >= pointer.listed])
@@ -399,18 +399,18 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
             keys = file.write(path, counted)
     before.unlink()
     covers = max(began, pointer.covers)
-    return Built(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage, heat)
+    return BuiltSnapshot(path, keys, covers, max(pointer.listed, covers - LATE_SECS), pointer.full, garbage, heat)
 
 
-def _present(bucket: Bucket, store: IndexStore, shelf: Shelf, began: float, request_secs: float) -> Pointer:
+def _present(bucket: Bucket, store: IndexStore, listing: IndexListing, began: float, request_secs: float) -> Pointer:
     """The pointer to the snapshot that another one may be made of."""
-    if shelf.pointer is None:
+    if listing.pointer is None:
         raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
-    if shelf.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
-        raise IntegrityError(shelf.crowded)
-    pointer = store.read_pointer(shelf.pointer, Deadline.patient(request_secs))
+    if listing.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
+        raise IntegrityError(listing.crowded)
+    pointer = store.read_pointer(listing.pointer, Deadline.patient(request_secs))
     if ahead := pointer.ahead_of(began):
-        raise FormatError(f"{shelf.pointer.path}: {ahead}")
+        raise FormatError(f"{listing.pointer.path}: {ahead}")
     return pointer
 
 
@@ -439,7 +439,7 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
     with path.open("w+b") as file:
         file.truncate(max(1, pointer.size))
         with mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
-            read = Read(name, pointer.content, Lease(view[: pointer.size]))
+            read = DownloadToBuffer(name, pointer.content, RevocableBuffer(view[: pointer.size]))
             try:
                 bucket.transfer.read([read], deadline)
             finally:
@@ -456,7 +456,7 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
         check_order(rows, name)
 
 
-def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+def put(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
     """Upload a snapshot and name it; no reader looks at it before `IndexStore.publish`.
 
     Raises:
@@ -467,7 +467,7 @@ def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
         file = stack.enter_context(built.path.open("rb"))
         memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         view = stack.enter_context(memoryview(memory))
-        lease = SourceLease(view)
+        lease = RevocableSource(view)
         stack.callback(lease.revoke)
         pointer = store.put_snapshot(
             lease,
@@ -483,7 +483,7 @@ def put(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
     return pointer
 
 
-def publish(store: IndexStore, built: Built, deadline: Deadline) -> Pointer:
+def publish(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
     """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
 
     Raises:

@@ -9,7 +9,7 @@ after it. Columns are found by name, so files may have more of them than a reade
 - a journal: rows of `JOURNAL`, in the order in which things happened;
 - the pointer: a JSON record (`Pointer`).
 
-What is whole is told by the Xet hash, which whoever reads compares (`index_store`).
+What is whole is told by the Xet hash, which every reader compares (`index_store`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.hub.answers import MAX_SIZE
 from hfbucket_plugin.index.access.stats import HIT, Span
@@ -96,7 +96,7 @@ class FormatError(IntegrityError):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class FileHeader:
     """What the header of a file says.
 
     Attributes:
@@ -115,7 +115,7 @@ class Header:
         return self.offset + self.rows * self.dtype.itemsize
 
 
-def read_header(file: BinaryIO, what: str) -> Header:
+def read_header(file: BinaryIO, what: str) -> FileHeader:
     """Read the header of a file, and leave it at its first row.
 
     Raises:
@@ -129,7 +129,7 @@ def read_header(file: BinaryIO, what: str) -> Header:
         raise FormatError(f"{what}: no table of a key index: {error}") from None
     if fortran or len(shape) != 1 or dtype.hasobject or dtype.names is None:
         raise FormatError(f"{what}: no table of a key index: an array of another kind")
-    return Header(dtype, int(shape[0]), file.tell())
+    return FileHeader(dtype, int(shape[0]), file.tell())
 
 
 def _rows(data: Data, wanted: np.dtype[Any], what: str) -> Rows:
@@ -141,7 +141,7 @@ def _rows(data: Data, wanted: np.dtype[Any], what: str) -> Rows:
     return np.frombuffer(data, header.dtype, header.rows, header.offset)
 
 
-def check_columns(header: Header, wanted: np.dtype[Any], what: str) -> None:
+def check_columns(header: FileHeader, wanted: np.dtype[Any], what: str) -> None:
     """Make sure that a file has the columns that are wanted, of their types.
 
     Raises:
@@ -152,7 +152,7 @@ def check_columns(header: Header, wanted: np.dtype[Any], what: str) -> None:
             raise FormatError(f"{what}: no table of a key index that this version reads: column {name!r}")
 
 
-def check_snapshot(header: Header, pointer: Pointer, what: str) -> None:
+def check_snapshot(header: FileHeader, pointer: Pointer, what: str) -> None:
     """Make sure that a file is, by its header, the snapshot that a pointer names: for every reader of snapshots.
 
     Raises:
@@ -308,9 +308,9 @@ class Pointer:
         return ""
 
     @property
-    def content(self) -> Content:
+    def content(self) -> ContentId:
         """The snapshot's."""
-        return Content(self.xet_hash, self.size)
+        return ContentId(self.xet_hash, self.size)
 
     def to_bytes(self) -> bytes:
         """As an object."""

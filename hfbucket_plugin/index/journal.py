@@ -1,7 +1,7 @@
 """What a process tells others of what it did, or read: entries that wait, and the journals that hold them. Pure; thread-safe.
 
 A journal is an object, and objects cost calls to list: a writer's last journal therefore *grows*. Each time there is news it
-is written anew, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
+is rewritten, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
 one begins. So at any time there is one journal for each `entries` entries and writer, and a lost answer costs nothing.
 
 What waits is bounded: while the Hub does not take journals the oldest entries are dropped, and counted. Others then learn of
@@ -27,7 +27,7 @@ from hfbucket_plugin.index.table import DELETED, LOST, PUT, READ, hash_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.index.access.recorder import Hits
 
 _LONGEST_AGE_MS: Final = 0xFFFFFFFF
@@ -35,7 +35,7 @@ _WRITER_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     """What happened to one key.
 
     Attributes:
@@ -51,14 +51,14 @@ class Entry:
     seq: int
     at: float
     digest: bytes
-    content: Content | None
+    content: ContentId | None
     hits: int = 0
     told: int = 0
     lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class JournalDraft:
     """A journal to be written.
 
     Attributes:
@@ -72,7 +72,7 @@ class Draft:
     name: JournalName
     data: bytes
     instead_of: str | None
-    entries: Sequence[Entry]
+    entries: Sequence[JournalEntry]
     fresh: int
 
 
@@ -95,9 +95,9 @@ class JournalWriter:
         self.told = 0
         """Number of the last entry that is in a journal."""
 
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[JournalEntry] = deque()
         self._attempt_ended = -math.inf
-        self._growing: Sequence[Entry] = ()
+        self._growing: Sequence[JournalEntry] = ()
         self._growing_name: str | None = None
         self._hits = hits
         self._hits_told = 0
@@ -105,15 +105,15 @@ class JournalWriter:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def note(self, digest: bytes, content: Content | None, at: float) -> tuple[int, int]:
-        """Take an entry in; see `Entry`.
+    def note(self, digest: bytes, content: ContentId | None, at: float) -> tuple[int, int]:
+        """Take an entry in; see `JournalEntry`.
 
         Returns:
             Its number, and how many entries were dropped to make room.
         """
         with self._lock:
             self._seq += 1
-            self._waiting.append(Entry(self._seq, at, digest, content))
+            self._waiting.append(JournalEntry(self._seq, at, digest, content))
             dropped = 0
             while len(self._waiting) > self._most_waiting:
                 self._waiting.popleft()
@@ -135,10 +135,10 @@ class JournalWriter:
             for one in hits:
                 self._seq += 1
                 self._waiting.append(
-                    Entry(self._seq, one.last, one.digest, None, one.number, self._hits_told, one.lost)
+                    JournalEntry(self._seq, one.last, one.digest, None, one.number, self._hits_told, one.lost)
                 )
 
-    def draft(self, now: float, today: datetime | None = None) -> Draft | None:
+    def draft(self, now: float, today: datetime | None = None) -> JournalDraft | None:
         """The journal to be written next, or None when there is no news.
 
         Args:
@@ -155,9 +155,11 @@ class JournalWriter:
             if name.text <= self._last_name:  # a clock that was set back: names of a writer go on in order
                 name = replace(name, text=self._last_name[:18] + name.text[18:])
             self._last_name = name.text
-            return Draft(name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh))
+            return JournalDraft(
+                name, _bytes_of(entries, now), self._growing_name if grows else None, entries, len(fresh)
+            )
 
-    def _after_attempts(self, entry: Entry) -> Entry:
+    def _after_attempts(self, entry: JournalEntry) -> JournalEntry:
         """An entry as it may be told now: not before what was told already.
 
         The Hub's stamp, from which ages count back, comes some time after a journal was begun: a second in one, less in the
@@ -176,7 +178,7 @@ class JournalWriter:
         with self._lock:
             self._attempt_ended = max(self._attempt_ended, now)
 
-    def written(self, draft: Draft) -> None:
+    def written(self, draft: JournalDraft) -> None:
         """Note that a journal is there."""
         with self._lock:
             while self._waiting and self._waiting[0].seq <= draft.name.seq:
@@ -195,7 +197,7 @@ class JournalWriter:
             How many entries of those that waited.
         """
 
-        def kept(entries: Iterable[Entry]) -> Iterator[Entry]:
+        def kept(entries: Iterable[JournalEntry]) -> Iterator[JournalEntry]:
             return (entry for entry in entries if (entry.told >= heat_until if entry.told else entry.at >= at))
 
         with self._lock:
@@ -207,13 +209,13 @@ class JournalWriter:
             return before - len(self._waiting)
 
 
-def _last_of_each(entries: Sequence[Entry]) -> Sequence[Entry]:
+def _last_of_each(entries: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
     """Of the puts and deletes of one key the last one, which alone counts: their times may be the same."""
     last = {entry.digest: entry.seq for entry in entries if not entry.told}
     return [entry for entry in entries if entry.told or last[entry.digest] == entry.seq]
 
 
-def _bytes_of(told: Sequence[Entry], now: float) -> bytes:
+def _bytes_of(told: Sequence[JournalEntry], now: float) -> bytes:
     entries = _last_of_each(told)
     heat = any(entry.told for entry in entries)
     rows = np.zeros(len(entries), HEAT_JOURNAL if heat else JOURNAL)
@@ -230,7 +232,7 @@ def _bytes_of(told: Sequence[Entry], now: float) -> bytes:
     return to_bytes(rows)
 
 
-def _kind_of(entry: Entry) -> int:
+def _kind_of(entry: JournalEntry) -> int:
     if entry.told:
         return LOST if entry.lost else READ
     return DELETED if entry.content is None else PUT

@@ -20,7 +20,7 @@ from hfbucket_plugin.index.table import digests_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
 
 _log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ _REQUEST_SECS: Final = 60.0
 _LOOK_SECS: Final = 15.0
 
 
-class Teller:
-    """Collects what was done, and writes it now and then. Not thread-safe. Made by `telling`.
+class IndexNotifier:
+    """Collects what was done, and writes it now and then. Not thread-safe. Made by `notifying`.
 
     Whether the instance has an index is looked up when there is something to tell: one call.
 
@@ -56,7 +56,7 @@ class Teller:
         self._problem: HFBucketError | None = None
         self.untold = 0
 
-    def did(self, name: str, content: Content | None) -> None:
+    def did(self, name: str, content: ContentId | None) -> None:
         """Note what became of an object.
 
         Args:
@@ -113,8 +113,8 @@ class Teller:
 
 
 @contextlib.contextmanager
-def telling(bucket: Bucket | None) -> Iterator[Teller | None]:
-    """A teller for a stretch of work.
+def notifying(bucket: Bucket | None) -> Iterator[IndexNotifier | None]:
+    """A notifier for the duration of a block.
 
     Args:
         bucket: The instance's; None where the work is done elsewhere.
@@ -122,8 +122,8 @@ def telling(bucket: Bucket | None) -> Iterator[Teller | None]:
     if bucket is None:
         yield None
         return
-    teller = Teller(bucket)
+    notifier = IndexNotifier(bucket)
     try:
-        yield teller
+        yield notifier
     finally:
-        teller.close()
+        notifier.close()

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.index.table import Table
 
 MOST_NOTES: Final = 50_000
@@ -26,7 +26,7 @@ _TOLD: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class OverlayEntry:
     """What is known of one key.
 
     Attributes:
@@ -37,7 +37,7 @@ class Note:
         hub: The same by the Hub's clock, as far as that is known.
     """
 
-    content: Content | None
+    content: ContentId | None
     doubtful: bool
     seq: int
     mono: float
@@ -49,7 +49,7 @@ class Note:
         return self.seq == _TOLD
 
 
-class Recent:
+class LocalOverlay:
     """Notes by digest.
 
     Args:
@@ -58,37 +58,37 @@ class Recent:
 
     def __init__(self, most: int = MOST_NOTES) -> None:
         self._lock = threading.Lock()
-        self._notes: OrderedDict[bytes, Note] = OrderedDict()
+        self._notes: OrderedDict[bytes, OverlayEntry] = OrderedDict()
         self._most = most
 
-    def forked(self) -> Recent:
+    def forked(self) -> LocalOverlay:
         """The same for a forked child: a thread that is not there may hold the lock of these."""
-        recent = Recent(self._most)
+        recent = LocalOverlay(self._most)
         recent._notes = self._notes.copy()
         return recent
 
     def __len__(self) -> int:
         return len(self._notes)
 
-    def get(self, digest: bytes) -> Note | None:
+    def get(self, digest: bytes) -> OverlayEntry | None:
         """The note of a key."""
         return self._notes.get(digest)
 
-    def did(self, digest: bytes, content: Content | None, seq: int, mono: float, hub: float) -> None:
+    def did(self, digest: bytes, content: ContentId | None, seq: int, mono: float, hub: float) -> None:
         """Note what this process put, or deleted (None)."""
-        self._set(digest, Note(content, False, seq, mono, hub))
+        self._set(digest, OverlayEntry(content, False, seq, mono, hub))
 
     def doubt(self, digest: bytes, mono: float, hub: float) -> None:
         """Note that what is known of a key must not be believed."""
-        self._set(digest, Note(None, True, _TOLD, mono, hub))
+        self._set(digest, OverlayEntry(None, True, _TOLD, mono, hub))
 
-    def told(self, digest: bytes, content: Content | None, asked: float, mono: float, hub: float) -> None:
+    def told(self, digest: bytes, content: ContentId | None, asked: float, mono: float, hub: float) -> None:
         """Note what the Hub said of a key when it was asked, unless something was done to the key since it was asked."""
         with self._lock:
             note = self._notes.get(digest)
             if note is not None and note.mono >= asked:
                 return
-        self._set(digest, Note(content, False, _TOLD, mono, hub))
+        self._set(digest, OverlayEntry(content, False, _TOLD, mono, hub))
 
     def drop(self, digest: bytes, asked: float) -> None:
         """Forget a note from before a question: the index says what the Hub said."""
@@ -97,7 +97,7 @@ class Recent:
             if note is not None and note.mono < asked:
                 del self._notes[digest]
 
-    def _set(self, digest: bytes, note: Note) -> None:
+    def _set(self, digest: bytes, note: OverlayEntry) -> None:
         with self._lock:
             self._notes[digest] = note
             self._notes.move_to_end(digest)
@@ -131,11 +131,11 @@ class Recent:
             newer = zip(told, table.find(digests).tolist(), strict=True)
             self._drop_where(one for one, at in newer if at >= 0 and table.rows[at]["at"] > one[1].hub)
 
-    def _copy(self) -> list[tuple[bytes, Note]]:
+    def _copy(self) -> list[tuple[bytes, OverlayEntry]]:
         with self._lock:
             return list(self._notes.items())
 
-    def _drop_where(self, notes: Iterable[tuple[bytes, Note]]) -> None:
+    def _drop_where(self, notes: Iterable[tuple[bytes, OverlayEntry]]) -> None:
         """Drop notes that are still the same."""
         for digest, note in notes:
             with self._lock:

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core import forks, telemetry
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content, encode_name, is_probe
-from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.core.keys import ContentId, encode_name, is_probe
+from hfbucket_plugin.core.telemetry import RateLimitedLogger
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.index.access.recorder import HITS_ENTRIES, recorder_of
 from hfbucket_plugin.index.journal import JournalWriter
-from hfbucket_plugin.index.overlay import Recent
+from hfbucket_plugin.index.overlay import LocalOverlay
 from hfbucket_plugin.index.refresh import (
     ListingSource,
     SnapshotSource,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.access.recorder import HeatRecorder
-    from hfbucket_plugin.index.refresh import Refreshed, Source
+    from hfbucket_plugin.index.refresh import Refreshed, ViewSource
     from hfbucket_plugin.index.table import View
 
 _log = logging.getLogger(__name__)
@@ -93,13 +93,13 @@ class KeyIndex:
         self._instance = instance
         self._sink = sink
         self._clock = clock
-        self._limited = LimitedLog(_log)
+        self._limited = RateLimitedLogger(_log)
         self._closed = threading.Event()
-        self._recent = Recent()
+        self._recent = LocalOverlay()
         self._make_journals()
         self._store = IndexStore(bucket, instance)
         self._journals = settings.index == "snapshot" and settings.writes
-        self._source: Source = (
+        self._source: ViewSource = (
             ListingSource(bucket, settings.index_max_bytes, self._closed)
             if settings.index == "listing"
             else SnapshotSource(self._store, self._journal.writer, settings.index_max_bytes, settings.reads)
@@ -114,14 +114,14 @@ class KeyIndex:
         self._hub_offset = time.time() - clock()
         self._renewed_at = clock()
         self._doubt_until = clock()
-        self._starting = forks.Lock()
+        self._starting = forks.ForkSafeLock()
         self._pid = 0
         self._tell_state("loading")
         forks.reset_in_child(self._start_over)
 
     # --- lookups ----------------------------------------------------------------------------------------------------
 
-    def known(self, keys: Sequence[str], *, misses: bool) -> dict[str, Content | None]:
+    def known(self, keys: Sequence[str], *, misses: bool) -> dict[str, ContentId | None]:
         """What the index says of keys; those that it leaves out have to be asked for.
 
         Args:
@@ -137,11 +137,11 @@ class KeyIndex:
         trusts = misses and self._settings.index_miss == "trust"
         believes = self._clock() >= self._doubt_until
         digests = digests_of(map(encode_name, asked))
-        found: dict[str, Content | None] = {}
+        found: dict[str, ContentId | None] = {}
         hits = 0
         for key, digest, answer in zip(asked, digests, view.look_up(digests), strict=True):
             note = self._recent.get(digest.tobytes())
-            content = answer if isinstance(answer, Content) else None
+            content = answer if isinstance(answer, ContentId) else None
             if note is not None:
                 if note.doubtful or (note.told and not misses):
                     continue
@@ -177,7 +177,7 @@ class KeyIndex:
 
     # --- what is known of single keys ---------------------------------------------------------------------------------
 
-    def wrote(self, key: str, content: Content) -> None:
+    def wrote(self, key: str, content: ContentId) -> None:
         """Note that this process put a key; others are told by the journal."""
         self._did(key, content)
 
@@ -185,7 +185,7 @@ class KeyIndex:
         """Note that this process deleted a key; others are told by the journal."""
         self._did(key, None)
 
-    def _did(self, key: str, content: Content | None) -> None:
+    def _did(self, key: str, content: ContentId | None) -> None:
         if is_probe(key):
             return
         digest = digests_of([encode_name(key)]).tobytes()
@@ -217,7 +217,7 @@ class KeyIndex:
         """Ask the Hub about all hits, for a while."""
         self._doubt_until = self._clock() + _DOUBT_SECS
 
-    def told(self, answers: Mapping[str, Content | None], asked: float) -> None:
+    def told(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
         """Note what the Hub said of keys, where the index says something else.
 
         Args:

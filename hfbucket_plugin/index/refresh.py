@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.keys import BucketHandle, Content
+    from hfbucket_plugin.core.keys import BucketHandle, ContentId
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.index.format import Pointer
-    from hfbucket_plugin.index.store import IndexStore, Shelf
+    from hfbucket_plugin.index.store import IndexListing, IndexStore
     from hfbucket_plugin.index.table import Rows
 
 _PAGE_SECS: Final = 60.0
@@ -35,7 +35,7 @@ _RESUME_SECS: Final = 3600.0
 """How long a listing that broke off may be gone on with: its first pages are as old."""
 
 _ALIVE_SECS: Final = 2 * 3600.0
-"""Whoever wrote no journal for so long is gone."""
+"""A process that wrote no journal for this long has ended."""
 
 _LOAD_SECS: Final = 300.0
 """A snapshot of 60 MB over a slow line; lookups go on meanwhile as before."""
@@ -93,10 +93,10 @@ class Refreshed:
         garbage: Those that are none.
         unread: Those that did not arrive, and are tried again.
         own_seq: Up to which number the view knows the entries of the writer that asked.
-        writers: How many processes wrote journals of late.
+        writers: How many processes wrote journals recently.
         calls: Calls to the Hub.
         took: Seconds since the listing that the view stands on was begun; 0 where this refresh began it.
-        crowded: See `Shelf`.
+        crowded: See `IndexListing`.
         strangers: The same.
     """
 
@@ -121,7 +121,7 @@ class Refreshed:
     strangers: str = ""
 
 
-class Source(Protocol):
+class ViewSource(Protocol):
     """Makes views.
 
     What a source knows it has seen changes together with what it hands out, at the end of a refresh: one that fails, in whatever
@@ -153,7 +153,7 @@ class _Seen:
         folded: Journals that are in the view.
     """
 
-    content: Content | None = None
+    content: ContentId | None = None
     pointer: Pointer | None = None
     problem: HFBucketError | None = None
     failures: int = 0
@@ -185,47 +185,47 @@ class SnapshotSource:
 
     def refresh(self, view: View | None) -> Refreshed:
         """One listing; the pointer and its snapshot if they are new; and the journals that are."""
-        shelf = self.store.list(Deadline.after(_PAGE_SECS))
+        listing = self.store.list(Deadline.after(_PAGE_SECS))
         result = Refreshed(
             view,
-            date=shelf.date,
-            calls=shelf.calls,
-            crowded=shelf.crowded,
-            strangers=shelf.strangers,
-            writers=writers_of(shelf),
+            date=listing.date,
+            calls=listing.calls,
+            crowded=listing.crowded,
+            strangers=listing.strangers,
+            writers=writers_of(listing),
         )
-        if shelf.pointer is None:
+        if listing.pointer is None:
             self._seen = _Seen()
             result.view = None
             return result
         seen = self._seen
-        if shelf.pointer.content != seen.content:
-            seen = replace(seen, content=shelf.pointer.content, problem=None, failures=0, skip=0)
-            seen = self._follow(shelf, shelf.pointer, seen, result)
+        if listing.pointer.content != seen.content:
+            seen = replace(seen, content=listing.pointer.content, problem=None, failures=0, skip=0)
+            seen = self._follow(listing, listing.pointer, seen, result)
         elif seen.failures:
             seen = replace(seen, skip=seen.skip - 1)
             if seen.skip < 0:
-                seen = self._follow(shelf, shelf.pointer, seen, result)
+                seen = self._follow(listing, listing.pointer, seen, result)
         if seen.pointer is not None:
             result.alive = True
             pointer = seen.pointer
             result.covers, result.listed, result.full = pointer.covers, pointer.listed, pointer.full
             result.heat_until = pointer.heat_until
         if result.view is not None:
-            seen = self._fold(shelf, result.view, seen, result)
+            seen = self._fold(listing, result.view, seen, result)
         result.problem = seen.problem
         self._seen = seen
         return result
 
-    def _follow(self, shelf: Shelf, info: ObjectInfo, seen: _Seen, result: Refreshed) -> _Seen:
+    def _follow(self, listing: IndexListing, info: ObjectInfo, seen: _Seen, result: Refreshed) -> _Seen:
         """Go to the snapshot that a pointer names; where that fails the one before stays in use.
 
         What fails is tried again, less and less often: a snapshot that is broken must not be fetched every minute.
         """
         try:
             pointer = self.store.read_pointer(info, Deadline.after(_READ_SECS))
-            _expect_present(info, pointer, shelf)
-            view = self.load(info, pointer, shelf) if self.loads else result.view
+            _expect_present(info, pointer, listing)
+            view = self.load(info, pointer, listing) if self.loads else result.view
         except Exception as error:  # noqa: BLE001 - whatever it was, it is named and tried again
             failures = seen.failures + 1
             skip = min(_MOST_SKIPPED, 2**failures - 1)
@@ -233,27 +233,27 @@ class SnapshotSource:
         result.view, result.renewed = view, True
         return _Seen(seen.content, pointer)
 
-    def load(self, info: ObjectInfo, pointer: Pointer, shelf: Shelf) -> View:
+    def load(self, info: ObjectInfo, pointer: Pointer, listing: IndexListing) -> View:
         """Load the snapshot that a pointer names, if engines may go by it. What judges an index for people asks here too.
 
         Args:
             info: The pointer's object.
             pointer: Its content.
-            shelf: What was listed.
+            listing: What was listed.
 
         Raises:
             TooLargeError: It takes more memory than it may.
             FormatError: It is none that engines go by.
             HFBucketError: It did not arrive.
         """
-        _expect_present(info, pointer, shelf)
+        _expect_present(info, pointer, listing)
         size = pointer.size + 8 * pointer.keys
         if size > self.max_bytes:
             raise TooLargeError(
                 f"the snapshot {pointer.snapshot} has {pointer.keys} keys, which take {size} bytes of memory, and "
                 f"index_max_bytes permits {self.max_bytes}"
             )
-        for one in shelf.snapshots:
+        for one in listing.snapshots:
             if one.path == self.store.snapshot_path(pointer) and one.content != pointer.content:
                 raise FormatError(
                     f"{one.path}: the pointer says {pointer.size} bytes, and the Hub lists another content"
@@ -261,8 +261,8 @@ class SnapshotSource:
         table = self.store.read_snapshot(pointer, Deadline.after(_LOAD_SECS))
         return View(table, pointer.covers, pointer.listed)
 
-    def _fold(self, shelf: Shelf, view: View, seen: _Seen, result: Refreshed) -> _Seen:
-        live = [journal for journal in shelf.journals if journal.at >= view.covers and not journal.name.hits]
+    def _fold(self, listing: IndexListing, view: View, seen: _Seen, result: Refreshed) -> _Seen:
+        live = [journal for journal in listing.journals if journal.at >= view.covers and not journal.name.hits]
         folded = {(journal.path, journal.content.xet_hash) for journal in live} & seen.folded
         fresh = [one for one in live if (one.path, one.content.xet_hash) not in folded]
         entries = sum(one.content.size for one in fresh) // JOURNAL.itemsize
@@ -287,14 +287,14 @@ class SnapshotSource:
                 result.folded += 1
             folded.add((journal.path, journal.content.xet_hash))
         result.view = view.folded(*changes)
-        if not shelf.crowded:  # else some of ours may not have been listed
-            result.own_seq = self._own_seq(shelf, view, folded)
+        if not listing.crowded:  # else some of ours may not have been listed
+            result.own_seq = self._own_seq(listing, view, folded)
         return replace(seen, folded=frozenset(folded))
 
-    def _own_seq(self, shelf: Shelf, view: View, folded: Collection[tuple[str, str]]) -> int:
+    def _own_seq(self, listing: IndexListing, view: View, folded: Collection[tuple[str, str]]) -> int:
         """Up to which entry all journals of ours are in the view."""
         known = 0
-        for journal in sorted(shelf.journals, key=lambda one: one.name.seq):
+        for journal in sorted(listing.journals, key=lambda one: one.name.seq):
             if journal.name.writer == self.writer and not journal.name.hits:
                 if journal.at >= view.covers and (journal.path, journal.content.xet_hash) not in folded:
                     break
@@ -309,20 +309,20 @@ def problem_of(error: Exception) -> HFBucketError:
     return HFBucketError(f"the refresh failed, and is tried again: {type(error).__name__}: {error}")
 
 
-def _expect_present(info: ObjectInfo, pointer: Pointer, shelf: Shelf) -> None:
+def _expect_present(info: ObjectInfo, pointer: Pointer, listing: IndexListing) -> None:
     """Make sure that the times of a pointer are none of the future: who went by them would never find it old.
 
     Raises:
         FormatError: They are.
     """
-    if ahead := pointer.ahead_of(time.time() if shelf.date is None else shelf.date):
+    if ahead := pointer.ahead_of(time.time() if listing.date is None else listing.date):
         raise FormatError(f"{info.path}: {ahead}: it is not gone by until a builder has replaced it")
 
 
-def writers_of(shelf: Shelf) -> int:
-    """How many processes wrote journals of late: about as many as share the instance, since whoever records heat writes hourly."""
-    since = (time.time() if shelf.date is None else shelf.date) - _ALIVE_SECS
-    late = [journal.name for journal in shelf.journals if journal.at >= since]
+def writers_of(listing: IndexListing) -> int:
+    """How many processes wrote journals recently: about as many as share the instance, since a process that records heat writes hourly."""
+    since = (time.time() if listing.date is None else listing.date) - _ALIVE_SECS
+    late = [journal.name for journal in listing.journals if journal.at >= since]
     # A process has a name for its journals of puts and deletes, and another one for those of hits.
     return max(1, *(len({name.writer for name in late if name.hits is hits}) for hits in (False, True)))
 

@@ -11,7 +11,7 @@ One listing of `index/` tells a reader everything: whether the pointer is anothe
 journals are new. Contents are read from the store by the hashes that the listing and the pointer give; that costs no calls
 to the Hub. Everything that is read is compared with its hash, and what is not whole is as if it were not there.
 
-**Publication.** A snapshot is an object that is never written again. The pointer is written when it is there, so whoever
+**Publication.** A snapshot is an object that is never written again. The pointer is written when it is there, so a process that
 reads the pointer finds it. A builder that is killed leaves a snapshot that nobody points to, or none.
 
 **Time.** Everything is ordered by one clock, the Hub's, which stamps each object with `uploaded_at`. A writer does not know
@@ -57,7 +57,7 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, TransportError
-from hfbucket_plugin.hub.records import OwnObjects
+from hfbucket_plugin.hub.records import RecordStore
 from hfbucket_plugin.index.access.stats import Span
 from hfbucket_plugin.index.format import (
     MAX_POINTER_BYTES,
@@ -72,9 +72,9 @@ from hfbucket_plugin.index.format import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from hfbucket_plugin.core.buffers import SourceLease
+    from hfbucket_plugin.core.buffers import RevocableSource
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import BucketHandle, Content
+    from hfbucket_plugin.core.keys import BucketHandle, ContentId
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.hub.records import Bytes
@@ -148,12 +148,12 @@ class Journal:
 
     name: JournalName
     path: str
-    content: Content
+    content: ContentId
     at: float
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class JournalRows:
     """What a journal tells of.
 
     Attributes:
@@ -168,7 +168,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class Shelf:
+class IndexListing:
     """What one listing found.
 
     Attributes:
@@ -206,12 +206,12 @@ class Shelf:
             self.strange.append(info)
 
 
-def shelf_of(infos: Iterable[ObjectInfo], handle: BucketHandle) -> Shelf:
+def listing_of(infos: Iterable[ObjectInfo], handle: BucketHandle) -> IndexListing:
     """What a listing of `DIRECTORY` holds, for jobs, which list in their own way."""
-    shelf = Shelf()
+    listing = IndexListing()
     for info in infos:
-        shelf.see(info, handle)
-    return shelf
+        listing.see(info, handle)
+    return listing
 
 
 class IndexStore:
@@ -224,55 +224,55 @@ class IndexStore:
 
     def __init__(self, bucket: Bucket, name: str) -> None:
         self._bucket = bucket
-        self._own = OwnObjects(bucket, f"index-{name}")
+        self._own = RecordStore(bucket, f"index-{name}")
         self._crowded_until = float("-inf")
         self._strangers = ""
         self.calls = 0
         """Calls to the Hub of the last listing, whatever came of it."""
 
-    def list(self, deadline: Deadline) -> Shelf:
+    def list(self, deadline: Deadline) -> IndexListing:
         """List all of it: one call for 1000 objects.
 
         Where more than `MAX_STRANGE` objects lie there that are none of an index, the journals alone are listed for
         `_CROWDED_SECS`, and the pointer is looked up; where that many lie among the journals too, those are not all listed.
-        So strangers cost a call or two more, however many they are, and `Shelf.crowded` says so.
+        So strangers cost a call or two more, however many they are, and `IndexListing.crowded` says so.
 
         Raises:
             HFBucketError: A page did not come; or there are more than `MAX_JOURNALS`.
         """
         self.calls = 0
         if time.monotonic() >= self._crowded_until:
-            shelf = self._list(DIRECTORY, deadline)
-            if not shelf.crowded:
-                return shelf
-            self._crowded_until, self._strangers = time.monotonic() + _CROWDED_SECS, shelf.crowded
+            listing = self._list(DIRECTORY, deadline)
+            if not listing.crowded:
+                return listing
+            self._crowded_until, self._strangers = time.monotonic() + _CROWDED_SECS, listing.crowded
         pointer = self._bucket.handle.join(POINTER)
         self.calls += 1
         info = self._bucket.stat([pointer], deadline).get(pointer)
-        shelf = self._list(JOURNALS, deadline)
-        shelf.pointer, shelf.calls, shelf.strangers = info, self.calls, self._strangers
-        shelf.strange.clear()
-        return shelf
+        listing = self._list(JOURNALS, deadline)
+        listing.pointer, listing.calls, listing.strangers = info, self.calls, self._strangers
+        listing.strange.clear()
+        return listing
 
-    def _list(self, directory: str, deadline: Deadline) -> Shelf:
+    def _list(self, directory: str, deadline: Deadline) -> IndexListing:
         handle = self._bucket.handle
-        shelf = Shelf()
+        listing = IndexListing()
         cursor: str | None = None
         while True:
             self.calls += 1
             infos, cursor, date = self._bucket.list_page_dated(handle.join(f"{directory}/"), cursor, deadline)
             for info in infos:
-                shelf.see(info, handle)
-            shelf.date, shelf.calls = date.timestamp() if date is not None else None, self.calls
+                listing.see(info, handle)
+            listing.date, listing.calls = date.timestamp() if date is not None else None, self.calls
             if cursor is None:
-                return shelf
-            if len(shelf.strange) + len(shelf.snapshots) > MAX_STRANGE:
-                shelf.crowded = (
+                return listing
+            if len(listing.strange) + len(listing.snapshots) > MAX_STRANGE:
+                listing.crowded = (
                     f"{handle.join(directory)} holds more than {MAX_STRANGE} objects that are no journals of a key index, such "
-                    f"as {(shelf.strange or shelf.snapshots)[0].path}: delete them"
+                    f"as {(listing.strange or listing.snapshots)[0].path}: delete them"
                 )
-                return shelf
-            if len(shelf.journals) > MAX_JOURNALS:
+                return listing
+            if len(listing.journals) > MAX_JOURNALS:
                 raise TransportError(
                     f"{handle.join(JOURNALS)} holds more than {MAX_JOURNALS} journals: they are not read. Does a builder of "
                     "the index run on a schedule, and prune them?"
@@ -311,11 +311,11 @@ class IndexStore:
             Each, with the changes that it tells of, or with why there are none: `FormatError` for one that is no journal.
         """
         for journal, told in self.read_told(journals, deadline):
-            yield journal, told.changes if isinstance(told, Told) else told
+            yield journal, told.changes if isinstance(told, JournalRows) else told
 
     def read_told(
         self, journals: Sequence[Journal], deadline: Deadline
-    ) -> Iterator[tuple[Journal, Told | HFBucketError]]:
+    ) -> Iterator[tuple[Journal, JournalRows | HFBucketError]]:
         """The same, with the hits that they tell of too, for who adds these up."""
         for journal in journals:
             if journal.content.size > MAX_JOURNAL_BYTES:
@@ -333,11 +333,11 @@ class IndexStore:
                     writer = int(journal.name.writer, 16)
                     changes = changes_of(data, journal.at, journal.path)
                     hits, lost = (of(data, journal.at, writer, journal.path) for of in (hits_of, lost_of))
-                    yield journal, Told(changes, hits, lost)
+                    yield journal, JournalRows(changes, hits, lost)
                 except FormatError as error:
                     yield journal, error
 
-    def _read_one(self, path: str, content: Content, deadline: Deadline) -> Bytes:
+    def _read_one(self, path: str, content: ContentId, deadline: Deadline) -> Bytes:
         (data,) = self._own.read([(path, content)], deadline)
         if isinstance(data, HFBucketError):
             raise data
@@ -387,7 +387,7 @@ class IndexStore:
 
     def put_snapshot(
         self,
-        data: SourceLease,
+        data: RevocableSource,
         *,
         keys: int,
         covers: float,

@@ -6,7 +6,7 @@ runs in C; nothing here holds a Python object per key.
 
 Keys are known by a digest of 128 bits of the *whole* object name (`digests_of`), every field of the key included. Two names
 share one with a probability of 2^-128 each: of 10,000,000 keys, looked up against 10^15 names that are not there, one
-false hit is expected once in 3 * 10^16 such fleets' lives. Whoever wants to *make* two names collide needs 2^64 tries for
+false hit is expected once in 3 * 10^16 such fleets' lives. An attacker who wants to *make* two names collide needs 2^64 tries for
 any two, and 2^128 for a given one; LMCache's own chunk hashes, of 64 bits in the classic engine, give way long before. What
 is read is checked by its size, and with `verify: hash` by the hash that the index tells, as with any other answer.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -82,7 +82,7 @@ def hash_bytes(xet_hash: str) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8)
 
 
-def rows_of(entries: Sequence[tuple[str, Content, float]]) -> Rows:
+def rows_of(entries: Sequence[tuple[str, ContentId, float]]) -> Rows:
     """Rows of listed objects.
 
     Args:
@@ -101,9 +101,9 @@ def rows_of(entries: Sequence[tuple[str, Content, float]]) -> Rows:
     return rows
 
 
-def content_of(row: Any) -> Content:
+def content_of(row: Any) -> ContentId:
     """What a row says of its object."""
-    return Content(row["xet_hash"].tobytes().hex(), int(row["size"]))
+    return ContentId(row["xet_hash"].tobytes().hex(), int(row["size"]))
 
 
 class Table:
@@ -335,7 +335,7 @@ class View:
         covers: See `Pointer`: journals that the Hub took earlier are in it.
         listed: See there: what happened earlier is in it.
         changes: Rows of `CHANGE`: what was folded in, the newest of each key, but for what the tiers have.
-        tiers: The same, of what was folded in of late; each is smaller than the one before. A key may be in several.
+        tiers: The same, of what was folded in recently; each is smaller than the one before. A key may be in several.
     """
 
     base: Table
@@ -344,13 +344,13 @@ class View:
     changes: Table = NO_CHANGES
     tiers: tuple[Table, ...] = ()
 
-    def look_up(self, digests: NDArray[np.uint64]) -> Sequence[Content | Absent]:
+    def look_up(self, digests: NDArray[np.uint64]) -> Sequence[ContentId | Absent]:
         """What is known of keys, each by the newest that was told of it.
 
         Args:
             digests: Shape (n, 2), see `digests_of`.
         """
-        found: list[Content | Absent] = []
+        found: list[ContentId | Absent] = []
         in_base = self.base.find(digests)
         for base, row in zip(in_base.tolist(), self.changed(digests), strict=True):
             if row is not None:

@@ -11,21 +11,21 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.core.concurrency import Traffic
+from hfbucket_plugin.core.concurrency import ReadPriority
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.files import TempDir
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.core.telemetry import Outcomes
+from hfbucket_plugin.core.telemetry import Telemetry
 from hfbucket_plugin.errors import HFBucketError, RefusedError
-from hfbucket_plugin.hub.circuit_breaker import Guard
+from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.index.access.recorder import why_not
 from hfbucket_plugin.index.reader import KeyIndex
 from hfbucket_plugin.store.lookup import Existence, Lookups
-from hfbucket_plugin.store.quarantine import BadObjects, Quarantine
+from hfbucket_plugin.store.quarantine import CorruptObjectLog, Quarantine
 from hfbucket_plugin.store.read import Reader
-from hfbucket_plugin.store.write import Putter
+from hfbucket_plugin.store.write import Writer
 from hfbucket_plugin.store.write_queue import PutQueue
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core import telemetry
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.store.read import Buffer
@@ -62,38 +62,38 @@ class ChunkStore:
         self._get_secs = get_timeout_secs
         self.bucket: Bucket = open_bucket(settings, instance, sink, get_timeout_secs, online=True)
         self._handle = settings.bucket_handle
-        self._outcomes = Outcomes(instance, sink, creates_bucket=settings.create_bucket_if_missing)
-        self._scratch = Scratch(settings.download_tmp_dir)
-        self.guard = Guard(
+        self._outcomes = Telemetry(instance, sink, creates_bucket=settings.create_bucket_if_missing)
+        self._temp_dir = TempDir(settings.download_tmp_dir)
+        self.breakers = CircuitBreakers(
             settings, instance, sink,
             {"lookup": self._probe_lookup, "read": self._probe_read, "write": self._probe_write},
         )  # fmt: skip
-        traffic, quarantine = Traffic(), Quarantine()
+        read_priority, quarantine = ReadPriority(), Quarantine()
         self.index = None if settings.index == "off" else KeyIndex(self.bucket, settings, instance, sink)
-        self._existence = Existence(self.bucket, settings, instance, self.guard, sink, index=self.index)
-        self._lookups = Lookups(self._existence, self._outcomes, self.guard, quarantine)
-        self._bad = BadObjects(self.bucket, settings, instance, sink)
+        self._existence = Existence(self.bucket, settings, instance, self.breakers, sink, index=self.index)
+        self._lookups = Lookups(self._existence, self._outcomes, self.breakers, quarantine)
+        self._bad = CorruptObjectLog(self.bucket, settings, instance, sink)
         self._reader = Reader(
             self.bucket,
             self._existence,
             self._outcomes,
             settings,
-            guard=self.guard,
-            traffic=traffic,
+            breakers=self.breakers,
+            read_priority=read_priority,
             quarantine=quarantine,
             bad=self._bad,
-            scratch=self._scratch,
+            temp_dir=self._temp_dir,
         )
-        self._putter = Putter(
+        self._writer = Writer(
             self.bucket,
             self._existence,
             self._outcomes,
             settings,
-            guard=self.guard,
-            traffic=traffic,
+            breakers=self.breakers,
+            read_priority=read_priority,
             quarantine=quarantine,
         )
-        self.puts = PutQueue(self._putter, self._outcomes, settings)
+        self.puts = PutQueue(self._writer, self._outcomes, settings)
         self._next_warm_up = 0.0
         if why := why_not(settings):
             _log.warning("[%s] %s", instance, why)
@@ -146,7 +146,7 @@ class ChunkStore:
         At the start it spares the first read an access token, TLS and client set-up, and tells the log at once of a
         token or bucket that will not do; beside a lookup it runs while the Hub looks the keys up.
         """
-        if not self.settings.reads or self.guard.is_open("read"):
+        if not self.settings.reads or self.breakers.is_open("read"):
             return
         if not self.bucket.transfer.ready and time.monotonic() >= self._next_warm_up:
             self._next_warm_up = time.monotonic() + _WARM_UP_EVERY_SECS
@@ -203,7 +203,7 @@ class ChunkStore:
             raise RefusedError(f"instance {self._outcomes.instance!r}: its role is read-only: nothing is deleted")
         paths = {self._handle.join(encode_name(key)): key for key in keys}
         try:
-            self.guard.check("lookup")
+            self.breakers.check("lookup")
             failures = {paths.get(p, p): f for p, f in self.bucket.delete(list(paths), deadline).items()}
         except HFBucketError as error:
             for key in keys:  # it may have been done, and only the answer be missing
@@ -233,7 +233,7 @@ class ChunkStore:
         started = time.monotonic()
         paths = {self._handle.join(encode_name(key)): key for key in keys}
         try:
-            self.guard.check("lookup")
+            self.breakers.check("lookup")
             found = self.bucket.stat(list(paths), deadline)
         except HFBucketError as error:
             self._outcomes.failed("delete", error, len(keys), started)
@@ -244,7 +244,7 @@ class ChunkStore:
                 self._existence.deleted(key)
         return there
 
-    def on_answers(self, learn: Callable[[Mapping[str, Content | None], float], None]) -> None:
+    def on_answers(self, learn: Callable[[Mapping[str, ContentId | None], float], None]) -> None:
         """Have a function told of every answer of the Hub to a lookup: the contents by key, and when they were asked for."""
         self._existence.learn = learn
 
@@ -278,13 +278,13 @@ class ChunkStore:
         self._reader.probe(Deadline.after(self._get_secs))
 
     def _probe_write(self) -> None:
-        self._putter.probe(Deadline.after(self.settings.put_timeout_secs))
+        self._writer.probe(Deadline.after(self.settings.put_timeout_secs))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
         """Remove temporary files of dead processes, beside whatever else is going on."""
-        self._existence.in_background(self._scratch.sweep_quietly)
+        self._existence.in_background(self._temp_dir.sweep_quietly)
 
     def finish(self, secs: float) -> None:
         """Tell the key index's readers of the last puts, before `close`.
@@ -297,11 +297,11 @@ class ChunkStore:
 
     def close(self) -> None:
         """Take no more work, and end all transfers at once; waits for nothing. No buffer is touched afterwards."""
-        self.guard.close()
+        self.breakers.close()
         self.puts.close()
         self._reader.close()
-        self._putter.close()
+        self._writer.close()
         self._bad.close()
         self._existence.close()
         self.bucket.close()
-        self._scratch.close()
+        self._temp_dir.close()

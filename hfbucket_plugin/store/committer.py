@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket
 
@@ -27,13 +27,13 @@ _THREADS: Final = 4
 
 @dataclass(slots=True)
 class _Request:
-    files: Mapping[str, Content]
+    files: Mapping[str, ContentId]
     deadline: Deadline
     since: float = field(default_factory=time.monotonic)
     future: Future[dict[str, ItemFailure]] = field(default_factory=Future)
 
 
-class Namer:
+class BatchCommitter:
     """Collects contents while more are being uploaded, and names them all in one batch.
 
     A call is made when the last upload under way has ended, so that a lone put never waits; or when the first content
@@ -70,7 +70,7 @@ class Namer:
                 self._uploads -= 1
             self.flush(only_due=True)
 
-    def name(self, files: Mapping[str, Content], deadline: Deadline) -> Future[dict[str, ItemFailure]]:
+    def name(self, files: Mapping[str, ContentId], deadline: Deadline) -> Future[dict[str, ItemFailure]]:
         """Name contents, by path, soon.
 
         Returns:
@@ -86,7 +86,7 @@ class Namer:
         return request.future
 
     def flush(self, *, only_due: bool) -> None:
-        """Have what waits named, in another thread: whoever calls has a deadline of their own, and work to go on with.
+        """Have what waits named, in another thread: the caller has a deadline of its own, and work to go on with.
 
         Args:
             only_due: Leave it waiting while uploads are under way and the window is not over.
@@ -104,13 +104,13 @@ class Namer:
         if self._closed:  # while they waited for a thread
             _fail(requests, TransportError("naming: the instance was closed"))
             return
-        files: dict[str, Content] = {}
+        files: dict[str, ContentId] = {}
         for request in requests:
             request.future.set_running_or_notify_cancel()  # it waited here until now
             files.update(request.files)
         try:
             failed = self._bucket.add(files, max((request.deadline for request in requests), key=lambda one: one.at))
-        except BaseException as error:  # noqa: BLE001 - whoever waits must be told
+        except BaseException as error:  # noqa: BLE001 - the waiters must be told
             _fail(requests, error if isinstance(error, HFBucketError) else TransportError(str(error)))
             return
         for request in requests:

@@ -19,19 +19,19 @@ from hfbucket_plugin.errors import (
     UnsentError,
 )
 from hfbucket_plugin.hub.bucket import MAX_BATCH
-from hfbucket_plugin.store.metadata_cache import MetadataCache, Told
+from hfbucket_plugin.store.metadata_cache import MetadataCache, Reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
-    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.core.telemetry import Telemetry
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
     from hfbucket_plugin.index.reader import KeyIndex
-    from hfbucket_plugin.store.metadata_cache import Question
+    from hfbucket_plugin.store.metadata_cache import PendingLookup
     from hfbucket_plugin.store.quarantine import Quarantine
 
 
@@ -54,7 +54,7 @@ class Existence:
         bucket: Where they are looked up.
         settings: The instance's.
         instance: Its name.
-        guard: Its `lookup` breaker.
+        breakers: Its `lookup` breaker.
         sink: Where the size of the cache is told.
         index: Knows most answers already; None where there is none.
     """
@@ -64,7 +64,7 @@ class Existence:
         bucket: Bucket,
         settings: InstanceSettings,
         instance: str,
-        guard: Guard,
+        breakers: CircuitBreakers,
         sink: telemetry.Sink,
         *,
         index: KeyIndex | None = None,
@@ -72,7 +72,7 @@ class Existence:
         self._bucket = bucket
         self._index = index
         self._instance = instance
-        self._guard = guard
+        self._breakers = breakers
         self._sink = sink
         self.cache = MetadataCache(
             settings.metadata_cache_entries,
@@ -82,27 +82,27 @@ class Existence:
         self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
         patient = settings.max_parallel_writes + _PATIENT_THREADS
         self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{instance}", patient, _BACKLOG)
-        self.learn: Callable[[Mapping[str, Content | None], float], None] = lambda _contents, _asked: None
+        self.learn: Callable[[Mapping[str, ContentId | None], float], None] = lambda _contents, _asked: None
         """Told of every answer of the Hub, and when its question was asked."""
 
-    def known(self, keys: Sequence[str]) -> dict[str, Content | None]:
+    def known(self, keys: Sequence[str]) -> dict[str, ContentId | None]:
         """What is known already of some of the keys; the Hub is not asked."""
         indexed = self._indexed(keys, "all")
         found = {key: self.cache.get(key) for key in keys if key not in indexed}
         return indexed | {key: content for key, (is_known, content) in found.items() if is_known}
 
-    def some(self, count: int) -> list[Content]:
+    def some(self, count: int) -> list[ContentId]:
         """Some contents that the Hub said are there, as many as asked for at most."""
         return self.cache.some(count)
 
-    def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, Content | None]:
+    def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, ContentId | None]:
         if self._index is None or believe == "nothing":
             return {}
         return self._index.known(keys, misses=believe == "all")
 
     def contents(
         self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
-    ) -> dict[str, Content | None]:
+    ) -> dict[str, ContentId | None]:
         """What the bucket holds under each key: its content, or None for a miss.
 
         What the index knows or what is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key
@@ -125,7 +125,7 @@ class Existence:
 
     def answers(
         self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
-    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+    ) -> tuple[dict[str, ContentId | None], HFBucketError | None]:
         """As `contents`, for callers that can use what is known though some of it is not.
 
         Returns:
@@ -148,7 +148,7 @@ class Existence:
 
     # --- what this process learns by itself -----------------------------------------------------------------------------
 
-    def wrote(self, key: str, content: Content) -> None:
+    def wrote(self, key: str, content: ContentId) -> None:
         """Note what was put under a key."""
         self.cache.put(key, content)
         if self._index is not None:
@@ -169,7 +169,7 @@ class Existence:
     def gone(self, key: str) -> None:
         """Note that the store lacks what was believed to be under a key.
 
-        What is believed of others is asked anew too, so that stale answers cannot add up to what disables the engine.
+        What is believed of others is asked again too, so that stale answers cannot add up to what disables the engine.
         """
         self.cache.clear()
         if self._index is not None:
@@ -182,43 +182,43 @@ class Existence:
 
     def _answers_of(
         self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
-    ) -> tuple[dict[str, Content | None], HFBucketError | None]:
+    ) -> tuple[dict[str, ContentId | None], HFBucketError | None]:
         """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
-        values: dict[str, Content | None] = {}
+        values: dict[str, ContentId | None] = {}
         failure: HFBucketError | None = None
-        told = Told()
+        told = Reported()
         asked = [self._ask_page(page, deadline, told, patient=patient) for page in pages]
-        for page, (known, question, others) in zip(pages, asked, strict=True):
+        for page, (known, lookup, others) in zip(pages, asked, strict=True):
             values.update(known)
             try:
-                values.update(self._answers(page, question, others, deadline, patient=patient))
+                values.update(self._answers(page, lookup, others, deadline, patient=patient))
             except HFBucketError as error:
                 failure = failure or error
         return values, failure
 
     def _ask_page(
-        self, page: Sequence[str], deadline: Deadline, told: Told, *, patient: bool
-    ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
-        known, question, others = self.cache.ask(page, deadline.at, patient=patient)
-        if question is not None:
-            question.told = told
-            self._ask(question, deadline, patient=patient)
-        return known, question, others
+        self, page: Sequence[str], deadline: Deadline, told: Reported, *, patient: bool
+    ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
+        known, lookup, others = self.cache.ask(page, deadline.at, patient=patient)
+        if lookup is not None:
+            lookup.told = told
+            self._ask(lookup, deadline, patient=patient)
+        return known, lookup, others
 
     def _answers(
         self,
         page: Sequence[str],
-        question: Question | None,
-        others: dict[str, Question],
+        lookup: PendingLookup | None,
+        others: dict[str, PendingLookup],
         deadline: Deadline,
         *,
         patient: bool,
-    ) -> dict[str, Content | None]:
+    ) -> dict[str, ContentId | None]:
         """Wait for what was asked of a page, by us and by others."""
-        values: dict[str, Content | None] = {}
+        values: dict[str, ContentId | None] = {}
         while True:
             try:
-                for one in {id(q): q for q in (*others.values(), question) if q is not None}.values():
+                for one in {id(q): q for q in (*others.values(), lookup) if q is not None}.values():
                     answer = self._wait(one, deadline)
                     values.update({key: answer[key] for key in page if key in answer})
             except DeadlineError:
@@ -230,66 +230,66 @@ class Existence:
                     raise
             else:
                 return values
-            known, question, others = self._ask_page(page, deadline, Told(), patient=patient)
+            known, lookup, others = self._ask_page(page, deadline, Reported(), patient=patient)
             values.update(known)
 
-    def _ask(self, question: Question, deadline: Deadline, *, patient: bool) -> None:
+    def _ask(self, lookup: PendingLookup, deadline: Deadline, *, patient: bool) -> None:
         try:
-            question.told.already |= deadline.passed  # then it says nothing of the Hub
+            lookup.told.already |= deadline.passed  # then it says nothing of the Hub
             deadline.check(f"instance {self._instance!r}: lookup")
             if not patient:
                 self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
-            self._guard.admit("lookup")
+            self._breakers.admit("lookup")
         except (BreakerOpenError, DeadlineError, ThrottledError) as error:
-            self.cache.fail(question, error)
+            self.cache.fail(lookup, error)
             return
         # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while
         # a name server or a proxy does not.
         try:
             threads = self._patient_threads if patient else self._threads
-            threads.submit(self._stat, question, deadline, patient)
+            threads.submit(self._stat, lookup, deadline, patient)
         except RuntimeError as error:
-            self.cache.fail(question, TransportError(f"instance {self._instance!r}: lookup: {error}"))
+            self.cache.fail(lookup, TransportError(f"instance {self._instance!r}: lookup: {error}"))
 
-    def _wait(self, question: Question, deadline: Deadline) -> dict[str, Content | None]:
+    def _wait(self, lookup: PendingLookup, deadline: Deadline) -> dict[str, ContentId | None]:
         try:
-            return question.future.result(timeout=deadline.remaining())
+            return lookup.future.result(timeout=deadline.remaining())
         except FutureTimeoutError as error:
             if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the request's own
                 raise
             what = (
                 f"instance {self._instance!r}: lookup: no answer within {deadline.seconds:g} s; the call was abandoned"
             )
-            late = DeadlineError(what) if question.sent.is_set() else UnsentError(f"{what} before it was sent")
-            self._tell_guard(question, late)
+            late = DeadlineError(what) if lookup.sent.is_set() else UnsentError(f"{what} before it was sent")
+            self._report_health(lookup, late)
             raise late from None
 
-    def _tell_guard(self, question: Question, error: HFBucketError | None) -> None:
+    def _report_health(self, lookup: PendingLookup, error: HFBucketError | None) -> None:
         """Count the questions of a call once: by the first thread, or by who stopped waiting for it."""
-        if not question.told.already:
-            question.told.already = True
-            self._guard.ended("lookup", error)
+        if not lookup.told.already:
+            lookup.told.already = True
+            self._breakers.ended("lookup", error)
 
-    def _stat(self, question: Question, deadline: Deadline, patient: bool) -> None:
+    def _stat(self, lookup: PendingLookup, deadline: Deadline, patient: bool) -> None:
         handle = self._bucket.handle
         asked = time.monotonic()
         try:
-            paths = {handle.join(encode_name(key)): key for key in question.keys}
-            found = self._bucket.stat(list(paths), deadline, patient=patient, sent=question.sent)
+            paths = {handle.join(encode_name(key)): key for key in lookup.keys}
+            found = self._bucket.stat(list(paths), deadline, patient=patient, sent=lookup.sent)
         except HFBucketError as error:
-            self._tell_guard(question, error)
-            self.cache.fail(question, error)
-        except BaseException as error:  # noqa: BLE001 - whoever waits must get an answer, and one that they handle
+            self._report_health(lookup, error)
+            self.cache.fail(lookup, error)
+        except BaseException as error:  # noqa: BLE001 - the waiters must get an error that they handle
             what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
-            self.cache.fail(question, TransportError(what))
+            self.cache.fail(lookup, TransportError(what))
         else:
-            self._tell_guard(question, None)
+            self._report_health(lookup, None)
             self._sink.gauge(telemetry.CACHE_ENTRIES, len(self.cache), instance=self._instance)
             contents = {paths[p]: info.content for p, info in found.items() if p in paths}
-            answers = {key: contents.get(key) for key in question.keys}
+            answers = {key: contents.get(key) for key in lookup.keys}
             if self._index is not None:
                 self._index.told(answers, asked)
-            self.cache.answer(question, contents)
+            self.cache.answer(lookup, contents)
             self.learn(answers, asked)
 
     def probe(self, deadline: Deadline) -> None:
@@ -326,20 +326,20 @@ class Lookups:
     Args:
         existence: What is there.
         outcomes: Where results are told.
-        guard: While its `read` breaker is open nothing is a hit, since nothing would be served.
-        quarantine: Contents that could not be served of late.
+        breakers: While its `read` breaker is open nothing is a hit, since nothing would be served.
+        quarantine: Contents that could not be served recently.
     """
 
     def __init__(
         self,
         existence: Existence,
-        outcomes: Outcomes,
-        guard: Guard,
+        outcomes: Telemetry,
+        breakers: CircuitBreakers,
         quarantine: Quarantine,
     ) -> None:
         self._existence = existence
         self._outcomes = outcomes
-        self._guard = guard
+        self._breakers = breakers
         self._quarantine = quarantine
 
     def found(
@@ -348,15 +348,15 @@ class Lookups:
         """For each key, whether it would be served; see `ChunkStore.found`."""
         started = time.monotonic()
         outcome, unknown = "ok", "missing"
-        contents: Mapping[str, Content | None] = {}
+        contents: Mapping[str, ContentId | None] = {}
         try:
             deadline.check("lookup")  # it may have waited for a thread: nobody's fault but ours
-            self._guard.admit("read", keys)
+            self._breakers.admit("read", keys)
             contents, failure = self._existence.answers(keys, deadline)
             if failure is not None:
                 raise failure
         except HFBucketError as error:
-            if self._guard.is_open("read"):
+            if self._breakers.is_open("read"):
                 contents = {}
             elif not contents:
                 contents = self._existence.known(keys)
@@ -374,7 +374,7 @@ class Lookups:
         self._outcomes.ended("lookup", outcome, started)
         return [word == _HIT for word in judged]
 
-    def _judge(self, key: str, contents: Mapping[str, Content | None], size: int | None, unknown: str) -> str:
+    def _judge(self, key: str, contents: Mapping[str, ContentId | None], size: int | None, unknown: str) -> str:
         """What becomes of a key, in a word."""
         if key not in contents:
             return unknown

@@ -17,7 +17,7 @@ from hfbucket_plugin.core import forks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
 
 
 class MetadataCache:
@@ -40,12 +40,12 @@ class MetadataCache:
     def _start_over(self) -> None:
         """Know nothing: at first, and in a forked child, where nobody answers the questions of the parent."""
         self._lock = threading.Lock()
-        self._cache: cachetools.TLRUCache[str, Content | None] = cachetools.TLRUCache(
+        self._cache: cachetools.TLRUCache[str, ContentId | None] = cachetools.TLRUCache(
             maxsize=self._entries,
             ttu=lambda _key, value, now: now + (self._miss_secs if value is None else self._hit_secs),
             timer=self._clock,
         )
-        self._asking: dict[str, Question] = {}
+        self._asking: dict[str, PendingLookup] = {}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class MetadataCache:
         with self._lock, self._cache.timer:
             yield
 
-    def get(self, key: str) -> tuple[bool, Content | None]:
+    def get(self, key: str) -> tuple[bool, ContentId | None]:
         """Whether something is known of a key, and what."""
         with self._locked():
             try:
@@ -61,14 +61,14 @@ class MetadataCache:
             except KeyError:
                 return False, None
 
-    def put(self, key: str, content: Content | None) -> None:
+    def put(self, key: str, content: ContentId | None) -> None:
         """Note what this process has just done itself: it wins over the answer to a question asked before."""
         with self._locked():
             self._set(key, content)
-            if (question := self._asking.get(key)) is not None:
-                question.overtaken[key] = content
+            if (lookup := self._asking.get(key)) is not None:
+                lookup.overtaken[key] = content
 
-    def _set(self, key: str, content: Content | None) -> None:
+    def _set(self, key: str, content: ContentId | None) -> None:
         """Replace what is known of a key.
 
         Before 8.0 cachetools ignores a value that expires at once, as misses do with `miss_cache_ttl_secs: 0`, and goes on
@@ -78,31 +78,31 @@ class MetadataCache:
         self._cache[key] = content
 
     def drop(self, key: str) -> None:
-        """Forget a key: ask anew the next time, and do not believe the answer to a question asked before either."""
+        """Forget a key: ask again the next time, and do not believe the answer to a question asked before either."""
         with self._locked():
             self._cache.pop(key, None)
-            if (question := self._asking.get(key)) is not None:
-                question.overtaken.pop(key, None)
-                question.doubtful.add(key)
+            if (lookup := self._asking.get(key)) is not None:
+                lookup.overtaken.pop(key, None)
+                lookup.doubtful.add(key)
 
     def ask(
         self, keys: Iterable[str], until: float = math.inf, *, patient: bool = False
-    ) -> tuple[dict[str, Content | None], Question | None, dict[str, Question]]:
+    ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
         """Sort keys into what is known, what to ask now, and what somebody else is asking already.
 
         Args:
             keys: What is wanted.
             until: When the caller's question will be given up, on `time.monotonic`. A question that should have ended
-                by now is not joined but asked anew: its thread may be blocked for long.
+                by now is not joined but asked again: its thread may be blocked for long.
             patient: Whether the caller's question may wait for the Hub's pauses; who is not patient does not join such.
 
         Returns:
             The known ones; a question that the caller must ask and `answer` or `fail`, or None; and the questions of
             others, by key.
         """
-        known: dict[str, Content | None] = {}
-        others: dict[str, Question] = {}
-        own = Question(until, patient=patient)
+        known: dict[str, ContentId | None] = {}
+        others: dict[str, PendingLookup] = {}
+        own = PendingLookup(until, patient=patient)
         now = time.monotonic()
         with self._locked():
             for key in keys:
@@ -111,43 +111,43 @@ class MetadataCache:
                 if key in self._cache:
                     known[key] = self._cache[key]
                 elif (
-                    (question := self._asking.get(key)) is not None
-                    and question.until > now
-                    and (patient or not question.patient)
+                    (lookup := self._asking.get(key)) is not None
+                    and lookup.until > now
+                    and (patient or not lookup.patient)
                 ):
-                    others[key] = question
+                    others[key] = lookup
                 else:
                     own.keys[key] = None
                     self._asking[key] = own
         return known, own if own.keys else None, others
 
-    def answer(self, question: Question, found: Mapping[str, Content]) -> dict[str, Content | None]:
+    def answer(self, lookup: PendingLookup, found: Mapping[str, ContentId]) -> dict[str, ContentId | None]:
         """End a question with what the Hub said; keys that it left out are misses."""
         with self._locked():
-            values: dict[str, Content | None] = {}
-            for key in question.keys:
-                if key in question.overtaken:
-                    values[key] = question.overtaken[key]
+            values: dict[str, ContentId | None] = {}
+            for key in lookup.keys:
+                if key in lookup.overtaken:
+                    values[key] = lookup.overtaken[key]
                 else:
                     values[key] = found.get(key)
-                    if key not in question.doubtful and self._asking.get(key) is question:
+                    if key not in lookup.doubtful and self._asking.get(key) is lookup:
                         self._set(key, values[key])
-                self._end(key, question)
-        question.future.set_result(values)
+                self._end(key, lookup)
+        lookup.future.set_result(values)
         return values
 
-    def fail(self, question: Question, error: BaseException) -> None:
+    def fail(self, lookup: PendingLookup, error: BaseException) -> None:
         """End a question without an answer: nothing is noted, and the next one asks again."""
         with self._locked():
-            for key in question.keys:
-                self._end(key, question)
-        question.future.set_exception(error)
+            for key in lookup.keys:
+                self._end(key, lookup)
+        lookup.future.set_exception(error)
 
-    def _end(self, key: str, question: Question) -> None:
-        if self._asking.get(key) is question:  # else it was given up, and asked anew since
+    def _end(self, key: str, lookup: PendingLookup) -> None:
+        if self._asking.get(key) is lookup:  # else it was given up, and asked again since
             del self._asking[key]
 
-    def some(self, count: int) -> list[Content]:
+    def some(self, count: int) -> list[ContentId]:
         """Contents of objects that are there, as many as asked for at most."""
         with self._locked():
             keys = list(itertools.islice(self._cache, 8 * count))
@@ -164,22 +164,22 @@ class MetadataCache:
             return len(self._cache)
 
 
-class Told:
+class Reported:
     """Whether a breaker was told already how a call ended: it counts calls, however many questions they asked."""
 
     def __init__(self) -> None:
         self.already = False
 
 
-class Question:
+class PendingLookup:
     """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
 
     def __init__(self, until: float = math.inf, *, patient: bool = False) -> None:
         self.until = until
         self.patient = patient
-        self.told = Told()
+        self.told = Reported()
         self.sent = threading.Event()
         self.keys: dict[str, None] = {}
-        self.overtaken: dict[str, Content | None] = {}
+        self.overtaken: dict[str, ContentId | None] = {}
         self.doubtful: set[str] = set()
-        self.future: Future[dict[str, Content | None]] = Future()
+        self.future: Future[dict[str, ContentId | None]] = Future()

@@ -18,13 +18,13 @@ from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.hub.records import OwnObjects
+from hfbucket_plugin.hub.records import RecordStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
 
 
@@ -35,7 +35,7 @@ _RECORD_SECS: Final = 30.0
 _BACKLOG: Final = 100
 
 
-class BadObjects:
+class CorruptObjectLog:
     """Records objects that are proven bad, in the background.
 
     Args:
@@ -51,9 +51,9 @@ class BadObjects:
         self._instance = instance
         self._sink = sink
         self._threads = WorkerPool(f"hfbucket-bad-{instance}", 1, _BACKLOG)
-        self._own = OwnObjects(bucket, f"bad-{instance}")
+        self._own = RecordStore(bucket, f"bad-{instance}")
 
-    def record(self, key: str, content: Content, why: str) -> None:
+    def record(self, key: str, content: ContentId, why: str) -> None:
         """Tell of an object whose content failed its hash in two independent fetches."""
         self._sink.count(telemetry.BAD_OBJECTS, instance=self._instance)
         _log.error(
@@ -66,7 +66,7 @@ class BadObjects:
             except RuntimeError as error:
                 _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
 
-    def _write(self, key: str, content: Content, why: str) -> None:
+    def _write(self, key: str, content: ContentId, why: str) -> None:
         record = {
             "key": key,
             "xet_hash": content.xet_hash,
@@ -112,7 +112,7 @@ class _Record:
 class Quarantine:
     """Xet hashes of contents, bounded in number; thread-safe.
 
-    By content and not by key: an object that was written anew is served at once.
+    By content and not by key: an object that was rewritten is served at once.
 
     Args:
         clock: Seconds, monotonic; tests hand in their own.

@@ -17,27 +17,27 @@ from hfbucket_plugin.errors import (
     IntegrityError,
     MissingError,
     RevokedError,
-    ScratchError,
+    TempDirError,
     ThrottledError,
     TransportError,
     UnsentError,
 )
-from hfbucket_plugin.hub.transfer import Read, xet_hashes
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, xet_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.buffers import Lease
-    from hfbucket_plugin.core.concurrency import Traffic
+    from hfbucket_plugin.core.buffers import RevocableBuffer
+    from hfbucket_plugin.core.concurrency import ReadPriority
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.files import Scratch
-    from hfbucket_plugin.core.keys import Content
-    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.core.files import TempDir
+    from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.core.telemetry import Telemetry
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
     from hfbucket_plugin.store.lookup import Existence
-    from hfbucket_plugin.store.quarantine import BadObjects, Quarantine
+    from hfbucket_plugin.store.quarantine import CorruptObjectLog, Quarantine
 
 _COPY_BYTES: Final = 4 * 1024 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
@@ -61,7 +61,7 @@ class Buffer(Protocol):
         """Writable bytes, exactly as many as a full chunk has."""
 
     @property
-    def lease(self) -> Lease:
+    def lease(self) -> RevocableBuffer:
         """The right to write into them, which the owner may take back at any moment."""
 
     def release(self) -> None:
@@ -76,35 +76,35 @@ class Reader:
         existence: Says what is there, and is told what could not be served.
         outcomes: Where results are told.
         settings: The instance's.
-        guard: Its `read` breaker.
-        traffic: Counts the reads, so that puts let them pass.
-        quarantine: Contents that could not be served of late.
+        breakers: Its `read` breaker.
+        read_priority: Counts the reads, so that puts let them pass.
+        quarantine: Contents that could not be served recently.
         bad: Where objects are recorded that are proven bad.
-        scratch: Space for hashing.
+        temp_dir: Space for hashing.
     """
 
     def __init__(
         self,
         bucket: Bucket,
         existence: Existence,
-        outcomes: Outcomes,
+        outcomes: Telemetry,
         settings: InstanceSettings,
         *,
-        guard: Guard,
-        traffic: Traffic,
+        breakers: CircuitBreakers,
+        read_priority: ReadPriority,
         quarantine: Quarantine,
-        bad: BadObjects,
-        scratch: Scratch,
+        bad: CorruptObjectLog,
+        temp_dir: TempDir,
     ) -> None:
         self._bucket = bucket
         self._existence = existence
         self._outcomes = outcomes
         self._settings = settings
-        self._guard = guard
-        self._traffic = traffic
+        self._breakers = breakers
+        self._read_priority = read_priority
         self._quarantine = quarantine
         self._bad = bad
-        self._scratch = scratch
+        self._temp_dir = temp_dir
         self._closed = False
         self._probes = 0
         self._start_over()
@@ -113,9 +113,9 @@ class Reader:
     def _start_over(self) -> None:
         """Read nothing: at first, and in a forked child, where the reads of the parent do not go on."""
         self._lock = threading.Lock()
-        self._active: set[Read] = set()
-        self._served: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
-        self._failed: cachetools.LRUCache[str, Content] = cachetools.LRUCache(_REMEMBERED)
+        self._active: set[DownloadToBuffer] = set()
+        self._served: cachetools.LRUCache[str, ContentId] = cachetools.LRUCache(_REMEMBERED)
+        self._failed: cachetools.LRUCache[str, ContentId] = cachetools.LRUCache(_REMEMBERED)
 
     def read_many(
         self,
@@ -130,7 +130,7 @@ class Reader:
         started = time.monotonic()
         results: list[Buffer | None] = [None] * len(keys)
         try:
-            self._guard.admit("read", keys, found=True)
+            self._breakers.admit("read", keys, found=True)
             # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
             asking = deadline.within(self._settings.lookup_timeout_secs)
             contents, unknown = self._existence.answers(keys, asking)
@@ -139,13 +139,13 @@ class Reader:
         except HFBucketError as error:
             self._outcomes.failed("get", error, len(keys), started)
             return results
-        with self._traffic.reading():
-            self._outcomes.in_flight("get", self._traffic.reads)
+        with self._read_priority.reading():
+            self._outcomes.in_flight("get", self._read_priority.reads)
             wanted = self._full_chunks(keys, contents, sizes, unknown)
             outcome = self._serve(keys, wanted, open_buffer, results, deadline)
         if unknown is not None and outcome == "ok":
             outcome = unknown.kind
-        self._outcomes.in_flight("get", self._traffic.reads)
+        self._outcomes.in_flight("get", self._read_priority.reads)
         served = [index for index, buffer in enumerate(results) if buffer is not None]
         self._outcomes.chunks("get", "hit", len(served))
         self._outcomes.bytes("read", sum(sizes[index] for index in served))
@@ -158,10 +158,10 @@ class Reader:
     def _full_chunks(
         self,
         keys: Sequence[str],
-        contents: Mapping[str, Content | None],
+        contents: Mapping[str, ContentId | None],
         sizes: Sequence[int],
         unknown: HFBucketError | None,
-    ) -> dict[int, tuple[str, Content]]:
+    ) -> dict[int, tuple[str, ContentId]]:
         wanted = {}
         if unknown is not None:
             self._outcomes.warn("get", unknown.kind, str(unknown))
@@ -183,7 +183,7 @@ class Reader:
     def _serve(
         self,
         keys: Sequence[str],
-        wanted: Mapping[int, tuple[str, Content]],
+        wanted: Mapping[int, tuple[str, ContentId]],
         open_buffer: Callable[[int], Buffer | None],
         results: list[Buffer | None],
         deadline: Deadline,
@@ -204,7 +204,7 @@ class Reader:
             with self._lock:
                 self._active.difference_update(read for read, _ in reads.values())
         outcome = "ok"
-        store_works = self._tell_guard([read for read, _ in reads.values()])
+        store_works = self._report_health([read for read, _ in reads.values()])
         for index, (read, buffer) in reads.items():
             read.lease.revoke()
             if read.error is None:
@@ -218,9 +218,9 @@ class Reader:
         return outcome
 
     def _open(
-        self, wanted: Mapping[int, tuple[str, Content]], open_buffer: Callable[[int], Buffer | None]
-    ) -> dict[int, tuple[Read, Buffer]]:
-        reads: dict[int, tuple[Read, Buffer]] = {}
+        self, wanted: Mapping[int, tuple[str, ContentId]], open_buffer: Callable[[int], Buffer | None]
+    ) -> dict[int, tuple[DownloadToBuffer, Buffer]]:
+        reads: dict[int, tuple[DownloadToBuffer, Buffer]] = {}
         for index, (key, content) in wanted.items():
             problem = "there is none free"
             try:
@@ -237,7 +237,7 @@ class Reader:
                 self._outcomes.warn_of_size("get", key, content.size, buffer.lease.size)
                 buffer.release()
                 continue
-            read = Read(key, content, buffer.lease)
+            read = DownloadToBuffer(key, content, buffer.lease)
             with self._lock:
                 self._active.add(read)
                 closed = self._closed
@@ -246,13 +246,13 @@ class Reader:
             reads[index] = (read, buffer)
         return reads
 
-    def _verify(self, read: Read, deadline: Deadline) -> None:
+    def _verify(self, read: DownloadToBuffer, deadline: Deadline) -> None:
         """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
         if not read.done:
             return
         try:
             deadline.check(f"{read.name}: hash")
-            with self._scratch.file() as path:
+            with self._temp_dir.file() as path:
                 with path.open("wb") as out:
                     for at in range(0, read.content.size, _COPY_BYTES):
                         if (piece := read.lease.read(at, _COPY_BYTES)) is None:
@@ -264,7 +264,7 @@ class Reader:
             return
         except OSError as error:
             # No word against the store or the object: nothing is wrong with either.
-            read.fail(ScratchError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
+            read.fail(TempDirError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
             return
         if actual != read.content.xet_hash:
             expected = read.content.xet_hash
@@ -272,20 +272,20 @@ class Reader:
                 HashMismatchError(f"{read.name}: what arrived has the hash {actual}, the listing says {expected}")
             )
 
-    def _tell_guard(self, reads: Sequence[Read]) -> bool:
+    def _report_health(self, reads: Sequence[DownloadToBuffer]) -> bool:
         """Whether the store served anything: only then is what failed the objects' own fault."""
         for read in reads:
             self._remember(read.content, read.error)
         if any(read.error is None or isinstance(read.error, HashMismatchError) for read in reads):
-            self._guard.succeeded("read")
+            self._breakers.succeeded("read")
             return True
         for read in reads:
             if isinstance(read.error, _STORES_FAULT) and not isinstance(read.error, UnsentError) and not self._closed:
-                self._guard.failed("read", read.error)
+                self._breakers.failed("read", read.error)
                 break
         return False
 
-    def _remember(self, content: Content, error: HFBucketError | None) -> None:
+    def _remember(self, content: ContentId, error: HFBucketError | None) -> None:
         """Note for probes whether a content could be read last."""
         with self._lock:
             if error is None:
@@ -297,7 +297,7 @@ class Reader:
             elif isinstance(error, _STORES_FAULT):
                 self._failed[content.xet_hash] = content
 
-    def _missed(self, key: str, read: Read, *, store_works: bool) -> None:
+    def _missed(self, key: str, read: DownloadToBuffer, *, store_works: bool) -> None:
         error = read.error
         if error is None or self._closed:
             return
@@ -328,7 +328,7 @@ class Reader:
         if contents := self._to_sample():
             sampled = _Sampled(self._quarantine_sampled)
 
-            def ended(content: Content, error: HFBucketError | None) -> None:
+            def ended(content: ContentId, error: HFBucketError | None) -> None:
                 self._remember(content, error)
                 sampled.add(content, error)
 
@@ -336,7 +336,7 @@ class Reader:
         else:
             self._bucket.transfer.warm_up(deadline)
 
-    def _to_sample(self) -> list[Content]:
+    def _to_sample(self) -> list[ContentId]:
         """What to read of next: contents that have not failed since they were served or looked up, then those that have."""
         known = {content.xet_hash: content for content in self._existence.some(_REMEMBERED) if content.size}
         with self._lock:
@@ -348,7 +348,7 @@ class Reader:
         stale = list(failed.values())
         return [*_in_turn(fresh, turn), *_in_turn(stale, turn)][:_SAMPLES]
 
-    def _quarantine_sampled(self, content: Content) -> None:
+    def _quarantine_sampled(self, content: ContentId) -> None:
         self._quarantine.add(content.xet_hash, wrong_hash=False)
         self._outcomes.quarantined(len(self._quarantine))
 
@@ -361,7 +361,7 @@ class Reader:
             read.fail(TransportError(f"{read.name}: the instance was closed"))
 
 
-def _in_turn(contents: list[Content], turn: int) -> list[Content]:
+def _in_turn(contents: list[ContentId], turn: int) -> list[ContentId]:
     """Contents from another one on each time."""
     start = turn % len(contents) if contents else 0
     return contents[start:] + contents[:start]
@@ -374,13 +374,13 @@ class _Sampled:
         at_fault: Called for each content that failed although another one was served.
     """
 
-    def __init__(self, at_fault: Callable[[Content], None]) -> None:
+    def __init__(self, at_fault: Callable[[ContentId], None]) -> None:
         self._at_fault = at_fault
         self._lock = threading.Lock()
         self._served = False
-        self._failed: list[Content] = []
+        self._failed: list[ContentId] = []
 
-    def add(self, content: Content, error: HFBucketError | None) -> None:
+    def add(self, content: ContentId, error: HFBucketError | None) -> None:
         """Note how a content ended; None where it was served."""
         with self._lock:
             if error is None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.core import forks
-from hfbucket_plugin.core.buffers import KEPT, SourceLease
-from hfbucket_plugin.core.concurrency import ByteGate, FairPool, WorkerPool
+from hfbucket_plugin.core.buffers import KEPT, RevocableSource
+from hfbucket_plugin.core.concurrency import ByteSemaphore, FairPool, WorkerPool
 from hfbucket_plugin.core.keys import RESERVED, encode_name, is_probe
 from hfbucket_plugin.errors import (
     BreakerOpenError,
@@ -25,18 +25,18 @@ from hfbucket_plugin.errors import (
     UnsentError,
 )
 from hfbucket_plugin.hub.transfer import Upload
-from hfbucket_plugin.store.committer import Namer
+from hfbucket_plugin.store.committer import BatchCommitter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.concurrency import Traffic
+    from hfbucket_plugin.core.concurrency import ReadPriority
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
-    from hfbucket_plugin.core.telemetry import Outcomes
+    from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.core.telemetry import Telemetry
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import Guard
+    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
     from hfbucket_plugin.store.lookup import Existence
     from hfbucket_plugin.store.quarantine import Quarantine
 
@@ -46,10 +46,10 @@ _YIELD_BYTES: Final = 32 * 1024 * 1024
 without a pause must not keep puts out for ever."""
 
 _PROBES: Final = 16
-"""Probes in progress at one time, see `Guard`."""
+"""Probes in progress at one time, see `CircuitBreakers`."""
 
 
-class Source(Protocol):
+class PutSource(Protocol):
     """One chunk to be stored, in memory of the engine's."""
 
     @property
@@ -88,16 +88,16 @@ class PutReport:
 class _Commit:
     """Sources that are uploaded together; the memory of each is given back once, when nothing can read it any more."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[PutSource]) -> None:
         self.sources = sources
-        self.leases = [SourceLease(source.view, getattr(source, "memory", KEPT)) for source in sources]
+        self.leases = [RevocableSource(source.view, getattr(source, "memory", KEPT)) for source in sources]
         self.upload = Upload()
-        self.files: Mapping[str, Content] = {}
+        self.files: Mapping[str, ContentId] = {}
         self.begun = False
         self._lock = threading.Lock()
         self._held = dict(zip(self.leases, sources, strict=True))
 
-    def release(self, *leases: SourceLease) -> None:
+    def release(self, *leases: RevocableSource) -> None:
         """Give the memory of some sources back, or of all."""
         with self._lock:
             gone = {lease: self._held.pop(lease) for lease in leases or self.leases if lease in self._held}
@@ -109,7 +109,7 @@ class _Commit:
         return [ItemFailure(source.key, kind, f"{source.key}: {message}") for source in self.sources]
 
 
-class Putter:
+class Writer:
     """Writes the chunks of one instance.
 
     Args:
@@ -117,8 +117,8 @@ class Putter:
         existence: Says what is there already, and is told what was written.
         outcomes: Where results are told.
         settings: The instance's.
-        guard: Its `write` breaker.
-        traffic: Lets reads go first.
+        breakers: Its `write` breaker.
+        read_priority: Lets reads go first.
         quarantine: Contents that cannot be served: they are written again although they are there.
     """
 
@@ -126,22 +126,22 @@ class Putter:
         self,
         bucket: Bucket,
         existence: Existence,
-        outcomes: Outcomes,
+        outcomes: Telemetry,
         settings: InstanceSettings,
         *,
-        guard: Guard,
-        traffic: Traffic,
+        breakers: CircuitBreakers,
+        read_priority: ReadPriority,
         quarantine: Quarantine,
     ) -> None:
         self._bucket = bucket
         self._existence = existence
         self._outcomes = outcomes
         self._settings = settings
-        self._guard = guard
-        self._traffic = traffic
+        self._breakers = breakers
+        self._read_priority = read_priority
         self._quarantine = quarantine
-        self._namer = Namer(bucket, settings.put_window_secs)
-        self._gate = ByteGate(settings.max_inflight_bytes)
+        self._committer = BatchCommitter(bucket, settings.put_window_secs)
+        self._semaphore = ByteSemaphore(settings.max_inflight_bytes)
         self._threads = FairPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
         self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
         self._closed = False
@@ -155,7 +155,7 @@ class Putter:
         self._under_way: dict[str, Future[ItemFailure | None]] = {}
         self._commits: set[_Commit] = set()
 
-    def write_many(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> PutReport:
+    def write_many(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> PutReport:
         """Store chunks; returns when all are stored or failed, at the deadline at the latest.
 
         A key that is there at the right size is not written again. Nor is one that another put is writing: that put's outcome is
@@ -170,7 +170,7 @@ class Putter:
         started = time.monotonic()
         try:
             deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
-            self._guard.admit("write")
+            self._breakers.admit("write")
         except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
             self._tell(report.failures, started)
@@ -190,14 +190,14 @@ class Putter:
         return report
 
     def _claim(
-        self, sources: Sequence[Source], size: int | None
-    ) -> tuple[list[Source], list[tuple[str, Future[ItemFailure | None]]], list[ItemFailure]]:
+        self, sources: Sequence[PutSource], size: int | None
+    ) -> tuple[list[PutSource], list[tuple[str, Future[ItemFailure | None]]], list[ItemFailure]]:
         """Refuse what is not a full chunk, and mark the rest as ours, except for what is being written already.
 
         Returns:
             What is ours; the keys that other puts are writing, with what becomes of them; what was refused.
         """
-        mine: list[Source] = []
+        mine: list[PutSource] = []
         others: list[tuple[str, Future[ItemFailure | None]]] = []
         failures: list[ItemFailure] = []
         for source in sources:
@@ -219,8 +219,8 @@ class Putter:
                 source.release()
         return mine, others, failures
 
-    def _unclaim(self, sources: Sequence[Source], failures: Sequence[ItemFailure] = ()) -> None:
-        """Tell whoever waits for these keys what became of them: stored, or there already, where they have not failed."""
+    def _unclaim(self, sources: Sequence[PutSource], failures: Sequence[ItemFailure] = ()) -> None:
+        """Tell the callers that wait for these keys what became of them: stored, or there already, where they have not failed."""
         failed = {failure.item: failure for failure in failures}
         with self._lock:
             outcomes = [(source.key, self._under_way.pop(source.key, None)) for source in sources]
@@ -243,13 +243,13 @@ class Putter:
                 failures.append(failure)
         return failures
 
-    def _drop_present(self, sources: Sequence[Source], deadline: Deadline, report: PutReport) -> list[Source]:
+    def _drop_present(self, sources: Sequence[PutSource], deadline: Deadline, report: PutReport) -> list[PutSource]:
         """Release the sources that need no writing, and return the others; where it raises it released none.
 
         Sources of which the Hub does not say whether they are there fail; the others are written all the same.
         """
         asked = [source.key for source in sources if not is_probe(source.key)]
-        contents: Mapping[str, Content | None] = {}
+        contents: Mapping[str, ContentId | None] = {}
         failure: HFBucketError | None = None
         if asked:
             contents, failure = self._existence.answers(asked, deadline, patient=True, believe="hits")
@@ -277,7 +277,7 @@ class Putter:
         report.replaced = {source.key: old.size for source in todo if (old := contents.get(source.key)) is not None}
         return todo
 
-    def _is_there(self, source: Source, content: Content | None) -> bool:
+    def _is_there(self, source: PutSource, content: ContentId | None) -> bool:
         return (
             content is not None
             and content.size == len(source.view)
@@ -297,7 +297,7 @@ class Putter:
 
     # --- commits ----------------------------------------------------------------------------------------------------
 
-    def _commit_all(self, sources: Sequence[Source], deadline: Deadline) -> PutReport:
+    def _commit_all(self, sources: Sequence[PutSource], deadline: Deadline) -> PutReport:
         """Write commits side by side, and abandon those that the deadline finds unfinished."""
         tasks: dict[Future[Future[dict[str, ItemFailure]]], _Commit] = {}
         failures: list[ItemFailure] = []
@@ -327,9 +327,9 @@ class Putter:
         namings, failures = {}, []
         unfinished = set(tasks)
         while unfinished and not deadline.passed:
-            patience = min(deadline.remaining(), max(0.05, self._namer.window_secs))
+            patience = min(deadline.remaining(), max(0.05, self._committer.window_secs))
             _, unfinished = wait(unfinished, timeout=patience)
-            self._namer.flush(only_due=True)
+            self._committer.flush(only_due=True)
         for future, commit in tasks.items():
             if future in unfinished:
                 if not future.cancel():
@@ -350,27 +350,27 @@ class Putter:
         report = PutReport()
         for commit, naming in namings.items():
             while not naming.done() and not deadline.passed:
-                self._namer.flush(only_due=True)
-                wait([naming], timeout=min(deadline.remaining(), max(0.05, self._namer.window_secs)))
+                self._committer.flush(only_due=True)
+                wait([naming], timeout=min(deadline.remaining(), max(0.05, self._committer.window_secs)))
             if not naming.done():
                 asked = DeadlineError if naming.running() else UnsentError
                 report.failures += self._lost(commit, asked(f"not named within {deadline.seconds:g} s; abandoned"))
             elif (error := naming.exception()) is not None:
                 report.failures += self._lost(commit, error)
             else:
-                self._guard.succeeded("write")
+                self._breakers.succeeded("write")
                 report += self._settle(commit, naming.result())
         return report
 
     def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
         if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
-            self._guard.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
+            self._breakers.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         if isinstance(error, BucketMissingError):
             self._forget_bucket()
         for source in commit.sources:  # they may be there, and only the answer be missing
             self._existence.drop(source.key)
         failures = commit.failures(_kind(error), str(error))
-        # Though an abandoned upload may still go on: it will not be named, so whoever puts the key next must upload it.
+        # Though an abandoned upload may still go on: it will not be named, so a process that puts the key next must upload it.
         self._unclaim(commit.sources, failures)
         return failures
 
@@ -379,10 +379,10 @@ class Putter:
         with self._lock:
             self._commits.discard(commit)
 
-    def _cut(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
+    def _cut(self, sources: Sequence[PutSource]) -> Iterator[list[PutSource]]:
         """Cut into commits, so that a failure costs no more than one."""
         limit = self._settings.commit_bytes
-        commit: list[Source] = []
+        commit: list[PutSource] = []
         amount = 0
         for source in sources:
             if commit and amount + len(source.view) > limit:
@@ -396,18 +396,18 @@ class Putter:
     def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
         """Upload a commit, give its memory back, and have its contents named."""
         sizes = [lease.size for lease in commit.leases]
-        with self._namer.expecting(), self._gate.hold(sum(sizes), deadline, "put"):
+        with self._committer.expecting(), self._semaphore.hold(sum(sizes), deadline, "put"):
             unyielding = 0
 
-            def taken(lease: SourceLease) -> None:
+            def taken(lease: RevocableSource) -> None:
                 nonlocal unyielding
                 commit.release(lease)
                 unyielding += lease.size
                 if unyielding >= _YIELD_BYTES:
                     unyielding = 0
-                    self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+                    self._read_priority.let_reads_pass(deadline.within(_YIELD_SECS))
 
-            self._traffic.let_reads_pass(deadline.within(_YIELD_SECS))
+            self._read_priority.let_reads_pass(deadline.within(_YIELD_SECS))
             commit.begun = True
             try:
                 contents = self._bucket.transfer.upload(commit.leases, deadline, commit.upload, taken)
@@ -420,7 +420,7 @@ class Putter:
             join = self._bucket.handle.join
             files = {join(encode_name(s.key)): c for s, c in zip(commit.sources, contents, strict=True)}
             commit.files = files
-            return self._namer.name(files, deadline)
+            return self._committer.name(files, deadline)
 
     def _settle(self, commit: _Commit, failed: Mapping[str, ItemFailure]) -> PutReport:
         """Tell item by item what became of a commit."""
@@ -475,7 +475,7 @@ class Putter:
             commits = list(self._commits)
         self._threads.close()
         self._probes.close()
-        self._namer.close()
+        self._committer.close()
         for commit in commits:
             self._bucket.transfer.abandon(commit.upload)
             commit.release()
@@ -485,7 +485,7 @@ def _kind(error: BaseException) -> str:
     return error.kind if isinstance(error, HFBucketError) else HFBucketError.kind
 
 
-def _release_unwritten(sources: Sequence[Source], kind: str, message: str) -> list[ItemFailure]:
+def _release_unwritten(sources: Sequence[PutSource], kind: str, message: str) -> list[ItemFailure]:
     for source in sources:
         source.release()
     return [ItemFailure(source.key, kind, f"{source.key}: {message}") for source in sources]

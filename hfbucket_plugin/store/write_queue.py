@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.telemetry import Outcomes
-    from hfbucket_plugin.store.write import Putter, Source
+    from hfbucket_plugin.core.telemetry import Telemetry
+    from hfbucket_plugin.store.write import PutSource, Writer
 
 _BACKLOG: Final = 1024
 """Put calls that may wait; their bytes are what bounds them as a rule."""
@@ -29,13 +29,13 @@ class PutQueue:
     """Hands puts to threads of their own.
 
     Args:
-        putter: Does them.
+        writer: Does them.
         outcomes: Where refusals are told.
         settings: The instance's.
     """
 
-    def __init__(self, putter: Putter, outcomes: Outcomes, settings: InstanceSettings) -> None:
-        self._putter = putter
+    def __init__(self, writer: Writer, outcomes: Telemetry, settings: InstanceSettings) -> None:
+        self._writer = writer
         self._outcomes = outcomes
         self._limit = settings.max_waiting_put_bytes
         self._writes = settings.writes
@@ -56,11 +56,11 @@ class PutQueue:
         """Bytes of chunks whose puts wait or are under way."""
         return self._bytes
 
-    def submit(self, sources: Sequence[Source], size: int | None, deadline: Deadline) -> Future[PutReport]:
+    def submit(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> Future[PutReport]:
         """Store chunks, soon; returns at once.
 
         Args:
-            sources: See `Putter.write_many`. Cancelling the future before its turn releases them.
+            sources: See `Writer.write_many`. Cancelling the future before its turn releases them.
             size: See there.
             deadline: When to give up, the time in the queue included.
 
@@ -86,7 +86,7 @@ class PutQueue:
     def _full(self) -> str:
         return f"more than max_waiting_put_bytes ({self._limit}) of chunks wait to be stored"
 
-    def _admit(self, sources: Sequence[Source]) -> tuple[Sequence[Source], int]:
+    def _admit(self, sources: Sequence[PutSource]) -> tuple[Sequence[PutSource], int]:
         """The first sources, as many as there is room for: the start of a prompt is worth more than its end."""
         with self._lock:
             room = self._limit - self._bytes
@@ -103,13 +103,13 @@ class PutQueue:
         return sources[:count], amount
 
     def _write(
-        self, sources: Sequence[Source], size: int | None, deadline: Deadline, refused: list[ItemFailure]
+        self, sources: Sequence[PutSource], size: int | None, deadline: Deadline, refused: list[ItemFailure]
     ) -> PutReport:
-        report = self._putter.write_many(sources, size, deadline)
+        report = self._writer.write_many(sources, size, deadline)
         report.failures += refused
         return report
 
-    def _ended(self, future: Future[PutReport], sources: Sequence[Source], amount: int) -> None:
+    def _ended(self, future: Future[PutReport], sources: Sequence[PutSource], amount: int) -> None:
         with self._lock:
             self.pending.discard(future)
         if future.cancelled():
@@ -125,7 +125,7 @@ class PutQueue:
     def _tell(self) -> None:
         self._outcomes.waiting_puts(self._calls, self._bytes)
 
-    def _refuse(self, sources: Sequence[Source], kind: str, why: str) -> list[ItemFailure]:
+    def _refuse(self, sources: Sequence[PutSource], kind: str, why: str) -> list[ItemFailure]:
         for source in sources:
             source.release()
         self._outcomes.chunks("put", kind, len(sources))

@@ -51,7 +51,7 @@ def end(text: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def results() -> Iterator[None]:
-    """While results are written: whoever reads them may stop, as `head` does, and that is no error."""
+    """While results are written: their reader may stop, as `head` does, and that is no error."""
     for stream in (sys.stdout, sys.stderr):
         # Names in a bucket are any Unicode, a terminal's encoding may not be.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -86,7 +86,7 @@ def classify(bucket: Bucket, info: ObjectInfo) -> Listed:
 
 
 @dataclass(slots=True)
-class Amount:
+class ObjectTotals:
     """Some objects in numbers.
 
     Attributes:
@@ -120,7 +120,7 @@ class Amount:
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Group:
+class WorkerGroup:
     """What one worker of an engine wrote.
 
     Attributes:
@@ -137,7 +137,7 @@ class Group:
 
 
 @dataclass(slots=True)
-class Summary:
+class InstanceSummary:
     """An instance in numbers.
 
     Attributes:
@@ -146,10 +146,10 @@ class Summary:
         others: What is no chunk, by kind.
     """
 
-    groups: dict[Group, Amount] = field(default_factory=dict)
-    chunks: Amount = field(default_factory=Amount)
-    others: dict[Kind, Amount] = field(
-        default_factory=lambda: {kind: Amount() for kind in (Kind.PROBE, Kind.OWN, Kind.FOREIGN)}
+    groups: dict[WorkerGroup, ObjectTotals] = field(default_factory=dict)
+    chunks: ObjectTotals = field(default_factory=ObjectTotals)
+    others: dict[Kind, ObjectTotals] = field(
+        default_factory=lambda: {kind: ObjectTotals() for kind in (Kind.PROBE, Kind.OWN, Kind.FOREIGN)}
     )
 
     @property
@@ -168,20 +168,20 @@ class Summary:
         return {"groups": groups, "chunks": self.chunks.record(), **others}
 
 
-def summarised(listed: Iterable[Listed]) -> Summary:
+def summarised(listed: Iterable[Listed]) -> InstanceSummary:
     """Count a listing, object by object.
 
     Raises:
         HFBucketError: The listing is not complete, so there is no summary.
     """
-    summary = Summary()
+    summary = InstanceSummary()
     for one in listed:
         if one.kind in summary.others:
             summary.others[one.kind].add(one)
         elif one.chunk is not None:
             key = one.chunk.key
-            group = Group(key.model, key.world_size, key.worker_id, one.kind)
-            summary.groups.setdefault(group, Amount()).add(one)
+            group = WorkerGroup(key.model, key.world_size, key.worker_id, one.kind)
+            summary.groups.setdefault(group, ObjectTotals()).add(one)
             summary.chunks.add(one)
     return summary
 
@@ -191,7 +191,7 @@ HEADER: Final = ("model", "kind", "world", "worker", "objects", "bytes", "oldest
 _NAMES: Final = {Kind.PROBE: "LMCache's probe", Kind.OWN: f"{RESERVED}/", Kind.FOREIGN: "foreign"}
 
 
-def rows(summary: Summary, now: datetime) -> list[tuple[str, ...]]:
+def rows(summary: InstanceSummary, now: datetime) -> list[tuple[str, ...]]:
     """A summary for people: the columns of `HEADER`."""
     lines = [
         (units.printable(group.model), str(group.kind), str(group.world_size), str(group.worker), *_cells(amount, now))
@@ -204,6 +204,6 @@ def rows(summary: Summary, now: datetime) -> list[tuple[str, ...]]:
     return lines
 
 
-def _cells(amount: Amount, now: datetime) -> tuple[str, ...]:
+def _cells(amount: ObjectTotals, now: datetime) -> tuple[str, ...]:
     when = (units.age(amount.oldest, now), units.age(amount.newest, now))
     return f"{amount.objects:,}", units.size(amount.bytes), *when

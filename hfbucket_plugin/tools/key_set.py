@@ -8,7 +8,7 @@ import weakref
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Self
 
-from hfbucket_plugin.errors import ScratchError
+from hfbucket_plugin.errors import TempDirError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -111,7 +111,7 @@ def _room() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise ScratchError(
+        raise TempDirError(
             f"a set of keys cannot be kept in a temporary file: {error}. Make room below TMPDIR (or /var/tmp), or let it name "
             "another directory"
         ) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from hfbucket_plugin.config.instances import NamedInstance, named_instances
+from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools import console, exit_codes
 
@@ -57,7 +57,7 @@ Prefix = Annotated[
 
 def chosen(
     lmcache_config: Path | None, instances: Sequence[str] | None, l2_adapters: Sequence[str] | None
-) -> list[NamedInstance]:
+) -> list[InstanceConfig]:
     """The instances that the options name; the command ends where they name none, or wrong ones."""
     try:
         return named_instances(lmcache_config, instances or (), l2_adapters or ())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 _LINES: Final = 1000
-_STRETCH_BYTES: Final = 8 * 1024 * 1024
-"""A stretch has 1,000 lines, or fewer long ones: only one stretch is in memory at a time."""
+_BLOCK_BYTES: Final = 8 * 1024 * 1024
+"""A block has 1,000 lines, or fewer long ones: only one block is in memory at a time."""
 
 MOST_LINE_BYTES: Final = 1024 * 1024
 """No plan has longer lines: a header that names hundreds of models has a tenth of it."""
@@ -66,7 +66,7 @@ class Sealed:
     def __init__(self, path: Path, what: str, longest: int = MOST_LINE_BYTES) -> None:
         self._longest = longest
         self._name = f"{what} {str(path)!r}"
-        self._stretches: list[tuple[int, bytes]] = []
+        self._blocks: list[tuple[int, bytes]] = []
         file = open_regular(path, what)
         weakref.finalize(self, file.close)
         self._number = file.fileno()
@@ -107,8 +107,8 @@ class Sealed:
             ValueError: The line after the one that was given last is too long.
             OSError: The file cannot be read.
         """
-        self._stretches.clear()
-        stretch: list[bytes] = []
+        self._blocks.clear()
+        block: list[bytes] = []
         size = 0
         lines = self.raw_lines()
         problem: ValueError | None = None
@@ -119,21 +119,21 @@ class Sealed:
             except ValueError as error:
                 problem = error
             if line:
-                stretch.append(line)
+                block.append(line)
                 size += len(line)
-            if not line or len(stretch) == _LINES or size >= _STRETCH_BYTES:
-                yield from self._sealed(stretch)
-                stretch, size = [], 0
+            if not line or len(block) == _LINES or size >= _BLOCK_BYTES:
+                yield from self._sealed(block)
+                block, size = [], 0
             if not line:
                 break
         if problem is not None:
             raise problem
 
-    def _sealed(self, stretch: list[bytes]) -> list[bytes]:
-        whole = b"".join(stretch)
+    def _sealed(self, block: list[bytes]) -> list[bytes]:
+        whole = b"".join(block)
         if whole:
-            self._stretches.append((len(whole), hashlib.sha256(whole).digest()))
-        return stretch
+            self._blocks.append((len(whole), hashlib.sha256(whole).digest()))
+        return block
 
     def lines_again(self) -> Iterator[bytes]:
         """The same lines once more.
@@ -143,12 +143,12 @@ class Sealed:
             OSError: It cannot be read any more.
         """
         at = 0
-        for length, digest in self._stretches:
+        for length, digest in self._blocks:
             yield from io.BytesIO(self.again(at, length, digest))
             at += length
 
     def again(self, at: int, length: int, digest: bytes) -> bytes:
-        """A stretch of the file, which must be what it was.
+        """A block of the file, which must be what it was.
 
         Args:
             at: Its first byte.

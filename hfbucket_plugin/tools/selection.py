@@ -80,7 +80,7 @@ Ranks = Annotated[frozenset[int], BeforeValidator(as_ranks), PlainSerializer(for
 """Ranks of workers."""
 
 
-class Choice(BaseModel):
+class Selection(BaseModel):
     """Which chunks of an instance. All that is given has to hold; of several texts in one field, one has to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,7 +129,7 @@ class Choice(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _is_one(self) -> Choice:
+    def _is_one(self) -> Selection:
         if self.all and self.prefix:
             raise ValueError("all and prefix contradict each other: say --all, or name the prefixes")
         for name in ("newest", "hottest"):
@@ -207,16 +207,16 @@ class Filter:
     """Tells the chunks of a choice from others, as far as a chunk alone can tell.
 
     Args:
-        choice: What is wanted.
+        selection: What is wanted.
         now: What `since` counts back from.
     """
 
-    def __init__(self, choice: Choice, now: datetime) -> None:
-        self._choice = choice
-        self._after = None if choice.since is None else now - choice.since
-        self._models = frozenset(choice.model)
-        self._include = _pattern(choice.include)
-        self._exclude = _pattern(choice.exclude)
+    def __init__(self, selection: Selection, now: datetime) -> None:
+        self._choice = selection
+        self._after = None if selection.since is None else now - selection.since
+        self._models = frozenset(selection.model)
+        self._include = _pattern(selection.include)
+        self._exclude = _pattern(selection.exclude)
 
     def __call__(self, entry: ChunkEntry) -> bool:
         """Whether a chunk is of the choice."""
@@ -230,12 +230,12 @@ class Filter:
         return self._exclude is None or not self._exclude.match(text)
 
     def _written_by(self, key: Key) -> bool:
-        choice = self._choice
+        selection = self._choice
         if self._models and key.model not in self._models:
             return False
-        if choice.world_size is not None and key.world_size != choice.world_size:
+        if selection.world_size is not None and key.world_size != selection.world_size:
             return False
-        return choice.workers is None or key.worker_id in choice.workers
+        return selection.workers is None or key.worker_id in selection.workers
 
     def _recent(self, uploaded_at: datetime | None) -> bool:
         return self._after is None or (uploaded_at is not None and uploaded_at >= self._after)

@@ -23,7 +23,7 @@ class Stop(Protocol):
         """Whether it is."""
 
 
-class StopSwitch:
+class ShutdownSignal:
     """Whether the run was told to stop.
 
     Outside of `orderly`, an order raises `Interrupted` wherever the main thread is, such as in a listing. Within it,
@@ -61,7 +61,7 @@ class StopSwitch:
 
     @contextlib.contextmanager
     def orderly(self) -> Iterator[None]:
-        """A stretch that looks at `requested` by itself."""
+        """A block that polls `requested` by itself."""
         self._orderly = True
         try:
             yield

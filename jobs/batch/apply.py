@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
 from hfbucket_plugin.hub.bucket import MAX_BATCH
-from jobs.batch.model import Batch, Result, T
+from jobs.batch.model import ItemBatch, Result, T
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
 
-    from jobs.batch.model import Ended
+    from jobs.batch.model import ItemOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ class Executor(Protocol[T]):
     width: int
     """How many at one time."""
 
-    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
+    def submit(
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, ends: datetime | None
+    ) -> Future[Result[T]]:
         """Begin a try at a batch.
 
         Args:
@@ -70,7 +72,7 @@ class Stop(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class ApplyResult:
     """How applying ended.
 
     Attributes:
@@ -107,7 +109,7 @@ class Applier(Generic[T]):
         *,
         confirm: Callable[[], float],
         not_after: datetime,
-        told: Callable[[Ended[T]], None],
+        told: Callable[[ItemOutcome[T]], None],
         stop: Stop,
         until: Deadline,
         batch_size: int = MAX_BATCH,
@@ -129,13 +131,13 @@ class Applier(Generic[T]):
         self._keep = keep
         self._keep_at = 0.0
         self.undrained = False
-        self._fresh: Iterator[Batch[T]] = iter(())
+        self._fresh: Iterator[ItemBatch[T]] = iter(())
         self._exhausted = False
-        self._again: list[tuple[float, Batch[T]]] = []
+        self._again: list[tuple[float, ItemBatch[T]]] = []
         self._quiet_until = 0.0
         self._why: HFBucketError | OSError | None = None
 
-    def run(self, items: Iterator[T]) -> End:
+    def run(self, items: Iterator[T]) -> ApplyResult:
         """Do what is still as planned. Returns when all has ended that was begun.
 
         An error waits for what was begun, too, and counts it: nothing is deleted after this has ended, unless `undrained`.
@@ -150,7 +152,7 @@ class Applier(Generic[T]):
                         self._take(future)
                     self._keep_lock()
                 elif self._over or (self._exhausted and not self._again):
-                    return End(self._why, self._stop.requested)
+                    return ApplyResult(self._why, self._stop.requested)
                 else:
                     time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
         except BaseException as error:
@@ -210,7 +212,7 @@ class Applier(Generic[T]):
     def _over(self) -> bool:
         return self._why is not None or self._stop.requested or self._until.passed
 
-    def _next(self) -> Batch[T] | None:
+    def _next(self) -> ItemBatch[T] | None:
         """The batch that is due; None where there is none now."""
         now = time.monotonic()
         if now < self._quiet_until:
@@ -223,7 +225,7 @@ class Applier(Generic[T]):
         self._exhausted = batch_or_none is None
         return batch_or_none
 
-    def _hold(self, batch: Batch[T], error: HFBucketError) -> None:
+    def _hold(self, batch: ItemBatch[T], error: HFBucketError) -> None:
         asked = error.retry_after if isinstance(error, ThrottledError) else None
         _log.warning("waiting, since the lock could not be confirmed: %s", error)
         self._be_quiet(asked or _BACKOFF_SECS)
@@ -247,18 +249,18 @@ class Applier(Generic[T]):
         self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
 
 
-def _batches(items: Iterator[T], size: int, most_bytes: int | None) -> Iterator[Batch[T]]:
+def _batches(items: Iterator[T], size: int, most_bytes: int | None) -> Iterator[ItemBatch[T]]:
     if most_bytes is None:
         while batch := tuple(itertools.islice(items, size)):
-            yield Batch(batch)
+            yield ItemBatch(batch)
         return
     taken: list[T] = []
     nbytes = 0
     for item in items:
         if taken and (len(taken) == size or nbytes + item.size > most_bytes):
-            yield Batch(tuple(taken))
+            yield ItemBatch(tuple(taken))
             taken, nbytes = [], 0
         taken.append(item)
         nbytes += item.size
     if taken:
-        yield Batch(tuple(taken))
+        yield ItemBatch(tuple(taken))

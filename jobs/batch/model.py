@@ -15,7 +15,7 @@ TRIES: Final = 4
 """Most tries at an object that fails; waiting for the Hub's quota is none."""
 
 
-class Thing(Protocol):
+class WorkItem(Protocol):
     """An object that a batch is about."""
 
     @property
@@ -35,11 +35,11 @@ class Thing(Protocol):
         """Why it is in the plan."""
 
 
-T = TypeVar("T", bound=Thing)
+T = TypeVar("T", bound=WorkItem)
 
 
 @dataclass(frozen=True, slots=True)
-class Ended(Generic[T]):
+class ItemOutcome(Generic[T]):
     """An object that has ended.
 
     Attributes:
@@ -54,7 +54,7 @@ class Ended(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch(Generic[T]):
+class ItemBatch(Generic[T]):
     """Objects that are to go, or to be copied.
 
     Attributes:
@@ -80,8 +80,8 @@ class Result(Generic[T]):
         wait_secs: How long the Hub wants to be left alone.
     """
 
-    ended: tuple[Ended[T], ...]
-    left: Batch[T] | None = None
+    ended: tuple[ItemOutcome[T], ...]
+    left: ItemBatch[T] | None = None
     wait_secs: float = 0.0
 
 
@@ -99,12 +99,12 @@ class Outcome(StrEnum):
     DELETED = "deleted"
     GONE = "gone"  # before we came to it
     USED = "used"  # read since it was planned, and it was to go for lack of use: it stays
-    CHANGED = "changed"  # written anew since it was planned, or at a mirror's source again: it stays
+    CHANGED = "changed"  # rewritten since it was planned, or at a mirror's source again: it stays
     TOO_YOUNG = "too-young"  # only a plan that was edited names one
     FAILED = "failed"
 
 
-class Elsewhere(Protocol):
+class ReferenceEndpoint(Protocol):
     """Where an object must not be for it to be deleted here: the source of a mirror."""
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> Container[str]:

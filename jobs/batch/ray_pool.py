@@ -14,7 +14,7 @@ import ray.exceptions
 
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, HFBucketError
-from jobs.batch.model import TRIES, Batch, Ended, Result, T
+from jobs.batch.model import TRIES, ItemBatch, ItemOutcome, Result, T
 from warmer.cluster.ray import joined
 from warmer.report.metrics import CountedBytes
 from warmer.report.outcomes import ClusterError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from enum import StrEnum
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
 
 
@@ -86,7 +86,7 @@ class ActorExecutor(Generic[T]):
         self,
         width: int,
         address: str | None,
-        instances: Sequence[NamedInstance],
+        instances: Sequence[InstanceConfig],
         failed: StrEnum,
         *,
         actor: type,
@@ -95,7 +95,7 @@ class ActorExecutor(Generic[T]):
         self.width = width
         self._failed = failed
         self._mutex = threading.Lock()
-        self._busy: dict[Future[Result[T]], tuple[Any, Batch[T]]] = {}
+        self._busy: dict[Future[Result[T]], tuple[Any, ItemBatch[T]]] = {}
         self._dead: list[Any] = []  # still in their places
         self._unproven: list[Any] = []  # in the places of others, and without an answer so far: Ray may never make them
         self._counts = RayCounts(instances[-1].name)
@@ -117,14 +117,16 @@ class ActorExecutor(Generic[T]):
                     f"a node of the Ray cluster lacks {settings.token_env} ({named.setting('token_env')} names it)"
                 )
 
-    def submit(self, batch: Batch[T], not_after: datetime, seconds: float, ends: datetime | None) -> Future[Result[T]]:
+    def submit(
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, ends: datetime | None
+    ) -> Future[Result[T]]:
         """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
         # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
         actor = self._idle.pop(0)
         told: Future[Result[T]] = Future()
         try:
             actor = self._living(actor)
-        except Exception as error:  # noqa: BLE001 - the future carries it to whoever waits
+        except Exception as error:  # noqa: BLE001 - the future carries it to the waiter
             told.set_exception(error)
             return told
         with self._mutex:
@@ -152,12 +154,12 @@ class ActorExecutor(Generic[T]):
             self._idle.append(actor)
             result = self._result(batch, done)
             self._counts.add(result)
-        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+        except BaseException as error:  # noqa: BLE001 - the future carries it to the waiter
             told.set_exception(error)
         else:
             told.set_result(result)
 
-    def _result(self, batch: Batch[T], done: Future[Any]) -> Result[T]:
+    def _result(self, batch: ItemBatch[T], done: Future[Any]) -> Result[T]:
         try:
             result: Result[T] | HFBucketError = done.result()
         except _DEATHS as error:
@@ -219,7 +221,7 @@ class ActorExecutor(Generic[T]):
         self._stack.close()
 
 
-def without_token(named: NamedInstance) -> InstanceSettings:
+def without_token(named: InstanceConfig) -> InstanceSettings:
     """Settings as they may leave this process."""
     settings = named.settings.model_copy(update={"token": None})
     if named.settings.resolve_token() is not None and settings.resolve_token() is None:
@@ -230,20 +232,20 @@ def without_token(named: NamedInstance) -> InstanceSettings:
     return settings
 
 
-def _lost(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
+def _lost(batch: ItemBatch[T], failed: StrEnum, why: str) -> Result[T]:
     """What came of a try whose actor was lost: nobody knows, so every object is looked up again."""
     if batch.tries + 1 >= TRIES:
         return _given_up(batch, failed, f"its actor was lost: {why}")
     return Result((), replace(_asked(batch), tries=batch.tries + 1))
 
 
-def _asked(batch: Batch[T]) -> Batch[T]:
+def _asked(batch: ItemBatch[T]) -> ItemBatch[T]:
     """A batch of which nobody knows what became, as it is tried again."""
     return replace(batch, asked=batch.asked | {item.path for item in batch.items})
 
 
-def _given_up(batch: Batch[T], failed: StrEnum, why: str) -> Result[T]:
-    return Result(tuple(Ended(item, failed, why) for item in batch.items))
+def _given_up(batch: ItemBatch[T], failed: StrEnum, why: str) -> Result[T]:
+    return Result(tuple(ItemOutcome(item, failed, why) for item in batch.items))
 
 
 def _first_line(error: BaseException) -> str:

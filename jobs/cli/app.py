@@ -20,23 +20,23 @@ from jobs.cli.index import index
 from jobs.cli.status import status
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
-from jobs.deletion.job import Job
+from jobs.deletion.job import DeletionJob
 from jobs.deletion.mirror import JOB as MIRROR
-from jobs.deletion.plan import Order, PlanFile
+from jobs.deletion.plan import DeletionOrder, DeletionPlanFile
 from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.deletion.select import ByName, ByPolicy, expect_text, read_keys
 from jobs.export.bucket import InstanceEnd
 from jobs.export.plan import ExportOrder, is_export
 from jobs.export.report import ask_to_replace
 from jobs.retention.policy import MIN_AGE
-from jobs.session import Commands, Session, options_checked, record_of
+from jobs.session import Commands, CommandSession, options_checked, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.deletion.report import Summary
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from jobs.deletion.report import DeletionSummary
     from jobs.report import ReportFile
     from jobs.retention.policy import Policy
 
@@ -114,15 +114,17 @@ def cleanup(  # noqa: PLR0917 - Typer makes options of them
             without_heat=without_heat,
         )
     inputs = (("--lmcache-config", lmcache_config), ("--policy", policy))
-    Session(report, metrics_textfile, inputs).run(
+    CommandSession(report, metrics_textfile, inputs).run(
         [(one.name, _cleaning(one, policies[one.name], order)) for one in named]
     )
 
 
-def _cleaning(named: NamedInstance, policy: Policy, order: Order) -> Callable[[ReportFile, StopSwitch], Summary]:
-    def work(file: ReportFile, stop: StopSwitch) -> Summary:
+def _cleaning(
+    named: InstanceConfig, policy: Policy, order: DeletionOrder
+) -> Callable[[ReportFile, ShutdownSignal], DeletionSummary]:
+    def work(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary:
         own = replace(order, min_age=policy.min_age)
-        return Job("cleanup", named, own, file, stop).select(ByPolicy(policy), policy.record())
+        return DeletionJob("cleanup", named, own, file, stop).select(ByPolicy(policy), policy.record())
 
     return work
 
@@ -178,10 +180,10 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
         )
     told = record_of({"keys": first, "prefixes": prefix})
 
-    def removing(one: NamedInstance) -> Callable[[ReportFile, StopSwitch], Summary]:
-        def work(file: ReportFile, stop: StopSwitch) -> Summary:
+    def removing(one: InstanceConfig) -> Callable[[ReportFile, ShutdownSignal], DeletionSummary]:
+        def work(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary:
             selection = ByName(wanted, prefix or (), order.min_age)
-            summary = Job("rm", one, order, file, stop).select(selection, told)
+            summary = DeletionJob("rm", one, order, file, stop).select(selection, told)
             if summary.plan is None:
                 return summary
             return replace(summary, absent=selection.absent, absent_count=selection.absent_count)
@@ -189,7 +191,7 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
         return work
 
     inputs = (("--lmcache-config", lmcache_config), ("--key-file", key_file))
-    Session(report, metrics_textfile, inputs).run([(one.name, removing(one)) for one in named])
+    CommandSession(report, metrics_textfile, inputs).run([(one.name, removing(one)) for one in named])
 
 
 def _noted(keys: list[str], key_file: Path | None, first: list[str]) -> Iterator[str]:
@@ -243,9 +245,9 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
                 address=address,
                 parallel=parallel,
             )
-        apply_export(plan, lmcache_config, l2_adapters, own, Session(report, metrics_textfile, [("plan", plan)]))
+        apply_export(plan, lmcache_config, l2_adapters, own, CommandSession(report, metrics_textfile, [("plan", plan)]))
     with options_checked():
-        opened = PlanFile.open(plan, ours=True, foreign=again)
+        opened = DeletionPlanFile.open(plan, ours=True, foreign=again)
         header = opened.header
         if lmcache_config is None and not l2_adapters and header.config is not None:
             lmcache_config = Path(header.config)
@@ -264,15 +266,15 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
         )
         source = mirror_source(opened, lmcache_config, l2_adapters or []) if header.job == MIRROR else None
 
-    def work(file: ReportFile, stop: StopSwitch) -> Summary:
+    def work(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary:
         if source is None:
-            return Job(header.job, mine[0], order, file, stop).resume(opened)
+            return DeletionJob(header.job, mine[0], order, file, stop).resume(opened)
         with InstanceEnd(source.name, source.settings).opened() as end:
             own = replace(order, local=True, source=end)
-            return Job(header.job, mine[0], own, file, stop).resume(opened)
+            return DeletionJob(header.job, mine[0], own, file, stop).resume(opened)
 
     inputs = (("plan", plan), ("--lmcache-config", lmcache_config))
-    Session(report, metrics_textfile, inputs).run([(header.instance, work)])
+    CommandSession(report, metrics_textfile, inputs).run([(header.instance, work)])
 
 
 def _order(  # noqa: PLR0917 - as the options come
@@ -286,8 +288,8 @@ def _order(  # noqa: PLR0917 - as the options come
     local: bool,
     address: str | None,
     plan_dir: Path | None,
-) -> Order:
-    return Order(
+) -> DeletionOrder:
+    return DeletionOrder(
         max_delete=guards.MaxDelete.parse(max_delete or []),
         min_age=MIN_AGE,
         yes=yes and not dry_run,

@@ -18,28 +18,28 @@ from hfbucket_plugin.tools import console
 from jobs.cli import options, units
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
-from jobs.deletion.job import Job
+from jobs.deletion.job import DeletionJob
 from jobs.deletion.mirror import JOB as MIRROR
 from jobs.deletion.mirror import NotAtSource, check_mirror
-from jobs.deletion.plan import Order
+from jobs.deletion.plan import DeletionOrder
 from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.export.bucket import InstanceEnd
 from jobs.export.job import Export
-from jobs.export.plan import ExportOrder, OnConflict, Place, PlanFile, Renames
-from jobs.export.planning import CHOOSING, Wanted, choice_of, prompts_of
+from jobs.export.plan import EndpointRef, ExportOrder, ExportPlanFile, OnConflict, Renames
+from jobs.export.planning import CHOOSING, WantedChunks, prompts_of, selection_of
 from jobs.export.report import ask_to_replace
-from jobs.export.resolve import Endpoint, endpoint
-from jobs.session import Session, options_checked
+from jobs.export.resolve import EndpointSpec, endpoint
+from jobs.session import CommandSession, options_checked
 from warmer.request.flags import Flag  # noqa: TC001 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from hfbucket_plugin.tools.selection import Choice
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.deletion.plan import PlanFile as DeletePlan
-    from jobs.deletion.report import Summary
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from hfbucket_plugin.tools.selection import Selection
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from jobs.deletion.plan import DeletionPlanFile as DeletePlan
+    from jobs.deletion.report import DeletionSummary
     from jobs.export.report import ExportSummary
     from jobs.report import ReportFile
     from jobs.session import Work
@@ -76,7 +76,7 @@ Mirror = Annotated[
 WithoutManifest = Annotated[
     bool, typer.Option("--without-manifest", help="Import files of a directory that no manifest vouches for.")
 ]
-Window = Annotated[str, typer.Option(metavar="SIZE", help="Most memory that chunks on their way take.")]
+TaskLimits = Annotated[str, typer.Option(metavar="SIZE", help="Most memory that chunks on their way take.")]
 ExportYes = Annotated[
     bool, typer.Option("--yes", help="Replace and delete without asking. What only adds needs no order.")
 ]
@@ -88,7 +88,7 @@ ExportParallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches a
 _WINDOW: Final = "512MiB"
 
 
-def with_choice(command: Callable[..., None]) -> Callable[..., None]:
+def with_selection(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the warmer's flags that say which chunks; it is called with what they gave, as `given`."""
     own = [one for name, one in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
     parameters = [*own, *(flag.parameter() for flag in CHOOSING)]
@@ -103,7 +103,7 @@ def with_choice(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-@with_choice
+@with_selection
 def export(
     *,
     given: Mapping[Flag, Any],
@@ -124,7 +124,7 @@ def export(
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
     parallel: ExportParallel = 4,
-    window: Window = _WINDOW,
+    window: TaskLimits = _WINDOW,
     local: ExportLocal = False,
     address: options.Address = None,
     plan_dir: options.PlanDir = None,
@@ -142,10 +142,10 @@ def export(
             endpoint(source, "--from", lmcache_config, adapters),
             endpoint(destination, "--to", lmcache_config, adapters),
         )
-        renames, choice = Renames.parse(rename or []), choice_of(given)
+        renames, selection = Renames.parse(rename or []), selection_of(given)
         _check_ends(ends, renames, without_manifest=without_manifest)
         if mirror:
-            check_mirror(choice, renames, directories=None in (ends[0].named, ends[1].named))
+            check_mirror(selection, renames, directories=None in (ends[0].named, ends[1].named))
         order = ExportOrder(
             mode=_one_of(mode, "--mode", ("auto", "copy", "stream")),
             on_conflict=OnConflict(_one_of(on_conflict, "--on-conflict", tuple(OnConflict))),
@@ -162,8 +162,8 @@ def export(
             window_bytes=_window(window),
             config=None if lmcache_config is None else str(lmcache_config.absolute()),
         )
-        wanted = Wanted(choice, options.now(), prompts_of(choice, ends[0].named, lmcache_config))
-        deleting = Order(
+        wanted = WantedChunks(selection, options.now(), prompts_of(selection, ends[0].named, lmcache_config))
+        deleting = DeletionOrder(
             max_delete=guards.MaxDelete.parse(max_delete or []),
             min_age=options.age(min_age),
             yes=yes and not dry_run,
@@ -177,42 +177,48 @@ def export(
             address=address,
             config=order.config,
         )
-    asked = choice.model_dump(mode="json", exclude_defaults=True)
+    asked = selection.model_dump(mode="json", exclude_defaults=True)
     done: list[ExportSummary] = []
 
-    def copying(file: ReportFile, stop: StopSwitch) -> ExportSummary:
+    def copying(file: ReportFile, stop: ShutdownSignal) -> ExportSummary:
         done.append(Export(ends, order, file, stop).select(wanted, asked))
         return done[0]
 
-    def mirroring(file: ReportFile, stop: StopSwitch) -> Summary | None:
+    def mirroring(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary | None:
         if not done or done[0].code:  # nothing is deleted where not all was copied
             return None
         # Nor where nothing was to be copied yet: what would be deleted is planned only.
         own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
-        return _mirror(ends, choice, own, file, stop)
+        return _mirror(ends, selection, own, file, stop)
 
     works: list[tuple[str, Work]] = [("the export", copying)]
     if mirror:
         works.append(("the mirror", mirroring))
-    inputs = [("--lmcache-config", lmcache_config), ("--prompts", choice.prompts)]
-    inputs += [("--keys-from", path) for path in choice.keys_from]
-    Session(report, metrics_textfile, inputs).run(works)
+    inputs = [("--lmcache-config", lmcache_config), ("--prompts", selection.prompts)]
+    inputs += [("--keys-from", path) for path in selection.keys_from]
+    CommandSession(report, metrics_textfile, inputs).run(works)
 
 
 def _mirror(
-    ends: tuple[Endpoint, Endpoint], choice: Choice, order: Order, file: ReportFile, stop: StopSwitch
-) -> Summary:
+    ends: tuple[EndpointSpec, EndpointSpec],
+    selection: Selection,
+    order: DeletionOrder,
+    file: ReportFile,
+    stop: ShutdownSignal,
+) -> DeletionSummary:
     source, destination = ends[0].named, ends[1].named
     if source is None or destination is None:
         raise ConfigError("--mirror works between two instances")
     order = replace(order, neighbours=handles_of((source, destination)))
     with InstanceEnd(source.name, source.settings).opened() as end:
-        selection = NotAtSource(end, choice, order.min_age)
+        candidates = NotAtSource(end, selection, order.min_age)
         order = replace(order, local=True, source=end)
-        return Job(MIRROR, destination, order, file, stop).select(selection, {"source": ends[0].place.record()})
+        return DeletionJob(MIRROR, destination, order, file, stop).select(
+            candidates, {"source": ends[0].place.record()}
+        )
 
 
-def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[str]) -> NamedInstance:
+def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[str]) -> InstanceConfig:
     """The source of a mirror whose plan is to be carried out.
 
     Args:
@@ -224,11 +230,11 @@ def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[s
         ConfigError: The plan names none, or another place than the configuration does.
     """
     try:
-        place = Place.from_record(plan.header.wanted.get("source"))
+        place = EndpointRef.from_record(plan.header.wanted.get("source"))
     except ValueError:
-        place = Place(None, "")
+        place = EndpointRef(None, "")
     if place.instance is None:
-        raise ConfigError(f"plan {str(plan.path)!r} of a mirror names no source: nothing is deleted. Plan anew")
+        raise ConfigError(f"plan {str(plan.path)!r} of a mirror names no source: nothing is deleted. Make a new plan")
     found = endpoint(place.instance, "the plan's source", config, l2_adapters)
     if found.named is None or not found.place.same_as(place):
         raise ConfigError(f"the plan's source is {place.where}, and {place.name!r} is {found.place.where} now")
@@ -240,7 +246,7 @@ def apply_export(
     lmcache_config: Path | None,
     l2_adapters: list[str] | None,
     order: ExportOrder,
-    session: Session,
+    session: CommandSession,
 ) -> NoReturn:
     """Carry out a plan of an export, or the rest of it.
 
@@ -252,7 +258,7 @@ def apply_export(
         session: Reports it.
     """
     with options_checked():
-        opened = PlanFile.open(plan, ours=True)
+        opened = ExportPlanFile.open(plan, ours=True)
         header = opened.header
         config = lmcache_config or (None if header.config is None else Path(header.config))
         found = [
@@ -261,13 +267,13 @@ def apply_export(
         ]
         order = replace(order, believe_files=header.believe_files, renames=header.renames, mode=header.mode)
 
-    def work(file: ReportFile, stop: StopSwitch) -> ExportSummary:
+    def work(file: ReportFile, stop: ShutdownSignal) -> ExportSummary:
         return Export((found[0], found[1]), order, file, stop).resume(opened)
 
     session.run([("the export", work)])
 
 
-def _check_ends(ends: tuple[Endpoint, Endpoint], renames: Renames, *, without_manifest: bool) -> None:
+def _check_ends(ends: tuple[EndpointSpec, EndpointSpec], renames: Renames, *, without_manifest: bool) -> None:
     source, destination = ends
     if source.place.same_as(destination.place) and not renames.rules:
         raise ConfigError(f"--from and --to are the same place: {source.place.where}")

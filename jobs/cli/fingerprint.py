@@ -12,7 +12,7 @@ import typer
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import printable
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
-from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, NewerError, Record, differences, in_words
+from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, NewerError, Record, differences, in_words
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
 from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, opened
 from hfbucket_plugin.tools import console, exit_codes
@@ -23,8 +23,8 @@ from jobs.session import code_of, options_checked
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from hfbucket_plugin.fingerprint.store import Found
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from hfbucket_plugin.fingerprint.store import StoredRecord
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -59,7 +59,7 @@ def show_all(  # noqa: PLR0917 - Typer makes options of them
     raise typer.Exit(exit_codes.worst(codes))
 
 
-def _show(one: NamedInstance, wanted: list[str], *, as_json: bool) -> Iterator[int]:
+def _show(one: InstanceConfig, wanted: list[str], *, as_json: bool) -> Iterator[int]:
     try:
         with _store_of(one) as store:
             models = wanted or list(store.models(PAGE_SECS))
@@ -178,7 +178,7 @@ def _given(path: Path, model: str | None) -> Fingerprint:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"--from-file {str(path)!r}: is too large for a fingerprint")
-        fingerprint = Claim.from_json(path.read_bytes(), f"--from-file {str(path)!r}")
+        fingerprint = FingerprintClaim.from_json(path.read_bytes(), f"--from-file {str(path)!r}")
     except OSError as error:
         raise ConfigError(f"--from-file {str(path)!r} cannot be read: {error.strerror}") from None
     except IntegrityError as error:
@@ -198,7 +198,7 @@ def _claimed(store: FingerprintStore, model: str, digest: str) -> Fingerprint:
     return fitting[0]
 
 
-def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *, yes: bool, clear: bool) -> None:
+def _accept(one: InstanceConfig, store: FingerprintStore, wanted: Fingerprint, *, yes: bool, clear: bool) -> None:
     found, trouble = _read(store, wanted.model)
     before = found.record.of(wanted.space) if found is not None else None
     stale = [
@@ -229,7 +229,7 @@ def _accept(one: NamedInstance, store: FingerprintStore, wanted: Fingerprint, *,
     note(f"{one.name}: recorded; engines see it with their next look (fingerprint_refresh_secs)")
 
 
-def _read(store: FingerprintStore, model: str) -> tuple[Found | None, str]:
+def _read(store: FingerprintStore, model: str) -> tuple[StoredRecord | None, str]:
     try:
         return store.read(model, _soon()), ""
     except NewerError as error:
@@ -238,7 +238,7 @@ def _read(store: FingerprintStore, model: str) -> tuple[Found | None, str]:
         return None, str(error)
 
 
-def _asked(one: NamedInstance, wanted: Fingerprint) -> bool:
+def _asked(one: InstanceConfig, wanted: Fingerprint) -> bool:
     try:
         question = f"Record it for {printable(wanted.model)} in {one.settings.bucket_handle}?"
         return typer.confirm(question, default=False, err=True)
@@ -247,7 +247,7 @@ def _asked(one: NamedInstance, wanted: Fingerprint) -> bool:
 
 
 @contextlib.contextmanager
-def _store_of(one: NamedInstance) -> Iterator[FingerprintStore]:
+def _store_of(one: InstanceConfig) -> Iterator[FingerprintStore]:
     with opened(one, REQUEST_SECS) as bucket:
         store = FingerprintStore(bucket, one.name)
         try:

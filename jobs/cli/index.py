@@ -11,14 +11,14 @@ from hfbucket_plugin.errors import ConfigError
 from jobs.cli import options, units
 from jobs.index.build import IndexOrder
 from jobs.index.job import IndexJob
-from jobs.session import Session, options_checked
+from jobs.session import CommandSession, options_checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import timedelta
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from hfbucket_plugin.tools.signals import StopSwitch
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from hfbucket_plugin.tools.signals import ShutdownSignal
     from jobs.index.report import IndexSummary
     from jobs.report import ReportFile
 
@@ -49,7 +49,7 @@ def index(  # noqa: PLR0917 - Typer makes options of them
     ] = False,
     max_duration: options.MaxDuration = options.DEFAULT_DURATION,
     lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
-    scratch: options.ScratchDir = None,
+    temp_dir: options.TempDirOption = None,
     report: options.Report = None,
     metrics_textfile: options.MetricsFile = None,
 ) -> None:
@@ -61,8 +61,8 @@ def index(  # noqa: PLR0917 - Typer makes options of them
     with options_checked():
         if verify and (full or dry_run or accept_shrunk):
             raise ConfigError("--verify only compares: give it without --full, --dry-run and --accept-shrunk")
-        if scratch is not None and not scratch.is_dir():
-            raise ConfigError(f"--tmp-dir {str(scratch)!r} is no directory")
+        if temp_dir is not None and not temp_dir.is_dir():
+            raise ConfigError(f"--tmp-dir {str(temp_dir)!r} is no directory")
         named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
         order = IndexOrder(
             full=full,
@@ -73,17 +73,17 @@ def index(  # noqa: PLR0917 - Typer makes options of them
             accept_shrunk=accept_shrunk,
             until=Deadline.after(options.seconds(max_duration, "--max-duration")),
             lock_secs=options.lock_seconds(lock_lifetime),
-            scratch=scratch,
+            temp_dir=temp_dir,
         )
-    Session(report, metrics_textfile, [("--lmcache-config", lmcache_config)]).run(
+    CommandSession(report, metrics_textfile, [("--lmcache-config", lmcache_config)]).run(
         [(one.name, _working(one, order, verify=verify)) for one in named]
     )
 
 
 def _working(
-    named: NamedInstance, order: IndexOrder, *, verify: bool
-) -> Callable[[ReportFile, StopSwitch], IndexSummary]:
-    def work(file: ReportFile, stop: StopSwitch) -> IndexSummary:
+    named: InstanceConfig, order: IndexOrder, *, verify: bool
+) -> Callable[[ReportFile, ShutdownSignal], IndexSummary]:
+    def work(file: ReportFile, stop: ShutdownSignal) -> IndexSummary:
         job = IndexJob(named, order, file, stop)
         return job.verify() if verify else job.run()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfbucket_plugin.config.instances import NamedInstance, named_instances
+from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.errors import ConfigError
 from jobs.cli import units
 from jobs.lock.claims import LONGEST_SECONDS
@@ -70,7 +70,7 @@ LockLifetime = Annotated[
     ),
 ]
 PlanDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep plans here. Default: temporary files.")]
-ScratchDir = Annotated[
+TempDirOption = Annotated[
     Path | None,
     typer.Option(
         "--tmp-dir", metavar="DIR", help="Put snapshots together here: 200 bytes of disk a key. Default: TMPDIR."
@@ -182,7 +182,7 @@ def policy_flags(  # noqa: PLR0917 - as many as there are
 
 def chosen(
     config: Path | None, instances: Sequence[str] | None, l2_adapters: Sequence[str] | None, *, everything: bool
-) -> tuple[list[NamedInstance], list[NamedInstance]]:
+) -> tuple[list[InstanceConfig], list[InstanceConfig]]:
     """The instances that the options name, and all that the configuration names.
 
     Raises:

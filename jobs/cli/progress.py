@@ -16,7 +16,7 @@ _TERMINAL_SECS: Final = 5.0
 _LOG_SECS: Final = 60.0
 
 
-class Progress:
+class ProgressLog:
     """Counts what has ended, and says so now and then.
 
     Args:

@@ -7,8 +7,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import DeadlineError, ThrottledError, TransportError
-from jobs.batch.model import FRESH_SECS, SEND_SECS, TRIES, Batch, Elsewhere, Ended, Outcome, Result
-from jobs.lock.clock import HubClock
+from jobs.batch.model import FRESH_SECS, SEND_SECS, TRIES, ItemBatch, ItemOutcome, Outcome, ReferenceEndpoint, Result
+from jobs.lock.clock import ServerClock
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -44,12 +44,12 @@ class _Look:
 
 def attempt(
     bucket: Bucket,
-    batch: Batch[Item],
+    batch: ItemBatch[Item],
     not_after: datetime,
     deadline: Deadline,
     ends: datetime | None = None,
     *,
-    source: Elsewhere | None = None,
+    source: ReferenceEndpoint | None = None,
 ) -> Result[Item]:
     """Try once. What was rewritten or is too young stays.
 
@@ -85,10 +85,10 @@ def attempt(
     try:
         failed = bucket.delete(list(todo), look.deadline.within(SEND_SECS), once=True)
     except ThrottledError as error:
-        return Result(tuple(ended), Batch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
+        return Result(tuple(ended), ItemBatch(left, batch.tries, batch.asked), error.retry_after or _PAUSE_SECS)
     except TransportError as error:
         return _again(batch, left, batch.asked | todo.keys(), dict.fromkeys(todo, str(error)), ended)
-    ended += [Ended(item, Outcome.DELETED) for path, item in todo.items() if path not in failed]
+    ended += [ItemOutcome(item, Outcome.DELETED) for path, item in todo.items() if path not in failed]
     left = tuple(item for path, item in todo.items() if path in failed)
     return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
 
@@ -108,7 +108,7 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime |
         raise TransportError(
             "the Hub's answer has no Date, so nobody knows here whether the lock still holds: give --local"
         )
-    clock = HubClock(monotonic)
+    clock = ServerClock(monotonic)
     clock.stamped(date, sent, monotonic(), unsure_secs=1.0)
     seconds = (ends - clock.latest()).total_seconds()
     if seconds <= 0:
@@ -117,33 +117,37 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime |
 
 
 def _compare(
-    batch: Batch[Item], found: dict[str, ObjectInfo], at_source: Container[str], not_after: datetime
-) -> tuple[list[Ended[Item]], dict[str, Item]]:
+    batch: ItemBatch[Item], found: dict[str, ObjectInfo], at_source: Container[str], not_after: datetime
+) -> tuple[list[ItemOutcome[Item]], dict[str, Item]]:
     """What has ended, and by path what is still as planned."""
-    ended: list[Ended[Item]] = []
+    ended: list[ItemOutcome[Item]] = []
     todo: dict[str, Item] = {}
     for item in batch.items:
         info = found.get(item.path)
         if info is None:
-            ended.append(Ended(item, Outcome.DELETED if item.path in batch.asked else Outcome.GONE))
+            ended.append(ItemOutcome(item, Outcome.DELETED if item.path in batch.asked else Outcome.GONE))
         elif info.uploaded_at != item.uploaded_at or info.content.xet_hash != item.xet_hash or item.key in at_source:
-            ended.append(Ended(item, Outcome.CHANGED))
+            ended.append(ItemOutcome(item, Outcome.CHANGED))
         elif item.uploaded_at > not_after:
-            ended.append(Ended(item, Outcome.TOO_YOUNG))
+            ended.append(ItemOutcome(item, Outcome.TOO_YOUNG))
         elif item.path in todo:  # a listing that shifted under its pages names an object twice
-            ended.append(Ended(item, Outcome.GONE))
+            ended.append(ItemOutcome(item, Outcome.GONE))
         else:
             todo[item.path] = item
     return ended, todo
 
 
 def _again(
-    batch: Batch[Item], left: tuple[Item, ...], asked: frozenset[str], why: dict[str, str], ended: list[Ended[Item]]
+    batch: ItemBatch[Item],
+    left: tuple[Item, ...],
+    asked: frozenset[str],
+    why: dict[str, str],
+    ended: list[ItemOutcome[Item]],
 ) -> Result[Item]:
     """The result of a try that left something, or the last of it."""
     tries = batch.tries + 1
     if not left:
         return Result(tuple(ended))
     if tries >= TRIES:
-        return Result((*ended, *(Ended(item, Outcome.FAILED, why[item.path]) for item in left)))
-    return Result(tuple(ended), Batch(left, tries, asked & {item.path for item in left}))
+        return Result((*ended, *(ItemOutcome(item, Outcome.FAILED, why[item.path]) for item in left)))
+    return Result(tuple(ended), ItemBatch(left, tries, asked & {item.path for item in left}))

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from datetime import datetime
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.bucket import Bucket
     from jobs.batch.apply import Executor
-    from jobs.batch.model import Batch, Elsewhere, Result
-    from jobs.deletion.plan import Item, Order
+    from jobs.batch.model import ItemBatch, ReferenceEndpoint, Result
+    from jobs.deletion.plan import DeletionOrder, Item
 
 _RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 """Without one of them no cluster is configured (`warmer.cluster.ray`)."""
 
 
 @contextlib.contextmanager
-def executing(named: NamedInstance, bucket: Bucket, order: Order) -> Iterator[Executor[Item]]:
+def executing(named: InstanceConfig, bucket: Bucket, order: DeletionOrder) -> Iterator[Executor[Item]]:
     """An executor as an order wants it, ended at the end.
 
     Raises:
@@ -78,14 +78,14 @@ class InProcess:
         source: Of a mirror.
     """
 
-    def __init__(self, bucket: Bucket, width: int, source: Elsewhere | None = None) -> None:
+    def __init__(self, bucket: Bucket, width: int, source: ReferenceEndpoint | None = None) -> None:
         self.width = width
         self._bucket = bucket
         self._source = source
         self._pool = WorkerPool("jobs-delete", width)
 
     def submit(
-        self, batch: Batch[Item], not_after: datetime, seconds: float, _ends: datetime | None
+        self, batch: ItemBatch[Item], not_after: datetime, seconds: float, _ends: datetime | None
     ) -> Future[Result[Item]]:
         """Begin a try at a batch. However late its thread gets to it, it ends in time."""
         deadline = Deadline.after(seconds)

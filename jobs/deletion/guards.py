@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.units import NOTHING, Extent, count, size
-from hfbucket_plugin.errors import ConfigError, GuardError
+from hfbucket_plugin.errors import ConfigError, SafetyError
 from jobs.cli import units
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class MaxDelete:
         if self.bytes is not None and planned.bytes > self.bytes:
             told.append(size(self.bytes))
         if told:
-            raise GuardError(
+            raise SafetyError(
                 f"the plan deletes {planned}, more than --max-delete allows ({' and '.join(told)}): nothing is deleted. "
                 "If that is what you want, raise --max-delete"
             )
@@ -132,7 +132,7 @@ def check_not_more(listed: int, distinct: int, in_bucket: int) -> None:
     if (listed - in_bucket) * _MISSING <= in_bucket:
         return
     twice = f" ({listed - distinct:,} of them again)" if distinct < listed else ""
-    raise GuardError(
+    raise SafetyError(
         f"the listing shows {count(listed, 'object')}{twice} where the bucket says that it has {in_bucket:,}: it is "
         "wrong, and nothing is deleted. Run again; if the bucket's own count is wrong, give --accept-shrunk"
     )
@@ -163,14 +163,14 @@ def check_listing(
         GuardError: It is empty, truncated, or has less than half of what there was.
     """
     if not listed.and_(foreign).objects and not may_be_empty:
-        raise GuardError(f"the listing is empty: nothing is {done}. Is bucket_handle, with its prefix, the right one?")
+        raise SafetyError(f"the listing is empty: nothing is {done}. Is bucket_handle, with its prefix, the right one?")
     if in_bucket is not None and (in_bucket - seen) * _MISSING > in_bucket:
-        raise GuardError(
+        raise SafetyError(
             f"the listing has {count(seen, 'object')} where the bucket says that it has {in_bucket:,}: it is truncated, "
             f"and nothing is {done}. Run again; if the bucket's own count is wrong, give --accept-shrunk"
         )
     if last is not None and listed.objects * _SHRUNK < last.objects:
-        raise GuardError(
+        raise SafetyError(
             f"the listing has {count(listed.objects, 'object')}, less than half of the {last.objects:,} that the last run "
             f"left: nothing is {done}. If others deleted them, give --accept-shrunk once"
         )

@@ -13,12 +13,12 @@ from hfbucket_plugin.core.keys import same_endpoint
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import (
     ConfigError,
-    GuardError,
     HFBucketError,
     RefusedError,
+    SafetyError,
 )
 from hfbucket_plugin.hub.connect import PAGE_SECS, REQUEST_SECS, files_in, opened
-from hfbucket_plugin.index.notifier import telling
+from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs import history
@@ -27,13 +27,13 @@ from jobs.batch.model import Outcome
 from jobs.deletion import mirror
 from jobs.deletion.executor import executing
 from jobs.deletion.guards import check_listing, check_not_more
-from jobs.deletion.plan import Header, PlanFile, PlanWriter
+from jobs.deletion.plan import DeletionHeader, DeletionPlanFile, DeletionPlanWriter
 from jobs.deletion.planning import Planning
 from jobs.deletion.recheck import rechecking
-from jobs.deletion.report import Summary, header_record
-from jobs.lock.clock import HubClock, ask
-from jobs.lock.lock import Lock
-from jobs.report import Tally
+from jobs.deletion.report import DeletionSummary, header_record
+from jobs.lock.clock import ServerClock, ask
+from jobs.lock.lock import BucketLock
+from jobs.report import OutcomeTally
 from jobs.retention.access import UNASKED, Heat, opened_heat
 from jobs.retention.objects import Classifier
 from jobs.session import code_of, coded
@@ -41,23 +41,23 @@ from jobs.session import code_of, coded
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.core.keys import BucketHandle
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.format import Pointer
-    from hfbucket_plugin.index.notifier import Teller
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.batch.apply import End
-    from jobs.batch.model import Ended
-    from jobs.deletion.plan import Item, Order
-    from jobs.deletion.planning import Selection
+    from hfbucket_plugin.index.notifier import IndexNotifier
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from jobs.batch.apply import ApplyResult
+    from jobs.batch.model import ItemOutcome
+    from jobs.deletion.plan import DeletionOrder, Item
+    from jobs.deletion.planning import CandidateSource
     from jobs.report import ReportFile
 
 
 _SKEW: Final = timedelta(minutes=1)
 
 
-class Job:
+class DeletionJob:
     """A job on one instance.
 
     Args:
@@ -68,7 +68,9 @@ class Job:
         stop: Whether to stop.
     """
 
-    def __init__(self, name: str, named: NamedInstance, order: Order, file: ReportFile, stop: StopSwitch) -> None:
+    def __init__(
+        self, name: str, named: InstanceConfig, order: DeletionOrder, file: ReportFile, stop: ShutdownSignal
+    ) -> None:
         self._name = name
         self._named = named
         self._order = order
@@ -76,24 +78,24 @@ class Job:
         self._stop = stop
         self._started = time.monotonic()
         self._until = order.until or Deadline.after(order.max_duration_secs)
-        self._plan: PlanFile | None = None
+        self._plan: DeletionPlanFile | None = None
         self._applied = order.yes
-        self._tally = Tally(file)
+        self._tally = OutcomeTally(file)
         self._chunks_gone = Extent()
-        self._teller: Teller | None = None
+        self._notifier: IndexNotifier | None = None
         self._planned_by: Pointer | None = None
         self._resumed = False
         self._message = ""
 
-    def select(self, selection: Selection, wanted: dict[str, Any]) -> Summary:
+    def select(self, selection: CandidateSource, wanted: dict[str, Any]) -> DeletionSummary:
         """Plan what a selection wants, and carry it out if that was ordered."""
         return self._told(lambda bucket: self._select(bucket, selection, wanted))
 
-    def resume(self, plan: PlanFile) -> Summary:
+    def resume(self, plan: DeletionPlanFile) -> DeletionSummary:
         """Carry a plan out that was made before."""
         return self._told(lambda bucket: self._resume(bucket, plan))
 
-    def _told(self, work: Callable[[Bucket], int]) -> Summary:
+    def _told(self, work: Callable[[Bucket], int]) -> DeletionSummary:
         """Do the work, and report however it ends."""
 
         def with_bucket() -> int:
@@ -110,8 +112,8 @@ class Job:
                     self._plan.path.unlink()
         return summary
 
-    def _summary(self, code: int) -> Summary:
-        return Summary(
+    def _summary(self, code: int) -> DeletionSummary:
+        return DeletionSummary(
             self._name,
             self._named.name,
             str(self._named.settings.bucket_handle),
@@ -125,12 +127,12 @@ class Job:
             time.monotonic() - self._started,
         )
 
-    def _select(self, bucket: Bucket, selection: Selection, wanted: dict[str, Any]) -> int:
+    def _select(self, bucket: Bucket, selection: CandidateSource, wanted: dict[str, Any]) -> int:
         if self._order.yes:
             with self._lock(bucket).held() as lock:
                 plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep_planning)
                 return self._apply(bucket, lock, plan)
-        clock = HubClock()
+        clock = ServerClock()
         ask(bucket, clock, REQUEST_SECS)
         plan = self._make(bucket, clock, selection, wanted, tick=lambda: None)
         if self._order.ask is None or not plan.left.objects or not self._order.ask(plan):
@@ -139,7 +141,7 @@ class Job:
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
 
-    def _resume(self, bucket: Bucket, plan: PlanFile) -> int:
+    def _resume(self, bucket: Bucket, plan: DeletionPlanFile) -> int:
         self._plan, self._resumed = plan, True
         self._name = plan.header.job
         endpoint = self._named.settings.endpoint
@@ -160,14 +162,14 @@ class Job:
         with self._lock(bucket).held() as lock:
             return self._apply(bucket, lock, plan)
 
-    def _expect_no_neighbour(self, bucket: Bucket, plan: PlanFile) -> None:
+    def _expect_no_neighbour(self, bucket: Bucket, plan: DeletionPlanFile) -> None:
         """Refuse a plan that deletes what is of another instance by now."""
         classifier = Classifier(bucket, self._neighbours(bucket, foreign=True))
         for item in plan.items():
             if classifier.is_neighbour(item.path):
                 raise RefusedError(
                     f"{item.path!r}, which the plan deletes, belongs to another instance of the configuration: nothing is "
-                    "deleted. Plan anew"
+                    "deleted. Make a new plan"
                 )
 
     def _neighbours(self, bucket: Bucket, *, foreign: bool) -> tuple[BucketHandle, ...]:
@@ -187,14 +189,20 @@ class Job:
         ours = {name for name, other in buckets.items() if bucket.settled(other, deadline).same_bucket(settled)}
         return tuple(other.within(own.bucket_id) if other.bucket_id.casefold() in ours else other for other in others)
 
-    def _lock(self, bucket: Bucket) -> Lock:
+    def _lock(self, bucket: Bucket) -> BucketLock:
         if not self._named.settings.writes:
             raise RefusedError(f"role is {self._named.settings.role}, so nothing is deleted through this instance")
-        return Lock(bucket, self._name, seconds=self._order.lock_secs, request_secs=REQUEST_SECS)
+        return BucketLock(bucket, self._name, seconds=self._order.lock_secs, request_secs=REQUEST_SECS)
 
     def _make(
-        self, bucket: Bucket, clock: HubClock, selection: Selection, wanted: dict[str, Any], *, tick: Callable[[], None]
-    ) -> PlanFile:
+        self,
+        bucket: Bucket,
+        clock: ServerClock,
+        selection: CandidateSource,
+        wanted: dict[str, Any],
+        *,
+        tick: Callable[[], None],
+    ) -> DeletionPlanFile:
         """List, plan, and judge the plan.
 
         Raises:
@@ -213,17 +221,17 @@ class Job:
     def _make_by(
         self,
         bucket: Bucket,
-        clock: HubClock,
-        selection: Selection,
+        clock: ServerClock,
+        selection: CandidateSource,
         wanted: dict[str, Any],
         *,
         now: datetime,
         heat: Heat,
         tick: Callable[[], None],
-    ) -> PlanFile:
+    ) -> DeletionPlanFile:
         order = self._order
         self._planned_by = None if heat.table is None else heat.table.pointer
-        header = Header(
+        header = DeletionHeader(
             self._name,
             self._named.name,
             bucket.handle,
@@ -251,7 +259,7 @@ class Job:
             in_time()
             tick()
 
-        with PlanWriter(path, header) as writer:
+        with DeletionPlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each, heat)
             page_secs = PAGE_SECS
             neighbours = self._neighbours(bucket, foreign=order.foreign)
@@ -261,12 +269,12 @@ class Job:
                 _expect_not_more(bucket, planning, total)
             check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
-        self._plan = plan = PlanFile.open(path)
+        self._plan = plan = DeletionPlanFile.open(path)
         order.show(plan)
         plan.check(order.max_delete)
         return plan
 
-    def _apply(self, bucket: Bucket, lock: Lock, plan: PlanFile) -> int:
+    def _apply(self, bucket: Bucket, lock: BucketLock, plan: DeletionPlanFile) -> int:
         order = self._order
         if self._name == mirror.JOB:
             mirror.expect_source(order.source)
@@ -274,15 +282,15 @@ class Job:
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
                 f"the plan was made at {plan.header.made_at.isoformat(timespec='seconds')} by a clock that is ahead of the "
-                f"Hub's ({now.isoformat(timespec='seconds')}), so its ages are wrong: nothing is deleted. Plan anew"
+                f"Hub's ({now.isoformat(timespec='seconds')}), so its ages are wrong: nothing is deleted. Make a new plan"
             )
         with (
             self._stop.orderly(),
-            telling(bucket) as teller,
+            notifying(bucket) as notifier,
             rechecking(bucket, plan.header, self._planned_by, now, self._count, without=order.without_heat) as unused,
             executing(self._named, bucket, self._order) as executor,
         ):
-            self._teller = teller
+            self._notifier = notifier
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
             applier = Applier(
@@ -306,14 +314,14 @@ class Job:
                 code = self._keep(bucket, code)
         return code
 
-    def _count(self, ended: Ended[Item]) -> None:
-        if self._teller is not None and ended.outcome is Outcome.DELETED:
-            self._teller.did(self._named.settings.bucket_handle.relative(ended.item.path) or "", None)
+    def _count(self, ended: ItemOutcome[Item]) -> None:
+        if self._notifier is not None and ended.outcome is Outcome.DELETED:
+            self._notifier.did(self._named.settings.bucket_handle.relative(ended.item.path) or "", None)
         if ended.outcome in (Outcome.DELETED, Outcome.GONE) and ended.item.is_chunk:
             self._chunks_gone = self._chunks_gone.plus(ended.item.size)
         self._tally.add(ended)
 
-    def _judge(self, end: End) -> int:
+    def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)
@@ -347,7 +355,7 @@ class Job:
         return code
 
 
-def _file_name(header: Header) -> str:
+def _file_name(header: DeletionHeader) -> str:
     safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in header.instance)
     return f"{header.job}-{safe}-{header.made_at:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
@@ -361,5 +369,5 @@ def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
     """
     try:
         check_not_more(planning.shown, planning.seen, total)
-    except GuardError:
+    except SafetyError:
         check_not_more(planning.shown, planning.seen, max(total, files_in(bucket) or 0))

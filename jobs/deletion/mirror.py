@@ -6,17 +6,17 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content, parse_key
+from hfbucket_plugin.core.keys import ContentId, parse_key
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.hub.listing import ChunkEntry, list_chunks
 from jobs.deletion.planning import by_age
-from jobs.retention.order import Decision, Entry, Reason
+from jobs.retention.order import Decision, Reason, RetentionEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from datetime import datetime, timedelta
 
-    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.selection import Selection
     from jobs.export.bucket import InstanceEnd
     from jobs.export.plan import Renames
 
@@ -27,7 +27,7 @@ _LOOK_UP_SECS: Final = 330.0
 _PARTS: Final = ("since", "newest", "max_bytes", "keys_from", "prompts")
 
 
-def check_mirror(choice: Choice, renames: Renames, *, directories: bool) -> None:
+def check_mirror(selection: Selection, renames: Renames, *, directories: bool) -> None:
     """Refuse what a mirror cannot be of: only names say what both ends should have.
 
     Raises:
@@ -37,7 +37,7 @@ def check_mirror(choice: Choice, renames: Renames, *, directories: bool) -> None
         raise ConfigError("--mirror works between two instances: files of a directory are yours to delete")
     if renames.rules:
         raise ConfigError("--mirror and --rename contradict each other: the source does not have the copies' names")
-    flags = [f"--{name.replace('_', '-')}" for name in _PARTS if getattr(choice, name) not in (None, ())]
+    flags = [f"--{name.replace('_', '-')}" for name in _PARTS if getattr(selection, name) not in (None, ())]
     if flags:
         raise ConfigError(
             f"--mirror and {', '.join(flags)} contradict each other: what was not chosen would be deleted. Choose by names "
@@ -63,20 +63,20 @@ class NotAtSource:
 
     Args:
         source: The source of the mirror.
-        choice: Which chunks the mirror is about.
+        selection: Which chunks the mirror is about.
         min_age: Nothing younger goes.
     """
 
     needs_heat = False
 
-    def __init__(self, source: InstanceEnd, choice: Choice, min_age: timedelta) -> None:
+    def __init__(self, source: InstanceEnd, selection: Selection, min_age: timedelta) -> None:
         self._source = source
-        self._choice = choice
+        self._selection = selection
         self._min_age = min_age
 
-    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+    def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks, a page at a time: the source is asked for each by name."""
-        chosen = self._choice.filter(now)
+        chosen = self._selection.filter(now)
         entries = iter(entries)
         while page := list(itertools.islice(entries, _PAGE)):
             ours = {entry.key for entry in page if chosen(_chunk(entry))}
@@ -88,10 +88,10 @@ class NotAtSource:
                     yield Decision(entry, Reason.KEPT, delete=False)
 
     @staticmethod
-    def foreign(entry: Entry, _now: datetime) -> Decision:
+    def foreign(entry: RetentionEntry, _now: datetime) -> Decision:
         """What is no chunk stays."""
         return Decision(entry, Reason.KEPT, delete=False)
 
 
-def _chunk(entry: Entry) -> ChunkEntry:
-    return ChunkEntry(entry.key, parse_key(entry.key), Content(entry.xet_hash, entry.size), entry.uploaded_at)
+def _chunk(entry: RetentionEntry) -> ChunkEntry:
+    return ChunkEntry(entry.key, parse_key(entry.key), ContentId(entry.xet_hash, entry.size), entry.uploaded_at)

@@ -34,7 +34,7 @@ _LONGEST_AGE_SECS: Final = 100 * 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class DeletionHeader:
     """What a plan is for.
 
     Attributes:
@@ -91,7 +91,7 @@ class Header:
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], *, foreign: bool = False) -> Header:
+    def from_record(cls, record: dict[str, Any], *, foreign: bool = False) -> DeletionHeader:
         """Read what `record` made.
 
         Args:
@@ -190,7 +190,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class DeletionTotals:
     """What was found while planning.
 
     Attributes:
@@ -231,7 +231,7 @@ class Totals:
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Totals:
+    def from_record(cls, record: dict[str, Any]) -> DeletionTotals:
         """Read what `record` made.
 
         Raises:
@@ -262,7 +262,7 @@ def _moment(text: str) -> datetime:
     return moment
 
 
-class PlanWriter(PlanOutput):
+class DeletionPlanWriter(PlanOutput):
     """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
 
     Args:
@@ -273,7 +273,7 @@ class PlanWriter(PlanOutput):
         ConfigError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: DeletionHeader) -> None:
         super().__init__(path, header.record())
         self._planned = Extent()
         self._by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
@@ -292,12 +292,12 @@ class PlanWriter(PlanOutput):
     def finish(
         self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent], foreign: Extent = NOTHING
     ) -> None:
-        """End the plan: from now on it is there. See `Totals`."""
-        totals = Totals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by, self._latest)
+        """End the plan: from now on it is there. See `DeletionTotals`."""
+        totals = DeletionTotals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by, self._latest)
         self._end(totals.record())
 
 
-class PlanFile:
+class DeletionPlanFile:
     """A plan on disk.
 
     Attributes:
@@ -309,7 +309,14 @@ class PlanFile:
     """
 
     def __init__(
-        self, path: Path, header: Header, totals: Totals, left: Extent, *, chunks_left: Extent, lines: Sealed
+        self,
+        path: Path,
+        header: DeletionHeader,
+        totals: DeletionTotals,
+        left: Extent,
+        *,
+        chunks_left: Extent,
+        lines: Sealed,
     ) -> None:
         self.path = path
         self.header = header
@@ -319,7 +326,7 @@ class PlanFile:
         self._lines = lines
 
     @classmethod
-    def open(cls, path: Path, *, ours: bool = False, foreign: bool = False) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False, foreign: bool = False) -> DeletionPlanFile:
         """Read a plan, every line of it.
 
         Args:
@@ -345,7 +352,7 @@ class PlanFile:
             raise ConfigError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
         header, totals, left = reader.header, reader.totals, reader.left
         if header is None or totals is None:
-            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
+            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; make a new plan")
         if left.objects > totals.planned.objects:
             raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
         return cls(path, header, totals, left, chunks_left=reader.chunks_left, lines=lines)
@@ -384,8 +391,8 @@ class _Reader:
     def __init__(self, *, foreign: bool = False) -> None:
         self._foreign = foreign
         self.number = 0
-        self.header: Header | None = None
-        self.totals: Totals | None = None
+        self.header: DeletionHeader | None = None
+        self.totals: DeletionTotals | None = None
         self.left = self.chunks_left = Extent()
 
     def take(self, line: bytes) -> None:
@@ -394,9 +401,9 @@ class _Reader:
         if self.totals is not None:
             raise ValueError("there is more after its end")
         if self.header is None:
-            self.header = Header.from_record(record, foreign=self._foreign)
+            self.header = DeletionHeader.from_record(record, foreign=self._foreign)
         elif record.get("record") == "end":
-            self.totals = Totals.from_record(record)
+            self.totals = DeletionTotals.from_record(record)
         else:
             item = Item.from_record(record)
             _expect_allowed(item, self.header)
@@ -412,8 +419,8 @@ def _record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _expect_allowed(item: Item, header: Header) -> None:
-    """Refuse what no plan of ours would name, whoever wrote it there."""
+def _expect_allowed(item: Item, header: DeletionHeader) -> None:
+    """Refuse what no plan of ours would name."""
     name = header.bucket.relative(item.path)
     if name is None or is_reserved(name):
         raise RefusedError(f"{item.path!r} is never deleted: nothing is")
@@ -434,7 +441,7 @@ def _expect_allowed(item: Item, header: Header) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class DeletionOrder:
     """How a job is to be done.
 
     Attributes:
@@ -462,8 +469,8 @@ class Order:
     max_delete: MaxDelete
     min_age: timedelta
     yes: bool = False
-    ask: Callable[[PlanFile], bool] | None = None
-    show: Callable[[PlanFile], None] = field(default=lambda _: None)
+    ask: Callable[[DeletionPlanFile], bool] | None = None
+    show: Callable[[DeletionPlanFile], None] = field(default=lambda _: None)
     foreign: bool = False
     accept_shrunk: bool = False
     max_duration_secs: float = 3600.0

@@ -14,21 +14,21 @@ from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
     ConfigError,
-    GuardError,
     HFBucketError,
     RefusedError,
+    SafetyError,
 )
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from jobs.deletion.plan import Item
 from jobs.retention.access import UNASKED
 from jobs.retention.objects import Kind
-from jobs.retention.order import Decision, Entry, Reason
+from jobs.retention.order import Decision, Reason, RetentionEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime, timedelta
 
-    from jobs.deletion.plan import Header, PlanWriter
+    from jobs.deletion.plan import DeletionHeader, DeletionPlanWriter
     from jobs.retention.access import Heat
     from jobs.retention.objects import Listed
 
@@ -38,13 +38,13 @@ TICK_OBJECTS: Final = 1000
 """As many as a page has."""
 
 
-class Selection(Protocol):
+class CandidateSource(Protocol):
     """What is to go."""
 
-    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+    def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks, in any order."""
 
-    def foreign(self, entry: Entry, now: datetime) -> Decision:
+    def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
         """Decide upon what is no chunk, where that is to go."""
 
     @property
@@ -71,9 +71,9 @@ class Planning:
 
     def __init__(
         self,
-        header: Header,
-        selection: Selection,
-        writer: PlanWriter,
+        header: DeletionHeader,
+        selection: CandidateSource,
+        writer: DeletionPlanWriter,
         tick: Callable[[], None],
         heat: Heat = UNASKED,
     ) -> None:
@@ -99,7 +99,7 @@ class Planning:
         for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
             self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
 
-    def _chunks(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+    def _chunks(self, listing: Iterable[Listed]) -> Iterator[RetentionEntry]:
         for one in self._distinct(_whole(listing)):
             entry = one.entry
             if one.kind is Kind.CHUNK:
@@ -113,7 +113,7 @@ class Planning:
 
     def _distinct(self, listing: Iterable[Listed]) -> Iterator[Listed]:
         """Each object once: a page that the Hub shows again lends no room to the cap on deletes."""
-        with Seen() as seen:
+        with SeenPaths() as seen:
             for one in listing:
                 if self.shown % TICK_OBJECTS == 0:
                     self._tick()
@@ -141,7 +141,7 @@ class Planning:
         self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by), self.foreign)
 
 
-class Seen:
+class SeenPaths:
     """Which paths were seen, in a temporary file. Use it as a context manager.
 
     Paths come in their order where all is well, so that the table grows at its end: memory does not follow their number.
@@ -178,10 +178,10 @@ def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:
     except (AccessDeniedError, BucketMissingError, ConfigError, RefusedError):
         raise
     except HFBucketError as error:
-        raise GuardError(f"the listing is not complete, so nothing is deleted: {error}") from None
+        raise SafetyError(f"the listing is not complete, so nothing is deleted: {error}") from None
 
 
-def by_age(entry: Entry, now: datetime, min_age: timedelta, reason: Reason) -> Decision:
+def by_age(entry: RetentionEntry, now: datetime, min_age: timedelta, reason: Reason) -> Decision:
     """Delete whatever is old enough to be deleted at all."""
     if entry.uploaded_at is None:
         return Decision(entry, Reason.NO_DATE, delete=False)

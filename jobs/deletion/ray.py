@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub import xet_home
 from hfbucket_plugin.hub.connect import REQUEST_SECS, open_bucket
-from jobs.batch.model import Batch, Outcome, Result
+from jobs.batch.model import ItemBatch, Outcome, Result
 from jobs.batch.ray_pool import ActorExecutor, without_token
 from jobs.deletion.attempt import attempt
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
     from jobs.deletion.plan import Item
 
@@ -27,14 +27,14 @@ class _Deleter:
     def __init__(self, settings: InstanceSettings, instance: str) -> None:
         xet_home.claim()
         self._settings = settings
-        self._bucket = open_bucket(settings, instance, Tally(), REQUEST_SECS)
+        self._bucket = open_bucket(settings, instance, MemorySink(), REQUEST_SECS)
 
     def tokens(self) -> list[bool]:
         """Whether its node has a token for the instance."""
         return [self._settings.resolve_token() is not None]
 
     def attempt(
-        self, batch: Batch[Item], not_after: datetime, seconds: float, ends: datetime
+        self, batch: ItemBatch[Item], not_after: datetime, seconds: float, ends: datetime
     ) -> Result[Item] | HFBucketError:
         """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
         try:
@@ -56,6 +56,6 @@ class DeletionActors(ActorExecutor["Item"]):
         ClusterError: The cluster cannot be joined, or starts no actors.
     """
 
-    def __init__(self, named: NamedInstance, width: int, address: str | None) -> None:
+    def __init__(self, named: InstanceConfig, width: int, address: str | None) -> None:
         arguments = (without_token(named), named.name)
         super().__init__(width, address, [named], Outcome.FAILED, actor=_Deleter, arguments=arguments)

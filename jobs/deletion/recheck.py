@@ -15,9 +15,9 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from hfbucket_plugin.index.format import FormatError
-from hfbucket_plugin.index.store import POINTER, IndexStore, Told
+from hfbucket_plugin.index.store import POINTER, IndexStore, JournalRows
 from hfbucket_plugin.index.table import digests_of
-from jobs.batch.model import Ended, Outcome
+from jobs.batch.model import ItemOutcome, Outcome
 from jobs.retention.access import ADVICE, opened_heat
 from jobs.retention.order import BY_USE
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index.access.table import HeatTable
     from hfbucket_plugin.index.format import Pointer
     from hfbucket_plugin.index.table import Rows
-    from jobs.deletion.plan import Header, Item
+    from jobs.deletion.plan import DeletionHeader, Item
 
 _ITEMS: Final = 1000
 _LOOK_SECS: Final = 180.0
@@ -36,7 +36,7 @@ _LOOK_SECS: Final = 180.0
 
 _REQUEST_SECS: Final = 60.0
 _DRIFT_SECS: Final = 60.0
-"""A journal that is written anew tells of an old hit as if it were later by what its upload took."""
+"""A journal that is rewritten tells of an old hit as if it were later by what its upload took."""
 
 _MOST_HITS: Final = 4_000_000
 """Keys that were read since: 100 MB."""
@@ -61,7 +61,7 @@ class Recheck:
         bucket: Bucket,
         table: HeatTable | None,
         since: float,
-        told: Callable[[Ended[Item]], None],
+        told: Callable[[ItemOutcome[Item]], None],
         clock: Callable[[], float] = time.monotonic,
         *,
         lost_at: float = 0.0,
@@ -87,7 +87,7 @@ class Recheck:
             used = self._used(asked) if asked else frozenset()
             for item in page:
                 if item.path in used:
-                    self._told(Ended(item, Outcome.USED))
+                    self._told(ItemOutcome(item, Outcome.USED))
                 else:
                     yield item
 
@@ -117,16 +117,16 @@ class Recheck:
         if self._looked_at is not None and self._clock() - self._looked_at < _LOOK_SECS:
             return
         try:
-            shelf = self._store.list(Deadline.after(_REQUEST_SECS))
-            if shelf.crowded:
-                raise HeatUnknownError(f"what was read since the plan is not known: {shelf.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
+            listing = self._store.list(Deadline.after(_REQUEST_SECS))
+            if listing.crowded:
+                raise HeatUnknownError(f"what was read since the plan is not known: {listing.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
             fresh = [
                 one
-                for one in shelf.journals
+                for one in listing.journals
                 if one.name.hits and one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
             ]
             for journal, told in self._store.read_told(fresh, Deadline.after(10 * _REQUEST_SECS)):
-                if isinstance(told, Told):
+                if isinstance(told, JournalRows):
                     self._expect_whole(told.lost)
                     self._take(told.hits)
                 elif not isinstance(told, FormatError):
@@ -162,7 +162,9 @@ class Recheck:
         )
         self._last = rows[last]
         if len(self._last) > _MOST_HITS:
-            raise HeatUnknownError(f"more than {_MOST_HITS:,} chunks were read since the plan: plan anew. {ADVICE}")
+            raise HeatUnknownError(
+                f"more than {_MOST_HITS:,} chunks were read since the plan: make a new plan. {ADVICE}"
+            )
 
     def close(self) -> None:
         """Look no more."""
@@ -176,7 +178,7 @@ def _dropped(hits: int) -> HeatUnknownError:
     )
 
 
-def _dropped_before(header: Header, planned_by: Pointer | None) -> float:
+def _dropped_before(header: DeletionHeader, planned_by: Pointer | None) -> float:
     """The last moment at which an engine dropped hits, as far as a plan knows."""
     if planned_by is not None:
         return planned_by.heat_lost_at
@@ -190,10 +192,10 @@ def _dropped_before(header: Header, planned_by: Pointer | None) -> float:
 @contextlib.contextmanager
 def rechecking(
     bucket: Bucket,
-    header: Header,
+    header: DeletionHeader,
     planned_by: Pointer | None,
     now: datetime,
-    told: Callable[[Ended[Item]], None],
+    told: Callable[[ItemOutcome[Item]], None],
     *,
     without: bool,
 ) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
@@ -235,7 +237,7 @@ def _is_present(bucket: Bucket, pointer: Pointer) -> bool:
     try:
         info = bucket.stat([path], Deadline.after(_REQUEST_SECS)).get(path)
         return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)) == pointer
-    except HFBucketError:  # whoever reads all of it says what is wrong
+    except HFBucketError:  # reading all of it reports what is wrong
         return False
     finally:
         store.close()

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from enum import StrEnum
 
-    from jobs.deletion.plan import Header, PlanFile
+    from jobs.deletion.plan import DeletionHeader, DeletionPlanFile
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class DeletionSummary:
     """What came of a job on one instance.
 
     Attributes:
@@ -48,7 +48,7 @@ class Summary:
     code: int
     applied: bool
     message: str = ""
-    plan: PlanFile | None = None
+    plan: DeletionPlanFile | None = None
     ended: dict[StrEnum, Extent] = field(default_factory=dict)
     chunks_gone: Extent = NOTHING
     failures: tuple[dict[str, str], ...] = ()
@@ -122,7 +122,7 @@ class Summary:
         }
 
 
-def header_record(header: Header) -> dict[str, Any]:
+def header_record(header: DeletionHeader) -> dict[str, Any]:
     """The first line of an instance's part of a report."""
     return header.record() | {"record": "report"}
 
@@ -130,7 +130,7 @@ def header_record(header: Header) -> dict[str, Any]:
 _HEADER = ("model", "reason", "objects", "bytes")
 
 
-def show_plan(shown: PlanFile) -> None:
+def show_plan(shown: DeletionPlanFile) -> None:
     """Objects and bytes by model and reason: a table in a terminal, else a line for each. Then what it goes by, and both ages."""
     totals, name = shown.totals, shown.header.instance
     rows = [
@@ -154,7 +154,7 @@ def show_plan(shown: PlanFile) -> None:
     note(f"{name}: to be deleted: {shown.left}, of {totals.listed}")
 
 
-def _ages(shown: PlanFile) -> None:
+def _ages(shown: DeletionPlanFile) -> None:
     name, now = shown.header.instance, shown.header.made_at
     for reason, (put, used) in sorted(shown.totals.latest.items()):
         read = "" if used is None else f", and used {age(used, now)} ago"
@@ -163,7 +163,7 @@ def _ages(shown: PlanFile) -> None:
         note(f"{name}: {line}")
 
 
-def ask_to_delete(shown: PlanFile) -> bool:
+def ask_to_delete(shown: DeletionPlanFile) -> bool:
     """Ask whether to carry a plan out; no answer is none."""
     try:
         return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)

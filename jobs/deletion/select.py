@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools.lines import key_lines
 from jobs.deletion.planning import by_age
-from jobs.retention.order import Decision, Entry, Reason, decide
+from jobs.retention.order import Decision, Reason, RetentionEntry, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,11 +35,11 @@ class ByPolicy:
         """Whether the policy goes by when chunks were last read."""
         return self._policy.goes_by_use
 
-    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+    def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks."""
         return decide(self._policy, entries, now, self._directory)
 
-    def foreign(self, entry: Entry, now: datetime) -> Decision:
+    def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
         """Let go of what is no chunk, unless it is too young or shielded by its name."""
         if entry.key.startswith(self._policy.keep_prefix):
             return Decision(entry, Reason.SHIELDED, delete=False)
@@ -77,11 +77,11 @@ class ByName:
         """How many keys no listing had so far."""
         return self._keys.count_absent()
 
-    def chunks(self, entries: Iterable[Entry], now: datetime) -> Iterator[Decision]:
+    def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
         """Decide upon the chunks."""
         return (self.foreign(entry, now) for entry in entries)
 
-    def foreign(self, entry: Entry, now: datetime) -> Decision:
+    def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
         """Decide upon any object."""
         if not self._keys.find(entry.key) and not entry.key.startswith(self._prefixes):
             return Decision(entry, Reason.KEPT, delete=False)

@@ -6,16 +6,16 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, RefusedError
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.hub.listing import list_chunks_ahead
-from hfbucket_plugin.hub.transfer import Read, Upload
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload
 from jobs.batch.model import FRESH_SECS
-from jobs.export.endpoint import Held
+from jobs.export.endpoint import EndpointObject
 from warmer.plan.key_files import keys_of, look_up_keys
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.hub.listing import ChunkEntry
-    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.selection import Selection
     from jobs.export.endpoint import Chunk
 
 _REQUEST_SECS: Final = 60.0
@@ -48,7 +48,7 @@ class InstanceEnd:
         self.settings = settings
         # hf_xet's own patience follows the deadlines that an instance has.
         patient = settings.model_copy(update={"put_timeout_secs": _REQUEST_SECS})
-        self.bucket: Bucket = open_bucket(patient, name, Tally(), _REQUEST_SECS)
+        self.bucket: Bucket = open_bucket(patient, name, MemorySink(), _REQUEST_SECS)
 
     @property
     def name(self) -> str:
@@ -72,11 +72,11 @@ class InstanceEnd:
                 raise
             self.bucket.create(deadline)
 
-    def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
+    def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
         """See `Source`."""
-        if not choice.keys_from:
-            return list_chunks_ahead(self.bucket, choice.listing_prefixes())
-        keys = (key for path in choice.keys_from for key in keys_of(path))
+        if not selection.keys_from:
+            return list_chunks_ahead(self.bucket, selection.listing_prefixes())
+        keys = (key for path in selection.keys_from for key in keys_of(path))
         return look_up_keys(self.bucket, keys, skipped)
 
     @property
@@ -84,7 +84,7 @@ class InstanceEnd:
         """See `Destination`. The rule of deletes: the Hub has no conditional write."""
         return FRESH_SECS
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:
+    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:
         """See `Destination`."""
         by_path = {self._path(key): key for key in keys}
         try:
@@ -93,16 +93,23 @@ class InstanceEnd:
             if not self._may_be_missing:
                 raise
             return {}
-        return {by_path[path]: Held(info.content, info.uploaded_at) for path, info in found.items() if path in by_path}
+        return {
+            by_path[path]: EndpointObject(info.content, info.uploaded_at)
+            for path, info in found.items()
+            if path in by_path
+        }
 
-    def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
+    def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
         """See `Source`."""
         buffers = {key: bytearray(content.size) for key, content in wanted.items()}
-        reads = {key: Read(key, content, Lease(memoryview(buffers[key]))) for key, content in wanted.items()}
+        reads = {
+            key: DownloadToBuffer(key, content, RevocableBuffer(memoryview(buffers[key])))
+            for key, content in wanted.items()
+        }
         self.bucket.transfer.read(list(reads.values()), deadline)
         return {key: buffers[key] if read.error is None else read.error for key, read in reads.items()}
 
-    def gone(self, wanted: Mapping[str, Content], deadline: Deadline) -> frozenset[str]:
+    def gone(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> frozenset[str]:
         """See `Source`."""
         held = self.look_up(list(wanted), deadline)
         return frozenset(key for key, content in wanted.items() if key not in held or held[key].content != content)
@@ -115,7 +122,7 @@ class InstanceEnd:
         watch.daemon = True
         watch.start()
         try:
-            sources = [SourceLease(memoryview(chunk.data)) for chunk in chunks.values()]
+            sources = [RevocableSource(memoryview(chunk.data)) for chunk in chunks.values()]
             sent = self.bucket.transfer.upload(sources, deadline, upload)
         finally:
             watch.cancel()
@@ -124,16 +131,18 @@ class InstanceEnd:
             for (key, chunk), content in zip(chunks.items(), sent, strict=True)
         }
 
-    def publish(self, staged: Mapping[str, Content], _replacing: frozenset[str], deadline: Deadline) -> dict[str, str]:
+    def publish(
+        self, staged: Mapping[str, ContentId], _replacing: frozenset[str], deadline: Deadline
+    ) -> dict[str, str]:
         """See `Destination`."""
         by_path = {self._path(key): content for key, content in staged.items()}
         failed = self.bucket.add(by_path, deadline, once=True)
         return {key: failed[path].message for key in staged if (path := self._path(key)) in failed}
 
-    def drop(self, staged: Mapping[str, Content]) -> None:
+    def drop(self, staged: Mapping[str, ContentId]) -> None:
         """See `Destination`. What has no name is the store's own matter."""
 
-    def copy(self, source: InstanceEnd, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, str]:
+    def copy(self, source: InstanceEnd, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, str]:
         """Have the Hub copy contents from the bucket of another instance, by hash, now or not at all; no bytes move.
 
         Returns:
@@ -162,7 +171,7 @@ class InstanceEnd:
         return self.bucket.handle.join(encode_name(key))
 
 
-def _wrong(key: str, chunk: Chunk, content: Content) -> IntegrityError:
+def _wrong(key: str, chunk: Chunk, content: ContentId) -> IntegrityError:
     return IntegrityError(
         f"{key}: its bytes have the hash {content.xet_hash} and size {content.size}, and should have "
         f"{chunk.content.xet_hash} and {chunk.content.size}; they were not stored. Its copy at the source is damaged"

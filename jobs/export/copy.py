@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.concurrency import ByteGate
+from hfbucket_plugin.core.concurrency import ByteSemaphore
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -21,15 +21,15 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from jobs.batch.model import SEND_SECS, TRIES, Batch, Ended, Result
+from jobs.batch.model import SEND_SECS, TRIES, ItemBatch, ItemOutcome, Result
 from jobs.export.bucket import InstanceEnd
-from jobs.export.endpoint import Chunk, Held
+from jobs.export.endpoint import Chunk, EndpointObject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from jobs.export.endpoint import Destination, Source
-    from jobs.export.plan import Move
+    from jobs.export.endpoint import DestinationEndpoint, SourceEndpoint
+    from jobs.export.plan import CopyItem
 
 TIMES_IN_MEMORY: Final = 3
 """Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
@@ -50,7 +50,7 @@ _LOOK_AGAIN_SECS: Final = 15.0
 """In a long pause the Hub is asked this often whether it is over, as `hfbucket_plugin.hub.rate_limit` lets one through."""
 
 
-class How(StrEnum):
+class CopyMethod(StrEnum):
     """How bytes come to the destination. The values stand in reports."""
 
     COPY = "copy"  # by the Hub, which knows them by their hash
@@ -58,7 +58,7 @@ class How(StrEnum):
     STREAM = "stream"  # through this process
 
 
-class Moved(StrEnum):
+class CopyOutcome(StrEnum):
     """How a copy ended. The values stand in reports."""
 
     COPIED = "copied"  # by the Hub
@@ -70,19 +70,19 @@ class Moved(StrEnum):
 
 
 @dataclass
-class Try:
+class CopyAttempt:
     """What came of a try so far."""
 
-    batch: Batch[Move]
-    ended: list[Ended[Move]] = field(default_factory=list)
+    batch: ItemBatch[CopyItem]
+    ended: list[ItemOutcome[CopyItem]] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)  # by the key at the destination
     asked: set[str] = field(default_factory=set)
 
-    def end(self, move: Move, outcome: Moved, message: str = "") -> None:
+    def end(self, move: CopyItem, outcome: CopyOutcome, message: str = "") -> None:
         """Note how one has ended."""
-        self.ended.append(Ended(move, outcome, message))
+        self.ended.append(ItemOutcome(move, outcome, message))
 
-    def result(self, *, wait_secs: float = 0.0, counts: bool = True) -> Result[Move]:
+    def result(self, *, wait_secs: float = 0.0, counts: bool = True) -> Result[CopyItem]:
         """The result: what did not end is tried again, or has failed for good."""
         done = {ended.item.to for ended in self.ended}
         left = tuple(move for move in self.batch.items if move.to not in done)
@@ -91,13 +91,15 @@ class Try:
         # A try that ended some is none for the others: they may not have had their turn.
         tries = self.batch.tries + (1 if counts and not self.ended else 0)
         if tries >= TRIES:
-            failed = (Ended(move, Moved.FAILED, self.why.get(move.to, "no time was left for it")) for move in left)
+            failed = (
+                ItemOutcome(move, CopyOutcome.FAILED, self.why.get(move.to, "no time was left for it")) for move in left
+            )
             return Result((*self.ended, *failed))
         asked = (self.batch.asked | self.asked) & {move.path for move in left}
-        return Result(tuple(self.ended), Batch(left, tries, frozenset(asked)), wait_secs)
+        return Result(tuple(self.ended), ItemBatch(left, tries, frozenset(asked)), wait_secs)
 
 
-class Mover:
+class Copier:
     """Copies between two ends.
 
     Args:
@@ -110,16 +112,21 @@ class Mover:
     """
 
     def __init__(
-        self, source: Source, destination: Destination, how: How, window_bytes: int, memory_bytes: int | None = None
+        self,
+        source: SourceEndpoint,
+        destination: DestinationEndpoint,
+        how: CopyMethod,
+        window_bytes: int,
+        memory_bytes: int | None = None,
     ) -> None:
         self._source = source
         self._destination = destination
         self.how = how
         self.window_bytes = window_bytes
         self.memory_bytes = window_bytes * TIMES_IN_MEMORY if memory_bytes is None else memory_bytes
-        self._gate = ByteGate(self.memory_bytes)
+        self._semaphore = ByteSemaphore(self.memory_bytes)
 
-    def attempt(self, batch: Batch[Move], seconds: float) -> Result[Move]:
+    def attempt(self, batch: ItemBatch[CopyItem], seconds: float) -> Result[CopyItem]:
         """Try once.
 
         Args:
@@ -130,8 +137,8 @@ class Mover:
             HFBucketError: What will not pass by waiting: no rights, no such bucket.
             OSError: The disk of a directory is full.
         """
-        deadline, tried = Deadline.after(seconds), Try(batch)
-        copying = self.how is How.COPY or (self.how is How.COPY_OR_STREAM and not batch.tries)
+        deadline, tried = Deadline.after(seconds), CopyAttempt(batch)
+        copying = self.how is CopyMethod.COPY or (self.how is CopyMethod.COPY_OR_STREAM and not batch.tries)
         try:
             if copying:
                 self._copy(tried, deadline)
@@ -144,23 +151,23 @@ class Mover:
             return tried.result()
         return tried.result()
 
-    def _copy(self, tried: Try, deadline: Deadline) -> None:
+    def _copy(self, tried: CopyAttempt, deadline: Deadline) -> None:
         source, destination = _instances(self._source, self._destination)
         self.name(
             tried,
             tried.batch.items,
             deadline,
             lambda moves, soon: destination.copy(source, {move.to: move.content for move in moves}, soon),
-            Moved.COPIED,
+            CopyOutcome.COPIED,
         )
 
     def name(
         self,
-        tried: Try,
-        moves: Iterable[Move],
+        tried: CopyAttempt,
+        moves: Iterable[CopyItem],
         deadline: Deadline,
-        give: Callable[[list[Move], Deadline], dict[str, str]],
-        outcome: Moved,
+        give: Callable[[list[CopyItem], Deadline], dict[str, str]],
+        outcome: CopyOutcome,
     ) -> dict[str, str]:
         """Give contents their names at the destination where it is as planned, by the rule of deletes (`jobs.batch.model`).
 
@@ -203,7 +210,10 @@ class Mover:
 
     @staticmethod
     def _given(
-        tried: Try, moves: list[Move], give: Callable[[list[Move], Deadline], dict[str, str]], soon: Deadline
+        tried: CopyAttempt,
+        moves: list[CopyItem],
+        give: Callable[[list[CopyItem], Deadline], dict[str, str]],
+        soon: Deadline,
     ) -> dict[str, str]:
         """Give names, and note that the destination was asked to: what a lost answer leaves there is ours."""
         before = frozenset(tried.asked)
@@ -214,31 +224,31 @@ class Mover:
             tried.asked = set(before)
             raise
 
-    def _stream(self, tried: Try, deadline: Deadline) -> None:
+    def _stream(self, tried: CopyAttempt, deadline: Deadline) -> None:
         for moves in _windows(tried.batch.items, self.window_bytes):
             if deadline.passed:
                 return
             todo = self._bearable(tried, self.as_planned(tried, moves, deadline))
             held = TIMES_IN_MEMORY * sum(move.size for move in todo)
             try:
-                with self._gate.hold(held, deadline, "memory for chunks on their way (--window)"):
+                with self._semaphore.hold(held, deadline, "memory for chunks on their way (--window)"):
                     self._stream_window(tried, todo, deadline)
             except MemoryError:
                 tried.why |= {move.to: _NO_MEMORY for move in todo}
 
-    def _bearable(self, tried: Try, moves: list[Move]) -> list[Move]:
+    def _bearable(self, tried: CopyAttempt, moves: list[CopyItem]) -> list[CopyItem]:
         """Those that may be in memory; the others fail, whatever a manifest or a bucket says of their size."""
         most = max(self.memory_bytes, SMALL_BYTES)
         for move in moves:
             if move.size > most:
                 tried.end(
                     move,
-                    Moved.FAILED,
+                    CopyOutcome.FAILED,
                     f"it has {move.size:,} bytes, more than --window permits ({most:,}): raise --window if that is right",
                 )
         return [move for move in moves if move.size <= most]
 
-    def _stream_window(self, tried: Try, todo: list[Move], deadline: Deadline) -> None:
+    def _stream_window(self, tried: CopyAttempt, todo: list[CopyItem], deadline: Deadline) -> None:
         chunks = self._fetched(tried, todo, deadline)
         if not chunks:
             return
@@ -247,22 +257,22 @@ class Mover:
         tried.why |= {to: str(error) for to, error in wrong.items()}
         self._publish(tried, [move for move in todo if move.to in staged and move.to not in wrong], staged, deadline)
 
-    def _publish(self, tried: Try, todo: list[Move], staged: Mapping[str, Any], deadline: Deadline) -> None:
+    def _publish(self, tried: CopyAttempt, todo: list[CopyItem], staged: Mapping[str, Any], deadline: Deadline) -> None:
         """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""
 
-        def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+        def give(moves: list[CopyItem], soon: Deadline) -> dict[str, str]:
             replacing = frozenset(move.to for move in moves if move.replaces is not None)
             return self._destination.publish({move.to: staged[move.to] for move in moves}, replacing, soon)
 
         try:
-            self.name(tried, todo, deadline, give, Moved.STREAMED)
+            self.name(tried, todo, deadline, give, CopyOutcome.STREAMED)
         finally:
             self._destination.drop({move.to: staged[move.to] for move in todo})
 
-    def _fetched(self, tried: Try, todo: list[Move], deadline: Deadline) -> dict[str, Chunk]:
+    def _fetched(self, tried: CopyAttempt, todo: list[CopyItem], deadline: Deadline) -> dict[str, Chunk]:
         by_key = {move.key: move for move in todo}
         chunks: dict[str, Chunk] = {}
-        lost: list[Move] = []
+        lost: list[CopyItem] = []
         for key, data in self._source.fetch({key: move.content for key, move in by_key.items()}, deadline).items():
             move = by_key[key]
             if isinstance(data, bytearray):
@@ -275,27 +285,36 @@ class Mover:
         self._end_gone(tried, lost, deadline)
         return chunks
 
-    def as_planned(self, tried: Try, moves: Iterable[Move], deadline: Deadline, *, patient: bool = True) -> list[Move]:
+    def as_planned(
+        self, tried: CopyAttempt, moves: Iterable[CopyItem], deadline: Deadline, *, patient: bool = True
+    ) -> list[CopyItem]:
         """Those for which the destination is as it was planned; the others end."""
         moves = list(moves)
         held = self._destination.look_up([move.to for move in moves], deadline, patient=patient) if moves else {}
-        todo: list[Move] = []
+        todo: list[CopyItem] = []
         for move in moves:
             there = held.get(move.to)
             if there is not None and there.content == move.content:
                 ours = move.path in tried.batch.asked  # the Hub did it, and its answer was lost
-                tried.end(move, self._ours if ours else Moved.SAME)
+                tried.end(move, self._ours if ours else CopyOutcome.SAME)
             elif _state(there) != _state(move.replaces):
-                tried.end(move, Moved.CHANGED)
+                tried.end(move, CopyOutcome.CHANGED)
             else:
                 todo.append(move)
         return todo
 
     @property
-    def _ours(self) -> Moved:
-        return Moved.STREAMED if self.how is How.STREAM else Moved.COPIED
+    def _ours(self) -> CopyOutcome:
+        return CopyOutcome.STREAMED if self.how is CopyMethod.STREAM else CopyOutcome.COPIED
 
-    def verify(self, tried: Try, moves: list[Move], failed: dict[str, str], outcome: Moved, deadline: Deadline) -> None:
+    def verify(
+        self,
+        tried: CopyAttempt,
+        moves: list[CopyItem],
+        failed: dict[str, str],
+        outcome: CopyOutcome,
+        deadline: Deadline,
+    ) -> None:
         """End those that are there now; say of the others why not."""
         held = self._destination.look_up([move.to for move in moves if move.to not in failed], deadline)
         for move in moves:
@@ -306,26 +325,26 @@ class Mover:
                 tried.why[move.to] = failed.get(move.to, f"{self._destination.name} took it, and does not have it now")
         self._end_gone(tried, [move for move in moves if move.to in failed], deadline)
 
-    def _end_gone(self, tried: Try, moves: list[Move], deadline: Deadline) -> None:
+    def _end_gone(self, tried: CopyAttempt, moves: list[CopyItem], deadline: Deadline) -> None:
         """End those that the source no longer has as planned."""
         gone = self._source.gone({move.key: move.content for move in moves}, deadline) if moves else frozenset()
         for move in moves:
             if move.key in gone:
-                tried.end(move, Moved.GONE)
+                tried.end(move, CopyOutcome.GONE)
 
 
-def _state(held: Held | None) -> object:
+def _state(held: EndpointObject | None) -> object:
     return None if held is None else (held.content, held.uploaded_at)
 
 
-def _instances(source: Source, destination: Destination) -> tuple[InstanceEnd, InstanceEnd]:
+def _instances(source: SourceEndpoint, destination: DestinationEndpoint) -> tuple[InstanceEnd, InstanceEnd]:
     if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):
         raise RefusedError("the Hub copies between buckets only: give --mode stream, or auto")
     return source, destination
 
 
-def _windows(moves: Iterable[Move], most_bytes: int) -> Iterator[list[Move]]:
-    window: list[Move] = []
+def _windows(moves: Iterable[CopyItem], most_bytes: int) -> Iterator[list[CopyItem]]:
+    window: list[CopyItem] = []
     nbytes = 0
     for move in moves:
         if window and nbytes + move.size > most_bytes:
@@ -348,13 +367,13 @@ class Method:
         asked: Whether the Hub was asked at all: it is not where nothing was to be copied any more.
     """
 
-    how: How
+    how: CopyMethod
     why: str
-    moved: Move | None = None
+    moved: CopyItem | None = None
     asked: bool = True
 
 
-def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move], seconds: float) -> Method:
+def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[CopyItem], seconds: float) -> Method:
     """Ask the Hub whether it copies from one bucket to the other, by the first copies that are to be made.
 
     Args:
@@ -371,41 +390,43 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Move
         try:
             tried, failed = _one_named(source, destination, move, seconds)
         except (RefusedError, AccessDeniedError, BucketMissingError) as error:
-            return Method(How.STREAM, f"the Hub refused to copy: {error}")
+            return Method(CopyMethod.STREAM, f"the Hub refused to copy: {error}")
         except (ThrottledError, TransportError) as error:
             raise TransportError(
                 f"whether the Hub copies is not known: {error}. Run again, or give --mode stream"
             ) from None
         outcomes = {ended.outcome for ended in tried.ended}
-        if outcomes & {Moved.SAME, Moved.CHANGED}:
+        if outcomes & {CopyOutcome.SAME, CopyOutcome.CHANGED}:
             continue
         if not failed:
-            moved = move if Moved.COPIED in outcomes else None
+            moved = move if CopyOutcome.COPIED in outcomes else None
             return Method(
-                How.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
+                CopyMethod.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
             )
-        if Moved.GONE not in outcomes:
-            return Method(How.STREAM, f"the Hub refused to copy: {failed[move.to]}")
-    return Method(How.STREAM, "there was nothing to ask the Hub with", asked=False)
+        if CopyOutcome.GONE not in outcomes:
+            return Method(CopyMethod.STREAM, f"the Hub refused to copy: {failed[move.to]}")
+    return Method(CopyMethod.STREAM, "there was nothing to ask the Hub with", asked=False)
 
 
-def _one_named(source: InstanceEnd, destination: InstanceEnd, move: Move, seconds: float) -> tuple[Try, dict[str, str]]:
+def _one_named(
+    source: InstanceEnd, destination: InstanceEnd, move: CopyItem, seconds: float
+) -> tuple[CopyAttempt, dict[str, str]]:
     """Have the Hub copy one object, trying again what may pass: what became of it, and why it has no name.
 
     Raises:
         HFBucketError: It was refused, or nobody knows.
     """
-    mover = Mover(source, destination, How.COPY, 0)
+    mover = Copier(source, destination, CopyMethod.COPY, 0)
     deadline, asked = Deadline.patient(seconds), frozenset[str]()
     tries = 0
 
-    def give(moves: list[Move], soon: Deadline) -> dict[str, str]:
+    def give(moves: list[CopyItem], soon: Deadline) -> dict[str, str]:
         return destination.copy(source, {one.to: one.content for one in moves}, soon)
 
     while True:
-        tried = Try(Batch((move,), tries, asked))
+        tried = CopyAttempt(ItemBatch((move,), tries, asked))
         try:
-            return tried, mover.name(tried, (move,), deadline, give, Moved.COPIED)
+            return tried, mover.name(tried, (move,), deadline, give, CopyOutcome.COPIED)
         except ThrottledError as error:  # no try: when the pause is over, the destination is looked at again
             deadline.wait_out(error)
         except TransportError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.core import run_lock
-from hfbucket_plugin.core.keys import Content, decode_name, parse_key
+from hfbucket_plugin.core.keys import ContentId, decode_name, parse_key
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
@@ -30,7 +30,7 @@ from hfbucket_plugin.hub.listing import ChunkEntry
 from hfbucket_plugin.hub.transfer import xet_hashes
 from hfbucket_plugin.tools.key_set import KeySet
 from jobs.export import manifest
-from jobs.export.endpoint import Held
+from jobs.export.endpoint import EndpointObject
 from warmer.plan.key_files import keys_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.selection import Selection
     from jobs.export.endpoint import Chunk
 
 
@@ -67,30 +67,30 @@ class DirectorySource:
         """The directory."""
         return str(self._directory)
 
-    def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
+    def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
         """See `Source`."""
         lines = scanned(self._directory, skipped) if self._believe_files else manifest.read(self._directory)
-        with KeySet(key for path in choice.keys_from for key in keys_of(path)) as wanted:
+        with KeySet(key for path in selection.keys_from for key in keys_of(path)) as wanted:
             for line in lines:
-                if not choice.keys_from or line.key in wanted:
+                if not selection.keys_from or line.key in wanted:
                     yield ChunkEntry(line.key, parse_key(line.key), line.content, line.uploaded_at)
 
     @staticmethod
-    def gone(_wanted: Mapping[str, Content], _deadline: Deadline) -> frozenset[str]:
+    def gone(_wanted: Mapping[str, ContentId], _deadline: Deadline) -> frozenset[str]:
         """See `Source`. A file that is not what its manifest says is damage, and no deletion."""
         return frozenset()
 
-    def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
+    def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
         """See `Source`."""
         return {key: self._read(key, content, deadline) for key, content in wanted.items()}
 
-    def _read(self, key: str, content: Content, deadline: Deadline) -> bytearray | HFBucketError:
+    def _read(self, key: str, content: ContentId, deadline: Deadline) -> bytearray | HFBucketError:
         path = self._directory / manifest.file_name(key)
         try:
             deadline.check(key)
             number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hold us up
         except FileNotFoundError:
-            return ObjectMissingError(f"{str(path)!r}, of {key!r}, is not there: copy it back, or export anew")
+            return ObjectMissingError(f"{str(path)!r}, of {key!r}, is not there: copy it back, or export again")
         except OSError as error:
             why = "is a link, and links are not followed" if error.errno == errno.ELOOP else f"{error.strerror}"
             return IntegrityError(f"{str(path)!r}, of {key!r}: {why}")
@@ -100,7 +100,7 @@ class DirectorySource:
             found = os.fstat(number)
             if not stat.S_ISREG(found.st_mode) or found.st_size != content.size:
                 return IntegrityError(
-                    f"{str(path)!r}, of {key!r}, is no file of {content.size} bytes: it was changed. Export anew"
+                    f"{str(path)!r}, of {key!r}, is no file of {content.size} bytes: it was changed. Export again"
                 )
             data = bytearray(content.size)
             try:
@@ -127,7 +127,7 @@ def moment_of(found: os.stat_result) -> datetime:
     return _EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000)
 
 
-def look_up(directory: Path, keys: Sequence[str]) -> dict[str, Held]:
+def look_up(directory: Path, keys: Sequence[str]) -> dict[str, EndpointObject]:
     """What a directory holds of some keys, hashed, however long that takes: a disk that is slow is none that hangs.
 
     Raises:
@@ -145,7 +145,7 @@ def look_up(directory: Path, keys: Sequence[str]) -> dict[str, Held]:
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{str(path)!r} is no file, and bears the name of {key!r}: move it away")
         files[key] = (path, found)
-    held: dict[str, Held] = {}
+    held: dict[str, EndpointObject] = {}
     names = iter(files)
     while some := list(islice(names, _HASHED_AT_ONCE)):
         try:
@@ -154,11 +154,11 @@ def look_up(directory: Path, keys: Sequence[str]) -> dict[str, Held]:
             raise ConfigError(f"{str(directory)!r}: its files cannot be read: {error}") from None
         for key, xet_hash in zip(some, hashes, strict=True):
             found = files[key][1]
-            held[key] = Held(Content(xet_hash, found.st_size), moment_of(found))
+            held[key] = EndpointObject(ContentId(xet_hash, found.st_size), moment_of(found))
     return held
 
 
-def scanned(directory: Path, skipped: Counter[str]) -> Iterator[manifest.Line]:
+def scanned(directory: Path, skipped: Counter[str]) -> Iterator[manifest.ManifestLine]:
     """The files of a directory that bear the names of keys, hashed; what else lies there is counted as ``no_chunk``.
 
     Raises:
@@ -170,7 +170,7 @@ def scanned(directory: Path, skipped: Counter[str]) -> Iterator[manifest.Line]:
         except OSError as error:
             raise ConfigError(f"{str(directory)!r}: its files cannot be read: {error}") from None
         for (key, _, found), xet_hash in zip(some, hashes, strict=True):
-            yield manifest.Line(key, Content(xet_hash, found.st_size), moment_of(found))
+            yield manifest.ManifestLine(key, ContentId(xet_hash, found.st_size), moment_of(found))
 
 
 def _pages(directory: Path, skipped: Counter[str]) -> Iterator[list[tuple[str, Path, os.stat_result]]]:
@@ -274,7 +274,7 @@ class DirectoryDestination:
         """See `Destination`. Other exports are kept out, and what is new never replaces a file: a look does not grow old."""
         return math.inf
 
-    def look_up(self, keys: Sequence[str], _deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:  # noqa: ARG002 - no Hub is asked
+    def look_up(self, keys: Sequence[str], _deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:  # noqa: ARG002 - no Hub is asked
         """See `Destination`. The contents are hashed."""
         return look_up(self._directory, keys)
 
@@ -292,7 +292,7 @@ class DirectoryDestination:
             written = {key: one for key, one in staged.items() if isinstance(one, Path)}
             for (key, part), xet_hash in zip(written.items(), xet_hashes(written.values()), strict=True):
                 chunk = chunks[key]
-                found = Content(xet_hash, part.stat().st_size)
+                found = ContentId(xet_hash, part.stat().st_size)
                 if found != chunk.content:
                     part.unlink()
                     staged[key] = IntegrityError(
@@ -339,8 +339,8 @@ class DirectoryDestination:
                 with contextlib.suppress(OSError):
                     part.unlink()
 
-    def finish(self, known: Known) -> int:
-        """Write the manifest: every chunk that lies here, whoever brought it.
+    def finish(self, known: KnownChunks) -> int:
+        """Write the manifest: every chunk that lies here, of all exports.
 
         Args:
             known: What was written now. What else lies here is hashed, unless the present manifest knows it; what is not
@@ -389,7 +389,7 @@ def _move(part: Path, path: Path, *, replace: bool) -> None:
     part.replace(path)
 
 
-class Known:
+class KnownChunks:
     """Files whose hash is known, in a temporary file. Use it as a context manager.
 
     Attributes:
@@ -415,15 +415,15 @@ class Known:
         self._base.close()
         self._directory.cleanup()
 
-    def add(self, line: manifest.Line) -> None:
+    def add(self, line: manifest.ManifestLine) -> None:
         """Note a file that was written now."""
         self._base.execute("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", _row(line))
 
-    def add_older(self, lines: Iterator[manifest.Line]) -> None:
+    def add_older(self, lines: Iterator[manifest.ManifestLine]) -> None:
         """Note files of an earlier manifest."""
         self._base.executemany("INSERT OR IGNORE INTO known VALUES (?, ?, ?, ?)", (_row(line) for line in lines))
 
-    def lying_in(self, directory: Path) -> Iterator[manifest.Line]:
+    def lying_in(self, directory: Path) -> Iterator[manifest.ManifestLine]:
         """What lies in a directory, by key.
 
         A hash is believed where size and time are those of the file that had it; else the file is hashed. One that has
@@ -440,22 +440,22 @@ class Known:
         for row in rows:
             yield _line_of(*row)
 
-    def _line(self, key: str, path: Path, found: os.stat_result) -> manifest.Line:
+    def _line(self, key: str, path: Path, found: os.stat_result) -> manifest.ManifestLine:
         row = self._base.execute("SELECT key, hash, size, at FROM known WHERE key = ?", (key,)).fetchone()
         known = None if row is None else _line_of(*row)
         if known is not None and (known.content.size, known.uploaded_at) == (found.st_size, moment_of(found)):
             return known
-        line = manifest.Line(key, Content(xet_hashes([path])[0], found.st_size), moment_of(found))
+        line = manifest.ManifestLine(key, ContentId(xet_hashes([path])[0], found.st_size), moment_of(found))
         if known is None or known.content == line.content:
             return line
         self.damaged.append(path.name)
         return known
 
 
-def _line_of(key: str, xet_hash: str, size: int, at: str | None) -> manifest.Line:
-    return manifest.Line(key, Content(xet_hash, size), None if at is None else datetime.fromisoformat(at))
+def _line_of(key: str, xet_hash: str, size: int, at: str | None) -> manifest.ManifestLine:
+    return manifest.ManifestLine(key, ContentId(xet_hash, size), None if at is None else datetime.fromisoformat(at))
 
 
-def _row(line: manifest.Line) -> tuple[str, str, int, str | None]:
+def _row(line: manifest.ManifestLine) -> tuple[str, str, int, str | None]:
     at = None if line.uploaded_at is None else line.uploaded_at.isoformat()
     return line.key, line.content.xet_hash, line.content.size, at

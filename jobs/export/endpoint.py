@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import HFBucketError
     from hfbucket_plugin.hub.listing import ChunkEntry
-    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class EndpointObject:
     """What an end holds under a key.
 
     Attributes:
@@ -30,7 +30,7 @@ class Held:
         uploaded_at: When the Hub took it; of a file, its time.
     """
 
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
 
 
@@ -45,11 +45,11 @@ class Chunk:
     """
 
     data: bytearray
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
 
 
-class End(Protocol):
+class Endpoint(Protocol):
     """What both ends have."""
 
     @property
@@ -60,35 +60,35 @@ class End(Protocol):
         """Let go of what was opened."""
 
 
-class Source(End, Protocol):
+class SourceEndpoint(Endpoint, Protocol):
     """Where chunks come from."""
 
-    def entries(self, choice: Choice, skipped: Counter[str]) -> Iterator[ChunkEntry]:
+    def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
         """Stream chunks: all of a choice, and maybe others. What is passed by is counted, by reason.
 
         Raises:
             HFBucketError: What was yielded is no complete listing.
         """
 
-    def fetch(self, wanted: Mapping[str, Content], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
+    def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
         """Read chunks, by key; of one that cannot be read, why."""
 
-    def gone(self, wanted: Mapping[str, Content], deadline: Deadline) -> frozenset[str]:
-        """Keys under which there is now, rightly, no such content: it was deleted or written anew.
+    def gone(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> frozenset[str]:
+        """Keys under which there is now, rightly, no such content: it was deleted or rewritten.
 
         Raises:
             HFBucketError: Nobody knows.
         """
 
 
-class Destination(End, Protocol):
+class DestinationEndpoint(Endpoint, Protocol):
     """Where chunks go."""
 
     @property
     def fresh_secs(self) -> float:
         """How old a look at it may be, from when it was asked for, when a name is given by it."""
 
-    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, Held]:
+    def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:
         """What it holds of some keys.
 
         Args:

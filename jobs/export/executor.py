@@ -6,18 +6,18 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from hfbucket_plugin.core.concurrency import WorkerPool
-from jobs.export.copy import How
+from jobs.export.copy import CopyMethod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
     from datetime import datetime
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from jobs.batch.apply import Executor
-    from jobs.batch.model import Batch, Result
-    from jobs.export.copy import Mover
-    from jobs.export.plan import ExportOrder, Move
+    from jobs.batch.model import ItemBatch, Result
+    from jobs.export.copy import Copier
+    from jobs.export.plan import CopyItem, ExportOrder
 
 
 class CarriersInProcess:
@@ -28,18 +28,18 @@ class CarriersInProcess:
         width: How many batches at one time.
     """
 
-    def __init__(self, mover: Mover, width: int) -> None:
+    def __init__(self, mover: Copier, width: int) -> None:
         self.width = width
         self._mover = mover
         self._pool = WorkerPool("jobs-export", width)
 
     def submit(
-        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: datetime | None
-    ) -> Future[Result[Move]]:
+        self, batch: ItemBatch[CopyItem], _not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[CopyItem]]:
         """Begin a try at a batch."""
         return self._pool.submit(self._mover.attempt, batch, seconds)
 
-    def lose(self, _future: Future[Result[Move]]) -> None:
+    def lose(self, _future: Future[Result[CopyItem]]) -> None:
         """Threads end by themselves: every request has its deadline."""
 
     def close(self) -> None:
@@ -49,8 +49,8 @@ class CarriersInProcess:
 
 @contextlib.contextmanager
 def carrying(
-    mover: Mover, named: tuple[NamedInstance | None, NamedInstance | None], order: ExportOrder
-) -> Iterator[Executor[Move]]:
+    mover: Copier, named: tuple[InstanceConfig | None, InstanceConfig | None], order: ExportOrder
+) -> Iterator[Executor[CopyItem]]:
     """An executor as an order wants it, ended at the end.
 
     The Hub's own copies are calls from this process, whatever cluster there is; and a directory is one of this machine.
@@ -63,10 +63,10 @@ def carrying(
     Raises:
         HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the tokens.
     """
-    if mover.how is How.STREAM and not order.local and named[0] is not None and named[1] is not None:
+    if mover.how is CopyMethod.STREAM and not order.local and named[0] is not None and named[1] is not None:
         from jobs.export.ray import CopyActors  # noqa: PLC0415 - Ray takes a second to import
 
-        executor: Executor[Move] = CopyActors(
+        executor: Executor[CopyItem] = CopyActors(
             (named[0], named[1]), (mover.window_bytes, mover.memory_bytes), order.parallel, order.address
         )
     else:

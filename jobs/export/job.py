@@ -16,32 +16,32 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
 from hfbucket_plugin.hub.connect import REQUEST_SECS
-from hfbucket_plugin.index.notifier import telling
+from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs.batch.apply import Applier
-from jobs.batch.model import Ended
-from jobs.cli.progress import Progress
+from jobs.batch.model import ItemOutcome
+from jobs.cli.progress import ProgressLog
 from jobs.export.bucket import InstanceEnd
-from jobs.export.copy import TIMES_IN_MEMORY, How, Method, Moved, Mover, find_out
-from jobs.export.directory import DirectoryDestination, Known
+from jobs.export.copy import TIMES_IN_MEMORY, Copier, CopyMethod, CopyOutcome, Method, find_out
+from jobs.export.directory import DirectoryDestination, KnownChunks
 from jobs.export.executor import carrying
-from jobs.export.manifest import Line
-from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportOrder, Header, PlanFile, PlanWriter
+from jobs.export.manifest import ManifestLine
+from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder, ExportPlanFile, ExportPlanWriter
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
-from jobs.report import NAMED_FAILURES, Tally
+from jobs.report import NAMED_FAILURES, OutcomeTally
 from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.batch.apply import End
-    from jobs.export.endpoint import Destination, Source
-    from jobs.export.plan import Move
-    from jobs.export.planning import Wanted
-    from jobs.export.resolve import Endpoint
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from jobs.batch.apply import ApplyResult
+    from jobs.export.endpoint import DestinationEndpoint, SourceEndpoint
+    from jobs.export.plan import CopyItem
+    from jobs.export.planning import WantedChunks
+    from jobs.export.resolve import EndpointSpec
     from jobs.report import ReportFile
 
 ATTEMPT_SECS: Final = 600.0
@@ -61,22 +61,24 @@ class Export:
         stop: Whether to stop.
     """
 
-    def __init__(self, ends: tuple[Endpoint, Endpoint], order: ExportOrder, file: ReportFile, stop: StopSwitch) -> None:
+    def __init__(
+        self, ends: tuple[EndpointSpec, EndpointSpec], order: ExportOrder, file: ReportFile, stop: ShutdownSignal
+    ) -> None:
         self._ends = ends
         self._order = order
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
         self._until = order.until or Deadline.after(order.max_duration_secs)
-        self._plan: PlanFile | None = None
+        self._plan: ExportPlanFile | None = None
         self._applied = False
         self._method: Method | None = None
         self._conflicts: list[dict[str, Any]] = []
         self._in_manifest: int | None = None
-        self._tally = Tally(file)
+        self._tally = OutcomeTally(file)
         self._message = ""
 
-    def select(self, wanted: Wanted, asked: dict[str, Any]) -> ExportSummary:
+    def select(self, wanted: WantedChunks, asked: dict[str, Any]) -> ExportSummary:
         """Plan what is wanted, and carry it out unless that needs an order that was not given.
 
         Args:
@@ -85,11 +87,11 @@ class Export:
         """
         return self._told(lambda source, destination: self._select(source, destination, wanted, asked))
 
-    def resume(self, plan: PlanFile) -> ExportSummary:
+    def resume(self, plan: ExportPlanFile) -> ExportSummary:
         """Carry a plan out that was made before."""
         return self._told(lambda source, destination: self._resume(source, destination, plan))
 
-    def _told(self, work: Callable[[Source, Destination], int]) -> ExportSummary:
+    def _told(self, work: Callable[[SourceEndpoint, DestinationEndpoint], int]) -> ExportSummary:
         """Do the work, and report however it ends."""
 
         def with_ends() -> int:
@@ -126,16 +128,20 @@ class Export:
             time.monotonic() - self._started,
         )
 
-    def _select(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> int:
-        if wanted.choice.since is not None and isinstance(source, InstanceEnd):
+    def _select(
+        self, source: SourceEndpoint, destination: DestinationEndpoint, wanted: WantedChunks, asked: dict[str, Any]
+    ) -> int:
+        if wanted.selection.since is not None and isinstance(source, InstanceEnd):
             # The Hub dates the chunks, so its clock says how long ago that was.
             wanted = replace(wanted, now=source.bucket.time(Deadline.after(REQUEST_SECS)) or wanted.now)
         self._plan = plan = self._make(source, destination, wanted, asked)
         return self._carry_out(source, destination, plan)
 
-    def _make(self, source: Source, destination: Destination, wanted: Wanted, asked: dict[str, Any]) -> PlanFile:
+    def _make(
+        self, source: SourceEndpoint, destination: DestinationEndpoint, wanted: WantedChunks, asked: dict[str, Any]
+    ) -> ExportPlanFile:
         order = self._order
-        header = Header(
+        header = ExportHeader(
             self._ends[0].place,
             self._ends[1].place,
             datetime.now(UTC),
@@ -153,14 +159,14 @@ class Export:
             if self._until.passed:
                 raise RefusedError("--max-duration was over before all was listed: nothing is copied. Raise it")
 
-        with PlanWriter(path, header) as writer, tempfile.TemporaryDirectory(prefix="export-") as scratch:
+        with ExportPlanWriter(path, header) as writer, tempfile.TemporaryDirectory(prefix="export-") as temp_dir:
             planning = ExportPlanning(
                 header, source, destination, on_conflict=order.on_conflict, writer=writer, tick=each
             )
-            planning.run(wanted, Path(scratch, "order"))
-        return PlanFile.open(path)
+            planning.run(wanted, Path(temp_dir, "order"))
+        return ExportPlanFile.open(path)
 
-    def _resume(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+    def _resume(self, source: SourceEndpoint, destination: DestinationEndpoint, plan: ExportPlanFile) -> int:
         self._plan = plan
         for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
             if one.instance != end.place.instance or not one.same_as(end.place):
@@ -170,14 +176,14 @@ class Export:
         self._file.write(plan.header.record() | {"record": "report"})
         return self._carry_out(source, destination, plan)
 
-    def _carry_out(self, source: Source, destination: Destination, plan: PlanFile) -> int:
+    def _carry_out(self, source: SourceEndpoint, destination: DestinationEndpoint, plan: ExportPlanFile) -> int:
         if CONFLICT in plan.left:
             self._name_conflicts(plan)
         if not self._ordered(plan):
             return exit_codes.COMPLETE
         self._applied = True
         destination.begin()
-        with Known() as known, self._stop.orderly():
+        with KnownChunks() as known, self._stop.orderly():
             code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exit_codes.COMPLETE
             if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
                 self._in_manifest = destination.finish(known)
@@ -193,14 +199,14 @@ class Export:
         self._message = f"{self._message}; {told}" if self._message else told
         return exit_codes.FAILED
 
-    def _name_conflicts(self, plan: PlanFile) -> None:
+    def _name_conflicts(self, plan: ExportPlanFile) -> None:
         for move in plan.moves(CONFLICT):
             told = {"record": "object", "path": move.path, "size": move.size, "reason": CONFLICT, "outcome": CONFLICT}
             self._file.write(told | conflict_record(move))
             if len(self._conflicts) < NAMED_CONFLICTS:
                 self._conflicts.append(conflict_record(move))
 
-    def _ordered(self, plan: PlanFile) -> bool:
+    def _ordered(self, plan: ExportPlanFile) -> bool:
         """Whether to carry a plan out: what only adds needs no order, what replaces does."""
         if self._order.dry_run:
             return False
@@ -208,35 +214,37 @@ class Export:
             return True
         return self._order.ask is not None and self._order.ask(plan)
 
-    def _apply(self, source: Source, destination: Destination, plan: PlanFile, known: Known) -> int:
-        progress = Progress(plan.moves_left, self._ends[1].place.name)
+    def _apply(
+        self, source: SourceEndpoint, destination: DestinationEndpoint, plan: ExportPlanFile, known: KnownChunks
+    ) -> int:
+        progress = ProgressLog(plan.moves_left, self._ends[1].place.name)
 
-        def told(ended: Ended[Move]) -> None:
+        def told(ended: ItemOutcome[CopyItem]) -> None:
             progress.add(ended.item.size)
-            if teller is not None and ended.outcome in (Moved.COPIED, Moved.STREAMED):
-                teller.did(encode_name(ended.item.to), ended.item.content)
-            if ended.outcome in (Moved.STREAMED, Moved.SAME):
+            if notifier is not None and ended.outcome in (CopyOutcome.COPIED, CopyOutcome.STREAMED):
+                notifier.did(encode_name(ended.item.to), ended.item.content)
+            if ended.outcome in (CopyOutcome.STREAMED, CopyOutcome.SAME):
                 move = ended.item
-                known.add(Line(move.to, move.content, move.uploaded_at))
+                known.add(ManifestLine(move.to, move.content, move.uploaded_at))
             self._tally.add(ended)
 
-        with telling(destination.bucket if isinstance(destination, InstanceEnd) else None) as teller:
+        with notifying(destination.bucket if isinstance(destination, InstanceEnd) else None) as notifier:
             moves = self._fresh(destination, plan, told)
             self._method, moves = self._find_out(source, destination, plan, moves, told)
             return self._move((source, destination), plan, moves, self._method, told)
 
     def _move(
         self,
-        ends: tuple[Source, Destination],
-        plan: PlanFile,
-        moves: Iterator[Move],
+        ends: tuple[SourceEndpoint, DestinationEndpoint],
+        plan: ExportPlanFile,
+        moves: Iterator[CopyItem],
         method: Method,
-        told: Callable[[Ended[Move]], None],
+        told: Callable[[ItemOutcome[CopyItem]], None],
     ) -> int:
         window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
-        streams = method.how is How.STREAM
+        streams = method.how is CopyMethod.STREAM
         named = (self._ends[0].named, self._ends[1].named)
-        mover = Mover(*ends, method.how, window, self._order.window_bytes)
+        mover = Copier(*ends, method.how, window, self._order.window_bytes)
         with carrying(mover, named, self._order) as executor:
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
@@ -253,7 +261,9 @@ class Export:
             )
             return self._judge(applier.run(moves))
 
-    def _fresh(self, destination: Destination, plan: PlanFile, told: Callable[[Ended[Move]], None]) -> Iterator[Move]:
+    def _fresh(
+        self, destination: DestinationEndpoint, plan: ExportPlanFile, told: Callable[[ItemOutcome[CopyItem]], None]
+    ) -> Iterator[CopyItem]:
         """What is still to be copied; what is there by now ends: so a plan goes on where it was interrupted.
 
         A look-up that fails changes nothing: every batch is looked up again before anything gets a name.
@@ -267,18 +277,18 @@ class Export:
             for move in page:
                 there = held.get(move.to)
                 if there is not None and there.content == move.content:
-                    told(Ended(move, Moved.SAME))
+                    told(ItemOutcome(move, CopyOutcome.SAME))
                 else:
                     yield move
 
     def _find_out(
         self,
-        source: Source,
-        destination: Destination,
-        plan: PlanFile,
-        moves: Iterator[Move],
-        told: Callable[[Ended[Move]], None],
-    ) -> tuple[Method, Iterator[Move]]:
+        source: SourceEndpoint,
+        destination: DestinationEndpoint,
+        plan: ExportPlanFile,
+        moves: Iterator[CopyItem],
+        told: Callable[[ItemOutcome[CopyItem]], None],
+    ) -> tuple[Method, Iterator[CopyItem]]:
         """How bytes are to be moved, and what is left to be moved then.
 
         Raises:
@@ -288,26 +298,26 @@ class Export:
         if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):
             if mode == "copy":
                 raise RefusedError("--mode copy: the Hub copies between buckets only. Give --mode stream, or auto")
-            return Method(How.STREAM, "one of the two ends is a directory"), moves
+            return Method(CopyMethod.STREAM, "one of the two ends is a directory"), moves
         if mode == "stream":
-            return Method(How.STREAM, "that was asked for"), moves
-        looked_at: list[Move] = []
+            return Method(CopyMethod.STREAM, "that was asked for"), moves
+        looked_at: list[CopyItem] = []
 
-        def noted() -> Iterator[Move]:
+        def noted() -> Iterator[CopyItem]:
             for move in moves:
                 looked_at.append(move)
                 yield move
 
         method = find_out(source, destination, noted(), _LOOK_UP_SECS)
         if mode == "copy":
-            if method.how is How.STREAM and method.asked:
+            if method.how is CopyMethod.STREAM and method.asked:
                 raise RefusedError(f"--mode copy: {method.why}. Nothing was copied; give --mode auto or stream")
-            method = Method(How.COPY, "that was asked for", method.moved)
+            method = Method(CopyMethod.COPY, "that was asked for", method.moved)
         if method.moved is not None:
-            told(Ended(method.moved, Moved.COPIED))
+            told(ItemOutcome(method.moved, CopyOutcome.COPIED))
         return method, itertools.chain((move for move in looked_at if move is not method.moved), moves)
 
-    def _judge(self, end: End) -> int:
+    def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)

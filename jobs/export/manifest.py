@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.keys import Content, encode_name, parse_key
+from hfbucket_plugin.core.keys import ContentId, encode_name, parse_key
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ManifestError(RefusedError):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ManifestLine:
     """One chunk of a directory.
 
     Attributes:
@@ -44,7 +44,7 @@ class Line:
     """
 
     key: str
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
 
     def record(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Line:
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Line:
+    def from_record(cls, record: dict[str, Any]) -> ManifestLine:
         """Read what `record` made.
 
         Raises:
@@ -75,7 +75,7 @@ class Line:
         moment = None if at is None else datetime.fromisoformat(at)
         if moment is not None and moment.tzinfo is None:
             raise ValueError("uploaded_at has no time zone")
-        return cls(key, Content(xet_hash, size), moment)
+        return cls(key, ContentId(xet_hash, size), moment)
 
 
 def file_name(key: str) -> str:
@@ -83,7 +83,7 @@ def file_name(key: str) -> str:
     return encode_name(key)
 
 
-def write(directory: Path, lines: Iterable[Line]) -> int:
+def write(directory: Path, lines: Iterable[ManifestLine]) -> int:
     """Write the manifest of a directory, in place of the one that it has; it appears whole.
 
     Args:
@@ -117,7 +117,7 @@ def write(directory: Path, lines: Iterable[Line]) -> int:
     return count - 1
 
 
-def _records(lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+def _records(lines: Iterable[ManifestLine]) -> Iterator[dict[str, Any]]:
     yield {"record": "manifest", "version": VERSION}
     for line in lines:
         yield line.record()
@@ -146,7 +146,7 @@ def sync(directory: Path) -> None:
         os.close(number)
 
 
-def read(directory: Path) -> Iterator[Line]:
+def read(directory: Path) -> Iterator[ManifestLine]:
     """Stream the manifest of a directory, after all of it was checked.
 
     Raises:
@@ -171,7 +171,7 @@ def read(directory: Path) -> Iterator[Line]:
             record = json.loads(line)
             if record.get("record") == "end":
                 return
-            yield Line.from_record(record)
+            yield ManifestLine.from_record(record)
 
 
 def _check(path: Path, file: IO[bytes]) -> None:
@@ -188,13 +188,13 @@ def _check(path: Path, file: IO[bytes]) -> None:
     except (ValueError, TypeError, AttributeError, KeyFormatError, RecursionError) as error:
         reason = "this is no JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else error
         raise ManifestError(
-            f"{str(path)!r}, line {number}: {reason}; nothing of the directory is used. Export anew, or import with "
+            f"{str(path)!r}, line {number}: {reason}; nothing of the directory is used. Export again, or import with "
             "--without-manifest what its files say"
         ) from None
     except OSError as error:
         raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     if not checker.ended:
-        raise ManifestError(f"{str(path)!r} has no end: it was not written whole. Export anew")
+        raise ManifestError(f"{str(path)!r} has no end: it was not written whole. Export again")
 
 
 class _Checker:
@@ -220,7 +220,7 @@ class _Checker:
                 raise ValueError("its checksum is not that of its lines: they were changed")
             self.ended = True
         else:
-            key = Line.from_record(record).key
+            key = ManifestLine.from_record(record).key
             if key <= self._last:
                 raise ValueError("a key is there twice, or not in its order")
             self._last = key

@@ -17,14 +17,14 @@ from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
-from jobs.export.endpoint import Held
-from jobs.export.manifest import Line
+from jobs.export.endpoint import EndpointObject
+from jobs.export.manifest import ManifestLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
 
 
 _DIGEST_BYTES: Final = 16
@@ -105,7 +105,7 @@ class Renames:
         return renamed
 
 
-class Names:
+class NewNames:
     """Which names were given so far, as digests in a temporary file. Use it as a context manager.
 
     Args:
@@ -151,7 +151,7 @@ NEW, REPLACED, CONFLICT = "new", "replaced", "conflict"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class EndpointRef:
     """One of the two ends, as a plan names it.
 
     Attributes:
@@ -169,7 +169,7 @@ class Place:
         """For people."""
         return self.instance or self.where
 
-    def same_as(self, other: Place) -> bool:
+    def same_as(self, other: EndpointRef) -> bool:
         """Whether both are one place, however it is spelled; names of instances do not matter."""
         if self.endpoint is None or other.endpoint is None:
             return (self.endpoint, self.where) == (other.endpoint, other.where)
@@ -181,7 +181,7 @@ class Place:
         return {"instance": self.instance, "where": self.where, "endpoint": self.endpoint}
 
     @classmethod
-    def from_record(cls, record: Any) -> Place:
+    def from_record(cls, record: Any) -> EndpointRef:
         """Read what `record` made.
 
         Raises:
@@ -196,7 +196,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class ExportHeader:
     """What a plan is for.
 
     Attributes:
@@ -210,8 +210,8 @@ class Header:
         wanted: What was asked for.
     """
 
-    source: Place
-    destination: Place
+    source: EndpointRef
+    destination: EndpointRef
     made_at: datetime
     mode: str
     renames: Renames = field(default_factory=Renames)
@@ -236,7 +236,7 @@ class Header:
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Header:
+    def from_record(cls, record: dict[str, Any]) -> ExportHeader:
         """Read what `record` made.
 
         Raises:
@@ -248,14 +248,14 @@ class Header:
         if not isinstance(config, str | None) or mode not in ("auto", "copy", "stream"):
             raise ValueError("a plan's config is a text, its mode auto, copy or stream")
         made_at = datetime.fromisoformat(record["made_at"])
-        source, destination = Place.from_record(record.get("from")), Place.from_record(record.get("to"))
+        source, destination = EndpointRef.from_record(record.get("from")), EndpointRef.from_record(record.get("to"))
         renames = Renames.parse(record["rename"])
         believes = record.get("believe_files") is True
         return cls(source, destination, made_at, mode, renames, believes, config, record.get("wanted", {}))
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class CopyItem:
     """One chunk that is to be copied, if the destination still is as it was when that was planned.
 
     Attributes:
@@ -268,9 +268,9 @@ class Move:
 
     key: str
     to: str
-    content: Content
+    content: ContentId
     uploaded_at: datetime | None
-    replaces: Held | None = None
+    replaces: EndpointObject | None = None
 
     @property
     def path(self) -> str:
@@ -289,33 +289,33 @@ class Move:
 
     def record(self, reason: str | None = None) -> dict[str, Any]:
         """For JSON."""
-        line = Line(self.key, self.content, self.uploaded_at).record()
+        line = ManifestLine(self.key, self.content, self.uploaded_at).record()
         if self.replaces is not None:
             held = self.replaces
-            line["there"] = Line(self.to, held.content, held.uploaded_at).record()
+            line["there"] = ManifestLine(self.to, held.content, held.uploaded_at).record()
         return {"reason": reason or self.reason} | line
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], renames: Renames) -> Move:
+    def from_record(cls, record: dict[str, Any], renames: Renames) -> CopyItem:
         """Read what `record` made.
 
         Raises:
             ValueError: It is no such thing.
         """
         own = {name: value for name, value in record.items() if name not in ("reason", "there")}
-        line = Line.from_record(own)
-        there = None if record.get("there") is None else Line.from_record(record["there"])
+        line = ManifestLine.from_record(own)
+        there = None if record.get("there") is None else ManifestLine.from_record(record["there"])
         to = renames(line.key)
         if there is not None and there.key != to:
             raise ValueError("what it replaces bears another key")
-        replaces = None if there is None else Held(there.content, there.uploaded_at)
+        replaces = None if there is None else EndpointObject(there.content, there.uploaded_at)
         if (record.get("reason") in (REPLACED, CONFLICT)) != (replaces is not None):
             raise ValueError("a chunk replaces what is there, or is new")
         return cls(line.key, to, line.content, line.uploaded_at, replaces)
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class ExportTotals:
     """What was found while planning.
 
     Attributes:
@@ -343,7 +343,7 @@ class Totals:
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Totals:
+    def from_record(cls, record: dict[str, Any]) -> ExportTotals:
         """Read what `record` made.
 
         Raises:
@@ -354,7 +354,7 @@ class Totals:
         return cls(chosen, planned, same, conflicts, dict(record["skipped"]))
 
 
-class PlanWriter(PlanOutput):
+class ExportPlanWriter(PlanOutput):
     """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
 
     Args:
@@ -365,25 +365,25 @@ class PlanWriter(PlanOutput):
         ConfigError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: ExportHeader) -> None:
         super().__init__(path, header.record())
         self.planned: defaultdict[str, Extent] = defaultdict(Extent)
 
-    def add(self, move: Move) -> None:
+    def add(self, move: CopyItem) -> None:
         """Plan a copy."""
         self._write(move.record())
         self.planned[move.reason] = self.planned[move.reason].plus(move.size)
 
-    def name_conflict(self, move: Move) -> None:
+    def name_conflict(self, move: CopyItem) -> None:
         """Name a chunk that is not copied, since the destination has something else under its key."""
         self._write(move.record(CONFLICT))
 
-    def finish(self, totals: Totals) -> None:
+    def finish(self, totals: ExportTotals) -> None:
         """End the plan: from now on it is there."""
         self._end(totals.record())
 
 
-class PlanFile:
+class ExportPlanFile:
     """A plan on disk.
 
     Attributes:
@@ -393,7 +393,9 @@ class PlanFile:
         left: What is still in it, by reason: less than planned where lines were taken out.
     """
 
-    def __init__(self, path: Path, header: Header, totals: Totals, left: dict[str, Extent], lines: Sealed) -> None:
+    def __init__(
+        self, path: Path, header: ExportHeader, totals: ExportTotals, left: dict[str, Extent], lines: Sealed
+    ) -> None:
         self.path = path
         self.header = header
         self.totals = totals
@@ -407,7 +409,7 @@ class PlanFile:
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @classmethod
-    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> ExportPlanFile:
         """Read a plan, every line of it.
 
         Args:
@@ -429,22 +431,22 @@ class PlanFile:
                 if totals is not None:
                     raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
                 if header is None:
-                    header = Header.from_record(record)
+                    header = ExportHeader.from_record(record)
                 elif record.get("record") == "end":
-                    totals = Totals.from_record(record)
+                    totals = ExportTotals.from_record(record)
                 else:
                     reason = str(record.get("reason"))
-                    left[reason] = left[reason].plus(Move.from_record(record, header.renames).size)
+                    left[reason] = left[reason].plus(CopyItem.from_record(record, header.renames).size)
         except OSError as error:
             raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             kind = RefusedError if isinstance(error, RefusedError) else ConfigError
             raise kind(f"plan {str(path)!r}, line {number}: {error}") from None
         if header is None or totals is None:
-            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; plan anew")
+            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; make a new plan")
         return cls(path, header, totals, dict(left), lines)
 
-    def moves(self, *reasons: str) -> Iterator[Move]:
+    def moves(self, *reasons: str) -> Iterator[CopyItem]:
         """What is to be copied, or other lines of the plan, in its order.
 
         Args:
@@ -460,7 +462,7 @@ class PlanFile:
         for line in lines:
             record = json.loads(line)
             if record.get("reason") in wanted:
-                yield Move.from_record(record, self.header.renames)
+                yield CopyItem.from_record(record, self.header.renames)
 
 
 def is_export(path: Path) -> bool:
@@ -514,7 +516,7 @@ class ExportOrder:
     believe_files: bool = False
     dry_run: bool = False
     yes: bool = False
-    ask: Callable[[PlanFile], bool] | None = None
+    ask: Callable[[ExportPlanFile], bool] | None = None
     max_duration_secs: float = 3600.0
     until: Deadline | None = None
     plan_dir: Path | None = None

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final
 from pydantic import ValidationError
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content, is_probe, parse_key
+from hfbucket_plugin.core.keys import ContentId, is_probe, parse_key
 from hfbucket_plugin.core.units import Extent
-from hfbucket_plugin.errors import ConfigError, GuardError
+from hfbucket_plugin.errors import ConfigError, SafetyError
 from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
-from hfbucket_plugin.tools.selection import Choice
-from jobs.export.plan import Move, Names, OnConflict, Totals
+from hfbucket_plugin.tools.selection import Selection
+from jobs.export.plan import CopyItem, ExportTotals, NewNames, OnConflict
 from warmer.plan.ordered import in_order, newest_first, within
 from warmer.plan.plan_file import PlannedChunk
 from warmer.request.flags import flags_of, nested
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.listing import ChunkEntry
-    from jobs.export.endpoint import Destination, Held, Source
-    from jobs.export.plan import Header, PlanWriter
+    from jobs.export.endpoint import DestinationEndpoint, EndpointObject, SourceEndpoint
+    from jobs.export.plan import ExportHeader, ExportPlanWriter
     from warmer.request.flags import Flag
 
 
@@ -38,7 +38,7 @@ CHOOSING = tuple(flag for flag in flags_of("choose") if flag.name != "--hottest"
 """The warmer's flags that say which chunks. An export goes by what is there, not by what was read: its budget takes the newest."""
 
 
-def choice_of(given: Mapping[Flag, Any]) -> Choice:
+def selection_of(given: Mapping[Flag, Any]) -> Selection:
     """The choice that flags state; without any, all chunks.
 
     Raises:
@@ -47,7 +47,7 @@ def choice_of(given: Mapping[Flag, Any]) -> Choice:
     values = nested(given).get("choose", {})
     flags = {flag.place[1]: flag.name for flag in CHOOSING}
     try:
-        return Choice.model_validate(values)
+        return Selection.model_validate(values)
     except ValidationError as error:
         problems = [
             (str(item["loc"][0]) if item["loc"] else "", item["msg"].removeprefix("Value error, "))
@@ -57,45 +57,45 @@ def choice_of(given: Mapping[Flag, Any]) -> Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedChunks:
     """Which chunks of a source.
 
     Attributes:
-        choice: As flags state it.
+        selection: As flags state it.
         now: What `since` counts back from.
         prompts: Where chunks stand among the prompts, when the choice names some.
     """
 
-    choice: Choice
+    selection: Selection
     now: datetime
     prompts: PromptOrder | None = None
 
-    def of(self, source: Source, scratch: Path, skipped: Counter[str]) -> Iterator[PlannedChunk]:
+    def of(self, source: SourceEndpoint, temp_dir: Path, skipped: Counter[str]) -> Iterator[PlannedChunk]:
         """Stream what is wanted; in order where the choice cuts it: as the prompts have them, or the newest first.
 
         Args:
             source: Where chunks come from.
-            scratch: A file to sort in.
+            temp_dir: A file to sort in.
             skipped: What is passed by is counted there: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
 
         Raises:
             HFBucketError: The listing is not complete.
             OSError: There is no room to sort in.
         """
-        choice, prompts = self.choice, self.prompts
-        chunks = self._filtered(source.entries(choice, skipped), skipped)
+        selection, prompts = self.selection, self.prompts
+        chunks = self._filtered(source.entries(selection, skipped), skipped)
 
         def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
-            return within(ordered, choice.newest, choice.max_bytes)
+            return within(ordered, selection.newest, selection.max_bytes)
 
         if prompts is not None:
-            return in_order(chunks, lambda chunk: prompts.place(parse_key(chunk.key)) or 0, scratch, cut)
-        if choice.newest is None and choice.max_bytes is None:
+            return in_order(chunks, lambda chunk: prompts.place(parse_key(chunk.key)) or 0, temp_dir, cut)
+        if selection.newest is None and selection.max_bytes is None:
             return chunks
-        return in_order(chunks, newest_first, scratch, cut)
+        return in_order(chunks, newest_first, temp_dir, cut)
 
     def _filtered(self, entries: Iterable[ChunkEntry], skipped: Counter[str]) -> Iterator[PlannedChunk]:
-        passes = self.choice.filter(self.now)
+        passes = self.selection.filter(self.now)
         for entry in entries:
             if is_probe(entry.text):
                 skipped["probe"] += 1
@@ -106,27 +106,27 @@ class Wanted:
                 yield PlannedChunk(entry.text, "", content.xet_hash, content.size, entry.uploaded_at)
 
 
-def prompts_of(choice: Choice, source: NamedInstance | None, config: Path | None) -> PromptOrder | None:
+def prompts_of(selection: Selection, source: InstanceConfig | None, config: Path | None) -> PromptOrder | None:
     """Where chunks stand among the prompts that a choice names; None where it names none.
 
     Args:
-        choice: Which chunks.
+        selection: Which chunks.
         source: The instance; None for a directory.
         config: The LMCache YAML, which says how classic engines hash.
 
     Raises:
         ConfigError: The prompts cannot be read, or nothing says how they are hashed.
     """
-    if choice.prompts is None:
+    if selection.prompts is None:
         return None
     if source is None:
         raise ConfigError("--prompts: nothing says how the engine of a directory hashes; export from an instance")
-    prompts = read_prompts(choice.prompts)
+    prompts = read_prompts(selection.prompts)
     first = next(prompts, None)
     if first is None:
-        raise ConfigError(f"--prompts {str(choice.prompts)!r} holds no prompt")
+        raise ConfigError(f"--prompts {str(selection.prompts)!r} holds no prompt")
     if source.mode == "mp" or config is None:
-        hasher = mp_hasher(choice.chunk_size, choice.hash_algorithm)
+        hasher = mp_hasher(selection.chunk_size, selection.hash_algorithm)
     else:
         hasher = classic_hasher(config)
     return PromptOrder(itertools.chain([first], prompts), hasher)
@@ -153,12 +153,12 @@ class ExportPlanning:
 
     def __init__(
         self,
-        header: Header,
-        source: Source,
-        destination: Destination,
+        header: ExportHeader,
+        source: SourceEndpoint,
+        destination: DestinationEndpoint,
         *,
         on_conflict: OnConflict,
-        writer: PlanWriter,
+        writer: ExportPlanWriter,
         tick: Callable[[], None],
     ) -> None:
         self._header = header
@@ -169,7 +169,7 @@ class ExportPlanning:
         self._tick = tick
         self._chosen = self._same = self._conflicts = Extent()
 
-    def run(self, wanted: Wanted, scratch: Path) -> None:
+    def run(self, wanted: WantedChunks, temp_dir: Path) -> None:
         """Write the plan.
 
         Raises:
@@ -180,21 +180,21 @@ class ExportPlanning:
         """
         skipped: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
-            names = stack.enter_context(Names()) if self._header.renames.rules else None
-            for page in _pages(wanted.of(self._source, scratch, skipped)):
+            names = stack.enter_context(NewNames()) if self._header.renames.rules else None
+            for page in _pages(wanted.of(self._source, temp_dir, skipped)):
                 self._tick()
                 self._compare({self._named(chunk, names): chunk for chunk in page})
         if not self._chosen.objects:
             passed_by = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            raise GuardError(
+            raise SafetyError(
                 f"{self._source.name} has no chunk that was chosen{f' ({passed_by})' if passed_by else ''}: nothing is "
                 "copied. Is that the right end, and the right choice?"
             )
         self._writer.finish(
-            Totals(self._chosen, dict(self._writer.planned), self._same, self._conflicts, dict(skipped))
+            ExportTotals(self._chosen, dict(self._writer.planned), self._same, self._conflicts, dict(skipped))
         )
 
-    def _named(self, chunk: PlannedChunk, names: Names | None) -> str:
+    def _named(self, chunk: PlannedChunk, names: NewNames | None) -> str:
         to = self._header.renames(chunk.key)
         if names is not None:
             names.give(to, chunk.key)
@@ -205,7 +205,7 @@ class ExportPlanning:
         for to, chunk in page.items():
             self._chosen = self._chosen.plus(chunk.size)
             there = held.get(to)
-            move = Move(chunk.key, to, Content(chunk.xet_hash, chunk.size), chunk.uploaded_at, there)
+            move = CopyItem(chunk.key, to, ContentId(chunk.xet_hash, chunk.size), chunk.uploaded_at, there)
             if there is None or (there.content != move.content and self._replaces(move, there)):
                 self._writer.add(move)
             elif there.content == move.content:
@@ -214,7 +214,7 @@ class ExportPlanning:
                 self._conflicts = self._conflicts.plus(chunk.size)
                 self._writer.name_conflict(move)
 
-    def _replaces(self, move: Move, there: Held) -> bool:
+    def _replaces(self, move: CopyItem, there: EndpointObject) -> bool:
         if self._on_conflict is OnConflict.NEWER:
             return (
                 move.uploaded_at is not None and there.uploaded_at is not None and move.uploaded_at > there.uploaded_at

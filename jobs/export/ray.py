@@ -8,16 +8,16 @@ from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub import xet_home
 from jobs.batch.ray_pool import ActorExecutor, without_token
 from jobs.export.bucket import InstanceEnd
-from jobs.export.copy import How, Moved, Mover
+from jobs.export.copy import Copier, CopyMethod, CopyOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
-    from jobs.batch.model import Batch, Result
-    from jobs.export.plan import Move
+    from jobs.batch.model import ItemBatch, Result
+    from jobs.export.plan import CopyItem
 
 
 class _Copier:
@@ -27,15 +27,15 @@ class _Copier:
         xet_home.claim()
         self._settings = [settings for _, settings in ends]
         source, destination = (InstanceEnd(name, settings) for name, settings in ends)
-        self._mover = Mover(source, destination, How.STREAM, window_bytes, memory_bytes)
+        self._mover = Copier(source, destination, CopyMethod.STREAM, window_bytes, memory_bytes)
 
     def tokens(self) -> list[bool]:
         """Whether its node has a token for each of the two instances."""
         return [settings.resolve_token() is not None for settings in self._settings]
 
     def attempt(
-        self, batch: Batch[Move], _not_after: datetime, seconds: float, _ends: None
-    ) -> Result[Move] | HFBucketError:
+        self, batch: ItemBatch[CopyItem], _not_after: datetime, seconds: float, _ends: None
+    ) -> Result[CopyItem] | HFBucketError:
         """Try at a batch, as `_Deleter` does."""
         try:
             return self._mover.attempt(batch, seconds)
@@ -43,7 +43,7 @@ class _Copier:
             return error
 
 
-class CopyActors(ActorExecutor["Move"]):
+class CopyActors(ActorExecutor["CopyItem"]):
     """Batches of copies on actors, through which the bytes go.
 
     Args:
@@ -58,7 +58,7 @@ class CopyActors(ActorExecutor["Move"]):
     """
 
     def __init__(
-        self, ends: tuple[NamedInstance, NamedInstance], bounds: tuple[int, int], width: int, address: str | None
+        self, ends: tuple[InstanceConfig, InstanceConfig], bounds: tuple[int, int], width: int, address: str | None
     ) -> None:
         own = [(named.name, without_token(named)) for named in ends]
-        super().__init__(width, address, ends, Moved.FAILED, actor=_Copier, arguments=(own, *bounds))
+        super().__init__(width, address, ends, CopyOutcome.FAILED, actor=_Copier, arguments=(own, *bounds))

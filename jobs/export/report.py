@@ -9,7 +9,7 @@ import typer
 
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.tools import exit_codes
-from jobs.export.copy import How, Moved
+from jobs.export.copy import CopyMethod, CopyOutcome
 from jobs.export.plan import JOB, REPLACED
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from enum import StrEnum
 
     from jobs.export.copy import Method
-    from jobs.export.plan import Move, Place, PlanFile
+    from jobs.export.plan import CopyItem, EndpointRef, ExportPlanFile
 
 NAMED_CONFLICTS: Final = 1000
 """Conflicts that a summary names; the plan names all."""
@@ -25,7 +25,7 @@ NAMED_CONFLICTS: Final = 1000
 _TOLD_CONFLICTS: Final = 10
 
 
-def conflict_record(move: Move) -> dict[str, Any]:
+def conflict_record(move: CopyItem) -> dict[str, Any]:
     """A chunk that is not copied, since the destination has something else under its key."""
     there = move.replaces
     return {
@@ -55,12 +55,12 @@ class ExportSummary:
         seconds: How long it took.
     """
 
-    source: Place
-    destination: Place
+    source: EndpointRef
+    destination: EndpointRef
     code: int
     applied: bool
     message: str = ""
-    plan: PlanFile | None = None
+    plan: ExportPlanFile | None = None
     method: Method | None = None
     ended: dict[StrEnum, Extent] = field(default_factory=dict)
     failures: tuple[dict[str, str], ...] = ()
@@ -83,13 +83,13 @@ class ExportSummary:
         """How bytes were moved, where any were."""
         if self.method is None:
             return None
-        mixed = self.method.how is How.COPY_OR_STREAM
-        return str(How.COPY if mixed and Moved.STREAMED not in self.ended else self.method.how)
+        mixed = self.method.how is CopyMethod.COPY_OR_STREAM
+        return str(CopyMethod.COPY if mixed and CopyOutcome.STREAMED not in self.ended else self.method.how)
 
     @property
     def moved(self) -> Extent:
         """What was copied, by the Hub or as bytes."""
-        kinds = [self.ended[one] for one in (Moved.COPIED, Moved.STREAMED) if one in self.ended]
+        kinds = [self.ended[one] for one in (CopyOutcome.COPIED, CopyOutcome.STREAMED) if one in self.ended]
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @property
@@ -135,7 +135,7 @@ class ExportSummary:
 
     def gauges(self) -> dict[str, float]:
         """For metrics."""
-        failed = self.ended.get(Moved.FAILED, Extent())
+        failed = self.ended.get(CopyOutcome.FAILED, Extent())
         return {
             "copied_objects": self.moved.objects,
             "copied_bytes": self.moved.bytes,
@@ -161,13 +161,13 @@ class ExportSummary:
             # What ended as `same` while copying was planned; what was so before is not in the plan.
             record |= {"plan": str(self.plan.path)} | self.plan.totals.record()
             record |= {"there_already": record.pop("same"), "unfinished": self.unfinished.record()}
-        record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Moved}
+        record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in CopyOutcome}
         if self.in_manifest is not None:
             record["in_manifest"] = self.in_manifest
         return record | {"failures": list(self.failures), "conflicting": list(self.conflicts)}
 
 
-def ask_to_replace(shown: PlanFile) -> bool:
+def ask_to_replace(shown: ExportPlanFile) -> bool:
     """Ask whether to carry out an export that replaces; no answer is none."""
     replaced, destination = shown.left[REPLACED], shown.header.destination.where
     try:

@@ -11,17 +11,17 @@ from hfbucket_plugin.core.keys import SCHEME
 from hfbucket_plugin.errors import ConfigError
 from jobs.export.bucket import InstanceEnd
 from jobs.export.directory import DirectoryDestination, DirectorySource
-from jobs.export.plan import Place
+from jobs.export.plan import EndpointRef
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from jobs.export.endpoint import Destination, Source
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from jobs.export.endpoint import DestinationEndpoint, SourceEndpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class EndpointSpec:
     """One end.
 
     Attributes:
@@ -29,18 +29,18 @@ class Endpoint:
         directory: The directory; None for an instance.
     """
 
-    named: NamedInstance | None = None
+    named: InstanceConfig | None = None
     directory: Path | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> EndpointRef:
         """As plans and reports name it."""
         if self.named is None:
-            return Place(None, str(self.directory))
+            return EndpointRef(None, str(self.directory))
         settings = self.named.settings
-        return Place(self.named.name, str(settings.bucket_handle), settings.endpoint)
+        return EndpointRef(self.named.name, str(settings.bucket_handle), settings.endpoint)
 
-    def source(self, *, believe_files: bool) -> Source:
+    def source(self, *, believe_files: bool) -> SourceEndpoint:
         """Open it to copy from it.
 
         Args:
@@ -53,7 +53,7 @@ class Endpoint:
             return InstanceEnd(self.named.name, self.named.settings)
         return DirectorySource(self.directory or Path(), believe_files=believe_files)
 
-    def destination(self) -> Destination:
+    def destination(self) -> DestinationEndpoint:
         """Open it to copy to it."""
         if self.named is not None:
             settings = self.named.settings
@@ -61,7 +61,7 @@ class Endpoint:
         return DirectoryDestination(self.directory or Path())
 
 
-def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[str]) -> Endpoint:
+def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[str]) -> EndpointSpec:
     """What an option names.
 
     Args:
@@ -78,13 +78,13 @@ def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[
             f"{option} {text!r}: name the instance that has this bucket_handle; tokens belong to instances"
         )
     if "/" in text or text in (".", ".."):
-        return Endpoint(directory=Path(text).absolute())
+        return EndpointSpec(directory=Path(text).absolute())
     for one in named_instances(None, (), l2_adapters) if l2_adapters else ():
         if one.name == text:
-            return Endpoint(named=one)
+            return EndpointSpec(named=one)
     if not text or config is None:
         raise ConfigError(
             f"{option} {text!r}: names an instance of --lmcache-config FILE or the name of an --l2-adapter, or a directory "
             "with a slash, such as ./backup"
         )
-    return Endpoint(named=named_instances(config, [text])[0])
+    return EndpointSpec(named=named_instances(config, [text])[0])

@@ -23,7 +23,7 @@ from hfbucket_plugin.index.format import read_header
 from hfbucket_plugin.index.store import MAX_JOURNALS, POINTER
 from jobs import history
 from jobs.deletion.guards import check_listing
-from jobs.index.report import Made
+from jobs.index.report import IndexBuild
 from jobs.lock.lock import DEFAULT_SECONDS
 from jobs.report import note
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-    from hfbucket_plugin.index.build import Built
+    from hfbucket_plugin.index.build import BuiltSnapshot
     from hfbucket_plugin.index.format import Pointer
     from hfbucket_plugin.index.store import IndexStore, Journal
-    from jobs.index.inventory import Found
-    from jobs.lock.lock import Lock
+    from jobs.index.inventory import IndexState
+    from jobs.lock.lock import BucketLock
 
 
 _SNAPSHOT: Final = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}\.npy")
@@ -114,7 +114,7 @@ def spare_journals(journals: Sequence[Journal], covers: float, now: datetime, gr
 _log = logging.getLogger(__name__)
 
 _TRIES: Final = 3
-"""A writer replaces its last journal while it is about to be read: then all are listed anew."""
+"""A writer replaces its last journal while it is about to be read: then all are listed again."""
 
 _TOLD_SECS: Final = 30.0
 _BLOCK_ROWS: Final = 100_000
@@ -135,7 +135,7 @@ class IndexOrder:
         max_duration_secs: When to give up, where `until` does not say.
         until: The deadline of the whole command, of which this may be one instance of several.
         lock_secs: How long the lock of a killed run keeps others out.
-        scratch: Where snapshots are put together; None for a directory of temporary files.
+        temp_dir: Where snapshots are put together; None for a directory of temporary files.
     """
 
     full: bool = False
@@ -148,7 +148,7 @@ class IndexOrder:
     max_duration_secs: float = 3600.0
     until: Deadline | None = None
     lock_secs: int = DEFAULT_SECONDS
-    scratch: Path | None = None
+    temp_dir: Path | None = None
 
     @property
     def page_secs(self) -> float:
@@ -156,7 +156,7 @@ class IndexOrder:
         return PAGE_SECS
 
 
-class Maker:
+class IndexBuilder:
     """Makes one snapshot.
 
     Args:
@@ -187,13 +187,13 @@ class Maker:
         self._seen = 0
         self._told_at = time.monotonic()
 
-    def make(self, found: Found, now: datetime, scratch: Path) -> tuple[Built, Made]:
+    def make(self, found: IndexState, now: datetime, temp_dir: Path) -> tuple[BuiltSnapshot, IndexBuild]:
         """Make a snapshot, of journals where that will do.
 
         Args:
             found: What there is.
             now: The Hub's time.
-            scratch: For files: empty, and nobody else's.
+            temp_dir: For files: empty, and nobody else's.
 
         Raises:
             GuardError: The listing looks wrong.
@@ -203,19 +203,19 @@ class Maker:
         why = why or why_listing(
             found.pointer, now.timestamp(), self._order.full_every_secs, found.journals, self._order.max_age_secs
         )
-        built: Built | None = None
+        built: BuiltSnapshot | None = None
         if not why:
-            built, why = self._of_journals(scratch / "journals")
+            built, why = self._of_journals(temp_dir / "journals")
         if built is None:
-            built = self._of_listing(scratch / "listing")
+            built = self._of_listing(temp_dir / "listing")
         how = "listing" if why else "journals"
         keys = extent_of(built.path)
         if why:
             self._judge(keys)
         size = built.path.stat().st_size
-        return built, Made(how, why, keys, None, size, same=False, journals=found.waiting, garbage=built.garbage)
+        return built, IndexBuild(how, why, keys, None, size, same=False, journals=found.waiting, garbage=built.garbage)
 
-    def _of_journals(self, scratch: Path) -> tuple[Built | None, str]:
+    def _of_journals(self, temp_dir: Path) -> tuple[BuiltSnapshot | None, str]:
         """A snapshot of the one before and the journals; or why that one cannot be gone by.
 
         Raises:
@@ -224,7 +224,7 @@ class Maker:
         problem: HFBucketError | None = None
         for number in range(_TRIES):
             self._tick()
-            directory = scratch / str(number)
+            directory = temp_dir / str(number)
             directory.mkdir(parents=True)
             try:
                 return build.from_journals(self._bucket, self._store, directory, REQUEST_SECS), ""
@@ -237,8 +237,8 @@ class Maker:
             shutil.rmtree(directory)
         return None, f"the snapshot before, or a journal, cannot be read ({problem})"
 
-    def _of_listing(self, scratch: Path) -> Built:
-        scratch.mkdir()
+    def _of_listing(self, temp_dir: Path) -> BuiltSnapshot:
+        temp_dir.mkdir()
 
         def each(_info: ObjectInfo) -> None:
             self._seen += 1
@@ -249,7 +249,7 @@ class Maker:
                 self._told_at = time.monotonic()
                 note(f"{self._name}: {self._seen:,} objects listed")
 
-        return build.from_listing(self._bucket, scratch, self._order.page_secs, page, each, store=self._store)
+        return build.from_listing(self._bucket, temp_dir, self._order.page_secs, page, each, store=self._store)
 
     def _judge(self, keys: Extent) -> None:
         """Refuse a listing that cannot be all of it, by what the last run of any job left.
@@ -268,7 +268,9 @@ class Maker:
             done="published",
         )
 
-    def publish(self, found: Found, built: Built, lock: Lock, scratch: Path) -> tuple[Pointer, bool]:
+    def publish(
+        self, found: IndexState, built: BuiltSnapshot, lock: BucketLock, temp_dir: Path
+    ) -> tuple[Pointer, bool]:
         """Upload the snapshot, read it back, and point to it if the lock is still ours.
 
         Returns:
@@ -288,7 +290,7 @@ class Maker:
         else:
             pointer = build.put(self._store, built, self._until)
         try:  # readers are sent to nothing that cannot be read
-            build.fetch_snapshot(self._bucket, self._store, pointer, scratch / "read-back.npy", self._until)
+            build.fetch_snapshot(self._bucket, self._store, pointer, temp_dir / "read-back.npy", self._until)
         except MissingError as error:
             raise TransportError(f"the snapshot was stored and cannot be read: {error}: nothing is published") from None
         while True:
@@ -300,7 +302,7 @@ class Maker:
             else:
                 return pointer, before is not None
 
-    def _unchanged(self, found: Found, built: Built) -> Pointer | None:
+    def _unchanged(self, found: IndexState, built: BuiltSnapshot) -> Pointer | None:
         """The pointer before, where its snapshot is there and has the very same bytes."""
         before = found.pointer
         if before is None or (before.size, before.keys) != (built.path.stat().st_size, built.keys):
@@ -308,9 +310,9 @@ class Maker:
         if xet_hashes([built.path])[0] != before.xet_hash:
             return None
         path = self._store.snapshot_path(before)
-        return before if any(info.path == path for info in found.shelf.snapshots) else None
+        return before if any(info.path == path for info in found.listing.snapshots) else None
 
-    def expect(self, pointer: Pointer) -> Content:
+    def expect(self, pointer: Pointer) -> ContentId:
         """Make sure that readers find it.
 
         Returns:

@@ -10,7 +10,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.units import age, count
 from hfbucket_plugin.errors import HFBucketError, MissingError
 from hfbucket_plugin.index.format import FormatError
-from hfbucket_plugin.index.store import DIRECTORY, JOURNALS, MAX_JOURNALS, IndexStore, Shelf
+from hfbucket_plugin.index.store import DIRECTORY, JOURNALS, MAX_JOURNALS, IndexListing, IndexStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,18 +22,18 @@ _NAMED_STRANGE: Final = 100
 
 
 @dataclass(slots=True)
-class Found:
+class IndexState:
     """What there is of an index.
 
     Attributes:
-        shelf: The objects, but for those that are only counted here.
+        listing: The objects, but for those that are only counted here.
         pointer: To the present snapshot; None where there is none that can be read.
         unknown: Why not, where there is one: it is of a newer version, or garbage.
         more_journals: Journals beyond the first `MAX_JOURNALS` of the listing, which are counted only.
-        strange: Objects that are none of an index; the first are in the shelf.
+        strange: Objects that are none of an index; the first are in the listing.
     """
 
-    shelf: Shelf = field(default_factory=Shelf)
+    listing: IndexListing = field(default_factory=IndexListing)
     pointer: Pointer | None = None
     unknown: str = ""
     more_journals: int = 0
@@ -42,13 +42,13 @@ class Found:
     @property
     def journals(self) -> int:
         """How many journals there are."""
-        return len(self.shelf.journals) + self.more_journals
+        return len(self.listing.journals) + self.more_journals
 
     @property
     def waiting(self) -> int:
         """How many the present snapshot does not cover, as far as they are known."""
         covers = 0.0 if self.pointer is None else self.pointer.covers
-        return self.more_journals + sum(journal.at >= covers for journal in self.shelf.journals)
+        return self.more_journals + sum(journal.at >= covers for journal in self.listing.journals)
 
     def line(self, now: datetime) -> str:
         """For people.
@@ -60,12 +60,12 @@ class Found:
         if pointer is None:
             return f"key index: no snapshot that can be read{': ' if self.unknown else ''}{self.unknown}"
         if ahead := pointer.ahead_of(now.timestamp()):
-            return f"key index: {ahead}: neither engines nor cleanups go by it until it was built anew"
+            return f"key index: {ahead}: neither engines nor cleanups go by it until it was rebuilt"
         made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
         return (
             f"key index: {count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing "
             f"{age(listed, now)} old; {count(self.waiting, 'journal')} since, {self.journals:,} in all, "
-            f"{count(len(self.shelf.snapshots), 'snapshot')}"
+            f"{count(len(self.listing.snapshots), 'snapshot')}"
         )
 
     def record(self, now: float) -> dict[str, Any]:
@@ -74,14 +74,14 @@ class Found:
         Args:
             now: The Hub's time, in seconds since 1970.
         """
-        pointer, shelf = self.pointer, self.shelf
+        pointer, listing = self.pointer, self.listing
         return {
             "snapshot": None if pointer is None else pointer.snapshot,
             "keys": None if pointer is None else pointer.keys,
             "bytes": None if pointer is None else pointer.size,
             "age_seconds": None if pointer is None else round(now - pointer.covers, 1),
             "listed_seconds_ago": None if pointer is None else round(now - pointer.full, 1),
-            "snapshots": len(shelf.snapshots),
+            "snapshots": len(listing.snapshots),
             "journals": self.journals,
             "journals_waiting": self.waiting,
             "strange": self.strange,
@@ -91,7 +91,7 @@ class Found:
 
 def look(
     bucket: Bucket, store: IndexStore, page_secs: float, request_secs: float, each_page: Callable[[], None]
-) -> Found:
+) -> IndexState:
     """List the index, and read its pointer. Memory is bounded, whatever lies there.
 
     Args:
@@ -104,19 +104,19 @@ def look(
     Raises:
         HFBucketError: A page did not come, or the pointer did not arrive whole.
     """
-    handle, found = bucket.handle, Found()
+    handle, found = bucket.handle, IndexState()
     journals = handle.join(f"{JOURNALS}/")
     for info in bucket.list_objects(handle.join(f"{DIRECTORY}/"), page_secs, each_page):
-        if len(found.shelf.journals) >= MAX_JOURNALS and info.path.startswith(journals):
+        if len(found.listing.journals) >= MAX_JOURNALS and info.path.startswith(journals):
             found.more_journals += 1
             continue
-        before = len(found.shelf.strange)
-        found.shelf.see(info, handle)
-        found.strange += len(found.shelf.strange) - before
-        del found.shelf.strange[_NAMED_STRANGE:]
-    if found.shelf.pointer is not None:
+        before = len(found.listing.strange)
+        found.listing.see(info, handle)
+        found.strange += len(found.listing.strange) - before
+        del found.listing.strange[_NAMED_STRANGE:]
+    if found.listing.pointer is not None:
         try:
-            found.pointer = store.read_pointer(found.shelf.pointer, Deadline.patient(request_secs))
+            found.pointer = store.read_pointer(found.listing.pointer, Deadline.patient(request_secs))
         except FormatError as error:
             found.unknown = str(error)
         except MissingError:  # somebody else published meanwhile, or the store lost it
@@ -124,7 +124,7 @@ def look(
     return found
 
 
-def state(bucket: Bucket, page_secs: float, request_secs: float) -> Found | str:
+def state(bucket: Bucket, page_secs: float, request_secs: float) -> IndexState | str:
     """What there is of an index, for those who only tell of it.
 
     Returns:

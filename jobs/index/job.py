@@ -22,27 +22,27 @@ from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
 from hfbucket_plugin.tools import exit_codes
 from jobs import history
 from jobs.index import inventory
-from jobs.index.build import Maker
-from jobs.index.prune import Limits, prune, spare
-from jobs.index.report import IndexSummary, Made
+from jobs.index.build import IndexBuilder
+from jobs.index.prune import PruneLimits, prune, spare
+from jobs.index.report import IndexBuild, IndexSummary
 from jobs.index.verify import Verification
 from jobs.lock.claims import INDEXING
-from jobs.lock.clock import HubClock, ask
-from jobs.lock.lock import Keeper, Lock
-from jobs.report import Tally
+from jobs.lock.clock import ServerClock, ask
+from jobs.lock.lock import BucketLock, LockRefresher
+from jobs.report import OutcomeTally
 from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hfbucket_plugin.config.instances import NamedInstance
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.config.instances import InstanceConfig
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.format import Pointer
-    from hfbucket_plugin.tools.signals import StopSwitch
+    from hfbucket_plugin.tools.signals import ShutdownSignal
     from jobs.deletion.plan import Item
     from jobs.index.build import IndexOrder
-    from jobs.index.inventory import Found
+    from jobs.index.inventory import IndexState
     from jobs.index.verify import Differences
     from jobs.report import ReportFile
 
@@ -60,15 +60,15 @@ class IndexJob:
         stop: Whether to stop.
     """
 
-    def __init__(self, named: NamedInstance, order: IndexOrder, file: ReportFile, stop: StopSwitch) -> None:
+    def __init__(self, named: InstanceConfig, order: IndexOrder, file: ReportFile, stop: ShutdownSignal) -> None:
         self._named = named
         self._order = replace(order, max_age_secs=named.settings.index_max_age_secs)
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
         self._until = order.until or Deadline.after(order.max_duration_secs)
-        self._tally = Tally(file)
-        self._made: Made | None = None
+        self._tally = OutcomeTally(file)
+        self._made: IndexBuild | None = None
         self._differences: Differences | None = None
         self._spare = Extent()
         self._strange = 0
@@ -116,17 +116,19 @@ class IndexJob:
 
     def _locked(self, bucket: Bucket, store: IndexStore) -> int:
         if self._order.dry_run:
-            clock = HubClock()
+            clock = ServerClock()
             ask(bucket, clock, REQUEST_SECS)
             return self._work(bucket, store, clock, None, self._in_time)
         if not self._named.settings.writes:
             raise RefusedError(f"role is {self._named.settings.role}, so no index is published through this instance")
-        lock = Lock(bucket, history.INDEX, seconds=self._order.lock_secs, request_secs=REQUEST_SECS, kind=INDEXING)
-        with lock.held(), Keeper(lock, self._order.lock_secs) as keeper:
+        lock = BucketLock(
+            bucket, history.INDEX, seconds=self._order.lock_secs, request_secs=REQUEST_SECS, kind=INDEXING
+        )
+        with lock.held(), LockRefresher(lock, self._order.lock_secs) as refresher:
 
             def tick() -> None:
                 self._in_time()
-                keeper.check()
+                refresher.check()
 
             return self._work(bucket, store, lock.clock, lock, tick)
 
@@ -135,7 +137,7 @@ class IndexJob:
             raise RefusedError("--max-duration was over before all was listed and read: nothing is published. Raise it")
 
     def _work(
-        self, bucket: Bucket, store: IndexStore, clock: HubClock, lock: Lock | None, tick: Callable[[], None]
+        self, bucket: Bucket, store: IndexStore, clock: ServerClock, lock: BucketLock | None, tick: Callable[[], None]
     ) -> int:
         found = inventory.look(bucket, store, self._order.page_secs, REQUEST_SECS, tick)
         self._strange = found.strange
@@ -143,14 +145,14 @@ class IndexJob:
             raise RefusedError(
                 f"{found.unknown}: nothing is published. If no newer version works on this instance, give --full once"
             )
-        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.scratch) as scratch:
-            maker = Maker(self._named.name, bucket, store, self._order, until=self._until, tick=tick)
-            built, made = maker.make(found, _now(clock), Path(scratch))
+        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.temp_dir) as temp_dir:
+            maker = IndexBuilder(self._named.name, bucket, store, self._order, until=self._until, tick=tick)
+            built, made = maker.make(found, _now(clock), Path(temp_dir))
             self._made = made
             if lock is None:
                 self._spare = _extent(spare(found, "", built.covers, _now(clock), self._limits))
                 return exit_codes.COMPLETE
-            pointer, same = maker.publish(found, built, lock, Path(scratch))
+            pointer, same = maker.publish(found, built, lock, Path(temp_dir))
         content = maker.expect(pointer)
         self._made = replace(made, pointer=pointer, same=same)
         code = self._prune(bucket, found, pointer, content, lock)
@@ -160,14 +162,14 @@ class IndexJob:
 
     def _verify(self, bucket: Bucket, store: IndexStore) -> int:
         settings = self._named.settings
-        shelf = store.list(Deadline.after(self._order.page_secs))
-        writers = writers_of(shelf)
-        refresh, journal = refresh_secs(settings, writers, shelf.calls), journal_secs(settings, writers)
-        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.scratch) as scratch:
+        listing = store.list(Deadline.after(self._order.page_secs))
+        writers = writers_of(listing)
+        refresh, journal = refresh_secs(settings, writers, listing.calls), journal_secs(settings, writers)
+        with tempfile.TemporaryDirectory(prefix="hfbucket-index-", dir=self._order.temp_dir) as temp_dir:
             verification = Verification(
                 bucket,
                 store,
-                Path(scratch),
+                Path(temp_dir),
                 page_secs=self._order.page_secs,
                 request_secs=REQUEST_SECS,
                 window_secs=2 * refresh + journal,
@@ -184,10 +186,10 @@ class IndexJob:
     # --- afterwards -----------------------------------------------------------------------------------------------------
 
     @property
-    def _limits(self) -> Limits:
-        return Limits(self._order.keep, self._order.grace, self._until)
+    def _limits(self) -> PruneLimits:
+        return PruneLimits(self._order.keep, self._order.grace, self._until)
 
-    def _prune(self, bucket: Bucket, found: Found, pointer: Pointer, content: Content, lock: Lock) -> int:
+    def _prune(self, bucket: Bucket, found: IndexState, pointer: Pointer, content: ContentId, lock: BucketLock) -> int:
         """Delete what nobody needs any more; whatever becomes of that, the index is published."""
         present = bucket.handle.join(f"{SNAPSHOTS}/{pointer.snapshot}")
         items = list(spare(found, present, pointer.covers, lock.clock.earliest(), self._limits))
@@ -225,6 +227,6 @@ def _extent(items: Iterable[Item]) -> Extent:
     return extent
 
 
-def _now(clock: HubClock) -> datetime:
+def _now(clock: ServerClock) -> datetime:
     """The Hub's time, as far as it tells it: for ages of a snapshot, whose own times are the Hub's."""
     return clock.earliest() if clock.known else datetime.now(UTC)

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import timedelta
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from jobs.batch.apply import End
-    from jobs.batch.model import Ended
-    from jobs.index.inventory import Found
-    from jobs.lock.lock import Lock
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from jobs.batch.apply import ApplyResult
+    from jobs.batch.model import ItemOutcome
+    from jobs.index.inventory import IndexState
+    from jobs.lock.lock import BucketLock
 
 SNAPSHOT: Final = "old-snapshot"
 JOURNAL: Final = "covered-journal"
@@ -32,7 +32,7 @@ JOURNAL: Final = "covered-journal"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PruneLimits:
     """What stays.
 
     Attributes:
@@ -46,7 +46,7 @@ class Limits:
     until: Deadline
 
 
-def spare(found: Found, present: str, covers: float, now: datetime, limits: Limits) -> Iterator[Item]:
+def spare(found: IndexState, present: str, covers: float, now: datetime, limits: PruneLimits) -> Iterator[Item]:
     """What nobody needs any more.
 
     Args:
@@ -56,23 +56,23 @@ def spare(found: Found, present: str, covers: float, now: datetime, limits: Limi
         now: The Hub's time.
         limits: What stays.
     """
-    for info, at in spare_snapshots(found.shelf.snapshots, present, now, limits.keep, limits.grace):
+    for info, at in spare_snapshots(found.listing.snapshots, present, now, limits.keep, limits.grace):
         yield Item(info.path, info.path, info.content.xet_hash, info.content.size, at, SNAPSHOT)
-    for one in spare_journals(found.shelf.journals, covers, now, limits.grace):
+    for one in spare_journals(found.listing.journals, covers, now, limits.grace):
         at = datetime.fromtimestamp(one.at, UTC)
         yield Item(one.path, one.name.text, one.content.xet_hash, one.content.size, at, JOURNAL)
 
 
 def prune(
     bucket: Bucket,
-    lock: Lock,
+    lock: BucketLock,
     items: Iterator[Item],
     *,
-    pointer: Content,
-    limits: Limits,
-    told: Callable[[Ended[Item]], None],
-    stop: StopSwitch,
-) -> End:
+    pointer: ContentId,
+    limits: PruneLimits,
+    told: Callable[[ItemOutcome[Item]], None],
+    stop: ShutdownSignal,
+) -> ApplyResult:
     """Delete what is still as it was listed, as long as the lock is held and the pointer is the one that was published.
 
     Args:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class IndexBuild:
     """What a build made.
 
     Attributes:
@@ -68,7 +68,7 @@ class IndexSummary:
     code: int
     dry_run: bool = False
     message: str = ""
-    made: Made | None = None
+    made: IndexBuild | None = None
     differences: Differences | None = None
     spare: Extent = NOTHING
     ended: dict[StrEnum, Extent] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class IndexSummary:
         if self.strange:
             yield f"{count(self.strange, 'object')} below .hfbucket/index/ are none of an index, and stay"
 
-    def _of_made(self, made: Made) -> str:
+    def _of_made(self, made: IndexBuild) -> str:
         source = f"a listing, since {made.why}" if made.how == "listing" else count(made.journals, "journal")
         done = "published" if made.pointer is not None else "not published"
         garbage = f"; {count(made.garbage, 'journal')} passed over that are none" if made.garbage else ""
@@ -148,7 +148,7 @@ class IndexSummary:
         record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in Outcome}
         return record | {"strange": self.strange, "failures": list(self.failures)}
 
-    def _record_of(self, made: Made) -> dict[str, Any]:
+    def _record_of(self, made: IndexBuild) -> dict[str, Any]:
         pointer = made.pointer
         return {
             "made_of": made.how,

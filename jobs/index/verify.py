@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-    from hfbucket_plugin.index.build import Built
+    from hfbucket_plugin.index.build import BuiltSnapshot
     from hfbucket_plugin.index.store import IndexStore
     from hfbucket_plugin.index.table import Rows
 
@@ -112,7 +112,7 @@ class Verification:
     Args:
         bucket: The instance's.
         store: Its index.
-        scratch: For temporary files: empty, and nobody else's.
+        temp_dir: For temporary files: empty, and nobody else's.
         page_secs: Most seconds of a page of the listing.
         request_secs: Most seconds of a request.
         window_secs: How long it may take until readers know of a put or a delete.
@@ -125,7 +125,7 @@ class Verification:
         self,
         bucket: Bucket,
         store: IndexStore,
-        scratch: Path,
+        temp_dir: Path,
         *,
         page_secs: float,
         request_secs: float,
@@ -136,7 +136,7 @@ class Verification:
     ) -> None:
         self._bucket = bucket
         self._store = store
-        self._scratch = scratch
+        self._temp_dir = temp_dir
         self._page_secs = page_secs
         self._request_secs = request_secs
         self._window_secs = window_secs
@@ -167,11 +167,11 @@ class Verification:
         self._count(found, built)
         return found
 
-    def _view(self) -> Built:
+    def _view(self) -> BuiltSnapshot:
         """The index as a reader sees it."""
         for number in range(_TRIES):
             self._each_page()
-            directory = self._scratch / str(number)
+            directory = self._temp_dir / str(number)
             directory.mkdir()
             try:
                 return build.from_journals(self._bucket, self._store, directory, self._request_secs)
@@ -212,7 +212,7 @@ class Verification:
 
     # --- what was told meanwhile ----------------------------------------------------------------------------------------
 
-    def _count(self, found: Differences, built: Built) -> None:
+    def _count(self, found: Differences, built: BuiltSnapshot) -> None:
         kinds = {"missing": self._missing, "surplus": self._surplus, "different": self._different}
         suspects = {kind: one.all for kind, one in kinds.items()}
         total = sum(map(len, suspects.values()))
@@ -228,14 +228,14 @@ class Verification:
                 found.examples[kind] = [kinds[kind].names.get(_digest(row)) or _described(row) for row in rows[:_NAMED]]
         found.meanwhile = total - found.total
 
-    def _changes(self, built: Built) -> Table:
+    def _changes(self, built: BuiltSnapshot) -> Table:
         """The newest of what was told since the view was made."""
         self._each_page()
         since = built.covers
-        shelf = self._store.list(Deadline.patient(self._page_secs))
-        if shelf.crowded:
-            raise TransportError(f"not all journals could be listed: {shelf.crowded}")
-        late = [journal for journal in shelf.journals if journal.at >= since and not journal.name.hits]
+        listing = self._store.list(Deadline.patient(self._page_secs))
+        if listing.crowded:
+            raise TransportError(f"not all journals could be listed: {listing.crowded}")
+        late = [journal for journal in listing.journals if journal.at >= since and not journal.name.hits]
         told: list[Rows] = []
         for _, changes in self._store.read_journals(late, Deadline.patient(self._page_secs)):
             if isinstance(changes, FormatError):

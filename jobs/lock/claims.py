@@ -80,7 +80,7 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class LockClaim:
     """One claim.
 
     Attributes:
@@ -115,7 +115,7 @@ class Claim:
         return min(self.holder.seconds, LONGEST_SECONDS)
 
 
-def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[Claim]:
+def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[LockClaim]:
     """The claims that a listing of the directory of their kind tells of, in their order.
 
     Raises:
@@ -134,6 +134,6 @@ def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[Cl
     return sorted((_claim(holder, found) for holder, found in parts.items()), key=lambda claim: claim.rank)
 
 
-def _claim(holder: Holder, found: list[tuple[str, ObjectInfo, datetime]]) -> Claim:
+def _claim(holder: Holder, found: list[tuple[str, ObjectInfo, datetime]]) -> LockClaim:
     since = next((at for part, _, at in found if part == CLAIM), None)
-    return Claim(holder, since, max(at for _, _, at in found), tuple(info.path for _, info, _ in found))
+    return LockClaim(holder, since, max(at for _, _, at in found), tuple(info.path for _, info, _ in found))

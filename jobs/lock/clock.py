@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
 
 
-class HubClock:
+class ServerClock:
     """Bounds on what time it is at the Hub. Not thread-safe.
 
     Args:
@@ -69,7 +69,7 @@ def _moment(seconds: float) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
 
 
-def ask(bucket: Bucket, clock: HubClock, request_secs: float) -> bool:
+def ask(bucket: Bucket, clock: ServerClock, request_secs: float) -> bool:
     """Set a clock by the `Date` header of an answer; say whether there was one.
 
     Raises:

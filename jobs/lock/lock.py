@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Final, Self
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, Interrupted, RefusedError, ThrottledError, TransportError
-from hfbucket_plugin.hub.bucket import Progress
+from hfbucket_plugin.hub.bucket import ListingProgress
 from jobs.lock import records
-from jobs.lock.claims import CLAIM, DELETING, LONGEST_SECONDS, Claim, Holder, LockHeldError, claims_in
-from jobs.lock.clock import HubClock, ask
+from jobs.lock.claims import CLAIM, DELETING, LONGEST_SECONDS, Holder, LockClaim, LockHeldError, claims_in
+from jobs.lock.clock import ServerClock, ask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from jobs.lock.claims import LockKind
 
@@ -47,7 +47,7 @@ class LockLapsedError(LockLostError):
     """The lock ended before it could be renewed: the Hub wanted to be left alone for too long, or we slept."""
 
 
-class Lock:
+class BucketLock:
     """The lock of one instance; thread-safe.
 
     Args:
@@ -66,18 +66,18 @@ class Lock:
         *,
         seconds: int = DEFAULT_SECONDS,
         request_secs: float = 60.0,
-        clock: HubClock | None = None,
+        clock: ServerClock | None = None,
         kind: LockKind = DELETING,
     ) -> None:
         self._bucket = bucket
         self._kind = kind
         self._secs = request_secs
-        self.clock = clock or HubClock()
+        self.clock = clock or ServerClock()
         owner = f"{what_for} on {platform.node()} pid {os.getpid()}"
         self._holder = Holder(secrets.token_hex(8), owner, min(seconds, LONGEST_SECONDS))
         self._mutex = threading.Lock()
         self._renewals = 0
-        self._content: Content | None = None
+        self._content: ContentId | None = None
         self._stops: datetime | None = None
         self._left = False
         self._written: list[str] = []
@@ -88,7 +88,7 @@ class Lock:
         return self._stops
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Lock]:
+    def held(self) -> Iterator[BucketLock]:
         """Hold the lock for the length of a `with` block.
 
         Raises:
@@ -126,7 +126,7 @@ class Lock:
             return self._seconds_to(own.stops)
 
     def keep(self) -> None:
-        """Renew the lock where that is due, and ask nothing where it is not: for stretches that delete nothing.
+        """Renew the lock where that is due, and ask nothing where it is not: for phases that delete nothing.
 
         Raises:
             LockLostError: It is not ours any more.
@@ -192,7 +192,7 @@ class Lock:
             self._pass_over(claim)
         self._stops = own.stops
 
-    def _pass_over(self, claim: Claim) -> None:
+    def _pass_over(self, claim: LockClaim) -> None:
         """Do so with a claim before ours, if it is dead.
 
         Its objects go, so that its owner, should it only have slept, finds no lock when it wakes up.
@@ -207,7 +207,7 @@ class Lock:
         )
         records.remove(self._bucket, claim.paths, Deadline.patient(self._secs))
 
-    def _claims(self, *, patient: bool) -> list[Claim]:
+    def _claims(self, *, patient: bool) -> list[LockClaim]:
         prefix = self._bucket.handle.join(f"{self._kind.directory}/")
         claims = claims_in(
             self._bucket.list_objects(prefix, self._secs) if patient else self._listed_now(prefix), self._kind
@@ -218,7 +218,7 @@ class Lock:
 
     def _listed_now(self, prefix: str) -> Iterator[ObjectInfo]:
         """A listing that waits for no pause: who has work under way looks after it meanwhile."""
-        progress, cursor = Progress(prefix), None
+        progress, cursor = ListingProgress(prefix), None
         while True:
             infos, cursor = self._bucket.list_page(prefix, cursor, self._deadline())
             progress.see(infos, cursor)
@@ -226,7 +226,7 @@ class Lock:
             if cursor is None:
                 return
 
-    def _own(self, claims: list[Claim]) -> Claim:
+    def _own(self, claims: list[LockClaim]) -> LockClaim:
         """Our claim, while it holds."""
         for claim in claims:
             if claim.holder == self._holder and claim.since is not None:
@@ -242,7 +242,7 @@ class Lock:
     def _seconds_to(self, moment: datetime) -> float:
         return (moment - self.clock.latest()).total_seconds()
 
-    def _renew(self, own: Claim, *, patient: bool) -> Claim:
+    def _renew(self, own: LockClaim, *, patient: bool) -> LockClaim:
         self._renewals += 1
         seconds = self._seconds_to(own.stops)  # later it would be no renewal
         deadline = Deadline.after(seconds if patient else min(self._secs, seconds))
@@ -298,7 +298,7 @@ _LOOKS: Final = 20
 """Looks while a renewal holds, where it does not hold for long."""
 
 
-class Keeper:
+class LockRefresher:
     """A thread that renews a lock where that is due. Use it as a context manager, within that of the lock.
 
     Args:
@@ -306,12 +306,12 @@ class Keeper:
         seconds: For how long each renewal of it holds.
     """
 
-    def __init__(self, lock: Lock, seconds: float) -> None:
+    def __init__(self, lock: BucketLock, seconds: float) -> None:
         self._lock = lock
         self._every = min(_LOOK_SECS, seconds / _LOOKS)
         self._over = threading.Event()
         self._lost: LockLostError | None = None
-        self._thread = threading.Thread(target=self._run, name="jobs-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="jobs-lock-refresher", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -337,5 +337,5 @@ class Keeper:
             except LockLostError as error:
                 self._lost = error
                 return
-            except HFBucketError as error:  # whoever needs the lock asks for it again
+            except HFBucketError as error:  # the code that needs the lock asks for it again
                 _log.warning("the lock could not be renewed yet: %s", error)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
 
@@ -21,7 +21,7 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 """Largest that is read: what is longer was not written by us."""
 
 
-def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> Content:
+def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> ContentId:
     """Send bytes to the store; they are in no bucket yet.
 
     Raises:
@@ -36,7 +36,7 @@ def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> Content:
     return content
 
 
-def put(bucket: Bucket, name: str, content: Content, deadline: Deadline) -> None:
+def put(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> None:
     """Give a content a name below the instance's prefix.
 
     Raises:

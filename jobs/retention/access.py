@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.access.table import HeatTable
-    from jobs.retention.order import Entry
+    from jobs.retention.order import RetentionEntry
 
 _PAGE: Final = 1000
 _DOUBTED: Final = timedelta(days=1)
@@ -43,7 +43,7 @@ class Heat:
     table: HeatTable | None = None
     why: str = ""
 
-    def warmed(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def warmed(self, entries: Iterable[RetentionEntry]) -> Iterator[RetentionEntry]:
         """Entries with when they were read, a page at a time."""
         table = self.table
         if table is None:
@@ -108,16 +108,16 @@ def dropped_of(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def opened_heat(
-    bucket: Bucket, now: datetime, request_secs: float, *, without: bool = False, scratch: Path | None = None
+    bucket: Bucket, now: datetime, request_secs: float, *, without: bool = False, temp_dir: Path | None = None
 ) -> Iterator[Heat]:
-    """The heat of an instance, for a stretch of work that needs it.
+    """The heat of an instance, for the duration of a block that needs it.
 
     Args:
         bucket: The instance's.
         now: The Hub's time.
         request_secs: Most seconds of a request.
         without: Whether to do without it, whatever there is.
-        scratch: Where the snapshot of the index lies meanwhile; None for the system's directory of temporary files.
+        temp_dir: Where the snapshot of the index lies meanwhile; None for the system's directory of temporary files.
 
     Raises:
         HeatUnknownError: There is an index, and it cannot be gone by; the message says what to do.
@@ -128,7 +128,7 @@ def opened_heat(
         return
     with contextlib.ExitStack() as stack:
         try:
-            table = stack.enter_context(heat_of(bucket, now, request_secs, scratch))
+            table = stack.enter_context(heat_of(bucket, now, request_secs, temp_dir))
         except HeatUnknownError as error:
             raise HeatUnknownError(f"{error}. {ADVICE}") from None
         yield Heat(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hfbucket_plugin.core.keys import RESERVED, decode_name, is_probe, may_be_key
 from hfbucket_plugin.errors import KeyFormatError
 from hfbucket_plugin.hub.listing import chunk_entry
-from jobs.retention.order import Entry
+from jobs.retention.order import RetentionEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -54,11 +54,11 @@ class Listed:
     chunk: ChunkEntry | None
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> RetentionEntry:
         """The object as retention looks at it: one that has no key goes by its name."""
         content = self.info.content
         key = self.chunk.text if self.chunk is not None else self.name
-        return Entry(key, content.xet_hash, content.size, self.info.uploaded_at)
+        return RetentionEntry(key, content.xet_hash, content.size, self.info.uploaded_at)
 
 
 def is_reserved(name: str) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from jobs.retention.ordering import Rank
-    from jobs.retention.policy import Limits, Policy
+    from jobs.retention.policy import Policy, RetentionLimits
 
 
 class Reason(StrEnum):
@@ -45,7 +45,7 @@ BY_USE: Final = frozenset({Reason.IDLE, Reason.OVER_BUDGET})
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RetentionEntry:
     """One chunk of an instance, as far as retention looks at it.
 
     Attributes:
@@ -90,13 +90,13 @@ class Decision:
         delete: Whether it goes.
     """
 
-    entry: Entry
+    entry: RetentionEntry
     reason: Reason
     delete: bool
 
 
 def decide(
-    policy: Policy, entries: Iterable[Entry], now: datetime, directory: Path | None = None
+    policy: Policy, entries: Iterable[RetentionEntry], now: datetime, directory: Path | None = None
 ) -> Iterator[Decision]:
     """Decide upon each entry.
 
@@ -128,11 +128,11 @@ class _Judge:
     policy: Policy
     now: datetime
 
-    def row(self, entry: Entry) -> Row:
+    def row(self, entry: RetentionEntry) -> Row:
         at, used = (None if one is None else ticks_of(one) for one in (entry.uploaded_at, entry.last_used))
         return Row(used, at, entry.key, self._rule(entry.key), entry.size, entry.xet_hash, self.state(entry))
 
-    def state(self, entry: Entry) -> State:
+    def state(self, entry: RetentionEntry) -> State:
         policy = self.policy
         if entry.uploaded_at is None:
             return State.NO_DATE
@@ -144,7 +144,7 @@ class _Judge:
         if policy.models is not None and entry.model not in policy.models.keep:
             return State.RETIRED
         rule = self._rule(entry.key)
-        limits: Limits = policy if rule is None else policy.rules[rule]
+        limits: RetentionLimits = policy if rule is None else policy.rules[rule]
         if limits.max_age is not None and age > limits.max_age:
             return State.EXPIRED
         since = entry.idle_since or entry.uploaded_at
@@ -167,13 +167,13 @@ _REASONS = {
 _DELETED = frozenset({State.RETIRED, State.EXPIRED, State.IDLE, State.OVER})
 
 
-def _decision(entry: Entry, state: State) -> Decision:
+def _decision(entry: RetentionEntry, state: State) -> Decision:
     return Decision(entry, _REASONS[state], state in _DELETED)
 
 
-def _entry(row: Row) -> Entry:
+def _entry(row: Row) -> RetentionEntry:
     at, used = (None if one is None else moment_of(one) for one in (row.at, row.used))
-    return Entry(row.key, row.xet_hash, row.size, at, used)
+    return RetentionEntry(row.key, row.xet_hash, row.size, at, used)
 
 
 def _latest(one: datetime | None, other: datetime | None) -> datetime | None:
@@ -192,7 +192,7 @@ class _Whole:
 
     def __init__(self, policy: Policy, ordering: Ordering) -> None:
         # A rule's budget before the instance's, which would else delete for what a rule is about to free.
-        scopes: dict[int | None, Limits] = {**dict(enumerate(policy.rules)), None: policy}
+        scopes: dict[int | None, RetentionLimits] = {**dict(enumerate(policy.rules)), None: policy}
         self._newest = {
             rule: ordering.newest(limits.keep_newest, rule) for rule, limits in scopes.items() if limits.keep_newest
         }
@@ -211,7 +211,7 @@ class _Whole:
             return State.OVER
         return row.state
 
-    def _threshold(self, rule: int | None, limits: Limits, ordering: Ordering) -> Rank:
+    def _threshold(self, rule: int | None, limits: RetentionLimits, ordering: Ordering) -> Rank:
         """The rank of the last entry that the budget of a scope makes go; `FIRST` when it makes none."""
         objects = size = 0
         for _, row in self._staying(rule, ordering):

@@ -37,7 +37,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Limits(_Section):
+class RetentionLimits(_Section):
     """Bounds of a set of objects."""
 
     max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
@@ -74,7 +74,7 @@ class Limits(_Section):
         return bool(self.keep_newest) or self.max_bytes is not None or self.max_objects is not None
 
 
-class Rule(Limits):
+class Rule(RetentionLimits):
     """Limits of the keys with some start, or of one model. The first rule that matches a key decides its `max_age` and `max_idle`."""
 
     prefix: Start | None = Field(None, description="The start of the keys that the rule is for.")
@@ -100,7 +100,7 @@ class Models(_Section):
     )
 
 
-class Policy(Limits):
+class Policy(RetentionLimits):
     """What an instance keeps.
 
     Its own `max_age` and `max_idle` are for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.

@@ -9,15 +9,15 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.units import Extent
-from hfbucket_plugin.errors import GuardError
+from hfbucket_plugin.errors import SafetyError
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from hfbucket_plugin.index.store import DIRECTORY as INDEX
 from jobs import history
 from jobs.deletion.guards import MaxDelete, check_listing
 from jobs.index import inventory
-from jobs.index.inventory import Found
+from jobs.index.inventory import IndexState
 from jobs.lock import clock as hubclock
-from jobs.lock.clock import HubClock
+from jobs.lock.clock import ServerClock
 from jobs.retention.access import Heat, dropped_of, opened_heat
 from jobs.retention.objects import Classifier, Kind
 from jobs.retention.order import Reason, decide
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from jobs.history import Last
+    from jobs.history import LastRun
     from jobs.retention.objects import Listed
-    from jobs.retention.order import Entry
+    from jobs.retention.order import RetentionEntry
     from jobs.retention.policy import Policy
 
 AGES: Final = (
@@ -54,7 +54,7 @@ _DAY: Final = timedelta(days=1)
 
 
 @dataclass
-class Census:
+class InstanceCensus:
     """Counts a listing.
 
     Attributes:
@@ -79,7 +79,7 @@ class Census:
     has_index: bool = False
     reads: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
 
-    def read(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def read(self, entries: Iterable[RetentionEntry]) -> Iterator[RetentionEntry]:
         """Count when chunks were read, and pass them on."""
         for entry in entries:
             hit = entry.last_hit
@@ -89,7 +89,7 @@ class Census:
             self.reads[name] = self.reads[name].plus(entry.size)
             yield entry
 
-    def entries(self, listing: Iterable[Listed]) -> Iterator[Entry]:
+    def entries(self, listing: Iterable[Listed]) -> Iterator[RetentionEntry]:
         """Count a listing, and pass its chunks on."""
         for one in listing:
             self.seen += 1
@@ -160,11 +160,11 @@ class Status:
 
     instance: str
     bucket: str
-    census: Census
-    last: Last | None
+    census: InstanceCensus
+    last: LastRun | None
     trouble: str
     outlook: Outlook | None
-    index: Found | str | None = None
+    index: IndexState | str | None = None
     heat: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -185,7 +185,7 @@ class Status:
     @property
     def index_line(self) -> str:
         """The state of the key index, for people; empty where there is none."""
-        if isinstance(self.index, Found):
+        if isinstance(self.index, IndexState):
             return self.index.line(self.census.now)
         return f"nothing is known of the key index: {self.index}" if self.index else ""
 
@@ -232,7 +232,7 @@ class Status:
             "last_run_trouble": self.trouble,
             "growth": self.growth,
             "next_cleanup": None if self.outlook is None else self.outlook.record(),
-            "index": self.index.record(census.now.timestamp()) if isinstance(self.index, Found) else None,
+            "index": self.index.record(census.now.timestamp()) if isinstance(self.index, IndexState) else None,
             "index_trouble": self.index if isinstance(self.index, str) else "",
         }
 
@@ -261,14 +261,14 @@ def examine(
     Raises:
         HFBucketError: The listing is not complete.
     """
-    clock = HubClock()
+    clock = ServerClock()
     hubclock.ask(bucket, clock, request_secs)
     now = clock.earliest() if clock.known else datetime.now(UTC)
-    census = Census(now)
+    census = InstanceCensus(now)
     last, trouble = None, ""
     try:
         last = history.last_run(bucket, request_secs)
-    except GuardError as error:
+    except SafetyError as error:
         trouble = str(error)
     unreadable = ""
     with contextlib.ExitStack() as stack:
@@ -292,7 +292,13 @@ def examine(
 
 
 def _outlook(
-    policy: Policy, entries: Iterable[Entry], census: Census, limits: MaxDelete, last: Last | None, *, heat: Heat
+    policy: Policy,
+    entries: Iterable[RetentionEntry],
+    census: InstanceCensus,
+    limits: MaxDelete,
+    last: LastRun | None,
+    *,
+    heat: Heat,
 ) -> Outlook:
     planned, refused = Extent(), ""
     by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)
@@ -309,6 +315,6 @@ def _outlook(
     try:
         check_listing(census.chunks, census.seen, in_bucket=None, last=None if last is None else last.left)
         limits.check(planned, census.chunks)
-    except GuardError as error:
+    except SafetyError as error:
         refused = refused or str(error)
     return Outlook(planned, dict(by_reason), dict(kept), refused)

@@ -25,8 +25,8 @@ def ledger(**values):
     return one
 
 
-def judged(one=None, *, moments=MOMENTS, weather=CALM, back=1.0, healthy=True, leaked=0):
-    return judge(one or ledger(), weather, moments, back=back, healthy=healthy, leaked=leaked)
+def judged(one=None, *, moments=MOMENTS, random_faults=CALM, back=1.0, healthy=True, leaked=0):
+    return judge(one or ledger(), random_faults, moments, back=back, healthy=healthy, leaked=leaked)
 
 
 def test_a_good_soak_is_passed():

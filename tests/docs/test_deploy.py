@@ -9,8 +9,8 @@ import typer.main
 import yaml
 
 from warmer.cli.app import app
-from warmer.request.resolve import bind
-from warmer.request.warm_file import warm_up
+from warmer.request.resolve import resolve_request
+from warmer.request.warm_file import load_request
 
 DIRECTORY = Path(__file__).parents[2] / "deploy" / "kuberay"
 RAYJOB = list(yaml.safe_load_all((DIRECTORY / "warm-rayjob.yaml").read_text()))
@@ -81,13 +81,13 @@ def test_the_configuration_holds_together(documents, tmp_path, monkeypatch):
     for name, text in documents[0]["data"].items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    bound = bind(warm_up(Path("warm.yaml"), {}))
-    assert (bound.instance.name, [tier.name for tier in bound.tiers]) == ("hfbucket.us", ["fs.warm"])
-    assert bound.warm_up.choose.given
+    resolved = resolve_request(load_request(Path("warm.yaml"), {}))
+    assert (resolved.instance.name, [tier.name for tier in resolved.tiers]) == ("hfbucket.us", ["fs.warm"])
+    assert resolved.request.choose.given
     spec = documents[1]["spec"]
     pod = spec["submitterPodTemplate"]["spec"] if "submitterPodTemplate" in spec else spec["template"]["spec"]
     assert pod["volumes"][0] == {"name": "config", "configMap": {"name": documents[0]["metadata"]["name"]}}
-    assert bound.warm_up.limits.max_duration < spec["activeDeadlineSeconds"]
+    assert resolved.request.limits.max_duration < spec["activeDeadlineSeconds"]
 
 
 def test_both_have_one_configuration():

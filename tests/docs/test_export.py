@@ -9,7 +9,7 @@ import typer.main
 
 from hfbucket_plugin.tools import exit_codes
 from jobs.cli.app import app
-from jobs.export.copy import Moved
+from jobs.export.copy import CopyOutcome
 from jobs.export.plan import OnConflict
 from jobs.export.planning import CHOOSING
 
@@ -38,7 +38,7 @@ def test_flags_that_are_named_exist_and_all_are_named():
     assert {flag.name for flag in CHOOSING} - shared <= named
 
 
-@pytest.mark.parametrize("name", [*map(str, Moved), *map(str, OnConflict), "auto", "copy", "stream"])
+@pytest.mark.parametrize("name", [*map(str, CopyOutcome), *map(str, OnConflict), "auto", "copy", "stream"])
 def test_every_name_is_described(name):
     assert f"`{name}`" in TEXT
 
@@ -49,9 +49,9 @@ def test_every_exit_code_is_described():
 
 
 def test_every_field_of_a_summary_is_described(tmp_path):
-    from jobs.export.plan import Place
+    from jobs.export.plan import EndpointRef
     from jobs.export.report import ExportSummary
 
-    summary = ExportSummary(Place("a", "b"), Place(None, "c"), 0, applied=True, in_manifest=1)
+    summary = ExportSummary(EndpointRef("a", "b"), EndpointRef(None, "c"), 0, applied=True, in_manifest=1)
     for name in summary.record():
         assert f"`{name}`" in TEXT, name

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from hfbucket_plugin.config import settings
 from hfbucket_plugin.fingerprint import watch
-from hfbucket_plugin.fingerprint.model import COMPARED, Claim, Fingerprint, Record
+from hfbucket_plugin.fingerprint.model import COMPARED, Fingerprint, FingerprintClaim, Record
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "fingerprint.md").read_text(encoding="utf-8")
@@ -36,8 +36,8 @@ def place(hub_factory, tmp_path):
     api.create_bucket("my-org/lmcache-kv", private=True)
     objects = {
         f"{HEAD}.json": Record(model="org/model").having(RECORDED).to_json(),
-        f"{HEAD}/{RECORDED.digest}.json": Claim.to_json(RECORDED),
-        f"{HEAD}/{NEW.digest}.json": Claim.to_json(NEW),
+        f"{HEAD}/{RECORDED.digest}.json": FingerprintClaim.to_json(RECORDED),
+        f"{HEAD}/{NEW.digest}.json": FingerprintClaim.to_json(NEW),
     } | {f"us/org%2Fmodel%408%400%40{number:x}%40bfloat16": b"chunk" for number in range(1, 4)}
     api.batch_bucket_files("my-org/lmcache-kv", add=[(data, path) for path, data in objects.items()])
     shown = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "configure.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -13,7 +13,7 @@ from hfbucket_plugin.config.instances import named_instances
 from hfbucket_plugin.tools import exit_codes
 from jobs.cli.app import app
 from jobs.index.build import IndexOrder
-from jobs.index.report import IndexSummary, Made
+from jobs.index.report import IndexBuild, IndexSummary
 from jobs.index.verify import Differences
 from jobs.report import GAUGES
 
@@ -101,7 +101,7 @@ def test_metrics_are_described(name):
 def test_every_field_of_the_summary_is_described():
     from hfbucket_plugin.core.units import Extent
 
-    made = Made("journals", "", Extent(), None, 0, same=False, journals=0, garbage=0)
+    made = IndexBuild("journals", "", Extent(), None, 0, same=False, journals=0, garbage=0)
     record = IndexSummary("hfbucket.us", "", 0, made=made, differences=Differences()).record()
 
     assert [name for name in record if f"`{name}`" not in TEXT] == []

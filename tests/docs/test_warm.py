@@ -22,9 +22,9 @@ from warmer.cluster.ray import Node
 from warmer.report import outcomes
 from warmer.report.metrics import PREFIX, CountedBytes, RunMetrics
 from warmer.report.progress import JsonLines
-from warmer.report.summary import FailureLog, NodeReport, RunReport, Task
+from warmer.report.summary import FailureLog, NodeReport, RunReport, TierRun
 from warmer.request.flags import FLAGS
-from warmer.request.warm_file import warm_up
+from warmer.request.warm_file import load_request
 from warmer.tiers import ENGINE_KINDS, TierOptions, declared_tier
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def shown_yaml(section):
 def test_the_warm_yaml_shown_loads_and_has_every_setting(tmp_path):
     path = tmp_path / "warm.yaml"
     path.write_text(shown_yaml("warm.yaml"))
-    wanted = warm_up(path, {})
+    wanted = load_request(path, {})
     assert wanted.choose.max_bytes == 50 * 2**30
     assert wanted.nodes.ranks["gpu-b"] == {4, 5, 6, 7}
     said = yaml.safe_load(path.read_text())
@@ -89,7 +89,7 @@ def test_every_reason_for_passing_by_is_described():
 
 
 def test_every_field_of_the_summary_is_described():
-    task = Task("i", "b", "t", {"prefix": ["p"]}, 1, 1)
+    task = TierRun("i", "b", "t", {"prefix": ["p"]}, 1, 1)
     summary = RunReport(task, [Node("id", "name")], FailureLog(None)).summary(stopped=False)
     assert set(summary) <= named("The summary")
     assert all(f"`{field.name}`" in TEXT for field in dataclasses.fields(NodeReport))
@@ -179,7 +179,9 @@ def test_the_jobs_shown_are_commands():
 
 def test_every_field_of_a_line_of_progress_is_described():
     out = io.StringIO()
-    JsonLines(out, every_secs=0).show(RunReport(Task("i", "b", "t", {}, 1, 1), [Node("id", "name")], FailureLog(None)))
+    JsonLines(out, every_secs=0).show(
+        RunReport(TierRun("i", "b", "t", {}, 1, 1), [Node("id", "name")], FailureLog(None))
+    )
     assert json.loads(out.getvalue()).keys() <= named("Watching a run")
 
 

@@ -12,12 +12,12 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import ConfigError, TransportError
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.signals import StopSwitch
-from jobs.deletion.job import Job
-from jobs.report import ReportFile, Tally
+from hfbucket_plugin.tools.signals import ShutdownSignal
+from jobs.deletion.job import DeletionJob
+from jobs.report import OutcomeTally, ReportFile
 from jobs.session import coded
 from tests.support.depot import DAY, INSTANCE, NEW, OLD
-from tests.support.lane import Lane
+from tests.support.lane import ExportRig
 from tests.support.plugin_support import noise
 
 
@@ -103,7 +103,7 @@ def test_what_a_command_reads_is_not_written_to(stocked, option, read):
 
 def stopped_after(monkeypatch, objects):
     """SIGTERM arrives when so many objects have ended: with the last one of a job."""
-    add, ended = Tally.add, []
+    add, ended = OutcomeTally.add, []
 
     def adding(tally, one):
         add(tally, one)
@@ -111,7 +111,7 @@ def stopped_after(monkeypatch, objects):
         if len(ended) == objects:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Tally, "add", adding)
+    monkeypatch.setattr(OutcomeTally, "add", adding)
 
 
 def test_an_order_to_stop_with_the_last_batch_of_an_instance_names_the_others(stocked, monkeypatch):
@@ -131,18 +131,18 @@ def test_an_order_to_stop_with_the_last_batch_of_all_is_no_failure(stocked, monk
 
 
 def test_an_order_to_stop_with_the_last_copy_names_the_mirror(hub, new_bucket, tmp_path, monkeypatch):
-    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
-    lane.us.put({one: noise(500, number) for number, one in enumerate(OLD)})
+    rig = ExportRig.on(hub, tmp_path, new_bucket(), new_bucket())
+    rig.us.put({one: noise(500, number) for number, one in enumerate(OLD)})
     stopped_after(monkeypatch, 4)
 
-    ran = lane.export("--mirror", "--yes")
+    ran = rig.export("--mirror", "--yes")
 
     assert (ran.code, [one["job"] for one in ran.summaries]) == (5, ["export"])
     assert "not done: the mirror" in ran.stderr
 
 
 def broken_off(error, *, told_to_stop):
-    stop = StopSwitch()
+    stop = ShutdownSignal()
     with stop.listening(), stop.orderly():
         if told_to_stop:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -153,7 +153,7 @@ def broken_off(error, *, told_to_stop):
     return coded(work, stop, Deadline.after(60))
 
 
-def test_what_breaks_off_after_an_order_to_stop_is_interrupted_whoever_took_it_for_a_failure():
+def test_what_breaks_off_after_an_order_to_stop_is_interrupted_even_if_it_was_taken_for_a_failure():
     lost = TransportError("listing: RuntimeError: release unlocked lock")
     assert broken_off(lost, told_to_stop=False) == (exit_codes.FAILED, str(lost))
     assert broken_off(lost, told_to_stop=True) == (exit_codes.INTERRUPTED, f"told to stop; {lost}")
@@ -201,14 +201,14 @@ def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, e
 def test_what_breaks_outside_of_a_job_is_named_and_the_others_are_done(stocked, monkeypatch):
     stocked.others = {"hfbucket.eu": "kv/eu"}
     stocked.put_paths({f"kv/eu/{encode_name(one)}": b"x" for one in OLD}, age=20 * DAY)
-    own = Job.select
+    own = DeletionJob.select
 
     def breaking(self, *arguments):
         if self._named.name == INSTANCE:
             raise MemoryError
         return own(self, *arguments)
 
-    monkeypatch.setattr(Job, "select", breaking)
+    monkeypatch.setattr(DeletionJob, "select", breaking)
 
     ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--max-delete", "100%", "--yes")
 

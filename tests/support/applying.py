@@ -13,14 +13,14 @@ import pytest
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 from tests.support.warming import INSTANCE
-from warmer.cluster.placement import Assigned
+from warmer.cluster.placement import Assignment
 from warmer.cluster.ray import Node
 from warmer.cluster.schedule_setup import schedule_of
 from warmer.node.worker import NodeWarmer
-from warmer.plan.plan_file import PlanFile
-from warmer.request.model import Moving
+from warmer.plan.plan_file import WarmPlanFile
+from warmer.request.model import TransferOptions
 from warmer.tiers import declared_tier, open_tier
 
 STEPS = {
@@ -35,11 +35,13 @@ PLACES = ("/warmer/tiers/", "/pathlib", "/shutil.py")
 def applied(config: Path, plan: Path, ranks, batches=None):
     """Apply a plan, all of it or as far as it came before it was stopped; returns the outcomes."""
     settings = EngineConfig.read(config).instance(INSTANCE)
-    bucket = open_bucket(settings, INSTANCE, telemetry.Tally(), 60.0)
+    bucket = open_bucket(settings, INSTANCE, telemetry.MemorySink(), 60.0)
     node = NodeWarmer(bucket, open_tier(declared_tier(EngineConfig.read(config), "fs.warm")))
     try:
-        assigned = [Assigned(Node("n", "n"), ranks)]
-        schedule = schedule_of(Moving.model_validate({}), assigned, PlanFile.open(plan), bucket, StopSwitch())
+        assigned = [Assignment(Node("n", "n"), ranks)]
+        schedule = schedule_of(
+            TransferOptions.model_validate({}), assigned, WarmPlanFile.open(plan), bucket, ShutdownSignal()
+        )
         schedule.started("n")
         outcomes = []
         while not schedule.done and batches != 0:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from typer.testing import CliRunner
 
 from hfbucket_plugin.cli.app import app
-from hfbucket_plugin.cli.context import Case
-from hfbucket_plugin.config.instances import NamedInstance, named_instances
+from hfbucket_plugin.cli.context import CheckContext
+from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.hub.connect import opened
 from tests.support.plugin_support import SECRET, upload
@@ -159,15 +159,15 @@ class Desk:
         upload(self.endpoint, self.bucket_id, {f"{PREFIX}/{name}": data for name, data in objects.items()})
 
     @property
-    def named(self) -> NamedInstance:
+    def named(self) -> InstanceConfig:
         return named_instances(self.config)[0]
 
     @contextlib.contextmanager
-    def case(self, timeout: float = 10.0) -> Iterator[Case]:
+    def case(self, timeout: float = 10.0) -> Iterator[CheckContext]:
         """The instance as the checks are given it."""
         named = self.named
         with opened(named, timeout) as bucket:
-            yield Case(named, bucket, timeout)
+            yield CheckContext(named, bucket, timeout)
 
 
 def well_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def well(call):
     call.end((results, [f"object of {call.node}"] if call.method == "fetch" else False))
 
 
-class Witness:
+class RunListener:
     def __init__(self):
         self.outcomes, self.errors, self.places = [], {}, {}
 

@@ -9,8 +9,8 @@ import yaml
 
 from dev.demo.engine import CpuEngine, prompt
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, Tally
-from hfbucket_plugin.fingerprint.model import Claim, Record
+from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, MemorySink
+from hfbucket_plugin.fingerprint.model import FingerprintClaim, Record
 from tests.support.plugin_rig import OURS
 from tests.support.plugin_support import all_paths, download, eventually
 
@@ -43,7 +43,7 @@ class Fleet:
     def __init__(self, hub: Any, bucket: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hub = hub
         self.bucket = bucket
-        self.tally = Tally()
+        self.tally = MemorySink()
         self._directory = directory
         self._engines: list[CpuEngine] = []
         monkeypatch.setattr("hfbucket_plugin.engine.classic.default_sink", lambda: self.tally)
@@ -100,13 +100,13 @@ class Fleet:
     def claims(self) -> list[Fingerprint]:
         """The claims beside it."""
         own = [path for path in self.paths() if path.startswith(RECORD.removesuffix(".json") + "/")]
-        return [Claim.from_json(download(self.hub.endpoint, self.bucket, path), path) for path in own]
+        return [FingerprintClaim.from_json(download(self.hub.endpoint, self.bucket, path), path) for path in own]
 
 
 class Engine:
     """A real engine, and what is counted of its instance."""
 
-    def __init__(self, engine: CpuEngine, name: str, tally: Tally) -> None:
+    def __init__(self, engine: CpuEngine, name: str, tally: MemorySink) -> None:
         self.engine = engine
         self.name = name
         self._tally = tally

@@ -18,7 +18,7 @@ from tests.support.plugin_support import opened
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.format import Pointer
     from tests.support.depot import Depot, Ran
@@ -59,7 +59,7 @@ class Writer:
         for key in keys:
             self._note(key, None)
 
-    def _note(self, key: str, content: Content | None, age: float = 0.0) -> None:
+    def _note(self, key: str, content: ContentId | None, age: float = 0.0) -> None:
         self.journal.note(digests_of([encode_name(key)]).tobytes(), content, time.monotonic() - age)
 
     def tell(self, journal: JournalWriter | None = None) -> str:
@@ -79,7 +79,7 @@ def pointer(depot: Depot) -> Pointer:
         return store.read_pointer(info, Deadline.after(SECS))
 
 
-def seen(depot: Depot, keys: Iterable[str]) -> dict[str, Content]:
+def seen(depot: Depot, keys: Iterable[str]) -> dict[str, ContentId]:
     """What a fresh reader knows of keys: those that are in its view, with their contents."""
     keys = list(keys)
     with door(depot) as (_, store):
@@ -90,7 +90,7 @@ def seen(depot: Depot, keys: Iterable[str]) -> dict[str, Content]:
     return {key: one for key, one in zip(keys, found, strict=True) if hasattr(one, "xet_hash")}
 
 
-def listed(depot: Depot, keys: Iterable[str]) -> dict[str, Content]:
+def listed(depot: Depot, keys: Iterable[str]) -> dict[str, ContentId]:
     """What the bucket has of keys."""
     keys = list(keys)
     with door(depot) as (bucket, _):

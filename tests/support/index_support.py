@@ -97,7 +97,9 @@ def forge(
         index_build.fetch_snapshot(door, store, present, path, deadline)
         rows = rows_of(snapshot_of(path.read_bytes(), "it").rows.copy())
         path.write_bytes(to_bytes(rows))
-        built = index_build.Built(path, len(rows), present.covers, present.listed, present.full, heat=present.heat)
+        built = index_build.BuiltSnapshot(
+            path, len(rows), present.covers, present.listed, present.full, heat=present.heat
+        )
         made = replace(index_build.put(store, built, deadline), **pointer)
         store.publish(made, deadline)
         return made

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from localhub.process import RunningHub
 
 US, EU = "hfbucket.us", "hfbucket.eu"
-__all__ = ["Lane", "ended", "names"]
+__all__ = ["ExportRig", "ended", "names"]
 
 DATA_ROUTES = ("xorb-upload", "shard-upload", "reconstruction", "xorb-data", "file-data")
 """Whatever carries data, or says where it is."""
 
 
 @dataclass
-class Lane:
+class ExportRig:
     """The two instances.
 
     Attributes:
@@ -47,7 +47,7 @@ class Lane:
     tokens: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def on(cls, hub: RunningHub, directory: Path, us: str, eu: str) -> Lane:
+    def on(cls, hub: RunningHub, directory: Path, us: str, eu: str) -> ExportRig:
         own = {}
         for name, bucket in (("us", us), ("eu", eu)):
             (directory / name).mkdir()
@@ -64,7 +64,7 @@ class Lane:
                 "token_env": f"JOBS_TEST_{name[-2:].upper()}",
             } | depot.settings
             extra |= {f"remote_storage_plugin.{name}.{key}": value for key, value in values.items()}
-        path = self.directory / "lane.yaml"
+        path = self.directory / "rig.yaml"
         path.write_text(json.dumps({"remote_storage_plugins": [US, EU], "extra_config": extra}), encoding="utf-8")
         return path
 

@@ -3,7 +3,7 @@
 import sys
 
 from hfbucket_plugin.errors import RefusedError
-from jobs.lock.lock import Lock
+from jobs.lock.lock import BucketLock
 from tests.support.plugin_support import opened
 
 
@@ -15,7 +15,7 @@ def say(text):
 def main(endpoint, bucket_id, what_for, seconds):
     with opened(endpoint, bucket_id, "kv") as bucket:
         try:
-            with Lock(bucket, what_for, seconds=int(seconds)).held() as lock:
+            with BucketLock(bucket, what_for, seconds=int(seconds)).held() as lock:
                 say("held")
                 sys.stdin.readline()
                 lock.confirm()

@@ -15,7 +15,7 @@ from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 
-from hfbucket_plugin.core.telemetry import CHUNKS, Tally
+from hfbucket_plugin.core.telemetry import CHUNKS, MemorySink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -116,7 +116,7 @@ class Rig:
         loop: asyncio.AbstractEventLoop,
         *,
         metadata: LMCacheMetadata | None = None,
-        tally: Tally | None = None,
+        tally: MemorySink | None = None,
     ) -> None:
         self.metadata = metadata or engine_metadata()
         self.loop = loop

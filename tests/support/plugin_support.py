@@ -21,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from hfbucket_plugin.config.settings import load
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.hub.connect import open_bucket
 
 if TYPE_CHECKING:
@@ -134,11 +134,16 @@ def instance_settings(endpoint: str, bucket_id: str, prefix: str = "", **values:
 
 @contextlib.contextmanager
 def opened(
-    endpoint: str, bucket_id: str, prefix: str = "", sink: Tally | None = None, get_secs: float = 9.0, **values: Any
+    endpoint: str,
+    bucket_id: str,
+    prefix: str = "",
+    sink: MemorySink | None = None,
+    get_secs: float = 9.0,
+    **values: Any,
 ) -> Iterator[Bucket]:
     """The door to a bucket, closed at the end."""
     own = instance_settings(endpoint, bucket_id, prefix, **values)
-    bucket = open_bucket(own, "hfbucket", sink or Tally(), get_secs)
+    bucket = open_bucket(own, "hfbucket", sink or MemorySink(), get_secs)
     try:
         yield bucket
     finally:

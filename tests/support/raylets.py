@@ -32,7 +32,7 @@ def raylets(labels):
     # Ray notes a cluster's address there, and does not make the directory on a machine that never ran it.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     directory = tempfile.mkdtemp(prefix="rc-")  # short: Ray puts sockets below it, whose paths are limited
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)  # after Ray's own handlers, which make it anew
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)  # after Ray's own handlers, which make it again
     head = {"include_dashboard": False, "temp_dir": directory, "_system_config": NOTICES_DEATHS_SOON}
     cluster = Cluster(initialize_head=True, head_node_args=node_options(labels[0], WARM_TEST_TOKEN=SECRET) | head)
     try:

@@ -7,9 +7,9 @@ import pytest
 
 from warmer.plan.plan_file import PlannedChunk
 from warmer.report.outcomes import INTERRUPTED, Copied, Failed, Present
-from warmer.schedule.cohort import Part
-from warmer.schedule.scheduler import Schedule
-from warmer.schedule.tasks import Fetch, Receive, Window, total_bytes
+from warmer.schedule.cohort import PlanSection
+from warmer.schedule.scheduler import Scheduler
+from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits, total_bytes
 
 MIB = 1024 * 1024
 ENDS = ("copied",) * 6 + ("reused", "present", "transport", "tier", "missing", INTERRUPTED)
@@ -37,15 +37,15 @@ class Fleet:
 
     def __init__(self, seed):
         chance = self.chance = random.Random(seed)
-        self.window = Window(
+        self.window = TaskLimits(
             batch_chunks=chance.randint(1, 5),
             batch_bytes=chance.randint(1, 50),
             fetches=chance.randint(1, 2),
             receives=chance.randint(1, 2),
             bytes=chance.randint(1, 80),
-            lots=chance.randint(1, 6),
+            batches=chance.randint(1, 6),
             run_bytes=chance.choice([None, None, chance.randint(1, 100)]),
-            fan=chance.randint(1, 3),
+            fan_out=chance.randint(1, 3),
         )
         most = chance.choice([20, 100])
         self.plan = plan(chance.randint(0, most) for _ in range(chance.randint(0, 40)))
@@ -59,14 +59,14 @@ class Fleet:
         self.reliable = chance.random() < 0.3
         self.lossy = chance.random() < 0.3
         self.pauses = [0.0, 0.1, 1.0] if self.reliable else [0.0, 0.1, 1.0, 1.0, 11.0]
-        self.schedule = Schedule(
+        self.schedule = Scheduler(
             dict.fromkeys(names, self.bound),
             [self.part(group) for group in groups],
             self.window,
             direct=self.direct,
         )
         self.unstarted = list(names)
-        self.flying, self.objects, self.lost_objects = {}, {}, set()
+        self.in_flight, self.objects, self.lost_objects = {}, {}, set()
         self.ended = {name: Counter() for name in names}
         self.fetched, self.excused, self.copied = Counter(), Counter(), 0
         self.released = set()
@@ -81,17 +81,17 @@ class Fleet:
 
     def part(self, group):
         own = [chunk for chunk in self.plan if self.groups[chunk.key] == group]
-        return Part(lambda start: iter(own[start:]), group, rest=lambda start: iter(own[start:]))
+        return PlanSection(lambda start: iter(own[start:]), group, rest=lambda start: iter(own[start:]))
 
     def play(self):
         chance = self.chance
         hung = {chance.choice(self.alive())} if self.alive() and chance.random() < 0.3 else set()
         for _ in range(chance.randint(0, 150)):
             self.start()
-            able = [number for number, order in self.flying.items() if order.node not in hung]
+            able = [number for number, task in self.in_flight.items() if task.node not in hung]
             dice = chance.random()
             if able and dice < 0.55:
-                self.finish(self.flying.pop(chance.choice(able)), well=self.reliable or chance.random() < 0.8)
+                self.finish(self.in_flight.pop(chance.choice(able)), well=self.reliable or chance.random() < 0.8)
             elif self.alive() and dice < 0.57:
                 self.lose(chance.choice(self.alive()), keep=chance.random() < 0.5)
             elif self.vacant and dice < 0.6:
@@ -130,55 +130,55 @@ class Fleet:
 
     def decide(self, secs):
         self.now += secs
-        for order in self.schedule.orders(self.now):
-            assert order.chunks
-            assert order.number not in self.flying
-            assert len(order.chunks) <= self.window.batch_chunks
-            assert total_bytes(order.chunks) <= self.window.batch_bytes or len(order.chunks) == 1
-            assert not {chunk.key for chunk in order.chunks} & set(self.ended[order.node])
-            if isinstance(order, Receive):
-                assert order.source not in self.released, "nobody has it any more"
-                assert order.source in self.objects or order.source in self.lost_objects
-                if order.source in self.objects:
-                    assert tuple(self.objects[order.source][1]) == order.chunks
+        for task in self.schedule.tasks(self.now):
+            assert task.chunks
+            assert task.number not in self.in_flight
+            assert len(task.chunks) <= self.window.batch_chunks
+            assert total_bytes(task.chunks) <= self.window.batch_bytes or len(task.chunks) == 1
+            assert not {chunk.key for chunk in task.chunks} & set(self.ended[task.node])
+            if isinstance(task, ReceiveTask):
+                assert task.source not in self.released, "nobody has it any more"
+                assert task.source in self.objects or task.source in self.lost_objects
+                if task.source in self.objects:
+                    assert tuple(self.objects[task.source][1]) == task.chunks
             else:
-                self.fetched.update(chunk.key for chunk in order.chunks)
-            self.flying[order.number] = order
+                self.fetched.update(chunk.key for chunk in task.chunks)
+            self.in_flight[task.number] = task
 
-    def finish(self, order, *, well):
+    def finish(self, task, *, well):
         chance = self.chance
-        kinds = ["copied" if well else chance.choice(ENDS) for _ in order.chunks]
-        if isinstance(order, Fetch):
-            results = [outcome(kind, chunk) for kind, chunk in zip(kinds, order.chunks, strict=True)]
-            stored = [c for c, result in zip(order.chunks, results, strict=True) if isinstance(result, Copied)]
+        kinds = ["copied" if well else chance.choice(ENDS) for _ in task.chunks]
+        if isinstance(task, FetchTask):
+            results = [outcome(kind, chunk) for kind, chunk in zip(kinds, task.chunks, strict=True)]
+            stored = [c for c, result in zip(task.chunks, results, strict=True) if isinstance(result, Copied)]
             self.copied += sum(isinstance(result, Copied) and not result.reused for result in results)
-            shared = order.share and bool(stored) and (well or chance.random() < 0.9)
+            shared = task.share and bool(stored) and (well or chance.random() < 0.9)
             if shared:
-                self.objects[order.number] = (order.node, stored)
-            for chunk, result in zip(order.chunks, results, strict=True):
-                if not isinstance(result, Copied) or (order.share and not shared):
+                self.objects[task.number] = (task.node, stored)
+            for chunk, result in zip(task.chunks, results, strict=True):
+                if not isinstance(result, Copied) or (task.share and not shared):
                     self.excused[chunk.key] += 1  # others have to fetch it themselves
-            self.end(self.schedule.fetched(order.number, results, shared=shared, now=self.now))
+            self.end(self.schedule.fetched(task.number, results, shared=shared, now=self.now))
         else:
-            if self.lossy and chance.random() < 0.05 and self.objects.pop(order.source, None):
-                self.lost_objects.add(order.source)  # though its holder lives
+            if self.lossy and chance.random() < 0.05 and self.objects.pop(task.source, None):
+                self.lost_objects.add(task.source)  # though its holder lives
                 self.excused.update(chunk.key for chunk in self.plan)
-            gone = order.source not in self.objects
+            gone = task.source not in self.objects
             if gone or not well:
                 kinds = ["undelivered"] * len(kinds) if gone or chance.random() < 0.3 else kinds
             results = [
                 None if kind in ("undelivered", "transport", "missing") else outcome(kind, chunk)
-                for kind, chunk in zip(kinds, order.chunks, strict=True)
+                for kind, chunk in zip(kinds, task.chunks, strict=True)
             ]
-            for chunk, result in zip(order.chunks, results, strict=True):
+            for chunk, result in zip(task.chunks, results, strict=True):
                 self.excused[chunk.key] += result is None
-            self.end(self.schedule.received(order.number, results, now=self.now, holder_lost=gone))
+            self.end(self.schedule.received(task.number, results, now=self.now, holder_lost=gone))
         with pytest.raises(KeyError):
-            self.schedule.fetched(order.number, [], shared=False, now=self.now)
+            self.schedule.fetched(task.number, [], shared=False, now=self.now)
         self.drop_released()
 
     def lose(self, name, *, keep):
-        self.flying = {number: order for number, order in self.flying.items() if order.node != name}
+        self.in_flight = {number: task for number, task in self.in_flight.items() if task.node != name}
         self.objects = {number: held for number, held in self.objects.items() if held[0] != name}
         for chunk in self.plan:
             self.excused[chunk.key] += 1
@@ -227,12 +227,12 @@ class Fleet:
 
     def windows_hold(self):
         for name in self.alive():
-            mine = [order for order in self.flying.values() if order.node == name]
-            assert sum(isinstance(order, Fetch) for order in mine) <= self.window.fetches
-            assert sum(isinstance(order, Receive) for order in mine) <= self.window.receives
-            size = sum(total_bytes(order.chunks) for order in mine)
-            assert size <= self.window.bytes or len([order for order in mine if total_bytes(order.chunks)]) == 1
-        fetching = [total_bytes(order.chunks) for order in self.flying.values() if isinstance(order, Fetch)]
+            mine = [task for task in self.in_flight.values() if task.node == name]
+            assert sum(isinstance(task, FetchTask) for task in mine) <= self.window.fetches
+            assert sum(isinstance(task, ReceiveTask) for task in mine) <= self.window.receives
+            size = sum(total_bytes(task.chunks) for task in mine)
+            assert size <= self.window.bytes or len([task for task in mine if total_bytes(task.chunks)]) == 1
+        fetching = [total_bytes(task.chunks) for task in self.in_flight.values() if isinstance(task, FetchTask)]
         if self.window.run_bytes is not None:
             assert sum(fetching) <= self.window.run_bytes or len([size for size in fetching if size]) == 1
 
@@ -242,9 +242,9 @@ class Fleet:
         pinned = Counter()
         for holder, chunks in self.objects.values():
             pinned[holder] += total_bytes(tuple(chunks))
-        for order in self.flying.values():
-            if isinstance(order, Receive) and order.source in self.objects:
-                pinned[order.node] += total_bytes(order.chunks)
+        for task in self.in_flight.values():
+            if isinstance(task, ReceiveTask) and task.source in self.objects:
+                pinned[task.node] += total_bytes(task.chunks)
         for name in self.alive():
             assert pinned[name] <= self.bound
 
@@ -268,8 +268,8 @@ class Fleet:
             rounds += 1
             assert rounds < 2000, "it goes on for ever"
             self.decide(1.0)
-            for number in list(self.flying):
-                self.finish(self.flying.pop(number), well=True)
+            for number in list(self.in_flight):
+                self.finish(self.in_flight.pop(number), well=True)
             self.check()
         for name, ended in self.ended.items():
             assert ended == self.wanted(name), name
@@ -279,58 +279,55 @@ class Fleet:
 
 def part(chunks, nodes=None):
     """Chunks for some nodes, or for all."""
-    return Part(lambda start: iter(chunks[start:]), None if nodes is None else frozenset(nodes))
+    return PlanSection(lambda start: iter(chunks[start:]), None if nodes is None else frozenset(nodes))
 
 
 def begin(nodes, chunks, **options):
     """A schedule whose nodes all take part at once; of chunks for all of them, or of parts."""
     names = nodes if isinstance(nodes, dict) else dict.fromkeys(nodes, 10**9)
-    schedule = Schedule(names, chunks if chunks and isinstance(chunks[0], Part) else [part(chunks)], **options)
+    schedule = Scheduler(names, chunks if chunks and isinstance(chunks[0], PlanSection) else [part(chunks)], **options)
     for name in names:
         schedule.started(name)
     return schedule
 
 
-def well(schedule, order, now):
+def well(schedule, task, now):
     """An order ends well; returns what has ended by this."""
-    results = [Copied(chunk.key, chunk.size) for chunk in order.chunks]
-    if isinstance(order, Fetch):
-        return schedule.fetched(order.number, results, shared=order.share, now=now)
-    return schedule.received(order.number, results, now=now)
+    results = [Copied(chunk.key, chunk.size) for chunk in task.chunks]
+    if isinstance(task, FetchTask):
+        return schedule.fetched(task.number, results, shared=task.share, now=now)
+    return schedule.received(task.number, results, now=now)
 
 
 def carry_out(schedule, now=0.0, *, holds=(), step=0.01, most=100_000):
     """Let every order end well at once, but those of some nodes; returns what was ordered, and the time."""
     seen = []
     for _ in range(most):
-        orders = [order for order in schedule.orders(now) if order.node not in holds]
-        seen += orders
+        tasks = [task for task in schedule.tasks(now) if task.node not in holds]
+        seen += tasks
         now += step
-        for order in orders:
-            well(schedule, order, now)
-        if schedule.done or (not orders and not holds):
+        for task in tasks:
+            well(schedule, task, now)
+        if schedule.done or (not tasks and not holds):
             break
     return seen, now
 
 
-def keys(orders, kind, node=None):
+def keys(tasks, kind, node=None):
     return Counter(
-        chunk.key
-        for order in orders
-        if isinstance(order, kind) and node in (None, order.node)
-        for chunk in order.chunks
+        chunk.key for task in tasks if isinstance(task, kind) and node in (None, task.node) for chunk in task.chunks
     )
 
 
 def play(schedule, secs, until):
     """Orders take each node its own time, in seconds; returns when all has ended, and when for whom."""
-    now, flying, last = 0.0, [], {}
+    now, in_flight, last = 0.0, [], {}
     while not schedule.done:
-        flying += [(now + secs[order.node], order) for order in schedule.orders(now)]
+        in_flight += [(now + secs[task.node], task) for task in schedule.tasks(now)]
         now += 0.05
         assert now < until
-        for at, order in [entry for entry in flying if entry[0] <= now]:
-            flying.remove((at, order))
-            last[order.node] = now
-            well(schedule, order, now)
+        for at, task in [entry for entry in in_flight if entry[0] <= now]:
+            in_flight.remove((at, task))
+            last[task.node] = now
+            well(schedule, task, now)
     return last

@@ -83,7 +83,7 @@ class Warehouse:
 
     def open(self, timeout: float = 60.0) -> Bucket:
         settings = EngineConfig.read(self.config).instance(INSTANCE)
-        return open_bucket(settings, INSTANCE, telemetry.Tally(), timeout)
+        return open_bucket(settings, INSTANCE, telemetry.MemorySink(), timeout)
 
     def declaration(self, **options: Any) -> Any:
         return declared_tier(EngineConfig.read(self.config), "fs.warm", TierOptions(**options))

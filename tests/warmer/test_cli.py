@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hfbucket_plugin.config.instances import NamedInstance
+from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from localhub.faults import Fault
 from tests.support.warming import INSTANCE, PREFIX, SECRET, Warehouse, arguments, classic_key, mp_key
@@ -95,7 +95,7 @@ def test_where_the_variable_is_set_an_inline_token_is_left_behind(warehouse, mon
     warehouse.extra = {f"{HEAD}token": SECRET}
     settings = EngineConfig.read(warehouse.config).instance(INSTANCE)
     monkeypatch.setenv("WARM_TEST_TOKEN", "another")
-    bare = without_token(NamedInstance(INSTANCE, settings, "classic"))
+    bare = without_token(InstanceConfig(INSTANCE, settings, "classic"))
     config = NodeConfig(INSTANCE, bare, warehouse.declaration(), token_expected=True)
     assert SECRET.encode() not in pickle.dumps(config)
     assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 - our own bytes

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from hfbucket_plugin.errors import RefusedError
 from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
 from warmer.cli.app import app
-from warmer.plan.plan_file import PlanFile
-from warmer.run import planned_warm_up
+from warmer.plan.plan_file import WarmPlanFile
+from warmer.run import planned_request
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def source(warehouse, *more):
 
 
 def keys(path):
-    return [chunk.key for chunk in PlanFile.open(path).chunks_from(0)]
+    return [chunk.key for chunk in WarmPlanFile.open(path).chunks_from(0)]
 
 
 def test_a_plan_is_written_for_people_and_for_apply(stocked, warmer, tmp_path):
@@ -85,7 +85,7 @@ def test_a_plan_can_be_applied_whatever_the_umask_was(stocked, warmer, tmp_path,
         warmer("plan", *source(stocked), "--all", "--out", out)
     finally:
         os.umask(before)
-    assert PlanFile.open(out, ours=True).chunks == 5
+    assert WarmPlanFile.open(out, ours=True).chunks == 5
 
 
 def test_a_plan_takes_the_place_of_files_only_and_goes_where_a_link_leads(stocked, warmer, tmp_path):
@@ -133,10 +133,10 @@ def test_a_plan_with_a_token_or_more_chunks_than_were_planned_is_refused(stocked
     head["warm_up"]["source"]["l2_adapter"] = adapter(stocked, token="hf_planted")
     out.write_text("\n".join([json.dumps(head), *rest]) + "\n")
     assert "the header was changed" in warmer("apply", out, code=4)
-    plan = PlanFile(out)
+    plan = WarmPlanFile(out)
     plan.header = head
     with pytest.raises(RefusedError, match="holds a token"):
-        planned_warm_up(plan)
+        planned_request(plan)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_dry_run_refuses_what_apply_refuses(stocked, warmer, tmp_path):
     stocked.extra = {f"{header}{INSTANCE}.bucket_handle": "hf://buckets/org/another/kv"}
     for more in (["--dry-run"], []):
         line = warmer("apply", out, "--lmcache-config", stocked.config, *more, code=2)
-        assert "is hf://buckets/org/another/kv: plan anew" in line
+        assert "is hf://buckets/org/another/kv: make a new plan" in line
 
 
 def test_a_dry_run_writes_nothing(stocked, warmer, hub):
@@ -259,9 +259,9 @@ def test_a_plan_of_another_bucket_or_kind_is_refused(stocked, warmer, tmp_path):
     tier = json.dumps({"type": "fs", "base_path": "/x"})
     assert "keys of the classic engine" in warmer("apply", out, "--tier", tier, code=2)
     stocked.prefix = "kv/eu"
-    assert stocked.config  # written anew
-    assert "plan anew" in warmer("apply", out, code=2)
-    assert "plan anew" in warmer("check", out, code=2)
+    assert stocked.config  # rewritten
+    assert "make a new plan" in warmer("apply", out, code=2)
+    assert "make a new plan" in warmer("check", out, code=2)
 
 
 def test_what_is_no_plan(stocked, warmer, tmp_path):

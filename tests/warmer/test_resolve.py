@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from hfbucket_plugin.fingerprint.detect import classic_check, mp_check
-from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, Record
+from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
 from localhub.faults import Fault
 from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
 from warmer.cli.app import app
@@ -60,11 +60,11 @@ def engine(**values):
     return Fingerprint(**known | {"hash_algorithm": "builtin", "model_revision": "v1"} | values)
 
 
-@pytest.mark.parametrize("choice", [("--model", MODEL), ("--prefix", PREFIX), ("--all",)])
-def test_the_header_tells_what_is_recorded(desk, choice):
+@pytest.mark.parametrize("selection", [("--model", MODEL), ("--prefix", PREFIX), ("--all",)])
+def test_the_header_tells_what_is_recorded(desk, selection):
     desk.record(engine(), engine(world_size=2, mode="mp", dtype=None))
 
-    assert desk.plan(*choice)[0] == 0
+    assert desk.plan(*selection)[0] == 0
 
     (told,) = desk.header["fingerprints"]
     assert told == {
@@ -86,7 +86,7 @@ def test_a_claim_stands_for_the_record_that_is_not_there_yet(desk):
     claim = engine(chunk_size=512)
     path = f"{desk.warehouse.prefix}/.hfbucket/fingerprints/org%2Fmodel/{claim.digest}.json"
     api = HfApi(endpoint=desk.warehouse.endpoint, token=False)
-    api.batch_bucket_files(desk.warehouse.bucket_id, add=[(Claim.to_json(claim), path)])
+    api.batch_bucket_files(desk.warehouse.bucket_id, add=[(FingerprintClaim.to_json(claim), path)])
 
     code, told = desk.plan("--model", MODEL)
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.request.flags import FLAGS, nested
-from warmer.request.model import WarmUp
-from warmer.request.warm_file import warm_up
+from warmer.request.model import WarmRequest
+from warmer.request.warm_file import load_request
 
 
 def given(**values):
@@ -29,7 +29,7 @@ def file(tmp_path):
     return write
 
 
-def places(model=WarmUp, above=()):
+def places(model=WarmRequest, above=()):
     for name, field in model.model_fields.items():
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
             yield from places(field.annotation, (*above, name))
@@ -43,7 +43,7 @@ def test_every_flag_has_its_place_and_every_place_its_flag():
 
 
 def test_flags_alone():
-    wanted = warm_up(
+    wanted = load_request(
         None,
         given(
             prefix=["a", "b"], max_bytes="5GiB", since="24h", workers="0-3", nodes=["a,b"], chmod="0640", newest="7",
@@ -59,7 +59,7 @@ def test_flags_alone():
 
 
 def test_flags_of_how_bytes_move():
-    wanted = warm_up(
+    wanted = load_request(
         None,
         given(
             direct=True, object_store_fraction="0.2", verify="length", max_bandwidth="2GiB", max_node_bandwidth="500MiB",
@@ -70,27 +70,27 @@ def test_flags_of_how_bytes_move():
     assert (moving.direct, moving.object_store_fraction, moving.verify) == (True, 0.2, "length")
     assert (moving.max_bandwidth, moving.max_node_bandwidth, moving.max_inflight_bytes) == (2**31, 500 * 2**20, 2**30)
     assert (wanted.limits.max_duration, wanted.nodes.replace) == (90, True)
-    bare = warm_up(None, {})
+    bare = load_request(None, {})
     assert (bare.moving.verify, bare.moving.max_bandwidth, bare.limits.max_duration) == ("hash", None, None)
 
 
 def test_a_warm_up_reads_back_as_what_it_was():
-    wanted = warm_up(
+    wanted = load_request(
         None,
         given(
             prefix=["a"], since="1h", chmod="0640", workers="1-2", keys_from=["k"], ranks=["a=0"],
             max_bandwidth="1GiB", verify="length", max_duration="60",
         ),
     )  # fmt: skip
-    assert WarmUp.model_validate(wanted.model_dump(mode="json", exclude_defaults=True)) == wanted
-    assert WarmUp.model_validate(wanted.model_dump(mode="json")) == wanted
+    assert WarmRequest.model_validate(wanted.model_dump(mode="json", exclude_defaults=True)) == wanted
+    assert WarmRequest.model_validate(wanted.model_dump(mode="json")) == wanted
 
 
 def test_flags_win_over_the_file(file):
     path = file(
         {"choose": {"model": "m", "newest": 3, "workers": 3}, "limits": {"node_timeout": 5}, "tiers": "fs.warm"}
     )
-    wanted = warm_up(path, given(newest="4", tier=["fs.cold", "fs.colder"]))
+    wanted = load_request(path, given(newest="4", tier=["fs.cold", "fs.colder"]))
     assert (wanted.choose.model, wanted.choose.newest, wanted.choose.workers) == (("m",), 4, {3})
     assert wanted.tiers == ("fs.cold", "fs.colder")
     assert wanted.limits.node_timeout == 5
@@ -98,46 +98,46 @@ def test_flags_win_over_the_file(file):
 
 def test_the_file_wins_over_a_plan_and_flags_over_both(file):
     planned = {"tiers": ["fs.warm"], "nodes": {"names": ["a"]}, "limits": {"node_timeout": 5}}
-    wanted = warm_up(file({"nodes": {"names": ["b"]}}), given(node_timeout="6"), planned)
+    wanted = load_request(file({"nodes": {"names": ["b"]}}), given(node_timeout="6"), planned)
     assert (wanted.tiers, wanted.nodes.names, wanted.limits.node_timeout) == (("fs.warm",), ("b",), 6)
 
 
 def test_a_plan_alone_says_which_chunks(file):
     planned = {"choose": {"model": ["m"]}}
-    assert warm_up(file({"choose": {"all": True}}), {}, planned).choose.model_dump(exclude_defaults=True) == {
+    assert load_request(file({"choose": {"all": True}}), {}, planned).choose.model_dump(exclude_defaults=True) == {
         "model": ("m",)
     }
     with pytest.raises(ConfigError, match="--newest: the plan says"):
-        warm_up(None, given(newest="3"), planned)
+        load_request(None, given(newest="3"), planned)
 
 
 def test_what_excludes_each_other_takes_the_others_place(file):
     path = file({"choose": {"all": True}, "source": {"lmcache_config": "x.yaml", "instance": "i"}})
-    assert warm_up(path, given(prefix=["a"])).choose.all is False
-    assert warm_up(file({"choose": {"prefix": "a"}}), given(all=True)).choose.prefix == ()
+    assert load_request(path, given(prefix=["a"])).choose.all is False
+    assert load_request(file({"choose": {"prefix": "a"}}), given(all=True)).choose.prefix == ()
     with pytest.raises(ConfigError, match="contradict"):
-        warm_up(path, given(prefix=["a"], all=True))
+        load_request(path, given(prefix=["a"], all=True))
     path = file({"source": {"lmcache_config": "x.yaml", "instance": "i"}})
-    source = warm_up(path, given(l2_adapter="{}")).source
+    source = load_request(path, given(l2_adapter="{}")).source
     assert (source.l2_adapter, source.lmcache_config, source.instance) == ("{}", None, None)
-    assert warm_up(file({"source": {"l2_adapter": {}}}), given(lmcache_config="y")).source.l2_adapter is None
-    both = warm_up(path, given(l2_adapter="{}", lmcache_config="y")).source
+    assert load_request(file({"source": {"l2_adapter": {}}}), given(lmcache_config="y")).source.l2_adapter is None
+    both = load_request(path, given(l2_adapter="{}", lmcache_config="y")).source
     assert (both.l2_adapter, both.lmcache_config) == ("{}", Path("y"))
 
 
 def test_json_may_stand_as_yaml(file):
-    wanted = warm_up(
+    wanted = load_request(
         file({"source": {"l2_adapter": {"type": "hfbucket"}}, "tiers": ["fs.warm", {"type": "fs", "base_path": "/x"}]}),
         {},
     )
     assert wanted.source.l2_adapter == '{"type": "hfbucket"}'
     assert wanted.tiers == ("fs.warm", '{"type": "fs", "base_path": "/x"}')
-    assert warm_up(file({"tiers": {"type": "fs"}}), {}).tiers == ('{"type": "fs"}',)
+    assert load_request(file({"tiers": {"type": "fs"}}), {}).tiers == ('{"type": "fs"}',)
 
 
 @pytest.mark.parametrize("text", ["", "choose:\n", "choose: {all: true}\nnodes:\n"])
 def test_an_empty_section_says_nothing(file, text):
-    assert warm_up(file(text), given(newest="3")).choose.newest == 3
+    assert load_request(file(text), given(newest="3")).choose.newest == 3
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_an_empty_section_says_nothing(file, text):
 )
 def test_what_is_wrong_is_named(file, document, said):
     with pytest.raises(ConfigError) as raised:
-        warm_up(file(document), {})
+        load_request(file(document), {})
     assert said in str(raised.value)
     assert "warm.yaml" in str(raised.value)
     assert "secret" not in str(raised.value)
@@ -176,22 +176,22 @@ def test_what_is_wrong_is_named(file, document, said):
 
 def test_all_that_is_wrong_is_named_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"--newest.*; --max-bytes|--max-bytes.*; --newest"):
-        warm_up(None, given(newest="x", max_bytes="y"))
+        load_request(None, given(newest="x", max_bytes="y"))
     with pytest.raises(ConfigError, match="cannot be read"):
-        warm_up(tmp_path / "none.yaml", {})
+        load_request(tmp_path / "none.yaml", {})
     with pytest.raises(ConfigError, match=r"--ranks .*are no ranks"):
-        warm_up(None, given(ranks=["gpu-1="]))
+        load_request(None, given(ranks=["gpu-1="]))
 
 
 @pytest.mark.parametrize("ranks", [["0-3"], ["=0-3"], ["gpu-1=0", "0-3"]])
 def test_ranks_are_those_of_a_node(ranks):
     with pytest.raises(ConfigError, match=r"--ranks '=?0-3' reads NODE=RANKS"):
-        warm_up(None, given(ranks=ranks))
+        load_request(None, given(ranks=ranks))
 
 
 def test_a_node_has_its_ranks_once():
     with pytest.raises(ConfigError, match=r"--ranks names gpu-1 twice"):
-        warm_up(None, given(ranks=["gpu-1=0", "gpu-2=0", "gpu-1=1"]))
+        load_request(None, given(ranks=["gpu-1=0", "gpu-2=0", "gpu-1=1"]))
 
 
 def test_what_flags_gave_is_nested():
@@ -204,7 +204,7 @@ def test_what_flags_gave_is_nested():
     ("text", "seconds"), [(90, 90.0), ("90", 90.0), ("1.5", 1.5), ("30m", 1800.0), ("30min", 1800.0)]
 )
 def test_limits_are_in_seconds_or_with_a_unit(text, seconds):
-    limits = WarmUp.model_validate(
+    limits = WarmRequest.model_validate(
         {"limits": dict.fromkeys(("chunk_timeout", "node_timeout", "max_duration"), text)}
     ).limits
 

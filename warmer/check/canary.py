@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.tools.prompts import Prompt
     from hfbucket_plugin.tools.signals import Stop
-    from warmer.tiers import Place
+    from warmer.tiers import NodeInfo
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Canary:
             raise ConfigError(f"--engine-key-env: the environment variable {key_env} is not set")
         return cls(prompts, tuple(engines), require, key_env)
 
-    def addresses(self, places: Iterable[Place]) -> list[str]:
+    def addresses(self, places: Iterable[NodeInfo]) -> list[str]:
         """The engines to ask, each once.
 
         Raises:
@@ -153,7 +153,7 @@ def full_chunk_tokens(length: int, chunk_tokens: int) -> int:
     return max(0, length - 1) // chunk_tokens * chunk_tokens
 
 
-def ask_engines(canary: Canary, places: Iterable[Place], stop: Stop) -> dict[str, Any]:
+def ask_engines(canary: Canary, places: Iterable[NodeInfo], stop: Stop) -> dict[str, Any]:
     """Ask all engines all prompts.
 
     Args:

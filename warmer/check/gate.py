@@ -10,22 +10,22 @@ from hfbucket_plugin.tools import exit_codes
 from warmer.check.canary import ask_engines
 from warmer.check.node import CheckConfig
 from warmer.cluster.engine_tiers import checkable
-from warmer.cluster.execute import chunks_for_nobody, shares, taking_part
+from warmer.cluster.execute import shares, taking_part, unassigned_chunks
 from warmer.cluster.schedule_setup import TimeLimit, direct_schedule
 from warmer.report.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
-from warmer.tiers import Place
+from warmer.tiers import NodeInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hfbucket_plugin.tools.signals import StopSwitch
+    from hfbucket_plugin.tools.signals import ShutdownSignal
     from warmer.check.canary import Canary
-    from warmer.cluster.placement import Assigned
+    from warmer.cluster.placement import Assignment
     from warmer.cluster.ray import Node
-    from warmer.plan.plan_file import PlanFile
+    from warmer.plan.plan_file import WarmPlanFile
     from warmer.report.outcomes import Outcome
     from warmer.report.summary import Share
-    from warmer.request.resolve import Bound
+    from warmer.request.resolve import ResolvedRequest
 
 _log = logging.getLogger(__name__)
 
@@ -92,18 +92,18 @@ class CheckReport:
 
     Args:
         require: The share of right chunks that each tier of each node must have.
-        for_nobody: How many chunks no node takes: with any, the nodes are not warm.
+        unassigned: How many chunks no node takes: with any, the nodes are not warm.
         compared_with: What says which contents are right, ready for JSON.
     """
 
-    def __init__(self, require: float, for_nobody: int = 0, compared_with: dict[str, Any] | None = None) -> None:
+    def __init__(self, require: float, unassigned: int = 0, compared_with: dict[str, Any] | None = None) -> None:
         self.compared_with = compared_with
         self.require = require
-        self.for_nobody = for_nobody
+        self.unassigned = unassigned
         self.found: list[NodeCheck] = []
         self.named: dict[str, list[dict[str, str]]] = {"wrong": [], "unknown": []}
 
-    def watch(self, tier: str, nodes: Iterable[Assigned], expected: dict[str, Share]) -> TierWatch:
+    def watch(self, tier: str, nodes: Iterable[Assignment], expected: dict[str, Share]) -> TierWatch:
         """The witness of a fleet that looks into one tier."""
         checks = {}
         for one in nodes:
@@ -118,7 +118,7 @@ class CheckReport:
         seen = all(check.right + check.wrong + check.missing + check.unknown == check.selected for check in self.found)
         if stopped and not seen:
             result, code = "interrupted", exit_codes.INTERRUPTED
-        elif least >= self.require and not self.for_nobody and all(check.error is None for check in self.found):
+        elif least >= self.require and not self.unassigned and all(check.error is None for check in self.found):
             result, code = "warm", exit_codes.COMPLETE
         else:
             result, code = "cold", exit_codes.FAILED
@@ -129,7 +129,7 @@ class CheckReport:
             "compared_with": self.compared_with,
             "require": self.require,
             "share": round(least, 6),
-            "for_nobody": self.for_nobody,
+            "for_nobody": self.unassigned,
             "canary": None,
             "nodes": [asdict(check) | {"share": round(check.share, 6)} for check in self.found],
             **self.named,
@@ -170,9 +170,9 @@ class TierWatch:
 
 
 def check(
-    bound: Bound,
-    plan: PlanFile,
-    stop: StopSwitch,
+    resolved: ResolvedRequest,
+    plan: WarmPlanFile,
+    stop: ShutdownSignal,
     *,
     require: float,
     hashes: bool,
@@ -182,7 +182,7 @@ def check(
     """Look into every tier of every node that takes part.
 
     Args:
-        bound: Which tiers.
+        resolved: Which tiers.
         plan: What they are to hold.
         stop: Whether to stop.
         require: The share that each must hold.
@@ -198,15 +198,15 @@ def check(
         NothingToDoError: No node takes part, or none takes any of the chunks.
         ClusterError: The configured Ray cluster does not answer.
     """
-    from warmer.cluster.driver import Fleet  # noqa: PLC0415
+    from warmer.cluster.driver import Driver  # noqa: PLC0415
     from warmer.cluster.ray import alive_nodes, joined  # noqa: PLC0415 - Ray takes a second to import
 
-    tiers = checkable(bound.tiers)
-    with joined(bound.warm_up.address):
+    tiers = checkable(resolved.tiers)
+    with joined(resolved.request.address):
         stop.take_back()
-        nodes = taking_part(alive_nodes(), bound.warm_up.nodes)
-        report = CheckReport(require, chunks_for_nobody(plan, nodes), compared_with)
-        limit = TimeLimit(stop, bound.warm_up.limits.max_duration)
+        nodes = taking_part(alive_nodes(), resolved.request.nodes)
+        report = CheckReport(require, unassigned_chunks(plan, nodes), compared_with)
+        limit = TimeLimit(stop, resolved.request.limits.max_duration)
         expected = shares(plan, nodes)
         watches = [report.watch(tier.name, nodes, expected) for tier in tiers]
         for tier, watch in zip(tiers, watches, strict=True):
@@ -214,8 +214,8 @@ def check(
                 break
             schedule = direct_schedule(nodes, plan)
             config = CheckConfig(tier, hashes=hashes)
-            limits = bound.warm_up.limits
-            fleet = Fleet(
+            limits = resolved.request.limits
+            fleet = Driver(
                 [one.node for one in nodes],
                 config,
                 watch,
@@ -233,7 +233,7 @@ def check(
             _log.warning("engines are not asked: what is not there is no hit, and asking would have them compute it")
             return record
         with stop.orderly():
-            places = [Place(one.node.name, one.node.id, one.node.labels) for one in nodes]
+            places = [NodeInfo(one.node.name, one.node.id, one.node.labels) for one in nodes]
             return proven(record, ask_engines(canary, places, limit))
 
 
@@ -245,7 +245,7 @@ def _advise(record: dict[str, Any]) -> None:
     compared = record["compared_with"]
     if compared["with"] == "plan":
         _log.warning(
-            "%d chunks are wrong by the plan of %s: of those that were written anew in the bucket since, the tier may hold the "
+            "%d chunks are wrong by the plan of %s: of those that were rewritten in the bucket since, the tier may hold the "
             "later content. Check without the plan to compare with the bucket as it is now",
             wrong,
             compared["at"] or "an unknown time",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.tiers import Declaration, Place
+    from warmer.tiers import Declaration, NodeInfo
 
 _PIECE: Final = 8 * 1024 * 1024
 
@@ -38,7 +38,7 @@ class CheckConfig:
     tier: Declaration
     hashes: bool = True
 
-    def open(self, place: Place) -> NodeChecker:
+    def open(self, place: NodeInfo) -> NodeChecker:
         """Begin, on the node.
 
         Raises:

@@ -17,28 +17,28 @@ from hfbucket_plugin.errors import (
     HFBucketError,
     Interrupted,
     RefusedError,
-    ScratchError,
+    TempDirError,
     ThrottledError,
     TransportError,
 )
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.options import number
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 from warmer import run
 from warmer.check.canary import DEFAULT_REQUIRE, Canary
 from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime_env
 from warmer.cluster.submit import Submission, expect_command, submit
-from warmer.plan.plan_file import PlanFile
+from warmer.plan.plan_file import WarmPlanFile
 from warmer.report.html import PageFile
 from warmer.report.outcomes import ClusterError, PlanLostError, local_trouble
 from warmer.request.flags import FLAGS, Flag, flags_of, with_flags
-from warmer.request.resolve import bind
-from warmer.request.warm_file import warm_up
+from warmer.request.resolve import resolve_request
+from warmer.request.warm_file import load_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from warmer.request.model import WarmUp
+    from warmer.request.model import WarmRequest
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -71,8 +71,8 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
     """
     page = PageFile()
 
-    def work(stop: StopSwitch) -> dict[str, Any]:
-        wanted = warm_up(config, given)
+    def work(stop: ShutdownSignal) -> dict[str, Any]:
+        wanted = load_request(config, given)
         _expect_apart(wanted, ("--config", config))
         return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop, *page.open(wanted.report_html))
 
@@ -93,8 +93,8 @@ def plan_command(
     nothing was chosen, 5 when told to stop.
     """
 
-    def work(_: StopSwitch) -> dict[str, Any]:
-        wanted = warm_up(config, given)
+    def work(_: ShutdownSignal) -> dict[str, Any]:
+        wanted = load_request(config, given)
         _expect_apart(wanted, ("--config", config), out=out)
         return _planned(run.plan(wanted, out)) | {"plan": str(out)}
 
@@ -116,15 +116,15 @@ def apply_command(
     """
     page = PageFile()
 
-    def work(stop: StopSwitch) -> dict[str, Any]:
-        made = PlanFile.open(plan, ours=not dry_run)
-        wanted = warm_up(config, given, run.planned_warm_up(made))
+    def work(stop: ShutdownSignal) -> dict[str, Any]:
+        made = WarmPlanFile.open(plan, ours=not dry_run)
+        wanted = load_request(config, given, run.planned_request(made))
         _expect_apart(wanted, ("--config", config), ("plan", plan))
         if not dry_run:
             return run.apply(wanted, made, stop, *page.open(wanted.report_html))
-        bound = bind(wanted)
-        run.expect_fitting(bound, made)
-        return _planned({**made.header, **run.selected(bound, made)}) | {"plan": str(plan)}
+        resolved = resolve_request(wanted)
+        run.expect_fitting(resolved, made)
+        return _planned({**made.header, **run.selected(resolved, made)}) | {"plan": str(plan)}
 
     _end_with(work, page)
 
@@ -194,9 +194,9 @@ def check_command(
         _end(f"--verify {verify!r} is neither hash nor length", exit_codes.USAGE)
     page = PageFile()
 
-    def work(stop: StopSwitch) -> dict[str, Any]:
-        made = PlanFile.open(plan, ours=True) if plan is not None else None
-        wanted = warm_up(config, given, run.planned_warm_up(made) if made is not None else None)
+    def work(stop: ShutdownSignal) -> dict[str, Any]:
+        made = WarmPlanFile.open(plan, ours=True) if plan is not None else None
+        wanted = load_request(config, given, run.planned_request(made) if made is not None else None)
         _expect_apart(wanted, ("--config", config), ("plan", plan), ("--canary", canary))
         page.open(wanted.report_html)
         asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
@@ -243,7 +243,7 @@ def submit_command(
     """
     expect_command(context, command)
 
-    def work(_: StopSwitch) -> dict[str, Any]:
+    def work(_: ShutdownSignal) -> dict[str, Any]:
         # Ray takes a second to import, which a refused command should not wait for.
         environment = runtime_env(runtime_env_file, runtime_env_json, working_dir)
         where = dashboard_address(address)
@@ -257,7 +257,7 @@ def submit_command(
     _end_with(work)
 
 
-def _expect_apart(wanted: WarmUp, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
+def _expect_apart(wanted: WarmRequest, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
     """Refuse to write to a file that the command reads."""
     choose = wanted.choose
     expect_apart(
@@ -275,11 +275,11 @@ def _planned(header: dict[str, Any]) -> dict[str, Any]:
     return {"event": "plan", "exit_code": exit_codes.COMPLETE, **header}
 
 
-def _end_with(work: Callable[[StopSwitch], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
+def _end_with(work: Callable[[ShutdownSignal], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
     """Do the work of a command, print its record, write its page, and exit with its code."""
     texts.log_to_stderr("warmer")
     logging.getLogger("warmer").setLevel(logging.INFO)
-    stop = StopSwitch()
+    stop = ShutdownSignal()
     try:
         # Ray prints where it likes.
         with stop.listening(), contextlib.redirect_stdout(sys.stderr):
@@ -302,7 +302,7 @@ def _code(error: Exception) -> int:
     if isinstance(error, RefusedError):
         return exit_codes.REFUSED
     ours = isinstance(error, HFBucketError)
-    if not ours or isinstance(error, (TransportError, ThrottledError, PlanLostError, ScratchError)):
+    if not ours or isinstance(error, (TransportError, ThrottledError, PlanLostError, TempDirError)):
         return exit_codes.FAILED
     return exit_codes.USAGE
 

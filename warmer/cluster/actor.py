@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from warmer.node.receive import Bytes
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.tiers import Place
+    from warmer.tiers import NodeInfo
 
 
 _MIB: Final = 1024 * 1024
@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
     return all(told)
 
 
-class Worker(Protocol):
+class NodeWorker(Protocol):
     """What works on a node by itself: a `NodeChecker`, or a `NodeWarmer`."""
 
     def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
@@ -68,7 +68,7 @@ class Worker(Protocol):
         """Leave nothing behind."""
 
 
-class Sharer(Worker, Protocol):
+class Sharer(NodeWorker, Protocol):
     """What shares chunks with other nodes too: a `NodeWarmer`. Schedules that are not direct need one."""
 
     chunk_timeout_secs: float
@@ -89,7 +89,7 @@ class Sharer(Worker, Protocol):
 class Config(Protocol):
     """What a node is told. It crosses to the nodes."""
 
-    def open(self, place: Place) -> Worker:
+    def open(self, place: NodeInfo) -> NodeWorker:
         """Begin, on the node.
 
         Raises:
@@ -101,11 +101,11 @@ class NodeActor:
     """A worker, made in its own method so that its errors come back as they are."""
 
     def __init__(self) -> None:
-        self._worker: Worker | None = None
+        self._worker: NodeWorker | None = None
         xet_home.claim()
         keep_freed_memory()
 
-    def start(self, config: Config, place: Place) -> tuple[HFBucketError | None, float]:
+    def start(self, config: Config, place: NodeInfo) -> tuple[HFBucketError | None, float]:
         """Take part.
 
         Returns:
@@ -163,7 +163,7 @@ class NodeActor:
         return outcomes, False
 
     @property
-    def _ready(self) -> Worker:
+    def _ready(self) -> NodeWorker:
         if self._worker is None:
             raise RuntimeError("this node was not started")
         return self._worker

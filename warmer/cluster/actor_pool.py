@@ -19,7 +19,7 @@ import ray.exceptions
 from hfbucket_plugin.errors import HFBucketError
 from warmer.cluster.ray import alive_nodes
 from warmer.report.outcomes import NODE_LOST, NODE_START
-from warmer.tiers import Place
+from warmer.tiers import NodeInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,10 +51,10 @@ _ANSWER_SECS: Final = 1.0
 """How long the driver waits for an answer that is there, but on another node; then it asks again later."""
 
 
-class Errand(Protocol):
+class ActorTask(Protocol):
     """What a node is to do. It crosses to the nodes."""
 
-    def begin(self, place: Place) -> tuple[Any, Any]:
+    def begin(self, place: NodeInfo) -> tuple[Any, Any]:
         """Begin, on the node.
 
         Returns:
@@ -78,16 +78,16 @@ class Failure:
     message: str
 
 
-class ErrandActor:
+class TaskActor:
     """What runs on a node."""
 
     def __init__(self) -> None:
         self._work: Callable[[Any], Any] | None = None
 
-    def begin(self, errand: Errand, place: Place) -> Any:
+    def begin(self, task: ActorTask, place: NodeInfo) -> Any:
         """Take part; returns what was found, or why not."""
         try:
-            found, self._work = errand.begin(place)
+            found, self._work = task.begin(place)
         except HFBucketError as error:
             return Failure(error.kind, str(error))
         return found
@@ -119,17 +119,17 @@ class _Call:
     again: bool = False
 
 
-class Errands:
-    """The nodes of an errand. Use it as a context manager: its actors end with it.
+class ActorPool:
+    """The nodes of an actor task. Use it as a context manager: its actors end with it.
 
     Args:
-        errands: By node.
+        tasks: By node.
         stop: Says whether to stop.
         tick: Called a few times a second.
     """
 
-    def __init__(self, errands: Mapping[Node, Errand], stop: Stop, tick: Callable[[], None] = lambda: None) -> None:
-        self._errands = {node.id: (node, errand) for node, errand in errands.items()}
+    def __init__(self, tasks: Mapping[Node, ActorTask], stop: Stop, tick: Callable[[], None] = lambda: None) -> None:
+        self._tasks = {node.id: (node, task) for node, task in tasks.items()}
         self._stop = stop
         self._tick = tick
         self._actors: dict[str, Any] = {}
@@ -160,7 +160,7 @@ class Errands:
             What each found, or the `Failure` by which it takes no part; of those that ended before a stop.
         """
         self._begin_secs = secs
-        for name in self._errands:
+        for name in self._tasks:
             self._launch(name)
         found: dict[str, Any] = {}
         while self._calls and not self._stop.requested:
@@ -168,12 +168,12 @@ class Errands:
         return found
 
     def _launch(self, name: str, *, again: bool = False) -> None:
-        node, errand = self._errands[name]
-        actor_class: Any = ray.remote(ErrandActor)
+        node, task = self._tasks[name]
+        actor_class: Any = ray.remote(TaskActor)
         # No CPU: nodes full of engines must take it too.
         actor = actor_class.options(num_cpus=0, label_selector={"ray.io/node-id": node.id}).remote()
         self._actors[name] = actor
-        ref = actor.begin.remote(errand, Place(node.name, node.id, node.labels))
+        ref = actor.begin.remote(task, NodeInfo(node.name, node.id, node.labels))
         self._calls[ref] = _Call(name, None, time.monotonic() + self._begin_secs, again)
 
     def work(self, piece: Callable[[int], Any], count: int, take: Callable[[str, int, Any], None], secs: float) -> None:
@@ -218,13 +218,13 @@ class Errands:
             if ref in self._calls:  # its node was lost a moment ago
                 self._land(ref, take)
         now = time.monotonic()
-        self._give_up_gone(now, take)
+        self._lose_dead_nodes(now, take)
         for call in [call for call in self._calls.values() if now > call.deadline]:
             if call.node in self._actors:
                 self._end(call, Failure(late, "answered nothing for too long; is the node overloaded?"), take)
         self._tick()
 
-    def _give_up_gone(self, now: float, take: Callable[[_Call, Any], None]) -> None:
+    def _lose_dead_nodes(self, now: float, take: Callable[[_Call, Any], None]) -> None:
         """A node that was taken for alive when its process died may have died with it."""
         starting = [call for call in self._calls.values() if call.piece is None and self._restarts[call.node]]
         if not starting or now < self._next_roll:
@@ -261,7 +261,7 @@ class Errands:
             return False
         self._restarts[name] += 1
         _log.warning(
-            "node %s: its process died and is started again: %s", self._errands[name][0].name, type(error).__name__
+            "node %s: its process died and is started again: %s", self._tasks[name][0].name, type(error).__name__
         )
         calls = [call for call in self._calls.values() if call.node == name]
         pieces = sorted(call.piece for call in calls if call.piece is not None)

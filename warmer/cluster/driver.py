@@ -19,8 +19,8 @@ from warmer.cluster.actor import NodeActor
 from warmer.cluster.ray import alive_nodes
 from warmer.node.worker import CHUNK_TIMEOUT_SECS
 from warmer.report.outcomes import INTERNAL, NODE_LOST, NODE_START, Failed
-from warmer.schedule.tasks import Fetch, total_bytes
-from warmer.tiers import Place
+from warmer.schedule.tasks import FetchTask, total_bytes
+from warmer.tiers import NodeInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from warmer.cluster.actor import Config
     from warmer.cluster.ray import Node
     from warmer.report.outcomes import Outcome
-    from warmer.schedule.scheduler import Ended, Schedule
-    from warmer.schedule.tasks import Order
+    from warmer.schedule.scheduler import Ended, Scheduler
+    from warmer.schedule.tasks import Task
 
 _log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ _HUNG_BYTES_PER_SEC: Final = 1024 * 1024
 to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
 
 ORDERS_AT_ONCE: Final = 6
-"""Orders that an actor carries out at one time: four to fetch and two to receive, as `Window` has it."""
+"""Orders that an actor carries out at one time: four to fetch and two to receive, as `TaskLimits` has it."""
 
 
-class Witness(Protocol):
+class RunListener(Protocol):
     """Is told what happens."""
 
     def ended(self, node: str, outcome: Outcome) -> None:
@@ -103,7 +103,7 @@ class Replacing:
 
 
 @dataclass(slots=True)
-class _Crew:
+class _ActorState:
     """One node's actor."""
 
     node: Node
@@ -115,21 +115,21 @@ class _Crew:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class _Call:
     """A call under way.
 
     Attributes:
         node: Whose it is.
-        order: What it carries out; None for the start of a node.
+        task: What it carries out; None for the start of a node.
         deadline: When the node counts as hung.
     """
 
     node: str
-    order: Order | None
+    task: Task | None
     deadline: float
 
 
-class Fleet:
+class Driver:
     """The actors of a run.
 
     Args:
@@ -148,7 +148,7 @@ class Fleet:
         self,
         nodes: Sequence[Node],
         config: Config,
-        witness: Witness,
+        witness: RunListener,
         stop: Stop,
         start_secs: float,
         *,
@@ -164,15 +164,15 @@ class Fleet:
         self._start_secs = start_secs
         self._chunk_secs = chunk_secs
         self._replacing = replacing
-        self._crews: dict[str, _Crew] = {}
+        self._actors: dict[str, _ActorState] = {}
         # The windows of the schedule bound both, whatever the plan's length.
-        self._flying: dict[Any, _Flight] = {}
+        self._calls: dict[Any, _Call] = {}
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
         self._failing: deque[Iterator[tuple[str, Failed]]] = deque()
         self._next_look = self._next_roll = 0.0
 
-    def run(self, schedule: Schedule) -> None:
+    def run(self, schedule: Scheduler) -> None:
         """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop.
 
         Raises:
@@ -186,8 +186,8 @@ class Fleet:
                 self._give(schedule)
                 for ref in self._landed():
                     self._take(schedule, ref)
-                self._give_up_late_starters(schedule)
-                self._give_up_hung(schedule)
+                self._lose_slow_starters(schedule)
+                self._lose_hung_nodes(schedule)
                 self._fill_vacancies(schedule)
                 self._name_failed()
                 self._witness.tick()
@@ -199,7 +199,7 @@ class Fleet:
         finally:
             self._dismiss()
 
-    def _over(self, schedule: Schedule) -> bool:
+    def _over(self, schedule: Scheduler) -> bool:
         """Whether everything is done, by nodes that are still there: one that ended its part may have died since."""
         if not schedule.done:
             return False
@@ -216,132 +216,132 @@ class Fleet:
         actor = actor_class.options(
             num_cpus=0, max_concurrency=ORDERS_AT_ONCE + 1, label_selector={"ray.io/node-id": node.id}
         ).remote()
-        self._crews[node.id] = _Crew(node, actor, now + self._start_secs, now, restarts=restarts)
-        place = Place(node.name, node.id, node.labels)
-        self._flying[actor.start.remote(self._config, place)] = _Flight(node.id, None, math.inf)
+        self._actors[node.id] = _ActorState(node, actor, now + self._start_secs, now, restarts=restarts)
+        place = NodeInfo(node.name, node.id, node.labels)
+        self._calls[actor.start.remote(self._config, place)] = _Call(node.id, None, math.inf)
 
-    def _give(self, schedule: Schedule) -> None:
-        orders = schedule.orders(time.monotonic())
+    def _give(self, schedule: Scheduler) -> None:
+        tasks = schedule.tasks(time.monotonic())
         if self._stop.requested:  # told so while chunks were looked up
             return
-        for order in orders:
-            actor = self._crews[order.node].actor
-            if isinstance(order, Fetch):
-                ref = actor.fetch.remote(order.chunks, share=order.share)
+        for task in tasks:
+            actor = self._actors[task.node].actor
+            if isinstance(task, FetchTask):
+                ref = actor.fetch.remote(task.chunks, share=task.share)
             else:
                 # In a list: Ray would else fetch it before the actor can say that it holds the chunks already.
-                ref = actor.receive.remote(order.chunks, [self._objects[order.source]])
-            self._flying[ref] = _Flight(order.node, order, time.monotonic() + self._patience(order))
+                ref = actor.receive.remote(task.chunks, [self._objects[task.source]])
+            self._calls[ref] = _Call(task.node, task, time.monotonic() + self._patience(task))
         self._release(schedule)
 
-    def _patience(self, order: Order) -> float:
+    def _patience(self, task: Task) -> float:
         """How many seconds an order may take. Its chunks have one deadline on the node, and none wait for others there."""
-        return _HUNG_SECS + _HUNG_TIMEOUTS * self._chunk_secs + total_bytes(order.chunks) / _HUNG_BYTES_PER_SEC
+        return _HUNG_SECS + _HUNG_TIMEOUTS * self._chunk_secs + total_bytes(task.chunks) / _HUNG_BYTES_PER_SEC
 
-    def _release(self, schedule: Schedule) -> None:
+    def _release(self, schedule: Scheduler) -> None:
         """Forget objects, which has their owners throw them away everywhere."""
         for number in schedule.released():
             self._objects.pop(number, None)
 
     def _landed(self) -> list[Any]:
         """What has ended; waits for a tick at most."""
-        flying = list(self._flying)
-        if not flying:
+        calls = list(self._calls)
+        if not calls:
             if not self._failing:
                 time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
             return []
-        landed, _ = ray.wait(flying, num_returns=1, timeout=0 if self._failing else _TICK_SECS, fetch_local=False)
+        landed, _ = ray.wait(calls, num_returns=1, timeout=0 if self._failing else _TICK_SECS, fetch_local=False)
         if landed:
-            landed, _ = ray.wait(flying, num_returns=len(flying), timeout=0, fetch_local=False)
+            landed, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
         return list(landed)
 
-    def _take(self, schedule: Schedule, ref: Any) -> None:
-        if ref not in self._flying:  # its node was lost a moment ago
+    def _take(self, schedule: Scheduler, ref: Any) -> None:
+        if ref not in self._calls:  # its node was lost a moment ago
             return
-        flight = self._flying.pop(ref)
-        name, order = flight.node, flight.order
+        call = self._calls.pop(ref)
+        name, task = call.node, call.task
         try:
             result = ray.get(ref, timeout=_ANSWER_SECS)
         except ray.exceptions.GetTimeoutError:
-            self._flying[ref] = flight
+            self._calls[ref] = call
         except ray.exceptions.RayTaskError as error:
-            self._broken(schedule, name, order, error)
+            self._broken(schedule, name, task, error)
         except _DEATHS as error:
             self._died(schedule, name, error)
         except ray.exceptions.RayError as error:
             # Unavailable counts as lost too: its work is done again by the next run, never waited for without end.
             self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {_short(error)}")
         else:
-            if order is None:
+            if task is None:
                 self._started(schedule, name, *result)
             else:
-                self._ended(schedule, order, result)
+                self._ended(schedule, task, result)
 
-    def _died(self, schedule: Schedule, name: str, error: Exception) -> None:
+    def _died(self, schedule: Scheduler, name: str, error: Exception) -> None:
         """The process of a node is gone. Where the node lives, another one goes on with what is left."""
-        crew = self._crews[name]
-        if crew.restarts >= _RESTARTS or name not in {node.id for node in alive_nodes()}:
-            died = f"its process died {crew.restarts + 1} times, at last: " if crew.restarts else ""
+        state = self._actors[name]
+        if state.restarts >= _RESTARTS or name not in {node.id for node in alive_nodes()}:
+            died = f"its process died {state.restarts + 1} times, at last: " if state.restarts else ""
             self._lose(schedule, name, NODE_LOST, f"lost in mid-run: {died}{_short(error)}")
             return
-        _log.warning("node %s: its process died and is started again: %s", crew.node.name, _short(error))
+        _log.warning("node %s: its process died and is started again: %s", state.node.name, _short(error))
         self._forget(name)
         for _ in schedule.lost(name, keep_place=True):
             pass  # nothing: the place is kept
         self._release(schedule)
-        schedule.resume(name, self._store_bytes(crew.node))
-        self._launch(crew.node, restarts=crew.restarts + 1)
+        schedule.resume(name, self._store_bytes(state.node))
+        self._launch(state.node, restarts=state.restarts + 1)
 
     def _forget(self, name: str) -> None:
         """Wait for nothing any more that an actor was told, and end it."""
-        self._flying = {ref: flight for ref, flight in self._flying.items() if flight.node != name}
-        self._kill(self._crews[name].actor)
+        self._calls = {ref: call for ref, call in self._calls.items() if call.node != name}
+        self._kill(self._actors[name].actor)
 
-    def _ended(self, schedule: Schedule, order: Order, result: Any) -> None:
+    def _ended(self, schedule: Scheduler, task: Task, result: Any) -> None:
         now = time.monotonic()
-        if isinstance(order, Fetch):
+        if isinstance(task, FetchTask):
             outcomes, objects = result
             if objects:
-                self._objects[order.number] = objects[0]
-            self._note(schedule.fetched(order.number, outcomes, shared=bool(objects), now=now))
+                self._objects[task.number] = objects[0]
+            self._note(schedule.fetched(task.number, outcomes, shared=bool(objects), now=now))
         else:
             outcomes, holder_lost = result
-            self._note(schedule.received(order.number, outcomes, now=now, holder_lost=holder_lost))
+            self._note(schedule.received(task.number, outcomes, now=now, holder_lost=holder_lost))
         self._release(schedule)
 
     def _note(self, ended: Iterable[Ended]) -> None:
         for node, outcome in ended:
             self._witness.ended(node, outcome)
 
-    def _started(self, schedule: Schedule, name: str, error: HFBucketError | None, open_secs: float) -> None:
+    def _started(self, schedule: Scheduler, name: str, error: HFBucketError | None, open_secs: float) -> None:
         if error is None:
-            crew = self._crews[name]
-            crew.started = True
+            state = self._actors[name]
+            state.started = True
             schedule.started(name)
-            self._witness.started(name, time.monotonic() - crew.launched - open_secs, open_secs)
+            self._witness.started(name, time.monotonic() - state.launched - open_secs, open_secs)
         else:
             self._lose(schedule, name, error.kind, str(error))
 
-    def _broken(self, schedule: Schedule, name: str, order: Order | None, error: Exception) -> None:
+    def _broken(self, schedule: Scheduler, name: str, task: Task | None, error: Exception) -> None:
         """Something raised that nobody foresaw."""
         message = _short(error)
-        if order is None:
+        if task is None:
             self._lose(schedule, name, NODE_START, message)
             return
-        failed = [Failed(chunk.key, chunk.size, INTERNAL, f"{chunk.key}: {message}") for chunk in order.chunks]
-        self._ended(schedule, order, (failed, None) if isinstance(order, Fetch) else (failed, False))
+        failed = [Failed(chunk.key, chunk.size, INTERNAL, f"{chunk.key}: {message}") for chunk in task.chunks]
+        self._ended(schedule, task, (failed, None) if isinstance(task, FetchTask) else (failed, False))
 
-    def _give_up_late_starters(self, schedule: Schedule) -> None:
+    def _lose_slow_starters(self, schedule: Scheduler) -> None:
         now = time.monotonic()
-        self._give_up_gone(schedule, now)
+        self._lose_dead_nodes(schedule, now)
         for name in schedule.nodes:
-            crew = self._crews[name]
-            if not crew.started and now > crew.deadline:
+            state = self._actors[name]
+            if not state.started and now > state.deadline:
                 self._lose(schedule, name, NODE_START, f"took no part within {self._start_secs:g} s; is it overloaded?")
 
-    def _give_up_gone(self, schedule: Schedule, now: float) -> None:
+    def _lose_dead_nodes(self, schedule: Scheduler, now: float) -> None:
         """A node that was taken for alive when its process died may have died with it."""
-        again = [name for name in schedule.nodes if self._crews[name].restarts and not self._crews[name].started]
+        again = [name for name in schedule.nodes if self._actors[name].restarts and not self._actors[name].started]
         if not again or now < self._next_roll:
             return
         self._next_roll = now + _JOIN_SECS
@@ -350,13 +350,13 @@ class Fleet:
             if name not in alive:
                 self._lose(schedule, name, NODE_LOST, "lost in mid-run: the node died")
 
-    def _give_up_hung(self, schedule: Schedule) -> None:
+    def _lose_hung_nodes(self, schedule: Scheduler) -> None:
         now = time.monotonic()
-        for name, order in [(flight.node, flight.order) for flight in self._flying.values() if now > flight.deadline]:
-            if order is not None and name in schedule.nodes:
-                self._lose(schedule, name, NODE_LOST, f"answered nothing for {self._patience(order):.0f} s")
+        for name, task in [(call.node, call.task) for call in self._calls.values() if now > call.deadline]:
+            if task is not None and name in schedule.nodes:
+                self._lose(schedule, name, NODE_LOST, f"answered nothing for {self._patience(task):.0f} s")
 
-    def _lose(self, schedule: Schedule, name: str, kind: str, message: str) -> None:
+    def _lose(self, schedule: Scheduler, name: str, kind: str, message: str) -> None:
         self._forget(name)
         self._witness.lost(name, kind, message)
         keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}
@@ -380,13 +380,13 @@ class Fleet:
             if len(some) < _NAMED_AT_ONCE:
                 self._failing.popleft()
 
-    def _fill_vacancies(self, schedule: Schedule) -> None:
+    def _fill_vacancies(self, schedule: Scheduler) -> None:
         """Have nodes that joined take the places of lost ones; give up those that nobody takes."""
         now = time.monotonic()
         if self._replacing is None or not self._vacant or now < self._next_look:
             return
         self._next_look = now + _JOIN_SECS
-        for node in [node for node in self._replacing.candidates() if node.id not in self._crews]:
+        for node in [node for node in self._replacing.candidates() if node.id not in self._actors]:
             name = next((name for name in self._vacant if self._replacing.fits(name, node)), None)
             if name is None:
                 continue
@@ -399,12 +399,12 @@ class Fleet:
                 del self._vacant[name]
                 self._fail(name, schedule.abandon(name), kind, f"{message}; no node took its place")
 
-    def _wind_down(self, schedule: Schedule) -> None:
+    def _wind_down(self, schedule: Scheduler) -> None:
         """Have what is under way ended, and note how."""
         for name in schedule.nodes:
-            self._crews[name].actor.stop.remote()
+            self._actors[name].actor.stop.remote()
         end = time.monotonic() + _STOP_SECS
-        while self._flying and time.monotonic() < end:
+        while self._calls and time.monotonic() < end:
             for ref in self._landed():
                 self._take(schedule, ref)
 
@@ -412,11 +412,11 @@ class Fleet:
         """Let the actors clean up after themselves, then end them."""
         self._objects.clear()
         secs = _STOP_SECS / 2 if self._stop.requested else _CLOSE_SECS
-        closing = [crew.actor.close.remote() for crew in self._crews.values() if crew.started]
+        closing = [state.actor.close.remote() for state in self._actors.values() if state.started]
         with contextlib.suppress(ray.exceptions.RayError):
             ray.wait(closing, num_returns=len(closing), timeout=secs, fetch_local=False) if closing else None
-        for crew in self._crews.values():
-            self._kill(crew.actor)
+        for state in self._actors.values():
+            self._kill(state.actor)
 
     @staticmethod
     def _kill(actor: Any) -> None:

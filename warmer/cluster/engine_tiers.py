@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.errors import ConfigError
 from warmer.cluster.schedule_setup import parts_of
 from warmer.node.engine_memory import LoadConfig, WorkerSearch
-from warmer.node.prompts import BATCH_PROMPTS, L1Errand, PromptLoad
+from warmer.node.prompts import BATCH_PROMPTS, L1Task, PromptLoad
 from warmer.plan.plan_file import is_for
 from warmer.report.outcomes import ENGINE, NODE_LOST, Failed
 from warmer.report.summary import Share
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from hfbucket_plugin.tools.signals import Stop
-    from warmer.cluster.actor_pool import Errand, Errands, Failure
-    from warmer.cluster.placement import Assigned
+    from warmer.cluster.actor_pool import ActorPool, ActorTask, Failure
+    from warmer.cluster.placement import Assignment
     from warmer.node.prompts import PromptFile
-    from warmer.plan.plan_file import PlanFile
-    from warmer.report.observers import Looks
-    from warmer.request.resolve import Bound
+    from warmer.plan.plan_file import WarmPlanFile
+    from warmer.report.observers import EventDispatcher
+    from warmer.request.resolve import ResolvedRequest
     from warmer.tiers import AnyTier, Declaration
 
 _SPARE_SECS: Final = 60.0
@@ -57,27 +57,27 @@ class EngineRun:
     """One tier in the memory of engines, on all nodes that take part.
 
     Attributes:
-        bound: From where to where.
+        resolved: From where to where.
         plan: What of the bucket.
         nodes: Who takes part.
-        looks: Is told what happens.
+        events: Is told what happens.
         stop: Says whether to stop.
     """
 
-    bound: Bound
-    plan: PlanFile
-    nodes: Sequence[Assigned]
-    looks: Looks
+    resolved: ResolvedRequest
+    plan: WarmPlanFile
+    nodes: Sequence[Assignment]
+    events: EventDispatcher
     stop: Stop
 
-    def search_workers(self, tier: LocalCPUDeclaration) -> tuple[LoadConfig, list[Assigned]]:
+    def search_workers(self, tier: LocalCPUDeclaration) -> tuple[LoadConfig, list[Assignment]]:
         """Wait for the workers of classic engines. Nodes on which none comes take no part: their chunks fail.
 
         Returns:
             What nodes are told to load theirs, and which nodes do, with the workers that they have.
         """
         needed = frozenset(0 if worker is None else worker for worker in self.plan.shares)
-        wait = self.bound.warm_up.limits.wait_engine.total_seconds()
+        wait = self.resolved.request.limits.wait_engine.total_seconds()
         wanted = {one.node.id: needed if one.ranks is None else needed & one.ranks for one in self.nodes}
         found = self._begun(
             {
@@ -94,34 +94,34 @@ class EngineRun:
             elif workers is not None:
                 self._fail_chunks(one, workers)
         ranks = {one.node.id: (one.ranks or frozenset()) & needed for one in there}
-        return LoadConfig(self.bound.node_config(tier), tier, ranks, needed, wait), there
+        return LoadConfig(self.resolved.node_config(tier), tier, ranks, needed, wait), there
 
-    def _begun(self, errands: Mapping[Assigned, Errand], wait: float) -> dict[str, Any]:
-        from warmer.cluster.actor_pool import Errands  # noqa: PLC0415 - Ray takes a second to import
+    def _begun(self, tasks: Mapping[Assignment, ActorTask], wait: float) -> dict[str, Any]:
+        from warmer.cluster.actor_pool import ActorPool  # noqa: PLC0415 - Ray takes a second to import
 
-        with Errands({one.node: errand for one, errand in errands.items()}, self.stop, self.looks) as running:
+        with ActorPool({one.node: task for one, task in tasks.items()}, self.stop, self.events) as running:
             return running.begin(self._start_secs(wait))
 
     def _start_secs(self, wait: float) -> float:
-        return self.bound.warm_up.limits.node_timeout + wait + _SPARE_SECS
+        return self.resolved.request.limits.node_timeout + wait + _SPARE_SECS
 
-    def _fail_chunks(self, one: Assigned, failure: Failure) -> None:
+    def _fail_chunks(self, one: Assignment, failure: Failure) -> None:
         """Name all chunks of a node whose engine did not come."""
-        self.looks.lost(one.node.id, failure.kind, failure.message)
+        self.events.lost(one.node.id, failure.kind, failure.message)
         for part in parts_of([one], self.plan).values():
             for chunk in part.chunks_from(0):
                 if self.stop.requested:
                     return
                 message = f"{chunk.key}: not loaded: {failure.message}"
-                self.looks.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
+                self.events.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
 
     def load_prompts(self, tier: L1Declaration, prompts: PromptFile) -> None:
         """Have the server of each node load the prompts of the models that it serves."""
-        from warmer.cluster.actor_pool import Errands, Failure  # noqa: PLC0415 - as above
+        from warmer.cluster.actor_pool import ActorPool, Failure  # noqa: PLC0415 - as above
 
-        limits, choice = self.bound.warm_up.limits, self.bound.warm_up.choose
+        limits, choice = self.resolved.request.limits, self.resolved.request.choose
         wait, world_size = limits.wait_engine.total_seconds(), choice.world_size or 1
-        errand = L1Errand(
+        task = L1Task(
             tier,
             tuple(prompts.chunks),
             world_size,
@@ -139,7 +139,7 @@ class EngineRun:
                     f"a server loads the chunks of all {world_size} workers at once, and this node takes those of some"
                 )
                 self._fail_prompts(one.node.id, Failure(ConfigError.kind, words))
-        with Errands({one.node: errand for one in able}, self.stop, self.looks) as running:
+        with ActorPool({one.node: task for one in able}, self.stop, self.events) as running:
             self._share_out(running.begin(self._start_secs(wait)), prompts)
             secs = limits.chunk_timeout * BATCH_PROMPTS + _SPARE_SECS
             running.work(prompts.batch, prompts.batches, self._take, secs)
@@ -154,15 +154,15 @@ class EngineRun:
                 self._fail_prompts(node, models)
                 continue
             chunks = sum(prompts.chunks[model] for model in prompts.chunks if model in models or model in nowhere)
-            self.looks.report.nodes[node].expect(Share(chunks, 0))
+            self.events.report.nodes[node].expect(Share(chunks, 0))
             for model in sorted(nowhere):
                 words = f"no engine of so many workers has registered the model {model!r} with the server of any node"
-                self.looks.lacking(node, prompts.chunks[model], ENGINE, words)
+                self.events.lacking(node, prompts.chunks[model], ENGINE, words)
 
     def _fail_prompts(self, node: str, failure: Failure) -> None:
-        self.looks.lost(node, failure.kind, failure.message)
-        one = self.looks.report.nodes[node]
-        self.looks.lacking(node, one.selected - one.ended, failure.kind, f"not loaded: {failure.message}")
+        self.events.lost(node, failure.kind, failure.message)
+        one = self.events.report.nodes[node]
+        self.events.lacking(node, one.selected - one.ended, failure.kind, f"not loaded: {failure.message}")
 
     def _take(self, node: str, _: int, result: Any) -> None:
         if not isinstance(result, list):
@@ -172,11 +172,11 @@ class EngineRun:
             self._count(node, load)
 
     def _count(self, node: str, load: PromptLoad) -> None:
-        self.looks.loaded(node, copied=load.copied, present=load.present, size=load.bytes)
+        self.events.loaded(node, copied=load.copied, present=load.present, size=load.bytes)
         words = f"prompt in line {load.line}: {load.lacking} of {load.chunks} chunks are not in memory: {load.message}"
-        self.looks.lacking(node, load.lacking, load.ended, words)
+        self.events.lacking(node, load.lacking, load.ended, words)
 
-    def _expect_alive(self, running: Errands) -> None:
+    def _expect_alive(self, running: ActorPool) -> None:
         """See that those that ended their part are still there: what a node held went with it."""
         from warmer.cluster.actor_pool import Failure  # noqa: PLC0415 - as above
         from warmer.cluster.ray import alive_nodes  # noqa: PLC0415 - as above

@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any
 from hfbucket_plugin.core.units import format_ranks
 from hfbucket_plugin.errors import RefusedError
 from warmer.cluster.engine_tiers import EngineRun
-from warmer.cluster.placement import Places, assigned, unknown_ranks
-from warmer.cluster.schedule_setup import TimeLimit, for_nobody, schedule_of, store_bytes
+from warmer.cluster.placement import NodeSlots, assigned, unknown_ranks
+from warmer.cluster.schedule_setup import TimeLimit, schedule_of, store_bytes, unassigned
 from warmer.node.engine_memory import LoadConfig
-from warmer.report.observers import Looks, looking_on
+from warmer.report.observers import EventDispatcher, observing
 from warmer.report.outcomes import NothingToDoError, PlanLostError
 from warmer.report.progress import choose_display
-from warmer.report.summary import RunReport, Share, Task, combined
+from warmer.report.summary import RunReport, Share, TierRun, combined
 from warmer.tiers import L1Declaration, LocalCPUDeclaration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfbucket_plugin.tools.signals import StopSwitch
+    from hfbucket_plugin.tools.signals import ShutdownSignal
     from warmer.cluster.actor import Config
-    from warmer.cluster.placement import Assigned
+    from warmer.cluster.placement import Assignment
     from warmer.cluster.ray import Node
-    from warmer.plan.plan_file import PlanFile
-    from warmer.report.observers import Onlooker
+    from warmer.plan.plan_file import WarmPlanFile
+    from warmer.report.observers import Observer
     from warmer.report.outcomes import Outcome
     from warmer.report.summary import FailureLog
-    from warmer.request.model import Nodes
-    from warmer.request.resolve import Bound
+    from warmer.request.model import NodeOptions
+    from warmer.request.resolve import ResolvedRequest
     from warmer.tiers import AnyTier
 
 _log = logging.getLogger(__name__)
@@ -41,16 +41,16 @@ class CopyRun:
     """A plan that is to be copied.
 
     Attributes:
-        bound: From where to where.
+        resolved: From where to where.
         plan: What.
-        onlookers: Who looks on, beside a display and the metrics of the Ray cluster.
+        observers: Who looks on, beside a display and the metrics of the Ray cluster.
     """
 
-    bound: Bound
-    plan: PlanFile
-    onlookers: Sequence[Onlooker] = ()
+    resolved: ResolvedRequest
+    plan: WarmPlanFile
+    observers: Sequence[Observer] = ()
 
-    def carry_out(self, failures: FailureLog, stop: StopSwitch) -> dict[str, Any]:
+    def execute(self, failures: FailureLog, stop: ShutdownSignal) -> dict[str, Any]:
         """Copy it; returns the summary.
 
         Raises:
@@ -62,15 +62,15 @@ class CopyRun:
         from warmer.cluster.ray import alive_nodes, joined  # noqa: PLC0415
         from warmer.report.metrics import RunMetrics  # noqa: PLC0415
 
-        warm_up = self.bound.warm_up
-        with joined(warm_up.address):
+        request = self.resolved.request
+        with joined(request.address):
             stop.take_back()
-            places = Places(taking_part(alive_nodes(), warm_up.nodes), warm_up.nodes)
-            left_out = chunks_for_nobody(self.plan, places.nodes)
-            limit = TimeLimit(stop, warm_up.limits.max_duration)
-            onlookers = [RunMetrics(), *self.onlookers]
+            places = NodeSlots(taking_part(alive_nodes(), request.nodes), request.nodes)
+            left_out = unassigned_chunks(self.plan, places.nodes)
+            limit = TimeLimit(stop, request.limits.max_duration)
+            observers = [RunMetrics(), *self.observers]
             reports: list[RunReport] = []
-            for tier in self.bound.tiers:
+            for tier in self.resolved.tiers:
                 # Who took a lost node's place for one tier does so for those that follow.
                 nodes = places.nodes
                 report = RunReport(
@@ -80,9 +80,9 @@ class CopyRun:
                 reports.append(report)
                 if not limit.requested and report.cut_short is None:
                     report.begin()
-                    with looking_on(onlookers, report), stop.orderly():
+                    with observing(observers, report), stop.orderly():
                         try:
-                            self._fill(tier, places, report, limit, onlookers)
+                            self._fill(tier, places, report, limit, observers)
                         except NothingToDoError:
                             raise
                         except (RefusedError, PlanLostError) as error:
@@ -92,72 +92,72 @@ class CopyRun:
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
-    def _shares(self, tier: AnyTier, nodes: Sequence[Assigned]) -> dict[str, Share]:
+    def _shares(self, tier: AnyTier, nodes: Sequence[Assignment]) -> dict[str, Share]:
         """What each node is to hold, as far as it is known before engines are asked."""
         return {} if isinstance(tier, L1Declaration) else shares(self.plan, nodes)
 
-    def _task(self, tier: AnyTier, left_out: int) -> Task:
-        prompts = self.bound.prompt_file if isinstance(tier, L1Declaration) else None
-        return Task(
-            instance=self.bound.instance.name,
-            bucket=str(self.bound.instance.settings.bucket_handle),
+    def _task(self, tier: AnyTier, left_out: int) -> TierRun:
+        prompts = self.resolved.prompt_file if isinstance(tier, L1Declaration) else None
+        return TierRun(
+            instance=self.resolved.instance.name,
+            bucket=str(self.resolved.instance.settings.bucket_handle),
             tier=tier.name,
-            choice=self.bound.warm_up.choose.model_dump(mode="json", exclude_defaults=True),
+            choice=self.resolved.request.choose.model_dump(mode="json", exclude_defaults=True),
             selected=self.plan.chunks if prompts is None else prompts.chunks.total(),
             selected_bytes=self.plan.bytes if prompts is None else 0,
             skipped=dict(self.plan.header.get("skipped", {})),
-            for_nobody=left_out if prompts is None else 0,
+            unassigned=left_out if prompts is None else 0,
         )
 
     def _fill(
-        self, tier: AnyTier, places: Places, report: RunReport, limit: TimeLimit, onlookers: Sequence[Onlooker]
+        self, tier: AnyTier, places: NodeSlots, report: RunReport, limit: TimeLimit, observers: Sequence[Observer]
     ) -> None:
         """Fill one tier of all nodes."""
         display = choose_display()
         try:
-            self._fill_shown(tier, places, Looks(report, display, onlookers), limit)
+            self._fill_shown(tier, places, EventDispatcher(report, display, observers), limit)
         finally:
             display.close()
 
-    def _fill_shown(self, tier: AnyTier, places: Places, looks: Looks, limit: TimeLimit) -> None:
-        report = looks.report
-        engines = EngineRun(self.bound, self.plan, places.nodes, looks, limit)
+    def _fill_shown(self, tier: AnyTier, places: NodeSlots, events: EventDispatcher, limit: TimeLimit) -> None:
+        report = events.report
+        engines = EngineRun(self.resolved, self.plan, places.nodes, events, limit)
         match tier:
             case L1Declaration():
-                if self.bound.prompt_file is not None:
-                    engines.load_prompts(tier, self.bound.prompt_file)
+                if self.resolved.prompt_file is not None:
+                    engines.load_prompts(tier, self.resolved.prompt_file)
             case LocalCPUDeclaration():
                 config, nodes = engines.search_workers(tier)
                 if not nodes or limit.requested:
                     return
-                report.task = replace(report.task, for_nobody=chunks_for_nobody(self.plan, _with_lost(places, nodes)))
+                report.task = replace(report.task, unassigned=unassigned_chunks(self.plan, _with_lost(places, nodes)))
                 for node, share in shares(self.plan, nodes).items():
                     report.nodes[node].expect(share)
-                self._copy(config, places.having(nodes), looks, limit)
+                self._copy(config, places.having(nodes), events, limit)
             case _:
-                self._copy(self.bound.node_config(tier), places, looks, limit)
+                self._copy(self.resolved.node_config(tier), places, events, limit)
 
-    def _copy(self, config: Config, places: Places, looks: Looks, limit: TimeLimit) -> None:
-        from warmer.cluster.driver import Fleet, Replacing  # noqa: PLC0415 - as above
+    def _copy(self, config: Config, places: NodeSlots, events: EventDispatcher, limit: TimeLimit) -> None:
+        from warmer.cluster.driver import Driver, Replacing  # noqa: PLC0415 - as above
         from warmer.cluster.ray import alive_nodes  # noqa: PLC0415 - as above
 
-        moving, wanted = self.bound.warm_up.moving, self.bound.warm_up.nodes
+        moving, wanted = self.resolved.request.moving, self.resolved.request.nodes
         replacing = Replacing(
             candidates=lambda: places.candidates(alive_nodes()),
             fits=places.fits,
             store_bytes=lambda node: store_bytes(moving, node),
         )
-        schedule = schedule_of(moving, places.nodes, self.plan, self.bound.bucket(), limit)
-        looks.report.counts = schedule.counts
-        looks.under_way = lambda: schedule.under_way
-        watch = _Watch(looks, places)
-        fleet = Fleet(
+        schedule = schedule_of(moving, places.nodes, self.plan, self.resolved.bucket(), limit)
+        events.report.counts = schedule.counts
+        events.under_way = lambda: schedule.under_way
+        watch = _Watch(events, places)
+        fleet = Driver(
             [one.node for one in places.nodes],
             config,
             watch,
             limit,
             self._start_secs(config),
-            chunk_secs=self.bound.warm_up.limits.chunk_timeout,
+            chunk_secs=self.resolved.request.limits.chunk_timeout,
             replacing=replacing if wanted.replace else None,
             store_bytes=replacing.store_bytes,
         )
@@ -165,18 +165,18 @@ class CopyRun:
 
     def _start_secs(self, config: Config) -> float:
         """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
-        warm_up = self.bound.warm_up
-        waits = warm_up.nodes.replace and isinstance(config, LoadConfig)
-        return warm_up.limits.node_timeout + (warm_up.limits.wait_engine.total_seconds() if waits else 0.0)
+        request = self.resolved.request
+        waits = request.nodes.replace and isinstance(config, LoadConfig)
+        return request.limits.node_timeout + (request.limits.wait_engine.total_seconds() if waits else 0.0)
 
 
-def _with_lost(places: Places, there: Sequence[Assigned]) -> list[Assigned]:
+def _with_lost(places: NodeSlots, there: Sequence[Assignment]) -> list[Assignment]:
     """Nodes whose engine came, with the workers that they turned out to have, and the others: their chunks fail there."""
     names = {one.node.id for one in there}
     return [*there, *(one for one in places.nodes if one.node.id not in names)]
 
 
-def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
+def taking_part(alive: Sequence[Any], wanted: NodeOptions) -> list[Assignment]:
     """As `warmer.cluster.placement.assigned`, with a word about ranks that are given for nobody."""
     nodes = assigned(alive, wanted)
     absent = unknown_ranks(alive, wanted)
@@ -185,7 +185,7 @@ def taking_part(alive: Sequence[Any], wanted: Nodes) -> list[Assigned]:
     return nodes
 
 
-def shares(plan: PlanFile, nodes: Sequence[Assigned]) -> dict[str, Share]:
+def shares(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> dict[str, Share]:
     """What of a plan each node is to hold, by its id."""
     return {
         one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
@@ -193,13 +193,13 @@ def shares(plan: PlanFile, nodes: Sequence[Assigned]) -> dict[str, Share]:
     }
 
 
-def chunks_for_nobody(plan: PlanFile, nodes: Sequence[Assigned]) -> int:
+def unassigned_chunks(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> int:
     """How many chunks of a plan no node takes, with a word about them.
 
     Raises:
         NothingToDoError: No node takes any.
     """
-    count = for_nobody(nodes, plan)
+    count = unassigned(nodes, plan)
     if not count:
         return 0
     workers = sorted(worker for worker in plan.shares if worker is not None)
@@ -214,25 +214,25 @@ def chunks_for_nobody(plan: PlanFile, nodes: Sequence[Assigned]) -> int:
 
 @dataclass(slots=True)
 class _Watch:
-    """The fleet's witness: the report, a display of it, and whoever else looks on."""
+    """The fleet's witness: the report, a display of it, and the other observers."""
 
-    looks: Looks
-    places: Places
+    events: EventDispatcher
+    places: NodeSlots
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        self.looks.ended(node, outcome)
+        self.events.ended(node, outcome)
 
     def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        self.looks.report.started(node, start_secs, open_secs)
+        self.events.report.started(node, start_secs, open_secs)
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        self.looks.lost(node, kind, message)
+        self.events.lost(node, kind, message)
 
     def replaced(self, node: str, by: Node) -> None:
-        report = self.looks.report
+        report = self.events.report
         _log.warning("node %s: %s takes its place", report.nodes[node].name, by.name)
         report.replaced(node, by)
         self.places.take(node, by)
 
     def tick(self) -> None:
-        self.looks()
+        self.events()

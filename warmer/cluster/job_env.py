@@ -143,7 +143,7 @@ def _yaml(text: str, name: str) -> Any:
     try:
         return parse_yaml(text, name)
     except ConfigError:
-        return None  # whoever reads it says so; its text was looked at
+        return None  # reading it reports the fault; its text was looked at
 
 
 def _is_token(name: str, beside: Mapping[Any, Any], *, anywhere: bool) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from warmer.cluster.ray import Node
-    from warmer.request.model import Nodes
+    from warmer.request.model import NodeOptions
 
 
 _SELECTOR: Final = re.compile(r"\s*([^=\s!]+)\s*=\s*(!?)\s*(?:in\(([^()]*)\)|([^,()!\s]+))\s*")
@@ -22,7 +22,7 @@ _NAMED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Assigned:
+class Assignment:
     """A node that takes part.
 
     Attributes:
@@ -71,7 +71,7 @@ class Selector:
         return (labels.get(self.label) in self.values) != self.negated
 
 
-def assigned(alive: Sequence[Node], wanted: Nodes) -> list[Assigned]:
+def assigned(alive: Sequence[Node], wanted: NodeOptions) -> list[Assignment]:
     """The nodes that take part.
 
     Args:
@@ -90,10 +90,10 @@ def assigned(alive: Sequence[Node], wanted: Nodes) -> list[Assigned]:
         raise NothingToDoError(
             f"no node has the labels {', '.join(wanted.selector)}; there are {_described(alive, labels=True)}"
         )
-    return [Assigned(node, ranks_of(node, wanted)) for node in chosen]
+    return [Assignment(node, ranks_of(node, wanted)) for node in chosen]
 
 
-def eligible(alive: Sequence[Node], wanted: Nodes) -> list[Node]:
+def eligible(alive: Sequence[Node], wanted: NodeOptions) -> list[Node]:
     """Those among some nodes that have the labels and names that are asked for.
 
     Raises:
@@ -108,7 +108,7 @@ def eligible(alive: Sequence[Node], wanted: Nodes) -> list[Node]:
     ]
 
 
-def ranks_of(node: Node, wanted: Nodes) -> frozenset[int] | None:
+def ranks_of(node: Node, wanted: NodeOptions) -> frozenset[int] | None:
     """The workers whose chunks a node takes; None for all.
 
     Raises:
@@ -126,7 +126,7 @@ def ranks_of(node: Node, wanted: Nodes) -> frozenset[int] | None:
         raise ConfigError(f"node {node.name} ({node.id}): label {wanted.ranks_label}: {error}") from None
 
 
-def unknown_ranks(alive: Sequence[Node], wanted: Nodes) -> list[str]:
+def unknown_ranks(alive: Sequence[Node], wanted: NodeOptions) -> list[str]:
     """The names for which ranks are given, and that no node has: it may be down."""
     known = {name for node in alive for name in (node.name, node.id)}
     return sorted(wanted.ranks.keys() - known)
@@ -149,7 +149,7 @@ def _described(nodes: Sequence[Node], *, labels: bool = False) -> str:
     return ", ".join(words) + more
 
 
-class Places:
+class NodeSlots:
     """The nodes of a run. A lost one's place may be taken by one that joins, which is then to have all its chunks.
 
     Args:
@@ -157,19 +157,19 @@ class Places:
         wanted: What was said of nodes; it holds for those that join, too.
     """
 
-    def __init__(self, nodes: Sequence[Assigned], wanted: Nodes) -> None:
+    def __init__(self, nodes: Sequence[Assignment], wanted: NodeOptions) -> None:
         self._held = {one.node.id: one for one in nodes}
         self._wanted = wanted
-        self._whole: Places | None = None
+        self._whole: NodeSlots | None = None
 
     @property
-    def nodes(self) -> list[Assigned]:
+    def nodes(self) -> list[Assignment]:
         """Who takes part now; a lost one whose place nobody took does."""
         return list(self._held.values())
 
-    def having(self, nodes: Sequence[Assigned]) -> Places:
+    def having(self, nodes: Sequence[Assignment]) -> NodeSlots:
         """Some of these places, with the workers that their nodes turned out to have; who is replaced there is so here too."""
-        some = Places(nodes, self._wanted)
+        some = NodeSlots(nodes, self._wanted)
         some._whole = self
         return some
 

@@ -7,31 +7,33 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from warmer.plan.plan_file import PlanPart, is_for
-from warmer.plan.refresh import CACHED_SEGMENTS, FreshPlan, LookUps
-from warmer.schedule.cohort import Part
+from warmer.plan.refresh import CACHED_SEGMENTS, RefreshedPlan, RefreshLookups
+from warmer.schedule.cohort import PlanSection
 from warmer.schedule.rate import Caps
-from warmer.schedule.scheduler import Schedule
-from warmer.schedule.tasks import Window
+from warmer.schedule.scheduler import Scheduler
+from warmer.schedule.tasks import TaskLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.tools.signals import Stop, StopSwitch
-    from warmer.cluster.placement import Assigned
+    from hfbucket_plugin.tools.signals import ShutdownSignal, Stop
+    from warmer.cluster.placement import Assignment
     from warmer.cluster.ray import Node
-    from warmer.plan.plan_file import PlanFile
-    from warmer.request.model import Moving
+    from warmer.plan.plan_file import WarmPlanFile
+    from warmer.request.model import TransferOptions
 
 _LEAST_CACHED: Final = 2
 
 
-def store_bytes(moving: Moving, node: Node) -> int:
+def store_bytes(moving: TransferOptions, node: Node) -> int:
     """The bytes that chunks may take in a node's object store."""
     return int(node.store_bytes * moving.object_store_fraction)
 
 
-def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucket: Bucket, stop: Stop) -> Schedule:
+def schedule_of(
+    moving: TransferOptions, nodes: Sequence[Assignment], plan: WarmPlanFile, bucket: Bucket, stop: Stop
+) -> Scheduler:
     """The schedule of a run, in which each chunk is looked up once more just before its turn.
 
     Args:
@@ -43,28 +45,29 @@ def schedule_of(moving: Moving, nodes: Sequence[Assigned], plan: PlanFile, bucke
     """
     chosen = parts_of(nodes, plan)
     cached = max(_LEAST_CACHED, CACHED_SEGMENTS // max(1, len(chosen)))
-    look_up = LookUps(bucket, stop).look_up
+    look_up = RefreshLookups(bucket, stop).look_up
     # What a lost node will never get needs no lookup.
     parts = [
-        Part(FreshPlan(part, look_up, cached).chunks, names, rest=part.chunks_from) for names, part in chosen.items()
+        PlanSection(RefreshedPlan(part, look_up, cached).chunks, names, rest=part.chunks_from)
+        for names, part in chosen.items()
     ]
-    return Schedule(
+    return Scheduler(
         {one.node.id: store_bytes(moving, one.node) for one in nodes},
         parts,
-        Window(run_bytes=moving.max_inflight_bytes),
+        TaskLimits(run_bytes=moving.max_inflight_bytes),
         caps=Caps(moving.max_bandwidth, moving.max_node_bandwidth),
         direct=moving.direct,
         now=time.monotonic(),
     )
 
 
-def direct_schedule(nodes: Sequence[Assigned], plan: PlanFile) -> Schedule:
+def direct_schedule(nodes: Sequence[Assignment], plan: WarmPlanFile) -> Scheduler:
     """A schedule by which every node works by itself through all that is for it, as it is planned."""
-    parts = [Part(part.chunks_from, names) for names, part in parts_of(nodes, plan).items()]
-    return Schedule(dict.fromkeys((one.node.id for one in nodes), 0), parts, direct=True, now=time.monotonic())
+    parts = [PlanSection(part.chunks_from, names) for names, part in parts_of(nodes, plan).items()]
+    return Scheduler(dict.fromkeys((one.node.id for one in nodes), 0), parts, direct=True, now=time.monotonic())
 
 
-def parts_of(nodes: Sequence[Assigned], plan: PlanFile) -> dict[frozenset[str], PlanPart]:
+def parts_of(nodes: Sequence[Assignment], plan: WarmPlanFile) -> dict[frozenset[str], PlanPart]:
     """The parts of a plan that the same nodes are to have, by these nodes; what nobody is to have is in none."""
     workers: defaultdict[frozenset[str], set[int | None]] = defaultdict(set)
     for worker in plan.shares:
@@ -72,7 +75,7 @@ def parts_of(nodes: Sequence[Assigned], plan: PlanFile) -> dict[frozenset[str], 
     return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}
 
 
-def for_nobody(nodes: Sequence[Assigned], plan: PlanFile) -> int:
+def unassigned(nodes: Sequence[Assignment], plan: WarmPlanFile) -> int:
     """How many chunks of a plan none of these nodes takes."""
     shares = plan.shares.items()
     return sum(chunks for worker, (chunks, _) in shares if not any(is_for(worker, one.ranks) for one in nodes))
@@ -86,7 +89,7 @@ class TimeLimit:
         secs: Most seconds from now; None for no limit.
     """
 
-    def __init__(self, stop: StopSwitch, secs: float | None) -> None:
+    def __init__(self, stop: ShutdownSignal, secs: float | None) -> None:
         self._stop = stop
         self._end = None if secs is None else time.monotonic() + secs
 

@@ -303,7 +303,7 @@ class Log:
             self._line = "…"  # no record any more, whatever follows
 
     def _write(self, text: str) -> None:
-        self._out.write(texts.shown_lines(text))  # whoever runs in the cluster may write there
+        self._out.write(texts.shown_lines(text))  # any process in the cluster may write there
         self._out.flush()
 
     def close(self) -> None:

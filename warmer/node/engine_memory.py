@@ -19,9 +19,9 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError
 from warmer.node.worker import open_node
 from warmer.report.outcomes import Copied, EngineError, Failed, TierError, TierFullError
-from warmer.tiers.directory import DirectoryDraft, DirectoryTier, Held
+from warmer.tiers.directory import DirectoryDraft, DirectoryTier, HeldChunk
 from warmer.tiers.engine_http import FAILURES, HICCUP_SECS
-from warmer.tiers.local_cpu import Worker, find_workers, load
+from warmer.tiers.local_cpu import EngineWorker, find_workers, load
 from warmer.tiers.naming import unambiguous
 from warmer.tiers.run_files import Ownership, RunFiles
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from warmer.node.worker import NodeConfig, NodeWarmer
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.tiers import LocalCPUDeclaration, Place
+    from warmer.tiers import LocalCPUDeclaration, NodeInfo
     from warmer.tiers.declare import DirectoryDeclaration
 
 
@@ -48,7 +48,7 @@ class _Batch(NamedTuple):
     files: list[str]
 
 
-class Stage:
+class StagingDirectory:
     """The staging directory of one worker, and what is known of its memory. May be used by several threads.
 
     Args:
@@ -64,7 +64,7 @@ class Stage:
         TierError: The directory cannot be made or written.
     """
 
-    def __init__(self, declaration: DirectoryDeclaration, worker: Worker, address: str, *, keep: bool) -> None:
+    def __init__(self, declaration: DirectoryDeclaration, worker: EngineWorker, address: str, *, keep: bool) -> None:
         self.worker = worker
         self._address = address
         self._keep = keep
@@ -210,7 +210,7 @@ class StagedTier:
         self,
         name: str,
         declaration: DirectoryDeclaration,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, StagingDirectory],
         absent: Mapping[int, HFBucketError],
     ) -> None:
         self._name = name
@@ -218,7 +218,7 @@ class StagedTier:
         self._stages = stages
         self._absent = absent
 
-    def stage(self, key: str) -> Stage:
+    def stage(self, key: str) -> StagingDirectory:
         """Of the worker that reads a chunk.
 
         Raises:
@@ -248,10 +248,10 @@ class StagedTier:
         return False
 
     def draft(self, key: str, size: int) -> DirectoryDraft:
-        """Begin a chunk; see `Stage.draft` and `stage`."""
+        """Begin a chunk; see `StagingDirectory.draft` and `stage`."""
         return self.stage(key).draft(key, size)
 
-    def inventory(self) -> Iterator[Held]:
+    def inventory(self) -> Iterator[HeldChunk]:
         """Nothing: an engine does not tell what its memory holds."""
         return iter(())
 
@@ -302,7 +302,7 @@ class EngineLoader:
 
     def _loaded(self, chunks: Sequence[PlannedChunk], staged: Sequence[_Ended]) -> list[_Ended | Failed]:
         """How chunks end, by how they were staged."""
-        by_stage: defaultdict[Stage, list[PlannedChunk]] = defaultdict(list)
+        by_stage: defaultdict[StagingDirectory, list[PlannedChunk]] = defaultdict(list)
         for chunk, outcome in zip(chunks, staged, strict=True):
             if isinstance(outcome, Copied):
                 by_stage[self._tier.stage(chunk.key)].append(chunk)
@@ -349,7 +349,7 @@ class LoadConfig:
     candidates: frozenset[int]
     wait_secs: float
 
-    def open(self, place: Place) -> EngineLoader:
+    def open(self, place: NodeInfo) -> EngineLoader:
         """Begin, on the node.
 
         Raises:
@@ -369,12 +369,12 @@ class LoadConfig:
             worker: EngineError(f"worker {worker} does not answer at {self.tier.address(place, worker)}")
             for worker in (known or frozenset()) - found.keys()
         }
-        stages: dict[int, Stage] = {}
+        stages: dict[int, StagingDirectory] = {}
         tier = StagedTier(self.tier.name, self.tier.staging, stages, absent)
         try:
             for number, worker in found.items():
                 staging, address = self.tier.staging_of(place, number), self.tier.address(place, number)
-                stages[number] = Stage(staging, worker, address, keep=self.tier.keep_staging)
+                stages[number] = StagingDirectory(staging, worker, address, keep=self.tier.keep_staging)
             return EngineLoader(open_node(self.source, place, tier), tier)
         except BaseException:
             tier.close()
@@ -397,7 +397,7 @@ class WorkerSearch:
     all_of_them: bool
     wait_secs: float
 
-    def begin(self, place: Place) -> tuple[frozenset[int], None]:
+    def begin(self, place: NodeInfo) -> tuple[frozenset[int], None]:
         """Look, on the node; returns those that it has, also those of the same engine that did not come in time.
 
         Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.errors import HFBucketError
     from hfbucket_plugin.tools.prompts import Prompt
-    from warmer.tiers import L1Declaration, Place
+    from warmer.tiers import L1Declaration, NodeInfo
 
 
 BATCH_PROMPTS: Final = 16
@@ -182,10 +182,10 @@ def expect_recorded(found: PromptFile, recorded: Mapping[str, str] | None, plan:
         ConfigError: They are others.
     """
     if recorded is None:
-        raise ConfigError(f"plan {str(plan)!r} does not say of which prompts it was made: plan anew")
+        raise ConfigError(f"plan {str(plan)!r} does not say of which prompts it was made: make a new plan")
     if recorded.get("sha256") != found.sha256:
         raise ConfigError(
-            f"--prompts {str(found.path)!r} is not the file any more of which plan {str(plan)!r} was made: plan anew"
+            f"--prompts {str(found.path)!r} is not the file any more of which plan {str(plan)!r} was made: make a new plan"
         )
 
 
@@ -221,7 +221,7 @@ class PromptLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class L1Errand:
+class L1Task:
     """What a node needs to know to load prompts. It crosses to the nodes.
 
     Attributes:
@@ -242,7 +242,7 @@ class L1Errand:
     wait_secs: float
     load_secs: float
 
-    def begin(self, place: Place) -> tuple[frozenset[str], Callable[[Batch], list[PromptLoad]]]:
+    def begin(self, place: NodeInfo) -> tuple[frozenset[str], Callable[[Batch], list[PromptLoad]]]:
         """Wait for the engine, on the node; returns the models that are there, and what loads prompts of these.
 
         Raises:

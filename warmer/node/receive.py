@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from warmer.node.reuse import EarlierTier
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.tiers import Draft, Tier
+    from warmer.tiers import ChunkDraft, Tier
 
     Bytes = npt.NDArray[np.uint8]
 
@@ -59,7 +59,7 @@ class Receiver:
         def has(index: int) -> bool:
             return len(contents[index]) == chunks[index].size
 
-        def fill(index: int, draft: Draft) -> bool:
+        def fill(index: int, draft: ChunkDraft) -> bool:
             self._fill(draft, contents[index])
             return True
 
@@ -85,7 +85,7 @@ class Receiver:
         def has(index: int) -> bool:
             return tier.has(chunks[index])
 
-        def fill(index: int, draft: Draft) -> bool:
+        def fill(index: int, draft: ChunkDraft) -> bool:
             return tier.copy(chunks[index], draft, lambda: self._stopped.is_set() or ends.passed)
 
         return self._take(chunks, has, fill, "hash", reused=tier, kept=kept)
@@ -94,7 +94,7 @@ class Receiver:
         self,
         chunks: Sequence[PlannedChunk],
         has: Callable[[int], bool],
-        fill: Callable[[int, Draft], bool],
+        fill: Callable[[int, ChunkDraft], bool],
         verify: Verify,
         *,
         received: bool = False,
@@ -114,7 +114,7 @@ class Receiver:
         """
         since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
-        drafts: dict[int, Draft] = {}
+        drafts: dict[int, ChunkDraft] = {}
         try:
             for (index, chunk), there in zip(enumerate(chunks), self._holdings.look(chunks), strict=True):
                 if there is not None:
@@ -146,7 +146,7 @@ class Receiver:
                 draft.discard()
         return [outcomes[index] for index in range(len(chunks))]
 
-    def _fill(self, draft: Draft, content: Bytes) -> None:
+    def _fill(self, draft: ChunkDraft, content: Bytes) -> None:
         lease = draft.lease  # which makes the file, of an empty chunk too
         for at in range(0, len(content), _PIECE_BYTES):
             if self._stopped.is_set():
@@ -154,7 +154,7 @@ class Receiver:
             lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
     def _accept(
-        self, chunk: PlannedChunk, draft: Draft, actual: str | HFBucketError, kept: dict[str, Bytes] | None
+        self, chunk: PlannedChunk, draft: ChunkDraft, actual: str | HFBucketError, kept: dict[str, Bytes] | None
     ) -> Outcome | None:
         if self._stopped.is_set():
             return given_up(chunk)
@@ -175,7 +175,7 @@ class Receiver:
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
 
-def hashes_of(drafts: Sequence[Draft], expected: Sequence[str], verify: Verify) -> Sequence[str | HFBucketError]:
+def hashes_of(drafts: Sequence[ChunkDraft], expected: Sequence[str], verify: Verify) -> Sequence[str | HFBucketError]:
     """The hashes of what is in drafts, all by one call of the hasher; where only lengths count, those expected."""
     if not drafts or verify == "length":
         return expected
@@ -195,7 +195,7 @@ def given_up(chunk: PlannedChunk) -> Failed:
     return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
 
 
-def bytes_of(draft: Draft) -> Bytes:
+def bytes_of(draft: ChunkDraft) -> Bytes:
     """What is in a draft, from the page cache as a rule.
 
     Raises:

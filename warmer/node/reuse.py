@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from warmer.plan.plan_file import PlannedChunk
-    from warmer.tiers import Declaration, Draft
+    from warmer.tiers import ChunkDraft, Declaration
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
 """Read and written at a time: an order to stop is noticed between two."""
@@ -29,7 +29,7 @@ _PIECE_BYTES: Final = 4 * 1024 * 1024
 class EarlierTier:
     """A tier of one node that a run filled before the one that it fills now. Nothing is written into it but by `repair`.
 
-    What it holds is no promise: of a chunk that was there before the run nobody has looked at more than its size. Whoever takes one
+    What it holds is no promise: of a chunk that was there before the run nobody has looked at more than its size. A caller that takes one
     from here compares its hash.
 
     Args:
@@ -92,7 +92,7 @@ class EarlierTier:
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size == self._declaration.layout.stored(chunk.size)
 
-    def copy(self, chunk: PlannedChunk, draft: Draft, stopped: Callable[[], bool] = lambda: False) -> bool:
+    def copy(self, chunk: PlannedChunk, draft: ChunkDraft, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Write a chunk's bytes into a draft, if the tier has a file for it that is as long as it must be.
 
         Args:
@@ -134,7 +134,7 @@ def open_chunk(file: Path, *, follow: bool = False) -> BinaryIO:
     raise OSError(errno.EINVAL, "it is not a regular file")
 
 
-def _copy(source: BinaryIO, size: int, draft: Draft, stopped: Callable[[], bool]) -> bool:
+def _copy(source: BinaryIO, size: int, draft: ChunkDraft, stopped: Callable[[], bool]) -> bool:
     at, lease = 0, draft.lease  # which makes the file, of an empty chunk too
     while at < size and not stopped():
         piece = _read(source, min(size - at, _PIECE_BYTES))

@@ -12,7 +12,7 @@ import tenacity
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
@@ -23,8 +23,8 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub.connect import open_bucket
-from hfbucket_plugin.hub.transfer import Read
-from hfbucket_plugin.hub.transfer_file import FileRead
+from hfbucket_plugin.hub.transfer import DownloadToBuffer
+from hfbucket_plugin.hub.transfer_file import DownloadToFile
 from warmer.node.holdings import Holdings
 from warmer.node.receive import Receiver, bytes_of, given_up, hashes_of, tier_name
 from warmer.node.reuse import EarlierTier
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from warmer.node.receive import Bytes, Verify
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.tiers import Declaration, Draft, Place, Tier
+    from warmer.tiers import ChunkDraft, Declaration, NodeInfo, Tier
 
 
 _HASH_TRIES: Final = 2
 
 
 @dataclass(slots=True)
-class Job:
+class FetchItem:
     """One chunk that is to be fetched, and its bytes where they are to be kept for other nodes.
 
     Attributes:
@@ -80,7 +80,7 @@ class Job:
         return isinstance(self.error, (TransportError, ThrottledError, IntegrityError, ObjectMissingError))
 
 
-class Fetch:
+class ChunkFetch:
     """One try at one chunk: hf_xet makes the draft's file where there is room, else it is filled by ranges.
 
     Args:
@@ -91,12 +91,14 @@ class Fetch:
         TierError: The draft takes nothing.
     """
 
-    def __init__(self, job: Job, draft: Draft) -> None:
+    def __init__(self, job: FetchItem, draft: ChunkDraft) -> None:
         self.job = job
         self.draft = draft
-        key, content = job.chunk.key, Content(job.chunk.xet_hash, job.chunk.size)
+        key, content = job.chunk.key, ContentId(job.chunk.xet_hash, job.chunk.size)
         by_ranges, job.reserve = job.reserve or not draft.roomy, False
-        self.read = Read(key, content, draft.lease) if by_ranges else FileRead(key, content, draft.path)
+        self.read = (
+            DownloadToBuffer(key, content, draft.lease) if by_ranges else DownloadToFile(key, content, draft.path)
+        )
 
     def tell(self) -> None:
         """Tell the job why it did not arrive."""
@@ -148,7 +150,7 @@ class NodeConfig:
         if self.settings.token is not None:
             raise ValueError("settings with an inline token must not leave the driver")
 
-    def open(self, place: Place) -> NodeWarmer:
+    def open(self, place: NodeInfo) -> NodeWarmer:
         """See `open_node`."""
         return open_node(self, place)
 
@@ -187,7 +189,7 @@ class NodeWarmer:
         self._holdings = Holdings(tier, verify=verify_present)
         self._receiver = Receiver(tier, verify, self._stopped, self._holdings)
         self._lock = threading.Lock()
-        self._reading: dict[int, list[Read | FileRead]] = {}
+        self._reading: dict[int, list[DownloadToBuffer | DownloadToFile]] = {}
 
     def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
         """See to it that the tier holds some chunks.
@@ -210,12 +212,12 @@ class NodeWarmer:
             How each ended, in their order; and the bytes of those that were copied, in their order, or nothing.
         """
         outcomes: dict[int, Outcome] = {}
-        jobs: dict[int, Job] = {}
+        jobs: dict[int, FetchItem] = {}
         for (index, chunk), there in zip(enumerate(chunks), self._holdings.look(chunks), strict=True):
             if there is not None:
                 outcomes[index] = there
                 continue
-            jobs[index] = Job(chunk, keep)
+            jobs[index] = FetchItem(chunk, keep)
             if chunk.gone:
                 jobs[index].error = _deleted(chunk)
         kept: dict[str, Bytes] = {}
@@ -259,7 +261,7 @@ class NodeWarmer:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
 
-    def _look_into(self, jobs: list[Job]) -> None:
+    def _look_into(self, jobs: list[FetchItem]) -> None:
         """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
         unclear = (TransportError, IntegrityError, ObjectMissingError)
         failed = [job for job in jobs if not job.chunk.gone and isinstance(job.error, unclear)]
@@ -275,7 +277,7 @@ class NodeWarmer:
             elif isinstance(job.error, ObjectMissingError):
                 job.error = IntegrityError(f"{job.error}; the bucket lists it all the same")
 
-    def _outcome(self, job: Job) -> Outcome:
+    def _outcome(self, job: FetchItem) -> Outcome:
         chunk = job.chunk
         if job.done:
             return Copied(
@@ -287,7 +289,7 @@ class NodeWarmer:
         wrong = self._holdings.wrong_about(chunk.key)
         return Failed(chunk.key, chunk.size, error.kind, f"{error}; {wrong}" if wrong else str(error), asked=job.asked)
 
-    def _fetch_all(self, jobs: list[Job]) -> None:
+    def _fetch_all(self, jobs: list[FetchItem]) -> None:
         """Try until all are done, or nothing that failed is worth another try."""
         deadline = Deadline.after(self.chunk_timeout_secs)
         retrying = tenacity.Retrying(
@@ -301,7 +303,7 @@ class NodeWarmer:
         )
         retrying(self._try, jobs, deadline)
 
-    def _try(self, jobs: list[Job], deadline: Deadline) -> list[Job]:
+    def _try(self, jobs: list[FetchItem], deadline: Deadline) -> list[FetchItem]:
         """Try those that are not done, once; returns those worth another try."""
         pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
@@ -313,7 +315,7 @@ class NodeWarmer:
             for job in pending:
                 job.error = error
             return [job for job in pending if job.again]
-        fetches: list[Fetch] = []
+        fetches: list[ChunkFetch] = []
         try:
             for job in pending:
                 self._begin(job, fetches)
@@ -328,7 +330,7 @@ class NodeWarmer:
                 fetch.draft.discard()
         return [job for job in pending if not job.done and job.again]
 
-    def _begin(self, job: Job, fetches: list[Fetch]) -> None:
+    def _begin(self, job: FetchItem, fetches: list[ChunkFetch]) -> None:
         job.error = None
         try:
             draft = self._tier.draft(job.chunk.key, job.chunk.size)
@@ -336,12 +338,12 @@ class NodeWarmer:
             job.error, job.reserve = error, False
             return
         try:
-            fetches.append(Fetch(job, draft))
+            fetches.append(ChunkFetch(job, draft))
         except HFBucketError as error:
             job.error = error
             draft.discard()
 
-    def _read(self, reads: list[Read | FileRead], deadline: Deadline) -> None:
+    def _read(self, reads: list[DownloadToBuffer | DownloadToFile], deadline: Deadline) -> None:
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -352,7 +354,7 @@ class NodeWarmer:
             with self._lock:
                 del self._reading[id(reads)]
 
-    def _end(self, fetches: list[Fetch]) -> None:
+    def _end(self, fetches: list[ChunkFetch]) -> None:
         """Verify what arrived, all in one call of the hasher, and let what is right appear."""
         arrived = []
         for fetch in fetches:
@@ -365,7 +367,7 @@ class NodeWarmer:
         for fetch, actual in zip(arrived, hashes, strict=True):
             self._appear(fetch, actual)
 
-    def _appear(self, fetch: Fetch, actual: str | HFBucketError) -> None:
+    def _appear(self, fetch: ChunkFetch, actual: str | HFBucketError) -> None:
         job, expected = fetch.job, fetch.job.chunk.xet_hash
         if isinstance(actual, HFBucketError):
             job.error = actual
@@ -420,7 +422,7 @@ def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
     return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
 
 
-def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> NodeWarmer:
+def open_node(config: NodeConfig, place: NodeInfo, tier: Tier | None = None) -> NodeWarmer:
     """Make the warmer of this node.
 
     Args:
@@ -445,7 +447,7 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
     bucket = open_bucket(
         settings,
         config.instance,
-        telemetry.Tally(),
+        telemetry.MemorySink(),
         config.chunk_timeout_secs / _TRIES,
         bulk=True,
         counted=config.capped,
@@ -462,7 +464,7 @@ def open_node(config: NodeConfig, place: Place, tier: Tier | None = None) -> Nod
     return warmer
 
 
-def _on(place: Place, declarations: Sequence[Declaration]) -> list[Declaration]:
+def _on(place: NodeInfo, declarations: Sequence[Declaration]) -> list[Declaration]:
     """Earlier tiers as they are on a node; one that it has no value for, and so does not have, matters no more."""
     found = []
     for one in declarations:

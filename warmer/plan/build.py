@@ -34,9 +34,9 @@ _REQUEST_SECS: Final = 60.0
 
 @contextlib.contextmanager
 def warmed(
-    chunks: Iterable[PlannedChunk], bucket: Bucket, now: datetime, scratch: Path
+    chunks: Iterable[PlannedChunk], bucket: Bucket, now: datetime, temp_dir: Path
 ) -> Iterator[tuple[Iterator[PlannedChunk], str]]:
-    """Chunks with their heat, for a stretch of work, and why there is none: empty where there is.
+    """Chunks with their heat, for the duration of a block, and why there is none: empty where there is.
 
     An index that cannot be read is no reason not to warm: nothing but the order goes by it.
 
@@ -44,11 +44,11 @@ def warmed(
         chunks: As they come.
         bucket: The instance's.
         now: The time.
-        scratch: Where the snapshot of the index lies meanwhile.
+        temp_dir: Where the snapshot of the index lies meanwhile.
     """
     with contextlib.ExitStack() as stack:
         try:
-            table, why = stack.enter_context(heat_of(bucket, now, _REQUEST_SECS, scratch)), "no hits are recorded"
+            table, why = stack.enter_context(heat_of(bucket, now, _REQUEST_SECS, temp_dir)), "no hits are recorded"
         except HFBucketError as error:
             table, why = None, str(error)
         yield (iter(chunks), why) if table is None else (_with_heat(chunks, table), "")
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.hub.listing import ChunkEntry
     from hfbucket_plugin.tools.prompts import PromptOrder
-    from hfbucket_plugin.tools.selection import Choice
+    from hfbucket_plugin.tools.selection import Selection
     from warmer.plan.plan_file import PlannedChunk
 
     Listing = Callable[[Iterable[str]], Iterator[ChunkEntry]]
@@ -90,11 +90,11 @@ WORDS: Final[dict[type[Key], str]] = {
 
 
 @dataclass(slots=True)
-class Choosing:
+class PlanBuilder:
     """One choice, carried out on one bucket.
 
     Attributes:
-        choice: What is wanted.
+        selection: What is wanted.
         takes: The kind of key that the tiers take.
         now: What `since` counts back from.
         prompts: Where chunks stand among the prompts, when the choice names some.
@@ -104,7 +104,7 @@ class Choosing:
         cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
     """
 
-    choice: Choice
+    selection: Selection
     takes: type[Key]
     now: datetime
     prompts: PromptOrder | None = None
@@ -112,7 +112,7 @@ class Choosing:
     chosen: int = 0
     cold: str = ""
 
-    def planned(self, bucket: Bucket, scratch: Path) -> Iterator[PlannedChunk]:
+    def planned(self, bucket: Bucket, temp_dir: Path) -> Iterator[PlannedChunk]:
         """Yield the chosen chunks, in the order in which they are to be copied.
 
         That is: as the prompts have them, each from its start; or the hottest first, where `hottest` or `max_bytes` is
@@ -121,7 +121,7 @@ class Choosing:
 
         Args:
             bucket: The instance's.
-            scratch: A file to sort in.
+            temp_dir: A file to sort in.
 
         Raises:
             ConfigError: A file of keys cannot be read.
@@ -129,32 +129,32 @@ class Choosing:
             OSError: There is no room to sort in.
         """
         chunks = self.of(self._entries(bucket), bucket)
-        choice, prompts = self.choice, self.prompts
+        selection, prompts = self.selection, self.prompts
 
         def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
-            return within(ordered, choice.most, choice.max_bytes)
+            return within(ordered, selection.most, selection.max_bytes)
 
         if prompts is not None:
-            return in_order(chunks, lambda chunk: _placed(prompts, chunk), scratch, cut)
-        if choice.most is None and choice.max_bytes is None:
+            return in_order(chunks, lambda chunk: _placed(prompts, chunk), temp_dir, cut)
+        if selection.most is None and selection.max_bytes is None:
             return chunks
-        if not choice.wants_heat:
-            return in_order(chunks, newest_first, scratch, cut)
-        return self._hottest(chunks, bucket, scratch, cut)
+        if not selection.wants_heat:
+            return in_order(chunks, newest_first, temp_dir, cut)
+        return self._hottest(chunks, bucket, temp_dir, cut)
 
     def _hottest(
         self,
         chunks: Iterable[PlannedChunk],
         bucket: Bucket,
-        scratch: Path,
+        temp_dir: Path,
         cut: Callable[[Iterable[PlannedChunk]], Iterator[PlannedChunk]],
     ) -> Iterator[PlannedChunk]:
         """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
-        with warmed(chunks, bucket, self.now, scratch.parent) as (told, why):
+        with warmed(chunks, bucket, self.now, temp_dir.parent) as (told, why):
             self.cold = why[:_WHY_CHARS]
             if why:
                 _log.info("the newest chunks come first, not those that are read most: %s", why)
-            yield from in_order(told, newest_first if why else hottest_first, scratch, cut)
+            yield from in_order(told, newest_first if why else hottest_first, temp_dir, cut)
 
     def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[PlannedChunk]:
         """The chosen ones among some chunks, as they come."""
@@ -165,19 +165,19 @@ class Choosing:
             yield chunk
 
     def _entries(self, bucket: Bucket) -> Iterator[ChunkEntry]:
-        files = self.choice.keys_from
+        files = self.selection.keys_from
         if files:
             keys = itertools.chain.from_iterable(keys_of(path) for path in files)
             return look_up_keys(bucket, keys, self.skipped)
-        named = bool(self.choice.model) or (self.prompts is not None and self.prompts.models is not None)
+        named = bool(self.selection.model) or (self.prompts is not None and self.prompts.models is not None)
         return list_chunks_ahead(bucket, self.listed(self.takes), any_model=not named)
 
     def listed(self, kind: type[Key]) -> list[str]:
         """Starts of keys that are listed for one kind."""
-        choice = self.choice
-        if self.prompts is not None and self.prompts.models is not None and not choice.model:
-            choice = choice.model_copy(update={"model": tuple(sorted(self.prompts.models))})
-        return choice.listing_prefixes(kind)
+        selection = self.selection
+        if self.prompts is not None and self.prompts.models is not None and not selection.model:
+            selection = selection.model_copy(update={"model": tuple(sorted(self.prompts.models))})
+        return selection.listing_prefixes(kind)
 
     def _chosen(self, entries: Iterable[ChunkEntry]) -> Iterator[ChunkEntry]:
         passes = self._passes()
@@ -188,7 +188,7 @@ class Choosing:
                 self.skipped["not_chosen"] += 1
 
     def _passes(self) -> Callable[[ChunkEntry], bool]:
-        prompts, filtered = self.prompts, self.choice.filter(self.now)
+        prompts, filtered = self.prompts, self.selection.filter(self.now)
         if prompts is None:
             return filtered
         return lambda entry: filtered(entry) and prompts.place(entry.key) is not None
@@ -199,10 +199,10 @@ class Choosing:
         Raises:
             HFBucketError: The Hub did not tell.
         """
-        if self.skipped["other_kind"] or self.choice.keys_from:
+        if self.skipped["other_kind"] or self.selection.keys_from:
             return self.skipped["other_kind"] > 0
         other = MPKey if self.takes is ClassicKey else ClassicKey
-        filtered = self.choice.filter(self.now)
+        filtered = self.selection.filter(self.now)
         entries = itertools.islice(list_chunks(bucket, self.listed(other)), _LOOKED_THROUGH)
         return any(isinstance(entry.key, other) and not is_probe(entry.text) and filtered(entry) for entry in entries)
 

@@ -40,7 +40,7 @@ _MOST_LINE_BYTES: Final = 64 * 1024
 """Of a chunk: the Hub's names have about a thousand characters at most, and a line has such a name twice."""
 
 NEVER_PLANNED: Final = frozenset({"report", "report_html"})
-"""Parts of a warm-up that no plan has: files that a run writes are named by whoever runs it."""
+"""Parts of a warm-up that no plan has: files that a run writes are named by the user who runs it."""
 
 SEGMENT_CHUNKS: Final = 1000
 """Chunks of a segment: as many as the Hub looks up in one request."""
@@ -214,7 +214,7 @@ def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
         yield from segment[max(0, start - index * SEGMENT_CHUNKS) :]
 
 
-class PlanFile:
+class WarmPlanFile:
     """A plan on disk: a header, if it has one, and chunks, a line each. It is held open.
 
     Each segment is compared with what it was when the plan was read or written first: whatever becomes of the file meanwhile,
@@ -257,8 +257,8 @@ class PlanFile:
         cls,
         path: Path,
         chunks: Iterable[PlannedChunk],
-        header: Callable[[PlanFile], dict[str, Any]] | None = None,
-    ) -> PlanFile:
+        header: Callable[[WarmPlanFile], dict[str, Any]] | None = None,
+    ) -> WarmPlanFile:
         """Write a plan, as the chunks come.
 
         Args:
@@ -292,7 +292,7 @@ class PlanFile:
         return plan
 
     @classmethod
-    def open(cls, path: Path, *, ours: bool = False) -> PlanFile:
+    def open(cls, path: Path, *, ours: bool = False) -> WarmPlanFile:
         """Read a plan that was written before, every line of it.
 
         Args:
@@ -340,7 +340,7 @@ class PlanFile:
             self.home = chunk.path.removesuffix(name)
         if chunk.path != self.home + name:
             raise RefusedError(
-                f"path {chunk.path!r} is not that of the key {chunk.key!r}, which is {self.home + name!r}: plan anew"
+                f"path {chunk.path!r} is not that of the key {chunk.key!r}, which is {self.home + name!r}: make a new plan"
             )
         self._count(chunk, line, at)
 
@@ -435,7 +435,7 @@ def _read_header(line: bytes) -> dict[str, Any]:
     # Older plans have none.
     if seal is not None and seal != _seal_of(header):
         raise RefusedError(
-            "the header was changed after the plan was written: plan anew, or give what is to be different on the command line"
+            "the header was changed after the plan was written: make a new plan, or give what is to be different on the command line"
         )
     return header
 
@@ -454,7 +454,7 @@ class PlanPart:
         workers: Their ranks; None among them stands for the chunks that are for all workers.
     """
 
-    def __init__(self, plan: PlanFile, workers: AbstractSet[int | None]) -> None:
+    def __init__(self, plan: WarmPlanFile, workers: AbstractSet[int | None]) -> None:
         self._plan = plan
         self._workers = frozenset(workers)
         counts = (sum(counted[worker] for worker in self._workers) for counted in plan.workers)

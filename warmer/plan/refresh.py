@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.hub.listing import list_chunks
-from warmer.plan.plan_file import PlanFile, Planner, chunks_from, gone
+from warmer.plan.plan_file import Planner, WarmPlanFile, chunks_from, gone
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -37,7 +37,7 @@ CACHED_SEGMENTS: Final = 16
 """Segments that are remembered: nodes that read the plan for themselves are rarely further apart."""
 
 
-def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path) -> tuple[PlanFile, Counter[str]]:
+def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path) -> tuple[WarmPlanFile, Counter[str]]:
     """List a selection into a plan file.
 
     Args:
@@ -54,19 +54,19 @@ def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path
         OSError: The plan cannot be written.
     """
     planner = Planner(bucket.handle, takes)
-    plan = PlanFile.write(path, planner.plan(list_chunks(bucket, prefixes)))
+    plan = WarmPlanFile.write(path, planner.plan(list_chunks(bucket, prefixes)))
     return plan, planner.skipped
 
 
-class FreshPlan:
+class RefreshedPlan:
     """A plan as nodes are given it: each segment is looked up once more when the first node comes to it.
 
-    Between the listing and that moment hours may pass, in which chunks are deleted or written anew. Nodes that keep
+    Between the listing and that moment hours may pass, in which chunks are deleted or rewritten. Nodes that keep
     pace share one lookup of a segment, so it costs the Hub as many requests as the listing did.
 
     Args:
         plan: The plan, or a part of it.
-        look_up: Tells chunks as the bucket has them now, such as `LookUps.look_up`.
+        look_up: Tells chunks as the bucket has them now, such as `RefreshLookups.look_up`.
         cached: Segments that are remembered.
     """
 
@@ -98,7 +98,7 @@ class FreshPlan:
         return segment
 
 
-class LookUps:
+class RefreshLookups:
     """Looks chunks up for a whole run. The Hub may hang: an order to stop is obeyed meanwhile.
 
     Args:

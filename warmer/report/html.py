@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from warmer.report.observers import Onlooker
+    from warmer.report.observers import Observer
     from warmer.report.outcomes import Outcome
     from warmer.report.summary import RunReport
 
 
 BINS: Final = 120
-"""Stretches of time of a run, however long it is: as many as a plot on a phone can tell apart."""
+"""Intervals of a run, however long it is: as many as a plot on a phone can tell apart."""
 
 _FIRST_WIDTH_SECS: Final = 0.1
 
@@ -101,7 +101,7 @@ class Latencies:
 
 
 class History:
-    """An onlooker that remembers.
+    """An observer that remembers.
 
     Attributes:
         began: When.
@@ -426,7 +426,7 @@ class PageFile:
         self._path: Path | None = None
         self._history = History()
 
-    def open(self, path: Path | None) -> tuple[Onlooker, ...]:
+    def open(self, path: Path | None) -> tuple[Observer, ...]:
         """Make sure that the page can be written and drawn.
 
         Args:

@@ -68,7 +68,7 @@ _OF_COUNTS: Final = {
 
 
 class RunMetrics:
-    """An onlooker that counts. Chunks are counted once a second, not one by one: there may be millions.
+    """An observer that counts. Chunks are counted once a second, not one by one: there may be millions.
 
     Node and tier are told by name; `node_id` is Ray's, since names need not be unique. The number of series is that of nodes
     times tiers times outcomes, never of chunks.
@@ -98,7 +98,7 @@ class RunMetrics:
         self._told_coverage: dict[str, float] = {}
 
     def begin(self, report: RunReport) -> None:
-        """Begin anew: each tier has its own series."""
+        """Start over: each tier has its own series."""
         self._forget()
         self._tell_coverage(report)
 

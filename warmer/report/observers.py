@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECS: Final = 1.0
 
 
-class Onlooker(Protocol):
+class Observer(Protocol):
     """Is told how the run of one tier goes; of several tiers, one after the other. Called in the driver's thread only."""
 
     def begin(self, report: RunReport) -> None:
@@ -52,58 +52,58 @@ class Onlooker(Protocol):
 
 
 @contextlib.contextmanager
-def looking_on(onlookers: Sequence[Onlooker], report: RunReport) -> Iterator[None]:
-    """Let onlookers see a tier from its beginning to its end, however that comes."""
-    for one in onlookers:
+def observing(observers: Sequence[Observer], report: RunReport) -> Iterator[None]:
+    """Let observers see a tier from its beginning to its end, however that comes."""
+    for one in observers:
         one.begin(report)
     try:
         yield
     finally:
-        for one in onlookers:
+        for one in observers:
             one.close(report)
 
 
 @dataclass(slots=True)
-class Looks:
-    """Tells the report of a tier what happens, and lets a display and onlookers see it; called a few times a second.
+class EventDispatcher:
+    """Tells the report of a tier what happens, and lets a display and observers see it; called a few times a second.
 
     Args:
         report: Of the tier.
         display: Shows it.
-        onlookers: Look at it about once a second.
+        observers: Look at it about once a second.
         under_way: What nodes are busy with.
     """
 
     report: RunReport
     display: Display
-    onlookers: Sequence[Onlooker]
+    observers: Sequence[Observer]
     under_way: Callable[[], Mapping[str, tuple[int, int]]] = dict
     _next: float = field(default=0.0, init=False)
 
     def ended(self, node: str, outcome: Outcome) -> None:
         """A chunk has ended on a node."""
         self.report.ended(node, outcome)
-        for one in self.onlookers:
+        for one in self.observers:
             one.ended(self.report, node, outcome)
 
     def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
         """An engine has loaded chunks by itself, see `RunReport.loaded`."""
         self.report.loaded(node, copied=copied, present=present, size=size)
-        for one in self.onlookers:
+        for one in self.observers:
             one.loaded(self.report, node, size)
 
     def lacking(self, node: str, chunks: int, kind: str, message: str) -> None:
         """An engine did not load chunks, see `RunReport.lacking`."""
         if chunks:
             self.report.lacking(node, chunks, kind, message)
-            for one in self.onlookers:
+            for one in self.observers:
                 one.lacking(self.report, node, chunks, kind)
 
     def lost(self, node: str, kind: str, message: str) -> None:
         """A node takes no part any more."""
         _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
         self.report.lost(node, kind, message)
-        for one in self.onlookers:
+        for one in self.observers:
             one.lost(self.report, node, kind)
 
     def __call__(self) -> None:
@@ -113,5 +113,5 @@ class Looks:
         if now >= self._next:
             self._next = now + _LOOK_SECS
             under_way = self.under_way()
-            for one in self.onlookers:
+            for one in self.observers:
                 one.look(self.report, under_way)

@@ -102,18 +102,18 @@ class NodeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TierRun:
     """What a run was asked to do.
 
     Attributes:
         instance: Name of the bucket's instance.
         bucket: Its handle.
         tier: Name of the tier.
-        choice: What of it was chosen (`hfbucket_plugin.tools.selection.Choice`), ready for JSON.
+        choice: What of it was chosen (`hfbucket_plugin.tools.selection.Selection`), ready for JSON.
         selected: Chunks selected, which every node is to hold, as far as they are for its workers.
         selected_bytes: The sum of their sizes.
-        skipped: Chunks passed by, by reason (see `warmer.plan.build.Choosing`).
-        for_nobody: Of those selected, the chunks of workers whose chunks no node takes.
+        skipped: Chunks passed by, by reason (see `warmer.plan.build.PlanBuilder`).
+        unassigned: Of those selected, the chunks of workers whose chunks no node takes.
     """
 
     instance: str
@@ -123,7 +123,7 @@ class Task:
     selected: int
     selected_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
-    for_nobody: int = 0
+    unassigned: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ _NO_SHARES: Final[Mapping[str, Share]] = {}
 
 
 class RunReport:
-    """Collects what happens; the `Witness` of a fleet.
+    """Collects what happens; the `RunListener` of a fleet.
 
     Args:
         task: What was asked.
@@ -162,7 +162,7 @@ class RunReport:
     """
 
     def __init__(
-        self, task: Task, nodes: Sequence[Node], failures: FailureLog, shares: Mapping[str, Share] = _NO_SHARES
+        self, task: TierRun, nodes: Sequence[Node], failures: FailureLog, shares: Mapping[str, Share] = _NO_SHARES
     ) -> None:
         self.task = task
         whole = Share(task.selected, task.selected_bytes)
@@ -291,7 +291,7 @@ class RunReport:
             "selected": self.task.selected,
             "selected_bytes": self.task.selected_bytes,
             "skipped": self.task.skipped,
-            "for_nobody": self.task.for_nobody,
+            "for_nobody": self.task.unassigned,
             "copied": self.total("copied"),
             "received": self.total("received"),
             "reused": self.total("reused"),

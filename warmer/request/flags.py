@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.request.model import WarmUp
+from warmer.request.model import WarmRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +43,7 @@ class Flag:
     @property
     def help(self) -> str:
         """What the model says of it."""
-        model: type[BaseModel] = WarmUp
+        model: type[BaseModel] = WarmRequest
         for step in self.place[:-1]:
             model = model.model_fields[step].annotation  # type: ignore[assignment]
         text = model.model_fields[self.place[-1]].description or ""

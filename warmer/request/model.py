@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from hfbucket_plugin.core.units import parse_bytes
-from hfbucket_plugin.tools.selection import Bytes, Choice, Length, Ranks, Seconds, Texts
+from hfbucket_plugin.tools.selection import Bytes, Length, Ranks, Seconds, Selection, Texts
 from warmer.node.receive import Verify  # noqa: TC001 - as above
 from warmer.node.worker import CHUNK_TIMEOUT_SECS
 
@@ -70,7 +70,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(_Part):
+class SourceOptions(_Part):
     """Where chunks come from: an instance, named by the configuration that engines use."""
 
     lmcache_config: Path | None = Field(None, description="The LMCache YAML of the engines.")
@@ -82,7 +82,7 @@ class Source(_Part):
     )
 
 
-class Filling(_Part):
+class FillOptions(_Part):
     """How tiers are filled."""
 
     fsync: bool = Field(
@@ -103,7 +103,7 @@ class Filling(_Part):
     )
 
 
-class Moving(_Part):
+class TransferOptions(_Part):
     """How bytes move: through whom, how many at a time, how fast."""
 
     direct: bool = Field(False, description="Every node fetches for itself, and hands nothing to others.")
@@ -135,7 +135,7 @@ class Moving(_Part):
     )
 
 
-class Nodes(_Part):
+class NodeOptions(_Part):
     """Which nodes take part, and with which workers' chunks."""
 
     selector: Annotated[tuple[str, ...], BeforeValidator(_as_selector)] = Field(
@@ -160,7 +160,7 @@ class Nodes(_Part):
     )
 
 
-class Limits(_Part):
+class LimitOptions(_Part):
     """How long things may take."""
 
     chunk_timeout: Seconds = Field(
@@ -179,20 +179,20 @@ class Limits(_Part):
     )
 
 
-class WarmUp(_Part):
+class WarmRequest(_Part):
     """A whole warm-up."""
 
-    source: Source = Field(default_factory=lambda: Source.model_validate({}))
-    choose: Choice = Field(default_factory=lambda: Choice.model_validate({}))
+    source: SourceOptions = Field(default_factory=lambda: SourceOptions.model_validate({}))
+    choose: Selection = Field(default_factory=lambda: Selection.model_validate({}))
     tiers: Annotated[Texts, BeforeValidator(_as_tiers)] = Field(
         (),
         description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native adapter of "
         "`lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. Several are filled one after the other.",
     )
-    filling: Filling = Field(default_factory=lambda: Filling.model_validate({}))
-    moving: Moving = Field(default_factory=lambda: Moving.model_validate({}))
-    nodes: Nodes = Field(default_factory=lambda: Nodes.model_validate({}))
-    limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
+    filling: FillOptions = Field(default_factory=lambda: FillOptions.model_validate({}))
+    moving: TransferOptions = Field(default_factory=lambda: TransferOptions.model_validate({}))
+    nodes: NodeOptions = Field(default_factory=lambda: NodeOptions.model_validate({}))
+    limits: LimitOptions = Field(default_factory=lambda: LimitOptions.model_validate({}))
     address: str | None = Field(
         None,
         description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; without "

@@ -29,13 +29,13 @@ from warmer.tiers import Declaration, L1Declaration, LocalCPUDeclaration, TierOp
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.keys import Key
     from hfbucket_plugin.fingerprint.model import Fingerprint
     from hfbucket_plugin.hub.bucket import Bucket
-    from warmer.plan.build import Choosing
-    from warmer.request.model import WarmUp
+    from warmer.plan.build import PlanBuilder
+    from warmer.request.model import WarmRequest
     from warmer.tiers import AnyTier
 
 
@@ -66,7 +66,7 @@ class Compared:
     conflicts: list[str] = field(default_factory=list)
 
 
-def compare(bound: Bound, choosing: Choosing, bucket: Bucket) -> Compared:
+def compare(resolved: ResolvedRequest, choosing: PlanBuilder, bucket: Bucket) -> Compared:
     """Compare what is recorded of the chosen models with the configuration; with prompts, with the hashes made here too.
 
     What differs is a warning; where no engine of the configuration would be served, and `fingerprint` is `enforce`, it is
@@ -76,12 +76,12 @@ def compare(bound: Bound, choosing: Choosing, bucket: Bucket) -> Compared:
         NothingToDoError: Refused.
         HFBucketError: The fingerprints cannot be read, which under `enforce` is refused too.
     """
-    mode = bound.instance.settings.fingerprint
+    mode = resolved.instance.settings.fingerprint
     compared = Compared()
     if mode == "off":
         return compared
     try:
-        _read(bound, choosing, bucket, compared)
+        _read(resolved, choosing, bucket, compared)
     except HFBucketError as error:
         if mode == "enforce":
             raise
@@ -96,32 +96,32 @@ def compare(bound: Bound, choosing: Choosing, bucket: Bucket) -> Compared:
     return compared
 
 
-def _read(bound: Bound, choosing: Choosing, bucket: Bucket, compared: Compared) -> None:
-    store = FingerprintStore(bucket, bound.instance.name)
+def _read(resolved: ResolvedRequest, choosing: PlanBuilder, bucket: Bucket, compared: Compared) -> None:
+    store = FingerprintStore(bucket, resolved.instance.name)
     try:
         for model in itertools.islice(_models(choosing, store), _MODELS):
             found = store.read(model, Deadline.patient(_SECS))
-            known = _of_mode(bound, found.record.variants if found is not None else ())
+            known = _of_mode(resolved, found.record.variants if found is not None else ())
             if not known:  # an engine that ended right after its first store left a claim and no record
-                known = _of_mode(bound, store.first_claimed(store.claims(model, Deadline.patient(_SECS)), None))
+                known = _of_mode(resolved, store.first_claimed(store.claims(model, Deadline.patient(_SECS)), None))
             for recorded in known:
-                _judge(bound, choosing, recorded, compared)
+                _judge(resolved, choosing, recorded, compared)
     finally:
         store.close()
 
 
-def _of_mode(bound: Bound, fingerprints: Iterable[Fingerprint]) -> list[Fingerprint]:
-    return [one for one in fingerprints if (one.mode == "classic") is (bound.takes is ClassicKey)]
+def _of_mode(resolved: ResolvedRequest, fingerprints: Iterable[Fingerprint]) -> list[Fingerprint]:
+    return [one for one in fingerprints if (one.mode == "classic") is (resolved.takes is ClassicKey)]
 
 
-def _models(choosing: Choosing, store: FingerprintStore) -> list[str]:
-    choice, prompts = choosing.choice, choosing.prompts
-    if choice.model:
-        return list(choice.model)
+def _models(choosing: PlanBuilder, store: FingerprintStore) -> list[str]:
+    selection, prompts = choosing.selection, choosing.prompts
+    if selection.model:
+        return list(selection.model)
     if prompts is not None and prompts.models is not None:
         return sorted(prompts.models)
-    if choice.prefix and all("@" in prefix for prefix in choice.prefix):
-        return sorted({model for prefix in choice.prefix for model in _possible_models(prefix)})
+    if selection.prefix and all("@" in prefix for prefix in selection.prefix):
+        return sorted({model for prefix in selection.prefix for model in _possible_models(prefix)})
     return list(itertools.islice(store.models(_SECS), _MODELS))
 
 
@@ -134,10 +134,10 @@ def _possible_models(prefix: str) -> Iterator[str]:
             return
 
 
-def _judge(bound: Bound, choosing: Choosing, recorded: Fingerprint, compared: Compared) -> None:
-    here = as_configured(recorded, bound.instance)
+def _judge(resolved: ResolvedRequest, choosing: PlanBuilder, recorded: Fingerprint, compared: Compared) -> None:
+    here = as_configured(recorded, resolved.instance)
     if choosing.prompts is not None:
-        here = _as_hashed(bound, recorded, here)
+        here = _as_hashed(resolved, recorded, here)
     wrong = differences(recorded, here) if here is not None else []
     where = "where this command runs" if choosing.prompts is not None else "in this configuration"
     if wrong:
@@ -152,18 +152,18 @@ def _judge(bound: Bound, choosing: Choosing, recorded: Fingerprint, compared: Co
     )
 
 
-def _as_hashed(bound: Bound, recorded: Fingerprint, here: Fingerprint | None) -> Fingerprint | None:
+def _as_hashed(resolved: ResolvedRequest, recorded: Fingerprint, here: Fingerprint | None) -> Fingerprint | None:
     """What an engine would be that hashes as the prompts were hashed here."""
-    choice = bound.warm_up.choose
+    selection = resolved.request.choose
     if recorded.mode == "classic":
         algorithm = here.hash_algorithm if here is not None else None
         return here and here.model_copy(update={"hash_check": algorithm and detect.classic_check(algorithm)})
     base = here or recorded.model_copy(update={"layout": None, "model_revision": None, "hash_bytes": None})
     return base.model_copy(
         update={
-            "chunk_size": choice.chunk_size,
-            "hash_algorithm": choice.hash_algorithm,
-            "hash_check": detect.mp_check(choice.hash_algorithm),
+            "chunk_size": selection.chunk_size,
+            "hash_algorithm": selection.hash_algorithm,
+            "hash_check": detect.mp_check(selection.hash_algorithm),
         }
     )
 
@@ -173,18 +173,18 @@ _CHUNK_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class ResolvedRequest:
     """What a warm-up's names stand for.
 
     Attributes:
-        warm_up: The warm-up.
+        request: The warm-up.
         instance: Where chunks come from; its settings may hold a token, so it stays in this process.
         tiers: Where they go, in their order.
         prompt_file: The prompts that engines are asked for; None where no tier loads by prompts.
     """
 
-    warm_up: WarmUp
-    instance: NamedInstance
+    request: WarmRequest
+    instance: InstanceConfig
     tiers: tuple[AnyTier, ...]
     prompt_file: PromptFile | None = None
 
@@ -201,7 +201,7 @@ class Bound:
     def bucket(self) -> Bucket:
         """The door to the bucket. Opens no connection."""
         settings = self.instance.settings
-        return open_bucket(settings, self.instance.name, telemetry.Tally(), self.warm_up.limits.chunk_timeout)
+        return open_bucket(settings, self.instance.name, telemetry.MemorySink(), self.request.limits.chunk_timeout)
 
     def node_config(self, tier: AnyTier) -> NodeConfig:
         """What nodes are told about one tier of directories, or about the staging directories of one of memory.
@@ -217,11 +217,11 @@ class Bound:
             settings=without_token(self.instance),
             tier=tier.staging if isinstance(tier, LocalCPUDeclaration) else tier,
             token_expected=self.instance.settings.resolve_token() is not None,
-            chunk_timeout_secs=self.warm_up.limits.chunk_timeout,
-            verify=self.warm_up.moving.verify,
+            chunk_timeout_secs=self.request.limits.chunk_timeout,
+            verify=self.request.moving.verify,
             earlier=tuple(one for one in earlier if isinstance(one, Declaration)),
-            capped=(self.warm_up.moving.max_bandwidth or self.warm_up.moving.max_node_bandwidth) is not None,
-            verify_present=self.warm_up.moving.verify_present,
+            capped=(self.request.moving.max_bandwidth or self.request.moving.max_node_bandwidth) is not None,
+            verify_present=self.request.moving.verify_present,
         )
 
     def chunk_tokens(self) -> int:
@@ -230,9 +230,9 @@ class Bound:
         Raises:
             ConfigError: The engines' configuration says what is no number.
         """
-        path = self.warm_up.source.lmcache_config
+        path = self.request.source.lmcache_config
         if self.takes is not ClassicKey or path is None:
-            return self.warm_up.choose.chunk_size
+            return self.request.choose.chunk_size
         size = EngineConfig.read(path).engine.get("chunk_size", _CHUNK_TOKENS)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"{path}: chunk_size {size!r} is no number of tokens")
@@ -244,17 +244,17 @@ class Bound:
         Raises:
             ConfigError: They cannot be read, or not be hashed.
         """
-        choice = self.warm_up.choose
-        if choice.prompts is None:
+        selection = self.request.choose
+        if selection.prompts is None:
             return None
-        prompts = read_prompts(choice.prompts)
+        prompts = read_prompts(selection.prompts)
         first = next(prompts, None)  # what cannot be read is said before LMCache is loaded
         if first is None:
-            raise ConfigError(f"--prompts {str(choice.prompts)!r} holds no prompt")
+            raise ConfigError(f"--prompts {str(selection.prompts)!r} holds no prompt")
         if self.takes is not ClassicKey:
-            hasher = mp_hasher(choice.chunk_size, choice.hash_algorithm)
-        elif self.warm_up.source.lmcache_config is not None:
-            hasher = classic_hasher(self.warm_up.source.lmcache_config)
+            hasher = mp_hasher(selection.chunk_size, selection.hash_algorithm)
+        elif self.request.source.lmcache_config is not None:
+            hasher = classic_hasher(self.request.source.lmcache_config)
         else:
             raise ConfigError(
                 "--prompts: how classic engines hash is said by their LMCache YAML: give --lmcache-config"
@@ -262,13 +262,13 @@ class Bound:
         return PromptOrder(itertools.chain([first], prompts), hasher)
 
 
-def bind(warm_up: WarmUp) -> Bound:
+def resolve_request(request: WarmRequest) -> ResolvedRequest:
     """Find what a warm-up names.
 
     Raises:
         ConfigError: The configuration is wrong, or lacks it; or asks for what is not supported.
     """
-    source = warm_up.source
+    source = request.source
     if source.l2_adapter is not None and source.lmcache_config is not None:
         raise ConfigError("--l2-adapter and --lmcache-config name two sources; a warm-up has one")
     found = named_instances(
@@ -279,31 +279,31 @@ def bind(warm_up: WarmUp) -> Bound:
     if len(found) != 1:
         names = ", ".join(instance.name for instance in found)
         raise ConfigError(f"--instance: {source.lmcache_config} declares {names}; name one of these")
-    if not warm_up.tiers:
+    if not request.tiers:
         raise ConfigError("--tier: name the tier to fill, such as fs.warm")
     config = EngineConfig.read(source.lmcache_config) if source.lmcache_config else None
-    filling = warm_up.filling
+    filling = request.filling
     options = TierOptions(
         filling.fsync, filling.max_bytes, filling.min_free, filling.evict, filling.chown, filling.chmod
     )
-    tiers = tuple(named_tier(config, text, options) for text in warm_up.tiers)
+    tiers = tuple(named_tier(config, text, options) for text in request.tiers)
     if len({tier.takes for tier in tiers}) > 1:
         raise ConfigError("--tier: classic tiers and tiers of `lmcache server` take different keys; fill them apart")
     servers = [tier for tier in tiers if isinstance(tier, L1Declaration)]
-    prompts = _prompt_file(servers[0], warm_up, found[0]) if servers else None
-    bound = Bound(warm_up, found[0], tiers, prompts)
-    without_token(bound.instance)
-    return bound
+    prompts = _prompt_file(servers[0], request, found[0]) if servers else None
+    resolved = ResolvedRequest(request, found[0], tiers, prompts)
+    without_token(resolved.instance)
+    return resolved
 
 
-def _prompt_file(tier: L1Declaration, warm_up: WarmUp, instance: NamedInstance) -> PromptFile:
+def _prompt_file(tier: L1Declaration, request: WarmRequest, instance: InstanceConfig) -> PromptFile:
     """The prompts that a server is asked for.
 
     Raises:
         ConfigError: It cannot be asked, since the warm-up does not say what for; or the prompts cannot be read.
     """
-    choice, why = (
-        warm_up.choose,
+    selection, why = (
+        request.choose,
         f"tier {tier.name!r}: `lmcache server` loads its memory for prompts, and takes no keys",
     )
     if instance.mode != "mp":
@@ -312,14 +312,14 @@ def _prompt_file(tier: L1Declaration, warm_up: WarmUp, instance: NamedInstance) 
             "whose chunks it cannot hold: give --l2-adapter in place of --lmcache-config; the memory of classic engines is "
             "the tier local_cpu"
         )
-    if choice.prompts is None:
+    if selection.prompts is None:
         raise ConfigError(f"{why}: give --prompts")
-    if choice.world_size is None:
+    if selection.world_size is None:
         raise ConfigError(f"{why}, each of an engine of so many workers: give --world-size")
-    return PromptFile(choice.prompts, choice.model, choice.chunk_size)
+    return PromptFile(selection.prompts, selection.model, selection.chunk_size)
 
 
-def without_token(instance: NamedInstance) -> InstanceSettings:
+def without_token(instance: InstanceConfig) -> InstanceSettings:
     """The settings of an instance as they may leave this process.
 
     Raises:
@@ -337,14 +337,14 @@ def without_token(instance: NamedInstance) -> InstanceSettings:
     return bare
 
 
-def recorded(warm_up: WarmUp) -> WarmUp:
+def recorded(request: WarmRequest) -> WarmRequest:
     """A warm-up as it may be written down: without a token, whatever the JSON of an adapter holds."""
-    text = warm_up.source.l2_adapter
+    text = request.source.l2_adapter
     if text is None:
-        return warm_up
+        return request
     spec = json.loads(text)
     for part in (spec, spec.get("adapter_params")):
         if isinstance(part, dict):
             part.pop("token", None)
-    source = warm_up.source.model_copy(update={"l2_adapter": json.dumps(spec)})
-    return warm_up.model_copy(update={"source": source})
+    source = request.source.model_copy(update={"l2_adapter": json.dumps(spec)})
+    return request.model_copy(update={"source": source})

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from hfbucket_plugin.config.yaml_file import read_yaml
 from hfbucket_plugin.errors import ConfigError
 from warmer.request.flags import FLAGS, nested
-from warmer.request.model import WarmUp
+from warmer.request.model import WarmRequest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _INSTEAD: Final = {("choose", "all"): ("choose", "prefix"), ("choose", "prefix")
 _SOURCES: Final = ("lmcache_config", "instance"), ("l2_adapter",)
 
 
-def warm_up(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, Any] | None = None) -> WarmUp:
+def load_request(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, Any] | None = None) -> WarmRequest:
     """A warm-up from a file and flags.
 
     Args:
@@ -40,7 +40,9 @@ def warm_up(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, 
     if planned is not None:
         choosing = [flag.name for flag in given if flag.place[0] == "choose"]
         if choosing:
-            raise ConfigError(f"{', '.join(choosing)}: the plan says which chunks; plan anew, or leave the plan out")
+            raise ConfigError(
+                f"{', '.join(choosing)}: the plan says which chunks; make a new plan, or leave the plan out"
+            )
         document["choose"] = planned.get("choose", {})
     for place in flagged:
         if place in _INSTEAD:
@@ -52,7 +54,7 @@ def warm_up(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, 
     return validated(_merged(document, nested(given)), str(path) if path else None)
 
 
-def validated(document: Mapping[str, Any], source: str | None) -> WarmUp:
+def validated(document: Mapping[str, Any], source: str | None) -> WarmRequest:
     """A warm-up from values.
 
     Args:
@@ -63,7 +65,7 @@ def validated(document: Mapping[str, Any], source: str | None) -> WarmUp:
         ConfigError: Some are wrong; all of them are named.
     """
     try:
-        return WarmUp.model_validate(document)
+        return WarmRequest.model_validate(document)
     except ValidationError as error:
         words = "; ".join(_complaint(item) for item in error.errors(include_url=False, include_input=False))
     # Outside of the handler: the cause would print the values.
@@ -77,7 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"--config {str(path)!r} is no mapping of settings")
     # A section of which all lines are commented out is None.
-    return {name: value for name, value in document.items() if value is not None or name not in WarmUp.model_fields}
+    return {
+        name: value for name, value in document.items() if value is not None or name not in WarmRequest.model_fields
+    }
 
 
 def _drop(document: dict[str, Any], place: tuple[str, ...], unless: set[tuple[str, ...]]) -> None:
@@ -92,7 +96,7 @@ def _merged(below: Any, above: Any) -> Any:
     merged = dict(below)
     for name, value in above.items():
         # A section is merged; a mapping of nodes in it is replaced as a whole.
-        deeper = name in WarmUp.model_fields and isinstance(value, dict)
+        deeper = name in WarmRequest.model_fields and isinstance(value, dict)
         merged[name] = _merged(merged.get(name, {}), value) if deeper else value
     return merged
 
@@ -108,11 +112,12 @@ def _complaint(item: Any) -> str:
 
 
 def _nearest(place: Sequence[str]) -> str:
-    model: Any = WarmUp
+    model: Any = WarmRequest
     for step in place[:-1]:
         found = model.model_fields[step].annotation
         model = next(
-            (one for one in (found, *get_args(found)) if isinstance(one, type) and issubclass(one, BaseModel)), WarmUp
+            (one for one in (found, *get_args(found)) if isinstance(one, type) and issubclass(one, BaseModel)),
+            WarmRequest,
         )
     known = sorted(model.model_fields)
     near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)

@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from warmer.plan.plan_file import PlannedChunk
-    from warmer.schedule.cohort import Convoy
-    from warmer.schedule.tasks import Order
+    from warmer.schedule.cohort import Cohort
+    from warmer.schedule.tasks import Task
 
 
-class Stage(enum.Enum):
-    """How far a lot is."""
+class BatchStage(enum.Enum):
+    """How far a batch is."""
 
     READY = "some lack it, and nobody has been told to fetch it"
     FETCHING = "one node fetches it"
     STORED = "it lies in the object store"
 
 
-class Lot:
+class Batch:
     """Chunks that the same nodes lack, and that move together.
 
     Attributes:
         number: Names it, in the order of their making.
         chunks: Never empty.
         size: Their bytes.
-        convoy: For whose members it was made.
+        cohort: For whose members it was made.
         pending: Who lacks them and has not been told to take them. In the order in which they are asked.
         receiving: Who has been told to take them from the store.
         reserved: On whose store its bytes are counted.
@@ -44,25 +44,25 @@ class Lot:
         handed_over: Whether another node was asked for it because the first took so long; that is done once.
     """
 
-    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], convoy: Convoy) -> None:
+    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], cohort: Cohort) -> None:
         self.number = number
         self.chunks = chunks
         self.size = total_bytes(chunks)
         self.pending = dict.fromkeys(pending)
         self.receiving: set[str] = set()
         self.reserved: set[str] = set()
-        self.stage = Stage.READY
+        self.stage = BatchStage.READY
         self.holder: str | None = None
         self.source = 0
         self.done = 0
-        self.convoy = convoy
+        self.cohort = cohort
         self.attempts = 0
         self.avoid: frozenset[str] = frozenset()
         self.handed_over = False
 
-    def allowance(self, fan: int) -> int:
+    def allowance(self, fan_out: int) -> int:
         """How many more may take it now: those that have it serve the others."""
-        return fan * (1 + self.done) - len(self.receiving)
+        return fan_out * (1 + self.done) - len(self.receiving)
 
     def to_the_end(self, node: str) -> None:
         """Ask a node that is pending after all others."""
@@ -71,35 +71,35 @@ class Lot:
 
     def ready_again(self) -> None:
         """What was fetched of it, or was to be, is of no use to the others any more."""
-        self.stage, self.holder, self.source, self.done = Stage.READY, None, 0, 0
+        self.stage, self.holder, self.source, self.done = BatchStage.READY, None, 0, 0
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlight:
     """An order under way.
 
     Attributes:
-        order: The order.
-        lot: Whose chunks they are; None for those that a node fetches for itself.
+        task: The order.
+        batch: Whose chunks they are; None for those that a node fetches for itself.
         since: When it was given.
-        hold: Bytes that it may leave in its node's store though no lot counts them.
-        was_of: The lot that went on without it, since it took so long; None where it did not.
+        hold: Bytes that it may leave in its node's store though no batch counts them.
+        was_of: The batch that went on without it, since it took so long; None where it did not.
         spent: Bytes that the cap of the run let go for it.
     """
 
-    order: Order
-    lot: Lot | None
+    task: Task
+    batch: Batch | None
     since: float
     hold: int = 0
-    was_of: Lot | None = None
+    was_of: Batch | None = None
     spent: int = 0
 
 
-class Stock:
-    """How many bytes of lots may lie in the object store of each node.
+class StoreBudget:
+    """How many bytes of batches may lie in the object store of each node.
 
-    A lot's bytes count on every node that is to have it, from before it is fetched until nobody waits for it: a node
-    that has received a lot keeps a copy, from which others take it, until then.
+    A batch's bytes count on every node that is to have it, from before it is fetched until nobody waits for it: a node
+    that has received a batch keeps a copy, from which others take it, until then.
 
     Args:
         bounds: Bytes by node.
@@ -127,44 +127,44 @@ class Stock:
         used, bounds = self.used, self._bounds
         return all(used[node] + size <= bounds[node] for node in nodes)
 
-    def reserve(self, lot: Lot, nodes: Iterable[str]) -> None:
-        """Count a lot on nodes."""
-        lot.reserved = set(nodes)
-        for node in lot.reserved:
-            self.used[node] += lot.size
+    def reserve(self, batch: Batch, nodes: Iterable[str]) -> None:
+        """Count a batch on nodes."""
+        batch.reserved = set(nodes)
+        for node in batch.reserved:
+            self.used[node] += batch.size
 
-    def reserve_too(self, lot: Lot, node: str) -> None:
-        """Count a lot on one more node."""
-        lot.reserved.add(node)
-        self.used[node] += lot.size
+    def reserve_too(self, batch: Batch, node: str) -> None:
+        """Count a batch on one more node."""
+        batch.reserved.add(node)
+        self.used[node] += batch.size
 
-    def free(self, lot: Lot, node: str) -> None:
-        """Count a lot on a node no more."""
-        if node in lot.reserved:
-            lot.reserved.discard(node)
-            self.give_back(node, lot.size)
+    def free(self, batch: Batch, node: str) -> None:
+        """Count a batch on a node no more."""
+        if node in batch.reserved:
+            batch.reserved.discard(node)
+            self.give_back(node, batch.size)
 
     def give_back(self, node: str, size: int) -> None:
         """Count some bytes on a node no more."""
         if node in self.used:
             self.used[node] -= size
 
-    def free_all(self, lot: Lot, but: Iterable[str | None] = ()) -> None:
-        """Count a lot on no node any more, but some."""
-        for node in lot.reserved.difference(but):
-            self.free(lot, node)
+    def free_all(self, batch: Batch, but: Iterable[str | None] = ()) -> None:
+        """Count a batch on no node any more, but some."""
+        for node in batch.reserved.difference(but):
+            self.free(batch, node)
 
-    def hand_on(self, lot: Lot, child: Lot, nodes: Iterable[str]) -> None:
-        """Part of a lot goes on as one of its own, for some of the nodes; call before the lot shrinks."""
-        child.reserved = lot.reserved.intersection(nodes)
-        for node in lot.reserved - child.reserved:
+    def hand_on(self, batch: Batch, child: Batch, nodes: Iterable[str]) -> None:
+        """Part of a batch goes on as one of its own, for some of the nodes; call before the batch shrinks."""
+        child.reserved = batch.reserved.intersection(nodes)
+        for node in batch.reserved - child.reserved:
             self.give_back(node, child.size)
 
-    def shrink(self, lot: Lot, size: int) -> None:
-        """A lot has no more than so many bytes left."""
-        for node in lot.reserved:
-            self.give_back(node, lot.size - size)
-        lot.size = size
+    def shrink(self, batch: Batch, size: int) -> None:
+        """A batch has no more than so many bytes left."""
+        for node in batch.reserved:
+            self.give_back(node, batch.size - size)
+        batch.size = size
 
     def drop(self, node: str) -> None:
         """A node is lost."""

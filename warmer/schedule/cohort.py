@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from warmer.schedule.rate import Pace, TokenBucket
+from warmer.schedule.rate import MovingAverage, TokenBucket
 from warmer.schedule.tasks import total_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class PlanSection:
     """Chunks of the plan that the same nodes are to have.
 
     Attributes:
@@ -42,31 +42,31 @@ class Part:
         return (self.rest or self.plan)(start)
 
 
-class Convoy:
-    """One reading of a part of the plan, whose chunks go into lots for all its members.
+class Cohort:
+    """One reading of a part of the plan, whose chunks go into batches for all its members.
 
     Args:
         part: The part.
-        behind: The convoy of those that cannot keep up with this one; None where each of them goes on by itself.
+        behind: The cohort of those that cannot keep up with this one; None where each of them goes on by itself.
 
     Attributes:
         position: The number of the next chunk, in the part.
-        lots: How many of its lots are under way.
-        full: Whether there was no room for another lot when it was last tried, and nothing has changed since.
-        blocked_since: When there first was no room since a lot was begun; None when there was.
+        batches: How many of its batches are under way.
+        full: Whether there was no room for another batch when it was last tried, and nothing has changed since.
+        blocked_since: When there first was no room since a batch was begun; None when there was.
         turn: Rotates who is asked first.
     """
 
-    def __init__(self, part: Part, behind: Convoy | None = None) -> None:
+    def __init__(self, part: PlanSection, behind: Cohort | None = None) -> None:
         self.part = part
         self.behind = behind
         self._source: Iterator[PlannedChunk] | None = None
         self._peeked: PlannedChunk | None = None
         self._over = False
         self._begun = False
-        self._members: list[Seat] | None = None
+        self._members: list[Membership] | None = None
         self.position = 0
-        self.lots = 0
+        self.batches = 0
         self.full = False
         self.blocked_since: float | None = None
         self.turn = 0
@@ -91,11 +91,13 @@ class Convoy:
         self._peeked = None
         self.position += 1
 
-    def members(self, lanes: Iterable[Lane]) -> list[Seat]:
-        """The seats in it, among those of all nodes."""
+    def members(self, states: Iterable[NodeState]) -> list[Membership]:
+        """The memberships in it, among those of all nodes."""
         if self._members is None:
-            seats = (lane.seats.get(self.part) for lane in lanes)
-            self._members = [seat for seat in seats if seat is not None and seat.convoy is self]
+            memberships = (state.memberships.get(self.part) for state in states)
+            self._members = [
+                membership for membership in memberships if membership is not None and membership.cohort is self
+            ]
         return self._members
 
     def changed(self) -> None:
@@ -103,36 +105,36 @@ class Convoy:
         self._members = None
 
     def block(self, now: float) -> None:
-        """There is no room for another lot."""
+        """There is no room for another batch."""
         self.full = True
         self.blocked_since = now if self.blocked_since is None else self.blocked_since
 
 
-class Seat:
+class Membership:
     """Where a node is in one part of the plan.
 
     Args:
-        lane: The node.
-        convoy: With whom it is to keep pace.
+        state: The node.
+        cohort: With whom it is to keep pace.
         now: The time.
 
     Attributes:
-        convoy: With whom it keeps pace; None when it fetches all that is left for itself.
-        entry: The number of the first chunk of the part that it takes from its convoy.
+        cohort: With whom it keeps pace; None when it fetches all that is left for itself.
+        entry: The number of the first chunk of the part that it takes from its cohort.
     """
 
-    def __init__(self, lane: Lane, convoy: Convoy, now: float) -> None:
-        self.lane = lane
-        self.part = convoy.part
-        self.convoy: Convoy | None = convoy
+    def __init__(self, state: NodeState, cohort: Cohort, now: float) -> None:
+        self.state = state
+        self.part = cohort.part
+        self.cohort: Cohort | None = cohort
         self.entry = 0
         self._blame = 0.0
         self._blamed_at = now
 
     @property
     def start(self) -> int | None:
-        """The number of the first chunk that it has not been given by its convoy; None when it is in none."""
-        return None if self.convoy is None else max(self.entry, self.convoy.position)
+        """The number of the first chunk that it has not been given by its cohort; None when it is in none."""
+        return None if self.cohort is None else max(self.entry, self.cohort.position)
 
     def blame(self, secs: float, now: float, memory_secs: float) -> float:
         """Note that it held up the others for so long; returns what is remembered of all such times."""
@@ -145,31 +147,31 @@ class Seat:
         self._blame = 0.0
 
 
-MOST_STRETCHES: Final = 64
-"""A node with more stretches of the plan to fetch for itself takes all that follows for itself, too, as one."""
+MAX_RANGES: Final = 64
+"""A node with more ranges of the plan to fetch for itself takes all that follows for itself, too, as one."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from warmer.plan.plan_file import PlannedChunk
-    from warmer.schedule.tasks import Window
+    from warmer.schedule.tasks import TaskLimits
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class PlanRange:
     """The chunks of a part of the plan from number `start` up to `end`, or to its end."""
 
-    part: Part
+    part: PlanSection
     start: int
     end: int | None
 
 
 class Backlog:
-    """What a node fetches for itself: chunks that are named, and stretches of the plan that are read when it comes to them."""
+    """What a node fetches for itself: chunks that are named, and ranges of the plan that are read when it comes to them."""
 
     def __init__(self) -> None:
         self._named: deque[tuple[PlannedChunk, ...]] = deque()
-        self._stretches: deque[Stretch] = deque()
+        self._ranges: deque[PlanRange] = deque()
         self._reading: Iterator[PlannedChunk] | None = None
         self._at = 0
         self._peeked: PlannedChunk | None = None
@@ -179,34 +181,34 @@ class Backlog:
         if chunks:
             self._named.append(chunks)
 
-    def add_stretch(self, part: Part, start: int, end: int | None) -> None:
+    def add_range(self, part: PlanSection, start: int, end: int | None) -> None:
         """Add the chunks of a part of the plan from number `start` up to `end`, or to its end."""
-        last = self._stretches[-1] if self._stretches else None
+        last = self._ranges[-1] if self._ranges else None
         if last is not None and last.part is part and last.end == start:
-            self._stretches[-1] = Stretch(part, last.start, end)
+            self._ranges[-1] = PlanRange(part, last.start, end)
         elif end is None or start < end:
-            self._stretches.append(Stretch(part, start, end))
+            self._ranges.append(PlanRange(part, start, end))
 
     @property
     def full(self) -> bool:
-        """Whether there are as many stretches as are kept."""
-        return len(self._stretches) >= MOST_STRETCHES
+        """Whether there are as many ranges as are kept."""
+        return len(self._ranges) >= MAX_RANGES
 
     def __bool__(self) -> bool:
         """Whether anything is left."""
         return bool(self._named) or self._peek() is not None
 
     def _peek(self) -> PlannedChunk | None:
-        """The next chunk of the stretches."""
-        while self._peeked is None and self._stretches:
-            stretch = self._stretches[0]
+        """The next chunk of the ranges."""
+        while self._peeked is None and self._ranges:
+            plan_range = self._ranges[0]
             if self._reading is None:
-                self._at = stretch.start
-                self._reading = stretch.part.plan(stretch.start)
-            self._peeked = next(self._reading, None) if stretch.end is None or self._at < stretch.end else None
+                self._at = plan_range.start
+                self._reading = plan_range.part.plan(plan_range.start)
+            self._peeked = next(self._reading, None) if plan_range.end is None or self._at < plan_range.end else None
             self._at += 1
             if self._peeked is None:
-                self._stretches.popleft()
+                self._ranges.popleft()
                 self._reading = None
         return self._peeked
 
@@ -244,12 +246,14 @@ class Backlog:
         yield from itertools.chain.from_iterable(self._named)
         if self._peeked is not None:
             yield self._peeked
-        for number, stretch in enumerate(self._stretches):
-            first = self._at if number == 0 and self._reading is not None else stretch.start
-            yield from itertools.islice(stretch.part.left(first), None if stretch.end is None else stretch.end - first)
+        for number, plan_range in enumerate(self._ranges):
+            first = self._at if number == 0 and self._reading is not None else plan_range.start
+            yield from itertools.islice(
+                plan_range.part.left(first), None if plan_range.end is None else plan_range.end - first
+            )
 
 
-class Lane:
+class NodeState:
     """One node.
 
     Args:
@@ -262,25 +266,25 @@ class Lane:
     Attributes:
         started: Whether it may be given orders.
         backlog: What it fetches for itself.
-        seats: Where it is in each part of the plan that it is to have.
+        memberships: Where it is in each part of the plan that it is to have.
         fetches, receives: Orders under way.
         bytes: Under way.
         pace, receive_pace: How fast it fetches, and receives.
     """
 
-    def __init__(self, name: str, role: str, window: Window, rate: float | None, now: float) -> None:
+    def __init__(self, name: str, role: str, window: TaskLimits, rate: float | None, now: float) -> None:
         self.name = name
         self.role = role
         self.backlog = Backlog()
-        self.seats: dict[Part, Seat] = {}
+        self.memberships: dict[PlanSection, Membership] = {}
         self.bucket = TokenBucket(rate, now)
         self._window = window
         self.started = False
         self.fetches = 0
         self.receives = 0
         self.bytes = 0
-        self.pace = Pace()
-        self.receive_pace = Pace()
+        self.pace = MovingAverage()
+        self.receive_pace = MovingAverage()
 
     def may_fetch(self, size: int, now: float) -> bool:
         """Whether it may be told to fetch so many bytes now."""

@@ -60,7 +60,7 @@ class TokenBucket:
             self._level = min(self.rate * _BURST_SECS, self._level + amount)
 
 
-class Pace:
+class MovingAverage:
     """Seconds a byte, as measured: the latest count most."""
 
     def __init__(self) -> None:

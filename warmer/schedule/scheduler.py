@@ -1,9 +1,9 @@
 """Which node fetches which chunks, who takes them from the object store and when, and what a lost node means.
 
 Pure: told what happened and what time it is, it says what to do; knows nothing of Ray. The plan falls into *parts*, each of
-which the same nodes are to have, and each part moves on in *lots*: one node fetches a lot from the Hub, and every other
+which the same nodes are to have, and each part moves on in *batches*: one node fetches a batch from the Hub, and every other
 node that is to have it and lacks it takes it from the object store. A node that cannot
-keep up is left out of the lots that come, and fetches for itself what it missed. Each chunk ends exactly once for each
+keep up is left out of the batches that come, and fetches for itself what it missed. Each chunk ends exactly once for each
 node: among what an event returns, or among what `lost` or `abandon` yields.
 """
 
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeGuard
 
 from warmer.report.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
-from warmer.schedule.batch import Lot, Stage
-from warmer.schedule.cohort import Lane, Seat
+from warmer.schedule.batch import Batch, BatchStage
+from warmer.schedule.cohort import Membership, NodeState
 from warmer.schedule.rate import Caps
-from warmer.schedule.stragglers import Laggards
-from warmer.schedule.tasks import Fetch, Receive, Window, total_bytes
+from warmer.schedule.stragglers import Stragglers
+from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits, total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
-    from warmer.schedule.batch import Flight
-    from warmer.schedule.cohort import Part
-    from warmer.schedule.tasks import Order
+    from warmer.schedule.batch import InFlight
+    from warmer.schedule.cohort import PlanSection
+    from warmer.schedule.tasks import Task
 
     Ended = tuple[str, Outcome]
 
@@ -45,32 +45,32 @@ class _Vacancy:
     """What a lost node was to have still.
 
     Attributes:
-        lane: The node as it was.
+        state: The node as it was.
         named: Chunks that it had been told to take, or was about to be told.
-        starts: Of each part the number of the first chunk that its convoy had not come to; None where it was in none.
+        starts: Of each part the number of the first chunk that its cohort had not come to; None where it was in none.
     """
 
-    lane: Lane
+    state: NodeState
     named: list[tuple[PlannedChunk, ...]]
-    starts: dict[Part, int | None]
+    starts: dict[PlanSection, int | None]
 
     def rest(self) -> Iterator[PlannedChunk]:
         """All of it."""
         for chunks in self.named:
             yield from chunks
-        yield from self.lane.backlog.rest()
+        yield from self.state.backlog.rest()
         for part, start in self.starts.items():
             if start is not None:
                 yield from part.left(start)
 
 
-class Schedule(Laggards):
+class Scheduler(Stragglers):
     """The state of a run.
 
     Args:
-        nodes: Names of the nodes, and the bytes that lots may take in the object store of each.
+        nodes: Names of the nodes, and the bytes that batches may take in the object store of each.
         parts: The plan: which chunks which nodes are to have. No chunk is in two of them.
-        window: How much is under way at a time; by default as `Window` has it.
+        window: How much is under way at a time; by default as `TaskLimits` has it.
         caps: Most bytes a second.
         direct: Every node fetches everything for itself.
         now: The time, in seconds of any clock that goes forwards.
@@ -82,20 +82,20 @@ class Schedule(Laggards):
     def __init__(
         self,
         nodes: Mapping[str, int],
-        parts: Sequence[Part],
-        window: Window | None = None,
+        parts: Sequence[PlanSection],
+        window: TaskLimits | None = None,
         *,
         caps: Caps = Caps(),  # noqa: B008 - frozen
         direct: bool = False,
         now: float = 0.0,
     ) -> None:
-        super().__init__(nodes, parts, window or Window(), caps, direct=direct, now=now)
+        super().__init__(nodes, parts, window or TaskLimits(), caps, direct=direct, now=now)
         self._vacant: dict[str, _Vacancy] = {}
 
     @property
     def nodes(self) -> list[str]:
         """The nodes that are not lost."""
-        return list(self._lanes)
+        return list(self._states)
 
     @property
     def vacant(self) -> list[str]:
@@ -110,26 +110,26 @@ class Schedule(Laggards):
     @property
     def exhausted(self) -> bool:
         """Whether nothing is under way or left to give to the nodes that there are."""
-        if self._flights or self._lots:
+        if self._in_flight or self._batches:
             return False
-        if any(lane.backlog for lane in self._astray.values()):
+        if any(state.backlog for state in self._with_backlog.values()):
             return False
-        return all(not self._members(convoy) or convoy.peek() is None for convoy in self._convoys)
+        return all(not self._members(cohort) or cohort.peek() is None for cohort in self._cohorts)
 
     @property
     def under_way(self) -> dict[str, tuple[int, int]]:
         """The chunks that nodes are busy with, and their bytes; nodes with nothing to do are left out."""
         found: dict[str, tuple[int, int]] = {}
-        for flight in self._flights.values():
-            chunks, size = found.get(flight.order.node, (0, 0))
-            own = flight.order.chunks
-            found[flight.order.node] = (chunks + len(own), size + total_bytes(own))
+        for running in self._in_flight.values():
+            chunks, size = found.get(running.task.node, (0, 0))
+            own = running.task.chunks
+            found[running.task.node] = (chunks + len(own), size + total_bytes(own))
         return found
 
     @property
     def store_bytes(self) -> dict[str, int]:
         """The bytes that are counted on the object store of each node."""
-        return dict(self._stock.used)
+        return dict(self._budget.used)
 
     def released(self) -> list[int]:
         """The numbers of orders to fetch whose chunks nobody waits for any more; each is told once."""
@@ -142,9 +142,9 @@ class Schedule(Laggards):
         Raises:
             KeyError: There is no such node, or it is lost.
         """
-        self._lanes[node].started = True
+        self._states[node].started = True
 
-    def orders(self, now: float) -> list[Order]:
+    def tasks(self, now: float) -> list[Task]:
         """What nodes are to be told now; each order counts as under way from now on."""
         self._now = max(self._now, now)
         self._decide()
@@ -166,81 +166,83 @@ class Schedule(Laggards):
         Raises:
             KeyError: The order is not under way, or its node is lost.
         """
-        flight = self._land(number, now)
-        order, lot = flight.order, flight.lot
-        self._pay(flight, outcomes)
+        running = self._finish(number, now)
+        task, batch = running.task, running.batch
+        self._pay(running, outcomes)
         copied = [outcome.size for outcome in outcomes if _has_moved(outcome)]
         size = sum(copied)
         self.counts.fetched += len(copied)
         self.counts.fetched_bytes += size
         if size:
-            self._last_in_time = not self._is_late(flight)
+            self._last_in_time = not self._is_slow_fetch(running)
             if self._last_in_time:
-                self._well_since = max(self._well_since, flight.since)
-            self._lanes[order.node].pace.add(size, now - flight.since)
-            self._pace.add(size, now - flight.since)
-        if flight.hold:
-            self._stock.give_back(order.node, flight.hold)
-        if lot is None:
+                self._well_since = max(self._well_since, running.since)
+            self._states[task.node].pace.add(size, now - running.since)
+            self._pace.add(size, now - running.since)
+        if running.hold:
+            self._budget.give_back(task.node, running.hold)
+        if batch is None:
             if shared:
                 self._released.append(number)
-            return self._end_alone(flight, outcomes)
-        return self._sort(lot, order, outcomes, shared=shared)
+            return self._end_own_fetch(running, outcomes)
+        return self._sort(batch, task, outcomes, shared=shared)
 
-    def _end_alone(self, flight: Flight, outcomes: Sequence[Outcome]) -> list[Ended]:
+    def _end_own_fetch(self, running: InFlight, outcomes: Sequence[Outcome]) -> list[Ended]:
         """What a node fetched for itself has ended. Where it did so only because it was slow, others help it once."""
-        node, lot = flight.order.node, flight.was_of
-        if lot is None:
+        node, batch = running.task.node, running.was_of
+        if batch is None:
             return [(node, outcome) for outcome in outcomes]
         ended: list[Ended] = []
         failed: list[PlannedChunk] = []
-        for chunk, outcome in zip(flight.order.chunks, outcomes, strict=True):
+        for chunk, outcome in zip(running.task.chunks, outcomes, strict=True):
             if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS and outcome.kind != MISSING:
                 failed.append(chunk)
             else:
                 ended.append((node, outcome))
-        lane = self._lanes[node]
-        lives = lot.number in self._lots and self._in(lane, lot.convoy) and self._stock.fits([node], lot.size)
-        if failed and lives and lot.chunks == tuple(failed):
-            lot.pending[node] = None
-            lot.avoid |= {node}
-            self._stock.reserve_too(lot, node)
-            self._settle(lot)
-            if lot.stage is Stage.STORED:
-                self._offer(lot)
+        state = self._states[node]
+        lives = (
+            batch.number in self._batches and self._in(state, batch.cohort) and self._budget.fits([node], batch.size)
+        )
+        if failed and lives and batch.chunks == tuple(failed):
+            batch.pending[node] = None
+            batch.avoid |= {node}
+            self._budget.reserve_too(batch, node)
+            self._settle(batch)
+            if batch.stage is BatchStage.STORED:
+                self._offer(batch)
         elif failed:
-            self._alone(lane).add(tuple(failed))
+            self._backlog_of(state).add(tuple(failed))
         return ended
 
-    def _pay(self, flight: Flight, outcomes: Sequence[Outcome]) -> None:
+    def _pay(self, running: InFlight, outcomes: Sequence[Outcome]) -> None:
         """Settle what an order to fetch asked the Hub for, tries included, with what the caps let go for it.
 
         Chunks that were asked for several times put the caps into debt; those that passed no network are given back.
         """
-        size = total_bytes(flight.order.chunks)
+        size = total_bytes(running.task.chunks)
         asked = sum(_asked(outcome) for outcome in outcomes)
-        self._bucket.give_back(flight.spent - asked)
-        self._lanes[flight.order.node].bucket.give_back(size - asked)
+        self._bucket.give_back(running.spent - asked)
+        self._states[running.task.node].bucket.give_back(size - asked)
         if size:
             # The next orders reckon with as many tries: the first ones to fail would else all be let go at once.
             self._asking += _HEED * (max(1.0, asked / size) - self._asking)
 
-    def _give_back(self, order: Order, outcomes: Sequence[Outcome | None], *, lost: bool) -> None:
+    def _give_back(self, task: Task, outcomes: Sequence[Outcome | None], *, lost: bool) -> None:
         """Give a node back what it let go to receive chunks that did not move, such as those that were there."""
         moved = sum(
             0 if outcome is None and lost else chunk.size if outcome is None else _asked(outcome)
-            for chunk, outcome in zip(order.chunks, outcomes, strict=True)
+            for chunk, outcome in zip(task.chunks, outcomes, strict=True)
         )
-        self._lanes[order.node].bucket.give_back(total_bytes(order.chunks) - moved)
+        self._states[task.node].bucket.give_back(total_bytes(task.chunks) - moved)
 
-    def _sort(self, lot: Lot, order: Order, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
+    def _sort(self, batch: Batch, task: Task, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
         """Tell apart what is in the store, what others have to fetch, and what failed for all."""
-        node, others = order.node, tuple(lot.pending)
+        node, others = task.node, tuple(batch.pending)
         ended: list[Ended] = []
         stored, again, retry = [], [], []
-        for chunk, outcome in zip(order.chunks, outcomes, strict=True):
+        for chunk, outcome in zip(task.chunks, outcomes, strict=True):
             if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS:
-                if outcome.kind != MISSING and others and lot.attempts + 1 < _TRIES:
+                if outcome.kind != MISSING and others and batch.attempts + 1 < _TRIES:
                     retry.append(chunk)
                     continue
                 ended += [(other, outcome) for other in others]
@@ -250,37 +252,37 @@ class Schedule(Laggards):
                 again.append(chunk)
             ended.append((node, outcome))
         if others:
-            self._split(lot, again, others)
-            self._split(lot, retry, (*others, node), failed_on=node)
+            self._split(batch, again, others)
+            self._split(batch, retry, (*others, node), failed_on=node)
         if not stored:
-            lot.pending.clear()
-            lot.source = 0
+            batch.pending.clear()
+            batch.source = 0
             if shared:
-                self._released.append(order.number)
-        lot.chunks, lot.stage = tuple(stored), Stage.STORED
-        self._stock.shrink(lot, total_bytes(lot.chunks))
-        self._stored[lot.number] = lot
-        self._settle(lot)
-        if lot.number in self._lots:
-            self._offer(lot)
-        self._room()
+                self._released.append(task.number)
+        batch.chunks, batch.stage = tuple(stored), BatchStage.STORED
+        self._budget.shrink(batch, total_bytes(batch.chunks))
+        self._stored[batch.number] = batch
+        self._settle(batch)
+        if batch.number in self._batches:
+            self._offer(batch)
+        self._unblock()
         return ended
 
     def _split(
-        self, lot: Lot, chunks: Sequence[PlannedChunk], nodes: tuple[str, ...], *, failed_on: str | None = None
+        self, batch: Batch, chunks: Sequence[PlannedChunk], nodes: tuple[str, ...], *, failed_on: str | None = None
     ) -> None:
-        """Some chunks of a lot go on as a lot of their own."""
+        """Some chunks of a batch go on as a batch of their own."""
         if not chunks:
             return
-        child = Lot(next(self._numbers), tuple(chunks), nodes, lot.convoy)
-        child.convoy.lots += 1
-        child.avoid, child.attempts, child.handed_over = lot.avoid, lot.attempts, lot.handed_over
+        child = Batch(next(self._numbers), tuple(chunks), nodes, batch.cohort)
+        child.cohort.batches += 1
+        child.avoid, child.attempts, child.handed_over = batch.avoid, batch.attempts, batch.handed_over
         if failed_on is not None:
-            child.avoid, child.attempts = frozenset({failed_on}), lot.attempts + 1
+            child.avoid, child.attempts = frozenset({failed_on}), batch.attempts + 1
             self.counts.refetched += len(chunks)
-        self._stock.hand_on(lot, child, nodes)
-        lot.size -= child.size
-        self._lots[child.number] = child
+        self._budget.hand_on(batch, child, nodes)
+        batch.size -= child.size
+        self._batches[child.number] = child
         self._ready.append(child)
 
     def received(
@@ -292,7 +294,7 @@ class Schedule(Laggards):
             number: Of the order.
             outcomes: How each of its chunks ended, in their order; None for one that did not arrive, or not rightly.
             now: The time.
-            holder_lost: Whether they did not arrive because whoever left them in the store is lost.
+            holder_lost: Whether they did not arrive because the node that left them in the store is lost.
 
         Returns:
             What has ended for which node by this.
@@ -300,52 +302,57 @@ class Schedule(Laggards):
         Raises:
             KeyError: The order is not under way, or its node is lost.
         """
-        flight = self._land(number, now)
-        order, lane = flight.order, self._lanes[flight.order.node]
-        self._give_back(order, outcomes, lost=holder_lost)
-        lot = flight.lot if flight.lot is not None and flight.lot.number in self._lots else None
-        missed = tuple(chunk for chunk, outcome in zip(order.chunks, outcomes, strict=True) if outcome is None)
-        size = sum(chunk.size for chunk, outcome in zip(order.chunks, outcomes, strict=True) if _has_moved(outcome))
+        running = self._finish(number, now)
+        task, state = running.task, self._states[running.task.node]
+        self._give_back(task, outcomes, lost=holder_lost)
+        batch = running.batch if running.batch is not None and running.batch.number in self._batches else None
+        missed = tuple(chunk for chunk, outcome in zip(task.chunks, outcomes, strict=True) if outcome is None)
+        size = sum(chunk.size for chunk, outcome in zip(task.chunks, outcomes, strict=True) if _has_moved(outcome))
         if size:
-            lane.receive_pace.add(size, now - flight.since)
-            self._receive_pace.add(size, now - flight.since)
-        if lot is not None:
-            lot.receiving.discard(lane.name)
-            lot.done += not missed and size > 0  # who had it all elsewhere serves it to nobody
+            state.receive_pace.add(size, now - running.since)
+            self._receive_pace.add(size, now - running.since)
+        if batch is not None:
+            batch.receiving.discard(state.name)
+            batch.done += not missed and size > 0  # who had it all elsewhere serves it to nobody
         if missed:
-            self._undelivered(lane, lot, order, missed, holder_lost=holder_lost)
-        if lot is not None:
-            self._settle(lot)
-            if lot.stage is Stage.STORED and lot.number in self._lots:
-                self._offer(lot)
-        self._ask(lane)
-        return [(lane.name, outcome) for outcome in outcomes if outcome is not None]
+            self._undelivered(state, batch, task, missed, holder_lost=holder_lost)
+        if batch is not None:
+            self._settle(batch)
+            if batch.stage is BatchStage.STORED and batch.number in self._batches:
+                self._offer(batch)
+        self._ask(state)
+        return [(state.name, outcome) for outcome in outcomes if outcome is not None]
 
     def _undelivered(
-        self, lane: Lane, lot: Lot | None, order: Order, missed: tuple[PlannedChunk, ...], *, holder_lost: bool
+        self, state: NodeState, batch: Batch | None, task: Task, missed: tuple[PlannedChunk, ...], *, holder_lost: bool
     ) -> None:
-        source = order.source if isinstance(order, Receive) else 0
-        whole = lot is not None and lot.chunks is order.chunks and len(missed) == len(order.chunks)
-        if lot is None or not whole or not self._in(lane, lot.convoy) or (lot.source == source and not holder_lost):
-            self._alone(lane).add(missed)
+        source = task.source if isinstance(task, ReceiveTask) else 0
+        whole = batch is not None and batch.chunks is task.chunks and len(missed) == len(task.chunks)
+        if (
+            batch is None
+            or not whole
+            or not self._in(state, batch.cohort)
+            or (batch.source == source and not holder_lost)
+        ):
+            self._backlog_of(state).add(missed)
             return
         # Others lack it too: it is fetched again for all of them together.
-        lot.pending[lane.name] = None
-        if lot.source == source:
-            self._fetch_again(lot)
+        batch.pending[state.name] = None
+        if batch.source == source:
+            self._fetch_again(batch)
 
-    def _fetch_again(self, lot: Lot) -> None:
-        """What was stored of a lot is gone, also for those that were about to be told to take it."""
-        self._stored.pop(lot.number, None)
-        source = lot.source
+    def _fetch_again(self, batch: Batch) -> None:
+        """What was stored of a batch is gone, also for those that were about to be told to take it."""
+        self._stored.pop(batch.number, None)
+        source = batch.source
         self._released.append(source)
-        lot.ready_again()
-        untold = [order for order in self._out if isinstance(order, Receive) and order.source == source]
-        self._out = [order for order in self._out if order not in untold]
-        for order in untold:
-            self.received(order.number, [None] * len(order.chunks), now=self._now, holder_lost=True)
-        if lot.pending:
-            self.counts.refetched += len(lot.chunks)
+        batch.ready_again()
+        untold = [task for task in self._out if isinstance(task, ReceiveTask) and task.source == source]
+        self._out = [task for task in self._out if task not in untold]
+        for task in untold:
+            self.received(task.number, [None] * len(task.chunks), now=self._now, holder_lost=True)
+        if batch.pending:
+            self.counts.refetched += len(batch.chunks)
 
     def lost(self, node: str, *, keep_place: bool = False) -> Iterator[PlannedChunk]:
         """A node is given nothing any more.
@@ -361,30 +368,30 @@ class Schedule(Laggards):
         Raises:
             KeyError: There is no such node, or it was lost before.
         """
-        lane = self._lanes.pop(node)
-        self._astray.pop(node, None)
+        state = self._states.pop(node)
+        self._with_backlog.pop(node, None)
         self._changed()
-        self._out = [order for order in self._out if order.node != node]
+        self._out = [task for task in self._out if task.node != node]
         named: list[tuple[PlannedChunk, ...]] = []
-        for number in [number for number, flight in self._flights.items() if flight.order.node == node]:
-            order = self._flights.pop(number).order
-            named.append(order.chunks)
-            self._fetching_bytes -= total_bytes(order.chunks) if isinstance(order, Fetch) else 0
-        for lot in list(self._lots.values()):
-            if node in lot.pending:
-                named.append(lot.chunks)
-                del lot.pending[node]
-            lot.receiving.discard(node)
-            self._stock.free(lot, node)
-            if lot.holder == node:
-                if lot.stage is Stage.STORED:
-                    self._fetch_again(lot)
+        for number in [number for number, running in self._in_flight.items() if running.task.node == node]:
+            task = self._in_flight.pop(number).task
+            named.append(task.chunks)
+            self._fetching_bytes -= total_bytes(task.chunks) if isinstance(task, FetchTask) else 0
+        for batch in list(self._batches.values()):
+            if node in batch.pending:
+                named.append(batch.chunks)
+                del batch.pending[node]
+            batch.receiving.discard(node)
+            self._budget.free(batch, node)
+            if batch.holder == node:
+                if batch.stage is BatchStage.STORED:
+                    self._fetch_again(batch)
                 else:
-                    self.counts.refetched += len(lot.chunks) if lot.pending else 0
-                    lot.ready_again()
-            self._settle(lot)
-        self._stock.drop(node)
-        vacancy = _Vacancy(lane, named, {part: seat.start for part, seat in lane.seats.items()})
+                    self.counts.refetched += len(batch.chunks) if batch.pending else 0
+                    batch.ready_again()
+            self._settle(batch)
+        self._budget.drop(node)
+        vacancy = _Vacancy(state, named, {part: membership.start for part, membership in state.memberships.items()})
         if keep_place:
             self._vacant[node] = vacancy
             return iter(())
@@ -407,52 +414,52 @@ class Schedule(Laggards):
         Raises:
             KeyError: The place is not kept.
         """
-        role = self._vacant.pop(lost).lane.role
-        self._stock.admit(node, store_bytes)
-        lane = self._add_lane(node, role)
-        for seat in lane.seats.values():
-            if seat.convoy is not None:
-                self._alone(lane).add_stretch(seat.part, 0, seat.convoy.position)
+        role = self._vacant.pop(lost).state.role
+        self._budget.admit(node, store_bytes)
+        state = self._add_node(node, role)
+        for membership in state.memberships.values():
+            if membership.cohort is not None:
+                self._backlog_of(state).add_range(membership.part, 0, membership.cohort.position)
 
     def resume(self, node: str, store_bytes: int) -> None:
         """A lost node goes on: what ended on it is there, and it is to have what did not.
 
         Args:
             node: Its name.
-            store_bytes: The bytes that lots may take in its object store.
+            store_bytes: The bytes that batches may take in its object store.
 
         Raises:
             KeyError: Its place is not kept.
         """
         vacancy = self._vacant.pop(node)
-        before = vacancy.lane
-        self._stock.admit(node, store_bytes)
-        lane = self._lanes[node] = Lane(node, before.role, self._window, self._caps.node, self._now)
-        lane.bucket, lane.backlog = before.bucket, before.backlog
+        before = vacancy.state
+        self._budget.admit(node, store_bytes)
+        state = self._states[node] = NodeState(node, before.role, self._window, self._caps.node, self._now)
+        state.bucket, state.backlog = before.bucket, before.backlog
         for chunks in vacancy.named:
-            lane.backlog.add(chunks)
-        for convoy in self._leading:
-            if (old := before.seats.get(convoy.part)) is None:
+            state.backlog.add(chunks)
+        for cohort in self._leading:
+            if (old := before.memberships.get(cohort.part)) is None:
                 continue
-            seat = lane.seats[convoy.part] = Seat(lane, old.convoy or convoy, self._now)
-            start = vacancy.starts[convoy.part]
-            if old.convoy is None or start is None:
-                seat.convoy = None
-            else:  # what its convoy passed meanwhile it fetches for itself
-                seat.entry = max(start, old.convoy.position)
-                lane.backlog.add_stretch(convoy.part, start, seat.entry)
-        self._alone(lane)
+            membership = state.memberships[cohort.part] = Membership(state, old.cohort or cohort, self._now)
+            start = vacancy.starts[cohort.part]
+            if old.cohort is None or start is None:
+                membership.cohort = None
+            else:  # what its cohort passed meanwhile it fetches for itself
+                membership.entry = max(start, old.cohort.position)
+                state.backlog.add_range(cohort.part, start, membership.entry)
+        self._backlog_of(state)
         self._changed()
 
-    def _land(self, number: int, now: float) -> Flight:
+    def _finish(self, number: int, now: float) -> InFlight:
         self._now = max(self._now, now)
-        flight = self._flights.pop(number)
-        order = flight.order
-        fetch = isinstance(order, Fetch)
-        self._lanes[order.node].end(order.chunks, fetch=fetch)
+        running = self._in_flight.pop(number)
+        task = running.task
+        fetch = isinstance(task, FetchTask)
+        self._states[task.node].end(task.chunks, fetch=fetch)
         if fetch:
-            self._fetching_bytes -= total_bytes(order.chunks)
-        return flight
+            self._fetching_bytes -= total_bytes(task.chunks)
+        return running
 
 
 def _asked(outcome: Outcome) -> int:

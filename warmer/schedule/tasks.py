@@ -12,7 +12,7 @@ _MIB: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TaskLimits:
     """How much is under way at a time.
 
     Attributes:
@@ -23,10 +23,10 @@ class Window:
             comes to its end, the streams that it frees have something to do.
         receives: Most orders to receive under way on a node.
         bytes: Most bytes under way on a node: as many as all its orders have at most; a larger chunk goes when nothing else is.
-        lots: Most batches under way in the whole run: fetched, or waiting in the object store for those who lack them.
+        batches: Most batches under way in the whole run: fetched, or waiting in the object store for those who lack them.
         run_bytes: Most bytes being fetched in the whole run; a larger chunk goes when nothing else is. None: no bound
             but those of the nodes.
-        fan: Most nodes that receive a batch at one time for each node that has it already.
+        fan_out: Most nodes that receive a batch at one time for each node that has it already.
         patience_secs: How long a node may hold up the others, or be slower than they are, before they go on without.
     """
 
@@ -35,19 +35,21 @@ class Window:
     fetches: int = 4
     receives: int = 2
     bytes: int = 384 * _MIB
-    lots: int = 256
+    batches: int = 256
     run_bytes: int | None = None
-    fan: int = 4
+    fan_out: int = 4
     patience_secs: float = 10.0
 
     def __post_init__(self) -> None:
-        least = min(self.batch_chunks, self.batch_bytes, self.fetches, self.receives, self.bytes, self.lots, self.fan)
+        least = min(
+            self.batch_chunks, self.batch_bytes, self.fetches, self.receives, self.bytes, self.batches, self.fan_out
+        )
         if least < 1 or (self.run_bytes is not None and self.run_bytes < 1):
             raise ValueError("a window has room for at least one chunk and one byte")
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch:
+class FetchTask:
     """A node is to fetch chunks from the Hub into its tier.
 
     Attributes:
@@ -64,14 +66,14 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Receive:
+class ReceiveTask:
     """A node is to take chunks from the object store into its tier.
 
     Attributes:
         number: Names the order among all of a schedule.
         node: Whose it is.
         chunks: All that the `source` left in the store, in the order in which they lie there.
-        source: The number of the `Fetch` that left them there.
+        source: The number of the `FetchTask` that left them there.
     """
 
     number: int
@@ -80,7 +82,7 @@ class Receive:
     source: int
 
 
-Order = Fetch | Receive
+Task = FetchTask | ReceiveTask
 
 
 def total_bytes(chunks: tuple[PlannedChunk, ...]) -> int:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hfbucket_plugin.errors import ConfigError
 from warmer.tiers.declare import DirectoryDeclaration, TierOptions, declared_fs, declared_mp
-from warmer.tiers.directory import DirectoryTier, Held
+from warmer.tiers.directory import DirectoryTier, HeldChunk
 from warmer.tiers.engines import ENGINE_KINDS, L1Declaration, LocalCPUDeclaration, declared_engine, engine_spec
 from warmer.tiers.inventory import directory_keys
-from warmer.tiers.naming import Place
+from warmer.tiers.naming import NodeInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from hfbucket_plugin.config.lmcache_yaml import EngineConfig
-    from hfbucket_plugin.core.buffers import Lease
+    from hfbucket_plugin.core.buffers import RevocableBuffer
 
 Declaration = DirectoryDeclaration
 """What the driver hands to the nodes."""
@@ -29,7 +29,7 @@ AnyTier = DirectoryDeclaration | L1Declaration | LocalCPUDeclaration
 """What a run may fill: directories, and the memory of engines."""
 
 
-class Draft(Protocol):
+class ChunkDraft(Protocol):
     """One chunk on its way into a tier. Nothing of it is visible to an engine before `publish`."""
 
     @property
@@ -44,7 +44,7 @@ class Draft(Protocol):
         """
 
     @property
-    def lease(self) -> Lease:
+    def lease(self) -> RevocableBuffer:
         """Where a reader writes. Asking for it makes the file, with its blocks reserved.
 
         Raises:
@@ -74,7 +74,7 @@ class Tier(Protocol):
             TierError: The tier cannot be looked into.
         """
 
-    def draft(self, key: str, size: int) -> Draft:
+    def draft(self, key: str, size: int) -> ChunkDraft:
         """Begin a chunk of that many bytes, with the room for it reserved.
 
         Raises:
@@ -83,7 +83,7 @@ class Tier(Protocol):
             TierError: There is no right; or the chunk is none of the engine's that uses the tier.
         """
 
-    def inventory(self) -> Iterator[Held]:
+    def inventory(self) -> Iterator[HeldChunk]:
         """Stream what the tier holds, in any order. What engines would not find there is passed by.
 
         Raises:
@@ -165,7 +165,7 @@ def _instead(config: EngineConfig | None) -> str:
     return f"name an fs plugin of {config.source}, such as fs.warm"
 
 
-def open_tier(declaration: Declaration, place: Place = Place()) -> Tier:  # noqa: B008 - frozen
+def open_tier(declaration: Declaration, place: NodeInfo = NodeInfo()) -> Tier:  # noqa: B008 - frozen
     """Open a tier on this node.
 
     Args:
@@ -182,12 +182,12 @@ def open_tier(declaration: Declaration, place: Place = Place()) -> Tier:  # noqa
 __all__ = [
     "ENGINE_KINDS",
     "AnyTier",
+    "ChunkDraft",
     "Declaration",
-    "Draft",
-    "Held",
+    "HeldChunk",
     "L1Declaration",
     "LocalCPUDeclaration",
-    "Place",
+    "NodeInfo",
     "Tier",
     "TierOptions",
     "declared_tier",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.lmcache_yaml import EngineConfig
     from hfbucket_plugin.core.keys import Key
-    from warmer.tiers.naming import Place
+    from warmer.tiers.naming import NodeInfo
 
 
 _OWNER: Final = re.compile(r"[^:\s]*(:[^:\s]+)?")
@@ -65,7 +65,7 @@ class TierOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FileLayout:
     """What a chunk's file holds, and which chunks there are.
 
     Attributes:
@@ -108,7 +108,7 @@ class DirectoryDeclaration:
 
     name: str
     base_paths: tuple[Path, ...]
-    layout: Layout = Layout()
+    layout: FileLayout = FileLayout()
     options: TierOptions = field(default_factory=TierOptions)
 
     @property
@@ -116,7 +116,7 @@ class DirectoryDeclaration:
         """The kind of key that the tier takes."""
         return self.layout.takes
 
-    def at(self, place: Place) -> DirectoryDeclaration:
+    def at(self, place: NodeInfo) -> DirectoryDeclaration:
         """The same on one node, without placeholders.
 
         Raises:
@@ -178,7 +178,7 @@ def declared_fs(config: EngineConfig, name: str, options: TierOptions) -> Direct
     # As the connector reads it: only a list is stripped.
     values = [part.strip() for part in value.split(",")] if "," in value else [value]
     paths = absolute_paths(name, setting, values)
-    return DirectoryDeclaration(name, paths, Layout(ClassicKey, header), options)
+    return DirectoryDeclaration(name, paths, FileLayout(ClassicKey, header), options)
 
 
 def _header(config: EngineConfig, name: str) -> HeaderFormat | None:
@@ -284,7 +284,7 @@ def declared_mp(text: str, options: TierOptions) -> DirectoryDeclaration:
         )
     name = f"{kind}:{spec['base_path']}"
     odirect = spec.get("use_odirect", False)
-    layout = Layout(
+    layout = FileLayout(
         takes=MPKey,
         alignment=L1_ALIGNMENT if odirect and kind == "fs_native" else 1,
         mode=0o644 if odirect or kind == "fs_native" else 0o666,

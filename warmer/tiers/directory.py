@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from hfbucket_plugin.core.buffers import Lease
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from warmer.report.outcomes import TierError, TierFullError
-from warmer.tiers.disk_budget import Room
+from warmer.tiers.disk_budget import DiskBudget
 from warmer.tiers.inventory import chunk_files
 from warmer.tiers.naming import file_name, unambiguous
 from warmer.tiers.run_files import Ownership, RunFiles
@@ -28,7 +28,7 @@ FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 """What a full disk, or a full quota of it, says."""
 
 
-class FileLease(Lease):
+class FileLease(RevocableBuffer):
     """Lets several threads write disjoint ranges of one file, until it is revoked.
 
     Args:
@@ -111,7 +111,7 @@ _PRIVATE: Final = 0o700
 _RIGHTS: Final = 0o777
 
 
-class Held(NamedTuple):
+class HeldChunk(NamedTuple):
     """A chunk that a tier holds.
 
     Attributes:
@@ -141,7 +141,7 @@ class DirectoryTier:
         self._modes: dict[Path, int] = {}
         self._private: dict[Path, int | None] = {}
         self._numbers = itertools.count(1)
-        self.room: Room = Room(declaration, self._runs)
+        self.room: DiskBudget = DiskBudget(declaration, self._runs)
         try:
             for path in dict.fromkeys(declaration.base_paths):
                 with _named(declaration.name, path):
@@ -374,7 +374,7 @@ class DirectoryTier:
                 raise
         return make()
 
-    def inventory(self) -> Iterator[Held]:
+    def inventory(self) -> Iterator[HeldChunk]:
         """Stream the chunks that the tier holds, by the names and sizes of its files.
 
         Raises:
@@ -385,7 +385,7 @@ class DirectoryTier:
                 for file in chunk_files(self.declaration, directory):
                     size = self.declaration.layout.content(file.size)
                     if size is not None:
-                        yield Held(str(file.key), size)
+                        yield HeldChunk(str(file.key), size)
 
     def close(self) -> None:
         """Remove this process's lock files and drafts."""
@@ -402,7 +402,7 @@ class DirectoryDraft:
     """One chunk's temporary file, in the directory in which it will appear.
 
     Args:
-        tier: Whose it is. Room was taken for it; whoever fails to make a draft gives it back.
+        tier: Whose it is. Room was taken for it; a caller that fails to make a draft gives it back.
         target: The file that appears.
         size: Bytes of the chunk.
         header: Stands before them.

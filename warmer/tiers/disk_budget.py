@@ -43,7 +43,7 @@ _BLOCK_BYTES: Final = 512
 """What `st_blocks` counts, whatever the file system's blocks are."""
 
 
-class Room:
+class DiskBudget:
     """The bytes that a tier may still take. All but `open` and `close` is done under its `lock`, which the caller holds.
 
     Args:
@@ -268,7 +268,7 @@ class Room:
         return True
 
     def _remove(self, file: _Candidate, oldest: _Oldest) -> int:
-        """Remove a file, unless it was written anew, or found right, meanwhile; returns how many bytes that gave."""
+        """Remove a file, unless it was rewritten, or found right, meanwhile; returns how many bytes that gave."""
         directory = self._runs[file.directory].descriptor
         with contextlib.suppress(OSError):  # gone, or another user's: then it gives no room
             found = os.stat(file.name, dir_fd=directory, follow_symlinks=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.config.lmcache_yaml import EngineConfig
     from hfbucket_plugin.core.keys import Key
     from warmer.tiers.declare import DirectoryDeclaration, TierOptions
-    from warmer.tiers.naming import Place
+    from warmer.tiers.naming import NodeInfo
 
 L1: Final = "l1"
 LOCAL_CPU: Final = "local_cpu"
@@ -64,7 +64,7 @@ class L1Declaration:
         """The kind of key that it holds."""
         return MPKey
 
-    def address(self, place: Place) -> str:
+    def address(self, place: NodeInfo) -> str:
         """Of the server of one node.
 
         Raises:
@@ -96,7 +96,7 @@ class LocalCPUDeclaration:
         """The kind of key that it holds."""
         return ClassicKey
 
-    def address(self, place: Place, worker: int) -> str:
+    def address(self, place: NodeInfo, worker: int) -> str:
         """Of a worker's internal API on one node.
 
         Raises:
@@ -104,7 +104,7 @@ class LocalCPUDeclaration:
         """
         return worker_address(place.expand(self.host), self.port_start, worker)
 
-    def staging_of(self, place: Place, worker: int) -> DirectoryDeclaration:
+    def staging_of(self, place: NodeInfo, worker: int) -> DirectoryDeclaration:
         """The staging directory of a worker on one node.
 
         Raises:

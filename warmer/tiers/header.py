@@ -32,7 +32,7 @@ _MOST: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class HeaderGroup:
     """Layers whose KV is shaped alike.
 
     Attributes:
@@ -57,7 +57,7 @@ class HeaderFormat:
         chunk_size: Most tokens of a chunk.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[HeaderGroup, ...]
     chunk_size: int
 
     @property
@@ -118,7 +118,8 @@ def header_format(tier: str, setting: str, shape: Any, dtype: Any) -> HeaderForm
     if len({(kv, chunk) for _, kv, chunk, _, _ in shapes}) > 1:
         raise ConfigError(f"tier {tier!r}: the groups of {setting}kv_shape differ in their second or third number")
     groups = tuple(
-        Group(layers, kv, heads * head, one) for (layers, kv, _, heads, head), one in zip(shapes, dtypes, strict=True)
+        HeaderGroup(layers, kv, heads * head, one)
+        for (layers, kv, _, heads, head), one in zip(shapes, dtypes, strict=True)
     )
     return HeaderFormat(groups, shapes[0][2])
 

@@ -36,7 +36,7 @@ _UNSEEN: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Warmed:
+class LoadProgress:
     """What L1 holds of a prompt.
 
     Attributes:
@@ -69,7 +69,7 @@ def prefetch(
     wait_secs: float = 600.0,
     load_secs: float = 120.0,
     pause: Callable[[float], object] = time.sleep,
-) -> Warmed:
+) -> LoadProgress:
     """Load a prompt into the L1 of one server, as far as there is room.
 
     Args:
@@ -190,7 +190,7 @@ class L1Server:
             return False
         return True
 
-    def load(self, model: str, world_size: int, token_ids: Sequence[int], salt: str = "") -> Warmed:
+    def load(self, model: str, world_size: int, token_ids: Sequence[int], salt: str = "") -> LoadProgress:
         """Load a prompt, as far as there is room. Waits for no engine.
 
         Args:
@@ -208,7 +208,7 @@ class L1Server:
         chunks = len(token_ids) // chunk_size
         if not chunks:
             room = loader.room()
-            return Warmed(0, 0, "complete", room.used, room.total)
+            return LoadProgress(0, 0, "complete", room.used, room.total)
         return _grow(loader, list(token_ids[: chunks * chunk_size]), chunk_size)
 
     def _loader(self, model: str, world_size: int, salt: str = "") -> _Loader:
@@ -335,7 +335,7 @@ class _Loader:
             self._pause(_POLL_SECS)
 
 
-def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
+def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> LoadProgress:
     """Load ever longer prefixes: twice as much more each time, half as much after one that did not load whole."""
     chunks, warmed, step = len(tokens) // chunk_size, 0, 1
     keys, seen, loads, loaded, taken = loader.least_keys, 0, 0, 0, 0
@@ -367,7 +367,7 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> Warmed:
     while loads > 1 and warmed and not loader.load(tokens[: warmed * chunk_size]).complete:
         warmed, ended = warmed // 2, "no_room"
     room = loader.room()
-    return Warmed(chunks, warmed, ended, room.used, room.total, min(loaded, warmed), taken)
+    return LoadProgress(chunks, warmed, ended, room.used, room.total, min(loaded, warmed), taken)
 
 
 def _chunks_in(grown: int, chunk_bytes: int, step: int) -> int:

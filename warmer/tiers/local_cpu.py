@@ -67,7 +67,7 @@ def worker_address(host: str, port_start: int, worker_id: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class EngineWorker:
     """A worker of a classic engine, as it tells of itself.
 
     Attributes:
@@ -96,7 +96,7 @@ def find_workers(
     *,
     all_of_them: bool,
     pause: Callable[[float], object] = time.sleep,
-) -> dict[int, Worker]:
+) -> dict[int, EngineWorker]:
     """Wait for workers of one node.
 
     Args:
@@ -113,7 +113,7 @@ def find_workers(
         EngineError: None is there in time, or what answers is no worker's API.
         ConfigError: An address is none.
     """
-    missing, found = sorted(set(wanted)), dict[int, Worker]()
+    missing, found = sorted(set(wanted)), dict[int, EngineWorker]()
     while missing:
         reason: NotReadyError | None = None
         for number in missing:
@@ -134,13 +134,13 @@ def find_workers(
     return found
 
 
-def _asked(http: str) -> Worker:
+def _asked(http: str) -> EngineWorker:
     with EngineHTTP(http) as engine:
         meta, conf = engine.ask("GET", "/meta"), engine.ask("GET", "/conf")
     try:
         number, first = int(meta["worker_id"]), int(meta["worker_id"]) - int(meta["local_worker_id"])
         beside = frozenset(range(first, first + int(meta["local_world_size"]))) | {number}
-        return Worker(number, int(meta["world_size"]), beside, meta, _room(conf))
+        return EngineWorker(number, int(meta["world_size"]), beside, meta, _room(conf))
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"GET {http}/meta: this is no worker of LMCache: {type(error).__name__} {error}") from None
 

@@ -76,7 +76,7 @@ _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodeInfo:
     """Which node this is.
 
     Attributes:

@@ -323,7 +323,7 @@ class Ownership:
                     os.chown(file, *ids)
 
     def check_readable(self, descriptor: int, directory: os.stat_result) -> None:
-        """See whether whoever owns the directory, most likely the engine, could read a file that was given away.
+        """See whether the owner of the directory, most likely the engine, could read a file that was given away.
 
         Raises:
             TierError: It could not.
@@ -350,7 +350,7 @@ class Ownership:
     def open(self, directory: Path) -> int:
         """Open a directory; make it where there is none, and those above it; each as its parent is, or as was asked for.
 
-        What was made is reached by descriptors from then on. Whoever owns the parent may have put something else in its place meanwhile,
+        What was made is reached by descriptors from then on. The owner of the parent may have put something else in its place meanwhile,
         which must not be given away.
 
         Returns:

@@ -11,14 +11,14 @@ from hfbucket_plugin.hub.client import token_problem
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hfbucket_plugin.cli.context import Case
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.cli.context import CheckContext
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 
 NAME: Final = "token"
 
 
-def check_token(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def check_token(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     """Find the token by the name of its variable. An error means that no request can be made with it."""
     settings = named.settings
     variable, where = settings.token_env, named.setting("token_env")
@@ -46,7 +46,7 @@ READ: Final = "right to read"
 WRITE: Final = "right to write"
 
 
-def check_rights(case: Case, right: Literal["read", "write"]) -> tuple[Finding, bool]:
+def check_rights(case: CheckContext, right: Literal["read", "write"]) -> tuple[Finding, bool]:
     """Ask for access to the storage, as the engine does before it reads or writes.
 
     Returns:
@@ -63,7 +63,7 @@ def check_rights(case: Case, right: Literal["read", "write"]) -> tuple[Finding, 
     return judge(case.named, right, None), True
 
 
-def judge(named: NamedInstance, right: Literal["read", "write"], refusal: str | None) -> Finding:
+def judge(named: InstanceConfig, right: Literal["read", "write"], refusal: str | None) -> Finding:
     """Whether a right, or its absence, fits the role.
 
     Args:
@@ -80,7 +80,7 @@ def judge(named: NamedInstance, right: Literal["read", "write"], refusal: str | 
     return ok(name, "granted")
 
 
-def _denied(named: NamedInstance, name: str, refusal: str) -> Finding:
+def _denied(named: InstanceConfig, name: str, refusal: str) -> Finding:
     variable = f"{named.settings.token_env} ({named.setting('token_env')})"
     if name == READ:
         return error(

@@ -18,8 +18,8 @@ from hfbucket_plugin.tools.inventory import Kind, Listed, walk
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from hfbucket_plugin.cli.context import Case
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.cli.context import CheckContext
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.bucket import ObjectInfo
     from hfbucket_plugin.hub.listing import ChunkEntry
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BUCKET: Final = "bucket"
 
 
-def check_bucket(case: Case) -> tuple[Finding, bool]:
+def check_bucket(case: CheckContext) -> tuple[Finding, bool]:
     """Ask for the record.
 
     Returns:
@@ -60,7 +60,7 @@ def describe(bucket_id: str, record: Mapping[str, Any]) -> Finding:
         parts.append(f"{size(amount)} in {count(files, 'object')}")
     found = ", ".join(parts)
     if private is False:
-        return note(BUCKET, found, "whoever knows its name can read it, and KV chunks tell what prompts said")
+        return note(BUCKET, found, "anyone who knows its name can read it, and KV chunks tell what prompts said")
     return ok(BUCKET, found)
 
 
@@ -78,7 +78,7 @@ _EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(slots=True)
-class Seen:
+class ListingSample:
     """A listing in numbers.
 
     Attributes:
@@ -94,7 +94,7 @@ class Seen:
     more: bool = False
 
 
-def check_listing(case: Case) -> tuple[Finding, ChunkEntry | None]:
+def check_listing(case: CheckContext) -> tuple[Finding, ChunkEntry | None]:
     """List the first objects.
 
     Returns:
@@ -108,7 +108,7 @@ def check_listing(case: Case) -> tuple[Finding, ChunkEntry | None]:
     return judge(case.named, seen), seen.sample
 
 
-def look(listed: Iterable[Listed], own: Kind) -> Seen:
+def look(listed: Iterable[Listed], own: Kind) -> ListingSample:
     """Count what was listed.
 
     Args:
@@ -116,7 +116,7 @@ def look(listed: Iterable[Listed], own: Kind) -> Seen:
         own: The kind of the keys that the engine writes.
     """
     best = (False, _EARLIEST, 0)
-    seen = Seen(dict.fromkeys(Kind, 0))
+    seen = ListingSample(dict.fromkeys(Kind, 0))
     for one in listed:
         seen.by_kind[one.kind] += 1
         if one.kind is Kind.FOREIGN and seen.foreign is None:
@@ -129,7 +129,7 @@ def look(listed: Iterable[Listed], own: Kind) -> Seen:
     return seen
 
 
-def judge(named: NamedInstance, seen: Seen) -> Finding:
+def judge(named: InstanceConfig, seen: ListingSample) -> Finding:
     """Whether what was found is what the engines of this configuration look for."""
     own = _OWN[named.mode]
     other = Kind.MP if own is Kind.CLASSIC else Kind.CLASSIC
@@ -157,7 +157,7 @@ PROBES: Final = f"{RESERVED}/probe/"
 _FIRST: Final = 1000
 
 
-def check_records(case: Case) -> Finding:
+def check_records(case: CheckContext) -> Finding:
     """List what lies below the two prefixes.
 
     Raises:
@@ -179,7 +179,7 @@ def check_records(case: Case) -> Finding:
     return ok(RECORDS, "no records of bad objects")
 
 
-def _list(case: Case, name: str) -> Sequence[ObjectInfo]:
+def _list(case: CheckContext, name: str) -> Sequence[ObjectInfo]:
     path = case.bucket.handle.join(name)
     return case.ask("tree", lambda _: [*itertools.islice(case.bucket.list_objects(path, case.timeout_secs), _FIRST)])
 
@@ -187,7 +187,7 @@ def _list(case: Case, name: str) -> Sequence[ObjectInfo]:
 THROUGHPUT: Final = "throughput"
 
 
-def check_throughput(case: Case, chunk: ChunkEntry) -> Finding:
+def check_throughput(case: CheckContext, chunk: ChunkEntry) -> Finding:
     """Read one chunk and compare its Xet hash.
 
     Raises:

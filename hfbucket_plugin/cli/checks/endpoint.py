@@ -15,8 +15,8 @@ from hfbucket_plugin.errors import HFBucketError, TransportError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfbucket_plugin.cli.context import Case
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.cli.context import CheckContext
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.core.deadline import Deadline
 
 NAME: Final = "endpoint"
@@ -44,7 +44,7 @@ class Greeting:
     at: float
 
 
-def check(case: Case) -> tuple[Finding, Greeting | None]:
+def check(case: CheckContext) -> tuple[Finding, Greeting | None]:
     """Ask a few times. The first request also opens the connection, and is left out of the median.
 
     Returns:
@@ -68,7 +68,7 @@ def check(case: Case) -> tuple[Finding, Greeting | None]:
     return judge_way(case.named, first.seconds, [one.seconds for one in rounds]), rounds[-1]
 
 
-def _greet(case: Case) -> Greeting:
+def _greet(case: CheckContext) -> Greeting:
     def ask(deadline: Deadline) -> Greeting:
         started, at = time.monotonic(), case.now()
         answer = case.bucket.greet(deadline)
@@ -78,7 +78,7 @@ def _greet(case: Case) -> Greeting:
     return case.ask(f"the Hub at {case.settings.endpoint}", ask)
 
 
-def judge_way(named: NamedInstance, first: float, rounds: Sequence[float]) -> Finding:
+def judge_way(named: InstanceConfig, first: float, rounds: Sequence[float]) -> Finding:
     """Whether lookups can be answered in the time that they have.
 
     Args:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
 from hfbucket_plugin.config.instances import OUR_MODULE
 from hfbucket_plugin.config.lmcache_yaml import complaints
-from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.files import TempDir
 from hfbucket_plugin.core.units import size
 from hfbucket_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 
 
@@ -28,7 +28,7 @@ _UNFULL: Final = ("save_unfull_chunk", "enable_blending", "enable_pd")
 """The last two make LMCache turn the first one on."""
 
 
-def check_engine(named: NamedInstance, environ: Mapping[str, str]) -> Iterator[Finding]:
+def check_engine(named: InstanceConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Look at the configuration. What the settings' own model refuses never comes here."""
     settings = named.settings
     yield ok(CONFIG, f"{settings.bucket_handle} on {settings.endpoint}, {named.mode}, role {settings.role}")
@@ -38,7 +38,7 @@ def check_engine(named: NamedInstance, environ: Mapping[str, str]) -> Iterator[F
     yield _hash_seed(environ)
 
 
-def _engine(named: NamedInstance, engine: EngineConfig) -> Finding:
+def _engine(named: InstanceConfig, engine: EngineConfig) -> Finding:
     """The engine's own settings, as our connector judges them when it starts."""
     if wrong := [*refused(engine), *_timeouts(named, engine)]:
         return error(ENGINE, "; ".join(wrong), f"mend it in {engine.source}: LMCache would run without the instance")
@@ -62,7 +62,7 @@ def refused(engine: EngineConfig) -> list[str]:
     )
 
 
-def _timeouts(named: NamedInstance, engine: EngineConfig) -> list[str]:
+def _timeouts(named: InstanceConfig, engine: EngineConfig) -> list[str]:
     own = named.settings.get_timeout_secs
     blocking = blocking_secs(engine)
     if own is None or own < blocking:
@@ -100,14 +100,14 @@ def _hash_seed(environ: Mapping[str, str]) -> Finding:
 NAME: Final = "temp dir"
 
 
-def check_temp_dir(named: NamedInstance) -> Finding:
+def check_temp_dir(named: InstanceConfig) -> Finding:
     """Write a file there, and remove it."""
     settings = named.settings
     if settings.verify != "hash":
         return ok(NAME, f"not needed: verify is {settings.verify}")
-    scratch = Scratch(settings.download_tmp_dir)
+    temp_dir = TempDir(settings.download_tmp_dir)
     try:
-        with scratch.file() as path:
+        with temp_dir.file() as path:
             path.write_bytes(b"doctor")
             free = shutil.disk_usage(path).free
     except (ConfigError, OSError) as caught:
@@ -116,5 +116,5 @@ def check_temp_dir(named: NamedInstance) -> Finding:
         )
         return error(NAME, f"every get is a miss with verify: hash: {caught}", advice)
     finally:
-        scratch.close()
+        temp_dir.close()
     return ok(NAME, f"{settings.download_tmp_dir} can be written, {size(free)} free")

@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 from hfbucket_plugin.cli.findings import Finding, note, ok, warning
 from hfbucket_plugin.config.lmcache_yaml import NO_SETTINGS, VARIABLE_HEAD
-from hfbucket_plugin.core.files import Scratch
+from hfbucket_plugin.core.files import TempDir
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.hub import xet_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.config.instances import InstanceConfig
 
 DIRECTORIES: Final = "environment directories"
 PROXY: Final = "environment proxy"
@@ -37,17 +37,17 @@ _ELSEWHERE: Final = frozenset({"hf.co", "www.huggingface.co"})
 """Addresses that lead on to the Hub's own: a token is not sent along."""
 
 
-def _directories(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def _directories(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     wrong, advice, well = [], [], []
-    scratch = Scratch(named.settings.download_tmp_dir)
+    temp_dir = TempDir(named.settings.download_tmp_dir)
     try:
-        scratch.directory()
-        well.append(str(scratch.root))
+        temp_dir.directory()
+        well.append(str(temp_dir.root))
     except ConfigError as caught:
         wrong.append(caught.message)
         advice.append(f"name another directory with {named.setting('download_tmp_dir')}")
     finally:
-        scratch.close()
+        temp_dir.close()
     root, variable = xet_home.cache_root(environ)
     if (why := xet_home.why_not(root)) is None:
         well.append(f"{root} ({variable})")
@@ -66,7 +66,7 @@ def _directories(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
     return ok(DIRECTORIES, f"can be written: {', '.join(dict.fromkeys(well))}")
 
 
-def _proxy(_: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def _proxy(_: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     wrong, advice, told = [], [], []
     for name in [variable for upper in _PROXIES for variable in (upper, upper.lower())]:
         value = environ.get(name, "")
@@ -106,7 +106,7 @@ def _host(address: str) -> tuple[str | None, str]:
     return host, parts.scheme
 
 
-def _endpoint(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def _endpoint(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     endpoint, setting = named.settings.endpoint, named.setting("endpoint")
     parts = urlsplit(endpoint)
     host = parts.hostname or ""
@@ -139,7 +139,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _token(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def _token(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     token = named.settings.resolve_token(environ)
     variable = named.settings.token_env
     if token is None:
@@ -152,7 +152,7 @@ def _token(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
     return ok(TOKEN, "looks like a token of the Hub's")
 
 
-def _variables(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
+def _variables(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
     own = sorted(name for name in environ if name.startswith(VARIABLE_HEAD))
     heeded = set(own).intersection(named.engine.overrides if named.engine is not None else ())
     other = [name for name in own if name not in heeded and name not in NO_SETTINGS]
@@ -182,7 +182,7 @@ def _variables(named: NamedInstance, environ: Mapping[str, str]) -> Finding:
     return ok(VARIABLES, "no LMCACHE_* variable changes the configuration")
 
 
-def _ports(named: NamedInstance, _: Mapping[str, str]) -> Finding:
+def _ports(named: InstanceConfig, _: Mapping[str, str]) -> Finding:
     if named.engine is None:
         return ok(PORTS, "those of an MP server are its options; --http-host is loopback unless it is given")
     own = named.engine.engine
@@ -203,7 +203,7 @@ def _ports(named: NamedInstance, _: Mapping[str, str]) -> Finding:
     return ok(PORTS, f"LMCache's internal API server listens on {socket or host} only, and runs no scripts")
 
 
-CHECKS: Final[tuple[tuple[str, Callable[[NamedInstance, Mapping[str, str]], Finding]], ...]] = (
+CHECKS: Final[tuple[tuple[str, Callable[[InstanceConfig, Mapping[str, str]], Finding]], ...]] = (
     (DIRECTORIES, _directories),
     (PROXY, _proxy),
     (ENDPOINT, _endpoint),

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
-from hfbucket_plugin.core.concurrency import bounded
+from hfbucket_plugin.core.concurrency import call_with_deadline
 from hfbucket_plugin.core.units import age, count
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.fingerprint.detect import as_configured
@@ -19,12 +19,12 @@ from hfbucket_plugin.index.refresh import SnapshotSource
 from hfbucket_plugin.index.store import DIRECTORY, POINTER, IndexStore
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.cli.context import Case
+    from hfbucket_plugin.cli.context import CheckContext
     from hfbucket_plugin.fingerprint.model import Fingerprint
     from hfbucket_plugin.fingerprint.store import Claimed
     from hfbucket_plugin.hub.bucket import ObjectInfo
     from hfbucket_plugin.index.format import Pointer
-    from hfbucket_plugin.index.store import Shelf
+    from hfbucket_plugin.index.store import IndexListing
 
 
 FINGERPRINT: Final = "fingerprint"
@@ -38,7 +38,7 @@ _ACCEPT: Final = (
 )
 
 
-def check_fingerprint(case: Case) -> Finding:
+def check_fingerprint(case: CheckContext) -> Finding:
     """Read the fingerprints of the first models, and compare them with the configuration and with each other.
 
     Raises:
@@ -76,7 +76,7 @@ def check_fingerprint(case: Case) -> Finding:
     return _agreement(case, many, next((one.unpinned for one in examined if one.unpinned), ""))
 
 
-def _agreement(case: Case, many: str, unpinned: str) -> Finding:
+def _agreement(case: CheckContext, many: str, unpinned: str) -> Finding:
     said = f"{many}: the configuration agrees, as far as it says"
     if unpinned:
         drawn = f"{unpinned} was recorded by an engine whose PYTHONHASHSEED was not set to a number"
@@ -112,7 +112,7 @@ class _Examined:
     unpinned: str = ""
 
 
-def _of(case: Case, store: FingerprintStore, model: str) -> _Examined:
+def _of(case: CheckContext, store: FingerprintStore, model: str) -> _Examined:
     examined = _Examined(printable(model))
     try:
         found = case.ask("fingerprint", lambda deadline: store.read(model, deadline))
@@ -154,7 +154,7 @@ _LOAD_SECS: Final = 60.0
 _AS_WITHOUT: Final = "lookups ask the Hub, as without an index"
 
 
-def check_index(case: Case) -> Finding:
+def check_index(case: CheckContext) -> Finding:
     """List the index, and read its pointer.
 
     Raises:
@@ -163,33 +163,33 @@ def check_index(case: Case) -> Finding:
     store = IndexStore(case.bucket, "doctor")
     handle = case.bucket.handle
     try:
-        shelf = case.ask("tree", store.list)
-        info = shelf.pointer
+        listing = case.ask("tree", store.list)
+        info = listing.pointer
         if info is None:
             return warning(INDEX, f"there is no snapshot below {handle.join(DIRECTORY)}: {_AS_WITHOUT}", _BUILD)
         pointer = case.ask("pointer", lambda deadline: store.read_pointer(info, deadline))
-        unfit = _unfit(case, shelf, pointer)
+        unfit = _unfit(case, listing, pointer)
         if unfit is None:
-            _load(case, store, shelf, info, pointer)
+            _load(case, store, listing, info, pointer)
     except FormatError as error:
-        return warning(INDEX, f"{error}: {_AS_WITHOUT}", f"upgrade, or delete {handle.join(POINTER)} and build it anew")
+        return warning(INDEX, f"{error}: {_AS_WITHOUT}", f"upgrade, or delete {handle.join(POINTER)} and rebuild it")
     finally:
         store.close()
     if unfit is not None:
         return unfit
-    if shelf.strangers and not shelf.crowded:
-        what = f"{_words(case, shelf, pointer)}; {shelf.strangers}"
+    if listing.strangers and not listing.crowded:
+        what = f"{_words(case, listing, pointer)}; {listing.strangers}"
         return warning(
             INDEX, what, f"delete what is not ours below {handle.join(DIRECTORY)}: each refresh costs a call more"
         )
-    if shelf.crowded:
+    if listing.crowded:
         return warning(
-            INDEX, f"not all journals are read: {shelf.crowded}", f"delete what is not ours below {DIRECTORY}"
+            INDEX, f"not all journals are read: {listing.crowded}", f"delete what is not ours below {DIRECTORY}"
         )
-    return ok(INDEX, _words(case, shelf, pointer))
+    return ok(INDEX, _words(case, listing, pointer))
 
 
-def _load(case: Case, store: IndexStore, shelf: Shelf, info: ObjectInfo, pointer: Pointer) -> None:
+def _load(case: CheckContext, store: IndexStore, listing: IndexListing, info: ObjectInfo, pointer: Pointer) -> None:
     """Load the snapshot as an engine would, and forget it.
 
     Raises:
@@ -197,24 +197,24 @@ def _load(case: Case, store: IndexStore, shelf: Shelf, info: ObjectInfo, pointer
         HFBucketError: It did not arrive.
     """
     source = SnapshotSource(store, "", case.settings.index_max_bytes)
-    bounded("snapshot", lambda _: source.load(info, pointer, shelf), max(_LOAD_SECS, case.timeout_secs))
+    call_with_deadline("snapshot", lambda _: source.load(info, pointer, listing), max(_LOAD_SECS, case.timeout_secs))
 
 
-def _words(case: Case, shelf: Shelf, pointer: Pointer) -> str:
-    now = datetime.fromtimestamp(shelf.date or case.now(), UTC)
+def _words(case: CheckContext, listing: IndexListing, pointer: Pointer) -> str:
+    now = datetime.fromtimestamp(listing.date or case.now(), UTC)
     made, listed = (datetime.fromtimestamp(at, UTC) for at in (pointer.covers, pointer.full))
-    journals = sum(journal.at >= pointer.covers for journal in shelf.journals)
+    journals = sum(journal.at >= pointer.covers for journal in listing.journals)
     return (
         f"{count(pointer.keys, 'key')}, brought up to date {age(made, now)} ago from a listing {age(listed, now)} old; "
         f"{count(journals, 'journal')} since"
     )
 
 
-def _unfit(case: Case, shelf: Shelf, pointer: Pointer) -> Finding | None:
+def _unfit(case: CheckContext, listing: IndexListing, pointer: Pointer) -> Finding | None:
     """Why engines do not even load the snapshot."""
     settings = case.settings
-    now = shelf.date or case.now()
-    found = _words(case, shelf, pointer)
+    now = listing.date or case.now()
+    found = _words(case, listing, pointer)
     if now - pointer.covers > settings.index_max_age_secs:
         return warning(INDEX, f"{found}: too old, so {_AS_WITHOUT}", f"{_BUILD}, or raise index_max_age_secs")
     if pointer.size + 8 * pointer.keys > settings.index_max_bytes:

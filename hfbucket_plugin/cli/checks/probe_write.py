@@ -16,10 +16,10 @@ from hfbucket_plugin.tools import console
 from hfbucket_plugin.tools.probe_signals import EndingSignals
 
 if TYPE_CHECKING:
-    from hfbucket_plugin.cli.context import Case
-    from hfbucket_plugin.config.instances import NamedInstance
+    from hfbucket_plugin.cli.context import CheckContext
+    from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.keys import Content
+    from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
 
 NAME: Final = "probe"
@@ -28,7 +28,7 @@ _BYTES: Final = 64 * 1024
 _DELETE_TRIES: Final = 3
 
 
-def refusal(named: NamedInstance) -> Finding:
+def refusal(named: InstanceConfig) -> Finding:
     """What `--probe-write` says to an instance that stores nothing."""
     return warning(
         NAME,
@@ -37,7 +37,7 @@ def refusal(named: NamedInstance) -> Finding:
     )
 
 
-def check(case: Case, *, read_back: bool) -> Finding:
+def check(case: CheckContext, *, read_back: bool) -> Finding:
     """Store, read back, compare, delete.
 
     Args:
@@ -93,7 +93,7 @@ class _Probe:
         unsure: Whether it may be stored although nobody said so.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: CheckContext) -> None:
         self.case = case
         self.path = case.bucket.handle.join(f"{PROBES}{secrets.token_hex(8)}")
         self.step = "upload"
@@ -101,7 +101,7 @@ class _Probe:
         self._named = False
         self._data = secrets.token_bytes(_BYTES)  # of which the store cannot have a copy
 
-    def upload(self) -> Content:
+    def upload(self) -> ContentId:
         """Send the bytes to the store. They are in no bucket yet.
 
         Raises:
@@ -115,7 +115,7 @@ class _Probe:
             raise
         return content
 
-    def name(self, content: Content) -> None:
+    def name(self, content: ContentId) -> None:
         """Give them their name in the bucket.
 
         Raises:

@@ -3,7 +3,7 @@
 The hot path leaves keys on a heap, in one call that takes no lock; a thread that writes journals anyway counts them (`due`).
 Each time everything that waits is told of, up to a bound that is `_SURGE` times `heat_keys`. Where more waits, half of what
 is told are the keys with the most hits, so that what is hot is known soon, and half those that wait longest, so that what is
-read once in a while is known at all. What does not fit is dropped, counted, and told of too (`take_lost`): whoever deletes by
+read once in a while is known at all. What does not fit is dropped, counted, and told of too (`take_lost`): a job that deletes by
 use must know that there were reads of which nobody will hear.
 """
 

@@ -88,7 +88,7 @@ class Span:
         return self.since > 0
 
 
-class Tells:
+class HitLog:
     """When tells were made: enough of it to see gaps, in memory that does not grow with their number.
 
     And what recorders dropped, of which there is one row for each writer and moment at most.
@@ -129,7 +129,7 @@ class Tells:
 
         Args:
             before: The same before them.
-            now: The Hub's time: recording begins now where it began anew, since what was read before may not be known.
+            now: The Hub's time: recording begins now where it started over, since what was read before may not be known.
             until: Tells before then are counted.
         """
         until = max(before.until, until)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index.table import Rows
 
 STALE_SECS: Final = GAP_SECS
-"""A snapshot that is older says nothing of what was read of late: its builder should run every hour."""
+"""A snapshot that is older says nothing of what was read recently: its builder should run every hour."""
 
 _BLOCK_ROWS: Final = 100_000
 _TRIES: Final = 3
@@ -45,7 +45,7 @@ class HeatUnknownError(RefusedError):
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class ChunkUse:
     """What is known of one key's reads.
 
     Attributes:
@@ -57,7 +57,7 @@ class Use:
     bucket: int = 0
 
 
-UNREAD: Final = Use()
+UNREAD: Final = ChunkUse()
 
 
 class HeatTable:
@@ -92,7 +92,7 @@ class HeatTable:
         at = self.pointer.heat_lost_at
         return datetime.fromtimestamp(at, UTC) if at else None
 
-    def look_up(self, names: Sequence[str]) -> list[Use]:
+    def look_up(self, names: Sequence[str]) -> list[ChunkUse]:
         """What is known of objects, by their names below the instance's prefix. For a page at a time."""
         found = [UNREAD] * len(names)
         where = self._find(digests_of(names))
@@ -101,7 +101,7 @@ class HeatTable:
         levels = buckets(rows["heat"], self._now)
         for index, last, level in zip(known.tolist(), rows["last_hit"].tolist(), levels.tolist(), strict=True):
             if last or level:
-                found[index] = Use(datetime.fromtimestamp(last, UTC) if last else None, level)
+                found[index] = ChunkUse(datetime.fromtimestamp(last, UTC) if last else None, level)
         return found
 
     def _find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -122,18 +122,18 @@ class HeatTable:
 
 @contextlib.contextmanager
 def heat_of(
-    bucket: Bucket, now: datetime, request_secs: float, scratch: Path | None = None
+    bucket: Bucket, now: datetime, request_secs: float, temp_dir: Path | None = None
 ) -> Iterator[HeatTable | None]:
-    """The heat of an instance, for a stretch of work; None where it has none: no index, or nobody recorded hits.
+    """The heat of an instance, for the duration of a block; None where it has none: no index, or nobody recorded hits.
 
     Args:
         bucket: The instance's.
         now: The Hub's time.
         request_secs: Most seconds of a request; ten times as much for the snapshot.
-        scratch: Where the snapshot lies meanwhile, 76 bytes a key; None for the system's directory of temporary files.
+        temp_dir: Where the snapshot lies meanwhile, 76 bytes a key; None for the system's directory of temporary files.
 
     Raises:
-        HeatUnknownError: There is an index, and it cannot be read, or it is too old to say what was read of late.
+        HeatUnknownError: There is an index, and it cannot be read, or it is too old to say what was read recently.
         AccessDeniedError: And other errors that no index is to blame for, of the first look.
     """
     path = bucket.handle.join(POINTER)
@@ -142,7 +142,7 @@ def heat_of(
         if info is None:
             yield None
             return
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heat-", dir=scratch)))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heat-", dir=temp_dir)))
         store = IndexStore(bucket, "heat")
         try:
             found = _fetched(bucket, store, directory, request_secs, now)
@@ -161,7 +161,7 @@ def heat_of(
 
 
 def expect_fresh(pointer: Pointer, now: datetime) -> None:
-    """Make sure that an index says what was read of late.
+    """Make sure that an index says what was read recently.
 
     Raises:
         HeatUnknownError: It is not up to date, nobody told it of anything for long, or its times are ahead of the Hub's clock.
@@ -178,7 +178,7 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
         age = now.timestamp() - at
         if age > STALE_SECS:
             raise HeatUnknownError(
-                f"what was read of late is not known: {what} {age / 3600:.0f} h ago. Does `python -m jobs index` run on a "
+                f"what was read recently is not known: {what} {age / 3600:.0f} h ago. Does `python -m jobs index` run on a "
                 "schedule, and is heat on in the engines?"
             )
 

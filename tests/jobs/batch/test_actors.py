@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from jobs.batch.model import TRIES, Batch, Outcome, Result
+from jobs.batch.model import TRIES, ItemBatch, Outcome, Result
 from jobs.batch.ray_pool import ActorExecutor
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -45,12 +45,12 @@ def places(monkeypatch):
 
 
 def test_a_place_in_which_no_actor_can_be_made_is_given_up_and_its_batch_is_tried_elsewhere(places):
-    hung = places.submit(Batch((ITEM,)), NOW, 1.0, None)
+    hung = places.submit(ItemBatch((ITEM,)), NOW, 1.0, None)
     places.lose(hung)
     again = hung.result().left
     assert (again.tries, places.width, len(places._idle)) == (1, 2, 2), "the first actor was there: that was a try"
 
-    assert places.submit(Batch((ITEM,)), NOW, 1.0, None).done(), "by the one that is well"
+    assert places.submit(ItemBatch((ITEM,)), NOW, 1.0, None).done(), "by the one that is well"
     hung = places.submit(again, NOW, 1.0, None)
     places.lose(hung)
 
@@ -62,7 +62,7 @@ def test_a_place_in_which_no_actor_can_be_made_is_given_up_and_its_batch_is_trie
 
 def test_the_last_place_is_kept(places):
     places.width, places._idle = 1, [Actor(answers=False)]
-    batch = Batch((ITEM,))
+    batch = ItemBatch((ITEM,))
     for _ in range(TRIES):
         hung = places.submit(batch, NOW, 1.0, None)
         places.lose(hung)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, Record
+from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
 from tests.support.depot import DAY, INSTANCE, MODEL, PREFIX, key
 from tests.support.plugin_support import all_paths, download, upload
 
@@ -27,7 +27,7 @@ def met(depot):
         depot.hub.endpoint,
         depot.bucket_id,
         {f"{HEAD}.json": record.to_json()}
-        | {f"{HEAD}/{one.digest}.json": Claim.to_json(one) for one in (RECORDED, OTHER, GONE)},
+        | {f"{HEAD}/{one.digest}.json": FingerprintClaim.to_json(one) for one in (RECORDED, OTHER, GONE)},
     )
     return depot
 

@@ -192,7 +192,7 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
     assert [use.last is None for use in looked_up(stocked, [key(0), key(3)]).values()] == [False, True]
 
     # What longer journals tell again adds nothing; a put keeps heat, a delete ends it.
-    one.put(key(1), data=b"anew")
+    one.put(key(1), data=b"again")
     one.delete(key(0))
     one.tell()
     other.put(key(30))
@@ -235,7 +235,7 @@ def test_what_is_told_too_late_is_no_heat_but_a_use(stocked, counting):  # noqa:
     assert looked_up(stocked, [key(1)])[key(1)].last is not None
 
 
-def test_a_lost_snapshot_lets_heat_begin_anew(stocked):  # noqa: F811 - the fixture
+def test_a_lost_snapshot_lets_heat_start_over(stocked):  # noqa: F811 - the fixture
     build(stocked)
     writer = Writer(stocked)
     reads(writer, time.time(), k0=8)

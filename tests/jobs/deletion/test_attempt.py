@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import RefusedError, TransportError
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from jobs.batch.apply import Applier
-from jobs.batch.model import Batch, Ended, Outcome, Result
+from jobs.batch.model import ItemBatch, ItemOutcome, Outcome, Result
 from jobs.deletion.attempt import attempt
-from jobs.lock.lock import Lock, LockLostError
-from tests.jobs.deletion.test_plan import AT, ITEMS, Shelf, outcomes
+from jobs.lock.lock import BucketLock, LockLostError
+from tests.jobs.deletion.test_plan import AT, ITEMS, FakeBucket, outcomes
 from tests.support.depot import DAY, key
 from tests.support.plugin_support import opened
 
@@ -28,8 +28,8 @@ class Clock:
         monkeypatch.setattr("jobs.deletion.attempt.monotonic", lambda: self.now)
 
 
-class SlowShelf(Shelf):
-    """A bucket whose first looks take a while, in which an object is written anew."""
+class SlowBucket(FakeBucket):
+    """A bucket whose first looks take a while, in which an object is rewritten."""
 
     def __init__(self, items, clock, *seconds, date=None):
         super().__init__(items)
@@ -44,7 +44,7 @@ class SlowShelf(Shelf):
                 raise seconds
             self.clock.now += seconds
             path = ITEMS[0].path
-            self.objects[path] = ObjectInfo(path, Content("f" * 64, 1), AT)
+            self.objects[path] = ObjectInfo(path, ContentId("f" * 64, 1), AT)
         return found
 
     def stat_dated(self, paths, deadline):
@@ -53,19 +53,19 @@ class SlowShelf(Shelf):
 
 @pytest.mark.parametrize(("seconds", "first", "looks"), [(4, Outcome.CHANGED, 2), (2, Outcome.DELETED, 1)])
 def test_nothing_is_deleted_by_an_old_look(monkeypatch, seconds, first, looks):
-    shelf = SlowShelf(ITEMS, Clock(monkeypatch), seconds)
+    fake = SlowBucket(ITEMS, Clock(monkeypatch), seconds)
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(60))
+    result = attempt(fake, ItemBatch(tuple(ITEMS)), AT, Deadline.after(60))
 
-    assert (outcomes(result)[ITEMS[0].path], shelf.looks, result.left) == (first, looks, None)
+    assert (outcomes(result)[ITEMS[0].path], fake.looks, result.left) == (first, looks, None)
 
 
 def test_looks_that_are_always_old_end_with_the_time_of_the_try(monkeypatch):
-    shelf = SlowShelf(ITEMS, Clock(monkeypatch), 4, 4, TransportError("its time was over"))
+    fake = SlowBucket(ITEMS, Clock(monkeypatch), 4, 4, TransportError("its time was over"))
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(60))
+    result = attempt(fake, ItemBatch(tuple(ITEMS)), AT, Deadline.after(60))
 
-    assert (shelf.deletes, result.left.tries) == ([], 1)
+    assert (fake.deletes, result.left.tries) == ([], 1)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_looks_that_are_always_old_end_with_the_time_of_the_try(monkeypatch):
     [(None, 0), (AT, 0), (AT - timedelta(seconds=1), 0), (AT - timedelta(seconds=30), 1)],
 )
 def test_an_order_that_comes_when_the_lock_has_ended_deletes_nothing(monkeypatch, date, deletes):
-    shelf = SlowShelf(ITEMS, Clock(monkeypatch), date=date)
+    fake = SlowBucket(ITEMS, Clock(monkeypatch), date=date)
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(60), AT)
+    result = attempt(fake, ItemBatch(tuple(ITEMS)), AT, Deadline.after(60), AT)
 
-    assert len(shelf.deletes) == deletes
+    assert len(fake.deletes) == deletes
     assert (result.left is None) == bool(deletes)
 
 
@@ -112,7 +112,7 @@ class Executor:
 
 
 def done(batch):
-    return Result(tuple(Ended(item, Outcome.DELETED) for item in batch.items))
+    return Result(tuple(ItemOutcome(item, Outcome.DELETED) for item in batch.items))
 
 
 def applier(executor, told, **options):
@@ -150,7 +150,7 @@ def test_an_error_waits_for_what_is_under_way_and_counts_it():
         if len(told) == 1:
             raise OSError(28, "No space left on device")
 
-    one = applier(Executor(done(Batch(tuple(ITEMS[:2]))), "late"), failing)
+    one = applier(Executor(done(ItemBatch(tuple(ITEMS[:2]))), "late"), failing)
     with pytest.raises(OSError, match="No space"):
         one.run(iter(ITEMS))
 
@@ -195,7 +195,7 @@ def test_the_lock_stays_while_batches_are_under_way_that_nobody_waits_for(depot,
         opened(depot.hub.endpoint, depot.bucket_id, depot.prefix) as bucket,
         pytest.raises(RefusedError, match="locked"),
     ):
-        Lock(bucket, "rm").held().__enter__()
+        BucketLock(bucket, "rm").held().__enter__()
 
 
 class Actor:
@@ -226,11 +226,11 @@ def on_actors(monkeypatch):
 def test_an_actor_that_does_not_answer_is_ended_and_replaced(on_actors):
     one, killed = on_actors
     (actor,) = one._idle
-    future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    future = one.submit(ItemBatch(tuple(ITEMS)), AT, 9.0, AT)
     assert one._idle == []
 
     one.lose(future)
-    actor.answer.set_result(done(Batch(tuple(ITEMS))))  # too late
+    actor.answer.set_result(done(ItemBatch(tuple(ITEMS))))  # too late
 
     assert killed == [actor]
     assert len(one._idle) == 1
@@ -246,7 +246,7 @@ def test_an_actor_that_died_is_replaced_and_its_batch_tried_by_another_one(on_ac
     one, killed = on_actors
     healthy = Actor()
     one._idle.append(healthy)
-    dead, batch = one._idle[0], Batch(tuple(ITEMS), tries=3)
+    dead, batch = one._idle[0], ItemBatch(tuple(ITEMS), tries=3)
 
     future = one.submit(batch, AT, 9.0, AT)
     dead.answer.set_exception(ray.exceptions.ActorDiedError())
@@ -269,7 +269,7 @@ def test_an_actor_that_died_is_replaced_and_its_batch_tried_by_another_one(on_ac
 
 
 def test_nothing_is_asked_of_ray_on_its_own_thread(on_actors):
-    """`ray.kill` there waits for ever for that thread, and so does whoever asks Ray for anything afterwards."""
+    """`ray.kill` there waits for ever for that thread, and so does every later call to Ray."""
     import threading
 
     import ray.exceptions
@@ -278,7 +278,7 @@ def test_nothing_is_asked_of_ray_on_its_own_thread(on_actors):
     (dead,) = one._idle
     starts = []
     one._start = lambda: starts.append(threading.current_thread()) or Actor()
-    future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    future = one.submit(ItemBatch(tuple(ITEMS)), AT, 9.0, AT)
     rays = threading.Thread(target=dead.answer.set_exception, args=[ray.exceptions.ActorDiedError()])
     rays.start()
     rays.join()
@@ -294,7 +294,7 @@ def test_an_actor_that_cannot_be_started_in_the_place_of_a_dead_one_is_told(on_a
 
     one, _ = on_actors
     (dead,) = one._idle
-    future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    future = one.submit(ItemBatch(tuple(ITEMS)), AT, 9.0, AT)
     dead.answer.set_exception(ray.exceptions.ActorDiedError())
     one._start = lambda: 1 / 0
 
@@ -305,7 +305,7 @@ def test_a_batch_that_kills_its_actors_fails_and_the_actors_are_there_again(on_a
     import ray.exceptions
 
     one, killed = on_actors
-    batch = Batch(tuple(ITEMS))
+    batch = ItemBatch(tuple(ITEMS))
     while batch is not None:
         future = one.submit(batch, AT, 9.0, AT)
         (actor, _) = one._busy[future]
@@ -316,16 +316,16 @@ def test_a_batch_that_kills_its_actors_fails_and_the_actors_are_there_again(on_a
     assert [ended.outcome for ended in result.ended] == [Outcome.FAILED] * len(ITEMS)
     assert "actors that tried it died 3 times" in result.ended[0].message
     assert len(one._idle) == 1
-    one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+    one.submit(ItemBatch(tuple(ITEMS)), AT, 9.0, AT)
     assert len(killed) == 3
 
 
 def test_whatever_an_actor_answers_is_told(on_actors):
     one, _ = on_actors
     one._counts = SimpleNamespace(add=lambda _: 1 / 0)
-    for answer in (done(Batch(tuple(ITEMS))), "nonsense"):
+    for answer in (done(ItemBatch(tuple(ITEMS))), "nonsense"):
         (actor,) = one._idle
         actor.answer = Future()
-        future = one.submit(Batch(tuple(ITEMS)), AT, 9.0, AT)
+        future = one.submit(ItemBatch(tuple(ITEMS)), AT, 9.0, AT)
         actor.answer.set_result(answer)
         assert future.exception(timeout=0) is not None

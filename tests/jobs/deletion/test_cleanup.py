@@ -74,7 +74,7 @@ def test_a_dry_run_at_a_terminal_does_not_ask(stocked, monkeypatch):
 def test_a_plan_is_applied_later_and_only_to_what_is_still_the_same(stocked, tmp_path):
     plans = tmp_path / "kept"
     planned = stocked.cleanup("--max-age", "14d", "--plan-dir", str(plans))
-    stocked.put({OLD[0]: b"written anew"}, age=0)
+    stocked.put({OLD[0]: b"rewritten"}, age=0)
     stocked.put({OLD[1]: b"other bytes, and a clock that was set back"}, age=20 * DAY)
     stocked.hub.control.reset_counters()
     deleted_by_others = stocked.run("rm", OLD[2], "--yes", "--accept-shrunk")
@@ -115,7 +115,7 @@ def test_what_goes_on_failing_is_named(stocked, tmp_path, monkeypatch):
 
 def test_an_answer_that_was_lost_is_looked_up(stocked):
     stocked.hub.control.add_fault(Fault(route="batch", path=stocked.bucket_id, truncate_at=3, times=1))
-    # The first batch is the lock's own; it is named anew, and the deletes meet no fault.
+    # The first batch is the lock's own; it is named again, and the deletes meet no fault.
     ran = stocked.cleanup("--max-age", "14d", "--yes")
     assert ran.code == 0, ran.stderr
     assert ran.counts("deleted") == [4]
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_is_told(stocked, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jobs.deletion.plan.PlanWriter.add", full)
+    monkeypatch.setattr("jobs.deletion.plan.DeletionPlanWriter.add", full)
 
     ran = stocked.cleanup("--max-age", "14d", "--yes")
 

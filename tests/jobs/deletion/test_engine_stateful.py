@@ -20,10 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from hfbucket_plugin.errors import ThrottledError, TransportError
 from hfbucket_plugin.hub.client import HubClient
-from jobs.deletion.job import Job
+from jobs.deletion.job import DeletionJob
 from jobs.export.job import Export
 from tests.support.depot import DAY, key
-from tests.support.lane import Lane
+from tests.support.lane import ExportRig
 from tests.support.thorough import run_on_hub
 
 KEYS = [key(number) for number in range(6)]
@@ -71,13 +71,13 @@ class Engine:
         turn, self._turns[when] = self._turns[when], self._turns[when] + 1
         due = [act for act in self._planned if (act.when, act.turn) == (when, turn)]
         for act in due:
-            path = self._machine.lane.eu.path(KEYS[act.number])
+            path = self._machine.rig.eu.path(KEYS[act.number])
             self.wrote[path] = self._machine.engine_does(path, deletes=act.deletes)
         return bool(due)
 
     def request(self, own, client, method, url, **more):
         """`HubClient.request`, with the engine beside it."""
-        route, eu = more["route"], self._machine.lane.eu
+        route, eu = more["route"], self._machine.rig.eu
         if not self.at_work or eu.bucket_id not in url:
             return own(client, method, url, **more)
         if route == "paths-info":
@@ -108,15 +108,15 @@ class Engines(RuleBasedStateMachine):
         super().__init__()
         own = Path(self.directory, str(next(self.numbers)))
         own.mkdir()
-        self.lane = Lane.on(self.hub, own, self.new_bucket(), self.new_bucket())
+        self.rig = ExportRig.on(self.hub, own, self.new_bucket(), self.new_bucket())
         self.versions = itertools.count(1)
 
     @initialize()
     def stock(self):
         for one in KEYS[:4]:
-            self.put(self.lane.us, one)
+            self.put(self.rig.us, one)
         for one in KEYS[3:]:
-            self.put(self.lane.eu, one)
+            self.put(self.rig.eu, one)
 
     def put(self, depot, one, age=20 * DAY):
         data = f"version {next(self.versions)}".encode()
@@ -125,38 +125,38 @@ class Engines(RuleBasedStateMachine):
 
     def engine_does(self, path, *, deletes):
         if deletes:
-            HfApi(endpoint=self.hub.endpoint, token=False).batch_bucket_files(self.lane.eu.bucket_id, delete=[path])
+            HfApi(endpoint=self.hub.endpoint, token=False).batch_bucket_files(self.rig.eu.bucket_id, delete=[path])
             return None
         data = f"engine's {next(self.versions)}".encode().ljust(64, b".")
-        self.lane.eu.put_paths({path: data}, 0)
+        self.rig.eu.put_paths({path: data}, 0)
         return data
 
     @rule(one=st.sampled_from(KEYS))
     def write_us(self, one):
-        self.put(self.lane.us, one)
+        self.put(self.rig.us, one)
 
     @rule(one=st.sampled_from(KEYS))
     def write_eu(self, one):
-        self.put(self.lane.eu, one)
+        self.put(self.rig.eu, one)
 
     @rule(acts=acts, mode=st.sampled_from(["copy", "stream", "auto"]), way=st.sampled_from(["skip", "overwrite"]))
     def export(self, acts, mode, way):
-        self.beside(acts, lambda: self.lane.export("--mode", mode, "--on-conflict", way, "--yes", "--parallel", "1"))
+        self.beside(acts, lambda: self.rig.export("--mode", mode, "--on-conflict", way, "--yes", "--parallel", "1"))
 
     @rule(acts=acts, mode=st.sampled_from(["copy", "stream"]))
     def mirror(self, acts, mode):
         arguments = ("--mirror", "--mode", mode, "--yes", "--max-delete", "100%", "--accept-shrunk", "--parallel", "1")
-        self.beside(acts, lambda: self.lane.export(*arguments))
+        self.beside(acts, lambda: self.rig.export(*arguments))
 
     @rule(acts=acts)
     def cleanup(self, acts):
         arguments = ("--max-age", "14d", "--max-delete", "100%", "--accept-shrunk", "--yes", "--parallel", "1")
-        self.beside(acts, lambda: self.lane.eu.cleanup(*arguments))
+        self.beside(acts, lambda: self.rig.eu.cleanup(*arguments))
 
     def beside(self, planned, run):
         """Run a job with the engine beside it, and compare what the engine did with what is there."""
         engine = Engine(self, planned)
-        request, jobs = HubClient.request, (Export._apply, Job._apply)
+        request, jobs = HubClient.request, (Export._apply, DeletionJob._apply)
 
         def working(own):
             def apply(*arguments):
@@ -171,7 +171,7 @@ class Engines(RuleBasedStateMachine):
         with self.monkeypatch.context() as patch:
             patch.setattr(HubClient, "request", lambda *args, **more: engine.request(request, *args, **more))
             patch.setattr(Export, "_apply", working(jobs[0]))
-            patch.setattr(Job, "_apply", working(jobs[1]))
+            patch.setattr(DeletionJob, "_apply", working(jobs[1]))
             patch.setattr("jobs.deletion.attempt.monotonic", engine.monotonic)
             patch.setattr("jobs.export.copy.time", SimpleNamespace(monotonic=engine.monotonic, sleep=time.sleep))
             ran = run()
@@ -183,7 +183,7 @@ class Engines(RuleBasedStateMachine):
                 assert sizes.get(path) == len(data), (planned, path, ran.stderr, ran.summaries)
 
     def sizes(self):
-        listed = HfApi(endpoint=self.hub.endpoint, token=False).list_bucket_tree(self.lane.eu.bucket_id, recursive=True)
+        listed = HfApi(endpoint=self.hub.endpoint, token=False).list_bucket_tree(self.rig.eu.bucket_id, recursive=True)
         return {item.path: item.size for item in listed if "/.hfbucket/" not in item.path}
 
 

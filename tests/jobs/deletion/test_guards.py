@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import BucketHandle, Content
+from hfbucket_plugin.core.keys import BucketHandle, ContentId
 from hfbucket_plugin.core.units import Extent
-from hfbucket_plugin.errors import ConfigError, GuardError
+from hfbucket_plugin.errors import ConfigError, SafetyError
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from jobs.deletion.guards import MaxDelete, check_listing, check_not_more
 from jobs.retention.objects import Classifier, Kind
@@ -21,7 +21,7 @@ AT = datetime(2030, 1, 1, tzinfo=UTC)
 def kind(path, handle="hf://buckets/org/kv/kv/us", neighbours=()):
     bucket = SimpleNamespace(handle=BucketHandle.parse(handle))
     listed = Classifier(bucket, [BucketHandle.parse(one) for one in neighbours]).classify(
-        ObjectInfo(path, Content("0" * 64, 1), AT)
+        ObjectInfo(path, ContentId("0" * 64, 1), AT)
     )
     return None if listed is None else listed.kind
 
@@ -95,7 +95,7 @@ def test_no_limit_is_ever_passed(planned, listed, percent, objects, size):
     try:
         limits.check(Extent(planned, planned), Extent(listed, listed))
         allowed = True
-    except GuardError:
+    except SafetyError:
         allowed = False
     assert allowed == fits
 
@@ -110,7 +110,7 @@ def test_no_limit_is_ever_passed(planned, listed, percent, objects, size):
     ],
 )
 def test_suspicious_listings(listed, seen, in_bucket, last, told):
-    with pytest.raises(GuardError, match=told):
+    with pytest.raises(SafetyError, match=told):
         check_listing(Extent(listed, 1), seen, in_bucket=in_bucket, last=None if last is None else Extent(last, 1))
 
 
@@ -124,7 +124,7 @@ def test_listings_that_are_believed(listed, seen, in_bucket, last):
 
 @pytest.mark.parametrize(("listed", "distinct", "in_bucket"), [(24, 6, 6), (12, 12, 6), (111, 111, 100), (1, 1, 0)])
 def test_a_listing_of_more_than_there_is_is_suspicious(listed, distinct, in_bucket):
-    with pytest.raises(GuardError, match="the listing shows"):
+    with pytest.raises(SafetyError, match="the listing shows"):
         check_not_more(listed, distinct, in_bucket)
 
 

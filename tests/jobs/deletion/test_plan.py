@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
+from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import (
     AccessDeniedError,
@@ -20,11 +20,11 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from jobs.batch.apply import Applier
-from jobs.batch.model import Batch, Outcome
+from jobs.batch.model import ItemBatch, Outcome
 from jobs.deletion.attempt import attempt
 from jobs.deletion.executor import InProcess
 from jobs.deletion.guards import MaxDelete
-from jobs.deletion.plan import Header, Item, PlanFile, PlanWriter
+from jobs.deletion.plan import DeletionHeader, DeletionPlanFile, DeletionPlanWriter, Item
 from jobs.lock.lock import LockLostError
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -34,7 +34,7 @@ HANDLE = BucketHandle.parse("hf://buckets/org/kv/kv/us")
 def header(**values):
     own = {"job": "cleanup", "instance": "hfbucket.us", "bucket": HANDLE, "endpoint": "https://hub", "made_at": AT}
     own["clock"] = "hub"
-    return Header(**(own | {"min_age": timedelta(hours=1), "max_delete": MaxDelete(percent=30.0)} | values))
+    return DeletionHeader(**(own | {"min_age": timedelta(hours=1), "max_delete": MaxDelete(percent=30.0)} | values))
 
 
 def item(number, **values):
@@ -49,7 +49,7 @@ ITEMS = [item(number) for number in range(1, 6)]
 @pytest.fixture
 def plan(tmp_path):
     path = tmp_path / "plan.jsonl"
-    with PlanWriter(path, header()) as writer:
+    with DeletionPlanWriter(path, header()) as writer:
         for one in ITEMS:
             writer.add(one, "m")
         writer.finish(Extent(20, 100), {"kept": Extent(15, 85)}, {"own": Extent(1, 1)})
@@ -61,7 +61,7 @@ def lines_of(plan):
 
 
 def test_what_was_written_is_read(plan):
-    read = PlanFile.open(plan)
+    read = DeletionPlanFile.open(plan)
 
     assert read.header == header()
     assert list(read.items()) == ITEMS
@@ -74,11 +74,11 @@ def test_lines_may_be_taken_out(plan):
     lines = lines_of(plan)
     plan.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
 
-    assert list(PlanFile.open(plan).items()) == [ITEMS[0], *ITEMS[2:]]
+    assert list(DeletionPlanFile.open(plan).items()) == [ITEMS[0], *ITEMS[2:]]
 
 
 def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
-    with pytest.raises(KeyError), PlanWriter(tmp_path / "plan.jsonl", header()) as writer:  # noqa: PT012 - one story
+    with pytest.raises(KeyError), DeletionPlanWriter(tmp_path / "plan.jsonl", header()) as writer:  # noqa: PT012 - one story
         writer.add(ITEMS[0], "m")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
@@ -110,7 +110,7 @@ def test_a_plan_that_is_broken_is_refused(plan, change, error, told):
     lines = change(lines_of(plan))
     plan.write_text("\n".join(lines) + "\n" if lines else "")
     with pytest.raises(error, match=told):
-        PlanFile.open(plan)
+        DeletionPlanFile.open(plan)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_plan_that_is_broken_is_refused(plan, change, error, told):
         "kv/us/m%401%400%402%40half",
     ],
 )
-def test_what_is_never_deleted_is_refused_whoever_wrote_it_into_a_plan(plan, path):
+def test_what_is_never_deleted_in_a_plan_is_refused(plan, path):
     lines = lines_of(plan)
     record = json.loads(lines[1]) | {"path": path}
     if path.endswith("bfloat16"):
@@ -133,15 +133,15 @@ def test_what_is_never_deleted_is_refused_whoever_wrote_it_into_a_plan(plan, pat
     plan.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
 
     with pytest.raises(RefusedError, match=r"line 2: .*nothing is"):
-        PlanFile.open(plan)
+        DeletionPlanFile.open(plan)
 
 
-class Shelf:
+class FakeBucket:
     """A bucket that says what a test wants."""
 
     def __init__(self, items, *troubles):
         self.objects = {
-            one.path: ObjectInfo(one.path, Content(one.xet_hash, one.size), one.uploaded_at) for one in items
+            one.path: ObjectInfo(one.path, ContentId(one.xet_hash, one.size), one.uploaded_at) for one in items
         }
         self.troubles = list(troubles)  # what becomes of the deletes, in turn
         self.deletes = []
@@ -171,44 +171,44 @@ def outcomes(result):
 
 
 def test_a_lost_answer_is_no_second_delete():
-    shelf = Shelf(ITEMS, TransportError("cut"))
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
+    fake = FakeBucket(ITEMS, TransportError("cut"))
+    first = attempt(fake, ItemBatch(tuple(ITEMS)), AT, Deadline.after(9))
     assert (first.ended, first.left.tries) == ((), 1)
-    shelf.objects[ITEMS[0].path] = ObjectInfo(ITEMS[0].path, Content("f" * 64, 1), AT)  # written anew meanwhile
+    fake.objects[ITEMS[0].path] = ObjectInfo(ITEMS[0].path, ContentId("f" * 64, 1), AT)  # rewritten meanwhile
 
-    second = attempt(shelf, first.left, AT, Deadline.after(9))
+    second = attempt(fake, first.left, AT, Deadline.after(9))
 
-    assert len(shelf.deletes) == 1
+    assert len(fake.deletes) == 1
     assert list(outcomes(second).values()) == [Outcome.CHANGED, *[Outcome.DELETED] * 4]
 
 
 def test_only_what_failed_is_tried_again():
-    shelf = Shelf(ITEMS, [ITEMS[1].path], [ITEMS[1].path])
-    first = attempt(shelf, Batch(tuple(ITEMS)), AT, Deadline.after(9))
-    second = attempt(shelf, first.left, AT, Deadline.after(9))
-    third = attempt(shelf, second.left, AT, Deadline.after(9))
+    fake = FakeBucket(ITEMS, [ITEMS[1].path], [ITEMS[1].path])
+    first = attempt(fake, ItemBatch(tuple(ITEMS)), AT, Deadline.after(9))
+    second = attempt(fake, first.left, AT, Deadline.after(9))
+    third = attempt(fake, second.left, AT, Deadline.after(9))
 
-    assert [len(paths) for paths in shelf.deletes] == [5, 1, 1]
+    assert [len(paths) for paths in fake.deletes] == [5, 1, 1]
     assert (len(first.ended), second.ended, outcomes(third)) == (4, (), {ITEMS[1].path: Outcome.DELETED})
 
 
 def test_what_is_too_young_is_left_even_if_a_plan_names_it():
-    shelf = Shelf(ITEMS)
+    fake = FakeBucket(ITEMS)
 
-    result = attempt(shelf, Batch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), Deadline.after(9))
+    result = attempt(fake, ItemBatch(tuple(ITEMS)), AT - timedelta(days=2, hours=1), Deadline.after(9))
 
     assert list(outcomes(result).values()) == [*[Outcome.TOO_YOUNG] * 2, *[Outcome.DELETED] * 3]
 
 
 def test_an_object_that_was_planned_twice_ends_twice():
-    result = attempt(Shelf(ITEMS), Batch((ITEMS[0], ITEMS[0])), AT, Deadline.after(9))
+    result = attempt(FakeBucket(ITEMS), ItemBatch((ITEMS[0], ITEMS[0])), AT, Deadline.after(9))
 
     assert sorted(ended.outcome for ended in result.ended) == [Outcome.DELETED, Outcome.GONE]
 
 
-def carried_out(shelf, items, *, confirm=lambda: 9.0, stop=None, until=None, size=2):
+def carried_out(fake, items, *, confirm=lambda: 9.0, stop=None, until=None, size=2):
     told = []
-    executor = InProcess(shelf, 1)
+    executor = InProcess(fake, 1)
     try:
         end = Applier(
             executor,
@@ -225,9 +225,9 @@ def carried_out(shelf, items, *, confirm=lambda: 9.0, stop=None, until=None, siz
 
 
 def test_throttling_is_no_try():
-    shelf = Shelf(ITEMS, *[ThrottledError("slow down", 0.01)] * 9)
+    fake = FakeBucket(ITEMS, *[ThrottledError("slow down", 0.01)] * 9)
 
-    end, told = carried_out(shelf, ITEMS)
+    end, told = carried_out(fake, ITEMS)
 
     assert (end.why, {ended.outcome for ended in told}, len(told)) == (None, {Outcome.DELETED}, 5)
 
@@ -240,7 +240,7 @@ def test_a_lost_lock_ends_it():
             raise found
         return found
 
-    end, told = carried_out(Shelf(ITEMS), ITEMS, confirm=confirm)
+    end, told = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
 
     assert isinstance(end.why, LockLostError)
     assert len(told) == 2
@@ -254,13 +254,13 @@ def test_a_lock_that_nobody_can_tell_of_is_asked_again():
             raise found
         return found
 
-    end, told = carried_out(Shelf(ITEMS), ITEMS, confirm=confirm)
+    end, told = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
 
     assert (end.why, len(told)) == (None, 5)
 
 
 def test_a_right_that_was_taken_away_ends_it():
-    end, told = carried_out(Shelf(ITEMS, AccessDeniedError("no", 403)), ITEMS)
+    end, told = carried_out(FakeBucket(ITEMS, AccessDeniedError("no", 403)), ITEMS)
 
     assert isinstance(end.why, AccessDeniedError)
     assert told == []
@@ -268,8 +268,8 @@ def test_a_right_that_was_taken_away_ends_it():
 
 @pytest.mark.parametrize("options", [{"stop": SimpleNamespace(requested=True)}, {"until": Deadline.after(0)}])
 def test_nothing_is_begun_after_the_end(options):
-    shelf = Shelf(ITEMS)
+    fake = FakeBucket(ITEMS)
 
-    _, told = carried_out(shelf, ITEMS, **options)
+    _, told = carried_out(fake, ITEMS, **options)
 
-    assert (told, shelf.deletes) == ([], [])
+    assert (told, fake.deletes) == ([], [])

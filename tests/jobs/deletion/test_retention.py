@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.retention.order import Entry, Reason, decide
+from jobs.retention.order import Reason, RetentionEntry, decide
 from jobs.retention.policy import Models, Policy, Rule
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -17,7 +17,7 @@ MODELS = ("org/a", "org/b", "b")
 # Few ages, sizes and models, so that ties and empty scopes are common.
 entries = st.lists(
     st.builds(
-        lambda model, number, hours, size: Entry(
+        lambda model, number, hours, size: RetentionEntry(
             f"{model}@1@0@{number:x}@bfloat16", f"{size:064x}", size, None if hours is None else NOW - hours * HOUR
         ),
         st.sampled_from(MODELS),
@@ -148,7 +148,7 @@ def test_the_order_of_the_listing_does_not_matter(policy, among, random):
 
 def test_age_rules_stream():
     def endless():
-        yield from (Entry(f"m@1@0@{n:x}@half", "", 1, NOW - 48 * HOUR) for n in itertools.count())
+        yield from (RetentionEntry(f"m@1@0@{n:x}@half", "", 1, NOW - 48 * HOUR) for n in itertools.count())
 
     decisions = decide(Policy(max_age=24 * HOUR), endless(), NOW)
 
@@ -156,8 +156,8 @@ def test_age_rules_stream():
 
 
 def test_a_rules_budget_frees_before_the_instances_is_asked():
-    old = [Entry(f"a@1@0@{n:x}@half", "", 1, NOW - (100 - n) * HOUR) for n in range(5)]
-    bulky = [Entry(f"b@1@0@{n:x}@half", "", 10, NOW - (50 - n) * HOUR) for n in range(5)]
+    old = [RetentionEntry(f"a@1@0@{n:x}@half", "", 1, NOW - (100 - n) * HOUR) for n in range(5)]
+    bulky = [RetentionEntry(f"b@1@0@{n:x}@half", "", 10, NOW - (50 - n) * HOUR) for n in range(5)]
     policy = Policy(max_bytes=15, rules=(Rule(model="b", max_bytes=10),))
 
     gone = deleted(policy, old + bulky)
@@ -167,7 +167,7 @@ def test_a_rules_budget_frees_before_the_instances_is_asked():
 
 @pytest.mark.parametrize("kept", [2, 20])
 def test_the_newest_outlive_their_age(kept):
-    among = [Entry(f"a@1@0@{n:x}@half", "", 1, NOW - (100 - n) * HOUR) for n in range(8)]
+    among = [RetentionEntry(f"a@1@0@{n:x}@half", "", 1, NOW - (100 - n) * HOUR) for n in range(8)]
 
     gone = deleted(Policy(max_age=HOUR, keep_newest=kept), among)
 

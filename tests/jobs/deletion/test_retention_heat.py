@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jobs.retention.order import BY_USE, Reason
 from jobs.retention.policy import from_values
-from tests.jobs.deletion.test_retention import HOUR, NOW, Entry, Policy, decide, limits, policies
+from tests.jobs.deletion.test_retention import HOUR, NOW, Policy, RetentionEntry, decide, limits, policies
 from tests.jobs.deletion.test_retention import entries as unread
 
 examples = settings(deadline=None, max_examples=100)
@@ -103,8 +103,10 @@ def test_where_reads_are_not_known_a_put_is_the_last_use(policy, among, limit):
 
 
 def test_hot_old_chunks_outlive_cold_new_ones():
-    old = [Entry(f"m@1@0@{n:x}@half", "", 1, NOW - 1000 * HOUR, NOW - HOUR, NOW - 900 * HOUR) for n in range(3)]
-    new = [Entry(f"m@1@0@1{n:x}@half", "", 1, NOW - 50 * HOUR, None, NOW - 900 * HOUR) for n in range(3)]
+    old = [
+        RetentionEntry(f"m@1@0@{n:x}@half", "", 1, NOW - 1000 * HOUR, NOW - HOUR, NOW - 900 * HOUR) for n in range(3)
+    ]
+    new = [RetentionEntry(f"m@1@0@1{n:x}@half", "", 1, NOW - 50 * HOUR, None, NOW - 900 * HOUR) for n in range(3)]
     policy = Policy(max_objects=3)
 
     assert {one.entry.key for one in decide(policy, old + new, NOW) if one.delete} == {entry.key for entry in new}
@@ -113,8 +115,8 @@ def test_hot_old_chunks_outlive_cold_new_ones():
 
 
 def test_the_newest_are_those_that_were_put_last_not_those_that_were_read_last():
-    read = Entry("m@1@0@1@half", "", 1, NOW - 100 * HOUR, NOW - HOUR, NOW - 200 * HOUR)
-    put = Entry("m@1@0@2@half", "", 1, NOW - 50 * HOUR, None, NOW - 200 * HOUR)
+    read = RetentionEntry("m@1@0@1@half", "", 1, NOW - 100 * HOUR, NOW - HOUR, NOW - 200 * HOUR)
+    put = RetentionEntry("m@1@0@2@half", "", 1, NOW - 50 * HOUR, None, NOW - 200 * HOUR)
 
     found = {one.entry.key: one.reason for one in decide(Policy(max_age=HOUR, keep_newest=1), [read, put], NOW)}
 

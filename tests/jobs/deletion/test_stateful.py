@@ -1,6 +1,6 @@
 """Cleanup on a real local Hub with writers and faults beside it, against a plain model of what may be lost.
 
-Time does not pass: writers act, faults begin and orders to stop come just before a batch, where `Lock.confirm` is.
+Time does not pass: writers act, faults begin and orders to stop come just before a batch, where `BucketLock.confirm` is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from hfbucket_plugin.errors import Interrupted
-from jobs.lock.lock import Lock
+from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, PREFIX, Depot, key
 from tests.support.thorough import run_on_hub
@@ -24,7 +24,7 @@ KEYS = [key(number) for number in range(6)] + [key(number, "org/kept") for numbe
 OTHERS = [f"{PREFIX}/README.md", f"{PREFIX}/nested/x", f"{PREFIX}/test%401%400%400%40bfloat16", f"{PREFIX}-east/x"]
 AGES = (0.0, 2 * HOUR, 10 * DAY, 20 * DAY, 40 * DAY)
 POLICY = ("--max-age", "14d", "--keep-prefix", "org/kept@", "--max-delete", "100%", "--accept-shrunk")
-CONFIRM = Lock.confirm
+CONFIRM = BucketLock.confirm
 FAULTS = (
     None,
     {"route": "batch", "items": "%401000%40", "times": 1},
@@ -139,13 +139,13 @@ class Cleanups(RuleBasedStateMachine):
                     self.happen(event, sorted(planned))
             return CONFIRM(of)
 
-        self.monkeypatch.setattr(Lock, "confirm", confirm_and_more)
+        self.monkeypatch.setattr(BucketLock, "confirm", confirm_and_more)
         fresh = [f"{PREFIX}/fresh%40{n}" for n in range(2)]
         writer = threading.Thread(target=self.depot.put_paths, args=(dict.fromkeys(fresh, b"new"), 0))
         writer.start()
         ran = self.depot.run(*arguments, "--parallel", "1")
         writer.join()
-        self.monkeypatch.setattr(Lock, "confirm", CONFIRM)
+        self.monkeypatch.setattr(BucketLock, "confirm", CONFIRM)
         self.hub.control.clear_faults()
 
         there = self.sizes()

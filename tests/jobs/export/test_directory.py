@@ -9,100 +9,100 @@ from dataclasses import replace
 import pytest
 
 from hfbucket_plugin.core import run_lock
-from hfbucket_plugin.core.keys import Content, encode_name
+from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from jobs.export import manifest
 from jobs.export.bucket import InstanceEnd
 from localhub.faults import Fault
 from tests.support.depot import DAY, key, mp_key
-from tests.support.lane import Lane, ended, names
+from tests.support.lane import ExportRig, ended, names
 from tests.support.plugin_support import eventually, noise
 
 KEYS = [key(number) for number in range(4)] + [mp_key(number) for number in range(2)]
 
 
 @pytest.fixture
-def lane(hub, new_bucket, tmp_path, monkeypatch):
+def rig(hub, new_bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("jobs.batch.apply._BACKOFF_SECS", 0.01)
-    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
-    lane.us.put({one: noise(2000 + number, number) for number, one in enumerate(KEYS)})
-    return lane
+    rig = ExportRig.on(hub, tmp_path, new_bucket(), new_bucket())
+    rig.us.put({one: noise(2000 + number, number) for number, one in enumerate(KEYS)})
+    return rig
 
 
 @pytest.fixture
-def backup(lane):
-    directory = lane.directory / "backup"
-    ran = lane.export(to=f"{directory}/")
+def backup(rig):
+    directory = rig.directory / "backup"
+    ran = rig.export(to=f"{directory}/")
     assert ran.code == 0, ran.stderr
     assert ran.counts("streamed") == [6]
     return directory
 
 
-def restored(lane, directory, *more):
-    return lane.export(*more, source=f"{directory}/")
+def restored(rig, directory, *more):
+    return rig.export(*more, source=f"{directory}/")
 
 
 def lines_of(directory):
     return list(manifest.read(directory))
 
 
-def test_to_a_directory_and_back_is_the_same(lane, backup):
+def test_to_a_directory_and_back_is_the_same(rig, backup):
     assert {one.name for one in backup.iterdir()} == names(KEYS) | {manifest.NAME}
-    here = lane.listing(lane.us)
+    here = rig.listing(rig.us)
     assert {encode_name(one.key): (one.content.xet_hash, one.content.size) for one in lines_of(backup)} == here
     before = (backup / manifest.NAME).read_bytes()
 
-    again = lane.export(to=str(backup))
+    again = rig.export(to=str(backup))
     assert (again.code, again.counts("there_already", "streamed")) == (0, [6, 0])
     assert (backup / manifest.NAME).read_bytes() == before
 
-    ran = restored(lane, backup)
+    ran = restored(rig, backup)
     assert ran.code == 0, ran.stderr
     assert ran.counts("streamed", "failed") == [6, 0]
-    assert lane.listing(lane.eu) == here
-    assert restored(lane, backup).counts("there_already", "streamed") == [6, 0]
+    assert rig.listing(rig.eu) == here
+    assert restored(rig, backup).counts("there_already", "streamed") == [6, 0]
 
 
-def test_a_directory_grows_and_its_manifest_says_all_that_lies_there(lane, backup):
-    lane.us.put({key(50): b"new"}, age=1 * DAY)
+def test_a_directory_grows_and_its_manifest_says_all_that_lies_there(rig, backup):
+    rig.us.put({key(50): b"new"}, age=1 * DAY)
     (backup / "README").write_text("mine")
 
-    ran = lane.export("--prefix", key(50), to=str(backup))
+    ran = rig.export("--prefix", key(50), to=str(backup))
 
     assert (ran.counts("streamed"), ran.summary["in_manifest"]) == ([1], 7)
     assert {one.key for one in lines_of(backup)} == {*KEYS, key(50)}
     (backup / encode_name(KEYS[0])).unlink()
-    assert lane.export("--prefix", key(50), to=str(backup)).summary["in_manifest"] == 6
+    assert rig.export("--prefix", key(50), to=str(backup)).summary["in_manifest"] == 6
 
 
-def test_a_conflict_in_a_directory(lane, backup):
-    lane.us.put({KEYS[0]: b"rewritten"}, age=1 * DAY)
-    kept = lane.export(to=str(backup))
+def test_a_conflict_in_a_directory(rig, backup):
+    rig.us.put({KEYS[0]: b"rewritten"}, age=1 * DAY)
+    kept = rig.export(to=str(backup))
     assert kept.counts("conflicts", "streamed") == [1, 0]
     assert (backup / encode_name(KEYS[0])).stat().st_size == 2000
 
-    assert lane.export("--on-conflict", "newer", to=str(backup)).summary["result"] == "planned"
-    newer = lane.export("--on-conflict", "newer", "--yes", to=str(backup))
+    assert rig.export("--on-conflict", "newer", to=str(backup)).summary["result"] == "planned"
+    newer = rig.export("--on-conflict", "newer", "--yes", to=str(backup))
     assert newer.counts("conflicts", "streamed") == [0, 1]
     assert (backup / encode_name(KEYS[0])).read_bytes() == b"rewritten"
-    assert restored(lane, backup).counts("streamed") == [6]
-    assert lane.listing(lane.eu) == lane.listing(lane.us)
+    assert restored(rig, backup).counts("streamed") == [6]
+    assert rig.listing(rig.eu) == rig.listing(rig.us)
 
 
-def test_every_file_is_compared_with_the_manifest(lane, backup):
+def test_every_file_is_compared_with_the_manifest(rig, backup):
     first, second, third, fourth = (backup / encode_name(one) for one in KEYS[:4])
     first.write_bytes(noise(2000, 99))
     second.write_bytes(b"shorter")
     third.unlink()
-    other = lane.directory / "elsewhere"
+    other = rig.directory / "elsewhere"
     fourth.rename(other)
     fourth.symlink_to(other)
 
-    ran = restored(lane, backup)
+    ran = restored(rig, backup)
 
     assert ran.code == 3
     assert ran.counts("streamed", "failed") == [2, 4]
-    assert lane.listing(lane.eu).keys() == names(KEYS[4:])
+    assert rig.listing(rig.eu).keys() == names(KEYS[4:])
     told = {one["path"]: one["message"] for one in ran.summary["failures"]}
     assert "has the hash" in told[first.name] or "have the hash" in told[first.name]
     assert "no file of 2001 bytes" in told[second.name]
@@ -110,16 +110,16 @@ def test_every_file_is_compared_with_the_manifest(lane, backup):
     assert "links are not followed" in told[fourth.name]
 
 
-def test_no_manifest_no_import_unless_told(lane, backup):
+def test_no_manifest_no_import_unless_told(rig, backup):
     (backup / manifest.NAME).unlink()
     (backup / "README").write_text("mine")
-    refused = restored(lane, backup)
-    assert (refused.code, lane.listing(lane.eu)) == (4, {})
+    refused = restored(rig, backup)
+    assert (refused.code, rig.listing(rig.eu)) == (4, {})
     assert "has no MANIFEST.jsonl" in refused.stderr
 
-    ran = restored(lane, backup, "--without-manifest")
+    ran = restored(rig, backup, "--without-manifest")
     assert (ran.code, ran.counts("streamed"), ran.summary["skipped"]) == (0, [6], {"no_chunk": 1})
-    assert lane.listing(lane.eu) == lane.listing(lane.us)
+    assert rig.listing(rig.eu) == rig.listing(rig.us)
 
 
 def rewritten(directory, change):
@@ -145,52 +145,52 @@ def rewritten(directory, change):
         lambda lines: [*lines[:1], lines[1] | {"xet_hash": "0" * 63}, *lines[2:]],
     ],
 )
-def test_a_manifest_with_tricks_is_refused_though_its_checksum_fits(lane, backup, change):
+def test_a_manifest_with_tricks_is_refused_though_its_checksum_fits(rig, backup, change):
     rewritten(backup, change)
 
-    ran = restored(lane, backup)
+    ran = restored(rig, backup)
 
-    assert (ran.code, lane.listing(lane.eu)) == (4, {})
+    assert (ran.code, rig.listing(rig.eu)) == (4, {})
     assert "MANIFEST.jsonl" in ran.stderr
     assert "nothing of the directory is used" in ran.stderr
 
 
-def test_a_manifest_that_was_changed_or_cut_is_refused(lane, backup):
+def test_a_manifest_that_was_changed_or_cut_is_refused(rig, backup):
     path = backup / manifest.NAME
     whole = path.read_bytes()
     for damaged in (whole[:-5], whole[: whole.rindex(b"{")], whole.replace(b"2000", b"2009", 1), b"", whole + b"{}\n"):
         path.write_bytes(damaged)
-        assert restored(lane, backup).code == 4
+        assert restored(rig, backup).code == 4
     path.unlink()
-    elsewhere = lane.directory / "other.jsonl"
+    elsewhere = rig.directory / "other.jsonl"
     elsewhere.write_bytes(whole)
     path.symlink_to(elsewhere)
-    assert restored(lane, backup).code == 4
-    assert lane.listing(lane.eu) == {}
+    assert restored(rig, backup).code == 4
+    assert rig.listing(rig.eu) == {}
 
 
-def test_something_else_under_a_chunks_name_stops_it(lane, backup):
+def test_something_else_under_a_chunks_name_stops_it(rig, backup):
     (backup / encode_name(KEYS[0])).unlink()
     (backup / encode_name(KEYS[0])).mkdir()
-    ran = lane.export(to=str(backup))
+    ran = rig.export(to=str(backup))
     assert (ran.code, "is no file" in ran.stderr) == (2, True)
 
 
-def test_two_exports_to_one_directory(lane, tmp_path):
+def test_two_exports_to_one_directory(rig, tmp_path):
     from jobs.export.directory import DirectoryDestination
 
     other = DirectoryDestination(tmp_path / "backup")
     other.begin()
     try:
-        ran = lane.export(to=str(tmp_path / "backup"))
+        ran = rig.export(to=str(tmp_path / "backup"))
     finally:
         other.close()
     assert (ran.code, "another export" in ran.stderr) == (4, True)
     assert list((tmp_path / "backup").iterdir()) == []
-    assert lane.export(to=str(tmp_path / "backup")).code == 0
+    assert rig.export(to=str(tmp_path / "backup")).code == 0
 
 
-def test_the_dashboards_address_is_no_matter_for_what_joins_no_cluster(lane, tmp_path, monkeypatch):
+def test_the_dashboards_address_is_no_matter_for_what_joins_no_cluster(rig, tmp_path, monkeypatch):
     from jobs.deletion.executor import in_process
 
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
@@ -198,10 +198,10 @@ def test_the_dashboards_address_is_no_matter_for_what_joins_no_cluster(lane, tmp
     for given, at_once in ((None, True), ("http://127.0.0.1:8265", False)):
         with pytest.raises(ConfigError, match="is the dashboard's, for `ray job submit`"):
             in_process(given, local=False, at_once=at_once)
-    assert lane.export(to=str(tmp_path / "backup")).code == 0
+    assert rig.export(to=str(tmp_path / "backup")).code == 0
 
 
-def test_one_export_at_a_time_on_a_file_system_without_locks(lane, tmp_path, monkeypatch):
+def test_one_export_at_a_time_on_a_file_system_without_locks(rig, tmp_path, monkeypatch):
     from jobs.export.directory import DirectoryDestination
 
     def flock(*_):
@@ -214,7 +214,7 @@ def test_one_export_at_a_time_on_a_file_system_without_locks(lane, tmp_path, mon
         other.begin()
     other.close()
     one.close()
-    assert lane.export(to=str(tmp_path / "backup")).code == 0
+    assert rig.export(to=str(tmp_path / "backup")).code == 0
     assert {path.name for path in (tmp_path / "backup").iterdir()} == names(KEYS) | {manifest.NAME}
 
 
@@ -234,38 +234,38 @@ def test_an_export_of_another_node_keeps_others_out_until_it_is_silent(tmp_path,
     assert [*tmp_path.iterdir()] == []
 
 
-def test_bytes_that_are_not_the_object_never_become_a_file(lane, tmp_path):
-    lane.hub.control.add_fault(Fault(route="xorb-data", truncate_at=50))
-    ran = lane.export(to=str(tmp_path / "backup"))
+def test_bytes_that_are_not_the_object_never_become_a_file(rig, tmp_path):
+    rig.hub.control.add_fault(Fault(route="xorb-data", truncate_at=50))
+    ran = rig.export(to=str(tmp_path / "backup"))
     assert ran.code == 3
     assert {one.name for one in (tmp_path / "backup").iterdir()} == {manifest.NAME}
     assert lines_of(tmp_path / "backup") == []
 
 
-def test_a_disk_that_is_full_is_told(lane, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_told(rig, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jobs.export.directory.DirectoryDestination._write", full)
-    ran = lane.export(to=str(tmp_path / "backup"))
+    ran = rig.export(to=str(tmp_path / "backup"))
     assert (ran.code, "No space left" in ran.stderr) == (3, True)
     assert list((tmp_path / "backup").iterdir()) == []
 
 
-def test_a_key_that_no_file_can_be_called_is_named(lane, tmp_path):
+def test_a_key_that_no_file_can_be_called_is_named(rig, tmp_path):
     long = key(9, model="org/" + "m" * 250)
-    lane.us.put({long: b"x"})
-    ran = lane.export(to=str(tmp_path / "backup"))
+    rig.us.put({long: b"x"})
+    ran = rig.export(to=str(tmp_path / "backup"))
     assert ran.code == 3
     assert ran.counts("streamed", "failed") == [6, 1]
     assert "File name too long" in ran.summary["failures"][0]["message"]
 
 
-def test_a_killed_export_goes_on_and_leaves_no_rest(lane, tmp_path):
+def test_a_killed_export_goes_on_and_leaves_no_rest(rig, tmp_path):
     """SIGKILL between two files: there is no manifest yet, and the plan moves only what is missing."""
-    directory, control = tmp_path / "backup", lane.hub.control
+    directory, control = tmp_path / "backup", rig.hub.control
     whole = control.add_fault(Fault(route="xorb-data", delay_s=0.3))
-    process = lane.started(
+    process = rig.started(
         "--window", "2KB", "--parallel", "1", "--plan-dir", str(tmp_path / "plans"), to=str(directory)
     )
     eventually(lambda: directory.exists() and names(KEYS) & {one.name for one in directory.iterdir()})
@@ -277,7 +277,7 @@ def test_a_killed_export_goes_on_and_leaves_no_rest(lane, tmp_path):
     (directory / ".part-0123").write_bytes(b"left by the killed one")
     (plan,) = (tmp_path / "plans").iterdir()
 
-    ran = lane.apply(str(plan))
+    ran = rig.apply(str(plan))
 
     assert ran.code == 0, ran.stderr
     same, streamed = ran.counts("same", "streamed")
@@ -286,10 +286,10 @@ def test_a_killed_export_goes_on_and_leaves_no_rest(lane, tmp_path):
     assert len(lines_of(directory)) == 6
 
 
-def test_a_stopped_import_goes_on(lane, backup, tmp_path):
-    control = lane.hub.control
+def test_a_stopped_import_goes_on(rig, backup, tmp_path):
+    control = rig.hub.control
     hanging = control.add_fault(Fault(route="batch", hang=True))
-    process = lane.started(
+    process = rig.started(
         "--window", "4KB", "--parallel", "1", "--plan-dir", str(tmp_path / "plans"), source=f"{backup}/"
     )
     eventually(lambda: control.hits(hanging))
@@ -299,81 +299,81 @@ def test_a_stopped_import_goes_on(lane, backup, tmp_path):
 
     assert ran.code == 5, ran.stderr
     assert ran.summary["unfinished"]["objects"] >= 1
-    again = lane.apply(ran.summary["plan"])
+    again = rig.apply(ran.summary["plan"])
     assert again.code == 0, again.stderr
-    assert lane.listing(lane.eu) == lane.listing(lane.us)
+    assert rig.listing(rig.eu) == rig.listing(rig.us)
     assert sum(again.counts("same", "streamed")) == 6
 
 
-def test_a_directory_whose_files_cannot_be_written(lane, tmp_path):
+def test_a_directory_whose_files_cannot_be_written(rig, tmp_path):
     (tmp_path / "file").write_text("x")
-    ran = lane.export(to=str(tmp_path / "file"))
+    ran = rig.export(to=str(tmp_path / "file"))
     assert ran.code == 2
     assert os.fspath(tmp_path / "file") in ran.stderr
 
 
-def test_a_damaged_file_keeps_its_line_and_is_named(lane, backup):
+def test_a_damaged_file_keeps_its_line_and_is_named(rig, backup):
     """The next export must not make what was damaged a chunk that the manifest vouches for."""
     damaged = backup / encode_name(KEYS[0])
     damaged.write_bytes(noise(2000, 77))
-    lane.us.put({key(50): b"new"}, age=1 * DAY)
+    rig.us.put({key(50): b"new"}, age=1 * DAY)
 
-    ran = lane.export("--prefix", key(50), to=str(backup))
+    ran = rig.export("--prefix", key(50), to=str(backup))
 
     assert (ran.code, ran.counts("streamed"), ran.summary["in_manifest"]) == (3, [1], 7)
     assert [one["path"] for one in ran.summary["failures"]] == [damaged.name]
     assert damaged.name in ran.stderr
-    imported = restored(lane, backup)
+    imported = restored(rig, backup)
     assert (imported.code, imported.counts("streamed", "failed")) == (3, [6, 1])
-    assert damaged.name not in lane.listing(lane.eu)
+    assert damaged.name not in rig.listing(rig.eu)
 
-    mended = lane.export("--on-conflict", "overwrite", "--yes", to=str(backup))
+    mended = rig.export("--on-conflict", "overwrite", "--yes", to=str(backup))
     assert (mended.code, mended.counts("streamed")) == (0, [1]), mended.stderr
-    assert restored(lane, backup).code == 0
+    assert restored(rig, backup).code == 0
 
 
-def test_a_file_that_was_only_touched_is_as_good_as_before(lane, backup):
+def test_a_file_that_was_only_touched_is_as_good_as_before(rig, backup):
     os.utime(backup / encode_name(KEYS[0]))
-    lane.us.put({key(50): b"new"}, age=1 * DAY)
-    assert lane.export("--prefix", key(50), to=str(backup)).code == 0
-    assert restored(lane, backup).counts("streamed", "failed") == [7, 0]
+    rig.us.put({key(50): b"new"}, age=1 * DAY)
+    assert rig.export("--prefix", key(50), to=str(backup)).code == 0
+    assert restored(rig, backup).counts("streamed", "failed") == [7, 0]
 
 
-def test_an_export_does_not_replace_a_damaged_manifest(lane, backup):
+def test_an_export_does_not_replace_a_damaged_manifest(rig, backup):
     path = backup / manifest.NAME
     damaged = path.read_bytes().replace(b"2000", b"2009", 1)
     path.write_bytes(damaged)
-    lane.us.put({key(50): b"new"}, age=1 * DAY)
+    rig.us.put({key(50): b"new"}, age=1 * DAY)
 
-    ran = lane.export(to=str(backup))
+    ran = rig.export(to=str(backup))
 
     assert (ran.code, "MANIFEST.jsonl" in ran.stderr) == (4, True)
     assert path.read_bytes() == damaged
     assert {one.name for one in backup.iterdir()} == names(KEYS) | {manifest.NAME}
 
 
-def test_a_manifest_that_is_no_file(lane, backup):
+def test_a_manifest_that_is_no_file(rig, backup):
     (backup / manifest.NAME).unlink()
     os.mkfifo(backup / manifest.NAME)
-    assert restored(lane, backup).code == 4
+    assert restored(rig, backup).code == 4
     (backup / manifest.NAME).unlink()
     (backup / manifest.NAME).mkdir()
-    assert restored(lane, backup).code == 4
+    assert restored(rig, backup).code == 4
 
 
-def test_a_chunk_that_is_larger_than_memory_fails_by_itself(lane, backup):
+def test_a_chunk_that_is_larger_than_memory_fails_by_itself(rig, backup):
     """Whatever a manifest says: the file is sparse, and as long as it says."""
     huge, (first, *others) = 1 << 38, lines_of(backup)
     os.truncate(backup / encode_name(first.key), huge)
-    manifest.write(backup, [replace(first, content=Content(first.content.xet_hash, huge)), *others])
+    manifest.write(backup, [replace(first, content=ContentId(first.content.xet_hash, huge)), *others])
 
-    ran = restored(lane, backup, "--window", "16MiB")
+    ran = restored(rig, backup, "--window", "16MiB")
 
     assert (ran.code, ran.counts("streamed", "failed")) == (3, [5, 1]), ran.stderr
     assert "more than --window permits" in ran.summary["failures"][0]["message"]
 
 
-def test_memory_that_is_not_there_fails_what_needs_it(lane, monkeypatch):
+def test_memory_that_is_not_there_fails_what_needs_it(rig, monkeypatch):
     own = InstanceEnd.fetch
 
     def hungry(self, wanted, deadline):
@@ -383,7 +383,7 @@ def test_memory_that_is_not_there_fails_what_needs_it(lane, monkeypatch):
 
     monkeypatch.setattr(InstanceEnd, "fetch", hungry)
 
-    ran = lane.export("--mode", "stream", "--window", "1KB", "--parallel", "1")
+    ran = rig.export("--mode", "stream", "--window", "1KB", "--parallel", "1")
 
     assert (ran.code, ran.counts("streamed", "failed")) == (3, [len(KEYS) - 1, 1]), ran.stderr
     assert "not enough memory" in ran.summary["failures"][0]["message"]

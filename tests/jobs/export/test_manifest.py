@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import DTYPES, Content, parse_key
+from hfbucket_plugin.core.keys import DTYPES, ContentId, parse_key
 from hfbucket_plugin.errors import ConfigError
 from jobs.batch.apply import _batches
 from jobs.export import manifest
-from jobs.export.plan import Names, RenameError, Renames
+from jobs.export.plan import NewNames, RenameError, Renames
 from tests.support.plugin_support import field_text, untimed
 
 models = field_text.filter(lambda text: text != "test")
@@ -30,7 +30,7 @@ mp = st.builds(
 keys = classic | mp
 moments = st.none() | st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
 lines = st.builds(
-    lambda key, digits, size, at: manifest.Line(key, Content(digits, size), at),
+    lambda key, digits, size, at: manifest.ManifestLine(key, ContentId(digits, size), at),
     *(keys, st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(0, 2**50), moments),
 )
 some_lines = st.lists(lines, max_size=6, unique_by=lambda line: line.key).map(
@@ -118,7 +118,7 @@ def test_no_two_chunks_get_one_name(found, old, new):
         return
     renames = Renames.parse([f"{old}={new}"])
     given_to = {}
-    with Names() as names:
+    with NewNames() as names:
         for key in sorted(found):
             try:
                 to = renames(key)
@@ -131,7 +131,7 @@ def test_no_two_chunks_get_one_name(found, old, new):
 
 
 def test_names_are_found_again_among_many():
-    with Names() as names:
+    with NewNames() as names:
         for number in range(20_000):
             names.give(f"b{number}", f"a{number}")
         with pytest.raises(RenameError, match="'a77' and of 'c'"):
@@ -155,17 +155,17 @@ def test_times_of_files_lose_nothing(tmp_path):
     at = datetime(2030, 5, 17, 3, 1, 7, 654321, tzinfo=UTC)
     for moment in (at, at - timedelta(days=20_000)):
         data = bytearray(random.Random(1).randbytes(10))
-        part = DirectoryDestination(tmp_path)._write(Chunk(data, Content("0" * 64, 10), moment))
+        part = DirectoryDestination(tmp_path)._write(Chunk(data, ContentId("0" * 64, 10), moment))
         assert moment_of(part.stat()) == moment
 
 
 def test_progress_is_told_now_and_then(capsys):
     from hfbucket_plugin.core.units import Extent
-    from jobs.cli.progress import Progress
+    from jobs.cli.progress import ProgressLog
     from tests.support.plugin_support import Clock
 
     clock = Clock()
-    progress = Progress(Extent(4, 4096), "hfbucket.eu", clock)
+    progress = ProgressLog(Extent(4, 4096), "hfbucket.eu", clock)
     progress.add(1024)
     assert capsys.readouterr().err == ""
     clock.now += 60

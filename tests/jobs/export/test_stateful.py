@@ -1,6 +1,6 @@
 """Exports and cleanups on a real local Hub with writers and faults beside them, against a plain model.
 
-Writers act, faults begin and runs are broken off just before a batch, where `Mover.attempt` is.
+Writers act, faults begin and runs are broken off just before a batch, where `Copier.attempt` is.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import Interrupted
-from jobs.export.copy import Mover
+from jobs.export.copy import Copier
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, key
-from tests.support.lane import Lane
+from tests.support.lane import ExportRig
 from tests.support.thorough import run_on_hub
 
 KEYS = [key(number) for number in range(6)]
 NAMES = [encode_name(one) for one in KEYS]
 AGES = (1 * HOUR, 10 * DAY, 20 * DAY)
-ATTEMPT = Mover.attempt
+ATTEMPT = Copier.attempt
 FAULTS = (
     None,
     {"route": "batch", "items": "%401000%40", "times": 1},
@@ -75,7 +75,7 @@ class Exports(RuleBasedStateMachine):
         super().__init__()
         own = Path(self.directory, str(next(self.numbers)))
         own.mkdir()
-        self.lane = Lane.on(self.hub, own, self.new_bucket(), self.new_bucket())
+        self.rig = ExportRig.on(self.hub, own, self.new_bucket(), self.new_bucket())
         self.versions = itertools.count(1)
         self.us, self.eu = {}, {}  # name → version; an object is as long as its version
         self.old = set()  # names of objects of eu that a cleanup deletes
@@ -89,12 +89,12 @@ class Exports(RuleBasedStateMachine):
 
     @rule(one=st.sampled_from(KEYS), age=st.sampled_from(AGES))
     def write_us(self, one, age):
-        self.us[encode_name(one)] = self.put(self.lane.us, one, age)
+        self.us[encode_name(one)] = self.put(self.rig.us, one, age)
 
     @rule(one=st.sampled_from(KEYS), age=st.sampled_from(AGES))
     def write_eu(self, one, age):
         name = encode_name(one)
-        self.eu[name] = self.put(self.lane.eu, one, age)
+        self.eu[name] = self.put(self.rig.eu, one, age)
         (self.old.add if age > 14 * DAY else self.old.discard)(name)
 
     def put(self, depot, one, age):
@@ -104,7 +104,7 @@ class Exports(RuleBasedStateMachine):
 
     @rule()
     def cleanup(self):
-        ran = self.lane.eu.cleanup("--max-age", "14d", "--max-delete", "100%", "--accept-shrunk", "--yes")
+        ran = self.rig.eu.cleanup("--max-age", "14d", "--max-delete", "100%", "--accept-shrunk", "--yes")
         assert ran.code == (0 if self.eu else 4), ran.stderr
         assert ran.counts("deleted") == [len(self.old)]
         for name in self.old:
@@ -118,7 +118,7 @@ class Exports(RuleBasedStateMachine):
 
     def may_become(self, way):
         """What a plan of now may make of each name, in plain words."""
-        us, eu = self.times(self.lane.us), self.times(self.lane.eu)
+        us, eu = self.times(self.rig.us), self.times(self.rig.eu)
         return {
             name: version
             for name, version in self.us.items()
@@ -138,7 +138,7 @@ class Exports(RuleBasedStateMachine):
     def plan(self, fresh, way, mode):
         self.refresh(fresh)
         becomes = self.may_become(way)
-        ran = self.lane.export("--on-conflict", way, "--mode", mode, "--dry-run")
+        ran = self.rig.export("--on-conflict", way, "--mode", mode, "--dry-run")
         assert ran.code == 0, ran.stderr
         return ran.summary["plan"], becomes, dict(self.eu)
 
@@ -147,13 +147,13 @@ class Exports(RuleBasedStateMachine):
         path, becomes, then = plan
         if Path(path).exists():  # a plan that was carried out whole is not kept
             untouched = {name: version for name, version in becomes.items() if self.eu.get(name) == then.get(name)}
-            self.carry_out(untouched, events, lambda: self.lane.apply(path, "--yes"))
+            self.carry_out(untouched, events, lambda: self.rig.apply(path, "--yes"))
 
     @rule(fresh=fresh_keys, way=ways, mode=modes, events=meanwhile)
     def export(self, fresh, way, mode, events):
         self.refresh(fresh)
         arguments = ("--on-conflict", way, "--mode", mode, "--window", "20B", "--parallel", "1", "--yes")
-        self.carry_out(self.may_become(way), events, lambda: self.lane.export(*arguments))
+        self.carry_out(self.may_become(way), events, lambda: self.rig.export(*arguments))
 
     def carry_out(self, becomes, events, run):
         counter, lock = itertools.count(1), threading.Lock()
@@ -166,13 +166,13 @@ class Exports(RuleBasedStateMachine):
                     self.happen(event, at_source, sorted(becomes) or NAMES)
             return ATTEMPT(mover, batch, seconds)
 
-        self.monkeypatch.setattr(Mover, "attempt", attempt_and_more)
+        self.monkeypatch.setattr(Copier, "attempt", attempt_and_more)
         wanted = {name: version for name, version in becomes.items() if self.us.get(name) == version}
         ran = run()
-        self.monkeypatch.setattr(Mover, "attempt", ATTEMPT)
+        self.monkeypatch.setattr(Copier, "attempt", ATTEMPT)
         self.hub.control.clear_faults()
 
-        there = self.sizes(self.lane.eu)
+        there = self.sizes(self.rig.eu)
         told = (events, becomes, before, self.eu, there, ran.stderr)
         assert there.keys() >= self.eu.keys(), told  # nothing is ever lost
         for name, version in there.items():
@@ -203,11 +203,11 @@ class Exports(RuleBasedStateMachine):
             raise Interrupted
 
     def sizes(self, depot):
-        return {name: size for name, (_, size) in self.lane.listing(depot).items()}
+        return {name: size for name, (_, size) in self.rig.listing(depot).items()}
 
     @invariant()
     def what_is_there_is_what_the_model_says(self):
-        assert (self.sizes(self.lane.us), self.sizes(self.lane.eu)) == (self.us, self.eu)
+        assert (self.sizes(self.rig.us), self.sizes(self.rig.eu)) == (self.us, self.eu)
 
 
 def test_an_export_loses_nothing_and_replaces_what_it_may(hub, new_bucket, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from tests.support.index_depot import (
     seen,
     strangers,
 )
-from tests.support.lane import EU, Lane
+from tests.support.lane import EU, ExportRig
 from tests.support.plugin_support import download, upload
 
 KEYS = [key(number) for number in range(8)] + [mp_key(1)]
@@ -58,7 +58,7 @@ def test_of_journals_comes_what_a_listing_would_give(stocked):
     one.put(key(20), key(21))
     one.delete(key(0))
     one.tell()
-    other.put(key(1), data=b"anew")
+    other.put(key(1), data=b"again")
     other.delete(key(20))
     other.tell()
 
@@ -279,17 +279,17 @@ def test_a_cleanup_that_could_tell_nobody_says_so_and_is_done(stocked, caplog):
 
 
 def test_an_export_tells_readers_of_the_destination(hub, new_bucket, tmp_path):
-    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
-    lane.us.put(KEYS)
-    lane.eu.put([KEYS[0]])
-    assert lane.command(["index", "--lmcache-config", str(lane.config), "--instance", EU]).code == 0
-    build_before = pointer(lane.eu)
+    rig = ExportRig.on(hub, tmp_path, new_bucket(), new_bucket())
+    rig.us.put(KEYS)
+    rig.eu.put([KEYS[0]])
+    assert rig.command(["index", "--lmcache-config", str(rig.config), "--instance", EU]).code == 0
+    build_before = pointer(rig.eu)
 
-    assert lane.export().code == 0
+    assert rig.export().code == 0
 
-    assert pointer(lane.eu) == build_before
-    assert seen(lane.eu, KEYS) == listed(lane.eu, KEYS)
-    assert len(seen(lane.eu, KEYS)) == len(KEYS)
+    assert pointer(rig.eu) == build_before
+    assert seen(rig.eu, KEYS) == listed(rig.eu, KEYS)
+    assert len(seen(rig.eu, KEYS)) == len(KEYS)
 
 
 def test_what_a_growing_journal_tells_again_does_not_come_back(stocked):

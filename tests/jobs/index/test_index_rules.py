@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.index.format import Pointer
 from hfbucket_plugin.index.store import MAX_JOURNALS, Journal, JournalName
 from jobs.index import inventory
 from jobs.index.build import spare_journals, spare_snapshots, why_listing
 from jobs.lock.claims import INDEXING
-from jobs.lock.lock import Keeper, Lock, LockLostError
+from jobs.lock.lock import BucketLock, LockLostError, LockRefresher
 from tests.support.index_depot import door
 from tests.support.plugin_support import eventually, opened
 
@@ -22,7 +22,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 T = NOW.timestamp()
 HOUR = timedelta(hours=1)
 WRITER = "0123456789abcdef"
-CONTENT = Content("a" * 64, 10)
+CONTENT = ContentId("a" * 64, 10)
 
 
 def pointer(covers=T - 60, full=T - 600):
@@ -102,24 +102,24 @@ def test_more_journals_than_are_read_are_counted_and_no_more(depot, monkeypatch)
     with door(depot) as (bucket, store):
         found = inventory.look(bucket, store, 30.0, 30.0, lambda: None)
 
-    assert (len(found.shelf.journals), found.journals, found.more_journals) == (3, 5, 2)
-    assert (len(found.shelf.snapshots), found.strange) == (1, 1)
+    assert (len(found.listing.journals), found.journals, found.more_journals) == (3, 5, 2)
+    assert (len(found.listing.snapshots), found.strange) == (1, 1)
 
 
-def test_a_keeper_renews_a_lock_until_it_is_lost(hub, bucket):
-    """However long something takes, the lock is held; once it is taken away the keeper says so."""
+def test_a_refresher_renews_a_lock_until_it_is_lost(hub, bucket):
+    """However long something takes, the lock is held; once it is taken away the refresher says so."""
     with opened(hub.endpoint, bucket, "kv") as one:
-        lock = Lock(one, "slow", seconds=2, kind=INDEXING)
-        with lock.held(), Keeper(lock, 2) as keeper:
+        lock = BucketLock(one, "slow", seconds=2, kind=INDEXING)
+        with lock.held(), LockRefresher(lock, 2) as refresher:
             began = lock.stops
             eventually(lambda: lock.stops > began)
-            keeper.check()
+            refresher.check()
             claims = [info.path for info in one.list_objects(f"kv/{INDEXING.directory}/", 30)]
             one.delete(claims, Deadline.after(30))
 
             def lost():
                 try:
-                    keeper.check()
+                    refresher.check()
                 except LockLostError:
                     return True
                 return False

@@ -8,7 +8,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.hub.client import HubClient
 from hfbucket_plugin.index import build as index_build
 from jobs.lock.claims import INDEXING
-from jobs.lock.lock import Lock
+from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
 from tests.support.depot import PREFIX, ended, key
 from tests.support.index_depot import (
@@ -149,11 +149,11 @@ def test_one_that_is_told_to_stop_publishes_nothing_and_releases_the_lock(stocke
 
 def test_two_builders_do_not_work_at_one_time_and_a_cleanup_goes_by_them(stocked):
     stocked.put([key(n) for n in range(80, 90)], age=0)
-    with door(stocked) as (bucket, _), Lock(bucket, "index", kind=INDEXING).held():
+    with door(stocked) as (bucket, _), BucketLock(bucket, "index", kind=INDEXING).held():
         ran = build(stocked, code=4)
         assert "is locked by index on" in ran.stderr
         assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
-    with door(stocked) as (bucket, _), Lock(bucket, "cleanup").held():
+    with door(stocked) as (bucket, _), BucketLock(bucket, "cleanup").held():
         build(stocked)
     assert pointer(stocked).keys == 10
 
@@ -269,7 +269,7 @@ def test_nothing_is_pruned_when_somebody_else_has_published(stocked, monkeypatch
     old = of_index(stocked, SNAPSHOTS)
     stocked.make_older(old, 2 * 3600)
     stocked.put([key(75)], age=0)
-    monkeypatch.setattr("jobs.index.build.Maker.expect", lambda _self, to: to.content)
+    monkeypatch.setattr("jobs.index.build.IndexBuilder.expect", lambda _self, to: to.content)
 
     ran = build(stocked, "--full", "--keep", "1", code=4)
 

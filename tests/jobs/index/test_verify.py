@@ -100,7 +100,7 @@ def test_what_is_told_while_it_goes_on_is_none(stocked):
         def view():
             made = real()
             writer.delete(key(3))
-            writer.put(key(4), data=b"anew")
+            writer.put(key(4), data=b"again")
             return made
 
         verification._view = view
@@ -178,6 +178,6 @@ def test_in_a_large_fleet_it_waits_for_as_long_as_writers_need_to_tell(stocked, 
         return real(*args, **more)
 
     monkeypatch.setattr(job, "Verification", watched)
-    monkeypatch.setattr(job, "writers_of", lambda _shelf: 1000)
+    monkeypatch.setattr(job, "writers_of", lambda _listing: 1000)
     verify(stocked)
     assert (asked["tell_secs"], asked["window_secs"]) == (1.5 * 300, 2 * 300 + 300)

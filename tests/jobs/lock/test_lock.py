@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.errors import RefusedError, TransportError
 from jobs.lock.claims import claims_in
-from jobs.lock.clock import HubClock
-from jobs.lock.lock import Lock, LockHeldError, LockLostError
+from jobs.lock.clock import ServerClock
+from jobs.lock.lock import BucketLock, LockHeldError, LockLostError
 from localhub.faults import Fault
 from tests.support.plugin_support import Clock, eventually, opened, paths, untimed, upload
 
@@ -89,7 +89,7 @@ def test_a_killed_holder_keeps_others_out_until_its_claim_is_stale(hub, bucket, 
 
     def taken_over():
         try:
-            with Lock(one, "next").held() as lock:
+            with BucketLock(one, "next").held() as lock:
                 return lock.confirm() > 0
         except LockHeldError as error:
             refused.append(str(error))
@@ -106,9 +106,9 @@ def test_a_killed_holder_keeps_others_out_until_its_claim_is_stale(hub, bucket, 
 
 def test_a_holder_that_slept_too_long_finds_its_lock_gone(hub, bucket):
     with opened(hub.endpoint, bucket, "kv") as one:
-        sleeper = Lock(one, "sleeper", seconds=1)
+        sleeper = BucketLock(one, "sleeper", seconds=1)
         with pytest.raises(LockLostError, match="nothing more is deleted"), sleeper.held():  # noqa: PT012 - one story
-            eventually(lambda: taken(Lock(one, "other")))
+            eventually(lambda: taken(BucketLock(one, "other")))
             sleeper.confirm()
 
 
@@ -123,7 +123,7 @@ def taken(lock):
 def test_a_holder_stops_by_the_hubs_clock_even_when_its_own_stood_still(hub, bucket):
     clock = Clock()
     with opened(hub.endpoint, bucket, "kv") as one:
-        lock = Lock(one, "frozen", seconds=600, clock=HubClock(clock))
+        lock = BucketLock(one, "frozen", seconds=600, clock=ServerClock(clock))
         with lock.held():
             assert 0 < lock.confirm() <= 540
             clock.now += 541
@@ -134,7 +134,7 @@ def test_a_holder_stops_by_the_hubs_clock_even_when_its_own_stood_still(hub, buc
 def test_a_holder_renews_and_keeps_its_place(hub, bucket):
     clock = Clock()
     with opened(hub.endpoint, bucket, "kv") as one:
-        lock = Lock(one, "long", seconds=600, clock=HubClock(clock))
+        lock = BucketLock(one, "long", seconds=600, clock=ServerClock(clock))
         with lock.held():
             before = paths(hub.endpoint, bucket)
             # Only our clock runs ahead, not the Hub's: that the renewal counts shows in the objects.
@@ -151,7 +151,7 @@ def test_a_holder_renews_and_keeps_its_place(hub, bucket):
 
 def test_without_an_answer_nothing_is_confirmed(hub, bucket):
     with opened(hub.endpoint, bucket, "kv") as one:
-        lock = Lock(one, "cut off", request_secs=1)
+        lock = BucketLock(one, "cut off", request_secs=1)
         with lock.held():
             hub.control.add_fault(Fault(route="tree", status=503))
             with pytest.raises(TransportError):
@@ -163,7 +163,7 @@ def test_without_an_answer_nothing_is_confirmed(hub, bucket):
 def test_a_claim_that_nobody_confirmed_is_taken_back(hub, bucket):
     with opened(hub.endpoint, bucket, "kv") as one:
         hub.control.add_fault(Fault(route="tree", status=503, times=5))
-        with pytest.raises(TransportError), Lock(one, "cut off").held():
+        with pytest.raises(TransportError), BucketLock(one, "cut off").held():
             pass
     assert paths(hub.endpoint, bucket) == []
 
@@ -171,7 +171,7 @@ def test_a_claim_that_nobody_confirmed_is_taken_back(hub, bucket):
 def test_what_is_no_lock_among_the_locks_refuses(hub, bucket):
     upload(hub.endpoint, bucket, {"kv/.hfbucket/locks/of-another-kind": b"x"})
     with opened(hub.endpoint, bucket, "kv") as one:
-        with pytest.raises(RefusedError, match="of-another-kind"), Lock(one, "new").held():
+        with pytest.raises(RefusedError, match="of-another-kind"), BucketLock(one, "new").held():
             pass
         assert paths(hub.endpoint, bucket) == ["kv/.hfbucket/locks/of-another-kind"]
         with pytest.raises(RefusedError, match="of-another-kind"):
@@ -186,7 +186,7 @@ def test_what_is_no_lock_among_the_locks_refuses(hub, bucket):
 def test_the_hubs_clock_is_within_its_bounds(offset, answers):
     """Whatever the way there and back takes, and however much older than that an object is that was seen."""
     clock = Clock()
-    hubs = HubClock(clock)
+    hubs = ServerClock(clock)
     base = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=offset)
 
     def time_there():

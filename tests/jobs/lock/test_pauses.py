@@ -17,11 +17,11 @@ from hfbucket_plugin.core.dates import http_date, iso_date
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.errors import ThrottledError
 from hfbucket_plugin.hub.client import Answer, HubClient
-from jobs.lock.clock import HubClock
-from jobs.lock.lock import Lock, LockLostError
+from jobs.lock.clock import ServerClock
+from jobs.lock.lock import BucketLock, LockLostError
 from localhub.faults import Fault
 from tests.support.depot import DAY, INSTANCE, NEW, OLD, Depot
-from tests.support.lane import Lane
+from tests.support.lane import ExportRig
 from tests.support.plugin_support import Clock, opened
 from warmer.cli.app import app as warmer
 
@@ -124,13 +124,13 @@ def test_an_index_and_a_status_wait_pauses_out(hub, new_bucket, tmp_path_factory
 @few
 @given(seed=st.integers(0, 2**32))
 def test_an_export_waits_pauses_out(hub, new_bucket, tmp_path_factory, seed):
-    lane = Lane.on(hub, tmp_path_factory.mktemp("export"), new_bucket(), new_bucket())
-    lane.us.put(OLD)
+    rig = ExportRig.on(hub, tmp_path_factory.mktemp("export"), new_bucket(), new_bucket())
+    rig.us.put(OLD)
 
-    ran, turned = run_paused(lane, lambda one: one.export("--local"), seed, 6)
+    ran, turned = run_paused(rig, lambda one: one.export("--local"), seed, 6)
 
     assert ran.code == 0, (ran.stderr, turned.turned)
-    assert lane.eu.left() == lane.eu.paths_of(OLD)
+    assert rig.eu.left() == rig.eu.paths_of(OLD)
 
 
 @few
@@ -159,8 +159,8 @@ def test_a_plan_of_a_warm_up_waits_pauses_out(hub, new_bucket, tmp_path_factory,
 
 @pytest.mark.parametrize("command", ["cleanup", "index", "export"])
 def test_a_pause_that_does_not_end_ends_the_command_at_its_time(hub, new_bucket, tmp_path, command):
-    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
-    lane.us.put(OLD)
+    rig = ExportRig.on(hub, tmp_path, new_bucket(), new_bucket())
+    rig.us.put(OLD)
     arguments = {"cleanup": ["--max-age", "14d", "--yes", "--local"], "index": [], "export": []}[command]
 
     def make(one):
@@ -168,23 +168,23 @@ def test_a_pause_that_does_not_end_ends_the_command_at_its_time(hub, new_bucket,
             return one.export("--local", "--max-duration", "20min")
         return one.us.run(command, *arguments, "--max-duration", "20min")
 
-    ran, turned = run_paused(lane, make, 0, 10**6, share=0.9)
+    ran, turned = run_paused(rig, make, 0, 10**6, share=0.9)
 
     assert ran.code in (3, 4), ran.stderr
     assert turned.turned <= 20 * 60 + 120, "a request's own time beyond it, at most"
-    assert lane.us.left() == lane.us.paths_of(OLD)
+    assert rig.us.left() == rig.us.paths_of(OLD)
 
 
 @pytest.mark.parametrize("command", ["cleanup", "export"])
 def test_a_call_that_the_commands_time_cut_short_says_so(hub, new_bucket, tmp_path, command):
-    lane = Lane.on(hub, tmp_path, new_bucket(), new_bucket())
-    lane.us.put(OLD)
-    fault = hub.control.add_fault(Fault(route="tree", path=lane.us.bucket_id, hang=True))
+    rig = ExportRig.on(hub, tmp_path, new_bucket(), new_bucket())
+    rig.us.put(OLD)
+    fault = hub.control.add_fault(Fault(route="tree", path=rig.us.bucket_id, hang=True))
 
     if command == "export":
-        ran = lane.export("--local", "--dry-run", "--max-duration", "1s")
+        ran = rig.export("--local", "--dry-run", "--max-duration", "1s")
     else:
-        ran = lane.us.cleanup("--max-age", "14d", "--max-duration", "1s")
+        ran = rig.us.cleanup("--max-age", "14d", "--max-duration", "1s")
     hub.control.clear_fault(fault)
 
     assert (ran.code in (3, 4), "--max-duration was over" in ran.stderr) == (True, True), ran.stderr
@@ -208,7 +208,7 @@ def test_one_time_is_for_all_instances(hub, new_bucket, tmp_path):
 
 def test_a_lock_is_released_by_its_names_where_listings_are_refused(hub, bucket):
     with opened(hub.endpoint, bucket, "kv") as door:
-        lock = Lock(door, "cleanup", request_secs=30.0)
+        lock = BucketLock(door, "cleanup", request_secs=30.0)
         with lock.held():
             assert len(list(door.list_objects("kv/.hfbucket/locks/", 30))) == 1
             hub.control.add_fault(Fault(route="tree", status=429, headers={"Retry-After": "300"}))
@@ -222,14 +222,14 @@ def test_a_lock_is_released_by_its_names_where_listings_are_refused(hub, bucket)
 def test_a_lock_that_ends_in_a_pause_while_nothing_is_changed_is_made_again(hub, bucket):
     with opened(hub.endpoint, bucket, "kv") as door, opened(hub.endpoint, bucket, "kv") as other:
         clock = Clock()
-        lock = Lock(door, "cleanup", clock=HubClock(clock))
+        lock = BucketLock(door, "cleanup", clock=ServerClock(clock))
         with lock.held():
             first = {info.path for info in door.list_objects("kv/.hfbucket/locks/", 30)}
             clock.now += 560
             lock.keep_planning()
             second = {info.path for info in door.list_objects("kv/.hfbucket/locks/", 30)}
             assert (len(second), first & second) == (1, set())
-        with Lock(other, "rm").held():
+        with BucketLock(other, "rm").held():
             clock.now += 560
             with pytest.raises(LockLostError):
                 lock.keep_planning()

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.cli.checks import access, bucket, endpoint, engine
 from hfbucket_plugin.cli.findings import Finding, Severity, exit_code, from_error
-from hfbucket_plugin.config.instances import NamedInstance
+from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core import texts
-from hfbucket_plugin.core.concurrency import bounded
-from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
+from hfbucket_plugin.core.concurrency import call_with_deadline
+from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -38,7 +38,7 @@ SEEDED = {"PYTHONHASHSEED": "0"}
 def named(mode="classic", own=None, extra=None, **settings):
     config = EngineConfig("lmcache.yaml", (INSTANCE,), OURS | (extra or {}), engine=own or {})
     settings = {"token_env": TOKEN_ENV} | settings
-    return NamedInstance(
+    return InstanceConfig(
         INSTANCE,
         instance_settings("http://hub", "org/bucket", PREFIX, **settings),
         mode,
@@ -250,7 +250,7 @@ NOW = datetime(2025, 6, 1, tzinfo=UTC)
 
 def listed(name, size=100, age=0):
     when = None if age is None else NOW - timedelta(seconds=age)
-    return classify(DOOR, ObjectInfo(f"{PREFIX}/{name}", Content("0" * 64, size), when))
+    return classify(DOOR, ObjectInfo(f"{PREFIX}/{name}", ContentId("0" * 64, size), when))
 
 
 def look(*objects, own=Kind.CLASSIC):
@@ -362,6 +362,6 @@ def test_a_temp_dir_that_is_not_needed():
 
 
 def test_a_bounded_call_hands_on_what_it_returns_and_raises():
-    assert bounded("x", lambda deadline: deadline.seconds, 7.0) == 7.0
+    assert call_with_deadline("x", lambda deadline: deadline.seconds, 7.0) == 7.0
     with pytest.raises(ZeroDivisionError):
-        bounded("x", lambda _: 1 / 0, 7.0)
+        call_with_deadline("x", lambda _: 1 / 0, 7.0)

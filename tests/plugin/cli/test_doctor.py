@@ -215,9 +215,9 @@ def test_an_index_that_engines_go_by(desk, monkeypatch):
     for field, said in (("strangers", "a call more"), ("crowded", "not all journals are read")):
 
         def crowded(store, deadline, field=field):
-            shelf = listed(store, deadline)
-            setattr(shelf, field, "it holds strangers: delete them")
-            return shelf
+            listing = listed(store, deadline)
+            setattr(listing, field, "it holds strangers: delete them")
+            return listing
 
         with monkeypatch.context() as patched:
             patched.setattr(IndexStore, "list", crowded)

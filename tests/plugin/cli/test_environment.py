@@ -6,7 +6,7 @@ import pytest
 
 from hfbucket_plugin.cli.checks import environment
 from hfbucket_plugin.cli.findings import Severity
-from hfbucket_plugin.config.instances import NamedInstance
+from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV
 from tests.support.plugin_support import SECRET, instance_settings
@@ -26,7 +26,7 @@ def found(tmp_path):
         } | settings
         endpoint = settings.pop("endpoint")
         config = EngineConfig("/etc/lmcache.yaml", (INSTANCE,), {}, engine=own or {}, overrides=overrides)
-        one = NamedInstance(
+        one = InstanceConfig(
             INSTANCE,
             instance_settings(endpoint, "org/bucket", PREFIX, **settings),
             mode,

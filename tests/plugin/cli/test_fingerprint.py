@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfbucket_plugin.fingerprint.model import Claim, Fingerprint, Record
+from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
 from tests.support.cli_support import PREFIX, Desk, classic, well_kept
 from tests.support.plugin_support import noise
 
@@ -42,7 +42,7 @@ def test_none_recorded(desk, hub, new_bucket):
 
 def test_a_claim_counts_where_nothing_is_recorded_yet(desk, new_bucket):
     desk.bucket_id = new_bucket(private=True, region="eu")
-    desk.put_objects({f"{NAME}/{engine().digest}.json": Claim.to_json(engine())})
+    desk.put_objects({f"{NAME}/{engine().digest}.json": FingerprintClaim.to_json(engine())})
 
     assert desk.doctor().told("fingerprint") == "ok: of 1 model: the configuration agrees, as far as it says; "
     desk.engine = {"chunk_size": 128}
@@ -79,7 +79,7 @@ def test_a_configuration_of_other_engines(desk, fingerprint, severity):
 
 def test_two_fleets_are_named_with_what_tells_them_apart(desk):
     other = engine(hash_check="2e", hash_seed_pinned=True, written_by="host-b")
-    desk.put_objects({f"{NAME}/{one.digest}.json": Claim.to_json(one) for one in (engine(), other)})
+    desk.put_objects({f"{NAME}/{one.digest}.json": FingerprintClaim.to_json(one) for one in (engine(), other)})
     told = desk.doctor().told("fingerprint")
 
     assert told.startswith(

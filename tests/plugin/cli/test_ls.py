@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.cli import ls
 from hfbucket_plugin.core import units
-from hfbucket_plugin.core.keys import Content, encode_name
+from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
 from hfbucket_plugin.tools.inventory import Kind
 from localhub.faults import Fault
@@ -206,7 +206,7 @@ def test_a_limit_is_for_all_instances_together(desk):
 
 
 def test_memory_does_not_grow_with_the_listing(desk, monkeypatch):
-    content = Content("0" * 64, 7)
+    content = ContentId("0" * 64, 7)
 
     def endless(count):
         def objects(*_):

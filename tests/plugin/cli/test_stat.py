@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
+from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.tools.inventory import Kind, classify, rows, summarised
 from tests.support.cli_support import INSTANCE, PREFIX, Desk, classic, mp, run, well_kept
@@ -127,7 +127,7 @@ def test_nothing_is_counted_twice_or_left_out(found):
             DOOR,
             ObjectInfo(
                 f"{PREFIX}/{encode_name(name)}",
-                Content("0" * 64, size),
+                ContentId("0" * 64, size),
                 None if age is None else NOW - timedelta(seconds=age),
             ),
         )

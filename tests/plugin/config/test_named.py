@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from hfbucket_plugin.config.instances import NamedInstance, named_instances
+from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.config.l2 import MODULE, L2Settings
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.errors import ConfigError
@@ -146,5 +146,5 @@ def test_no_token_shows(config, tmp_path):
     path.write_text(config.read_text() + f"\nremote_url: redis://user:{SECRET}@host\n")
 
     for one in named_instances(path, l2_adapters=[adapter(token=SECRET)]):
-        assert isinstance(one, NamedInstance)
+        assert isinstance(one, InstanceConfig)
         assert SECRET not in repr(one)

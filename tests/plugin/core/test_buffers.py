@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import DeadlineError, RevokedError
 from hfbucket_plugin.hub.transfer import Upload
@@ -18,7 +18,7 @@ from tests.support.plugin_support import in_threads, opened, untimed
 
 def test_pieces_go_where_they_belong():
     buffer = bytearray(b"........")
-    lease = Lease(memoryview(buffer))
+    lease = RevocableBuffer(memoryview(buffer))
 
     assert lease.size == 8
     assert lease.live
@@ -33,7 +33,7 @@ def test_pieces_go_where_they_belong():
 @given(st.integers(0, 16), st.integers(-20, 40), st.binary(max_size=32))
 def test_a_piece_that_does_not_fit_is_refused_and_nothing_of_it_written(size, at, piece):
     buffer = bytearray(size)
-    lease = Lease(memoryview(buffer))
+    lease = RevocableBuffer(memoryview(buffer))
 
     if at >= 0 and at + len(piece) <= size:
         assert lease.write(at, piece)
@@ -46,7 +46,7 @@ def test_a_piece_that_does_not_fit_is_refused_and_nothing_of_it_written(size, at
 
 def test_after_it_was_revoked_nothing_is_written_and_the_buffer_is_let_go():
     buffer = bytearray(4)
-    lease = Lease(memoryview(buffer))
+    lease = RevocableBuffer(memoryview(buffer))
 
     lease.revoke()
     lease.revoke()
@@ -60,7 +60,7 @@ def test_after_it_was_revoked_nothing_is_written_and_the_buffer_is_let_go():
 @pytest.mark.parametrize("round_", range(20))
 def test_writers_in_full_swing_stop_with_the_revocation(round_):
     buffer = bytearray(64 * 1024)
-    lease = Lease(memoryview(buffer))
+    lease = RevocableBuffer(memoryview(buffer))
     piece = b"\xff" * 16 * 1024
     begun = threading.Semaphore(0)
 
@@ -85,7 +85,7 @@ def test_writers_in_full_swing_stop_with_the_revocation(round_):
 
 def test_a_range_is_copied_out_until_the_lease_is_revoked():
     buffer = bytearray(b"01234567")
-    lease = Lease(memoryview(buffer))
+    lease = RevocableBuffer(memoryview(buffer))
 
     first = lease.read(2, 3)
     buffer[:] = b"x" * 8
@@ -98,7 +98,7 @@ def test_a_range_is_copied_out_until_the_lease_is_revoked():
 
 def test_a_source_is_copied_as_often_as_wanted_until_it_is_taken_back():
     buffer = bytearray(b"chunk")
-    lease = SourceLease(memoryview(buffer))
+    lease = RevocableSource(memoryview(buffer))
     assert lease.size == 5
 
     first = lease.read(1, 4)
@@ -118,7 +118,7 @@ def test_a_source_is_copied_as_often_as_wanted_until_it_is_taken_back():
 def test_readers_in_full_swing_never_see_what_the_owner_writes_after_the_revocation(round_):
     buffer = bytearray(b"\x01" * 256 * 1024)
     half = len(buffer) // 2
-    lease = SourceLease(memoryview(buffer))
+    lease = RevocableSource(memoryview(buffer))
     begun, seen = threading.Semaphore(0), set()
 
     def read(start):
@@ -149,13 +149,13 @@ class Freed:
     valid = False
 
 
-@pytest.mark.parametrize("kind", [Lease, SourceLease])
+@pytest.mark.parametrize("kind", [RevocableBuffer, RevocableSource])
 def test_memory_that_was_freed_is_neither_written_nor_read(kind):
     buffer, memory = bytearray(b"another"), Freed()
     lease = kind(memoryview(buffer), memory)
 
     assert lease.read(0, 7) is None
-    if kind is Lease:
+    if kind is RevocableBuffer:
         assert not lease.live
         assert not lease.write(0, b"mine")
     assert buffer == b"another"
@@ -165,7 +165,7 @@ def test_memory_that_was_freed_is_neither_written_nor_read(kind):
 
 
 def test_no_call_stands_between_the_question_whether_memory_is_valid_and_the_copy_into_it():
-    names = [(one.opname, one.argval) for one in dis.get_instructions(Lease.write)]
+    names = [(one.opname, one.argval) for one in dis.get_instructions(RevocableBuffer.write)]
     asked = max(index for index, (_, value) in enumerate(names) if value == "valid")
     copied = next(index for index, (name, _) in enumerate(names) if name in ("STORE_SUBSCR", "STORE_SLICE"))
 
@@ -227,7 +227,7 @@ def test_a_commit_gives_each_chunk_back_when_it_was_taken_and_the_others_at_the_
 
 def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
     with opened(hub.endpoint, bucket) as door:
-        lease = SourceLease(memoryview(b"chunk"))
+        lease = RevocableSource(memoryview(b"chunk"))
         lease.revoke()
 
         with pytest.raises(RevokedError, match="taken back"):

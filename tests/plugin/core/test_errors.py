@@ -29,7 +29,7 @@ TREE = {
     "RevokedError": ((HFBucketError,), "revoked"),
     "IntegrityError": ((HFBucketError,), "integrity"),
     "HashMismatchError": ((errors.IntegrityError,), "integrity"),
-    "ScratchError": ((HFBucketError,), "scratch"),
+    "TempDirError": ((HFBucketError,), "scratch"),
     "LocalFileError": ((HFBucketError, OSError), "file"),
     "PartialFailureError": ((HFBucketError,), "partial"),
 }

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from hfbucket_plugin.core import run_lock
-from hfbucket_plugin.core.files import Scratch, default_root
+from hfbucket_plugin.core.files import TempDir, default_root
 from hfbucket_plugin.errors import ConfigError
 from tests.support.plugin_support import in_threads
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from hfbucket_plugin.core.files import Scratch
-scratch = Scratch(Path(sys.argv[1]))
-with scratch.file() as path:
+from hfbucket_plugin.core.files import TempDir
+temp_dir = TempDir(Path(sys.argv[1]))
+with temp_dir.file() as path:
     path.write_bytes(b"left over")
     print(path.resolve(), flush=True)
     sys.stdin.read()
@@ -44,54 +44,54 @@ def entries(root):
 
 
 def test_a_file_lives_as_long_as_its_block(tmp_path):
-    scratch = Scratch(tmp_path)
+    temp_dir = TempDir(tmp_path)
 
-    with scratch.file() as path:
+    with temp_dir.file() as path:
         assert path.read_bytes() == b""
         assert path.resolve().is_relative_to(tmp_path)
         path.write_bytes(b"x")
     assert not path.exists()
-    with pytest.raises(KeyError), scratch.file() as path:
+    with pytest.raises(KeyError), temp_dir.file() as path:
         raise KeyError
     assert not path.exists()
 
 
 def test_a_file_that_was_taken_away_is_no_error(tmp_path):
-    with Scratch(tmp_path).file() as path:
+    with TempDir(tmp_path).file() as path:
         path.unlink()
 
 
 def test_nothing_is_made_before_it_is_needed_and_nothing_stays_behind(tmp_path):
     root = tmp_path / "a" / "b"
-    scratch = Scratch(root)
-    scratch.sweep()
+    temp_dir = TempDir(root)
+    temp_dir.sweep()
     assert not root.exists()
 
-    with scratch.file(), scratch.file():
+    with temp_dir.file(), temp_dir.file():
         assert len(entries(root)) == 1
-    scratch.close()
-    scratch.close()
+    temp_dir.close()
+    temp_dir.close()
 
     assert entries(root) == []
 
 
 def test_it_can_be_used_again_after_close(tmp_path):
-    scratch = Scratch(tmp_path)
-    with scratch.file():
+    temp_dir = TempDir(tmp_path)
+    with temp_dir.file():
         pass
-    scratch.close()
+    temp_dir.close()
 
-    with scratch.file() as path:
+    with temp_dir.file() as path:
         assert path.exists()
-    scratch.close()
+    temp_dir.close()
     assert entries(tmp_path) == []
 
 
 def test_threads_share_one_directory(tmp_path):
-    scratch = Scratch(tmp_path)
+    temp_dir = TempDir(tmp_path)
 
     def use(_number):
-        with scratch.file() as path:
+        with temp_dir.file() as path:
             return path
 
     paths = in_threads(16, use)
@@ -99,11 +99,11 @@ def test_threads_share_one_directory(tmp_path):
     assert len(set(paths)) == 16
     assert len({path.parent for path in paths}) == 1
     assert len(entries(tmp_path)) == 1
-    scratch.close()
+    temp_dir.close()
 
 
 def test_only_its_owner_may_look_into_the_directory(tmp_path):
-    with Scratch(tmp_path).file() as path:
+    with TempDir(tmp_path).file() as path:
         assert path.stat().st_mode & 0o077 == 0
         assert path.parent.stat().st_mode & 0o077 == 0
 
@@ -112,16 +112,16 @@ def test_only_its_owner_may_look_into_the_directory(tmp_path):
 def test_a_root_that_cannot_be_used_names_the_setting(tmp_path, root):
     (tmp_path / "file").write_text("in the way")
 
-    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(tmp_path / root).file():
+    with pytest.raises(ConfigError, match="download_tmp_dir"), TempDir(tmp_path / root).file():
         pass
 
 
 def test_sweeping_a_root_that_cannot_be_used_is_quiet(tmp_path):
     (tmp_path / "file").write_text("in the way")
 
-    Scratch(tmp_path / "file").sweep_quietly()
-    Scratch(tmp_path / "file" / "below").sweep_quietly()
-    Scratch(tmp_path / "nowhere").sweep_quietly()
+    TempDir(tmp_path / "file").sweep_quietly()
+    TempDir(tmp_path / "file" / "below").sweep_quietly()
+    TempDir(tmp_path / "nowhere").sweep_quietly()
 
 
 def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, holder, caplog):
@@ -130,7 +130,7 @@ def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, holder, cap
     assert holder.path.read_bytes() == b"left over"
 
     with caplog.at_level(logging.INFO, logger="hfbucket_plugin.core.files"):
-        removed = Scratch(tmp_path).sweep()
+        removed = TempDir(tmp_path).sweep()
 
     assert removed == [holder.path.parent]
     assert entries(tmp_path) == []
@@ -141,23 +141,23 @@ def test_the_first_file_sweeps_too(tmp_path, holder):
     holder.kill()
     holder.wait()
 
-    with Scratch(tmp_path).file():
+    with TempDir(tmp_path).file():
         assert not holder.path.exists()
 
 
 def test_what_a_living_process_holds_stays(tmp_path, holder):
-    scratch = Scratch(tmp_path)
+    temp_dir = TempDir(tmp_path)
 
-    assert scratch.sweep() == []
-    with scratch.file():
+    assert temp_dir.sweep() == []
+    with temp_dir.file():
         pass
-    scratch.close()
+    temp_dir.close()
 
     assert holder.path.read_bytes() == b"left over"
 
 
 def test_two_of_one_process_leave_each_other_alone(tmp_path):
-    first, second = Scratch(tmp_path), Scratch(tmp_path)
+    first, second = TempDir(tmp_path), TempDir(tmp_path)
     with first.file() as one, second.file() as two:
         assert first.sweep() == second.sweep() == []
         second.close()
@@ -179,7 +179,7 @@ def test_what_is_not_ours_stays(tmp_path):
     (tmp_path / "lmcache-hfbucket-link").symlink_to(elsewhere)
     before = entries(tmp_path)
 
-    removed = Scratch(tmp_path).sweep()
+    removed = TempDir(tmp_path).sweep()
 
     assert removed == []
     assert entries(tmp_path) == before
@@ -188,24 +188,24 @@ def test_what_is_not_ours_stays(tmp_path):
 
 
 def test_a_forked_child_takes_a_directory_of_its_own_and_leaves_its_parents_alone(tmp_path):
-    scratch = Scratch(tmp_path)
-    with scratch.file() as path:
+    temp_dir = TempDir(tmp_path)
+    with temp_dir.file() as path:
         path.write_bytes(b"parent")
         parents = path.resolve()  # `path` leads through a descriptor, whose number the child uses again
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                scratch.close()
-                with scratch.file() as own:
+                temp_dir.close()
+                with temp_dir.file() as own:
                     status = 0 if own.resolve().parent != parents.parent and parents.exists() else 2
-                scratch.close()
+                temp_dir.close()
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert path.read_bytes() == b"parent"
-        assert Scratch(tmp_path).sweep() == [], "the parent's directory is still locked"
-    scratch.close()
+        assert TempDir(tmp_path).sweep() == [], "the parent's directory is still locked"
+    temp_dir.close()
     assert entries(tmp_path) == []
 
 
@@ -213,18 +213,18 @@ def test_where_no_thread_is_left_nothing_is_left_behind_either(tmp_path, monkeyp
     def no_thread(_descriptor):
         raise RuntimeError("can't start new thread")
 
-    scratch = Scratch(tmp_path)
+    temp_dir = TempDir(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     with monkeypatch.context() as patched:
         patched.setattr("hfbucket_plugin.core.run_lock.Heartbeat", no_thread)
         for _ in range(2):
             with pytest.raises(ConfigError, match="can't start new thread"):
-                scratch.directory()
+                temp_dir.directory()
 
     assert entries(tmp_path) == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert scratch.directory().exists()
-    scratch.close()
+    assert temp_dir.directory().exists()
+    temp_dir.close()
 
 
 # --- other users of the machine --------------------------------------------------------------------------------------
@@ -234,20 +234,20 @@ def test_a_directory_that_is_swapped_under_us_leads_nowhere(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("dear")
     root = tmp_path / "root"
-    scratch = Scratch(root)
-    with scratch.file() as path:
+    temp_dir = TempDir(root)
+    with temp_dir.file() as path:
         real = path.resolve()
         real.parent.rename(tmp_path / "moved")
         real.parent.mkdir()
         real.symlink_to(victim)
         path.write_bytes(b"a chunk")
-        with scratch.file() as second:
+        with temp_dir.file() as second:
             second.write_bytes(b"another")
 
         assert victim.read_text() == "dear"
         assert (tmp_path / "moved" / path.name).read_bytes() == b"a chunk"
         assert entries(real.parent) == [path.name]
-    scratch.close()
+    temp_dir.close()
     assert victim.read_text() == "dear"
 
 
@@ -260,7 +260,7 @@ def default(tmp_path, monkeypatch):
 def test_the_default_is_this_users_own(default, tmp_path):
     assert default == tmp_path / f"lmcache-hfbucket-{os.geteuid()}"
 
-    with Scratch(default).file():
+    with TempDir(default).file():
         assert default.stat().st_mode & 0o077 == 0
 
 
@@ -272,7 +272,7 @@ def test_a_default_that_another_user_made_first_is_refused(default, monkeypatch)
 
     with (
         pytest.raises(ConfigError, match=f"download_tmp_dir '{root}' .* belongs to user {user} .* as user 4711"),
-        Scratch(root).file(),
+        TempDir(root).file(),
     ):
         pass
     assert entries(root) == []
@@ -288,7 +288,7 @@ def test_a_default_that_others_may_write_to_or_that_is_a_link_is_refused(default
         default.mkdir()
         default.chmod(0o777)
 
-    with pytest.raises(ConfigError, match="download_tmp_dir"), Scratch(default).file():
+    with pytest.raises(ConfigError, match="download_tmp_dir"), TempDir(default).file():
         pass
     assert entries(elsewhere) == []
 
@@ -305,13 +305,13 @@ def test_a_directory_of_another_user_is_refused_and_one_of_roots_is_not(tmp_path
         monkeypatch.setattr(os, "fstat", fstat)
 
     owned_by(4711)
-    with pytest.raises(ConfigError, match="belongs to user 4711"), Scratch(tmp_path).file():
+    with pytest.raises(ConfigError, match="belongs to user 4711"), TempDir(tmp_path).file():
         pass
     owned_by(0)
-    scratch = Scratch(tmp_path)
-    with scratch.file() as path:
+    temp_dir = TempDir(tmp_path)
+    with temp_dir.file() as path:
         assert path.exists()
-    scratch.close()
+    temp_dir.close()
 
 
 def test_what_another_users_process_left_is_left_alone(tmp_path, holder, monkeypatch):
@@ -319,7 +319,7 @@ def test_what_another_users_process_left_is_left_alone(tmp_path, holder, monkeyp
     holder.wait()
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
 
-    assert Scratch(tmp_path).sweep() == []
+    assert TempDir(tmp_path).sweep() == []
 
 
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
@@ -329,7 +329,7 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     forged.mkdir()
     (forged / ".lock").symlink_to(lock)
 
-    assert Scratch(tmp_path).sweep() == []
+    assert TempDir(tmp_path).sweep() == []
     assert forged.exists()
 
 
@@ -340,7 +340,7 @@ def test_no_temporary_directory_at_all_is_told_when_one_is_needed(tmp_path, monk
     root = default_root()
 
     assert root.parent == tmp_path / "file"
-    with pytest.raises(ConfigError, match="or set TMPDIR"), Scratch(root).file():
+    with pytest.raises(ConfigError, match="or set TMPDIR"), TempDir(root).file():
         pass
 
 
@@ -357,7 +357,7 @@ def test_on_a_file_system_without_locks_the_dead_are_told_by_their_processes(tmp
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    held = Scratch(tmp_path)
+    held = TempDir(tmp_path)
     with (
         held.file() as path,
         subprocess.Popen(
@@ -368,10 +368,10 @@ def test_on_a_file_system_without_locks_the_dead_are_told_by_their_processes(tmp
         ) as process,
     ):
         theirs = type(tmp_path)(process.stdout.readline().strip())
-        assert Scratch(tmp_path).sweep() == []
+        assert TempDir(tmp_path).sweep() == []
         process.kill()
         process.wait()
-        assert Scratch(tmp_path).sweep() == [theirs.parent]
+        assert TempDir(tmp_path).sweep() == [theirs.parent]
         assert path.exists()
     held.close()
     assert entries(tmp_path) == []
@@ -381,6 +381,6 @@ def test_what_a_process_of_another_node_holds_stays_until_it_is_silent(tmp_path,
     other = tmp_path / "lmcache-hfbucket-1-abcd"
     other.mkdir(mode=0o700)
     (other / ".lock").write_text('{"lease": "flock", "boot": "another", "pid": 1}')
-    assert Scratch(tmp_path).sweep() == []
+    assert TempDir(tmp_path).sweep() == []
     monkeypatch.setattr(run_lock, "STALE_SECS", -1.0)
-    assert Scratch(tmp_path).sweep() == [other]
+    assert TempDir(tmp_path).sweep() == [other]

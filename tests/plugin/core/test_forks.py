@@ -10,44 +10,44 @@ import os, sys, threading, time
 from types import SimpleNamespace
 from tests.support.plugin_support import eventually, instance_settings
 from hfbucket_plugin.store.chunk_store import ChunkStore
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.fingerprint.model import Fingerprint
 from hfbucket_plugin.fingerprint.watch import FingerprintWatch
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 
 endpoint, bucket, directory = sys.argv[1:]
 settings = instance_settings(
     endpoint, bucket, "kv", download_tmp_dir=directory, index="snapshot", fingerprint="enforce", fingerprint_refresh_secs=3600
 )
-store = ChunkStore(settings, "x", Tally(), 9)
+store = ChunkStore(settings, "x", MemorySink(), 9)
 index = store.index
-watch = FingerprintWatch(store.bucket, settings, "x", store.guard, Tally())
+watch = FingerprintWatch(store.bucket, settings, "x", store.breakers, MemorySink())
 subject = watch.add("org/model", lambda: Fingerprint(mode="classic", model="org/model", world_size=1, dtype="half"))
 known = watch._known["org/model"]
 eventually(lambda: not known.busy)
-store._scratch.directory()
+store._temp_dir.directory()
 
 known.busy, known.next_at = True, float("inf")  # a thread of the watch looks
 locks = [watch._lock, index._refreshing, index._flushing, index._recent._lock, index._journal._lock, index._starting._lock,
-         store._scratch._lock._lock, index._journal_due._cond]
+         store._temp_dir._lock._lock, index._journal_due._cond]
 for lock in locks:
     lock.acquire()  # as another thread of the parent may at any moment
 child = os.fork()
 if child == 0:
-    index.wrote("org/model@1@0@ab@half", Content("0" * 64, 4))
+    index.wrote("org/model@1@0@ab@half", ContentId("0" * 64, 4))
     print(len(index._journal), index.known(["org/model@1@0@ab@half"], misses=True), flush=True)
     index.start()
     print(len(index._journal), index._pid == os.getpid(), flush=True)
-    print(store._scratch.directory().exists(), flush=True)
+    print(store._temp_dir.directory().exists(), flush=True)
     print(watch.refusal(subject, storing=True), flush=True)
     eventually(lambda: subject.state == "agrees")
     print(watch.refusal(subject, storing=True), flush=True)
-    store._scratch.close()
+    store._temp_dir.close()
     os._exit(0)
 os.waitpid(child, 0)
 for lock in locks:
     lock.release()
-store._scratch.close()
+store._temp_dir.close()
 os._exit(0)
 """
 

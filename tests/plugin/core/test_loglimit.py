@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from hfbucket_plugin.core.telemetry import LimitedLog
+from hfbucket_plugin.core.telemetry import RateLimitedLogger
 from tests.support.plugin_support import Clock, in_threads
 
 
@@ -19,7 +19,7 @@ def lines():
 def test_one_line_a_kind_and_interval_and_how_many_were_left_out(lines):
     log, heard = lines
     clock = Clock()
-    limited = LimitedLog(log, 30, clock)
+    limited = RateLimitedLogger(log, 30, clock)
 
     assert limited.warning("get denied", "first")
     assert [limited.warning("get denied", f"repeated {n}") for n in range(5)] == [False] * 5
@@ -42,14 +42,14 @@ def test_one_line_a_kind_and_interval_and_how_many_were_left_out(lines):
 def test_a_message_is_no_format(lines):
     log, heard = lines
 
-    LimitedLog(log).warning("k", "100 %s of %d %")
+    RateLimitedLogger(log).warning("k", "100 %s of %d %")
 
     assert heard == [("WARNING", "100 %s of %d %")]
 
 
 def test_threads_do_not_get_around_it(lines):
     log, heard = lines
-    limited = LimitedLog(log, 30, Clock())
+    limited = RateLimitedLogger(log, 30, Clock())
 
     logged = in_threads(16, lambda number: [limited.warning("k", f"{number}") for _ in range(50)])
 

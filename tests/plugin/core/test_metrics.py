@@ -2,7 +2,7 @@ import prometheus_client
 import pytest
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.telemetry import PrometheusSink, Tally
+from hfbucket_plugin.core.telemetry import MemorySink, PrometheusSink
 from tests.support.plugin_support import in_threads
 
 # Dashboards and alerts are built on these: they are only ever added to.
@@ -62,7 +62,7 @@ def test_the_process_has_one_sink_however_often_it_is_asked_for():
 
 
 def test_a_tally_adds_up_by_any_labels():
-    tally = Tally()
+    tally = MemorySink()
     tally.count(telemetry.CHUNKS, 3, instance="a", operation="get", outcome="hit")
     tally.count(telemetry.CHUNKS, 1, instance="a", operation="get", outcome="missing")
     tally.count(telemetry.CHUNKS, 5, instance="b", operation="get", outcome="hit")
@@ -80,7 +80,7 @@ def test_a_tally_adds_up_by_any_labels():
 
 
 def test_a_tally_loses_nothing_between_threads():
-    tally = Tally()
+    tally = MemorySink()
 
     in_threads(8, lambda _number: [tally.count("x", instance="a") for _ in range(1000)])
 

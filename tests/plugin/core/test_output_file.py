@@ -125,7 +125,7 @@ def test_two_outputs_in_one_file_are_refused_though_there_is_none_yet(tmp_path):
     expect_apart([("--report", None), ("--report-html", tmp_path / "x")], [("--keys-from", tmp_path / "y")])
 
 
-def test_a_null_byte_in_a_name_is_left_to_whoever_opens_it(tmp_path):
+def test_a_null_byte_in_a_name_is_left_to_the_code_that_opens_it(tmp_path):
     expect_apart([("--report", tmp_path / "nul\0l")], [("--keys-from", tmp_path / "nul\0l")])
 
 

@@ -45,7 +45,7 @@ def test_a_missing_chunk_is_a_miss_among_hits(surface):
     assert chunks_counted(surface.instance, "get")["missing"] == 1
 
 
-def test_an_object_of_another_size_is_refused_and_written_anew(hub, bucket, surface):
+def test_an_object_of_another_size_is_refused_and_rewritten(hub, bucket, surface):
     for size in (1, CHUNK_BYTES - 1, CHUNK_BYTES + 1):
         upload(hub.endpoint, bucket, {path_of(surface, 0): noise(size, size)})
 
@@ -131,7 +131,7 @@ def test_keys_twice_in_one_call(surface):
 
 
 def test_nothing_asked_for_is_answered_with_nothing_and_costs_no_request(hub, surface):
-    eventually(lambda: store_of(surface).bucket.transfer.ready)  # made at the start, for whoever reads first
+    eventually(lambda: store_of(surface).bucket.transfer.ready)  # made at the start, for the first read
     hub.control.reset_counters()
 
     surface.put([])

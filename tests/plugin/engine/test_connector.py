@@ -10,9 +10,9 @@ from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendH
 from lmcache.v1.memory_management import MemoryFormat
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError, PartialFailureError
 from localhub.faults import Fault
 from tests.support.plugin_rig import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
@@ -36,7 +36,7 @@ def rigs(hub, bucket, loop, tmp_path, monkeypatch):
     made = []
 
     def make(prefix="v1", metadata=None, cpu_gb=0.05, blocking_secs=10, endpoint=hub.endpoint, **settings):
-        tally = Tally()
+        tally = MemorySink()
         monkeypatch.setattr("hfbucket_plugin.engine.classic.default_sink", lambda: tally)
         values = {
             "bucket_handle": f"hf://buckets/{bucket}/{prefix}",
@@ -339,9 +339,9 @@ def test_an_allocator_that_raises_is_a_miss_and_leaks_nothing(rig, monkeypatch):
 
 def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monkeypatch):
     threads = {"allocate": set(), "write": set(), "feed": set(), "request": set(), "start": set()}
-    real_allocate, real_write = rig.memory.allocate, Lease.write
+    real_allocate, real_write = rig.memory.allocate, RevocableBuffer.write
     store = rig.connector._store
-    real_feed, real_request = SourceLease.read, store.bucket._hub.request
+    real_feed, real_request = RevocableSource.read, store.bucket._hub.request
 
     def noted(name, function):
         def run(*args, **kwargs):
@@ -352,8 +352,8 @@ def test_nothing_of_ours_allocates_copies_or_waits_on_the_engines_loop(rig, monk
 
     memory_objs = [rig.chunk(n) for n in range(4)]
     monkeypatch.setattr(rig.memory, "allocate", noted("allocate", real_allocate))
-    monkeypatch.setattr(Lease, "write", noted("write", real_write))
-    monkeypatch.setattr(SourceLease, "read", noted("feed", real_feed))
+    monkeypatch.setattr(RevocableBuffer, "write", noted("write", real_write))
+    monkeypatch.setattr(RevocableSource, "read", noted("feed", real_feed))
     monkeypatch.setattr(store.bucket._hub, "request", noted("request", real_request))
     # Starting a thread waits for it: up to 5 ms while others hold the GIL.
     monkeypatch.setattr(threading.Thread, "start", noted("start", threading.Thread.start))

@@ -11,7 +11,7 @@ from dev.demo.mp_server import MPServer
 from dev.demo.waiting import wait_until
 from hfbucket_plugin.config.settings import load
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.index.build import from_listing, publish
 from hfbucket_plugin.index.store import IndexStore
@@ -52,7 +52,7 @@ def filled_by(adapter, place):
 def publish_index(place, directory):
     values = {"bucket_handle": place.handle, "endpoint": place.endpoint}
     settings = load({f"remote_storage_plugin.hfbucket.{name}": value for name, value in values.items()}, "hfbucket")
-    bucket = open_bucket(settings, "hfbucket", Tally(), 30.0)
+    bucket = open_bucket(settings, "hfbucket", MemorySink(), 30.0)
     built = from_listing(bucket, directory, 30.0)
     publish(IndexStore(bucket, "builder"), built, Deadline.after(30.0))
     bucket.close()

@@ -10,9 +10,9 @@ import pytest
 
 from dev.faults import cells, pages, verdict
 from dev.faults.classic import running_loop
+from dev.faults.guarantees import TITLES, guarantee
 from dev.faults.injections import FAULTS, OPERATIONS, routes
 from dev.faults.plan import SURFACES, trials
-from dev.faults.promises import TITLES, promise
 from dev.faults.surface import Limits
 from dev.faults.trial import Bench, Call, Report, Trial
 from dev.generated import filled
@@ -135,7 +135,7 @@ def test_every_fault_is_tried_on_every_operation_of_both_surfaces_on_each_of_its
     for surface, fault, operation in itertools.product(SURFACES, FAULTS, OPERATIONS):
         for route in routes(surface, fault, operation):
             assert (surface, fault, operation, route) in made
-            assert promise(fault, operation, route).kinds
+            assert guarantee(fault, operation, route).kinds
     assert set(TITLES) == set(FAULTS)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dev.faults.mp import MP
 from dev.faults.surface import Limits, content
-from hfbucket_plugin.core.telemetry import OPERATIONS, Tally
+from hfbucket_plugin.core.telemetry import OPERATIONS, MemorySink
 from hfbucket_plugin.engine.health_monitor import LIFTED, HealthShield
 from hfbucket_plugin.engine.mp import HFBucketL2Adapter, HFBucketL2AdapterConfig
 from hfbucket_plugin.errors import AccessDeniedError
@@ -24,7 +24,7 @@ def test_where_the_monitor_cannot_disable_the_engine_gets_that_fail_keep_nothing
 @pytest.fixture
 def l2_adapter(hub, bucket):
     """An L2 adapter over the bucket of the test, and what it counts."""
-    tally = Tally()
+    tally = MemorySink()
     params = {"bucket_handle": f"hf://buckets/{bucket}/mp", "endpoint": hub.endpoint, "usage_refresh_secs": 0}
     adapter = HFBucketL2Adapter(HFBucketL2AdapterConfig.from_dict(params), sink=tally)
     yield adapter, tally

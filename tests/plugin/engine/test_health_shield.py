@@ -31,7 +31,7 @@ def fail(shield, times=1):
         shield.got(everything=False)
 
 
-def test_it_is_raised_while_half_as_many_gets_as_lmcache_allows_have_failed_of_late():
+def test_it_is_raised_while_half_as_many_gets_as_lmcache_allows_have_failed_recently():
     clock, shield = made()
     fail(shield, 4)
     for _ in range(100):

@@ -151,7 +151,7 @@ def test_an_object_that_is_written_over_at_another_size_counts_once(hub, bucket,
     assert mp.adapter.report_status()["object_count"] == 0
 
 
-def test_an_object_that_cannot_be_served_and_is_written_anew_counts_once(hub, bucket, l2_adapters):
+def test_an_object_that_cannot_be_served_and_is_rewritten_counts_once(hub, bucket, l2_adapters):
     key = mp_key(1)
     by_others(hub, bucket, [key])
     mp = l2_adapters(verify="hash", usage_refresh_secs=60, max_capacity_gb=1)

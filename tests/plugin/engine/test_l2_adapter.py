@@ -289,7 +289,7 @@ def test_memory_that_nobody_else_holds_any_more_is_held_until_its_task_ends(hub,
     del memory
     eventually(lambda: hub.control.hits(late))
     gc.collect()
-    assert there_still() is not None, "it would be written into, whoever it is given to next"
+    assert there_still() is not None, "it would be written into, whatever it is given to next"
 
     hub.control.clear_faults()
     assert _await(mp.adapter.get_load_event_fd(), lambda: mp.adapter.query_load_result(task)).test(0)

@@ -34,7 +34,7 @@ def victims(policy, ratio, **options):
     return [key for action in policy.get_eviction_actions(ratio, **options) for key in action.keys]
 
 
-def test_the_oldest_objects_of_whoever_wrote_them_go_first(hub, bucket, adapters):
+def test_the_oldest_objects_of_all_writers_go_first(hub, bucket, adapters):
     by_others(hub, bucket, range(4))
     mp = adapters(max_capacity_gb=4 * CHUNK_BYTES / GIB)
     policy = LRUEvictionPolicy()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.engine.mp_tasks import key_string
 from hfbucket_plugin.engine.mp_usage import list_page
 from hfbucket_plugin.errors import HFBucketError
@@ -48,7 +48,7 @@ class Hub:
     def list_page(self, prefix, cursor, _deadline):
         left = sorted(path for path in self.paths if path.startswith(prefix) and (cursor is None or path > cursor))
         page = left[: self.page_size]
-        infos = [ObjectInfo(path, Content("0" * 64, len(path)), NOW) for path in page]
+        infos = [ObjectInfo(path, ContentId("0" * 64, len(path)), NOW) for path in page]
         return infos, page[-1] if len(left) > len(page) else None
 
 
@@ -225,7 +225,7 @@ def recorder():
 
 
 def door(endpoint):
-    return open_bucket(instance_settings(endpoint, "o/b", "v1", token="hf_loopback"), "hfbucket", Tally(), 9.0)
+    return open_bucket(instance_settings(endpoint, "o/b", "v1", token="hf_loopback"), "hfbucket", MemorySink(), 9.0)
 
 
 places = st.one_of(

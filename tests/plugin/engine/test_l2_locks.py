@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.buffers import Lease
-from hfbucket_plugin.engine.mp_tasks import FORGOTTEN_SECS, Locks, TaskBoard
+from hfbucket_plugin.core.buffers import RevocableBuffer
+from hfbucket_plugin.engine.mp_tasks import FORGOTTEN_SECS, Locks, TaskTable
 from tests.support.plugin_support import Clock
 
 LOAD, DROP, SHORTEN, GIVE_UP = "load", "drop", "shorten", "give up"
@@ -18,7 +18,7 @@ class Buffer:
 
     def __init__(self):
         self.memory = SimpleNamespace(valid=True)
-        self.lease = Lease(memoryview(bytearray(4)), self.memory)
+        self.lease = RevocableBuffer(memoryview(bytearray(4)), self.memory)
 
 
 class Request:
@@ -227,7 +227,7 @@ def test_loads_of_equal_keys_that_were_all_given_up_are_forgotten_after_a_while(
 @pytest.mark.parametrize("count", [1, 3])
 def test_results_that_nobody_fetches_are_dropped_after_a_while(count):
     clock = Clock()
-    board = TaskBoard(clock)
+    board = TaskTable(clock)
     tasks = [board.begin() for _ in range(count)]
     for task in tasks:
         board.finish(task, "aborted")

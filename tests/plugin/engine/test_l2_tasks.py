@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lmcache.v1.platform import consume_fd
 
-from hfbucket_plugin.engine.mp_tasks import TaskBoard
+from hfbucket_plugin.engine.mp_tasks import TaskTable
 from tests.support.plugin_support import in_threads, untimed
 
 
@@ -17,7 +17,7 @@ def signalled(board):
 
 
 def test_a_task_is_signalled_when_it_ends_and_its_result_is_given_once():
-    board = TaskBoard()
+    board = TaskTable()
     task = board.begin()
     assert board.under_way == 1
     assert not signalled(board)
@@ -36,7 +36,7 @@ def test_a_task_is_signalled_when_it_ends_and_its_result_is_given_once():
 
 
 def test_results_that_nobody_fetched_stay_and_come_all_at_once():
-    board = TaskBoard()
+    board = TaskTable()
     tasks = [board.begin() for _ in range(3)]
     for task in tasks:
         board.finish(task, task * 10)
@@ -48,7 +48,7 @@ def test_results_that_nobody_fetched_stay_and_come_all_at_once():
 
 
 def test_a_result_that_is_false_is_a_result():
-    board = TaskBoard()
+    board = TaskTable()
     task = board.begin()
     board.finish(task, 0)
 
@@ -57,7 +57,7 @@ def test_a_result_that_is_false_is_a_result():
 
 
 def test_a_board_that_is_closed_signals_nobody_and_keeps_nothing():
-    board = TaskBoard()
+    board = TaskTable()
     ended, late = board.begin(), board.begin()
     board.finish(ended, "done")
     fd = board.fd
@@ -79,7 +79,7 @@ def test_a_board_that_is_closed_signals_nobody_and_keeps_nothing():
 
 
 def test_numbers_are_unique_and_no_result_is_lost_or_given_twice_among_threads():
-    board = TaskBoard()
+    board = TaskTable()
     fetched, stop = [], threading.Event()
 
     def fetch():
@@ -112,7 +112,7 @@ def test_numbers_are_unique_and_no_result_is_lost_or_given_twice_among_threads()
 @untimed
 @given(st.lists(st.tuples(st.sampled_from(["begin", "finish", "take", "all"]), st.integers(0, 9)), max_size=50))
 def test_as_a_plain_model(steps):
-    board = TaskBoard()
+    board = TaskTable()
     open_, results, begun = [], {}, []
     try:
         for step, which in steps:

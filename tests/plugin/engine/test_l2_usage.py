@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hfbucket_plugin.core.keys import BucketHandle, Content, encode_name
+from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.engine.mp_tasks import key_string
 from hfbucket_plugin.engine.mp_usage import SizeTable, Usage, UsageListing, digest_of
 from hfbucket_plugin.errors import BucketMissingError, ThrottledError, TransportError
@@ -278,7 +278,7 @@ class ListedBucket:
 
     def write(self, key, size, minutes=0):
         path = self.handle.join(encode_name(key if isinstance(key, str) else key_string(key)))
-        self.objects[path] = ObjectInfo(path, Content("0" * 64, size), datetime.now(UTC) + timedelta(minutes=minutes))
+        self.objects[path] = ObjectInfo(path, ContentId("0" * 64, size), datetime.now(UTC) + timedelta(minutes=minutes))
 
     @property
     def background_wait_secs(self):
@@ -340,8 +340,8 @@ def test_a_listing_tells_of_mp_objects_the_newest_first_and_counts_them_and_no_o
     for number, minutes in ((1, 5), (2, 1), (3, 9), (4, 3)):
         bucket.write(mp_key(number, "ada"), number, minutes)
     bucket.write("org/model@1@0@ab@bfloat16", 100)  # the classic engine's
-    bucket.objects["v1/foreign"] = ObjectInfo("v1/foreign", Content("0" * 64, 1000), NOW)
-    bucket.objects["v1/deep/x"] = ObjectInfo("v1/deep/x", Content("0" * 64, 1000), NOW)
+    bucket.objects["v1/foreign"] = ObjectInfo("v1/foreign", ContentId("0" * 64, 1000), NOW)
+    bucket.objects["v1/deep/x"] = ObjectInfo("v1/deep/x", ContentId("0" * 64, 1000), NOW)
 
     _, usage, told = listings(bucket)
 
@@ -452,7 +452,7 @@ def test_a_listing_that_fails_keeps_the_figure_and_comes_again_soon(listings, ca
 
     eventually(lambda: not bucket.errors and usage.total == 10)
     assert caplog.text.count("usage: the listing did not go on") == 1
-    assert "gone for a while" not in caplog.text, "whoever reads or writes tells of a missing bucket"
+    assert "gone for a while" not in caplog.text, "reads and writes report a missing bucket"
 
 
 def test_a_listing_goes_on_where_it_failed_and_takes_nothing_off_before_its_end(listings, monkeypatch):

@@ -12,7 +12,7 @@ from dev.faults import mp
 from dev.faults.classic import Classic
 from dev.faults.mp import MP
 from dev.faults.surface import CHUNK_BYTES, Limits, chunks_counted, content
-from hfbucket_plugin.core.buffers import Lease
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.engine import classic
 from hfbucket_plugin.engine import memory as engine_memory
 from hfbucket_plugin.engine import mp as l2_adapter
@@ -49,7 +49,7 @@ def sessions(request):
 def too_late(monkeypatch):
     """Notes each time that a thread came to write into memory that was not ours any more."""
     noted = []
-    real = Lease.write
+    real = RevocableBuffer.write
 
     def write(self, at, piece):
         taken = real(self, at, piece)
@@ -57,7 +57,7 @@ def too_late(monkeypatch):
             noted.append(at)
         return taken
 
-    monkeypatch.setattr(Lease, "write", write)
+    monkeypatch.setattr(RevocableBuffer, "write", write)
     return noted
 
 
@@ -74,7 +74,7 @@ def nobody_reads(surface):
 def nobody_writes(surface):
     """The same of those that upload and name."""
     store = store_of(surface)
-    return all(map(is_idle, (store._putter._threads, store.puts._pool, store._putter._namer._threads)))
+    return all(map(is_idle, (store._writer._threads, store.puts._pool, store._writer._committer._threads)))
 
 
 LATE_ANSWERS = {

@@ -12,7 +12,7 @@ from lmcache.v1.distributed.storage_controllers.eviction_controller import L2Ada
 
 from dev.faults.mp import MP
 from dev.faults.surface import Limits
-from hfbucket_plugin.core.keys import BucketHandle, Content
+from hfbucket_plugin.core.keys import BucketHandle, ContentId
 from hfbucket_plugin.engine.mp_usage import UsageListing
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from tests.support.l2_support import GIB, lookup, mp_key, path_of, put
@@ -36,7 +36,7 @@ class Transfer:
         contents = []
         for lease in leases:
             data = lease.read(0, lease.size)
-            contents.append(Content(hashlib.sha256(data).hexdigest(), len(data)))
+            contents.append(ContentId(hashlib.sha256(data).hexdigest(), len(data)))
             taken(lease)
         return contents
 
@@ -154,7 +154,7 @@ class FleetMachine(RuleBasedStateMachine):
     def others(self, path, size, but=None):
         for server in getattr(self, "servers", []):
             server.others_wrote |= bool(size) and server is not but
-        self.bucket.change(path, Content("f" * 64, size * UNIT) if size else None)
+        self.bucket.change(path, ContentId("f" * 64, size * UNIT) if size else None)
 
     def one(self, number):
         return self.servers[number % len(self.servers)]

@@ -96,7 +96,7 @@ def test_a_server_does_not_outlive_the_process_that_started_it(tmp_path):
     started = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
     assert started.returncode == -signal.SIGKILL, started.stderr
-    # Whoever inherits it may be slow to collect it, or never do.
+    # The process that inherits it may be slow to collect it, or never do.
     with suppress(psutil.NoSuchProcess):
         server = psutil.Process(int(started.stdout))
         while server.status() != psutil.STATUS_ZOMBIE:

@@ -373,8 +373,8 @@ SEEDED = """
 import pathlib, sys, time
 sys.path[:0] = [{root!r}]
 from dev.demo.engine import CpuEngine
-from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_STATE, Tally
-tally = Tally()
+from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_STATE, MemorySink
+tally = MemorySink()
 import hfbucket_plugin.engine.classic as connector
 connector.default_sink = lambda: tally
 from dev.demo.engine import prompt

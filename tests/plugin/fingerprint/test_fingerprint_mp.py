@@ -4,7 +4,7 @@ import pytest
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc
 
-from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, Tally
+from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, MemorySink
 from hfbucket_plugin.fingerprint.model import Record
 from tests.support.fingerprint_support import HEAD
 from tests.support.l2_support import SIZE, content_of, load, lookup, mp_key, put, there
@@ -18,7 +18,7 @@ def adapters(l2_adapters, monkeypatch):
     """Makes adapters, each with a tally of its own."""
 
     def make(**values):
-        tally = Tally()
+        tally = MemorySink()
         monkeypatch.setattr("hfbucket_plugin.l2_adapter.default_sink", lambda: tally)
         one = l2_adapters(**{"fingerprint": "warn"} | values)
         one.tally = tally
@@ -142,7 +142,7 @@ def test_another_model_of_the_same_server_is_not_kept_out(adapters, hub, bucket)
     assert there(hub, bucket, [mp_key(1), other]) == [mp_key(1)]
 
 
-def test_a_layout_that_changes_is_compared_anew(adapters):
+def test_a_layout_that_changes_is_compared_again(adapters):
     first = filled(adapters, fingerprint="enforce")
 
     assert lookup(first, [mp_key(1)], layout(2, 2, 32, SIZE // 128)) == [False]

@@ -14,10 +14,10 @@ from hfbucket_plugin.fingerprint.model import (
     COMPARED,
     MAX_VARIANTS,
     SCHEMA,
-    Claim,
+    ChunkLayout,
     Fingerprint,
-    Group,
-    Layout,
+    FingerprintClaim,
+    LayerGroup,
     Record,
     differences,
     in_words,
@@ -25,17 +25,17 @@ from hfbucket_plugin.fingerprint.model import (
 from tests.support.plugin_support import any_text
 
 WHERE = "kv/.hfbucket/fingerprints/org%2Fmodel.json"
-GROUP = Group(shape=(2, 32, 256, 1024), dtype="bfloat16")
+GROUP = LayerGroup(shape=(2, 32, 256, 1024), dtype="bfloat16")
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 groups = st.builds(
-    Group,
+    LayerGroup,
     shape=st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple),
     dtype=texts,
     object_group=st.integers(0, 3),
 )
 layouts = st.builds(
-    Layout, groups=st.lists(groups, min_size=1, max_size=3).map(tuple), worker=st.none() | st.integers(0, 3)
+    ChunkLayout, groups=st.lists(groups, min_size=1, max_size=3).map(tuple), worker=st.none() | st.integers(0, 3)
 )
 fingerprints = st.builds(
     Fingerprint,
@@ -71,7 +71,7 @@ fingerprints = st.builds(with_stages, fingerprints, st.lists(layouts, max_size=2
 def engine(**values):
     known = {
         "mode": "classic", "model": "org/model", "world_size": 2, "dtype": "bfloat16", "model_revision": "abc123",
-        "chunk_size": 256, "layout": Layout(groups=(GROUP,), worker=0), "hash_algorithm": "sha256_cbor",
+        "chunk_size": 256, "layout": ChunkLayout(groups=(GROUP,), worker=0), "hash_algorithm": "sha256_cbor",
         "hash_check": "1234", "hash_seed_pinned": True, "lmcache_version": "0.5.6",
     }  # fmt: skip
     return Fingerprint(**known | values)
@@ -90,11 +90,11 @@ def engine(**values):
             "hash_check (the seed, PYTHONHASHSEED) is 1234 in the bucket and -5f here",
         ),
         (
-            {"layout": Layout(groups=(Group(shape=(2, 40, 256, 1024), dtype="bfloat16"),), worker=0)},
+            {"layout": ChunkLayout(groups=(LayerGroup(shape=(2, 40, 256, 1024), dtype="bfloat16"),), worker=0)},
             "layout is 2x32x256x1024 bfloat16 in the bucket and 2x40x256x1024 bfloat16 here",
         ),
         (
-            {"layout": Layout(groups=(Group(shape=(1, 32, 256, 2048), dtype="bfloat16"),), worker=1)},
+            {"layout": ChunkLayout(groups=(LayerGroup(shape=(1, 32, 256, 2048), dtype="bfloat16"),), worker=1)},
             "layout is 2x32x256x1024 bfloat16 in the bucket and 1x32x256x2048 bfloat16 here",
         ),
     ],
@@ -137,15 +137,15 @@ def test_two_names_of_one_hash_are_none_of_two_hashes():
 
 
 def test_stages_of_a_pipeline_may_have_other_numbers_of_layers():
-    stage = Layout(groups=(Group(shape=(2, 31, 256, 1024), dtype="bfloat16"),), worker=1)
+    stage = ChunkLayout(groups=(LayerGroup(shape=(2, 31, 256, 1024), dtype="bfloat16"),), worker=1)
 
     assert differences(engine(), engine(layout=stage)) == []
     assert differences(engine(), engine(layout=stage.model_copy(update={"worker": 0})))
 
 
 def stage(worker, *hidden):
-    groups = tuple(Group(shape=(2, 8, 256, size), dtype="bfloat16") for size in hidden)
-    return engine(layout=Layout(groups=groups, worker=worker))
+    groups = tuple(LayerGroup(shape=(2, 8, 256, size), dtype="bfloat16") for size in hidden)
+    return engine(layout=ChunkLayout(groups=groups, worker=worker))
 
 
 def test_stages_of_a_pipeline_with_other_heads_are_recorded_side_by_side():
@@ -175,7 +175,7 @@ def test_two_layouts_of_one_worker_are_no_record():
     document["layouts"][0]["worker"] = 0
 
     with pytest.raises(IntegrityError, match="each layout must name a worker of its own"):
-        Claim.from_json(json.dumps({"fingerprint": document}).encode(), WHERE)
+        FingerprintClaim.from_json(json.dumps({"fingerprint": document}).encode(), WHERE)
 
 
 def test_an_earlier_release_reads_the_layout_of_the_first_worker():
@@ -190,14 +190,14 @@ def test_an_earlier_release_reads_the_layout_of_the_first_worker():
 
 
 def test_layouts_of_mp_mode_are_compared_and_completed_by_object_group():
-    first, second = (Group(shape=(2, layers, 16, 64), dtype="bfloat16", object_group=layers) for layers in (1, 2))
-    other = Group(shape=(2, 1, 16, 32), dtype="bfloat16", object_group=1)
-    one = engine(layout=Layout(groups=(second,)))
-    both = one.completed(engine(layout=Layout(groups=(first,))))
+    first, second = (LayerGroup(shape=(2, layers, 16, 64), dtype="bfloat16", object_group=layers) for layers in (1, 2))
+    other = LayerGroup(shape=(2, 1, 16, 32), dtype="bfloat16", object_group=1)
+    one = engine(layout=ChunkLayout(groups=(second,)))
+    both = one.completed(engine(layout=ChunkLayout(groups=(first,))))
 
-    assert both.layout == Layout(groups=(first, second))
+    assert both.layout == ChunkLayout(groups=(first, second))
     assert differences(one, both) == differences(both, one) == []
-    assert [found.field for found in differences(both, engine(layout=Layout(groups=(other,))))] == ["layout"]
+    assert [found.field for found in differences(both, engine(layout=ChunkLayout(groups=(other,))))] == ["layout"]
 
 
 @given(fingerprints, st.data())
@@ -238,7 +238,7 @@ def test_texts_of_others_stay_on_one_line():
 
 @given(fingerprints)
 def test_a_claim_comes_back(one):
-    assert Claim.from_json(Claim.to_json(one), WHERE) == one
+    assert FingerprintClaim.from_json(FingerprintClaim.to_json(one), WHERE) == one
 
 
 @given(st.lists(fingerprints.map(lambda one: one.model_copy(update={"model": "org/model"})), max_size=5))

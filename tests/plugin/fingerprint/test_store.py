@@ -4,9 +4,9 @@ import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, RefusedError
-from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Claim, Fingerprint, Record, differences
+from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Fingerprint, FingerprintClaim, Record, differences
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, MAX_CLAIMS, FingerprintStore
-from hfbucket_plugin.hub.records import OwnObjects
+from hfbucket_plugin.hub.records import RecordStore
 from localhub.faults import Fault
 from tests.support.plugin_support import all_paths, download, in_threads, opened, upload
 
@@ -143,7 +143,7 @@ def test_claims_that_cannot_be_read_are_told_one_by_one(store, hub, bucket):
         bucket,
         {
             f"{HEAD}/org%2Fmodel/{'0' * 16}.json": b"garbage",
-            f"{HEAD}/org%2Fmodel/{'1' * 16}.json": Claim.to_json(engine(model="org/other")),
+            f"{HEAD}/org%2Fmodel/{'1' * 16}.json": FingerprintClaim.to_json(engine(model="org/other")),
             f"{HEAD}/org%2Fmodel/{'2' * 16}.json": b" " * (MAX_BYTES + 1),
             f"{HEAD}/org%2Fmodel/notes.txt": b"somebody's",
         },
@@ -162,13 +162,13 @@ def test_claims_are_in_memory_a_few_at_a_time(store, hub, bucket, monkeypatch):
     put = {f"{HEAD}/org%2Fmodel/{number:016x}.json": b" " * 1000 + str(number).encode() for number in range(40)}
     upload(hub.endpoint, bucket, put)
     batches = []
-    read = OwnObjects.read
+    read = RecordStore.read
 
     def counted(own, objects, deadline):
         batches.append(len(objects))
         return read(own, objects, deadline)
 
-    monkeypatch.setattr(OwnObjects, "read", counted)
+    monkeypatch.setattr(RecordStore, "read", counted)
 
     assert len(store.claims("org/model", soon())) == 40
     assert max(batches) <= MAX_CLAIMS

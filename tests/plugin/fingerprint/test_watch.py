@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import FINGERPRINT_STATE, Tally
+from hfbucket_plugin.core.telemetry import FINGERPRINT_STATE, MemorySink
 from hfbucket_plugin.fingerprint.model import Fingerprint
 from hfbucket_plugin.fingerprint.store import FingerprintStore
 from hfbucket_plugin.fingerprint.watch import CONFLICT, UNKNOWN, FingerprintWatch
@@ -27,10 +27,10 @@ class Rig:
         self.hub = hub
         self.clock = Clock()
         self.broken = False
-        self.tally = Tally()
+        self.tally = MemorySink()
         settings = instance_settings(hub.endpoint, bucket_id, "kv", **values)
-        guard = SimpleNamespace(is_open=lambda part: self.broken and part == "lookup")
-        self.watch = FingerprintWatch(door, settings, "hfbucket", guard, self.tally, clock=self.clock)
+        breakers = SimpleNamespace(is_open=lambda part: self.broken and part == "lookup")
+        self.watch = FingerprintWatch(door, settings, "hfbucket", breakers, self.tally, clock=self.clock)
 
     @property
     def calls(self):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.dates import EARLIEST, LATEST, http_date, iso_date
 from hfbucket_plugin.errors import TransportError
 from hfbucket_plugin.hub import answers
-from hfbucket_plugin.hub.answers import PAGE, SMALL, Room, Unpacking, document, records, words
+from hfbucket_plugin.hub.answers import PAGE, SMALL, BodyLimit, Unpacking, document, records, words
 
 few = settings(max_examples=60)
 
@@ -86,7 +86,7 @@ def test_bodies_that_would_cost_much_are_refused_before_they_are_parsed(body):
 
 
 def test_a_record_more_than_was_asked_for_is_refused():
-    room = Room.for_records(["a", "b"])
+    room = BodyLimit.for_records(["a", "b"])
 
     assert len(records(b"[{}, {}]", "x", room)) == 2
     with pytest.raises(TransportError, match="more than 2 records"):
@@ -105,7 +105,7 @@ def test_there_is_room_for_the_record_of_any_path(path, escaped):
     }
     body = json.dumps([record | {"mtime": "2026-01-02T03:04:05.000Z"}], ensure_ascii=escaped).encode(errors="replace")
 
-    assert len(records(body, "x", Room.for_records([path]))) == 1
+    assert len(records(body, "x", BodyLimit.for_records([path]))) == 1
 
 
 def test_numbers_out_of_range_are_refused():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BreakerOpenError,
@@ -19,12 +19,12 @@ from hfbucket_plugin.errors import (
     ThrottledError,
     TransportError,
 )
-from hfbucket_plugin.hub.circuit_breaker import PARTS, Breaker, Guard
+from hfbucket_plugin.hub.circuit_breaker import PARTS, CircuitBreaker, CircuitBreakers
 from tests.support.plugin_support import Clock, eventually, instance_settings, untimed
 
 
 def opened(clock, failures=3, first=1.0, longest=8.0):
-    breaker = Breaker(failures, first, longest, clock)
+    breaker = CircuitBreaker(failures, first, longest, clock)
     for _ in range(failures):
         breaker.failed()
     assert breaker.is_open
@@ -34,7 +34,7 @@ def opened(clock, failures=3, first=1.0, longest=8.0):
 @untimed
 @given(st.integers(1, 6), st.lists(st.sampled_from(["failed", "succeeded"]), max_size=40))
 def test_it_opens_on_so_many_failures_in_a_row_and_stays_open(limit, events):
-    breaker = Breaker(limit, 1.0, 8.0, Clock())
+    breaker = CircuitBreaker(limit, 1.0, 8.0, Clock())
     row, was_open = 0, False
     for event in events:
         opens = getattr(breaker, event)()
@@ -55,7 +55,7 @@ def test_probes_are_put_off_for_twice_as_long_each_time_up_to_a_bound():
     assert breaker.is_open
 
 
-def test_a_probe_that_succeeds_closes_it_and_the_count_begins_anew():
+def test_a_probe_that_succeeds_closes_it_and_the_count_start_over():
     breaker = opened(Clock())
     breaker.probed(well=True)
 
@@ -117,30 +117,30 @@ def test_a_request_that_is_tried_and_succeeds_closes_it():
 
 @pytest.fixture
 def tally():
-    return Tally()
+    return MemorySink()
 
 
 @pytest.fixture
-def guards(tally):
+def all_breakers(tally):
     made = []
 
     def make(probe, **values):
         values = {"breaker_probe_secs": 0.01, "breaker_max_probe_secs": 0.02} | values
         settings = instance_settings("http://127.0.0.1:1", "a/b", **values)
-        made.append(Guard(settings, "hfbucket", tally, dict.fromkeys(PARTS, probe)))
+        made.append(CircuitBreakers(settings, "hfbucket", tally, dict.fromkeys(PARTS, probe)))
         return made[-1]
 
     yield make
-    for guard in made:
-        guard.close()
+    for breakers in made:
+        breakers.close()
 
 
-def fail(guard, part="read", times=3):
+def fail(breakers, part="read", times=3):
     for _ in range(times):
-        guard.ended(part, TransportError("no answer"))
+        breakers.ended(part, TransportError("no answer"))
 
 
-def test_a_part_that_fails_is_given_up_probed_told_and_taken_up_again(guards, tally, caplog):
+def test_a_part_that_fails_is_given_up_probed_told_and_taken_up_again(all_breakers, tally, caplog):
     caplog.set_level(logging.WARNING)
     well, probes = threading.Event(), []
 
@@ -149,22 +149,22 @@ def test_a_part_that_fails_is_given_up_probed_told_and_taken_up_again(guards, ta
         if not well.is_set():
             raise DeadlineError("still no answer")
 
-    guard = guards(probe)
-    fail(guard)
+    breakers = all_breakers(probe)
+    fail(breakers)
 
-    assert guard.is_open("read")
-    assert not guard.is_open("lookup")
+    assert breakers.is_open("read")
+    assert not breakers.is_open("lookup")
     assert tally.get(telemetry.BREAKER_OPEN, part="read") == 1
-    assert guard.status().keys() == {"read"}
+    assert breakers.status().keys() == {"read"}
     with pytest.raises(BreakerOpenError, match="no answer"):
-        guard.check("read")
-    guard.check("write")
+        breakers.check("read")
+    breakers.check("write")
     eventually(lambda: len(probes) >= 3)
-    assert "still no answer" in guard.reason("read")
+    assert "still no answer" in breakers.reason("read")
 
     well.set()
-    eventually(lambda: not guard.is_open("read"))
-    guard.check("read")
+    eventually(lambda: not breakers.is_open("read"))
+    breakers.check("read")
     eventually(lambda: tally.get(telemetry.BREAKER_OPEN, part="read") == 0)
     assert tally.get(telemetry.BREAKER_CHANGES, part="read", to="open") == 1
     eventually(lambda: tally.get(telemetry.BREAKER_CHANGES, part="read", to="closed") == 1)
@@ -173,23 +173,23 @@ def test_a_part_that_fails_is_given_up_probed_told_and_taken_up_again(guards, ta
 
 
 @pytest.mark.parametrize("error", [AccessDeniedError("no", 401), ThrottledError("later"), None], ids=str)
-def test_an_answer_is_an_answer_though_it_refuses(guards, error):
-    guard = guards(lambda: None)
-    fail(guard, times=2)
-    guard.ended("read", error)
-    fail(guard, times=2)
+def test_an_answer_is_an_answer_though_it_refuses(all_breakers, error):
+    breakers = all_breakers(lambda: None)
+    fail(breakers, times=2)
+    breakers.ended("read", error)
+    fail(breakers, times=2)
 
-    assert not guard.is_open("read")
+    assert not breakers.is_open("read")
 
 
 @pytest.mark.parametrize("error", [BudgetError("used up"), BreakerOpenError("open")], ids=str)
-def test_what_was_never_asked_says_nothing(guards, error):
-    guard = guards(lambda: None, breaker_probe_secs=60, breaker_max_probe_secs=60)
-    fail(guard, times=2)
-    guard.ended("read", error)
-    fail(guard, times=1)
+def test_what_was_never_asked_says_nothing(all_breakers, error):
+    breakers = all_breakers(lambda: None, breaker_probe_secs=60, breaker_max_probe_secs=60)
+    fail(breakers, times=2)
+    breakers.ended("read", error)
+    fail(breakers, times=1)
 
-    assert guard.is_open("read")
+    assert breakers.is_open("read")
 
 
 @pytest.mark.parametrize(
@@ -205,34 +205,34 @@ def test_what_was_never_asked_says_nothing(guards, error):
         ("read", ValueError(), False),
     ],
 )
-def test_what_a_probe_says(guards, part, error, closes):
+def test_what_a_probe_says(all_breakers, part, error, closes):
     probed = threading.Event()
 
     def probe():
         probed.set()
         raise error
 
-    guard = guards(probe, breaker_max_probe_secs=60)
-    fail(guard, part)
+    breakers = all_breakers(probe, breaker_max_probe_secs=60)
+    fail(breakers, part)
 
     assert probed.wait(30)
     if closes:
-        eventually(lambda: not guard.is_open(part))
+        eventually(lambda: not breakers.is_open(part))
     else:
-        eventually(lambda: "no answer" not in guard.reason(part))
-        assert guard.is_open(part)
+        eventually(lambda: "no answer" not in breakers.reason(part))
+        assert breakers.is_open(part)
 
 
-def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_asks(guards, monkeypatch):
-    guard = guards(lambda: None)
+def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_asks(all_breakers, monkeypatch):
+    breakers = all_breakers(lambda: None)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread left")))
-        fail(guard)
-    assert guard.is_open("read")
+        fail(breakers)
+    assert breakers.is_open("read")
 
     def works():
         try:
-            guard.check("read")
+            breakers.check("read")
         except BreakerOpenError:
             return False
         return True
@@ -240,14 +240,14 @@ def test_an_open_breaker_whose_prober_could_not_start_is_probed_when_somebody_as
     assert eventually(works)
 
 
-def test_a_closed_guard_probes_no_more(guards):
+def test_a_closed_guard_probes_no_more(all_breakers):
     probes = []
-    guard = guards(lambda: probes.append(1), breaker_probe_secs=60, breaker_max_probe_secs=60)
-    fail(guard)
+    breakers = all_breakers(lambda: probes.append(1), breaker_probe_secs=60, breaker_max_probe_secs=60)
+    fail(breakers)
 
-    guard.close()
+    breakers.close()
 
     eventually(lambda: not [one for one in threading.enumerate() if one.name == "hfbucket-probe-hfbucket"])
     assert probes == []
-    fail(guard, "lookup")
-    assert not guard.is_open("lookup")
+    fail(breakers, "lookup")
+    assert not breakers.is_open("lookup")

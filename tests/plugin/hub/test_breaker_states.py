@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hfbucket_plugin.hub.circuit_breaker import Breaker
+from hfbucket_plugin.hub.circuit_breaker import CircuitBreaker
 from tests.support.plugin_support import Clock, in_threads, untimed
 
 JITTER = 0.2
@@ -19,7 +19,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.limit, self.longest = limit, longest
         self.first = min(first, longest)
-        self.breaker = Breaker(limit, first, longest, self.clock)
+        self.breaker = CircuitBreaker(limit, first, longest, self.clock)
         self.in_a_row = 0
         self.open = False
         self.backoff = self.first
@@ -82,7 +82,7 @@ TestBreaker.settings = untimed
 
 def opened(failures=3, **options):
     clock = Clock()
-    breaker = Breaker(failures, 1.0, 10.0, clock, **options)
+    breaker = CircuitBreaker(failures, 1.0, 10.0, clock, **options)
     for _ in range(failures):
         breaker.failed()
     return clock, breaker
@@ -90,7 +90,7 @@ def opened(failures=3, **options):
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_it_opens_after_so_many_failures_in_a_row_and_tells_so_once(limit):
-    breaker = Breaker(limit, 1.0, 10.0)
+    breaker = CircuitBreaker(limit, 1.0, 10.0)
 
     for _ in range(5):
         assert [breaker.failed() for _ in range(limit - 1)] == [False] * (limit - 1)
@@ -150,6 +150,6 @@ def test_a_fleet_does_not_probe_in_step():
 
 
 def test_of_many_threads_one_is_told_that_it_opened():
-    breaker = Breaker(8, 1.0, 10.0)
+    breaker = CircuitBreaker(8, 1.0, 10.0)
 
     assert sorted(in_threads(16, lambda _number: breaker.failed())) == [False] * 15 + [True]

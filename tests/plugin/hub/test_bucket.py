@@ -6,8 +6,8 @@ import pytest
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import BucketHandle, Content
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.keys import BucketHandle, ContentId
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -234,7 +234,7 @@ def test_a_listing_of_more_than_the_bucket_holds_is_given_up(hub, bucket, monkey
     def endless(_self, prefix, _cursor, _deadline):
         pages.append(prefix)
         assert len(pages) < 2000, "it goes on for ever"
-        return [ObjectInfo(f"{len(pages)}", Content("0" * 64, 1), None)], str(len(pages)), None
+        return [ObjectInfo(f"{len(pages)}", ContentId("0" * 64, 1), None)], str(len(pages)), None
 
     with opened(hub.endpoint, bucket) as door:
         door.create(soon())
@@ -307,7 +307,7 @@ def test_a_batch_whose_items_all_fail_is_told_item_by_item_too(hub, door):
 
 
 def test_content_that_the_store_never_took_fails_by_item(door):
-    failed = door.add({"good": taken(door, b"x"), "bad": Content("ab" * 32, 5)}, soon())
+    failed = door.add({"good": taken(door, b"x"), "bad": ContentId("ab" * 32, 5)}, soon())
 
     assert set(failed) == {"bad"}
     assert failed["bad"].kind == "hub"
@@ -334,7 +334,7 @@ def test_copies_move_no_bytes(hub, door, new_bucket):
         content = there.stat(["from"], soon())["from"].content
     hub.control.reset_counters()
 
-    failed = door.copy(source, {"to/a": content, "to/b": Content("cd" * 32, 4)}, soon())
+    failed = door.copy(source, {"to/a": content, "to/b": ContentId("cd" * 32, 4)}, soon())
 
     assert set(failed) == {"to/b"}
     assert hub.control.counters().route("xorb-upload").requests == 0
@@ -399,7 +399,7 @@ def test_what_failed_is_told_without_a_token_that_the_hub_repeats(hub, bucket):
 
 def test_a_bucket_is_created_once_and_again(hub, new_bucket):
     bucket_id = new_bucket() + "-made"
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket_id, sink=tally) as door:
         with pytest.raises(BucketMissingError):
             door.info(soon())

@@ -11,7 +11,7 @@ import pytest
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -23,7 +23,7 @@ from hfbucket_plugin.errors import (
     TransportError,
     UnsentError,
 )
-from hfbucket_plugin.hub.answers import Room
+from hfbucket_plugin.hub.answers import BodyLimit
 from hfbucket_plugin.hub.client import HubClient, retry_after
 from localhub.faults import Fault
 from tests.support.plugin_support import SECRET, Recorder, everything_told, in_threads, unused_port
@@ -41,7 +41,7 @@ def client(endpoint, token=None, sink=None):
         instance="hfbucket.test",
         token=lambda: token,
         token_source="the environment variable HF_TEST (token_env)",
-        sink=sink or Tally(),
+        sink=sink or MemorySink(),
     )
 
 
@@ -95,7 +95,7 @@ def requests(hub, route="paths-info"):
 )
 def test_a_fault_is_told_as_what_it_is(hub, bucket, fault, expected, asked):
     hub.control.add_fault(Fault(route="paths-info", **fault))
-    tally = Tally()
+    tally = MemorySink()
 
     error = failure(client(hub.endpoint, sink=tally), bucket)
 
@@ -137,7 +137,7 @@ def test_a_missing_bucket_says_what_to_do(hub):
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, {"truncate_at": 1}], ids=str)
 def test_what_fails_once_is_tried_again(hub, bucket, fault):
     hub.control.add_fault(Fault(route="paths-info", times=1, **fault))
-    tally = Tally()
+    tally = MemorySink()
 
     assert ask(client(hub.endpoint, sink=tally), bucket).json("paths-info") == []
     assert tally.get(telemetry.HUB_REQUESTS, outcome="transport") == 1
@@ -218,7 +218,7 @@ def test_no_such_host():
 def test_an_answer_without_end_is_not_read_for_ever(hub, bucket, monkeypatch):
     hub.control.add_fault(Fault(route="paths-info", status=200, body="[" + " " * 2000 + "]"))
 
-    error = failure(client(hub.endpoint), bucket, attempts=3, room=Room(1000, 1))
+    error = failure(client(hub.endpoint), bucket, attempts=3, room=BodyLimit(1000, 1))
 
     assert "longer than 1000 bytes" in str(error)
     assert requests(hub) == 1, "the next answer would be as long"
@@ -364,7 +364,7 @@ def test_attempts_that_end_in_a_pause_are_none(hub, bucket):
 
 def test_an_urgent_call_is_made_in_a_pause(hub, bucket):
     one = client(hub.endpoint)
-    one.pacing.heed(429, {"retry-after": "300"})
+    one.rate_limiter.heed(429, {"retry-after": "300"})
 
     assert type(failure(one, bucket, patient=False)) is ThrottledError
     assert ask(one, bucket, urgent=True).json("paths-info") == []
@@ -388,7 +388,7 @@ def test_a_client_that_was_closed_under_the_request_is_no_crash(hub, bucket, mon
 
 def test_a_status_that_is_allowed_is_an_answer(hub, bucket):
     hub.control.add_fault(Fault(route="paths-info", status=409, body="{}"))
-    tally = Tally()
+    tally = MemorySink()
 
     answer = ask(client(hub.endpoint, sink=tally), bucket, allow=frozenset({409}))
 

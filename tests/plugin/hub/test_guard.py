@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BreakerOpenError,
@@ -20,7 +20,7 @@ from hfbucket_plugin.errors import (
     TransportError,
     UnsentError,
 )
-from hfbucket_plugin.hub.circuit_breaker import _AT_ONCE, PARTS, Guard
+from hfbucket_plugin.hub.circuit_breaker import _AT_ONCE, PARTS, CircuitBreakers
 from tests.support.plugin_support import eventually, in_threads
 
 SECRETLY_FAR = 3600.0
@@ -52,13 +52,15 @@ class Probes:
 
 class Guarded:
     def __init__(self, failures, first, longest):
-        self.tally, self.probes = Tally(), Probes()
+        self.tally, self.probes = MemorySink(), Probes()
         settings = SimpleNamespace(breaker_failures=failures, breaker_probe_secs=first, breaker_max_probe_secs=longest)
-        self.guard = Guard(settings, "hfbucket.eu", self.tally, {part: self.probes.of(part) for part in PARTS})
+        self.breakers = CircuitBreakers(
+            settings, "hfbucket.eu", self.tally, {part: self.probes.of(part) for part in PARTS}
+        )
 
     def open(self, part, *, words="cannot be reached"):
-        while not self.guard.is_open(part):
-            self.guard.failed(part, TransportError(words))
+        while not self.breakers.is_open(part):
+            self.breakers.failed(part, TransportError(words))
 
     def gauge(self, part):
         return self.tally.get(telemetry.BREAKER_OPEN, instance="hfbucket.eu", part=part)
@@ -78,7 +80,7 @@ def make():
     yield guarded
     for one in made:
         one.probes.hold.set()
-        one.guard.close()
+        one.breakers.close()
 
 
 @pytest.fixture
@@ -91,34 +93,34 @@ def test_at_first_everything_works_and_the_gauges_say_so(make):
     one = make()
 
     for part in PARTS:
-        one.guard.check(part)
-        assert not one.guard.is_open(part)
+        one.breakers.check(part)
+        assert not one.breakers.is_open(part)
         assert one.tally._counts[telemetry.BREAKER_OPEN, (("instance", "hfbucket.eu"), ("part", part))] == 0
-    assert one.guard.status() == {}
-    assert one.guard._prober is None, "as long as all is well there is no thread"
+    assert one.breakers.status() == {}
+    assert one.breakers._prober is None, "as long as all is well there is no thread"
 
 
 def test_a_part_is_given_up_after_so_many_failures_in_a_row_and_the_others_are_not(far, caplog):
-    far.guard.failed("read", TransportError("once"))
-    far.guard.succeeded("read")
-    far.guard.failed("read", TransportError("twice"))
-    far.guard.check("read")
+    far.breakers.failed("read", TransportError("once"))
+    far.breakers.succeeded("read")
+    far.breakers.failed("read", TransportError("twice"))
+    far.breakers.check("read")
 
-    far.guard.failed("read", TransportError("the store is gone"))
+    far.breakers.failed("read", TransportError("the store is gone"))
 
     with pytest.raises(
         BreakerOpenError, match=r"'hfbucket\.eu': read: not tried, since the store is gone; probed again in \d+\.\d s"
     ):
-        far.guard.check("read")
-    far.guard.check("lookup")
-    far.guard.check("write")
-    assert far.guard.status() == {"read": "the store is gone"}
+        far.breakers.check("read")
+    far.breakers.check("lookup")
+    far.breakers.check("write")
+    assert far.breakers.status() == {"read": "the store is gone"}
     assert [far.gauge(part) for part in PARTS] == [0, 1, 0]
     assert (far.changes("read", "open"), far.changes("read", "closed")) == (1, 0)
     assert caplog.text.count("[hfbucket.eu] breaker: read is given up for now and probed in the background") == 1
 
-    far.guard.failed("read", TransportError("and still"))
-    assert far.guard.reason("read") == "the store is gone", "why it opened is what is told"
+    far.breakers.failed("read", TransportError("and still"))
+    assert far.breakers.reason("read") == "the store is gone", "why it opened is what is told"
     assert far.changes("read", "open") == 1
 
 
@@ -142,9 +144,9 @@ def test_a_part_is_given_up_after_so_many_failures_in_a_row_and_the_others_are_n
 )
 def test_only_failures_in_transport_speak_against_a_part(far, error, opens):
     for _ in range(5):
-        far.guard.ended("lookup", error)
+        far.breakers.ended("lookup", error)
 
-    assert far.guard.is_open("lookup") == opens
+    assert far.breakers.is_open("lookup") == opens
 
 
 def test_when_all_is_well_again_there_is_no_thread_any_more(make):
@@ -152,13 +154,13 @@ def test_when_all_is_well_again_there_is_no_thread_any_more(make):
     one.open("lookup")
     eventually(lambda: one.probes.calls["lookup"] >= 3)
     one.probes.recovers("lookup")
-    eventually(lambda: not one.guard.is_open("lookup"))
+    eventually(lambda: not one.breakers.is_open("lookup"))
 
-    eventually(lambda: one.guard._prober is None)
+    eventually(lambda: one.breakers._prober is None)
     [prober] = one.probes.threads
     prober.join(30)
     assert not prober.is_alive()
-    assert one.guard.status() == {}
+    assert one.breakers.status() == {}
     assert one.probes.calls["read"] == one.probes.calls["write"] == 0
 
 
@@ -168,9 +170,9 @@ def test_it_opens_and_recovers_again_and_again(make):
         one.probes.errors["write"] = TransportError("out again")
         one.open("write")
         one.probes.recovers("write")
-        eventually(lambda: not one.guard.is_open("write"))
+        eventually(lambda: not one.breakers.is_open("write"))
         eventually(lambda expected=round_: one.changes("write", "closed") == expected)
-        one.guard.check("write")
+        one.breakers.check("write")
     assert one.changes("write", "open") == 5
 
 
@@ -185,27 +187,27 @@ def test_a_probe_that_breaks_does_not_end_the_probing(make, error):
     one.open("read")
 
     eventually(lambda: one.probes.calls["read"] >= 3)
-    assert one.guard.is_open("read")
-    assert one.guard.reason("read") == f"the probe failed: {type(error).__name__}: oops"
+    assert one.breakers.is_open("read")
+    assert one.breakers.reason("read") == f"the probe failed: {type(error).__name__}: oops"
     one.probes.recovers("read")
-    eventually(lambda: not one.guard.is_open("read"))
+    eventually(lambda: not one.breakers.is_open("read"))
 
 
 def test_one_thread_probes_all_that_is_open_and_what_opens_meanwhile(make):
     one = make()
-    one.guard._breakers["lookup"]._first = one.guard._breakers["lookup"]._backoff = SECRETLY_FAR
+    one.breakers._breakers["lookup"]._first = one.breakers._breakers["lookup"]._backoff = SECRETLY_FAR
     one.open("lookup")
-    eventually(lambda: one.guard._wake._cond._waiters)
+    eventually(lambda: one.breakers._wake._cond._waiters)
 
     one.open("read")  # due at once, while the thread waits for what is due in an hour
     one.open("write")
     one.probes.recovers("write")
-    eventually(lambda: not one.guard.is_open("write"))
+    eventually(lambda: not one.breakers.is_open("write"))
     one.probes.recovers("read")
-    eventually(lambda: not one.guard.is_open("read"))
+    eventually(lambda: not one.breakers.is_open("read"))
 
     assert len(one.probes.threads) == 1
-    assert one.guard.is_open("lookup")
+    assert one.breakers.is_open("lookup")
     assert one.probes.calls["lookup"] == 0
 
 
@@ -216,16 +218,16 @@ def test_after_close_nothing_is_probed_or_counted_any_more(make, caplog):
     eventually(lambda: one.probes.calls["read"] == 1)
     [prober] = one.probes.threads
 
-    one.guard.close()
-    one.guard.close()
+    one.breakers.close()
+    one.breakers.close()
     one.probes.hold.set()
 
     prober.join(30)
     assert not prober.is_alive()
     assert one.probes.calls["read"] == 1
     for _ in range(5):
-        one.guard.failed("write", TransportError("an end of ours, no failure of theirs"))
-    assert not one.guard.is_open("write")
+        one.breakers.failed("write", TransportError("an end of ours, no failure of theirs"))
+    assert not one.breakers.is_open("write")
     assert "write is given up" not in caplog.text
 
 
@@ -236,9 +238,9 @@ def probers():
 def test_many_threads_at_once_open_a_breaker_once(far, caplog):
     before = probers()
 
-    in_threads(16, lambda number: [far.guard.failed(PARTS[number % 3], TransportError("x")) for _ in range(10)])
+    in_threads(16, lambda number: [far.breakers.failed(PARTS[number % 3], TransportError("x")) for _ in range(10)])
 
-    assert sorted(far.guard.status()) == sorted(PARTS)
+    assert sorted(far.breakers.status()) == sorted(PARTS)
     assert [far.changes(part, "open") for part in PARTS] == [1, 1, 1]
     assert caplog.text.count("is given up for now") == 3
     assert len(probers() - before) == 1
@@ -247,9 +249,9 @@ def test_many_threads_at_once_open_a_breaker_once(far, caplog):
 # --- one real request, and probes that take long ------------------------------------------------------------------------
 
 
-def admits(guard, part, keys=(), *, found=False):
+def admits(breakers, part, keys=(), *, found=False):
     try:
-        guard.admit(part, keys, found=found)
+        breakers.admit(part, keys, found=found)
     except BreakerOpenError:
         return False
     return True
@@ -260,37 +262,37 @@ def test_a_part_whose_probes_fail_for_a_reason_of_their_own_is_closed_by_work(ma
     one.open("write")
     eventually(lambda: one.probes.calls["write"] >= 3)
 
-    eventually(lambda: admits(one.guard, "write"))
-    one.guard.ended("write", None)
+    eventually(lambda: admits(one.breakers, "write"))
+    one.breakers.ended("write", None)
 
-    assert not one.guard.is_open("write")
+    assert not one.breakers.is_open("write")
     assert one.changes("write", "closed") == 1
     assert one.gauge("write") == 0
-    eventually(lambda: one.guard._prober is None)
+    eventually(lambda: one.breakers._prober is None)
 
 
 def test_a_lookup_that_is_let_through_lets_one_get_of_its_keys_through(far):
     far.open("read")
-    assert not admits(far.guard, "read", ["a"])
+    assert not admits(far.breakers, "read", ["a"])
     for _ in range(2):
-        far.guard._breakers["read"].probed(well=False)
+        far.breakers._breakers["read"].probed(well=False)
 
-    assert admits(far.guard, "read", ["a", "b"])
-    assert not admits(far.guard, "read", ["a", "b"]), "one lookup"
-    assert not admits(far.guard, "read", ["c"], found=True), "another's get"
-    assert admits(far.guard, "read", ["b", "c"], found=True)
-    assert not admits(far.guard, "read", ["a"], found=True), "one get"
-    far.guard.succeeded("read")
-    assert admits(far.guard, "read", ["d"])
+    assert admits(far.breakers, "read", ["a", "b"])
+    assert not admits(far.breakers, "read", ["a", "b"]), "one lookup"
+    assert not admits(far.breakers, "read", ["c"], found=True), "another's get"
+    assert admits(far.breakers, "read", ["b", "c"], found=True)
+    assert not admits(far.breakers, "read", ["a"], found=True), "one get"
+    far.breakers.succeeded("read")
+    assert admits(far.breakers, "read", ["d"])
 
 
 def test_a_get_without_a_lookup_may_be_the_one(far):
     far.open("read")
     for _ in range(2):
-        far.guard._breakers["read"].probed(well=False)
+        far.breakers._breakers["read"].probed(well=False)
 
-    assert admits(far.guard, "read", ["a"], found=True)
-    assert not admits(far.guard, "read", ["a"], found=True)
+    assert admits(far.breakers, "read", ["a"], found=True)
+    assert not admits(far.breakers, "read", ["a"], found=True)
 
 
 def test_a_probe_that_takes_long_holds_up_no_other_and_may_still_close_its_breaker(make, monkeypatch):
@@ -298,19 +300,19 @@ def test_a_probe_that_takes_long_holds_up_no_other_and_may_still_close_its_break
     one = make(longest=0.05)
     one.probes.hold.clear()
     one.probes.errors["read"] = None
-    slow = one.guard._probes["read"]
-    one.guard._probes["read"] = lambda: slow() if not one.probes.calls["read"] else one.probes.of("lookup")()
+    slow = one.breakers._probes["read"]
+    one.breakers._probes["read"] = lambda: slow() if not one.probes.calls["read"] else one.probes.of("lookup")()
     one.open("read")
     eventually(lambda: one.probes.calls["read"])
 
-    one.guard._probes["write"] = lambda: None
+    one.breakers._probes["write"] = lambda: None
     one.open("write")
-    eventually(lambda: not one.guard.is_open("write"))
-    assert one.guard.is_open("read"), "undecided"
+    eventually(lambda: not one.breakers.is_open("write"))
+    assert one.breakers.is_open("read"), "undecided"
     one.probes.hold.set()
 
-    eventually(lambda: not one.guard.is_open("read"))
-    eventually(lambda: one.guard._prober is None)
+    eventually(lambda: not one.breakers.is_open("read"))
+    eventually(lambda: one.breakers._prober is None)
 
 
 def test_probes_that_all_hang_are_bounded_in_number(make, monkeypatch):
@@ -319,11 +321,11 @@ def test_probes_that_all_hang_are_bounded_in_number(make, monkeypatch):
     one.probes.hold.clear()
     one.open("read")
     eventually(lambda: one.probes.calls["read"] == _AT_ONCE)
-    eventually(lambda: one.guard._wake._cond._waiters)
+    eventually(lambda: one.breakers._wake._cond._waiters)
 
     assert one.probes.calls["read"] == _AT_ONCE
     one.probes.recovers("read")
     one.probes.hold.set()
-    eventually(lambda: not one.guard.is_open("read"))
-    eventually(lambda: not any(one.guard._probing.values()))
+    eventually(lambda: not one.breakers.is_open("read"))
+    eventually(lambda: not any(one.breakers._probing.values()))
     assert one.changes("read", "closed") == 1

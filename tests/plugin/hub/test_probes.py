@@ -31,7 +31,7 @@ QUICK = {"breaker_probe_secs": 0.05, "breaker_max_probe_secs": 0.1}
 
 def opened_by_one_bad_content(hub, surface, xet_hash):
     hub.control.add_fault(Fault(route="reconstruction", path=xet_hash, status=500))
-    eventually(lambda: not served(surface, 0) and store_of(surface).guard.is_open("read"))
+    eventually(lambda: not served(surface, 0) and store_of(surface).breakers.is_open("read"))
 
 
 def test_a_content_that_cannot_be_read_does_not_keep_the_others_from_being_read(hub, surfaces, hash_of):
@@ -42,7 +42,7 @@ def test_a_content_that_cannot_be_read_does_not_keep_the_others_from_being_read(
 
     opened_by_one_bad_content(hub, reader, hash_of(0))
 
-    eventually(lambda: not store_of(reader).guard.is_open("read"))
+    eventually(lambda: not store_of(reader).breakers.is_open("read"))
     assert reader.lookup([1]) == [True]
     assert served(reader, 1)
     assert eventually(lambda: reader.lookup([0]) == [False]), "what failed beside it is quarantined"
@@ -57,7 +57,7 @@ def test_where_no_other_content_is_known_a_real_request_closes_it(hub, surfaces,
 
     assert eventually(lambda: reader.lookup([1]) == [True])
     assert served(reader, 1)
-    assert not store_of(reader).guard.is_open("read")
+    assert not store_of(reader).breakers.is_open("read")
 
 
 def test_a_process_whose_first_gets_meet_one_bad_content_recovers(hub, surfaces, hash_of):
@@ -73,11 +73,11 @@ def test_a_process_whose_first_gets_meet_one_bad_content_recovers(hub, surfaces,
 def test_a_probe_has_the_time_that_its_work_has(surfaces, monkeypatch, part):
     surface = surfaces()
     store = store_of(surface)
-    worker = {"read": store._reader, "write": store._putter, "lookup": store._existence}[part]
+    worker = {"read": store._reader, "write": store._writer, "lookup": store._existence}[part]
     given = []
     monkeypatch.setattr(worker, "probe", given.append)
 
-    store.guard._probes[part]()
+    store.breakers._probes[part]()
 
     limits = {
         "read": store._get_secs,
@@ -89,7 +89,7 @@ def test_a_probe_has_the_time_that_its_work_has(surfaces, monkeypatch, part):
 
 
 def test_a_probe_of_writing_does_not_wait_behind_puts(surfaces):
-    putter = store_of(surfaces(max_parallel_writes=1))._putter
-    putter._threads.close()
+    writer = store_of(surfaces(max_parallel_writes=1))._writer
+    writer._threads.close()
 
-    putter.probe(Deadline.after(30))
+    writer.probe(Deadline.after(30))

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.errors import BudgetError, ThrottledError
-from hfbucket_plugin.hub.rate_limit import Pacing, retry_after
+from hfbucket_plugin.hub.rate_limit import RateLimiter, retry_after
 from tests.support.plugin_support import Clock, any_text, in_threads, untimed
 
 USED_UP = {"ratelimit": '"api";r=0;t=40'}
 
 
-class Lane:
+class PacedCalls:
     """Calls on a clock that sleeping moves."""
 
     def __init__(self, cap=None, chance=0.0):
         self.clock = Clock()
-        self.pacing = Pacing("hfbucket", cap, self.clock, self.sleep, lambda: chance)
+        self.rate_limiter = RateLimiter("hfbucket", cap, self.clock, self.sleep, lambda: chance)
         self.slept = []
         self.made = []
 
@@ -31,7 +31,7 @@ class Lane:
     def call(self, *, patient=False, seconds=1000.0):
         """Whether a call is made now, or why not."""
         try:
-            self.pacing.admit("paths-info", Deadline.after(seconds), patient=patient)
+            self.rate_limiter.admit("paths-info", Deadline.after(seconds), patient=patient)
         except ThrottledError as error:
             return error
         self.made.append(self.clock.now)
@@ -41,12 +41,12 @@ class Lane:
 @untimed
 @given(st.integers(1, 5), st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=60))
 def test_never_more_than_the_cap_in_any_minute(cap, events):
-    lane = Lane(cap)
+    paced = PacedCalls(cap)
     for passes, patient in events:
-        lane.clock.now += passes
-        refused = lane.call(patient=patient)
+        paced.clock.now += passes
+        refused = paced.call(patient=patient)
         assert not (patient and refused)
-        within = [at for at in lane.made if at > lane.clock.now - 60]
+        within = [at for at in paced.made if at > paced.clock.now - 60]
         assert len(within) <= cap
         assert isinstance(refused, BudgetError) <= (len(within) == cap)
 
@@ -71,53 +71,53 @@ class Until:
     wanted=st.lists(st.tuples(st.floats(0, 130), st.booleans(), st.floats(0, 130)), max_size=60),
 )
 def test_who_is_refused_is_told_the_exact_time_has_not_waited_and_could_not_have(cap, wanted):
-    lane = Lane(cap)
+    paced = PacedCalls(cap)
     for passes, patient, seconds in wanted:
-        lane.clock.now += passes
-        asked_at = lane.clock.now
-        error = refusal(lane, Until(lane.clock, seconds), patient=patient)
+        paced.clock.now += passes
+        asked_at = paced.clock.now
+        error = refusal(paced, Until(paced.clock, seconds), patient=patient)
         if error is None:
-            waited = lane.clock.now - asked_at
+            waited = paced.clock.now - asked_at
             assert not waited or (patient and waited <= seconds + 0.002)
-            lane.made.append(lane.clock.now)
+            paced.made.append(paced.clock.now)
         else:
-            of_late = [at for at in lane.made if at > asked_at - 60]
-            assert len(of_late) == cap, "refused only when the cap is used up"
-            assert error.retry_after == pytest.approx(of_late[0] + 60 - asked_at)
+            recent = [at for at in paced.made if at > asked_at - 60]
+            assert len(recent) == cap, "refused only when the cap is used up"
+            assert error.retry_after == pytest.approx(recent[0] + 60 - asked_at)
             assert not patient or error.retry_after >= seconds - 1e-6, "the patient wait as long as they can"
-            assert lane.clock.now == asked_at
+            assert paced.clock.now == asked_at
 
 
-def refusal(lane, deadline, *, patient):
+def refusal(paced, deadline, *, patient):
     try:
-        lane.pacing.admit("paths-info", deadline, patient=patient)
+        paced.rate_limiter.admit("paths-info", deadline, patient=patient)
     except BudgetError as error:
         return error
     return None
 
 
 def test_the_cap_holds_among_threads():
-    lane = Lane(10)
+    paced = PacedCalls(10)
 
-    results = in_threads(16, lambda _number: [lane.call() for _ in range(5)])
+    results = in_threads(16, lambda _number: [paced.call() for _ in range(5)])
 
     assert sum(one is None for many in results for one in many) == 10
 
 
 def test_without_a_cap_nothing_is_refused_or_remembered():
-    lane = Lane()
+    paced = PacedCalls()
 
-    assert [lane.call() for _ in range(1000)] == [None] * 1000
-    assert not lane.pacing._calls
+    assert [paced.call() for _ in range(1000)] == [None] * 1000
+    assert not paced.rate_limiter._calls
 
 
 def test_a_refusal_says_when_the_next_call_is_free():
-    lane = Lane(2)
-    lane.call()
-    lane.clock.now += 10
-    lane.call()
+    paced = PacedCalls(2)
+    paced.call()
+    paced.clock.now += 10
+    paced.call()
 
-    refused = lane.call()
+    refused = paced.call()
 
     assert refused.kind == "budget"
     assert refused.retry_after == pytest.approx(50)
@@ -125,13 +125,13 @@ def test_a_refusal_says_when_the_next_call_is_free():
 
 
 def test_the_patient_wait_if_it_fits_their_deadline():
-    lane = Lane(1)
-    lane.call()
+    paced = PacedCalls(1)
+    paced.call()
 
-    assert isinstance(lane.call(patient=True, seconds=5), BudgetError)
-    assert lane.slept == []
-    assert lane.call(patient=True, seconds=100) is None
-    assert sum(lane.slept) == pytest.approx(60)
+    assert isinstance(paced.call(patient=True, seconds=5), BudgetError)
+    assert paced.slept == []
+    assert paced.call(patient=True, seconds=100) is None
+    assert sum(paced.slept) == pytest.approx(60)
 
 
 @pytest.mark.parametrize(
@@ -152,145 +152,145 @@ def test_the_patient_wait_if_it_fits_their_deadline():
     ],
 )
 def test_pauses_that_the_hub_asks_for(status, headers, pause):
-    lane = Lane()
-    lane.pacing.heed(status, headers)
+    paced = PacedCalls()
+    paced.rate_limiter.heed(status, headers)
 
-    assert lane.pacing.paused_secs == pytest.approx(pause)
-    assert (lane.call() is None) == (pause == 0)
-    lane.clock.now += pause + 0.01
-    assert lane.call() is None
+    assert paced.rate_limiter.paused_secs == pytest.approx(pause)
+    assert (paced.call() is None) == (pause == 0)
+    paced.clock.now += pause + 0.01
+    assert paced.call() is None
 
 
 def test_a_429_without_a_word_is_waited_for_longer_each_time_until_something_else_is_answered():
-    lane = Lane()
+    paced = PacedCalls()
     pauses = []
     for _ in range(7):
-        lane.pacing.heed(429, {})
-        pauses.append(lane.pacing.paused_secs)
-        lane.clock.now += pauses[-1] + 1
+        paced.rate_limiter.heed(429, {})
+        pauses.append(paced.rate_limiter.paused_secs)
+        paced.clock.now += pauses[-1] + 1
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30])
 
-    lane.pacing.heed(200, {})
-    lane.pacing.heed(429, {})
-    assert lane.pacing.paused_secs == pytest.approx(1)
+    paced.rate_limiter.heed(200, {})
+    paced.rate_limiter.heed(429, {})
+    assert paced.rate_limiter.paused_secs == pytest.approx(1)
 
 
 def test_a_long_pause_is_scouted_and_ends_when_the_scout_is_answered():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "300"})
-    lane.pacing.heed(200, {})  # the answer to a call from before the pause
-    assert isinstance(lane.call(), ThrottledError)
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "300"})
+    paced.rate_limiter.heed(200, {})  # the answer to a call from before the pause
+    assert isinstance(paced.call(), ThrottledError)
 
-    lane.clock.now += 15
-    assert lane.call() is None, "the scout"
-    assert isinstance(lane.call(), ThrottledError), "and no other"
-    lane.pacing.heed(429, {"retry-after": "300"})
-    assert isinstance(lane.call(), ThrottledError)
+    paced.clock.now += 15
+    assert paced.call() is None, "the scout"
+    assert isinstance(paced.call(), ThrottledError), "and no other"
+    paced.rate_limiter.heed(429, {"retry-after": "300"})
+    assert isinstance(paced.call(), ThrottledError)
 
-    lane.clock.now += 15
-    assert isinstance(lane.call(), ThrottledError), "the next one goes later"
-    lane.clock.now += 45
-    assert lane.call() is None
-    lane.pacing.heed(200, {})
-    assert lane.call() is None
-    assert lane.pacing.paused_secs == 0
+    paced.clock.now += 15
+    assert isinstance(paced.call(), ThrottledError), "the next one goes later"
+    paced.clock.now += 45
+    assert paced.call() is None
+    paced.rate_limiter.heed(200, {})
+    assert paced.call() is None
+    assert paced.rate_limiter.paused_secs == 0
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.5, 1.0])
 def test_a_process_scouts_a_window_of_the_hubs_twice_at_most(chance):
-    lane = Lane(chance=chance)
-    lane.pacing.heed(429, {"retry-after": "300"})
-    began = lane.clock.now
-    while lane.clock.now < began + 300:
-        if lane.call() is None:
-            lane.pacing.heed(429, {"retry-after": str(int(began + 300 - lane.clock.now))})
-        lane.clock.now += 1
+    paced = PacedCalls(chance=chance)
+    paced.rate_limiter.heed(429, {"retry-after": "300"})
+    began = paced.clock.now
+    while paced.clock.now < began + 300:
+        if paced.call() is None:
+            paced.rate_limiter.heed(429, {"retry-after": str(int(began + 300 - paced.clock.now))})
+        paced.clock.now += 1
 
-    assert 1 <= len(lane.made) <= 2
-    assert lane.made[0] - began == pytest.approx(15 * (1 + chance), abs=1)
+    assert 1 <= len(paced.made) <= 2
+    assert paced.made[0] - began == pytest.approx(15 * (1 + chance), abs=1)
 
 
 def test_pauses_of_many_processes_end_at_different_times():
     ends = []
     for chance in (0.0, 0.5, 1.0):
-        lane = Lane(chance=chance)
-        lane.pacing.heed(429, {"retry-after": "100"})
-        lane.clock.now += 10
-        lane.pacing.heed(
+        paced = PacedCalls(chance=chance)
+        paced.rate_limiter.heed(429, {"retry-after": "100"})
+        paced.clock.now += 10
+        paced.rate_limiter.heed(
             429, {"retry-after": "90"}
         )  # counts down, as the Hub's does: the share stays that of the pause
-        ends.append(lane.pacing.paused_secs)
+        ends.append(paced.rate_limiter.paused_secs)
 
     assert ends == pytest.approx([90, 95, 100])
 
 
 def test_pauses_do_not_count_against_the_time_of_a_patient_call():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "10"})
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "10"})
     with patience(Deadline.after(100)):
         call = Deadline.patient(1)
         assert call.for_a_pause == pytest.approx(100, abs=5)
-        lane.pacing.admit("tree", call, patient=True)
+        paced.rate_limiter.admit("tree", call, patient=True)
         assert not call.passed
-    lane.pacing.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.heed(429, {"retry-after": "10"})
     with patience(Deadline.after(5)), pytest.raises(ThrottledError):
-        lane.pacing.admit("tree", Deadline.patient(60), patient=True)
+        paced.rate_limiter.admit("tree", Deadline.patient(60), patient=True)
     with pytest.raises(ThrottledError):
-        lane.pacing.admit("tree", Deadline.patient(1), patient=True)
+        paced.rate_limiter.admit("tree", Deadline.patient(1), patient=True)
 
 
 def test_who_waits_through_a_pause_may_become_the_scout():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "100"})
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "100"})
 
-    assert lane.call(patient=True) is None
-    assert sum(lane.slept) == pytest.approx(15)
+    assert paced.call(patient=True) is None
+    assert sum(paced.slept) == pytest.approx(15)
 
 
 def test_the_patient_wait_for_a_pause_that_ends_in_time_and_for_no_other():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "10"})
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "10"})
 
     with pytest.raises(ThrottledError):
-        lane.pacing.admit("paths-info", Until(lane.clock, 10), patient=True)
-    assert lane.slept == []
-    lane.pacing.admit("paths-info", Until(lane.clock, 11), patient=True)
-    assert lane.slept == [10]
+        paced.rate_limiter.admit("paths-info", Until(paced.clock, 10), patient=True)
+    assert paced.slept == []
+    paced.rate_limiter.admit("paths-info", Until(paced.clock, 11), patient=True)
+    assert paced.slept == [10]
 
 
 def test_the_patient_wait_for_the_pause_and_the_budget_one_after_the_other():
-    lane = Lane(1)
-    lane.call()
-    lane.pacing.heed(429, {"retry-after": "10"})
+    paced = PacedCalls(1)
+    paced.call()
+    paced.rate_limiter.heed(429, {"retry-after": "10"})
 
-    assert lane.call(patient=True) is None
+    assert paced.call(patient=True) is None
 
-    assert sum(lane.slept) == pytest.approx(60)
+    assert sum(paced.slept) == pytest.approx(60)
 
 
 def test_who_waits_looks_again_since_the_pause_may_have_grown():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "10"})
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "10"})
 
     def sleep(seconds):
-        lane.sleep(seconds)
-        if len(lane.slept) == 1:
-            lane.pacing.heed(429, {"retry-after": "5"})
+        paced.sleep(seconds)
+        if len(paced.slept) == 1:
+            paced.rate_limiter.heed(429, {"retry-after": "5"})
 
-    lane.pacing._sleep = sleep
-    assert lane.call(patient=True) is None
+    paced.rate_limiter._sleep = sleep
+    assert paced.call(patient=True) is None
 
-    assert lane.slept == [10, 5]
+    assert paced.slept == [10, 5]
 
 
 def test_a_shorter_pause_does_not_cut_a_longer_one_short():
-    lane = Lane()
-    lane.pacing.heed(429, {"retry-after": "100"})
-    lane.pacing.heed(429, {"retry-after": "1"})
-    lane.pacing.heed(429, {})
-    lane.pacing.heed(200, {"ratelimit": '"api";r=0;t=3'})
+    paced = PacedCalls()
+    paced.rate_limiter.heed(429, {"retry-after": "100"})
+    paced.rate_limiter.heed(429, {"retry-after": "1"})
+    paced.rate_limiter.heed(429, {})
+    paced.rate_limiter.heed(200, {"ratelimit": '"api";r=0;t=3'})
 
-    assert lane.pacing.paused_secs == 100
+    assert paced.rate_limiter.paused_secs == 100
 
 
 # --- the forms that answers have --------------------------------------------------------------------------------------
@@ -341,34 +341,34 @@ digits = st.integers(0, 10**30).map(str) | st.just("9" * 5000)
 @example(headers={"ratelimit": f'"api";r=0;t={"9" * 5000}'}, status=200)
 @example(headers={"retry-after": "9" * 5000}, status=429)
 def test_no_header_of_anybodys_breaks_it_and_the_pause_stays_bounded(headers, status):
-    lane = Lane()
-    lane.pacing.heed(status, headers)
+    paced = PacedCalls()
+    paced.rate_limiter.heed(status, headers)
 
-    assert 0 <= lane.pacing.paused_secs <= 300
+    assert 0 <= paced.rate_limiter.paused_secs <= 300
     wait = retry_after(headers)
     assert wait is None or wait >= 0
 
 
 def test_work_in_the_background_leaves_three_quarters_of_the_cap_to_others():
-    lane = Lane(8)
-    assert lane.pacing.background_wait_secs == 0
+    paced = PacedCalls(8)
+    assert paced.rate_limiter.background_wait_secs == 0
     for _ in range(2):
-        assert lane.call() is None
-        lane.clock.now += 10
+        assert paced.call() is None
+        paced.clock.now += 10
 
-    assert lane.pacing.background_wait_secs == 40
-    lane.clock.now += 41
-    assert lane.pacing.background_wait_secs == 0
-    assert Lane(None).pacing.background_wait_secs == 0
+    assert paced.rate_limiter.background_wait_secs == 40
+    paced.clock.now += 41
+    assert paced.rate_limiter.background_wait_secs == 0
+    assert PacedCalls(None).rate_limiter.background_wait_secs == 0
 
 
 @pytest.mark.parametrize("cap", [None, 8])
 def test_work_in_the_background_waits_for_the_end_of_a_pause_with_and_without_a_cap(cap):
-    lane = Lane(cap)
-    lane.pacing.heed(429, {"retry-after": "120"})
+    paced = PacedCalls(cap)
+    paced.rate_limiter.heed(429, {"retry-after": "120"})
 
-    lane.clock.now += 20
-    assert lane.pacing.background_wait_secs == 100, "a lookup may try now, the background may not"
-    assert lane.call() is None
-    lane.clock.now += 100
-    assert lane.pacing.background_wait_secs == 0
+    paced.clock.now += 20
+    assert paced.rate_limiter.background_wait_secs == 100, "a lookup may try now, the background may not"
+    assert paced.call() is None
+    paced.clock.now += 100
+    assert paced.rate_limiter.background_wait_secs == 0

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.config.settings import MAX_BYTES, MAX_SECS
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.buffers import Lease, SourceLease
+from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.keys import ContentId
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -27,7 +27,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.hub import xet_home
 from hfbucket_plugin.hub.connect import open_bucket
-from hfbucket_plugin.hub.transfer import Read, Upload, cut, xet_hashes
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload, cut, xet_hashes
 from localhub.faults import Fault
 from tests.support.plugin_support import (
     SECRET,
@@ -66,7 +66,7 @@ class Into:
 
     def __init__(self, content, name="x"):
         self.buffer = bytearray(content.size)
-        self.read = Read(name, content, Lease(memoryview(self.buffer)))
+        self.read = DownloadToBuffer(name, content, RevocableBuffer(memoryview(self.buffer)))
 
     @property
     def error(self):
@@ -141,7 +141,7 @@ def test_streams_together_ask_for_no_more_than_may_be_in_flight(hub, bucket):
 
 def test_nothing_to_read_is_done_at_once(hub, door):
     hub.control.reset_counters()
-    empty = Into(Content("00" * 32, 0))
+    empty = Into(ContentId("00" * 32, 0))
 
     door.transfer.read([], soon())
     door.transfer.read([empty.read], soon())
@@ -151,7 +151,7 @@ def test_nothing_to_read_is_done_at_once(hub, door):
 
 
 def test_many_threads_read_at_once_over_one_session(hub, bucket):
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         files = {f"p{number}": noise(100_000, number) for number in range(24)}
         contents = stored(door, hub, files)
@@ -164,7 +164,7 @@ def test_many_threads_read_at_once_over_one_session(hub, bucket):
 
 def test_one_bad_object_does_not_harm_its_neighbours(hub, door):
     contents = stored(door, hub, {"a": DATA, "b": DATA[::-1]})
-    good, bad, other = Into(contents["a"]), Into(Content("ab" * 32, 5)), Into(contents["b"])
+    good, bad, other = Into(contents["a"]), Into(ContentId("ab" * 32, 5)), Into(contents["b"])
 
     door.transfer.read([good.read, bad.read, other.read], soon())
 
@@ -176,7 +176,7 @@ def test_one_bad_object_does_not_harm_its_neighbours(hub, door):
 
 @pytest.mark.parametrize("xet_hash", ["ab" * 32, "nonsense", "", "ü" * 64])
 def test_a_hash_that_the_store_does_not_hold_is_a_failure(door, xet_hash):
-    into = read(door, Content(xet_hash, 5))
+    into = read(door, ContentId(xet_hash, 5))
 
     assert isinstance(into.error, HFBucketError)
     assert not into.read.done
@@ -187,7 +187,7 @@ def test_a_hash_that_the_store_does_not_hold_is_a_failure(door, xet_hash):
 def test_an_object_that_is_shorter_than_listed_is_never_done(hub, door, size):
     content = stored(door, hub, {"a": DATA})["a"]
 
-    into = read(door, Content(content.xet_hash, size))
+    into = read(door, ContentId(content.xet_hash, size))
 
     assert isinstance(into.error, (IntegrityError, TransportError))
     assert not into.read.done
@@ -261,7 +261,7 @@ def test_what_fails_once_is_tried_again(hub, door, route, fault):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_the_store_refuses_is_replaced(hub, bucket, status):
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         content = stored(door, hub, {"a": DATA})["a"]
         read(door, content)
@@ -446,7 +446,7 @@ def test_a_read_that_began_late_says_nothing_about_the_store(hub, hasty):
 
 def test_reads_in_the_background_leave_threads_to_those_that_somebody_waits_for(hub, bucket):
     own = instance_settings(hub.endpoint, bucket, max_parallel_reads=4)
-    door = open_bucket(own, "hfbucket", Tally(), 9.0, online=True)
+    door = open_bucket(own, "hfbucket", MemorySink(), 9.0, online=True)
     contents = stored(door, hub, {f"p{number}": noise(5000, number) for number in range(12)})
     first = contents.pop("p0")
     read(door, first)
@@ -511,7 +511,7 @@ def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store
         return real(deadline)
 
     monkeypatch.setattr(sessions, "borrow", slowly)
-    monkeypatch.setattr(sessions, "give_back", lambda loan: (real_end(loan), ended.set()))
+    monkeypatch.setattr(sessions, "give_back", lambda session_lease: (real_end(session_lease), ended.set()))
     hub.control.reset_counters()
 
     assert isinstance(read(door, content, 0.2).error, DeadlineError)
@@ -586,7 +586,7 @@ def put(door, sources, seconds=60.0, handle=None):
 def test_what_was_uploaded_can_be_read_and_has_the_hash_of_its_bytes(door, tmp_path):
     sources = [DATA, memoryview(DATA[::-1]), b"x", memoryview(bytearray(BIG))]
 
-    contents = put(door, [source if isinstance(source, bytes) else SourceLease(source) for source in sources])
+    contents = put(door, [source if isinstance(source, bytes) else RevocableSource(source) for source in sources])
 
     assert [content.size for content in contents] == [len(source) for source in sources]
     for number, source in enumerate(sources):
@@ -693,7 +693,7 @@ def test_an_upload_that_was_abandoned_frees_its_thread(hub, bucket, route):
 
 def test_memory_is_given_back_as_soon_as_it_is_taken(hub, door):
     waiting = hub.control.add_fault(Fault(route="shard-upload", hang=True))
-    sources = [SourceLease(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
+    sources = [RevocableSource(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
     taken, handle = [], Upload()
     writer = threading.Thread(
         target=lambda: door.transfer.upload(sources, soon(), handle, taken.append),
@@ -711,7 +711,7 @@ def test_memory_is_given_back_as_soon_as_it_is_taken(hub, door):
 def test_an_upload_that_fails_before_all_was_handed_over_ends_soon(hub, hasty, fault):
     """More than hf_xet takes at a time: it is still being fed when the store fails."""
     block = noise(4 * 1024 * 1024, seed=f"large {fault}")
-    large = SourceLease(memoryview(b"".join(number.to_bytes(8, "big") + block for number in range(64))))
+    large = RevocableSource(memoryview(b"".join(number.to_bytes(8, "big") + block for number in range(64))))
     hub.control.add_fault(Fault(route="xorb-upload", **fault))
     handle, outcome = Upload(), []
 
@@ -763,7 +763,7 @@ def token_calls(hub):
 
 
 def test_a_token_that_ends_soon_is_replaced_by_one_call_that_is_counted(hub, bucket):
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         content = put(door, [DATA])[0]
         read(door, content)
@@ -834,7 +834,7 @@ def test_a_new_session_goes_by_the_hub_token_of_that_moment(hub_factory, tmp_pat
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_commit_that_is_refused_once_is_tried_again(hub, door, route, chunks):
     data = [noise(SIZE, seed=f"{route} {number}") for number in range(chunks)]
-    sources = [SourceLease(memoryview(one)) for one in data]
+    sources = [RevocableSource(memoryview(one)) for one in data]
     taken = []
 
     def give_back(lease):
@@ -924,11 +924,11 @@ def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_ask
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     monkeypatch.setattr(xet_home, "_ours", [])
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         with pytest.raises(ConfigError, match=f"cannot write to {UNWRITABLE[variable]}"):
             put(door, [DATA])
-        into = read(door, Content("0" * 64, 10))
+        into = read(door, ContentId("0" * 64, 10))
 
     assert isinstance(into.error, ConfigError)
     assert tally.get(telemetry.HUB_REQUESTS, route="xet-write-token") == 0

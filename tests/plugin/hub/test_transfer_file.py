@@ -8,10 +8,10 @@ import time
 import pytest
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.buffers import Lease
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.keys import ContentId
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     DeadlineError,
@@ -23,8 +23,8 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub import xet_session
-from hfbucket_plugin.hub.transfer import Read
-from hfbucket_plugin.hub.transfer_file import FileRead
+from hfbucket_plugin.hub.transfer import DownloadToBuffer
+from hfbucket_plugin.hub.transfer_file import DownloadToFile
 from localhub.faults import Fault
 from tests.support.plugin_support import eventually, noise, opened, upload
 
@@ -46,7 +46,7 @@ def into(tmp_path):
     """Makes reads into files of one directory."""
     directory = tmp_path / "drafts"
     directory.mkdir()
-    return lambda content, name="x": FileRead(name, content, directory / f"{name}.part")
+    return lambda content, name="x": DownloadToFile(name, content, directory / f"{name}.part")
 
 
 def stored(door, hub, files):
@@ -85,14 +85,14 @@ def test_files_appear_as_the_objects_are(hub, door, into):
 def test_files_and_buffers_are_filled_by_one_call(hub, door, into):
     content = stored(door, hub, {"a": DATA})["a"]
     buffer, one = bytearray(SIZE), into(content)
-    other = Read("b", content, Lease(memoryview(buffer)))
+    other = DownloadToBuffer("b", content, RevocableBuffer(memoryview(buffer)))
     read(door, one, other)
     assert one.path.read_bytes() == bytes(buffer) == DATA
 
 
 def test_nothing_of_a_file_passes_through_a_buffer_of_ours(hub, door, into, monkeypatch):
     content = stored(door, hub, {"a": DATA})["a"]
-    monkeypatch.setattr(Lease, "write", lambda *_: pytest.fail("a lease was written to"))
+    monkeypatch.setattr(RevocableBuffer, "write", lambda *_: pytest.fail("a lease was written to"))
     read(door, one := into(content))
     assert one.done
 
@@ -155,7 +155,7 @@ def test_a_fault_is_a_typed_failure_that_leaves_no_file_and_passes(hub, door, in
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_the_store_refuses_once_is_replaced(hub, bucket, into, status):
-    tally = Tally()
+    tally = MemorySink()
     with opened(hub.endpoint, bucket, sink=tally) as door:
         content = stored(door, hub, {"a": DATA})["a"]
         read(door, into(content, "first"))
@@ -168,7 +168,7 @@ def test_a_token_that_the_store_refuses_once_is_replaced(hub, bucket, into, stat
 
 def test_one_bad_object_does_not_harm_its_neighbours(hub, door, into):
     contents = stored(door, hub, {"a": DATA, "b": noise(SIZE, 2)})
-    bad = into(Content("0" * 63 + "1", SIZE), "bad")
+    bad = into(ContentId("0" * 63 + "1", SIZE), "bad")
     good = [into(content, name) for name, content in contents.items()]
     read(door, good[0], bad, good[1])
     assert [one.done for one in (*good, bad)] == [True, True, False]
@@ -178,7 +178,7 @@ def test_one_bad_object_does_not_harm_its_neighbours(hub, door, into):
 @pytest.mark.parametrize("wrong", [-100, 100])
 def test_an_object_of_another_size_than_listed_is_never_done_as_a_whole(hub, door, into, wrong):
     content = stored(door, hub, {"a": DATA})["a"]
-    read(door, one := into(Content(content.xet_hash, SIZE + wrong)))
+    read(door, one := into(ContentId(content.xet_hash, SIZE + wrong)))
     if wrong < 0:  # the store sends as many bytes as it is asked for: that these are not the object is told by the hash
         assert one.path.read_bytes() == DATA[:wrong]
     else:
@@ -194,7 +194,7 @@ def test_a_file_that_came_out_short_is_no_chunk(hub, door, into, monkeypatch):
         handle.result()
         os.truncate(self.path, SIZE - 1)
 
-    monkeypatch.setattr(FileRead, "_wait", short)
+    monkeypatch.setattr(DownloadToFile, "_wait", short)
     read(door, one := into(content))
     assert isinstance(one.error, IntegrityError)
     assert left(one) == []
@@ -202,7 +202,7 @@ def test_a_file_that_came_out_short_is_no_chunk(hub, door, into, monkeypatch):
 
 @pytest.mark.parametrize("route", ["reconstruction", "xorb-data", "xet-read-token"])
 @pytest.mark.parametrize("fault", [{"hang": True}, {"trickle_bytes": 2, "trickle_interval_s": 0.05}], ids=str)
-def test_after_the_deadline_whoever_waited_is_free_and_service_resumes(hub, bucket, into, route, fault):
+def test_after_the_deadline_the_waiter_is_free_and_service_resumes(hub, bucket, into, route, fault):
     with opened(hub.endpoint, bucket, get_secs=0.5, put_timeout_secs=0.5) as hasty:
         contents = stored(hasty, hub, {f"p{number}": noise(SIZE, number) for number in range(4)})
         hub.control.add_fault(Fault(route=route, **fault))
@@ -223,7 +223,7 @@ def test_after_the_deadline_whoever_waited_is_free_and_service_resumes(hub, buck
         eventually(good)
 
 
-def test_giving_up_frees_whoever_waits_at_once(hub, door, into):
+def test_giving_up_frees_the_waiters_at_once(hub, door, into):
     content = stored(door, hub, {"a": DATA})["a"]
     one = into(content)
     thread = hanging(hub, door, one)
@@ -262,14 +262,14 @@ def test_a_disk_that_is_full_is_told_apart_from_the_store(hub, door, into):
 def test_a_file_that_cannot_be_made_is_told_apart_from_the_store(hub, door, into, tmp_path, size):
     content = stored(door, hub, {"a": DATA[:size]})["a"]
     (tmp_path / "no-directory").write_bytes(b"")
-    one = FileRead("x", content, tmp_path / "no-directory" / "x.part")
+    one = DownloadToFile("x", content, tmp_path / "no-directory" / "x.part")
     read(door, one)
     assert isinstance(one.error, LocalFileError), one.error
     assert not one.done
 
 
 def blocked_disk(path):
-    """A file that takes nothing, and blocks whoever writes: until what is returned is closed."""
+    """A file that takes nothing, and blocks its writer until what is returned is closed."""
     os.mkfifo(path)
     return os.open(path, os.O_RDWR)
 
@@ -324,19 +324,19 @@ def test_a_session_whose_token_ends_is_not_lent_and_its_groups_go_with_it(hub, d
 def test_a_name_that_reads_like_an_error_of_the_disk_is_none(hub, door, tmp_path):
     content = stored(door, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route="reconstruction", status=500))
-    read(door, one := FileRead("IO Error: full (os error 28)", content, tmp_path / "x.part"))
+    read(door, one := DownloadToFile("IO Error: full (os error 28)", content, tmp_path / "x.part"))
     assert isinstance(one.error, TransportError)
 
 
 def test_the_first_error_is_the_one_that_is_told(into):
-    one = into(Content("0" * 64, 1))
+    one = into(ContentId("0" * 64, 1))
     one.fail(MissingError("x: first"))
     one.fail(DeadlineError("x: second"))
     assert str(one.error) == "x: first"
     assert not one.live
 
 
-def test_close_frees_whoever_waits(hub, bucket, into):
+def test_close_frees_the_waiters(hub, bucket, into):
     with opened(hub.endpoint, bucket) as door:
         content = stored(door, hub, {"a": DATA})["a"]
         one = into(content)

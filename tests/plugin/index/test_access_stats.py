@@ -14,7 +14,7 @@ from hfbucket_plugin.config.l2 import from_params
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.config.settings import load
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.keys import Content, encode_name
+from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.index.access.recorder import HITS_ENTRIES, NO_KEY, HeatRecorder, Hits, recorder_of, why_not
 from hfbucket_plugin.index.access.stats import (
@@ -23,8 +23,8 @@ from hfbucket_plugin.index.access.stats import (
     HIT,
     LANDMARK,
     WARM_ROW,
+    HitLog,
     Span,
-    Tells,
     buckets,
     carried,
     counts,
@@ -142,12 +142,12 @@ def test_heat_is_carried_to_the_keys_that_are_there_still():
 
 
 def told_at(*moments):
-    found = Tells()
+    found = HitLog()
     found.add(np.array(moments, np.uint32), START + 10 * GAP_SECS)
     return found
 
 
-def test_recording_that_paused_for_a_day_begins_anew():
+def test_recording_that_paused_for_a_day_start_over():
     before, now = Span(START, START, START + 100), START + 9 * GAP_SECS
 
     daily = [START + day * 0.9 * GAP_SECS for day in range(1, 10)]
@@ -243,20 +243,20 @@ def test_heat_is_complete_since_hits_were_last_lost():
         return found
 
     one, other = (7, START + 50, int(START) + 60, 1), (3, START + 70, int(START) + 80, 1)
-    told = Tells()
+    told = HitLog()
     told.add(np.array([START + 60], np.uint32), START + 100)
     told.lose(lost(one), START + 100)
     told.lose(lost(one, other), START + 100)  # the journal grew
     first = told.span(Span(START, START, START), START + 100, START + 90)
     assert (first.since, first.lost, first.lost_at) == (START + 70, 10, START + 70)
 
-    told = Tells()
+    told = HitLog()
     told.add(np.array([START + 160], np.uint32), START + 200)
     told.lose(lost(one, other), START + 200)  # told again
     again = told.span(first, START + 200, START + 190)
     assert (again.since, again.lost, again.lost_at) == (START + 70, 10, START + 70)
 
-    told = Tells()
+    told = HitLog()
     told.unread(4, START + 150)
     assert told.span(first, START + 200, START + 190) == replace(
         first, since=START + 150, lost=14, lost_at=START + 150, until=START + 190
@@ -276,7 +276,7 @@ def test_who_has_nothing_to_tell_says_so_every_hour():
 
 def test_journals_tell_of_hits_beside_what_else_happened():
     journal = JournalWriter(100, 100)
-    journal.note(digest(1), Content("ab" * 32, 7), 10.0)
+    journal.note(digest(1), ContentId("ab" * 32, 7), 10.0)
     assert journal.draft(11.0).data.find(HEAT_JOURNAL.names[-1].encode()) < 0
     journal.tell([Hits(digest(2), 5, 8.0), Hits(digest(3), 1, 9.0)], 5000.9)
     draft = journal.draft(12.0)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError
 from hfbucket_plugin.index import build as index_build
 from hfbucket_plugin.index.format import Pointer, changes_of, snapshot_of, to_bytes
 from hfbucket_plugin.index.journal import JournalWriter
-from hfbucket_plugin.index.overlay import Recent
+from hfbucket_plugin.index.overlay import LocalOverlay
 from hfbucket_plugin.index.store import JOURNALS, LATE_SECS, POINTER, SNAPSHOTS, IndexStore, JournalName
 from hfbucket_plugin.index.table import (
     CHANGE,
@@ -149,7 +149,7 @@ def test_columns_of_a_later_version_are_kept_when_journals_are_added(hub, bucket
     (tmp_path / "work").mkdir()
     with opened(hub.endpoint, bucket, PREFIX) as door:
         store = IndexStore(door, "builder")
-        index_build.publish(store, index_build.Built(path, len(rows), 10.0, 5.0, 3.0), Deadline.after(SECS))
+        index_build.publish(store, index_build.BuiltSnapshot(path, len(rows), 10.0, 5.0, 3.0), Deadline.after(SECS))
 
         built = index_build.from_journals(door, store, tmp_path / "work", SECS)
 
@@ -169,7 +169,7 @@ def entries_of(draft, at=1000.0):
 def test_a_writer_rewrites_its_last_journal_until_it_is_full():
     writer = JournalWriter(entries=3, waiting=100)
     for number in range(2):
-        writer.note(bytes([number]) * 16, Content(HASH, 5), at=number)
+        writer.note(bytes([number]) * 16, ContentId(HASH, 5), at=number)
     first = writer.draft(now=10.0)
     writer.written(first)
     writer.note(b"x" * 16, None, at=11.0)
@@ -190,7 +190,7 @@ def test_what_one_journal_told_is_not_undone_by_how_long_it_took():
     now = 100.0
     writer = JournalWriter(1, 10)
     digest = digests_of(["a"])[0].tobytes()
-    writer.note(digest, Content("ab" * 32, 7), now)
+    writer.note(digest, ContentId("ab" * 32, 7), now)
     put = writer.draft(now + 0.1)
     writer.note(digest, None, now + 0.2)
     writer.attempted(now + 1.1)
@@ -207,7 +207,7 @@ def test_of_one_key_a_journal_tells_the_last_alone():
     now = 100.0
     writer = JournalWriter(10, 10)
     first, second = (digests_of([name])[0].tobytes() for name in "ab")
-    for digest, content in ((first, Content("ab" * 32, 7)), (second, None), (first, None)):
+    for digest, content in ((first, ContentId("ab" * 32, 7)), (second, None), (first, None)):
         writer.note(digest, content, now)
     told = changes_of(writer.draft(now).data, now, "journal")
     assert sorted(told["kind"].tolist()) == [DELETED, DELETED]
@@ -264,24 +264,24 @@ def change(name, at, content=None):
 
 def test_of_a_put_and_a_delete_the_later_one_counts_whichever_is_told_first():
     view = View(Table(np.zeros(0, ROW)), 0.0, 0.0)
-    put, deleted = change("x", 10.0, Content(HASH, 5)), change("x", 20.0)
-    back = change("x", 30.0, Content(HASH, 6))
+    put, deleted = change("x", 10.0, ContentId(HASH, 5)), change("x", 20.0)
+    back = change("x", 30.0, ContentId(HASH, 6))
 
     assert view.folded(put).folded(deleted).look_up(digests_of(["x"])) == [Absent.DELETED]
     assert view.folded(deleted).folded(put).look_up(digests_of(["x"])) == [Absent.DELETED]
-    assert view.folded(back, put).folded(deleted).look_up(digests_of(["x"])) == [Content(HASH, 6)]
+    assert view.folded(back, put).folded(deleted).look_up(digests_of(["x"])) == [ContentId(HASH, 6)]
     assert view.look_up(digests_of(["x"])) == [Absent.UNKNOWN]
 
 
 def test_what_happened_before_the_listing_does_not_overrule_it():
     view = View(Table(np.zeros(0, ROW)), covers=100.0, listed=100.0)
 
-    assert view.folded(change("x", 99.9, Content(HASH, 5))) is view
-    assert view.folded(change("x", 100.0, Content(HASH, 5))).look_up(digests_of(["x"])) == [Content(HASH, 5)]
+    assert view.folded(change("x", 99.9, ContentId(HASH, 5))) is view
+    assert view.folded(change("x", 100.0, ContentId(HASH, 5))).look_up(digests_of(["x"])) == [ContentId(HASH, 5)]
 
 
 def test_notes_are_bounded_and_the_oldest_go_first():
-    recent = Recent(most=2)
+    recent = LocalOverlay(most=2)
     for number in range(3):
         recent.did(bytes([number]) * 16, None, 1, 0.0, 0.0)
 
@@ -290,25 +290,25 @@ def test_notes_are_bounded_and_the_oldest_go_first():
 
 
 def test_an_answer_to_a_question_from_before_an_own_write_is_not_believed():
-    recent = Recent()
-    recent.did(b"x" * 16, Content(HASH, 5), 1, mono=10.0, hub=110.0)
+    recent = LocalOverlay()
+    recent.did(b"x" * 16, ContentId(HASH, 5), 1, mono=10.0, hub=110.0)
 
     recent.told(b"x" * 16, None, asked=9.0, mono=11.0, hub=111.0)
-    assert recent.get(b"x" * 16).content == Content(HASH, 5)
+    assert recent.get(b"x" * 16).content == ContentId(HASH, 5)
 
     recent.told(b"x" * 16, None, asked=10.5, mono=11.0, hub=111.0)
     assert recent.get(b"x" * 16).content is None
 
 
 def test_what_was_told_goes_when_a_journal_tells_something_newer_and_no_sooner():
-    recent = Recent()
+    recent = LocalOverlay()
     digest = digests_of(["x"]).tobytes()
     recent.told(digest, None, asked=0.0, mono=1.0, hub=100.0)
 
-    recent.overruled(Table(change("x", 99.0, Content(HASH, 5))))
+    recent.overruled(Table(change("x", 99.0, ContentId(HASH, 5))))
     assert recent.get(digest) is not None
 
-    recent.overruled(Table(change("x", 101.0, Content(HASH, 5))))
+    recent.overruled(Table(change("x", 101.0, ContentId(HASH, 5))))
     assert recent.get(digest) is None
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hfbucket_plugin.config.settings import load
-from hfbucket_plugin.core.keys import BucketHandle, Content
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.keys import BucketHandle, ContentId
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError, MissingError, TransportError
 from hfbucket_plugin.hub import records
 from hfbucket_plugin.hub.bucket import ObjectInfo
@@ -24,10 +24,10 @@ from hfbucket_plugin.index.store import (
     JOURNALS,
     MAX_STRANGE,
     POINTER,
+    IndexListing,
     IndexStore,
     Journal,
     JournalName,
-    Shelf,
 )
 from hfbucket_plugin.index.table import CHANGE, DELETED, PUT, Absent, Table, View, digests_of, merged, newest, rows_of
 
@@ -48,7 +48,7 @@ def pointer(name="s.npy", keys=1, covers=NOW - 100):
 
 def journal(number, *, hits=False, writer=None, at=None):
     name = JournalName.make(writer or f"{number:016x}", 1, datetime.fromtimestamp(NOW, UTC), hits=hits)
-    return Journal(name, f"p/{name.text}", Content(f"{number:064x}", 100), NOW + number if at is None else at)
+    return Journal(name, f"p/{name.text}", ContentId(f"{number:064x}", 100), NOW + number if at is None else at)
 
 
 class Store:
@@ -57,7 +57,7 @@ class Store:
     def __init__(self, journals=()):
         self.journals = list(journals)
         self.pointer = pointer()
-        self.seen = ObjectInfo("current.json", Content("e" * 64, 10), None)
+        self.seen = ObjectInfo("current.json", ContentId("e" * 64, 10), None)
         self.fails = {}
         self.calls = 1
         self.loads = 0
@@ -68,7 +68,7 @@ class Store:
 
     def list(self, _deadline):
         self._step("list")
-        return Shelf(pointer=self.seen, journals=list(self.journals), date=NOW)
+        return IndexListing(pointer=self.seen, journals=list(self.journals), date=NOW)
 
     def read_pointer(self, _info, _deadline):
         self._step("pointer")
@@ -77,7 +77,7 @@ class Store:
     def read_snapshot(self, _pointer, _deadline):
         self.loads += 1
         self._step("snapshot")
-        return Table(rows_of([("there", Content(HASH, 10), 0.0)]))
+        return Table(rows_of([("there", ContentId(HASH, 10), 0.0)]))
 
     def read_journals(self, journals, _deadline):
         for number, one in enumerate(journals):
@@ -90,7 +90,7 @@ def state_of(view):
     return None if view is None else view.look_up(digests_of(["there", "other"]))
 
 
-GONE = [Absent.DELETED, Content("0" * 64, 10)]
+GONE = [Absent.DELETED, ContentId("0" * 64, 10)]
 ERRORS = [OSError(24, "Too many open files"), MemoryError(), ValueError("?"), TransportError("no answer")]
 
 
@@ -103,7 +103,7 @@ def test_what_failed_at_any_step_is_done_again_and_named(step, error, used):
     source, view = SnapshotSource(store, "w" * 16, 1 << 30), None
     if used:
         view = source.refresh(None).view
-        store.seen = ObjectInfo("current.json", Content("f" * 64, 10), None)
+        store.seen = ObjectInfo("current.json", ContentId("f" * 64, 10), None)
     store.journals = [journal(0), journal(1)]
     store.fails[step] = error
     try:
@@ -139,14 +139,14 @@ def test_a_pointer_of_the_future_is_not_followed_and_leaves_the_view_before_in_u
     store = Store()
     source = SnapshotSource(store, "w" * 16, 1 << 30)
     view = source.refresh(None).view
-    store.seen = ObjectInfo("current.json", Content("f" * 64, 10), None)
+    store.seen = ObjectInfo("current.json", ContentId("f" * 64, 10), None)
     store.pointer = pointer(covers=NOW + 10_000)
     found = source.refresh(view)
     assert found.view is view
     assert "ahead of the Hub's clock" in str(found.problem)
 
 
-def test_processes_are_counted_by_their_journals_of_late():
+def test_processes_are_counted_by_their_journals_recently():
     store = Store([journal(number) for number in range(3)] + [journal(9, at=NOW - 9000)])
     store.journals += [journal(number, hits=True, writer=f"{number + 50:016x}") for number in range(4)]
     assert SnapshotSource(store, "w" * 16, 1 << 30).refresh(None).writers == 4
@@ -171,12 +171,12 @@ class Pages:
             raise TransportError("no answer")
         some = [path for path in self.paths if path.startswith(prefix)]
         start = int(cursor or 0)
-        infos = [ObjectInfo(path, Content(HASH, 9), datetime.fromtimestamp(NOW, UTC)) for path in some[start:][:1000]]
+        infos = [ObjectInfo(path, ContentId(HASH, 9), datetime.fromtimestamp(NOW, UTC)) for path in some[start:][:1000]]
         return infos, str(start + 1000) if start + 1000 < len(some) else None, datetime.fromtimestamp(NOW, UTC)
 
     def stat(self, paths, _deadline):
         self.asked.append("stat")
-        return {path: ObjectInfo(path, Content(HASH, 9), None) for path in paths if path in self.paths}
+        return {path: ObjectInfo(path, ContentId(HASH, 9), None) for path in paths if path in self.paths}
 
 
 def own_paths(number):
@@ -266,7 +266,7 @@ def waits():
             {f"{name}{one}": value for one, value in ({"bucket_handle": "hf://buckets/o/b"} | values).items()},
             "hfbucket.us",
         )
-        made.append(KeyIndex(SimpleNamespace(handle=settings.bucket_handle), settings, "hfbucket.us", Tally()))
+        made.append(KeyIndex(SimpleNamespace(handle=settings.bucket_handle), settings, "hfbucket.us", MemorySink()))
         made[-1]._source = Source()
         return made[-1]
 
@@ -414,11 +414,11 @@ def test_what_is_read_is_hashed_where_it_lies_and_descriptors_go(size):
     data = np.random.default_rng(1).bytes(size)
     expected = records.hash_of(bytearray(data))
     transfer = Transfer(data)
-    own = records.OwnObjects(SimpleNamespace(transfer=transfer), "test")
+    own = records.RecordStore(SimpleNamespace(transfer=transfer), "test")
     try:
         before = len(list(Path("/proc/self/fd").iterdir()))
         tracemalloc.start()
-        good, bad = own.read([("it", Content(expected, size)), ("other", Content(HASH, size))], None)
+        good, bad = own.read([("it", ContentId(expected, size)), ("other", ContentId(HASH, size))], None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

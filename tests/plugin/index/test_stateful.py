@@ -232,9 +232,9 @@ class Fleet(RuleBasedStateMachine):
                 pointer = index_build.publish(store, built, Deadline.after(SECS))
             except KilledError:
                 return
-            shelf = store.list(Deadline.after(SECS))
-            old = [one.path for one in shelf.journals if one.at < pointer.covers]
-            old += [one.path for one in shelf.snapshots if one.path != store.snapshot_path(pointer)]
+            found = store.list(Deadline.after(SECS))
+            old = [one.path for one in found.journals if one.at < pointer.covers]
+            old += [one.path for one in found.snapshots if one.path != store.snapshot_path(pointer)]
             if old:
                 door.delete(old, Deadline.after(SECS))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.index.format import JOURNAL, Pointer, changes_of, header_of, read_header, snapshot_of, to_bytes
 from hfbucket_plugin.index.table import (
@@ -31,7 +31,7 @@ HASHES = [f"{number:064x}" for number in (0, 1, 2**255)]
 NAMES = [f"org%2Fmodel%401%400%40{number:x}%40half" for number in range(6)]
 
 names = strategies.sampled_from(NAMES)
-contents = strategies.builds(Content, strategies.sampled_from(HASHES), strategies.integers(0, 2**40))
+contents = strategies.builds(ContentId, strategies.sampled_from(HASHES), strategies.integers(0, 2**40))
 listings = strategies.dictionaries(names, strategies.tuples(contents, strategies.integers(0, 2**31)))
 happenings = strategies.lists(
     strategies.tuples(names, strategies.one_of(strategies.none(), contents), strategies.integers(0, 20)), max_size=12
@@ -134,23 +134,23 @@ def test_what_was_put_and_deleted_is_as_a_dictionary_would_have_it(listing, happ
 
 def test_columns_of_later_versions_are_left_alone():
     dtype = np.dtype([("heat", "u1"), *ROW.descr, ("last_hit", "<u4")])
-    old = table_of({NAMES[0]: (Content(HASHES[1], 5), 7), NAMES[1]: (Content(HASHES[1], 6), 8)})
+    old = table_of({NAMES[0]: (ContentId(HASHES[1], 5), 7), NAMES[1]: (ContentId(HASHES[1], 6), 8)})
     rows = np.zeros(2, dtype)
     for name in ROW.names:
         rows[name] = old.rows[name]
     rows["heat"], rows["last_hit"] = [3, 4], [5, 6]
 
     table = snapshot_of(to_bytes(rows), "it")
-    changed = applied(table.rows, change_rows([(NAMES[0], Content(HASHES[2], 9), 50), (NAMES[2], None, 1)]))
+    changed = applied(table.rows, change_rows([(NAMES[0], ContentId(HASHES[2], 9), 50), (NAMES[2], None, 1)]))
 
     assert told(table.rows) == told(old.rows)
-    assert told(changed)[NAMES[0]] == Content(HASHES[2], 9)
+    assert told(changed)[NAMES[0]] == ContentId(HASHES[2], 9)
     assert sorted(changed["heat"]) == [3, 4]
 
 
 def test_others_read_it_with_numpy_alone(tmp_path):
     path = tmp_path / "snapshot.npy"
-    path.write_bytes(to_bytes(table_of({NAMES[0]: (Content(HASHES[2], 5), 7)}).rows))
+    path.write_bytes(to_bytes(table_of({NAMES[0]: (ContentId(HASHES[2], 5), 7)}).rows))
 
     rows = np.load(path, mmap_mode="r")
 
@@ -158,7 +158,7 @@ def test_others_read_it_with_numpy_alone(tmp_path):
     assert (rows["size"][0], rows["uploaded_at"][0], bytes(rows["xet_hash"][0]).hex()) == (5, 7, HASHES[2])
 
 
-WHOLE = to_bytes(table_of({name: (Content(HASHES[0], 5), 7) for name in NAMES}).rows)
+WHOLE = to_bytes(table_of({name: (ContentId(HASHES[0], 5), 7) for name in NAMES}).rows)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 from huggingface_hub import HfApi
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.buffers import Lease
-from hfbucket_plugin.core.concurrency import Traffic, WorkerPool
+from hfbucket_plugin.core.buffers import RevocableBuffer
+from hfbucket_plugin.core.concurrency import ReadPriority, WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError, TransportError
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from localhub.faults import Fault
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def lease(self):
-        return Lease(self.view)
+        return RevocableBuffer(self.view)
 
     def release(self):
         self.released += 1
@@ -113,7 +113,7 @@ def connect(hub, bucket, tmp_path):
 
     def make(bucket_id=bucket, prefix="v1", get_secs=9.0, endpoint=hub.endpoint, **values):
         values = {"download_tmp_dir": str(tmp_path / "tmp")} | values
-        tally = Tally()
+        tally = MemorySink()
         own = instance_settings(endpoint, bucket_id, prefix, **values)
         stores.append(ChunkStore(own, "hfbucket", tally, get_secs))
         return Engine(stores[-1], tally)
@@ -165,7 +165,7 @@ def test_of_a_lookup_of_thousands_a_page_that_fails_leaves_the_others_known(hub,
     told = engine.tally
     assert engine.count("lookup", "missing") + sum(found) in (2006, 3000)  # of four pages, whichever hung
     assert told.get(telemetry.CHUNKS, operation="lookup", outcome="deadline") in (6, 1000)
-    assert not engine.store.guard.status()
+    assert not engine.store.breakers.status()
     assert engine.store.found(many, [SIZE] * len(many))[:6] == [True] * 6
 
 
@@ -351,7 +351,7 @@ def test_more_lookups_at_once_than_one_answer_has_time_for_are_all_answered(hub,
     hits = in_threads(40, lambda number: engine.hits([KEYS[number % 6]]))
 
     assert hits == [1] * 40
-    assert not engine.store.guard.status()
+    assert not engine.store.breakers.status()
 
 
 def test_a_question_that_was_never_sent_says_nothing_about_the_hub(hub, filled, connect, monkeypatch):
@@ -366,7 +366,7 @@ def test_a_question_that_was_never_sent_says_nothing_about_the_hub(hub, filled, 
 
     free.set()
     assert requests(hub, "paths-info") == 0
-    assert not engine.store.guard.status()
+    assert not engine.store.breakers.status()
     assert engine.count("lookup", "deadline") == 6
 
 
@@ -377,13 +377,13 @@ def test_in_a_pause_lookups_are_misses_at_once_however_many_puts_wait_for_its_en
     assert engine.hits([key(99)]) == 0
     for number in range(100, 108):
         engine.store.puts.submit([Memory(noise(SIZE, number), key(number))], SIZE, soon())
-    eventually(lambda: engine.store._putter._under_way.keys() == {key(number) for number in range(100, 108)})
+    eventually(lambda: engine.store._writer._under_way.keys() == {key(number) for number in range(100, 108)})
 
     started = time.monotonic()
     assert [engine.hits([name]) for name in KEYS] == [0] * 6
 
     assert time.monotonic() - started < BOUND
-    assert not engine.store.guard.status()
+    assert not engine.store.breakers.status()
     assert requests(hub, "paths-info") == 1, "and the Hub was not asked"
 
 
@@ -544,7 +544,7 @@ def test_a_failed_read_is_counted_as_what_it_is_and_service_resumes(hub, filled,
     eventually(lambda: engine.get(KEYS) == list(DATA.values()))
 
 
-def test_a_chunk_found_missing_at_read_time_is_asked_for_anew(hub, filled, connect, hasty_quarantine):
+def test_a_chunk_found_missing_at_read_time_is_asked_for_again(hub, filled, connect, hasty_quarantine):
     engine = connect(metadata_cache_ttl_secs=600)
     assert engine.hits(KEYS[:1]) == 1
     hub.control.add_fault(Fault(route="reconstruction", status=404))
@@ -735,13 +735,13 @@ def test_contents_that_waited_here_to_be_named_say_nothing_about_the_hub(hub, bu
     pool = WorkerPool("held", 1)
     pool.submit(lambda: (busy.set(), free.wait(60)))
     assert busy.wait(30)
-    monkeypatch.setattr(engine.store._putter._namer, "_threads", pool)
+    monkeypatch.setattr(engine.store._writer._committer, "_threads", pool)
 
     failures = engine.put({KEYS[0]: DATA[KEYS[0]]}, seconds=3)
 
     free.set()
     assert [failure.kind for failure in failures.values()] == ["deadline"]
-    assert not engine.store.guard.status()
+    assert not engine.store.breakers.status()
 
 
 def test_a_put_waits_for_another_put_of_its_key_no_longer_than_it_has(hub, bucket, engine):
@@ -890,7 +890,7 @@ def test_puts_together_stay_within_the_bytes_in_flight(hub, bucket, connect):
 def test_a_long_commit_lets_reads_pass_between_its_chunks(hub, bucket, engine, monkeypatch):
     size = 9 * 1024 * 1024
     passed = []
-    monkeypatch.setattr(Traffic, "let_reads_pass", lambda _self, _deadline: passed.append(1))
+    monkeypatch.setattr(ReadPriority, "let_reads_pass", lambda _self, _deadline: passed.append(1))
 
     assert engine.put({key(number): noise(size, number) for number in range(8)}, size=size) == {}
 
@@ -1067,20 +1067,20 @@ import os, sys
 from tests.support.plugin_support import instance_settings
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.buffers import Lease
-from hfbucket_plugin.core.telemetry import Tally
-from hfbucket_plugin.core.concurrency import Traffic
+from hfbucket_plugin.core.buffers import RevocableBuffer
+from hfbucket_plugin.core.telemetry import MemorySink
+from hfbucket_plugin.core.concurrency import ReadPriority
 
 class Memory:
     def __init__(self, data, key=""):
         self.key, self.view = key, memoryview(bytearray(data))
-        self.lease = Lease(self.view)
+        self.lease = RevocableBuffer(self.view)
 
     def release(self):
         pass
 
 endpoint, bucket, key, directory = sys.argv[1:]
-store = ChunkStore(instance_settings(endpoint, bucket, "v1", download_tmp_dir=directory, verify="hash"), "x", Tally(), 9)
+store = ChunkStore(instance_settings(endpoint, bucket, "v1", download_tmp_dir=directory, verify="hash"), "x", MemorySink(), 9)
 
 def work(name):
     hits = store.prefix_hits([key], 100_000)
@@ -1119,7 +1119,7 @@ import os, sys, threading
 from tests.support.plugin_support import eventually, instance_settings
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Tally
+from hfbucket_plugin.core.telemetry import MemorySink
 
 class Memory:
     def __init__(self, key):
@@ -1130,22 +1130,22 @@ class Memory:
 
 endpoint, bucket, key, directory = sys.argv[1:]
 keys = [key, key[:-1] + "x", key[:-1] + "y"]
-store = ChunkStore(instance_settings(endpoint, bucket, "v2", download_tmp_dir=directory, max_inflight_bytes=4 << 20), "x", Tally(), 9)
-putter = store._putter
+store = ChunkStore(instance_settings(endpoint, bucket, "v2", download_tmp_dir=directory, max_inflight_bytes=4 << 20), "x", MemorySink(), 9)
+writer = store._writer
 
 def put(*names):
     sources = [Memory(name) for name in names]
     return sorted(store.puts.submit(sources, 100_000, Deadline.after(60)).result().stored)
 
 threading.Thread(target=put, args=(keys[0],), daemon=True).start()  # the first upload hangs
-eventually(lambda: any(commit.begun for commit in putter._commits))
-locks = [putter._gate._changed, putter._namer._lock, putter._lock, store.puts._lock, store._existence.cache._lock,
-         putter._traffic._quiet, store._reader._lock, store.guard._lock, store._reader._quarantine._lock]
+eventually(lambda: any(commit.begun for commit in writer._commits))
+locks = [writer._semaphore._changed, writer._committer._lock, writer._lock, store.puts._lock, store._existence.cache._lock,
+         writer._read_priority._quiet, store._reader._lock, store.breakers._lock, store._reader._quarantine._lock]
 for lock in locks:
     lock.acquire()  # as another thread of the parent may at any moment
 child = os.fork()
 if child == 0:
-    print(putter._gate._held, putter._under_way, putter._namer._uploads, store.puts.waiting_bytes, len(store.puts.pending))
+    print(writer._semaphore._held, writer._under_way, writer._committer._uploads, store.puts.waiting_bytes, len(store.puts.pending))
     print(put(*keys) == sorted(keys), flush=True)
     os._exit(0)
 os.waitpid(child, 0)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import AccessDeniedError, ItemFailure, TransportError
-from hfbucket_plugin.store.committer import Namer
+from hfbucket_plugin.store.committer import BatchCommitter
 from tests.support.plugin_support import eventually, untimed
 
 
@@ -43,7 +43,7 @@ class Hub:
 
 
 def files(*numbers):
-    return {f"v1/{number}": Content(f"{number:064x}", number + 1) for number in numbers}
+    return {f"v1/{number}": ContentId(f"{number:064x}", number + 1) for number in numbers}
 
 
 def soon(seconds=60.0):
@@ -60,19 +60,19 @@ def make(hub):
     """Makes namers, and ends their threads."""
     made = []
 
-    def namer(window_secs=3600.0):
-        made.append(Namer(hub, window_secs))
+    def committer(window_secs=3600.0):
+        made.append(BatchCommitter(hub, window_secs))
         return made[-1]
 
-    yield namer
+    yield committer
     hub.gate.set()
     for one in made:
         one.close()
 
 
-def quiet(namer):
+def quiet(committer):
     """Wait until no call is under way or about to be made."""
-    pool = namer._threads
+    pool = committer._threads
 
     def is_idle():
         with pool._lock:
@@ -81,30 +81,30 @@ def quiet(namer):
     return eventually(is_idle)
 
 
-def upload(namer, *numbers, deadline=None):
+def upload(committer, *numbers, deadline=None):
     """As an upload does: it announces itself, and hands its contents over at its end."""
-    with namer.expecting():
-        return namer.name(files(*numbers), deadline or soon())
+    with committer.expecting():
+        return committer.name(files(*numbers), deadline or soon())
 
 
 def test_a_lone_upload_is_named_at_its_end_and_waits_for_no_window(hub, make):
-    namer = make()
+    committer = make()
 
-    future = upload(namer, 1, 2)
+    future = upload(committer, 1, 2)
 
     assert future.result(30) == {}
     assert hub.calls == [files(1, 2)]
 
 
 def test_while_others_upload_contents_wait_and_the_last_one_names_them_all(hub, make):
-    namer = make()
-    first, second = namer.expecting(), namer.expecting()
+    committer = make()
+    first, second = committer.expecting(), committer.expecting()
     first.__enter__()
     second.__enter__()
-    waiting = [upload(namer, 1), namer.name(files(2), soon())]
+    waiting = [upload(committer, 1), committer.name(files(2), soon())]
     first.__exit__(None, None, None)
-    namer.flush(only_due=True)
-    quiet(namer)
+    committer.flush(only_due=True)
+    quiet(committer)
     assert hub.calls == []
     assert not any(future.done() for future in waiting)
 
@@ -115,13 +115,13 @@ def test_while_others_upload_contents_wait_and_the_last_one_names_them_all(hub, 
 
 
 def test_many_uploads_at_once_are_few_calls(hub, make):
-    namer = make()
+    committer = make()
     barrier, futures = threading.Barrier(16), []
 
     def run(number):
-        with namer.expecting():
+        with committer.expecting():
             barrier.wait(30)
-            futures.append(namer.name(files(number), soon()))
+            futures.append(committer.name(files(number), soon()))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
     for thread in threads:
@@ -135,42 +135,42 @@ def test_many_uploads_at_once_are_few_calls(hub, make):
 
 
 def test_what_has_waited_for_the_window_is_named_though_others_upload(hub, make):
-    namer = make(0.02)
-    with namer.expecting():
-        future = upload(namer, 1)
+    committer = make(0.02)
+    with committer.expecting():
+        future = upload(committer, 1)
 
-        eventually(lambda: namer.flush(only_due=True) or future.done())
+        eventually(lambda: committer.flush(only_due=True) or future.done())
         assert hub.calls == [files(1)]
 
 
 def test_with_a_window_of_nothing_nothing_waits(hub, make):
-    namer = make(0.0)
-    with namer.expecting():
-        assert upload(namer, 1).result(30) == {}
+    committer = make(0.0)
+    with committer.expecting():
+        assert upload(committer, 1).result(30) == {}
         assert hub.calls == [files(1)]
 
 
-def test_what_must_be_named_now_is_named_whoever_uploads(hub, make):
-    namer = make()
-    with namer.expecting():
-        future = namer.name(files(1), soon())
-        namer.flush(only_due=True)
-        quiet(namer)
+def test_what_must_be_named_now_is_named_during_any_upload(hub, make):
+    committer = make()
+    with committer.expecting():
+        future = committer.name(files(1), soon())
+        committer.flush(only_due=True)
+        quiet(committer)
         assert not future.done()
-        namer.flush(only_due=False)
+        committer.flush(only_due=False)
         assert future.result(30) == {}
-    namer.flush(only_due=False)
-    quiet(namer)
+    committer.flush(only_due=False)
+    quiet(committer)
     assert hub.calls == [files(1)], "where nothing waits nothing is asked"
 
 
 def test_an_upload_that_fails_is_no_longer_waited_for(hub, make):
-    namer = make()
+    committer = make()
     waiting = []
 
     def fail():
-        with namer.expecting():
-            waiting.append(upload(namer, 1))
+        with committer.expecting():
+            waiting.append(upload(committer, 1))
             assert not waiting[0].done()
             raise TransportError("not uploaded")
 
@@ -180,20 +180,20 @@ def test_an_upload_that_fails_is_no_longer_waited_for(hub, make):
 
 
 def test_failures_go_to_those_whose_items_they_are(hub, make):
-    namer = make()
+    committer = make()
     hub.failing = {"v1/2": "no room", "v1/9": "nobody's"}
-    with namer.expecting():
-        first, second = namer.name(files(1, 2), soon()), namer.name(files(3), soon())
+    with committer.expecting():
+        first, second = committer.name(files(1, 2), soon()), committer.name(files(3), soon())
 
     assert first.result(30) == {"v1/2": ItemFailure("v1/2", "hub", "no room")}
     assert second.result(30) == {}
 
 
 def test_a_path_that_two_hand_over_is_named_once_and_its_failure_told_to_both(hub, make):
-    namer = make()
+    committer = make()
     hub.failing = {"v1/1": "no room"}
-    with namer.expecting():
-        both = [namer.name(files(1), soon()) for _ in range(2)]
+    with committer.expecting():
+        both = [committer.name(files(1), soon()) for _ in range(2)]
 
     assert [list(one.result(30)) for one in both] == [["v1/1"]] * 2
     assert len(hub.calls) == 1
@@ -209,35 +209,35 @@ def test_a_path_that_two_hand_over_is_named_once_and_its_failure_told_to_both(hu
     ids=repr,
 )
 def test_a_call_that_fails_fails_for_all_and_not_for_those_that_come_later(hub, make, error, told):
-    namer = make()
+    committer = make()
     hub.error = error
-    with namer.expecting():
-        waiting = [namer.name(files(number), soon()) for number in range(3)]
+    with committer.expecting():
+        waiting = [committer.name(files(number), soon()) for number in range(3)]
 
     for future in waiting:
         assert isinstance(future.exception(30), told)
         assert str(future.exception()) == str(error)
     hub.error = None
-    assert upload(namer, 1).result(30) == {}
+    assert upload(committer, 1).result(30) == {}
 
 
 def test_the_call_has_the_time_of_the_most_patient(hub, make):
-    namer = make()
-    with namer.expecting():
+    committer = make()
+    with committer.expecting():
         for seconds in (5, 50, 20):
-            namer.name(files(seconds), soon(seconds))
+            committer.name(files(seconds), soon(seconds))
 
     eventually(lambda: hub.deadlines)
     assert 40 < hub.deadlines[0].remaining() <= 50
 
 
 def test_contents_that_come_during_a_call_are_in_a_call_of_their_own_beside_it(hub, make):
-    namer = make()
+    committer = make()
     hub.gate.clear()
-    first = upload(namer, 1)
+    first = upload(committer, 1)
     eventually(lambda: hub.calls == [files(1)])
 
-    second = upload(namer, 2)
+    second = upload(committer, 2)
     eventually(lambda: hub.calls == [files(1), files(2)])
     assert not first.done()
     assert not second.done()
@@ -246,12 +246,12 @@ def test_contents_that_come_during_a_call_are_in_a_call_of_their_own_beside_it(h
     assert (first.result(30), second.result(30)) == ({}, {})
 
 
-def test_whoever_hands_over_or_flushes_does_not_wait_for_the_hub(hub, make):
-    namer = make()
+def test_handing_over_or_flushing_does_not_wait_for_the_hub(hub, make):
+    committer = make()
     hub.gate.clear()
 
-    waiting = [upload(namer, number) for number in range(6)]
-    namer.flush(only_due=False)
+    waiting = [upload(committer, number) for number in range(6)]
+    committer.flush(only_due=False)
     eventually(lambda: len(hub.calls) == 4)
     assert not any(one.done() for one in waiting)
 
@@ -260,29 +260,29 @@ def test_whoever_hands_over_or_flushes_does_not_wait_for_the_hub(hub, make):
     assert hub.most == 4, "so many calls at one time"
 
 
-def test_after_close_nothing_is_named_and_whoever_waits_is_told(hub, make):
-    namer = make()
-    with namer.expecting():
-        waiting = namer.name(files(1), soon())
-        namer.close()
-        namer.close()
-        late = namer.name(files(2), soon())
+def test_after_close_nothing_is_named_and_waiters_are_told(hub, make):
+    committer = make()
+    with committer.expecting():
+        waiting = committer.name(files(1), soon())
+        committer.close()
+        committer.close()
+        late = committer.name(files(2), soon())
 
     for future in (waiting, late):
         assert isinstance(future.exception(30), TransportError)
         assert "closed" in str(future.exception())
-    namer.flush(only_due=False)
-    quiet(namer)
+    committer.flush(only_due=False)
+    quiet(committer)
     assert hub.calls == []
 
 
 def test_a_call_that_waits_for_a_thread_is_not_made_after_close(hub, make):
-    namer = make()
+    committer = make()
     hub.gate.clear()
-    waiting = [upload(namer, number) for number in range(5)]
+    waiting = [upload(committer, number) for number in range(5)]
     eventually(lambda: len(hub.calls) == 4)
 
-    namer.close()
+    committer.close()
     hub.gate.set()
 
     assert isinstance(waiting[4].exception(30), TransportError)
@@ -290,11 +290,11 @@ def test_a_call_that_waits_for_a_thread_is_not_made_after_close(hub, make):
     assert sorted(map(list, hub.calls)) == [[f"v1/{number}"] for number in range(4)]
 
 
-def test_whoever_flushes_at_once_names_each_content_once(hub, make):
-    namer = make()
-    with namer.expecting():
-        futures = [namer.name(files(number), soon()) for number in range(50)]
-        threads = [threading.Thread(target=namer.flush, kwargs={"only_due": False}) for _ in range(8)]
+def test_concurrent_flushes_name_each_content_once(hub, make):
+    committer = make()
+    with committer.expecting():
+        futures = [committer.name(files(number), soon()) for number in range(50)]
+        threads = [threading.Thread(target=committer.flush, kwargs={"only_due": False}) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -312,54 +312,54 @@ steps = st.lists(st.tuples(st.sampled_from(["begin", "name", "end", "flush"]), s
 @given(steps)
 def test_everything_is_named_once_and_never_while_an_upload_is_under_way(wanted):
     hub = Hub()
-    namer = Namer(hub, 3600.0)
+    committer = BatchCommitter(hub, 3600.0)
     open_, futures, number = [], [], 0
     for step, which in wanted:
         before = len(hub.calls)
         if step == "begin":
-            open_.append(namer.expecting())
+            open_.append(committer.expecting())
             open_[-1].__enter__()
         elif step == "name":
-            futures.append(namer.name(files(number), soon()))
+            futures.append(committer.name(files(number), soon()))
             number += 1
         elif step == "flush":
-            namer.flush(only_due=True)
+            committer.flush(only_due=True)
         elif open_:
             open_.pop(which % len(open_)).__exit__(None, None, None)
-        quiet(namer)
+        quiet(committer)
         if len(hub.calls) > before:
             assert not open_
     for one in open_:
         one.__exit__(None, None, None)
-    namer.flush(only_due=True)
+    committer.flush(only_due=True)
 
     assert [future.result(30) for future in futures] == [{}] * number
-    namer.close()
+    committer.close()
     named = [path for call in hub.calls for path in call]
     assert sorted(named) == sorted(f"v1/{one}" for one in range(number))
 
 
-def test_the_window_begins_with_the_first_content_that_waits_and_anew_after_a_call(hub, make, monkeypatch):
+def test_the_window_begins_with_the_first_content_that_waits_and_again_after_a_call(hub, make, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("hfbucket_plugin.store.committer.time", SimpleNamespace(monotonic=lambda: now[0]))
-    namer = make(8.0)
+    committer = make(8.0)
 
     def name(number):
-        namer.name(files(number), Deadline(1e9, 1e9))
-        namer._waiting[-1].since = now[0]
+        committer.name(files(number), Deadline(1e9, 1e9))
+        committer._waiting[-1].since = now[0]
 
-    with namer.expecting():
+    with committer.expecting():
         name(1)
         now[0] += 7.5
         name(2)
-        namer.flush(only_due=True)
-        quiet(namer)
+        committer.flush(only_due=True)
+        quiet(committer)
         assert hub.calls == []
         now[0] += 0.5
-        namer.flush(only_due=True)
+        committer.flush(only_due=True)
         eventually(lambda: hub.calls == [files(1, 2)])
         name(3)
         now[0] += 7.5
-        namer.flush(only_due=True)
-        quiet(namer)
+        committer.flush(only_due=True)
+        quiet(committer)
         assert len(hub.calls) == 1

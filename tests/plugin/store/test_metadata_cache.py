@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import Content
+from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import DeadlineError
 from hfbucket_plugin.store.metadata_cache import MetadataCache
 from tests.support.plugin_support import Clock, in_threads, untimed
 
-A, B = Content("a" * 64, 1), Content("b" * 64, 2)
+A, B = ContentId("a" * 64, 1), ContentId("b" * 64, 2)
 
 
 def cache(entries=100, hit_secs=30.0, miss_secs=5.0, clock=None):
@@ -19,8 +19,8 @@ def cache(entries=100, hit_secs=30.0, miss_secs=5.0, clock=None):
 
 
 def ask_and_answer(one, keys, found):
-    _, question, _ = one.ask(keys)
-    return one.answer(question, found)
+    _, lookup, _ = one.ask(keys)
+    return one.answer(lookup, found)
 
 
 def test_hits_and_misses_have_lifetimes_of_their_own():
@@ -61,11 +61,11 @@ def test_a_deletion_without_a_lifetime_replaces_what_was_known():
 
 def test_an_answer_without_a_lifetime_replaces_what_became_known_meanwhile():
     one = cache(hit_secs=30.0, miss_secs=0.0)
-    _, question, _ = one.ask(["k"])
+    _, lookup, _ = one.ask(["k"])
     with one._locked():
         one._set("k", A)
 
-    one.answer(question, {})
+    one.answer(lookup, {})
 
     assert one.get("k") == (False, None)
 
@@ -87,11 +87,11 @@ def test_it_is_bounded_and_forgets_what_was_used_least_recently():
 def test_it_never_passes_its_bound(entries, keys):
     one = cache(entries=entries)
     for key in keys:
-        known, question, others = one.ask([str(key)])
+        known, lookup, others = one.ask([str(key)])
         assert not others
-        assert (question is None) == (str(key) in known)
-        if question is not None:
-            one.answer(question, {str(key): A} if key % 2 else {})
+        assert (lookup is None) == (str(key) in known)
+        if lookup is not None:
+            one.answer(lookup, {str(key): A} if key % 2 else {})
         assert len(one) <= entries
 
 
@@ -104,17 +104,17 @@ def test_a_batch_larger_than_the_cache_is_answered_in_full():
 
 def test_a_question_is_asked_once_and_all_who_want_it_wait_for_it():
     one = cache()
-    known, question, others = one.ask(["a", "b"])
+    known, lookup, others = one.ask(["a", "b"])
     assert (known, others) == ({}, {})
 
     known, second, others = one.ask(["b", "c", "b"])
     assert known == {}
     assert list(second.keys) == ["c"]
-    assert others == {"b": question}
-    assert not question.future.done()
+    assert others == {"b": lookup}
+    assert not lookup.future.done()
 
-    one.answer(question, {"a": A})
-    assert question.future.result(0) == {"a": A, "b": None}
+    one.answer(lookup, {"a": A})
+    assert lookup.future.result(0) == {"a": A, "b": None}
     assert one.ask(["a", "b"]) == ({"a": A, "b": None}, None, {})
 
 
@@ -123,9 +123,9 @@ def test_many_threads_ask_each_key_once():
     asked = []
 
     def run(_number):
-        known, question, others = one.ask([str(key) for key in range(50)])
-        if question is not None:
-            asked.append(list(question.keys))
+        known, lookup, others = one.ask([str(key) for key in range(50)])
+        if lookup is not None:
+            asked.append(list(lookup.keys))
         return known, others
 
     in_threads(16, run)
@@ -135,11 +135,11 @@ def test_many_threads_ask_each_key_once():
 
 def test_a_failure_reaches_everyone_and_is_not_kept():
     one = cache()
-    _, question, _ = one.ask(["a"])
+    _, lookup, _ = one.ask(["a"])
     _, none, others = one.ask(["a"])
     assert none is None
 
-    one.fail(question, DeadlineError("late"))
+    one.fail(lookup, DeadlineError("late"))
 
     with pytest.raises(DeadlineError, match="late"):
         others["a"].future.result(0)
@@ -149,11 +149,11 @@ def test_a_failure_reaches_everyone_and_is_not_kept():
 
 def test_own_writes_and_deletes_overtake_an_older_question():
     one = cache()
-    _, question, _ = one.ask(["written", "deleted", "other"])
+    _, lookup, _ = one.ask(["written", "deleted", "other"])
 
     one.put("written", A)
     one.put("deleted", None)
-    answer = one.answer(question, {"deleted": B})
+    answer = one.answer(lookup, {"deleted": B})
 
     assert answer == {"written": A, "deleted": None, "other": None}
     assert one.get("written") == (True, A)
@@ -162,10 +162,10 @@ def test_own_writes_and_deletes_overtake_an_older_question():
 
 def test_what_was_found_to_be_wrong_is_not_noted_again_by_an_older_question():
     one = cache()
-    _, question, _ = one.ask(["a"])
+    _, lookup, _ = one.ask(["a"])
 
     one.drop("a")
-    one.answer(question, {"a": A})
+    one.answer(lookup, {"a": A})
 
     assert one.get("a") == (False, None)
 
@@ -190,40 +190,40 @@ def test_an_entry_that_ends_while_somebody_looks_is_no_error(step):
     one = cache(hit_secs=1.0, miss_secs=1.0, clock=Clock(step))
 
     for _ in range(20):
-        known, question, others = one.ask(["a", "b"])
+        known, lookup, others = one.ask(["a", "b"])
         assert others == {}
-        if question is not None:
+        if lookup is not None:
             one.put("a", A)
-            answer = one.answer(question, {"a": B, "b": B})
-            assert set(answer) == set(question.keys)
-            assert question.future.done()
+            answer = one.answer(lookup, {"a": B, "b": B})
+            assert set(answer) == set(lookup.keys)
+            assert lookup.future.done()
         one.get("a")
-        assert set(known) | set(question.keys if question else ()) == {"a", "b"}
+        assert set(known) | set(lookup.keys if lookup else ()) == {"a", "b"}
 
 
 def test_clear_forgets_answers_and_leaves_questions_to_be_answered():
     one = cache()
     one.put("a", A)
-    _, question, _ = one.ask(["b"])
+    _, lookup, _ = one.ask(["b"])
 
     one.clear()
 
     assert len(one) == 0
-    waiting = threading.Thread(target=question.future.result, args=(30,))
+    waiting = threading.Thread(target=lookup.future.result, args=(30,))
     waiting.start()
-    one.answer(question, {"b": B})
+    one.answer(lookup, {"b": B})
     waiting.join()
-    assert question.future.result(0) == {"b": B}
+    assert lookup.future.result(0) == {"b": B}
 
 
 def test_a_question_that_nobody_answers_stays_open():
-    _, question, _ = cache().ask(["a"])
+    _, lookup, _ = cache().ask(["a"])
 
     with pytest.raises(FutureTimeoutError):
-        question.future.result(0.01)
+        lookup.future.result(0.01)
 
 
-def test_a_question_that_should_have_ended_is_asked_anew_and_its_late_answer_is_not_believed():
+def test_a_question_that_should_have_ended_is_asked_again_and_its_late_answer_is_not_believed():
     one = cache()
     _, hung, _ = one.ask(["key"], until=time.monotonic() - 1)
 

@@ -20,7 +20,7 @@ def test_a_content_is_held_back_for_twice_as_long_each_time_up_to_an_hour():
         assert quarantine.knows("a")
 
 
-def test_what_was_served_after_all_begins_anew():
+def test_what_was_served_after_all_start_over():
     clock = Clock()
     quarantine = Quarantine(clock)
     quarantine.add("a", wrong_hash=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.telemetry import Outcomes, Tally
+from hfbucket_plugin.core.telemetry import MemorySink, Telemetry
 from hfbucket_plugin.errors import ItemFailure
 from hfbucket_plugin.store import write_queue
 from hfbucket_plugin.store.write import PutReport
@@ -31,7 +31,7 @@ class Source:
         assert self.released == 1, "given back twice"
 
 
-class Putter:
+class Writer:
     """Takes what it is given, as long as a test lets it through."""
 
     def __init__(self):
@@ -61,9 +61,9 @@ class Putter:
 
 class Queue:
     def __init__(self, limit, writers=1, role="read-write"):
-        self.putter, self.tally = Putter(), Tally()
+        self.writer, self.tally = Writer(), MemorySink()
         settings = SimpleNamespace(max_waiting_put_bytes=limit, max_parallel_writes=writers, writes=role != "read-only")
-        self.queue = PutQueue(self.putter, Outcomes("hfbucket", self.tally), settings)
+        self.queue = PutQueue(self.writer, Telemetry("hfbucket", self.tally), settings)
         self.sources = []
 
     def put(self, *sizes, name="chunk"):
@@ -82,7 +82,7 @@ class Queue:
         )
 
     def settle(self):
-        self.putter.gate.set()
+        self.writer.gate.set()
         eventually(lambda: all(source.released for source in self.sources))
         eventually(lambda: self.queue.waiting_bytes == 0 and not self.queue.pending)
         assert self.told() == (0, 0)
@@ -98,13 +98,13 @@ def make():
 
     yield queue
     for one in made:
-        one.putter.gate.set()
+        one.writer.gate.set()
         one.queue.close()
 
 
 def test_a_put_is_handed_on_at_once_and_its_report_comes_back(make):
     one = make(100)
-    one.putter.gate.set()
+    one.writer.gate.set()
     sources, future = one.put(30, 40)
 
     assert future.result(30).stored == [source.key for source in sources]
@@ -119,7 +119,7 @@ def test_of_a_put_that_does_not_fit_the_front_is_taken_and_the_rest_refused(make
     assert [source.released for source in sources] == [0, 0, 1, 1], "what is refused is given back at once"
     assert one.queue.waiting_bytes == 90
     assert one.told() == (1, 90)
-    one.putter.gate.set()
+    one.writer.gate.set()
     report = future.result(30)
     assert report.stored == ["chunk-0", "chunk-1"]
     assert [(failure.item, failure.kind) for failure in report.failures] == [
@@ -135,14 +135,14 @@ def test_of_a_put_that_does_not_fit_the_front_is_taken_and_the_rest_refused(make
 def test_what_is_full_refuses_and_takes_again_when_something_has_ended(make):
     one = make(100)
     one.put(100)
-    eventually(lambda: one.putter.calls)
+    eventually(lambda: one.writer.calls)
 
     refused, future = one.put(1)
     assert future.done()
     assert [failure.kind for failure in future.result().failures] == ["not_taken"]
     assert refused[0].released == 1
 
-    one.putter.gate.set()
+    one.writer.gate.set()
     eventually(lambda: one.queue.waiting_bytes == 0)
     _, future = one.put(100)
     assert future.result(30).failures == []
@@ -154,7 +154,7 @@ def test_a_chunk_that_is_larger_than_the_bound_is_refused_though_nothing_waits(m
     _, future = one.put(101, 1)
 
     assert [failure.kind for failure in future.result(30).failures] == ["not_taken"] * 2
-    assert one.putter.calls == []
+    assert one.writer.calls == []
     one.settle()
 
 
@@ -163,7 +163,7 @@ def test_an_empty_put_is_done(make):
     _, future = one.put()
 
     assert future.result(0) == PutReport()
-    assert one.putter.calls == []
+    assert one.writer.calls == []
     one.settle()
 
 
@@ -181,7 +181,7 @@ def test_a_read_only_instance_takes_nothing_and_warns_of_nothing(make, caplog):
 def test_what_the_putter_could_not_store_is_told_with_what_was_refused(make):
     one = make(100)
     _, future = one.put(50, 60, name="bad")
-    one.putter.gate.set()
+    one.writer.gate.set()
 
     assert [(failure.item, failure.kind) for failure in future.result(30).failures] == [
         ("bad-0", "hub"),
@@ -192,13 +192,13 @@ def test_what_the_putter_could_not_store_is_told_with_what_was_refused(make):
 
 def test_a_putter_that_breaks_gives_its_room_back(make):
     one = make(100)
-    one.putter.error = ZeroDivisionError("oops")
+    one.writer.error = ZeroDivisionError("oops")
     _, future = one.put(100)
-    one.putter.gate.set()
+    one.writer.gate.set()
 
     with pytest.raises(ZeroDivisionError):
         future.result(30)
-    one.putter.error = None
+    one.writer.error = None
     eventually(lambda: one.queue.waiting_bytes == 0)
     assert one.put(100)[1].result(30).failures == []
     one.settle()
@@ -207,7 +207,7 @@ def test_a_putter_that_breaks_gives_its_room_back(make):
 def test_a_put_that_is_cancelled_before_its_turn_gives_everything_back_and_one_under_way_goes_on(make):
     one = make(1000)
     running, first = one.put(10)
-    eventually(lambda: one.putter.calls)
+    eventually(lambda: one.writer.calls)
     waiting, second = one.put(10, 10)
 
     assert second.cancel()
@@ -219,17 +219,17 @@ def test_a_put_that_is_cancelled_before_its_turn_gives_everything_back_and_one_u
     assert one.count("not_taken") == 2
     with pytest.raises(CancelledError):
         second.result(0)
-    one.putter.gate.set()
+    one.writer.gate.set()
     assert first.result(30).failures == []
     one.settle()
-    assert len(one.putter.calls) == 1
+    assert len(one.writer.calls) == 1
 
 
 def test_more_calls_than_may_wait_are_refused_whatever_their_bytes(make, monkeypatch):
     monkeypatch.setattr(write_queue, "_BACKLOG", 3)
     one = make(10**9)
     futures = [one.put(1)[1]]
-    eventually(lambda: one.putter.calls)
+    eventually(lambda: one.writer.calls)
     futures += [one.put(1)[1] for _ in range(5)]
 
     refused = [future for future in futures if future.done()]
@@ -244,7 +244,7 @@ def test_more_calls_than_may_wait_are_refused_whatever_their_bytes(make, monkeyp
 def test_close_gives_up_what_waits_and_takes_no_more(make):
     one = make(1000)
     _, first = one.put(10)
-    eventually(lambda: one.putter.calls)
+    eventually(lambda: one.writer.calls)
     waiting, second = one.put(10)
 
     one.queue.close()
@@ -255,7 +255,7 @@ def test_close_gives_up_what_waits_and_takes_no_more(make):
     late, third = one.put(10)
     assert [failure.kind for failure in third.result(0).failures] == ["not_taken"]
     assert late[0].released == 1
-    assert not first.done(), "what is under way is ended by whoever closes the putter"
+    assert not first.done(), "what is under way is ended by closing the writer"
     one.settle()
 
 
@@ -275,15 +275,15 @@ def test_of_each_put_as_many_from_the_front_are_taken_as_there_is_room_for(limit
             assert [source.released for source in sources[taken:]] == [1] * (len(sizes) - taken)
             assert future.done() == (taken == 0)
         one.settle()
-        assert one.count("not_taken") == sum(map(len, puts)) - sum(map(len, one.putter.calls))
+        assert one.count("not_taken") == sum(map(len, puts)) - sum(map(len, one.writer.calls))
     finally:
-        one.putter.gate.set()
+        one.writer.gate.set()
         one.queue.close()
 
 
 def test_threads_together_never_have_more_waiting_than_the_bound(make):
     one = make(50, writers=4)
-    one.putter.gate.set()
+    one.writer.gate.set()
     highest = []
 
     def put(number):
@@ -296,6 +296,6 @@ def test_threads_together_never_have_more_waiting_than_the_bound(make):
     stored = sum(in_threads(6, put))
 
     assert max(highest) <= 50
-    assert one.putter.most_held <= 50
+    assert one.writer.most_held <= 50
     assert stored + one.count("not_taken") == 6 * 30 * 2
     one.settle()

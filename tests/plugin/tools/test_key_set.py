@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.errors import ScratchError
+from hfbucket_plugin.errors import TempDirError
 from hfbucket_plugin.tools import key_set
 from hfbucket_plugin.tools.key_set import KeySet
 
@@ -43,7 +43,7 @@ def test_what_comes_first_is_told_before_the_rest_is_read():
 def test_no_room_is_an_error_that_says_where(monkeypatch):
     with KeySet() as held:
         held._base.execute("PRAGMA max_page_count = 3")
-        with pytest.raises(ScratchError, match="TMPDIR"):
+        with pytest.raises(TempDirError, match="TMPDIR"):
             list(held.first_seen(f"{number:04000}" for number in range(1000)))
 
 

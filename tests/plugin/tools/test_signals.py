@@ -4,12 +4,12 @@ import threading
 import pytest
 
 from hfbucket_plugin.errors import Interrupted
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 
 
 @pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT])
 def test_an_order_raises_where_nothing_is_to_be_ended(order):
-    stop = StopSwitch()
+    stop = ShutdownSignal()
     with stop.listening(), pytest.raises(Interrupted):
         signal.raise_signal(order)
     assert stop.requested
@@ -17,7 +17,7 @@ def test_an_order_raises_where_nothing_is_to_be_ended(order):
 
 @pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT])
 def test_an_order_only_asks_where_things_are_ended_in_order_and_the_second_raises(order):
-    stop = StopSwitch()
+    stop = ShutdownSignal()
     with stop.listening(), stop.orderly():
         assert not stop.requested
         signal.raise_signal(order)
@@ -28,7 +28,7 @@ def test_an_order_only_asks_where_things_are_ended_in_order_and_the_second_raise
 
 def test_the_handlers_that_were_there_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSwitch().listening():
+    with ShutdownSignal().listening():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -37,7 +37,7 @@ def test_in_another_thread_nothing_is_taken():
     seen = []
 
     def listen():
-        with StopSwitch().listening():
+        with ShutdownSignal().listening():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=listen)

@@ -15,10 +15,10 @@ from starlette.routing import Route
 from hfbucket_plugin.errors import ConfigError
 from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, command, content
 from warmer.check.canary import Canary, ask_engines, full_chunk_tokens
-from warmer.tiers import Place
+from warmer.tiers import NodeInfo
 
 CHUNK = 16
-PLACES = [Place("node-a", "id-a", {"port": "1"}), Place("node-b", "id-b", {"port": "2"})]
+PLACES = [NodeInfo("node-a", "id-a", {"port": "1"}), NodeInfo("node-b", "id-b", {"port": "2"})]
 
 
 class Never:
@@ -177,7 +177,7 @@ def test_which_model_is_asked(prompts, tmp_path):
 
 def test_one_engine_a_node_and_each_once(prompts):
     with Engine(all_chunks) as engine:
-        places = [Place("127.0.0.1", "id-a"), Place("localhost", "id-b"), Place("127.0.0.1", "id-c")]
+        places = [NodeInfo("127.0.0.1", "id-a"), NodeInfo("localhost", "id-b"), NodeInfo("127.0.0.1", "id-c")]
         found = ask(prompts, f"http://{{node_name}}:{engine.port}", places=places)
         assert [one["engine"] for one in found["engines"]] == [
             f"http://127.0.0.1:{engine.port}",

@@ -10,17 +10,17 @@ import pytest
 
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import MPKey
-from hfbucket_plugin.tools.selection import Choice
+from hfbucket_plugin.tools.selection import Selection
 from tests.support.warming import INSTANCE, classic_key, content, mp_key
 from warmer.check.gate import CheckReport
 from warmer.check.node import CheckConfig, NodeChecker
-from warmer.cluster.placement import Assigned
+from warmer.cluster.placement import Assignment
 from warmer.cluster.ray import Node
 from warmer.node.worker import NodeWarmer
-from warmer.plan.build import Choosing
+from warmer.plan.build import PlanBuilder
 from warmer.report.outcomes import Failed, Missing, Right, Wrong
 from warmer.report.summary import Share
-from warmer.tiers import Place, declared_tier, open_tier
+from warmer.tiers import NodeInfo, declared_tier, open_tier
 
 HEAD = "remote_storage_plugin.fs.warm."
 
@@ -32,7 +32,7 @@ def filled(request, warehouse, tmp_path):
         warehouse.put({mp_key(n): content(n, 20_000 + n) for n in range(4)})
         spec = {"type": "fs_native", "base_path": str(warehouse.tier), "use_odirect": True}
         declaration = declared_tier(None, json.dumps(spec))
-        chosen = Choosing(Choice.model_validate({"all": True}), MPKey, datetime.now(UTC))
+        chosen = PlanBuilder(Selection.model_validate({"all": True}), MPKey, datetime.now(UTC))
         plan = list(chosen.planned(warehouse.open(), tmp_path / "scratch"))
     else:
         if request.param == "headers":  # a chunk of the shape has 2 * 2 * 16 * 2 * 8 * 2 bytes
@@ -114,7 +114,7 @@ def test_a_header_of_another_chunk_is_wrong(filled):
 def test_a_tier_that_is_not_there_misses_all_and_is_not_made(tmp_path, warehouse):
     warehouse.put({classic_key(1): b"chunk"})
     declaration = warehouse.declaration()
-    checker = CheckConfig(declaration).open(Place("name", "id", {}))
+    checker = CheckConfig(declaration).open(NodeInfo("name", "id", {}))
     assert [type(one) for one in checker.copy(warehouse.plan())] == [Missing]
     assert not warehouse.tier.exists()
     checker.close()
@@ -129,7 +129,7 @@ def test_keys_that_the_tier_cannot_hold_are_unknown(warehouse):
     assert (type(found), found.kind) == (Failed, "key")
 
 
-NODES = [Assigned(Node("id-a", "a")), Assigned(Node("id-b", "b"), frozenset({0}))]
+NODES = [Assignment(Node("id-a", "a")), Assignment(Node("id-b", "b"), frozenset({0}))]
 SHARES = {"id-a": Share(4, 40), "id-b": Share(2, 20, "0")}
 
 
@@ -182,7 +182,7 @@ def test_nothing_to_hold_is_warm():
 
 
 def test_chunks_that_no_node_takes_never_open_the_gate():
-    one = CheckReport(0.0, for_nobody=3)
+    one = CheckReport(0.0, unassigned=3)
     one.watch("t", NODES[:1], {"id-a": Share(0, 0, "9")})
     record = one.record(stopped=False)
     assert (record["exit_code"], record["for_nobody"]) == (3, 3)

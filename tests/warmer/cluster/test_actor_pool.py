@@ -1,12 +1,12 @@
-"""Nodes of errands whose processes die: started again where the node lives, with the pieces that they had."""
+"""Nodes of actor tasks whose processes die: started again where the node lives, with the pieces that they had."""
 
 import pytest
 import ray.exceptions
 
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 from tests.support.fake_ray import FakeRay
 from warmer.cluster import actor_pool
-from warmer.cluster.actor_pool import Errands, Failure
+from warmer.cluster.actor_pool import ActorPool, Failure
 
 
 def carried_out(monkeypatch, answer, pieces=5, names="ab"):
@@ -24,7 +24,7 @@ def carried_out(monkeypatch, answer, pieces=5, names="ab"):
         return one
 
     world.call = all_calls_wait
-    with Errands(dict.fromkeys(world.nodes), StopSwitch()) as running:
+    with ActorPool(dict.fromkeys(world.nodes), ShutdownSignal()) as running:
         found = running.begin(60.0)
         running.work(lambda number: f"piece {number}", pieces, lambda *one: told.append(one), 60.0)
     return found, told, world

@@ -4,26 +4,26 @@ import pytest
 import ray.exceptions
 
 from hfbucket_plugin.errors import RefusedError
-from hfbucket_plugin.tools.signals import StopSwitch
-from tests.support.fake_ray import FakeRay, Witness, well
+from hfbucket_plugin.tools.signals import ShutdownSignal
+from tests.support.fake_ray import FakeRay, RunListener, well
 from tests.support.scheduling import MIB, part, plan
 from warmer.cluster import driver
-from warmer.cluster.driver import Fleet, Replacing
+from warmer.cluster.driver import Driver, Replacing
 from warmer.cluster.ray import Node
 from warmer.report.outcomes import Copied, Failed, PlanLostError
-from warmer.schedule.cohort import Part
+from warmer.schedule.cohort import PlanSection
 from warmer.schedule.rate import Caps
-from warmer.schedule.scheduler import Schedule
-from warmer.schedule.tasks import Window
+from warmer.schedule.scheduler import Scheduler
+from warmer.schedule.tasks import TaskLimits
 
 
 def drive(world, chunks=40, caps=None, **options):
     """Carry out a schedule of some chunks on all nodes of a world; returns what its witness saw."""
     names = [node.id for node in world.nodes]
     parts = [part(plan([MIB] * chunks))]
-    schedule = Schedule(dict.fromkeys(names, 10**9), parts, Window(batch_chunks=4), caps=caps or Caps())
-    witness = Witness()
-    Fleet(world.nodes, None, witness, StopSwitch(), 60.0, **options).run(schedule)
+    schedule = Scheduler(dict.fromkeys(names, 10**9), parts, TaskLimits(batch_chunks=4), caps=caps or Caps())
+    witness = RunListener()
+    Driver(world.nodes, None, witness, ShutdownSignal(), 60.0, **options).run(schedule)
     return witness
 
 
@@ -63,10 +63,10 @@ def test_what_is_under_way_is_told_when_the_plan_cannot_be_read_on(monkeypatch, 
         raise error
 
     world = FakeRay("ab").under(monkeypatch)
-    schedule = Schedule(dict.fromkeys("ab", 10**9), [Part(read)], Window(batch_chunks=4))
-    witness = Witness()
+    schedule = Scheduler(dict.fromkeys("ab", 10**9), [PlanSection(read)], TaskLimits(batch_chunks=4))
+    witness = RunListener()
     with pytest.raises(type(error)):
-        Fleet(world.nodes, None, witness, StopSwitch(), 60.0).run(schedule)
+        Driver(world.nodes, None, witness, ShutdownSignal(), 60.0).run(schedule)
     assert {call.node for call in world.calls if call.method == "stop"} == {"a", "b"}
     asked = {chunk.key for call in world.calls if call.method == "fetch" for chunk in call.arguments[0]}
     assert asked
@@ -208,7 +208,7 @@ def test_a_node_that_dies_after_its_last_chunk_is_replaced(monkeypatch):
     assert len(keys_by_node(witness)["new"]) == 40
 
 
-class Stopping(Witness):
+class Stopping(RunListener):
     """Tells the run to stop when so many chunks have ended as lost."""
 
     requested, after, failed = False, None, 0
@@ -225,8 +225,8 @@ def lose_much(monkeypatch, after):
     world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
     witness = Stopping()
     witness.after = after
-    schedule = Schedule(dict.fromkeys("ab", 0), [part(plan([10] * 5000))], direct=True)
-    Fleet(world.nodes, None, witness, witness, 60.0).run(schedule)
+    schedule = Scheduler(dict.fromkeys("ab", 0), [part(plan([10] * 5000))], direct=True)
+    Driver(world.nodes, None, witness, witness, 60.0).run(schedule)
     return witness
 
 

@@ -14,11 +14,11 @@ from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from warmer.cli.app import app
-from warmer.node.engine_memory import Stage
+from warmer.node.engine_memory import StagingDirectory
 from warmer.node.prompts import BATCH_PROMPTS, PromptFile, digest_of
 from warmer.plan.plan_file import PlannedChunk
-from warmer.tiers import Place, named_tier
-from warmer.tiers.local_cpu import Loaded, Worker
+from warmer.tiers import NodeInfo, named_tier
+from warmer.tiers.local_cpu import EngineWorker, Loaded
 from warmer.tiers.run_files import RunFiles
 
 ADAPTER = json.dumps(
@@ -29,7 +29,7 @@ ADAPTER = json.dumps(
     }
 )
 HEAD = "remote_storage_plugin."
-PLACE = Place("gpu-a", "id-1", {"port": "9000"})
+PLACE = NodeInfo("gpu-a", "id-1", {"port": "9000"})
 
 
 def engine(extra=None, plugins=("fs.warm",), **engine):
@@ -43,7 +43,7 @@ def test_l1_is_found_where_the_server_listens_by_default():
     tier = named_tier(None, '{"type": "l1", "http": "http://{node_name}:{label:port}"}')
     assert tier.address(PLACE) == "http://gpu-a:9000"
     with pytest.raises(ConfigError, match="has no value for"):
-        tier.address(Place("gpu-b"))
+        tier.address(NodeInfo("gpu-b"))
 
 
 def test_workers_are_found_where_the_yaml_has_them():
@@ -244,7 +244,9 @@ def test_prompts_are_those_that_were_read_whatever_takes_their_place(tmp_path, c
 def test_only_what_the_engine_says_it_has_loaded_is_loaded(tmp_path, monkeypatch, said, failed):
     monkeypatch.setattr("warmer.node.engine_memory.load", lambda *_, **__: said)
     declaration = named_tier(engine(), f'{{"type": "local_cpu", "staging": "{tmp_path}"}}').staging_of(PLACE, 0)
-    stage = Stage(declaration, Worker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False)
+    stage = StagingDirectory(
+        declaration, EngineWorker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False
+    )
     chunks = [PlannedChunk(f"m@1@0@{number}@half", "path", "0" * 64, 4) for number in (1, 2)]
     for chunk in chunks:
         draft = stage.draft(chunk.key, chunk.size)

@@ -190,7 +190,7 @@ def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
     assert ran.summary["choice"] == {"prefix": [PREFIX]}
 
 
-class Witness:
+class RunListener:
     def __init__(self):
         self.outcomes, self.errors = [], {}
 
@@ -215,24 +215,24 @@ def fleet_of(cluster, stocked):
     """Runs a fleet, in this process, whose nodes are told of a tier that is none of ours; returns its witness."""
     import ray
 
-    from hfbucket_plugin.tools.signals import StopSwitch
-    from warmer.cluster.driver import Fleet
+    from hfbucket_plugin.tools.signals import ShutdownSignal
+    from warmer.cluster.driver import Driver
     from warmer.cluster.ray import alive_nodes, joined
     from warmer.node.worker import NodeConfig
-    from warmer.schedule.cohort import Part
-    from warmer.schedule.scheduler import Schedule
+    from warmer.schedule.cohort import PlanSection
+    from warmer.schedule.scheduler import Scheduler
 
     def run(tier):
         settings = EngineConfig.read(stocked.config).instance(INSTANCE)
-        plan, witness = stocked.plan(), Witness()
+        plan, witness = stocked.plan(), RunListener()
         with joined(cluster.address):
             nodes = alive_nodes()
             with joined(None):  # it is in a cluster already, and stays there
                 pass
             assert ray.is_initialized()
             config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
-            schedule = Schedule({node.id: 10**7 for node in nodes}, [Part(lambda start: iter(plan[start:]))])
-            Fleet(nodes, config, witness, StopSwitch(), 60.0).run(schedule)
+            schedule = Scheduler({node.id: 10**7 for node in nodes}, [PlanSection(lambda start: iter(plan[start:]))])
+            Driver(nodes, config, witness, ShutdownSignal(), 60.0).run(schedule)
         assert not ray.is_initialized()
         assert len(witness.outcomes) == len(nodes) * len(plan)
         return witness

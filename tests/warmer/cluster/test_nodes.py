@@ -3,12 +3,12 @@ import logging
 import pytest
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.cluster.execute import chunks_for_nobody
-from warmer.cluster.placement import Assigned, Selector, assigned, unknown_ranks
+from warmer.cluster.execute import unassigned_chunks
+from warmer.cluster.placement import Assignment, Selector, assigned, unknown_ranks
 from warmer.cluster.ray import Node
-from warmer.plan.plan_file import PlanFile, PlannedChunk
+from warmer.plan.plan_file import PlannedChunk, WarmPlanFile
 from warmer.report.outcomes import NothingToDoError
-from warmer.request.model import Nodes
+from warmer.request.model import NodeOptions
 
 A = Node("id-a", "gpu-1", {"pool": "serving", "zone": "x", "lmcache.workers": "0-3"})
 B = Node("id-b", "gpu-1", {"pool": "serving", "zone": "y", "lmcache.workers": "4-5_7"})
@@ -17,7 +17,7 @@ ALIVE = [A, B, C]
 
 
 def chosen(**wanted):
-    return [one.node for one in assigned(ALIVE, Nodes(**wanted))]
+    return [one.node for one in assigned(ALIVE, NodeOptions(**wanted))]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_no_node_with_the_label_is_refused_with_those_there_are():
         chosen(selector="pool=other")
     assert "ray.io/" not in str(raised.value)
     with pytest.raises(NothingToDoError, match="no node that is alive"):
-        assigned([], Nodes())
+        assigned([], NodeOptions())
 
 
 def test_nodes_by_name_or_id():
@@ -61,18 +61,18 @@ def test_an_unknown_name_is_an_error_that_names_the_nodes():
         chosen(names="gpu-1,gpu-9")
     many = [Node(f"id-{n}", f"n-{n}") for n in range(50)]
     with pytest.raises(ConfigError, match="and 30 more"):
-        assigned(many, Nodes(names="x"))
+        assigned(many, NodeOptions(names="x"))
 
 
 def ranks(**wanted):
-    return [one.ranks for one in assigned(ALIVE, Nodes(**wanted))]
+    return [one.ranks for one in assigned(ALIVE, NodeOptions(**wanted))]
 
 
 def test_ranks_from_the_label_and_from_the_file():
     assert ranks() == [{0, 1, 2, 3}, {4, 5, 7}, None]
     assert ranks(ranks={"id-b": "4", "cpu-1": "0-1"}) == [{0, 1, 2, 3}, {4}, {0, 1}]
     assert ranks(ranks_label="none") == [None, None, None]
-    assert unknown_ranks(ALIVE, Nodes(ranks={"gpu-1": 0, "gpu-9": "1"})) == ["gpu-9"]
+    assert unknown_ranks(ALIVE, NodeOptions(ranks={"gpu-1": 0, "gpu-9": "1"})) == ["gpu-9"]
 
 
 def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
@@ -82,14 +82,14 @@ def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
 
 @pytest.mark.parametrize(("ranks", "count"), [(None, 0), ({0, 1, 2, 3}, 0), ({1, 9}, 9)])
 def test_chunks_that_no_node_takes_are_counted(tmp_path, caplog, ranks, count):
-    plan = PlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
-    nodes = [Assigned(A, ranks if ranks is None else frozenset(ranks)), Assigned(B, frozenset({1}))]
+    plan = WarmPlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    nodes = [Assignment(A, ranks if ranks is None else frozenset(ranks)), Assignment(B, frozenset({1}))]
     with caplog.at_level(logging.WARNING):
-        assert chunks_for_nobody(plan, nodes) == count
+        assert unassigned_chunks(plan, nodes) == count
     assert ("9 of 12 chunks are for no node: the plan has those of workers 0-3" in caplog.text) == bool(count)
 
 
 def test_chunks_of_which_no_node_takes_any_are_refused(tmp_path):
-    plan = PlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    plan = WarmPlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
     with pytest.raises(NothingToDoError, match=r"any of the 12 chunks: .* workers 0-3, nodes take those of 8-11"):
-        chunks_for_nobody(plan, [Assigned(A, frozenset(range(8, 12)))])
+        unassigned_chunks(plan, [Assignment(A, frozenset(range(8, 12)))])

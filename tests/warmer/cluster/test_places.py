@@ -1,8 +1,8 @@
 """Who takes the place of a lost node."""
 
-from warmer.cluster.placement import Places, assigned
+from warmer.cluster.placement import NodeSlots, assigned
 from warmer.cluster.ray import Node
-from warmer.request.model import Nodes
+from warmer.request.model import NodeOptions
 
 ALIVE = [
     Node("id-a", "a", {"pool": "serving", "lmcache.workers": "0-3"}),
@@ -12,8 +12,8 @@ ALIVE = [
 
 
 def places(**wanted):
-    nodes = Nodes(**wanted)
-    return Places(assigned(ALIVE, nodes), nodes)
+    nodes = NodeOptions(**wanted)
+    return NodeSlots(assigned(ALIVE, nodes), nodes)
 
 
 def joined(name="new", **labels):

@@ -265,7 +265,7 @@ def test_which_code_stands_for_which_end(details, code, words):
     assert bool(told) == bool(words)
 
 
-def test_a_log_that_begins_anew_is_passed_on_once():
+def test_a_log_that_start_over_is_passed_on_once():
     out = io.StringIO()
     log = Log(out)
     record = json.dumps({"event": "summary", "exit_code": 0})

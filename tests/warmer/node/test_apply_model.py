@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from hfbucket_plugin.core.keys import ClassicKey, parse_key
-from hfbucket_plugin.tools.selection import Choice
+from hfbucket_plugin.tools.selection import Selection
 from localhub.faults import Fault
 from tests.support.applying import applied, applied_until_killed
 from tests.support.thorough import examples
 from tests.support.warming import MODEL, Warehouse, content
 from warmer.check.node import NodeChecker
-from warmer.plan.build import Choosing
-from warmer.plan.plan_file import PlanFile
+from warmer.plan.build import PlanBuilder
+from warmer.plan.plan_file import WarmPlanFile
 from warmer.report.outcomes import Copied, Failed, Missing, Present, Right, Wrong
 
 KEYS = [f"{MODEL}@2@{worker}@{0xA00 + number:x}@half" for worker in range(2) for number in range(4)]
@@ -70,12 +70,12 @@ class Applying(RuleBasedStateMachine):
 
     @rule(given=choices)
     def choose(self, given):
-        choice = Choice.model_validate(given)
-        choosing = Choosing(choice, ClassicKey, datetime.now(UTC))
-        scratch = Path(self.held.name) / "scratch"
+        choice = Selection.model_validate(given)
+        choosing = PlanBuilder(choice, ClassicKey, datetime.now(UTC))
+        temp_dir = Path(self.held.name) / "scratch"
         path = Path(self.held.name) / "plan.jsonl"
-        PlanFile.write(path, choosing.planned(self.warehouse.open(), scratch), lambda plan: {"n": plan.chunks})
-        self.plan = PlanFile.open(path)  # as another process would
+        WarmPlanFile.write(path, choosing.planned(self.warehouse.open(), temp_dir), lambda plan: {"n": plan.chunks})
+        self.plan = WarmPlanFile.open(path)  # as another process would
         chosen = choice.filter(datetime.now(UTC))
         self.planned = sorted(key for key in self.bucket if self.is_chosen(chosen, key))
         assert [chunk.key for chunk in self.plan.chunks_from(0)] == self.planned

@@ -9,14 +9,14 @@ import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
 from tests.warmer.cluster.test_engine_tiers import PLACE, engine
-from warmer.node.engine_memory import Stage
+from warmer.node.engine_memory import StagingDirectory
 from warmer.node.prompts import AskedPrompt, PromptLoader
 from warmer.plan.plan_file import PlannedChunk
 from warmer.report.outcomes import EngineError
 from warmer.tiers import engine_http, local_cpu, named_tier
 from warmer.tiers.engine_http import FAILURES, EngineHTTP, NotReadyError, once_more
 from warmer.tiers.l1 import L1Server
-from warmer.tiers.local_cpu import Loaded, Worker
+from warmer.tiers.local_cpu import EngineWorker, Loaded
 
 CHUNK = 4
 
@@ -186,7 +186,7 @@ def test_a_hiccup_begins_with_the_first_failure(monkeypatch):
 @pytest.fixture
 def stage(tmp_path):
     declaration = named_tier(engine(), f'{{"type": "local_cpu", "staging": "{tmp_path}"}}').staging_of(PLACE, 0)
-    one = Stage(declaration, Worker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False)
+    one = StagingDirectory(declaration, EngineWorker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False)
     yield one
     one.close()
 

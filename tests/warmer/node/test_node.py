@@ -21,7 +21,7 @@ from warmer.node.reuse import EarlierTier
 from warmer.node.worker import NodeConfig, NodeWarmer
 from warmer.plan.plan_file import PlannedChunk, gone
 from warmer.report.outcomes import Copied, Failed, Present, TierError
-from warmer.tiers import Place, open_tier
+from warmer.tiers import NodeInfo, open_tier
 from warmer.tiers import disk_budget as rooms
 
 # hf_xet ends some streams early and without an error when the store fails: those read as `integrity`.
@@ -93,7 +93,7 @@ def test_a_node_asks_for_longer_pieces_than_an_engine(hub, stocked):
     stocked.put({classic_key(9): content(9, 8 * 1024 * 1024)})
     settings = EngineConfig.read(stocked.config).instance(INSTANCE)
     config = NodeConfig(INSTANCE, settings, stocked.declaration(), token_expected=False)
-    node = config.open(Place("this-node"))
+    node = config.open(NodeInfo("this-node"))
     (chunk,) = [chunk for chunk in stocked.plan() if chunk.key == classic_key(9)]
     hub.control.reset_counters()
     try:
@@ -190,7 +190,7 @@ def test_a_cut_connection_is_tried_again(hub, stocked, node):
 def test_where_there_is_a_cap_each_try_is_counted_those_of_hf_xet_too(hub, stocked, fault, tries):
     plan = stocked.plan()
     settings = EngineConfig.read(stocked.config).instance(INSTANCE)
-    bucket = open_bucket(settings, INSTANCE, telemetry.Tally(), 10.0, bulk=True, counted=True)
+    bucket = open_bucket(settings, INSTANCE, telemetry.MemorySink(), 10.0, bulk=True, counted=True)
     one = NodeWarmer(bucket, open_tier(stocked.declaration()), 30.0)
     try:
         if fault:
@@ -391,7 +391,7 @@ import sys, pickle
 from pathlib import Path
 from tests.support.warming import Warehouse
 from warmer.node.worker import NodeWarmer
-from warmer.tiers import Place; from warmer.tiers import open_tier
+from warmer.tiers import NodeInfo; from warmer.tiers import open_tier
 endpoint, bucket, directory = sys.argv[1:]
 warehouse = Warehouse(endpoint, bucket, Path(directory))
 node = NodeWarmer(warehouse.open(), open_tier(warehouse.declaration()), 100.0)
@@ -664,7 +664,7 @@ def test_a_node_that_cannot_have_a_tier_before_takes_part_without_it(stocked):
     elsewhere = replace(stocked.declaration(), base_paths=(stocked.directory / "{label:rack}",))
     settings = EngineConfig.read(stocked.config).instance(INSTANCE)
     config = NodeConfig(INSTANCE, settings, stocked.declaration(), token_expected=False, earlier=(elsewhere,))
-    node = config.open(Place("this-node"))
+    node = config.open(NodeInfo("this-node"))
     try:
         assert kinds(node.copy(stocked.plan())) == ["Copied"] * 6
     finally:

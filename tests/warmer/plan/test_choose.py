@@ -8,9 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hfbucket_plugin.core.keys import ClassicKey, Content, MPKey, parse_key
+from hfbucket_plugin.core.keys import ClassicKey, ContentId, MPKey, parse_key
 from hfbucket_plugin.hub.listing import ChunkEntry
-from hfbucket_plugin.tools.selection import Choice
+from hfbucket_plugin.tools.selection import Selection
 
 NOW = datetime(2026, 1, 10, tzinfo=UTC)
 
@@ -33,7 +33,7 @@ def keys(draw):
 
 times = st.none() | st.datetimes(datetime(2025, 12, 1), datetime(2026, 1, 10), timezones=st.just(UTC))  # noqa: DTZ001
 entries = st.builds(
-    lambda key, size, at: ChunkEntry(str(key), key, Content("ab" * 32, size), at), keys(), st.integers(0, 100), times
+    lambda key, size, at: ChunkEntry(str(key), key, ContentId("ab" * 32, size), at), keys(), st.integers(0, 100), times
 )
 
 
@@ -44,7 +44,7 @@ def choices(draw):
     world_size = draw(st.none() | sizes)
     workers = draw(st.none() | st.frozensets(ranks, min_size=1, max_size=5))
     assume(world_size is None or workers is None or max(workers) < world_size)
-    return Choice(
+    return Selection(
         all=not prefix and draw(st.booleans()),
         prefix=prefix,
         model=draw(st.lists(models, max_size=2)),
@@ -56,36 +56,36 @@ def choices(draw):
     )
 
 
-def matches(choice, entry):
+def matches(selection, entry):
     """What a choice means, said once more and plainly."""
     key, text = entry.key, entry.text
     return (
-        (not choice.prefix or any(text.startswith(prefix) for prefix in choice.prefix))
-        and (not choice.model or key.model in choice.model)
-        and (choice.world_size is None or key.world_size == choice.world_size)
-        and (choice.workers is None or key.worker_id in choice.workers)
-        and (not choice.include or any(fnmatch.fnmatchcase(text, glob) for glob in choice.include))
-        and not any(fnmatch.fnmatchcase(text, glob) for glob in choice.exclude)
-        and (choice.since is None or (entry.uploaded_at is not None and NOW - entry.uploaded_at <= choice.since))
+        (not selection.prefix or any(text.startswith(prefix) for prefix in selection.prefix))
+        and (not selection.model or key.model in selection.model)
+        and (selection.world_size is None or key.world_size == selection.world_size)
+        and (selection.workers is None or key.worker_id in selection.workers)
+        and (not selection.include or any(fnmatch.fnmatchcase(text, glob) for glob in selection.include))
+        and not any(fnmatch.fnmatchcase(text, glob) for glob in selection.exclude)
+        and (selection.since is None or (entry.uploaded_at is not None and NOW - entry.uploaded_at <= selection.since))
     )
 
 
 @given(choices(), entries)
-def test_a_filter_passes_what_the_choice_means(choice, entry):
+def test_a_filter_passes_what_the_choice_means(selection, entry):
     assert parse_key(entry.text) == entry.key
-    assert choice.filter(NOW)(entry) == matches(choice, entry)
+    assert selection.filter(NOW)(entry) == matches(selection, entry)
 
 
 @given(choices(), entries, st.booleans())
-def test_what_is_asked_of_the_server_leaves_out_no_chunk_of_the_choice(choice, entry, only):
-    prefixes = choice.listing_prefixes(type(entry.key) if only else None)
-    if matches(choice, entry):
+def test_what_is_asked_of_the_server_leaves_out_no_chunk_of_the_choice(selection, entry, only):
+    prefixes = selection.listing_prefixes(type(entry.key) if only else None)
+    if matches(selection, entry):
         assert any(entry.text.startswith(prefix) for prefix in prefixes)
 
 
 @given(choices())
-def test_a_choice_reads_back_as_what_it_was(choice):
-    assert Choice.model_validate(choice.model_dump(mode="json")) == choice
+def test_a_choice_reads_back_as_what_it_was(selection):
+    assert Selection.model_validate(selection.model_dump(mode="json")) == selection
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_a_choice_reads_back_as_what_it_was(choice):
     ],
 )  # fmt: skip
 def test_what_is_asked_of_the_server(given, classic, mp):
-    choice = Choice(**given)
-    assert choice.listing_prefixes(ClassicKey) == classic
-    assert choice.listing_prefixes(MPKey) == mp
-    assert choice.listing_prefixes() == sorted({*classic, *mp})
+    selection = Selection(**given)
+    assert selection.listing_prefixes(ClassicKey) == classic
+    assert selection.listing_prefixes(MPKey) == mp
+    assert selection.listing_prefixes() == sorted({*classic, *mp})
 
 
 def test_many_workers_are_one_listing():
-    assert Choice(model="m", world_size=2000, workers="0-1999").listing_prefixes(ClassicKey) == ["m@"]
+    assert Selection(model="m", world_size=2000, workers="0-1999").listing_prefixes(ClassicKey) == ["m@"]
 
 
 @pytest.mark.parametrize(
@@ -135,17 +135,17 @@ def test_many_workers_are_one_listing():
 )
 def test_what_is_no_choice(given, said):
     with pytest.raises(ValidationError, match=said):
-        Choice(**given)
+        Selection(**given)
 
 
 def test_what_says_which_chunks():
-    assert not Choice().given
-    assert not Choice(world_size=8, workers="0", since="1h", newest=3, include="*").given
+    assert not Selection().given
+    assert not Selection(world_size=8, workers="0", since="1h", newest=3, include="*").given
     for one in ({"all": True}, {"prefix": "m"}, {"model": "m"}, {"keys_from": "f"}, {"prompts": "p"}):
-        assert Choice(**one).given
+        assert Selection(**one).given
 
 
 def test_units_in_a_choice():
-    choice = Choice(max_bytes="50GiB", since="24h", workers="0-3,7")
-    assert (choice.max_bytes, choice.since) == (50 * 2**30, timedelta(days=1))
-    assert choice.workers == {0, 1, 2, 3, 7}
+    selection = Selection(max_bytes="50GiB", since="24h", workers="0-3,7")
+    assert (selection.max_bytes, selection.since) == (50 * 2**30, timedelta(days=1))
+    assert selection.workers == {0, 1, 2, 3, 7}

@@ -18,10 +18,10 @@ from hfbucket_plugin.index.access.recorder import Hits
 from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import POINTER, IndexStore
 from hfbucket_plugin.index.table import digests_of
-from hfbucket_plugin.tools.selection import Choice
+from hfbucket_plugin.tools.selection import Selection
 from tests.support.warming import INSTANCE, classic_key, content
 from warmer import run
-from warmer.plan.build import Choosing
+from warmer.plan.build import PlanBuilder
 from warmer.plan.ordered import hottest_first, in_order, newest_first
 from warmer.plan.plan_file import PlannedChunk
 from warmer.request.warm_file import validated
@@ -55,7 +55,7 @@ def build(warehouse, **hits):
 
 
 def chosen(warehouse, tmp_path, **given):
-    choosing = Choosing(Choice(all=True, **given), ClassicKey, NOW)
+    choosing = PlanBuilder(Selection(all=True, **given), ClassicKey, NOW)
     return [chunk.key for chunk in choosing.planned(warehouse.open(), tmp_path / "scratch")], choosing
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, Content, MPKey, encode_name, parse_key
+from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, ContentId, MPKey, encode_name, parse_key
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.hub.listing import ChunkEntry
 from tests.support.warming import classic_key, mp_key
-from warmer.plan.plan_file import SEGMENT_CHUNKS, PlanFile, PlannedChunk, Planner, gone
+from warmer.plan.plan_file import SEGMENT_CHUNKS, PlannedChunk, Planner, WarmPlanFile, gone
 
 HANDLE = KV = BucketHandle.parse("hf://buckets/ns/bucket/kv")
 
@@ -89,13 +89,15 @@ def numbered(count):
 
 
 def written(path, count=3, **header):
-    return PlanFile.write(path, numbered(count), lambda plan: {"bucket": str(KV), "selected": plan.chunks, **header})
+    return WarmPlanFile.write(
+        path, numbered(count), lambda plan: {"bucket": str(KV), "selected": plan.chunks, **header}
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, SEGMENT_CHUNKS - 1, SEGMENT_CHUNKS, SEGMENT_CHUNKS + 1, 2 * SEGMENT_CHUNKS])
 def test_a_plan_is_read_segment_by_segment(tmp_path, count):
-    written = PlanFile.write(tmp_path / "plan.jsonl", iter(numbered(count)))
-    for plan in (written, PlanFile.open(tmp_path / "plan.jsonl")):
+    written = WarmPlanFile.write(tmp_path / "plan.jsonl", iter(numbered(count)))
+    for plan in (written, WarmPlanFile.open(tmp_path / "plan.jsonl")):
         assert plan.chunks == count
         assert plan.bytes == sum(range(count))
         segments = [plan.segment(index) for index in range(plan.segments)]
@@ -109,9 +111,9 @@ def test_a_plan_that_is_none_is_refused_with_its_line(tmp_path):
     path = tmp_path / "plan.jsonl"
     path.write_text(numbered(1)[0].to_line() + "{}\n")
     with pytest.raises(ConfigError, match="line 2"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        PlanFile.open(tmp_path / "none.jsonl")
+        WarmPlanFile.open(tmp_path / "none.jsonl")
 
 
 headers = st.dictionaries(st.text(max_size=3), st.text() | st.integers())
@@ -120,8 +122,8 @@ headers = st.dictionaries(st.text(max_size=3), st.text() | st.integers())
 @given(headers, st.lists(chunks, max_size=5))
 def test_a_plan_reads_back_with_its_header(tmp_path_factory, header, planned):
     path = tmp_path_factory.getbasetemp() / "plan.jsonl"
-    written = PlanFile.write(path, planned, lambda plan: {**header, "chunks": plan.chunks})
-    read = PlanFile.open(path)
+    written = WarmPlanFile.write(path, planned, lambda plan: {**header, "chunks": plan.chunks})
+    read = WarmPlanFile.open(path)
     assert read.header == written.header == {**header, "chunks": len(planned)}
     assert (read.chunks, read.bytes, read.shares) == (written.chunks, written.bytes, written.shares)
     assert [chunk for index in range(read.segments) for chunk in read.segment(index)] == planned
@@ -138,7 +140,7 @@ def test_a_plan_of_a_newer_warmer_is_refused(tmp_path):
     ):
         path.write_text(f"{header}\n{numbered(1)[0].to_line()}")
         with pytest.raises(ConfigError, match=said):
-            PlanFile.open(path)
+            WarmPlanFile.open(path)
 
 
 @pytest.mark.parametrize("which", ["first", "second", "without a header"])
@@ -151,19 +153,19 @@ def test_a_line_that_names_another_object_than_that_of_its_key_is_refused(tmp_pa
     wrong = 0 if which == "first" else 1
     chunks[wrong] = replace(chunks[wrong], path=chunks[2].path)
     bucket = f"hf://buckets/ns/bucket/{home}"
-    PlanFile.write(path, chunks, None if which == "without a header" else lambda _: {"bucket": bucket})
+    WarmPlanFile.write(path, chunks, None if which == "without a header" else lambda _: {"bucket": bucket})
     line = wrong + (1 if which == "without a header" else 2)
     with pytest.raises(RefusedError, match=f"line {line}: path .* is not that of the key"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
 
 
 def test_a_line_of_another_place_in_the_bucket_is_refused(tmp_path):
     path = tmp_path / "plan.jsonl"
     elsewhere = numbered(3)
     elsewhere[2] = replace(elsewhere[2], path=elsewhere[2].path.replace("kv/", "other/"))
-    PlanFile.write(path, elsewhere)
+    WarmPlanFile.write(path, elsewhere)
     with pytest.raises(RefusedError, match="line 3"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
 
 
 @pytest.mark.parametrize("key", ["not a key", "org/m@1@0@zz@bfloat16", "org/m\ud800@1@0@1001@bfloat16"])
@@ -171,7 +173,7 @@ def test_a_line_whose_key_is_not_one_is_an_error_with_its_line(tmp_path, key):
     path = tmp_path / "plan.jsonl"
     path.write_text(json.dumps({"key": key, "path": f"kv/{key}", "xet_hash": "ab" * 32, "size": 1}) + "\n")
     with pytest.raises(ConfigError, match="line 1") as refused:
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
     str(refused.value).encode()
 
 
@@ -195,7 +197,7 @@ def test_a_header_with_a_wrong_type_is_an_error(tmp_path, wrong):
     path = tmp_path / "plan.jsonl"
     written(path, **{"takes": "classic", **wrong})
     with pytest.raises(ConfigError, match="line 1"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
 
 
 @pytest.mark.parametrize("name", ["report", "report_html"])
@@ -203,7 +205,7 @@ def test_a_header_that_names_files_to_write_is_refused(tmp_path, name):
     path = tmp_path / "plan.jsonl"
     written(path, warm_up={name: "/etc/passwd"})
     with pytest.raises(RefusedError, match=f"line 1: warm_up of the header has {name}"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
 
 
 def test_a_plan_that_others_may_have_written_is_refused_where_it_is_to_be_applied(tmp_path):
@@ -211,25 +213,25 @@ def test_a_plan_that_others_may_have_written_is_refused_where_it_is_to_be_applie
     written(path)
     for mode in (0o600, 0o644):
         path.chmod(mode)
-        assert PlanFile.open(path, ours=True).chunks == 3
+        assert WarmPlanFile.open(path, ours=True).chunks == 3
     for mode in (0o666, 0o620):
         path.chmod(mode)
         with pytest.raises(RefusedError, match="install -m 600"):
-            PlanFile.open(path, ours=True)
-        assert PlanFile.open(path).chunks == 3
+            WarmPlanFile.open(path, ours=True)
+        assert WarmPlanFile.open(path).chunks == 3
 
 
 def test_a_plan_is_read_as_it_was_whatever_takes_its_place(tmp_path):
     path, other = tmp_path / "plan.jsonl", tmp_path / "other"
     written(path, 2 * SEGMENT_CHUNKS)
-    opened = PlanFile.open(path)
+    opened = WarmPlanFile.open(path)
     written(other, 5)
     other.replace(path)
     assert list(opened.chunks_from(0)) == numbered(2 * SEGMENT_CHUNKS)
 
 
 @pytest.mark.parametrize("how", ["changed", "shorter", "emptied"])
-@pytest.mark.parametrize("by", [PlanFile.open, None])
+@pytest.mark.parametrize("by", [WarmPlanFile.open, None])
 def test_a_plan_that_is_changed_where_it_lies_is_not_read_on(tmp_path, how, by):
     path = tmp_path / "plan.jsonl"
     plan = written(path, 2 * SEGMENT_CHUNKS)
@@ -252,7 +254,7 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
     os.mkfifo(fifo)
     for path in (fifo, Path("/dev/zero"), tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
-            PlanFile.open(path)
+            WarmPlanFile.open(path)
 
 
 def test_a_line_without_an_end_is_not_read_to_its_end(tmp_path):
@@ -261,24 +263,24 @@ def test_a_line_without_an_end_is_not_read_to_its_end(tmp_path):
         file.write(numbered(1)[0].to_line().encode())
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match="line 1: the line after it is longer than"):
-        PlanFile.open(path)
+        WarmPlanFile.open(path)
 
 
 def test_a_header_that_grows_too_much_is_an_error_and_no_plan(tmp_path):
     with pytest.raises(ValueError, match="grew"):
-        PlanFile.write(tmp_path / "plan", numbered(3), lambda plan: {"x": "y" * 1000 * plan.chunks})
+        WarmPlanFile.write(tmp_path / "plan", numbered(3), lambda plan: {"x": "y" * 1000 * plan.chunks})
 
 
 @given(st.lists(chunks, max_size=20), st.none() | st.frozensets(st.integers(0, 4)))
 def test_a_share_is_what_workers_are_to_hold(tmp_path_factory, planned, ranks):
     planned = [replace(chunk, worker=chunk.worker if chunk.worker is None else chunk.worker % 6) for chunk in planned]
-    plan = PlanFile.write(tmp_path_factory.getbasetemp() / "plan.jsonl", planned)
+    plan = WarmPlanFile.write(tmp_path_factory.getbasetemp() / "plan.jsonl", planned)
     own = [chunk for chunk in planned if ranks is None or chunk.worker is None or chunk.worker in ranks]
     assert plan.share(ranks) == (len(own), sum(chunk.size for chunk in own))
 
 
 def entry(key):
-    return ChunkEntry(key, parse_key(key), Content("ab" * 32, 10), None)
+    return ChunkEntry(key, parse_key(key), ContentId("ab" * 32, 10), None)
 
 
 def test_only_keys_that_the_tier_takes_are_planned_and_the_others_counted():

@@ -6,9 +6,9 @@ import pytest
 
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.tools.prompts import Prompt, PromptOrder
-from hfbucket_plugin.tools.selection import Choice
+from hfbucket_plugin.tools.selection import Selection
 from tests.support.warming import MODEL, classic_key, content, mp_key
-from warmer.plan.build import Choosing
+from warmer.plan.build import PlanBuilder
 
 NOW = datetime.now(UTC) + timedelta(seconds=5)
 
@@ -25,7 +25,7 @@ def stocked(warehouse):
 @pytest.fixture
 def choose(stocked, tmp_path):
     def run(takes=ClassicKey, prompts=None, **given):
-        choosing = Choosing(Choice(**given), takes, NOW, prompts)
+        choosing = PlanBuilder(Selection(**given), takes, NOW, prompts)
         return [chunk.key for chunk in choosing.planned(stocked.open(), tmp_path / "scratch")], choosing
 
     return run
@@ -95,7 +95,7 @@ def test_when_nothing_fits_the_other_kind_is_looked_for(choose, stocked, takes, 
 
 def test_a_worker_of_one_is_read_by_all(stocked, tmp_path):
     def workers(**given):
-        choosing = Choosing(Choice(**given), ClassicKey, NOW)
+        choosing = PlanBuilder(Selection(**given), ClassicKey, NOW)
         return {chunk.worker for chunk in choosing.planned(stocked.open(), tmp_path / "scratch")}
 
     assert workers(model=MODEL, world_size=1) == {None}

@@ -7,12 +7,12 @@ from huggingface_hub import HfApi
 from hfbucket_plugin.core.keys import ClassicKey
 from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import list_chunks
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 from localhub.faults import Fault
 from tests.support.warming import PREFIX, Warehouse, classic_key, content, mp_key
 from warmer.plan import refresh
-from warmer.plan.plan_file import SEGMENT_CHUNKS, PlanFile, gone
-from warmer.plan.refresh import FreshPlan, LookUps, select
+from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile, gone
+from warmer.plan.refresh import RefreshedPlan, RefreshLookups, select
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def test_a_listing_that_breaks_off_is_no_selection(hub_factory, tmp_path, monkey
 def test_deleted_and_rewritten_chunks_are_told_just_before_they_are_copied(stocked):
     bucket, before = stocked.open(), stocked.plan()
     stocked.delete(classic_key(0))
-    stocked.put({classic_key(1): b"written anew"})
-    after = LookUps(bucket, StopSwitch()).look_up(before)
+    stocked.put({classic_key(1): b"rewritten"})
+    after = RefreshLookups(bucket, ShutdownSignal()).look_up(before)
     assert after[0] == gone(before[0])
-    assert after[1].size == len(b"written anew")
+    assert after[1].size == len(b"rewritten")
     assert after[1].xet_hash != before[1].xet_hash
     assert after[2:] == before[2:]
 
 
 def test_a_lookup_that_fails_changes_nothing_and_says_so(hub, stocked, caplog):
     before, now = stocked.plan(), [0.0]
-    lookups = LookUps(stocked.open(), StopSwitch(), clock=lambda: now[0])
+    lookups = RefreshLookups(stocked.open(), ShutdownSignal(), clock=lambda: now[0])
     number = hub.control.add_fault(Fault(route="paths-info", status=500))
     with caplog.at_level(logging.WARNING):
         assert lookups.look_up(before) == before
@@ -96,7 +96,7 @@ def test_told_to_stop_while_the_hub_hangs_nobody_waits_for_it(stocked, caplog):
             hangs.wait(60)
 
     asked, before = [], stocked.plan()
-    lookups = LookUps(Bucket(), Stopping(3), clock=lambda: 0.0)
+    lookups = RefreshLookups(Bucket(), Stopping(3), clock=lambda: 0.0)
     assert [lookups.look_up(before) for _ in range(8)] == [before] * 8
     assert asked == [1]
     assert caplog.text == ""
@@ -112,7 +112,7 @@ def test_a_lookup_that_never_ends_is_given_up(stocked, caplog):
 
     before = stocked.plan()
     with caplog.at_level(logging.WARNING):
-        assert LookUps(Bucket(), StopSwitch(), clock=lambda: next(times)).look_up(before) == before
+        assert RefreshLookups(Bucket(), ShutdownSignal(), clock=lambda: next(times)).look_up(before) == before
     assert "no answer" in caplog.text
     hangs.set()
 
@@ -120,15 +120,15 @@ def test_a_lookup_that_never_ends_is_given_up(stocked, caplog):
 def test_nodes_that_keep_pace_share_one_lookup(stocked, tmp_path):
     listed = stocked.plan(PREFIX)
     many = [listed[n % 5] for n in range(2 * SEGMENT_CHUNKS + 1)]
-    plan = PlanFile.write(tmp_path / "plan.jsonl", many)
+    plan = WarmPlanFile.write(tmp_path / "plan.jsonl", many)
     lookups = []
-    fresh = FreshPlan(plan, lambda chunks: lookups.append(len(chunks)) or chunks)
+    fresh = RefreshedPlan(plan, lambda chunks: lookups.append(len(chunks)) or chunks)
     assert [list(fresh.chunks()), list(fresh.chunks())] == [many, many]
     assert lookups == [SEGMENT_CHUNKS, SEGMENT_CHUNKS, 1]
 
 
 def test_few_segments_are_kept(stocked, tmp_path):
-    plan = PlanFile.write(tmp_path / "plan.jsonl", stocked.plan() * 8000)
-    fresh = FreshPlan(plan, lambda chunks: chunks)
+    plan = WarmPlanFile.write(tmp_path / "plan.jsonl", stocked.plan() * 8000)
+    fresh = RefreshedPlan(plan, lambda chunks: chunks)
     for _ in fresh.chunks():
         assert len(fresh._segments) <= 16

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hfbucket_plugin.errors import ConfigError
 from warmer.check.gate import CheckReport
 from warmer.cli.app import app
-from warmer.cluster.placement import Assigned
+from warmer.cluster.placement import Assignment
 from warmer.cluster.ray import Node
 from warmer.report.html import (
     BINS,
@@ -29,10 +29,10 @@ from warmer.report.html import (
     run_page,
 )
 from warmer.report.outcomes import Copied, Failed, Missing, Present, Right, Wrong
-from warmer.report.summary import FailureLog, RunReport, Share, Task, combined
+from warmer.report.summary import FailureLog, RunReport, Share, TierRun, combined
 
 HOSTILE = "<script>alert('$x$')</script>&\"\x1b[31m"
-TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": [HOSTILE]}, selected=3, selected_bytes=60)
+TASK = TierRun("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": [HOSTILE]}, selected=3, selected_bytes=60)
 
 
 class Page(HTMLParser):
@@ -56,7 +56,7 @@ def ran(nodes, history, tiers=("fs.warm",)):
     log = FailureLog(None)
     summaries = []
     for tier in tiers:
-        report = RunReport(Task(**{**task_fields(), "tier": tier}), nodes, log)
+        report = RunReport(TierRun(**{**task_fields(), "tier": tier}), nodes, log)
         history.begin(report)
         for number, node in enumerate(nodes):
             last = Failed(f"key-{HOSTILE}", 20, "transport", "no answer")
@@ -72,7 +72,7 @@ def ran(nodes, history, tiers=("fs.warm",)):
 
 
 def task_fields():
-    return {name: getattr(TASK, name) for name in Task.__dataclass_fields__}
+    return {name: getattr(TASK, name) for name in TierRun.__dataclass_fields__}
 
 
 def loads_nothing(page):
@@ -183,7 +183,7 @@ def test_a_run_that_copied_nothing_has_a_page():
 def test_a_check_has_a_page():
     report = CheckReport(0.9)
     node = Node("id-a", HOSTILE)
-    watch = report.watch("fs.warm", [Assigned(node)], {"id-a": Share(4, 40)})
+    watch = report.watch("fs.warm", [Assignment(node)], {"id-a": Share(4, 40)})
     for outcome in (Right("k1", 1), Right("k2", 1), Wrong("k3", 1, "k3: other bytes"), Missing("k4", 1)):
         watch.ended("id-a", outcome)
     page = Page(check_page(report.record(stopped=False)))

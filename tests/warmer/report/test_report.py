@@ -9,9 +9,9 @@ from hfbucket_plugin.errors import RefusedError
 from warmer.cluster.ray import Node
 from warmer.report import summary as report
 from warmer.report.outcomes import INTERRUPTED, Copied, Failed, PlanLostError, Present
-from warmer.report.summary import FailureLog, RunReport, Share, Task, combined
+from warmer.report.summary import FailureLog, RunReport, Share, TierRun, combined
 
-TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
+TASK = TierRun("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
 NODES = [Node("id-a", "a"), Node("id-b", "b")]
 
 

@@ -13,12 +13,12 @@ from warmer.cluster.engine_tiers import EngineRun
 from warmer.cluster.ray import Node
 from warmer.node.prompts import PromptLoad
 from warmer.report import progress
-from warmer.report.observers import Looks
+from warmer.report.observers import EventDispatcher
 from warmer.report.outcomes import Copied, Failed, Present
 from warmer.report.progress import SHOWN_NODES, LiveTable, Rate, behind, left_in_words
-from warmer.report.summary import FailureLog, NodeReport, RunReport, Task
+from warmer.report.summary import FailureLog, NodeReport, RunReport, TierRun
 
-TASK = Task("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
+TASK = TierRun("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
 
 
 def a_run(*names):
@@ -39,7 +39,7 @@ def shown(run, **options):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
 
 
-def test_a_rate_is_that_of_late():
+def test_a_rate_is_that_recently():
     rate = Rate(0.0, window_secs=10)
     for second in range(1, 101):
         rate.add(float(second), 100.0 * second if second <= 50 else 5000.0 + second - 50)
@@ -120,7 +120,7 @@ def test_an_engine_that_loads_by_itself_is_waited_for_by_chunks(monkeypatch):
     table.close()
 
 
-class Onlooker:
+class Observer:
     """Keeps what it is told."""
 
     def __init__(self):
@@ -130,9 +130,9 @@ class Onlooker:
         return lambda _, *words: self.told.append((name, *words))
 
 
-def test_what_engines_do_is_told_to_onlookers():
-    run, seen = a_run("a", "b"), Onlooker()
-    engines = EngineRun(None, None, [], Looks(run, progress.JsonLines(io.StringIO()), [seen]), None)
+def test_what_engines_do_is_told_to_observers():
+    run, seen = a_run("a", "b"), Observer()
+    engines = EngineRun(None, None, [], EventDispatcher(run, progress.JsonLines(io.StringIO()), [seen]), None)
     engines._take("id-a", 0, [PromptLoad(1, "m", 3, 1, 1, 10, "no_room", "it is full")])
     engines._take("id-b", 0, Failure("engine", "gone"))
     assert seen.told == [

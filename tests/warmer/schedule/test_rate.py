@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmer.cluster.schedule_setup import TimeLimit
-from warmer.schedule.rate import Pace, TokenBucket
+from warmer.schedule.rate import MovingAverage, TokenBucket
 
 steps = st.lists(st.tuples(st.floats(0, 5), st.integers(0, 300)), max_size=60)
 
@@ -50,7 +50,7 @@ def test_a_rate_of_nothing_is_refused():
 
 
 def test_a_pace_follows_what_was_measured_last():
-    pace = Pace()
+    pace = MovingAverage()
     assert pace.secs_per_byte is None
     pace.add(100, 1.0)
     assert pace.secs_per_byte == 0.01

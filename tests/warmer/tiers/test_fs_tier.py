@@ -18,7 +18,7 @@ from tests.support.warming import classic_key, content
 from warmer.report.outcomes import TierError, TierFullError
 from warmer.tiers import disk_budget as rooms
 from warmer.tiers import open_tier
-from warmer.tiers.declare import DirectoryDeclaration, Layout, TierOptions
+from warmer.tiers.declare import DirectoryDeclaration, FileLayout, TierOptions
 from warmer.tiers.directory import FileLease
 from warmer.tiers.run_files import RunFiles, began, sweep
 
@@ -85,7 +85,7 @@ def test_a_temporary_file_lies_beside_its_chunk_or_in_a_directory_there(tier, de
 def test_nobody_else_can_put_or_read_anything_where_files_are_made(tier, declaration):
     first = tier.draft(KEY, 1)
     directory = first.path.resolve().parent
-    directory.rename(directory.with_name("elsewhere"))  # by whoever owns the tier
+    directory.rename(directory.with_name("elsewhere"))  # by the owner of the tier
     directory.mkdir()
     second = tier.draft(KEY, 1)
     assert second.path.resolve().parent == directory.with_name("elsewhere")
@@ -382,7 +382,7 @@ def test_what_another_run_found_right_and_cannot_touch_stays(tmp_path, monkeypat
 
 
 def swapping(monkeypatch, name, target):
-    """Whoever may write to the parent puts a link in the place of each directory that is made under a name."""
+    """A user who may write to the parent puts a link in the place of each directory that is made under a name."""
     real = os.mkdir
 
     def made(path, *given, **more):
@@ -472,7 +472,7 @@ def test_a_share_with_users_or_modes_of_its_own_is_filled(tier, declaration, mon
 def test_links_in_the_place_of_temporary_files_lead_nowhere(tmp_path):
     victim, declaration = (
         tmp_path / "victim",
-        DirectoryDeclaration("fs.warm", (tmp_path / "t",), Layout(alignment=4096)),
+        DirectoryDeclaration("fs.warm", (tmp_path / "t",), FileLayout(alignment=4096)),
     )
     victim.write_bytes(b"root only")
     (tmp_path / "t").mkdir()

@@ -17,12 +17,12 @@ from dev.demo.engine import prompt
 from dev.demo.mp_client import MPClient
 from dev.demo.mp_server import MPServer, _free_ports
 from dev.demo.waiting import wait_until
-from hfbucket_plugin.tools.signals import StopSwitch
+from hfbucket_plugin.tools.signals import ShutdownSignal
 from tests.support.hubs import start_on_fresh_port
 from tests.support.raylets import actors
 from tests.support.warming import command, environment
 from warmer.cli.app import app
-from warmer.cluster.actor_pool import Errands
+from warmer.cluster.actor_pool import ActorPool
 from warmer.cluster.ray import Node, joined
 
 MODEL = "org/tiny model"
@@ -212,7 +212,7 @@ def test_a_node_that_is_lost_meanwhile_is_told(cluster, chosen):
     with waiting(cluster, chosen) as process:
         killed = set()
         while len(killed) < 4 and process.poll() is None:  # three times its process is started again
-            for actor in actors(cluster, "ErrandActor"):
+            for actor in actors(cluster, "TaskActor"):
                 if actor.pid not in killed:
                     killed.add(actor.pid)
                     actor.kill()
@@ -226,6 +226,6 @@ def test_a_node_that_is_lost_meanwhile_is_told(cluster, chosen):
 
 def test_a_node_that_is_gone_before_is_not_waited_for(cluster):
     """As one is that was lost while a tier before was filled."""
-    with joined(cluster.address), Errands({Node("f" * 56, "gone"): None}, StopSwitch()) as errands:
-        (gone,) = errands.begin(600.0).values()
-        assert (gone.kind, errands.nodes) == ("node_lost", [])
+    with joined(cluster.address), ActorPool({Node("f" * 56, "gone"): None}, ShutdownSignal()) as tasks:
+        (gone,) = tasks.begin(600.0).values()
+        assert (gone.kind, tasks.nodes) == ("node_lost", [])

@@ -20,7 +20,7 @@ from tests.support.warming import classic_key, content, mp_key
 from warmer.node.reuse import EarlierTier
 from warmer.plan.plan_file import PlannedChunk
 from warmer.report.outcomes import TierError, TierFullError
-from warmer.tiers import Place, TierOptions, declared_tier, directory_keys, open_tier
+from warmer.tiers import NodeInfo, TierOptions, declared_tier, directory_keys, open_tier
 from warmer.tiers import directory as directories
 from warmer.tiers import disk_budget as rooms
 
@@ -53,7 +53,7 @@ KINDS = {
 }
 
 
-class Subject:
+class EngineHandle:
     """A tier under test, and the directory below which it lies."""
 
     def __init__(self, kind, directory):
@@ -72,7 +72,7 @@ class Subject:
         return self.declaration().takes
 
     def declaration(self, **options):
-        return self._declare(TierOptions(**options)).at(Place())
+        return self._declare(TierOptions(**options)).at(NodeInfo())
 
     def open(self, **options):
         self._opened.append(open_tier(self.declaration(**options)))
@@ -115,7 +115,7 @@ class Subject:
 
 @pytest.fixture(params=KINDS)
 def subject(request, tmp_path):
-    one = Subject(request.param, tmp_path / "tier")
+    one = EngineHandle(request.param, tmp_path / "tier")
     yield one
     one.close()
 
@@ -141,7 +141,7 @@ def test_a_chunk_appears_whole_and_at_once(subject):
 @pytest.fixture
 def other(subject, tmp_path):
     """A tier of the simplest kind that takes the same keys."""
-    one = Subject("mp fs" if subject.takes is MPKey else "classic", tmp_path / "other")
+    one = EngineHandle("mp fs" if subject.takes is MPKey else "classic", tmp_path / "other")
     yield one
     one.close()
 
@@ -617,7 +617,7 @@ def test_a_directory_that_cannot_be_made_is_an_error(subject):
 
 
 def test_placeholders_are_replaced_on_the_node(tmp_path):
-    place = Place("node-1", "ab12", {"pool": "serving", "up": "..", "deep": "a/b"})
+    place = NodeInfo("node-1", "ab12", {"pool": "serving", "up": "..", "deep": "a/b"})
     path = tmp_path / "{node_name}" / "{node_id}-{label:pool}" / "{{x}}"
     for declare in (classic(path), mp(path, type="fs")):
         declared = declare(TierOptions())
@@ -673,7 +673,7 @@ MP_KEYS = st.builds(
 @pytest.fixture(scope="module")
 def emptied(tmp_path_factory):
     """A tier of each kind, which is emptied before each example."""
-    subjects = {kind: Subject(kind, tmp_path_factory.mktemp("tier")) for kind in KINDS}
+    subjects = {kind: EngineHandle(kind, tmp_path_factory.mktemp("tier")) for kind in KINDS}
     tiers = {kind: subject.open() for kind, subject in subjects.items()}
 
     def one(kind):

@@ -18,7 +18,7 @@ from hfbucket_plugin.hub.connect import open_bucket
 from warmer.node.worker import NodeWarmer
 from warmer.plan.refresh import select
 from warmer.report.outcomes import Copied
-from warmer.tiers import Place, declared_tier, open_tier
+from warmer.tiers import NodeInfo, declared_tier, open_tier
 
 MODEL = "org/tiny model"
 CHUNK = 32
@@ -38,7 +38,7 @@ class Stocked:
 
     def plan(self, takes):
         settings = from_json(self.adapter)
-        bucket = open_bucket(settings, settings.name, telemetry.Tally(), 60.0)
+        bucket = open_bucket(settings, settings.name, telemetry.MemorySink(), 60.0)
         plan, _ = select(bucket, [f"{MODEL}@"], takes, self.directory / "plan.jsonl")
         return bucket, [chunk for index in range(plan.segments) for chunk in plan.segment(index)]
 
@@ -76,7 +76,7 @@ def fill(stocked, spec):
     """Warm the tier from the bucket."""
     declaration = declared_tier(None, json.dumps(spec))
     bucket, plan = stocked.plan(declaration.takes)
-    tier = open_tier(declaration, Place("this-node"))
+    tier = open_tier(declaration, NodeInfo("this-node"))
     warmer = NodeWarmer(bucket, tier)
     try:
         outcomes = warmer.copy(plan)

@@ -69,7 +69,7 @@ _OPENS: Final[Mapping[str, frozenset[str]]] = {
 
 
 @dataclass(frozen=True)
-class Promise:
+class Guarantee:
     """What becomes of an operation.
 
     Attributes:
@@ -94,13 +94,13 @@ class Promise:
         return kinds | {SERVED[operation][1]} if self.some else kinds
 
 
-def _served(operation: str, note: str = "") -> Promise:
+def _served(operation: str, note: str = "") -> Guarantee:
     word, kind = SERVED[operation]
-    return Promise(word, (kind,), note=note)
+    return Guarantee(word, (kind,), note=note)
 
 
-def _failed(operation: str, *kinds: str, note: str = "") -> Promise:
-    return Promise(FAILED[operation], kinds, note=note)
+def _failed(operation: str, *kinds: str, note: str = "") -> Guarantee:
+    return Guarantee(FAILED[operation], kinds, note=note)
 
 
 # Alike for all operations.
@@ -124,7 +124,7 @@ _LOST: Final = "transport"
 """hf_xet 1.8 does not always say why a stream from the store failed: then it counts as this."""
 
 
-def promise(fault: str, operation: str, route: str, verify: str = "size") -> Promise:
+def guarantee(fault: str, operation: str, route: str, verify: str = "size") -> Guarantee:
     """What is promised.
 
     Args:
@@ -136,19 +136,19 @@ def promise(fault: str, operation: str, route: str, verify: str = "size") -> Pro
     return _special(fault, operation, route, verify) or _failed(operation, *_kinds(fault, operation, route))
 
 
-def _special(fault: str, operation: str, route: str, verify: str) -> Promise | None:
+def _special(fault: str, operation: str, route: str, verify: str) -> Guarantee | None:
     if fault == "500-once":
         return _served(operation, "tried again")
     if fault == "object-gone":
         return _failed("get", "missing", _LOST) if operation == "get" else _served(operation)
     if fault == "partial":
         kinds = (_LOST,) if operation == "get" else ("hub",)
-        return Promise(FAILED[operation], kinds, some=True, note="the others are done")
+        return Guarantee(FAILED[operation], kinds, some=True, note="the others are done")
     if operation == "list" and fault in ("trickled", "hang"):
         return _served(operation, "late; an error, `deadline`, past the page's time")
     if (fault, operation, route) == ("flipped", "get", "xorb-data"):
         by_hash = _failed(operation, "integrity")
-        return by_hash if verify == "hash" else Promise("wrong", ("hit",), wrong_bytes=True)
+        return by_hash if verify == "hash" else Guarantee("wrong", ("hit",), wrong_bytes=True)
     return None
 
 
@@ -177,6 +177,6 @@ def table() -> str:
 def _words(fault: str, operation: str) -> str:
     if fault == "partial" and operation in ("lookup", "list"):
         return NOTHING
-    one = promise(fault, operation, "reconstruction" if fault == "object-gone" else WHOLE_HUB)
+    one = guarantee(fault, operation, "reconstruction" if fault == "object-gone" else WHOLE_HUB)
     text = one.word if one.kinds[0] in (one.word, "ok") else f"{one.word}, `{one.kinds[0]}`"
     return f"{text}; {one.note}" if one.note else text

@@ -25,7 +25,7 @@ _SERVED_SECS: Final = 60.0
 _FRESH: Final = 8
 
 
-class Crew:
+class Workers:
     """Four threads, each at one of the engines at a time.
 
     Args:

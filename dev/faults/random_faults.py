@@ -19,7 +19,7 @@ _LASTS_SECS: Final = (0.3, 4.0)
 _CALM_SECS: Final = (0.3, 3.0)
 
 
-class Weather:
+class RandomFaults:
     """Switches faults on and off in a thread of its own.
 
     Args:
