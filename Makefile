@@ -9,24 +9,15 @@ VLLM_PYTHON ?= python3.11
 VLLM_VENV := .venv-vllm
 MIN_VENV := .venv-min
 
-# Tests that run side by side, in groups of about the same time each. What no group names is in the last one.
-CLUSTERS := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,fleet labels job l1_runs local_cpu_runs canary))
-PLUGIN_F_TO_L := $(wildcard tests/plugin/test_plugin_[f-l]*.py)
-GROUP_1 := $(filter-out $(PLUGIN_F_TO_L),$(wildcard tests/plugin/test_*.py)) tests/mp
-ENGINES := $(wildcard $(patsubst %,tests/warmer/test_warmer_%.py,tiers_mp tiers_l1 tiers_local_cpu engine))
-GROUP_2 := $(PLUGIN_F_TO_L) $(ENGINES) tests/localhub
-GROUP_3 := $(CLUSTERS)
-GROUP_4 := $(filter-out $(CLUSTERS) $(ENGINES),$(wildcard tests/warmer/test_*.py)) tests/demo
-NAMED := tests/plugin tests/mp tests/localhub tests/demo tests/warmer
-GROUP_5 := $(filter-out $(NAMED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
-GROUPS := 3 1 2 4 5
+# More than there are cores, since most tests wait for servers. tests/conftest.py says which tests stay together, and the order.
+WORKERS ?= 3
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What is run with the oldest dependencies: all that touches them, without clusters of Ray.
-MIN_TESTS := tests/plugin tests/mp tests/localhub
+MIN_TESTS := tests/plugin tests/localhub
 # Those that compare a model with the real thing.
-MODELS := tests/jobs/deletion/test_stateful.py tests/jobs/export/test_stateful.py tests/plugin/index/test_stateful.py \
-	tests/warmer/node/test_apply_model.py tests/warmer/schedule/test_schedule.py
+MODELS = $(shell grep -rl --include='*.py' tests.support.thorough tests)
 
-.PHONY: demo e2e-vllm test test-min $(GROUPS:%=test-%) thorough faults fuzz soak lint format docs dist clean
+.PHONY: demo e2e-vllm test test-min thorough faults fuzz soak lint format docs dist clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,24 +38,21 @@ $(VLLM_VENV)/.installed: dev/e2e/constraints.txt
 e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m dev.e2e --vllm-python $(VLLM_VENV)/bin/python
 
-test: $(STAMP)  ## every test: three processes side by side, since most tests wait for servers; that of clusters first
-	$(MAKE) --no-print-directory --jobs=3 $(GROUPS:%=test-%)
-
-$(GROUPS:%=test-%): test-%: $(STAMP)
-	$(BIN)/python -m pytest -q $(GROUP_$*)
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 $(MIN_VENV)/.installed: pyproject.toml constraints-min.txt
 	$(PYTHON) -m venv $(MIN_VENV)
 	$(MIN_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-min.txt 'torch==2.13.0'
 	$(MIN_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-min.txt -e '.[warmer,localhub]' \
-		hypothesis psutil pytest pytest-timeout
+		hypothesis psutil pytest pytest-timeout pytest-xdist
 	touch $@
 
 test-min: $(MIN_VENV)/.installed  ## the core of the suite with the oldest versions that pyproject.toml permits
-	$(MIN_VENV)/bin/python -m pytest -q $(MIN_TESTS)
+	$(MIN_VENV)/bin/python -m pytest -q $(SIDE_BY_SIDE) $(MIN_TESTS)
 
 thorough: $(STAMP)  ## models against the real thing, with twenty times the examples; half an hour
-	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q --timeout=3600 $(MODELS)
+	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --timeout=3600 $(MODELS)
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m dev.faults

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WHOLE = {"tokens": 4096, "found": 4096, "hit": 4096, "identical": True, "seconds": 0.1}
 
 
+@pytest.mark.slow
 def test_store_warm_and_hit_everything_without_the_hub(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dev.demo"],

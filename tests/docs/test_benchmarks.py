@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(script, tmp_path, *arguments, exits=(0,)):
     figures = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", "--json", str(figures), *arguments],
+        [sys.executable, f"dev/benchmarks/{script}", "--json", str(figures), *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"HF_HOME": str(tmp_path)},
         capture_output=True,

@@ -74,7 +74,7 @@ def test_make_targets_and_scripts_that_are_shown_exist():
         for command in blocks(page, "bash"):
             for target in re.findall(r"^make ([\w-]+)", command, re.MULTILINE):
                 assert f"\n{target}:" in makefile, target
-            for script in re.findall(r"python (benchmarks/\S+\.py)", command):
+            for script in re.findall(r"python (dev/benchmarks/\S+\.py)", command):
                 assert (REPOSITORY / script).exists(), script
 
 

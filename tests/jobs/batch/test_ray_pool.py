@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from localhub.faults import Fault
 from tests.support.depot import DAY, INSTANCE, Depot, ended, key
 from tests.support.plugin_support import SECRET, eventually
@@ -124,6 +126,7 @@ def summary_in(log):
     return json.loads(lines[-1])
 
 
+@pytest.mark.cluster
 def test_ray_job_submit(hub_factory, tmp_path):
     from huggingface_hub import HfApi
 

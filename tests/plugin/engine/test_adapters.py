@@ -14,6 +14,8 @@ from dev.demo.mp_server import MPServer
 from dev.demo.waiting import wait_until
 from tests.support.mp_adapters import EVERY_ADAPTER, Place
 
+pytestmark = pytest.mark.engine
+
 MODEL = "stored/by-another"
 CHUNK = 32
 CHUNKS = 6

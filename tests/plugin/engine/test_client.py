@@ -8,6 +8,8 @@ from dev.demo.mp_client import MPClient
 from dev.demo.mp_server import MPServer
 from dev.demo.waiting import wait_until
 
+pytestmark = pytest.mark.engine
+
 CHUNK = 32
 
 

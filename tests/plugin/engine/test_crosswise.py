@@ -19,6 +19,8 @@ from localhub.faults import Fault
 from tests.plugin.engine.test_adapters import CHUNK, CHUNKS, HIT_L2, MODEL, TOKENS, objects, retrieved
 from tests.support.mp_adapters import Place, built_in, indexed, ours
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def place_of(session_hub, tmp_path_factory):

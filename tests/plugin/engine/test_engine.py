@@ -14,6 +14,8 @@ from localhub.faults import Fault
 from tests.support.plugin_rig import OURS, SEED_MINIMAL, SEED_SEVERAL, served_by_us
 from tests.support.plugin_support import eventually, paths
 
+pytestmark = pytest.mark.engine
+
 BUCKET = "my-org/lmcache-kv"
 CHUNK = 256
 _numbers = itertools.count(1)

@@ -20,6 +20,8 @@ from localhub.faults import Fault
 from tests.support.plugin_rig import OURS
 from tests.support.plugin_support import eventually
 
+pytestmark = pytest.mark.engine
+
 CHUNK = 256
 LMCACHES_PATIENCE = 10
 """Gets that may fail within an interval, by LMCache's default."""

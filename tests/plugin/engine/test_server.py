@@ -16,6 +16,8 @@ import pytest
 from dev.demo import mp_server
 from dev.demo.mp_server import MPServer, MPServerError
 
+pytestmark = pytest.mark.engine
+
 STARTS_AND_CRASHES = """\
 import os
 from dev.demo.mp_server import MPServer

@@ -14,6 +14,8 @@ from localhub.faults import Fault
 from tests.support.fingerprint_support import CHUNK, MODEL, PREFIX, RECORD, Fleet
 from tests.support.plugin_support import download, eventually, upload
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[3]
 
 

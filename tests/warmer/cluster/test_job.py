@@ -19,6 +19,8 @@ from tests.support.hubs import start_on_fresh_port
 from tests.support.private_ray import PrivateRay
 from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, Warehouse, classic_key, command, content, environment
 
+pytestmark = pytest.mark.cluster
+
 BUCKET = "org/kv"
 
 

@@ -10,6 +10,8 @@ from warmer.node.worker import NodeWarmer
 from warmer.report.outcomes import Copied
 from warmer.tiers import open_tier
 
+pytestmark = pytest.mark.engine
+
 
 def engine(name, directory, base_path, *, headers=False):
     config = directory / f"{name}.yaml"

@@ -25,6 +25,8 @@ from warmer.cli.app import app
 from warmer.cluster.actor_pool import ActorPool
 from warmer.cluster.ray import Node, joined
 
+pytestmark = pytest.mark.engine
+
 MODEL = "org/tiny model"
 CHUNK = 32
 CHUNKS = 6

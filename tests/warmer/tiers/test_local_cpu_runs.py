@@ -12,6 +12,8 @@ from dev.demo.engine import CpuEngine
 from dev.demo.mp_server import _free_ports
 from tests.support.warming import INSTANCE, SECRET, Warehouse, command
 
+pytestmark = pytest.mark.engine
+
 MODEL = "org/tiny model"
 CHUNK = 64
 CHUNKS = 5

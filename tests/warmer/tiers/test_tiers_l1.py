@@ -16,6 +16,8 @@ from tests.support.warming import command
 from warmer.report.outcomes import EngineError
 from warmer.tiers.l1 import prefetch
 
+pytestmark = pytest.mark.engine
+
 CHUNK = 32
 CHUNKS = 60
 ROOM = 51

@@ -19,6 +19,8 @@ from warmer.report.outcomes import EngineError, TierError, TierFullError
 from warmer.tiers import declared_tier, open_tier
 from warmer.tiers.local_cpu import load, worker_address
 
+pytestmark = pytest.mark.engine
+
 MODEL = "org/tiny model"
 CHUNK = 64
 CHUNKS = 10

@@ -20,6 +20,8 @@ from warmer.plan.refresh import select
 from warmer.report.outcomes import Copied
 from warmer.tiers import NodeInfo, declared_tier, open_tier
 
+pytestmark = pytest.mark.engine
+
 MODEL = "org/tiny model"
 CHUNK = 32
 CHUNKS = 5
