@@ -15,7 +15,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import SafetyError
-from jobs.lock import records
+from hfbucket_plugin.hub import records
 
 if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket

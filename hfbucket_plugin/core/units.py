@@ -69,28 +69,32 @@ _RANKS: Final = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7}))?")
 _MOST_RANKS: Final = 65536
 
 
-def parse_bytes(text: str) -> int:
-    """Read a size, such as `50GiB` or `50GB`; without a unit it is in bytes.
+def parse_bytes(text: object) -> int:
+    """Read a size.
 
-    Binary (`KiB` to `PiB`) and decimal units (`KB` to `PB`) are what they say; a fraction of a byte is dropped.
+    Args:
+        text: `50GiB`, `500GB`, or a number of bytes, as text or as an integer. Binary units (`KiB` to `PiB`) are powers of 1024,
+            decimal ones (`KB` to `PB`) of 1000; a fraction of a byte is dropped.
 
     Raises:
-        ValueError: It is none; the message says what would be.
+        ValueError: It is not a size; the message names what is expected.
     """
-    match = _QUANTITY.fullmatch(text.strip())
+    if type(text) is int and 0 <= text <= _MOST_BYTES:
+        return text
+    match = _QUANTITY.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"{text!r} is no size: it reads 50GiB, 500GB, 64KiB or a number of bytes")
+        raise ValueError(f"invalid size {text!r}: expected a number of bytes, or a value such as 50GiB or 500GB")
     number, unit = match[1], match[2]
     if unit not in _BYTES:
         raise ValueError(
-            f"{text!r}: the unit {unit!r} is not known{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB, PiB and KB, MB, GB, "
-            "TB, PB"
+            f"invalid size {text!r}: unknown unit {unit!r}{_nearest_unit(unit)}; known are KiB, MiB, GiB, TiB, PiB and KB, "
+            "MB, GB, TB, PB"
         )
     size = Decimal(number) * _BYTES[unit]
     if size != int(size) and _BYTES[unit] == 1:
-        raise ValueError(f"{text!r} is no whole number of bytes")
+        raise ValueError(f"invalid size {text!r}: not a whole number of bytes")
     if size > _MOST_BYTES:
-        raise ValueError(f"{text!r} is more than {_MOST_BYTES} bytes")
+        raise ValueError(f"invalid size {text!r}: more than {_MOST_BYTES} bytes")
     return int(size)
 
 
@@ -100,24 +104,35 @@ def _nearest_unit(unit: str) -> str:
     return f" (did you mean {near}?)" if near in _BYTES else ""
 
 
-def parse_duration(text: str) -> timedelta:
-    """Read a time, such as `24h`, `30m` or `30min`; its unit is never left out.
+def parse_duration(text: object) -> timedelta:
+    """Read a duration.
+
+    Args:
+        text: A number with its unit, such as `90s`, `30m` or `30min`, `24h`, `14d` or `2w`; or a duration that was read before.
 
     Raises:
-        ValueError: It is none; the message says what would be.
+        ValueError: It is not a duration, such as a number without a unit; the message names what is expected.
     """
-    match = _QUANTITY.fullmatch(text.strip())
+    if isinstance(text, timedelta):
+        return text
+    match = _QUANTITY.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None or match[2] not in _SECONDS:
-        raise ValueError(f"{text!r} is no length of time: it reads 90s, 30m or 30min, 24h, 7d or 2w")
+        raise ValueError(
+            f"invalid duration {text!r}: expected a number with its unit, such as 90s, 30min, 24h, 14d or 2w"
+        )
     seconds = Decimal(match[1]) * _SECONDS[match[2]]
     if seconds > _LONGEST_SECS:
-        raise ValueError(f"{text!r} is more than a hundred years")
+        raise ValueError(f"invalid duration {text!r}: more than a hundred years")
     return timedelta(seconds=float(seconds))
 
 
 def format_duration(value: timedelta) -> str:
-    """A length of time as `parse_duration` reads it."""
-    return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "s"
+    """Write a duration as `parse_duration` reads it, in its largest unit that loses nothing: `14d`, `36h`, `90s`."""
+    seconds = value.total_seconds()
+    for length, unit in _AGE_UNITS:
+        if seconds >= length and seconds % length == 0:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.6f}".rstrip("0").rstrip(".") + "s"
 
 
 def parse_ranks(text: str) -> frozenset[int]:

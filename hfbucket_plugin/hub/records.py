@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.concurrency import WorkerPool
@@ -17,12 +18,13 @@ from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError,
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload, xet_hashes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hfbucket_plugin.core.buffers import RevocableSource
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import ContentId
-    from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.errors import ItemFailure
+    from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
 
 
 Bytes = bytearray | mmap.mmap
@@ -218,3 +220,70 @@ def fetch(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> 
     if (actual := hash_of(data)) != content.xet_hash:
         raise IntegrityError(f"{name}: what arrived has the hash {actual}, the listing says {content.xet_hash}")
     return Fetched(data, seconds)
+
+
+MAX_BYTES: Final = 8 * 1024 * 1024
+"""Largest that is read: what is longer was not written by us."""
+
+
+def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> ContentId:
+    """Send bytes to the store; they are in no bucket yet.
+
+    Raises:
+        HFBucketError: The store did not take them.
+    """
+    handle = Upload()
+    try:
+        (content,) = bucket.transfer.upload([data], deadline, handle)
+    except DeadlineError:
+        bucket.transfer.abandon(handle)
+        raise
+    return content
+
+
+def put(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> None:
+    """Give a content a name below the instance's prefix.
+
+    Raises:
+        HFBucketError: It has none, or nobody knows.
+    """
+    raise_failed(bucket.add({bucket.handle.join(name): content}, deadline))
+
+
+def remove(bucket: Bucket, paths: Sequence[str], deadline: Deadline) -> None:
+    """Delete objects.
+
+    Raises:
+        HFBucketError: Some are still there, or nobody knows.
+    """
+    if paths:
+        raise_failed(bucket.delete(paths, deadline))
+
+
+def raise_failed(failed: Mapping[str, ItemFailure]) -> None:
+    """Raise the first failure of a batch.
+
+    Raises:
+        TransportError: There is one.
+    """
+    for failure in failed.values():
+        raise TransportError(f"{failure.item}: {failure.message}")
+
+
+def read_json(bucket: Bucket, info: ObjectInfo, deadline: Deadline) -> dict[str, Any]:
+    """Read an object that holds a JSON record.
+
+    Raises:
+        IntegrityError: It holds none.
+        HFBucketError: It did not arrive.
+    """
+    if info.content.size > MAX_BYTES:
+        raise IntegrityError(f"{info.path}: {info.content.size} bytes are no record of ours")
+    data = bytes(fetch(bucket, info.path, info.content, deadline).data)
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise IntegrityError(f"{info.path}: holds no JSON record")
+    return record

@@ -13,9 +13,10 @@ import typer
 
 from hfbucket_plugin.config.instances import handles_of
 from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.units import parse_bytes
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.tools import console
-from jobs.cli import options, units
+from jobs.cli import options
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
 from jobs.deletion.job import DeletionJob
@@ -293,7 +294,7 @@ def _one_of(text: str, option: str, known: tuple[str, ...]) -> str:
 
 def _window(text: str) -> int:
     try:
-        size = units.size(text)
+        size = parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--window {text!r}: {error}") from None
     if not size:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.units import parse_duration
 from hfbucket_plugin.errors import ConfigError
-from jobs.cli import options, units
+from jobs.cli import options
 from jobs.index.build import IndexOrder
 from jobs.index.job import IndexJob
 from jobs.session import CommandSession, options_checked
@@ -92,6 +93,6 @@ def _working(
 
 def _duration(text: str, option: str) -> timedelta:
     try:
-        return units.duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise ConfigError(f"{option} {text!r}: {error}") from None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfbucket_plugin.config.instances import InstanceConfig, named_instances
+from hfbucket_plugin.core.units import format_duration, parse_duration
 from hfbucket_plugin.errors import ConfigError
-from jobs.cli import units
 from jobs.lock.claims import LONGEST_SECONDS
 from jobs.lock.lock import DEFAULT_SECONDS
 from jobs.retention import policy
@@ -124,7 +124,7 @@ KeepModel = Annotated[
 ]
 
 DEFAULT_DURATION = "1h"
-DEFAULT_MIN_AGE = units.in_short(policy.MIN_AGE)
+DEFAULT_MIN_AGE = format_duration(policy.MIN_AGE)
 DEFAULT_LOCK = f"{DEFAULT_SECONDS}s"
 
 
@@ -208,7 +208,7 @@ def seconds(text: str, option: str) -> float:
         ConfigError: It is no duration, or none at all.
     """
     try:
-        length = units.duration(text).total_seconds()
+        length = parse_duration(text).total_seconds()
     except ValueError as error:
         raise ConfigError(f"{option} {text!r}: {error}") from None
     if not math.isfinite(length) or length <= 0:
@@ -238,7 +238,7 @@ def age(text: str) -> timedelta:
         ConfigError: It is no duration.
     """
     try:
-        return units.duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise ConfigError(f"--min-age {text!r}: {error}") from None
 

@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.units import NOTHING, Extent, count, size
+from hfbucket_plugin.core.units import NOTHING, Extent, count, parse_bytes, size
 from hfbucket_plugin.errors import ConfigError, SafetyError
-from jobs.cli import units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +66,7 @@ class MaxDelete:
         if text.isascii() and text.isdigit():
             return "objects", int(text)
         try:
-            return "bytes", units.size(text)
+            return "bytes", parse_bytes(text)
         except ValueError:
             raise ConfigError(
                 f"--max-delete {text!r}: must be a number of objects (5000), a share of them (30%) or bytes (500GiB)"

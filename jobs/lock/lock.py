@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, Interrupted, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.hub import records
 from hfbucket_plugin.hub.bucket import ListingProgress
-from jobs.lock import records
 from jobs.lock.claims import CLAIM, DELETING, LONGEST_SECONDS, Holder, LockClaim, LockHeldError, claims_in
 from jobs.lock.clock import ServerClock, ask
 

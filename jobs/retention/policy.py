@@ -22,11 +22,11 @@ from pydantic import (
 
 from hfbucket_plugin.config.yaml_file import read_yaml
 from hfbucket_plugin.core.keys import model_of
+from hfbucket_plugin.core.units import format_duration, parse_bytes, parse_duration
 from hfbucket_plugin.errors import ConfigError
-from jobs.cli import units
 
-Duration = Annotated[timedelta, BeforeValidator(units.duration), PlainSerializer(units.in_short, return_type=str)]
-Size = Annotated[int, BeforeValidator(units.size), Field(gt=0)]
+Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
+Size = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Start = Annotated[str, Field(min_length=1)]
 """The start of a key. Never empty: that would be everything, which nobody should write by accident."""
 

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core.units import format_duration, format_ranks, parse_bytes, parse_duration, parse_ranks
-from jobs.cli import units as jobs_units
 
 
 @pytest.mark.parametrize(
@@ -35,14 +34,14 @@ def test_sizes(text, size):
         ("50gib", "did you mean GiB"),
         ("50mi", "did you mean MiB"),
         ("5 parsecs", "known are KiB"),
-        ("", "is no size"),
-        ("-1GiB", "is no size"),
-        ("1e9", "is no size"),
-        ("GiB", "is no size"),
-        ("0.3B", "no whole number"),
-        ("1" * 5000, "is no size"),
-        ("99999999PiB", "is more than"),
-        ("٣GiB", "is no size"),
+        ("", "invalid size"),
+        ("-1GiB", "invalid size"),
+        ("1e9", "invalid size"),
+        ("GiB", "invalid size"),
+        ("0.3B", "not a whole number"),
+        ("1" * 5000, "invalid size"),
+        ("99999999PiB", "more than"),
+        ("٣GiB", "invalid size"),
     ],
 )
 def test_what_is_no_size(text, said):
@@ -69,7 +68,7 @@ def test_lengths_of_time(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "24", "24 hours", "h", "-1h", "24H", "1h30m", "999999999d", "1" * 5000 + "s"])
 def test_what_is_no_length_of_time(text):
-    with pytest.raises(ValueError, match=r"is no length of time|hundred years"):
+    with pytest.raises(ValueError, match=r"invalid duration|hundred years"):
         parse_duration(text)
 
 
@@ -92,18 +91,3 @@ def test_what_are_no_ranks(text):
 @given(st.frozensets(st.integers(0, 300), min_size=1))
 def test_ranks_read_back(ranks):
     assert parse_ranks(format_ranks(ranks)) == ranks
-
-
-@given(
-    st.floats(0, 10**6).map("{:.3f}".format),
-    st.sampled_from(["s", "m", "min", "h", "d", "w", "B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", "x", ""]),
-)
-def test_the_jobs_read_what_the_warmer_reads(number, unit):
-    for own, theirs in ((parse_duration, jobs_units.duration), (parse_bytes, jobs_units.size)):
-        try:
-            wanted = own(number + unit)
-        except ValueError:
-            with pytest.raises(ValueError, match="must be"):
-                theirs(number + unit)
-        else:
-            assert theirs(number + unit) == wanted

@@ -132,7 +132,7 @@ ASKED = ("--l2-adapter", "ADAPTER", "--tier", "l1", "--prompts", "PROMPTS")
         (("--lmcache-config", "YAML", *ASKED[2:], "--world-size", "1"), "an instance of the classic engine"),
         (("--lmcache-config", "YAML", "--tier", "fs.warm", *ASKED[2:], "--world-size", "1"), "fill them apart"),
         (("--l2-adapter", "ADAPTER", "--tier", "local_cpu", "--all"), "give --lmcache-config"),
-        ((*ASKED, "--world-size", "1", "--wait-engine", "10"), "--wait-engine (limits.wait_engine): '10' is no length of time"),
+        ((*ASKED, "--world-size", "1", "--wait-engine", "10"), "--wait-engine (limits.wait_engine): invalid duration '10'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["run", "plan"])
