@@ -47,41 +47,43 @@ class L2Settings(InstanceSettings):
         0.0,
         ge=0,
         le=_MAX_CAPACITY_GB,
-        description="GiB that the objects below the prefix may take, for LMCache's `eviction`. 0: no bound, and only "
-        "eviction by quota (`IsolatedLRU`) works. A bucket has no bound of its own.",
+        description="Maximum GiB of the objects below the prefix, for LMCache's `eviction`. 0: no limit, and only "
+        "eviction by quota (`IsolatedLRU`) works. A bucket has no limit of its own.",
     )
     usage_refresh_secs: SecsOrNone = Field(
         3600.0,
-        description="Most seconds between two listings that correct the account of what the prefix holds, where "
-        "`max_capacity_gb` is set. An eviction that finds the account wrong has it listed again at once. A listing costs a "
-        "call for every 1,000 objects. 0: never list.",
+        description="Maximum seconds between two listings that correct the account of what the prefix holds, if "
+        "`max_capacity_gb` is set. An eviction that finds the account wrong causes a listing at once. A "
+        "listing costs a call for every 1,000 objects. 0: never list.",
     )
     usage_max_pages: Count = Field(
         100,
-        description="Most pages of a listing where no `max_capacity_gb` is set: one is made only when an eviction by quota "
-        "finds that others deleted objects. With a capacity, all pages are read.",
+        description="Maximum pages of a listing if `max_capacity_gb` is not set: one is made only when an eviction by"
+        " quota finds that others deleted objects. With a capacity, all pages are read.",
     )
     object_sizes: Literal["layout", "any"] = Field(
         "layout",
-        description="What a lookup takes: objects of exactly the size of the model's layout, or any. `any` is for adapters "
-        "with a `serde`, which changes sizes; the size is checked again when an object is loaded.",
+        description="What a lookup accepts: objects of exactly the size of the model's layout, or any. `any` is for "
+        "adapters with a `serde`, which changes sizes; the size is checked again when an object is "
+        "loaded.",
     )
     server_chunk_size: Count | None = Field(
         None,
-        description="The server's `--chunk-size`, for the fingerprint: LMCache does not tell it to an adapter. Only recorded "
-        "and compared; the layout of lookups shows another chunk size without it.",
+        description="The server's `--chunk-size`, for the fingerprint, since LMCache does not pass it to an adapter. "
+        "Only recorded and compared; without it, the layout of lookups still shows a different chunk "
+        "size.",
     )
     server_hash_algorithm: Annotated[str, AfterValidator(check_fact)] | None = Field(
         None,
         min_length=1,
         max_length=64,
-        description="The server's `--hash-algorithm`, for the fingerprint: LMCache does not tell it to an adapter. Only "
-        "recorded and compared, with what it makes of a fixed sequence of tokens.",
+        description="The server's `--hash-algorithm`, for the fingerprint, since LMCache does not pass it to an "
+        "adapter. Only recorded and compared, together with its hash of a fixed sequence of tokens.",
     )
     num_workers: Count | None = Field(
         None,
-        description="LMCache's built-in adapter takes it; without effect here, where `max_parallel_reads` and "
-        "`max_parallel_writes` bound the work.",
+        description="Accepted because LMCache's built-in adapter takes it; without effect here, where "
+        "`max_parallel_reads` and `max_parallel_writes` limit the work.",
     )
 
     @property

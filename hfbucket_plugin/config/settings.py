@@ -144,195 +144,214 @@ class InstanceSettings(BaseModel):
     )
     token_env: Annotated[str, AfterValidator(_check_variable)] = Field(
         "HF_TOKEN",
-        description="Environment variable that holds the access token. A non-empty variable wins over `token`. "
-        "The default is the variable that every Hugging Face tool reads.",
+        description="Environment variable with the access token. A non-empty variable overrides `token`. Default: the"
+        " variable that every Hugging Face tool reads.",
     )
     token: SecretStr | None = Field(
         None,
-        description="A token written into the configuration. LMCache logs its configuration, this included: "
-        "prefer `token_env`.",
+        description="A token written into the configuration. LMCache logs its configuration, including this: prefer "
+        "`token_env`.",
     )
     create_bucket_if_missing: bool = Field(
         False,
-        description="Create the bucket on the first write, not before. Off, so that a mistyped handle is an error and "
-        "not a new bucket.",
+        description="Create the bucket on the first write, not before. Off, so that a mistyped handle is an error and"
+        " not a new bucket.",
     )
     download_tmp_dir: Annotated[Path, AfterValidator(_expand_home)] = Field(
         default_factory=default_root,
-        description="Where temporary files go, each process in a locked subdirectory of its own: what hf_xet keeps of its "
-        "sessions (some MiB), and the chunks that `verify: hash` checks. Must belong to the user of the process, or to root. "
-        "A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the disk.",
+        description="Directory for temporary files, each process in a locked subdirectory of its own: what hf_xet "
+        "keeps of its sessions (some MiB), and the chunks that `verify: hash` checks. Must belong to the "
+        "user of the process, or to root. A tmpfs such as /dev/shm/lmcache-hfbucket keeps them off the "
+        "disk.",
     )
     metadata_cache_ttl_secs: SecsOrNone = Field(
         30.0,
-        description="Seconds for which an object's existence, size and hash are believed. LMCache's default.",
+        description="Seconds for which an object's existence, size and hash are cached. LMCache's default.",
     )
 
     miss_cache_ttl_secs: SecsOrNone = Field(
         5.0,
-        description="Seconds for which a miss is believed; never longer than `metadata_cache_ttl_secs`. Short, so that "
-        "a chunk written elsewhere is soon seen.",
+        description="Seconds for which a miss is cached; never longer than `metadata_cache_ttl_secs`. Short, so that "
+        "a chunk written elsewhere is soon found.",
     )
     metadata_cache_entries: Count = Field(
         100_000,
-        description="Most entries of the metadata cache; the least recently used go first. About 50 MB when full.",
+        description="Maximum entries of the metadata cache; the least recently used are dropped first. About 50 MB "
+        "when full.",
     )
     lookup_timeout_secs: Secs = Field(
         1.0,
-        description="Most seconds a lookup may take before it counts as a miss. Short, because a lookup blocks the "
+        description="Maximum seconds of a lookup; then it counts as a miss. Short, because a lookup blocks the "
         "engine's scheduler.",
     )
     get_timeout_secs: Secs | None = Field(
         None,
-        description="Most seconds a get may take; what has arrived by then is returned. Must end before LMCache's "
-        "`blocking_timeout_secs`, after which everything would be thrown away. Default: 90 % of that.",
+        description="Maximum seconds of a get; what has arrived by then is returned. Must end before LMCache's "
+        "`blocking_timeout_secs`, after which everything is discarded. Default: 90 % of that.",
     )
     put_timeout_secs: Secs = Field(
         60.0,
-        description="Most seconds a put of one batch may take. Long: a put waits for no one.",
+        description="Maximum seconds of a put of one batch. Long, because no request waits for a put.",
     )
     close_timeout_secs: Secs = Field(
-        5.0, description="Most seconds that closing waits for puts under way. An engine that stops must stop."
+        5.0,
+        description="Maximum seconds that closing waits for puts in progress. Short, so that a stopping engine stops.",
     )
     verify: Literal["size", "hash"] = Field(
         "size",
-        description="What is checked before a chunk is served. `size`: its length. `hash`: its Xet hash too, at "
-        "0.5 to 1.7 GB/s; it also finds flipped bytes in incompressible data, which Xet's own decoder passes.",
+        description="What is checked before a chunk is served. `size`: its length. `hash`: its Xet hash too, at 0.5 "
+        "to 1.7 GB/s; this also detects flipped bytes in incompressible data, which Xet's own decoder "
+        "does not.",
     )
     role: Literal["read-write", "read-only", "write-only"] = Field(
         "read-write",
-        description="What the engine may do here. LMCache sends every put to all its instances and looks all of them up: "
-        "`read-only` stores and deletes nothing, `write-only` is never looked up or read. Default: LMCache's behaviour.",
+        description="What the engine may do here. LMCache sends every put to all its instances and looks all of them "
+        "up: `read-only` stores and deletes nothing, `write-only` is never looked up or read. Default: "
+        "LMCache's behaviour.",
     )
     max_inflight_bytes: ByteCount = Field(
         64 * MIB,
         ge=MIN_INFLIGHT_BYTES,
-        description="Most bytes asked for at one time by reads, whose memory beyond the engine's own is this and 32 MiB at "
-        "most; 16 chunks of 4 MiB fit into 64 MiB. Puts are cut into commits of four times as much (of as much, below "
-        "64 MiB), stored whole or not at all: where one takes longer than `put_timeout_secs`, lower this.",
+        description="Maximum bytes requested by reads at one time. Reads take at most this and 32 MiB of memory "
+        "beyond the engine's own; 16 chunks of 4 MiB fit into 64 MiB. Puts are cut into commits of four "
+        "times as much (of as much, below 64 MiB), stored completely or not at all: lower this if a "
+        "commit takes longer than `put_timeout_secs`.",
     )
     max_parallel_reads: PositiveInt = Field(
         32,
         le=256,
-        description="Most streams open at one time, as far as `max_inflight_bytes` lets them. Each costs two round trips; "
-        "32 hide them for small chunks, and more did not help on two cores.",
+        description="Maximum streams open at one time, within `max_inflight_bytes`. Each costs two round trips; 32 "
+        "hide them for small chunks, and more did not help on two cores.",
     )
     max_parallel_writes: PositiveInt = Field(
         2,
         le=64,
-        description="Most commits under way at one time, as far as they fit into `max_inflight_bytes` together; a larger one "
-        "goes alone, and keeps the line busy by itself. Two, so that a small put need not wait for another's round trips.",
+        description="Maximum commits in progress at one time, if they fit into `max_inflight_bytes` together; a "
+        "larger one goes alone and keeps the line busy by itself. Two, so that a small put need not wait "
+        "for another's round trips.",
     )
     max_waiting_put_bytes: ByteCount = Field(
         2 * GIB,
-        description="Most bytes of chunks whose puts wait or are under way; what comes beyond it is refused and counted as "
-        "`not_taken`. They lie in the engine's own memory, which cannot be reused meanwhile: keep it well below that.",
+        description="Maximum bytes of chunks whose puts wait or are in progress; more is refused and counted as "
+        "`not_taken`. They occupy the engine's own memory, which cannot be reused meanwhile: keep this "
+        "well below it.",
     )
     put_window_secs: SecsOrNone = Field(
         1.0,
-        description="Longest that uploaded chunks wait to be named together with others, by one call to the Hub, while "
-        "more are being uploaded; when none are, they do not wait. Nobody waits for a put, and calls are scarce.",
+        description="Maximum seconds that uploaded chunks wait to be named together with others, by one call to the "
+        "Hub, while more are being uploaded; otherwise they do not wait. No request waits for a put, and "
+        "calls are scarce.",
     )
     max_hub_calls_per_minute: Count | None = Field(
         None,
-        description="Most calls of this instance in this process to the Hub's API in any 60 s. Over it, lookups are misses "
-        "at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per member and shared by "
-        "a fleet (6,000 calls in 5 minutes are 20 a second). Default: no cap, since the size of a fleet is not known here.",
+        description="Maximum calls of this instance in this process to the Hub's API in any 60 s. Beyond it, lookups "
+        "miss at once, counted as `budget`, and puts wait within their deadline. The Hub's quotas are per"
+        " member and shared by a fleet (6,000 calls in 5 minutes are 20 a second). Default: no limit, "
+        "since the size of the fleet is unknown here.",
     )
     fingerprint: Annotated[Literal["enforce", "warn", "off"], BeforeValidator(_as_switch)] = Field(
         "warn",
-        description="What becomes of an engine whose chunks are not those that the bucket's fingerprint tells of: other "
-        "weights, chunk size, layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups "
-        "and gets are misses and its puts are refused, also while the fingerprint is not known. `warn`: it is logged and "
-        "counted. Warned of by default, since a fleet that has never recorded one must not stop.",
+        description="What happens to an engine that differs from the bucket's fingerprint: other weights, chunk size,"
+        " layout or hashes under the same model name; see docs/fingerprint.md. `enforce`: its lookups and"
+        " gets miss and its puts are refused, also while the fingerprint is unknown. `warn`: it is logged"
+        " and counted. Default: `warn`, since a fleet that has never recorded a fingerprint must not "
+        "stop.",
     )
     model_revision: Annotated[str, AfterValidator(check_fact)] | None = Field(
         None,
         min_length=1,
         max_length=512,
-        description="Of the model's weights, such as a commit of its repository: recorded in the fingerprint and compared. "
-        "Change it with the weights. LMCache does not know it; without it, new weights of the same layout are not noticed.",
+        description="Revision of the model's weights, such as a commit of its repository: recorded in the fingerprint"
+        " and compared. Change it with the weights. LMCache does not know it; without it, new weights of "
+        "the same layout are not noticed.",
     )
     fingerprint_refresh_secs: Secs = Field(
         1800.0,
-        description="Seconds after which the fingerprint is looked at again; a conflict, or that there is none yet, after a "
-        "tenth of that. A call each: 1,600 workers make 270 calls in 5 minutes.",
+        description="Seconds until the fingerprint is read again; a tenth of that after a conflict, or while none is "
+        "recorded. One call each: 1,600 workers make 270 calls in 5 minutes.",
     )
     breaker_failures: Count = Field(
         3,
-        description="Lookups, reads or commits in a row that fail in transport (no answer, 5xx, deadline) before the "
-        "breaker opens: from then on they are misses at once. Three, so that one lost connection changes nothing.",
+        description="Transport failures (no answer, 5xx, deadline) of lookups, reads or commits in a row that open "
+        "the breaker: from then on they miss at once. Three, so that one lost connection changes nothing.",
     )
     breaker_probe_secs: Secs = Field(
         1.0,
-        description="Seconds after which an open breaker is probed in the background; doubled with each failure, up to "
+        description="Seconds until an open breaker is probed in the background; doubled after each failure, up to "
         "`breaker_max_probe_secs`.",
     )
     breaker_max_probe_secs: Secs = Field(
         10.0,
-        description="Longest time between two probes. 10 s bring full service back well within 30 s of an outage's end.",
+        description="Maximum seconds between two probes. 10 s restore full service well within 30 s of the end of an "
+        "outage.",
     )
     index: Annotated[Literal["off", "listing", "snapshot"], BeforeValidator(_as_switch)] = Field(
         "off",
-        description="Whether lookups go by a table of the instance's keys in this process's memory, see docs/index.md. "
-        "`snapshot`: a published one, kept current by journals that the writers add. `listing`: one that this process makes of "
-        "the instance's listing. Off, since the one needs a builder on a schedule, and the other costs a call for 1000 objects.",
+        description="Whether lookups use a table of the instance's keys in this process's memory; see docs/index.md. "
+        "`snapshot`: a published table, kept current by the writers' journals. `listing`: one that this "
+        "process makes by listing the instance. Off, since the first needs a builder on a schedule, and "
+        "the second costs a call for 1000 objects.",
     )
     index_miss: Literal["trust", "ask"] = Field(
         "trust",
-        description="What a key that is not in the index is. `trust`: a miss, at no cost; a chunk that somebody wrote without "
-        "the index is seen with the next snapshot. `ask`: the Hub is asked, as without an index. Puts always ask.",
+        description="What a key that is not in the index means. `trust`: a miss, at no cost; a chunk written without "
+        "the index is found with the next snapshot. `ask`: the Hub is asked, as without an index. Puts "
+        "always ask.",
     )
     index_refresh_secs: Secs = Field(
         60.0,
-        description="Least seconds between two looks for a new snapshot and new journals; each is a call to the Hub, and one more for "
-        "every 1000 journals. Longer where more than 200 processes write journals: together they make 1000 calls in 5 minutes. With "
-        "`listing`, the calls of a listing are spread so that there is one in this time, as far as `index_max_age_secs` permits.",
+        description="Minimum seconds between two looks for a new snapshot and new journals; each is a call to the "
+        "Hub, and one more for every 1000 journals. Longer if more than 200 processes write journals: "
+        "together they make 1000 calls in 5 minutes. With `listing`, the calls of a listing are spread "
+        "over time, one in this interval, as far as `index_max_age_secs` permits.",
     )
     index_max_age_secs: Secs = Field(
         6 * 3600.0,
-        description="An index that nobody has renewed for so long is not used: lookups ask the Hub as without one. Six hours "
-        "outlast some failed runs of a builder that runs every hour.",
+        description="Age at which an index that was not renewed is no longer used: lookups then ask the Hub as "
+        "without one. Six hours outlast some failed runs of an hourly builder.",
     )
     index_max_bytes: ByteCount = Field(
         512 * MIB,
-        description="Most memory of the index; a larger one is not used, and a `listing` that does not fit is tried again after six hours. A key takes 68 bytes, 76 where hits are known, and while a new snapshot is "
-        "loaded there are two: 512 MiB are 7 million keys.",
+        description="Maximum memory of the index; a larger one is not used, and a `listing` that does not fit is "
+        "tried again after six hours. A key takes 68 bytes, 76 if hits are known, and while a new "
+        "snapshot is loaded there are two: 512 MiB are 7 million keys.",
     )
     index_journal_secs: Secs = Field(
         30.0,
-        description="Least seconds between two journals of this process, in which it tells others what it put, deleted and read; "
-        "each is a call to the Hub, and none is written when there is no news. Longer where more than 100 processes write some: "
-        "together they make 1000 calls in 5 minutes.",
+        description="Minimum seconds between two journals of this process, in which it reports what it put, deleted "
+        "and read; each is a call to the Hub, and none is written without news. Longer if more than 100 "
+        "processes write journals: together they make 1000 calls in 5 minutes.",
     )
     index_journal_entries: PositiveInt = Field(
         2000,
         le=50_000,
-        description="Most entries of one journal, of 61 bytes each. A journal that is not full is rewritten with every news, "
-        "so that there are few to list.",
+        description="Maximum entries of one journal, of 61 bytes each. A journal that is not full is rewritten with "
+        "each report, so that there are few to list.",
     )
     index_journal_waiting: Count = Field(
         50_000,
-        description="Most entries that wait to be written, while the Hub takes none or there is no snapshot yet; about 20 MB when "
-        "full. The oldest are dropped first, and counted: others learn of those keys by the next snapshot.",
+        description="Maximum entries that wait to be written, while the Hub accepts none or there is no snapshot yet;"
+        " about 20 MB when full. The oldest are dropped first, and counted: other processes learn of "
+        "those keys from the next snapshot.",
     )
     heat: Annotated[Literal["on", "off"], BeforeValidator(_as_switch)] = Field(
         "on",
-        description="Whether this process tells, by journals too, which chunks it was served: so that a cleanup keeps what is "
-        "read, and a warm-up begins with it, see docs/index.md. Needs `index: snapshot` and a role that reads and writes. On, since "
-        "what some processes do not tell looks idle to all; switch it off in all of them, or in none.",
+        description="Whether this process reports, also by journals, which chunks it was served, so that a cleanup "
+        "keeps what is read and a warm-up begins with it; see docs/index.md. Needs `index: snapshot` and "
+        "a role that reads and writes. On, since chunks whose reads are not reported look idle to all; "
+        "switch it off in all processes or in none.",
     )
     heat_secs: Secs = Field(
         300.0,
-        description="Minimum seconds between two reports of hits. A report goes with a journal that is due anyway, or else by one "
-        "call to the Hub; without hits there is none.",
+        description="Minimum seconds between two reports of hits. A report goes with a journal that is due anyway, or"
+        " else by one call to the Hub; without hits there is none.",
     )
     heat_keys: PositiveInt = Field(
         200,
         le=10_000,
-        description="Keys in a report of hits, of 65 bytes each; up to 40 times as many, and at most 16,384, where more were read. "
-        "Hits of further keys wait for the next report. Beyond 32,768 waiting keys hits are dropped, and nothing counts as idle "
-        "before that moment.",
+        description="Keys in a report of hits, of 65 bytes each; up to 40 times as many, and at most 16,384, if more "
+        "were read. Hits of further keys wait for the next report. Beyond 32,768 waiting keys hits are "
+        "dropped, and time before that moment does not count as idle.",
     )
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         default_factory=_default_endpoint,
