@@ -2,12 +2,13 @@
 
 ::
 
-    cli → run ─┬─ selection → plan        what is to be there, as a file
-               ├─ cluster → fleet → schedule   which node gets what next
-               │              └─ node → tiers  bytes into one node's tier
-               └─ progress, report        what happened
+    cli → run ─┬─ plan                      which chunks are to be there, as a file
+               ├─ cluster → schedule        which node gets which batch next
+               │          └─ node → tiers   bytes into one node's tier
+               ├─ check                     whether tiers hold what was planned, and engines hit it
+               └─ report                    what happened
 
-`plan`, `schedule` and `report` are pure; only `cluster` and `fleet` know of Ray.
+`schedule` is pure; only `cluster` imports Ray.
 """
 
 from hfbucket_plugin.core.texts import clean_logs as _clean_logs

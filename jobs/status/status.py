@@ -16,7 +16,7 @@ from jobs import history
 from jobs.deletion.guards import MaxDelete, check_listing
 from jobs.index import inventory
 from jobs.index.inventory import IndexState
-from jobs.lock import clock as hubclock
+from jobs.lock import clock as server_clock
 from jobs.lock.clock import ServerClock
 from jobs.retention.access import Heat, dropped_of, opened_heat
 from jobs.retention.objects import Classifier, Kind
@@ -262,7 +262,7 @@ def examine(
         HFBucketError: The listing is not complete.
     """
     clock = ServerClock()
-    hubclock.ask(bucket, clock, request_secs)
+    server_clock.ask(bucket, clock, request_secs)
     now = clock.earliest() if clock.known else datetime.now(UTC)
     census = InstanceCensus(now)
     last, trouble = None, ""

@@ -17,7 +17,7 @@ from jobs.deletion.job import DeletionJob
 from jobs.report import OutcomeTally, ReportFile
 from jobs.session import coded
 from tests.support.depot import DAY, INSTANCE, NEW, OLD
-from tests.support.lane import ExportRig
+from tests.support.export_rig import ExportRig
 from tests.support.plugin_support import noise
 
 

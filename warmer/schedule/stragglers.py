@@ -129,7 +129,7 @@ class Stragglers(Dispatch):
             self._settle(batch)
 
     def _part(self, batch: Batch, nodes: list[str], second: Cohort) -> None:
-        """Some go on to wait for a batch in the second convoy: one of them fetches it for all of them."""
+        """Some go on to wait for a batch in the second cohort: one of them fetches it for all of them."""
         child = Batch(next(self._numbers), batch.chunks, nodes, second)
         child.reserved = batch.reserved.intersection(nodes)
         batch.reserved -= child.reserved

@@ -23,7 +23,7 @@ from hfbucket_plugin.hub.client import HubClient
 from jobs.deletion.job import DeletionJob
 from jobs.export.job import Export
 from tests.support.depot import DAY, key
-from tests.support.lane import ExportRig
+from tests.support.export_rig import ExportRig
 from tests.support.thorough import run_on_hub
 
 KEYS = [key(number) for number in range(6)]

@@ -15,7 +15,7 @@ from jobs.export import manifest
 from jobs.export.bucket import InstanceEnd
 from localhub.faults import Fault
 from tests.support.depot import DAY, key, mp_key
-from tests.support.lane import ExportRig, ended, names
+from tests.support.export_rig import ExportRig, ended, names
 from tests.support.plugin_support import eventually, noise
 
 KEYS = [key(number) for number in range(4)] + [mp_key(number) for number in range(2)]

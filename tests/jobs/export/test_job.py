@@ -14,7 +14,7 @@ from hfbucket_plugin.hub.client import HubClient
 from jobs.export.bucket import InstanceEnd
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, key, mp_key
-from tests.support.lane import EU, US, ExportRig, names
+from tests.support.export_rig import EU, US, ExportRig, names
 from tests.support.plugin_support import SECRET, noise, upload
 
 KEYS = [key(number) for number in range(6)] + [mp_key(number) for number in range(3)]

@@ -7,7 +7,7 @@ from hfbucket_plugin.core.keys import encode_name
 from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
 from tests.support.depot import HOUR, key
-from tests.support.lane import ExportRig, names
+from tests.support.export_rig import ExportRig, names
 from tests.support.plugin_support import noise
 
 KEPT = [key(number) for number in range(12)]

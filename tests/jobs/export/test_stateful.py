@@ -18,7 +18,7 @@ from hfbucket_plugin.errors import Interrupted
 from jobs.export.copy import Copier
 from localhub.faults import Fault
 from tests.support.depot import DAY, HOUR, key
-from tests.support.lane import ExportRig
+from tests.support.export_rig import ExportRig
 from tests.support.thorough import run_on_hub
 
 KEYS = [key(number) for number in range(6)]

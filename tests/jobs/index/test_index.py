@@ -10,6 +10,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from jobs.cli.app import app
 from localhub.faults import Fault
 from tests.support.depot import HOUR, PREFIX, key, mp_key
+from tests.support.export_rig import EU, ExportRig
 from tests.support.index_depot import (
     JOURNALS,
     SNAPSHOTS,
@@ -22,7 +23,6 @@ from tests.support.index_depot import (
     seen,
     strangers,
 )
-from tests.support.lane import EU, ExportRig
 from tests.support.plugin_support import download, upload
 
 KEYS = [key(number) for number in range(8)] + [mp_key(1)]

@@ -21,7 +21,7 @@ from jobs.lock.clock import ServerClock
 from jobs.lock.lock import BucketLock, LockLostError
 from localhub.faults import Fault
 from tests.support.depot import DAY, INSTANCE, NEW, OLD, Depot
-from tests.support.lane import ExportRig
+from tests.support.export_rig import ExportRig
 from tests.support.plugin_support import Clock, opened
 from warmer.cli.app import app as warmer
 
