@@ -124,19 +124,19 @@ class OutcomeTally:
 
 
 GAUGES: Final = {
-    "hfbucket_jobs_objects": "Objects of the instance after the last run",
-    "hfbucket_jobs_bytes": "Bytes of these objects",
+    "hfbucket_jobs_objects": "Chunks of the instance after the last run",
+    "hfbucket_jobs_bytes": "Bytes of the chunks of the instance after the last run",
     "hfbucket_jobs_deleted_objects": "Objects deleted by the last run",
     "hfbucket_jobs_deleted_bytes": "Bytes deleted by the last run",
     "hfbucket_jobs_copied_objects": "Objects copied by the last run, by the Hub or as bytes",
-    "hfbucket_jobs_copied_bytes": "Bytes of these objects",
-    "hfbucket_jobs_failed_objects": "Objects that the last run could not delete or copy",
-    "hfbucket_jobs_unfinished_objects": "Objects that the last run did not come to",
-    "hfbucket_jobs_index_covers_timestamp_seconds": "Until when journals are in the snapshot that the last build published",
-    "hfbucket_jobs_index_listed_timestamp_seconds": "When the listing began that this snapshot goes back to",
-    "hfbucket_jobs_index_differences": "Differences between index and listing that the last verification found",
-    "hfbucket_jobs_exit_code": "How the last run ended",
-    "hfbucket_jobs_last_run_timestamp_seconds": "When the last run ended",
+    "hfbucket_jobs_copied_bytes": "Bytes copied by the last run",
+    "hfbucket_jobs_failed_objects": "Objects that the last run failed to delete or copy",
+    "hfbucket_jobs_unfinished_objects": "Objects that the last run did not reach",
+    "hfbucket_jobs_index_covers_timestamp_seconds": "Time until which journals are in the snapshot that the last build published",
+    "hfbucket_jobs_index_listed_timestamp_seconds": "Start of the listing on which the published snapshot is based",
+    "hfbucket_jobs_index_differences": "Differences between index and listing found by the last verification",
+    "hfbucket_jobs_exit_code": "Exit code of the last run",
+    "hfbucket_jobs_last_run_timestamp_seconds": "End of the last run",
 }
 
 

@@ -81,40 +81,51 @@ INDEX_ANSWERS = "hfbucket_index_answers_total"
 HEAT_HITS = "hfbucket_heat_hits_total"
 
 _COUNTERS = {
-    OPERATIONS: ("Operations of the engine on a bucket instance", ("instance", "operation", "outcome")),
-    CHUNKS: ("Chunks looked up, read, written and deleted", ("instance", "operation", "outcome")),
-    BYTES: ("Bytes of chunks moved", ("instance", "direction")),
-    HUB_REQUESTS: ("Requests to the Hub's API", ("instance", "route", "outcome")),
+    OPERATIONS: ("Operations of the engine on a bucket instance, by outcome", ("instance", "operation", "outcome")),
+    CHUNKS: ("Chunks looked up, read, written and deleted, by outcome", ("instance", "operation", "outcome")),
+    BYTES: ("Bytes of chunks read from and written to the store", ("instance", "direction")),
+    HUB_REQUESTS: ("Requests to the Hub's API, which count against its quota", ("instance", "route", "outcome")),
     FINGERPRINT_CONFLICTS: (
-        "Times that a field was found to differ from the bucket's fingerprint",
+        "Conflicts with the bucket's fingerprint, by the field that differs",
         ("instance", "field"),
     ),
-    BREAKER_CHANGES: ("Times that a breaker opened or closed", ("instance", "part", "to")),
-    BAD_OBJECTS: ("Objects proven bad by two fetches that failed their hash", ("instance",)),
-    INDEX_REFRESHES: ("Refreshes of the key index, by how they ended", ("instance", "outcome")),
+    BREAKER_CHANGES: ("Openings and closings of circuit breakers", ("instance", "part", "to")),
+    BAD_OBJECTS: ("Objects proven bad: two fetches failed their hash", ("instance",)),
+    INDEX_REFRESHES: ("Refreshes of the key index, by outcome", ("instance", "outcome")),
     INDEX_JOURNALS: (
-        "Journals of the key index that were read or written, by what became of them",
+        "Journals of the key index read or written, by outcome",
         ("instance", "outcome"),
     ),
-    INDEX_DROPPED: ("Puts and deletes that no journal will tell of, since too many waited", ("instance",)),
-    INDEX_ANSWERS: ("Keys that the index was asked for: hit, miss, or left for the Hub", ("instance", "outcome")),
+    INDEX_DROPPED: ("Puts and deletes that no journal reports, because too many entries waited", ("instance",)),
+    INDEX_ANSWERS: (
+        "Keys looked up in the key index, by whether it answered or the Hub was asked",
+        ("instance", "outcome"),
+    ),
     HEAT_HITS: (
-        "Chunks served that others were told of, or will not be, since too many keys wait",
+        "Chunks served, by whether the hit was reported to other processes or dropped because too many keys waited",
         ("instance", "outcome"),
     ),
 }
 # How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
 _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
-    BREAKER_OPEN: ("Whether a breaker is open: its calls are misses at once", ("instance", "part"), "livemax"),
-    IN_FLIGHT: ("Calls under way", ("instance", "operation"), "livesum"),
-    WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are under way", ("instance",), "livesum"),
-    FINGERPRINT_STATE: ("Models of this process by the state of their fingerprint", ("instance", "state"), "livesum"),
+    BREAKER_OPEN: (
+        "Whether a circuit breaker is open: 1 while its operations fail at once",
+        ("instance", "part"),
+        "livemax",
+    ),
+    IN_FLIGHT: ("Calls of the engine in progress", ("instance", "operation"), "livesum"),
+    WAITING_PUT_BYTES: ("Bytes of chunks whose puts wait or are in progress", ("instance",), "livesum"),
+    FINGERPRINT_STATE: ("Models of this process, by the state of their fingerprint", ("instance", "state"), "livesum"),
     CACHE_ENTRIES: ("Entries of the metadata cache", ("instance",), "livesum"),
-    INDEX_STATE: ("1 for the state that the key index is in", ("instance", "state"), "livemax"),
-    INDEX_KEYS: ("Keys of the snapshot that is in use", ("instance",), "livemax"),
-    INDEX_BYTES: ("Memory of the key index", ("instance",), "livesum"),
-    INDEX_AGE: ("Age of the key index in use, at its last refresh", ("instance",), "livemax"),
-    QUARANTINED: ("Contents that could not be served recently, and are not offered", ("instance",), "livesum"),
+    INDEX_STATE: ("State of the key index: 1 for the current one", ("instance", "state"), "livemax"),
+    INDEX_KEYS: ("Keys of the key index's snapshot in use", ("instance",), "livemax"),
+    INDEX_BYTES: ("Memory of the key index, in bytes", ("instance",), "livesum"),
+    INDEX_AGE: (
+        "Seconds since the key index in use was made or last refreshed, whichever is longer, at its last refresh",
+        ("instance",),
+        "livemax",
+    ),
+    QUARANTINED: ("Contents that recently could not be served and are not offered", ("instance",), "livesum"),
 }
 # From a cached lookup (microseconds) to a put that ran into its deadline.
 _BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -172,7 +183,7 @@ class PrometheusSink:
         }
         self._seconds = prometheus_client.Histogram(
             SECONDS,
-            "Duration of operations on a bucket instance",
+            "Duration of operations on a bucket instance, in seconds",
             ("instance", "operation"),
             buckets=_BUCKETS,
             registry=registry,

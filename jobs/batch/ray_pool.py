@@ -40,7 +40,7 @@ class RayCounts:
 
     def __init__(self, instance: str) -> None:
         self._instance = instance
-        self._objects = CountedBytes("jobs_objects", "jobs_bytes", "Objects that a job is done with, by outcome", _TAGS)
+        self._objects = CountedBytes("jobs_objects", "jobs_bytes", "Objects that a job has finished, by outcome", _TAGS)
 
     def add(self, result: Result[Any]) -> None:
         """Count what has ended with a try."""

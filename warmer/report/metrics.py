@@ -34,7 +34,7 @@ class CountedBytes:
 
     def __init__(self, things: str, bytes_name: str, what: str, tags: tuple[str, ...]) -> None:
         self._things = Counter(things, what, tags)
-        self._bytes = Counter(bytes_name, f"{what}: their bytes", tags)
+        self._bytes = Counter(bytes_name, f"{what}, in bytes", tags)
 
     def add(self, count: int, size: int, tags: Mapping[str, str]) -> None:
         """Count some; none and no bytes are counted as nothing.
@@ -60,10 +60,10 @@ PRESENT: Final = "present"
 FAILED: Final = "failed"
 
 _OF_COUNTS: Final = {
-    "fetched": ("warmer_fetched_chunks", "Chunks that came from the Hub, again ones included"),
-    "fetched_bytes": ("warmer_fetched_bytes", "Their bytes"),
-    "refetched": ("warmer_refetched_chunks", "Chunks that the Hub was asked for once more"),
-    "own": ("warmer_fetched_alone_chunks", "Chunks that a node asked the Hub for by itself"),
+    "fetched": ("warmer_fetched_chunks", "Chunks fetched from the Hub, repeats included"),
+    "fetched_bytes": ("warmer_fetched_bytes", "Bytes fetched from the Hub, repeats included"),
+    "refetched": ("warmer_refetched_chunks", "Chunks fetched from the Hub again"),
+    "own": ("warmer_fetched_alone_chunks", "Chunks that a node fetched from the Hub by itself"),
 }
 
 
@@ -76,15 +76,15 @@ class RunMetrics:
 
     def __init__(self) -> None:
         self._chunks = CountedBytes(
-            "warmer_chunks", "warmer_bytes", "Chunks that have ended on a node, by outcome", (*_NODE, "outcome")
+            "warmer_chunks", "warmer_bytes", "Chunks finished on a node, by outcome", (*_NODE, "outcome")
         )
         self._failures = Counter("warmer_failures", "Chunks that failed on a node, by kind", (*_NODE, "kind"))
         self._lost = Counter("warmer_lost_nodes", "Nodes that took no part or were lost, by kind", (*_NODE, "kind"))
         self._of_counts = {field: Counter(name, words, _RUN) for field, (name, words) in _OF_COUNTS.items()}
-        self._busy = Gauge("warmer_in_flight_chunks", "Chunks that a node is busy with", _NODE)
-        self._busy_bytes = Gauge("warmer_in_flight_bytes", "Their bytes", _NODE)
+        self._busy = Gauge("warmer_in_flight_chunks", "Chunks in progress on a node", _NODE)
+        self._busy_bytes = Gauge("warmer_in_flight_bytes", "Bytes of the chunks in progress on a node", _NODE)
         self._coverage = Gauge(
-            "warmer_coverage_ratio", "Of the chunks that a node is to hold in a tier, the part that is there", _NODE
+            "warmer_coverage_ratio", "Share of the chunks for a tier of a node that are there", _NODE
         )
         self._forget()
 
