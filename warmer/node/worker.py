@@ -23,8 +23,7 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub.connect import open_bucket
-from hfbucket_plugin.hub.transfer import DownloadToBuffer
-from hfbucket_plugin.hub.transfer_file import DownloadToFile
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, DownloadToFile
 from warmer.node.holdings import Holdings
 from warmer.node.receive import Receiver, bytes_of, given_up, hashes_of, tier_name
 from warmer.node.reuse import EarlierTier

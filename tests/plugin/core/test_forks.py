@@ -2,7 +2,7 @@
 
 import os
 
-from hfbucket_plugin.hub import connections
+from hfbucket_plugin.hub import client as connections
 from tests.support.plugin_support import run_script
 
 FORK = """

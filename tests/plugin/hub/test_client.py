@@ -343,7 +343,7 @@ def test_an_environment_that_forbids_requests_is_told_by_its_variable(  # noqa: 
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr("hfbucket_plugin.hub.connections.get_session", no_client)
+    monkeypatch.setattr("hfbucket_plugin.hub.client.get_session", no_client)
 
     error = failure(client(hub.endpoint), bucket, attempts=1)
 
@@ -381,7 +381,7 @@ def test_offline_mode_is_told(hub, bucket, monkeypatch):
 def test_a_client_that_was_closed_under_the_request_is_no_crash(hub, bucket, monkeypatch):
     closed = httpx2.Client()
     closed.close()
-    monkeypatch.setattr("hfbucket_plugin.hub.connections.get_session", lambda: closed)
+    monkeypatch.setattr("hfbucket_plugin.hub.client.get_session", lambda: closed)
 
     assert type(failure(client(hub.endpoint), bucket, attempts=1)) is TransportError
 

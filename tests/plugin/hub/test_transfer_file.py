@@ -23,8 +23,7 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub import xet_session
-from hfbucket_plugin.hub.transfer import DownloadToBuffer
-from hfbucket_plugin.hub.transfer_file import DownloadToFile
+from hfbucket_plugin.hub.transfer import DownloadToBuffer, DownloadToFile
 from localhub.faults import Fault
 from tests.support.plugin_support import eventually, noise, opened, upload
 
