@@ -278,7 +278,7 @@ def refusal(build, caplog, text, name="hfbucket"):
     caplog.clear()
     with pytest.raises(ConfigError) as refused, caplog.at_level(logging.ERROR, logger="hfbucket_plugin"):
         build(text, name)
-    errors = [record.getMessage() for record in caplog.records if record.name == "hfbucket_plugin.adapter"]
+    errors = [record.getMessage() for record in caplog.records if record.name == "hfbucket_plugin.engine.classic"]
     assert errors == [str(refused.value)]
     assert f"instance {name!r}" in errors[0]
     return errors[0]
