@@ -120,7 +120,7 @@ class MP:
         """Load, alone, into buffers that held something else before."""
         keys = [_key(number) for number in numbers]
         objects = [_memory(b"\xa5" * CHUNK_BYTES) for _ in numbers]
-        self.adapter._locks.add(keys)  # noqa: SLF001 - locked, as all that LMCache loads is, without a lookup of its own
+        self.adapter._tasks.lock(keys)  # noqa: SLF001 - locked, as all that LMCache loads is, without a lookup of its own
         task = self.adapter.submit_load_task(keys, objects)
         bitmap = _await(self.adapter.get_load_event_fd(), lambda: self.adapter.query_load_result(task))
         self.adapter.submit_unlock(keys)

@@ -16,7 +16,6 @@ from collections import Counter
 from concurrent.futures import wait
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakValueDictionary
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.eviction_policy.isolated_lru import IsolatedLRUEvictionPolicy
@@ -31,7 +30,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.core.telemetry import default_sink
 from hfbucket_plugin.engine.memory import BorrowedMemory
-from hfbucket_plugin.engine.mp_tasks import Locks, TaskTable, key_string, layout_bytes, object_key
+from hfbucket_plugin.engine.mp_tasks import KINDS, TaskTable, key_string, layout_bytes, object_key
 from hfbucket_plugin.engine.mp_usage import Usage, UsageListing, list_page
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.fingerprint.watch import FingerprintWatch
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.config.l2 import L2Settings
     from hfbucket_plugin.core import telemetry
     from hfbucket_plugin.core.keys import ContentId
-    from hfbucket_plugin.engine.mp_tasks import Load
+    from hfbucket_plugin.engine.mp_tasks import Task
     from hfbucket_plugin.store.write import PutReport
 
 _log = logging.getLogger(__name__)
@@ -117,15 +116,11 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._store.bucket, settings, settings.name, self._store.breakers, sink or default_sink()
         )
         self._fingerprints = L2Fingerprints(watch, settings)
-        self._stores: TaskTable[L2StoreResult] = TaskTable()
-        self._lookups: TaskTable[Bitmap] = TaskTable()
-        self._loads: TaskTable[Bitmap] = TaskTable()
+        self._tasks = TaskTable()
         self._lookup_threads = WorkerPool(f"hfbucket-l2-lookup-{settings.name}", _LOOKUPS, _BACKLOG)
         self._load_threads = WorkerPool(f"hfbucket-l2-load-{settings.name}", _LOADS, _BACKLOG)
         for pool in (self._lookup_threads, self._load_threads):
             pool.prepare()
-        self._locks = Locks()
-        self._loads_by_task: WeakValueDictionary[int, Load] = WeakValueDictionary()  # some are never asked for again
         self._lock = threading.Lock()
         self._closed = False
         self._usage = Usage(everybody=settings.max_capacity_gb > 0)
@@ -151,15 +146,15 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
     def get_store_event_fd(self) -> int:
         """Signalled when a store task ends."""
-        return self._stores.fd
+        return self._tasks.fd("store")
 
     def get_lookup_and_lock_event_fd(self) -> int:
         """Signalled when a lookup task ends."""
-        return self._lookups.fd
+        return self._tasks.fd("lookup")
 
     def get_load_event_fd(self) -> int:
         """Signalled when a load task ends."""
-        return self._loads.fd
+        return self._tasks.fd("load")
 
     # --- store ------------------------------------------------------------------------------------------------------
 
@@ -172,17 +167,17 @@ class HFBucketL2Adapter(L2AdapterInterface):
         sources = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         names = {source.key: key for source, key in zip(sources, keys, strict=True)}
         sizes = {source.key: len(source.view) for source in sources}
-        task = self._stores.begin()
+        task = self._tasks.begin("store")
         if why := self._fingerprints.of_store(keys, objects):
             self._store.kept_out("put", len(keys), why)
-            self._stores.finish(task, L2StoreResult(False, 0))
-            return task
+            self._tasks.finish(task, L2StoreResult(False, 0))
+            return task.id
         future = self._store.puts.submit(sources, None, Deadline.after(self._settings.put_timeout_secs))
         future.add_done_callback(lambda done: self._end_store(task, names, sizes, done))
-        return task
+        return task.id
 
     def _end_store(
-        self, task: int, names: Mapping[str, ObjectKey], sizes: Mapping[str, int], future: Future[PutReport]
+        self, task: Task, names: Mapping[str, ObjectKey], sizes: Mapping[str, int], future: Future[PutReport]
     ) -> None:
         result = L2StoreResult(False, 0)
         try:
@@ -197,7 +192,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                     self._usage.wrote(entries, replaced)
                     self._tell(self._notify_keys_stored, stored, amounts)
         finally:
-            self._stores.finish(task, result)
+            self._tasks.finish(task, result)
 
     def _tell(self, notify: Callable[..., None], *args: Any) -> None:
         """Tell LMCache's listeners; one that raises changes nothing here."""
@@ -208,7 +203,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         """The results of store tasks that ended since the last call."""
-        return self._stores.take_all()
+        return self._tasks.take_all("store")
 
     # --- lookup and lock --------------------------------------------------------------------------------------------
 
@@ -216,42 +211,37 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         """Look objects up, of exactly the size of their group's layout; ends within `lookup_timeout_secs`."""
-        task = self._lookups.begin()
+        task = self._tasks.begin("lookup")
         if why := self._fingerprints.of_lookup(keys, group_layout_descs):
             self._store.kept_out("lookup", len(keys), why)
-            self._lookups.finish(task, Bitmap(len(keys)))
-            return task
+            self._tasks.finish(task, Bitmap(len(keys)))
+            return task.id
         sizes: dict[int, int | None] = {}
         if self._settings.object_sizes == "layout":
             sizes = {group: layout_bytes(layout) for group, layout in group_layout_descs.items()}
         deadline = Deadline.after(self._settings.lookup_timeout_secs)
-        self._locks.forget()
-        self._submit(
-            self._lookup_threads, self._lookups, task, len(keys), self._lookup, task, list(keys), sizes, deadline
-        )
-        return task
+        self._submit(self._lookup_threads, task, len(keys), self._lookup, task, list(keys), sizes, deadline)
+        return task.id
 
     def _lookup(
-        self, task: int, keys: Sequence[ObjectKey], sizes: Mapping[int, int | None], deadline: Deadline
+        self, task: Task, keys: Sequence[ObjectKey], sizes: Mapping[int, int | None], deadline: Deadline
     ) -> Sequence[bool]:
         names = [key_string(key) for key in keys]
         hits = self._store.found(names, [sizes.get(key.object_group_id) for key in keys], deadline=deadline)
         found = [key for key, hit in zip(keys, hits, strict=True) if hit]
         if found:
-            self._locks.add(found, task)
+            self._tasks.lock(found, task)
             self._tell(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
         """Which objects were found and locked, once; None before that."""
-        result = self._lookups.take(task_id)
-        if result is not None:
-            self._locks.answered(task_id)
+        result: Bitmap | None = self._tasks.take("lookup", task_id)
         return result
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """Return one lock of each object, loaded or not; a load that LMCache gives up writes no more, see `Locks.unlock`."""
-        self._locks.unlock(keys)
+        """Return one lock of each object, loaded or not; a load that LMCache gives up writes no more, see `TaskTable.unlock`."""
+        self._tasks.unlock(keys)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -262,48 +252,36 @@ class HFBucketL2Adapter(L2AdapterInterface):
             ValueError: There are more of one than of the other.
         """
         buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
-        task = self._loads.begin()
         if why := self._fingerprints.of_load(keys):
+            task = self._tasks.begin("load")
             self._store.kept_out("get", len(keys), why)
-            self._loads.finish(task, Bitmap(len(keys)))
-            return task
+            self._tasks.finish(task, Bitmap(len(keys)))
+            return task.id
         deadline = Deadline.after(self._settings.load_timeout_secs)
-        load = self._locks.begin(keys, buffers)
-        self._loads_by_task[task] = load
-        if not self._submit(self._load_threads, self._loads, task, len(keys), self._load, load, buffers, deadline):
-            self._locks.end(load)
-        return task
+        task = self._tasks.begin("load", keys, buffers)
+        self._submit(self._load_threads, task, len(keys), self._load, buffers, deadline)
+        return task.id
 
-    def _load(self, load: Load, buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
+    def _load(self, buffers: Sequence[BorrowedMemory], deadline: Deadline) -> Sequence[bool]:
         names = [buffer.key for buffer in buffers]
         sizes = [buffer.lease.size for buffer in buffers]
-        try:
-            filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
-            return [buffer is not None for buffer in filled]
-        finally:
-            self._locks.end(load)
+        filled = self._store.read_many(names, sizes, buffers.__getitem__, deadline)
+        return [buffer is not None for buffer in filled]
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         """Which objects were loaded, once; None before that."""
-        result = self._loads.take(task_id)
-        if result is not None and (load := self._loads_by_task.pop(task_id, None)) is not None:
-            self._locks.fetched(load)
+        result: Bitmap | None = self._tasks.take("load", task_id)
         return result
 
     def _submit(
         self,
         pool: WorkerPool,
-        board: TaskTable[Bitmap],
-        task: int,
+        task: Task,
         bits: int,
         function: Callable[..., Sequence[bool]],
         *args: Any,
-    ) -> bool:
-        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails.
-
-        Returns:
-            Whether the pool took it; if not, the task is finished already.
-        """
+    ) -> None:
+        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails."""
 
         def run() -> None:
             bitmap = Bitmap(bits)
@@ -315,15 +293,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 _log.exception("[%s] a task failed", self._settings.name)
                 bitmap = Bitmap(bits)
             finally:
-                board.finish(task, bitmap)
+                self._tasks.finish(task, bitmap)
 
         try:
             pool.submit(run)
         except RuntimeError as error:
             _log.warning("[%s] not tried: %s", self._settings.name, error)
-            board.finish(task, Bitmap(bits))
-            return False
-        return True
+            self._tasks.finish(task, Bitmap(bits))
 
     # --- delete, list, usage ----------------------------------------------------------------------------------------
 
@@ -338,7 +314,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             _log.exception("[%s] %d objects were not all deleted", self._settings.name, len(keys))
 
     def _delete(self, keys: Sequence[ObjectKey]) -> None:
-        free = self._locks.free(keys)
+        free = self._tasks.free(keys)
         kept_out = {key: why for key in free if (why := self._fingerprints.of_load([key]))}
         for why, chunks in Counter(kept_out.values()).items():
             self._store.kept_out("delete", chunks, why)
@@ -505,13 +481,9 @@ class HFBucketL2Adapter(L2AdapterInterface):
             "bucket": str(self._settings.bucket_handle),
             "role": self._settings.role,
             "breakers_open": sorted(open_parts),
-            "tasks": {
-                "store": self._stores.under_way,
-                "lookup": self._lookups.under_way,
-                "load": self._loads.under_way,
-            },
+            "tasks": {kind: self._tasks.running(kind) for kind in KINDS},
             "waiting_put_bytes": self._store.puts.waiting_bytes,
-            "locked_key_count": len(self._locks),
+            "locked_key_count": self._tasks.locked,
             "object_count": self._usage.objects,
             "current_size_bytes": self._usage.total,
             "usage_is_complete": self._usage.complete,
@@ -537,8 +509,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._fingerprints.close()
         self._store.finish(end - time.monotonic())
         self._store.close()
-        for board in (self._stores, self._lookups, self._loads):
-            board.close()
+        self._tasks.close()
 
 
 def _evicts_by_capacity(listener: L2AdapterListener) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.platform import create_event_notifier
@@ -52,20 +55,34 @@ FORGOTTEN_SECS: Final = 300.0
 """A result that LMCache has not fetched after this long belongs to a request that it aborted: its loop fetches a result as soon
 as the event is signalled, and does so before it begins another lookup."""
 
+Kind = Literal["store", "lookup", "load"]
+KINDS: Final[tuple[Kind, ...]] = ("store", "lookup", "load")
+State = Literal["running", "ended", "fetched"]
 
-class Load:
-    """A load in progress, or whose keys are not unlocked yet.
 
-    Args:
-        keys: What it loads, in the order of the task.
-        buffers: What it fills, one for each key.
+@dataclass(slots=True, eq=False)
+class Task:
+    """A store, lookup or load that is running, or of which LMCache still has to fetch the result or to unlock the keys.
+
+    Attributes:
+        kind: What it does.
+        id: Its number, unique among all tasks.
+        keys: What a lookup found and locked; what a load loads, in the order of the task.
+        buffers: What a load fills, one for each key, while it runs.
+        state: Whether it runs, or its result awaits LMCache, or LMCache has fetched it.
+        awaits_unlock: Whether LMCache still has to unlock the keys that a load took over from a lookup.
+        result: What it ended with, until it is fetched.
+        ended_at: When it ended, by the clock of its table.
     """
 
-    def __init__(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> None:
-        self.keys = tuple(keys)
-        self.buffers = tuple(buffers)
-        self.fetched = False
-        self.ended_at: float | None = None
+    kind: Kind
+    id: int
+    keys: tuple[ObjectKey, ...] = ()
+    buffers: tuple[BorrowedMemory, ...] = ()
+    state: State = "running"
+    awaits_unlock: bool = False
+    result: Any = None
+    ended_at: float = math.inf
 
     def revoke(self) -> None:
         """Make it write no more."""
@@ -73,8 +90,12 @@ class Load:
             buffer.lease.revoke()
 
 
-class Locks:
-    """Counts locks, and revokes the buffers of loads that LMCache gave up; thread-safe.
+class TaskTable:
+    """The tasks of one adapter and the locks of their keys: each task once, from its submission to its last unlock; thread-safe.
+
+    Results are kept until LMCache fetches them, and each is signalled. What belongs to requests that LMCache aborted is dropped
+    after `FORGOTTEN_SECS`. After `close` all results are, since their reader is gone and the event's descriptor may be another
+    file's.
 
     Args:
         clock: Seconds, monotonic; tests pass their own.
@@ -83,76 +104,145 @@ class Locks:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._count: Counter[ObjectKey] = Counter()
-        self._unfetched: dict[int, tuple[float, tuple[ObjectKey, ...]]] = {}
-        """When a lookup ended, and what it found, by task, the oldest first; LMCache has not fetched their results."""
-        self._found: Counter[ObjectKey] = Counter()
+        self._numbers = itertools.count(1)
+        self._tasks: dict[Kind, dict[int, Task]] = {kind: {} for kind in KINDS}
+        """Those that have ended follow each other in the order in which they ended."""
+        self._notifiers = {kind: create_event_notifier() for kind in KINDS}
+        self._descriptors: dict[Kind, int] = {kind: notifier.fileno() for kind, notifier in self._notifiers.items()}
+        self._locks: Counter[ObjectKey] = Counter()
+        self._unclaimed: Counter[ObjectKey] = Counter()
         """Locks of lookups whose results were fetched, which are neither returned nor passed on to a load."""
-        self._loads: list[Load] = []
-        """Loads of locked objects that await an unlock, the oldest first."""
-        self._given_up: list[list[Load]] = []
+        self._given_up: list[list[Task]] = []
         """For each load that was given up, and is not known yet: those that it may be."""
+        self._closed = False
 
     def __len__(self) -> int:
+        """The number of tasks."""
+        return sum(map(len, self._tasks.values()))
+
+    @property
+    def locked(self) -> int:
         """The number of objects that are locked."""
-        return len(self._count)
+        return len(self._locks)
 
-    # --- lookups ----------------------------------------------------------------------------------------------------
+    def fd(self, kind: Kind) -> int:
+        """The descriptor that is signalled when a task of a kind ends."""
+        return self._descriptors[kind]
 
-    def add(self, keys: Iterable[ObjectKey], task: int | None = None) -> None:
+    def running(self, kind: Kind) -> int:
+        """How many tasks of a kind have no result yet."""
+        with self._lock:
+            return sum(task.state == "running" for task in self._tasks[kind].values())
+
+    # --- from submission to result ------------------------------------------------------------------------------------
+
+    def begin(self, kind: Kind, keys: Iterable[ObjectKey] = (), buffers: Iterable[BorrowedMemory] = ()) -> Task:
+        """Add a task.
+
+        Args:
+            kind: What it does.
+            keys: What a load loads. It takes over the locks of the lookup that found them; where a key is not locked, which
+                LMCache's always are, no unlock is awaited.
+            buffers: What a load fills, one for each key.
+        """
+        task = Task(kind, next(self._numbers), tuple(keys), tuple(buffers))
+        with self._lock:
+            self._forget()
+            if task.keys and all(key in self._locks for key in task.keys):
+                _return(self._unclaimed, task.keys)
+                task.awaits_unlock = True
+            self._tasks[kind][task.id] = task
+        return task
+
+    def finish(self, task: Task, result: Any) -> None:
+        """Record that a task has ended, and writes no more; keep its result, and signal it."""
+        with self._lock:
+            task.buffers = ()
+            task.state, task.result, task.ended_at = "ended", result, self._clock()
+            tasks = self._tasks[task.kind]
+            del tasks[task.id]
+            if not self._closed:
+                tasks[task.id] = task
+                self._notifiers[task.kind].notify()
+
+    def take(self, kind: Kind, number: int) -> Any:
+        """The result of a task, once; None while there is none."""
+        with self._lock:
+            task = self._tasks[kind].get(number)
+            return self._fetch(task) if task is not None and task.state == "ended" else None
+
+    def take_all(self, kind: Kind) -> dict[int, Any]:
+        """All results of a kind that were not fetched yet, by number."""
+        with self._lock:
+            ended = [task for task in self._tasks[kind].values() if task.state == "ended"]
+            return {task.id: self._fetch(task) for task in ended}
+
+    def _fetch(self, task: Task) -> Any:
+        """Give a result out. What a lookup found is loaded or unlocked from now on; an unlock of what was loaded follows."""
+        result, task.result, task.state = task.result, None, "fetched"
+        if task.kind == "lookup":
+            self._unclaimed.update(task.keys)
+        if task.awaits_unlock:
+            self._was_not_given_up(task)
+        else:
+            del self._tasks[task.kind][task.id]
+        return result
+
+    def forget(self) -> None:
+        """Drop the results of requests that LMCache aborted `FORGOTTEN_SECS` ago, return the locks of their lookups."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        before = self._clock() - FORGOTTEN_SECS
+        for tasks in self._tasks.values():
+            for task in list(tasks.values()):
+                if task.state == "running":
+                    continue
+                if task.ended_at > before:
+                    break
+                del tasks[task.id]
+                if task.kind == "lookup":
+                    _return(self._locks, task.keys)
+                elif task.awaits_unlock:
+                    task.awaits_unlock = False
+                    explained = next((maybe for maybe in self._given_up if task in maybe), None)
+                    if explained is not None:
+                        self._given_up.remove(explained)
+                    self._was_not_given_up(task)
+
+    def close(self) -> None:
+        """Signal no more, and drop all results."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for kind, tasks in self._tasks.items():
+                self._tasks[kind] = {number: task for number, task in tasks.items() if task.state == "running"}
+                self._notifiers[kind].close()
+
+    # --- locks --------------------------------------------------------------------------------------------------------
+
+    def lock(self, keys: Iterable[ObjectKey], lookup: Task | None = None) -> None:
         """Lock each key once more.
 
         Args:
             keys: What a lookup found.
-            task: The lookup's, whose result is to be fetched (`answered`); None where the caller has it already.
+            lookup: Its task, whose result is to be fetched; None where the caller has it already.
         """
         found = tuple(keys)
         with self._lock:
-            self._count.update(found)
-            if task is None:
-                self._found.update(found)
+            self._locks.update(found)
+            if lookup is None:
+                self._unclaimed.update(found)
             else:
-                self._unfetched[task] = (self._clock(), found)
-
-    def answered(self, task: int) -> None:
-        """Record that LMCache has fetched the result of a lookup: it loads or unlocks what was found from now on."""
-        with self._lock:
-            _, found = self._unfetched.pop(task, (0.0, ()))
-            self._found.update(found)
+                lookup.keys = found
 
     def free(self, keys: Iterable[ObjectKey]) -> list[ObjectKey]:
         """Those of the keys that nobody has locked."""
-        self.forget()
         with self._lock:
-            return [key for key in keys if key not in self._count]
-
-    # --- loads ------------------------------------------------------------------------------------------------------
-
-    def begin(self, keys: Sequence[ObjectKey], buffers: Sequence[BorrowedMemory]) -> Load:
-        """Record that a load begins, of what one of the lookups found.
-
-        Where a key is not locked, which LMCache's always are, no unlock is awaited.
-        """
-        load = Load(keys, buffers)
-        with self._lock:
-            if load.keys and all(key in self._count for key in load.keys):
-                _return(self._found, load.keys)
-                self._loads.append(load)
-        return load
-
-    def end(self, load: Load) -> None:
-        """Record that a load writes no more."""
-        with self._lock:
-            load.buffers = ()
-            load.ended_at = self._clock()
-
-    def fetched(self, load: Load) -> None:
-        """Record that LMCache has the result of a load: it was not given up, and an unlock of its keys follows."""
-        with self._lock:
-            load.fetched = True
-            self._clear(load)
-
-    # --- unlocks ----------------------------------------------------------------------------------------------------
+            self._forget()
+            return [key for key in keys if key not in self._locks]
 
     def unlock(self, keys: Sequence[ObjectKey]) -> None:
         """Return one lock of each key.
@@ -163,65 +253,46 @@ class Locks:
         """
         wanted = tuple(keys)
         with self._lock:
-            _return(self._count, wanted)
-            load = next((load for load in self._loads if load.fetched and load.keys == wanted), None)
+            _return(self._locks, wanted)
+            loads = [task for task in self._tasks["load"].values() if task.awaits_unlock]
+            load = next((load for load in loads if load.state == "fetched" and load.keys == wanted), None)
             if load is not None:
-                self._loads.remove(load)
-            elif all(self._found[key] >= locks for key, locks in Counter(wanted).items()):
-                _return(self._found, wanted)
+                del self._tasks["load"][load.id]
+            elif all(self._unclaimed[key] >= locks for key, locks in Counter(wanted).items()):
+                _return(self._unclaimed, wanted)
             else:
-                self._give_up(wanted)
+                self._give_up(wanted, [load for load in loads if load.state != "fetched"])
 
-    def _give_up(self, keys: tuple[ObjectKey, ...]) -> None:
-        maybe = [load for load in self._loads if not load.fetched and load.keys == keys]
+    def _give_up(self, keys: tuple[ObjectKey, ...], loads: Sequence[Task]) -> None:
+        maybe = [load for load in loads if load.keys == keys]
         if maybe:
             self._given_up.append(maybe)
-            if len(maybe) == 1:
-                self._clear_up()
+            self._revoke_what_is_certain()
             return
-        for key in keys:  # LMCache does not unlock some of the keys of a load; a caller that does has given up the load
-            if key in self._found:
-                _return(self._found, (key,))
-            elif key not in self._count:
-                for load in self._loads:
-                    if not load.fetched and key in load.keys:
+        for key in keys:  # LMCache does not unlock some of the keys of a load; an unlock of some gives up the load
+            if key in self._unclaimed:
+                _return(self._unclaimed, (key,))
+            elif key not in self._locks:
+                for load in loads:
+                    if key in load.keys:
                         load.revoke()
 
-    def _clear(self, load: Load) -> None:
-        """A load was not given up."""
+    def _was_not_given_up(self, load: Task) -> None:
         for maybe in self._given_up:
             if load in maybe:
                 maybe.remove(load)
-        self._clear_up()
+        self._revoke_what_is_certain()
 
-    def _clear_up(self) -> None:
-        """Revoke what is known by now to be given up."""
+    def _revoke_what_is_certain(self) -> None:
+        """Revoke the loads that can be the only ones that were given up."""
         while (certain := next((maybe for maybe in self._given_up if len(maybe) <= 1), None)) is not None:
             self._given_up.remove(certain)
             for load in certain:
                 load.revoke()
-                self._loads.remove(load)
+                load.awaits_unlock = False
                 for maybe in self._given_up:
                     if load in maybe:
                         maybe.remove(load)
-
-    def forget(self) -> None:
-        """Return the locks of lookups, and drop the loads, of requests that LMCache aborted `FORGOTTEN_SECS` ago."""
-        before = self._clock() - FORGOTTEN_SECS
-        with self._lock:
-            for task, (since, found) in list(self._unfetched.items()):
-                if since > before:
-                    break
-                del self._unfetched[task]
-                _return(self._count, found)
-            for load in [load for load in self._loads if load.ended_at is not None and load.ended_at <= before]:
-                if load not in self._loads:  # dropped with the one before it, which left no other that was given up
-                    continue
-                self._loads.remove(load)
-                explained = next((maybe for maybe in self._given_up if load in maybe), None)
-                if explained is not None:
-                    self._given_up.remove(explained)
-                self._clear(load)
 
 
 def _return(locks: Counter[ObjectKey], keys: Iterable[ObjectKey]) -> None:
@@ -231,73 +302,3 @@ def _return(locks: Counter[ObjectKey], keys: Iterable[ObjectKey]) -> None:
             locks[key] -= 1
         else:
             del locks[key]
-
-
-_Result = TypeVar("_Result")
-
-
-class TaskTable(Generic[_Result]):
-    """Hands out task ids, keeps results until they are fetched, and signals each.
-
-    Results of requests that LMCache aborted are never fetched, and are dropped after `FORGOTTEN_SECS`. After `close` all are,
-    since their reader is gone and its event's descriptor may be another file's.
-
-    Args:
-        clock: Seconds, monotonic; tests pass their own.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._notifier = create_event_notifier()
-        self.fd: int = self._notifier.fileno()
-        self._lock = threading.Lock()
-        self._next = 0
-        self._results: dict[int, tuple[float, _Result]] = {}
-        self._under_way = 0
-        self._closed = False
-
-    def begin(self) -> int:
-        """A new task's id."""
-        before = self._clock() - FORGOTTEN_SECS
-        with self._lock:
-            for task, (since, _) in list(self._results.items()):
-                if since > before:
-                    break
-                del self._results[task]
-            self._next += 1
-            self._under_way += 1
-            return self._next
-
-    def finish(self, task: int, result: _Result) -> None:
-        """Keep a task's result, and signal it."""
-        with self._lock:
-            self._under_way -= 1
-            if self._closed:
-                return
-            self._results[task] = (self._clock(), result)
-            self._notifier.notify()
-
-    def take(self, task: int) -> _Result | None:
-        """A task's result, once; None while there is none."""
-        with self._lock:
-            found = self._results.pop(task, None)
-        return None if found is None else found[1]
-
-    def take_all(self) -> dict[int, _Result]:
-        """All results that were not fetched yet."""
-        with self._lock:
-            results, self._results = self._results, {}
-        return {task: result for task, (_, result) in results.items()}
-
-    @property
-    def under_way(self) -> int:
-        """Tasks without a result."""
-        return self._under_way
-
-    def close(self) -> None:
-        """Signal no more."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._results.clear()
-                self._notifier.close()

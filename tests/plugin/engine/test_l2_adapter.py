@@ -131,7 +131,7 @@ def test_a_server_starts_whatever_the_network_does_and_every_task_ends(hub, l2_a
     if fault:
         hub.control.add_fault(Fault(**fault))
     monkeypatch.setattr("hfbucket_plugin.engine.mp_usage._PAGE_SECS", 0.3)
-    monkeypatch.setattr("hfbucket_plugin.l2_adapter._DELETE_SECS", 0.3)
+    monkeypatch.setattr("hfbucket_plugin.engine.mp._DELETE_SECS", 0.3)
 
     mp = l2_adapters(HASTY, max_capacity_gb=1, usage_refresh_secs=60, **params)
     mp.adapter.register_listener(Listener())

@@ -71,7 +71,7 @@ def test_chunks_of_the_classic_engine_do_not_drive_others_out(hub, bucket, adapt
     assert mp.adapter.get_usage().total_bytes_used == CHUNK_BYTES
 
 
-@pytest.mark.parametrize("part", ["_locks.free", "_store.look", "_usage.deleted"])
+@pytest.mark.parametrize("part", ["_tasks.free", "_store.look", "_usage.deleted"])
 def test_an_error_of_any_kind_does_not_end_the_thread_that_evicts(adapters, monkeypatch, caplog, part):
     def broken(*_args):
         raise ValueError("not foreseen")
@@ -91,7 +91,7 @@ def test_an_error_of_any_kind_does_not_end_the_thread_that_evicts(adapters, monk
 
 
 def test_what_was_deleted_before_time_ran_out_is_counted(hub, bucket, adapters, monkeypatch):
-    monkeypatch.setattr("hfbucket_plugin.l2_adapter.MAX_BATCH", 2)
+    monkeypatch.setattr("hfbucket_plugin.engine.mp.MAX_BATCH", 2)
     by_others(hub, bucket, range(4))
     mp = adapters(max_capacity_gb=1)
     complete(mp)

@@ -219,10 +219,10 @@ def test_ours_serves_what_the_built_in_serves_and_blames_no_healthy_store(hub, s
         assert ours.lost == 0 <= builtin.lost, told
         assert ours.adapter.report_status()["breakers_open"] == [], told
     eventually(lambda: not ours.adapter.report_status()["tasks"]["load"])
-    locks = ours.adapter._locks
-    aborted_in_lookup = sum(len(keys) for _, keys in locks._unfetched.values())
-    assert sum(locks._count.values()) == aborted_in_lookup, "all other locks were returned"
-    assert not locks._found
+    tasks = ours.adapter._tasks
+    aborted_in_lookup = sum(len(task.keys) for task in tasks._tasks["lookup"].values())
+    assert sum(tasks._locks.values()) == aborted_in_lookup, "all other locks were returned"
+    assert not tasks._unclaimed
 
 
 def test_nine_requests_with_one_prefix_are_all_served(hub, servers):
