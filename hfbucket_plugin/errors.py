@@ -19,7 +19,7 @@
     ├── RevokedError                      the buffer's owner took it back: nothing failed
     ├── IntegrityError                    never serve these bytes
     │   └── HashMismatchError             nor trust the object
-    ├── ScratchError                      make room in `download_tmp_dir`
+    ├── TempDirError                      make room in `download_tmp_dir`
     ├── LocalFileError (OSError)          make room on that disk, or mend the rights
     └── PartialFailureError               look at `failures`, item by item
 

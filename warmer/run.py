@@ -60,7 +60,7 @@ def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: The configuration is wrong, or asks for what is not supported.
         NothingToDoError: Nothing is chosen that the tiers can take.
-        ScratchError: There is no room for the plan, or to sort it.
+        TempDirError: There is no room for the plan, or to sort it.
         HFBucketError: The chunks could not be listed.
     """
     with _planned(resolve_request(request), out) as made:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from warmer.plan.plan_file import SEGMENT_CHUNKS, PlannedChunk  # noqa: E402
+from hfbucket_plugin.tools.selection import ChunkRef  # noqa: E402
+from warmer.plan.plan_file import SEGMENT_CHUNKS  # noqa: E402
 from warmer.report.outcomes import Copied  # noqa: E402
 from warmer.schedule.cohort import PlanSection  # noqa: E402 - found by the line above
 from warmer.schedule.scheduler import Scheduler  # noqa: E402
@@ -81,10 +82,10 @@ class Fleet:
         own = frozenset(names[group :: self.options.groups])
         return PlanSection(lambda start: self.plan(group, start), own, rest=lambda start: self.listed(group, start))
 
-    def listed(self, group: int, start: int) -> Iterator[PlannedChunk]:
+    def listed(self, group: int, start: int) -> Iterator[ChunkRef]:
         """The plan of a group, made as it is read."""
         for number in range(start, self.options.chunks):
-            yield PlannedChunk(
+            yield ChunkRef(
                 f"org/model@8@{group}@{number:064x}@bfloat16", f"kv/{group}/{number:064x}", f"{number:064x}", self.size
             )
 
@@ -93,7 +94,7 @@ class Fleet:
         """Bytes of a chunk."""
         return int(self.options.chunk_mib * MIB)
 
-    def plan(self, group: int, start: int) -> Iterator[PlannedChunk]:
+    def plan(self, group: int, start: int) -> Iterator[ChunkRef]:
         """The same as it is looked up once more, segment by segment."""
         for chunk, number in zip(self.listed(group, start), itertools.count(start), strict=False):
             if number == start or number % SEGMENT_CHUNKS == 0:
@@ -199,12 +200,12 @@ def ray_calls(count: int, chunks_of_each: int) -> tuple[float, float]:
     import ray
 
     chunks = tuple(
-        PlannedChunk(f"org/model@8@0@{number:064x}@bfloat16", f"kv/{number:064x}", f"{number:064x}", MIB)
+        ChunkRef(f"org/model@8@0@{number:064x}@bfloat16", f"kv/{number:064x}", f"{number:064x}", MIB)
         for number in range(chunks_of_each)
     )
 
     class Actor:
-        def fetch(self, chunks: tuple[PlannedChunk, ...]) -> list[Copied]:
+        def fetch(self, chunks: tuple[ChunkRef, ...]) -> list[Copied]:
             return [Copied(chunk.key, chunk.size) for chunk in chunks]
 
     ray.init("local", include_dashboard=False, num_cpus=2, log_to_driver=False, object_store_memory=100 * MIB)

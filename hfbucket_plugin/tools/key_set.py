@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import weakref
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Self
 
-from hfbucket_plugin.errors import TempDirError
+from hfbucket_plugin.tools.external_sort import open_temporary, temporary_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_CACHE_KIB: Final = 32 * 1024
 _PAGE: Final = 50_000
 """Keys that are inserted at one time: sorted, so that they touch each page of the table once."""
 
@@ -28,16 +25,14 @@ class KeySet:
         keys: What is in it from the start on.
 
     Raises:
-        ScratchError: There is no room for temporary files.
+        TempDirError: There is no room for temporary files.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._base = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._base = open_temporary()
         self._closed = weakref.finalize(self, self._base.close)
-        with _room():
+        with temporary_space("a set of keys"):
             self._base.executescript(
-                f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
-                "PRAGMA temp_store = FILE;"
                 "CREATE TABLE keys (key BLOB PRIMARY KEY, found INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;"
                 "CREATE TEMP TABLE page (key BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID"
             )
@@ -54,7 +49,7 @@ class KeySet:
         """Add keys, and yield those that were not in it, in their order and as they come.
 
         Raises:
-            ScratchError: There is no room for temporary files.
+            TempDirError: There is no room for temporary files.
         """
         keys = iter(keys)
         while page := list(islice(keys, _PAGE)):
@@ -62,7 +57,7 @@ class KeySet:
 
     def _add(self, page: list[str]) -> list[str]:
         rows = sorted((key.encode(), place) for place, key in enumerate(page))
-        with _room():
+        with temporary_space("a set of keys"):
             self._base.execute("BEGIN")
             self._base.execute("DELETE FROM page")
             # Sorted by place, too: the first of equal ones stays.
@@ -104,14 +99,3 @@ class KeySet:
         """
         rows = self._base.execute("SELECT key FROM keys WHERE NOT found ORDER BY key LIMIT ?", (most,))
         return [bytes(key).decode() for (key,) in rows]
-
-
-@contextlib.contextmanager
-def _room() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise TempDirError(
-            f"a set of keys cannot be kept in a temporary file: {error}. Make room below TMPDIR (or /var/tmp), or let it name "
-            "another directory"
-        ) from None

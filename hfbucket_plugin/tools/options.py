@@ -1,19 +1,126 @@
-"""The options that the commands share, and the instances that they name."""
+"""Options of command lines: those that the fields of a model declare, and those that the commands share."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from pydantic import BaseModel
 
 from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools import console, exit_codes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a field of a model is given on the command line. It stands in the field's annotation; a field without one is a switch.
+
+    Attributes:
+        metavar: What stands for the value in the help; empty for a switch.
+        name: As the user writes it; None for the field's own name.
+        many: Whether it may be given several times.
+        parse: Makes the field's value of what was given, for what the field itself does not take.
+    """
+
+    metavar: str = ""
+    name: str | None = None
+    many: bool = False
+    parse: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option of a command, and the field that it sets.
+
+    Attributes:
+        name: As the user writes it.
+        place: Names of the fields that lead to its value in the model.
+        help: The description of the field.
+        option: What its annotation says.
+    """
+
+    name: str
+    place: tuple[str, ...]
+    help: str
+    option: Option
+
+    @property
+    def variable(self) -> str:
+        """The name of the parameter."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    def parameter(self) -> inspect.Parameter:
+        """The parameter that Typer makes an option of; it has no default, since a file may give the value."""
+        many, metavar = self.option.many, self.option.metavar
+        kind: Any = list[str] if many else str if metavar else bool
+        text = f"{self.help} Repeatable." if many else self.help
+        option = typer.Option(self.name, help=text, metavar=metavar or None, show_default=False)
+        return inspect.Parameter(
+            self.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        )
+
+
+def flags_of(model: type[BaseModel], above: tuple[str, ...] = ()) -> tuple[Flag, ...]:
+    """The flags of a model's fields, and of the models in it.
+
+    Args:
+        model: Of the options.
+        above: Names of the fields that lead to it from the outermost model.
+    """
+    flags: list[Flag] = []
+    for name, field in model.model_fields.items():
+        place = (*above, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            flags += flags_of(field.annotation, place)
+        else:
+            option = next((one for one in field.metadata if isinstance(one, Option)), Option())
+            flags.append(Flag(option.name or f"--{name.replace('_', '-')}", place, field.description or "", option))
+    return tuple(flags)
+
+
+def with_flags(flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command some flags beside its own options: it is called with what they gave, by flag, as `given`."""
+    chosen = tuple(flags)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters = [one for name, one in own.items() if name != "given"] + [flag.parameter() for flag in chosen]
+
+        @wraps(command)
+        def called(**values: Any) -> None:
+            given = {flag: value for flag in chosen if (value := values.pop(flag.variable)) not in (None, [])}
+            command(given=given, **values)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
+
+
+def nested(given: Mapping[Flag, Any]) -> dict[str, Any]:
+    """What flags gave, as the values of their model.
+
+    Raises:
+        ConfigError: A value cannot be parsed.
+    """
+    values: dict[str, Any] = {}
+    for flag, value in given.items():
+        section = values
+        for step in flag.place[:-1]:
+            section = section.setdefault(step, {})
+        section[flag.place[-1]] = value if flag.option.parse is None else flag.option.parse(value)
+    return values
+
 
 DEFAULT_TIMEOUT_SECS: Final = 10.0
 

@@ -7,8 +7,10 @@ leave out a chunk of the choice (`listing_prefixes`). What the start of a key do
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -16,9 +18,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.core.units import format_duration, format_ranks, parse_bytes, parse_duration, parse_ranks
+from hfbucket_plugin.tools.external_sort import sort_rows
+from hfbucket_plugin.tools.options import Option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from hfbucket_plugin.core.keys import Key
     from hfbucket_plugin.hub.listing import ChunkEntry
@@ -86,45 +90,49 @@ class Selection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     all: bool = Field(False, description="Every chunk of the instance. Has to be said: it may be millions.")
-    prefix: Texts = Field(
+    prefix: Annotated[Texts, Option("TEXT", many=True)] = Field(
         (),
         description="Chunks whose key starts with this, such as 'org/model@8@'. Empty texts are refused: `--all` says that.",
     )
-    model: Texts = Field((), description="Chunks of this model, by its whole name.")
-    world_size: PositiveInt | None = Field(None, description="Chunks of engines of so many workers.")
-    workers: Ranks | None = Field(None, description="Chunks of these workers, as 0-3,7.")
-    include: Texts = Field(
+    model: Annotated[Texts, Option("NAME", many=True)] = Field(
+        (), description="Chunks of this model, by its whole name."
+    )
+    world_size: Annotated[PositiveInt | None, Option("N")] = Field(
+        None, description="Chunks of engines of so many workers."
+    )
+    workers: Annotated[Ranks | None, Option("RANKS")] = Field(None, description="Chunks of these workers, as 0-3,7.")
+    include: Annotated[Texts, Option("GLOB", many=True)] = Field(
         (), description="Only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
     )
-    exclude: Texts = Field((), description="No keys that match this glob.")
-    since: Annotated[Length, Field(gt=timedelta(0))] | None = Field(
+    exclude: Annotated[Texts, Option("GLOB", many=True)] = Field((), description="No keys that match this glob.")
+    since: Annotated[Annotated[Length, Field(gt=timedelta(0))] | None, Option("TIME")] = Field(
         None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d."
     )
-    newest: PositiveInt | None = Field(None, description="At most so many chunks, the newest.")
-    hottest: PositiveInt | None = Field(
+    newest: Annotated[PositiveInt | None, Option("N")] = Field(None, description="At most so many chunks, the newest.")
+    hottest: Annotated[PositiveInt | None, Option("N")] = Field(
         None,
         description="At most so many chunks, those that engines read most; see docs/index.md. Where the instance's key index "
         "knows nothing of reads, the newest.",
     )
-    max_bytes: Bytes | None = Field(
+    max_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
         None,
         description="At most so many bytes, as 50GiB: the chunks that are read most, as with `--hottest`; with `--newest`, and in "
         "an export, the newest; with `--prompts` the first of the prompts.",
     )
-    keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
+    keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list), Option("FILE", many=True)] = Field(
         (),
         description="Only the keys in this file: one a line, or lines of JSON with a `key`, such as an earlier plan or report; "
         "or those of the chunks in this directory of LMCache's.",
     )
-    prompts: Path | None = Field(
+    prompts: Annotated[Path | None, Option("FILE")] = Field(
         None,
         description='Only chunks of the prompts in this file, in their order: a line of JSON each, {"token_ids": [...]}, and '
         '"model" and "cache_salt" where they matter.',
     )
-    chunk_size: PositiveInt = Field(
+    chunk_size: Annotated[PositiveInt, Option("N")] = Field(
         256, description="Tokens of a chunk, for `--prompts` in MP mode: as `lmcache server` has it."
     )
-    hash_algorithm: str = Field(
+    hash_algorithm: Annotated[str, Option("NAME")] = Field(
         "blake3", description="What hashes tokens, for `--prompts` in MP mode: as `lmcache server` has it."
     )
 
@@ -244,3 +252,156 @@ class Filter:
 def _pattern(globs: Iterable[str]) -> re.Pattern[str] | None:
     texts = [fnmatch.translate(glob) for glob in globs]
     return re.compile("|".join(texts)) if texts else None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """A chunk of a bucket, as plans name it.
+
+    Attributes:
+        key: Its key string.
+        path: Of its object, from the root of the bucket.
+        xet_hash: Of its content, 64 hexadecimal digits.
+        size: Bytes.
+        uploaded_at: When the Hub took it; None when it did not say.
+        gone: Whether the bucket no longer held it when it was last looked up.
+        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
+            what all its workers share (MLA) as if it had one.
+        heat: How hot it is (`hfbucket_plugin.index.access.stats.buckets`); None where that was not asked or is not known.
+        last_hit: When it was last read; None where that is not known.
+    """
+
+    key: str
+    path: str
+    xet_hash: str
+    size: int
+    uploaded_at: datetime | None = None
+    gone: bool = False
+    worker: int | None = None
+    heat: int | None = None
+    last_hit: datetime | None = None
+
+    def to_line(self) -> str:
+        """The chunk as one line of JSON, its newline included."""
+        record: dict[str, Any] = {"key": self.key, "path": self.path, "xet_hash": self.xet_hash, "size": self.size}
+        if self.uploaded_at is not None:
+            record["uploaded_at"] = self.uploaded_at.isoformat()
+        if self.gone:
+            record["gone"] = True
+        if self.worker is not None:
+            record["worker"] = self.worker
+        if self.heat is not None:
+            record["heat"] = self.heat
+        if self.last_hit is not None:
+            record["last_hit"] = self.last_hit.isoformat()
+        return json.dumps(record) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> ChunkRef:
+        """Read what `to_line` wrote.
+
+        Raises:
+            ValueError: The line is no planned chunk.
+        """
+        record = json.loads(line)
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
+            raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
+        return cls(
+            key=record["key"],
+            path=record["path"],
+            xet_hash=_hash(record["xet_hash"]),
+            size=_number(record, "size", "a size in bytes"),
+            uploaded_at=_moment(record, "uploaded_at"),
+            gone=_flag(record, "gone"),
+            worker=None if record.get("worker") is None else _number(record, "worker", "a rank"),
+            heat=None if record.get("heat") is None else _number(record, "heat", "a number of reads"),
+            last_hit=_moment(record, "last_hit"),
+        )
+
+
+_TEXTS: Final = ("key", "path", "xet_hash")
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_MOST: Final = 2**63 - 1
+"""No file is larger, and no count is."""
+
+
+def _hash(text: str) -> str:
+    if not _HASH.fullmatch(text):
+        raise ValueError("xet_hash must be 64 hexadecimal digits")
+    return text
+
+
+def _number(record: dict[str, Any], name: str, what: str) -> int:
+    value = record.get(name)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} must be {what}")
+    return value
+
+
+def _flag(record: dict[str, Any], name: str) -> bool:
+    value = record.get(name, False)
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false")
+    return value
+
+
+def _moment(record: dict[str, Any], name: str) -> datetime | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError(f"{name} must be a date and time with its offset, as text")
+    return moment
+
+
+_OLDEST: Final = 1 << 62
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def newest_first(chunk: ChunkRef) -> tuple[int, str]:
+    """The rank of a chunk in an order from newest to oldest; one without a date counts as the oldest."""
+    return _age(chunk.uploaded_at), chunk.key
+
+
+def hottest_first(chunk: ChunkRef) -> tuple[int, int, int, str]:
+    """The rank of a chunk in an order from most to least read, then from last to first used, then from newest to oldest."""
+    used = min(_age(chunk.last_hit), _age(chunk.uploaded_at))
+    return -(chunk.heat or 0), used, *newest_first(chunk)
+
+
+def _age(moment: datetime | None) -> int:
+    return _OLDEST if moment is None else (_EPOCH - moment) // _MICROSECOND
+
+
+def within(chunks: Iterable[ChunkRef], most: int | None, max_bytes: int | None) -> Iterator[ChunkRef]:
+    """Yield the first chunks that fit a budget.
+
+    The first chunk that does not fit ends it: smaller ones behind it are less wanted, or useless without it.
+
+    Args:
+        chunks: In the order in which they are wanted.
+        most: Chunks; None for no bound.
+        max_bytes: The sum of their sizes; None for no bound.
+    """
+    size = 0
+    for count, chunk in enumerate(chunks, 1):
+        size += chunk.size
+        if (most is not None and count > most) or (max_bytes is not None and size > max_bytes):
+            return
+        yield chunk
+
+
+def in_order(
+    chunks: Iterable[ChunkRef],
+    rank: Callable[[ChunkRef], tuple[int | str, ...]],
+    path: Path,
+    cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]] = iter,
+    **limits: int,
+) -> Iterator[ChunkRef]:
+    """Sort any number of chunks; see `sort_rows`."""
+    return sort_rows(chunks, rank, path, dump=ChunkRef.to_line, load=ChunkRef.from_line, cut=cut, **limits)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -16,6 +14,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.units import parse_bytes
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.tools import console
+from hfbucket_plugin.tools.options import Flag, with_flags
 from jobs.cli import options
 from jobs.deletion import guards
 from jobs.deletion.executor import in_process
@@ -31,10 +30,9 @@ from jobs.export.planning import CHOOSING, WantedChunks, prompts_of, selection_o
 from jobs.export.report import ask_to_replace
 from jobs.export.resolve import EndpointSpec, endpoint
 from jobs.session import CommandSession, options_checked
-from warmer.request.flags import Flag  # noqa: TC001 - as above
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.tools.selection import Selection
@@ -89,22 +87,7 @@ ExportParallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches a
 _WINDOW: Final = "512MiB"
 
 
-def with_selection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the warmer's flags that say which chunks; it is called with what they gave, as `given`."""
-    own = [one for name, one in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
-    parameters = [*own, *(flag.parameter() for flag in CHOOSING)]
-
-    @wraps(command)
-    def called(**values: Any) -> None:
-        given = {flag: value for flag in CHOOSING if (value := values.pop(flag.variable)) not in (None, [])}
-        command(given=given, **values)
-
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {one.name: one.annotation for one in parameters}
-    return called
-
-
-@with_selection
+@with_flags(CHOOSING)
 def export(
     *,
     given: Mapping[Flag, Any],

@@ -14,12 +14,10 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId, is_probe, parse_key
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, SafetyError
+from hfbucket_plugin.tools.options import flags_of, nested
 from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
-from hfbucket_plugin.tools.selection import Selection
+from hfbucket_plugin.tools.selection import ChunkRef, Selection, in_order, newest_first, within
 from jobs.export.plan import CopyItem, ExportTotals, NewNames, OnConflict
-from warmer.plan.ordered import in_order, newest_first, within
-from warmer.plan.plan_file import PlannedChunk
-from warmer.request.flags import flags_of, nested
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,12 +27,12 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.listing import ChunkEntry
+    from hfbucket_plugin.tools.options import Flag
     from jobs.export.endpoint import DestinationEndpoint, EndpointObject, SourceEndpoint
     from jobs.export.plan import ExportHeader, ExportPlanWriter
-    from warmer.request.flags import Flag
 
 
-CHOOSING = tuple(flag for flag in flags_of("choose") if flag.name != "--hottest")
+CHOOSING = tuple(flag for flag in flags_of(Selection) if flag.name != "--hottest")
 """The warmer's flags that say which chunks. An export goes by what is there, not by what was read: its budget takes the newest."""
 
 
@@ -44,8 +42,8 @@ def selection_of(given: Mapping[Flag, Any]) -> Selection:
     Raises:
         ConfigError: Some are wrong; all of them are named.
     """
-    values = nested(given).get("choose", {})
-    flags = {flag.place[1]: flag.name for flag in CHOOSING}
+    values = nested(given)
+    flags = {flag.place[0]: flag.name for flag in CHOOSING}
     try:
         return Selection.model_validate(values)
     except ValidationError as error:
@@ -70,7 +68,7 @@ class WantedChunks:
     now: datetime
     prompts: PromptOrder | None = None
 
-    def of(self, source: SourceEndpoint, temp_dir: Path, skipped: Counter[str]) -> Iterator[PlannedChunk]:
+    def of(self, source: SourceEndpoint, temp_dir: Path, skipped: Counter[str]) -> Iterator[ChunkRef]:
         """Stream what is wanted; in order where the choice cuts it: as the prompts have them, or the newest first.
 
         Args:
@@ -85,16 +83,16 @@ class WantedChunks:
         selection, prompts = self.selection, self.prompts
         chunks = self._filtered(source.entries(selection, skipped), skipped)
 
-        def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
+        def cut(ordered: Iterable[ChunkRef]) -> Iterator[ChunkRef]:
             return within(ordered, selection.newest, selection.max_bytes)
 
         if prompts is not None:
-            return in_order(chunks, lambda chunk: prompts.place(parse_key(chunk.key)) or 0, temp_dir, cut)
+            return in_order(chunks, lambda chunk: (prompts.place(parse_key(chunk.key)) or 0, chunk.key), temp_dir, cut)
         if selection.newest is None and selection.max_bytes is None:
             return chunks
         return in_order(chunks, newest_first, temp_dir, cut)
 
-    def _filtered(self, entries: Iterable[ChunkEntry], skipped: Counter[str]) -> Iterator[PlannedChunk]:
+    def _filtered(self, entries: Iterable[ChunkEntry], skipped: Counter[str]) -> Iterator[ChunkRef]:
         passes = self.selection.filter(self.now)
         for entry in entries:
             if is_probe(entry.text):
@@ -103,7 +101,7 @@ class WantedChunks:
                 skipped["not_chosen"] += 1
             else:
                 content = entry.content
-                yield PlannedChunk(entry.text, "", content.xet_hash, content.size, entry.uploaded_at)
+                yield ChunkRef(entry.text, "", content.xet_hash, content.size, entry.uploaded_at)
 
 
 def prompts_of(selection: Selection, source: InstanceConfig | None, config: Path | None) -> PromptOrder | None:
@@ -194,13 +192,13 @@ class ExportPlanning:
             ExportTotals(self._chosen, dict(self._writer.planned), self._same, self._conflicts, dict(skipped))
         )
 
-    def _named(self, chunk: PlannedChunk, names: NewNames | None) -> str:
+    def _named(self, chunk: ChunkRef, names: NewNames | None) -> str:
         to = self._header.renames(chunk.key)
         if names is not None:
             names.give(to, chunk.key)
         return to
 
-    def _compare(self, page: dict[str, PlannedChunk]) -> None:
+    def _compare(self, page: dict[str, ChunkRef]) -> None:
         held = self._destination.look_up(list(page), Deadline.patient(_LOOK_UP_SECS))
         for to, chunk in page.items():
             self._chosen = self._chosen.plus(chunk.size)
@@ -222,7 +220,7 @@ class ExportPlanning:
         return self._on_conflict is OnConflict.OVERWRITE
 
 
-def _pages(chunks: Iterable[PlannedChunk]) -> Iterator[list[PlannedChunk]]:
+def _pages(chunks: Iterable[ChunkRef]) -> Iterator[list[ChunkRef]]:
     chunks = iter(chunks)
     while page := list(itertools.islice(chunks, PAGE)):
         yield page

@@ -5,19 +5,19 @@ A table of SQLite in a temporary file, sorted once by SQLite's external sort and
 
 from __future__ import annotations
 
-import sqlite3
 import tempfile
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+from hfbucket_plugin.tools.external_sort import open_temporary
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _TICK: Final = timedelta(microseconds=1)
-_CACHE_KIB: Final = 16 * 1024
 _READ_ROWS: Final = 1000
 
 Rank = tuple[int, str]
@@ -91,10 +91,8 @@ class Ordering:
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="retention-", dir=directory)
-        self._base = sqlite3.connect(Path(self._directory.name, "entries.sqlite"), isolation_level=None)
-        self._base.executescript(
-            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
-            "PRAGMA temp_store = FILE;"
+        self._base = open_temporary(Path(self._directory.name, "entries.sqlite"))
+        self._base.execute(
             "CREATE TABLE listed (used INTEGER, at INTEGER, key TEXT, rule INTEGER, size INTEGER, hash TEXT, state INTEGER)"
         )
 

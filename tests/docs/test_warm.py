@@ -23,7 +23,7 @@ from warmer.report import outcomes
 from warmer.report.metrics import PREFIX, CountedBytes, RunMetrics
 from warmer.report.progress import JsonLines
 from warmer.report.summary import FailureLog, NodeReport, RunReport, TierRun
-from warmer.request.flags import FLAGS
+from warmer.request.model import FLAGS
 from warmer.request.warm_file import load_request
 from warmer.tiers import ENGINE_KINDS, TierOptions, declared_tier
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from warmer.plan.plan_file import PlannedChunk
+from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.report.outcomes import INTERRUPTED, Copied, Failed, Present
 from warmer.schedule.cohort import PlanSection
 from warmer.schedule.scheduler import Scheduler
@@ -16,7 +16,7 @@ ENDS = ("copied",) * 6 + ("reused", "present", "transport", "tier", "missing", I
 
 
 def plan(chunk_sizes):
-    return [PlannedChunk(f"key-{n}", f"path-{n}", "00" * 32, size) for n, size in enumerate(chunk_sizes)]
+    return [ChunkRef(f"key-{n}", f"path-{n}", "00" * 32, size) for n, size in enumerate(chunk_sizes)]
 
 
 def outcome(kind, chunk):

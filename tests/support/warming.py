@@ -16,7 +16,7 @@ from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.connect import open_bucket
-from warmer.plan.plan_file import PlannedChunk
+from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.plan.refresh import select
 from warmer.tiers import TierOptions, declared_tier
 
@@ -88,7 +88,7 @@ class Warehouse:
     def declaration(self, **options: Any) -> Any:
         return declared_tier(EngineConfig.read(self.config), "fs.warm", TierOptions(**options))
 
-    def plan(self, *prefixes: str) -> list[PlannedChunk]:
+    def plan(self, *prefixes: str) -> list[ChunkRef]:
         path = self.directory / "plan.jsonl"
         plan, _ = select(self.open(), prefixes or (PREFIX,), self.declaration().takes, path)
         return [chunk for index in range(plan.segments) for chunk in plan.segment(index)]

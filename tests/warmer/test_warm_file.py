@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.request.flags import FLAGS, nested
-from warmer.request.model import WarmRequest
+from hfbucket_plugin.tools.options import nested
+from warmer.request.model import FLAGS, WarmRequest
 from warmer.request.warm_file import load_request
 
 

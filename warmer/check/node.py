@@ -19,7 +19,7 @@ from warmer.report.outcomes import INTERRUPTED, Failed, Missing, Right, TierErro
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.report.outcomes import Outcome
     from warmer.tiers import Declaration, NodeInfo
 
@@ -60,7 +60,7 @@ class NodeChecker:
         self._hashes = hashes
         self._stopped = threading.Event()
 
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+    def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
         """Look at some chunks. The name is that of its part in a fleet: nothing is copied.
 
         Nothing raises for a single chunk.
@@ -73,7 +73,7 @@ class NodeChecker:
             self._hash([look for look in looks if look.path is not None])
         return [look.outcome for look in looks]
 
-    def _look(self, chunk: PlannedChunk, opened: contextlib.ExitStack) -> _Look:
+    def _look(self, chunk: ChunkRef, opened: contextlib.ExitStack) -> _Look:
         look = _Look(chunk, Right(chunk.key, chunk.size))
         if self._stopped.is_set():
             look.outcome = Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the check was told to stop")
@@ -86,7 +86,7 @@ class NodeChecker:
                 self._look_inside(look, opened)
         return look
 
-    def _wrong_outside(self, chunk: PlannedChunk) -> str | None:
+    def _wrong_outside(self, chunk: ChunkRef) -> str | None:
         """What is wrong with a chunk's file, as far as that shows without reading it."""
         found, stored = self._declaration.file(chunk.key).stat(), self._declaration.layout.stored(chunk.size)
         if not stat.S_ISREG(found.st_mode):
@@ -148,7 +148,7 @@ class _Look:
         path: Of its bytes, when they are to be hashed.
     """
 
-    chunk: PlannedChunk
+    chunk: ChunkRef
     outcome: Outcome
     path: Path | None = None
 

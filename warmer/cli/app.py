@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Mapping  # noqa: TC003 - `with_flags` and Typer evaluate the annotations
-from pathlib import Path  # noqa: TC003 - as above
+from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -22,7 +22,7 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.options import number
+from hfbucket_plugin.tools.options import Flag, number, with_flags
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from warmer import run
 from warmer.check.canary import DEFAULT_REQUIRE, Canary
@@ -31,7 +31,7 @@ from warmer.cluster.submit import Submission, expect_command, submit
 from warmer.plan.plan_file import WarmPlanFile
 from warmer.report.html import PageFile
 from warmer.report.outcomes import ClusterError, PlanLostError, local_trouble
-from warmer.request.flags import FLAGS, Flag, flags_of, with_flags
+from warmer.request.model import FLAGS
 from warmer.request.resolve import resolve_request
 from warmer.request.warm_file import load_request
 
@@ -47,13 +47,22 @@ _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Tell what would be copied, and copy nothing.", show_default=False)
 ]
 
-_PLANNING = flags_of("source", "choose", "tiers", "filling", "moving", "nodes", "limits", "address")
-_APPLYING = flags_of("source", "tiers", "filling", "moving", "nodes", "limits", "address", "report", "report_html")
-_CHECKING = tuple(
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="A warm.yaml that says all this; flags win over it.", metavar="FILE", show_default=False
+    ),
+]
+
+_RUNNING = {"report", "report_html"}
+_PLANNING = [flag for flag in FLAGS if flag.place[0] not in _RUNNING]
+_APPLYING = [flag for flag in FLAGS if flag.place[0] != "choose"]
+# A check waits for no node to join, asks no engine, and copies nothing.
+_CHECKING = [
     flag
-    for flag in flags_of("source", "choose", "tiers", "nodes", "limits", "address", "report_html")
-    if flag.name not in {"--replace-nodes", "--wait-engine"}  # nobody waits for nodes to join, nor asks engines
-)
+    for flag in FLAGS
+    if flag.place[0] not in {"filling", "moving", "report"} and flag.name not in {"--replace-nodes", "--wait-engine"}
+]
 
 
 @app.callback()
@@ -63,7 +72,7 @@ def main() -> None:
 
 @app.command("run")
 @with_flags(FLAGS)
-def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _DryRun = False) -> None:
+def run_command(*, config: _Config = None, given: Mapping[Flag, Any], dry_run: _DryRun = False) -> None:
     """Copy chosen chunks into tiers of every node; what is there already is passed by.
 
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
@@ -83,7 +92,7 @@ def run_command(*, config: Path | None, given: Mapping[Flag, Any], dry_run: _Dry
 @with_flags(_PLANNING)
 def plan_command(
     *,
-    config: Path | None,
+    config: _Config = None,
     given: Mapping[Flag, Any],
     out: Annotated[Path, typer.Option("--out", help="The plan file to write.", metavar="FILE", show_default=False)],
 ) -> None:
@@ -106,7 +115,7 @@ def plan_command(
 def apply_command(
     *,
     plan: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN", show_default=False)],
-    config: Path | None,
+    config: _Config = None,
     given: Mapping[Flag, Any],
     dry_run: _DryRun = False,
 ) -> None:
@@ -139,7 +148,7 @@ def check_command(
             help="A plan file; without one, chunks are chosen by the flags.", metavar="[PLAN]", show_default=False
         ),
     ] = None,
-    config: Path | None,
+    config: _Config = None,
     given: Mapping[Flag, Any],
     require: Annotated[
         float,

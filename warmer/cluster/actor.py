@@ -17,8 +17,8 @@ from warmer.report.outcomes import Copied, Present
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.node.receive import Bytes
-    from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
     from warmer.tiers import NodeInfo
 
@@ -58,7 +58,7 @@ def keep_freed_memory() -> bool:
 class NodeWorker(Protocol):
     """What works on a node by itself: a `NodeChecker`, or a `NodeWarmer`."""
 
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+    def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
         """Do what there is to do with some chunks; nothing raises for a single one."""
 
     def stop(self) -> None:
@@ -73,16 +73,16 @@ class Sharer(NodeWorker, Protocol):
 
     chunk_timeout_secs: float
 
-    def fetch(self, chunks: Sequence[PlannedChunk], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
+    def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
         """As `copy`; returns the bytes of those that were copied, too."""
 
-    def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
+    def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
         """Whether any of some chunks is not there."""
 
-    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
+    def reuse(self, chunks: Sequence[ChunkRef]) -> list[Outcome | None]:
         """Take chunks from elsewhere on this node; None stands for one that is not there."""
 
-    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+    def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Take chunks that another node has fetched; None stands for one that did not arrive rightly."""
 
 
@@ -118,7 +118,7 @@ class NodeActor:
             failed = error
         return failed, time.monotonic() - since
 
-    def fetch(self, chunks: Sequence[PlannedChunk], *, share: bool) -> tuple[list[Outcome], list[Any]]:
+    def fetch(self, chunks: Sequence[ChunkRef], *, share: bool) -> tuple[list[Outcome], list[Any]]:
         """Fetch chunks from the Hub, or do whatever else this worker does with them.
 
         Returns:
@@ -135,7 +135,7 @@ class NodeActor:
         except ray.exceptions.RayError:  # no room in the store: others fetch for themselves
             return outcomes, []
 
-    def receive(self, chunks: Sequence[PlannedChunk], objects: list[Any]) -> tuple[list[Outcome | None], bool]:
+    def receive(self, chunks: Sequence[ChunkRef], objects: list[Any]) -> tuple[list[Outcome | None], bool]:
         """Take chunks from the object store.
 
         Returns:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.node.receive import Bytes
     from warmer.node.worker import NodeConfig, NodeWarmer
-    from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
     from warmer.tiers import LocalCPUDeclaration, NodeInfo
     from warmer.tiers.declare import DirectoryDeclaration
@@ -116,7 +116,7 @@ class StagingDirectory:
             if not loaded:
                 self._free += size
 
-    def load(self, chunks: Sequence[PlannedChunk], secs: float) -> dict[str, HFBucketError]:
+    def load(self, chunks: Sequence[ChunkRef], secs: float) -> dict[str, HFBucketError]:
         """Have the worker load chunks that were staged.
 
         Args:
@@ -162,7 +162,7 @@ class StagingDirectory:
             if self._failures >= FAILURES:
                 self._broken = EngineError(f"{self._failures} loads failed one after the other, the last one: {error}")
 
-    def _gather(self, chunks: Sequence[PlannedChunk]) -> _Batch:
+    def _gather(self, chunks: Sequence[ChunkRef]) -> _Batch:
         """Move chunks into a directory of their own. By descriptors: the engine's user may rename what lies in its directory."""
         here = self._declaration.base_paths[0]
         name = f"batch-{next(self._batches)}"
@@ -277,32 +277,32 @@ class EngineLoader:
         self._tier = tier
         self.chunk_timeout_secs = warmer.chunk_timeout_secs
 
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+    def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
         """Load chunks; none raises by itself."""
         return self.fetch(chunks, keep=False)[0]
 
-    def fetch(self, chunks: Sequence[PlannedChunk], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
+    def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
         """As `copy`; returns the bytes of those that were loaded, too."""
         staged, kept = self._warmer.fetch(chunks, keep=keep)
         outcomes = self._loaded(chunks, staged)
         copied = [after for before, after in zip(staged, outcomes, strict=True) if isinstance(before, Copied)]
         return outcomes, [content for content, after in zip(kept, copied, strict=False) if isinstance(after, Copied)]
 
-    def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
+    def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
         """Whether any of some chunks is not there, as far as it can be told."""
         return self._warmer.lacks(chunks)
 
-    def reuse(self, chunks: Sequence[PlannedChunk]) -> list[Outcome | None]:
+    def reuse(self, chunks: Sequence[ChunkRef]) -> list[Outcome | None]:
         """Load chunks from the tiers that were filled before; None stands for what they have not."""
         return self._loaded(chunks, self._warmer.reuse(chunks))
 
-    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+    def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Load chunks that another node has fetched; None stands for one that did not arrive rightly."""
         return self._loaded(chunks, self._warmer.receive(chunks, contents))
 
-    def _loaded(self, chunks: Sequence[PlannedChunk], staged: Sequence[_Ended]) -> list[_Ended | Failed]:
+    def _loaded(self, chunks: Sequence[ChunkRef], staged: Sequence[_Ended]) -> list[_Ended | Failed]:
         """How chunks end, by how they were staged."""
-        by_stage: defaultdict[StagingDirectory, list[PlannedChunk]] = defaultdict(list)
+        by_stage: defaultdict[StagingDirectory, list[ChunkRef]] = defaultdict(list)
         for chunk, outcome in zip(chunks, staged, strict=True):
             if isinstance(outcome, Copied):
                 by_stage[self._tier.stage(chunk.key)].append(chunk)
@@ -313,7 +313,7 @@ class EngineLoader:
             self._settled(chunk, outcome, errors.get(chunk.key)) for chunk, outcome in zip(chunks, staged, strict=True)
         ]
 
-    def _settled(self, chunk: PlannedChunk, outcome: _Ended, error: HFBucketError | None) -> _Ended | Failed:
+    def _settled(self, chunk: ChunkRef, outcome: _Ended, error: HFBucketError | None) -> _Ended | Failed:
         loaded = isinstance(outcome, Copied) and error is None
         with contextlib.suppress(HFBucketError):  # nobody's chunk takes nobody's room
             self._tier.stage(chunk.key).settle(chunk.key, loaded=loaded)

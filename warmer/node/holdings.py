@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.node.reuse import EarlierTier
-    from warmer.plan.plan_file import PlannedChunk
     from warmer.tiers import Tier
 
 _REMEMBERED: Final = 4096
@@ -41,7 +41,7 @@ class Holdings:
         self._earlier: dict[str, list[EarlierTier]] = {}
         self._lock = threading.Lock()
 
-    def look(self, chunks: Sequence[PlannedChunk]) -> list[Present | Failed | None]:
+    def look(self, chunks: Sequence[ChunkRef]) -> list[Present | Failed | None]:
         """What the tier holds of some chunks, in their order; None for one that is not there, or is something else."""
         found = [self._held(chunk) for chunk in chunks]
         if self._checker is None:
@@ -63,13 +63,13 @@ class Holdings:
                 self._own[key] = outcome.message
         return found
 
-    def _held(self, chunk: PlannedChunk) -> Present | Failed | None:
+    def _held(self, chunk: ChunkRef) -> Present | Failed | None:
         try:
             return Present(chunk.key, chunk.size) if self._tier.holds(chunk.key, chunk.size) else None
         except HFBucketError as error:
             return Failed(chunk.key, chunk.size, error.kind, str(error))
 
-    def _identity(self, chunk: PlannedChunk) -> tuple[int, int] | None:
+    def _identity(self, chunk: ChunkRef) -> tuple[int, int] | None:
         """Which file it is. Not by its time, which is that of the last look."""
         if self._directories is not None:
             with contextlib.suppress(OSError, HFBucketError):
@@ -96,11 +96,11 @@ class Holdings:
         names = [tier.name for tier in self._earlier.get(key, ())]
         return "; ".join(filter(None, [self._own.get(key, ""), *(_held_wrongly(name) for name in names)]))
 
-    def settled(self, chunk: PlannedChunk, name: str) -> tuple[str, ...]:
+    def settled(self, chunk: ChunkRef, name: str) -> tuple[str, ...]:
         """A right chunk has replaced what was in its place in the tier that is filled; returns that tier, where it was wrong."""
         return (name,) if self._own.pop(chunk.key, "") else ()
 
-    def repair(self, chunk: PlannedChunk, content: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def repair(self, chunk: ChunkRef, content: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Put a chunk into the earlier tiers that hold something else in its place.
 
         Args:

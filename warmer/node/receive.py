@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hfbucket_plugin.core.deadline import Deadline
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.node.reuse import EarlierTier
-    from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
     from warmer.tiers import ChunkDraft, Tier
 
@@ -49,7 +49,7 @@ class Receiver:
         self._verify = verify
         self._stopped = stopped
 
-    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+    def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Put chunks into the tier that another node has fetched. As with those fetched, none appears unless it is right.
 
         Returns:
@@ -66,7 +66,7 @@ class Receiver:
         return self._take(chunks, has, fill, self._verify, received=True)
 
     def reuse(
-        self, chunks: Sequence[PlannedChunk], tier: EarlierTier, ends: Deadline, kept: dict[str, Bytes] | None
+        self, chunks: Sequence[ChunkRef], tier: EarlierTier, ends: Deadline, kept: dict[str, Bytes] | None
     ) -> list[Outcome | None]:
         """Put chunks into the tier that another tier of this node has.
 
@@ -92,7 +92,7 @@ class Receiver:
 
     def _take(
         self,
-        chunks: Sequence[PlannedChunk],
+        chunks: Sequence[ChunkRef],
         has: Callable[[int], bool],
         fill: Callable[[int, ChunkDraft], bool],
         verify: Verify,
@@ -154,7 +154,7 @@ class Receiver:
             lease.write(at, content[at : at + _PIECE_BYTES].tobytes())
 
     def _accept(
-        self, chunk: PlannedChunk, draft: ChunkDraft, actual: str | HFBucketError, kept: dict[str, Bytes] | None
+        self, chunk: ChunkRef, draft: ChunkDraft, actual: str | HFBucketError, kept: dict[str, Bytes] | None
     ) -> Outcome | None:
         if self._stopped.is_set():
             return given_up(chunk)
@@ -190,7 +190,7 @@ def tier_name(tier: Tier) -> str:
     return tier.declaration.name if isinstance(tier, DirectoryTier) else ""
 
 
-def given_up(chunk: PlannedChunk) -> Failed:
+def given_up(chunk: ChunkRef) -> Failed:
     """How a chunk ends that the run was told to stop with."""
     return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.tiers import ChunkDraft, Declaration
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
@@ -46,7 +46,7 @@ class EarlierTier:
         """The tier's, for people."""
         return self._declaration.name
 
-    def repair(self, chunk: PlannedChunk, content: Path) -> None:
+    def repair(self, chunk: ChunkRef, content: Path) -> None:
         """Replace what lies in the place of a chunk; where there is no room for the chunk, only remove it.
 
         Args:
@@ -84,7 +84,7 @@ class EarlierTier:
                 self._opened.close()
                 self._opened = None
 
-    def has(self, chunk: PlannedChunk) -> bool:
+    def has(self, chunk: ChunkRef) -> bool:
         """Whether there is a file for a chunk, as long as it must be."""
         try:
             found = self._declaration.file(chunk.key).lstat()
@@ -92,7 +92,7 @@ class EarlierTier:
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size == self._declaration.layout.stored(chunk.size)
 
-    def copy(self, chunk: PlannedChunk, draft: ChunkDraft, stopped: Callable[[], bool] = lambda: False) -> bool:
+    def copy(self, chunk: ChunkRef, draft: ChunkDraft, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Write a chunk's bytes into a draft, if the tier has a file for it that is as long as it must be.
 
         Args:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.node.receive import Bytes, Verify
-    from warmer.plan.plan_file import PlannedChunk
     from warmer.report.outcomes import Outcome
     from warmer.tiers import ChunkDraft, Declaration, NodeInfo, Tier
 
@@ -54,7 +54,7 @@ class FetchItem:
         reserve: Whether its blocks are to be reserved in the next try: the disk turned out to be full without.
     """
 
-    chunk: PlannedChunk
+    chunk: ChunkRef
     keep: bool = False
     kept: Bytes | None = None
     error: HFBucketError | None = None
@@ -190,7 +190,7 @@ class NodeWarmer:
         self._lock = threading.Lock()
         self._reading: dict[int, list[DownloadToBuffer | DownloadToFile]] = {}
 
-    def copy(self, chunks: Sequence[PlannedChunk]) -> list[Outcome]:
+    def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
         """See to it that the tier holds some chunks.
 
         Nothing raises for a single chunk, and none appears in the tier unless its length and hash are right.
@@ -200,7 +200,7 @@ class NodeWarmer:
         """
         return self.fetch(chunks, keep=False)[0]
 
-    def fetch(self, chunks: Sequence[PlannedChunk], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
+    def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
         """As `copy`, and keeps what it copied in memory.
 
         Args:
@@ -233,7 +233,7 @@ class NodeWarmer:
             kept[chunk.key] for chunk in chunks if chunk.key in kept
         ]
 
-    def reuse(self, chunks: Sequence[PlannedChunk], kept: dict[str, Bytes] | None = None) -> list[Outcome | None]:
+    def reuse(self, chunks: Sequence[ChunkRef], kept: dict[str, Bytes] | None = None) -> list[Outcome | None]:
         """Take from the earlier tiers of this node what they have of some chunks, verified by hash.
 
         Args:
@@ -252,11 +252,11 @@ class NodeWarmer:
                 outcomes[index] = outcome
         return outcomes
 
-    def lacks(self, chunks: Sequence[PlannedChunk]) -> bool:
+    def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
         """Whether the tier lacks any of some chunks, as far as it can tell."""
         return not all(isinstance(there, Present) for there in self._holdings.look(chunks))
 
-    def receive(self, chunks: Sequence[PlannedChunk], contents: Sequence[Bytes]) -> list[Outcome | None]:
+    def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
         """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
 
@@ -417,7 +417,7 @@ class NodeWarmer:
         self._tier.close()
 
 
-def _deleted(chunk: PlannedChunk) -> ObjectMissingError:
+def _deleted(chunk: ChunkRef) -> ObjectMissingError:
     return ObjectMissingError(f"{chunk.key}: it was deleted from the bucket meanwhile")
 
 

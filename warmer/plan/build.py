@@ -14,8 +14,8 @@ from hfbucket_plugin.core.keys import ClassicKey, MPKey, encode_name, is_probe, 
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub.listing import list_chunks, list_chunks_ahead
 from hfbucket_plugin.index.access.table import heat_of
+from hfbucket_plugin.tools.selection import hottest_first, in_order, newest_first, within
 from warmer.plan.key_files import keys_of, look_up_keys
-from warmer.plan.ordered import hottest_first, in_order, newest_first, within
 from warmer.plan.plan_file import Planner
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.access.table import HeatTable
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
 
 
 _PAGE: Final = 1000
@@ -34,8 +34,8 @@ _REQUEST_SECS: Final = 60.0
 
 @contextlib.contextmanager
 def warmed(
-    chunks: Iterable[PlannedChunk], bucket: Bucket, now: datetime, temp_dir: Path
-) -> Iterator[tuple[Iterator[PlannedChunk], str]]:
+    chunks: Iterable[ChunkRef], bucket: Bucket, now: datetime, temp_dir: Path
+) -> Iterator[tuple[Iterator[ChunkRef], str]]:
     """Chunks with their heat, for the duration of a block, and why there is none: empty where there is.
 
     An index that cannot be read is no reason not to warm: nothing but the order goes by it.
@@ -54,7 +54,7 @@ def warmed(
         yield (iter(chunks), why) if table is None else (_with_heat(chunks, table), "")
 
 
-def _with_heat(chunks: Iterable[PlannedChunk], table: HeatTable) -> Iterator[PlannedChunk]:
+def _with_heat(chunks: Iterable[ChunkRef], table: HeatTable) -> Iterator[ChunkRef]:
     chunks = iter(chunks)
     while page := list(islice(chunks, _PAGE)):
         for chunk, use in zip(page, table.look_up([encode_name(one.key) for one in page]), strict=True):
@@ -70,8 +70,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.hub.listing import ChunkEntry
     from hfbucket_plugin.tools.prompts import PromptOrder
-    from hfbucket_plugin.tools.selection import Selection
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef, Selection
 
     Listing = Callable[[Iterable[str]], Iterator[ChunkEntry]]
 
@@ -112,7 +111,7 @@ class PlanBuilder:
     chosen: int = 0
     cold: str = ""
 
-    def planned(self, bucket: Bucket, temp_dir: Path) -> Iterator[PlannedChunk]:
+    def planned(self, bucket: Bucket, temp_dir: Path) -> Iterator[ChunkRef]:
         """Yield the chosen chunks, in the order in which they are to be copied.
 
         That is: as the prompts have them, each from its start; or the hottest first, where `hottest` or `max_bytes` is
@@ -131,11 +130,11 @@ class PlanBuilder:
         chunks = self.of(self._entries(bucket), bucket)
         selection, prompts = self.selection, self.prompts
 
-        def cut(ordered: Iterable[PlannedChunk]) -> Iterator[PlannedChunk]:
+        def cut(ordered: Iterable[ChunkRef]) -> Iterator[ChunkRef]:
             return within(ordered, selection.most, selection.max_bytes)
 
         if prompts is not None:
-            return in_order(chunks, lambda chunk: _placed(prompts, chunk), temp_dir, cut)
+            return in_order(chunks, lambda chunk: (_placed(prompts, chunk), chunk.key), temp_dir, cut)
         if selection.most is None and selection.max_bytes is None:
             return chunks
         if not selection.wants_heat:
@@ -144,11 +143,11 @@ class PlanBuilder:
 
     def _hottest(
         self,
-        chunks: Iterable[PlannedChunk],
+        chunks: Iterable[ChunkRef],
         bucket: Bucket,
         temp_dir: Path,
-        cut: Callable[[Iterable[PlannedChunk]], Iterator[PlannedChunk]],
-    ) -> Iterator[PlannedChunk]:
+        cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]],
+    ) -> Iterator[ChunkRef]:
         """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
         with warmed(chunks, bucket, self.now, temp_dir.parent) as (told, why):
             self.cold = why[:_WHY_CHARS]
@@ -156,7 +155,7 @@ class PlanBuilder:
                 _log.info("the newest chunks come first, not those that are read most: %s", why)
             yield from in_order(told, newest_first if why else hottest_first, temp_dir, cut)
 
-    def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[PlannedChunk]:
+    def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[ChunkRef]:
         """The chosen ones among some chunks, as they come."""
         planner = Planner(bucket.handle, self.takes)
         planner.skipped = self.skipped
@@ -207,7 +206,7 @@ class PlanBuilder:
         return any(isinstance(entry.key, other) and not is_probe(entry.text) and filtered(entry) for entry in entries)
 
 
-def _placed(prompts: PromptOrder, chunk: PlannedChunk) -> int:
+def _placed(prompts: PromptOrder, chunk: ChunkRef) -> int:
     place = prompts.place(parse_key(chunk.key))
     if place is None:
         raise ValueError(f"{chunk.key} is of no prompt")

@@ -66,7 +66,7 @@ def look_up_keys(bucket: Bucket, keys: Iterable[str], skipped: Counter[str]) -> 
         skipped: Keys that it does not hold are counted there, as ``not_in_bucket``.
 
     Raises:
-        ScratchError: There is no room to remember which keys came before.
+        TempDirError: There is no room to remember which keys came before.
         HFBucketError: The Hub did not tell.
     """
     with KeySet() as seen:

@@ -7,15 +7,13 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections import Counter
-from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.tools.plan_file import Sealed
+from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.report.outcomes import PlanLostError
 
 if TYPE_CHECKING:
@@ -46,110 +44,6 @@ SEGMENT_CHUNKS: Final = 1000
 """Chunks of a segment: as many as the Hub looks up in one request."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedChunk:
-    """One chunk that every node is to hold.
-
-    Attributes:
-        key: Its key string.
-        path: Of its object, from the root of the bucket.
-        xet_hash: Of its content, 64 hexadecimal digits.
-        size: Bytes.
-        uploaded_at: When the Hub took it; None when it did not say.
-        gone: Whether the bucket no longer held it when it was last looked up.
-        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
-            what all its workers share (MLA) as if it had one.
-        heat: How hot it is (`hfbucket_plugin.index.access.stats.buckets`); None where that was not asked or is not known.
-        last_hit: When it was last read; None where that is not known.
-    """
-
-    key: str
-    path: str
-    xet_hash: str
-    size: int
-    uploaded_at: datetime | None = None
-    gone: bool = False
-    worker: int | None = None
-    heat: int | None = None
-    last_hit: datetime | None = None
-
-    def to_line(self) -> str:
-        """The chunk as one line of JSON, its newline included."""
-        record: dict[str, Any] = {"key": self.key, "path": self.path, "xet_hash": self.xet_hash, "size": self.size}
-        if self.uploaded_at is not None:
-            record["uploaded_at"] = self.uploaded_at.isoformat()
-        if self.gone:
-            record["gone"] = True
-        if self.worker is not None:
-            record["worker"] = self.worker
-        if self.heat is not None:
-            record["heat"] = self.heat
-        if self.last_hit is not None:
-            record["last_hit"] = self.last_hit.isoformat()
-        return json.dumps(record) + "\n"
-
-    @classmethod
-    def from_line(cls, line: str) -> PlannedChunk:
-        """Read what `to_line` wrote.
-
-        Raises:
-            ValueError: The line is no planned chunk.
-        """
-        record = json.loads(line)
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
-            raise ValueError("a planned chunk needs key, path and xet_hash, as texts")
-        return cls(
-            key=record["key"],
-            path=record["path"],
-            xet_hash=_hash(record["xet_hash"]),
-            size=_number(record, "size", "a size in bytes"),
-            uploaded_at=_moment(record, "uploaded_at"),
-            gone=_flag(record, "gone"),
-            worker=None if record.get("worker") is None else _number(record, "worker", "a rank"),
-            heat=None if record.get("heat") is None else _number(record, "heat", "a number of reads"),
-            last_hit=_moment(record, "last_hit"),
-        )
-
-
-_TEXTS: Final = ("key", "path", "xet_hash")
-_HASH: Final = re.compile(r"[0-9a-f]{64}")
-_MOST: Final = 2**63 - 1
-"""No file is larger, and no count is."""
-
-
-def _hash(text: str) -> str:
-    if not _HASH.fullmatch(text):
-        raise ValueError("xet_hash must be 64 hexadecimal digits")
-    return text
-
-
-def _number(record: dict[str, Any], name: str, what: str) -> int:
-    value = record.get(name)
-    if type(value) is not int or not 0 <= value <= _MOST:
-        raise ValueError(f"{name} must be {what}")
-    return value
-
-
-def _flag(record: dict[str, Any], name: str) -> bool:
-    value = record.get(name, False)
-    if type(value) is not bool:
-        raise ValueError(f"{name} must be true or false")
-    return value
-
-
-def _moment(record: dict[str, Any], name: str) -> datetime | None:
-    value = record.get(name)
-    if value is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise ValueError(f"{name} must be a date and time with its offset, as text")
-    return moment
-
-
 class Planner:
     """Turns a listing into planned chunks for tiers that take one kind of key, and counts what it passes by.
 
@@ -167,7 +61,7 @@ class Planner:
         self._takes = takes
         self.skipped: Counter[str] = Counter()
 
-    def plan(self, entries: Iterable[ChunkEntry]) -> Iterator[PlannedChunk]:
+    def plan(self, entries: Iterable[ChunkEntry]) -> Iterator[ChunkRef]:
         """Yield what fits the tier, in the order of the listing: by key, hence by model and then by worker."""
         for entry in entries:
             if not isinstance(entry.key, self._takes):
@@ -178,12 +72,7 @@ class Planner:
                 path = self._handle.join(encode_name(entry.text))
                 content, key = entry.content, entry.key
                 worker = key.worker_id if key.world_size > 1 else None
-                yield PlannedChunk(entry.text, path, content.xet_hash, content.size, entry.uploaded_at, worker=worker)
-
-
-def gone(chunk: PlannedChunk) -> PlannedChunk:
-    """The chunk, no longer in the bucket."""
-    return replace(chunk, gone=True)
+                yield ChunkRef(entry.text, path, content.xet_hash, content.size, entry.uploaded_at, worker=worker)
 
 
 class Segments(Protocol):
@@ -193,7 +82,7 @@ class Segments(Protocol):
     def segments(self) -> int:
         """How many segments there are."""
 
-    def segment(self, index: int) -> list[PlannedChunk]:
+    def segment(self, index: int) -> list[ChunkRef]:
         """The chunks of one: `SEGMENT_CHUNKS`, and in the last what is left.
 
         Raises:
@@ -202,7 +91,7 @@ class Segments(Protocol):
         """
 
 
-def chunks_from(source: Segments, start: int) -> Iterator[PlannedChunk]:
+def chunks_from(source: Segments, start: int) -> Iterator[ChunkRef]:
     """The chunks of a plan, or of a part of one, from its number `start` on, counted from 0.
 
     Raises:
@@ -241,7 +130,7 @@ class WarmPlanFile:
         self._segments: list[_Segment] = []
         self._file: Sealed | None = None
 
-    def _count(self, chunk: PlannedChunk, line: bytes, at: int) -> None:
+    def _count(self, chunk: ChunkRef, line: bytes, at: int) -> None:
         if self.chunks % SEGMENT_CHUNKS == 0:
             self._segments.append(_Segment(at))
             self.workers.append(Counter())
@@ -256,7 +145,7 @@ class WarmPlanFile:
     def write(
         cls,
         path: Path,
-        chunks: Iterable[PlannedChunk],
+        chunks: Iterable[ChunkRef],
         header: Callable[[WarmPlanFile], dict[str, Any]] | None = None,
     ) -> WarmPlanFile:
         """Write a plan, as the chunks come.
@@ -333,7 +222,7 @@ class WarmPlanFile:
     def _take(self, line: bytes, at: int) -> None:
         if len(line) > _MOST_LINE_BYTES:
             raise ValueError(f"the line is longer than {_MOST_LINE_BYTES} bytes")
-        chunk = PlannedChunk.from_line(line.decode())
+        chunk = ChunkRef.from_line(line.decode())
         parse_key(chunk.key)
         name = encode_name(chunk.key)
         if self.home is None:
@@ -349,7 +238,7 @@ class WarmPlanFile:
         """How many segments it has."""
         return len(self._segments)
 
-    def segment(self, index: int) -> list[PlannedChunk]:
+    def segment(self, index: int) -> list[ChunkRef]:
         """The chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
@@ -363,9 +252,9 @@ class WarmPlanFile:
             whole = self._file.again(segment.at, segment.length, segment.digest.digest())
         except OSError as error:
             raise PlanLostError(f"plan {str(self.path)!r} cannot be read any more: {error.strerror}") from None
-        return [PlannedChunk.from_line(line) for line in whole.decode().split("\n") if line]
+        return [ChunkRef.from_line(line) for line in whole.decode().split("\n") if line]
 
-    def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
+    def chunks_from(self, start: int) -> Iterator[ChunkRef]:
         """The plan from its chunk number `start` on, counted from 0.
 
         Raises:
@@ -471,7 +360,7 @@ class PlanPart:
         """How many segments they make; not those of the plan."""
         return -(-self.chunks // SEGMENT_CHUNKS)
 
-    def segment(self, index: int) -> list[PlannedChunk]:
+    def segment(self, index: int) -> list[ChunkRef]:
         """The chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
@@ -481,7 +370,7 @@ class PlanPart:
         start = index * SEGMENT_CHUNKS
         return list(itertools.islice(self._read(start), min(SEGMENT_CHUNKS, self.chunks - start)))
 
-    def _read(self, start: int) -> Iterator[PlannedChunk]:
+    def _read(self, start: int) -> Iterator[ChunkRef]:
         first = bisect.bisect_right(self._before, start) - 1
         left = start - self._before[first]
         for index in range(first, self._plan.segments):
@@ -491,7 +380,7 @@ class PlanPart:
             yield from itertools.islice(own, left, None)
             left = 0
 
-    def chunks_from(self, start: int) -> Iterator[PlannedChunk]:
+    def chunks_from(self, start: int) -> Iterator[ChunkRef]:
         """The part from its chunk number `start` on, counted from 0.
 
         Raises:

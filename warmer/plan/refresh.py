@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.hub.listing import list_chunks
-from warmer.plan.plan_file import Planner, WarmPlanFile, chunks_from, gone
+from warmer.plan.plan_file import Planner, WarmPlanFile, chunks_from
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.core.keys import Key
     from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.tools.selection import ChunkRef
     from hfbucket_plugin.tools.signals import Stop
-    from warmer.plan.plan_file import PlannedChunk, Segments
+    from warmer.plan.plan_file import Segments
 
 _log = logging.getLogger(__name__)
 
@@ -71,14 +72,14 @@ class RefreshedPlan:
     """
 
     def __init__(
-        self, plan: Segments, look_up: Callable[[list[PlannedChunk]], list[PlannedChunk]], cached: int = CACHED_SEGMENTS
+        self, plan: Segments, look_up: Callable[[list[ChunkRef]], list[ChunkRef]], cached: int = CACHED_SEGMENTS
     ) -> None:
         self._plan = plan
         self._look_up = look_up
         self._cached = cached
-        self._segments: OrderedDict[int, list[PlannedChunk]] = OrderedDict()
+        self._segments: OrderedDict[int, list[ChunkRef]] = OrderedDict()
 
-    def chunks(self, start: int = 0) -> Iterator[PlannedChunk]:
+    def chunks(self, start: int = 0) -> Iterator[ChunkRef]:
         """The plan from its chunk number `start` on; chunks that were deleted meanwhile are `gone`."""
         return chunks_from(self, start)
 
@@ -87,7 +88,7 @@ class RefreshedPlan:
         """How many segments it has."""
         return self._plan.segments
 
-    def segment(self, index: int) -> list[PlannedChunk]:
+    def segment(self, index: int) -> list[ChunkRef]:
         """The chunks of one segment, as the bucket has them."""
         segment = self._segments.get(index)
         if segment is None:
@@ -113,7 +114,7 @@ class RefreshLookups:
         self._clock = clock
         self._again_at = 0.0
 
-    def look_up(self, chunks: list[PlannedChunk]) -> list[PlannedChunk]:
+    def look_up(self, chunks: list[ChunkRef]) -> list[ChunkRef]:
         """The chunks as the bucket has them now; unchanged where it cannot be told, or when told to stop.
 
         A lookup that fails changes nothing: nodes check every byte that they fetch, so an old plan is no danger.
@@ -147,11 +148,11 @@ class _Asked(threading.Thread):
         error: Why it did not.
     """
 
-    def __init__(self, bucket: Bucket, chunks: list[PlannedChunk]) -> None:
+    def __init__(self, bucket: Bucket, chunks: list[ChunkRef]) -> None:
         super().__init__(name="warmer-lookup", daemon=True)
         self._bucket = bucket
         self._chunks = chunks
-        self.fresh: list[PlannedChunk] | None = None
+        self.fresh: list[ChunkRef] | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -162,13 +163,13 @@ class _Asked(threading.Thread):
             self.error = error
 
 
-def _fresh(bucket: Bucket, chunks: list[PlannedChunk]) -> list[PlannedChunk]:
+def _fresh(bucket: Bucket, chunks: list[ChunkRef]) -> list[ChunkRef]:
     found = bucket.stat([chunk.path for chunk in chunks], Deadline.patient(_LOOKUP_SECS))
     fresh = []
     for chunk in chunks:
         info = found.get(chunk.path)
         if info is None:
-            fresh.append(gone(chunk))
+            fresh.append(replace(chunk, gone=True))
         else:
             content = info.content
             fresh.append(

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from hfbucket_plugin.core.units import parse_bytes
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools.options import Option, flags_of
 from hfbucket_plugin.tools.selection import Bytes, Length, Ranks, Seconds, Selection, Texts
 from warmer.node.receive import Verify  # noqa: TC001 - as above
 from warmer.node.worker import CHUNK_TIMEOUT_SECS
@@ -66,6 +68,19 @@ def _as_names(value: Any) -> Any:
     return [name.strip() for one in values for name in one.split(",") if name.strip()]
 
 
+def _ranks(texts: list[str]) -> dict[str, str]:
+    """`--ranks gpu-a=0-3` as the mapping that YAML has."""
+    ranks: dict[str, str] = {}
+    for text in texts:
+        node, _, of = text.rpartition("=")
+        if not node:
+            raise ConfigError(f"--ranks {text!r} reads NODE=RANKS, as gpu-a=0-3")
+        if node in ranks:
+            raise ConfigError(f"--ranks names {node} twice; several ranges are joined by ',', as 0-3,8-11")
+        ranks[node] = of
+    return ranks
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,11 +88,11 @@ class _Part(BaseModel):
 class SourceOptions(_Part):
     """Where chunks come from: an instance, named by the configuration that engines use."""
 
-    lmcache_config: Path | None = Field(None, description="The LMCache YAML of the engines.")
-    instance: str | None = Field(
+    lmcache_config: Annotated[Path | None, Option("FILE")] = Field(None, description="The LMCache YAML of the engines.")
+    instance: Annotated[str | None, Option("NAME")] = Field(
         None, description="The bucket's instance in it, such as hfbucket.us; may be left out where it declares but one."
     )
-    l2_adapter: Annotated[str | None, BeforeValidator(_as_json)] = Field(
+    l2_adapter: Annotated[str | None, BeforeValidator(_as_json), Option("JSON")] = Field(
         None, description="In place of a YAML, for MP mode: the JSON of the bucket that `lmcache server` takes."
     )
 
@@ -90,31 +105,33 @@ class FillOptions(_Part):
         description="Force each file to the disk before it appears. Off by default: a file could only be lost to a power "
         "failure soon after the run, but then LMCache would not notice.",
     )
-    max_bytes: Bytes | None = Field(
+    max_bytes: Annotated[Bytes | None, Option("SIZE", name="--tier-max-bytes")] = Field(
         None, description="What a tier's chunk files may take, the engine's own included, as 500GiB."
     )
-    min_free: Annotated[int, BeforeValidator(_as_size), Field(ge=0)] = Field(
+    min_free: Annotated[int, BeforeValidator(_as_size), Field(ge=0), Option("SIZE")] = Field(
         0, description="What stays free on a tier's file system, as 20GiB."
     )
     evict: bool = Field(False, description="Let the chunk files that were written longest ago make room.")
-    chown: str | None = Field(None, description="Owner of the files, as user:group. Default: the directory's.")
-    chmod: Annotated[int, BeforeValidator(_as_mode), PlainSerializer("{:04o}".format)] | None = Field(
-        None, description="Mode of the files, as 0640. Default: as LMCache makes its own, less the umask."
+    chown: Annotated[str | None, Option("OWNER")] = Field(
+        None, description="Owner of the files, as user:group. Default: the directory's."
     )
+    chmod: Annotated[
+        Annotated[int, BeforeValidator(_as_mode), PlainSerializer("{:04o}".format)] | None, Option("MODE")
+    ] = Field(None, description="Mode of the files, as 0640. Default: as LMCache makes its own, less the umask.")
 
 
 class TransferOptions(_Part):
     """How bytes move: through whom, how many at a time, how fast."""
 
     direct: bool = Field(False, description="Every node fetches for itself, and hands nothing to others.")
-    object_store_fraction: float = Field(
+    object_store_fraction: Annotated[float, Option("SHARE")] = Field(
         OBJECT_STORE_FRACTION,
         ge=0.01,
         le=0.7,
         description="Most of each node's Ray object store that chunks may take. Default: 0.3. Ray begins to write objects to "
         "disk at 0.8.",
     )
-    verify: Verify = Field(
+    verify: Annotated[Verify, Option("WHAT")] = Field(
         "hash",
         description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Default: hash.",
     )
@@ -122,13 +139,13 @@ class TransferOptions(_Part):
         False,
         description="Hash the chunks that a directory tier holds already, and replace those that differ from the bucket's.",
     )
-    max_bandwidth: Bytes | None = Field(
+    max_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
         None, description="Most bytes a second from the Hub, in the whole run, as 500MiB."
     )
-    max_node_bandwidth: Bytes | None = Field(
+    max_node_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
         None, description="Most bytes a second that reach a node, from the Hub or from other nodes, as 100MiB."
     )
-    max_inflight_bytes: Bytes | None = Field(
+    max_inflight_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
         None,
         description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in four "
         "batches at most.",
@@ -138,24 +155,26 @@ class TransferOptions(_Part):
 class NodeOptions(_Part):
     """Which nodes take part, and with which workers' chunks."""
 
-    selector: Annotated[tuple[str, ...], BeforeValidator(_as_selector)] = Field(
+    selector: Annotated[
+        tuple[str, ...], BeforeValidator(_as_selector), Option("LABEL", name="--node-selector", many=True)
+    ] = Field(
         (),
         description="Only nodes with this Ray label, as pool=serving; also pool=!serving, pool=in(a,b) and pool=!in(a,b). "
         "All of several have to hold.",
     )
-    names: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = Field(
+    names: Annotated[tuple[str, ...], BeforeValidator(_as_names), Option("NAMES", name="--nodes", many=True)] = Field(
         (), description="Only these nodes, by name or id, separated by commas."
     )
-    ranks_label: str = Field(
+    ranks_label: Annotated[str, Option("NAME")] = Field(
         RANKS_LABEL,
         description="The label that tells whose chunks a node takes, as 0-3; several ranges are joined by '_', since labels "
         "hold no comma. A node without it takes those of all workers.",
     )
-    ranks: dict[str, Ranks] = Field(
+    ranks: Annotated[dict[str, Ranks], Option("NODE=RANKS", many=True, parse=_ranks)] = Field(
         default_factory=dict,
         description="The same by name or id of the node, as gpu-a=0-3; wins over the label.",
     )
-    replace: bool = Field(
+    replace: Annotated[bool, Option(name="--replace-nodes")] = Field(
         False, description="Nodes that join the cluster meanwhile take the places of those that are lost."
     )
 
@@ -163,18 +182,18 @@ class NodeOptions(_Part):
 class LimitOptions(_Part):
     """How long things may take."""
 
-    chunk_timeout: Seconds = Field(
+    chunk_timeout: Annotated[Seconds, Option("TIME")] = Field(
         CHUNK_TIMEOUT_SECS,
         description="Most time for a chunk, in seconds or as 5m, with its batch (64 MiB at most, or one larger chunk) and retries. Default: 300.",
     )
-    node_timeout: Seconds = Field(
+    node_timeout: Annotated[Seconds, Option("TIME")] = Field(
         NODE_START_SECS, description="Most time until a node takes part, in seconds or as 2m. Default: 60."
     )
-    wait_engine: Length = Field(
+    wait_engine: Annotated[Length, Option("TIME")] = Field(
         WAIT_ENGINE,
         description="How long a tier in the memory of engines waits for the engine of each node, as 10m. Default: 10m.",
     )
-    max_duration: Seconds | None = Field(
+    max_duration: Annotated[Seconds | None, Option("TIME")] = Field(
         None, description="Stop in good order after so much time of copying, in seconds or as 30m, with exit code 5."
     )
 
@@ -184,7 +203,7 @@ class WarmRequest(_Part):
 
     source: SourceOptions = Field(default_factory=lambda: SourceOptions.model_validate({}))
     choose: Selection = Field(default_factory=lambda: Selection.model_validate({}))
-    tiers: Annotated[Texts, BeforeValidator(_as_tiers)] = Field(
+    tiers: Annotated[Texts, BeforeValidator(_as_tiers), Option("NAME|JSON", name="--tier", many=True)] = Field(
         (),
         description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native adapter of "
         "`lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. Several are filled one after the other.",
@@ -193,14 +212,18 @@ class WarmRequest(_Part):
     moving: TransferOptions = Field(default_factory=lambda: TransferOptions.model_validate({}))
     nodes: NodeOptions = Field(default_factory=lambda: NodeOptions.model_validate({}))
     limits: LimitOptions = Field(default_factory=lambda: LimitOptions.model_validate({}))
-    address: str | None = Field(
+    address: Annotated[str | None, Option("HOST:PORT")] = Field(
         None,
         description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; without "
         "either a local Ray is started.",
     )
-    report: Path | None = Field(
+    report: Annotated[Path | None, Option("FILE")] = Field(
         None, description="Write a JSON line for every failed chunk, and the summary as the last line, to this file."
     )
-    report_html: Path | None = Field(
+    report_html: Annotated[Path | None, Option("FILE")] = Field(
         None, description="Write a page for people too, with plots, when it is over; one file that loads nothing."
     )
+
+
+FLAGS: Final = flags_of(WarmRequest)
+"""The options of the commands, one for each field."""

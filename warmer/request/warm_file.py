@@ -9,14 +9,14 @@ from pydantic import BaseModel, ValidationError
 
 from hfbucket_plugin.config.yaml_file import read_yaml
 from hfbucket_plugin.errors import ConfigError
-from warmer.request.flags import FLAGS, nested
-from warmer.request.model import WarmRequest
+from hfbucket_plugin.tools.options import nested
+from warmer.request.model import FLAGS, WarmRequest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from warmer.request.flags import Flag
+    from hfbucket_plugin.tools.options import Flag
 
 _INSTEAD: Final = {("choose", "all"): ("choose", "prefix"), ("choose", "prefix"): ("choose", "all")}
 """What one says on the command line takes the place of the other in the file."""

@@ -11,7 +11,7 @@ from warmer.schedule.tasks import total_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.schedule.cohort import Cohort
     from warmer.schedule.tasks import Task
 
@@ -44,7 +44,7 @@ class Batch:
         handed_over: Whether another node was asked for it because the first took so long; that is done once.
     """
 
-    def __init__(self, number: int, chunks: tuple[PlannedChunk, ...], pending: Iterable[str], cohort: Cohort) -> None:
+    def __init__(self, number: int, chunks: tuple[ChunkRef, ...], pending: Iterable[str], cohort: Cohort) -> None:
         self.number = number
         self.chunks = chunks
         self.size = total_bytes(chunks)

@@ -14,9 +14,9 @@ from warmer.schedule.tasks import total_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
 
-    Reader = Callable[[int], Iterator[PlannedChunk]]
+    Reader = Callable[[int], Iterator[ChunkRef]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class PlanSection:
         """Whether a node is to have them."""
         return self.nodes is None or node in self.nodes
 
-    def left(self, start: int) -> Iterator[PlannedChunk]:
+    def left(self, start: int) -> Iterator[ChunkRef]:
         """What a lost node will not get."""
         return (self.rest or self.plan)(start)
 
@@ -60,8 +60,8 @@ class Cohort:
     def __init__(self, part: PlanSection, behind: Cohort | None = None) -> None:
         self.part = part
         self.behind = behind
-        self._source: Iterator[PlannedChunk] | None = None
-        self._peeked: PlannedChunk | None = None
+        self._source: Iterator[ChunkRef] | None = None
+        self._peeked: ChunkRef | None = None
         self._over = False
         self._begun = False
         self._members: list[Membership] | None = None
@@ -77,7 +77,7 @@ class Cohort:
             self._begun = True
             self.position = position
 
-    def peek(self) -> PlannedChunk | None:
+    def peek(self) -> ChunkRef | None:
         """The next chunk; None at the end of the part."""
         if self._peeked is None and not self._over:
             if self._source is None:
@@ -153,7 +153,7 @@ MAX_RANGES: Final = 64
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.schedule.tasks import TaskLimits
 
 
@@ -170,13 +170,13 @@ class Backlog:
     """What a node fetches for itself: chunks that are named, and ranges of the plan that are read when it comes to them."""
 
     def __init__(self) -> None:
-        self._named: deque[tuple[PlannedChunk, ...]] = deque()
+        self._named: deque[tuple[ChunkRef, ...]] = deque()
         self._ranges: deque[PlanRange] = deque()
-        self._reading: Iterator[PlannedChunk] | None = None
+        self._reading: Iterator[ChunkRef] | None = None
         self._at = 0
-        self._peeked: PlannedChunk | None = None
+        self._peeked: ChunkRef | None = None
 
-    def add(self, chunks: tuple[PlannedChunk, ...]) -> None:
+    def add(self, chunks: tuple[ChunkRef, ...]) -> None:
         """Name chunks."""
         if chunks:
             self._named.append(chunks)
@@ -198,7 +198,7 @@ class Backlog:
         """Whether anything is left."""
         return bool(self._named) or self._peek() is not None
 
-    def _peek(self) -> PlannedChunk | None:
+    def _peek(self) -> ChunkRef | None:
         """The next chunk of the ranges."""
         while self._peeked is None and self._ranges:
             plan_range = self._ranges[0]
@@ -212,7 +212,7 @@ class Backlog:
                 self._reading = None
         return self._peeked
 
-    def cut(self, most_chunks: int, most_bytes: int, fits: Callable[[int], bool]) -> tuple[PlannedChunk, ...]:
+    def cut(self, most_chunks: int, most_bytes: int, fits: Callable[[int], bool]) -> tuple[ChunkRef, ...]:
         """Take what makes the next order; nothing where the first chunk does not fit.
 
         Args:
@@ -220,7 +220,7 @@ class Backlog:
             most_bytes: Of the order; a larger chunk goes alone.
             fits: Whether so many bytes may be ordered now.
         """
-        taken: list[PlannedChunk] = []
+        taken: list[ChunkRef] = []
         size = 0
         while len(taken) < most_chunks and (chunk := self._next()) is not None:
             if (taken and size + chunk.size > most_bytes) or not fits(size + chunk.size):
@@ -230,7 +230,7 @@ class Backlog:
             size += chunk.size
         return tuple(taken)
 
-    def _next(self) -> PlannedChunk | None:
+    def _next(self) -> ChunkRef | None:
         return self._named[0][0] if self._named else self._peek()
 
     def _take(self) -> None:
@@ -241,7 +241,7 @@ class Backlog:
         if rest:
             self._named.appendleft(rest)
 
-    def rest(self) -> Iterator[PlannedChunk]:
+    def rest(self) -> Iterator[ChunkRef]:
         """What is left of a lost node's; nothing is to be taken any more."""
         yield from itertools.chain.from_iterable(self._named)
         if self._peeked is not None:
@@ -299,7 +299,7 @@ class NodeState:
             return False
         return self.bucket.ready(now)
 
-    def begin(self, chunks: tuple[PlannedChunk, ...], *, fetch: bool) -> None:
+    def begin(self, chunks: tuple[ChunkRef, ...], *, fetch: bool) -> None:
         """An order is under way."""
         size = total_bytes(chunks)
         self.bytes += size
@@ -309,7 +309,7 @@ class NodeState:
         else:
             self.receives += 1
 
-    def end(self, chunks: tuple[PlannedChunk, ...], *, fetch: bool) -> None:
+    def end(self, chunks: tuple[ChunkRef, ...], *, fetch: bool) -> None:
         """An order has ended."""
         self.bytes -= total_bytes(chunks)
         if fetch:

@@ -15,7 +15,7 @@ from warmer.schedule.tasks import Counts, FetchTask, ReceiveTask, TaskLimits, to
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.schedule.cohort import PlanSection
     from warmer.schedule.rate import Caps
     from warmer.schedule.tasks import Task
@@ -163,11 +163,11 @@ class Dispatch:
                 backlog.add_range(membership.part, start, start + 1)
         cohort.advance()
 
-    def _cut(self, cohort: Cohort, needers: list[str]) -> tuple[PlannedChunk, ...]:
+    def _cut(self, cohort: Cohort, needers: list[str]) -> tuple[ChunkRef, ...]:
         """The next chunks of a cohort that the same nodes lack."""
         shared = len(needers) > 1
         most = max(1, min(self._most_bytes, self._budget.least(needers) // PARTS)) if shared else self._most_bytes
-        chunks: list[PlannedChunk] = []
+        chunks: list[ChunkRef] = []
         size = 0
         entries = {membership.entry for membership in self._members(cohort)}
         while (chunk := cohort.peek()) is not None and len(chunks) < self._window.batch_chunks:
@@ -183,9 +183,7 @@ class Dispatch:
             cohort.advance()
         return tuple(chunks)
 
-    def _begin_batch(
-        self, cohort: Cohort, needers: list[str], chunks: tuple[PlannedChunk, ...], *, shared: bool
-    ) -> None:
+    def _begin_batch(self, cohort: Cohort, needers: list[str], chunks: tuple[ChunkRef, ...], *, shared: bool) -> None:
         batch = Batch(next(self._numbers), chunks, needers, cohort)
         self._batches[batch.number] = batch
         cohort.batches += 1
@@ -225,9 +223,7 @@ class Dispatch:
             return False
         return self._bucket.ready(self._now)
 
-    def _fetch(
-        self, state: NodeState, chunks: tuple[PlannedChunk, ...], batch: Batch | None, *, share: bool
-    ) -> FetchTask:
+    def _fetch(self, state: NodeState, chunks: tuple[ChunkRef, ...], batch: Batch | None, *, share: bool) -> FetchTask:
         task = FetchTask(next(self._numbers), state.name, chunks, share)
         size = total_bytes(chunks)
         spent = int(size * self._asking)

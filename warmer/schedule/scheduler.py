@@ -22,7 +22,7 @@ from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits, total_byte
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.report.outcomes import Outcome
     from warmer.schedule.batch import InFlight
     from warmer.schedule.cohort import PlanSection
@@ -51,10 +51,10 @@ class _Vacancy:
     """
 
     state: NodeState
-    named: list[tuple[PlannedChunk, ...]]
+    named: list[tuple[ChunkRef, ...]]
     starts: dict[PlanSection, int | None]
 
-    def rest(self) -> Iterator[PlannedChunk]:
+    def rest(self) -> Iterator[ChunkRef]:
         """All of it."""
         for chunks in self.named:
             yield from chunks
@@ -193,7 +193,7 @@ class Scheduler(Stragglers):
         if batch is None:
             return [(node, outcome) for outcome in outcomes]
         ended: list[Ended] = []
-        failed: list[PlannedChunk] = []
+        failed: list[ChunkRef] = []
         for chunk, outcome in zip(running.task.chunks, outcomes, strict=True):
             if isinstance(outcome, Failed) and outcome.kind not in _OWN_KINDS and outcome.kind != MISSING:
                 failed.append(chunk)
@@ -269,7 +269,7 @@ class Scheduler(Stragglers):
         return ended
 
     def _split(
-        self, batch: Batch, chunks: Sequence[PlannedChunk], nodes: tuple[str, ...], *, failed_on: str | None = None
+        self, batch: Batch, chunks: Sequence[ChunkRef], nodes: tuple[str, ...], *, failed_on: str | None = None
     ) -> None:
         """Some chunks of a batch go on as a batch of their own."""
         if not chunks:
@@ -324,7 +324,7 @@ class Scheduler(Stragglers):
         return [(state.name, outcome) for outcome in outcomes if outcome is not None]
 
     def _undelivered(
-        self, state: NodeState, batch: Batch | None, task: Task, missed: tuple[PlannedChunk, ...], *, holder_lost: bool
+        self, state: NodeState, batch: Batch | None, task: Task, missed: tuple[ChunkRef, ...], *, holder_lost: bool
     ) -> None:
         source = task.source if isinstance(task, ReceiveTask) else 0
         whole = batch is not None and batch.chunks is task.chunks and len(missed) == len(task.chunks)
@@ -354,7 +354,7 @@ class Scheduler(Stragglers):
         if batch.pending:
             self.counts.refetched += len(batch.chunks)
 
-    def lost(self, node: str, *, keep_place: bool = False) -> Iterator[PlannedChunk]:
+    def lost(self, node: str, *, keep_place: bool = False) -> Iterator[ChunkRef]:
         """A node is given nothing any more.
 
         Args:
@@ -372,7 +372,7 @@ class Scheduler(Stragglers):
         self._with_backlog.pop(node, None)
         self._changed()
         self._out = [task for task in self._out if task.node != node]
-        named: list[tuple[PlannedChunk, ...]] = []
+        named: list[tuple[ChunkRef, ...]] = []
         for number in [number for number, running in self._in_flight.items() if running.task.node == node]:
             task = self._in_flight.pop(number).task
             named.append(task.chunks)
@@ -397,7 +397,7 @@ class Scheduler(Stragglers):
             return iter(())
         return vacancy.rest()
 
-    def abandon(self, node: str) -> Iterator[PlannedChunk]:
+    def abandon(self, node: str) -> Iterator[ChunkRef]:
         """Nobody takes the place of a lost node.
 
         Returns:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from warmer.plan.plan_file import PlannedChunk
+    from hfbucket_plugin.tools.selection import ChunkRef
 
 _MIB: Final = 1024 * 1024
 
@@ -61,7 +61,7 @@ class FetchTask:
 
     number: int
     node: str
-    chunks: tuple[PlannedChunk, ...]
+    chunks: tuple[ChunkRef, ...]
     share: bool
 
 
@@ -78,14 +78,14 @@ class ReceiveTask:
 
     number: int
     node: str
-    chunks: tuple[PlannedChunk, ...]
+    chunks: tuple[ChunkRef, ...]
     source: int
 
 
 Task = FetchTask | ReceiveTask
 
 
-def total_bytes(chunks: tuple[PlannedChunk, ...]) -> int:
+def total_bytes(chunks: tuple[ChunkRef, ...]) -> int:
     """The sum of the chunks' sizes."""
     return sum(chunk.size for chunk in chunks)
 

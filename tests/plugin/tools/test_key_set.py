@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.errors import TempDirError
-from hfbucket_plugin.tools import key_set
+from hfbucket_plugin.tools import external_sort, key_set
 from hfbucket_plugin.tools.key_set import KeySet
 
 keys = st.lists(st.text(st.characters(blacklist_categories=("Cs",)), max_size=3), max_size=40)
@@ -50,7 +50,7 @@ def test_no_room_is_an_error_that_says_where(monkeypatch):
 def test_memory_does_not_grow_with_the_number_of_keys():
     with KeySet() as held:
         pages = held._base.execute("PRAGMA cache_size").fetchone()
-        assert pages == (-key_set._CACHE_KIB,)
+        assert pages == (-external_sort._CACHE_KIB,)
         assert held._base.execute("PRAGMA temp_store").fetchone() == (1,)  # files
         assert sum(1 for _ in held.first_seen(f"key-{number % 5000}" for number in range(25_000))) == 5000
     assert sqlite3.sqlite_version_info > (3, 8)

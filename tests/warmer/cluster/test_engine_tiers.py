@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.cli.app import app
 from warmer.node.engine_memory import StagingDirectory
 from warmer.node.prompts import BATCH_PROMPTS, PromptFile, digest_of
-from warmer.plan.plan_file import PlannedChunk
 from warmer.tiers import NodeInfo, named_tier
 from warmer.tiers.local_cpu import EngineWorker, Loaded
 from warmer.tiers.run_files import RunFiles
@@ -247,7 +247,7 @@ def test_only_what_the_engine_says_it_has_loaded_is_loaded(tmp_path, monkeypatch
     stage = StagingDirectory(
         declaration, EngineWorker(0, 1, frozenset({0}), {}, 1000), "http://engine:7000", keep=False
     )
-    chunks = [PlannedChunk(f"m@1@0@{number}@half", "path", "0" * 64, 4) for number in (1, 2)]
+    chunks = [ChunkRef(f"m@1@0@{number}@half", "path", "0" * 64, 4) for number in (1, 2)]
     for chunk in chunks:
         draft = stage.draft(chunk.key, chunk.size)
         draft.lease.write(0, b"four")

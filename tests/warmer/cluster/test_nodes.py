@@ -3,10 +3,11 @@ import logging
 import pytest
 
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.cluster.execute import unassigned_chunks
 from warmer.cluster.placement import Assignment, Selector, assigned, unknown_ranks
 from warmer.cluster.ray import Node
-from warmer.plan.plan_file import PlannedChunk, WarmPlanFile
+from warmer.plan.plan_file import WarmPlanFile
 from warmer.report.outcomes import NothingToDoError
 from warmer.request.model import NodeOptions
 
@@ -82,7 +83,7 @@ def test_a_label_that_holds_no_ranks_is_an_error_that_names_the_node():
 
 @pytest.mark.parametrize(("ranks", "count"), [(None, 0), ({0, 1, 2, 3}, 0), ({1, 9}, 9)])
 def test_chunks_that_no_node_takes_are_counted(tmp_path, caplog, ranks, count):
-    plan = WarmPlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    plan = WarmPlanFile.write(tmp_path / "p", (ChunkRef(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
     nodes = [Assignment(A, ranks if ranks is None else frozenset(ranks)), Assignment(B, frozenset({1}))]
     with caplog.at_level(logging.WARNING):
         assert unassigned_chunks(plan, nodes) == count
@@ -90,6 +91,6 @@ def test_chunks_that_no_node_takes_are_counted(tmp_path, caplog, ranks, count):
 
 
 def test_chunks_of_which_no_node_takes_any_are_refused(tmp_path):
-    plan = WarmPlanFile.write(tmp_path / "p", (PlannedChunk(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
+    plan = WarmPlanFile.write(tmp_path / "p", (ChunkRef(f"k{n}", "p", "00", 1, worker=n % 4) for n in range(12)))
     with pytest.raises(NothingToDoError, match=r"any of the 12 chunks: .* workers 0-3, nodes take those of 8-11"):
         unassigned_chunks(plan, [Assignment(A, frozenset(range(8, 12)))])

@@ -8,10 +8,10 @@ from threading import Thread
 import pytest
 
 from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.tools.selection import ChunkRef
 from tests.warmer.cluster.test_engine_tiers import PLACE, engine
 from warmer.node.engine_memory import StagingDirectory
 from warmer.node.prompts import AskedPrompt, PromptLoader
-from warmer.plan.plan_file import PlannedChunk
 from warmer.report.outcomes import EngineError
 from warmer.tiers import engine_http, local_cpu, named_tier
 from warmer.tiers.engine_http import FAILURES, EngineHTTP, NotReadyError, once_more
@@ -192,7 +192,7 @@ def stage(tmp_path):
 
 
 def staged(stage, number):
-    chunk = PlannedChunk(f"m@1@0@{number}@half", "path", "0" * 64, 4)
+    chunk = ChunkRef(f"m@1@0@{number}@half", "path", "0" * 64, 4)
     draft = stage.draft(chunk.key, chunk.size)
     draft.lease.write(0, b"four")
     draft.publish()

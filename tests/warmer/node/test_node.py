@@ -14,12 +14,12 @@ import pytest
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
+from hfbucket_plugin.tools.selection import ChunkRef
 from localhub.faults import Fault
 from tests.support.warming import INSTANCE, PREFIX, Warehouse, classic_key, content
 from warmer.check import node as checking
 from warmer.node.reuse import EarlierTier
 from warmer.node.worker import NodeConfig, NodeWarmer
-from warmer.plan.plan_file import PlannedChunk, gone
 from warmer.report.outcomes import Copied, Failed, Present, TierError
 from warmer.tiers import NodeInfo, open_tier
 from warmer.tiers import disk_budget as rooms
@@ -141,7 +141,7 @@ def test_a_file_of_another_size_is_replaced(stocked, node):
 
 def test_a_chunk_that_was_deleted_meanwhile_is_missing(stocked, node):
     plan = stocked.plan()
-    outcomes = node().copy([gone(plan[0]), *plan[1:]])
+    outcomes = node().copy([replace(plan[0], gone=True), *plan[1:]])
     assert kinds(outcomes) == ["missing"] + ["Copied"] * 5
     assert plan[0].key in outcomes[0].message
     assert_clean(stocked)
@@ -149,7 +149,7 @@ def test_a_chunk_that_was_deleted_meanwhile_is_missing(stocked, node):
 
 def test_content_that_the_store_does_not_hold_is_missing(stocked, node):
     plan = stocked.plan()
-    outcomes = node().copy([PlannedChunk(classic_key(77), "x", "ab" * 32, 100), *plan])
+    outcomes = node().copy([ChunkRef(classic_key(77), "x", "ab" * 32, 100), *plan])
     assert kinds(outcomes) == ["missing"] + ["Copied"] * 6
     assert_clean(stocked)
 
@@ -450,7 +450,7 @@ def test_only_what_was_fetched_is_kept(stocked, node):
     plan = stocked.plan()
     one = node()
     one.copy(plan[:2])
-    outcomes, kept = one.fetch([*plan[:3], gone(plan[3])], keep=True)
+    outcomes, kept = one.fetch([*plan[:3], replace(plan[3], gone=True)], keep=True)
     assert kinds(outcomes) == ["Present", "Present", "Copied", "missing"]
     assert [bytes(content) for content in kept] == [stocked.chunks[plan[2].key]]
 

@@ -18,12 +18,10 @@ from hfbucket_plugin.index.access.recorder import Hits
 from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import POINTER, IndexStore
 from hfbucket_plugin.index.table import digests_of
-from hfbucket_plugin.tools.selection import Selection
+from hfbucket_plugin.tools.selection import ChunkRef, Selection, hottest_first, in_order, newest_first
 from tests.support.warming import INSTANCE, classic_key, content
 from warmer import run
 from warmer.plan.build import PlanBuilder
-from warmer.plan.ordered import hottest_first, in_order, newest_first
-from warmer.plan.plan_file import PlannedChunk
 from warmer.request.warm_file import validated
 
 SECS = 30.0
@@ -110,13 +108,13 @@ def test_two_orders_contradict_each_other(other):
 def test_an_order_of_heat_use_and_age(tmp_path):
     def chunk(name, heat=None, hit=None, put=None):
         at = [None if hours is None else NOW - timedelta(hours=hours) for hours in (put, hit)]
-        return PlannedChunk(name, name, "ab" * 32, 1, at[0], heat=heat, last_hit=at[1])
+        return ChunkRef(name, name, "ab" * 32, 1, at[0], heat=heat, last_hit=at[1])
 
     ordered = [
         chunk("hot", 5, 100, 300), chunk("later", 3, 1, 300), chunk("earlier", 3, 2, 300), chunk("put", 0, None, 3),
         chunk("read", 0, 4, 300), chunk("newer", None, None, 5), chunk("older", None, None, 6), chunk("unknown"),
     ]  # fmt: skip
-    assert list(in_order(reversed(ordered), hottest_first, tmp_path / "it", run_chunks=2)) == ordered
+    assert list(in_order(reversed(ordered), hottest_first, tmp_path / "it", page_rows=2)) == ordered
     cold = [one for one in ordered if one.heat is None]
     assert sorted(cold, key=hottest_first) == sorted(cold, key=newest_first)
     assert sys.getsizeof(hottest_first(ordered[0])) < 100

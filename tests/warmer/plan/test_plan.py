@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, ContentId, MPKey, encode_name, parse_key
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.hub.listing import ChunkEntry
+from hfbucket_plugin.tools.selection import ChunkRef
 from tests.support.warming import classic_key, mp_key
-from warmer.plan.plan_file import SEGMENT_CHUNKS, PlannedChunk, Planner, WarmPlanFile, gone
+from warmer.plan.plan_file import SEGMENT_CHUNKS, Planner, WarmPlanFile
 
 HANDLE = KV = BucketHandle.parse("hf://buckets/ns/bucket/kv")
 
@@ -23,7 +24,7 @@ keys = st.builds(
 )
 texts = st.text(min_size=1)
 lone = st.builds(
-    PlannedChunk,
+    ChunkRef,
     key=keys,
     path=st.just(""),
     xet_hash=st.text("0123456789abcdef", min_size=64, max_size=64),
@@ -42,7 +43,7 @@ def test_a_line_reads_back_as_the_chunk_that_it_was(chunk):
     line = chunk.to_line()
     assert line.endswith("\n")
     assert line.count("\n") == 1
-    assert PlannedChunk.from_line(line) == chunk
+    assert ChunkRef.from_line(line) == chunk
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,12 @@ def test_a_line_reads_back_as_the_chunk_that_it_was(chunk):
 )
 def test_what_is_no_planned_chunk_is_refused(line):
     with pytest.raises(ValueError):
-        PlannedChunk.from_line(line)
+        ChunkRef.from_line(line)
 
 
 def numbered(count):
     keys = [classic_key(n, "org/é") for n in range(count)]
-    return [PlannedChunk(key, f"kv/{encode_name(key)}", f"{n:064x}", n) for n, key in enumerate(keys)]
+    return [ChunkRef(key, f"kv/{encode_name(key)}", f"{n:064x}", n) for n, key in enumerate(keys)]
 
 
 def written(path, count=3, **header):
@@ -296,7 +297,7 @@ def test_a_planned_chunk_knows_where_its_object_is():
     (chunk,) = Planner(HANDLE, ClassicKey).plan([entry(classic_key(1, "org/mo del"))])
     assert chunk.path == "kv/org%2Fmo%20del%401%400%401001%40bfloat16"
     assert (chunk.xet_hash, chunk.size, chunk.gone) == ("ab" * 32, 10, False)
-    assert gone(chunk).gone
+    assert replace(chunk, gone=True).gone
 
 
 def test_planning_is_streamed():

@@ -1,5 +1,6 @@
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import HfApi
@@ -11,7 +12,7 @@ from hfbucket_plugin.tools.signals import ShutdownSignal
 from localhub.faults import Fault
 from tests.support.warming import PREFIX, Warehouse, classic_key, content, mp_key
 from warmer.plan import refresh
-from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile, gone
+from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile
 from warmer.plan.refresh import RefreshedPlan, RefreshLookups, select
 
 
@@ -52,7 +53,7 @@ def test_deleted_and_rewritten_chunks_are_told_just_before_they_are_copied(stock
     stocked.delete(classic_key(0))
     stocked.put({classic_key(1): b"rewritten"})
     after = RefreshLookups(bucket, ShutdownSignal()).look_up(before)
-    assert after[0] == gone(before[0])
+    assert after[0] == replace(before[0], gone=True)
     assert after[1].size == len(b"rewritten")
     assert after[1].xet_hash != before[1].xet_hash
     assert after[2:] == before[2:]
@@ -72,7 +73,7 @@ def test_a_lookup_that_fails_changes_nothing_and_says_so(hub, stocked, caplog):
     now[0] = 31.0
     hub.control.clear_faults()
     stocked.delete(classic_key(0))
-    assert lookups.look_up(before)[0] == gone(before[0])
+    assert lookups.look_up(before)[0] == replace(before[0], gone=True)
 
 
 class Stopping:

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfbucket_plugin.tools.selection import ChunkRef
 from tests.support.scheduling import MIB, begin, carry_out, keys, part, plan, play
 from warmer.cluster.placement import Assignment
 from warmer.cluster.ray import Node
 from warmer.cluster.schedule_setup import parts_of
-from warmer.plan.plan_file import SEGMENT_CHUNKS, PlannedChunk, PlanPart, WarmPlanFile
+from warmer.plan.plan_file import SEGMENT_CHUNKS, PlanPart, WarmPlanFile
 from warmer.plan.refresh import RefreshedPlan
 from warmer.schedule.cohort import PlanSection
 from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits
@@ -107,9 +108,7 @@ def test_what_a_lost_node_was_to_have_is_told_without_a_lookup():
 
 
 def written(path, workers):
-    return WarmPlanFile.write(
-        path, (PlannedChunk(f"k{n}", "p", "ab" * 32, 1, worker=of) for n, of in enumerate(workers))
-    )
+    return WarmPlanFile.write(path, (ChunkRef(f"k{n}", "p", "ab" * 32, 1, worker=of) for n, of in enumerate(workers)))
 
 
 @pytest.fixture(scope="module")

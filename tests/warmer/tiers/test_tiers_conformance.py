@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
+from hfbucket_plugin.tools.selection import ChunkRef
 from tests.support.warming import classic_key, content, mp_key
 from warmer.node.reuse import EarlierTier
-from warmer.plan.plan_file import PlannedChunk
 from warmer.report.outcomes import TierError, TierFullError
 from warmer.tiers import NodeInfo, TierOptions, declared_tier, directory_keys, open_tier
 from warmer.tiers import directory as directories
@@ -150,7 +150,7 @@ def test_what_it_holds_is_taken_over_by_a_tier_that_is_filled_after_it(subject, 
     key = subject.key()
     data = subject.put(subject.open(), key)
     draft = other.open().draft(key, SIZE)
-    assert EarlierTier(subject.declaration()).copy(PlannedChunk(key, "path", "hash", SIZE), draft)
+    assert EarlierTier(subject.declaration()).copy(ChunkRef(key, "path", "hash", SIZE), draft)
     draft.publish()
     assert other.read(key) == data
     assert subject.read(key) == data
@@ -162,7 +162,7 @@ def test_of_what_it_does_not_hold_as_it_must_be_nothing_is_taken_over(subject, o
     def taken_over(key, size=SIZE):
         draft = tier.draft(key, size)
         try:
-            return earlier.copy(PlannedChunk(key, "path", "hash", size), draft)
+            return earlier.copy(ChunkRef(key, "path", "hash", size), draft)
         finally:
             draft.discard()
 
@@ -173,7 +173,7 @@ def test_of_what_it_does_not_hold_as_it_must_be_nothing_is_taken_over(subject, o
     assert not taken_over(key, SIZE + 5000 * TOKEN)
     assert taken_over(key)
     draft = tier.draft(key, SIZE)
-    assert not earlier.copy(PlannedChunk(key, "path", "hash", SIZE), draft, lambda: True)
+    assert not earlier.copy(ChunkRef(key, "path", "hash", SIZE), draft, lambda: True)
     draft.discard()
     if subject.headers:
         whole = subject.file(key).read_bytes()
