@@ -89,51 +89,56 @@ class Selection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    all: bool = Field(False, description="Every chunk of the instance. Has to be said: it may be millions.")
+    all: bool = Field(
+        False, description="Select every chunk of the instance. Must be given explicitly, since there may be millions."
+    )
     prefix: Annotated[Texts, Option("TEXT", many=True)] = Field(
         (),
-        description="Chunks whose key starts with this, such as 'org/model@8@'. Empty texts are refused: `--all` says that.",
+        description="Select chunks whose key starts with this, such as 'org/model@8@'. An empty text is refused; use "
+        "`--all`.",
     )
     model: Annotated[Texts, Option("NAME", many=True)] = Field(
-        (), description="Chunks of this model, by its whole name."
+        (), description="Select chunks of this model, by its full name."
     )
     world_size: Annotated[PositiveInt | None, Option("N")] = Field(
-        None, description="Chunks of engines of so many workers."
+        None, description="Select chunks of engines with N workers."
     )
-    workers: Annotated[Ranks | None, Option("RANKS")] = Field(None, description="Chunks of these workers, as 0-3,7.")
+    workers: Annotated[Ranks | None, Option("RANKS")] = Field(
+        None, description="Select chunks of these workers, such as 0-3,7."
+    )
     include: Annotated[Texts, Option("GLOB", many=True)] = Field(
-        (), description="Only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
+        (), description="Keep only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
     )
-    exclude: Annotated[Texts, Option("GLOB", many=True)] = Field((), description="No keys that match this glob.")
+    exclude: Annotated[Texts, Option("GLOB", many=True)] = Field((), description="Skip keys that match this glob.")
     since: Annotated[Annotated[Length, Field(gt=timedelta(0))] | None, Option("TIME")] = Field(
-        None, description="Only chunks that the Hub took within this time, as 24h; units are s, m, h, d."
+        None, description="Keep only chunks that the Hub received within this time, such as 24h, by the Hub's clock."
     )
-    newest: Annotated[PositiveInt | None, Option("N")] = Field(None, description="At most so many chunks, the newest.")
+    newest: Annotated[PositiveInt | None, Option("N")] = Field(None, description="Keep at most N chunks, the newest.")
     hottest: Annotated[PositiveInt | None, Option("N")] = Field(
         None,
-        description="At most so many chunks, those that engines read most; see docs/index.md. Where the instance's key index "
-        "knows nothing of reads, the newest.",
+        description="Keep at most N chunks, those that engines read most (see docs/index.md); the newest if the "
+        "instance's key index records no reads.",
     )
     max_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
         None,
-        description="At most so many bytes, as 50GiB: the chunks that are read most, as with `--hottest`; with `--newest`, and in "
-        "an export, the newest; with `--prompts` the first of the prompts.",
+        description="Keep at most this many bytes, such as 50GiB: the chunks read most, as with `--hottest`; with "
+        "`--newest`, and in an export, the newest; with `--prompts`, the first of the prompts.",
     )
     keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list), Option("FILE", many=True)] = Field(
         (),
-        description="Only the keys in this file: one a line, or lines of JSON with a `key`, such as an earlier plan or report; "
-        "or those of the chunks in this directory of LMCache's.",
+        description="Select only the keys in this file: one a line, or JSON lines with a `key`, such as an earlier "
+        "plan or report; or the keys of the chunks in this LMCache directory.",
     )
     prompts: Annotated[Path | None, Option("FILE")] = Field(
         None,
-        description='Only chunks of the prompts in this file, in their order: a line of JSON each, {"token_ids": [...]}, and '
-        '"model" and "cache_salt" where they matter.',
+        description="Select only chunks of the prompts in this file, in their order: one JSON line each, "
+        '{"token_ids": [...]}, with "model" and "cache_salt" if needed.',
     )
     chunk_size: Annotated[PositiveInt, Option("N")] = Field(
-        256, description="Tokens of a chunk, for `--prompts` in MP mode: as `lmcache server` has it."
+        256, description="Tokens of a chunk, for `--prompts` in MP mode: the value of `lmcache server`."
     )
     hash_algorithm: Annotated[str, Option("NAME")] = Field(
-        "blake3", description="What hashes tokens, for `--prompts` in MP mode: as `lmcache server` has it."
+        "blake3", description="Hash algorithm for tokens, for `--prompts` in MP mode: the value of `lmcache server`."
     )
 
     @model_validator(mode="after")

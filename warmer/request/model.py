@@ -90,10 +90,10 @@ class SourceOptions(_Part):
 
     lmcache_config: Annotated[Path | None, Option("FILE")] = Field(None, description="The LMCache YAML of the engines.")
     instance: Annotated[str | None, Option("NAME")] = Field(
-        None, description="The bucket's instance in it, such as hfbucket.us; may be left out where it declares but one."
+        None, description="The bucket's instance in the YAML, such as hfbucket.us; optional if there is only one."
     )
     l2_adapter: Annotated[str | None, BeforeValidator(_as_json), Option("JSON")] = Field(
-        None, description="In place of a YAML, for MP mode: the JSON of the bucket that `lmcache server` takes."
+        None, description="In MP mode, instead of a YAML: the JSON of the bucket that `lmcache server` takes."
     )
 
 
@@ -102,53 +102,56 @@ class FillOptions(_Part):
 
     fsync: bool = Field(
         False,
-        description="Force each file to the disk before it appears. Off by default: a file could only be lost to a power "
-        "failure soon after the run, but then LMCache would not notice.",
+        description="Force each file to disk before it appears. Off by default: only a power failure soon after the "
+        "run could lose a file, but LMCache would not notice.",
     )
     max_bytes: Annotated[Bytes | None, Option("SIZE", name="--tier-max-bytes")] = Field(
-        None, description="What a tier's chunk files may take, the engine's own included, as 500GiB."
+        None, description="Maximum size of a tier's chunk files, including the engine's own, such as 500GiB."
     )
     min_free: Annotated[int, BeforeValidator(_as_size), Field(ge=0), Option("SIZE")] = Field(
-        0, description="What stays free on a tier's file system, as 20GiB."
+        0, description="Space to leave free on a tier's file system, such as 20GiB. Default: 0."
     )
-    evict: bool = Field(False, description="Let the chunk files that were written longest ago make room.")
+    evict: bool = Field(False, description="Delete the chunk files written longest ago to make room.")
     chown: Annotated[str | None, Option("OWNER")] = Field(
         None, description="Owner of the files, as user:group. Default: the directory's."
     )
     chmod: Annotated[
         Annotated[int, BeforeValidator(_as_mode), PlainSerializer("{:04o}".format)] | None, Option("MODE")
-    ] = Field(None, description="Mode of the files, as 0640. Default: as LMCache makes its own, less the umask.")
+    ] = Field(None, description="Mode of the files, such as 0640. Default: as LMCache creates its own, less the umask.")
 
 
 class TransferOptions(_Part):
     """How bytes move: through whom, how many at a time, how fast."""
 
-    direct: bool = Field(False, description="Every node fetches for itself, and hands nothing to others.")
+    direct: bool = Field(False, description="Let every node fetch by itself, without passing chunks to others.")
     object_store_fraction: Annotated[float, Option("SHARE")] = Field(
         OBJECT_STORE_FRACTION,
         ge=0.01,
         le=0.7,
-        description="Most of each node's Ray object store that chunks may take. Default: 0.3. Ray begins to write objects to "
-        "disk at 0.8.",
+        description="Maximum share of each node's Ray object store for chunks. Default: 0.3. Ray begins to spill "
+        "objects to disk at 0.8.",
     )
     verify: Annotated[Verify, Option("WHAT")] = Field(
         "hash",
-        description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Default: hash.",
+        description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Chunks from "
+        "an earlier tier of the run are always hashed. Default: hash.",
     )
     verify_present: bool = Field(
         False,
-        description="Hash the chunks that a directory tier holds already, and replace those that differ from the bucket's.",
+        description="Hash the chunks that a directory tier already holds, and replace those that differ from the "
+        "bucket's. Off by default, since it reads all of them.",
     )
     max_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None, description="Most bytes a second from the Hub, in the whole run, as 500MiB."
+        None, description="Maximum bytes per second from the Hub in the whole run, such as 500MiB."
     )
     max_node_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None, description="Most bytes a second that reach a node, from the Hub or from other nodes, as 100MiB."
+        None,
+        description="Maximum bytes per second that reach a node, from the Hub or from other nodes, such as 100MiB.",
     )
     max_inflight_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
         None,
-        description="Most bytes being fetched from the Hub in the whole run, as 2GiB. Default: 256MiB on each node, in four "
-        "batches at most.",
+        description="Maximum bytes in flight from the Hub in the whole run, such as 2GiB. Default: 256MiB per node, "
+        "in at most four batches.",
     )
 
 
@@ -159,23 +162,23 @@ class NodeOptions(_Part):
         tuple[str, ...], BeforeValidator(_as_selector), Option("LABEL", name="--node-selector", many=True)
     ] = Field(
         (),
-        description="Only nodes with this Ray label, as pool=serving; also pool=!serving, pool=in(a,b) and pool=!in(a,b). "
-        "All of several have to hold.",
+        description="Use only nodes with this Ray label, such as pool=serving; also pool=!serving, pool=in(a,b) and "
+        "pool=!in(a,b). All selectors given must match.",
     )
     names: Annotated[tuple[str, ...], BeforeValidator(_as_names), Option("NAMES", name="--nodes", many=True)] = Field(
-        (), description="Only these nodes, by name or id, separated by commas."
+        (), description="Use only these nodes, by name or id, separated by commas."
     )
     ranks_label: Annotated[str, Option("NAME")] = Field(
         RANKS_LABEL,
-        description="The label that tells whose chunks a node takes, as 0-3; several ranges are joined by '_', since labels "
-        "hold no comma. A node without it takes those of all workers.",
+        description="Node label that says whose chunks a node takes, such as 0-3; join several ranges with '_', since"
+        " labels cannot contain commas. A node without it takes those of all workers.",
     )
     ranks: Annotated[dict[str, Ranks], Option("NODE=RANKS", many=True, parse=_ranks)] = Field(
         default_factory=dict,
-        description="The same by name or id of the node, as gpu-a=0-3; wins over the label.",
+        description="The same by name or id of the node, such as gpu-a=0-3; overrides the label.",
     )
     replace: Annotated[bool, Option(name="--replace-nodes")] = Field(
-        False, description="Nodes that join the cluster meanwhile take the places of those that are lost."
+        False, description="Let nodes that join the cluster during the run replace lost ones."
     )
 
 
@@ -184,17 +187,21 @@ class LimitOptions(_Part):
 
     chunk_timeout: Annotated[Seconds, Option("TIME")] = Field(
         CHUNK_TIMEOUT_SECS,
-        description="Most time for a chunk, in seconds or as 5m, with its batch (64 MiB at most, or one larger chunk) and retries. Default: 300.",
+        description="Maximum time for a chunk with its batch (up to 64 MiB, or one larger chunk) and retries, in "
+        "seconds or such as 5m. Default: 300.",
     )
     node_timeout: Annotated[Seconds, Option("TIME")] = Field(
-        NODE_START_SECS, description="Most time until a node takes part, in seconds or as 2m. Default: 60."
+        NODE_START_SECS, description="Maximum time until a node takes part, in seconds or such as 2m. Default: 60."
     )
     wait_engine: Annotated[Length, Option("TIME")] = Field(
         WAIT_ENGINE,
-        description="How long a tier in the memory of engines waits for the engine of each node, as 10m. Default: 10m.",
+        description="Maximum time that a tier in the memory of engines waits for the engine of each node, such as "
+        "10m. Default: 10m.",
     )
     max_duration: Annotated[Seconds | None, Option("TIME")] = Field(
-        None, description="Stop in good order after so much time of copying, in seconds or as 30m, with exit code 5."
+        None,
+        description="Stop in good order, with exit code 5, after this time of copying, in seconds or such as 30m. "
+        "Selecting chunks beforehand may take as long (1 h if not given), including pauses of the Hub.",
     )
 
 
@@ -205,8 +212,9 @@ class WarmRequest(_Part):
     choose: Selection = Field(default_factory=lambda: Selection.model_validate({}))
     tiers: Annotated[Texts, BeforeValidator(_as_tiers), Option("NAME|JSON", name="--tier", many=True)] = Field(
         (),
-        description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native adapter of "
-        "`lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. Several are filled one after the other.",
+        description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native "
+        "adapter of `lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. "
+        "Several are filled one after the other.",
     )
     filling: FillOptions = Field(default_factory=lambda: FillOptions.model_validate({}))
     moving: TransferOptions = Field(default_factory=lambda: TransferOptions.model_validate({}))
@@ -214,14 +222,14 @@ class WarmRequest(_Part):
     limits: LimitOptions = Field(default_factory=lambda: LimitOptions.model_validate({}))
     address: Annotated[str | None, Option("HOST:PORT")] = Field(
         None,
-        description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the job that this is; without "
-        "either a local Ray is started.",
+        description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the submitted job; "
+        "without either, a local Ray is started.",
     )
     report: Annotated[Path | None, Option("FILE")] = Field(
         None, description="Write a JSON line for every failed chunk, and the summary as the last line, to this file."
     )
     report_html: Annotated[Path | None, Option("FILE")] = Field(
-        None, description="Write a page for people too, with plots, when it is over; one file that loads nothing."
+        None, description="Write a self-contained HTML page with plots when the command is over."
     )
 
 
