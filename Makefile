@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[warmer,localhub,dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## the main job, end to end, on an embedded local Hub
+demo: $(STAMP)  ## store, warm and hit, end to end, on an embedded local Hub
 	$(BIN)/python -m dev.demo
 
 $(VLLM_VENV)/.installed: dev/e2e/constraints.txt
@@ -35,7 +35,7 @@ $(VLLM_VENV)/.installed: dev/e2e/constraints.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton cupy-cuda13x cuda-python
 	touch $@
 
-e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits on what the warmer put into a tier; three to five minutes
+e2e-vllm: $(STAMP) $(VLLM_VENV)/.installed  ## a real vLLM on CPU hits what the warmer put into a tier; three to five minutes
 	$(BIN)/python -m dev.e2e --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(STAMP)  ## every test
@@ -51,13 +51,13 @@ $(MIN_VENV)/.installed: pyproject.toml constraints-min.txt
 test-min: $(MIN_VENV)/.installed  ## the core of the suite with the oldest versions that pyproject.toml permits
 	$(MIN_VENV)/bin/python -m pytest -q $(SIDE_BY_SIDE) $(MIN_TESTS)
 
-thorough: $(STAMP)  ## models against the real thing, with twenty times the examples; half an hour
+thorough: $(STAMP)  ## the model-based tests with twenty times the examples; half an hour
 	TEST_EXAMPLES_FACTOR=20 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --timeout=3600 $(MODELS)
 
 faults: $(STAMP)  ## every fault on every operation of both surfaces; writes the table of docs/reliability.md
 	$(BIN)/python -m dev.faults
 
-fuzz: $(STAMP)  ## the readers of what others write, fed by libFuzzer for a minute each; installs atheris
+fuzz: $(STAMP)  ## fuzz the parsers of external input with libFuzzer, a minute each; installs atheris
 	$(BIN)/pip install --quiet --disable-pip-version-check atheris
 	for reader in answers unpacking dates yaml; do $(BIN)/python -m dev.fuzz_readers $$reader -max_total_time=60 || exit 1; done
 
@@ -73,13 +73,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP)  ## what is written from code: the tables of settings, options, metrics and promises
+docs: $(STAMP)  ## rewrite the generated tables in docs/: settings, options, metrics, guarantees
 	$(BIN)/python -m dev.settings_table
 	$(BIN)/python -m dev.options_table
 	$(BIN)/python -m dev.metrics_table
 	$(BIN)/python -m dev.faults.pages
 
-dist: $(STAMP)  ## the distribution for engines and clusters, and that of localhub, in dist/
+dist: $(STAMP)  ## build the distribution for engines and clusters, and that of localhub, into dist/
 	$(BIN)/hatchling build -d dist
 	cd localhub && ../$(BIN)/hatchling build -d ../dist
 
