@@ -1,27 +1,19 @@
-"""Batches on their way to all who lack them, and the room that they take in the object stores. Pure."""
+"""Batches on their way to all nodes that lack them, tasks in flight, and the room in the object stores. Pure."""
 
 from __future__ import annotations
 
-import enum
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from warmer.schedule.tasks import total_bytes
+from warmer.schedule.tasks import FetchTask, ReceiveTask, total_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.schedule.cohort import Cohort
     from warmer.schedule.tasks import Task
-
-
-class BatchStage(enum.Enum):
-    """How far a batch is."""
-
-    READY = "some lack it, and nobody has been told to fetch it"
-    FETCHING = "one node fetches it"
-    STORED = "it lies in the object store"
 
 
 class Batch:
@@ -33,11 +25,11 @@ class Batch:
         size: Their bytes.
         cohort: For whose members it was made.
         pending: Who lacks them and has not been told to take them. In the order in which they are asked.
-        receiving: Who has been told to take them from the store.
+        receiving: Who has been told to take them from the store; kept by `TaskTable`.
         reserved: On whose store its bytes are counted.
-        stage: How far it is.
-        holder: Who fetches it, or has left it in the store.
-        source: The number of the order to fetch.
+        holder: Who fetches it, or has left it in the store; None as long as nobody has been told to fetch it.
+        source: The number of the task to fetch it; 0 where nothing of it came into the store.
+        stored: Whether it lies in the object store.
         done: How many have received it.
         attempts: How often fetching it has failed.
         avoid: Who failed to fetch it, and fetches it again only when nobody else can.
@@ -51,14 +43,19 @@ class Batch:
         self.pending = dict.fromkeys(pending)
         self.receiving: set[str] = set()
         self.reserved: set[str] = set()
-        self.stage = BatchStage.READY
         self.holder: str | None = None
         self.source = 0
+        self.stored = False
         self.done = 0
         self.cohort = cohort
         self.attempts = 0
         self.avoid: frozenset[str] = frozenset()
         self.handed_over = False
+
+    @property
+    def fetching(self) -> bool:
+        """Whether a node fetches it now."""
+        return self.holder is not None and not self.stored
 
     def allowance(self, fan_out: int) -> int:
         """How many more may take it now: those that have it serve the others."""
@@ -71,28 +68,105 @@ class Batch:
 
     def ready_again(self) -> None:
         """What was fetched of it, or was to be, is of no use to the others any more."""
-        self.stage, self.holder, self.source, self.done = BatchStage.READY, None, 0, 0
+        self.holder, self.source, self.stored, self.done = None, 0, False, 0
 
 
 @dataclass(slots=True)
 class InFlight:
-    """An order under way.
+    """A task in flight.
 
     Attributes:
-        task: The order.
+        task: The task.
         batch: Whose chunks they are; None for those that a node fetches for itself.
         since: When it was given.
+        size: Bytes of its chunks.
         hold: Bytes that it may leave in its node's store though no batch counts them.
-        was_of: The batch that went on without it, since it took so long; None where it did not.
+        was_of: The batch that went on without it, because it took so long; None where none did.
         spent: Bytes that the cap of the run let go for it.
     """
 
     task: Task
     batch: Batch | None
     since: float
+    size: int
     hold: int = 0
     was_of: Batch | None = None
     spent: int = 0
+
+    @property
+    def fetches(self) -> bool:
+        """Whether it asks the Hub, and not the object store."""
+        return isinstance(self.task, FetchTask)
+
+
+class TaskTable:
+    """The tasks in flight, each of them once: whatever a node, a batch or the run has in flight follows from it.
+
+    Attributes:
+        fetching_bytes: Bytes of all fetches.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[int, InFlight] = {}
+        self._by_node: defaultdict[str, dict[int, InFlight]] = defaultdict(dict)
+        self._new: list[InFlight] = []
+        self.fetching_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._tasks)
+
+    def __iter__(self) -> Iterator[InFlight]:
+        return iter(self._tasks.values())
+
+    def of(self, node: str) -> Collection[InFlight]:
+        """The tasks of a node."""
+        return self._by_node[node].values()
+
+    def add(self, running: InFlight) -> None:
+        """A task is given."""
+        task = running.task
+        self._tasks[task.number] = self._by_node[task.node][task.number] = running
+        self._new.append(running)
+        if running.fetches:
+            self.fetching_bytes += running.size
+        elif running.batch is not None:
+            running.batch.receiving.add(task.node)
+
+    def pop(self, number: int) -> InFlight:
+        """A task has ended.
+
+        Raises:
+            KeyError: It is not in flight.
+        """
+        running = self._tasks.pop(number)
+        node = running.task.node
+        self._by_node[node].pop(number, None)
+        if running.fetches:
+            self.fetching_bytes -= running.size
+        elif running.batch is not None:
+            running.batch.receiving.discard(node)
+        return running
+
+    def pop_all(self, node: str) -> list[InFlight]:
+        """A node is lost, and its tasks with it."""
+        lost = [self.pop(number) for number in list(self._by_node[node])]
+        del self._by_node[node]
+        return lost
+
+    def new(self) -> list[InFlight]:
+        """The tasks that no node has been told of yet."""
+        self._new = [running for running in self._new if running.task.number in self._tasks]
+        return self._new
+
+    def take_new(self) -> list[Task]:
+        """The same, which are told from now on."""
+        new, self._new = self.new(), []
+        return [running.task for running in new]
+
+    def new_receivers(self, source: int) -> list[Task]:
+        """The tasks to receive what a fetch left in the store, as far as no node has been told of them yet."""
+        tasks = [running.task for running in self.new()]
+        return [task for task in tasks if isinstance(task, ReceiveTask) and task.source == source]
 
 
 class StoreBudget:

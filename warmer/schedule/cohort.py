@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from warmer.schedule.rate import MovingAverage, TokenBucket
-from warmer.schedule.tasks import total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -150,12 +149,6 @@ class Membership:
 MAX_RANGES: Final = 64
 """A node with more ranges of the plan to fetch for itself takes all that follows for itself, too, as one."""
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from hfbucket_plugin.tools.selection import ChunkRef
-    from warmer.schedule.tasks import TaskLimits
-
 
 @dataclass(frozen=True, slots=True)
 class PlanRange:
@@ -254,69 +247,27 @@ class Backlog:
 
 
 class NodeState:
-    """One node.
+    """What is known of one node, beside the tasks that it has in flight.
 
     Args:
         name: Its name.
         role: Whose chunks it is to have: its own, or those of the node that it replaces.
-        window: How much may be under way on it.
         rate: Most bytes a second that reach it; None for no cap.
         now: The time.
 
     Attributes:
-        started: Whether it may be given orders.
+        started: Whether it may be given tasks.
         backlog: What it fetches for itself.
         memberships: Where it is in each part of the plan that it is to have.
-        fetches, receives: Orders under way.
-        bytes: Under way.
         pace, receive_pace: How fast it fetches, and receives.
     """
 
-    def __init__(self, name: str, role: str, window: TaskLimits, rate: float | None, now: float) -> None:
+    def __init__(self, name: str, role: str, rate: float | None, now: float) -> None:
         self.name = name
         self.role = role
         self.backlog = Backlog()
         self.memberships: dict[PlanSection, Membership] = {}
         self.bucket = TokenBucket(rate, now)
-        self._window = window
         self.started = False
-        self.fetches = 0
-        self.receives = 0
-        self.bytes = 0
         self.pace = MovingAverage()
         self.receive_pace = MovingAverage()
-
-    def may_fetch(self, size: int, now: float) -> bool:
-        """Whether it may be told to fetch so many bytes now."""
-        return self.fetches < self._window.fetches and self._may(size, now)
-
-    def may_receive(self, size: int, now: float) -> bool:
-        """Whether it may be told to receive so many bytes now."""
-        return self.receives < self._window.receives and self._may(size, now)
-
-    def _may(self, size: int, now: float) -> bool:
-        if not self.started or (self.bytes and self.bytes + size > self._window.bytes):
-            return False
-        return self.bucket.ready(now)
-
-    def begin(self, chunks: tuple[ChunkRef, ...], *, fetch: bool) -> None:
-        """An order is under way."""
-        size = total_bytes(chunks)
-        self.bytes += size
-        self.bucket.spend(size)
-        if fetch:
-            self.fetches += 1
-        else:
-            self.receives += 1
-
-    def end(self, chunks: tuple[ChunkRef, ...], *, fetch: bool) -> None:
-        """An order has ended."""
-        self.bytes -= total_bytes(chunks)
-        if fetch:
-            self.fetches -= 1
-        else:
-            self.receives -= 1
-
-    def load(self, size: int, typical: float) -> float:
-        """How many seconds it would take it to have fetched so many bytes, after what is under way."""
-        return (self.bytes + size) * (self.pace.secs_per_byte or typical)

@@ -9,22 +9,25 @@ node: among what an event returns, or among what `lost` or `abandon` yields.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeGuard
 
 from warmer.report.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
-from warmer.schedule.batch import Batch, BatchStage
-from warmer.schedule.cohort import Membership, NodeState
-from warmer.schedule.rate import Caps
-from warmer.schedule.stragglers import Stragglers
-from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits, total_bytes
+from warmer.schedule import stragglers
+from warmer.schedule.batch import Batch, InFlight, StoreBudget, TaskTable
+from warmer.schedule.cohort import Backlog, Cohort, Membership, NodeState
+from warmer.schedule.rate import Caps, MovingAverage, TokenBucket
+from warmer.schedule.stragglers import StragglerView, Waited
+from warmer.schedule.tasks import Counts, FetchTask, ReceiveTask, TaskLimits, total_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.report.outcomes import Outcome
-    from warmer.schedule.batch import InFlight
     from warmer.schedule.cohort import PlanSection
     from warmer.schedule.tasks import Task
 
@@ -38,6 +41,21 @@ _HEED: Final = 0.5
 
 _OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
 """Failures that say nothing about other nodes."""
+
+
+_SCAN: Final = 16
+"""How many nodes are looked at for an order: the best of them is nearly the best of all."""
+
+_LOOK_SECS: Final = 0.25
+"""How often slow nodes are looked for."""
+
+PARTS: Final = 4
+"""A store has room for so many batches at least, so that one is fetched while others are received."""
+
+_MIN_BATCHES: Final = 16
+"""Each cohort may have so many batches under way, into however many parts the plan falls."""
+
+_TYPICAL_SECS_PER_BYTE: Final = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +82,7 @@ class _Vacancy:
                 yield from part.left(start)
 
 
-class Scheduler(Stragglers):
+class Scheduler:
     """The state of a run.
 
     Args:
@@ -89,18 +107,39 @@ class Scheduler(Stragglers):
         direct: bool = False,
         now: float = 0.0,
     ) -> None:
-        super().__init__(nodes, parts, window or TaskLimits(), caps, direct=direct, now=now)
+        self.counts = Counts()
+        self._window = window = window or TaskLimits()
+        self._caps = caps
+        self._max_batches = max(min(window.batches, _MIN_BATCHES), window.batches // max(1, len(parts)))
+        self._direct = direct
+        self._now = self._looked = now
+        self._most_bytes = int(
+            max(1, min(window.batch_bytes, *filter(None, (window.bytes, window.run_bytes, caps.run, caps.node))))
+        )
+        self._bucket = TokenBucket(caps.run, now)
+        self._asking = 1.0  # how many times the bytes of a chunk nodes have to ask for, recently
+        self._budget = StoreBudget(nodes)
+        self._pace, self._receive_pace = MovingAverage(), MovingAverage()
+        self._numbers = itertools.count(1)
+        self._batches: dict[int, Batch] = {}
+        self._ready: deque[Batch] = deque()
+        self._tasks = TaskTable()
+        self._well_since = -math.inf  # when the latest fetch was given that ended in time
+        self._last_in_time = True  # whether the last one to end did
+        self._released: list[int] = []
+        # Of each part, most nodes are in the first; those that cannot keep up with it go on together in the second.
+        self._leading = [Cohort(part, Cohort(part)) for part in parts]
+        self._cohorts = [cohort for first in self._leading for cohort in (first, first.behind) if cohort is not None]
+        self._states: dict[str, NodeState] = {}
+        self._with_backlog: dict[str, NodeState] = {}  # those that have something to fetch for themselves
         self._vacant: dict[str, _Vacancy] = {}
+        for name in nodes:
+            self._add_node(name, name)
 
     @property
     def nodes(self) -> list[str]:
         """The nodes that are not lost."""
         return list(self._states)
-
-    @property
-    def vacant(self) -> list[str]:
-        """The lost nodes whose place is kept for others."""
-        return list(self._vacant)
 
     @property
     def done(self) -> bool:
@@ -110,7 +149,7 @@ class Scheduler(Stragglers):
     @property
     def exhausted(self) -> bool:
         """Whether nothing is under way or left to give to the nodes that there are."""
-        if self._in_flight or self._batches:
+        if self._tasks or self._batches:
             return False
         if any(state.backlog for state in self._with_backlog.values()):
             return False
@@ -120,10 +159,9 @@ class Scheduler(Stragglers):
     def under_way(self) -> dict[str, tuple[int, int]]:
         """The chunks that nodes are busy with, and their bytes; nodes with nothing to do are left out."""
         found: dict[str, tuple[int, int]] = {}
-        for running in self._in_flight.values():
+        for running in self._tasks:
             chunks, size = found.get(running.task.node, (0, 0))
-            own = running.task.chunks
-            found[running.task.node] = (chunks + len(own), size + total_bytes(own))
+            found[running.task.node] = (chunks + len(running.task.chunks), size + running.size)
         return found
 
     @property
@@ -148,8 +186,7 @@ class Scheduler(Stragglers):
         """What nodes are to be told now; each order counts as under way from now on."""
         self._now = max(self._now, now)
         self._decide()
-        out, self._out = self._out, []
-        return out
+        return self._tasks.take_new()
 
     def fetched(self, number: int, outcomes: Sequence[Outcome], *, shared: bool, now: float) -> list[Ended]:
         """An order to fetch has ended.
@@ -208,7 +245,7 @@ class Scheduler(Stragglers):
             batch.avoid |= {node}
             self._budget.reserve_too(batch, node)
             self._settle(batch)
-            if batch.stage is BatchStage.STORED:
+            if batch.stored:
                 self._offer(batch)
         elif failed:
             self._backlog_of(state).add(tuple(failed))
@@ -259,9 +296,8 @@ class Scheduler(Stragglers):
             batch.source = 0
             if shared:
                 self._released.append(task.number)
-        batch.chunks, batch.stage = tuple(stored), BatchStage.STORED
+        batch.chunks, batch.stored = tuple(stored), True
         self._budget.shrink(batch, total_bytes(batch.chunks))
-        self._stored[batch.number] = batch
         self._settle(batch)
         if batch.number in self._batches:
             self._offer(batch)
@@ -312,13 +348,12 @@ class Scheduler(Stragglers):
             state.receive_pace.add(size, now - running.since)
             self._receive_pace.add(size, now - running.since)
         if batch is not None:
-            batch.receiving.discard(state.name)
             batch.done += not missed and size > 0  # who had it all elsewhere serves it to nobody
         if missed:
             self._undelivered(state, batch, task, missed, holder_lost=holder_lost)
         if batch is not None:
             self._settle(batch)
-            if batch.stage is BatchStage.STORED and batch.number in self._batches:
+            if batch.stored and batch.number in self._batches:
                 self._offer(batch)
         self._ask(state)
         return [(state.name, outcome) for outcome in outcomes if outcome is not None]
@@ -343,13 +378,10 @@ class Scheduler(Stragglers):
 
     def _fetch_again(self, batch: Batch) -> None:
         """What was stored of a batch is gone, also for those that were about to be told to take it."""
-        self._stored.pop(batch.number, None)
         source = batch.source
         self._released.append(source)
         batch.ready_again()
-        untold = [task for task in self._out if isinstance(task, ReceiveTask) and task.source == source]
-        self._out = [task for task in self._out if task not in untold]
-        for task in untold:
+        for task in self._tasks.new_receivers(source):
             self.received(task.number, [None] * len(task.chunks), now=self._now, holder_lost=True)
         if batch.pending:
             self.counts.refetched += len(batch.chunks)
@@ -371,20 +403,14 @@ class Scheduler(Stragglers):
         state = self._states.pop(node)
         self._with_backlog.pop(node, None)
         self._changed()
-        self._out = [task for task in self._out if task.node != node]
-        named: list[tuple[ChunkRef, ...]] = []
-        for number in [number for number, running in self._in_flight.items() if running.task.node == node]:
-            task = self._in_flight.pop(number).task
-            named.append(task.chunks)
-            self._fetching_bytes -= total_bytes(task.chunks) if isinstance(task, FetchTask) else 0
+        named = [running.task.chunks for running in self._tasks.pop_all(node)]
         for batch in list(self._batches.values()):
             if node in batch.pending:
                 named.append(batch.chunks)
                 del batch.pending[node]
-            batch.receiving.discard(node)
             self._budget.free(batch, node)
             if batch.holder == node:
-                if batch.stage is BatchStage.STORED:
+                if batch.stored:
                     self._fetch_again(batch)
                 else:
                     self.counts.refetched += len(batch.chunks) if batch.pending else 0
@@ -434,7 +460,7 @@ class Scheduler(Stragglers):
         vacancy = self._vacant.pop(node)
         before = vacancy.state
         self._budget.admit(node, store_bytes)
-        state = self._states[node] = NodeState(node, before.role, self._window, self._caps.node, self._now)
+        state = self._states[node] = NodeState(node, before.role, self._caps.node, self._now)
         state.bucket, state.backlog = before.bucket, before.backlog
         for chunks in vacancy.named:
             state.backlog.add(chunks)
@@ -453,13 +479,356 @@ class Scheduler(Stragglers):
 
     def _finish(self, number: int, now: float) -> InFlight:
         self._now = max(self._now, now)
-        running = self._in_flight.pop(number)
-        task = running.task
-        fetch = isinstance(task, FetchTask)
-        self._states[task.node].end(task.chunks, fetch=fetch)
-        if fetch:
-            self._fetching_bytes -= total_bytes(task.chunks)
-        return running
+        return self._tasks.pop(number)
+
+    # What comes next.
+
+    def _add_node(self, name: str, role: str) -> NodeState:
+        state = self._states[name] = NodeState(name, role, self._caps.node, self._now)
+        for cohort in self._leading:
+            if cohort.part.is_for(role):
+                membership = state.memberships[cohort.part] = Membership(state, cohort, self._now)
+                if self._direct:
+                    self._detach(membership, 0)
+        self._changed()
+        return state
+
+    def _changed(self) -> None:
+        """Something has come or gone: decide again."""
+        for cohort in self._cohorts:
+            cohort.full = False
+            cohort.changed()
+
+    def _unblock(self) -> None:
+        for cohort in self._cohorts:
+            cohort.full = False
+
+    def _decide(self) -> None:
+        """Give all orders that can be given now."""
+        if self._now >= self._looked + _LOOK_SECS or not self._tasks:
+            since, self._looked = self._looked, self._now
+            self._look(since)
+        for _ in range(min(len(self._ready), _SCAN)):
+            batch = self._ready.popleft()
+            ready = batch.number in self._batches and batch.holder is None and batch.pending
+            if ready and not self._assign(batch):
+                self._ready.append(batch)
+        # Who takes part in several is given the chunks of those that are less far first.
+        for cohort in sorted(self._cohorts, key=lambda cohort: cohort.position):
+            self._move_on(cohort)
+        for state in list(self._with_backlog.values()):
+            self._fetch_backlog(state)
+            if not state.backlog:
+                del self._with_backlog[state.name]
+
+    # From the plan into batches, and from the Hub to one node.
+
+    def _lacking(self, cohort: Cohort) -> list[str]:
+        """Those in a cohort that are to have its next chunk from it."""
+        return [membership.state.name for membership in self._members(cohort) if membership.entry <= cohort.position]
+
+    def _members(self, cohort: Cohort) -> list[Membership]:
+        return cohort.members(self._states.values())
+
+    def _move_on(self, cohort: Cohort) -> None:
+        """Make batches, and have them fetched, as far as there is room."""
+        while not cohort.full and self._members(cohort) and (chunk := cohort.peek()) is not None:
+            if not self._may_fetch(chunk.size):
+                return
+            needers = self._lacking(cohort)
+            if not needers:
+                cohort.advance()
+                continue
+            shared = len(needers) > 1
+            if shared and not self._budget.can_ever(needers, chunk.size):
+                self._fetch_separately(cohort)
+                continue
+            if cohort.batches >= self._max_batches or (shared and not self._budget.fits(needers, chunk.size)):
+                cohort.block(self._now)
+                return
+            turn = cohort.turn % len(needers)
+            cohort.turn += 1
+            rotated = needers[turn:] + needers[:turn]
+            if not any(self._may_give(self._states[name], chunk.size, fetch=True) for name in rotated[:_SCAN]):
+                return
+            self._begin_batch(cohort, rotated, self._cut(cohort, needers), shared=shared)
+
+    def _fetch_separately(self, cohort: Cohort) -> None:
+        """The next chunk fits into no store: each node fetches it for itself, and all go on together behind it."""
+        start = cohort.position
+        for membership in [membership for membership in self._members(cohort) if membership.entry <= start]:
+            backlog = self._backlog_of(membership.state)
+            if backlog.full:
+                self._detach(membership, start)
+            else:
+                backlog.add_range(membership.part, start, start + 1)
+        cohort.advance()
+
+    def _cut(self, cohort: Cohort, needers: list[str]) -> tuple[ChunkRef, ...]:
+        """The next chunks of a cohort that the same nodes lack."""
+        shared = len(needers) > 1
+        most = max(1, min(self._most_bytes, self._budget.least(needers) // PARTS)) if shared else self._most_bytes
+        chunks: list[ChunkRef] = []
+        size = 0
+        entries = {membership.entry for membership in self._members(cohort)}
+        while (chunk := cohort.peek()) is not None and len(chunks) < self._window.batch_chunks:
+            together = size + chunk.size
+            if chunks and (together > most or (shared and not self._budget.fits(needers, together))):
+                break
+            if chunks and cohort.position in entries:
+                break  # from here on one more lacks them
+            if chunks and not self._may_fetch(together):
+                break
+            chunks.append(chunk)
+            size = together
+            cohort.advance()
+        return tuple(chunks)
+
+    def _begin_batch(self, cohort: Cohort, needers: list[str], chunks: tuple[ChunkRef, ...], *, shared: bool) -> None:
+        batch = Batch(next(self._numbers), chunks, needers, cohort)
+        self._batches[batch.number] = batch
+        cohort.batches += 1
+        if shared:
+            self._budget.reserve(batch, needers)
+        cohort.blocked_since = None
+        if not self._assign(batch):
+            self._ready.append(batch)
+
+    def _assign(self, batch: Batch) -> bool:
+        """Have a batch fetched by the best of some nodes that lack it; whether one was free."""
+        if not self._may_fetch(batch.size):
+            return False
+        typical = self._pace.secs_per_byte or _TYPICAL_SECS_PER_BYTE
+        best: tuple[float, NodeState] | None = None
+        rotate = len(batch.pending) > _SCAN
+        willing = batch.avoid.issuperset(batch.pending)
+        for name in list(itertools.islice(batch.pending, _SCAN)):
+            state = self._states[name]
+            if rotate:  # to the end, so that others are looked at next time
+                batch.to_the_end(name)
+            if (willing or name not in batch.avoid) and self._may_give(state, batch.size, fetch=True):
+                busy = sum(running.size for running in self._tasks.of(name))
+                load = (busy + batch.size) * (state.pace.secs_per_byte or typical)
+                if best is None or load < best[0]:
+                    best = (load, state)
+        if best is None:
+            return False
+        state = best[1]
+        del batch.pending[state.name]
+        task = self._fetch(state, batch.chunks, batch, share=bool(batch.pending))
+        batch.holder, batch.source = state.name, task.number
+        return True
+
+    def _may_fetch(self, size: int) -> bool:
+        most = self._window.run_bytes
+        fetching = self._tasks.fetching_bytes
+        if most is not None and fetching and fetching + size > most:
+            return False
+        return self._bucket.ready(self._now)
+
+    def _may_give(self, state: NodeState, size: int, *, fetch: bool) -> bool:
+        """Whether a node may be told to fetch, or to receive, so many bytes now."""
+        if not state.started:
+            return False
+        tasks = self._tasks.of(state.name)
+        if sum(running.fetches is fetch for running in tasks) >= (
+            self._window.fetches if fetch else self._window.receives
+        ):
+            return False
+        busy = sum(running.size for running in tasks)
+        return (not busy or busy + size <= self._window.bytes) and state.bucket.ready(self._now)
+
+    def _fetch(self, state: NodeState, chunks: tuple[ChunkRef, ...], batch: Batch | None, *, share: bool) -> FetchTask:
+        task = FetchTask(next(self._numbers), state.name, chunks, share)
+        spent = int(total_bytes(chunks) * self._asking)
+        self._start(task, batch, spent)
+        self._bucket.spend(spent)
+        return task
+
+    def _start(self, task: Task, batch: Batch | None, spent: int = 0) -> None:
+        size = total_bytes(task.chunks)
+        self._tasks.add(InFlight(task, batch, self._now, size, spent=spent))
+        self._states[task.node].bucket.spend(size)
+
+    def _fetch_backlog(self, state: NodeState) -> None:
+        """Have a node fetch for itself what it missed."""
+        while self._may_give(state, 0, fetch=True) and self._may_fetch(0) and state.backlog:
+            chunks = state.backlog.cut(
+                self._window.batch_chunks,
+                self._most_bytes,
+                lambda size: self._may_give(state, size, fetch=True) and self._may_fetch(size),
+            )
+            if not chunks:
+                return
+            self.counts.own += 0 if self._direct else len(chunks)
+            self._fetch(state, chunks, None, share=False)
+
+    # From the store to the others.
+
+    def _offer(self, batch: Batch) -> None:
+        """Have those that lack a stored batch take it, as many as may at a time."""
+        left = batch.allowance(self._window.fan_out)
+        for name in list(itertools.islice(batch.pending, _SCAN)):
+            if left < 1:
+                return
+            if self._may_give(self._states[name], batch.size, fetch=False):
+                self._receive(self._states[name], batch)
+                left -= 1
+            else:
+                batch.to_the_end(name)
+
+    def _ask(self, state: NodeState) -> None:
+        """Have a node take what it lacks from the store, the oldest first."""
+        if not self._may_give(state, 0, fetch=False):
+            return
+        for batch in self._batches.values():
+            if batch.stored and state.name in batch.pending and batch.allowance(self._window.fan_out) > 0:
+                if not self._may_give(state, batch.size, fetch=False):
+                    return
+                self._receive(state, batch)
+
+    def _receive(self, state: NodeState, batch: Batch) -> None:
+        del batch.pending[state.name]
+        self._start(ReceiveTask(next(self._numbers), state.name, batch.chunks, batch.source), batch)
+
+    def _settle(self, batch: Batch) -> None:
+        """See whether a batch is at its end, or nearly."""
+        if batch.number not in self._batches or batch.fetching:
+            return
+        if not batch.pending and not batch.receiving:
+            if batch.stored and batch.source:
+                self._released.append(batch.source)
+            self._budget.free_all(batch)
+            del self._batches[batch.number]
+            batch.cohort.batches -= 1
+            self._unblock()
+        elif not batch.stored:
+            if batch.pending and batch not in self._ready:
+                self._ready.append(batch)
+        elif not batch.pending and all(map(self._left_behind(batch), batch.receiving)):
+            # Copies elsewhere may be thrown away by their stores: no node that matters takes them from there.
+            self._budget.free_all(batch, but=(batch.holder, *batch.receiving))
+            self._unblock()
+
+    # Nodes that hold up the others.
+
+    def _look(self, since: float) -> None:
+        """Look for what was missed, and for stragglers; it was done before at `since`."""
+        self._unblock()
+        for state in self._states.values():
+            self._ask(state)
+        self._find_slow_fetches()
+        for cohort in self._cohorts:
+            if cohort.blocked_since is not None:
+                self._leave_stragglers(cohort, self._now - max(cohort.blocked_since, since))
+
+    def _find_slow_fetches(self) -> None:
+        """Give fetches that take much longer than usual to other nodes, unless it is the Hub that is slow."""
+        fetches = [running for running in self._tasks if running.fetches]
+        # More requests help only where the Hub is not slow itself: a fetch that was given no sooner has ended in time
+        # meanwhile, or one node alone fetches, and the last one to end did so in time.
+        alone = len({running.task.node for running in fetches}) == 1 and self._last_in_time
+        for running in fetches:
+            batch = running.batch
+            if batch is None or batch.handed_over or not batch.pending or not self._is_slow_fetch(running):
+                continue
+            if batch.source == running.task.number and (alone or self._well_since >= running.since):
+                self._refetch_elsewhere(running, batch)
+
+    def _is_slow_fetch(self, running: InFlight) -> bool:
+        waited = self._now - running.since
+        return stragglers.is_slow_fetch(waited, running.size, self._pace.secs_per_byte, self._window.patience_secs)
+
+    def _refetch_elsewhere(self, running: InFlight, batch: Batch) -> None:
+        """One fetches so slowly that another one is asked; what it fetches is for itself."""
+        node = running.task.node
+        self.counts.slow_fetches += 1
+        self.counts.refetched += len(batch.chunks)
+        if node in batch.reserved:
+            batch.reserved.discard(node)
+            running.hold = batch.size
+        running.batch, running.was_of, batch.handed_over = None, batch, True
+        batch.ready_again()
+        self._ready.append(batch)
+
+    def _leave_stragglers(self, cohort: Cohort, secs: float) -> None:
+        """Note for how long some nodes alone held up the others, and leave out those that do it often and are slow."""
+        stored = [batch for batch in self._batches.values() if batch.stored and batch.cohort is cohort]
+        few = [batch for batch in stored[: max(1, len(stored) // PARTS)] if self._few_wait_for(batch)]
+        patience = stragglers.patience(self._window.patience_secs, last=cohort.behind is None)
+        waited_for: dict[str, Waited] = {}
+        for name in dict.fromkeys(name for batch in few for name in (*batch.pending, *batch.receiving)):
+            state = self._states[name]
+            membership = state.memberships[cohort.part]
+            blame = membership.blame(secs, self._now, stragglers.FADING * patience)
+            if membership.cohort is cohort:
+                waits = [
+                    (self._now - running.since, running.size, not running.fetches) for running in self._tasks.of(name)
+                ]
+                waited_for[name] = Waited(blame, state.started, state.receive_pace.secs_per_byte, waits)
+        view = StragglerView(self._window.patience_secs, patience, self._receive_pace.secs_per_byte, waited_for)
+        if slow := stragglers.stragglers(view):
+            self._move_to_second(cohort, [self._states[name].memberships[cohort.part] for name in slow])
+
+    def _few_wait_for(self, batch: Batch) -> bool:
+        """Whether a batch lies in the store for a few that most others are ahead of."""
+        waiting = [*batch.pending, *batch.receiving]
+        return len(waiting) <= batch.done + 1 and not all(map(self._left_behind(batch), waiting))
+
+    def _move_to_second(self, cohort: Cohort, slow: list[Membership]) -> None:
+        """Have nodes go on together in the second cohort; those that hold up that one too, each by itself."""
+        second = cohort.behind
+        self.counts.lags += len(slow)
+        for membership in slow:
+            membership.forgive()
+            membership.entry = max(membership.entry, cohort.position)
+            if second is None:
+                self._detach(membership, membership.entry)
+            else:
+                second.begin(membership.entry)
+                membership.cohort = second
+                self._backlog_of(membership.state).add_range(membership.part, membership.entry, second.position)
+        self._changed()
+        for batch in [batch for batch in self._batches.values() if batch.cohort is cohort]:
+            left = [membership.state for membership in slow if membership.state.name in batch.pending]
+            for state in left:
+                del batch.pending[state.name]
+            if second is None or len(left) == 1:
+                for state in left:
+                    self._backlog_of(state).add(batch.chunks)
+                    self._budget.free(batch, state.name)
+            elif left:
+                self._part(batch, [state.name for state in left], second)
+            self._settle(batch)
+
+    def _part(self, batch: Batch, nodes: list[str], second: Cohort) -> None:
+        """Some go on to wait for a batch in the second cohort: one of them fetches it for all of them."""
+        child = Batch(next(self._numbers), batch.chunks, nodes, second)
+        child.reserved = batch.reserved.intersection(nodes)
+        batch.reserved -= child.reserved
+        self._batches[child.number] = child
+        self._ready.append(child)
+        second.batches += 1
+        self.counts.refetched += len(batch.chunks)
+
+    @staticmethod
+    def _in(state: NodeState, cohort: Cohort) -> bool:
+        return state.memberships[cohort.part].cohort is cohort
+
+    def _left_behind(self, batch: Batch) -> Callable[[str], bool]:
+        """Tells whether a node waits for a batch of a cohort that it is in no longer."""
+        return lambda name: not self._in(self._states[name], batch.cohort)
+
+    def _backlog_of(self, state: NodeState) -> Backlog:
+        """What a node fetches for itself, to be added to."""
+        self._with_backlog[state.name] = state
+        return state.backlog
+
+    def _detach(self, membership: Membership, start: int) -> None:
+        """From a chunk of a part on, a node goes on by itself."""
+        membership.cohort = None
+        self._backlog_of(membership.state).add_range(membership.part, start, None)
+        self._changed()
 
 
 def _asked(outcome: Outcome) -> int:

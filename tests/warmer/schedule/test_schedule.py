@@ -25,6 +25,52 @@ def test_any_fleet(seed):
     Fleet(seed).play()
 
 
+def expect_derived(schedule):
+    """Whatever is counted follows from the table of tasks in flight and from the batches."""
+    tasks, batches = list(schedule._tasks), list(schedule._batches.values())
+    assert schedule._tasks.fetching_bytes == sum(total_bytes(one.task.chunks) for one in tasks if one.fetches)
+    used = dict.fromkeys(schedule.nodes, 0)
+    for batch in batches:
+        assert batch.size == total_bytes(batch.chunks)
+        receivers = {one.task.node for one in tasks if one.batch is batch and isinstance(one.task, ReceiveTask)}
+        assert batch.receiving == receivers
+        assert batch.fetching == any(one.batch is batch and one.fetches for one in tasks)
+        for node in batch.reserved & used.keys():
+            used[node] += batch.size
+    for one in tasks:
+        used[one.task.node] += one.hold
+    assert schedule.store_bytes == used
+    for cohort in schedule._cohorts:
+        assert cohort.batches == sum(batch.cohort is cohort for batch in batches)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.dictionaries(st.integers(0, 60), st.tuples(st.integers(0, 19), st.booleans()), max_size=8),
+    st.lists(st.integers(0, 9), min_size=60, max_size=60),
+)
+def test_nothing_stays_reserved_whichever_nodes_die_at_whichever_step(seed, deaths, steps):
+    fleet = Fleet(seed)
+    for at, step in enumerate(steps):
+        if at in deaths and (alive := fleet.alive()):
+            which, keep = deaths[at]
+            fleet.lose(alive[which % len(alive)], keep=keep)
+        elif step < 5 and fleet.in_flight:
+            number = list(fleet.in_flight)[step % len(fleet.in_flight)]
+            fleet.finish(fleet.in_flight.pop(number), well=step < 4)
+        elif step == 9 and fleet.vacant:
+            fleet.chance.choice([fleet.abandon, fleet.replace, fleet.resume])()
+        else:
+            fleet.start()
+            fleet.decide(fleet.pauses[step % len(fleet.pauses)])
+        expect_derived(fleet.schedule)
+    fleet.complete()
+    expect_derived(fleet.schedule)
+    assert (list(fleet.schedule._tasks), fleet.schedule._batches, fleet.schedule.under_way) == ([], {}, {})
+    assert not any(fleet.schedule.store_bytes.values())
+
+
 def test_each_chunk_is_fetched_once_and_the_work_is_shared_out():
     chunks = plan([MIB] * 1000)
     names = [f"n{n}" for n in range(8)]
@@ -201,7 +247,6 @@ def test_a_node_that_joins_in_place_of_a_lost_one_is_given_everything():
     assert list(schedule.lost("b", keep_place=True)) == []
     tasks, now = carry_out(schedule, now)
     assert not schedule.done
-    assert schedule.vacant == ["b"]
     schedule.replace("b", "new", 10**9)
     schedule.started("new")
     tasks, _ = carry_out(schedule, now)
