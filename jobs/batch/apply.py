@@ -6,13 +6,15 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Protocol
 
+from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.errors import HFBucketError, ThrottledError, TransportError
+from hfbucket_plugin.errors import ConfigError, HFBucketError, ThrottledError, TransportError
 from hfbucket_plugin.hub.bucket import MAX_BATCH
 from jobs.batch.model import ItemBatch, Result, T
 
@@ -61,6 +63,62 @@ class Executor(Protocol[T]):
 
     def close(self) -> None:
         """Begin no more."""
+
+
+class InProcess(Generic[T]):
+    """Batches on threads of this process.
+
+    Args:
+        name: Names the threads.
+        width: How many at one time.
+        attempt: Makes one attempt at a batch; see `Executor.submit` for its first two arguments. The third is its deadline.
+    """
+
+    def __init__(self, name: str, width: int, attempt: Callable[[ItemBatch[T], datetime, Deadline], Result[T]]) -> None:
+        self.width = width
+        self._attempt = attempt
+        self._pool = WorkerPool(name, width)
+
+    def submit(
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, _ends: datetime | None
+    ) -> Future[Result[T]]:
+        """Begin an attempt at a batch. However late its thread gets to it, it ends in time."""
+        return self._pool.submit(self._attempt, batch, not_after, Deadline.after(seconds))
+
+    def lose(self, _future: Future[Result[T]]) -> None:
+        """Threads end by themselves: every request has its deadline."""
+
+    def close(self) -> None:
+        """Begin no more."""
+        self._pool.close()
+
+
+_RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+"""Without one of them no cluster is configured (`warmer.cluster.ray`)."""
+
+
+def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bool:
+    """Whether to delete in this process: when that was asked for, or no Ray cluster is configured.
+
+    Args:
+        address: `--address`.
+        local: `--local`.
+        at_once: Whether the cluster is needed for sure. Else an address of the environment that cannot be joined is an error only
+            when the cluster is to be joined: a command that only plans, or copies to a directory, joins none.
+
+    Raises:
+        ConfigError: The address is of a kind that cannot be used.
+    """
+    if local or not (address or any(os.environ.get(name) for name in _RAY_VARIABLES)):
+        return True
+    from warmer.cluster.ray import configured_address  # noqa: PLC0415 - Ray takes a second to import
+
+    try:
+        return configured_address(address) is None
+    except ConfigError:
+        if address or at_once:
+            raise
+        return False
 
 
 class Stop(Protocol):

@@ -108,8 +108,16 @@ class ReferenceEndpoint(Protocol):
     """Where an object must not be for it to be deleted here: the source of a mirror."""
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> Container[str]:
-        """Keys that it has, and maybe others.
+        """Return those of the keys that it has, and maybe others.
 
         Raises:
-            HFBucketError: Nobody knows.
+            HFBucketError: It did not answer.
+        """
+
+    def expect_chunks(self) -> None:
+        """Refuse to go by it if it has no chunk at all: everything would be deleted.
+
+        Raises:
+            RefusedError: It has none.
+            HFBucketError: It did not answer, or is not there.
         """

@@ -14,15 +14,14 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools import console
 from hfbucket_plugin.tools.key_set import KeySet
+from jobs.batch.apply import in_process
 from jobs.cli import fingerprint, options
 from jobs.cli.export import apply_export, export, mirror_source
 from jobs.cli.index import index
 from jobs.cli.status import status
 from jobs.deletion import guards
-from jobs.deletion.executor import in_process
 from jobs.deletion.job import DeletionJob
-from jobs.deletion.mirror import JOB as MIRROR
-from jobs.deletion.plan import DeletionOrder, DeletionPlanFile
+from jobs.deletion.plan import MIRROR, DeletionOrder, DeletionPlanFile
 from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.deletion.select import ByName, ByPolicy, expect_text, read_keys
 from jobs.export.bucket import InstanceEnd

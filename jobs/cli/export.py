@@ -15,16 +15,15 @@ from hfbucket_plugin.core.units import parse_bytes
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.tools import console
 from hfbucket_plugin.tools.options import Flag, with_flags
+from jobs.batch.apply import in_process
 from jobs.cli import options
 from jobs.deletion import guards
-from jobs.deletion.executor import in_process
 from jobs.deletion.job import DeletionJob
-from jobs.deletion.mirror import JOB as MIRROR
-from jobs.deletion.mirror import NotAtSource, check_mirror
-from jobs.deletion.plan import DeletionOrder
+from jobs.deletion.plan import MIRROR, DeletionOrder
 from jobs.deletion.report import ask_to_delete, show_plan
 from jobs.export.bucket import InstanceEnd
 from jobs.export.job import Export
+from jobs.export.mirror import NotAtSource, check_mirror
 from jobs.export.plan import EndpointRef, ExportOrder, ExportPlanFile, OnConflict, Renames
 from jobs.export.planning import CHOOSING, WantedChunks, prompts_of, selection_of
 from jobs.export.report import ask_to_replace

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.errors import DeadlineError, ThrottledError, TransportError
+from jobs.batch.apply import InProcess
 from jobs.batch.model import FRESH_SECS, SEND_SECS, TRIES, ItemBatch, ItemOutcome, Outcome, ReferenceEndpoint, Result
 from jobs.lock.clock import ServerClock
 
@@ -151,3 +152,18 @@ def _again(
     if tries >= TRIES:
         return Result((*ended, *(ItemOutcome(item, Outcome.FAILED, why[item.path]) for item in left)))
     return Result(tuple(ended), ItemBatch(left, tries, asked & {item.path for item in left}))
+
+
+def in_process(bucket: Bucket, width: int, source: ReferenceEndpoint | None = None) -> InProcess[Item]:
+    """Return an executor that deletes from this process.
+
+    Args:
+        bucket: The instance's.
+        width: Most batches at one time.
+        source: Of a mirror; None for any other job.
+    """
+
+    def attempt_in_time(batch: ItemBatch[Item], not_after: datetime, deadline: Deadline) -> Result[Item]:
+        return attempt(bucket, batch, not_after, deadline, source=source)
+
+    return InProcess("jobs-delete", width, attempt_in_time)

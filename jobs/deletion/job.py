@@ -22,12 +22,11 @@ from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs import history
-from jobs.batch.apply import Applier
+from jobs.batch.apply import Applier, Executor
 from jobs.batch.model import Outcome
-from jobs.deletion import mirror
-from jobs.deletion.executor import executing
+from jobs.deletion.attempt import in_process
 from jobs.deletion.guards import check_listing, check_not_more
-from jobs.deletion.plan import DeletionHeader, DeletionPlanFile, DeletionPlanWriter
+from jobs.deletion.plan import MIRROR, DeletionHeader, DeletionPlanFile, DeletionPlanWriter
 from jobs.deletion.planning import Planning
 from jobs.deletion.recheck import rechecking
 from jobs.deletion.report import DeletionSummary, header_record
@@ -276,8 +275,10 @@ class DeletionJob:
 
     def _apply(self, bucket: Bucket, lock: BucketLock, plan: DeletionPlanFile) -> int:
         order = self._order
-        if self._name == mirror.JOB:
-            mirror.expect_source(order.source)
+        if self._name == MIRROR:
+            if order.source is None:
+                raise RefusedError("the source of the mirror is not known: nothing is deleted")
+            order.source.expect_chunks()
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
@@ -288,7 +289,7 @@ class DeletionJob:
             self._stop.orderly(),
             notifying(bucket) as notifier,
             rechecking(bucket, plan.header, self._planned_by, now, self._count, without=order.without_heat) as unused,
-            executing(self._named, bucket, self._order) as executor,
+            contextlib.closing(self._executor(bucket)) as executor,
         ):
             self._notifier = notifier
             if not self._order.local:
@@ -313,6 +314,19 @@ class DeletionJob:
             if not isinstance(end.why, RefusedError):
                 code = self._keep(bucket, code)
         return code
+
+    def _executor(self, bucket: Bucket) -> Executor[Item]:
+        """Where batches are deleted: in this process, or on actors of the configured Ray cluster.
+
+        Raises:
+            HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
+        """
+        order = self._order
+        if order.local:
+            return in_process(bucket, order.parallel, order.source)
+        from jobs.deletion.ray import DeletionActors  # noqa: PLC0415 - Ray takes a second to import
+
+        return DeletionActors(self._named, order.parallel, order.address)
 
     def _count(self, ended: ItemOutcome[Item]) -> None:
         if self._notifier is not None and ended.outcome is Outcome.DELETED:

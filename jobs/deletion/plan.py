@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.core.deadline import Deadline
-    from jobs.export.bucket import InstanceEnd
+    from jobs.batch.model import ReferenceEndpoint
 
 VERSION: Final = 1
+
+MIRROR: Final = "mirror"
+"""The job that deletes at a destination what the source of an export does not have."""
 
 _LONGEST_AGE_SECS: Final = 100 * 365 * 86400.0
 """More is no less strict, and no date any more."""
@@ -483,5 +486,5 @@ class DeletionOrder:
     batch_size: int = 1000
     config: str | None = None
     neighbours: tuple[BucketHandle, ...] = ()
-    source: InstanceEnd | None = None
+    source: ReferenceEndpoint | None = None
     without_heat: bool = False

@@ -12,7 +12,7 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, RefusedError
 from hfbucket_plugin.hub.connect import open_bucket
-from hfbucket_plugin.hub.listing import list_chunks_ahead
+from hfbucket_plugin.hub.listing import list_chunks, list_chunks_ahead
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload
 from jobs.batch.model import FRESH_SECS
 from jobs.export.endpoint import EndpointObject
@@ -83,6 +83,11 @@ class InstanceEnd:
     def fresh_secs(self) -> float:
         """See `Destination`. The rule of deletes: the Hub has no conditional write."""
         return FRESH_SECS
+
+    def expect_chunks(self) -> None:
+        """See `jobs.batch.model.ReferenceEndpoint`."""
+        if next(list_chunks(self.bucket, [""]), None) is None:
+            raise RefusedError(f"{self.name}, the source of the mirror, has no chunk: nothing is deleted")
 
     def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:
         """See `Destination`."""

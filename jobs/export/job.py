@@ -19,18 +19,16 @@ from hfbucket_plugin.hub.connect import REQUEST_SECS
 from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
-from jobs.batch.apply import Applier
+from jobs.batch.apply import Applier, Executor, InProcess
 from jobs.batch.model import ItemOutcome
-from jobs.cli.progress import ProgressLog
 from jobs.export.bucket import InstanceEnd
 from jobs.export.copy import TIMES_IN_MEMORY, Copier, CopyMethod, CopyOutcome, Method, find_out
 from jobs.export.directory import DirectoryDestination, KnownChunks
-from jobs.export.executor import carrying
 from jobs.export.manifest import ManifestLine
 from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder, ExportPlanFile, ExportPlanWriter
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
-from jobs.report import NAMED_FAILURES, OutcomeTally
+from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog
 from jobs.session import code_of, coded
 
 if TYPE_CHECKING:
@@ -243,9 +241,8 @@ class Export:
     ) -> int:
         window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
         streams = method.how is CopyMethod.STREAM
-        named = (self._ends[0].named, self._ends[1].named)
-        mover = Copier(*ends, method.how, window, self._order.window_bytes)
-        with carrying(mover, named, self._order) as executor:
+        copier = Copier(*ends, method.how, window, self._order.window_bytes)
+        with contextlib.closing(self._executor(copier)) as executor:
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
             applier = Applier(
@@ -260,6 +257,24 @@ class Export:
                 attempt_secs=ATTEMPT_SECS,
             )
             return self._judge(applier.run(moves))
+
+    def _executor(self, copier: Copier) -> Executor[CopyItem]:
+        """Where batches are copied: in this process, or on actors of the configured Ray cluster.
+
+        The Hub's own copies are calls from this process, whatever cluster there is; and a directory is one of this machine.
+
+        Raises:
+            HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the tokens.
+        """
+        order, source, destination = self._order, self._ends[0].named, self._ends[1].named
+        if copier.how is CopyMethod.STREAM and not order.local and source is not None and destination is not None:
+            from jobs.export.ray import CopyActors  # noqa: PLC0415 - Ray takes a second to import
+
+            bounds = (copier.window_bytes, copier.memory_bytes)
+            return CopyActors((source, destination), bounds, order.parallel, order.address)
+        return InProcess(
+            "jobs-export", order.parallel, lambda batch, _, deadline: copier.attempt(batch, deadline.remaining())
+        )
 
     def _fresh(
         self, destination: DestinationEndpoint, plan: ExportPlanFile, told: Callable[[ItemOutcome[CopyItem]], None]

@@ -10,7 +10,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.index.store import POINTER
 from jobs.batch.apply import Applier
-from jobs.deletion.executor import InProcess
+from jobs.deletion.attempt import in_process
 from jobs.deletion.plan import Item
 from jobs.index.build import spare_journals, spare_snapshots
 
@@ -93,7 +93,7 @@ def prune(
             raise RefusedError(f"{path} was written by somebody else meanwhile: no more old objects are deleted")
         return seconds
 
-    executor = InProcess(bucket, 1)
+    executor = in_process(bucket, 1)
     with stop.orderly():
         applier = Applier(
             executor,

@@ -21,8 +21,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from jobs.batch.apply import Applier
 from jobs.batch.model import ItemBatch, Outcome
-from jobs.deletion.attempt import attempt
-from jobs.deletion.executor import InProcess
+from jobs.deletion.attempt import attempt, in_process
 from jobs.deletion.guards import MaxDelete
 from jobs.deletion.plan import DeletionHeader, DeletionPlanFile, DeletionPlanWriter, Item
 from jobs.lock.lock import LockLostError
@@ -208,7 +207,7 @@ def test_an_object_that_was_planned_twice_ends_twice():
 
 def carried_out(fake, items, *, confirm=lambda: 9.0, stop=None, until=None, size=2):
     told = []
-    executor = InProcess(fake, 1)
+    executor = in_process(fake, 1)
     try:
         end = Applier(
             executor,

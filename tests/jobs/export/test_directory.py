@@ -191,7 +191,7 @@ def test_two_exports_to_one_directory(rig, tmp_path):
 
 
 def test_the_dashboards_address_is_no_matter_for_what_joins_no_cluster(rig, tmp_path, monkeypatch):
-    from jobs.deletion.executor import in_process
+    from jobs.batch.apply import in_process
 
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert not in_process(None, local=False)

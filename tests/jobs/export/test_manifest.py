@@ -161,7 +161,7 @@ def test_times_of_files_lose_nothing(tmp_path):
 
 def test_progress_is_told_now_and_then(capsys):
     from hfbucket_plugin.core.units import Extent
-    from jobs.cli.progress import ProgressLog
+    from jobs.report import ProgressLog
     from tests.support.plugin_support import Clock
 
     clock = Clock()

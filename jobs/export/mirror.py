@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId, parse_key
-from hfbucket_plugin.errors import ConfigError, RefusedError
-from hfbucket_plugin.hub.listing import ChunkEntry, list_chunks
+from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.hub.listing import ChunkEntry
 from jobs.deletion.planning import by_age
 from jobs.retention.order import Decision, Reason, RetentionEntry
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from hfbucket_plugin.tools.selection import Selection
     from jobs.export.bucket import InstanceEnd
     from jobs.export.plan import Renames
-
-JOB: Final = "mirror"
 
 _PAGE: Final = 1000
 _LOOK_UP_SECS: Final = 330.0
@@ -43,19 +41,6 @@ def check_mirror(selection: Selection, renames: Renames, *, directories: bool) -
             f"--mirror and {', '.join(flags)} contradict each other: what was not chosen would be deleted. Choose by names "
             "(--prefix, --model, --world-size, --workers, --include, --exclude)"
         )
-
-
-def expect_source(source: InstanceEnd | None) -> None:
-    """Refuse a source that has nothing: its mirror would be emptied.
-
-    Raises:
-        RefusedError: It has no chunk, or is not known.
-        HFBucketError: It does not tell, or is not there.
-    """
-    if source is None:
-        raise RefusedError("the source of the mirror is not known: nothing is deleted")
-    if next(list_chunks(source.bucket, [""]), None) is None:
-        raise RefusedError(f"{source.name}, the source of the mirror, has no chunk: nothing is deleted")
 
 
 class NotAtSource:
