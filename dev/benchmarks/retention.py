@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.retention.order import RetentionEntry, decide
+from hfbucket_plugin.tools.inventory import RetentionEntry
+from jobs.retention.order import decide
 from jobs.retention.policy import from_values
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console, options
-from hfbucket_plugin.tools.inventory import Kind, Listed, walk
+from hfbucket_plugin.tools.inventory import Classifier, ListedObject, ObjectKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,10 +42,10 @@ class Keys:
     """
 
     def __init__(self, bucket: Bucket, key_prefix: str, page_secs: float, model: str | None = None) -> None:
-        self._listed = walk(bucket, key_prefix, page_secs, model=model)
-        self.passed_by: Counter[Kind] = Counter()
+        self._listed = Classifier(bucket).walk(page_secs, key_prefix=key_prefix, model=model)
+        self.passed_by: Counter[ObjectKind] = Counter()
 
-    def __iter__(self) -> Iterator[tuple[Listed, ChunkEntry]]:
+    def __iter__(self) -> Iterator[tuple[ListedObject, ChunkEntry]]:
         """Stream them.
 
         Raises:
@@ -53,12 +53,12 @@ class Keys:
         """
         for listed in self._listed:
             if listed.chunk is None:
-                self.passed_by[listed.kind] += 1
+                self.passed_by[listed.shown_kind] += 1
             else:
                 yield listed, listed.chunk
 
 
-def record(instance: str, kind: Kind, chunk: ChunkEntry, now: datetime) -> dict[str, Any]:
+def record(instance: str, kind: ObjectKind, chunk: ChunkEntry, now: datetime) -> dict[str, Any]:
     """A key for programs."""
     key, uploaded = chunk.key, chunk.uploaded_at
     return {
@@ -77,7 +77,7 @@ def record(instance: str, kind: Kind, chunk: ChunkEntry, now: datetime) -> dict[
     }
 
 
-def row(instance: str, kind: Kind, chunk: ChunkEntry, now: datetime) -> tuple[str, ...]:
+def row(instance: str, kind: ObjectKind, chunk: ChunkEntry, now: datetime) -> tuple[str, ...]:
     """A key for people: the columns of `HEADER`."""
     key = chunk.key
     uploaded = chunk.uploaded_at.astimezone(UTC) if chunk.uploaded_at is not None else None
@@ -163,9 +163,9 @@ class _Shown:
             try:
                 for listed, chunk in keys:
                     if self._as_json:
-                        console.json_line(record(named.name, listed.kind, chunk, now))
+                        console.json_line(record(named.name, listed.shown_kind, chunk, now))
                     else:
-                        console.line(aligned(row(named.name, listed.kind, chunk, now)))
+                        console.line(aligned(row(named.name, listed.shown_kind, chunk, now)))
                     self.keys += 1
                     if self.enough:
                         break

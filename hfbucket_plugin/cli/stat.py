@@ -13,7 +13,7 @@ from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import options
-from hfbucket_plugin.tools.inventory import HEADER, InstanceSummary, rows, summarised, walk
+from hfbucket_plugin.tools.inventory import HEADER, Classifier, InstanceSummary, rows, summarised
 
 if TYPE_CHECKING:
     from hfbucket_plugin.config.instances import InstanceConfig
@@ -55,7 +55,7 @@ def _summary(named: InstanceConfig, start: str, timeout: float, model: str | Non
     """The summary of an instance; None, and a complaint, where its listing is not complete."""
     try:
         with tables.busy(f"{named.name}: listing"), opened(named, timeout) as bucket:
-            return summarised(walk(bucket, start, timeout, model=model))
+            return summarised(Classifier(bucket).walk(timeout, key_prefix=start, model=model))
     except HFBucketError as error:
         output.complain(f"no summary without a complete listing: {in_words(error, named)}")
         return None

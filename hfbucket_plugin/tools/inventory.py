@@ -7,25 +7,89 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core import units
-from hfbucket_plugin.core.keys import RESERVED, ClassicKey, encode_name, is_probe
+from hfbucket_plugin.core.keys import (
+    RESERVED,
+    BucketHandle,
+    ClassicKey,
+    decode_name,
+    encode_name,
+    is_probe,
+    may_be_key,
+    model_of,
+)
+from hfbucket_plugin.errors import KeyFormatError
 from hfbucket_plugin.hub.listing import chunk_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
 
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
     from hfbucket_plugin.hub.listing import ChunkEntry
 
 
-class Kind(StrEnum):
-    """What an object is. The values are shown, and stand in JSON."""
+@dataclass(frozen=True, slots=True)
+class RetentionEntry:
+    """One chunk of an instance, as far as retention looks at it.
 
-    CLASSIC = "classic"
-    MP = "mp"
+    Attributes:
+        key: Its key string.
+        xet_hash: Of its content.
+        size: Bytes.
+        uploaded_at: When the Hub took it; None where it did not say.
+        last_hit: When it was last read; None where no read is known.
+        counted_since: Since when reads are known; None where they are not at all.
+    """
+
+    key: str
+    xet_hash: str
+    size: int
+    uploaded_at: datetime | None
+    last_hit: datetime | None = None
+    counted_since: datetime | None = None
+
+    @property
+    def last_used(self) -> datetime | None:
+        """When it was last put or read, as far as that is known."""
+        return _latest(self.uploaded_at, self.last_hit)
+
+    @property
+    def idle_since(self) -> datetime | None:
+        """The same; not before reads are known: nothing is idle merely because nobody counted."""
+        return _latest(self.last_used, self.counted_since)
+
+    @property
+    def model(self) -> str:
+        """The model whose KV it holds."""
+        return model_of(self.key)
+
+
+def _latest(one: datetime | None, other: datetime | None) -> datetime | None:
+    return max(one, other) if one is not None and other is not None else one or other
+
+
+class ObjectKind(StrEnum):
+    """What an object of an instance is. The values are shown, and stand in JSON, plans and reports."""
+
+    CLASSIC = "classic"  # a chunk with a classic key
+    MP = "mp"  # a chunk with an MP key
     PROBE = "probe"  # with which LMCache's health monitor tests a backend
-    OWN = "own"  # below `<prefix>/.hfbucket/`
-    FOREIGN = "foreign"
+    FOREIGN = "foreign"  # no engine reads it: neither its name nor the last part of its path is like a key
+    NEIGHBOUR = (
+        "neighbour"  # of another instance: one that the configuration names, or one whose chunks are nested here
+    )
+    UNKNOWN = "unknown"  # named like a key, with fields that this version does not know: another version may read it
+    OWN = "own"  # a metadata record of ours, below `.hfbucket/`: never deleted, whatever is asked for
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is a chunk of this instance."""
+        return self in (ObjectKind.CLASSIC, ObjectKind.MP)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether `--foreign delete` names it."""
+        return self in (ObjectKind.PROBE, ObjectKind.FOREIGN)
 
     def counted(self, number: int) -> str:
         """A number of them, in words."""
@@ -33,56 +97,125 @@ class Kind(StrEnum):
 
 
 _WORDS: Final = {
-    Kind.CLASSIC: "with classic keys",
-    Kind.MP: "with MP keys",
-    Kind.PROBE: "of LMCache's probe",
-    Kind.OWN: f"below {RESERVED}/",
-    Kind.FOREIGN: "foreign",
+    ObjectKind.CLASSIC: "with classic keys",
+    ObjectKind.MP: "with MP keys",
+    ObjectKind.PROBE: "of LMCache's probe",
+    ObjectKind.OWN: f"below {RESERVED}/",
+    ObjectKind.FOREIGN: "foreign",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedObject:
     """An object of a listing.
 
     Attributes:
         info: As the Hub lists it.
         kind: What it is.
+        name: Of the object, below the instance's prefix.
         chunk: Its key, where it has one.
     """
 
     info: ObjectInfo
-    kind: Kind
+    kind: ObjectKind
+    name: str
     chunk: ChunkEntry | None
 
+    @property
+    def shown_kind(self) -> ObjectKind:
+        """What commands that only look call it: a chunk, the probe, a record of this instance, or foreign."""
+        kind = self.kind
+        if kind is ObjectKind.OWN and not self.name.startswith(f"{RESERVED}/"):
+            return ObjectKind.FOREIGN
+        return ObjectKind.FOREIGN if kind in (ObjectKind.NEIGHBOUR, ObjectKind.UNKNOWN) else kind
 
-def walk(bucket: Bucket, key_prefix: str, page_secs: float, *, model: str | None = None) -> Iterator[Listed]:
-    """Stream the objects of an instance whose key starts with a text; an empty one is everything.
+    @property
+    def entry(self) -> RetentionEntry:
+        """The object as retention looks at it: one that has no key goes by its name."""
+        content = self.info.content
+        key = self.chunk.text if self.chunk is not None else self.name
+        return RetentionEntry(key, content.xet_hash, content.size, self.info.uploaded_at)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name below an instance's prefix is ours, or that of an instance nested in it."""
+    return RESERVED in name.split("/")
+
+
+def readable(name: str) -> bool:
+    """Whether an engine could read an object of this name, below any prefix: it is a key's, or like one."""
+    try:
+        return may_be_key(decode_name(name))
+    except KeyFormatError:
+        return False
+
+
+class Classifier:
+    """Says what the objects of an instance are.
 
     Args:
         bucket: The instance's.
-        key_prefix: Matched by the Hub, so that nothing else is listed.
-        page_secs: Most seconds a page may take.
-        model: Leave out the chunks of other models, whose names may go on after an `@`; None for those of all models.
-
-    Raises:
-        HFBucketError: A page did not come: what was yielded is no complete listing.
+        neighbours: The handles of all instances that the configuration names: what lies below the prefix of another
+            one is not this one's, nested though it may be.
     """
-    for info in bucket.list_objects(bucket.handle.join(encode_name(key_prefix)), page_secs):
-        listed = classify(bucket, info)
-        if model is None or listed.chunk is None or listed.chunk.key.model == model:
-            yield listed
 
+    def __init__(self, bucket: Bucket, neighbours: Sequence[BucketHandle] = ()) -> None:
+        self._bucket = bucket
+        own, head = bucket.handle, bucket.handle.join("")
+        others = [f"{other.prefix}/" for other in neighbours if other.same_bucket(own) and other.prefix]
+        self._nested = tuple(other for other in others if other.startswith(head) and other != head)
 
-def classify(bucket: Bucket, info: ObjectInfo) -> Listed:
-    """Say what an object of an instance is."""
-    chunk = chunk_entry(bucket, info)
-    if chunk is None:
-        name = bucket.handle.relative(info.path) or ""
-        return Listed(info, Kind.OWN if name.startswith(f"{RESERVED}/") else Kind.FOREIGN, None)
-    if is_probe(chunk.text):
-        return Listed(info, Kind.PROBE, chunk)
-    return Listed(info, Kind.CLASSIC if isinstance(chunk.key, ClassicKey) else Kind.MP, chunk)
+    def classify(self, info: ObjectInfo) -> ListedObject | None:
+        """Say what an object is; None where it does not lie below the instance's prefix at all."""
+        name = self._bucket.handle.relative(info.path)
+        if name is None:
+            return None
+        if is_reserved(name):
+            return ListedObject(info, ObjectKind.OWN, name, None)
+        chunk = chunk_entry(self._bucket, info)
+        if chunk is None:
+            return ListedObject(info, self._without_key(info.path, name), name, None)
+        if is_probe(chunk.text):
+            return ListedObject(info, ObjectKind.PROBE, name, chunk)
+        kind = ObjectKind.CLASSIC if isinstance(chunk.key, ClassicKey) else ObjectKind.MP
+        return ListedObject(info, kind, name, chunk)
+
+    def _without_key(self, path: str, name: str) -> ObjectKind:
+        """What an object is that is not a chunk of this instance. Nothing that an engine could read is foreign."""
+        if self.is_neighbour(path):
+            return ObjectKind.NEIGHBOUR
+        nested, _, leaf = name.rpartition("/")
+        if not readable(leaf):
+            return ObjectKind.FOREIGN
+        return ObjectKind.NEIGHBOUR if nested else ObjectKind.UNKNOWN
+
+    def is_neighbour(self, path: str) -> bool:
+        """Whether a path lies below another instance that is nested in this one."""
+        return path.startswith(self._nested)
+
+    def walk(
+        self,
+        page_secs: float,
+        each_page: Callable[[], None] = lambda: None,
+        *,
+        key_prefix: str = "",
+        model: str | None = None,
+    ) -> Iterator[ListedObject]:
+        """Stream the objects of the instance.
+
+        Args:
+            page_secs: Most seconds of a page.
+            each_page: Called before each page; raises to end the listing.
+            key_prefix: Only objects whose key starts with this. The Hub matches it, so nothing else is listed.
+            model: Leave out the chunks of other models, whose names may go on after an `@`; None for all models.
+
+        Raises:
+            HFBucketError: A page did not come: what was yielded is no complete listing.
+        """
+        for info in self._bucket.list_objects(self._bucket.handle.join(encode_name(key_prefix)), page_secs, each_page):
+            listed = self.classify(info)
+            if listed is not None and (model is None or listed.chunk is None or listed.chunk.key.model == model):
+                yield listed
 
 
 @dataclass(slots=True)
@@ -101,7 +234,7 @@ class ObjectTotals:
     oldest: datetime | None = None
     newest: datetime | None = None
 
-    def add(self, listed: Listed) -> None:
+    def add(self, listed: ListedObject) -> None:
         """Count an object."""
         self.objects += 1
         self.bytes += listed.info.content.size
@@ -133,7 +266,7 @@ class WorkerGroup:
     model: str
     world_size: int
     worker: int
-    kind: Kind
+    kind: ObjectKind
 
 
 @dataclass(slots=True)
@@ -148,8 +281,10 @@ class InstanceSummary:
 
     groups: dict[WorkerGroup, ObjectTotals] = field(default_factory=dict)
     chunks: ObjectTotals = field(default_factory=ObjectTotals)
-    others: dict[Kind, ObjectTotals] = field(
-        default_factory=lambda: {kind: ObjectTotals() for kind in (Kind.PROBE, Kind.OWN, Kind.FOREIGN)}
+    others: dict[ObjectKind, ObjectTotals] = field(
+        default_factory=lambda: {
+            kind: ObjectTotals() for kind in (ObjectKind.PROBE, ObjectKind.OWN, ObjectKind.FOREIGN)
+        }
     )
 
     @property
@@ -168,7 +303,7 @@ class InstanceSummary:
         return {"groups": groups, "chunks": self.chunks.record(), **others}
 
 
-def summarised(listed: Iterable[Listed]) -> InstanceSummary:
+def summarised(listed: Iterable[ListedObject]) -> InstanceSummary:
     """Count a listing, object by object.
 
     Raises:
@@ -176,11 +311,12 @@ def summarised(listed: Iterable[Listed]) -> InstanceSummary:
     """
     summary = InstanceSummary()
     for one in listed:
-        if one.kind in summary.others:
-            summary.others[one.kind].add(one)
+        kind = one.shown_kind
+        if kind in summary.others:
+            summary.others[kind].add(one)
         elif one.chunk is not None:
             key = one.chunk.key
-            group = WorkerGroup(key.model, key.world_size, key.worker_id, one.kind)
+            group = WorkerGroup(key.model, key.world_size, key.worker_id, kind)
             summary.groups.setdefault(group, ObjectTotals()).add(one)
             summary.chunks.add(one)
     return summary
@@ -188,7 +324,7 @@ def summarised(listed: Iterable[Listed]) -> InstanceSummary:
 
 HEADER: Final = ("model", "kind", "world", "worker", "objects", "bytes", "oldest", "newest")
 
-_NAMES: Final = {Kind.PROBE: "LMCache's probe", Kind.OWN: f"{RESERVED}/", Kind.FOREIGN: "foreign"}
+_NAMES: Final = {ObjectKind.PROBE: "LMCache's probe", ObjectKind.OWN: f"{RESERVED}/", ObjectKind.FOREIGN: "foreign"}
 
 
 def rows(summary: InstanceSummary, now: datetime) -> list[tuple[str, ...]]:

@@ -20,6 +20,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub.connect import PAGE_SECS, REQUEST_SECS, files_in, opened
 from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.inventory import Classifier
 from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
 from jobs import history
 from jobs.batch.apply import Applier, Executor
@@ -34,7 +35,6 @@ from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock
 from jobs.report import OutcomeTally
 from jobs.retention.access import UNASKED, Heat, opened_heat
-from jobs.retention.objects import Classifier
 from jobs.session import code_of, coded
 
 if TYPE_CHECKING:

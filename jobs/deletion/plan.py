@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.core.keys import BucketHandle, decode_name, encode_name, is_probe, parse_key
 from hfbucket_plugin.core.units import NOTHING, Extent
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
+from hfbucket_plugin.tools.inventory import is_reserved, readable
 from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
 from jobs.deletion.guards import MaxDelete
 from jobs.lock.lock import DEFAULT_SECONDS
-from jobs.retention.objects import is_reserved, readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,16 +21,15 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from jobs.deletion.plan import Item
 from jobs.retention.access import UNASKED
-from jobs.retention.objects import Kind
-from jobs.retention.order import Decision, Reason, RetentionEntry
+from jobs.retention.order import Decision, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime, timedelta
 
+    from hfbucket_plugin.tools.inventory import ListedObject, RetentionEntry
     from jobs.deletion.plan import DeletionHeader, DeletionPlanWriter
     from jobs.retention.access import Heat
-    from jobs.retention.objects import Listed
 
 _CACHE_KIB: Final = 16 * 1024
 
@@ -87,7 +86,7 @@ class Planning:
         self.kept: defaultdict[str, Extent] = defaultdict(Extent)
         self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
 
-    def run(self, listing: Iterable[Listed]) -> None:
+    def run(self, listing: Iterable[ListedObject]) -> None:
         """Plan a listing.
 
         Raises:
@@ -99,10 +98,10 @@ class Planning:
         for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
             self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
 
-    def _chunks(self, listing: Iterable[Listed]) -> Iterator[RetentionEntry]:
+    def _chunks(self, listing: Iterable[ListedObject]) -> Iterator[RetentionEntry]:
         for one in self._distinct(_whole(listing)):
             entry = one.entry
-            if one.kind is Kind.CHUNK:
+            if one.kind.is_chunk:
                 self.listed = self.listed.plus(entry.size)
                 yield entry
             elif one.kind.foreign and self._header.foreign:
@@ -111,7 +110,7 @@ class Planning:
             else:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
 
-    def _distinct(self, listing: Iterable[Listed]) -> Iterator[Listed]:
+    def _distinct(self, listing: Iterable[ListedObject]) -> Iterator[ListedObject]:
         """Each object once: a page that the Hub shows again lends no room to the cap on deletes."""
         with SeenPaths() as seen:
             for one in listing:
@@ -171,7 +170,7 @@ class SeenPaths:
         )
 
 
-def _whole(listing: Iterable[Listed]) -> Iterator[Listed]:
+def _whole(listing: Iterable[ListedObject]) -> Iterator[ListedObject]:
     """A listing that refuses where it breaks off."""
     try:
         yield from listing

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools.lines import key_lines
 from jobs.deletion.planning import by_age
-from jobs.retention.order import Decision, Reason, RetentionEntry, decide
+from jobs.retention.order import Decision, Reason, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime, timedelta
     from pathlib import Path
 
+    from hfbucket_plugin.tools.inventory import RetentionEntry
     from hfbucket_plugin.tools.key_set import KeySet
     from jobs.retention.policy import Policy
 

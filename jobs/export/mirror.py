@@ -10,12 +10,13 @@ from hfbucket_plugin.core.keys import ContentId, parse_key
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.hub.listing import ChunkEntry
 from jobs.deletion.planning import by_age
-from jobs.retention.order import Decision, Reason, RetentionEntry
+from jobs.retention.order import Decision, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from datetime import datetime, timedelta
 
+    from hfbucket_plugin.tools.inventory import RetentionEntry
     from hfbucket_plugin.tools.selection import Selection
     from jobs.export.bucket import InstanceEnd
     from jobs.export.plan import Renames

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.index.access.table import HeatTable
-    from jobs.retention.order import RetentionEntry
+    from hfbucket_plugin.tools.inventory import RetentionEntry
 
 _PAGE: Final = 1000
 _DOUBTED: Final = timedelta(days=1)

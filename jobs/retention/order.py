@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.core.keys import model_of
+from hfbucket_plugin.tools.inventory import RetentionEntry
 from jobs.retention.ordering import FIRST, Ordering, Row, State, moment_of, ticks_of
 
 if TYPE_CHECKING:
@@ -42,42 +42,6 @@ class Reason(StrEnum):
 
 BY_USE: Final = frozenset({Reason.IDLE, Reason.OVER_BUDGET})
 """Reasons that a read makes void."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionEntry:
-    """One chunk of an instance, as far as retention looks at it.
-
-    Attributes:
-        key: Its key string.
-        xet_hash: Of its content.
-        size: Bytes.
-        uploaded_at: When the Hub took it; None where it did not say.
-        last_hit: When it was last read; None where no read is known.
-        counted_since: Since when reads are known; None where they are not at all.
-    """
-
-    key: str
-    xet_hash: str
-    size: int
-    uploaded_at: datetime | None
-    last_hit: datetime | None = None
-    counted_since: datetime | None = None
-
-    @property
-    def last_used(self) -> datetime | None:
-        """When it was last put or read, as far as that is known."""
-        return _latest(self.uploaded_at, self.last_hit)
-
-    @property
-    def idle_since(self) -> datetime | None:
-        """The same; not before reads are known: nothing is idle merely because nobody counted."""
-        return _latest(self.last_used, self.counted_since)
-
-    @property
-    def model(self) -> str:
-        """The model whose KV it holds."""
-        return model_of(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +138,6 @@ def _decision(entry: RetentionEntry, state: State) -> Decision:
 def _entry(row: Row) -> RetentionEntry:
     at, used = (None if one is None else moment_of(one) for one in (row.at, row.used))
     return RetentionEntry(row.key, row.xet_hash, row.size, at, used)
-
-
-def _latest(one: datetime | None, other: datetime | None) -> datetime | None:
-    return max(one, other) if one is not None and other is not None else one or other
 
 
 class _Whole:

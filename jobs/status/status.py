@@ -12,6 +12,7 @@ from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import SafetyError
 from hfbucket_plugin.index.access.table import HeatUnknownError
 from hfbucket_plugin.index.store import DIRECTORY as INDEX
+from hfbucket_plugin.tools.inventory import Classifier
 from jobs import history
 from jobs.deletion.guards import MaxDelete, check_listing
 from jobs.index import inventory
@@ -19,16 +20,14 @@ from jobs.index.inventory import IndexState
 from jobs.lock import clock as server_clock
 from jobs.lock.clock import ServerClock
 from jobs.retention.access import Heat, dropped_of, opened_heat
-from jobs.retention.objects import Classifier, Kind
 from jobs.retention.order import Reason, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from hfbucket_plugin.hub.bucket import Bucket
+    from hfbucket_plugin.tools.inventory import ListedObject, RetentionEntry
     from jobs.history import LastRun
-    from jobs.retention.objects import Listed
-    from jobs.retention.order import RetentionEntry
     from jobs.retention.policy import Policy
 
 AGES: Final = (
@@ -89,12 +88,12 @@ class InstanceCensus:
             self.reads[name] = self.reads[name].plus(entry.size)
             yield entry
 
-    def entries(self, listing: Iterable[Listed]) -> Iterator[RetentionEntry]:
+    def entries(self, listing: Iterable[ListedObject]) -> Iterator[RetentionEntry]:
         """Count a listing, and pass its chunks on."""
         for one in listing:
             self.seen += 1
             entry = one.entry
-            if one.kind is not Kind.CHUNK or one.chunk is None:
+            if not one.kind.is_chunk or one.chunk is None:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
                 self.has_index = self.has_index or one.name.startswith(f"{INDEX}/")
                 continue

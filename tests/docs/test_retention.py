@@ -10,11 +10,11 @@ import typer.main
 import yaml
 
 from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.inventory import ObjectKind
 from jobs.batch.model import Outcome
 from jobs.cli.app import app
 from jobs.report import GAUGES
 from jobs.retention import policy
-from jobs.retention.objects import Kind
 from jobs.retention.order import Reason
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_units_hold_together():
     [
         *map(str, Reason),
         *map(str, Outcome),
-        *(str(kind) for kind in Kind if kind is not Kind.CHUNK),
+        *(str(kind) for kind in ObjectKind if not kind.is_chunk),
         *GAUGES,
         *sorted(policy.Policy.model_fields.keys() - {"models"}),
     ],

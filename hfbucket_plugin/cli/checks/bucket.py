@@ -13,7 +13,7 @@ from hfbucket_plugin.core.units import age, count, size
 from hfbucket_plugin.errors import BucketMissingError, IntegrityError
 from hfbucket_plugin.hub.records import fetch
 from hfbucket_plugin.store.quarantine import BAD_DIRECTORY
-from hfbucket_plugin.tools.inventory import Kind, Listed, walk
+from hfbucket_plugin.tools.inventory import Classifier, ListedObject, ObjectKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -72,8 +72,8 @@ FIRST: Final = 1000
 MAX_SAMPLE_BYTES: Final = 256 * 1024 * 1024
 """Largest chunk that is read for a test."""
 
-_OWN: Final = {"classic": Kind.CLASSIC, "mp": Kind.MP}
-_ENGINES: Final = {Kind.CLASSIC: "the classic engine", Kind.MP: "MP mode (lmcache server)"}
+_OWN: Final = {"classic": ObjectKind.CLASSIC, "mp": ObjectKind.MP}
+_ENGINES: Final = {ObjectKind.CLASSIC: "the classic engine", ObjectKind.MP: "MP mode (lmcache server)"}
 _EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -88,7 +88,7 @@ class ListingSample:
         more: Whether there is more than was looked at.
     """
 
-    by_kind: dict[Kind, int]
+    by_kind: dict[ObjectKind, int]
     foreign: str | None = None
     sample: ChunkEntry | None = None
     more: bool = False
@@ -103,12 +103,12 @@ def check_listing(case: CheckContext) -> tuple[Finding, ChunkEntry | None]:
     Raises:
         HFBucketError: A page did not come.
     """
-    listed = case.ask("tree", lambda _: [*itertools.islice(walk(case.bucket, "", case.timeout_secs), FIRST)])
+    listed = case.ask("tree", lambda _: [*itertools.islice(Classifier(case.bucket).walk(case.timeout_secs), FIRST)])
     seen = look(listed, _OWN[case.named.mode])
     return judge(case.named, seen), seen.sample
 
 
-def look(listed: Iterable[Listed], own: Kind) -> ListingSample:
+def look(listed: Iterable[ListedObject], own: ObjectKind) -> ListingSample:
     """Count what was listed.
 
     Args:
@@ -116,13 +116,14 @@ def look(listed: Iterable[Listed], own: Kind) -> ListingSample:
         own: The kind of the keys that the engine writes.
     """
     best = (False, _EARLIEST, 0)
-    seen = ListingSample(dict.fromkeys(Kind, 0))
+    seen = ListingSample(dict.fromkeys(ObjectKind, 0))
     for one in listed:
-        seen.by_kind[one.kind] += 1
-        if one.kind is Kind.FOREIGN and seen.foreign is None:
+        kind = one.shown_kind
+        seen.by_kind[kind] += 1
+        if kind is ObjectKind.FOREIGN and seen.foreign is None:
             seen.foreign = one.info.path
-        if one.chunk is not None and one.kind is not Kind.PROBE and one.info.content.size <= MAX_SAMPLE_BYTES:
-            rank = (one.kind is own, one.chunk.uploaded_at or _EARLIEST, one.chunk.content.size)
+        if one.chunk is not None and kind is not ObjectKind.PROBE and one.info.content.size <= MAX_SAMPLE_BYTES:
+            rank = (kind is own, one.chunk.uploaded_at or _EARLIEST, one.chunk.content.size)
             if seen.sample is None or rank > best:
                 seen.sample, best = one.chunk, rank
     seen.more = sum(seen.by_kind.values()) >= FIRST
@@ -132,7 +133,7 @@ def look(listed: Iterable[Listed], own: Kind) -> ListingSample:
 def judge(named: InstanceConfig, seen: ListingSample) -> Finding:
     """Whether what was found is what the engines of this configuration look for."""
     own = _OWN[named.mode]
-    other = Kind.MP if own is Kind.CLASSIC else Kind.CLASSIC
+    other = ObjectKind.MP if own is ObjectKind.CLASSIC else ObjectKind.CLASSIC
     total = sum(seen.by_kind.values())
     if not total:
         return ok(LISTING, "no objects yet")

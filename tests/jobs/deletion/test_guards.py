@@ -11,8 +11,8 @@ from hfbucket_plugin.core.keys import BucketHandle, ContentId
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, SafetyError
 from hfbucket_plugin.hub.bucket import ObjectInfo
+from hfbucket_plugin.tools.inventory import Classifier, ObjectKind
 from jobs.deletion.guards import MaxDelete, check_listing, check_not_more
-from jobs.retention.objects import Classifier, Kind
 from tests.support.plugin_support import untimed
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -29,19 +29,22 @@ def kind(path, handle="hf://buckets/org/kv/kv/us", neighbours=()):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("kv/us/org%2Fmodel%402%400%401a%40bfloat16", Kind.CHUNK),
-        ("kv/us/org%2Fmodel%4001000100%401%400a0b", Kind.CHUNK),
-        ("kv/us/test%401%400%400%40bfloat16", Kind.PROBE),
-        ("kv/us/README.md", Kind.FOREIGN),
-        ("kv/us/org/model@2@0@1a@bfloat16", Kind.FOREIGN),
-        ("kv/us/org%2Fmodel%40v2%402%400%401a%40bfloat16", Kind.CHUNK),
-        ("kv/us/deeper/org%2Fmodel%402%400%401a%40bfloat16", Kind.NEIGHBOUR),  # an engine with that prefix reads it
-        ("kv/us/deeper/test%401%400%400%40bfloat16", Kind.NEIGHBOUR),
-        ("kv/us/org%2Fmodel%402%400%401a%40float4", Kind.UNKNOWN),  # a dtype of tomorrow
-        ("kv/us/deeper/README.md", Kind.FOREIGN),
-        ("kv/us/.hfbucket/locks/x", Kind.OWN),
-        ("kv/us/.hfbucket", Kind.OWN),
-        ("kv/us/deeper/.hfbucket/reports/cleanup.json", Kind.OWN),
+        ("kv/us/org%2Fmodel%402%400%401a%40bfloat16", ObjectKind.CLASSIC),
+        ("kv/us/org%2Fmodel%4001000100%401%400a0b", ObjectKind.MP),
+        ("kv/us/test%401%400%400%40bfloat16", ObjectKind.PROBE),
+        ("kv/us/README.md", ObjectKind.FOREIGN),
+        ("kv/us/org/model@2@0@1a@bfloat16", ObjectKind.FOREIGN),
+        ("kv/us/org%2Fmodel%40v2%402%400%401a%40bfloat16", ObjectKind.CLASSIC),
+        (
+            "kv/us/deeper/org%2Fmodel%402%400%401a%40bfloat16",
+            ObjectKind.NEIGHBOUR,
+        ),  # an engine with that prefix reads it
+        ("kv/us/deeper/test%401%400%400%40bfloat16", ObjectKind.NEIGHBOUR),
+        ("kv/us/org%2Fmodel%402%400%401a%40float4", ObjectKind.UNKNOWN),  # a dtype of tomorrow
+        ("kv/us/deeper/README.md", ObjectKind.FOREIGN),
+        ("kv/us/.hfbucket/locks/x", ObjectKind.OWN),
+        ("kv/us/.hfbucket", ObjectKind.OWN),
+        ("kv/us/deeper/.hfbucket/reports/cleanup.json", ObjectKind.OWN),
         ("kv/us-east/org%2Fmodel%402%400%401a%40bfloat16", None),
         ("kv/other", None),
     ],
@@ -53,12 +56,12 @@ def test_kinds(path, expected):
 def test_what_another_instance_has_below_this_ones_prefix_is_its_own():
     whole, part = "hf://buckets/org/kv", "hf://buckets/org/kv/eu"
 
-    assert kind("eu/m%402%400%401a%40half", whole, [whole, part]) is Kind.NEIGHBOUR
-    assert kind("eu/notes.txt", whole, [whole, part]) is Kind.NEIGHBOUR
-    assert kind("eu/notes.txt", whole, [whole]) is Kind.FOREIGN
-    assert kind("eu/notes.txt", whole, [whole, "hf://buckets/Org/KV/eu"]) is Kind.NEIGHBOUR
-    assert kind("eu/m%402%400%401a%40half", part, [whole, part]) is Kind.CHUNK
-    assert kind("eu/x/y", part, [whole, part]) is Kind.FOREIGN
+    assert kind("eu/m%402%400%401a%40half", whole, [whole, part]) is ObjectKind.NEIGHBOUR
+    assert kind("eu/notes.txt", whole, [whole, part]) is ObjectKind.NEIGHBOUR
+    assert kind("eu/notes.txt", whole, [whole]) is ObjectKind.FOREIGN
+    assert kind("eu/notes.txt", whole, [whole, "hf://buckets/Org/KV/eu"]) is ObjectKind.NEIGHBOUR
+    assert kind("eu/m%402%400%401a%40half", part, [whole, part]) is ObjectKind.CLASSIC
+    assert kind("eu/x/y", part, [whole, part]) is ObjectKind.FOREIGN
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.retention.order import Reason, RetentionEntry, decide
+from hfbucket_plugin.tools.inventory import RetentionEntry
+from jobs.retention.order import Reason, decide
 from jobs.retention.policy import Models, Policy, Rule
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

@@ -27,7 +27,7 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from hfbucket_plugin.tools.inventory import Kind, classify
+from hfbucket_plugin.tools.inventory import Classifier, ObjectKind
 from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV, classic, mp
 from tests.support.plugin_support import SECRET, instance_settings, untimed
 
@@ -250,25 +250,25 @@ NOW = datetime(2025, 6, 1, tzinfo=UTC)
 
 def listed(name, size=100, age=0):
     when = None if age is None else NOW - timedelta(seconds=age)
-    return classify(DOOR, ObjectInfo(f"{PREFIX}/{name}", ContentId("0" * 64, size), when))
+    return Classifier(DOOR).classify(ObjectInfo(f"{PREFIX}/{name}", ContentId("0" * 64, size), when))
 
 
-def look(*objects, own=Kind.CLASSIC):
+def look(*objects, own=ObjectKind.CLASSIC):
     return bucket.look(objects, own)
 
 
 def test_kinds_of_objects():
     names = {
-        encode_name(classic(1)): Kind.CLASSIC,
-        encode_name(mp(1)): Kind.MP,
-        encode_name("test@1@0@0@bfloat16"): Kind.PROBE,
-        ".hfbucket/bad/x": Kind.OWN,
-        ".hfbucket": Kind.FOREIGN,
-        "README.md": Kind.FOREIGN,
-        f"sub/{encode_name(classic(1))}": Kind.FOREIGN,
+        encode_name(classic(1)): ObjectKind.CLASSIC,
+        encode_name(mp(1)): ObjectKind.MP,
+        encode_name("test@1@0@0@bfloat16"): ObjectKind.PROBE,
+        ".hfbucket/bad/x": ObjectKind.OWN,
+        ".hfbucket": ObjectKind.FOREIGN,
+        "README.md": ObjectKind.FOREIGN,
+        f"sub/{encode_name(classic(1))}": ObjectKind.FOREIGN,
     }
 
-    assert {name: listed(name).kind for name in names} == names
+    assert {name: listed(name).shown_kind for name in names} == names
 
 
 def test_the_sample_is_of_the_engines_kind_then_new_then_large():
@@ -276,7 +276,7 @@ def test_the_sample_is_of_the_engines_kind_then_new_then_large():
     seen = look(listed(old, age=9), listed(new, age=1), listed(large, 200, age=1), listed(encode_name(mp(1))))
     assert seen.sample.text == classic(3)
     assert look(listed(old, age=None)).sample.text == classic(1)
-    assert look(listed(old), listed(encode_name(mp(1)), age=9), own=Kind.MP).sample.text == mp(1)
+    assert look(listed(old), listed(encode_name(mp(1)), age=9), own=ObjectKind.MP).sample.text == mp(1)
 
 
 def test_no_sample_of_what_is_too_large_or_a_probe():

@@ -16,7 +16,7 @@ from hfbucket_plugin.cli import ls
 from hfbucket_plugin.core import units
 from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-from hfbucket_plugin.tools.inventory import Kind
+from hfbucket_plugin.tools.inventory import ObjectKind
 from localhub.faults import Fault
 from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
 from tests.support.plugin_support import SECRET, untimed, unused_port
@@ -127,7 +127,7 @@ def test_the_hub_selects_a_model_and_not_we(desk, monkeypatch):
     asked = []
     list_objects = Bucket.list_objects
 
-    def noted(self, prefix, page_secs):
+    def noted(self, prefix, page_secs, *_):
         asked.append(prefix)
         return list_objects(self, prefix, page_secs)
 
@@ -256,7 +256,7 @@ def test_a_listing_that_ends_early_is_not_complete(desk, monkeypatch):
 
     list_objects = Bucket.list_objects
 
-    def broken(self, prefix, page_secs):
+    def broken(self, prefix, page_secs, *_):
         yield next(iter(list_objects(self, prefix, page_secs)))
         raise TransportError("page 2: lost")
 
@@ -347,9 +347,9 @@ def test_where_the_hub_does_not_say_when(desk):
     chunk = type(chunk)(chunk.text, chunk.key, chunk.content, None)
     now = datetime.now(UTC)
 
-    assert ls.record("i", Kind.CLASSIC, chunk, now)["uploaded_at"] is None
-    assert ls.record("i", Kind.CLASSIC, chunk, now)["age_seconds"] is None
-    assert ls.row("i", Kind.CLASSIC, chunk, now)[-3:-1] == ("-", "-")
+    assert ls.record("i", ObjectKind.CLASSIC, chunk, now)["uploaded_at"] is None
+    assert ls.record("i", ObjectKind.CLASSIC, chunk, now)["age_seconds"] is None
+    assert ls.row("i", ObjectKind.CLASSIC, chunk, now)[-3:-1] == ("-", "-")
 
 
 def test_a_wrong_configuration(desk, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from hfbucket_plugin.tools.inventory import Kind, classify, rows, summarised
+from hfbucket_plugin.tools.inventory import Classifier, ObjectKind, rows, summarised
 from tests.support.cli_support import INSTANCE, PREFIX, Desk, classic, mp, run, well_kept
 from tests.support.plugin_support import untimed
 
@@ -123,8 +123,7 @@ objects = st.lists(st.tuples(names, st.integers(0, 2**40), st.none() | st.intege
 @given(objects)
 def test_nothing_is_counted_twice_or_left_out(found):
     listed = [
-        classify(
-            DOOR,
+        Classifier(DOOR).classify(
             ObjectInfo(
                 f"{PREFIX}/{encode_name(name)}",
                 ContentId("0" * 64, size),
@@ -139,7 +138,11 @@ def test_nothing_is_counted_twice_or_left_out(found):
     assert sum(amount.objects for amount in everything) == len(found)
     assert sum(amount.bytes for amount in everything) == sum(size for _, size, _ in found)
     assert summary.empty is (not found)
-    times = [one.info.uploaded_at for one in listed if one.info.uploaded_at and one.kind in (Kind.CLASSIC, Kind.MP)]
+    times = [
+        one.info.uploaded_at
+        for one in listed
+        if one.info.uploaded_at and one.kind in (ObjectKind.CLASSIC, ObjectKind.MP)
+    ]
     assert summary.chunks.oldest == min(times, default=None)
     assert summary.chunks.newest == max(times, default=None)
     shown = rows(summary, NOW)
