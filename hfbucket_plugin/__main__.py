@@ -6,7 +6,7 @@ import sys
 
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.hub import xet_home
-from hfbucket_plugin.tools.early_signals import end_by_signals
+from hfbucket_plugin.tools.signals import end_by_signals
 
 _EXTRA = frozenset({"typer", "rich"})
 

@@ -53,7 +53,6 @@ def may_import(importer, imported):
     )
 
 
-@pytest.mark.xfail(reason="some parts still have to leave their modules")
 def test_imports_go_downwards():
     wrong = [f"{a} imports {b}" for a, names in IMPORTS.items() for b in names if not may_import(a, b)]
 
@@ -64,10 +63,7 @@ def test_no_two_modules_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(IMPORTS).prepare()
 
 
-@pytest.mark.parametrize(
-    "package",
-    [pytest.param("hfbucket_plugin", marks=pytest.mark.xfail(reason="tools has one too many")), *PACKAGES[1:]],
-)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_level_has_more_than_twelve_names(package):
     levels = [path for path in (ROOT / package).rglob("*") if (path / "__init__.py").exists()] + [ROOT / package]
     names = {

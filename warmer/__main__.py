@@ -3,7 +3,7 @@
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.hub import xet_home
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.early_signals import end_by_signals
+from hfbucket_plugin.tools.signals import end_by_signals
 
 end_by_signals(exit_codes.INTERRUPTED)
 xet_home.begin()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from hfbucket_plugin import __version__
 from hfbucket_plugin.core import texts
 from hfbucket_plugin.hub import xet_home
-from hfbucket_plugin.tools.early_signals import end_by_signals
+from hfbucket_plugin.tools.signals import end_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

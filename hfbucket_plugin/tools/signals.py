@@ -1,18 +1,48 @@
-"""Orders to stop: SIGTERM and SIGINT, noticed at once while waiting and in good order while copying."""
+"""Signals that end a command: while it starts, while it works, and while it must clean up first.
+
+Imported before anything that takes long to import.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
 from hfbucket_plugin.errors import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+_ENDING: Final = (*_STOPPING, signal.SIGHUP)
+_EXIT_BASE: Final = 128
+"""What a shell adds to the number of the signal that ended a command."""
+
+
+def _take(numbers: Iterable[int], receive: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Handle signals, except those that this process was started to ignore, as by nohup; return the handlers before."""
+    taken = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, receive) for number in taken}
+
+
+def end_by_signals(code: int | None = None) -> None:
+    """Let SIGINT and SIGTERM end this process without a traceback, until something else handles them.
+
+    For the start of a command: its imports take seconds.
+
+    Args:
+        code: The exit code; None for the one by which a shell reports the signal.
+    """
+
+    def receive(number: int, _: Any) -> NoReturn:
+        os.write(2, b"told to stop\n")  # other output may be in progress
+        raise SystemExit(_EXIT_BASE + number if code is None else code)
+
+    _take(_STOPPING, receive)
 
 
 class Stop(Protocol):
@@ -45,7 +75,7 @@ class ShutdownSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        previous = {number: signal.getsignal(number) for number in _STOPPING}
         self.take_back()
         try:
             yield
@@ -56,7 +86,7 @@ class ShutdownSignal:
     def take_back(self) -> None:
         """Take the signals again: `ray.init` puts handlers of its own."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in _STOPPING:
                 signal.signal(number, self._ordered)
 
     @contextlib.contextmanager
@@ -72,3 +102,44 @@ class ShutdownSignal:
         again, self._requested = self._requested, True
         if again or not self._orderly:
             raise Interrupted
+
+
+class EndingSignals:
+    """Context in which a signal that would end the process raises `SystemExit` in the main thread, once.
+
+    Inside `held`, where the clean-up happens, signals wait until the block is over.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = _take(_ENDING, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self._held:
+            self._waiting = number
+        else:
+            raise SystemExit(_EXIT_BASE + number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let signals wait for the length of a `with` block.
+
+        Raises:
+            SystemExit: One came meanwhile.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting is not None:
+            raise SystemExit(_EXIT_BASE + self._waiting)

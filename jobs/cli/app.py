@@ -13,7 +13,7 @@ from hfbucket_plugin.config.instances import handles_of
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools import console
-from hfbucket_plugin.tools.key_set import KeySet
+from hfbucket_plugin.tools.external_sort import KeySet
 from jobs.batch.apply import in_process
 from jobs.cli import fingerprint, options
 from jobs.cli.export import apply_export, export, mirror_source

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from pathlib import Path
 
+    from hfbucket_plugin.tools.external_sort import KeySet
     from hfbucket_plugin.tools.inventory import RetentionEntry
-    from hfbucket_plugin.tools.key_set import KeySet
     from jobs.retention.policy import Policy
 
 

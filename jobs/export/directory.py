@@ -28,7 +28,7 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.hub.listing import ChunkEntry
 from hfbucket_plugin.hub.transfer import xet_hashes
-from hfbucket_plugin.tools.key_set import KeySet
+from hfbucket_plugin.tools.external_sort import KeySet
 from jobs.export import manifest
 from jobs.export.endpoint import EndpointObject
 from warmer.plan.key_files import keys_of

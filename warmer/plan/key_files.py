@@ -10,7 +10,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name, parse_key
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.hub.listing import ChunkEntry
-from hfbucket_plugin.tools.key_set import KeySet
+from hfbucket_plugin.tools.external_sort import KeySet
 from hfbucket_plugin.tools.lines import check_characters, key_lines
 from warmer.tiers import directory_keys
 

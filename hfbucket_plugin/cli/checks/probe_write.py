@@ -13,7 +13,7 @@ from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError,
 from hfbucket_plugin.hub.records import fetch
 from hfbucket_plugin.hub.transfer import Upload
 from hfbucket_plugin.tools import console
-from hfbucket_plugin.tools.probe_signals import EndingSignals
+from hfbucket_plugin.tools.signals import EndingSignals
 
 if TYPE_CHECKING:
     from hfbucket_plugin.cli.context import CheckContext

@@ -8,7 +8,7 @@ import pytest
 from hfbucket_plugin.cli.checks import probe_write
 from hfbucket_plugin.errors import AccessDeniedError, ItemFailure, TransportError
 from hfbucket_plugin.hub.bucket import Bucket
-from hfbucket_plugin.tools.probe_signals import EndingSignals
+from hfbucket_plugin.tools.signals import EndingSignals
 from localhub.faults import Fault
 from tests.support.cli_support import HEAD, PATIENT, PREFIX, Desk, well_kept
 from tests.support.plugin_support import paths
