@@ -90,55 +90,62 @@ class Selection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     all: bool = Field(
-        False, description="Select every chunk of the instance. Must be given explicitly, since there may be millions."
+        default=False,
+        description="Select every chunk of the instance. Must be given explicitly, since there may be millions.",
     )
     prefix: Annotated[Texts, Option("TEXT", many=True)] = Field(
-        (),
+        default=(),
         description="Select chunks whose key starts with this, such as 'org/model@8@'. An empty text is refused; use "
         "`--all`.",
     )
     model: Annotated[Texts, Option("NAME", many=True)] = Field(
-        (), description="Select chunks of this model, by its full name."
+        default=(), description="Select chunks of this model, by its full name."
     )
     world_size: Annotated[PositiveInt | None, Option("N")] = Field(
-        None, description="Select chunks of engines with N workers."
+        default=None, description="Select chunks of engines with N workers."
     )
     workers: Annotated[Ranks | None, Option("RANKS")] = Field(
-        None, description="Select chunks of these workers, such as 0-3,7."
+        default=None, description="Select chunks of these workers, such as 0-3,7."
     )
     include: Annotated[Texts, Option("GLOB", many=True)] = Field(
-        (), description="Keep only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
+        default=(), description="Keep only keys that match this glob, such as '*@bfloat16'; * also matches / and @."
     )
-    exclude: Annotated[Texts, Option("GLOB", many=True)] = Field((), description="Skip keys that match this glob.")
+    exclude: Annotated[Texts, Option("GLOB", many=True)] = Field(
+        default=(), description="Skip keys that match this glob."
+    )
     since: Annotated[Annotated[Length, Field(gt=timedelta(0))] | None, Option("TIME")] = Field(
-        None, description="Keep only chunks that the Hub received within this time, such as 24h, by the Hub's clock."
+        default=None,
+        description="Keep only chunks that the Hub received within this time, such as 24h, by the Hub's clock.",
     )
-    newest: Annotated[PositiveInt | None, Option("N")] = Field(None, description="Keep at most N chunks, the newest.")
+    newest: Annotated[PositiveInt | None, Option("N")] = Field(
+        default=None, description="Keep at most N chunks, the newest."
+    )
     hottest: Annotated[PositiveInt | None, Option("N")] = Field(
-        None,
+        default=None,
         description="Keep at most N chunks, those that engines read most (see docs/index.md); the newest if the "
         "instance's key index records no reads.",
     )
     max_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None,
+        default=None,
         description="Keep at most this many bytes, such as 50GiB: the chunks read most, as with `--hottest`; with "
         "`--newest`, and in an export, the newest; with `--prompts`, the first of the prompts.",
     )
     keys_from: Annotated[tuple[Path, ...], BeforeValidator(_as_list), Option("FILE", many=True)] = Field(
-        (),
+        default=(),
         description="Select only the keys in this file: one a line, or JSON lines with a `key`, such as an earlier "
         "plan or report; or the keys of the chunks in this LMCache directory.",
     )
     prompts: Annotated[Path | None, Option("FILE")] = Field(
-        None,
+        default=None,
         description="Select only chunks of the prompts in this file, in their order: one JSON line each, "
         '{"token_ids": [...]}, with "model" and "cache_salt" if needed.',
     )
     chunk_size: Annotated[PositiveInt, Option("N")] = Field(
-        256, description="Tokens of a chunk, for `--prompts` in MP mode: the value of `lmcache server`."
+        default=256, description="Tokens of a chunk, for `--prompts` in MP mode: the value of `lmcache server`."
     )
     hash_algorithm: Annotated[str, Option("NAME")] = Field(
-        "blake3", description="Hash algorithm for tokens, for `--prompts` in MP mode: the value of `lmcache server`."
+        default="blake3",
+        description="Hash algorithm for tokens, for `--prompts` in MP mode: the value of `lmcache server`.",
     )
 
     @model_validator(mode="after")

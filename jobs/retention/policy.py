@@ -41,21 +41,22 @@ class RetentionLimits(_Section):
     """Bounds of a set of objects."""
 
     max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
-        None, description="Objects that the Hub took longer ago than this are deleted (`expired`)."
+        default=None, description="Objects that the Hub took longer ago than this are deleted (`expired`)."
     )
     max_idle: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
-        None, description="Objects that were neither put nor read for longer than this are deleted (`idle`)."
+        default=None, description="Objects that were neither put nor read for longer than this are deleted (`idle`)."
     )
     max_bytes: Size | None = Field(
-        None,
+        default=None,
         description="While the objects take more than this, those are deleted whose last use, put or read, is the longest ago "
         "(`over-budget`).",
     )
     max_objects: Annotated[PositiveInt, Strict()] | None = Field(
-        None, description="While there are more objects than this, the same are deleted (`over-budget`)."
+        default=None, description="While there are more objects than this, the same are deleted (`over-budget`)."
     )
     keep_newest: Annotated[NonNegativeInt, Strict()] = Field(
-        0, description="So many of the objects that were put last are kept, whatever other rules say (`shielded`)."
+        default=0,
+        description="So many of the objects that were put last are kept, whatever other rules say (`shielded`).",
     )
 
     @property
@@ -77,8 +78,10 @@ class RetentionLimits(_Section):
 class Rule(RetentionLimits):
     """Limits of the keys with some start, or of one model. The first rule that matches a key decides its `max_age` and `max_idle`."""
 
-    prefix: Start | None = Field(None, description="The start of the keys that the rule is for.")
-    model: Start | None = Field(None, description="The model that the rule is for, as engines were given its name.")
+    prefix: Start | None = Field(default=None, description="The start of the keys that the rule is for.")
+    model: Start | None = Field(
+        default=None, description="The model that the rule is for, as engines were given its name."
+    )
 
     @model_validator(mode="after")
     def _is_for_something(self) -> Rule:
@@ -106,10 +109,12 @@ class Policy(RetentionLimits):
     Its own `max_age` and `max_idle` are for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.
     """
 
-    min_age: Duration = Field(MIN_AGE, description="Nothing younger is ever deleted (`too-young`).")
-    keep_prefix: tuple[Start, ...] = Field((), description="Keys that start with one of these are kept (`shielded`).")
-    models: Models | None = Field(None, description="Retire models by naming those that stay.")
-    rules: tuple[Rule, ...] = Field((), description="Limits for some keys; the first match wins.")
+    min_age: Duration = Field(default=MIN_AGE, description="Nothing younger is ever deleted (`too-young`).")
+    keep_prefix: tuple[Start, ...] = Field(
+        default=(), description="Keys that start with one of these are kept (`shielded`)."
+    )
+    models: Models | None = Field(default=None, description="Retire models by naming those that stay.")
+    rules: tuple[Rule, ...] = Field(default=(), description="Limits for some keys; the first match wins.")
 
     @property
     def deletes_anything(self) -> bool:

@@ -88,12 +88,15 @@ class _Part(BaseModel):
 class SourceOptions(_Part):
     """Where chunks come from: an instance, named by the configuration that engines use."""
 
-    lmcache_config: Annotated[Path | None, Option("FILE")] = Field(None, description="The LMCache YAML of the engines.")
+    lmcache_config: Annotated[Path | None, Option("FILE")] = Field(
+        default=None, description="The LMCache YAML of the engines."
+    )
     instance: Annotated[str | None, Option("NAME")] = Field(
-        None, description="The bucket's instance in the YAML, such as hfbucket.us; optional if there is only one."
+        default=None,
+        description="The bucket's instance in the YAML, such as hfbucket.us; optional if there is only one.",
     )
     l2_adapter: Annotated[str | None, BeforeValidator(_as_json), Option("JSON")] = Field(
-        None, description="In MP mode, instead of a YAML: the JSON of the bucket that `lmcache server` takes."
+        default=None, description="In MP mode, instead of a YAML: the JSON of the bucket that `lmcache server` takes."
     )
 
 
@@ -101,55 +104,58 @@ class FillOptions(_Part):
     """How tiers are filled."""
 
     fsync: bool = Field(
-        False,
+        default=False,
         description="Force each file to disk before it appears. Off by default: only a power failure soon after the "
         "run could lose a file, but LMCache would not notice.",
     )
     max_bytes: Annotated[Bytes | None, Option("SIZE", name="--tier-max-bytes")] = Field(
-        None, description="Maximum size of a tier's chunk files, including the engine's own, such as 500GiB."
+        default=None, description="Maximum size of a tier's chunk files, including the engine's own, such as 500GiB."
     )
     min_free: Annotated[int, BeforeValidator(_as_size), Field(ge=0), Option("SIZE")] = Field(
-        0, description="Space to leave free on a tier's file system, such as 20GiB. Default: 0."
+        default=0, description="Space to leave free on a tier's file system, such as 20GiB. Default: 0."
     )
-    evict: bool = Field(False, description="Delete the chunk files written longest ago to make room.")
+    evict: bool = Field(default=False, description="Delete the chunk files written longest ago to make room.")
     chown: Annotated[str | None, Option("OWNER")] = Field(
-        None, description="Owner of the files, as user:group. Default: the directory's."
+        default=None, description="Owner of the files, as user:group. Default: the directory's."
     )
     chmod: Annotated[
         Annotated[int, BeforeValidator(_as_mode), PlainSerializer("{:04o}".format)] | None, Option("MODE")
-    ] = Field(None, description="Mode of the files, such as 0640. Default: as LMCache creates its own, less the umask.")
+    ] = Field(
+        default=None,
+        description="Mode of the files, such as 0640. Default: as LMCache creates its own, less the umask.",
+    )
 
 
 class TransferOptions(_Part):
     """How bytes move: through whom, how many at a time, how fast."""
 
-    direct: bool = Field(False, description="Let every node fetch by itself, without passing chunks to others.")
+    direct: bool = Field(default=False, description="Let every node fetch by itself, without passing chunks to others.")
     object_store_fraction: Annotated[float, Option("SHARE")] = Field(
-        OBJECT_STORE_FRACTION,
+        default=OBJECT_STORE_FRACTION,
         ge=0.01,
         le=0.7,
         description="Maximum share of each node's Ray object store for chunks. Default: 0.3. Ray begins to spill "
         "objects to disk at 0.8.",
     )
     verify: Annotated[Verify, Option("WHAT")] = Field(
-        "hash",
+        default="hash",
         description="What is checked before a chunk appears: hash (length and Xet hash), or length only. Chunks from "
         "an earlier tier of the run are always hashed. Default: hash.",
     )
     verify_present: bool = Field(
-        False,
+        default=False,
         description="Hash the chunks that a directory tier already holds, and replace those that differ from the "
         "bucket's. Off by default, since it reads all of them.",
     )
     max_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None, description="Maximum bytes per second from the Hub in the whole run, such as 500MiB."
+        default=None, description="Maximum bytes per second from the Hub in the whole run, such as 500MiB."
     )
     max_node_bandwidth: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None,
+        default=None,
         description="Maximum bytes per second that reach a node, from the Hub or from other nodes, such as 100MiB.",
     )
     max_inflight_bytes: Annotated[Bytes | None, Option("SIZE")] = Field(
-        None,
+        default=None,
         description="Maximum bytes in flight from the Hub in the whole run, such as 2GiB. Default: 256MiB per node, "
         "in at most four batches.",
     )
@@ -161,15 +167,15 @@ class NodeOptions(_Part):
     selector: Annotated[
         tuple[str, ...], BeforeValidator(_as_selector), Option("LABEL", name="--node-selector", many=True)
     ] = Field(
-        (),
+        default=(),
         description="Use only nodes with this Ray label, such as pool=serving; also pool=!serving, pool=in(a,b) and "
         "pool=!in(a,b). All selectors given must match.",
     )
     names: Annotated[tuple[str, ...], BeforeValidator(_as_names), Option("NAMES", name="--nodes", many=True)] = Field(
-        (), description="Use only these nodes, by name or id, separated by commas."
+        default=(), description="Use only these nodes, by name or id, separated by commas."
     )
     ranks_label: Annotated[str, Option("NAME")] = Field(
-        RANKS_LABEL,
+        default=RANKS_LABEL,
         description="Node label that says whose chunks a node takes, such as 0-3; join several ranges with '_', since"
         " labels cannot contain commas. A node without it takes those of all workers.",
     )
@@ -178,7 +184,7 @@ class NodeOptions(_Part):
         description="The same by name or id of the node, such as gpu-a=0-3; overrides the label.",
     )
     replace: Annotated[bool, Option(name="--replace-nodes")] = Field(
-        False, description="Let nodes that join the cluster during the run replace lost ones."
+        default=False, description="Let nodes that join the cluster during the run replace lost ones."
     )
 
 
@@ -186,20 +192,21 @@ class LimitOptions(_Part):
     """How long things may take."""
 
     chunk_timeout: Annotated[Seconds, Option("TIME")] = Field(
-        CHUNK_TIMEOUT_SECS,
+        default=CHUNK_TIMEOUT_SECS,
         description="Maximum time for a chunk with its batch (up to 64 MiB, or one larger chunk) and retries, in "
         "seconds or such as 5m. Default: 300.",
     )
     node_timeout: Annotated[Seconds, Option("TIME")] = Field(
-        NODE_START_SECS, description="Maximum time until a node takes part, in seconds or such as 2m. Default: 60."
+        default=NODE_START_SECS,
+        description="Maximum time until a node takes part, in seconds or such as 2m. Default: 60.",
     )
     wait_engine: Annotated[Length, Option("TIME")] = Field(
-        WAIT_ENGINE,
+        default=WAIT_ENGINE,
         description="Maximum time that a tier in the memory of engines waits for the engine of each node, such as "
         "10m. Default: 10m.",
     )
     max_duration: Annotated[Seconds | None, Option("TIME")] = Field(
-        None,
+        default=None,
         description="Stop in good order, with exit code 5, after this time of copying, in seconds or such as 30m. "
         "Selecting chunks beforehand may take as long (1 h if not given), including pauses of the Hub.",
     )
@@ -211,7 +218,7 @@ class WarmRequest(_Part):
     source: SourceOptions = Field(default_factory=lambda: SourceOptions.model_validate({}))
     choose: Selection = Field(default_factory=lambda: Selection.model_validate({}))
     tiers: Annotated[Texts, BeforeValidator(_as_tiers), Option("NAME|JSON", name="--tier", many=True)] = Field(
-        (),
+        default=(),
         description="The tier to fill: an fs plugin of the YAML, such as fs.warm; the JSON of an fs or fs_native "
         "adapter of `lmcache server`; l1, the server's memory; local_cpu, that of the YAML's engine. "
         "Several are filled one after the other.",
@@ -221,15 +228,16 @@ class WarmRequest(_Part):
     nodes: NodeOptions = Field(default_factory=lambda: NodeOptions.model_validate({}))
     limits: LimitOptions = Field(default_factory=lambda: LimitOptions.model_validate({}))
     address: Annotated[str | None, Option("HOST:PORT")] = Field(
-        None,
+        default=None,
         description="The Ray cluster, <host>:<port>. Default: RAY_ADDRESS, or the cluster of the submitted job; "
         "without either, a local Ray is started.",
     )
     report: Annotated[Path | None, Option("FILE")] = Field(
-        None, description="Write a JSON line for every failed chunk, and the summary as the last line, to this file."
+        default=None,
+        description="Write a JSON line for every failed chunk, and the summary as the last line, to this file.",
     )
     report_html: Annotated[Path | None, Option("FILE")] = Field(
-        None, description="Write a self-contained HTML page with plots when the command is over."
+        default=None, description="Write a self-contained HTML page with plots when the command is over."
     )
 
 
