@@ -14,8 +14,65 @@
 
 `retention` is pure but for the sort on disk; only `batch.ray_pool` imports Ray. Jobs delete data, so every check fails
 closed.
+
+Public are the names in `__all__`; they are loaded when they are first used. The modules may change in any release. See
+`docs/python.md`.
 """
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 from hfbucket_plugin.core.texts import clean_logs as _clean_logs
 
+if TYPE_CHECKING:
+    from hfbucket_plugin.core.units import Extent
+    from hfbucket_plugin.tools.selection import Selection
+    from jobs.api import CleanupRequest, ExportRequest, read_status, run_cleanup, run_export
+    from jobs.deletion.guards import MaxDelete
+    from jobs.deletion.report import DeletionSummary
+    from jobs.export.report import ExportSummary
+    from jobs.retention.policy import Models, Policy, Rule
+    from jobs.status.status import Status
+
+__all__ = [
+    "CleanupRequest",
+    "DeletionSummary",
+    "ExportRequest",
+    "ExportSummary",
+    "Extent",
+    "MaxDelete",
+    "Models",
+    "Policy",
+    "Rule",
+    "Selection",
+    "Status",
+    "read_status",
+    "run_cleanup",
+    "run_export",
+]
+
 _clean_logs(__name__, __path__)
+
+_HOMES = {
+    "hfbucket_plugin.core.units": ("Extent",),
+    "hfbucket_plugin.tools.selection": ("Selection",),
+    "jobs.api": ("CleanupRequest", "ExportRequest", "read_status", "run_cleanup", "run_export"),
+    "jobs.deletion.guards": ("MaxDelete",),
+    "jobs.deletion.report": ("DeletionSummary",),
+    "jobs.export.report": ("ExportSummary",),
+    "jobs.retention.policy": ("Models", "Policy", "Rule"),
+    "jobs.status.status": ("Status",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker is told of misspelt names
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, getattr(_import_module(_HOME_OF[name]), name))
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""From a warm-up to a plan, and from a plan to what the tiers hold: `plan`, `apply`, and `run`, which is both."""
+"""From a warm-up to a plan, and from a plan to what the tiers hold: `plan`, `apply`, and `run`, which is both.
+
+`warm_up` is `run` for programs.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin.core.deadline import Deadline, patience
-from hfbucket_plugin.core.files import TempDir, expect_writable
+from hfbucket_plugin.core.files import TempDir, expect_apart, expect_writable
 from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, TempDirError
 from hfbucket_plugin.tools.selection import ADVICE
+from hfbucket_plugin.tools.signals import ExternalStop
 from warmer.check import gate as checks
 from warmer.cluster.engine_tiers import checkable
 from warmer.cluster.execute import CopyRun
 from warmer.node.prompts import digest_of, expect_recorded
 from warmer.plan.build import WORDS, PlanBuilder
 from warmer.plan.plan_file import NEVER_PLANNED, WarmPlanFile
+from warmer.report.html import PageFile
 from warmer.report.outcomes import NothingToDoError
+from warmer.report.result import WarmSummary
 from warmer.report.summary import FailureLog
 from warmer.request import resolve
 from warmer.request.resolve import recorded, resolve_request
 from warmer.request.warm_file import validated
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator, Sequence
 
     from hfbucket_plugin.hub.bucket import Bucket
@@ -67,13 +74,63 @@ def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
         return made.header
 
 
-def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
+def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> WarmSummary:
+    """Copy chosen chunks into tiers of every node, as `python -m warmer run` does; chunks that are there already are skipped.
+
+    Nothing is printed, no signal handler is installed and logging is not configured. Call it again to copy only what is missing.
+
+    Args:
+        request: What to copy, to where, and how.
+        stop: Set it, from another thread, to stop in good order: the summary then tells what is left.
+
+    Returns:
+        What happened; look at `exit_code` and `failures`.
+
+    Raises:
+        ConfigError: The configuration is wrong, or asks for what is not supported.
+        NothingToDoError: Nothing is selected that the tiers can take, or no node takes part.
+        ClusterError: The configured Ray cluster does not answer.
+        HFBucketError: The chunks could not be listed.
+    """
+    expect_distinct_files(request)
+    page, switch = PageFile(), ExternalStop(stop)
+    with switch.listening():
+        record = run(request, switch, *page.open(request.report_html), quiet=True)
+    page.write(record)
+    return WarmSummary.from_record(record)
+
+
+def expect_distinct_files(request: WarmRequest, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
+    """Refuse to write to a file that is read.
+
+    Args:
+        request: Names files that are read, and reports that are written.
+        inputs: Further options with the files that they name to be read.
+        out: A plan that is written; None for none.
+
+    Raises:
+        ConfigError: Two are the same file.
+    """
+    choose = request.choose
+    expect_apart(
+        [("--report", request.report), ("--report-html", request.report_html), ("--out", out)],
+        [
+            *inputs,
+            ("--lmcache-config", request.source.lmcache_config),
+            ("--prompts", choose.prompts),
+            *(("--keys-from", path) for path in choose.keys_from),
+        ],
+    )
+
+
+def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer, quiet: bool = False) -> dict[str, Any]:
     """Choose chunks and copy them.
 
     Args:
         request: What was asked for.
         stop: Whether to stop.
         observers: Who looks on.
+        quiet: Whether progress is not shown.
 
     Returns:
         The summary, its `exit_code` included.
@@ -87,7 +144,7 @@ def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer) -> dic
     """
     resolved = resolve_request(request)
     with _reported(resolved) as failures, _planned(resolved, None) as made:
-        return _executed(resolved, made, failures, stop, observers)
+        return _executed(resolved, made, failures, stop, observers, quiet=quiet)
 
 
 def apply(request: WarmRequest, made: WarmPlanFile, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
@@ -121,8 +178,10 @@ def _executed(
     failures: FailureLog,
     stop: ShutdownSignal,
     observers: Sequence[Observer],
+    *,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    summary = CopyRun(resolved, made, observers).execute(failures, stop)
+    summary = CopyRun(resolved, made, observers, quiet=quiet).execute(failures, stop)
     failures.close(summary)
     return summary
 

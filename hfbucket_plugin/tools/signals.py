@@ -143,3 +143,36 @@ class EndingSignals:
             self._held = False
         if self._waiting is not None:
             raise SystemExit(_EXIT_BASE + self._waiting)
+
+
+class ExternalStop(ShutdownSignal):
+    """An order to stop that comes from the program that called us: its signal handlers stay as they are.
+
+    Args:
+        event: The program sets it to stop in good order; None if it never does.
+    """
+
+    def __init__(self, event: threading.Event | None = None) -> None:
+        super().__init__()
+        self._event = event
+        self._handlers = {number: signal.getsignal(number) for number in _STOPPING}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the program wants us to stop."""
+        return self._event is not None and self._event.is_set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Give the program its signal handlers back at the end."""
+        try:
+            yield
+        finally:
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Put the program's signal handlers back: `ray.init` replaces them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                if handler is not None:  # one that is not Python's cannot be put back
+                    signal.signal(number, handler)

@@ -12,7 +12,7 @@ import typer
 from hfbucket_plugin.config.instances import handles_of
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.units import parse_bytes
-from hfbucket_plugin.errors import ConfigError, RefusedError
+from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools import console
 from hfbucket_plugin.tools.options import Flag, with_flags
 from jobs.batch.apply import in_process
@@ -27,7 +27,7 @@ from jobs.export.mirror import NotAtSource, check_mirror
 from jobs.export.plan import EndpointRef, ExportOrder, ExportPlanFile, OnConflict, Renames
 from jobs.export.planning import CHOOSING, WantedChunks, prompts_of, selection_of
 from jobs.export.report import ask_to_replace
-from jobs.export.resolve import EndpointSpec, endpoint
+from jobs.export.resolve import EndpointSpec, check_endpoints, endpoint
 from jobs.session import CommandSession, options_checked
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def export(
             endpoint(destination, "--to", lmcache_config, adapters),
         )
         renames, selection = Renames.parse(rename or []), selection_of(given)
-        _check_ends(ends, renames, without_manifest=without_manifest)
+        check_endpoints(ends, renames, without_manifest=without_manifest)
         if mirror:
             check_mirror(selection, renames, directories=None in (ends[0].named, ends[1].named))
         order = ExportOrder(
@@ -254,18 +254,6 @@ def apply_export(
         return Export((found[0], found[1]), order, file, stop).resume(opened)
 
     session.run([("the export", work)])
-
-
-def _check_ends(ends: tuple[EndpointSpec, EndpointSpec], renames: Renames, *, without_manifest: bool) -> None:
-    source, destination = ends
-    if source.place.same_as(destination.place) and not renames.rules:
-        raise ConfigError(f"--from and --to are the same place: {source.place.where}")
-    if destination.named is not None and not destination.named.settings.writes:
-        raise RefusedError(
-            f"--to {destination.place.name!r}: role is {destination.named.settings.role}, so nothing is copied there"
-        )
-    if without_manifest and source.directory is None:
-        raise ConfigError("--without-manifest is about a directory: --from names an instance")
 
 
 def _one_of(text: str, option: str, known: tuple[str, ...]) -> str:

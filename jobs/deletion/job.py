@@ -65,6 +65,9 @@ class DeletionJob:
         order: How it is to be done.
         file: Where it is told of every object.
         stop: Whether to stop.
+
+    Attributes:
+        error: What ended the job, if an error did.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class DeletionJob:
         self._planned_by: Pointer | None = None
         self._resumed = False
         self._message = ""
+        self.error: Exception | None = None
 
     def select(self, selection: CandidateSource, wanted: dict[str, Any]) -> DeletionSummary:
         """Plan what a selection wants, and carry it out if that was ordered."""
@@ -98,8 +102,12 @@ class DeletionJob:
         """Do the work, and report however it ends."""
 
         def with_bucket() -> int:
-            with opened(self._named, REQUEST_SECS) as bucket:
-                return work(bucket)
+            try:
+                with opened(self._named, REQUEST_SECS) as bucket:
+                    return work(bucket)
+            except Exception as error:
+                self.error = error
+                raise
 
         code, message = coded(with_bucket, self._stop, self._until)
         self._message = message or self._message

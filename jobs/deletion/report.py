@@ -57,6 +57,16 @@ class DeletionSummary:
     absent_count: int = 0
 
     @property
+    def exit_code(self) -> int:
+        """What the command exits with: 0, 2, 3, 4 or 5."""
+        return self.code
+
+    @property
+    def result(self) -> str:
+        """`complete`, `planned`, `error`, `failed`, `refused` or `interrupted`."""
+        return exit_codes.RESULTS[self.code] if self.applied or self.code else "planned"
+
+    @property
     def unfinished(self) -> Extent:
         """What was planned and has not ended."""
         if self.plan is None or not self.applied:
@@ -65,6 +75,16 @@ class DeletionSummary:
         for extent in self.ended.values():
             left = left.minus(extent)
         return left
+
+    @property
+    def planned(self) -> Extent:
+        """What the plan deletes."""
+        return Extent() if self.plan is None else self.plan.left
+
+    @property
+    def deleted(self) -> Extent:
+        """What was deleted."""
+        return self.ended.get(Outcome.DELETED, NOTHING)
 
     @property
     def left(self) -> Extent:
@@ -100,13 +120,12 @@ class DeletionSummary:
     def record(self) -> dict[str, Any]:
         """For JSON; the fields are described in `docs/retention.md`."""
         code = self.code
-        result = exit_codes.RESULTS[code] if self.applied or code else "planned"
         record: dict[str, Any] = {
             "record": "summary",
             "job": self.job,
             "instance": self.instance,
             "bucket": self.bucket,
-            "result": result,
+            "result": self.result,
             "exit_code": code,
             "message": self.message,
             "seconds": round(self.seconds, 3),

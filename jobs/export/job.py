@@ -57,6 +57,9 @@ class Export:
         order: How it is to be done.
         file: Where it is told of every chunk.
         stop: Whether to stop.
+
+    Attributes:
+        error: What ended the job, if an error did.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Export:
         self._in_manifest: int | None = None
         self._tally = OutcomeTally(file)
         self._message = ""
+        self.error: Exception | None = None
 
     def select(self, wanted: WantedChunks, asked: dict[str, Any]) -> ExportSummary:
         """Plan what is wanted, and carry it out unless that needs an order that was not given.
@@ -93,12 +97,16 @@ class Export:
         """Do the work, and report however it ends."""
 
         def with_ends() -> int:
-            with contextlib.ExitStack() as stack:
-                source = self._ends[0].source(believe_files=self._order.believe_files)
-                stack.callback(source.close)
-                destination = self._ends[1].destination()
-                stack.callback(destination.close)
-                return work(source, destination)
+            try:
+                with contextlib.ExitStack() as stack:
+                    source = self._ends[0].source(believe_files=self._order.believe_files)
+                    stack.callback(source.close)
+                    destination = self._ends[1].destination()
+                    stack.callback(destination.close)
+                    return work(source, destination)
+            except Exception as error:
+                self.error = error
+                raise
 
         code, message = coded(with_ends, self._stop, self._until)
         self._message = message or self._message
@@ -218,7 +226,8 @@ class Export:
         progress = ProgressLog(plan.moves_left, self._ends[1].place.name)
 
         def told(ended: ItemOutcome[CopyItem]) -> None:
-            progress.add(ended.item.size)
+            if not self._order.quiet:
+                progress.add(ended.item.size)
             if notifier is not None and ended.outcome in (CopyOutcome.COPIED, CopyOutcome.STREAMED):
                 notifier.did(encode_name(ended.item.to), ended.item.content)
             if ended.outcome in (CopyOutcome.STREAMED, CopyOutcome.SAME):

@@ -508,6 +508,7 @@ class ExportOrder:
         parallel: Most batches at one time.
         window_bytes: Most memory of bytes on their way, over all batches.
         config: The LMCache YAML, noted in plans.
+        quiet: Whether progress is not shown.
     """
 
     mode: str = "auto"
@@ -525,3 +526,4 @@ class ExportOrder:
     parallel: int = 4
     window_bytes: int = 512 * 1024 * 1024
     config: str | None = None
+    quiet: bool = False

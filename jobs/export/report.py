@@ -69,6 +69,16 @@ class ExportSummary:
     seconds: float = 0.0
 
     @property
+    def exit_code(self) -> int:
+        """What the command exits with: 0, 2, 3, 4 or 5."""
+        return self.code
+
+    @property
+    def result(self) -> str:
+        """`complete`, `planned`, `error`, `failed`, `refused` or `interrupted`."""
+        return exit_codes.RESULTS[self.code] if self.applied or self.code else "planned"
+
+    @property
     def job(self) -> str:
         """Which job."""
         return JOB
@@ -85,6 +95,11 @@ class ExportSummary:
             return None
         mixed = self.method.how is CopyMethod.COPY_OR_STREAM
         return str(CopyMethod.COPY if mixed and CopyOutcome.STREAMED not in self.ended else self.method.how)
+
+    @property
+    def planned(self) -> Extent:
+        """What the plan copies."""
+        return Extent() if self.plan is None else self.plan.moves_left
 
     @property
     def moved(self) -> Extent:
@@ -150,7 +165,7 @@ class ExportSummary:
             "job": self.job,
             "from": self.source.record(),
             "to": self.destination.record(),
-            "result": exit_codes.RESULTS[self.code] if self.applied or self.code else "planned",
+            "result": self.result,
             "exit_code": self.code,
             "message": self.message,
             "seconds": round(self.seconds, 3),

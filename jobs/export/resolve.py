@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from hfbucket_plugin.config.instances import named_instances
 from hfbucket_plugin.core.keys import SCHEME
-from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.errors import ConfigError, RefusedError
 from jobs.export.bucket import InstanceEnd
 from jobs.export.directory import DirectoryDestination, DirectorySource
-from jobs.export.plan import EndpointRef
+from jobs.export.plan import EndpointRef, Renames
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,3 +88,26 @@ def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[
             "with a slash, such as ./backup"
         )
     return EndpointSpec(named=named_instances(config, [text])[0])
+
+
+def check_endpoints(ends: tuple[EndpointSpec, EndpointSpec], renames: Renames, *, without_manifest: bool) -> None:
+    """Check that chunks can be copied from one endpoint to the other.
+
+    Args:
+        ends: Where chunks come from, and where they go.
+        renames: What the copies are called.
+        without_manifest: Whether a directory without a manifest is to be imported.
+
+    Raises:
+        ConfigError: Both are the same, or the source is no directory to be imported without a manifest.
+        RefusedError: The role of the destination does not write.
+    """
+    source, destination = ends
+    if source.place.same_as(destination.place) and not renames.rules:
+        raise ConfigError(f"--from and --to are the same place: {source.place.where}")
+    if destination.named is not None and not destination.named.settings.writes:
+        raise RefusedError(
+            f"--to {destination.place.name!r}: role is {destination.named.settings.role}, so nothing is copied there"
+        )
+    if without_manifest and source.directory is None:
+        raise ConfigError("--without-manifest is about a directory: --from names an instance")

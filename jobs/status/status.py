@@ -167,6 +167,16 @@ class Status:
     heat: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def chunks(self) -> Extent:
+        """All chunks."""
+        return self.census.chunks
+
+    @property
+    def by_model(self) -> dict[str, Extent]:
+        """The chunks of each model."""
+        return dict(self.census.models)
+
+    @property
     def heat_rows(self) -> list[tuple[str, Extent]]:
         """The hot and the idle share, for people: what, and how much; empty where reads are not known."""
         words = {LONGER: f"not read within {READ_WITHIN[-1][0]}", NEVER: "never read"}

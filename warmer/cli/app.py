@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hfbucket_plugin.core import texts
-from hfbucket_plugin.core.files import expect_apart
 from hfbucket_plugin.errors import (
     HFBucketError,
     Interrupted,
@@ -38,7 +37,6 @@ from warmer.request.warm_file import load_request
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from warmer.request.model import WarmRequest
 
 # Tracebacks of Typer's show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -82,7 +80,7 @@ def run_command(*, config: _Config = None, given: Mapping[Flag, Any], dry_run: _
 
     def work(stop: ShutdownSignal) -> dict[str, Any]:
         wanted = load_request(config, given)
-        _expect_apart(wanted, ("--config", config))
+        run.expect_distinct_files(wanted, ("--config", config))
         return _planned(run.plan(wanted, None)) if dry_run else run.run(wanted, stop, *page.open(wanted.report_html))
 
     _end_with(work, page)
@@ -104,7 +102,7 @@ def plan_command(
 
     def work(_: ShutdownSignal) -> dict[str, Any]:
         wanted = load_request(config, given)
-        _expect_apart(wanted, ("--config", config), out=out)
+        run.expect_distinct_files(wanted, ("--config", config), out=out)
         return _planned(run.plan(wanted, out)) | {"plan": str(out)}
 
     _end_with(work)
@@ -128,7 +126,7 @@ def apply_command(
     def work(stop: ShutdownSignal) -> dict[str, Any]:
         made = WarmPlanFile.open(plan, ours=not dry_run)
         wanted = load_request(config, given, run.planned_request(made))
-        _expect_apart(wanted, ("--config", config), ("plan", plan))
+        run.expect_distinct_files(wanted, ("--config", config), ("plan", plan))
         if not dry_run:
             return run.apply(wanted, made, stop, *page.open(wanted.report_html))
         resolved = resolve_request(wanted)
@@ -206,7 +204,7 @@ def check_command(
     def work(stop: ShutdownSignal) -> dict[str, Any]:
         made = WarmPlanFile.open(plan, ours=True) if plan is not None else None
         wanted = load_request(config, given, run.planned_request(made) if made is not None else None)
-        _expect_apart(wanted, ("--config", config), ("plan", plan), ("--canary", canary))
+        run.expect_distinct_files(wanted, ("--config", config), ("plan", plan), ("--canary", canary))
         page.open(wanted.report_html)
         asked = Canary.read(canary, engine or [], canary_require, engine_key_env)
         return run.check(wanted, made, stop, require=require, hashes=verify == "hash", canary=asked)
@@ -264,20 +262,6 @@ def submit_command(
         return submit(JobsAPI(where), wanted, sys.stderr)
 
     _end_with(work)
-
-
-def _expect_apart(wanted: WarmRequest, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
-    """Refuse to write to a file that the command reads."""
-    choose = wanted.choose
-    expect_apart(
-        [("--report", wanted.report), ("--report-html", wanted.report_html), ("--out", out)],
-        [
-            *inputs,
-            ("--lmcache-config", wanted.source.lmcache_config),
-            ("--prompts", choose.prompts),
-            *(("--keys-from", path) for path in choose.keys_from),
-        ],
-    )
 
 
 def _planned(header: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from warmer.cluster.schedule_setup import TimeLimit, schedule_of, store_bytes, u
 from warmer.node.engine_memory import LoadConfig
 from warmer.report.observers import EventDispatcher, observing
 from warmer.report.outcomes import NothingToDoError, PlanLostError
-from warmer.report.progress import choose_display
+from warmer.report.progress import NoDisplay, choose_display
 from warmer.report.summary import RunReport, Share, TierRun, combined
 from warmer.tiers import L1Declaration, LocalCPUDeclaration
 
@@ -44,11 +44,13 @@ class CopyRun:
         resolved: From where to where.
         plan: What.
         observers: Who looks on, beside a display and the metrics of the Ray cluster.
+        quiet: Whether progress is not shown.
     """
 
     resolved: ResolvedRequest
     plan: WarmPlanFile
     observers: Sequence[Observer] = ()
+    quiet: bool = False
 
     def execute(self, failures: FailureLog, stop: ShutdownSignal) -> dict[str, Any]:
         """Copy it; returns the summary.
@@ -113,7 +115,7 @@ class CopyRun:
         self, tier: AnyTier, places: NodeSlots, report: RunReport, limit: TimeLimit, observers: Sequence[Observer]
     ) -> None:
         """Fill one tier of all nodes."""
-        display = choose_display()
+        display = NoDisplay() if self.quiet else choose_display()
         try:
             self._fill_shown(tier, places, EventDispatcher(report, display, observers), limit)
         finally:

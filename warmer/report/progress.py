@@ -277,6 +277,16 @@ class JsonLines:
         """Nothing is left to do."""
 
 
+class NoDisplay:
+    """Shows nothing."""
+
+    def show(self, report: RunReport) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def choose_display() -> Display:
     """A table when stderr is a terminal, else JSON lines."""
     # Not the console's own word: pipelines set FORCE_COLOR, and are no terminals.

@@ -54,6 +54,18 @@ def load_request(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[
     return validated(_merged(document, nested(given)), str(path) if path else None)
 
 
+def read_request(path: Path) -> WarmRequest:
+    """Read a request from a `warm.yaml`, as `--config` does.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it is wrong; all of it is named.
+    """
+    return load_request(path, {})
+
+
 def validated(document: Mapping[str, Any], source: str | None) -> WarmRequest:
     """A warm-up from values.
 
