@@ -15,6 +15,7 @@ import ray.exceptions
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from jobs.batch.model import TRIES, ItemBatch, ItemOutcome, Result, T
+from warmer.cluster.actor_pool import DEATHS
 from warmer.cluster.ray import joined
 from warmer.report.metrics import CountedBytes
 from warmer.report.outcomes import ClusterError
@@ -56,14 +57,6 @@ _START_SECS: Final = 120.0
 
 _LOSSES: Final = 3
 """A batch whose actors died so often is what kills them."""
-
-_DEATHS: Final = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.OutOfMemoryError,
-)
-"""What is said of an actor whose process is gone, whatever it was given to do."""
 
 
 class ActorExecutor(Generic[T]):
@@ -148,7 +141,7 @@ class ActorExecutor(Generic[T]):
         actor, batch = busy
         self._forget(actor)
         try:
-            if isinstance(done.exception(), _DEATHS):
+            if isinstance(done.exception(), DEATHS):
                 with self._mutex:
                     self._dead.append(actor)
             self._idle.append(actor)
@@ -162,7 +155,7 @@ class ActorExecutor(Generic[T]):
     def _result(self, batch: ItemBatch[T], done: Future[Any]) -> Result[T]:
         try:
             result: Result[T] | HFBucketError = done.result()
-        except _DEATHS as error:
+        except DEATHS as error:
             if batch.losses + 1 < _LOSSES:
                 return Result((), replace(_asked(batch), losses=batch.losses + 1))
             return _given_up(batch, self._failed, f"actors that tried it died {_LOSSES} times: {_first_line(error)}")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import ray.exceptions
 
-from warmer.cluster import driver
+from warmer.cluster import actor_pool, driver
 from warmer.cluster.ray import Node
 from warmer.report.outcomes import Copied
 
@@ -42,9 +42,10 @@ class FakeRay:
         self.exceptions = ray.exceptions
 
     def under(self, monkeypatch):
-        monkeypatch.setattr(driver, "ray", self)
-        monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
-        monkeypatch.setattr(driver, "alive_nodes", lambda: self.alive)
+        for module in (driver, actor_pool):
+            monkeypatch.setattr(module, "ray", self)
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
+            monkeypatch.setattr(module, "alive_nodes", lambda: self.alive)
         return self
 
     def _sleep(self, secs):

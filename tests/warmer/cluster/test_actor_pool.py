@@ -38,20 +38,20 @@ def dying(method, times):
             died.append(call)
             call.fail(ray.exceptions.ActorDiedError())
         else:
-            call.end("found" if call.method == "begin" else f"{call.arguments[0]} of {call.node}")
+            call.end("found" if call.method == "start" else f"{call.arguments[0]} of {call.node}")
 
     return answer
 
 
-@pytest.mark.parametrize("method", ["begin", "work"])
+@pytest.mark.parametrize("method", ["start", "work"])
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_a_process_that_dies_on_a_node_that_lives_is_started_again_with_its_pieces(monkeypatch, method, times):
     found, told, world = carried_out(monkeypatch, dying(method, times))
     assert found == {"a": "found", "b": "found"}
     every = sorted((name, number, f"piece {number} of {name}") for name in "ab" for number in range(5))
     assert sorted(told) == every  # each once
-    begun = [call for call in world.calls if (call.node, call.method) == ("b", "begin")]
-    assert len(begun) == (times + 1 if method == "begin" else len(begun))
+    begun = [call for call in world.calls if (call.node, call.method) == ("b", "start")]
+    assert len(begun) == (times + 1 if method == "start" else len(begun))
     assert (len(begun) > 1) == (times > 0)
 
 
@@ -76,7 +76,7 @@ def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_
             else:
                 monkeypatch.setattr(actor_pool, "alive_nodes", list)  # and nobody answers
         else:
-            call.end("found" if call.method == "begin" else f"{call.arguments[0]} of {call.node}")
+            call.end("found" if call.method == "start" else f"{call.arguments[0]} of {call.node}")
 
     found, told, _ = carried_out(monkeypatch, answer)
     assert (found["b"].kind, found["b"].message) == ("node_lost", "lost in mid-run: the node died")

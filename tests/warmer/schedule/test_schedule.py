@@ -350,9 +350,9 @@ def test_a_window_without_room_is_refused():
 
 
 def test_no_more_orders_are_under_way_than_an_actor_has_slots_for():
-    from warmer.cluster.driver import ORDERS_AT_ONCE  # which imports Ray
+    from warmer.cluster.driver import TASKS_AT_ONCE  # which imports Ray
 
-    assert TaskLimits().fetches + TaskLimits().receives == ORDERS_AT_ONCE
+    assert TaskLimits().fetches + TaskLimits().receives == TASKS_AT_ONCE
 
 
 def test_a_chunk_larger_than_the_window_goes_alone():
