@@ -1,5 +1,6 @@
 """What the pages say is true: settings, links, configurations, commands."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -98,3 +99,29 @@ def test_the_files_that_the_design_names_exist():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_is_too_long_to_read(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+OF_LMCACHE = {"Failed to initialize/re-establish remote connection", "Creating HFBucket connector for plugin"}
+
+
+def texts_of_the_code():
+    """All texts in the packages, with an ellipsis for each value that is put into them."""
+    for package in ("hfbucket_plugin", "warmer", "jobs"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_the_messages_that_symptoms_quote_are_those_of_the_code():
+    page = (REPOSITORY / "docs" / "troubleshoot.md").read_text(encoding="utf-8")
+    bold = " ".join(re.findall(r"\*\*(.+?)\*\*", page, re.DOTALL))
+    logged = re.findall(r"(?:log says|log line)\s+`([^`]+)`|\(`([^`]+)`;", page)
+    quoted = {*re.findall(r"`([^`]+)`", bold), *(one for pair in logged for one in pair if one)}
+    parts = {part.strip() for text in quoted if " " in text for part in " ".join(text.split()).split("…")}
+    known = "\n".join(" ".join(text.split()) for text in texts_of_the_code())
+
+    assert len(parts) > 10
+    assert {part for part in parts if part not in known} - OF_LMCACHE == {"check --canary"}
