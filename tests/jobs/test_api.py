@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_an_interrupt_passes_and_leaves_no_lock(stocked, cleanup, monkeypatch):
         jobs.run_cleanup(cleanup(), apply=True)
 
     assert not [path for path in stocked.all_paths() if "/locks/" in path]
+
+
+def test_a_cleanup_runs_in_any_thread(stocked, cleanup):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(jobs.run_cleanup, cleanup(), apply=True).result().deleted.objects == 4
+
+    assert stocked.left() == stocked.paths_of(NEW)
 
 
 def test_reports_and_metrics_are_those_of_the_command(stocked, cleanup, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import warmer
 from hfbucket_plugin import ConfigError
 from tests.support.examples import example
+from tests.support.plugin_support import eventually
+from tests.support.raylets import actors
 from tests.support.warming import INSTANCE, MODEL, SECRET, classic_key, content
 
 CHUNKS = 20
@@ -86,6 +88,26 @@ def test_a_warm_up_that_is_told_to_stop_tells_what_is_left(cluster, request_of):
 
     assert (summary.result, summary.exit_code, summary.copied) == ("interrupted", 5, 0)
     assert summary.unfinished == 3 * CHUNKS
+
+
+def test_an_interrupt_passes_and_leaves_nothing_behind(cluster, request_of, warehouse, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("warmer.report.observers.EventDispatcher.ended", interrupt)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = handlers()
+
+    with pytest.raises(KeyboardInterrupt):
+        warmer.warm_up(request_of(address=cluster.address, report=tmp_path / "report.jsonl"))
+
+    import ray
+
+    assert not ray.is_initialized()
+    assert handlers() == before
+    assert [path.name for path in tmp_path.rglob("*") if "report" in path.name] == []
+    eventually(lambda: not actors(cluster))
+    assert [name for name in warehouse.leftovers() if name.endswith(".part")] == []
 
 
 def test_what_cannot_be_done_is_raised_in_the_words_of_the_command(request_of, tmp_path, capfd):
