@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 _LINES: Final = 1000
-_BLOCK_BYTES: Final = 8 * 1024 * 1024
-"""A block has 1,000 lines, or fewer long ones: only one block is in memory at a time."""
+_SEGMENT_BYTES: Final = 8 * 1024 * 1024
+"""A segment has 1,000 lines, or fewer long ones: only one segment is in memory at a time."""
 
 MOST_LINE_BYTES: Final = 1024 * 1024
 """No plan has longer lines: a header that names hundreds of models has a tenth of it."""
@@ -48,6 +48,33 @@ class _At(io.RawIOBase):
         return count
 
 
+class Segment:
+    """A run of lines of a file: where it begins, how long it is, and what it held when it was read first.
+
+    Args:
+        at: Its first byte.
+        line: The number of its first line, where somebody counts them.
+    """
+
+    __slots__ = ("_digest", "at", "length", "line")
+
+    def __init__(self, at: int, line: int = 0) -> None:
+        self.at = at
+        self.line = line
+        self.length = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, raw: bytes) -> None:
+        """Take one more line into it."""
+        self.length += len(raw)
+        self._digest.update(raw)
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of its lines."""
+        return self._digest.digest()
+
+
 class Sealed:
     """A file of lines, held open.
 
@@ -66,7 +93,7 @@ class Sealed:
     def __init__(self, path: Path, what: str, longest: int = MOST_LINE_BYTES) -> None:
         self._longest = longest
         self._name = f"{what} {str(path)!r}"
-        self._blocks: list[tuple[int, bytes]] = []
+        self._segments: list[Segment] = []
         file = open_regular(path, what)
         weakref.finalize(self, file.close)
         self._number = file.fileno()
@@ -107,33 +134,14 @@ class Sealed:
             ValueError: The line after the one that was given last is too long.
             OSError: The file cannot be read.
         """
-        self._blocks.clear()
-        block: list[bytes] = []
-        size = 0
-        lines = self.raw_lines()
-        problem: ValueError | None = None
-        while problem is None:
-            line = b""
-            try:
-                line = next(lines, b"")
-            except ValueError as error:
-                problem = error
-            if line:
-                block.append(line)
-                size += len(line)
-            if not line or len(block) == _LINES or size >= _BLOCK_BYTES:
-                yield from self._sealed(block)
-                block, size = [], 0
-            if not line:
-                break
-        if problem is not None:
-            raise problem
-
-    def _sealed(self, block: list[bytes]) -> list[bytes]:
-        whole = b"".join(block)
-        if whole:
-            self._blocks.append((len(whole), hashlib.sha256(whole).digest()))
-        return block
+        self._segments.clear()
+        at = 0
+        for number, line in enumerate(self.raw_lines()):
+            if number % _LINES == 0 or self._segments[-1].length >= _SEGMENT_BYTES:
+                self._segments.append(Segment(at))
+            self._segments[-1].add(line)
+            at += len(line)
+            yield line
 
     def lines_again(self) -> Iterator[bytes]:
         """The same lines once more.
@@ -142,25 +150,18 @@ class Sealed:
             RefusedError: The file was changed since it was read.
             OSError: It cannot be read any more.
         """
-        at = 0
-        for length, digest in self._blocks:
-            yield from io.BytesIO(self.again(at, length, digest))
-            at += length
+        for segment in self._segments:
+            yield from io.BytesIO(self.again(segment))
 
-    def again(self, at: int, length: int, digest: bytes) -> bytes:
-        """A block of the file, which must be what it was.
-
-        Args:
-            at: Its first byte.
-            length: Its length in bytes.
-            digest: Its SHA-256 when it was read first.
+    def again(self, segment: Segment) -> bytes:
+        """The lines of a segment, which must be what they were.
 
         Raises:
-            RefusedError: It was changed since.
-            OSError: It cannot be read any more.
+            RefusedError: They were changed since.
+            OSError: They cannot be read any more.
         """
-        whole = self._read(at, length)
-        if hashlib.sha256(whole).digest() != digest:
+        whole = self._read(segment.at, segment.length)
+        if hashlib.sha256(whole).digest() != segment.digest:
             raise RefusedError(f"{self._name} was changed after it was checked: nothing more of it is carried out")
         return whole
 

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from huggingface_hub import HfApi
 
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.core.keys import Key, encode_name
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.connect import open_bucket
+from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.tools.selection import ChunkRef
-from warmer.plan.refresh import select
+from warmer.plan.plan_file import Planner, WarmPlanFile
 from warmer.tiers import TierOptions, declared_tier
 
 INSTANCE = "hfbucket.us"
@@ -157,3 +160,10 @@ def warm(config: Path, *more: str, timeout: float = 120.0, **variables: str | No
         check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path) -> tuple[WarmPlanFile, Counter[str]]:
+    """List chunks into a plan; returns it, and how many were skipped, by reason."""
+    planner = Planner(bucket.handle, takes)
+    plan = WarmPlanFile.write(path, planner.plan(list_chunks(bucket, prefixes)))
+    return plan, planner.skipped

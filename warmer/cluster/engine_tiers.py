@@ -99,7 +99,7 @@ class EngineRun:
     def _begun(self, tasks: Mapping[Assignment, ActorTask], wait: float) -> dict[str, Any]:
         from warmer.cluster.actor_pool import ActorPool  # noqa: PLC0415 - Ray takes a second to import
 
-        with ActorPool({one.node: task for one, task in tasks.items()}, self.stop, self.events) as running:
+        with ActorPool({one.node: task for one, task in tasks.items()}, self.stop, self.events.tick) as running:
             return running.begin(self._start_secs(wait))
 
     def _start_secs(self, wait: float) -> float:
@@ -139,7 +139,7 @@ class EngineRun:
                     f"a server loads the chunks of all {world_size} workers at once, and this node takes those of some"
                 )
                 self._fail_prompts(one.node.id, Failure(ConfigError.kind, words))
-        with ActorPool({one.node: task for one in able}, self.stop, self.events) as running:
+        with ActorPool({one.node: task for one in able}, self.stop, self.events.tick) as running:
             self._share_out(running.begin(self._start_secs(wait)), prompts)
             secs = limits.chunk_timeout * BATCH_PROMPTS + _SPARE_SECS
             running.work(prompts.batch, prompts.batches, self._take, secs)

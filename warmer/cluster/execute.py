@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from hfbucket_plugin.tools.signals import ShutdownSignal
     from warmer.cluster.actor import Config
     from warmer.cluster.placement import Assignment
-    from warmer.cluster.ray import Node
     from warmer.plan.plan_file import WarmPlanFile
     from warmer.report.observers import Observer
-    from warmer.report.outcomes import Outcome
     from warmer.report.summary import FailureLog
     from warmer.request.model import NodeOptions
     from warmer.request.resolve import ResolvedRequest
@@ -152,11 +150,11 @@ class CopyRun:
         schedule = schedule_of(moving, places.nodes, self.plan, self.resolved.bucket(), limit)
         events.report.counts = schedule.counts
         events.under_way = lambda: schedule.under_way
-        watch = _Watch(events, places)
+        events.take_place = places.take
         fleet = Driver(
             [one.node for one in places.nodes],
             config,
-            watch,
+            events,
             limit,
             self._start_secs(config),
             chunk_secs=self.resolved.request.limits.chunk_timeout,
@@ -212,29 +210,3 @@ def unassigned_chunks(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> int:
         raise NothingToDoError(f"no node takes any of the {count} chunks: {words}; {advice}")
     _log.warning("%d of %d chunks are for no node: %s; %s", count, plan.chunks, words, advice)
     return count
-
-
-@dataclass(slots=True)
-class _Watch:
-    """The fleet's witness: the report, a display of it, and the other observers."""
-
-    events: EventDispatcher
-    places: NodeSlots
-
-    def ended(self, node: str, outcome: Outcome) -> None:
-        self.events.ended(node, outcome)
-
-    def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        self.events.report.started(node, start_secs, open_secs)
-
-    def lost(self, node: str, kind: str, message: str) -> None:
-        self.events.lost(node, kind, message)
-
-    def replaced(self, node: str, by: Node) -> None:
-        report = self.events.report
-        _log.warning("node %s: %s takes its place", report.nodes[node].name, by.name)
-        report.replaced(node, by)
-        self.places.take(node, by)
-
-    def tick(self) -> None:
-        self.events()

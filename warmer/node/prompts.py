@@ -6,11 +6,12 @@ import hashlib
 import io
 from array import array
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
+from hfbucket_plugin.tools.plan_file import Segment
 from hfbucket_plugin.tools.prompts import located_prompts, open_prompts, prompt_of
 from warmer.report.outcomes import EngineError, PlanLostError
 from warmer.tiers.engine_http import FAILURES
@@ -52,16 +53,6 @@ class AskedPrompt:
 Batch = tuple[AskedPrompt, ...]
 
 
-@dataclass(slots=True)
-class _Start:
-    """Of a batch in the file: the byte and the line, and of all that stands from there up to the next one, length and SHA-256."""
-
-    byte: int
-    line: int
-    length: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-
-
 class PromptFile:
     """A file of prompts, each of a model that is known. It is held open: another file in its place changes nothing.
 
@@ -86,7 +77,7 @@ class PromptFile:
         self._models = tuple(dict.fromkeys(models))
         self.prompts: Counter[str] = Counter()
         self.chunks: Counter[str] = Counter()
-        self._starts: list[_Start] = []
+        self._segments: list[Segment] = []
         self._cached: OrderedDict[int, Batch] = OrderedDict()
         digest = hashlib.sha256()
         count = tokens = 0
@@ -96,8 +87,8 @@ class PromptFile:
             if asked is None:
                 self._sum_up(one.raw)
                 continue
-            if not self._starts or count == BATCH_PROMPTS or tokens + len(asked.token_ids) > BATCH_TOKENS:
-                self._starts.append(_Start(one.start, one.line))
+            if not self._segments or count == BATCH_PROMPTS or tokens + len(asked.token_ids) > BATCH_TOKENS:
+                self._segments.append(Segment(one.start, one.line))
                 count = tokens = 0
             self._sum_up(one.raw)
             count, tokens = count + 1, tokens + len(asked.token_ids)
@@ -106,14 +97,13 @@ class PromptFile:
         self.sha256 = digest.hexdigest()
 
     def _sum_up(self, raw: bytes) -> None:
-        if self._starts:
-            self._starts[-1].length += len(raw)
-            self._starts[-1].digest.update(raw)
+        if self._segments:
+            self._segments[-1].add(raw)
 
     @property
     def batches(self) -> int:
         """How many batches there are."""
-        return len(self._starts)
+        return len(self._segments)
 
     def batch(self, index: int) -> Batch:
         """The prompts of one batch.
@@ -130,9 +120,9 @@ class PromptFile:
         return found
 
     def _read(self, index: int) -> Iterator[AskedPrompt]:
-        start = self._starts[index]
+        start = self._segments[index]
         try:
-            whole = self._file.again(start.byte, start.length, start.digest.digest())
+            whole = self._file.again(start)
         except OSError as error:
             raise PlanLostError(f"--prompts {str(self.path)!r} cannot be read any more: {error.strerror}") from None
         for number, raw in enumerate(io.BytesIO(whole), start.line):

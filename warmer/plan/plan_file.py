@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key
 from hfbucket_plugin.errors import ConfigError, RefusedError
-from hfbucket_plugin.tools.plan_file import Sealed
+from hfbucket_plugin.tools.plan_file import Sealed, Segment
 from hfbucket_plugin.tools.selection import ChunkRef
 from warmer.report.outcomes import PlanLostError
 
@@ -127,12 +127,12 @@ class WarmPlanFile:
         self.home: str | None = None
         self.shares: dict[int | None, tuple[int, int]] = {}
         self.workers: list[Counter[int | None]] = []
-        self._segments: list[_Segment] = []
+        self._segments: list[Segment] = []
         self._file: Sealed | None = None
 
     def _count(self, chunk: ChunkRef, line: bytes, at: int) -> None:
         if self.chunks % SEGMENT_CHUNKS == 0:
-            self._segments.append(_Segment(at))
+            self._segments.append(Segment(at))
             self.workers.append(Counter())
         self._segments[-1].add(line)
         self.workers[-1][chunk.worker] += 1
@@ -247,9 +247,8 @@ class WarmPlanFile:
         """
         if self._file is None:
             raise ValueError("the plan was not written yet")
-        segment = self._segments[index]
         try:
-            whole = self._file.again(segment.at, segment.length, segment.digest.digest())
+            whole = self._file.again(self._segments[index])
         except OSError as error:
             raise PlanLostError(f"plan {str(self.path)!r} cannot be read any more: {error.strerror}") from None
         return [ChunkRef.from_line(line) for line in whole.decode().split("\n") if line]
@@ -271,21 +270,6 @@ class WarmPlanFile:
         """
         shares = [share for worker, share in self.shares.items() if is_for(worker, ranks)]
         return sum(chunks for chunks, _ in shares), sum(size for _, size in shares)
-
-
-class _Segment:
-    """Where a segment lies in its file, and what it held when it was read first."""
-
-    __slots__ = ("at", "digest", "length")
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.length = 0
-        self.digest = hashlib.sha256()
-
-    def add(self, line: bytes) -> None:
-        self.length += len(line)
-        self.digest.update(line)
 
 
 def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:

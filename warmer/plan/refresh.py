@@ -10,15 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.hub.listing import list_chunks
-from warmer.plan.plan_file import Planner, WarmPlanFile, chunks_from
+from warmer.plan.plan_file import chunks_from
 
 if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
-    from hfbucket_plugin.core.keys import Key
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.tools.selection import ChunkRef
     from hfbucket_plugin.tools.signals import Stop
@@ -36,27 +32,6 @@ _PAUSE_SECS: Final = 30.0
 
 CACHED_SEGMENTS: Final = 16
 """Segments that are remembered: nodes that read the plan for themselves are rarely further apart."""
-
-
-def select(bucket: Bucket, prefixes: Sequence[str], takes: type[Key], path: Path) -> tuple[WarmPlanFile, Counter[str]]:
-    """List a selection into a plan file.
-
-    Args:
-        bucket: The instance's.
-        prefixes: Starts of key strings.
-        takes: The kind of key that the tier takes.
-        path: Of the plan file.
-
-    Returns:
-        The plan, and how many chunks were passed by, by reason (see `Planner`).
-
-    Raises:
-        HFBucketError: The listing is not complete.
-        OSError: The plan cannot be written.
-    """
-    planner = Planner(bucket.handle, takes)
-    plan = WarmPlanFile.write(path, planner.plan(list_chunks(bucket, prefixes)))
-    return plan, planner.skipped
 
 
 class RefreshedPlan:

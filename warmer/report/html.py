@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 from hfbucket_plugin.core.files import expect_writable, write_whole
 from hfbucket_plugin.core.units import size
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.tools.html import document, paragraph, text
-from warmer.report import plots
+from hfbucket_plugin.tools import html
+from hfbucket_plugin.tools.html import document, expect_library, paragraph, text
+from warmer.report.observers import Observer
 from warmer.report.outcomes import Copied
-from warmer.report.plots import expect_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from warmer.report.observers import Observer
     from warmer.report.outcomes import Outcome
     from warmer.report.summary import RunReport
 
@@ -100,7 +99,7 @@ class Latencies:
         return float("inf")
 
 
-class History:
+class History(Observer):
     """An observer that remembers.
 
     Attributes:
@@ -137,18 +136,6 @@ class History:
         if size and self._since is not None:
             self.bytes.add(node, time.monotonic() - self._since, size)
 
-    def lacking(self, report: RunReport, node: str, chunks: int, kind: str) -> None:
-        """The report says it."""
-
-    def lost(self, report: RunReport, node: str, kind: str) -> None:
-        """The report says it."""
-
-    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
-        """Nothing but chunks is remembered."""
-
-    def close(self, report: RunReport) -> None:
-        """The report says how it ended."""
-
     def names(self) -> dict[str, str]:
         """The names of the nodes, by id."""
         return {node.id: node.name for report in self.reports for node in report.nodes.values()}
@@ -173,7 +160,7 @@ svg { display: block; width: 100%; height: auto } svg text { font-family: inheri
 """
 
 _PARTS: Final = ("right", "missing", "wrong", "unknown")
-_PART_COLOURS: Final = (plots.COLOURS[2], plots.COLOURS[10], plots.COLOURS[1], plots.COLOURS[3])
+_PART_COLOURS: Final = (html.COLOURS[2], html.COLOURS[10], html.COLOURS[1], html.COLOURS[3])
 _SHOWN: Final = (
     "selected", "copied", "received", "reused", "present", "failed", "unfinished", "fetched", "refetched", "fetched_alone", "for_nobody",
 )  # fmt: skip
@@ -223,7 +210,7 @@ def check_page(record: Mapping[str, Any]) -> str:
             paragraph(f"The nodes are {record['result']}.", "" if record["exit_code"] == 0 else "warn"),
             _facts([*words.items(), ("for_nobody", record["for_nobody"])]),
             "<h2>What is there</h2>\n",
-            *([_key(_PARTS, _PART_COLOURS), plots.parts(drawn, _PART_COLOURS)] if drawn else []),
+            *([_key(_PARTS, _PART_COLOURS), html.parts(drawn, _PART_COLOURS)] if drawn else []),
             *_table(
                 ("node", "tier", "selected", "right", "wrong", "missing", "unknown", ""),
                 (
@@ -313,8 +300,8 @@ def _over_time(history: History, left: Mapping[str, float]) -> Iterator[str]:
     if others:
         drawn.append([sum(series[name][place] for name in others) for place in range(most)])
         labels.append(f"{len(others)} others")
-    yield _key(labels, plots.COLOURS)
-    yield plots.bytes_over_time(history.bytes.width_secs, drawn)
+    yield _key(labels, html.COLOURS)
+    yield html.bytes_over_time(history.bytes.width_secs, drawn)
 
 
 def _latencies(history: History) -> Iterator[str]:
@@ -326,8 +313,8 @@ def _latencies(history: History) -> Iterator[str]:
     yield paragraph(
         "From when their node turned to them until they were in the tier, checked; retries included.", "faint"
     )
-    yield _key(list(told), plots.COLOURS)
-    yield plots.latencies(history.from_hub.BOUNDS, {name: one.counts for name, one in told.items()})
+    yield _key(list(told), html.COLOURS)
+    yield html.latencies(history.from_hub.BOUNDS, {name: one.counts for name, one in told.items()})
     yield from _table(
         ("", "chunks", "half within", "99 % within"),
         ((name, f"{one.total:,}", _secs(one.quantile(0.5)), _secs(one.quantile(0.99))) for name, one in told.items()),
@@ -343,8 +330,8 @@ def _coverage(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:
     if others:
         drawn.append((f"{len(others)} others", *_before_and_after([node for _, node in others])))
     yield "<h2>Coverage before and after</h2>\n"
-    yield _key(("there before", "there after"), (plots.COLOURS[10], plots.COLOURS[2]))
-    yield plots.coverage(drawn)
+    yield _key(("there before", "there after"), (html.COLOURS[10], html.COLOURS[2]))
+    yield html.coverage(drawn)
 
 
 def _nodes(rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Iterator[str]:

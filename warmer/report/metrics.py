@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ray.util.metrics import Counter, Gauge
 
+from warmer.report.observers import Observer
 from warmer.report.outcomes import INTERRUPTED, Copied, Failed
 from warmer.schedule.tasks import Counts
 
@@ -67,7 +68,7 @@ _OF_COUNTS: Final = {
 }
 
 
-class RunMetrics:
+class RunMetrics(Observer):
     """An observer that counts. Chunks are counted once a second, not one by one: there may be millions.
 
     Node and tier are told by name; `node_id` is Ray's, since names need not be unique. The number of series is that of nodes
@@ -110,9 +111,6 @@ class RunMetrics:
             self._reused_bytes[node] += outcome.size
         elif isinstance(outcome, Failed) and outcome.kind != INTERRUPTED:
             self._kinds[node, outcome.kind] += 1
-
-    def loaded(self, report: RunReport, node: str, size: int) -> None:
-        """The report tells it by node."""
 
     def lacking(self, _report: RunReport, node: str, chunks: int, kind: str) -> None:
         """Keep in mind what the report does not tell by node."""

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from warmer.cluster.ray import Node
     from warmer.report.outcomes import Outcome
     from warmer.report.progress import Display
     from warmer.report.summary import RunReport
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECS: Final = 1.0
 
 
-class Observer(Protocol):
+class Observer:
     """Is told how the run of one tier goes; of several tiers, one after the other. Called in the driver's thread only."""
 
     def begin(self, report: RunReport) -> None:
@@ -72,12 +73,14 @@ class EventDispatcher:
         display: Shows it.
         observers: Look at it about once a second.
         under_way: What nodes are busy with.
+        take_place: Is told when a node takes the place of a lost one.
     """
 
     report: RunReport
     display: Display
     observers: Sequence[Observer]
     under_way: Callable[[], Mapping[str, tuple[int, int]]] = dict
+    take_place: Callable[[str, Node], None] = lambda _lost, _by: None
     _next: float = field(default=0.0, init=False)
 
     def ended(self, node: str, outcome: Outcome) -> None:
@@ -85,6 +88,16 @@ class EventDispatcher:
         self.report.ended(node, outcome)
         for one in self.observers:
             one.ended(self.report, node, outcome)
+
+    def started(self, node: str, start_secs: float, open_secs: float) -> None:
+        """A node takes part, see `RunReport.started`."""
+        self.report.started(node, start_secs, open_secs)
+
+    def replaced(self, node: str, by: Node) -> None:
+        """A node took the place of a lost one."""
+        _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
+        self.report.replaced(node, by)
+        self.take_place(node, by)
 
     def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
         """An engine has loaded chunks by itself, see `RunReport.loaded`."""
@@ -106,7 +119,7 @@ class EventDispatcher:
         for one in self.observers:
             one.lost(self.report, node, kind)
 
-    def __call__(self) -> None:
+    def tick(self) -> None:
         """Time has passed."""
         self.display.show(self.report)
         now = time.monotonic()

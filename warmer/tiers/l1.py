@@ -59,43 +59,6 @@ class LoadProgress:
     loaded_bytes: int = 0
 
 
-def prefetch(
-    http: str,
-    model: str,
-    world_size: int,
-    token_ids: Sequence[int],
-    salt: str = "",
-    *,
-    wait_secs: float = 600.0,
-    load_secs: float = 120.0,
-    pause: Callable[[float], object] = time.sleep,
-) -> LoadProgress:
-    """Load a prompt into the L1 of one server, as far as there is room.
-
-    Args:
-        http: Address of the server's HTTP, such as `http://127.0.0.1:8080`.
-        model: The model's name, as the engine tells it.
-        world_size: Workers of the engine.
-        token_ids: The prompt.
-        salt: Its `cache_salt`.
-        wait_secs: How long to wait for the server, and for an engine with that model to register there.
-        load_secs: Most seconds that one load may take.
-        pause: Waits; given the seconds. It may raise to give up.
-
-    Returns:
-        What is there in the end.
-
-    Raises:
-        EngineError: The server or the model is not there in time, or a load does not end.
-        ConfigError: The server refuses the request: a salt that cannot be, or too many tokens.
-    """
-    with L1Server(http, load_secs=load_secs, pause=pause) as server:
-        ends = Deadline.after(wait_secs)
-        if len(token_ids) >= server.layout(ends).chunk_size:
-            server.wait([model], world_size, ends)
-        return server.load(model, world_size, token_ids, salt)
-
-
 @dataclass(frozen=True, slots=True)
 class ServerLayout:
     """How a server cuts and hashes prompts.

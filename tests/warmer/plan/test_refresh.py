@@ -10,10 +10,10 @@ from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from localhub.faults import Fault
-from tests.support.warming import PREFIX, Warehouse, classic_key, content, mp_key
-from warmer.plan import refresh
+from tests.support import warming
+from tests.support.warming import PREFIX, Warehouse, classic_key, content, mp_key, select
 from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile
-from warmer.plan.refresh import RefreshedPlan, RefreshLookups, select
+from warmer.plan.refresh import RefreshedPlan, RefreshLookups
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_listing_that_breaks_off_is_no_selection(hub_factory, tmp_path, monkey
         hub.control.add_fault(Fault(route="tree", status=403))
         yield from entries
 
-    monkeypatch.setattr(refresh, "list_chunks", denied_after_the_first_page)
+    monkeypatch.setattr(warming, "list_chunks", denied_after_the_first_page)
     with pytest.raises(AccessDeniedError):
         stocked.plan()
 

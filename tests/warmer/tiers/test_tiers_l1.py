@@ -11,10 +11,11 @@ from dev.demo.engine import prompt
 from dev.demo.mp_client import MPClient
 from dev.demo.mp_server import MPServer
 from dev.demo.waiting import wait_until
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
 from tests.support.warming import command
 from warmer.report.outcomes import EngineError
-from warmer.tiers.l1 import prefetch
+from warmer.tiers.l1 import L1Server
 
 pytestmark = pytest.mark.engine
 
@@ -27,6 +28,14 @@ TOKENS = prompt(5, CHUNKS * CHUNK + 7)
 SHAPE = {"layers": 4, "hidden": 256, "tokens": len(TOKENS)}
 
 
+def prefetch(http, tokens, *, model="org/model", salt="", wait_secs=600.0, **more):
+    with L1Server(http, **more) as server:
+        ends = Deadline.after(wait_secs)
+        if len(tokens) >= server.layout(ends).chunk_size:
+            server.wait([model], 1, ends)
+        return server.load(model, 1, tokens, salt)
+
+
 class Node:
     """A server, what its only tier holds, and a copy of that."""
 
@@ -36,8 +45,8 @@ class Node:
     def client(self, model="org/model", salt=""):
         return MPClient(self.server.address, model=model, salt=salt, **SHAPE)
 
-    def prefetch(self, tokens, *, model="org/model", salt="", **more):
-        return prefetch(self.server.http, model, 1, tokens, salt, **more)
+    def prefetch(self, tokens, **more):
+        return prefetch(self.server.http, tokens, **more)
 
     def used(self):
         return self.server.status()["storage_manager"]["l1_usage"][0]
@@ -212,7 +221,7 @@ def test_a_server_that_is_not_there_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(EngineError, match="no answer"):
-        prefetch(f"http://127.0.0.1:{port}", "m", 1, TOKENS, wait_secs=0)
+        prefetch(f"http://127.0.0.1:{port}", TOKENS, model="m", wait_secs=0)
     for address in ("127.0.0.1:80", "ftp://x"):
         with pytest.raises(ConfigError, match="engine address"):
-            prefetch(address, "m", 1, TOKENS)
+            prefetch(address, TOKENS, model="m")

@@ -15,8 +15,8 @@ from dev.demo.waiting import wait_until
 from hfbucket_plugin.config.l2 import from_json
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
+from tests.support.warming import select
 from warmer.node.worker import NodeWarmer
-from warmer.plan.refresh import select
 from warmer.report.outcomes import Copied
 from warmer.tiers import NodeInfo, declared_tier, open_tier
 
