@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,23 @@ from hfbucket_plugin.errors import ConfigError, HFBucketError, RefusedError, Tem
 from hfbucket_plugin.tools.selection import ADVICE
 from hfbucket_plugin.tools.signals import ExternalStop
 from warmer.check import gate as checks
-from warmer.cluster.engine_tiers import checkable
-from warmer.cluster.execute import CopyRun
+from warmer.cluster.engine_tiers import EngineRun, checkable
+from warmer.cluster.placement import NodeSlots, shares, taking_part, unassigned_chunks
+from warmer.cluster.schedule_setup import TimeLimit, schedule_of, store_bytes
+from warmer.node.engine_memory import LoadConfig
 from warmer.node.prompts import digest_of, expect_recorded
 from warmer.plan.build import WORDS, PlanBuilder
 from warmer.plan.plan_file import NEVER_PLANNED, WarmPlanFile
 from warmer.report.html import PageFile
-from warmer.report.outcomes import NothingToDoError
+from warmer.report.observers import EventDispatcher, observing
+from warmer.report.outcomes import NothingToDoError, PlanLostError
+from warmer.report.progress import NoDisplay, choose_display
 from warmer.report.result import WarmSummary
-from warmer.report.summary import FailureLog
+from warmer.report.summary import FailureLog, RunReport, Share, TierRun, combined
 from warmer.request import resolve
 from warmer.request.resolve import recorded, resolve_request
 from warmer.request.warm_file import validated
+from warmer.tiers import L1Declaration, LocalCPUDeclaration
 
 if TYPE_CHECKING:
     import threading
@@ -41,11 +46,158 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.tools.signals import ShutdownSignal
     from warmer.check.canary import Canary
+    from warmer.cluster.actor import Config
+    from warmer.cluster.placement import Assignment
     from warmer.report.observers import Observer
     from warmer.request.model import WarmRequest
     from warmer.request.resolve import Compared, ResolvedRequest
+    from warmer.tiers import AnyTier
+
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """A plan that is to be copied.
+
+    Attributes:
+        resolved: From where to where.
+        plan: What.
+        observers: Who looks on, beside a display and the metrics of the Ray cluster.
+        quiet: Whether progress is not shown.
+    """
+
+    resolved: ResolvedRequest
+    plan: WarmPlanFile
+    observers: Sequence[Observer] = ()
+    quiet: bool = False
+
+    def execute(self, failures: FailureLog, stop: ShutdownSignal) -> dict[str, Any]:
+        """Copy it; returns the summary.
+
+        Raises:
+            ConfigError: The warm-up names a node that there is not.
+            NothingToDoError: No node takes part, or none takes any of the chunks.
+            ClusterError: The configured Ray cluster does not answer.
+        """
+        # Ray takes a second to import, which a refused command should not wait for.
+        from warmer.cluster.ray import alive_nodes, joined  # noqa: PLC0415
+        from warmer.report.metrics import RunMetrics  # noqa: PLC0415
+
+        request = self.resolved.request
+        with joined(request.address):
+            stop.take_back()
+            places = NodeSlots(taking_part(alive_nodes(), request.nodes), request.nodes)
+            left_out = unassigned_chunks(self.plan, places.nodes)
+            limit = TimeLimit(stop, request.limits.max_duration)
+            observers = [RunMetrics(), *self.observers]
+            reports: list[RunReport] = []
+            for tier in self.resolved.tiers:
+                # Who took a lost node's place for one tier does so for those that follow.
+                nodes = places.nodes
+                report = RunReport(
+                    self._task(tier, left_out), [one.node for one in nodes], failures, self._shares(tier, nodes)
+                )
+                report.cut_short = reports[-1].cut_short if reports else None
+                reports.append(report)
+                if not limit.requested and report.cut_short is None:
+                    report.begin()
+                    with observing(observers, report), stop.orderly():
+                        try:
+                            self._fill(tier, places, report, limit, observers)
+                        except NothingToDoError:
+                            raise
+                        except (RefusedError, PlanLostError) as error:
+                            # What was copied is there, and is told: a summary as of any run that ended early.
+                            report.cut_short = error
+                            _log.error("%s", error)
+                    report.end()
+            return combined([report.summary(stopped=limit.requested) for report in reports])
+
+    def _shares(self, tier: AnyTier, nodes: Sequence[Assignment]) -> dict[str, Share]:
+        """What each node is to hold, as far as it is known before engines are asked."""
+        return {} if isinstance(tier, L1Declaration) else shares(self.plan, nodes)
+
+    def _task(self, tier: AnyTier, left_out: int) -> TierRun:
+        prompts = self.resolved.prompt_file if isinstance(tier, L1Declaration) else None
+        return TierRun(
+            instance=self.resolved.instance.name,
+            bucket=str(self.resolved.instance.settings.bucket_handle),
+            tier=tier.name,
+            choice=self.resolved.request.choose.model_dump(mode="json", exclude_defaults=True),
+            selected=self.plan.chunks if prompts is None else prompts.chunks.total(),
+            selected_bytes=self.plan.bytes if prompts is None else 0,
+            skipped=dict(self.plan.header.get("skipped", {})),
+            unassigned=left_out if prompts is None else 0,
+        )
+
+    def _fill(
+        self, tier: AnyTier, places: NodeSlots, report: RunReport, limit: TimeLimit, observers: Sequence[Observer]
+    ) -> None:
+        """Fill one tier of all nodes."""
+        display = NoDisplay() if self.quiet else choose_display()
+        try:
+            self._fill_shown(tier, places, EventDispatcher(report, display, observers), limit)
+        finally:
+            display.close()
+
+    def _fill_shown(self, tier: AnyTier, places: NodeSlots, events: EventDispatcher, limit: TimeLimit) -> None:
+        report = events.report
+        engines = EngineRun(self.resolved, self.plan, places.nodes, events, limit)
+        match tier:
+            case L1Declaration():
+                if self.resolved.prompt_file is not None:
+                    engines.load_prompts(tier, self.resolved.prompt_file)
+            case LocalCPUDeclaration():
+                config, nodes = engines.search_workers(tier)
+                if not nodes or limit.requested:
+                    return
+                report.task = replace(report.task, unassigned=unassigned_chunks(self.plan, _with_lost(places, nodes)))
+                for node, share in shares(self.plan, nodes).items():
+                    report.nodes[node].expect(share)
+                self._copy(config, places.having(nodes), events, limit)
+            case _:
+                self._copy(self.resolved.node_config(tier), places, events, limit)
+
+    def _copy(self, config: Config, places: NodeSlots, events: EventDispatcher, limit: TimeLimit) -> None:
+        from warmer.cluster.driver import Driver, Replacing  # noqa: PLC0415 - as above
+        from warmer.cluster.ray import alive_nodes  # noqa: PLC0415 - as above
+
+        moving, wanted = self.resolved.request.moving, self.resolved.request.nodes
+        replacing = Replacing(
+            candidates=lambda: places.candidates(alive_nodes()),
+            fits=places.fits,
+            store_bytes=lambda node: store_bytes(moving, node),
+        )
+        schedule = schedule_of(moving, places.nodes, self.plan, self.resolved.bucket(), limit)
+        events.report.counts = schedule.counts
+        events.under_way = lambda: schedule.under_way
+        events.take_place = places.take
+        fleet = Driver(
+            [one.node for one in places.nodes],
+            config,
+            events,
+            limit,
+            self._start_secs(config),
+            chunk_secs=self.resolved.request.limits.chunk_timeout,
+            replacing=replacing if wanted.replace else None,
+            store_bytes=replacing.store_bytes,
+        )
+        fleet.run(schedule)
+
+    def _start_secs(self, config: Config) -> float:
+        """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
+        request = self.resolved.request
+        waits = request.nodes.replace and isinstance(config, LoadConfig)
+        return request.limits.node_timeout + (request.limits.wait_engine.total_seconds() if waits else 0.0)
+
+
+def _with_lost(places: NodeSlots, there: Sequence[Assignment]) -> list[Assignment]:
+    """Nodes whose engine came, with the workers that they turned out to have, and the others: their chunks fail there."""
+    names = {one.node.id for one in there}
+    return [*there, *(one for one in places.nodes if one.node.id not in names)]
+
 
 _CLOCK_SECS = 60.0
 _LISTING_SECS = 3600.0

@@ -10,7 +10,7 @@ from hfbucket_plugin.tools import exit_codes
 from warmer.check.canary import ask_engines
 from warmer.check.node import CheckConfig
 from warmer.cluster.engine_tiers import checkable
-from warmer.cluster.execute import shares, taking_part, unassigned_chunks
+from warmer.cluster.placement import shares, taking_part, unassigned_chunks
 from warmer.cluster.schedule_setup import TimeLimit, direct_schedule
 from warmer.report.outcomes import INTERRUPTED, Failed, Missing, Right, Wrong
 from warmer.tiers import NodeInfo

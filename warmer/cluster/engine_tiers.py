@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.errors import ConfigError
-from warmer.cluster.schedule_setup import parts_of
+from warmer.cluster.placement import parts_of
 from warmer.node.engine_memory import LoadConfig, WorkerSearch
 from warmer.node.prompts import BATCH_PROMPTS, L1Task, PromptLoad
 from warmer.plan.plan_file import is_for

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.core.units import parse_ranks
+from hfbucket_plugin.core.units import format_ranks, parse_ranks
 from hfbucket_plugin.errors import ConfigError
+from warmer.plan.plan_file import PlanPart, is_for
 from warmer.report.outcomes import NothingToDoError
+from warmer.report.summary import Share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from warmer.cluster.ray import Node
+    from warmer.plan.plan_file import WarmPlanFile
     from warmer.request.model import NodeOptions
 
+
+_log = logging.getLogger(__name__)
 
 _SELECTOR: Final = re.compile(r"\s*([^=\s!]+)\s*=\s*(!?)\s*(?:in\(([^()]*)\)|([^,()!\s]+))\s*")
 _NAMED: Final = 20
@@ -200,3 +208,49 @@ class NodeSlots:
             by.id if name == lost else name: replace(one, node=by) if name == lost else one
             for name, one in self._held.items()
         }
+
+
+def taking_part(alive: Sequence[Any], wanted: NodeOptions) -> list[Assignment]:
+    """As `assigned`; ranks that are given for nodes that are not alive are a warning."""
+    nodes = assigned(alive, wanted)
+    absent = unknown_ranks(alive, wanted)
+    if absent:
+        _log.warning("ranks are given for %s: no such node is alive", ", ".join(absent))
+    return nodes
+
+
+def shares(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> dict[str, Share]:
+    """What of a plan each node is to hold, by its id."""
+    return {
+        one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
+        for one in nodes
+    }
+
+
+def unassigned_chunks(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> int:
+    """Count the chunks of a plan that no node takes; some are a warning.
+
+    Raises:
+        NothingToDoError: No node takes any.
+    """
+    count = sum(
+        chunks for worker, (chunks, _) in plan.shares.items() if not any(is_for(worker, one.ranks) for one in nodes)
+    )
+    if not count:
+        return 0
+    workers = sorted(worker for worker in plan.shares if worker is not None)
+    taken = frozenset[int]().union(*(one.ranks or () for one in nodes))
+    words = f"the plan has those of workers {format_ranks(workers)}, nodes take those of {format_ranks(taken)}"
+    advice = "look at --ranks, --ranks-label and the nodes' labels"
+    if count == plan.chunks:
+        raise NothingToDoError(f"no node takes any of the {count} chunks: {words}; {advice}")
+    _log.warning("%d of %d chunks are for no node: %s; %s", count, plan.chunks, words, advice)
+    return count
+
+
+def parts_of(nodes: Sequence[Assignment], plan: WarmPlanFile) -> dict[frozenset[str], PlanPart]:
+    """The parts of a plan that the same nodes are to have, by these nodes; what nobody is to have is in none."""
+    workers: defaultdict[frozenset[str], set[int | None]] = defaultdict(set)
+    for worker in plan.shares:
+        workers[frozenset(one.node.id for one in nodes if is_for(worker, one.ranks))].add(worker)
+    return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}

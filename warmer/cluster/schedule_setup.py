@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from warmer.plan.plan_file import PlanPart, is_for
+from warmer.cluster.placement import parts_of
 from warmer.plan.refresh import CACHED_SEGMENTS, RefreshedPlan, RefreshLookups
 from warmer.schedule.cohort import PlanSection
 from warmer.schedule.rate import Caps
@@ -65,20 +64,6 @@ def direct_schedule(nodes: Sequence[Assignment], plan: WarmPlanFile) -> Schedule
     """A schedule by which every node works by itself through all that is for it, as it is planned."""
     parts = [PlanSection(part.chunks_from, names) for names, part in parts_of(nodes, plan).items()]
     return Scheduler(dict.fromkeys((one.node.id for one in nodes), 0), parts, direct=True, now=time.monotonic())
-
-
-def parts_of(nodes: Sequence[Assignment], plan: WarmPlanFile) -> dict[frozenset[str], PlanPart]:
-    """The parts of a plan that the same nodes are to have, by these nodes; what nobody is to have is in none."""
-    workers: defaultdict[frozenset[str], set[int | None]] = defaultdict(set)
-    for worker in plan.shares:
-        workers[frozenset(one.node.id for one in nodes if is_for(worker, one.ranks))].add(worker)
-    return {names: PlanPart(plan, chosen) for names, chosen in workers.items() if names}
-
-
-def unassigned(nodes: Sequence[Assignment], plan: WarmPlanFile) -> int:
-    """How many chunks of a plan none of these nodes takes."""
-    shares = plan.shares.items()
-    return sum(chunks for worker, (chunks, _) in shares if not any(is_for(worker, one.ranks) for one in nodes))
 
 
 class TimeLimit:

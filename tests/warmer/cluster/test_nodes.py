@@ -4,8 +4,7 @@ import pytest
 
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools.selection import ChunkRef
-from warmer.cluster.execute import unassigned_chunks
-from warmer.cluster.placement import Assignment, Selector, assigned, unknown_ranks
+from warmer.cluster.placement import Assignment, Selector, assigned, unassigned_chunks, unknown_ranks
 from warmer.cluster.ray import Node
 from warmer.plan.plan_file import WarmPlanFile
 from warmer.report.outcomes import NothingToDoError

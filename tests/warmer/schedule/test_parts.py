@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.tools.selection import ChunkRef
 from tests.support.scheduling import MIB, begin, carry_out, keys, part, plan, play
-from warmer.cluster.placement import Assignment
+from warmer.cluster.placement import Assignment, parts_of
 from warmer.cluster.ray import Node
-from warmer.cluster.schedule_setup import parts_of
 from warmer.plan.plan_file import SEGMENT_CHUNKS, PlanPart, WarmPlanFile
 from warmer.plan.refresh import RefreshedPlan
 from warmer.schedule.cohort import PlanSection
