@@ -3,13 +3,13 @@
 ::
 
     HFBucketError
-    ├── ConfigError (ValueError)          mend the configuration; never retried
+    ├── ConfigError (ValueError)          fix the configuration; never retried
     ├── KeyFormatError (ValueError)       not a key of LMCache's: pass it by
     ├── RefusedError (ValueError)         the caller asked for what is never done
     ├── MissingError (LookupError)        a miss
     │   ├── ObjectMissingError
-    │   └── BucketMissingError            for a writer: create it, or mend the handle
-    ├── AccessDeniedError (PermissionError)   mend the token or its rights
+    │   └── BucketMissingError            for a writer: create it, or fix the handle
+    ├── AccessDeniedError (PermissionError)   fix the token or its rights
     ├── ThrottledError                    wait `retry_after`
     │   └── BudgetError                   our own cap; raise `max_hub_calls_per_minute`, or ask less
     ├── BreakerOpenError                  not asked at all; closes by itself
@@ -20,7 +20,7 @@
     ├── IntegrityError                    never serve these bytes
     │   └── HashMismatchError             nor trust the object
     ├── TempDirError                      make room in `download_tmp_dir`
-    ├── LocalFileError (OSError)          make room on that disk, or mend the rights
+    ├── LocalFileError (OSError)          make room on that disk, or fix the rights
     └── PartialFailureError               look at `failures`, item by item
 
 `kind` is a stable, machine-readable word: it labels metrics and reports, and is only ever added to.
@@ -233,7 +233,7 @@ class PartialFailureError(HFBucketError):
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT came while there was nothing under way that would have to be ended in order.
+    """SIGTERM or SIGINT came while there was nothing in progress that would have to be ended in order.
 
     An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
     """

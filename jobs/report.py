@@ -29,7 +29,7 @@ NAMED_FAILURES: Final = 1000
 
 def note(text: str) -> None:
     """Write one line for people to stderr: stdout is for programs."""
-    console.complain(text, "jobs")
+    console.print_error(text, "jobs")
 
 
 _TERMINAL_SECS: Final = 5.0
@@ -137,11 +137,11 @@ class OutcomeTally:
         """Count an object."""
         item = ended.item
         self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
-        told = {"message": ended.message} if ended.message else {}
+        reported = {"message": ended.message} if ended.message else {}
         self._file.write(
             {"record": "object", "path": item.path, "key": item.key, "size": item.size, "reason": item.reason}
             | {"outcome": str(ended.outcome)}
-            | told
+            | reported
         )
         if ended.outcome == Outcome.FAILED and len(self.failures) < NAMED_FAILURES:
             self.failures.append({"path": item.path, "message": ended.message})

@@ -83,19 +83,19 @@ class CommandSession:
             if self.metrics is not None:
                 write_metrics(self.metrics, self.summaries, time.time(), _code_of_file(file))
         except Interrupted:
-            end(_told_to_stop(waiting), exit_codes.INTERRUPTED)
+            end(_stop_requested(waiting), exit_codes.INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
-            end(in_words(error), exit_codes.worst([code_of(error), *self._codes]))
+            end(as_text(error), exit_codes.worst([exit_code_of(error), *self._codes]))
         finally:
             if file is not None:
                 file.close()
             for summary in self.summaries:
-                sys.stdout.write(texts.as_json(_told(summary, file)) + "\n")
+                sys.stdout.write(texts.as_json(_reported(summary, file)) + "\n")
             sys.stdout.flush()
         if file.problem:
             note(file.problem)
         if waiting:
-            end(_told_to_stop(waiting), exit_codes.INTERRUPTED)
+            end(_stop_requested(waiting), exit_codes.INTERRUPTED)
         raise typer.Exit(exit_codes.worst([*self._codes, _code_of_file(file)]))
 
     @property
@@ -109,8 +109,8 @@ class CommandSession:
         except (Interrupted, typer.Exit):
             raise
         except Exception as error:  # noqa: BLE001 - each is done whatever becomes of the others
-            self.broken.append(code_of(error))
-            note(f"{name}: {in_words(error)}")
+            self.broken.append(exit_code_of(error))
+            note(f"{name}: {as_text(error)}")
             return None
 
     def _add(self, summary: JobSummary) -> None:
@@ -124,7 +124,7 @@ def _code_of_file(file: ReportFile) -> int:
     return exit_codes.FAILED if file.problem else exit_codes.COMPLETE
 
 
-def _told(summary: JobSummary, file: ReportFile | None) -> dict[str, Any]:
+def _reported(summary: JobSummary, file: ReportFile | None) -> dict[str, Any]:
     """A summary for JSON: a job is no success whose report is not whole, and its summary agrees with the exit code."""
     record = summary.record()
     if file is None or not file.problem:
@@ -134,7 +134,7 @@ def _told(summary: JobSummary, file: ReportFile | None) -> dict[str, Any]:
     return record | {"result": exit_codes.RESULTS[code], "exit_code": code, "message": message}
 
 
-def _told_to_stop(waiting: Sequence[tuple[str, Work]]) -> str:
+def _stop_requested(waiting: Sequence[tuple[str, Work]]) -> str:
     names = ", ".join(name for name, _ in waiting)
     return "told to stop" + (f"; not done: {names}" if names else "")
 
@@ -153,7 +153,7 @@ def options_checked() -> Iterator[None]:
     except _ENDS:
         raise
     except Exception as error:  # noqa: BLE001 - as above
-        end(in_words(error), code_of(error))
+        end(as_text(error), exit_code_of(error))
 
 
 class Commands(TyperGroup):
@@ -173,7 +173,7 @@ class Commands(TyperGroup):
         except Interrupted:
             end("told to stop", exit_codes.INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - as above
-            end(in_words(error), code_of(error))
+            end(as_text(error), exit_code_of(error))
 
 
 def end(message: str, code: int) -> NoReturn:
@@ -190,14 +190,14 @@ def record_of(values: dict[str, Any]) -> dict[str, Any]:
 _LIMIT: Final = "--max-duration"
 
 
-def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
+def with_exit_code(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
     """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
 
     Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
     inside a client that takes it for a failure.
     """
     with patience(until):
-        code, message = _coded(work)
+        code, message = _with_exit_code(work)
     if message and code == exit_codes.FAILED and stop.requested:
         return exit_codes.INTERRUPTED, f"told to stop; {message}"
     if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
@@ -205,25 +205,25 @@ def coded(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, st
     return code, message
 
 
-def _coded(work: Callable[[], int]) -> tuple[int, str]:
+def _with_exit_code(work: Callable[[], int]) -> tuple[int, str]:
     try:
         return work(), ""
     except Interrupted:
         return exit_codes.INTERRUPTED, "told to stop"
     except ThrottledError as error:  # all pauses but the last one were waited out
-        return code_of(error), f"{error}; {_LIMIT} would be over before"
+        return exit_code_of(error), f"{error}; {_LIMIT} would be over before"
     except HFBucketError as error:
-        return code_of(error), str(error)
+        return exit_code_of(error), str(error)
     except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
-        return code_of(error), in_words(error)
+        return exit_code_of(error), as_text(error)
 
 
-def in_words(error: Exception) -> str:
+def as_text(error: Exception) -> str:
     """Why something ended, whatever it was: one line, never a traceback."""
     return local_trouble(error) or str(error)
 
 
-def code_of(error: Exception) -> int:
+def exit_code_of(error: Exception) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
         return exit_codes.FAILED

@@ -172,7 +172,7 @@ class CopyRun:
         )
         schedule = schedule_of(moving, places.nodes, self.plan, self.resolved.bucket(), limit)
         events.report.counts = schedule.counts
-        events.under_way = lambda: schedule.under_way
+        events.in_progress = lambda: schedule.in_progress
         events.take_place = places.take
         fleet = Driver(
             [one.node for one in places.nodes],
@@ -300,7 +300,7 @@ def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer, quiet:
 
 
 def apply(request: WarmRequest, made: WarmPlanFile, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
-    """Copy what a plan says; what is there already is passed by.
+    """Copy what a plan says; what is there already is skipped.
 
     Args:
         request: Of the plan, see `planned_request`.
@@ -502,7 +502,7 @@ def _header(resolved: ResolvedRequest, choosing: PlanBuilder, compared: Compared
     }
     if compared.facts:
         header["fingerprints"] = compared.facts
-    if resolved.request.choose.wants_heat:
+    if resolved.request.choose.wants_access:
         header["order"] = {"by": "newest" if choosing.cold else "heat", "why": choosing.cold}
     if choosing.prompts is not None:
         header["prompts"] = {"prompts": choosing.prompts.prompts, "chunks": choosing.prompts.chunks}
@@ -576,7 +576,7 @@ def _expect_some(resolved: ResolvedRequest, choosing: PlanBuilder, made: WarmPla
     found = WORDS[MPKey if resolved.takes is ClassicKey else ClassicKey]
     if made.chunks:
         if other:
-            _log.info("%d chunks have %s and are passed by: tier %s takes %s only", other, found, tiers, words)
+            _log.info("%d chunks have %s and are skipped: tier %s takes %s only", other, found, tiers, words)
         return
     if choosing.chosen:
         raise NothingToDoError(f"nothing selected: the first of {choosing.chosen} chunks is larger than --max-bytes")

@@ -113,11 +113,11 @@ def child(mode: str, endpoint: str, speed: float, windows: float, seed: int) -> 
             if not until and state["state"] == "usable" and number >= _CHUNKS:
                 started, until = dict(calls), time.monotonic() + windows * WINDOW_SECS / speed
             time.sleep(1 / speed)
-        told = Counter(calls)
+        reported = Counter(calls)
         made.close()
-    told.subtract(started)
-    asked, _ = told.pop("", 0), started.pop("", 0)
-    return {"start": started, "calls": {kind: count for kind, count in told.items() if count}, "asked": asked}
+    reported.subtract(started)
+    asked, _ = reported.pop("", 0), started.pop("", 0)
+    return {"start": started, "calls": {kind: count for kind, count in reported.items() if count}, "asked": asked}
 
 
 def prepare(fleet: int, seconds: float = 60.0) -> dict[str, Any]:
@@ -188,12 +188,12 @@ def added_up(rows: list[dict[str, Any]], fleet: int, windows: float) -> dict[str
         fleet: How many processes there are.
         windows: How long these were.
     """
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     start: Counter[str] = Counter()
     for row in rows:
-        told.update(row["calls"])
+        reported.update(row["calls"])
         start.update(row["start"])
-    calls = {kind: math.ceil(count * fleet / len(rows) / windows) for kind, count in sorted(told.items())}
+    calls = {kind: math.ceil(count * fleet / len(rows) / windows) for kind, count in sorted(reported.items())}
     return {"calls": calls, "total": sum(calls.values()), "start": {k: n / len(rows) for k, n in sorted(start.items())}}
 
 

@@ -27,18 +27,20 @@ MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 BATCH = 1000
 
 
-def fill(door: Bucket, keys: int) -> None:
+def fill(bucket_client: Bucket, keys: int) -> None:
     """Put as many names of one content into the bucket."""
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import encode_name
     from hfbucket_plugin.hub.transfer import Upload
 
-    door.create(Deadline.after(30))
-    content = door.transfer.upload([b"chunk"], Deadline.after(30), Upload())[0]
+    bucket_client.create(Deadline.after(30))
+    content = bucket_client.transfer.upload([b"chunk"], Deadline.after(30), Upload())[0]
     dice = random.Random(1)
     for start in range(0, keys, BATCH):
         names = [f"{MODEL}@1@0@{dice.getrandbits(64):016x}@bfloat16" for _ in range(min(BATCH, keys - start))]
-        if failed := door.add({door.handle.join(encode_name(name)): content for name in names}, Deadline.after(60)):
+        if failed := bucket_client.add(
+            {bucket_client.handle.join(encode_name(name)): content for name in names}, Deadline.after(60)
+        ):
             raise SystemExit(f"not added: {failed}")
 
 
@@ -73,13 +75,13 @@ def main() -> None:
         settings = InstanceSettings.model_validate(
             {"bucket_handle": "hf://buckets/org/bench/prod", "endpoint": hub.endpoint}
         )
-        door = open_bucket(settings, "bench", MemorySink(), 60.0)
-        fill(door, options.keys)
+        bucket_client = open_bucket(settings, "bench", MemorySink(), 60.0)
+        fill(bucket_client, options.keys)
         hub.control.add_fault(Fault(delay_s=options.delay_ms / 1000))
         prefixes = [f"{MODEL}@1@0@"]
-        one, first = measure(hub, lambda: list_chunks(door, prefixes))
-        many, second = measure(hub, lambda: list_chunks_ahead(door, prefixes))
-        door.close()
+        one, first = measure(hub, lambda: list_chunks(bucket_client, prefixes))
+        many, second = measure(hub, lambda: list_chunks_ahead(bucket_client, prefixes))
+        bucket_client.close()
     if first != second:
         raise SystemExit("the two listings differ")
     for name, row in (("page after page", one), ("several at a time", many)):

@@ -77,7 +77,7 @@ class MadeUpBucket:
 
         self.keys = keys
         self.handle = BucketHandle("org", "bucket", PREFIX)
-        self._under_way: dict[str, Iterator[list[dict[str, Any]]]] = {}
+        self._in_progress: dict[str, Iterator[list[dict[str, Any]]]] = {}
 
     def info(self, _deadline: Any) -> dict[str, Any]:
         """Says nothing of how much there is, so that parts are listed as they were chosen."""
@@ -89,8 +89,8 @@ class MadeUpBucket:
         from hfbucket_plugin.hub import bucket
 
         if cursor is None:
-            self._under_way[path] = pages(self.keys, decode_name(path.removeprefix(f"{PREFIX}/")))
-        page = next(self._under_way[path], None)
+            self._in_progress[path] = pages(self.keys, decode_name(path.removeprefix(f"{PREFIX}/")))
+        page = next(self._in_progress[path], None)
         if page is None:
             return [], None
         return [bucket._object_info(item, "tree") for item in page], str(int(cursor or 0) + 1)  # noqa: SLF001 - the very reading

@@ -21,7 +21,7 @@ class Ledger:
 
     Attributes:
         asked: Chunks of each operation.
-        told: Of lookups and gets, the chunks of which the engine was told yes.
+        reported: Of lookups and gets, the chunks of which the engine was told yes.
         counted: What the metrics say: operation to outcome to chunks.
         calls: Of each operation.
         wrong: Chunks with wrong bytes.
@@ -32,19 +32,19 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.asked: Counter[str] = Counter()
-        self.told: Counter[str] = Counter()
+        self.reported: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.counted: dict[str, Counter[str]] = {}
         self.wrong = 0
         self.raised: list[str] = []
         self.latest = 0.0
 
-    def note(self, operation: str, asked: int, told: int, seconds_late: float, wrong: int = 0) -> None:
+    def note(self, operation: str, asked: int, reported: int, seconds_late: float, wrong: int = 0) -> None:
         """Note a call."""
         with self._lock:
             self.calls[operation] += 1
             self.asked[operation] += asked
-            self.told[operation] += told
+            self.reported[operation] += reported
             self.wrong += wrong
             self.latest = max(self.latest, seconds_late)
 

@@ -31,7 +31,7 @@ class RandomFaults:
     def __init__(self, hub: RunningHub, seed: int, tell: Callable[[str], None]) -> None:
         self._hub = hub
         self._random = random.Random(seed)
-        self._tell = tell
+        self._notify = tell
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weather", daemon=True)
         self.seen: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class RandomFaults:
         route = self._random.choice(on)
         lasts = self._random.uniform(*_LASTS_SECS)
         self.seen[fault] += 1
-        self._tell(f"{fault} on {route} for {lasts:.1f} s")
+        self._notify(f"{fault} on {route} for {lasts:.1f} s")
         end = time.monotonic() + lasts
         if route == WHOLE_HUB:
             self._hub.kill()

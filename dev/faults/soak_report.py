@@ -45,7 +45,7 @@ class Moments:
     Attributes:
         before: Before the engines were made.
         warm: After a third of the time.
-        end: At the end, when nothing was under way.
+        end: At the end, when nothing was in progress.
         closed: When the engines were closed.
         warm_secs: How long the engines had been at work when `warm` was taken.
     """
@@ -100,7 +100,7 @@ def _work(ledger: Ledger, random_faults: RandomFaults, back: float | None, *, he
     yield _Line(
         "faults", f"{random_faults.seen.total()}: {faults} {random_faults.problem}", "", not random_faults.problem
     )
-    yield _Line("chunks served", str(ledger.told["get"]), "some", bool(ledger.told["get"]))
+    yield _Line("chunks served", str(ledger.reported["get"]), "some", bool(ledger.reported["get"]))
     yield _Line("wrong chunks", str(ledger.wrong), "none", not ledger.wrong)
     raised = "".join(f"\n      {text}" for text in ledger.raised[:5])
     yield _Line("raised into an engine", f"{len(ledger.raised)}{raised}", "none", not ledger.raised)
@@ -120,8 +120,8 @@ def _counts(ledger: Ledger) -> Iterator[_Line]:
         else:
             yield _Line(f"{operation}: chunks asked, counted", shown, "equal", counted.total() == asked)
         if (success := _SUCCESS.get(operation)) is not None:
-            seen, told = asked - ledger.told[operation], counted.total() - counted[success]
-            yield _Line(f"{operation}: failures seen, counted", f"{seen}, {told}", "equal", seen == told)
+            seen, reported = asked - ledger.reported[operation], counted.total() - counted[success]
+            yield _Line(f"{operation}: failures seen, counted", f"{seen}, {reported}", "equal", seen == reported)
 
 
 def _resources(moments: Moments) -> Iterator[_Line]:

@@ -32,7 +32,7 @@ class Limits:
 
 
 class Surface(Protocol):
-    """One engine's door to one bucket instance."""
+    """One engine's client of one bucket instance."""
 
     instance: str
     deletes_at_once: int

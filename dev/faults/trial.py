@@ -159,7 +159,7 @@ class Bench:
         return _Run(self, trial, self._made, limits).report()
 
     def surface(self, trial: Trial, number: int, limits: Limits) -> Surface:
-        """An engine's door to a prefix of its own."""
+        """An engine's client of a prefix of its own."""
         where: dict[str, Any] = {
             "handle": f"hf://buckets/{self._bucket}/t{number}",
             "endpoint": self._hub.endpoint,
@@ -213,7 +213,7 @@ class _Run:
         self._warm, self._others = first + 2000, [first + 2001, first + 2002]
         self._new = first + 3000
         self._surface: Surface
-        self._told_stored: list[int] = []
+        self._reported_stored: list[int] = []
         self._result = Report(trial)
 
     def report(self) -> Report:
@@ -314,7 +314,7 @@ class _Run:
         if operation == "put":
             done = surface.put(numbers)
             if done:
-                self._told_stored += numbers
+                self._reported_stored += numbers
             return Counter({SILENT if done is None else "stored" if done else FAILED[operation]: len(numbers)})
         if operation == "delete":
             return Counter({"deleted" if surface.delete(numbers) else FAILED[operation]: len(numbers)})
@@ -347,7 +347,7 @@ class _Run:
             self._judged(zip(self._fresh, found, strict=True))
             there = {number for number, data in zip(self._fresh, found, strict=True) if data is not None}
             counted = result.chunks.get("stored", 0) + result.chunks.get("present", 0)
-            result.lost = len(set(self._told_stored) - there) + max(0, counted - len(there))
+            result.lost = len(set(self._reported_stored) - there) + max(0, counted - len(there))
 
     @staticmethod
     def _wait(condition: Callable[[], bool], since: float, patience: float = _PATIENCE_SECS) -> float | None:

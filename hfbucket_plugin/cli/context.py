@@ -26,7 +26,7 @@ class CheckContext:
 
     Attributes:
         named: The instance.
-        bucket: The door to its bucket.
+        bucket: The client of its bucket.
         timeout_secs: What each request may take.
         environ: The environment that the instance's token is taken from.
         now: Unix seconds.

@@ -154,7 +154,7 @@ def doctor(  # noqa: PLR0917 - Typer makes options of them
     as_json: options.AsJson = False,
     timeout: options.Timeout = options.DEFAULT_TIMEOUT_SECS,
 ) -> None:
-    """Say whether instances do what they are configured for; where not, what to mend.
+    """Say whether instances do what they are configured for; where not, what to fix.
 
     Exits 0 when all is well, 1 with warnings, 2 for a wrong command or configuration, 3 with errors.
     """
@@ -193,7 +193,7 @@ def _record(named: InstanceConfig, found: Sequence[Finding]) -> dict[str, Any]:
         "bucket_handle": str(named.settings.bucket_handle),
         "endpoint": named.settings.endpoint,
         "findings": [
-            {"check": one.check, "severity": str(one.severity), "found": one.found, "mend": one.mend} for one in found
+            {"check": one.check, "severity": str(one.severity), "found": one.found, "mend": one.fix} for one in found
         ],
     }
 
@@ -209,7 +209,7 @@ def findings_table(title: str, found: Sequence[Finding]) -> Table:
     table.add_column("what was found, and what to do", ratio=1, overflow="fold")
     for one in found:
         text = Text(texts.shown(one.found))
-        if one.mend:
-            text.append(f"\n→ {texts.shown(one.mend)}", style="dim" if one.severity < Severity.WARNING else "")
+        if one.fix:
+            text.append(f"\n→ {texts.shown(one.fix)}", style="dim" if one.severity < Severity.WARNING else "")
         table.add_row(one.check, Text(str(one.severity), style=_STYLES[one.severity]), text)
     return table

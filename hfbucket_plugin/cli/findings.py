@@ -36,20 +36,20 @@ class Finding:
         check: The check's name, stable.
         severity: How bad it is.
         found: What was found, in words.
-        mend: What to do about it, with the name of the setting; empty where there is nothing to do.
+        fix: What to do about it, with the name of the setting; empty where there is nothing to do.
     """
 
     check: str
     severity: Severity
     found: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.check}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+        return f"{self.severity}: {self.check}: {self.found}" + (f"; {self.fix}" if self.fix else "")
 
     def cleaned(self) -> Finding:
         """The same for people's eyes: without tokens, should a server have repeated one, and on one line; see `texts`."""
-        return replace(self, found=texts.shown(self.found), mend=texts.shown(self.mend))
+        return replace(self, found=texts.shown(self.found), fix=texts.shown(self.fix))
 
 
 def ok(check: str, found: str) -> Finding:
@@ -57,19 +57,19 @@ def ok(check: str, found: str) -> Finding:
     return Finding(check, Severity.OK, found)
 
 
-def note(check: str, found: str, mend: str = "") -> Finding:
-    """Worth knowing, and nothing that must be mended."""
-    return Finding(check, Severity.NOTE, found, mend)
+def note(check: str, found: str, fix: str = "") -> Finding:
+    """Worth knowing, and nothing that must be fixed."""
+    return Finding(check, Severity.NOTE, found, fix)
 
 
-def warning(check: str, found: str, mend: str) -> Finding:
+def warning(check: str, found: str, fix: str) -> Finding:
     """The instance works, and not as it should."""
-    return Finding(check, Severity.WARNING, found, mend)
+    return Finding(check, Severity.WARNING, found, fix)
 
 
-def error(check: str, found: str, mend: str) -> Finding:
+def error(check: str, found: str, fix: str) -> Finding:
     """The instance does not do what it is configured for."""
-    return Finding(check, Severity.ERROR, found, mend)
+    return Finding(check, Severity.ERROR, found, fix)
 
 
 def skipped(check: str, why: str) -> Finding:
@@ -91,14 +91,14 @@ def from_error(check: str, caught: HFBucketError, named: InstanceConfig) -> Find
     return error(check, found, "")
 
 
-def in_words(caught: HFBucketError, named: InstanceConfig) -> str:
+def as_text(caught: HFBucketError, named: InstanceConfig) -> str:
     """What ended a listing, in one line that names the instance, what was wrong, and what to do."""
     finding = from_error("", caught, named)
     if isinstance(caught, ThrottledError):
-        finding = replace(finding, mend="give --timeout as many seconds to wait for it, or come back later")
+        finding = replace(finding, fix="give --timeout as many seconds to wait for it, or come back later")
     named.settings.resolve_token()  # so that it is known, and cut
     finding = finding.cleaned()
-    return f"instance {named.name!r}: {finding.found}" + (f"; {finding.mend}" if finding.mend else "")
+    return f"instance {named.name!r}: {finding.found}" + (f"; {finding.fix}" if finding.fix else "")
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

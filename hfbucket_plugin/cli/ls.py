@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from hfbucket_plugin.cli.findings import in_words
+from hfbucket_plugin.cli.findings import as_text
 from hfbucket_plugin.core import units
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import HFBucketError
@@ -171,7 +171,7 @@ class _Shown:
                         break
             except HFBucketError as error:
                 self.failed = True
-                console.complain(f"the listing is not complete: {in_words(error, named)}")
+                console.print_error(f"the listing is not complete: {as_text(error, named)}")
         if keys.passed_by:
-            told = ", ".join(kind.counted(number) for kind, number in sorted(keys.passed_by.items()))
-            console.complain(f"instance {named.name!r}: objects that are no keys: {told}")
+            reported = ", ".join(kind.counted(number) for kind, number in sorted(keys.passed_by.items()))
+            console.print_error(f"instance {named.name!r}: objects that are no keys: {reported}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hfbucket_plugin.cli.findings import in_words
+from hfbucket_plugin.cli.findings import as_text
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub.connect import opened
 from hfbucket_plugin.tools import console as output
@@ -57,7 +57,7 @@ def _summary(named: InstanceConfig, start: str, timeout: float, model: str | Non
         with tables.busy(f"{named.name}: listing"), opened(named, timeout) as bucket:
             return summarised(Classifier(bucket).walk(timeout, key_prefix=start, model=model))
     except HFBucketError as error:
-        output.complain(f"no summary without a complete listing: {in_words(error, named)}")
+        output.print_error(f"no summary without a complete listing: {as_text(error, named)}")
         return None
 
 
@@ -68,5 +68,5 @@ def _show(named: InstanceConfig, summary: InstanceSummary) -> None:
         console.print(tables.columns(f"{named.name}  {named.settings.bucket_handle}", HEADER, shown))
         return
     for cells in shown:
-        told = ", ".join(f"{name} {cell}" for name, cell in zip(HEADER[1:], cells[1:], strict=True) if cell)
-        output.line(f"{named.name}: {cells[0]}: {told}")
+        reported = ", ".join(f"{name} {cell}" for name, cell in zip(HEADER[1:], cells[1:], strict=True) if cell)
+        output.line(f"{named.name}: {cells[0]}: {reported}")

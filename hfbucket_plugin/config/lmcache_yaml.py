@@ -188,7 +188,7 @@ def _extra(document: dict[str, Any], path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in extra.items()}
 
 
-def complaints(*, save_unfull_chunk: bool, save_chunk_meta: bool, use_layerwise: bool, serde: object) -> list[str]:
+def rule_violations(*, save_unfull_chunk: bool, save_chunk_meta: bool, use_layerwise: bool, serde: object) -> list[str]:
     """What is wrong with an engine, a sentence each; nothing when a bucket can serve it.
 
     Args:

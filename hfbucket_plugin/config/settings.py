@@ -454,17 +454,17 @@ def validated(model: type[_Model], values: Mapping[str, Any], instance: str, whe
     Raises:
         ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
     """
-    complaints = _unknown(model, values, where)
+    rule_violations = _unknown(model, values, where)
     known = {name: value for name, value in values.items() if name in model.model_fields}
     try:
         settings = model.model_validate(known)
     except ValidationError as error:
-        complaints += _words(error, model, values, instance, where)
+        rule_violations += _words(error, model, values, instance, where)
     else:
-        if not complaints:
+        if not rule_violations:
             return settings
     # Outside of the handler: the cause would print the values, a token among them.
-    raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(complaints)}"))
+    raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(rule_violations)}"))
 
 
 def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozenset[str]) -> dict[str, Any]:
@@ -491,30 +491,30 @@ def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -
 
 def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> list[str]:
     known = list(model.model_fields)
-    complaints = []
+    rule_violations = []
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            told = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
-            complaints.append(f"unknown setting {where}{told}{hint}")
-    return complaints
+            reported = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
+            rule_violations.append(f"unknown setting {where}{reported}{hint}")
+    return rule_violations
 
 
 def _words(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], instance: str, where: str
 ) -> list[str]:
     """What is wrong, without the values: a token may be among them."""
-    complaints = []
+    rule_violations = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         setting = ".".join(str(part) for part in item["loc"])
         name = f"{where}{setting}" if setting else instance
         if setting == "endpoint" and setting not in values:
             name = "the environment variable HF_ENDPOINT"
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
-        complaints.append(f"{name}: {message}{_bounds(model, setting)}")
-    return complaints
+        rule_violations.append(f"{name}: {message}{_bounds(model, setting)}")
+    return rule_violations
 
 
 def _bounds(model: type[BaseModel], setting: str) -> str:
@@ -531,8 +531,8 @@ def _bounds(model: type[BaseModel], setting: str) -> str:
                     limits[name] = tighter(limits.get(name, bound), bound)
     if limits.get("ge", 0) > limits.get("gt", 0):  # it says more
         limits.pop("gt", None)
-    told = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
-    return f" (allowed: {', '.join(told)})" if told else ""
+    reported = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
+    return f" (allowed: {', '.join(reported)})" if reported else ""
 
 
 def _all_metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:

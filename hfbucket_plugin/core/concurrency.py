@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ByteSemaphore:
     """Lets threads in, in the order in which they came, as long as what they hold together stays within a number of bytes.
 
-    One that waits for much room thus holds up those behind it for a while, and is not passed by them for ever. One that wants more than the whole bound is let in alone: it would wait for ever otherwise.
+    One that waits for much room thus holds up those behind it for a while, and is not skipped them for ever. One that wants more than the whole bound is let in alone: it would wait for ever otherwise.
 
     Args:
         limit: Most bytes.
@@ -69,7 +69,7 @@ class ByteSemaphore:
 
 
 class ReadPriority:
-    """Counts reads under way, and lets writers wait until there are none."""
+    """Counts reads in progress, and lets writers wait until there are none."""
 
     def __init__(self) -> None:
         self._start_over()
@@ -82,7 +82,7 @@ class ReadPriority:
 
     @property
     def reads(self) -> int:
-        """Reads under way."""
+        """Reads in progress."""
         return self._reads
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ class ReadPriority:
                         quiet.notify_all()
 
     def let_reads_pass(self, deadline: Deadline) -> None:
-        """Wait until no read is under way, at most until a deadline."""
+        """Wait until no read is in progress, at most until a deadline."""
         with self._quiet:
             self._quiet.wait_for(lambda: not self._reads, deadline.remaining())
 

@@ -274,7 +274,7 @@ class TempDir:
             ConfigError: The root cannot be made or written to, or belongs to another user.
         """
         own, name = self._own_directory(), secrets.token_hex(8)
-        with self._told():
+        with self._reported():
             os.close(os.open(name, _NEW_FILE, 0o600, dir_fd=own.fd))
         path = own.path / name
         try:
@@ -296,7 +296,7 @@ class TempDir:
         return self._own_directory().path
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reported(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -322,7 +322,7 @@ class TempDir:
             return own
 
     def _make(self) -> _Own:
-        with self._told(), contextlib.ExitStack() as undo:
+        with self._reported(), contextlib.ExitStack() as undo:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 self.root.mkdir(mode=0o700)

@@ -78,7 +78,7 @@ INDEX_REFRESHES = "hfbucket_index_refreshes_total"
 INDEX_JOURNALS = "hfbucket_index_journals_total"
 INDEX_DROPPED = "hfbucket_index_entries_dropped_total"
 INDEX_ANSWERS = "hfbucket_index_answers_total"
-HEAT_HITS = "hfbucket_heat_hits_total"
+ACCESS_HITS = "hfbucket_heat_hits_total"
 
 _COUNTERS = {
     OPERATIONS: ("Operations of the engine on a bucket instance, by outcome", ("instance", "operation", "outcome")),
@@ -101,7 +101,7 @@ _COUNTERS = {
         "Keys looked up in the key index, by whether it answered or the Hub was asked",
         ("instance", "outcome"),
     ),
-    HEAT_HITS: (
+    ACCESS_HITS: (
         "Chunks served, by whether the hit was reported to other processes or dropped because too many keys waited",
         ("instance", "outcome"),
     ),
@@ -268,7 +268,7 @@ class Telemetry:
         self.warn(operation, error.kind, str(error))
 
     def in_flight(self, operation: str, calls: int) -> None:
-        """Tell how many calls of an operation are under way."""
+        """Tell how many calls of an operation are in progress."""
         self.sink.gauge(IN_FLIGHT, calls, instance=self.instance, operation=operation)
 
     def quarantined(self, contents: int) -> None:
@@ -286,7 +286,7 @@ class Telemetry:
         )
 
     def waiting_puts(self, calls: int, amount: int) -> None:
-        """Tell how many puts wait or are under way, and their bytes."""
+        """Tell how many puts wait or are in progress, and their bytes."""
         self.in_flight("put", calls)
         self.sink.gauge(WAITING_PUT_BYTES, amount, instance=self.instance)
 

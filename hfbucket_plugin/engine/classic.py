@@ -30,7 +30,7 @@ from lmcache.v1.storage_backend.connector import (
 )
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from hfbucket_plugin.config.lmcache_yaml import complaints
+from hfbucket_plugin.config.lmcache_yaml import rule_violations
 from hfbucket_plugin.config.settings import KEY_ROOT
 from hfbucket_plugin.config.settings import load as load_settings
 from hfbucket_plugin.core.concurrency import WorkerPool
@@ -67,10 +67,10 @@ _GET_SHARE: Final = 0.9
 
 _DEFAULT_BLOCKING_SECS: Final = 10.0
 _CONCURRENT_CALLS: Final = 32
-"""Gets and lists that may be under way: each holds a thread, and an engine has far fewer."""
+"""Gets and lists that may be in progress: each holds a thread, and an engine has far fewer."""
 
 _CONCURRENT_QUESTIONS: Final = 16
-"""Lookups, pings and deletes that may be under way. They are short, and have threads of their own: behind gets that
+"""Lookups, pings and deletes that may be in progress. They are short, and have threads of their own: behind gets that
 hang, a lookup would outlast its deadline, and a ping LMCache's patience, which then disables the whole engine."""
 
 PING_OK, PING_CLOSED = 0, 1
@@ -297,7 +297,7 @@ class HFBucketConnector(RemoteConnector):
         return PING_CLOSED if self._closed else PING_OK
 
     async def close(self) -> None:
-        """Wait up to `close_timeout_secs` for puts under way, then end everything at once; once is enough."""
+        """Wait up to `close_timeout_secs` for puts in progress, then end everything at once; once is enough."""
         if self._closed:
             return
         self._closed = True
@@ -372,7 +372,7 @@ def _release_all(memory_objs: Sequence[MemoryObj | None]) -> None:
 
 def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:
     """Refuse what cannot work with full chunks that carry no metadata."""
-    wrong = complaints(
+    wrong = rule_violations(
         save_unfull_chunk=bool(config.save_unfull_chunk),
         save_chunk_meta=bool((config.extra_config or {}).get("save_chunk_meta", False)),
         use_layerwise=bool(config.use_layerwise),
@@ -439,7 +439,7 @@ def _instance_name(context: ConnectorContext) -> str:
     return name
 
 
-def _adapter_named_by(context: ConnectorContext) -> HFBucketConnectorAdapter | None:
+def _adapter_for(context: ConnectorContext) -> HFBucketConnectorAdapter | None:
     """Our adapter, if the configuration names it (or a subclass of it) for this instance."""
     return _adapter_of(context.config, _instance_name(context))
 
@@ -471,7 +471,7 @@ def _teach_manager() -> None:
 
     @functools.wraps(original)
     def create_connector(self: Any) -> Any:
-        if str(self.context.url).startswith(_SCHEME) and (ours := _adapter_named_by(self.context)) is not None:
+        if str(self.context.url).startswith(_SCHEME) and (ours := _adapter_for(self.context)) is not None:
             return ours.create_connector(self.context)
         return original(self)
 

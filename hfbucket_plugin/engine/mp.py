@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 
 _LOOKUPS: Final = 16
 _LOADS: Final = 32
-"""Lookups and loads that may be under way: each holds a thread. They have threads of their own, so that a lookup does not
+"""Lookups and loads that may be in progress: each holds a thread. They have threads of their own, so that a lookup does not
 wait behind loads that hang."""
 
 _BACKLOG: Final = 1024
@@ -129,9 +129,9 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._usage,
             settings.usage_refresh_secs,
             None if settings.max_capacity_gb else settings.usage_max_pages,
-            self._tell_listeners,
+            self._notify_listeners,
             by_itself=settings.max_capacity_gb > 0,
-            corrected=self._forget_what_is_gone,
+            corrected=self._forget_deleted,
         )
         self._store.on_answers(self._learn)
         self._store.sweep()
@@ -190,11 +190,11 @@ class HFBucketL2Adapter(L2AdapterInterface):
                     replaced = {self._path(key): size for key, size in report.replaced.items()}
                     entries = [(self._path(key), names[key].cache_salt, sizes[key]) for key in report.stored]
                     self._usage.wrote(entries, replaced)
-                    self._tell(self._notify_keys_stored, stored, amounts)
+                    self._notify(self._notify_keys_stored, stored, amounts)
         finally:
             self._tasks.finish(task, result)
 
-    def _tell(self, notify: Callable[..., None], *args: Any) -> None:
+    def _notify(self, notify: Callable[..., None], *args: Any) -> None:
         """Tell LMCache's listeners; one that raises changes nothing here."""
         try:
             notify(*args)
@@ -231,7 +231,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         found = [key for key, hit in zip(keys, hits, strict=True) if hit]
         if found:
             self._tasks.lock(found, task)
-            self._tell(self._notify_keys_accessed, found)
+            self._notify(self._notify_keys_accessed, found)
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -384,13 +384,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """Tell LMCache of objects that are gone, with the bytes that were counted for each."""
         self._usage_listing.evicted(len(objects))
         self._credit(sum(size for _, size in objects))
-        self._tell(self._notify_keys_deleted, [key for key, _ in objects], [size for _, size in objects])
+        self._notify(self._notify_keys_deleted, [key for key, _ in objects], [size for _, size in objects])
 
     def _keep(self, keys: list[ObjectKey]) -> None:
         """Have LMCache offer others: these are newer than objects that it was not told of yet."""
         for listener in list(self._listeners):
             if _evicts_by_capacity(listener):
-                self._tell(listener.on_l2_keys_accessed, keys)
+                self._notify(listener.on_l2_keys_accessed, keys)
 
     def _credit(self, amount: int) -> None:
         """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
@@ -404,11 +404,11 @@ class HFBucketL2Adapter(L2AdapterInterface):
         """Correct the account by what the Hub said of some keys, and tell LMCache of those that are gone."""
         keys = {self._path(name): name for name in contents}
         sizes = {path: content.size if (content := contents[name]) else None for path, name in keys.items()}
-        lost = [key for path in self._usage.learnt(sizes, asked) if (key := object_key(keys[path])) is not None]
+        lost = [key for path in self._usage.learned(sizes, asked) if (key := object_key(keys[path])) is not None]
         if lost:
             self._deleted([(key, 0) for key in lost])
 
-    def _forget_what_is_gone(self) -> None:
+    def _forget_deleted(self) -> None:
         """Tell LMCache's policies of objects that a listing did not find: they would evict others in their stead."""
         if not self._usage.exact:
             return
@@ -424,7 +424,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 for action in policy.get_eviction_actions(1.0, cache_salt=salt):
                     counted = self._usage.counts([self._path(key_string(key)) for key in action.keys])
                     gone = [key for key, is_counted in zip(action.keys, counted, strict=True) if not is_counted]
-                    self._tell(listener.on_l2_keys_deleted, gone)
+                    self._notify(listener.on_l2_keys_deleted, gone)
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
@@ -450,14 +450,14 @@ class HFBucketL2Adapter(L2AdapterInterface):
         super().register_listener(listener)
         self._usage_listing.again()
 
-    def _tell_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
+    def _notify_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
         """Tell of objects that a listing found, newest first, to the listeners that evict by the capacity of the whole.
 
         Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
         """
         for listener in list(self._listeners):
             if self._max_capacity_bytes and _evicts_by_capacity(listener):
-                self._tell(listener.on_l2_keys_stored, keys, sizes)
+                self._notify(listener.on_l2_keys_stored, keys, sizes)
 
     # --- status and the end -----------------------------------------------------------------------------------------
 
@@ -492,7 +492,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         }
 
     def close(self) -> None:
-        """Wait up to `close_timeout_secs` for stores under way, then end everything; once is enough."""
+        """Wait up to `close_timeout_secs` for stores in progress, then end everything; once is enough."""
         with self._lock:
             if self._closed:
                 return

@@ -325,9 +325,9 @@ class Usage:
                 digest = digest_of(path)
                 known, _ = self._sizes.get(digest)
                 if not known and (old := replaced.get(path)):
-                    self._take_off_the_rest(old)
+                    self._drop_remaining(old)
                 self.net += not known and path not in replaced
-                self._is_news(digest, self._clock())
+                self._is_newer(digest, self._clock())
                 self._set(digest, size, self._owner(salt))
 
     def deleted(self, held: Mapping[str, int]) -> None:
@@ -341,7 +341,7 @@ class Usage:
                 digest = digest_of(path)
                 self.net -= 1
                 if not self._drop(digest):
-                    self._take_off_the_rest(size)
+                    self._drop_remaining(size)
 
     def gone(self, paths: Iterable[str]) -> dict[str, int]:
         """Take objects off that are not there, though nobody here deleted them.
@@ -352,7 +352,7 @@ class Usage:
         with self._lock:
             return {path: size for path in paths if (size := self._drop(digest_of(path)))}
 
-    def learnt(self, sizes: Mapping[str, int | None], asked: float) -> list[str]:
+    def learned(self, sizes: Mapping[str, int | None], asked: float) -> list[str]:
         """Correct the account by an answer of the Hub.
 
         Args:
@@ -367,7 +367,7 @@ class Usage:
             for path, size in sizes.items():
                 digest = digest_of(path)
                 known, owner = self._sizes.get(digest)
-                if not (known or self.everybody) or not self._is_news(digest, asked):
+                if not (known or self.everybody) or not self._is_newer(digest, asked):
                     continue
                 if (
                     size
@@ -409,7 +409,7 @@ class Usage:
                 known, owner = self._sizes.get(digest)
                 if not (known or self.everybody):
                     continue
-                if not self._is_news(digest, asked):
+                if not self._is_newer(digest, asked):
                     if known:  # what is known is later than this page, and the object is there
                         self._sizes.set(digest, known, owner)
                     continue
@@ -464,7 +464,7 @@ class Usage:
 
     @property
     def now(self) -> float:
-        """The clock that `learnt` and `listed` go by."""
+        """The clock that `learned` and `listed` go by."""
         return self._clock()
 
     def by_salt(self) -> dict[str, int]:
@@ -499,13 +499,13 @@ class Usage:
 
     def _drop(self, digest: int) -> int:
         """Take an object off, and return what was counted for it."""
-        self._is_news(digest, self._clock())
+        self._is_newer(digest, self._clock())
         known, owner = self._sizes.get(digest)
         if known:
             self._count(digest, 0, known, owner, owner)
         return known
 
-    def _is_news(self, digest: int, since: float) -> bool:
+    def _is_newer(self, digest: int, since: float) -> bool:
         """Note when an object was learnt of; False where something later is known of it."""
         if since < max(self._listed_since, self._recent.get(digest, since)):
             return False
@@ -515,7 +515,7 @@ class Usage:
             self._recent.popitem(last=False)
         return True
 
-    def _take_off_the_rest(self, size: int) -> None:
+    def _drop_remaining(self, size: int) -> None:
         """An object that is not known one by one went: it was among the rest, if there is any."""
         if self._more_objects:
             self._more_objects -= 1
@@ -557,7 +557,7 @@ Tell = Callable[[list["ObjectKey"], list[int]], None]
 
 @dataclass(slots=True)
 class _Progress:
-    """A listing under way: kept over pauses and failures, so that no page is asked for twice.
+    """A listing in progress: kept over pauses and failures, so that no page is asked for twice.
 
     Attributes:
         number: Which wish for a listing it grants.
@@ -568,7 +568,7 @@ class _Progress:
         tries: Failures of the next page.
         oldest: The oldest objects that were not told of yet; the newest of them first.
         oldest_left_out: When the oldest object was uploaded for which there was no room.
-        told: Objects seen that were told of before.
+        reported: Objects seen that were told of before.
         seen: Objects seen that were not.
     """
 
@@ -580,7 +580,7 @@ class _Progress:
     tries: int = 0
     oldest: list[tuple[float, int, ObjectKey, int]] = field(default_factory=list)
     oldest_left_out: float = float("inf")
-    told: int = 0
+    reported: int = 0
     seen: int = 0
 
 
@@ -613,7 +613,7 @@ class UsageListing:
         self._usage = usage
         self._refresh_secs = refresh_secs
         self._max_pages = max_pages
-        self._tell = tell
+        self._notify = tell
         self._by_itself = by_itself
         self._corrected = corrected
         self._lock = threading.Lock()
@@ -622,9 +622,9 @@ class UsageListing:
         self._thread: threading.Thread | None = None
         self._progress: _Progress | None = None
         self._asked = 0  # wishes for a listing that begins after them
-        self._told_until = _LONG_AGO  # everything uploaded until then was told
-        self._told_newest: datetime | None = None  # the newest object that was told; None where all were
-        self._told_left = 0
+        self._reported_until = _LONG_AGO  # everything uploaded until then was told
+        self._reported_newest: datetime | None = None  # the newest object that was told; None where all were
+        self._reported_left = 0
         self._restart = False
         self._gap_secs = 0.0
         self._last_secs = 0.0
@@ -677,13 +677,15 @@ class UsageListing:
     def too_new(self, uploaded: datetime | None) -> bool:
         """Whether older objects are there that LMCache was not told of: they go first."""
         with self._lock:
-            return self._told_newest is not None and uploaded is not None and uploaded > self._told_newest
+            return self._reported_newest is not None and uploaded is not None and uploaded > self._reported_newest
 
     def evicted(self, objects: int) -> None:
         """Count objects that are gone; when half of what LMCache was told of is, it is told of more."""
         with self._lock:
-            self._told_left = max(0, self._told_left - objects)
-            more = self._told_newest is not None and self._told_left <= _MOST_TOLD // 2 and self._progress is None
+            self._reported_left = max(0, self._reported_left - objects)
+            more = (
+                self._reported_newest is not None and self._reported_left <= _MOST_TOLD // 2 and self._progress is None
+            )
         if more:
             self._want()
 
@@ -692,11 +694,11 @@ class UsageListing:
         if not self._by_itself:
             return
         with self._lock:
-            self._restart = True  # taken up at the start of a listing: one that is under way has skipped objects
+            self._restart = True  # taken up at the start of a listing: one that is in progress has skipped objects
         self._want()
 
     def close(self) -> None:
-        """List no more; a page under way ends by itself."""
+        """List no more; a page in progress ends by itself."""
         self._closed.set()
         self._wanted.set()
 
@@ -763,14 +765,14 @@ class UsageListing:
                 files = self._bucket.info(Deadline.after(_INFO_SECS)).get("totalFiles")
         with self._lock:
             if self._restart:
-                self._restart, self._told_until, self._told_newest = False, _LONG_AGO, None
+                self._restart, self._reported_until, self._reported_newest = False, _LONG_AGO, None
             number = self._asked
             self._baseline = (files, self._usage.net) if isinstance(files, int) else None
         self._usage.begin()
         return _Progress(number, datetime.now(UTC), time.monotonic())
 
     def _list(self) -> None:
-        """List what is left of the listing under way, or all."""
+        """List what is left of the listing in progress, or all."""
         if self._restart and self._progress is not None:
             self._give_up()
         if not self._wait_for_turn():
@@ -826,8 +828,8 @@ class UsageListing:
     def _see(self, key: ObjectKey, info: ObjectInfo, progress: _Progress) -> None:
         """Keep the oldest of what was not told."""
         uploaded = info.uploaded_at or _LONG_AGO
-        if uploaded <= self._told_until:
-            progress.told += 1
+        if uploaded <= self._reported_until:
+            progress.reported += 1
             return
         at = uploaded.timestamp()
         entry = (-at, progress.seen, key, info.content.size)
@@ -839,16 +841,16 @@ class UsageListing:
             progress.oldest_left_out = min(progress.oldest_left_out, -left_out[0])
 
     def _end(self, progress: _Progress) -> None:
-        told_before = self._told_until, self._told_newest
-        told = self._choose(progress)
+        reported_before = self._reported_until, self._reported_newest
+        reported = self._choose(progress)
         try:
             corrected = self._usage.end(complete=progress.cursor is None)
-            if told and not self._closed.is_set():
-                self._tell([key for _, _, key, _ in told], [size for _, _, _, size in told])
+            if reported and not self._closed.is_set():
+                self._notify([key for _, _, key, _ in reported], [size for _, _, _, size in reported])
             if corrected and not self._closed.is_set():
                 self._corrected()
         except BaseException:
-            self._told_until, self._told_newest = told_before
+            self._reported_until, self._reported_newest = reported_before
             raise
         self._progress = None
         self._last_secs = time.monotonic() - progress.started
@@ -861,20 +863,20 @@ class UsageListing:
 
     def _choose(self, progress: _Progress) -> list[tuple[float, int, ObjectKey, int]]:
         """The objects to tell of, the newest first: as many of the oldest as there is room for."""
-        room = max(0, _MOST_TOLD - progress.told)
+        room = max(0, _MOST_TOLD - progress.reported)
         newest_first = sorted(progress.oldest)
         too_many = max(0, len(newest_first) - room)
         for at, *_ in newest_first[:too_many]:
             progress.oldest_left_out = min(progress.oldest_left_out, -at)
         chosen = newest_first[too_many:]
         with self._lock:
-            self._told_left = progress.told + len(chosen)
+            self._reported_left = progress.reported + len(chosen)
             if progress.oldest_left_out == float("inf"):
-                self._told_until, self._told_newest = max(self._told_until, progress.began - _SLACK), None
+                self._reported_until, self._reported_newest = max(self._reported_until, progress.began - _SLACK), None
             elif chosen:
-                self._told_newest = datetime.fromtimestamp(-chosen[0][0], UTC)
+                self._reported_newest = datetime.fromtimestamp(-chosen[0][0], UTC)
                 # Those of one moment of which only some were told are told again.
                 whole = next((at for at, *_ in chosen if -at < progress.oldest_left_out), None)
                 if whole is not None:
-                    self._told_until = datetime.fromtimestamp(-whole, UTC)
+                    self._reported_until = datetime.fromtimestamp(-whole, UTC)
         return chosen

@@ -22,7 +22,7 @@ from hfbucket_plugin.errors import IntegrityError
 
 
 class NewerError(IntegrityError):
-    """A later release wrote the object: there is nothing to mend, and no reason to overwrite it."""
+    """A later release wrote the object: there is nothing to fix, and no reason to overwrite it."""
 
 
 SCHEMA: Final = 1
@@ -297,7 +297,7 @@ def _word(value: Any) -> str:
     return printable({True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value))
 
 
-def in_words(found: list[Difference], where: str = "here") -> str:
+def as_text(found: list[Difference], where: str = "here") -> str:
     """Differences in one line; see `Difference.words`."""
     return "; ".join(one.words(where) for one in found)
 

@@ -22,7 +22,7 @@ from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.telemetry import RateLimitedLogger
 from hfbucket_plugin.errors import BucketMissingError, HFBucketError, IntegrityError, ThrottledError, TransportError
-from hfbucket_plugin.fingerprint.model import differences, in_words, printable
+from hfbucket_plugin.fingerprint.model import as_text, differences, printable
 from hfbucket_plugin.fingerprint.store import FingerprintStore
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class EngineHandle:
         self.state: State = "unknown"
         self.used = False
         self.stores = False
-        self.told = ""
+        self.reported = ""
         self.write_at = float("-inf")  # before, what was refused is not tried again
         self.revision = 0  # of its facts: what was found out about an earlier one does not hold
 
@@ -160,7 +160,7 @@ class FingerprintWatch:
         with self._lock:
             self._subjects[subject] = None
             self._known.setdefault(model, _Known())
-        self.look_soon(model)
+        self.check_soon(model)
         return subject
 
     def drop(self, subject: EngineHandle) -> None:
@@ -195,7 +195,7 @@ class FingerprintWatch:
                 if subject.state == "agrees" and not agrees:
                     subject.state = "unknown"
             subject.stores |= stores
-        self.look_soon(subject.model)
+        self.check_soon(subject.model)
 
     def _agrees(self, subject: EngineHandle) -> bool:
         known = self._known.get(subject.model)
@@ -219,9 +219,9 @@ class FingerprintWatch:
             subject.revision += 1
             if not agrees:
                 subject.state = "unknown"
-        self.look_soon(subject.model)
+        self.check_soon(subject.model)
 
-    def look_soon(self, model: str) -> None:
+    def check_soon(self, model: str) -> None:
         """Have a model's engines compared with its record, now if nobody does. The Hub is asked only when it is time."""
         with self._lock:
             known = self._known.get(model)
@@ -254,7 +254,7 @@ class FingerprintWatch:
             _log.exception("[%s] fingerprint: the look at %r failed", self._instance, model)
             known.next_at = self._clock() + _LAST_RETRY_SECS
         finally:
-            self._tell_states()
+            self._log_states()
             with self._lock:
                 known.busy = False
                 again = self._clock() >= known.next_at and not self._closed
@@ -337,7 +337,7 @@ class FingerprintWatch:
         elif recorded is None:
             self._settle(subject, revision, "unrecorded")
         elif not differences(recorded, mine):
-            subject.told = ""
+            subject.reported = ""
             self._settle(subject, revision, "agrees")
         elif self._settle(subject, revision, "conflict"):
             self._conflict(subject, recorded, mine)
@@ -393,11 +393,11 @@ class FingerprintWatch:
 
     def _conflict(self, subject: EngineHandle, recorded: Fingerprint, mine: Fingerprint) -> None:
         found = differences(recorded, mine)
-        words = in_words(found)
-        if subject.told != words:
+        words = as_text(found)
+        if subject.reported != words:
             for one in found:
                 self._sink.count(telemetry.FINGERPRINT_CONFLICTS, instance=self._instance, field=one.field)
-        subject.told = words
+        subject.reported = words
         who = f"{recorded.written_by or 'somebody'} at {recorded.recorded_at or 'some time'}"
         then = (
             "nothing is served from it or stored there (fingerprint: enforce)"
@@ -437,7 +437,7 @@ class FingerprintWatch:
             return
         self._limited.warning(kind, f"[{self._instance}] fingerprint: {message}")
 
-    def _tell_states(self) -> None:
+    def _log_states(self) -> None:
         with self._lock:
             states = Counter(subject.state for subject in self._subjects)
         for state in STATES:
@@ -450,7 +450,7 @@ class FingerprintWatch:
         with self._lock:
             subjects = list(self._subjects)
         return [
-            f"{printable(one.model)}: {one.told}"
+            f"{printable(one.model)}: {one.reported}"
             if one.state == "conflict"
             else f"{printable(one.model)}: its fingerprint is unreadable"
             for one in subjects

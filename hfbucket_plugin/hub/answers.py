@@ -173,11 +173,11 @@ def records(body: bytes, what: str, room: BodyLimit) -> list[dict[str, Any]]:
 def words(body: bytes) -> str:
     """What an error's body says, for people: its field `error`, or the body itself."""
     try:
-        told = document(body[:WORDS], "", SMALL)
+        reported = document(body[:WORDS], "", SMALL)
     except TransportError:
-        told = None
-    if isinstance(told, dict) and isinstance(told.get("error"), (str, int)):
-        return str(told["error"])
+        reported = None
+    if isinstance(reported, dict) and isinstance(reported.get("error"), (str, int)):
+        return str(reported["error"])
     return body[:WORDS].decode(errors="replace") or "no reason given"
 
 

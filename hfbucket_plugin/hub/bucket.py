@@ -1,4 +1,4 @@
-"""The one door to a bucket: look up, list, read, write, copy, delete. Knows nothing of LMCache.
+"""The bucket client: look up, list, read, write, copy, delete. Knows nothing of LMCache.
 
 Routes and fields follow `huggingface_hub` 2.x (`hf_api.py`, `_buckets.py`); they are asked here directly because
 its own calls have no timeout, cannot be told to stop, and read into files only.

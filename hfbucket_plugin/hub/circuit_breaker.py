@@ -264,7 +264,7 @@ class CircuitBreakers:
     def succeeded(self, part: Part) -> None:
         """Note that some work of a part was done."""
         if self._breakers[part].succeeded():
-            self._tell_closed(part)
+            self._log_closed(part)
 
     def failed(self, part: Part, error: HFBucketError) -> None:
         """Note that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
@@ -274,7 +274,7 @@ class CircuitBreakers:
         if not self._breakers[part].is_open:
             self._reasons[part] = str(error)
         if self._breakers[part].failed():
-            self._tell(part, "open", str(error))
+            self._notify(part, "open", str(error))
             self._start_prober()
 
     def ended(self, part: Part, error: HFBucketError | None) -> None:
@@ -284,7 +284,7 @@ class CircuitBreakers:
         elif not isinstance(error, (BudgetError, BreakerOpenError, RevokedError)):
             self.succeeded(part)
 
-    def _tell(self, part: Part, to: Literal["open", "closed"], why: str) -> None:
+    def _notify(self, part: Part, to: Literal["open", "closed"], why: str) -> None:
         self._sink.gauge(telemetry.BREAKER_OPEN, float(to == "open"), instance=self._instance, part=part)
         self._sink.count(telemetry.BREAKER_CHANGES, instance=self._instance, part=part, to=to)
         if to == "open":
@@ -376,11 +376,11 @@ class CircuitBreakers:
 
     def _close(self, part: Part) -> None:
         if self._breakers[part].probed(well=True):
-            self._tell_closed(part)
+            self._log_closed(part)
 
-    def _tell_closed(self, part: Part) -> None:
+    def _log_closed(self, part: Part) -> None:
         self._reasons.pop(part, None)
-        self._tell(part, "closed", "")
+        self._notify(part, "closed", "")
         self._wake.set()
 
     def status(self) -> dict[str, str]:

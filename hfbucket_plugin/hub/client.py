@@ -224,7 +224,7 @@ class HubClient:
         self._threads = WorkerPool(f"hfbucket-hub-{instance}", _THREADS, _BACKLOG)
 
     def close(self) -> None:
-        """Send nothing more; what is under way is left to end by itself."""
+        """Send nothing more; what is in progress is left to end by itself."""
         self._threads.close()
 
     def headers(self) -> dict[str, str]:
@@ -323,7 +323,7 @@ class HubClient:
         outcome = "ok"
         try:
             answer = self._send(request)
-            self.rate_limiter.heed(answer.status, answer.headers)
+            self.rate_limiter.observe(answer.status, answer.headers)
             if answer.status >= _CLIENT_ERROR and answer.status not in allow:
                 raise self._error(answer, request.what)
         except HFBucketError as error:
@@ -419,13 +419,13 @@ class HubClient:
         if status == _NOT_FOUND and answer.headers.get("x-error-code") == _BUCKET_MISSING:
             return BucketMissingError(
                 f"{what}: the Hub answered 404 ({words}): the bucket does not exist, or may not be "
-                f"seen with the token from {self._source()}. Create it, mend bucket_handle, or set "
+                f"seen with the token from {self._source()}. Create it, fix bucket_handle, or set "
                 "create_bucket_if_missing"
             )
         if status == _TOO_MANY:
             after = retry_after(answer.headers)
-            told = f"; it asks to wait {after:g} s" if after is not None else ""
-            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{told}", after)
+            reported = f"; it asks to wait {after:g} s" if after is not None else ""
+            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{reported}", after)
         if status == _NOT_FOUND:  # a proxy's, or a mistyped endpoint's: nothing is known of the bucket
             return TransportError(
                 f"{what}: {self.endpoint} answered 404 ({words}), and not as a Hub does for a missing bucket; check "

@@ -88,7 +88,7 @@ def open_bucket(
     bulk: bool = False,
     counted: bool = False,
 ) -> Bucket:
-    """Make the door to an instance's bucket.
+    """Make the client of an instance's bucket.
 
     Args:
         settings: The instance's.
@@ -129,7 +129,7 @@ def open_bucket(
 
 @contextlib.contextmanager
 def opened(named: InstanceConfig, timeout_secs: float, *, few_calls: bool = False) -> Iterator[Bucket]:
-    """The door to an instance's bucket, closed at the end.
+    """The client of an instance's bucket, closed at the end.
 
     Args:
         named: The instance.

@@ -48,7 +48,7 @@ def list_chunks(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[ChunkEn
     """Stream the chunks whose key starts with one of the prefixes, each chunk once.
 
     Memory does not grow with the bucket: pages come one by one. Objects that are no chunks (names that do not parse,
-    nested paths, our own records) are passed by.
+    nested paths, our own records) are skipped.
 
     Args:
         bucket: The instance's.
@@ -241,14 +241,14 @@ class _Listing:
                 self._take_in()
 
     def _ask(self) -> None:
-        """Ask for as many pages as may be under way, those that are wanted first before all others."""
-        under_way = ahead = 0
+        """Ask for as many pages as may be in progress, those that are wanted first before all others."""
+        in_progress = ahead = 0
         for number, part in enumerate(self._parts):
             if part.asked is None and not part.ended and (number == 0 or ahead < _MOST_AHEAD):
                 part.asked = self._workers.submit(self._page, part.prefix, part.name, part.cursor, part.exact)
-            under_way += part.asked is not None
+            in_progress += part.asked is not None
             ahead += len(part.pages) + (part.asked is not None)
-            if under_way == THREADS or ahead >= _MOST_AHEAD:
+            if in_progress == THREADS or ahead >= _MOST_AHEAD:
                 return
 
     def _page(

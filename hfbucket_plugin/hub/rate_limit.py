@@ -3,7 +3,7 @@
 The Hub counts calls per member in fixed windows of 5 minutes, and a fleet shares one quota. It answers 429 with
 `Retry-After` when it is used up, and tells beforehand with `RateLimit: "<name>";r=<left>;t=<seconds to reset>`.
 Reads from the store are no calls to the Hub: they go on during a pause. A thousand processes are told to wait by one used-up
-quota: so pauses end, and scouts are sent, at times of each process' own.
+quota: so pauses end, and probe requests are sent, at times of each process' own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SCOUT_SECS: Final = 15.0
 proxy's whim."""
 
 _SCOUT_GROWTH: Final = 4
-"""Each further scout of a pause waits so many times longer: a process sends two in a window of the Hub's at most, and a
+"""Each further probe request of a pause waits so many times longer: a process sends two in a window of the Hub's at most, and a
 thousand of them 2,000, which is below the quota of PRO."""
 
 _SPREAD: Final = 0.1
@@ -149,7 +149,7 @@ class RateLimiter:
                 self._calls.append(now)
         return None
 
-    def heed(self, status: int, headers: Mapping[str, str]) -> None:
+    def observe(self, status: int, headers: Mapping[str, str]) -> None:
         """Note what an answer says about the quota.
 
         Args:
@@ -163,7 +163,9 @@ class RateLimiter:
                 self._unexplained = 0
                 if _used_up_for(headers) is None:
                     if now - self._paused_since >= _SCOUT_SECS:
-                        self._paused_until = float("-inf")  # an answer to a scout, not to a call from before the pause
+                        self._paused_until = float(
+                            "-inf"
+                        )  # an answer to a probe request, not to a call from before the pause
                     return
             elif asked is None:
                 asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)

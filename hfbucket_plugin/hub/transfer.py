@@ -361,7 +361,7 @@ class Transfer:
                 part.read.fail(TransportError(f"sample: {error}"))
                 ended(content, part.read.error)
         for future, part in tasks.items():
-            future.add_done_callback(partial(_tell_sample, part, ended))
+            future.add_done_callback(partial(_report_sample, part, ended))
         waiting = set(tasks)
         failure: HFBucketError | None = None
         while waiting and not deadline.passed:
@@ -651,7 +651,7 @@ def _sample_error(part: _Part, future: Future[int]) -> HFBucketError | None:
     return part.read.error
 
 
-def _tell_sample(part: _Part, ended: Callable[[ContentId, HFBucketError | None], None], future: Future[int]) -> None:
+def _report_sample(part: _Part, ended: Callable[[ContentId, HFBucketError | None], None], future: Future[int]) -> None:
     ended(part.read.content, _sample_error(part, future))
 
 

@@ -23,9 +23,26 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, xet_hashes
-from hfbucket_plugin.index.access.stats import HIT, WARM_ROW, HitLog, Span, carried, has_heat, once, warmed, widened
-from hfbucket_plugin.index.access.stats import LATE_SECS as HEAT_LATE_SECS
-from hfbucket_plugin.index.format import HEAT_JOURNAL, FormatError, check_order, check_snapshot, header_of, read_header
+from hfbucket_plugin.index.access.stats import (
+    HIT,
+    WARM_ROW,
+    HitLog,
+    Span,
+    deduplicated,
+    has_access_columns,
+    warmed,
+    with_access_columns,
+    with_earlier_access,
+)
+from hfbucket_plugin.index.access.stats import LATE_SECS as ACCESS_LATE_SECS
+from hfbucket_plugin.index.format import (
+    ACCESS_JOURNAL,
+    FormatError,
+    check_order,
+    check_snapshot,
+    header_of,
+    read_header,
+)
 from hfbucket_plugin.index.refresh import listed_rows
 from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, JournalRows
 from hfbucket_plugin.index.table import CHANGE, ROW, applied, in_order, last_of_each, newest
@@ -43,7 +60,7 @@ _log = logging.getLogger(__name__)
 
 PARTS: Final = 64
 _BLOCK_ROWS: Final = 50_000
-_HEAT: Final = np.dtype([(name, WARM_ROW[name]) for name in ("digest_hi", "digest_lo", "last_hit", "heat")])
+_ACCESS: Final = np.dtype([(name, WARM_ROW[name]) for name in ("digest_hi", "digest_lo", "last_hit", "heat")])
 _PAGE: Final = 1000
 _TRIES: Final = 3
 
@@ -113,7 +130,7 @@ class SnapshotFile:
         self._rows = _Parts(directory, "rows", dtype)
         self._changes = _Parts(directory, "changes", CHANGE)
         self._hits = _Parts(directory, "hits", HIT)
-        self._before = _Parts(directory, "before", _HEAT)
+        self._before = _Parts(directory, "before", _ACCESS)
         self._all = (self._rows, self._changes, self._hits, self._before)
 
     def __enter__(self) -> Self:
@@ -125,7 +142,7 @@ class SnapshotFile:
 
     def add(self, rows: Rows) -> None:
         """Add keys; of several rows of one key the last one counts."""
-        if has_heat(rows.dtype) and len(rows) and rows["last_hit"].max() > self._latest:
+        if has_access_columns(rows.dtype) and len(rows) and rows["last_hit"].max() > self._latest:
             rows = rows.copy()
             rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
         self._rows.add(rows)
@@ -140,7 +157,7 @@ class SnapshotFile:
 
     def carry(self, rows: Rows) -> None:
         """Add rows of an earlier snapshot, for the heat that they have."""
-        rows = widened(rows, _HEAT).copy()
+        rows = with_access_columns(rows, _ACCESS).copy()
         rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
         self._before.add(rows)
 
@@ -155,7 +172,7 @@ class SnapshotFile:
             How many keys it has.
         """
         keys, dtype = 0, self._rows.dtype
-        if counted is not None and not has_heat(dtype):
+        if counted is not None and not has_access_columns(dtype):
             dtype = WARM_ROW
         with path.open("wb") as out:
             out.write(header_of(dtype, 0))
@@ -163,8 +180,10 @@ class SnapshotFile:
                 rows = last_of_each(in_order(self._rows.read(part)))
                 rows = applied(rows, newest(self._changes.read(part)))
                 if counted is not None:
-                    rows = carried(widened(rows, dtype), last_of_each(in_order(self._before.read(part))))
-                    rows = warmed(rows, once(self._hits.read(part)), *counted)
+                    rows = with_earlier_access(
+                        with_access_columns(rows, dtype), last_of_each(in_order(self._before.read(part)))
+                    )
+                    rows = warmed(rows, deduplicated(self._hits.read(part)), *counted)
                 out.write(rows.tobytes())
                 keys += len(rows)
                 for parts in self._all:
@@ -239,16 +258,16 @@ def from_listing(
         infos = _watched(bucket.list_objects(bucket.handle.join(""), page_secs, each_page), each_object)
         while page := list(islice(infos, _PAGE)):
             file.add(listed_rows(page, bucket.handle))
-        path, heat, counted = directory / "snapshot.npy", Span(until=began - HEAT_LATE_SECS), None
+        path, heat, counted = directory / "snapshot.npy", Span(until=began - ACCESS_LATE_SECS), None
         if store is not None:
-            heat, counted = _heat_for_listing(bucket, store, file, directory, request_secs=page_secs, began=began)
+            heat, counted = _access_for_listing(bucket, store, file, directory, request_secs=page_secs, began=began)
         return BuiltSnapshot(path, file.write(path, counted), began, began, began, heat=heat)
 
 
 _Counted = tuple[float, float] | None
 
 
-def _heat_for_listing(
+def _access_for_listing(
     bucket: Bucket, store: IndexStore, file: SnapshotFile, directory: Path, *, request_secs: float, began: float
 ) -> tuple[Span, _Counted]:
     """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
@@ -258,12 +277,12 @@ def _heat_for_listing(
     try:
         listing = store.list(Deadline.patient(request_secs))
         journals, why = listing.journals, listing.crowded
-    except HFBucketError as error:  # too many of them, say, which this listing is to mend
+    except HFBucketError as error:  # too many of them, say, which this listing is to fix
         why = str(error)
     if why:
         _log.warning("what journals tell of hits is lost, so that nothing counts as idle before now: %s", why)
         tells.unread(1, began)
-    before, lost = _heat_before(bucket, store, path, request_secs, began)
+    before, lost = _access_before(bucket, store, path, request_secs, began)
     if before.known:
         with path.open("rb") as source:
             dtype = read_header(source, str(path)).dtype
@@ -271,18 +290,18 @@ def _heat_for_listing(
                 file.carry(rows)
     path.unlink(missing_ok=True)
     live = [journal for journal in journals if journal.name.hits and journal.at >= before.until]
-    for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
-        if isinstance(told, JournalRows):
-            _take_hits(told, file, tells, began)
+    for journal, reported in store.read_journal_rows(live, Deadline.patient(10 * request_secs)):
+        if isinstance(reported, JournalRows):
+            _take_hits(reported, file, tells, began)
         else:
-            _miss_hits(journal, told, tells)
+            _miss_hits(journal, reported, tells)
     span, counted = _span(tells, before, began)
     if lost and not span.known:  # nothing may look idle because what was read is not known any more
         return Span(began, span.until, began), (before.until, span.until)
     return span, counted
 
 
-def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float, now: float) -> tuple[Span, bool]:
+def _access_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float, now: float) -> tuple[Span, bool]:
     """Fetch the snapshot before, if it knows heat.
 
     Returns:
@@ -315,16 +334,16 @@ def _heat_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: fl
     return Span(), lost
 
 
-def _take_hits(told: JournalRows, file: SnapshotFile, tells: HitLog, began: float) -> None:
-    file.hit(told.hits)
-    for rows in (told.hits, told.lost):
+def _take_hits(reported: JournalRows, file: SnapshotFile, tells: HitLog, began: float) -> None:
+    file.hit(reported.hits)
+    for rows in (reported.hits, reported.lost):
         tells.add(rows["told"], began)
-    tells.lose(told.lost, began)
+    tells.lose(reported.lost, began)
 
 
 def _miss_hits(journal: Journal, why: HFBucketError, tells: HitLog) -> None:
     """Note that a journal of hits could not be read: what it told of would else look idle."""
-    hits = max(1, journal.content.size // HEAT_JOURNAL.itemsize)
+    hits = max(1, journal.content.size // ACCESS_JOURNAL.itemsize)
     tells.unread(hits, journal.at)
     _log.warning(
         "%s: the journal could not be read, so that up to %d keys that were read are not known: %s",
@@ -338,12 +357,12 @@ def _sane(pointer: Pointer, began: float) -> Span:
     if not ahead:
         return pointer.heat
     _log.warning("heat starts again from now: the pointer to the key index is not valid: %s", ahead)
-    return Span(began, began - HEAT_LATE_SECS, min(began, pointer.heat_told))
+    return Span(began, began - ACCESS_LATE_SECS, min(began, pointer.heat_told))
 
 
 def _span(tells: HitLog, before: Span, began: float) -> tuple[Span, _Counted]:
     """For how long heat is known after some tells, and the window of those that are counted; None where none ever was."""
-    span = tells.span(before, began, began - HEAT_LATE_SECS)
+    span = tells.span(before, began, began - ACCESS_LATE_SECS)
     return span, (before.until, span.until) if span.known else None
 
 
@@ -380,20 +399,20 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
                 file.add(rows)
             tells, since = HitLog(), min(pointer.covers, pointer.heat_until or pointer.covers)
             live = [journal for journal in listing.journals if journal.at >= since]
-            for journal, told in store.read_told(live, Deadline.patient(10 * request_secs)):
-                if isinstance(told, JournalRows):
-                    _take_hits(told, file, tells, began)
+            for journal, reported in store.read_journal_rows(live, Deadline.patient(10 * request_secs)):
+                if isinstance(reported, JournalRows):
+                    _take_hits(reported, file, tells, began)
                     if journal.at >= pointer.covers:
-                        file.change(told.changes[told.changes["at"] >= pointer.listed])
+                        file.change(reported.changes[reported.changes["at"] >= pointer.listed])
                     continue
                 if journal.name.hits:
-                    _miss_hits(journal, told, tells)
-                if isinstance(told, FormatError):
+                    _miss_hits(journal, reported, tells)
+                if isinstance(reported, FormatError):
                     garbage += journal.at >= pointer.covers
                 elif (
                     journal.at >= pointer.covers and not journal.name.hits
                 ):  # it would be lost: the new snapshot claims to cover it
-                    raise told
+                    raise reported
             path = directory / "snapshot.npy"
             heat, counted = _span(tells, _sane(pointer, began), began)
             keys = file.write(path, counted)

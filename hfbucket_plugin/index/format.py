@@ -47,7 +47,7 @@ JOURNAL: Final = np.dtype(
 """One entry of a journal: what happened to a key (`PUT`, `DELETED`; other kinds are for others, and passed over), how many
 milliseconds before the journal was written; 0 in `size` and `xet_hash` where it was deleted."""
 
-HEAT_JOURNAL: Final = np.dtype([*JOURNAL.descr, ("told", "<u4")])
+ACCESS_JOURNAL: Final = np.dtype([*JOURNAL.descr, ("told", "<u4")])
 """The same with entries of the kind `READ` among them (`heat`): `size` is how many hits a key had, the age that of the last one, and
 `told` the second since 1970 by the Hub's clock, as the writer knows it, at which that was told first; 0 for other kinds. An entry of the kind `LOST`, of the digest 0, says that the writer dropped `size` hits, the
 last one so long ago; readers that do not know that kind ignore it."""
@@ -222,7 +222,7 @@ def hits_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
     Raises:
         FormatError: It is no journal.
     """
-    return _tells_of(data, READ, written_at, writer, what)
+    return _hit_log_of(data, READ, written_at, writer, what)
 
 
 def lost_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
@@ -237,12 +237,12 @@ def lost_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
     Raises:
         FormatError: It is no journal.
     """
-    return _tells_of(data, LOST, written_at, writer, what)
+    return _hit_log_of(data, LOST, written_at, writer, what)
 
 
-def _tells_of(data: Data, kind: int, written_at: float, writer: int, what: str) -> Rows:
+def _hit_log_of(data: Data, kind: int, written_at: float, writer: int, what: str) -> Rows:
     entries = _rows(data, JOURNAL, what)
-    if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != HEAT_JOURNAL["told"]:
+    if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != ACCESS_JOURNAL["told"]:
         return np.zeros(0, HIT)
     entries = entries[entries["kind"] == kind]
     rows = np.zeros(len(entries), HIT)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from hfbucket_plugin.index.format import HEAT_JOURNAL, JOURNAL, to_bytes
+from hfbucket_plugin.index.format import ACCESS_JOURNAL, JOURNAL, to_bytes
 from hfbucket_plugin.index.store import JournalName
 from hfbucket_plugin.index.table import DELETED, LOST, PUT, READ, hash_bytes
 
@@ -44,7 +44,7 @@ class JournalEntry:
         digest: Of the name, 16 bytes.
         content: What was put; None for a delete, and for hits.
         hits: How many, of an entry that tells of hits; `at` is then the last one.
-        told: When they were told first, in seconds since 1970 by the Hub's clock; 0 for puts and deletes.
+        reported: When they were told first, in seconds since 1970 by the Hub's clock; 0 for puts and deletes.
         lost: Whether they are hits that were dropped, of no key in particular.
     """
 
@@ -53,7 +53,7 @@ class JournalEntry:
     digest: bytes
     content: ContentId | None
     hits: int = 0
-    told: int = 0
+    reported: int = 0
     lost: bool = False
 
 
@@ -92,7 +92,7 @@ class JournalWriter:
         self._lock = threading.Lock()
         self._seq = 0
         self._last_name = ""
-        self.told = 0
+        self.reported = 0
         """Number of the last entry that is in a journal."""
 
         self._waiting: deque[JournalEntry] = deque()
@@ -100,7 +100,7 @@ class JournalWriter:
         self._growing: Sequence[JournalEntry] = ()
         self._growing_name: str | None = None
         self._hits = hits
-        self._hits_told = 0
+        self._hits_reported = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -131,11 +131,11 @@ class JournalWriter:
             return
         with self._lock:
             # No two tells of a key share a moment: that is how those who add them up know one from its repetition.
-            self._hits_told = max(self._hits_told + 1, int(hub_now))
+            self._hits_reported = max(self._hits_reported + 1, int(hub_now))
             for one in hits:
                 self._seq += 1
                 self._waiting.append(
-                    JournalEntry(self._seq, one.last, one.digest, None, one.number, self._hits_told, one.lost)
+                    JournalEntry(self._seq, one.last, one.digest, None, one.number, self._hits_reported, one.lost)
                 )
 
     def draft(self, now: float, today: datetime | None = None) -> JournalDraft | None:
@@ -165,7 +165,7 @@ class JournalWriter:
         The Hub's stamp, from which ages count back, comes some time after a journal was begun: a second in one, less in the
         next. A put and a delete of one key, told by two journals, would else change places.
         """
-        if entry.told or entry.at >= self._attempt_ended:
+        if entry.reported or entry.at >= self._attempt_ended:
             return entry
         return replace(entry, at=self._attempt_ended)
 
@@ -184,7 +184,7 @@ class JournalWriter:
             while self._waiting and self._waiting[0].seq <= draft.name.seq:
                 self._waiting.popleft()
             self._growing, self._growing_name = draft.entries, draft.name.text
-            self.told = draft.name.seq
+            self.reported = draft.name.seq
 
     def forget_before(self, at: float, heat_until: float = math.inf) -> int:
         """Drop what a snapshot tells of by now.
@@ -198,7 +198,7 @@ class JournalWriter:
         """
 
         def kept(entries: Iterable[JournalEntry]) -> Iterator[JournalEntry]:
-            return (entry for entry in entries if (entry.told >= heat_until if entry.told else entry.at >= at))
+            return (entry for entry in entries if (entry.reported >= heat_until if entry.reported else entry.at >= at))
 
         with self._lock:
             before = len(self._waiting)
@@ -211,21 +211,21 @@ class JournalWriter:
 
 def _last_of_each(entries: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
     """Of the puts and deletes of one key the last one, which alone counts: their times may be the same."""
-    last = {entry.digest: entry.seq for entry in entries if not entry.told}
-    return [entry for entry in entries if entry.told or last[entry.digest] == entry.seq]
+    last = {entry.digest: entry.seq for entry in entries if not entry.reported}
+    return [entry for entry in entries if entry.reported or last[entry.digest] == entry.seq]
 
 
-def _bytes_of(told: Sequence[JournalEntry], now: float) -> bytes:
-    entries = _last_of_each(told)
-    heat = any(entry.told for entry in entries)
-    rows = np.zeros(len(entries), HEAT_JOURNAL if heat else JOURNAL)
+def _bytes_of(reported: Sequence[JournalEntry], now: float) -> bytes:
+    entries = _last_of_each(reported)
+    heat = any(entry.reported for entry in entries)
+    rows = np.zeros(len(entries), ACCESS_JOURNAL if heat else JOURNAL)
     digests = np.frombuffer(b"".join(entry.digest for entry in entries), "<u8").reshape(-1, 2)
     rows["digest_hi"], rows["digest_lo"] = digests[:, 0], digests[:, 1]
     rows["age_ms"] = [min(_LONGEST_AGE_MS, max(0, int((now - entry.at) * 1000))) for entry in entries]
     rows["kind"] = [_kind_of(entry) for entry in entries]
     rows["size"] = [entry.hits if entry.content is None else entry.content.size for entry in entries]
     if heat:
-        rows["told"] = [entry.told for entry in entries]
+        rows["told"] = [entry.reported for entry in entries]
     for index, entry in enumerate(entries):
         if entry.content is not None:
             rows["xet_hash"][index] = hash_bytes(entry.content.xet_hash)
@@ -233,6 +233,6 @@ def _bytes_of(told: Sequence[JournalEntry], now: float) -> bytes:
 
 
 def _kind_of(entry: JournalEntry) -> int:
-    if entry.told:
+    if entry.reported:
         return LOST if entry.lost else READ
     return DELETED if entry.content is None else PUT

@@ -44,7 +44,7 @@ class IndexNotifier:
         bucket: The instance's.
 
     Attributes:
-        untold: How many entries no reader will learn of.
+        unreported: How many entries no reader will learn of.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -54,7 +54,7 @@ class IndexNotifier:
         self._journal = JournalWriter(_ENTRIES, _WAITING)
         self._flushed = time.monotonic()
         self._problem: HFBucketError | None = None
-        self.untold = 0
+        self.unreported = 0
 
     def did(self, name: str, content: ContentId | None) -> None:
         """Note what became of an object.
@@ -66,7 +66,7 @@ class IndexNotifier:
         if not name or "/" in name or self._indexed is False:
             return
         _, dropped = self._journal.note(digests_of([name]).tobytes(), content, time.monotonic())
-        self.untold += dropped
+        self.unreported += dropped
         if len(self._journal) >= _FLUSH_ENTRIES or time.monotonic() - self._flushed >= _FLUSH_SECS:
             self._flush()
 
@@ -99,15 +99,15 @@ class IndexNotifier:
         """Write the rest, and say so where that cannot be."""
         self._flush()
         if self._indexed is False:
-            self.untold = 0
+            self.unreported = 0
         else:
-            self.untold += len(self._journal)
+            self.unreported += len(self._journal)
         self._store.close()
-        if self.untold:
+        if self.unreported:
             _log.warning(
                 "the key index was not told of %d objects (%s): readers learn of them when it is next made of a listing, "
                 "such as by: python -m jobs index --full",
-                self.untold,
+                self.unreported,
                 self._problem or "too many waited",
             )
 

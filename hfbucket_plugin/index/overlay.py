@@ -44,7 +44,7 @@ class OverlayEntry:
     hub: float
 
     @property
-    def told(self) -> bool:
+    def reported(self) -> bool:
         """Whether it is what the Hub said, and nothing that this process did."""
         return self.seq == _TOLD
 
@@ -82,7 +82,7 @@ class LocalOverlay:
         """Note that what is known of a key must not be believed."""
         self._set(digest, OverlayEntry(None, True, _TOLD, mono, hub))
 
-    def told(self, digest: bytes, content: ContentId | None, asked: float, mono: float, hub: float) -> None:
+    def reported(self, digest: bytes, content: ContentId | None, asked: float, mono: float, hub: float) -> None:
         """Note what the Hub said of a key when it was asked, unless something was done to the key since it was asked."""
         with self._lock:
             note = self._notes.get(digest)
@@ -123,12 +123,12 @@ class LocalOverlay:
 
     def overruled(self, *changes: Table) -> None:
         """Forget what was told before something newer happened to the key, as journals say."""
-        told = [(digest, note) for digest, note in self._copy() if note.told]
-        if not told:
+        reported = [(digest, note) for digest, note in self._copy() if note.reported]
+        if not reported:
             return
-        digests = np.frombuffer(b"".join(digest for digest, _ in told), "<u8").reshape(-1, 2)
+        digests = np.frombuffer(b"".join(digest for digest, _ in reported), "<u8").reshape(-1, 2)
         for table in changes:
-            newer = zip(told, table.find(digests).tolist(), strict=True)
+            newer = zip(reported, table.find(digests).tolist(), strict=True)
             self._drop_where(one for one, at in newer if at >= 0 and table.rows[at]["at"] > one[1].hub)
 
     def _copy(self) -> list[tuple[bytes, OverlayEntry]]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.index.access.recorder import HeatRecorder
+    from hfbucket_plugin.index.access.recorder import AccessRecorder
     from hfbucket_plugin.index.refresh import Refreshed, ViewSource
     from hfbucket_plugin.index.table import View
 
@@ -116,7 +116,7 @@ class KeyIndex:
         self._doubt_until = clock()
         self._starting = forks.ForkSafeLock()
         self._pid = 0
-        self._tell_state("loading")
+        self._log_state("loading")
         forks.reset_in_child(self._start_over)
 
     # --- lookups ----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class KeyIndex:
             note = self._recent.get(digest.tobytes())
             content = answer if isinstance(answer, ContentId) else None
             if note is not None:
-                if note.doubtful or (note.told and not misses):
+                if note.doubtful or (note.reported and not misses):
                     continue
                 content = note.content
             if content is not None and believes:
@@ -200,8 +200,8 @@ class KeyIndex:
 
     def served(self, keys: Iterable[str]) -> None:
         """Note that the engine was given these keys' chunks: others are told of it now and then, see `heat`."""
-        if self._heat is not None:
-            self._heat.read(keys)
+        if self._recorder is not None:
+            self._recorder.read(keys)
 
     def doubt(self, key: str) -> None:
         """Believe nothing of a key: the Hub is asked the next time."""
@@ -217,7 +217,7 @@ class KeyIndex:
         """Ask the Hub about all hits, for a while."""
         self._doubt_until = self._clock() + _DOUBT_SECS
 
-    def told(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
+    def reported(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
         """Note what the Hub said of keys, where the index says something else.
 
         Args:
@@ -234,7 +234,7 @@ class KeyIndex:
             believed = None if isinstance(answer, Absent) else answer
             if believed != content:
                 # As of when it was asked: what others did while the answer was on its way overrules it.
-                self._recent.told(digest, content, asked, self._clock(), asked + self._hub_offset)
+                self._recent.reported(digest, content, asked, self._clock(), asked + self._hub_offset)
             else:
                 self._recent.drop(digest, asked)
 
@@ -275,7 +275,7 @@ class KeyIndex:
         settings = self._settings
         self._refreshing, self._flushing = threading.Lock(), threading.Lock()
         self._journal_due = threading.Event()
-        self._heat = recorder_of(settings, self._clock())
+        self._recorder = recorder_of(settings, self._clock())
         self._journal = JournalWriter(settings.index_journal_entries, settings.index_journal_waiting)
         self._hits = JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
 
@@ -339,7 +339,7 @@ class KeyIndex:
                 self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
                 self._journal.forget_before(now - (self._hub_now() - result.listed))
                 self._hits.forget_before(now, result.heat_until)
-        self._recent.journalled(min(result.own_seq, self._journal.told))
+        self._recent.journalled(min(result.own_seq, self._journal.reported))
         if result.view is not None:
             self._recent.overruled(result.view.changes, *result.view.tiers)
         for outcome, number in (("folded", result.folded), ("garbage", result.garbage), ("unread", result.unread)):
@@ -377,9 +377,9 @@ class KeyIndex:
         if problem is not None:
             self._limited.warning("refresh", f"[{self._instance}] key index: {problem}")
         if state != self._state:
-            self._tell_state(state)
+            self._log_state(state)
 
-    def _tell_state(self, state: str) -> None:
+    def _log_state(self, state: str) -> None:
         for one in STATES:
             self._sink.gauge(telemetry.INDEX_STATE, float(one == state), instance=self._instance, state=one)
         if self._settings.reads and state == "usable":
@@ -421,8 +421,8 @@ class KeyIndex:
 
     def _look_at_hits(self) -> None:
         with self._flushing:
-            if self._heat is not None:
-                self._heat.look(self._clock())
+            if self._recorder is not None:
+                self._recorder.look(self._clock())
 
     def flush(self, *, last: bool = False) -> bool:
         """Write what there is to tell as journals, now, by one call, if there is an index that it is of use to.
@@ -437,8 +437,8 @@ class KeyIndex:
         with self._flushing:
             if not self._alive:
                 return False
-            if self._heat is not None:
-                self._tell_heat(self._heat, last=last)
+            if self._recorder is not None:
+                self._publish_hits(self._recorder, last=last)
             return self._write()
 
     def _write(self) -> bool:
@@ -468,7 +468,7 @@ class KeyIndex:
             self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {why}")
         return done
 
-    def _tell_heat(self, heat: HeatRecorder, *, last: bool) -> None:
+    def _publish_hits(self, heat: AccessRecorder, *, last: bool) -> None:
         """Tell of hits, if it is time and the last ones are in a journal: heat may wait."""
         if len(self._hits):
             return
@@ -482,10 +482,10 @@ class KeyIndex:
             )
         else:
             self._hits.tell(hits, self._hub_now())
-        told = sum(one.number for one in hits)
-        for outcome, number in (("told", told), ("dropped", heat.take_dropped())):
+        reported = sum(one.number for one in hits)
+        for outcome, number in (("told", reported), ("dropped", heat.take_dropped())):
             if number:
-                self._sink.count(telemetry.HEAT_HITS, number, instance=self._instance, outcome=outcome)
+                self._sink.count(telemetry.ACCESS_HITS, number, instance=self._instance, outcome=outcome)
 
     # --- status and the end ---------------------------------------------------------------------------------------------
 
@@ -496,7 +496,7 @@ class KeyIndex:
             "state": self._state,
             "keys": 0 if view is None else view.keys,
             "age_seconds": None if view is None else round(max(0.0, self._age(view)), 1),
-            "heat": "off" if self._heat is None else "on",
+            "heat": "off" if self._recorder is None else "on",
             "problem": self._crowded or None if self._problem is None else str(self._problem),
         }
 
@@ -506,7 +506,7 @@ class KeyIndex:
         Args:
             secs: How long to wait for it at most.
         """
-        news = len(self._journal) or (self._heat is not None and len(self._heat))
+        news = len(self._journal) or (self._recorder is not None and len(self._recorder))
         if not news or not self._alive or self._pid != os.getpid():
             return
         last = threading.Thread(target=self._last_flush, name=f"hfbucket-index-last-{self._instance}", daemon=True)

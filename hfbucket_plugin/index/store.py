@@ -310,10 +310,10 @@ class IndexStore:
         Yields:
             Each, with the changes that it tells of, or with why there are none: `FormatError` for one that is no journal.
         """
-        for journal, told in self.read_told(journals, deadline):
-            yield journal, told.changes if isinstance(told, JournalRows) else told
+        for journal, reported in self.read_journal_rows(journals, deadline):
+            yield journal, reported.changes if isinstance(reported, JournalRows) else reported
 
-    def read_told(
+    def read_journal_rows(
         self, journals: Sequence[Journal], deadline: Deadline
     ) -> Iterator[tuple[Journal, JournalRows | HFBucketError]]:
         """The same, with the hits that they tell of too, for who adds these up."""
@@ -417,7 +417,7 @@ class IndexStore:
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.npy"
         pointer = Pointer(
             name, content.xet_hash, content.size, keys, covers, listed, full,
-            heat_since=heat.since, heat_until=heat.until, heat_told=heat.told,
+            heat_since=heat.since, heat_until=heat.until, heat_told=heat.reported,
             heat_lost=heat.lost, heat_lost_at=heat.lost_at,
         )  # fmt: skip
         path = self.snapshot_path(pointer)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
 
 _THREADS: Final = 4
-"""Calls under way at one time: one as a rule, more where the Hub is slow to answer the first ones."""
+"""Calls in progress at one time: one as a rule, more where the Hub is slow to answer the first ones."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Request:
 class BatchCommitter:
     """Collects contents while more are being uploaded, and names them all in one batch.
 
-    A call is made when the last upload under way has ended, so that a lone put never waits; or when the first content
+    A call is made when the last upload in progress has ended, so that a lone put never waits; or when the first content
     has waited for the window. Only hashes wait here: the engine's memory was given back.
 
     Args:
@@ -60,7 +60,7 @@ class BatchCommitter:
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
-        """Announce an upload for the length of a `with` block; at its end, name what waits if no other is under way."""
+        """Announce an upload for the length of a `with` block; at its end, name what waits if no other is in progress."""
         with self._lock:
             self._uploads += 1
         try:
@@ -89,7 +89,7 @@ class BatchCommitter:
         """Have what waits named, in another thread: the caller has a deadline of its own, and work to go on with.
 
         Args:
-            only_due: Leave it waiting while uploads are under way and the window is not over.
+            only_due: Leave it waiting while uploads are in progress and the window is not over.
         """
         with self._lock:
             if not self._waiting or (only_due and not self._is_due()):

@@ -186,8 +186,8 @@ class Existence:
         """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
         values: dict[str, ContentId | None] = {}
         failure: HFBucketError | None = None
-        told = Reported()
-        asked = [self._ask_page(page, deadline, told, patient=patient) for page in pages]
+        reported = Reported()
+        asked = [self._ask_page(page, deadline, reported, patient=patient) for page in pages]
         for page, (known, lookup, others) in zip(pages, asked, strict=True):
             values.update(known)
             try:
@@ -197,11 +197,11 @@ class Existence:
         return values, failure
 
     def _ask_page(
-        self, page: Sequence[str], deadline: Deadline, told: Reported, *, patient: bool
+        self, page: Sequence[str], deadline: Deadline, reported: Reported, *, patient: bool
     ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
         known, lookup, others = self.cache.ask(page, deadline.at, patient=patient)
         if lookup is not None:
-            lookup.told = told
+            lookup.reported = reported
             self._ask(lookup, deadline, patient=patient)
         return known, lookup, others
 
@@ -235,7 +235,7 @@ class Existence:
 
     def _ask(self, lookup: PendingLookup, deadline: Deadline, *, patient: bool) -> None:
         try:
-            lookup.told.already |= deadline.passed  # then it says nothing of the Hub
+            lookup.reported.already |= deadline.passed  # then it says nothing of the Hub
             deadline.check(f"instance {self._instance!r}: lookup")
             if not patient:
                 self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
@@ -266,8 +266,8 @@ class Existence:
 
     def _report_health(self, lookup: PendingLookup, error: HFBucketError | None) -> None:
         """Count the questions of a call once: by the first thread, or by who stopped waiting for it."""
-        if not lookup.told.already:
-            lookup.told.already = True
+        if not lookup.reported.already:
+            lookup.reported.already = True
             self._breakers.ended("lookup", error)
 
     def _stat(self, lookup: PendingLookup, deadline: Deadline, patient: bool) -> None:
@@ -288,7 +288,7 @@ class Existence:
             contents = {paths[p]: info.content for p, info in found.items() if p in paths}
             answers = {key: contents.get(key) for key in lookup.keys}
             if self._index is not None:
-                self._index.told(answers, asked)
+                self._index.reported(answers, asked)
             self.cache.answer(lookup, contents)
             self.learn(answers, asked)
 

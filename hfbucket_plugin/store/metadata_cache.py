@@ -177,7 +177,7 @@ class PendingLookup:
     def __init__(self, until: float = math.inf, *, patient: bool = False) -> None:
         self.until = until
         self.patient = patient
-        self.told = Reported()
+        self.reported = Reported()
         self.sent = threading.Event()
         self.keys: dict[str, None] = {}
         self.overtaken: dict[str, ContentId | None] = {}

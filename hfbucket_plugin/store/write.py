@@ -152,7 +152,7 @@ class Writer:
     def _start_over(self) -> None:
         """Write nothing: at first, and in a forked child, where the puts of the parent do not go on."""
         self._lock = threading.Lock()
-        self._under_way: dict[str, Future[ItemFailure | None]] = {}
+        self._in_progress: dict[str, Future[ItemFailure | None]] = {}
         self._commits: set[_Commit] = set()
 
     def write_many(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> PutReport:
@@ -173,7 +173,7 @@ class Writer:
             self._breakers.admit("write")
         except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
-            self._tell(report.failures, started)
+            self._notify(report.failures, started)
             return report
         mine, others, refused = self._claim(sources, size)
         report = PutReport(refused)
@@ -186,7 +186,7 @@ class Writer:
         else:
             report += self._commit_all(todo, deadline)
         report.failures += self._await(others, deadline)
-        self._tell(report.failures, started)
+        self._notify(report.failures, started)
         return report
 
     def _claim(
@@ -209,9 +209,9 @@ class Writer:
                 source.release()
                 continue
             with self._lock:
-                outcome = self._under_way.get(source.key)
+                outcome = self._in_progress.get(source.key)
                 if outcome is None:
-                    self._under_way[source.key] = Future()
+                    self._in_progress[source.key] = Future()
             if outcome is None:
                 mine.append(source)
             else:
@@ -223,7 +223,7 @@ class Writer:
         """Tell the callers that wait for these keys what became of them: stored, or there already, where they have not failed."""
         failed = {failure.item: failure for failure in failures}
         with self._lock:
-            outcomes = [(source.key, self._under_way.pop(source.key, None)) for source in sources]
+            outcomes = [(source.key, self._in_progress.pop(source.key, None)) for source in sources]
         for key, outcome in outcomes:
             if outcome is not None:
                 outcome.set_result(failed.get(key))
@@ -440,7 +440,7 @@ class Writer:
         self._outcomes.bytes("write", written)
         return report
 
-    def _tell(self, failures: Sequence[ItemFailure], started: float) -> None:
+    def _notify(self, failures: Sequence[ItemFailure], started: float) -> None:
         for failure in failures:
             self._outcomes.chunks("put", failure.kind, 1)
             self._outcomes.warn("put", failure.kind, failure.message)

@@ -53,7 +53,7 @@ class PutQueue:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of chunks whose puts wait or are under way."""
+        """Bytes of chunks whose puts wait or are in progress."""
         return self._bytes
 
     def submit(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> Future[PutReport]:
@@ -99,7 +99,7 @@ class PutQueue:
                 count += 1
             self._bytes += amount
             self._calls += bool(count)
-        self._tell()
+        self._notify()
         return sources[:count], amount
 
     def _write(
@@ -120,9 +120,9 @@ class PutQueue:
         with self._lock:
             self._bytes -= amount
             self._calls -= 1
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._outcomes.waiting_puts(self._calls, self._bytes)
 
     def _refuse(self, sources: Sequence[PutSource], kind: str, why: str) -> list[ItemFailure]:

@@ -32,7 +32,7 @@ def json_line(value: Any) -> None:
     sys.stdout.write(f"{texts.as_json(value)}\n")
 
 
-def complain(text: str, program: str = "hfbucket") -> None:
+def print_error(text: str, program: str = "hfbucket") -> None:
     """Write one line for people to stderr.
 
     Args:
@@ -45,7 +45,7 @@ def complain(text: str, program: str = "hfbucket") -> None:
 
 def end(text: str, code: int) -> NoReturn:
     """Complain, and end."""
-    complain(text)
+    print_error(text)
     raise typer.Exit(code)
 
 

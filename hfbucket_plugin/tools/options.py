@@ -189,7 +189,7 @@ def listing_code(start: str, *, failed: bool, empty: bool) -> int:
     if failed:
         return exit_codes.ERRORS
     if start and empty:
-        console.complain(
+        console.print_error(
             f"nothing matched: no key starts with {start!r}; `ls` without --model and --prefix shows what there is"
         )
         return exit_codes.WARNINGS

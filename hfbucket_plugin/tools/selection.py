@@ -171,7 +171,7 @@ class Selection(BaseModel):
         return self.all or bool(self.prefix or self.model or self.keys_from or self.prompts)
 
     @property
-    def wants_heat(self) -> bool:
+    def wants_access(self) -> bool:
         """Whether chunks are wanted in the order in which they are read most."""
         return self.prompts is None and self.newest is None and (self.hottest or self.max_bytes) is not None
 

@@ -37,7 +37,7 @@ _LOST_SECS: Final = 10.0
 """A try that has not ended so long after it should have is lost."""
 
 _KEEP_SECS: Final = 5.0
-"""How long to leave the Hub alone after the lock could not be renewed, while tries are under way."""
+"""How long to leave the Hub alone after the lock could not be renewed, while tries are in progress."""
 
 
 class Executor(Protocol[T]):
@@ -150,7 +150,7 @@ class Applier(Generic[T]):
         ends: Until when, by the Hub's clock, it then is.
         keep: Keeps the lock meanwhile; raises when it is not held.
         not_after: An object that was uploaded later is too young.
-        told: Is told of every object that has ended.
+        reported: Is told of every object that has ended.
         stop: Whether to stop.
         until: When to begin no more.
         batch_size: Most objects of a batch.
@@ -158,7 +158,7 @@ class Applier(Generic[T]):
         attempt_secs: Most seconds of a try.
 
     Attributes:
-        undrained: Whether `run` broke off while tries were under way that did not end.
+        undrained: Whether `run` broke off while tries were in progress that did not end.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Applier(Generic[T]):
         *,
         confirm: Callable[[], float],
         not_after: datetime,
-        told: Callable[[ItemOutcome[T]], None],
+        reported: Callable[[ItemOutcome[T]], None],
         stop: Stop,
         until: Deadline,
         batch_size: int = MAX_BATCH,
@@ -179,7 +179,7 @@ class Applier(Generic[T]):
         self._executor = executor
         self._confirm = confirm
         self._not_after = not_after
-        self._told = told
+        self._reported = reported
         self._stop = stop
         self._until = until
         self._size = min(batch_size, MAX_BATCH)
@@ -219,7 +219,7 @@ class Applier(Generic[T]):
             raise
 
     def _drain(self, running: dict[Future[Result[T]], float], seconds: float) -> None:
-        """Wait for what is under way, and count it; nothing new is begun."""
+        """Wait for what is in progress, and count it; nothing new is begun."""
         self.undrained = bool(running)
         until = Deadline.after(seconds)
         while running:
@@ -231,7 +231,7 @@ class Applier(Generic[T]):
         self.undrained = bool(running)
 
     def _ended(self, running: dict[Future[Result[T]], float]) -> Iterator[Future[Result[T]]]:
-        """Tries that have ended, taken out of those that are under way; what should have, long ago, is given up."""
+        """Tries that have ended, taken out of those that are in progress; what should have, long ago, is given up."""
         done, _ = wait(running, _LOOK_SECS, FIRST_COMPLETED)
         for future in done:
             del running[future]
@@ -242,7 +242,7 @@ class Applier(Generic[T]):
             self._executor.lose(future)
 
     def _keep_lock(self) -> None:
-        """Keep the lock while tries are under way: those who wait for it must not get it before they have ended."""
+        """Keep the lock while tries are in progress: those who wait for it must not get it before they have ended."""
         if self._why is not None or time.monotonic() < self._keep_at:
             return
         try:
@@ -296,7 +296,7 @@ class Applier(Generic[T]):
             self._why = self._why or error
             return
         for ended in result.ended:
-            self._told(ended)
+            self._reported(ended)
         if result.wait_secs:
             self._be_quiet(result.wait_secs)
         if result.left is not None:

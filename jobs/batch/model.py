@@ -90,7 +90,7 @@ FRESH_SECS: Final = 3.0
 
 
 SEND_SECS: Final = 10.0
-"""When such a request is given up: the longer it is under way, the older the look that it goes by."""
+"""When such a request is given up: the longer it is in progress, the older the look that it goes by."""
 
 
 class Outcome(StrEnum):

@@ -113,29 +113,29 @@ class ActorExecutor(Generic[T]):
     def submit(
         self, batch: ItemBatch[T], not_after: datetime, seconds: float, ends: datetime | None
     ) -> Future[Result[T]]:
-        """Begin a try at a batch on an idle actor; there is one, since no more than `width` are under way."""
+        """Begin a try at a batch on an idle actor; there is one, since no more than `width` are in progress."""
         # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
         actor = self._idle.pop(0)
-        told: Future[Result[T]] = Future()
+        reported: Future[Result[T]] = Future()
         try:
             actor = self._living(actor)
         except Exception as error:  # noqa: BLE001 - the future carries it to the waiter
-            told.set_exception(error)
-            return told
+            reported.set_exception(error)
+            return reported
         with self._mutex:
-            self._busy[told] = (actor, batch)
+            self._busy[reported] = (actor, batch)
         answer = actor.attempt.remote(batch, not_after, seconds, ends).future()
-        answer.add_done_callback(lambda done: self._settle(told, done))
-        return told
+        answer.add_done_callback(lambda done: self._settle(reported, done))
+        return reported
 
-    def _settle(self, told: Future[Result[T]], done: Future[Any]) -> None:
+    def _settle(self, reported: Future[Result[T]], done: Future[Any]) -> None:
         """Tell what an actor answered, whatever that is: somebody waits for it.
 
         Ray calls this on the one thread on which it does everything, `ray.kill` too, which waits for that to be done: so
         nothing is asked of Ray here, and who died is replaced when its place is needed.
         """
         with self._mutex:
-            busy = self._busy.pop(told, None)
+            busy = self._busy.pop(reported, None)
         if busy is None:  # it was given up before
             return
         actor, batch = busy
@@ -148,9 +148,9 @@ class ActorExecutor(Generic[T]):
             result = self._result(batch, done)
             self._counts.add(result)
         except BaseException as error:  # noqa: BLE001 - the future carries it to the waiter
-            told.set_exception(error)
+            reported.set_exception(error)
         else:
-            told.set_result(result)
+            reported.set_result(result)
 
     def _result(self, batch: ItemBatch[T], done: Future[Any]) -> Result[T]:
         try:

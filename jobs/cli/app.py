@@ -177,12 +177,12 @@ def rm(  # noqa: PLR0917 - Typer makes options of them
             config=_absolute(lmcache_config),
             neighbours=handles_of(every),
         )
-    told = record_of({"keys": first, "prefixes": prefix})
+    reported = record_of({"keys": first, "prefixes": prefix})
 
     def removing(one: InstanceConfig) -> Callable[[ReportFile, ShutdownSignal], DeletionSummary]:
         def work(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary:
             selection = ByName(wanted, prefix or (), order.min_age)
-            summary = DeletionJob("rm", one, order, file, stop).select(selection, told)
+            summary = DeletionJob("rm", one, order, file, stop).select(selection, reported)
             if summary.plan is None:
                 return summary
             return replace(summary, absent=selection.absent, absent_count=selection.absent_count)
@@ -221,7 +221,7 @@ def apply(  # noqa: PLR0917 - Typer makes options of them
     report: options.Report = None,
     metrics_textfile: options.MetricsFile = None,
 ) -> None:
-    """Carry out a plan, or the rest of one that was interrupted: what is done is passed by.
+    """Carry out a plan, or the rest of one that was interrupted: what is done is skipped.
 
     The instance is taken from the LMCache YAML that the plan names, or from the one given here. Exit codes as those of
     `cleanup`.

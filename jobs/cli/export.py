@@ -114,7 +114,7 @@ def export(
     report: options.Report = None,
     metrics_textfile: options.MetricsFile = None,
 ) -> None:
-    """Copy chunks from one instance or directory to another; what is there already is passed by. Without a choice, all.
+    """Copy chunks from one instance or directory to another; what is there already is skipped. Without a choice, all.
 
     Exits 0 when done or only planned, 2 for a wrong command or configuration, 3 when some failed or are left, 4 when
     nothing was chosen or it was refused as a whole, 5 when told to stop. Running again moves only what is missing.

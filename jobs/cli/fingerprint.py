@@ -12,13 +12,13 @@ import typer
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import printable
 from hfbucket_plugin.errors import ConfigError, HFBucketError, IntegrityError, RefusedError, TransportError
-from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, NewerError, Record, differences, in_words
+from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, NewerError, Record, as_text, differences
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
 from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, opened
 from hfbucket_plugin.tools import console, exit_codes
 from jobs.cli import options
 from jobs.report import note
-from jobs.session import code_of, options_checked
+from jobs.session import exit_code_of, options_checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +73,7 @@ def _show(one: InstanceConfig, wanted: list[str], *, as_json: bool) -> Iterator[
                         yield exit_codes.FAILED
     except HFBucketError as error:
         note(f"{one.name}: {error}")
-        yield code_of(error)
+        yield exit_code_of(error)
         return
     if not models and not as_json:
         console.line(f"{one.name}: no fingerprint is recorded")
@@ -125,7 +125,7 @@ def _rows(store: FingerprintStore, model: str) -> Iterator[_Row]:
             yield _Row(model, _CLAIM, trouble=claim.why)
         elif theirs.digest not in known:
             recorded = found.record.of(theirs.space) if found is not None else None
-            wrong = in_words(differences(recorded, theirs), "there") if recorded is not None else ""
+            wrong = as_text(differences(recorded, theirs), "there") if recorded is not None else ""
             yield _Row(model, _CLAIM, theirs, wrong)
 
 
@@ -170,7 +170,7 @@ def accept(  # noqa: PLR0917 - Typer makes options of them
                     _accept(one, store, wanted, yes=yes, clear=clear_claims)
             except HFBucketError as error:
                 note(f"{one.name}: {error}")
-                codes.append(code_of(error))
+                codes.append(exit_code_of(error))
     raise typer.Exit(exit_codes.worst(codes))
 
 
@@ -211,7 +211,7 @@ def _accept(one: InstanceConfig, store: FingerprintStore, wanted: Fingerprint, *
     )
     console.line(f"{one.name}: after:  {_Row(wanted.model, _RECORDED, wanted)}")
     if before is not None and (wrong := differences(before, wanted)):
-        console.line(f"{one.name}: changes: {in_words(wrong, 'from then on')}")
+        console.line(f"{one.name}: changes: {as_text(wrong, 'from then on')}")
     for path in stale:
         console.line(f"{one.name}: to be deleted: {path}")
     if not yes and not (console.at_terminal() and _asked(one, wanted)):

@@ -15,7 +15,7 @@ from hfbucket_plugin.tools import exit_codes
 from jobs.cli import options
 from jobs.deletion import guards
 from jobs.report import note
-from jobs.session import code_of, in_words, options_checked
+from jobs.session import as_text, exit_code_of, options_checked
 from jobs.status.html import write_page
 from jobs.status.status import examine
 
@@ -75,9 +75,9 @@ def status(  # noqa: PLR0917 - Typer makes options of them
                         without_heat=without_heat,
                     )
             except Exception as error:  # noqa: BLE001 - each instance is shown whatever becomes of the others
-                troubles.append(f"{one.name}: no status without a complete listing: {in_words(error)}")
+                troubles.append(f"{one.name}: no status without a complete listing: {as_text(error)}")
                 note(troubles[-1])
-                codes.append(code_of(error))
+                codes.append(exit_code_of(error))
                 continue
             statuses.append(found)
             if as_json:
@@ -112,7 +112,7 @@ def _rows(found: Status) -> Iterator[tuple[str, str, str]]:
     for one in record["ages"]:
         name = one["younger_than"]
         yield _row(f"age {name}" if name in ("older", "unknown") else f"age below {name}", census.ages[name])
-    for name, extent in found.heat_rows:
+    for name, extent in found.access_rows:
         yield _row(name, extent)
     for kind, extent in sorted(census.passed_by.items()):
         yield _row(f"not ours: {kind}", extent)
@@ -131,7 +131,7 @@ def _row(name: str, extent: Extent) -> tuple[str, str, str]:
 def _remarks(found: Status) -> Iterator[str]:
     if found.index_line:
         yield found.index_line
-    if line := found.heat_line:
+    if line := found.access_line:
         yield line
     if found.trouble:
         yield f"the last report cannot be read: {found.trouble}"

@@ -34,8 +34,8 @@ from jobs.deletion.report import DeletionSummary, header_record
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock
 from jobs.report import OutcomeTally
-from jobs.retention.access import UNASKED, Heat, opened_heat
-from jobs.session import code_of, coded
+from jobs.retention.access import NOT_ASKED, AccessStats, open_access_stats
+from jobs.session import exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,13 +92,13 @@ class DeletionJob:
 
     def select(self, selection: CandidateSource, wanted: dict[str, Any]) -> DeletionSummary:
         """Plan what a selection wants, and carry it out if that was ordered."""
-        return self._told(lambda bucket: self._select(bucket, selection, wanted))
+        return self._reported(lambda bucket: self._select(bucket, selection, wanted))
 
     def resume(self, plan: DeletionPlanFile) -> DeletionSummary:
         """Carry a plan out that was made before."""
-        return self._told(lambda bucket: self._resume(bucket, plan))
+        return self._reported(lambda bucket: self._resume(bucket, plan))
 
-    def _told(self, work: Callable[[Bucket], int]) -> DeletionSummary:
+    def _reported(self, work: Callable[[Bucket], int]) -> DeletionSummary:
         """Do the work, and report however it ends."""
 
         def with_bucket() -> int:
@@ -109,7 +109,7 @@ class DeletionJob:
                 self.error = error
                 raise
 
-        code, message = coded(with_bucket, self._stop, self._until)
+        code, message = with_exit_code(with_bucket, self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -217,13 +217,15 @@ class DeletionJob:
             HeatUnknownError: It would go by what was read, and that cannot be told.
         """
         now = clock.earliest() if clock.known else datetime.now(UTC)
-        with self._heat(bucket, now, needed=selection.needs_heat) as heat:
+        with self._open_access(bucket, now, needed=selection.needs_access) as heat:
             return self._make_by(bucket, clock, selection, wanted, now=now, heat=heat, tick=tick)
 
-    def _heat(self, bucket: Bucket, now: datetime, *, needed: bool) -> contextlib.AbstractContextManager[Heat]:
+    def _open_access(
+        self, bucket: Bucket, now: datetime, *, needed: bool
+    ) -> contextlib.AbstractContextManager[AccessStats]:
         if not needed:
-            return contextlib.nullcontext(UNASKED)
-        return opened_heat(bucket, now, REQUEST_SECS, without=self._order.without_heat)
+            return contextlib.nullcontext(NOT_ASKED)
+        return open_access_stats(bucket, now, REQUEST_SECS, without=self._order.without_heat)
 
     def _make_by(
         self,
@@ -233,7 +235,7 @@ class DeletionJob:
         wanted: dict[str, Any],
         *,
         now: datetime,
-        heat: Heat,
+        heat: AccessStats,
         tick: Callable[[], None],
     ) -> DeletionPlanFile:
         order = self._order
@@ -306,7 +308,7 @@ class DeletionJob:
                 executor,
                 confirm=lock.confirm,
                 not_after=now - max(plan.header.min_age, self._order.min_age),
-                told=self._count,
+                reported=self._count,
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._order.batch_size,
@@ -347,7 +349,7 @@ class DeletionJob:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)
-            return code_of(end.why)
+            return exit_code_of(end.why)
         if end.stopped and unfinished:
             self._message = "told to stop"
             return exit_codes.INTERRUPTED

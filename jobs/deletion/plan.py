@@ -52,7 +52,7 @@ class DeletionHeader:
         foreign: Whether objects that are no chunks may be deleted.
         config: The LMCache YAML that names the instance; None where it was named by an adapter's JSON.
         wanted: The policy, or what was asked for.
-        heat: Whether it goes by what was read, see `jobs.retention.access.Heat.record`; empty in older plans.
+        heat: Whether it goes by what was read, see `jobs.retention.access.AccessStats.record`; empty in older plans.
     """
 
     job: str

@@ -18,9 +18,9 @@ from hfbucket_plugin.errors import (
     RefusedError,
     SafetyError,
 )
-from hfbucket_plugin.index.access.table import HeatUnknownError
+from hfbucket_plugin.index.access.table import AccessUnknownError
 from jobs.deletion.plan import Item
-from jobs.retention.access import UNASKED
+from jobs.retention.access import NOT_ASKED
 from jobs.retention.order import Decision, Reason
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.tools.inventory import ListedObject, RetentionEntry
     from jobs.deletion.plan import DeletionHeader, DeletionPlanWriter
-    from jobs.retention.access import Heat
+    from jobs.retention.access import AccessStats
 
 _CACHE_KIB: Final = 16 * 1024
 
@@ -47,7 +47,7 @@ class CandidateSource(Protocol):
         """Decide upon what is no chunk, where that is to go."""
 
     @property
-    def needs_heat(self) -> bool:
+    def needs_access(self) -> bool:
         """Whether it goes by when chunks were last read."""
 
 
@@ -74,13 +74,13 @@ class Planning:
         selection: CandidateSource,
         writer: DeletionPlanWriter,
         tick: Callable[[], None],
-        heat: Heat = UNASKED,
+        heat: AccessStats = NOT_ASKED,
     ) -> None:
         self._header = header
         self._selection = selection
         self._writer = writer
         self._tick = tick
-        self._heat = heat
+        self._access = heat
         self.listed = self.foreign = Extent()
         self.seen = self.shown = 0
         self.kept: defaultdict[str, Extent] = defaultdict(Extent)
@@ -95,7 +95,7 @@ class Planning:
             HeatUnknownError: A budget would delete by reads that are not known.
         """
         now = self._header.made_at
-        for decision in self._selection.chunks(self._heat.warmed(self._chunks(listing)), now):
+        for decision in self._selection.chunks(self._access.warmed(self._chunks(listing)), now):
             self._take(decision, self._header.bucket.join(encode_name(decision.entry.key)), decision.entry.model)
 
     def _chunks(self, listing: Iterable[ListedObject]) -> Iterator[RetentionEntry]:
@@ -128,10 +128,10 @@ class Planning:
             self.kept[reason] = self.kept[reason].plus(entry.size)
             return
         if decision.reason is Reason.OVER_BUDGET:
-            why = self._heat.why_no_order(entry.last_used, self._header.made_at)
+            why = self._access.why_no_order(entry.last_used, self._header.made_at)
             if why:
-                raise HeatUnknownError(why)
-        used = None if self._heat.table is None else entry.last_used
+                raise AccessUnknownError(why)
+        used = None if self._access.table is None else entry.last_used
         item = Item(path, entry.key, entry.xet_hash, entry.size, entry.uploaded_at, str(decision.reason), used)
         self._writer.add(item, model)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Deleter:
-    """The actor that deletes: one door to the bucket, one batch at a time."""
+    """The actor that deletes: one bucket client, one batch at a time."""
 
     def __init__(self, settings: InstanceSettings, instance: str) -> None:
         xet_home.claim()

@@ -13,19 +13,19 @@ import numpy as np
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import HFBucketError
-from hfbucket_plugin.index.access.table import HeatUnknownError
+from hfbucket_plugin.index.access.table import AccessUnknownError
 from hfbucket_plugin.index.format import FormatError
 from hfbucket_plugin.index.store import POINTER, IndexStore, JournalRows
 from hfbucket_plugin.index.table import digests_of
 from jobs.batch.model import ItemOutcome, Outcome
-from jobs.retention.access import ADVICE, opened_heat
+from jobs.retention.access import ADVICE, open_access_stats
 from jobs.retention.order import BY_USE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.index.access.table import HeatTable
+    from hfbucket_plugin.index.access.table import AccessTable
     from hfbucket_plugin.index.format import Pointer
     from hfbucket_plugin.index.table import Rows
     from jobs.deletion.plan import DeletionHeader, Item
@@ -51,7 +51,7 @@ class Recheck:
         bucket: The instance's.
         table: What a snapshot knows that is newer than the plan; None for a plan that was made by it.
         since: Journals that the Hub took since then tell what it does not know, in seconds since 1970.
-        told: Is told of what is kept back.
+        reported: Is told of what is kept back.
         clock: Monotonic seconds.
         lost_at: The last moment at which an engine dropped hits, as far as the plan knows, in seconds since 1970.
     """
@@ -59,9 +59,9 @@ class Recheck:
     def __init__(
         self,
         bucket: Bucket,
-        table: HeatTable | None,
+        table: AccessTable | None,
         since: float,
-        told: Callable[[ItemOutcome[Item]], None],
+        reported: Callable[[ItemOutcome[Item]], None],
         clock: Callable[[], float] = time.monotonic,
         *,
         lost_at: float = 0.0,
@@ -70,7 +70,7 @@ class Recheck:
         self._table = table
         self._since = since
         self._lost_at = lost_at
-        self._told = told
+        self._reported = reported
         self._clock = clock
         self._looked_at: float | None = None
         self._read: set[tuple[str, str]] = set()
@@ -87,7 +87,7 @@ class Recheck:
             used = self._used(asked) if asked else frozenset()
             for item in page:
                 if item.path in used:
-                    self._told(ItemOutcome(item, Outcome.USED))
+                    self._reported(ItemOutcome(item, Outcome.USED))
                 else:
                     yield item
 
@@ -119,23 +119,23 @@ class Recheck:
         try:
             listing = self._store.list(Deadline.after(_REQUEST_SECS))
             if listing.crowded:
-                raise HeatUnknownError(f"what was read since the plan is not known: {listing.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
+                raise AccessUnknownError(f"what was read since the plan is not known: {listing.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
             fresh = [
                 one
                 for one in listing.journals
                 if one.name.hits and one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
             ]
-            for journal, told in self._store.read_told(fresh, Deadline.after(10 * _REQUEST_SECS)):
-                if isinstance(told, JournalRows):
-                    self._expect_whole(told.lost)
-                    self._take(told.hits)
-                elif not isinstance(told, FormatError):
-                    raise told
+            for journal, reported in self._store.read_journal_rows(fresh, Deadline.after(10 * _REQUEST_SECS)):
+                if isinstance(reported, JournalRows):
+                    self._expect_whole(reported.lost)
+                    self._take(reported.hits)
+                elif not isinstance(reported, FormatError):
+                    raise reported
                 self._read.add((journal.path, journal.content.xet_hash))
-        except HeatUnknownError:
+        except AccessUnknownError:
             raise
         except HFBucketError as error:
-            raise HeatUnknownError(
+            raise AccessUnknownError(
                 f"what was read since the plan is not known: {error}. Run again, or {ADVICE[0].lower()}{ADVICE[1:]}"
             ) from None
         self._looked_at = self._clock()
@@ -162,7 +162,7 @@ class Recheck:
         )
         self._last = rows[last]
         if len(self._last) > _MOST_HITS:
-            raise HeatUnknownError(
+            raise AccessUnknownError(
                 f"more than {_MOST_HITS:,} chunks were read since the plan: make a new plan. {ADVICE}"
             )
 
@@ -171,8 +171,8 @@ class Recheck:
         self._store.close()
 
 
-def _dropped(hits: int) -> HeatUnknownError:
-    return HeatUnknownError(
+def _dropped(hits: int) -> AccessUnknownError:
+    return AccessUnknownError(
         f"what was read since the plan is not known: engines dropped {hits:,} hits or more. Plan again when the key index "
         f"knows of that, or {ADVICE[0].lower()}{ADVICE[1:]}"
     )
@@ -195,7 +195,7 @@ def rechecking(
     header: DeletionHeader,
     planned_by: Pointer | None,
     now: datetime,
-    told: Callable[[ItemOutcome[Item]], None],
+    reported: Callable[[ItemOutcome[Item]], None],
     *,
     without: bool,
 ) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
@@ -207,7 +207,7 @@ def rechecking(
         planned_by: The snapshot that the plan was just made by; None for a plan that was made before.
             Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
         now: The Hub's time.
-        told: Is told of what is kept back.
+        reported: Is told of what is kept back.
         without: Whether to do without, whatever the plan goes by.
 
     Raises:
@@ -219,14 +219,14 @@ def rechecking(
     with contextlib.ExitStack() as stack:
         table, pointer = None, planned_by
         if pointer is None or not _is_present(bucket, pointer):
-            table = stack.enter_context(opened_heat(bucket, now, _REQUEST_SECS)).table
+            table = stack.enter_context(open_access_stats(bucket, now, _REQUEST_SECS)).table
             if table is None:
-                raise HeatUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
+                raise AccessUnknownError(f"the plan goes by what was read, and that is known no more. {ADVICE}")
             pointer = table.pointer
         lost_at = _dropped_before(header, planned_by)
         if pointer.heat_lost_at > lost_at + _DRIFT_SECS:
             raise _dropped(max(1, pointer.heat_lost))
-        recheck = Recheck(bucket, table, pointer.covers, told, lost_at=lost_at)
+        recheck = Recheck(bucket, table, pointer.covers, reported, lost_at=lost_at)
         stack.callback(recheck.close)
         yield recheck.unused
 

@@ -32,7 +32,7 @@ class ByPolicy:
         self._directory = directory
 
     @property
-    def needs_heat(self) -> bool:
+    def needs_access(self) -> bool:
         """Whether the policy goes by when chunks were last read."""
         return self._policy.goes_by_use
 
@@ -60,7 +60,7 @@ class ByName:
         min_age: Nothing younger goes.
     """
 
-    needs_heat = False
+    needs_access = False
 
     def __init__(self, keys: KeySet, prefixes: Sequence[str], min_age: timedelta) -> None:
         keys.forget()

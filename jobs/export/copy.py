@@ -282,7 +282,7 @@ class Copier:
             else:
                 tried.why[move.to] = str(data)
                 lost.append(move)
-        self._end_gone(tried, lost, deadline)
+        self._end_deleted(tried, lost, deadline)
         return chunks
 
     def as_planned(
@@ -323,9 +323,9 @@ class Copier:
                 tried.end(move, outcome)
             else:
                 tried.why[move.to] = failed.get(move.to, f"{self._destination.name} took it, and does not have it now")
-        self._end_gone(tried, [move for move in moves if move.to in failed], deadline)
+        self._end_deleted(tried, [move for move in moves if move.to in failed], deadline)
 
-    def _end_gone(self, tried: CopyAttempt, moves: list[CopyItem], deadline: Deadline) -> None:
+    def _end_deleted(self, tried: CopyAttempt, moves: list[CopyItem], deadline: Deadline) -> None:
         """End those that the source no longer has as planned."""
         gone = self._source.gone({move.key: move.content for move in moves}, deadline) if moves else frozenset()
         for move in moves:

@@ -64,7 +64,7 @@ class SourceEndpoint(Endpoint, Protocol):
     """Where chunks come from."""
 
     def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
-        """Stream chunks: all of a choice, and maybe others. What is passed by is counted, by reason.
+        """Stream chunks: all of a choice, and maybe others. What is skipped is counted, by reason.
 
         Raises:
             HFBucketError: What was yielded is no complete listing.

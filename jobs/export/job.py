@@ -29,7 +29,7 @@ from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder,
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
 from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog
-from jobs.session import code_of, coded
+from jobs.session import exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,13 +87,13 @@ class Export:
             wanted: Which chunks.
             asked: The same, as the plan notes it.
         """
-        return self._told(lambda source, destination: self._select(source, destination, wanted, asked))
+        return self._reported(lambda source, destination: self._select(source, destination, wanted, asked))
 
     def resume(self, plan: ExportPlanFile) -> ExportSummary:
         """Carry a plan out that was made before."""
-        return self._told(lambda source, destination: self._resume(source, destination, plan))
+        return self._reported(lambda source, destination: self._resume(source, destination, plan))
 
-    def _told(self, work: Callable[[SourceEndpoint, DestinationEndpoint], int]) -> ExportSummary:
+    def _reported(self, work: Callable[[SourceEndpoint, DestinationEndpoint], int]) -> ExportSummary:
         """Do the work, and report however it ends."""
 
         def with_ends() -> int:
@@ -108,7 +108,7 @@ class Export:
                 self.error = error
                 raise
 
-        code, message = coded(with_ends, self._stop, self._until)
+        code, message = with_exit_code(with_ends, self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -201,14 +201,20 @@ class Export:
         """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
         message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
         self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
-        told = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
-        self._message = f"{self._message}; {told}" if self._message else told
+        reported = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
+        self._message = f"{self._message}; {reported}" if self._message else reported
         return exit_codes.FAILED
 
     def _name_conflicts(self, plan: ExportPlanFile) -> None:
         for move in plan.moves(CONFLICT):
-            told = {"record": "object", "path": move.path, "size": move.size, "reason": CONFLICT, "outcome": CONFLICT}
-            self._file.write(told | conflict_record(move))
+            reported = {
+                "record": "object",
+                "path": move.path,
+                "size": move.size,
+                "reason": CONFLICT,
+                "outcome": CONFLICT,
+            }
+            self._file.write(reported | conflict_record(move))
             if len(self._conflicts) < NAMED_CONFLICTS:
                 self._conflicts.append(conflict_record(move))
 
@@ -225,7 +231,7 @@ class Export:
     ) -> int:
         progress = ProgressLog(plan.moves_left, self._ends[1].place.name)
 
-        def told(ended: ItemOutcome[CopyItem]) -> None:
+        def reported(ended: ItemOutcome[CopyItem]) -> None:
             if not self._order.quiet:
                 progress.add(ended.item.size)
             if notifier is not None and ended.outcome in (CopyOutcome.COPIED, CopyOutcome.STREAMED):
@@ -236,9 +242,9 @@ class Export:
             self._tally.add(ended)
 
         with notifying(destination.bucket if isinstance(destination, InstanceEnd) else None) as notifier:
-            moves = self._fresh(destination, plan, told)
-            self._method, moves = self._find_out(source, destination, plan, moves, told)
-            return self._move((source, destination), plan, moves, self._method, told)
+            moves = self._fresh(destination, plan, reported)
+            self._method, moves = self._find_out(source, destination, plan, moves, reported)
+            return self._move((source, destination), plan, moves, self._method, reported)
 
     def _move(
         self,
@@ -246,7 +252,7 @@ class Export:
         plan: ExportPlanFile,
         moves: Iterator[CopyItem],
         method: Method,
-        told: Callable[[ItemOutcome[CopyItem]], None],
+        reported: Callable[[ItemOutcome[CopyItem]], None],
     ) -> int:
         window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
         streams = method.how is CopyMethod.STREAM
@@ -258,7 +264,7 @@ class Export:
                 executor,
                 confirm=lambda: ATTEMPT_SECS,
                 not_after=plan.header.made_at,
-                told=told,
+                reported=reported,
                 stop=self._stop,
                 until=self._until,
                 batch_size=PAGE,
@@ -286,7 +292,7 @@ class Export:
         )
 
     def _fresh(
-        self, destination: DestinationEndpoint, plan: ExportPlanFile, told: Callable[[ItemOutcome[CopyItem]], None]
+        self, destination: DestinationEndpoint, plan: ExportPlanFile, reported: Callable[[ItemOutcome[CopyItem]], None]
     ) -> Iterator[CopyItem]:
         """What is still to be copied; what is there by now ends: so a plan goes on where it was interrupted.
 
@@ -301,7 +307,7 @@ class Export:
             for move in page:
                 there = held.get(move.to)
                 if there is not None and there.content == move.content:
-                    told(ItemOutcome(move, CopyOutcome.SAME))
+                    reported(ItemOutcome(move, CopyOutcome.SAME))
                 else:
                     yield move
 
@@ -311,7 +317,7 @@ class Export:
         destination: DestinationEndpoint,
         plan: ExportPlanFile,
         moves: Iterator[CopyItem],
-        told: Callable[[ItemOutcome[CopyItem]], None],
+        reported: Callable[[ItemOutcome[CopyItem]], None],
     ) -> tuple[Method, Iterator[CopyItem]]:
         """How bytes are to be moved, and what is left to be moved then.
 
@@ -338,14 +344,14 @@ class Export:
                 raise RefusedError(f"--mode copy: {method.why}. Nothing was copied; give --mode auto or stream")
             method = Method(CopyMethod.COPY, "that was asked for", method.moved)
         if method.moved is not None:
-            told(ItemOutcome(method.moved, CopyOutcome.COPIED))
+            reported(ItemOutcome(method.moved, CopyOutcome.COPIED))
         return method, itertools.chain((move for move in looked_at if move is not method.moved), moves)
 
     def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = str(end.why)
-            return code_of(end.why)
+            return exit_code_of(end.why)
         if end.stopped and unfinished:
             self._message = "told to stop"
             return exit_codes.INTERRUPTED

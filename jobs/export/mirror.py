@@ -53,7 +53,7 @@ class NotAtSource:
         min_age: Nothing younger goes.
     """
 
-    needs_heat = False
+    needs_access = False
 
     def __init__(self, source: InstanceEnd, selection: Selection, min_age: timedelta) -> None:
         self._source = source

@@ -96,7 +96,7 @@ class Renames:
         try:
             before, after = parse_key(key), parse_key(renamed)
         except KeyFormatError as error:
-            raise RenameError(f"--rename {str(rule)!r}: {error}; nothing is copied. Mend the rule") from None
+            raise RenameError(f"--rename {str(rule)!r}: {error}; nothing is copied. Fix the rule") from None
         if type(before) is not type(after) or before.chunk_hash != after.chunk_hash or is_probe(renamed):
             raise RenameError(
                 f"--rename {str(rule)!r} would make {renamed!r} of {key!r}, which names another chunk or none; nothing is "
@@ -140,7 +140,7 @@ class NewNames:
         (other,) = self._base.execute("SELECT key FROM names WHERE digest = ?", (digest,)).fetchone()
         if other != key:  # a listing that shifted under its pages names a chunk twice
             raise RenameError(
-                f"--rename: the copies of {other!r} and of {key!r} would both be {name!r}; nothing is copied. Mend the "
+                f"--rename: the copies of {other!r} and of {key!r} would both be {name!r}; nothing is copied. Fix the "
                 "rules, or choose one of the two"
             )
 
@@ -323,7 +323,7 @@ class ExportTotals:
         planned: Those that are to be copied, by reason.
         same: Those that the destination has.
         conflicts: Those under whose key the destination has, and keeps, something else.
-        skipped: How many others were passed by, by reason.
+        skipped: How many others were skipped, by reason.
     """
 
     chosen: Extent

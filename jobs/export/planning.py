@@ -74,7 +74,7 @@ class WantedChunks:
         Args:
             source: Where chunks come from.
             temp_dir: A file to sort in.
-            skipped: What is passed by is counted there: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
+            skipped: What is skipped is counted there: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
 
         Raises:
             HFBucketError: The listing is not complete.

@@ -126,7 +126,7 @@ class ExportSummary:
         totals = self.plan.totals
         yield f"chosen: {totals.chosen}; there already: {totals.same}"
         if totals.conflicts.objects:
-            yield from self._told_conflicts(totals.conflicts)
+            yield from self._reported_conflicts(totals.conflicts)
         if not self.applied:
             if not self.code:  # what is refused would be refused again
                 yield (
@@ -141,7 +141,7 @@ class ExportSummary:
         if self.code in (exit_codes.FAILED, exit_codes.INTERRUPTED):
             yield f"to go on: python -m jobs apply {self.plan.path} --yes"
 
-    def _told_conflicts(self, conflicts: Extent) -> Iterator[str]:
+    def _reported_conflicts(self, conflicts: Extent) -> Iterator[str]:
         yield f"not copied, since something else is there under the same key: {conflicts} (--on-conflict says what to do)"
         for one in self.conflicts[:_TOLD_CONFLICTS]:
             yield f"conflict: {one['to']}"

@@ -185,7 +185,7 @@ class IndexBuilder:
         self._until = until
         self._tick = tick
         self._seen = 0
-        self._told_at = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def make(self, found: IndexState, now: datetime, temp_dir: Path) -> tuple[BuiltSnapshot, IndexBuild]:
         """Make a snapshot, of journals where that will do.
@@ -245,8 +245,8 @@ class IndexBuilder:
 
         def page() -> None:
             self._tick()
-            if time.monotonic() - self._told_at >= _TOLD_SECS:
-                self._told_at = time.monotonic()
+            if time.monotonic() - self._reported_at >= _TOLD_SECS:
+                self._reported_at = time.monotonic()
                 note(f"{self._name}: {self._seen:,} objects listed")
 
         return build.from_listing(self._bucket, temp_dir, self._order.page_secs, page, each, store=self._store)
@@ -284,7 +284,7 @@ class IndexBuilder:
         if before is not None:
             pointer = replace(
                 before, covers=built.covers, listed=built.listed, full=built.full,
-                heat_since=built.heat.since, heat_until=built.heat.until, heat_told=built.heat.told,
+                heat_since=built.heat.since, heat_until=built.heat.until, heat_told=built.heat.reported,
                 heat_lost=built.heat.lost, heat_lost_at=built.heat.lost_at,
             )  # fmt: skip
         else:

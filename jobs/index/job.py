@@ -30,7 +30,7 @@ from jobs.lock.claims import INDEXING
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock, LockRefresher
 from jobs.report import OutcomeTally
-from jobs.session import code_of, coded
+from jobs.session import exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -76,14 +76,14 @@ class IndexJob:
 
     def run(self) -> IndexSummary:
         """Build it, and report however that ends."""
-        return self._told(self._locked)
+        return self._reported(self._locked)
 
     def verify(self) -> IndexSummary:
         """Compare it, as a reader sees it, with a listing; nothing is written."""
-        return self._told(self._verify)
+        return self._reported(self._verify)
 
-    def _told(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
-        code, message = coded(lambda: self._with_bucket(work), self._stop, self._until)
+    def _reported(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
+        code, message = with_exit_code(lambda: self._with_bucket(work), self._stop, self._until)
         self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
@@ -197,12 +197,12 @@ class IndexJob:
         if not items:
             return exit_codes.COMPLETE
         end = prune(
-            bucket, lock, iter(items), pointer=content, limits=self._limits, told=self._tally.add, stop=self._stop
+            bucket, lock, iter(items), pointer=content, limits=self._limits, reported=self._tally.add, stop=self._stop
         )
         left = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:
             self._message = f"the index is published; old objects are left: {end.why}"
-            return code_of(end.why)
+            return exit_code_of(end.why)
         if left:
             why = "told to stop" if end.stopped else "--max-duration was over"
             self._message = f"{why}; the index is published, and {left} old objects are left"

@@ -70,7 +70,7 @@ def prune(
     *,
     pointer: ContentId,
     limits: PruneLimits,
-    told: Callable[[ItemOutcome[Item]], None],
+    reported: Callable[[ItemOutcome[Item]], None],
     stop: ShutdownSignal,
 ) -> ApplyResult:
     """Delete what is still as it was listed, as long as the lock is held and the pointer is the one that was published.
@@ -81,7 +81,7 @@ def prune(
         items: What may go.
         pointer: The content of the published pointer.
         limits: What stays.
-        told: Is told of every object that has ended.
+        reported: Is told of every object that has ended.
         stop: Whether to stop.
     """
     path = bucket.handle.join(POINTER)
@@ -99,7 +99,7 @@ def prune(
             executor,
             confirm=confirm,
             not_after=lock.clock.earliest() - limits.grace,
-            told=told,
+            reported=reported,
             stop=stop,
             until=limits.until,
             ends=lambda: lock.stops,

@@ -157,17 +157,17 @@ class IndexSummary:
             "published": pointer is not None,
             "snapshot": None if pointer is None else pointer.snapshot,
             "snapshot_bytes": made.file_bytes,
-            "covers": None if pointer is None else _told(pointer.covers),
-            "listed": None if pointer is None else _told(pointer.full),
-            "heat_since": None if pointer is None or not pointer.heat.known else _told(pointer.heat_since),
-            "heat_told": None if pointer is None or not pointer.heat_told else _told(pointer.heat_told),
+            "covers": None if pointer is None else _formatted(pointer.covers),
+            "listed": None if pointer is None else _formatted(pointer.full),
+            "heat_since": None if pointer is None or not pointer.heat.known else _formatted(pointer.heat_since),
+            "heat_told": None if pointer is None or not pointer.heat_told else _formatted(pointer.heat_told),
             "heat_lost": 0 if pointer is None else pointer.heat_lost,
-            "heat_lost_at": None if pointer is None or not pointer.heat_lost_at else _told(pointer.heat_lost_at),
+            "heat_lost_at": None if pointer is None or not pointer.heat_lost_at else _formatted(pointer.heat_lost_at),
             "unchanged": made.same,
             "journals": made.journals,
             "garbage": made.garbage,
         }
 
 
-def _told(seconds: float) -> str:
+def _formatted(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

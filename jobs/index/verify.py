@@ -221,7 +221,7 @@ class Verification:
                 break
             self._sleep(pause)
             changes = self._changes(built)
-            suspects = {kind: _untold(rows, changes) for kind, rows in suspects.items()}
+            suspects = {kind: _unreported(rows, changes) for kind, rows in suspects.items()}
         for kind, rows in suspects.items():
             setattr(found, kind, len(rows))
             if len(rows):
@@ -236,20 +236,20 @@ class Verification:
         if listing.crowded:
             raise TransportError(f"not all journals could be listed: {listing.crowded}")
         late = [journal for journal in listing.journals if journal.at >= since and not journal.name.hits]
-        told: list[Rows] = []
+        reported: list[Rows] = []
         for _, changes in self._store.read_journals(late, Deadline.patient(self._page_secs)):
             if isinstance(changes, FormatError):
                 continue
             if isinstance(changes, HFBucketError):
                 raise TransportError(f"a journal could not be read: {changes}")
-            told.append(changes[changes["at"] >= since - CLOCK_MARGIN_SECS])
-        return Table(newest(*told)) if told else NO_CHANGES
+            reported.append(changes[changes["at"] >= since - CLOCK_MARGIN_SECS])
+        return Table(newest(*reported)) if reported else NO_CHANGES
 
 
-def _untold(rows: Rows, changes: Table) -> Rows:
+def _unreported(rows: Rows, changes: Table) -> Rows:
     """Of differences those that no change accounts for, whatever it was: the listing came by before it, or after."""
-    untold: Rows = rows[changes.find(_digests(rows)) < 0]
-    return untold
+    unreported: Rows = rows[changes.find(_digests(rows)) < 0]
+    return unreported
 
 
 def _on_disk(path: Path) -> Rows:

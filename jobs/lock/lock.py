@@ -109,7 +109,7 @@ class BucketLock:
         """Make sure that the lock is still ours, and renew it where that is due.
 
         Args:
-            patient: Whether pauses of the Hub are waited out. Who has work under way looks after it instead.
+            patient: Whether pauses of the Hub are waited out. Who has work in progress looks after it instead.
 
         Returns:
             Seconds for which it is ours from now on, whatever happens.
@@ -167,13 +167,13 @@ class BucketLock:
             self._acquire()
 
     def leave(self) -> None:
-        """Release it not, but let it end by itself: something is under way that may still delete."""
+        """Release it not, but let it end by itself: something is in progress that may still delete."""
         self._left = True
 
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
-        told = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
-        self._content = records.upload(self._bucket, json.dumps(told).encode(), Deadline.patient(self._secs))
+        reported = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
+        self._content = records.upload(self._bucket, json.dumps(reported).encode(), Deadline.patient(self._secs))
         sent = self.clock.monotonic()
         self._put(CLAIM, Deadline.patient(self._secs))
         answered = self.clock.monotonic()
@@ -199,11 +199,11 @@ class BucketLock:
         """
         if self.clock.earliest() <= claim.stale:
             raise LockHeldError(
-                f"{self._bucket.handle} is locked by {claim.holder.owner} since {_told(claim.since)}; it ends by itself "
-                f"when that is done, or at {_told(claim.stale)} if that was killed"
+                f"{self._bucket.handle} is locked by {claim.holder.owner} since {_reported(claim.since)}; it ends by itself "
+                f"when that is done, or at {_reported(claim.stale)} if that was killed"
             )
         _log.warning(
-            "the lock of %s, last renewed %s, is stale and passed over", claim.holder.owner, _told(claim.renewed)
+            "the lock of %s, last renewed %s, is stale and passed over", claim.holder.owner, _reported(claim.renewed)
         )
         records.remove(self._bucket, claim.paths, Deadline.patient(self._secs))
 
@@ -217,7 +217,7 @@ class BucketLock:
         return claims
 
     def _listed_now(self, prefix: str) -> Iterator[ObjectInfo]:
-        """A listing that waits for no pause: who has work under way looks after it meanwhile."""
+        """A listing that waits for no pause: who has work in progress looks after it meanwhile."""
         progress, cursor = ListingProgress(prefix), None
         while True:
             infos, cursor = self._bucket.list_page(prefix, cursor, self._deadline())
@@ -268,7 +268,7 @@ class BucketLock:
         if not self._written:
             return
         if self._left:
-            _log.warning("batches are still under way: our lock ends by itself, in %d s", self._holder.seconds)
+            _log.warning("batches are still in progress: our lock ends by itself, in %d s", self._holder.seconds)
             return
         deadline = Deadline.patient(self._secs) if patient else self._deadline()
         problem: HFBucketError | None = None
@@ -289,7 +289,7 @@ class BucketLock:
         return Deadline.after(self._secs)
 
 
-def _told(moment: datetime | None) -> str:
+def _reported(moment: datetime | None) -> str:
     return "?" if moment is None else moment.astimezone(UTC).isoformat(timespec="seconds")
 
 
@@ -319,7 +319,7 @@ class LockRefresher:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()  # a renewal that is under way ends by its deadline; the lock is released after it
+        self._thread.join()  # a renewal that is in progress ends by its deadline; the lock is released after it
 
     def check(self) -> None:
         """Stop here when the lock is lost; asks nobody.

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.index.access.table import HeatUnknownError, heat_of
+from hfbucket_plugin.index.access.table import AccessUnknownError, open_access_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.index.access.table import HeatTable
+    from hfbucket_plugin.index.access.table import AccessTable
     from hfbucket_plugin.tools.inventory import RetentionEntry
 
 _PAGE: Final = 1000
@@ -32,7 +32,7 @@ ADVICE: Final = "Give --without-heat to go by when objects were put, whatever is
 
 
 @dataclass(frozen=True, slots=True)
-class Heat:
+class AccessStats:
     """What is known.
 
     Attributes:
@@ -40,7 +40,7 @@ class Heat:
         why: Why not; empty where it is, and where nobody asked.
     """
 
-    table: HeatTable | None = None
+    table: AccessTable | None = None
     why: str = ""
 
     def warmed(self, entries: Iterable[RetentionEntry]) -> Iterator[RetentionEntry]:
@@ -85,11 +85,11 @@ class Heat:
         return record
 
 
-UNASKED: Final = Heat()
+NOT_ASKED: Final = AccessStats()
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """What `Heat.record` made, for people; empty where nobody asked."""
+    """What `AccessStats.record` made, for people; empty where nobody asked."""
     if record.get("known"):
         return f"by last use: hits are known since {record.get('since')}{dropped_of(record)}"
     why = record.get("why")
@@ -97,7 +97,7 @@ def line_of(record: dict[str, Any]) -> str:
 
 
 def dropped_of(record: dict[str, Any]) -> str:
-    """What `Heat.record` says of hits that were dropped, for people; empty where none were."""
+    """What `AccessStats.record` says of hits that were dropped, for people; empty where none were."""
     if not record.get("dropped_at"):
         return ""
     return (
@@ -107,9 +107,9 @@ def dropped_of(record: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def opened_heat(
+def open_access_stats(
     bucket: Bucket, now: datetime, request_secs: float, *, without: bool = False, temp_dir: Path | None = None
-) -> Iterator[Heat]:
+) -> Iterator[AccessStats]:
     """The heat of an instance, for the duration of a block that needs it.
 
     Args:
@@ -124,13 +124,13 @@ def opened_heat(
         HFBucketError: The Hub does not say whether there is one.
     """
     if without:
-        yield Heat(None, "--without-heat was given")
+        yield AccessStats(None, "--without-heat was given")
         return
     with contextlib.ExitStack() as stack:
         try:
-            table = stack.enter_context(heat_of(bucket, now, request_secs, temp_dir))
-        except HeatUnknownError as error:
-            raise HeatUnknownError(f"{error}. {ADVICE}") from None
-        yield Heat(
+            table = stack.enter_context(open_access_table(bucket, now, request_secs, temp_dir))
+        except AccessUnknownError as error:
+            raise AccessUnknownError(f"{error}. {ADVICE}") from None
+        yield AccessStats(
             table, "" if table is not None else "no hits are recorded (no key index, or heat is off in the engines)"
         )

@@ -62,10 +62,10 @@ class RetentionLimits(_Section):
     @property
     def bounds_anything(self) -> bool:
         """Whether they can lead to a deletion."""
-        return self.max_age is not None or self.needs_heat
+        return self.max_age is not None or self.needs_access
 
     @property
-    def needs_heat(self) -> bool:
+    def needs_access(self) -> bool:
         """Whether they go by when objects were last read."""
         return any(limit is not None for limit in (self.max_idle, self.max_bytes, self.max_objects))
 
@@ -124,7 +124,7 @@ class Policy(RetentionLimits):
     @property
     def goes_by_use(self) -> bool:
         """Whether it goes by when objects were last read."""
-        return any(limits.needs_heat for limits in (self, *self.rules))
+        return any(limits.needs_access for limits in (self, *self.rules))
 
     @property
     def streams(self) -> bool:

@@ -53,7 +53,7 @@ def _instance(found: Status) -> Iterator[str]:
     words = {OLDER: f"{AGES[-1][0]} and older", UNKNOWN: "not known"}
     ages = ((words.get(name, f"below {name}"), census.ages[name]) for name in order if name in census.ages)
     yield _bars("By age", ages)
-    yield _bars("By last read", found.heat_rows)
+    yield _bars("By last read", found.access_rows)
     workers = sorted(census.workers.items())
     yield _bars("By worker", ((f"{model}, worker {worker} of {world}", one) for (model, world, worker), one in workers))
     yield _bars("Not ours, never deleted unasked", sorted(census.passed_by.items()))
@@ -70,8 +70,8 @@ def _remarks(found: Status) -> Iterator[tuple[str, str]]:
         yield f"The last report cannot be read: {found.trouble}", "warn"
     if found.index_line:
         yield f"{found.index_line[0].upper()}{found.index_line[1:]}", ""
-    if found.heat_line:
-        yield f"{found.heat_line[0].upper()}{found.heat_line[1:]}", ""
+    if found.access_line:
+        yield f"{found.access_line[0].upper()}{found.access_line[1:]}", ""
     growth = found.growth
     if growth is not None and found.last is not None:
         sign = "+" if growth["bytes"] >= 0 else "-"

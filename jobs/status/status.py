@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import SafetyError
-from hfbucket_plugin.index.access.table import HeatUnknownError
+from hfbucket_plugin.index.access.table import AccessUnknownError
 from hfbucket_plugin.index.store import DIRECTORY as INDEX
 from hfbucket_plugin.tools.inventory import Classifier
 from jobs import history
@@ -19,7 +19,7 @@ from jobs.index import inventory
 from jobs.index.inventory import IndexState
 from jobs.lock import clock as server_clock
 from jobs.lock.clock import ServerClock
-from jobs.retention.access import Heat, dropped_of, opened_heat
+from jobs.retention.access import AccessStats, dropped_of, open_access_stats
 from jobs.retention.order import Reason, decide
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Status:
         trouble: Why that report cannot be read; empty where it can.
         outlook: What the next cleanup would do; None where no policy was given.
         index: What there is of its key index, or why nobody knows; None where it has none.
-        heat: Whether reads are known, and since when, or why not (`jobs.retention.access.Heat.record`).
+        heat: Whether reads are known, and since when, or why not (`jobs.retention.access.AccessStats.record`).
     """
 
     instance: str
@@ -177,7 +177,7 @@ class Status:
         return dict(self.census.models)
 
     @property
-    def heat_rows(self) -> list[tuple[str, Extent]]:
+    def access_rows(self) -> list[tuple[str, Extent]]:
         """The hot and the idle share, for people: what, and how much; empty where reads are not known."""
         words = {LONGER: f"not read within {READ_WITHIN[-1][0]}", NEVER: "never read"}
         order = [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
@@ -185,7 +185,7 @@ class Status:
         return [(words.get(name, f"read within {name}"), reads[name]) for name in order if name in reads]
 
     @property
-    def heat_line(self) -> str:
+    def access_line(self) -> str:
         """Since when reads are known, or why not; for people."""
         if self.heat.get("known"):
             return f"reads are known since {self.heat['since']}{dropped_of(self.heat)}"
@@ -260,7 +260,7 @@ def examine(
 
     Args:
         instance: Its name.
-        bucket: The door to it.
+        bucket: Its client.
         policy: What the next cleanup will go by; None where that is not asked.
         limits: What it may delete.
         request_secs: Most seconds of a request.
@@ -282,9 +282,9 @@ def examine(
     unreadable = ""
     with contextlib.ExitStack() as stack:
         try:
-            heat = stack.enter_context(opened_heat(bucket, now, request_secs, without=without_heat))
-        except HeatUnknownError as error:
-            unreadable, heat = str(error), Heat(None, str(error))
+            heat = stack.enter_context(open_access_stats(bucket, now, request_secs, without=without_heat))
+        except AccessUnknownError as error:
+            unreadable, heat = str(error), AccessStats(None, str(error))
         entries = heat.warmed(census.entries(Classifier(bucket).walk(page_secs)))
         if heat.table is not None:
             entries = census.read(entries)
@@ -307,7 +307,7 @@ def _outlook(
     limits: MaxDelete,
     last: LastRun | None,
     *,
-    heat: Heat,
+    heat: AccessStats,
 ) -> Outlook:
     planned, refused = Extent(), ""
     by_reason: defaultdict[tuple[str, str], Extent] = defaultdict(Extent)

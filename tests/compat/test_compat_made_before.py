@@ -212,13 +212,13 @@ def test_a_classic_engine_finds_by_the_index_and_reads_what_was_put(made, engine
     eventually(lambda: "key index: in use, 12 keys" in caplog.text)
     made.hub.control.reset_counters()
 
-    present, told, deleted = [1, 2, 3, 4, 5], 7, 6
-    assert rig.connector.batched_contains([key(number) for number in (*present, told, deleted)]) == 6
+    present, reported, deleted = [1, 2, 3, 4, 5], 7, 6
+    assert rig.connector.batched_contains([key(number) for number in (*present, reported, deleted)]) == 6
     assert rig.connector.batched_contains([key(deleted)]) == 0
-    contents = taken(rig.run(rig.connection.batched_get([key(number) for number in (*present, told)])))
+    contents = taken(rig.run(rig.connection.batched_get([key(number) for number in (*present, reported)])))
 
     assert contents == [
-        (MADE / "bucket" / f"org%2Fmodel%401%400%40{n}%40bfloat16").read_bytes() for n in (*present, told)
+        (MADE / "bucket" / f"org%2Fmodel%401%400%40{n}%40bfloat16").read_bytes() for n in (*present, reported)
     ]
     assert made.requests("paths-info") == 0
 

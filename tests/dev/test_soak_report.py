@@ -43,7 +43,7 @@ def test_a_good_soak_is_passed():
         ({"one": ledger(raised=["ValueError: no"])}, "ValueError: no"),
         ({"one": ledger(counted=ledger().counted | {"get": Counter(hit=8, transport=1)})}, "get: failures seen"),
         ({"one": ledger(counted=ledger().counted | {"put": Counter(stored=9)})}, "put: chunks asked"),
-        ({"one": ledger(told=Counter(lookup=8))}, "chunks served"),
+        ({"one": ledger(reported=Counter(lookup=8))}, "chunks served"),
         ({"back": None}, "full service"),
         ({"back": 31.0}, "full service"),
         ({"healthy": False}, "health check"),

@@ -34,7 +34,7 @@ def test_the_sum_in_the_docs_is_right_and_within_the_quota(mode):
 
 
 def test_calls_are_told_apart_by_who_makes_them():
-    told = {
+    reported = {
         ("hfbucket-index-refresh-us", "tree"): "refreshes",
         ("hfbucket-index-journal-us", "batch"): "journals",
         ("hfbucket-fingerprint-us-0", "paths-info"): "fingerprints",
@@ -43,7 +43,7 @@ def test_calls_are_told_apart_by_who_makes_them():
         ("hfbucket-lookup-us-0", "paths-info"): "",
         ("hfbucket-name-0", "batch"): "",
     }
-    assert {who: kind_of(*who) for who in told} == told
+    assert {who: kind_of(*who) for who in reported} == reported
 
 
 def test_what_some_processes_did_is_added_up_for_a_fleet():

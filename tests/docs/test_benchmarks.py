@@ -30,31 +30,31 @@ def run(script, tmp_path, *arguments, exits=(0,)):
 
 def test_the_online_path(tmp_path):
     scenario, verdict = "classic get 16 x 512 KiB", ", hot"
-    told, figures = run("online.py", tmp_path, "--runs", "1", "--delay-ms", "0", "--only", scenario)
+    reported, figures = run("online.py", tmp_path, "--runs", "1", "--delay-ms", "0", "--only", scenario)
 
     assert figures[scenario].keys() == {"built-in", "ours"}
-    assert f"{scenario}{verdict}" in told
+    assert f"{scenario}{verdict}" in reported
 
 
 def test_an_outage(tmp_path):
     bounds_missed = 1
     arguments = ("--hang-secs", "4", "--only", "paths-info hangs")
-    told, figures = run("outage.py", tmp_path, *arguments, exits=(0, bounds_missed))
+    reported, figures = run("outage.py", tmp_path, *arguments, exits=(0, bounds_missed))
 
     assert figures["paths-info hangs"].keys() == {"built-in", "ours"}
     assert all(len(row["took"]) == 5 for row in figures["paths-info hangs"].values())
-    assert "ratio of five" in told
+    assert "ratio of five" in reported
 
 
 def test_the_key_index(tmp_path):
-    told, figures = run("index.py", tmp_path, "--only", "table", "--keys", "20000")
+    reported, figures = run("index.py", tmp_path, "--only", "table", "--keys", "20000")
 
     assert figures["table"]["keys"] == 20_000
-    assert "look-up of 16 keys" in told
+    assert "look-up of 16 keys" in reported
 
 
 def test_the_key_index_of_a_fleet(tmp_path):
-    told, figures = run("index.py", tmp_path, "--only", "fleet", "--nodes", "20")
+    reported, figures = run("index.py", tmp_path, "--only", "fleet", "--nodes", "20")
 
     assert figures["fleet"]["100%"].keys() == {"built-in", "ours", "indexed"}
-    assert "within free" in told
+    assert "within free" in reported

@@ -198,9 +198,9 @@ def test_every_metric_of_a_run_is_described():
     flat = [one for value in made for one in (value.values() if isinstance(value, dict) else [value])]
     pairs = [one for value in flat for one in (vars(value).values() if isinstance(value, CountedBytes) else [value])]
     metrics = [one for one in pairs if isinstance(one, Metric)]
-    told = {
+    reported = {
         f"{PREFIX}{one.info['name']}" + "_total" * isinstance(one, Counter): type(one).__name__.lower()
         for one in metrics
     }
-    assert len(told) == 11
-    assert rows == told
+    assert len(reported) == 11
+    assert rows == reported

@@ -15,7 +15,7 @@ from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from jobs.deletion.job import DeletionJob
 from jobs.report import OutcomeTally, ReportFile
-from jobs.session import coded
+from jobs.session import with_exit_code
 from tests.support.depot import DAY, INSTANCE, NEW, OLD
 from tests.support.export_rig import ExportRig
 from tests.support.plugin_support import noise
@@ -150,7 +150,7 @@ def broken_off(error, *, told_to_stop):
     def work():
         raise error
 
-    return coded(work, stop, Deadline.after(60))
+    return with_exit_code(work, stop, Deadline.after(60))
 
 
 def test_what_breaks_off_after_an_order_to_stop_is_interrupted_even_if_it_was_taken_for_a_failure():
@@ -162,7 +162,7 @@ def test_what_breaks_off_after_an_order_to_stop_is_interrupted_even_if_it_was_ta
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "reported"),
     [
         (MemoryError(), 3, "there was not enough memory"),
         (sqlite3.OperationalError("database or disk is full"), 3, "set TMPDIR to another directory"),
@@ -174,7 +174,7 @@ def test_what_breaks_off_after_an_order_to_stop_is_interrupted_even_if_it_was_ta
     ],
     ids=lambda one: type(one).__name__ if isinstance(one, Exception) else None,
 )
-def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, error, code, told):
+def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, error, code, reported):
     stocked.others = {"hfbucket.eu": "kv/eu"}
     stocked.put_paths({f"kv/eu/{encode_name(one)}": b"x" for one in OLD}, age=20 * DAY)
     own = Bucket.list_objects
@@ -190,12 +190,12 @@ def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, e
 
     assert ran.code == code, ran.stderr
     assert [one["exit_code"] for one in ran.summaries] == [code, 0]
-    assert told in ran.summaries[0]["message"]
+    assert reported in ran.summaries[0]["message"]
     assert "Traceback" not in ran.stderr
     status = stocked.run("status", "--all-instances", "--json")
     assert status.code == code
     assert [one["instance"] for one in status.summaries] == ["hfbucket.eu"]
-    assert told in status.stderr
+    assert reported in status.stderr
 
 
 def test_what_breaks_outside_of_a_job_is_named_and_the_others_are_done(stocked, monkeypatch):

@@ -94,7 +94,7 @@ class Ran:
     def severities(self) -> dict[str, str]:
         return {name: finding["severity"] for name, finding in self.findings.items()}
 
-    def told(self, check: str) -> str:
+    def reported(self, check: str) -> str:
         finding = self.findings[check]
         return f"{finding['severity']}: {finding['found']}; {finding['mend']}"
 
@@ -171,7 +171,7 @@ class Desk:
 
 
 def well_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment in which nothing is to be mended."""
+    """An environment in which nothing is to be fixed."""
     monkeypatch.setenv(TOKEN_ENV, SECRET)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

@@ -29,7 +29,7 @@ SECS = 30.0
 
 
 @contextlib.contextmanager
-def door(depot: Depot) -> Iterator[tuple[Bucket, IndexStore]]:
+def bucket_client(depot: Depot) -> Iterator[tuple[Bucket, IndexStore]]:
     with opened(depot.hub.endpoint, depot.bucket_id, depot.prefix) as bucket:
         store = IndexStore(bucket, "test")
         try:
@@ -48,13 +48,13 @@ class Writer:
 
     def put(self, *keys: str, data: bytes | None = None, age: float = 0.0) -> None:
         self.depot.put({key: data if data is not None else key.encode() for key in keys}, age=age)
-        with door(self.depot) as (bucket, _):
+        with bucket_client(self.depot) as (bucket, _):
             infos = bucket.stat([self.depot.path(key) for key in keys], Deadline.after(SECS))
         for key in keys:
             self._note(key, infos[self.depot.path(key)].content, age)
 
     def delete(self, *keys: str) -> None:
-        with door(self.depot) as (bucket, _):
+        with bucket_client(self.depot) as (bucket, _):
             bucket.delete([self.depot.path(key) for key in keys], Deadline.after(SECS))
         for key in keys:
             self._note(key, None)
@@ -66,14 +66,14 @@ class Writer:
         journal = self.journal if journal is None else journal
         draft = journal.draft(time.monotonic(), datetime.now(UTC))
         assert draft is not None
-        with door(self.depot) as (_, store):
+        with bucket_client(self.depot) as (_, store):
             store.put_journal(draft.name.text, draft.data, draft.instead_of, Deadline.after(SECS))
         journal.written(draft)
         return f"{self.depot.prefix}/{JOURNALS}/{draft.name.text}"
 
 
 def pointer(depot: Depot) -> Pointer:
-    with door(depot) as (_, store):
+    with bucket_client(depot) as (_, store):
         info = store.list(Deadline.after(SECS)).pointer
         assert info is not None
         return store.read_pointer(info, Deadline.after(SECS))
@@ -82,7 +82,7 @@ def pointer(depot: Depot) -> Pointer:
 def seen(depot: Depot, keys: Iterable[str]) -> dict[str, ContentId]:
     """What a fresh reader knows of keys: those that are in its view, with their contents."""
     keys = list(keys)
-    with door(depot) as (_, store):
+    with bucket_client(depot) as (_, store):
         refreshed = SnapshotSource(store, "nobody", 2**30).refresh(None)
     assert refreshed.view is not None
     assert (refreshed.problem, refreshed.unread, refreshed.garbage) == (None, 0, 0)
@@ -93,14 +93,14 @@ def seen(depot: Depot, keys: Iterable[str]) -> dict[str, ContentId]:
 def listed(depot: Depot, keys: Iterable[str]) -> dict[str, ContentId]:
     """What the bucket has of keys."""
     keys = list(keys)
-    with door(depot) as (bucket, _):
+    with bucket_client(depot) as (bucket, _):
         infos = bucket.stat([depot.path(key) for key in keys], Deadline.after(SECS))
     return {key: infos[depot.path(key)].content for key in keys if depot.path(key) in infos}
 
 
 def objects(depot: Depot) -> dict[str, tuple[str, object]]:
     """All objects of the bucket: path to hash and time."""
-    with door(depot) as (bucket, _):
+    with bucket_client(depot) as (bucket, _):
         return {info.path: (info.content.xet_hash, info.uploaded_at) for info in bucket.list_objects("", SECS)}
 
 

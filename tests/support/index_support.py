@@ -28,12 +28,12 @@ SECS = 30.0
 
 def build(endpoint: str, bucket_id: str, prefix: str = PREFIX, *, incremental: bool = False) -> Pointer:
     """Make a snapshot of an instance and publish it."""
-    with opened(endpoint, bucket_id, prefix) as door, tempfile.TemporaryDirectory() as directory:
-        store = IndexStore(door, "builder")
+    with opened(endpoint, bucket_id, prefix) as bucket_client, tempfile.TemporaryDirectory() as directory:
+        store = IndexStore(bucket_client, "builder")
         if incremental:
-            built = index_build.from_journals(door, store, Path(directory), SECS)
+            built = index_build.from_journals(bucket_client, store, Path(directory), SECS)
         else:
-            built = index_build.from_listing(door, Path(directory), SECS)
+            built = index_build.from_listing(bucket_client, Path(directory), SECS)
         return index_build.publish(store, built, Deadline.after(SECS))
 
 
@@ -88,13 +88,13 @@ def forge(
         prefix: The instance's.
         pointer: What its pointer says instead of the truth.
     """
-    with opened(endpoint, bucket_id, prefix) as door, tempfile.TemporaryDirectory() as directory:
-        store = IndexStore(door, "forger")
+    with opened(endpoint, bucket_id, prefix) as bucket_client, tempfile.TemporaryDirectory() as directory:
+        store = IndexStore(bucket_client, "forger")
         deadline = Deadline.after(SECS)
         info = store.list(deadline).pointer
         assert info is not None
         present, path = store.read_pointer(info, deadline), Path(directory) / "snapshot.npy"
-        index_build.fetch_snapshot(door, store, present, path, deadline)
+        index_build.fetch_snapshot(bucket_client, store, present, path, deadline)
         rows = rows_of(snapshot_of(path.read_bytes(), "it").rows.copy())
         path.write_bytes(to_bytes(rows))
         built = index_build.BuiltSnapshot(

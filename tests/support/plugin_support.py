@@ -141,7 +141,7 @@ def opened(
     get_secs: float = 9.0,
     **values: Any,
 ) -> Iterator[Bucket]:
-    """The door to a bucket, closed at the end."""
+    """The client of a bucket, closed at the end."""
     own = instance_settings(endpoint, bucket_id, prefix, **values)
     bucket = open_bucket(own, "hfbucket", sink or MemorySink(), get_secs)
     try:
@@ -181,7 +181,7 @@ def noise(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def everything_told(error: BaseException) -> str:
+def everything_reported(error: BaseException) -> str:
     """All that a log with a traceback would show of an error."""
     return "\n".join([str(error), repr(error), repr(vars(error)), *traceback.format_exception(error)])
 

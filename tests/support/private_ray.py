@@ -78,11 +78,11 @@ class PrivateRay:
     def metrics(self):
         """What the metrics agents of the cluster tell."""
         (found,) = self.directory.glob("prom_metrics_service_discovery.json")
-        told = []
+        reported = []
         for target in {target for one in json.loads(found.read_text()) for target in one["targets"]}:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
-                told.append(answer.read().decode())
-        return "".join(told)
+                reported.append(answer.read().decode())
+        return "".join(reported)
 
     def __exit__(self, *_):
         # Not `ray stop`, which ends every cluster on the machine: this session of processes and no other.

@@ -37,8 +37,8 @@ def fresh(count: int) -> list[int]:
 
 def store_of(surface: Classic | MP) -> ChunkStore:
     """What is below a surface."""
-    door = surface.remote.connection._connector if isinstance(surface, Classic) else surface.adapter
-    store: ChunkStore = door._store
+    bucket_client = surface.remote.connection._connector if isinstance(surface, Classic) else surface.adapter
+    store: ChunkStore = bucket_client._store
     return store
 
 

@@ -152,7 +152,7 @@ def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, monkey
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (OSError(28, "No space left on device"), "make room there"),
         (sqlite3.OperationalError("database or disk is full"), "set TMPDIR to another directory"),
@@ -162,14 +162,14 @@ def test_a_listing_that_fails_may_be_tried_again(refused, hub, warehouse, monkey
     ids=lambda one: type(one).__name__ if isinstance(one, Exception) else None,
 )
 def test_what_this_machine_lacks_is_no_wrong_configuration_and_no_traceback(
-    refused, warehouse, monkeypatch, error, told
+    refused, warehouse, monkeypatch, error, reported
 ):
     def failing(*_, **__):
         raise error
 
     monkeypatch.setattr("warmer.plan.build.list_chunks_ahead", failing)
 
-    assert told in refused(3, warehouse.config)
+    assert reported in refused(3, warehouse.config)
 
 
 def test_a_hub_that_cannot_be_reached(refused, tmp_path):

@@ -35,7 +35,7 @@ def warmer(monkeypatch):
         if code:
             assert done.stdout == ""
             lines = [line for line in done.stderr.splitlines() if "LMCache" not in line.split(":")[0]]
-            (line,) = [line for line in lines if "are passed by" not in line]
+            (line,) = [line for line in lines if "are skipped" not in line]
             return line
         (line,) = done.stdout.splitlines()
         return json.loads(line)

@@ -66,8 +66,8 @@ def test_the_header_tells_what_is_recorded(desk, selection):
 
     assert desk.plan(*selection)[0] == 0
 
-    (told,) = desk.header["fingerprints"]
-    assert told == {
+    (reported,) = desk.header["fingerprints"]
+    assert reported == {
         "model": MODEL,
         "of": "classic, world size 1, bfloat16",
         "digest": engine().digest,
@@ -88,31 +88,31 @@ def test_a_claim_stands_for_the_record_that_is_not_there_yet(desk):
     api = HfApi(endpoint=desk.warehouse.endpoint, token=False)
     api.batch_bucket_files(desk.warehouse.bucket_id, add=[(FingerprintClaim.to_json(claim), path)])
 
-    code, told = desk.plan("--model", MODEL)
+    code, reported = desk.plan("--model", MODEL)
 
     assert code == 0
-    assert "chunk_size is 512 in the bucket and 256 in this configuration" in told
+    assert "chunk_size is 512 in the bucket and 256 in this configuration" in reported
 
 
 def test_another_chunk_size_is_a_warning_and_under_enforce_a_refusal(desk):
     desk.record(engine(chunk_size=512))
     words = f"the fingerprint of {MODEL} (classic, world size 1, bfloat16): chunk_size is 512 in the bucket and 256 in this configuration"
 
-    code, told = desk.plan("--model", MODEL)
+    code, reported = desk.plan("--model", MODEL)
     assert code == 0
-    assert words in told
+    assert words in reported
     assert desk.header["fingerprints"][0]["differs"] in words
 
     desk.warehouse.extra = {SETTING: "enforce"}
-    code, told = desk.plan("--model", MODEL)
+    code, reported = desk.plan("--model", MODEL)
     assert code == 4
-    assert words in told
+    assert words in reported
     desk.record(engine(chunk_size=512), engine(world_size=2))
     assert desk.plan("--model", MODEL)[0] == 0, "some of it would be served"
 
     desk.warehouse.extra = {SETTING: "off"}
-    code, told = desk.plan("--model", MODEL)
-    assert (code, words in told) == (0, False)
+    code, reported = desk.plan("--model", MODEL)
+    assert (code, words in reported) == (0, False)
 
 
 def test_prompts_that_are_hashed_otherwise_are_named_before_nothing_is_found(desk):
@@ -120,21 +120,21 @@ def test_prompts_that_are_hashed_otherwise_are_named_before_nothing_is_found(des
     here = classic_check("builtin")
     words = f"hash_check (the seed, PYTHONHASHSEED) is 1f in the bucket and {here} where this command runs"
 
-    code, told = desk.plan("--prompts", desk.prompts)
+    code, reported = desk.plan("--prompts", desk.prompts)
     assert code == 4
-    assert words in told
-    assert "nothing selected" in told
+    assert words in reported
+    assert "nothing selected" in reported
 
     desk.warehouse.extra = {SETTING: "enforce"}
-    code, told = desk.plan("--prompts", desk.prompts)
+    code, reported = desk.plan("--prompts", desk.prompts)
     assert code == 4
-    assert words in told
-    assert "fingerprint: enforce" in told
-    assert "nothing selected" not in told
+    assert words in reported
+    assert "fingerprint: enforce" in reported
+    assert "nothing selected" not in reported
 
     desk.record(engine(hash_check=here))
-    _, told = desk.plan("--prompts", desk.prompts)
-    assert "hash_check" not in told
+    _, reported = desk.plan("--prompts", desk.prompts)
+    assert "hash_check" not in reported
 
 
 def test_prompts_in_mp_mode(desk):
@@ -161,10 +161,10 @@ def test_prompts_in_mp_mode(desk):
 
 def test_what_cannot_be_read_is_a_warning_and_under_enforce_an_error(desk, hub):
     desk.record(data=b"garbage")
-    code, told = desk.plan("--model", MODEL)
+    code, reported = desk.plan("--model", MODEL)
     assert code == 0
-    assert "the fingerprints of the chosen models are not known" in told
-    assert "no JSON" in told
+    assert "the fingerprints of the chosen models are not known" in reported
+    assert "no JSON" in reported
 
     desk.warehouse.extra = {SETTING: "enforce"}
     assert desk.plan("--model", MODEL)[0] == 2

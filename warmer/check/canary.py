@@ -180,7 +180,7 @@ def ask_engines(canary: Canary, places: Iterable[NodeInfo], stop: Stop) -> dict[
 
 
 def _wait(future: futures.Future[None], stop: Stop) -> None:
-    """Wait until an engine was asked, or there is an order to stop: an answer under way is left behind."""
+    """Wait until an engine was asked, or there is an order to stop: an answer in progress is left behind."""
     while not stop.requested:
         if futures.wait([future], _TICK_SECS).done:
             future.result()

@@ -71,7 +71,7 @@ def main() -> None:
 @app.command("run")
 @with_flags(FLAGS)
 def run_command(*, config: _Config = None, given: Mapping[Flag, Any], dry_run: _DryRun = False) -> None:
-    """Copy chosen chunks into tiers of every node; what is there already is passed by.
+    """Copy chosen chunks into tiers of every node; what is there already is skipped.
 
     Exits 0 when all are there, 2 for a wrong configuration or command, 3 when some failed, 4 when there was nothing
     to do, nowhere to do it or no room for any of it, 5 when told to stop. Running again moves only what is missing.
@@ -117,7 +117,7 @@ def apply_command(
     given: Mapping[Flag, Any],
     dry_run: _DryRun = False,
 ) -> None:
-    """Copy what a plan says; what is there already is passed by. Flags win over what the plan was made with.
+    """Copy what a plan says; what is there already is skipped. Flags win over what the plan was made with.
 
     Exits as `run` does. Applying again moves only what is missing: that is how to go on after a stop or a crash.
     """

@@ -51,8 +51,8 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # not glibc
         return False
     wanted = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _KEPT), (_M_ARENA_MAX, _ARENAS))
-    told = [tell(name, value) for name, value in wanted]  # all of them, whatever becomes of the first
-    return all(told)
+    reported = [tell(name, value) for name, value in wanted]  # all of them, whatever becomes of the first
+    return all(reported)
 
 
 class NodeWorker(Protocol):
@@ -62,7 +62,7 @@ class NodeWorker(Protocol):
         """Do what there is to do with some chunks; nothing raises for a single one."""
 
     def stop(self) -> None:
-        """End what is under way at once."""
+        """End what is in progress at once."""
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -173,7 +173,7 @@ class NodeActor:
         return cast("Sharer", self._ready)
 
     def stop(self) -> None:
-        """End what is under way at once."""
+        """End what is in progress at once."""
         if self._worker is not None:
             self._worker.stop()
 

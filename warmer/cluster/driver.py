@@ -39,7 +39,7 @@ _JOIN_SECS: Final = 1.0
 """How often nodes that joined are looked for."""
 
 _STOP_SECS: Final = 1.5
-"""What is under way has this long to end: `ray job stop` kills 3 s after SIGTERM."""
+"""What is in progress has this long to end: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
 
@@ -136,7 +136,7 @@ class Driver:
         """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop.
 
         Raises:
-            RefusedError: The plan was changed meanwhile. What was under way has been ended and noted.
+            RefusedError: The plan was changed meanwhile. What was in progress has been ended and noted.
             PlanLostError: The plan cannot be read any more; the same.
         """
         try:
@@ -310,7 +310,7 @@ class Driver:
                 self._fail(name, schedule.abandon(name), kind, f"{message}; no node took its place")
 
     def _wind_down(self, schedule: Scheduler) -> None:
-        """Have what is under way ended, and note how."""
+        """Have what is in progress ended, and note how."""
         for name in schedule.nodes:
             self._actors.by_node[name].handle.stop.remote()
         end = time.monotonic() + _STOP_SECS

@@ -114,7 +114,7 @@ def _expect_answer(address: str) -> None:
         socket.create_connection((host, port), _ANSWER_SECS).close()
     except OSError as error:
         raise ClusterError(
-            f"the Ray cluster at {address} does not answer: {error}; start it, or mend --address or {ADDRESS_VARIABLE}"
+            f"the Ray cluster at {address} does not answer: {error}; start it, or fix --address or {ADDRESS_VARIABLE}"
         ) from None
 
 

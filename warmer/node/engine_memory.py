@@ -2,7 +2,7 @@
 
 A worker loads what lies in a directory. So chunks are staged as into any directory tier, each in the directory of the
 worker that reads it, and each batch is loaded at once, from a directory that holds nothing else: staging never takes more
-room than the batches under way, and whether a chunk is in memory is known when its batch has ended.
+room than the batches in progress, and whether a chunk is in memory is known when its batch has ended.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ class EngineLoader:
         return Failed(chunk.key, chunk.size, error.kind, str(error), asked=asked)
 
     def stop(self) -> None:
-        """End what is under way at once."""
+        """End what is in progress at once."""
         self._warmer.stop()
 
     def close(self) -> None:

@@ -263,7 +263,7 @@ class PromptLoader:
     Args:
         server: Which.
         address: Its address, for messages.
-        models: Those that are served there: prompts of others are passed by.
+        models: Those that are served there: prompts of others are skipped.
         world_size: Workers of the engines.
     """
 

@@ -111,7 +111,7 @@ class ChunkFetch:
 
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
-"""A batch has a third of it for each try: enough for a node that gets 3 MiB a second, with four of 64 MiB under way."""
+"""A batch has a third of it for each try: enough for a node that gets 3 MiB a second, with four of 64 MiB in progress."""
 
 _FIRST_SECS: Final = 10.0
 _TRIES: Final = 3
@@ -400,7 +400,7 @@ class NodeWarmer:
             return  # may pass; each chunk tries again
 
     def stop(self) -> None:
-        """End what is under way at once; what has not appeared by now does not appear."""
+        """End what is in progress at once; what has not appeared by now does not appear."""
         with self._lock:
             self._stopped.set()
             # Those that wait for a stream would else ask for a session each, one after the other.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.core.keys import ClassicKey, MPKey, encode_name, is_probe, parse_key
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub.listing import list_chunks, list_chunks_ahead
-from hfbucket_plugin.index.access.table import heat_of
+from hfbucket_plugin.index.access.table import open_access_table
 from hfbucket_plugin.tools.selection import hottest_first, in_order, newest_first, within
 from warmer.plan.key_files import keys_of, look_up_keys
 from warmer.plan.plan_file import Planner
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.index.access.table import HeatTable
+    from hfbucket_plugin.index.access.table import AccessTable
     from hfbucket_plugin.tools.selection import ChunkRef
 
 
@@ -48,13 +48,16 @@ def warmed(
     """
     with contextlib.ExitStack() as stack:
         try:
-            table, why = stack.enter_context(heat_of(bucket, now, _REQUEST_SECS, temp_dir)), "no hits are recorded"
+            table, why = (
+                stack.enter_context(open_access_table(bucket, now, _REQUEST_SECS, temp_dir)),
+                "no hits are recorded",
+            )
         except HFBucketError as error:
             table, why = None, str(error)
-        yield (iter(chunks), why) if table is None else (_with_heat(chunks, table), "")
+        yield (iter(chunks), why) if table is None else (_with_access(chunks, table), "")
 
 
-def _with_heat(chunks: Iterable[ChunkRef], table: HeatTable) -> Iterator[ChunkRef]:
+def _with_access(chunks: Iterable[ChunkRef], table: AccessTable) -> Iterator[ChunkRef]:
     chunks = iter(chunks)
     while page := list(islice(chunks, _PAGE)):
         for chunk, use in zip(page, table.look_up([encode_name(one.key) for one in page]), strict=True):
@@ -97,7 +100,7 @@ class PlanBuilder:
         takes: The kind of key that the tiers take.
         now: What `since` counts back from.
         prompts: Where chunks stand among the prompts, when the choice names some.
-        skipped: Chunks passed by, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
+        skipped: Chunks skipped, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
             told apart by a filter) and ``not_in_bucket`` (keys of a file).
         chosen: Chunks that passed all that, a budget not regarded.
         cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
@@ -137,7 +140,7 @@ class PlanBuilder:
             return in_order(chunks, lambda chunk: (_placed(prompts, chunk), chunk.key), temp_dir, cut)
         if selection.most is None and selection.max_bytes is None:
             return chunks
-        if not selection.wants_heat:
+        if not selection.wants_access:
             return in_order(chunks, newest_first, temp_dir, cut)
         return self._hottest(chunks, bucket, temp_dir, cut)
 
@@ -149,11 +152,11 @@ class PlanBuilder:
         cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]],
     ) -> Iterator[ChunkRef]:
         """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
-        with warmed(chunks, bucket, self.now, temp_dir.parent) as (told, why):
+        with warmed(chunks, bucket, self.now, temp_dir.parent) as (reported, why):
             self.cold = why[:_WHY_CHARS]
             if why:
                 _log.info("the newest chunks come first, not those that are read most: %s", why)
-            yield from in_order(told, newest_first if why else hottest_first, temp_dir, cut)
+            yield from in_order(reported, newest_first if why else hottest_first, temp_dir, cut)
 
     def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[ChunkRef]:
         """The chosen ones among some chunks, as they come."""

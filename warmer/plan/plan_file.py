@@ -52,7 +52,7 @@ class Planner:
         takes: The kind of key that the tier takes.
 
     Attributes:
-        skipped: Chunks passed by, by reason: ``other_kind`` (keys that the tier cannot take) and ``probe`` (the
+        skipped: Chunks skipped, by reason: ``other_kind`` (keys that the tier cannot take) and ``probe`` (the
             object with which LMCache tests a backend).
     """
 

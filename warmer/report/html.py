@@ -305,19 +305,22 @@ def _over_time(history: History, left: Mapping[str, float]) -> Iterator[str]:
 
 
 def _latencies(history: History) -> Iterator[str]:
-    told = {"from the Hub": history.from_hub, "from other nodes": history.from_nodes}
-    told = {name: one for name, one in told.items() if one.total}
-    if not told:
+    reported = {"from the Hub": history.from_hub, "from other nodes": history.from_nodes}
+    reported = {name: one for name, one in reported.items() if one.total}
+    if not reported:
         return
     yield "<h2>How long chunks took</h2>\n"
     yield paragraph(
         "From when their node turned to them until they were in the tier, checked; retries included.", "faint"
     )
-    yield _key(list(told), html.COLOURS)
-    yield html.latencies(history.from_hub.BOUNDS, {name: one.counts for name, one in told.items()})
+    yield _key(list(reported), html.COLOURS)
+    yield html.latencies(history.from_hub.BOUNDS, {name: one.counts for name, one in reported.items()})
     yield from _table(
         ("", "chunks", "half within", "99 % within"),
-        ((name, f"{one.total:,}", _secs(one.quantile(0.5)), _secs(one.quantile(0.99))) for name, one in told.items()),
+        (
+            (name, f"{one.total:,}", _secs(one.quantile(0.5)), _secs(one.quantile(0.99)))
+            for name, one in reported.items()
+        ),
     )
 
 

@@ -93,15 +93,15 @@ class RunMetrics(Observer):
         self._received_bytes: Sums[str] = Sums()
         self._reused_bytes: Sums[str] = Sums()
         self._kinds: Sums[tuple[str, str]] = Sums()
-        self._told: dict[str, dict[str, tuple[int, int]]] = {}
-        self._told_counts = Counts()
-        self._told_busy: dict[str, tuple[int, int]] = {}
-        self._told_coverage: dict[str, float] = {}
+        self._reported: dict[str, dict[str, tuple[int, int]]] = {}
+        self._reported_counts = Counts()
+        self._reported_busy: dict[str, tuple[int, int]] = {}
+        self._reported_coverage: dict[str, float] = {}
 
     def begin(self, report: RunReport) -> None:
         """Start over: each tier has its own series."""
         self._forget()
-        self._tell_coverage(report)
+        self._report_coverage(report)
 
     def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
         """Keep in mind what the report does not tell by node."""
@@ -120,22 +120,22 @@ class RunMetrics(Observer):
         """Count a node."""
         self._lost.inc(1, _tags(report, node) | {"kind": kind})
 
-    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+    def look(self, report: RunReport, in_progress: Mapping[str, tuple[int, int]]) -> None:
         """Tell what has changed."""
         for node in report.nodes.values():
-            self._tell_chunks(report, node)
+            self._report_chunks(report, node)
         for (name, kind), count in self._kinds.items():
             self._failures.inc(count, _tags(report, name) | {"kind": kind})
         self._kinds.clear()
-        self._tell_counts(report)
-        self._tell_busy(report, under_way)
-        self._tell_coverage(report)
+        self._report_counts(report)
+        self._report_busy(report, in_progress)
+        self._report_coverage(report)
 
     def close(self, report: RunReport) -> None:
-        """Tell how it ended; nothing is under way any more."""
+        """Tell how it ended; nothing is in progress any more."""
         self.look(report, {})
 
-    def _tell_chunks(self, report: RunReport, node: NodeReport) -> None:
+    def _report_chunks(self, report: RunReport, node: NodeReport) -> None:
         received, reused = self._received_bytes[node.id], self._reused_bytes[node.id]
         now = {
             FETCHED: (node.copied - node.received - node.reused, node.bytes - received - reused),
@@ -144,33 +144,33 @@ class RunMetrics(Observer):
             PRESENT: (node.present, node.present_bytes),
             FAILED: (node.failed, 0),
         }
-        told = self._told.get(node.id, {})
-        if told != now:
+        reported = self._reported.get(node.id, {})
+        if reported != now:
             for outcome, (count, size) in now.items():
-                before, bytes_before = told.get(outcome, (0, 0))
+                before, bytes_before = reported.get(outcome, (0, 0))
                 self._chunks.add(count - before, size - bytes_before, _tags(report, node.id) | {"outcome": outcome})
-            self._told[node.id] = now
+            self._reported[node.id] = now
 
-    def _tell_counts(self, report: RunReport) -> None:
-        told, now = asdict(self._told_counts), asdict(report.counts)
+    def _report_counts(self, report: RunReport) -> None:
+        reported, now = asdict(self._reported_counts), asdict(report.counts)
         for field, counter in self._of_counts.items():
-            if now[field] > told[field]:
-                counter.inc(now[field] - told[field], _run_tags(report))
-        self._told_counts = Counts(**now)
+            if now[field] > reported[field]:
+                counter.inc(now[field] - reported[field], _run_tags(report))
+        self._reported_counts = Counts(**now)
 
-    def _tell_busy(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+    def _report_busy(self, report: RunReport, in_progress: Mapping[str, tuple[int, int]]) -> None:
         for node in report.nodes:
-            busy = under_way.get(node, (0, 0))
-            if self._told_busy.get(node) != busy:
-                self._told_busy[node] = busy
+            busy = in_progress.get(node, (0, 0))
+            if self._reported_busy.get(node) != busy:
+                self._reported_busy[node] = busy
                 self._busy.set(busy[0], _tags(report, node))
                 self._busy_bytes.set(busy[1], _tags(report, node))
 
-    def _tell_coverage(self, report: RunReport) -> None:
+    def _report_coverage(self, report: RunReport) -> None:
         for node, one in report.nodes.items():
             share = (one.copied + one.present) / one.selected if one.selected else 1.0
-            if self._told_coverage.get(node) != share:
-                self._told_coverage[node] = share
+            if self._reported_coverage.get(node) != share:
+                self._reported_coverage[node] = share
                 self._coverage.set(share, _tags(report, node))
 
 

@@ -40,12 +40,12 @@ class Observer:
     def lost(self, report: RunReport, node: str, kind: str) -> None:
         """A node takes no part any more; the report says why."""
 
-    def look(self, report: RunReport, under_way: Mapping[str, tuple[int, int]]) -> None:
+    def look(self, report: RunReport, in_progress: Mapping[str, tuple[int, int]]) -> None:
         """Time has passed: called about once a second.
 
         Args:
             report: Of the tier.
-            under_way: The chunks that nodes are busy with, and their bytes; by the nodes' ids.
+            in_progress: The chunks that nodes are busy with, and their bytes; by the nodes' ids.
         """
 
     def close(self, report: RunReport) -> None:
@@ -72,14 +72,14 @@ class EventDispatcher:
         report: Of the tier.
         display: Shows it.
         observers: Look at it about once a second.
-        under_way: What nodes are busy with.
+        in_progress: What nodes are busy with.
         take_place: Is told when a node takes the place of a lost one.
     """
 
     report: RunReport
     display: Display
     observers: Sequence[Observer]
-    under_way: Callable[[], Mapping[str, tuple[int, int]]] = dict
+    in_progress: Callable[[], Mapping[str, tuple[int, int]]] = dict
     take_place: Callable[[str, Node], None] = lambda _lost, _by: None
     _next: float = field(default=0.0, init=False)
 
@@ -125,6 +125,6 @@ class EventDispatcher:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _LOOK_SECS
-            under_way = self.under_way()
+            in_progress = self.in_progress()
             for one in self.observers:
-                one.look(self.report, under_way)
+                one.look(self.report, in_progress)

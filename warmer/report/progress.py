@@ -150,7 +150,7 @@ class LiveTable:
             f"{ended:,}/{of:,}",
             f"{size(done)}/{size(of_bytes)}" if of_bytes else size(done),
             f"{size(per_sec)}/s",
-            "-" if ended >= of else left_in_words(left / speed if speed > 0 else None),
+            "-" if ended >= of else time_left_text(left / speed if speed > 0 else None),
             Text(printable(_remark(nodes))),
         )
 
@@ -194,7 +194,7 @@ def _remark(nodes: Sequence[NodeReport]) -> str:
     return ", ".join([*words, f"{lost} lost"] if lost else words)
 
 
-def left_in_words(seconds: float | None) -> str:
+def time_left_text(seconds: float | None) -> str:
     """A time that is left: `4:05`, `1:02:03`; `?` where nobody can tell."""
     if seconds is None:
         return "?"

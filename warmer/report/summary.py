@@ -112,7 +112,7 @@ class TierRun:
         choice: What of it was chosen (`hfbucket_plugin.tools.selection.Selection`), ready for JSON.
         selected: Chunks selected, which every node is to hold, as far as they are for its workers.
         selected_bytes: The sum of their sizes.
-        skipped: Chunks passed by, by reason (see `warmer.plan.build.PlanBuilder`).
+        skipped: Chunks skipped, by reason (see `warmer.plan.build.PlanBuilder`).
         unassigned: Of those selected, the chunks of workers whose chunks no node takes.
     """
 
@@ -196,10 +196,10 @@ class RunReport:
             self.kinds[outcome.kind] += 1
             self._failures.add(self.task.tier, self.nodes[node], outcome)
         if isinstance(outcome, Copied):
-            self._tell_wrong(self.nodes[node], outcome)
+            self._log_wrong(self.nodes[node], outcome)
         self.nodes[node].add(outcome)
 
-    def _tell_wrong(self, node: NodeReport, outcome: Copied) -> None:
+    def _log_wrong(self, node: NodeReport, outcome: Copied) -> None:
         """Report what was found in the place of a chunk: engines were served it."""
         self.repaired += len(outcome.repaired)
         self.left_wrong += len(outcome.left)

@@ -17,7 +17,7 @@ from hfbucket_plugin.core.keys import ClassicKey
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from hfbucket_plugin.fingerprint import detect
 from hfbucket_plugin.fingerprint.detect import as_configured
-from hfbucket_plugin.fingerprint.model import differences, in_words, printable
+from hfbucket_plugin.fingerprint.model import as_text, differences, printable
 from hfbucket_plugin.fingerprint.store import FingerprintStore
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
@@ -142,13 +142,13 @@ def _judge(resolved: ResolvedRequest, choosing: PlanBuilder, recorded: Fingerpri
     where = "where this command runs" if choosing.prompts is not None else "in this configuration"
     if wrong:
         who = f"{printable(recorded.model)} ({printable(str(recorded.space))})"
-        compared.conflicts.append(f"the fingerprint of {who}: {in_words(wrong, where)}")
+        compared.conflicts.append(f"the fingerprint of {who}: {as_text(wrong, where)}")
     else:
         compared.agree += 1
     compared.facts.append(
         {"model": recorded.model, "of": str(recorded.space), "digest": recorded.digest}
         | recorded.facts()
-        | ({"differs": in_words(wrong, where)} if wrong else {})
+        | ({"differs": as_text(wrong, where)} if wrong else {})
     )
 
 
@@ -199,7 +199,7 @@ class ResolvedRequest:
         return self.tiers[0].takes
 
     def bucket(self) -> Bucket:
-        """The door to the bucket. Opens no connection."""
+        """The bucket client. Opens no connection."""
         settings = self.instance.settings
         return open_bucket(settings, self.instance.name, telemetry.MemorySink(), self.request.limits.chunk_timeout)
 

@@ -79,7 +79,7 @@ def validated(document: Mapping[str, Any], source: str | None) -> WarmRequest:
     try:
         return WarmRequest.model_validate(document)
     except ValidationError as error:
-        words = "; ".join(_complaint(item) for item in error.errors(include_url=False, include_input=False))
+        words = "; ".join(_reason(item) for item in error.errors(include_url=False, include_input=False))
     # Outside of the handler: the cause would print the values.
     raise ConfigError(f"{source}: {words}" if source else words)
 
@@ -113,7 +113,7 @@ def _merged(below: Any, above: Any) -> Any:
     return merged
 
 
-def _complaint(item: Any) -> str:
+def _reason(item: Any) -> str:
     place = tuple(str(step) for step in item["loc"] if not isinstance(step, int))
     name = ".".join(place)
     flags = [flag.name for flag in FLAGS if flag.place == place[: len(flag.place)]]

@@ -50,7 +50,7 @@ class Cohort:
 
     Attributes:
         position: The number of the next chunk, in the part.
-        batches: How many of its batches are under way.
+        batches: How many of its batches are in progress.
         full: Whether there was no room for another batch when it was last tried, and nothing has changed since.
         blocked_since: When there first was no room since a batch was begun; None when there was.
         turn: Rotates who is asked first.

@@ -53,7 +53,7 @@ PARTS: Final = 4
 """A store has room for so many batches at least, so that one is fetched while others are received."""
 
 _MIN_BATCHES: Final = 16
-"""Each cohort may have so many batches under way, into however many parts the plan falls."""
+"""Each cohort may have so many batches in progress, into however many parts the plan falls."""
 
 _TYPICAL_SECS_PER_BYTE: Final = 1e-8
 
@@ -88,7 +88,7 @@ class Scheduler:
     Args:
         nodes: Names of the nodes, and the bytes that batches may take in the object store of each.
         parts: The plan: which chunks which nodes are to have. No chunk is in two of them.
-        window: How much is under way at a time; by default as `TaskLimits` has it.
+        window: How much is in progress at a time; by default as `TaskLimits` has it.
         caps: Most bytes a second.
         direct: Every node fetches everything for itself.
         now: The time, in seconds of any clock that goes forwards.
@@ -143,12 +143,12 @@ class Scheduler:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is under way or left to give, and no place is kept."""
+        """Whether nothing is in progress or left to give, and no place is kept."""
         return not self._vacant and self.exhausted
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is under way or left to give to the nodes that there are."""
+        """Whether nothing is in progress or left to give to the nodes that there are."""
         if self._tasks or self._batches:
             return False
         if any(state.backlog for state in self._with_backlog.values()):
@@ -156,7 +156,7 @@ class Scheduler:
         return all(not self._members(cohort) or cohort.peek() is None for cohort in self._cohorts)
 
     @property
-    def under_way(self) -> dict[str, tuple[int, int]]:
+    def in_progress(self) -> dict[str, tuple[int, int]]:
         """The chunks that nodes are busy with, and their bytes; nodes with nothing to do are left out."""
         found: dict[str, tuple[int, int]] = {}
         for running in self._tasks:
@@ -183,7 +183,7 @@ class Scheduler:
         self._states[node].started = True
 
     def tasks(self, now: float) -> list[Task]:
-        """What nodes are to be told now; each order counts as under way from now on."""
+        """What nodes are to be told now; each order counts as in progress from now on."""
         self._now = max(self._now, now)
         self._decide()
         return self._tasks.take_new()
@@ -201,7 +201,7 @@ class Scheduler:
             What has ended for which node by this.
 
         Raises:
-            KeyError: The order is not under way, or its node is lost.
+            KeyError: The order is not in progress, or its node is lost.
         """
         running = self._finish(number, now)
         task, batch = running.task, running.batch
@@ -336,7 +336,7 @@ class Scheduler:
             What has ended for which node by this.
 
         Raises:
-            KeyError: The order is not under way, or its node is lost.
+            KeyError: The order is not in progress, or its node is lost.
         """
         running = self._finish(number, now)
         task, state = running.task, self._states[running.task.node]

@@ -13,17 +13,17 @@ _MIB: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TaskLimits:
-    """How much is under way at a time.
+    """How much is in progress at a time.
 
     Attributes:
         batch_chunks: Most chunks of an order. 64 share one call of the hasher, which is slow with few small files.
         batch_bytes: Most bytes of an order; a larger chunk goes alone. 64 MiB are a fraction of a second of work, so
             that little is lost with a node.
-        fetches: Most orders to fetch under way on a node: four, so that two or three are fetched while another is hashed: where one
+        fetches: Most orders to fetch in progress on a node: four, so that two or three are fetched while another is hashed: where one
             comes to its end, the streams that it frees have something to do.
-        receives: Most orders to receive under way on a node.
-        bytes: Most bytes under way on a node: as many as all its orders have at most; a larger chunk goes when nothing else is.
-        batches: Most batches under way in the whole run: fetched, or waiting in the object store for those who lack them.
+        receives: Most orders to receive in progress on a node.
+        bytes: Most bytes in progress on a node: as many as all its orders have at most; a larger chunk goes when nothing else is.
+        batches: Most batches in progress in the whole run: fetched, or waiting in the object store for those who lack them.
         run_bytes: Most bytes being fetched in the whole run; a larger chunk goes when nothing else is. None: no bound
             but those of the nodes.
         fan_out: Most nodes that receive a batch at one time for each node that has it already.

@@ -40,7 +40,7 @@ class ChunkDraft(Protocol):
     def roomy(self) -> bool:
         """Whether somebody else may make the file at `path` in one go, in place of writing through `lease`.
 
-        It is made without its blocks being reserved first, so there has to be room enough for all that is under way.
+        It is made without its blocks being reserved first, so there has to be room enough for all that is in progress.
         """
 
     @property
@@ -84,7 +84,7 @@ class Tier(Protocol):
         """
 
     def inventory(self) -> Iterator[HeldChunk]:
-        """Stream what the tier holds, in any order. What engines would not find there is passed by.
+        """Stream what the tier holds, in any order. What engines would not find there is skipped.
 
         Raises:
             TierError: The tier cannot be read.

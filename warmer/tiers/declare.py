@@ -318,22 +318,22 @@ def _no_directory(kind: Any) -> str:
 def _check(kind: str, spec: dict[str, Any]) -> None:
     """See whether LMCache would take it, and whether all of it is known: a new option may change what files hold."""
     fields = _FIELDS[kind]
-    complaints = []
+    rule_violations = []
     for name, value in spec.items():
         if name in fields:
             fits, words = fields[name]
             if not fits(value):
-                complaints.append(f"{name} must be {words}")
+                rule_violations.append(f"{name} must be {words}")
         elif name not in _BESIDE:
             near = difflib.get_close_matches(name, [*fields, *_BESIDE], n=1, cutoff=0.6)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(fields))}"
-            complaints.append(f"unknown option {name!r}{hint}")
+            rule_violations.append(f"unknown option {name!r}{hint}")
     if "base_path" not in spec:
-        complaints.append("base_path is required")
+        rule_violations.append("base_path is required")
     temporary = spec.get("relative_tmp_dir")
     if kind == "fs" and isinstance(temporary, str):
         path = PurePosixPath(temporary)
         if path.is_absolute() or ".." in path.parts:
-            complaints.append("relative_tmp_dir must lie below base_path")
-    if complaints:
-        raise ConfigError(f"tier of type {kind!r}: {'; '.join(complaints)}")
+            rule_violations.append("relative_tmp_dir must lie below base_path")
+    if rule_violations:
+        raise ConfigError(f"tier of type {kind!r}: {'; '.join(rule_violations)}")

@@ -157,7 +157,7 @@ class DiskBudget:
         return self._fits(size, more)
 
     def plenty(self, directory: Path) -> bool:
-        """Whether there is room for twice what is under way: enough to do without blocks that are reserved."""
+        """Whether there is room for twice what is in progress: enough to do without blocks that are reserved."""
         return free_bytes(directory) - (self._options.min_free_bytes or 0) >= 2 * self._drafts
 
     def expect(self, path: Path, directory: Path, size: int) -> None:
@@ -221,7 +221,7 @@ class DiskBudget:
         return self._options.max_bytes is not None and size + self._drafts > self._options.max_bytes
 
     def _keep_free(self, directory: Path, size: int) -> None:
-        """Leave the floor, and what files under way are still to take: those that came first go first."""
+        """Leave the floor, and what files in progress are still to take: those that came first go first."""
         floor = self._options.min_free_bytes
         if not floor and not self._unreserved:  # then the disk says by itself when it is full
             return
@@ -236,7 +236,7 @@ class DiskBudget:
                 break
         raise TierFullError(
             f"tier {self._declaration.name!r}: no room for {size} bytes: {directory} has {free_bytes(directory)} free, "
-            f"min_free_bytes keeps {floor}, and what is under way is to take {self._awaited(directory)}"
+            f"min_free_bytes keeps {floor}, and what is in progress is to take {self._awaited(directory)}"
         )
 
     def _look(self) -> None:

@@ -48,7 +48,7 @@ def chunk_files(declaration: DirectoryDeclaration, directory: Path) -> Iterator[
 def directory_keys(directory: Path) -> Iterator[str]:
     """Stream the key strings of the chunks in a directory, of whichever mode of LMCache it is.
 
-    Every `-SEP-` in a name is read as `/`, as LMCache reads it. Files that are no chunks by their name are passed by.
+    Every `-SEP-` in a name is read as `/`, as LMCache reads it. Files that are no chunks by their name are skipped.
 
     Raises:
         ConfigError: The directory cannot be read.

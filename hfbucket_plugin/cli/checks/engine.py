@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.cli.findings import Finding, error, note, ok, warning
 from hfbucket_plugin.config.instances import OUR_MODULE
-from hfbucket_plugin.config.lmcache_yaml import complaints
+from hfbucket_plugin.config.lmcache_yaml import rule_violations
 from hfbucket_plugin.core.files import TempDir
 from hfbucket_plugin.core.units import size
 from hfbucket_plugin.errors import ConfigError
@@ -41,7 +41,7 @@ def check_engine(named: InstanceConfig, environ: Mapping[str, str]) -> Iterator[
 def _engine(named: InstanceConfig, engine: EngineConfig) -> Finding:
     """The engine's own settings, as our connector judges them when it starts."""
     if wrong := [*refused(engine), *_timeouts(named, engine)]:
-        return error(ENGINE, "; ".join(wrong), f"mend it in {engine.source}: LMCache would run without the instance")
+        return error(ENGINE, "; ".join(wrong), f"fix it in {engine.source}: LMCache would run without the instance")
     if engine.plugin_value(named.name, "module_path") != OUR_MODULE:
         return note(
             ENGINE,
@@ -54,7 +54,7 @@ def _engine(named: InstanceConfig, engine: EngineConfig) -> Finding:
 def refused(engine: EngineConfig) -> list[str]:
     """Why our connector would refuse an engine: each setting, and the reason."""
     own = engine.engine
-    return complaints(
+    return rule_violations(
         save_unfull_chunk=any(_truth(own.get(name)) for name in _UNFULL),
         save_chunk_meta=bool(engine.extra.get("save_chunk_meta", False)),
         use_layerwise=_truth(own.get("use_layerwise")),

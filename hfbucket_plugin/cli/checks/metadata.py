@@ -12,7 +12,7 @@ from hfbucket_plugin.core.concurrency import call_with_deadline
 from hfbucket_plugin.core.units import age, count
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.fingerprint.detect import as_configured
-from hfbucket_plugin.fingerprint.model import differences, in_words, printable
+from hfbucket_plugin.fingerprint.model import as_text, differences, printable
 from hfbucket_plugin.fingerprint.store import FingerprintStore
 from hfbucket_plugin.index.format import FormatError
 from hfbucket_plugin.index.refresh import SnapshotSource
@@ -52,11 +52,11 @@ def check_fingerprint(case: CheckContext) -> Finding:
         store.close()
     differing = [words for one in examined for words in one.configured]
     agreeing = next((one.model for one in examined if one.comparable and not one.configured), None)
-    complaints = [words for one in examined for words in one.wrong]
+    rule_violations = [words for one in examined for words in one.wrong]
     if agreeing is None:
-        complaints = differing + complaints
-    if complaints:
-        found = _together(complaints)
+        rule_violations = differing + rule_violations
+    if rule_violations:
+        found = _together(rule_violations)
         enforced = case.settings.fingerprint == "enforce"
         return error(FINGERPRINT, found, _ACCEPT) if enforced else warning(FINGERPRINT, found, _ACCEPT)
     if not models:
@@ -88,9 +88,9 @@ def _agreement(case: CheckContext, many: str, unpinned: str) -> Finding:
     return ok(FINGERPRINT, said)
 
 
-def _together(complaints: list[str]) -> str:
-    more = f"; and {len(complaints) - _TOLD} more" if len(complaints) > _TOLD else ""
-    return "; ".join(complaints[:_TOLD]) + more
+def _together(rule_violations: list[str]) -> str:
+    more = f"; and {len(rule_violations) - _TOLD} more" if len(rule_violations) > _TOLD else ""
+    return "; ".join(rule_violations[:_TOLD]) + more
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ def _of(case: CheckContext, store: FingerprintStore, model: str) -> _Examined:
         here = as_configured(recorded, case.named)
         examined.comparable |= here is not None
         if here is not None and (wrong := differences(recorded, here)):
-            examined.configured.append(f"{head}: {in_words(wrong, 'in this configuration')}")
+            examined.configured.append(f"{head}: {as_text(wrong, 'in this configuration')}")
         examined.wrong += [f"{head}: {words}" for claim in claims if (words := _fleet(recorded, claim))]
     examined.wrong += [claim.why for claim in claims if claim.fingerprint is None]
     return examined
@@ -141,9 +141,7 @@ def _fleet(recorded: Fingerprint, claim: Claimed) -> str:
     if theirs is None or not (wrong := differences(recorded, theirs)):
         return ""
     who = f"{theirs.written_by or 'somebody'} at {theirs.recorded_at or 'some time'}"
-    return (
-        f"two fleets are not alike, {recorded.written_by or 'the recorded one'} and {who}: {in_words(wrong, 'there')}"
-    )
+    return f"two fleets are not alike, {recorded.written_by or 'the recorded one'} and {who}: {as_text(wrong, 'there')}"
 
 
 INDEX: Final = "index"

@@ -49,21 +49,21 @@ def check(case: CheckContext, *, read_back: bool) -> Finding:
     failure: HFBucketError | None = None
     left: HFBucketError | None = None
     with EndingSignals() as signals:
-        told = False
+        reported = False
         try:
             content = probe.upload()
             with signals.held():  # a delete must not overtake it
                 probe.name(content)
             if read_back:
                 probe.compare()
-            told = True
+            reported = True
         except HFBucketError as caught:
-            failure, told = caught, True
+            failure, reported = caught, True
         finally:
             with signals.held():
                 left = probe.remove()
-                if left is not None and not told:  # the process ends, and nobody will read a finding
-                    console.complain(f"{probe.path} is left in the bucket: {left}")
+                if left is not None and not reported:  # the process ends, and nobody will read a finding
+                    console.print_error(f"{probe.path} is left in the bucket: {left}")
     return _judge(probe, failure, left, read_back=read_back, seconds=time.monotonic() - started)
 
 
@@ -78,8 +78,8 @@ def _judge(
         finding = from_error(NAME, failure, case.named)
         found = f"{probe.step} failed: {finding.found}"
         if probe.unsure:  # a request that nobody waits for any more may still be carried out
-            return error(NAME, found, f"{finding.mend}; should {probe.path} appear later, delete it")
-        return error(NAME, found, finding.mend)
+            return error(NAME, found, f"{finding.fix}; should {probe.path} appear later, delete it")
+        return error(NAME, found, finding.fix)
     done = "stored, read back, compared and deleted" if read_back else "stored and deleted, not read back"
     return ok(NAME, f"{size(_BYTES)} {done} in {seconds:.1f} s")
 

@@ -62,7 +62,7 @@ class Hits:
     lost: bool = False
 
 
-class HeatRecorder:
+class AccessRecorder:
     """The hits of one process and instance. `read` is for any thread, the rest for one at a time.
 
     Args:
@@ -79,7 +79,7 @@ class HeatRecorder:
         self._overflow = 0
         self._overflow_lock = threading.Lock()
         self._waiting: dict[bytes, list[float]] = {}
-        self._told_at = self._sign_at = began
+        self._reported_at = self._sign_at = began
         self._dropped = 0
         self._lost: Hits | None = None
 
@@ -135,15 +135,15 @@ class HeatRecorder:
             last: Whether nothing will be told after it, so that it is time in any case.
         """
         self.look(now)
-        if now - self._told_at < self._secs and not last:
+        if now - self._reported_at < self._secs and not last:
             return []
-        told = self._hottest() | self._longest_waiting()
-        if not told and self._lost is None and now - self._sign_at < _SIGN_SECS:
+        reported = self._hottest() | self._longest_waiting()
+        if not reported and self._lost is None and now - self._sign_at < _SIGN_SECS:
             return []
-        self._told_at = self._sign_at = now
-        if not told:
+        self._reported_at = self._sign_at = now
+        if not reported:
             return [Hits(NO_KEY, 0, now)]
-        return [Hits(digest, int(number), last) for digest, (number, last) in told.items()]
+        return [Hits(digest, int(number), last) for digest, (number, last) in reported.items()]
 
     def take_lost(self) -> Hits | None:
         """Hits of which nobody will be told, since the last call, and when the last of them was; to be told with what is due."""
@@ -157,8 +157,8 @@ class HeatRecorder:
 
     def _hottest(self) -> dict[bytes, list[float]]:
         if len(self._waiting) <= self._keys:
-            told, self._waiting = self._waiting, {}
-            return told
+            reported, self._waiting = self._waiting, {}
+            return reported
         hottest = heapq.nlargest(self._keys // 2, self._waiting.items(), key=lambda one: (one[1][0], one[0]))
         return {digest: self._waiting.pop(digest) for digest, _ in hottest}
 
@@ -167,7 +167,7 @@ class HeatRecorder:
         return {digest: self._waiting.pop(digest) for digest in longest}
 
 
-def recorder_of(settings: InstanceSettings, now: float) -> HeatRecorder | None:
+def recorder_of(settings: InstanceSettings, now: float) -> AccessRecorder | None:
     """The recorder of an instance; None where its settings leave nothing to record, or nobody to tell.
 
     Args:
@@ -176,7 +176,7 @@ def recorder_of(settings: InstanceSettings, now: float) -> HeatRecorder | None:
     """
     if settings.heat == "off" or settings.index != "snapshot" or not (settings.reads and settings.writes):
         return None
-    return HeatRecorder(settings.heat_keys, settings.heat_secs, now)
+    return AccessRecorder(settings.heat_keys, settings.heat_secs, now)
 
 
 def why_not(settings: InstanceSettings) -> str:

@@ -71,14 +71,14 @@ class Span:
     Attributes:
         since: Since when it has been recorded without a gap, in seconds since 1970 by the Hub's clock; 0: it is not known.
         until: Tells before then are counted, in the same seconds.
-        told: When the last tell was made; 0: none ever.
+        reported: When the last tell was made; 0: none ever.
         lost: How many hits recorders dropped since the first that was told of without a gap.
         lost_at: When the last of these was; 0: none was. `since` is never earlier.
     """
 
     since: float = 0.0
     until: float = 0.0
-    told: float = 0.0
+    reported: float = 0.0
     lost: int = 0
     lost_at: float = 0.0
 
@@ -117,12 +117,12 @@ class HitLog:
         self._unread += hits
         self._lost_at = max(self._lost_at, at)
 
-    def add(self, told: NDArray[np.uint32], now: float) -> None:
+    def add(self, reported: NDArray[np.uint32], now: float) -> None:
         """Note tells; those of a clock that is ahead of the Hub's are passed over."""
-        told = told[told <= now + 60]
-        if len(told):
-            self._hours.update(np.unique(told // _HOUR).tolist())
-            self._last = max(self._last, int(told.max()))
+        reported = reported[reported <= now + 60]
+        if len(reported):
+            self._hours.update(np.unique(reported // _HOUR).tolist())
+            self._last = max(self._last, int(reported.max()))
 
     def span(self, before: Span, now: float, until: float) -> Span:
         """For how long heat is known after these tells.
@@ -137,7 +137,7 @@ class HitLog:
         lost_at = max(before.lost_at if span.since == before.since else 0.0, self._lost_at)
         if not span.known or not lost_at:
             return span
-        rows = once(joined(self._lost))
+        rows = deduplicated(joined(self._lost))
         fresh = rows["hits"][(rows["told"] >= before.until) & (rows["told"] < until)]
         number = self._unread + int(np.minimum(fresh, _MOST_HITS).sum(dtype=np.uint64))
         number += before.lost if span.since == before.since else 0
@@ -145,15 +145,15 @@ class HitLog:
         return replace(span, since=max(span.since, lost_at), lost=min(number, _MOST_HITS), lost_at=lost_at)
 
     def _whole(self, before: Span, now: float, until: float) -> Span:
-        if self._last <= before.told:
-            return Span(before.since, until, before.told)
-        hours = sorted(hour for hour in self._hours if hour >= before.told // _HOUR)
-        steps = np.diff([before.told // _HOUR, *hours]) if before.known else np.array([np.inf])
+        if self._last <= before.reported:
+            return Span(before.since, until, before.reported)
+        hours = sorted(hour for hour in self._hours if hour >= before.reported // _HOUR)
+        steps = np.diff([before.reported // _HOUR, *hours]) if before.known else np.array([np.inf])
         whole = bool((steps <= GAP_SECS // _HOUR).all())
         return Span(before.since if whole else now, until, float(self._last))
 
 
-def once(hits: Rows) -> Rows:
+def deduplicated(hits: Rows) -> Rows:
     """Tells of several journals, each once: sorted by digest, then by who told and when.
 
     Args:
@@ -167,13 +167,13 @@ def once(hits: Rows) -> Rows:
     for name in ("digest_hi", "digest_lo", "writer", "told"):
         first[1:] |= hits[name][1:] != hits[name][:-1]
     starts = np.flatnonzero(first)
-    told: Rows = hits[starts].copy()
+    reported: Rows = hits[starts].copy()
     for name in ("hits", "at"):
-        told[name] = np.maximum.reduceat(hits[name], starts)
-    return told
+        reported[name] = np.maximum.reduceat(hits[name], starts)
+    return reported
 
 
-def widened(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
+def with_access_columns(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
     """Rows with the columns of heat; what has none is 0 in them."""
     if rows.dtype == dtype:
         return rows
@@ -184,12 +184,12 @@ def widened(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
     return wide
 
 
-def has_heat(dtype: np.dtype[Any]) -> bool:
+def has_access_columns(dtype: np.dtype[Any]) -> bool:
     """Whether rows of a type have the columns of heat."""
     return all(name in (dtype.names or ()) and dtype[name] == np.dtype(kind) for name, kind in COLUMNS)
 
 
-def carried(rows: Rows, before: Rows) -> Rows:
+def with_earlier_access(rows: Rows, before: Rows) -> Rows:
     """Rows with the heat that those of an earlier snapshot have; a key that it lacks has none.
 
     Args:
@@ -208,7 +208,7 @@ def warmed(rows: Rows, hits: Rows, begin: float, end: float) -> Rows:
 
     Args:
         rows: Sorted, with the columns of heat; changed in place.
-        hits: Of `HIT`, each tell once (`once`). Those of keys that are not there are passed over.
+        hits: Of `HIT`, each tell once (`deduplicated`). Those of keys that are not there are passed over.
         begin: Tells since then are counted, in seconds since 1970.
         end: Tells before then are counted.
     """

@@ -1,7 +1,7 @@
 """The heat that the key index of an instance knows, for jobs and warm-ups: looked up on disk, whatever the number of keys.
 
 Whether there is any is told apart with care, since who deletes goes by it: an instance without heat (no index, or nobody records) is
-one thing, and an index that cannot be read, or that nobody brings up to date any more, another (`HeatUnknownError`).
+one thing, and an index that cannot be read, or that nobody brings up to date any more, another (`AccessUnknownError`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
-from hfbucket_plugin.index.access.stats import GAP_SECS, buckets, has_heat
+from hfbucket_plugin.index.access.stats import GAP_SECS, buckets, has_access_columns
 from hfbucket_plugin.index.build import fetch_snapshot
 from hfbucket_plugin.index.format import AHEAD_SECS, FormatError, read_header
 from hfbucket_plugin.index.store import POINTER, IndexStore
@@ -40,7 +40,7 @@ _TRIES: Final = 3
 """A builder may replace the snapshot that is about to be read."""
 
 
-class HeatUnknownError(RefusedError):
+class AccessUnknownError(RefusedError):
     """The instance has an index, and what it knows of heat cannot be gone by."""
 
 
@@ -60,8 +60,8 @@ class ChunkUse:
 UNREAD: Final = ChunkUse()
 
 
-class HeatTable:
-    """The heat of a snapshot that lies in a file. Made by `heat_of`.
+class AccessTable:
+    """The heat of a snapshot that lies in a file. Made by `open_access_table`.
 
     Args:
         rows: Of the snapshot, mapped from the file.
@@ -121,9 +121,9 @@ class HeatTable:
 
 
 @contextlib.contextmanager
-def heat_of(
+def open_access_table(
     bucket: Bucket, now: datetime, request_secs: float, temp_dir: Path | None = None
-) -> Iterator[HeatTable | None]:
+) -> Iterator[AccessTable | None]:
     """The heat of an instance, for the duration of a block; None where it has none: no index, or nobody recorded hits.
 
     Args:
@@ -147,7 +147,7 @@ def heat_of(
         try:
             found = _fetched(bucket, store, directory, request_secs, now)
         except (HFBucketError, OSError) as error:
-            raise HeatUnknownError(
+            raise AccessUnknownError(
                 f"what was read when is not known, since the key index cannot be read: {error}"
             ) from None
         finally:
@@ -157,7 +157,7 @@ def heat_of(
             return
         pointer, rows, first = found
         expect_fresh(pointer, now)
-        yield HeatTable(rows, first, pointer, now.timestamp())
+        yield AccessTable(rows, first, pointer, now.timestamp())
 
 
 def expect_fresh(pointer: Pointer, now: datetime) -> None:
@@ -167,7 +167,7 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
         HeatUnknownError: It is not up to date, nobody told it of anything for long, or its times are ahead of the Hub's clock.
     """
     if ahead := pointer.ahead_of(now.timestamp()):
-        raise HeatUnknownError(
+        raise AccessUnknownError(
             f"what was read when is not known: the pointer to the key index cannot be believed: {ahead}. "
             "Run `python -m jobs index --full`, and find out who wrote it"
         )
@@ -177,7 +177,7 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
     ):
         age = now.timestamp() - at
         if age > STALE_SECS:
-            raise HeatUnknownError(
+            raise AccessUnknownError(
                 f"what was read recently is not known: {what} {age / 3600:.0f} h ago. Does `python -m jobs index` run on a "
                 "schedule, and is heat on in the engines?"
             )
@@ -213,7 +213,7 @@ def _mapped(path: Path, first: Path, latest: float) -> tuple[Rows, NDArray[np.ui
     """
     with path.open("rb") as file:
         header = read_header(file, str(path))
-    if not has_heat(header.dtype):
+    if not has_access_columns(header.dtype):
         raise FormatError(f"{path}: its pointer says that it knows heat, and it has no columns for it")
     if not header.rows:
         return np.zeros(0, header.dtype), np.zeros(0, "<u8")

@@ -102,7 +102,7 @@ def test_accept_clears_what_is_not_like_it(met):
     assert done.stdout.count("to be deleted") == 2
 
 
-def test_accept_takes_a_file_and_mends_a_record_that_cannot_be_read(met, tmp_path):
+def test_accept_takes_a_file_and_fixes_a_record_that_cannot_be_read(met, tmp_path):
     upload(met.hub.endpoint, met.bucket_id, {f"{HEAD}.json": b"garbage"})
     lines = [json.loads(line) for line in fingerprint(met, "show", "--json").stdout.splitlines()]
     (line,) = [line for line in lines if line["digest"] == GONE.digest]

@@ -16,8 +16,8 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import MissingError, ThrottledError, TransportError
 from hfbucket_plugin.index import build as index_build
 from hfbucket_plugin.index.access.recorder import NO_KEY, Hits
-from hfbucket_plugin.index.access.stats import has_heat
-from hfbucket_plugin.index.access.table import heat_of
+from hfbucket_plugin.index.access.stats import has_access_columns
+from hfbucket_plugin.index.access.table import open_access_table
 from hfbucket_plugin.index.format import snapshot_of
 from hfbucket_plugin.index.store import JOURNALS, POINTER
 from hfbucket_plugin.index.table import digests_of
@@ -25,7 +25,7 @@ from jobs.deletion.planning import Planning
 from jobs.retention.policy import read as read_policy
 from tests.jobs.index.test_index import stocked  # noqa: F401 - a fixture
 from tests.support.depot import DAY, HOUR, INSTANCE, key
-from tests.support.index_depot import Writer, build, door, of_index, pointer, seen
+from tests.support.index_depot import Writer, bucket_client, build, of_index, pointer, seen
 from tests.support.index_support import forge, in_use
 from tests.support.plugin_support import upload
 from warmer.cli.app import app as warmer_app
@@ -64,18 +64,18 @@ BY_HAND = {"index": "snapshot", "index_refresh_secs": 3600.0, "index_journal_sec
 @pytest.fixture
 def counting(monkeypatch):
     """Has builds count what was told up to so many seconds ago: what was told a moment ago is else counted by a later one."""
-    return lambda ago: monkeypatch.setattr("hfbucket_plugin.index.build.HEAT_LATE_SECS", ago)
+    return lambda ago: monkeypatch.setattr("hfbucket_plugin.index.build.ACCESS_LATE_SECS", ago)
 
 
 def since(depot, **changes):
     """Let the pointer say something else, as it would after a month, or of a builder that runs no more."""
-    with door(depot) as (_, store):
+    with bucket_client(depot) as (_, store):
         before = pointer(depot)
         store.publish(replace(before, **changes), Deadline.after(SECS))
 
 
 def looked_up(depot, keys):
-    with door(depot) as (bucket, _), heat_of(bucket, datetime.now(UTC), SECS) as table:
+    with bucket_client(depot) as (bucket, _), open_access_table(bucket, datetime.now(UTC), SECS) as table:
         return None if table is None else dict(zip(keys, table.look_up([encode_name(k) for k in keys]), strict=True))
 
 
@@ -98,8 +98,8 @@ def test_what_engines_read_outlives_budgets_and_idleness_and_is_warmed_first(dep
             assert reader.retrieve([number])[1][0] is not None
     assert index.flush()
     counting(-60)
-    told = build(depot).summary
-    assert told["heat_since"] is not None
+    reported = build(depot).summary
+    assert reported["heat_since"] is not None
     since(depot, heat_since=time.time() - 45 * DAY)
     loose = ("--max-delete", "60%")
 
@@ -164,17 +164,17 @@ def test_what_engines_read_outlives_budgets_and_idleness_and_is_warmed_first(dep
 # --- the builder ----------------------------------------------------------------------------------------------------
 
 
-def reads(writer, told, **numbers):
+def reads(writer, reported, **numbers):
     """Let a writer tell of hits: `k3=7` are seven of key 3."""
     hits = [
         Hits(digests_of([encode_name(key(int(name[1:])))]).tobytes(), number, time.monotonic())
         for name, number in numbers.items()
     ]
-    writer.hits.tell(hits, told)
+    writer.hits.tell(hits, reported)
     return writer.tell(writer.hits)
 
 
-def heat_of_keys(depot, *numbers):
+def heat_by_key(depot, *numbers):
     found = looked_up(depot, [key(number) for number in numbers])
     return [found[key(number)].bucket for number in numbers]
 
@@ -183,12 +183,12 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
     build(stocked)
     assert looked_up(stocked, [key(0)]) is None
     one, other = Writer(stocked), Writer(stocked)
-    told = time.time() - 250
-    reads(one, told, k0=8, k1=5)
-    reads(other, told, k0=9, k2=2)
+    reported = time.time() - 250
+    reads(one, reported, k0=8, k1=5)
+    reads(other, reported, k0=9, k2=2)
     counting(150)
     build(stocked)
-    assert heat_of_keys(stocked, 0, 1, 2, 3) == [5, 3, 2, 0]  # 17, 5, 2 and none, a little less each
+    assert heat_by_key(stocked, 0, 1, 2, 3) == [5, 3, 2, 0]  # 17, 5, 2 and none, a little less each
     assert [use.last is None for use in looked_up(stocked, [key(0), key(3)]).values()] == [False, True]
 
     # What longer journals tell again adds nothing; a put keeps heat, a delete ends it.
@@ -199,13 +199,13 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
     other.tell()
     counting(50)
     build(stocked)
-    assert heat_of_keys(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
+    assert heat_by_key(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
     assert looked_up(stocked, [key(0)])[key(0)].last is None
     before = pointer(stocked)
 
     counting(40)
     assert build(stocked, "--full").summary["made_of"] == "listing"
-    assert heat_of_keys(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
+    assert heat_by_key(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
     assert pointer(stocked).heat_since == before.heat_since
     assert len(seen(stocked, [key(n) for n in range(8)])) == 7  # readers see what they saw
     assert build(stocked, "--verify").summary["differences"]["examples"] == {}
@@ -213,13 +213,13 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
 
 def test_every_tell_counts_once_however_often_a_journal_repeats_it(stocked, counting):  # noqa: F811 - the fixture
     build(stocked)
-    writer, told = Writer(stocked), time.time() - 290
+    writer, reported = Writer(stocked), time.time() - 290
     for times in range(4):
-        reads(writer, told + 60 * times, **({"k0": 5} if times == 0 else {"k1": 3}))
+        reads(writer, reported + 60 * times, **({"k0": 5} if times == 0 else {"k1": 3}))
         counting(230 - 60 * times)
         build(stocked)
-        assert heat_of_keys(stocked, 0)[0] == 3
-    assert heat_of_keys(stocked, 1) == [4]
+        assert heat_by_key(stocked, 0)[0] == 3
+    assert heat_by_key(stocked, 1) == [4]
 
 
 def test_what_is_told_too_late_is_no_heat_but_a_use(stocked, counting):  # noqa: F811 - the fixture
@@ -231,7 +231,7 @@ def test_what_is_told_too_late_is_no_heat_but_a_use(stocked, counting):  # noqa:
     reads(writer, time.time() - 240, k1=5)
     counting(50)
     build(stocked)
-    assert heat_of_keys(stocked, 0, 1) == [3, 0]
+    assert heat_by_key(stocked, 0, 1) == [3, 0]
     assert looked_up(stocked, [key(1)])[key(1)].last is not None
 
 
@@ -260,7 +260,7 @@ def test_a_listing_for_too_many_journals_keeps_the_heat_of_before(stocked, count
     monkeypatch.setattr("hfbucket_plugin.index.store.IndexStore.list", _too_many)
 
     assert build(stocked).summary["made_of"] == "listing"
-    assert heat_of_keys(stocked, 0, 1) == [4, 0]
+    assert heat_by_key(stocked, 0, 1) == [4, 0]
 
 
 def _too_many(*_):
@@ -274,7 +274,7 @@ def _too_many(*_):
 def test_a_listing_forgets_no_heat_because_a_read_failed_and_makes_nothing_idle(hot, monkeypatch, error, times, code):
     kept = error is not MissingError
     before = pointer(hot)
-    with door(hot) as (bucket, _):
+    with bucket_client(hot) as (bucket, _):
         assert bucket.delete(of_index(hot, JOURNALS), Deadline.after(SECS)) == {}
     fetch, failed = index_build.fetch_snapshot, []
 
@@ -301,7 +301,7 @@ def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - t
     build(stocked)
     path = f"{stocked.prefix}/.hfbucket/index/snapshots/{pointer(stocked).snapshot}"
     data = download(stocked.hub.endpoint, stocked.bucket_id, path)
-    assert not has_heat(snapshot_of(data, path).rows.dtype)
+    assert not has_access_columns(snapshot_of(data, path).rows.dtype)
     assert of_index(stocked, JOURNALS) == []
 
 
@@ -347,9 +347,9 @@ def test_an_index_that_cannot_be_gone_by_refuses_what_needs_heat(hot, broken):
     assert hot.cleanup("--max-age", "30d").code == 0
     ran = hot.cleanup("--max-idle", "5d", *loose, "--without-heat")
     assert (ran.code, ran.summary["heat"]["why"]) == (0, "--without-heat was given")
-    told = json.loads(hot.run("status", "--json", "--max-idle", "5d").stdout)
-    assert "--without-heat" in told["next_cleanup"]["refused"]
-    assert told["reads"] == []
+    reported = json.loads(hot.run("status", "--json", "--max-idle", "5d").stdout)
+    assert "--without-heat" in reported["next_cleanup"]["refused"]
+    assert reported["reads"] == []
 
 
 def test_a_plan_by_reads_is_not_carried_out_when_these_are_known_no_more(hot):
@@ -373,7 +373,7 @@ def test_what_was_read_while_it_was_planned_stays_though_its_journal_was_pruned(
         finish(planning)
         planned_by = pointer(hot)
         path = reads(Writer(hot), time.time(), k1=1)
-        with door(hot) as (bucket, store):
+        with bucket_client(hot) as (bucket, store):
             index_build.publish(store, index_build.from_journals(bucket, store, tmp_path, SECS), Deadline.after(SECS))
             assert bucket.delete([path], Deadline.after(SECS)) == {}
         since(hot, covers=planned_by.covers)
@@ -385,9 +385,9 @@ def test_what_was_read_while_it_was_planned_stays_though_its_journal_was_pruned(
 
 
 def test_status_tells_the_hot_and_the_idle_share(hot, tmp_path):
-    told = json.loads(hot.run("status", "--json").stdout)
-    assert [(one["read_within"], one["objects"]) for one in told["reads"]] == [("1d", 1), ("never", 8)]
-    assert told["heat"]["known"]
+    reported = json.loads(hot.run("status", "--json").stdout)
+    assert [(one["read_within"], one["objects"]) for one in reported["reads"]] == [("1d", 1), ("never", 8)]
+    assert reported["heat"]["known"]
     lines = hot.run("status", "--html", str(tmp_path / "it.html")).stdout
     assert f"{INSTANCE}: read within 1d: 1, " in lines
     assert f"{INSTANCE}: never read: 8, " in lines
@@ -441,9 +441,9 @@ def test_since_hits_were_dropped_nothing_is_idle_and_plan_and_summary_say_how_ma
     assert ran.summary["heat"]["dropped"] == 777
     assert plan_of(ran)[0]["heat"]["dropped_at"] == ran.summary["heat"]["since"]
     assert "engines dropped 777 hits" in ran.stderr
-    told = json.loads(hot.run("status", "--json", "--max-objects", "3").stdout)
-    assert "engines dropped 777 hits" in told["next_cleanup"]["refused"]
-    assert told["heat"]["dropped"] == 777
+    reported = json.loads(hot.run("status", "--json", "--max-objects", "3").stdout)
+    assert "engines dropped 777 hits" in reported["next_cleanup"]["refused"]
+    assert reported["heat"]["dropped"] == 777
 
 
 def test_a_budget_is_refused_for_a_day_after_hits_were_dropped_unless_it_holds(hot, counting):
@@ -478,7 +478,7 @@ def test_what_the_plan_knows_was_dropped_does_not_hold_it_up(hot, counting):
     build(hot)
     since(hot, heat_since=time.time() - MONTH, heat_lost_at=time.time() - 10 * DAY)
     ran = hot.cleanup("--max-idle", "5d", *LOOSE)
-    with door(hot) as (bucket, _):
+    with bucket_client(hot) as (bucket, _):
         bucket.delete(of_index(hot, JOURNALS), Deadline.after(SECS))
 
     assert hot.run("apply", ran.summary["plan"], "--yes").code == 0

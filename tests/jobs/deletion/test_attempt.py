@@ -115,46 +115,46 @@ def done(batch):
     return Result(tuple(ItemOutcome(item, Outcome.DELETED) for item in batch.items))
 
 
-def applier(executor, told, **options):
-    own = {"confirm": lambda: 0.0, "not_after": AT, "told": told, "until": Deadline.after(60), "batch_size": 2}
+def applier(executor, reported, **options):
+    own = {"confirm": lambda: 0.0, "not_after": AT, "reported": reported, "until": Deadline.after(60), "batch_size": 2}
     return Applier(executor, stop=SimpleNamespace(requested=False), **(own | options))
 
 
 def test_a_try_that_does_not_answer_is_lost_and_the_lock_is_kept_meanwhile(monkeypatch):
     monkeypatch.setattr("jobs.batch.apply._LOST_SECS", 0.0)
-    executor, told, kept = Executor("never", after=lambda batch: Result((), batch)), [], []
+    executor, reported, kept = Executor("never", after=lambda batch: Result((), batch)), [], []
 
-    end = applier(executor, told.append, keep=lambda: kept.append(1), ends=lambda: AT).run(iter(ITEMS))
+    end = applier(executor, reported.append, keep=lambda: kept.append(1), ends=lambda: AT).run(iter(ITEMS))
 
-    assert (end.why, len(told), len(executor.lost)) == (None, 5, 1)
+    assert (end.why, len(reported), len(executor.lost)) == (None, 5, 1)
     assert kept
     assert set(executor.ends) == {AT}
 
 
-def test_a_lock_that_is_lost_while_a_batch_is_under_way_begins_no_more():
+def test_a_lock_that_is_lost_while_a_batch_is_in_progress_begins_no_more():
     def lost():
         raise LockLostError("it went")
 
-    told = []
-    end = applier(Executor("late"), told.append, keep=lost).run(iter(ITEMS * 4))
+    reported = []
+    end = applier(Executor("late"), reported.append, keep=lost).run(iter(ITEMS * 4))
 
     assert isinstance(end.why, LockLostError)
-    assert 2 <= len(told) < 20
+    assert 2 <= len(reported) < 20
 
 
-def test_an_error_waits_for_what_is_under_way_and_counts_it():
-    told = []
+def test_an_error_waits_for_what_is_in_progress_and_counts_it():
+    reported = []
 
     def failing(ended):
-        told.append(ended)
-        if len(told) == 1:
+        reported.append(ended)
+        if len(reported) == 1:
             raise OSError(28, "No space left on device")
 
     one = applier(Executor(done(ItemBatch(tuple(ITEMS[:2]))), "late"), failing)
     with pytest.raises(OSError, match="No space"):
         one.run(iter(ITEMS))
 
-    assert [ended.item for ended in told[-2:]] == ITEMS[2:4]
+    assert [ended.item for ended in reported[-2:]] == ITEMS[2:4]
     assert not one.undrained
 
 
@@ -165,10 +165,10 @@ def changed():
 
 
 def test_a_plan_that_ends_in_an_error_waits_too():
-    told = []
+    reported = []
     with pytest.raises(RefusedError):
-        applier(Executor("late"), told.append).run(changed())
-    assert len(told) == 2
+        applier(Executor("late"), reported.append).run(changed())
+    assert len(reported) == 2
 
 
 def test_what_cannot_be_waited_for_is_told(monkeypatch):
@@ -179,7 +179,7 @@ def test_what_cannot_be_waited_for_is_told(monkeypatch):
     assert one.undrained
 
 
-def test_the_lock_stays_while_batches_are_under_way_that_nobody_waits_for(depot, monkeypatch):
+def test_the_lock_stays_while_batches_are_in_progress_that_nobody_waits_for(depot, monkeypatch):
     depot.put([key(number) for number in range(4)], age=20 * DAY)
 
     def run(self, _items):

@@ -25,9 +25,9 @@ def test_old_chunks_go_and_a_report_stays(stocked, tmp_path):
     assert [record["record"] for record in records] == ["report", *["object"] * 4, "summary"]
     assert {record["key"] for record in records[1:-1]} == set(OLD)
     assert {record["outcome"] for record in records[1:-1]} == {"deleted"}
-    told = metrics.read_text()
-    assert f'hfbucket_jobs_deleted_objects{{instance="{INSTANCE}",job_name="cleanup"}} 4.0' in told
-    assert f'hfbucket_jobs_exit_code{{instance="{INSTANCE}",job_name="cleanup"}} 0.0' in told
+    reported = metrics.read_text()
+    assert f'hfbucket_jobs_deleted_objects{{instance="{INSTANCE}",job_name="cleanup"}} 4.0' in reported
+    assert f'hfbucket_jobs_exit_code{{instance="{INSTANCE}",job_name="cleanup"}} 0.0' in reported
     assert list((tmp_path / "plans").iterdir()) == []
 
 
@@ -182,7 +182,7 @@ def test_an_adapters_json_names_an_instance_too(stocked):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--yes"], "name what to keep"),
         (["--max-age", "14"], "max_age: invalid duration"),
@@ -196,11 +196,11 @@ def test_an_adapters_json_names_an_instance_too(stocked):
         (["--max-age", "14d", "--instance", INSTANCE, "--all-instances"], "not both"),
     ],
 )
-def test_commands_that_cannot_be_meant(depot, arguments, told):
+def test_commands_that_cannot_be_meant(depot, arguments, reported):
     ran = depot.cleanup(*arguments)
 
     assert ran.code == 2, ran.stderr
-    assert told in ran.stderr
+    assert reported in ran.stderr
     assert ran.stdout == ""
 
 

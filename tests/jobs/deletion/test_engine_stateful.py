@@ -2,7 +2,7 @@
 
 It acts wherever a job waits: before a look, after a look that grows old, during a pause of the Hub where a name would be
 given or an object deleted, and where the answer to such a request is lost, whether it was carried out or not. The Hub has
-no conditional write, so nothing can be said of the moment in which that single request is under way; of everything else,
+no conditional write, so nothing can be said of the moment in which that single request is in progress; of everything else,
 what the engine wrote after the job had looked stays.
 """
 

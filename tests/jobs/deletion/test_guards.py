@@ -104,7 +104,7 @@ def test_no_limit_is_ever_passed(planned, listed, percent, objects, size):
 
 
 @pytest.mark.parametrize(
-    ("listed", "seen", "in_bucket", "last", "told"),
+    ("listed", "seen", "in_bucket", "last", "reported"),
     [
         (0, 0, None, None, "empty"),
         (0, 5, 5, None, "empty"),
@@ -112,8 +112,8 @@ def test_no_limit_is_ever_passed(planned, listed, percent, objects, size):
         (4, 9, None, 9, "less than half of the 9"),
     ],
 )
-def test_suspicious_listings(listed, seen, in_bucket, last, told):
-    with pytest.raises(SafetyError, match=told):
+def test_suspicious_listings(listed, seen, in_bucket, last, reported):
+    with pytest.raises(SafetyError, match=reported):
         check_listing(Extent(listed, 1), seen, in_bucket=in_bucket, last=None if last is None else Extent(last, 1))
 
 

@@ -84,7 +84,7 @@ def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "told"),
+    ("change", "error", "reported"),
     [
         (lambda lines: lines[:-1], ConfigError, "has no end"),
         (lambda lines: lines[:0], ConfigError, "has no end"),
@@ -105,10 +105,10 @@ def test_a_plan_that_was_not_finished_leaves_no_file(tmp_path):
         (lambda lines: [lines[0], '{"path":' * 100_000, *lines[2:]], ConfigError, "line 2: .*recursion"),
     ],
 )
-def test_a_plan_that_is_broken_is_refused(plan, change, error, told):
+def test_a_plan_that_is_broken_is_refused(plan, change, error, reported):
     lines = change(lines_of(plan))
     plan.write_text("\n".join(lines) + "\n" if lines else "")
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=reported):
         DeletionPlanFile.open(plan)
 
 
@@ -206,29 +206,29 @@ def test_an_object_that_was_planned_twice_ends_twice():
 
 
 def carried_out(fake, items, *, confirm=lambda: 9.0, stop=None, until=None, size=2):
-    told = []
+    reported = []
     executor = in_process(fake, 1)
     try:
         end = Applier(
             executor,
             confirm=confirm,
             not_after=AT,
-            told=told.append,
+            reported=reported.append,
             stop=stop or SimpleNamespace(requested=False),
             until=until or Deadline.after(60),
             batch_size=size,
         ).run(iter(items))
     finally:
         executor.close()
-    return end, told
+    return end, reported
 
 
 def test_throttling_is_no_try():
     fake = FakeBucket(ITEMS, *[ThrottledError("slow down", 0.01)] * 9)
 
-    end, told = carried_out(fake, ITEMS)
+    end, reported = carried_out(fake, ITEMS)
 
-    assert (end.why, {ended.outcome for ended in told}, len(told)) == (None, {Outcome.DELETED}, 5)
+    assert (end.why, {ended.outcome for ended in reported}, len(reported)) == (None, {Outcome.DELETED}, 5)
 
 
 def test_a_lost_lock_ends_it():
@@ -239,10 +239,10 @@ def test_a_lost_lock_ends_it():
             raise found
         return found
 
-    end, told = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
+    end, reported = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
 
     assert isinstance(end.why, LockLostError)
-    assert len(told) == 2
+    assert len(reported) == 2
 
 
 def test_a_lock_that_nobody_can_tell_of_is_asked_again():
@@ -253,22 +253,22 @@ def test_a_lock_that_nobody_can_tell_of_is_asked_again():
             raise found
         return found
 
-    end, told = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
+    end, reported = carried_out(FakeBucket(ITEMS), ITEMS, confirm=confirm)
 
-    assert (end.why, len(told)) == (None, 5)
+    assert (end.why, len(reported)) == (None, 5)
 
 
 def test_a_right_that_was_taken_away_ends_it():
-    end, told = carried_out(FakeBucket(ITEMS, AccessDeniedError("no", 403)), ITEMS)
+    end, reported = carried_out(FakeBucket(ITEMS, AccessDeniedError("no", 403)), ITEMS)
 
     assert isinstance(end.why, AccessDeniedError)
-    assert told == []
+    assert reported == []
 
 
 @pytest.mark.parametrize("options", [{"stop": SimpleNamespace(requested=True)}, {"until": Deadline.after(0)}])
 def test_nothing_is_begun_after_the_end(options):
     fake = FakeBucket(ITEMS)
 
-    _, told = carried_out(fake, ITEMS, **options)
+    _, reported = carried_out(fake, ITEMS, **options)
 
-    assert (told, fake.deletes) == ([], [])
+    assert (reported, fake.deletes) == ([], [])

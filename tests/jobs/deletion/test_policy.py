@@ -64,7 +64,7 @@ def test_a_file_has_a_policy_for_each_instance(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "reported"),
     [
         ({"max_aeg": "1d"}, "did you mean 'max_age'"),
         ({"max_age": "14"}, "max_age: invalid duration"),
@@ -79,13 +79,13 @@ def test_a_file_has_a_policy_for_each_instance(tmp_path):
         ([], "must be a mapping"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(values, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_meant_is_refused(values, reported):
+    with pytest.raises(ConfigError, match=reported):
         policy.from_values(values, "here")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("instances: {hfbucket.eu: {max_age: 1d}}", "no policy for instance 'hfbucket.us' and no default"),
         ("max_age: 1d", "must be a mapping with instances"),
@@ -94,10 +94,10 @@ def test_what_cannot_be_meant_is_refused(values, told):
         ("default: {max_age: !!int 9 days}", "is no YAML at line 1, column 20: a value is not a valid integer"),
     ],
 )
-def test_files_that_say_nothing_for_an_instance(tmp_path, text, told):
+def test_files_that_say_nothing_for_an_instance(tmp_path, text, reported):
     path = tmp_path / "retention.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         policy.read(path, "hfbucket.us")
 
 

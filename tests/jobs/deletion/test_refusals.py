@@ -292,8 +292,8 @@ def test_an_old_plan_does_not_make_the_next_run_believe_a_shrunk_listing(stocked
     assert (ran.code, "less than half of the 220" in ran.stderr) == (4, True), ran.stderr
 
 
-@pytest.mark.parametrize(("distinct", "told"), [(True, "--max-duration was over"), (False, "lead back")])
-def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
+@pytest.mark.parametrize(("distinct", "reported"), [(True, "--max-duration was over"), (False, "lead back")])
+def test_pages_without_end_refuse(stocked, monkeypatch, distinct, reported):
     """Empty pages, each of which names another one, end with the time; pages that name each other end at once."""
     own, pages = Bucket.list_page_dated, []
 
@@ -310,7 +310,7 @@ def test_pages_without_end_refuse(stocked, monkeypatch, distinct, told):
 
     ran = stocked.run("rm", OLD[0])
 
-    assert (ran.code, told in ran.stderr) == (4, True), ran.stderr
+    assert (ran.code, reported in ran.stderr) == (4, True), ran.stderr
 
 
 def overlapping(monkeypatch, times):

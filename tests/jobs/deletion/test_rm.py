@@ -49,14 +49,14 @@ def test_what_is_no_chunk_goes_by_its_name_when_it_may(stocked):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [([], "name what to delete"), (["--prefix", ""], "everything"), (["--key-file", "nowhere"], "cannot be read")],
 )
-def test_commands_that_cannot_be_meant(depot, arguments, told):
+def test_commands_that_cannot_be_meant(depot, arguments, reported):
     ran = depot.run("rm", *arguments, "--yes")
 
     assert ran.code == 2
-    assert told in ran.stderr
+    assert reported in ran.stderr
 
 
 def test_a_line_of_a_key_file_ends_at_its_newline_and_nowhere_else(stocked, tmp_path):

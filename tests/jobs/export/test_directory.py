@@ -103,11 +103,11 @@ def test_every_file_is_compared_with_the_manifest(rig, backup):
     assert ran.code == 3
     assert ran.counts("streamed", "failed") == [2, 4]
     assert rig.listing(rig.eu).keys() == names(KEYS[4:])
-    told = {one["path"]: one["message"] for one in ran.summary["failures"]}
-    assert "has the hash" in told[first.name] or "have the hash" in told[first.name]
-    assert "no file of 2001 bytes" in told[second.name]
-    assert "is not there" in told[third.name]
-    assert "links are not followed" in told[fourth.name]
+    reported = {one["path"]: one["message"] for one in ran.summary["failures"]}
+    assert "has the hash" in reported[first.name] or "have the hash" in reported[first.name]
+    assert "no file of 2001 bytes" in reported[second.name]
+    assert "is not there" in reported[third.name]
+    assert "links are not followed" in reported[fourth.name]
 
 
 def test_no_manifest_no_import_unless_told(rig, backup):
@@ -327,8 +327,8 @@ def test_a_damaged_file_keeps_its_line_and_is_named(rig, backup):
     assert (imported.code, imported.counts("streamed", "failed")) == (3, [6, 1])
     assert damaged.name not in rig.listing(rig.eu)
 
-    mended = rig.export("--on-conflict", "overwrite", "--yes", to=str(backup))
-    assert (mended.code, mended.counts("streamed")) == (0, [1]), mended.stderr
+    fixed = rig.export("--on-conflict", "overwrite", "--yes", to=str(backup))
+    assert (fixed.code, fixed.counts("streamed")) == (0, [1]), fixed.stderr
     assert restored(rig, backup).code == 0
 
 

@@ -223,21 +223,21 @@ def test_rename(rig):
 
 
 @pytest.mark.parametrize(
-    ("rules", "told"),
+    ("rules", "reported"),
     [
         (["org/model@2@=org/model@"], "too few fields|no LMCache key|names another chunk"),
         (["org/model@2@0@1000@=x@2@0@1001@"], "names another chunk"),
         (["org/model@2@0@=org/model@2@1@"], "would both be"),
     ],
 )
-def test_a_rename_that_makes_no_key_or_one_twice_copies_nothing(rig, rules, told):
+def test_a_rename_that_makes_no_key_or_one_twice_copies_nothing(rig, rules, reported):
     import re
 
     rig.us.put({key(0, worker=1): b"in the way"})
     ran = rig.export(*[text for rule in rules for text in ("--rename", rule)])
 
     assert (ran.code, rig.listing(rig.eu)) == (4, {})
-    assert re.search(told, ran.stderr), ran.stderr
+    assert re.search(reported, ran.stderr), ran.stderr
 
 
 def test_within_one_instance_under_other_names(rig):
@@ -384,7 +384,7 @@ def test_adapters_of_mp_mode(rig):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--to", US], "same place"),
         (["--to", "mars"], "'mars'"),
@@ -405,12 +405,12 @@ def test_adapters_of_mp_mode(rig):
         (["--metrics-textfile", "/nowhere/x"], "--metrics-textfile"),
     ],
 )
-def test_commands_that_cannot_be_meant(rig, arguments, told, monkeypatch):
+def test_commands_that_cannot_be_meant(rig, arguments, reported, monkeypatch):
     monkeypatch.chdir(rig.directory)
     ran = rig.export(*arguments)
 
     assert ran.code in (2, 4), ran.stderr
-    assert told in ran.stderr
+    assert reported in ran.stderr
 
 
 def test_a_destination_that_stores_nothing_is_refused(rig):
@@ -440,9 +440,9 @@ def test_a_cluster_that_does_not_answer_is_told_and_copying_needs_none(rig):
 def test_metrics(rig, tmp_path):
     path = tmp_path / "jobs.prom"
     assert rig.export("--metrics-textfile", str(path)).code == 0
-    told = path.read_text()
-    assert f'hfbucket_jobs_copied_objects{{instance="{EU}",job_name="export"}} 9.0' in told
-    assert f'hfbucket_jobs_exit_code{{instance="{EU}",job_name="export"}} 0.0' in told
+    reported = path.read_text()
+    assert f'hfbucket_jobs_copied_objects{{instance="{EU}",job_name="export"}} 9.0' in reported
+    assert f'hfbucket_jobs_exit_code{{instance="{EU}",job_name="export"}} 0.0' in reported
 
 
 def test_our_own_records_and_the_probe_are_never_copied(rig):

@@ -173,16 +173,16 @@ class Exports(RuleBasedStateMachine):
         self.hub.control.clear_faults()
 
         there = self.sizes(self.rig.eu)
-        told = (events, becomes, before, self.eu, there, ran.stderr)
-        assert there.keys() >= self.eu.keys(), told  # nothing is ever lost
+        reported = (events, becomes, before, self.eu, there, ran.stderr)
+        assert there.keys() >= self.eu.keys(), reported  # nothing is ever lost
         for name, version in there.items():
             rewritten = self.eu.get(name) != before.get(name)
-            assert version == self.eu.get(name) or (version == becomes.get(name) and not rewritten), (name, told)
+            assert version == self.eu.get(name) or (version == becomes.get(name) and not rewritten), (name, reported)
         if ran.code == 0:
             done = {name: version for name, version in wanted.items() if name not in at_source}
-            assert all(there[name] in (version, self.eu.get(name)) for name, version in done.items()), told
+            assert all(there[name] in (version, self.eu.get(name)) for name, version in done.items()), reported
             kept = {name for name in done if self.eu.get(name) != before.get(name)}
-            assert all(there[name] == done[name] for name in done.keys() - kept), told
+            assert all(there[name] == done[name] for name in done.keys() - kept), reported
         else:
             assert events
             assert ran.code in (3, 5), ran.stderr

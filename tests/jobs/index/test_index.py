@@ -15,8 +15,8 @@ from tests.support.index_depot import (
     JOURNALS,
     SNAPSHOTS,
     Writer,
+    bucket_client,
     build,
-    door,
     listed,
     of_index,
     pointer,
@@ -39,12 +39,12 @@ def stocked(depot):
 def test_what_is_built_is_what_the_listing_has(stocked):
     before = strangers(stocked)
 
-    told = build(stocked).summary
+    reported = build(stocked).summary
 
-    assert (told["job"], told["result"], told["made_of"], told["why"]) == (
+    assert (reported["job"], reported["result"], reported["made_of"], reported["why"]) == (
         "index", "complete", "listing", "there is no snapshot yet",
     )  # fmt: skip
-    assert told["left"] == {"objects": len(KEYS), "bytes": sum(len(one.encode()) for one in KEYS)}
+    assert reported["left"] == {"objects": len(KEYS), "bytes": sum(len(one.encode()) for one in KEYS)}
     assert seen(stocked, [*KEYS, key(99)]) == listed(stocked, KEYS)
     assert pointer(stocked).keys == len(KEYS)
     assert strangers(stocked) == before
@@ -62,14 +62,14 @@ def test_of_journals_comes_what_a_listing_would_give(stocked):
     other.delete(key(20))
     other.tell()
 
-    told = build(stocked).summary
+    reported = build(stocked).summary
 
-    assert (told["made_of"], told["journals"], told["left"]["objects"]) == ("journals", 2, len(KEYS))
+    assert (reported["made_of"], reported["journals"], reported["left"]["objects"]) == ("journals", 2, len(KEYS))
     by_journals = seen(stocked, [*KEYS, key(20), key(21)])
     assert by_journals == listed(stocked, [*KEYS, key(20), key(21)])
     before = pointer(stocked)
-    told = build(stocked, "--full").summary
-    assert (told["made_of"], told["why"]) == ("listing", "--full asked for it")
+    reported = build(stocked, "--full").summary
+    assert (reported["made_of"], reported["why"]) == ("listing", "--full asked for it")
     assert seen(stocked, [*KEYS, key(20), key(21)]) == by_journals
     assert pointer(stocked).keys == before.keys
     assert pointer(stocked).listed >= before.listed  # of one second, when all of this takes less
@@ -88,9 +88,9 @@ def test_what_no_journal_told_comes_with_the_next_listing_which_is_due_in_time(s
 
     build(stocked)
     assert seen(stocked, [key(50)]) == {}
-    told = build(stocked, "--full-every", "1s").summary
+    reported = build(stocked, "--full-every", "1s").summary
 
-    assert told["why"] == "the last listing is older than --full-every"
+    assert reported["why"] == "the last listing is older than --full-every"
     assert key(50) in seen(stocked, [key(50)])
 
 
@@ -98,9 +98,9 @@ def test_where_nothing_changed_the_snapshot_serves_on(stocked):
     build(stocked)
     first = pointer(stocked)
 
-    told = build(stocked).summary
+    reported = build(stocked).summary
 
-    assert told["unchanged"]
+    assert reported["unchanged"]
     assert (pointer(stocked).snapshot, pointer(stocked).listed) == (first.snapshot, first.listed)
     assert pointer(stocked).covers >= first.covers
     assert len(of_index(stocked, SNAPSHOTS)) == 1
@@ -110,9 +110,9 @@ def test_a_dry_run_writes_nothing(stocked):
     before = stocked.all_paths()
     stocked.hub.control.reset_counters()
 
-    told = build(stocked, "--dry-run").summary
+    reported = build(stocked, "--dry-run").summary
 
-    assert (told["result"], told["published"], told["left"]["objects"]) == ("planned", False, len(KEYS))
+    assert (reported["result"], reported["published"], reported["left"]["objects"]) == ("planned", False, len(KEYS))
     assert stocked.all_paths() == before
     assert stocked.hub.control.counters().route("batch").requests == 0
 
@@ -295,7 +295,7 @@ def test_an_export_tells_readers_of_the_destination(hub, new_bucket, tmp_path):
 def test_what_a_growing_journal_tells_again_does_not_come_back(stocked):
     """A writer put a chunk long ago, somebody deleted it, a build knew of both; then the writer's journal grows."""
     build(stocked)
-    with door(stocked) as (_, store):
+    with bucket_client(stocked) as (_, store):
         earlier = pointer(stocked)
         long_ago = replace(
             earlier, covers=earlier.covers - 3 * HOUR, listed=earlier.listed - 3 * HOUR, full=earlier.full

@@ -15,7 +15,7 @@ from jobs.index import inventory
 from jobs.index.build import spare_journals, spare_snapshots, why_listing
 from jobs.lock.claims import INDEXING
 from jobs.lock.lock import BucketLock, LockLostError, LockRefresher
-from tests.support.index_depot import door
+from tests.support.index_depot import bucket_client
 from tests.support.plugin_support import eventually, opened
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -52,10 +52,10 @@ def journal(number, at):
     ],
 )
 def test_when_a_listing_is_due(there, journals, why):
-    told = why_listing(there, T, 86400.0, journals, 6 * 3600.0)
+    reported = why_listing(there, T, 86400.0, journals, 6 * 3600.0)
 
-    assert why in told
-    assert bool(told) == bool(why)
+    assert why in reported
+    assert bool(reported) == bool(why)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 5)), max_size=8), st.integers(1, 4), st.floats(0, 3))
@@ -99,7 +99,7 @@ def test_more_journals_than_are_read_are_counted_and_no_more(depot, monkeypatch)
     depot.put_paths({f"{index}/journal/{name}": b"x" for name in names})
     depot.put_paths({f"{index}/snapshots/20300101T000000-00000000.npy": b"y", f"{index}/zz": b"z"})
 
-    with door(depot) as (bucket, store):
+    with bucket_client(depot) as (bucket, store):
         found = inventory.look(bucket, store, 30.0, 30.0, lambda: None)
 
     assert (len(found.listing.journals), found.journals, found.more_journals) == (3, 5, 2)

@@ -15,8 +15,8 @@ from tests.support.index_depot import (
     JOURNALS,
     SNAPSHOTS,
     Writer,
+    bucket_client,
     build,
-    door,
     listed,
     objects,
     of_index,
@@ -63,7 +63,7 @@ def killed_at(monkeypatch):
 def take_locks_away(depot):
     locks = [path for path in depot.all_paths() if path.startswith(LOCKS)]
     if locks:
-        with door(depot) as (bucket, _):
+        with bucket_client(depot) as (bucket, _):
             bucket.delete(locks, Deadline.after(30))
     return locks
 
@@ -124,7 +124,7 @@ def test_a_builder_that_is_killed_outright_keeps_others_out_for_a_while(stocked)
         return ran.code == 0
 
     eventually(built)
-    assert all("index on " in told and f"pid {process.pid}" in told for told in refused)
+    assert all("index on " in reported and f"pid {process.pid}" in reported for reported in refused)
     assert key(70) in seen(stocked, [key(70)])
     assert not take_locks_away(stocked)
 
@@ -149,11 +149,11 @@ def test_one_that_is_told_to_stop_publishes_nothing_and_releases_the_lock(stocke
 
 def test_two_builders_do_not_work_at_one_time_and_a_cleanup_goes_by_them(stocked):
     stocked.put([key(n) for n in range(80, 90)], age=0)
-    with door(stocked) as (bucket, _), BucketLock(bucket, "index", kind=INDEXING).held():
+    with bucket_client(stocked) as (bucket, _), BucketLock(bucket, "index", kind=INDEXING).held():
         ran = build(stocked, code=4)
         assert "is locked by index on" in ran.stderr
         assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
-    with door(stocked) as (bucket, _), BucketLock(bucket, "cleanup").held():
+    with bucket_client(stocked) as (bucket, _), BucketLock(bucket, "cleanup").held():
         build(stocked)
     assert pointer(stocked).keys == 10
 
@@ -194,7 +194,7 @@ def test_a_snapshot_that_cannot_be_read_back_is_not_pointed_to(stocked):
 def test_a_snapshot_before_that_is_lost_is_replaced_by_one_of_a_listing(stocked):
     build(stocked)
     stocked.put([key(73)], age=0)
-    with door(stocked) as (bucket, _):
+    with bucket_client(stocked) as (bucket, _):
         info = next(iter(bucket.list_objects(f"{PREFIX}/.hfbucket/index/snapshots/", 30)))
     stocked.hub.control.add_fault(Fault(path_regex=f"reconstructions/{info.content.xet_hash}", status=404))
 
@@ -233,9 +233,9 @@ def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
     fresh = other.tell()
     before = strangers(stocked)
 
-    told = build(stocked).summary
+    reported = build(stocked).summary
 
-    assert (told["deleted"]["objects"], told["failed"]["objects"], told["strange"]) == (4, 0, 2)
+    assert (reported["deleted"]["objects"], reported["failed"]["objects"], reported["strange"]) == (4, 0, 2)
     left = {path.removeprefix(f"{index}/") for path in stocked.all_paths() if path.startswith(f"{index}/")}
     assert left == {
         "current.json",
@@ -257,10 +257,10 @@ def test_what_cannot_be_deleted_is_left_and_told_and_the_index_is_published(stoc
     stocked.put([key(74)], age=0)
     stocked.hub.control.add_fault(Fault(route="batch", items=old))
 
-    told = build(stocked, "--full", "--keep", "1", code=3).summary
+    reported = build(stocked, "--full", "--keep", "1", code=3).summary
 
-    assert (told["published"], told["failed"]["objects"]) == (True, 1)
-    assert told["failures"][0]["path"] == old
+    assert (reported["published"], reported["failed"]["objects"]) == (True, 1)
+    assert reported["failures"][0]["path"] == old
     assert key(74) in seen(stocked, [key(74)])
 
 

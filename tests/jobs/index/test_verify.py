@@ -10,7 +10,7 @@ from hfbucket_plugin.core.deadline import Deadline
 from jobs.index import job
 from jobs.index.verify import Verification
 from tests.support.depot import DAY, PREFIX, key
-from tests.support.index_depot import Writer, build, door
+from tests.support.index_depot import Writer, bucket_client, build
 from tests.support.index_support import forge, unsorted
 from tests.support.plugin_support import upload
 
@@ -52,7 +52,7 @@ def test_an_index_that_is_right_has_no_differences(stocked):
 def test_planted_differences_are_counted_and_named(stocked):
     stocked.put([key(30), key(31)], age=2 * DAY)
     upload(stocked.hub.endpoint, stocked.bucket_id, {stocked.path(key(1)): b"something else"})
-    with door(stocked) as (bucket, _):
+    with bucket_client(stocked) as (bucket, _):
         bucket.delete([stocked.path(key(2))], Deadline.after(30))
 
     ran = verify(stocked, code=3)
@@ -83,7 +83,7 @@ def test_what_is_told_while_it_goes_on_is_none(stocked):
         if seconds:
             writer.tell()  # of what happened since the view was made
 
-    with door(stocked) as (bucket, store):
+    with bucket_client(stocked) as (bucket, store):
         verification = Verification(
             bucket,
             store,

@@ -98,7 +98,7 @@ def test_a_killed_holder_keeps_others_out_until_its_claim_is_stale(hub, bucket, 
     with opened(hub.endpoint, bucket, "kv") as one, caplog.at_level(logging.WARNING, "jobs.lock.lock"):
         assert eventually(taken_over)
 
-    assert all(f"pid {holder.pid}" in told for told in refused)
+    assert all(f"pid {holder.pid}" in reported for reported in refused)
     assert f"pid {holder.pid}, last renewed" in caplog.text
     assert "stale and passed over" in caplog.text
     assert paths(hub.endpoint, bucket) == []

@@ -207,27 +207,27 @@ def test_one_time_is_for_all_instances(hub, new_bucket, tmp_path):
 
 
 def test_a_lock_is_released_by_its_names_where_listings_are_refused(hub, bucket):
-    with opened(hub.endpoint, bucket, "kv") as door:
-        lock = BucketLock(door, "cleanup", request_secs=30.0)
+    with opened(hub.endpoint, bucket, "kv") as bucket_client:
+        lock = BucketLock(bucket_client, "cleanup", request_secs=30.0)
         with lock.held():
-            assert len(list(door.list_objects("kv/.hfbucket/locks/", 30))) == 1
+            assert len(list(bucket_client.list_objects("kv/.hfbucket/locks/", 30))) == 1
             hub.control.add_fault(Fault(route="tree", status=429, headers={"Retry-After": "300"}))
             with pytest.raises(ThrottledError):
                 lock.confirm()
         hub.control.clear_faults()
-    with opened(hub.endpoint, bucket, "kv") as door:
-        assert list(door.list_objects("kv/.hfbucket/locks/", 30)) == []
+    with opened(hub.endpoint, bucket, "kv") as bucket_client:
+        assert list(bucket_client.list_objects("kv/.hfbucket/locks/", 30)) == []
 
 
 def test_a_lock_that_ends_in_a_pause_while_nothing_is_changed_is_made_again(hub, bucket):
-    with opened(hub.endpoint, bucket, "kv") as door, opened(hub.endpoint, bucket, "kv") as other:
+    with opened(hub.endpoint, bucket, "kv") as bucket_client, opened(hub.endpoint, bucket, "kv") as other:
         clock = Clock()
-        lock = BucketLock(door, "cleanup", clock=ServerClock(clock))
+        lock = BucketLock(bucket_client, "cleanup", clock=ServerClock(clock))
         with lock.held():
-            first = {info.path for info in door.list_objects("kv/.hfbucket/locks/", 30)}
+            first = {info.path for info in bucket_client.list_objects("kv/.hfbucket/locks/", 30)}
             clock.now += 560
             lock.keep_planning()
-            second = {info.path for info in door.list_objects("kv/.hfbucket/locks/", 30)}
+            second = {info.path for info in bucket_client.list_objects("kv/.hfbucket/locks/", 30)}
             assert (len(second), first & second) == (1, set())
         with BucketLock(other, "rm").held():
             clock.now += 560

@@ -127,8 +127,8 @@ def test_a_page_for_people_loads_nothing_and_runs_nothing(stocked, tmp_path):
     page = Page(text)
     assert (page.links, "script" in page.tags, "url(" in text, "@import" in text) == ([], False, False, False)
     assert "org/<script>alert('x')</script>" in page.shown
-    for told in ("28 chunks, 2.6 KiB", "By model", "By age", "below 7d", "The next cleanup deletes", INSTANCE):
-        assert told in page.shown, told
+    for reported in ("28 chunks, 2.6 KiB", "By model", "By age", "below 7d", "The next cleanup deletes", INSTANCE):
+        assert reported in page.shown, reported
     assert "The next cleanup would be refused" in text
     assert page.tags.count("svg") == page.tags.count("rect") > 8
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".status")] == []

@@ -46,7 +46,7 @@ def named(mode="classic", own=None, extra=None, **settings):
     )
 
 
-def told(finding):
+def reported(finding):
     return str(finding)
 
 
@@ -73,7 +73,7 @@ def test_settings_of_the_engine_that_the_connector_refuses(own, extra, words):
 
     assert finding.severity is Severity.ERROR
     assert words in finding.found
-    assert "lmcache.yaml" in finding.mend
+    assert "lmcache.yaml" in finding.fix
 
 
 @pytest.mark.parametrize("own", RIGHT)
@@ -124,7 +124,7 @@ def test_an_instance_that_the_builtin_backend_serves():
     finding = findings(named(extra={f"{HEAD}module_path": None}))["engine"]
 
     assert finding.severity is Severity.NOTE
-    assert f"{HEAD}module_path" in finding.mend
+    assert f"{HEAD}module_path" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_tokens(environ, settings, severity, words):
     finding = access.check_token(named(**settings), environ)
 
     assert str(finding.severity) == severity
-    assert words in told(finding)
+    assert words in reported(finding)
     assert SECRET not in repr(finding)
 
 
@@ -179,7 +179,7 @@ def test_a_way_that_is_longer_than_a_lookup_waits(rounds, settings, severity):
     finding = endpoint.judge_way(named(**settings), 0.5, rounds)
 
     assert str(finding.severity) == severity
-    assert severity == "ok" or f"{HEAD}lookup_timeout_secs" in finding.mend
+    assert severity == "ok" or f"{HEAD}lookup_timeout_secs" in finding.fix
     assert "the first took 500 ms" in finding.found
 
 
@@ -244,13 +244,13 @@ def test_rights_and_roles():
 
 # --- listings ----------------------------------------------------------------------------------------------------------
 
-DOOR = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
+BUCKET = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 
 
 def listed(name, size=100, age=0):
     when = None if age is None else NOW - timedelta(seconds=age)
-    return Classifier(DOOR).classify(ObjectInfo(f"{PREFIX}/{name}", ContentId("0" * 64, size), when))
+    return Classifier(BUCKET).classify(ObjectInfo(f"{PREFIX}/{name}", ContentId("0" * 64, size), when))
 
 
 def look(*objects, own=ObjectKind.CLASSIC):
@@ -329,7 +329,7 @@ def test_errors_become_findings(error, severity, advice):
     finding = from_error("check", error, named())
 
     assert (str(finding.severity), finding.found) == (severity, "x")
-    assert advice in finding.mend
+    assert advice in finding.fix
 
 
 @untimed

@@ -22,7 +22,7 @@ def _well_kept(monkeypatch):
 
 @pytest.fixture
 def desk(hub, new_bucket, tmp_path):
-    """An instance with nothing to mend: a private bucket with chunks in it."""
+    """An instance with nothing to fix: a private bucket with chunks in it."""
     desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
     desk.put({classic(number): noise(50_000, number) for number in range(3)})
     return desk
@@ -39,13 +39,13 @@ def test_a_healthy_instance(desk):
     assert ran.severities() == dict.fromkeys(CHECKS, "ok") | {"clock": "note"}  # a local Hub sends no Date
     assert list(ran.findings) == CHECKS
     assert not ran.skipped
-    assert f"hf://buckets/{desk.bucket_id}/{PREFIX}" in ran.told("config")
-    assert TOKEN_ENV in ran.told("token")
-    assert desk.endpoint in ran.told("endpoint")
+    assert f"hf://buckets/{desk.bucket_id}/{PREFIX}" in ran.reported("config")
+    assert TOKEN_ENV in ran.reported("token")
+    assert desk.endpoint in ran.reported("endpoint")
     assert ran.findings["bucket"]["found"] == f"{desk.bucket_id} exists, private, region eu, 146.5 KiB in 3 objects"
     assert ran.findings["listing"]["found"] == "3 objects: 3 with classic keys"
-    assert "48.8 KiB in" in ran.told("throughput")
-    assert "hash right: org/model@2@0@10" in ran.told("throughput")
+    assert "48.8 KiB in" in ran.reported("throughput")
+    assert "hash right: org/model@2@0@10" in ran.reported("throughput")
 
 
 def test_the_document(desk):
@@ -93,10 +93,10 @@ def test_a_table_where_stdout_is_a_terminal(desk, monkeypatch):
 def test_texts_of_others_are_no_markup():
     out = StringIO()
     Console(file=out, width=100, markup=False).print(
-        findings_table("[red]title[/]", [error("listing", "an object [bold]x[/bold]", "mend [it]"), ok("b", "[/]")])
+        findings_table("[red]title[/]", [error("listing", "an object [bold]x[/bold]", "fix [it]"), ok("b", "[/]")])
     )
 
-    assert all(text in out.getvalue() for text in ("[red]title[/]", "[bold]x[/bold]", "→ mend [it]", "[/]"))
+    assert all(text in out.getvalue() for text in ("[red]title[/]", "[bold]x[/bold]", "→ fix [it]", "[/]"))
 
 
 def test_an_adapter_of_mp_mode(hub, bucket, tmp_path):
@@ -109,7 +109,7 @@ def test_an_adapter_of_mp_mode(hub, bucket, tmp_path):
     assert list(ran.findings) == [name for name in CHECKS if name not in {"engine", "hash seed"}]
     assert ran.document["instances"][0]["mode"] == "mp"
     assert ran.findings["listing"]["found"] == "1 object: 1 with MP keys"
-    assert "public" in ran.told("bucket")
+    assert "public" in ran.reported("bucket")
     assert ran.findings["bucket"]["severity"] == "note"
 
 
@@ -137,7 +137,7 @@ def test_an_empty_bucket(hub, bucket, tmp_path):
     ran = Desk(hub.endpoint, bucket, tmp_path).doctor()
 
     assert ran.code == 0
-    assert ran.told("listing") == "ok: no objects yet; "
+    assert ran.reported("listing") == "ok: no objects yet; "
     assert ran.findings["throughput"]["found"] == "skipped: no chunk is known to read"
 
 
@@ -146,7 +146,7 @@ def test_foreign_objects(desk):
     ran = desk.doctor()
 
     assert ran.code == 0
-    assert ran.told("listing") == (
+    assert ran.reported("listing") == (
         f"note: 5 objects: 3 with classic keys, 2 foreign; the first foreign one is '{PREFIX}/README.md'; "
         "engines pass them by"
     )
@@ -156,8 +156,8 @@ def test_keys_of_the_other_mode(desk):
     ran = run("doctor", "--json", "--l2-adapter", desk.adapter)
 
     assert ran.code == 1
-    assert "keys of the classic engine, and this configuration is one of MP mode" in ran.told("listing")
-    assert "adapter_params.bucket_handle" in ran.told("listing")
+    assert "keys of the classic engine, and this configuration is one of MP mode" in ran.reported("listing")
+    assert "adapter_params.bucket_handle" in ran.reported("listing")
 
 
 def test_names_that_would_play_with_the_terminal(desk):
@@ -175,9 +175,9 @@ def test_bytes_that_are_not_what_was_stored(hub, desk, tmp_path, verify, advice)
     ran = desk.doctor()
 
     assert ran.code == 3
-    told = ran.told("throughput")
-    assert told.startswith("error: the bytes of a chunk are not what was stored: org/model@2@0@")
-    assert advice in told
+    reported = ran.reported("throughput")
+    assert reported.startswith("error: the bytes of a chunk are not what was stored: org/model@2@0@")
+    assert advice in reported
 
 
 def test_records_of_bad_objects(desk):
@@ -185,7 +185,7 @@ def test_records_of_bad_objects(desk):
     ran = desk.doctor()
 
     assert ran.code == 1
-    assert f"2 records of bad objects below {PREFIX}/.hfbucket/bad/" in ran.told("records")
+    assert f"2 records of bad objects below {PREFIX}/.hfbucket/bad/" in ran.reported("records")
 
 
 def test_what_a_killed_probe_left(desk):
@@ -193,7 +193,7 @@ def test_what_a_killed_probe_left(desk):
     ran = desk.doctor()
 
     assert ran.code == 0
-    assert f"{PREFIX}/.hfbucket/probe/0123" in ran.told("records")
+    assert f"{PREFIX}/.hfbucket/probe/0123" in ran.reported("records")
     assert ran.findings["records"]["severity"] == "note"
 
 
@@ -203,13 +203,13 @@ def test_an_index_that_engines_go_by(desk, monkeypatch):
 
     ran = desk.doctor()
     assert ran.code == 1
-    assert f"there is no snapshot below {PREFIX}/.hfbucket/index" in ran.told("index")
-    assert "python -m jobs index" in ran.told("index")
+    assert f"there is no snapshot below {PREFIX}/.hfbucket/index" in ran.reported("index")
+    assert "python -m jobs index" in ran.reported("index")
 
     pointer = build(desk.endpoint, desk.bucket_id, PREFIX)
     ran = desk.doctor()
     assert ran.code == 0
-    assert f"ok: {pointer.keys} keys, brought up to date " in ran.told("index")
+    assert f"ok: {pointer.keys} keys, brought up to date " in ran.reported("index")
 
     listed = IndexStore.list
     for field, said in (("strangers", "a call more"), ("crowded", "not all journals are read")):
@@ -221,20 +221,20 @@ def test_an_index_that_engines_go_by(desk, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(IndexStore, "list", crowded)
-            told = desk.doctor().told("index")
-        assert "it holds strangers: delete them" in told
-        assert said in told
+            reported = desk.doctor().reported("index")
+        assert "it holds strangers: delete them" in reported
+        assert said in reported
 
     forge(desk.endpoint, desk.bucket_id, unsorted, PREFIX)
-    assert "not in the order of their digests" in desk.doctor().told("index")
+    assert "not in the order of their digests" in desk.doctor().reported("index")
     build(desk.endpoint, desk.bucket_id, PREFIX)
 
     desk.settings |= {"index_max_age_secs": 1}
-    assert "too old" in desk.doctor().told("index")
+    assert "too old" in desk.doctor().reported("index")
     desk.settings |= {"index_max_age_secs": 3600, "index_max_bytes": 10}
-    assert "too large" in desk.doctor().told("index")
+    assert "too large" in desk.doctor().reported("index")
     desk.put_objects({".hfbucket/index/current.json": b"{}"})
-    assert "no pointer to a key index" in desk.doctor().told("index")
+    assert "no pointer to a key index" in desk.doctor().reported("index")
 
 
 def test_a_role_that_reads_nothing(desk):
@@ -253,7 +253,7 @@ def test_a_temp_dir_that_can_be_written(desk, tmp_path):
     ran = desk.doctor()
 
     assert ran.code == 0
-    assert f"{tmp_path / 'scratch'} can be written" in ran.told("temp dir")
+    assert f"{tmp_path / 'scratch'} can be written" in ran.reported("temp dir")
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -263,7 +263,7 @@ def test_a_temp_dir_that_cannot_be_written(desk, tmp_path):
     ran = desk.doctor()
 
     assert ran.code == 3
-    assert f"{HEAD}download_tmp_dir" in ran.told("temp dir")
+    assert f"{HEAD}download_tmp_dir" in ran.reported("temp dir")
 
 
 # --- nothing is changed ----------------------------------------------------------------------------------------------

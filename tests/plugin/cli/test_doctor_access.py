@@ -49,13 +49,13 @@ def test_no_token(private, monkeypatch):
     ran = private.doctor()
 
     assert ran.code == 3
-    assert ran.told("token") == (
+    assert ran.reported("token") == (
         f"warning: no token: the environment variable {TOKEN_ENV} is not set here; only public buckets can be read; "
         f"set {TOKEN_ENV}, or name another variable with {HEAD}token_env"
     )
     assert ran.findings["endpoint"]["severity"] == "ok"
-    assert ran.told("bucket").startswith("error: info: the Hub answered 401")
-    assert f"{HEAD}token_env" in ran.told("bucket")
+    assert ran.reported("bucket").startswith("error: info: the Hub answered 401")
+    assert f"{HEAD}token_env" in ran.reported("bucket")
     assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records", "fingerprint"}
 
 
@@ -66,8 +66,8 @@ def test_a_wrong_token(private, monkeypatch):
     assert ran.code == 3
     assert "hf_this-one-is-wrong" not in ran.stdout
     assert ran.findings["token"]["severity"] == "ok"
-    assert "401" in ran.told("bucket")
-    assert f"{TOKEN_ENV} (token_env); set one that is valid" in ran.told("bucket")
+    assert "401" in ran.reported("bucket")
+    assert f"{TOKEN_ENV} (token_env); set one that is valid" in ran.reported("bucket")
 
 
 def test_a_token_that_may_not_see_the_bucket(private, monkeypatch):
@@ -75,8 +75,8 @@ def test_a_token_that_may_not_see_the_bucket(private, monkeypatch):
     ran = private.doctor()
 
     assert ran.code == 3
-    assert "404" in ran.told("bucket")
-    assert f"look at {HEAD}bucket_handle, and at what its token may see" in ran.told("bucket")
+    assert "404" in ran.reported("bucket")
+    assert f"look at {HEAD}bucket_handle, and at what its token may see" in ran.reported("bucket")
 
 
 def test_a_token_that_may_only_read(private, monkeypatch):
@@ -89,10 +89,13 @@ def test_a_token_that_may_only_read(private, monkeypatch):
         "right to write": "error",
         "probe": "note",
     }
-    told = ran.told("right to write")
-    assert "denied, so nothing can be stored" in told
-    assert "403" in told
-    assert f"give the token of {TOKEN_ENV} ({HEAD}token_env) the right to write, or set {HEAD}role to read-only" in told
+    reported = ran.reported("right to write")
+    assert "denied, so nothing can be stored" in reported
+    assert "403" in reported
+    assert (
+        f"give the token of {TOKEN_ENV} ({HEAD}token_env) the right to write, or set {HEAD}role to read-only"
+        in reported
+    )
     assert ran.findings["probe"]["found"] == "skipped: the right to write is not there"
 
 
@@ -102,7 +105,7 @@ def test_a_token_that_may_only_read_and_need_not_write(private, monkeypatch):
     ran = private.doctor()
 
     assert ran.code == 0
-    assert ran.told("right to write") == "ok: not granted, and not needed: role is read-only; "
+    assert ran.reported("right to write") == "ok: not granted, and not needed: role is read-only; "
 
 
 def test_a_token_that_cannot_be_sent(private, monkeypatch):
@@ -110,7 +113,7 @@ def test_a_token_that_cannot_be_sent(private, monkeypatch):
     ran = private.doctor("--probe-write")
 
     assert ran.code == 3
-    assert "cannot be sent" in ran.told("token")
+    assert "cannot be sent" in ran.reported("token")
     assert ran.skipped == {*NEEDS_HUB, "probe"}
 
 
@@ -121,7 +124,7 @@ def test_a_token_in_the_configuration(private, monkeypatch):
 
     assert ran.code == 1
     assert ran.findings["token"]["severity"] == "warning"
-    assert f"{HEAD}token: LMCache logs its configuration" in ran.told("token")
+    assert f"{HEAD}token: LMCache logs its configuration" in ran.reported("token")
 
 
 def test_a_server_that_repeats_the_token_is_not_repeated(hub, bucket, tmp_path):
@@ -129,4 +132,4 @@ def test_a_server_that_repeats_the_token_is_not_repeated(hub, bucket, tmp_path):
     hub.control.add_fault(Fault(route="tree", status=403, body=f"you sent {SECRET}"))
     ran = desk.doctor()  # `run` looks for the token in everything
 
-    assert "***" in ran.told("listing")
+    assert "***" in ran.reported("listing")

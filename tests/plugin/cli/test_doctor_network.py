@@ -21,7 +21,7 @@ def _well_kept(monkeypatch):
 
 @pytest.fixture
 def desk(hub, new_bucket, tmp_path):
-    """An instance with nothing to mend: a private bucket with chunks in it."""
+    """An instance with nothing to fix: a private bucket with chunks in it."""
     desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
     desk.put({classic(number): noise(50_000, number) for number in range(3)})
     return desk
@@ -35,7 +35,7 @@ def test_a_bucket_that_is_not_there(hub, tmp_path):
 
     assert ran.code == 3
     assert ran.findings["bucket"]["severity"] == "error"
-    assert "the bucket does not exist" in ran.told("bucket")
+    assert "the bucket does not exist" in ran.reported("bucket")
     assert ran.skipped == {"right to read", "right to write", "listing", "throughput", "records", "fingerprint"}
 
 
@@ -44,7 +44,7 @@ def test_a_bucket_that_the_first_put_creates(hub, tmp_path):
     ran = desk.doctor("--probe-write")
 
     assert ran.code == 1
-    assert "the first put creates it" in ran.told("bucket")
+    assert "the first put creates it" in ran.reported("bucket")
     assert "probe" in ran.skipped
 
 
@@ -53,9 +53,9 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     ran = Desk(endpoint, "org/bucket", tmp_path).doctor()
 
     assert ran.code == 3
-    told = ran.told("endpoint")
-    assert told.startswith(f"error: {endpoint} does not answer: info: the Hub at {endpoint} cannot be reached")
-    assert told.endswith(f"; look at the network, and at {HEAD}endpoint or HF_ENDPOINT")
+    reported = ran.reported("endpoint")
+    assert reported.startswith(f"error: {endpoint} does not answer: info: the Hub at {endpoint} cannot be reached")
+    assert reported.endswith(f"; look at the network, and at {HEAD}endpoint or HF_ENDPOINT")
     assert ran.skipped == set(NEEDS_HUB) - {"endpoint"}
     assert ran.findings["temp dir"]["severity"] == "ok"
 
@@ -65,7 +65,7 @@ def test_a_server_that_is_no_hub(tmp_path):
         ran = Desk(server.endpoint, "org/bucket", tmp_path).doctor()
 
     assert ran.code == 3
-    assert "the Hub's answer is not a record" in ran.told("bucket")
+    assert "the Hub's answer is not a record" in ran.reported("bucket")
 
 
 def test_a_hub_that_hangs(hub, desk):
@@ -73,7 +73,7 @@ def test_a_hub_that_hangs(hub, desk):
     ran = desk.doctor("--timeout", "0.3")
 
     assert ran.code == 3
-    assert f"{desk.endpoint} does not answer: info: no answer within 0.3 s" in ran.told("endpoint")
+    assert f"{desk.endpoint} does not answer: info: no answer within 0.3 s" in ran.reported("endpoint")
     assert ran.skipped == set(NEEDS_HUB) - {"endpoint"}
 
 
@@ -89,7 +89,7 @@ def test_a_hub_that_answers_and_then_hangs(hub, desk, monkeypatch):
     ran = desk.doctor("--timeout", PATIENT)
 
     assert ran.findings["endpoint"]["severity"] == "warning"
-    assert "answered 1 time, and then: " in ran.told("endpoint")
+    assert "answered 1 time, and then: " in ran.reported("endpoint")
     assert ran.findings["throughput"]["severity"] == "ok"
 
 
@@ -109,7 +109,7 @@ def test_what_hangs_ends_one_check_and_not_the_others(hub, desk, route, check, a
 
     assert ran.code == 3
     assert ran.findings[check]["severity"] == "error"
-    assert any(words in ran.told(check) for words in (f"{PATIENT} s", "Network error"))  # hf_xet has timeouts too
+    assert any(words in ran.reported(check) for words in (f"{PATIENT} s", "Network error"))  # hf_xet has timeouts too
     assert ran.skipped == also_skipped
     bad = {name for name, severity in ran.severities().items() if severity == "error"}
     assert bad <= {check, "records", "fingerprint"}  # these are listings too
@@ -121,7 +121,7 @@ def test_what_no_client_timeout_bounds_is_abandoned(desk, monkeypatch):
     ran = desk.doctor("--timeout", PATIENT)
     for_ever.set()
 
-    assert f"no answer within {PATIENT} s; the call was abandoned" in ran.told("throughput")
+    assert f"no answer within {PATIENT} s; the call was abandoned" in ran.reported("throughput")
 
 
 def test_a_quota_that_is_used_up_is_a_warning(hub, desk):
@@ -129,9 +129,9 @@ def test_a_quota_that_is_used_up_is_a_warning(hub, desk):
     ran = desk.doctor()
 
     assert ran.code == 1
-    assert "429" in ran.told("listing")
-    assert "wait 60 s" in ran.told("listing")
-    assert f"{HEAD}max_hub_calls_per_minute" in ran.told("listing")
+    assert "429" in ran.reported("listing")
+    assert "wait 60 s" in ran.reported("listing")
+    assert f"{HEAD}max_hub_calls_per_minute" in ran.reported("listing")
 
 
 def test_a_mistake_in_a_check_does_not_hide_the_others(desk, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_mistake_in_a_check_does_not_hide_the_others(desk, monkeypatch):
     ran = desk.doctor()
 
     assert ran.code == 3
-    assert "ZeroDivisionError" in ran.told("right to read")
+    assert "ZeroDivisionError" in ran.reported("right to read")
     assert ran.findings["listing"]["severity"] == "ok"
 
 
@@ -159,8 +159,8 @@ def test_a_clock_that_is_wrong(hub, desk, ahead, words):
 
     assert ran.code == 1
     assert ran.findings["clock"]["severity"] == "warning"
-    assert f"s {words} the Hub's" in ran.told("clock")
-    assert "NTP" in ran.told("clock")
+    assert f"s {words} the Hub's" in ran.reported("clock")
+    assert "NTP" in ran.reported("clock")
 
 
 def test_a_clock_that_is_right(hub, desk):

@@ -49,7 +49,7 @@ def test_a_download_tmp_dir_that_cannot_be_written(found, tmp_path):
 
     assert finding.severity is Severity.WARNING
     assert f"{tmp_path}/file/x" in finding.found
-    assert f"{HEAD}download_tmp_dir" in finding.mend
+    assert f"{HEAD}download_tmp_dir" in finding.fix
 
 
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_XET_CACHE"])
@@ -59,13 +59,13 @@ def test_a_root_of_hf_xets_that_cannot_be_written(found, tmp_path, variable):
 
     assert finding.severity is Severity.WARNING
     assert f"({variable}) cannot be written" in finding.found
-    assert "HF_XET_CACHE" in finding.mend
+    assert "HF_XET_CACHE" in finding.fix
 
 
 def test_no_temporary_directory(found, monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("none")))
 
-    assert "TMPDIR" in found(environment.DIRECTORIES).mend
+    assert "TMPDIR" in found(environment.DIRECTORIES).fix
 
 
 def test_nothing_stays_in_the_directories(found, tmp_path):
@@ -102,7 +102,7 @@ def test_a_socks_proxy_needs_a_package(found, monkeypatch):
     finding = found(environment.PROXY, {"ALL_PROXY": "socks5://proxy:1080"})
 
     assert finding.severity is Severity.WARNING
-    assert "socksio" in finding.mend
+    assert "socksio" in finding.fix
 
 
 @pytest.mark.parametrize(

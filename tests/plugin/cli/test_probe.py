@@ -53,7 +53,7 @@ def test_it_stores_reads_back_compares_and_deletes(desk, stored):
 
     assert ran.code == 0
     assert ran.findings["probe"]["severity"] == "ok"
-    assert "64.0 KiB stored, read back, compared and deleted" in ran.told("probe")
+    assert "64.0 KiB stored, read back, compared and deleted" in ran.reported("probe")
     (path,) = stored
     assert path.startswith(PLACE)
     assert left(desk) == []
@@ -71,8 +71,8 @@ def test_a_role_that_stores_nothing_refuses(desk, stored):
     ran = desk.doctor("--probe-write")
 
     assert ran.code == 1
-    assert "refused: role is read-only" in ran.told("probe")
-    assert f"{HEAD}role" in ran.told("probe")
+    assert "refused: role is read-only" in ran.reported("probe")
+    assert f"{HEAD}role" in ran.reported("probe")
     assert stored == []
 
 
@@ -82,7 +82,7 @@ def test_without_the_right_to_read_it_is_not_read_back(desk, hub):
     ran = desk.doctor("--probe-write")
 
     assert ran.code == 0
-    assert "stored and deleted, not read back" in ran.told("probe")
+    assert "stored and deleted, not read back" in ran.reported("probe")
     assert left(desk) == []
 
 
@@ -120,7 +120,7 @@ def test_an_answer_that_was_lost_is_told(desk, hub):
     hub.control.add_fault(Fault(route="batch", truncate_at=0, times=2))
     ran = desk.doctor("--probe-write")
 
-    assert "should " in ran.told("probe")
+    assert "should " in ran.reported("probe")
     assert PLACE in ran.findings["probe"]["mend"]
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_deleted_is_named(desk, monkeypatch, stored, error, calls
     assert stored == [path]
     assert ran.code == 3
     assert ran.findings["probe"]["mend"] == f"delete {path} yourself"
-    assert "it could not be deleted: " in ran.told("probe")
+    assert "it could not be deleted: " in ran.reported("probe")
     assert len(made) == calls
 
 

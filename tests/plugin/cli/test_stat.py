@@ -14,7 +14,7 @@ from hfbucket_plugin.tools.inventory import Classifier, ObjectKind, rows, summar
 from tests.support.cli_support import INSTANCE, PREFIX, Desk, classic, mp, run, well_kept
 from tests.support.plugin_support import untimed
 
-DOOR = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
+BUCKET = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 
 
@@ -123,7 +123,7 @@ objects = st.lists(st.tuples(names, st.integers(0, 2**40), st.none() | st.intege
 @given(objects)
 def test_nothing_is_counted_twice_or_left_out(found):
     listed = [
-        Classifier(DOOR).classify(
+        Classifier(BUCKET).classify(
             ObjectInfo(
                 f"{PREFIX}/{encode_name(name)}",
                 ContentId("0" * 64, size),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hfbucket_plugin.config.l2 import DEFAULT_GET_SECS, MODULE, L2Settings, from_json, from_params
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET, any_text, everything_told, untimed
+from tests.support.plugin_support import SECRET, any_text, everything_reported, untimed
 
 HANDLE = "hf://buckets/my-org/lmcache-kv/prod"
 PARAMS = {"bucket_handle": HANDLE}
@@ -26,7 +26,7 @@ def complaint(text):
         from_json(text)
     message = str(refused.value)
     assert "\n" not in message
-    assert SECRET not in everything_told(refused.value)
+    assert SECRET not in everything_reported(refused.value)
     return message
 
 
@@ -209,16 +209,16 @@ def test_an_ill_typed_setting_is_named(setting, value):
 @pytest.mark.parametrize("setting", sorted(L2Settings.model_fields))
 @pytest.mark.parametrize("wrap", [str, lambda text: [text], lambda text: {text: text}])
 def test_a_token_in_the_wrong_place_is_not_repeated(setting, wrap):
-    told = []
+    reported = []
     try:
         own = from_params(PARAMS | {setting: wrap(SECRET)})
     except ConfigError as error:
-        told.append(everything_told(error))
+        reported.append(everything_reported(error))
     else:
         assert setting in {"token", "name", "download_tmp_dir"}
-        told.append(repr(own) if setting == "token" else "")
+        reported.append(repr(own) if setting == "token" else "")
 
-    assert SECRET not in told[0]
+    assert SECRET not in reported[0]
 
 
 def test_an_inline_token_does_not_show():

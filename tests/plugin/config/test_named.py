@@ -9,7 +9,7 @@ from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.config.l2 import MODULE, L2Settings
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET, everything_told
+from tests.support.plugin_support import SECRET, everything_reported
 
 HEAD = "remote_storage_plugin."
 
@@ -47,7 +47,7 @@ def config(tmp_path):
 def complaint(*arguments, **options):
     with pytest.raises(ConfigError) as refused:
         named_instances(*arguments, **options)
-    assert SECRET not in everything_told(refused.value)
+    assert SECRET not in everything_reported(refused.value)
     return str(refused.value)
 
 

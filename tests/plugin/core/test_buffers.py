@@ -226,12 +226,12 @@ def test_a_commit_gives_each_chunk_back_when_it_was_taken_and_the_others_at_the_
 
 
 def test_an_upload_of_a_source_that_was_taken_back_is_none(hub, bucket):
-    with opened(hub.endpoint, bucket) as door:
+    with opened(hub.endpoint, bucket) as bucket_client:
         lease = RevocableSource(memoryview(b"chunk"))
         lease.revoke()
 
         with pytest.raises(RevokedError, match="taken back"):
-            door.transfer.upload([b"before", lease, b"after"], Deadline.after(30), Upload())
+            bucket_client.transfer.upload([b"before", lease, b"after"], Deadline.after(30), Upload())
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------

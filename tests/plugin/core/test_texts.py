@@ -147,14 +147,14 @@ def test_a_record_that_cannot_be_formatted_harms_nobody():
 def test_commands_print_clean_lines(capsys):
     texts.know("s3cr3t-one")
     console.line(f"{NASTY} s3cr3t-one")
-    console.complain(f"{NASTY} s3cr3t-one")
+    console.print_error(f"{NASTY} s3cr3t-one")
     console.json_line({"name": NASTY, "words": "s3cr3t-one"})
     console.stdout_console().print(console.columns(NASTY, ("a", "b"), [(NASTY, "s3cr3t-one")]))
-    told = capsys.readouterr()
-    for text in (told.out, told.err):
+    reported = capsys.readouterr()
+    for text in (reported.out, reported.err):
         assert not set(text) & {"\x1b", "\r", "\u202e", "\u2066", "\u2028", "\x85", "\u200f"}
         assert "s3cr3t-one" not in text
-    assert told.err.count("\n") == 1
+    assert reported.err.count("\n") == 1
 
 
 def test_what_libraries_log_beside_a_command_is_clean(capsys, monkeypatch):

@@ -85,9 +85,9 @@ def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(h
         wait_until(lambda: server.count("hfbucket_breaker_open", part="lookup") == 1, 60, "an open breaker")
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="deadline") == 3 * CHUNKS
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="breaker") >= CHUNKS
-        told = json.dumps(server.status())
-        assert "lookup is given up for now" in told
-        assert '"breakers_open": ["lookup"]' in told
+        reported = json.dumps(server.status())
+        assert "lookup is given up for now" in reported
+        assert '"breakers_open": ["lookup"]' in reported
 
         hub.control.clear_faults()
         wait_until(lambda: retrieved(server, MODEL) == (CHUNKS * CHUNK, True), 60, "full service by itself")

@@ -76,7 +76,7 @@ def test_lmcache_makes_it_from_json_and_its_numbers_are_in_the_registry_that_it_
     finally:
         adapter.close()
 
-    told = prometheus_client.generate_latest().decode().splitlines()
+    reported = prometheus_client.generate_latest().decode().splitlines()
     for line in (
         f'hfbucket_chunks_total{{instance="{name}",operation="put",outcome="stored"}} 1.0',
         f'hfbucket_chunks_total{{instance="{name}",operation="lookup",outcome="hit"}} 1.0',
@@ -85,7 +85,7 @@ def test_lmcache_makes_it_from_json_and_its_numbers_are_in_the_registry_that_it_
         f'hfbucket_breaker_open{{instance="{name}",part="read"}} 0.0',
         f'hfbucket_waiting_put_bytes{{instance="{name}"}} 0.0',
     ):
-        assert line in told
+        assert line in reported
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_wrong_setting_stops_the_server_and_is_named(hub, bucket, tmp_path, pa
 
 
 def test_the_help_names_every_setting():
-    told = HFBucketL2AdapterConfig.help()
+    reported = HFBucketL2AdapterConfig.help()
 
-    assert all(f"\n- {name}: " in told for name in L2Settings.model_fields)
+    assert all(f"\n- {name}: " in reported for name in L2Settings.model_fields)
 
 
 # --- a bad start ------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_the_status_tells_of_a_quota_that_is_used_up_and_calls_nothing_ill(hub, 
     assert re.fullmatch(r"the Hub told this token to wait \d+ s more: its quota is used up", reason)
 
 
-def test_the_status_counts_what_is_under_way_and_tells_of_the_end(hub, l2_adapters):
+def test_the_status_counts_what_is_in_progress_and_tells_of_the_end(hub, l2_adapters):
     mp = l2_adapters(close_timeout_secs=0.1)
     late = hub.control.add_fault(Fault(route="paths-info", hang=True))
     mp.adapter.submit_store_task([mp_key(1)], [mp_memory(noise(SIZE))])

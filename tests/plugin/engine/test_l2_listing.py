@@ -28,7 +28,7 @@ OTHERS = [
     "%zz",
     "A",
 ]
-"""Objects that are no keys of MP mode, to be passed by."""
+"""Objects that are no keys of MP mode, to be skipped."""
 
 
 class Hub:
@@ -54,14 +54,14 @@ class Hub:
 
 def pages(hub, page_size, between=lambda _number: None, model=None):
     """All keys that are told, page by page, with something going on in between."""
-    told, cursor, number = [], None, 0
+    reported, cursor, number = [], None, 0
     while True:
         page = list_page(hub, model, page_size, cursor)
         assert len(page.entries) <= page_size
-        told += [entry.key.to_object_key() for entry in page.entries]
+        reported += [entry.key.to_object_key() for entry in page.entries]
         cursor = page.next_page_token
         if cursor is None:
-            return told
+            return reported
         assert len(page.entries) == page_size, "a page with another one behind it is full"
         assert isinstance(cursor, str)
         between(number)
@@ -127,10 +127,10 @@ def test_what_comes_and_goes_between_pages_neither_hides_nor_repeats_a_key_that_
                 hub.add(mp_key(one))
                 came.add(one)
 
-    told = [int.from_bytes(key.chunk_hash, "big") for key in pages(hub, page_size, change)]
+    reported = [int.from_bytes(key.chunk_hash, "big") for key in pages(hub, page_size, change)]
 
-    assert len(told) == len(set(told)), "no key is told twice"
-    assert held - gone <= set(told) <= held | came
+    assert len(reported) == len(set(reported)), "no key is told twice"
+    assert held - gone <= set(reported) <= held | came
 
 
 MODELS = [
@@ -158,9 +158,9 @@ def test_only_the_model_asked_for_however_much_others_names_look_like_it(hub_pag
             hub.add(mp_key(number, "salt", model=model))
 
     for model in MODELS:
-        told = pages(hub, 2, model=model)
+        reported = pages(hub, 2, model=model)
         wanted = [mp_key(n, salt, model=model) for n in range(3) for salt in ("", "salt")] if model in models else []
-        assert told == in_order(wanted)
+        assert reported == in_order(wanted)
     assert len(pages(hub, 7)) == 6 * len(models)
     assert pages(hub, 7, model="") == []
 
@@ -224,7 +224,7 @@ def recorder():
         yield one
 
 
-def door(endpoint):
+def bucket_client(endpoint):
     return open_bucket(instance_settings(endpoint, "o/b", "v1", token="hf_loopback"), "hfbucket", MemorySink(), 9.0)
 
 
@@ -254,7 +254,7 @@ places = st.one_of(
 @untimed
 @given(place=places, after=any_text)
 def test_a_crafted_cursor_leads_nowhere_but_to_the_listing_of_this_bucket(recorder, place, after):
-    bucket = door(recorder.endpoint)
+    bucket = bucket_client(recorder.endpoint)
     recorder.targets.clear()
     try:
         with contextlib.suppress(ValueError, HFBucketError):
@@ -279,16 +279,16 @@ def test_the_cursors_of_a_real_listing_are_taken_by_any_adapter_of_the_bucket(hu
     upload(hub.endpoint, "o/b", {f"v1/{encode_name(key_string(key))}": b"x" for key in keys})
 
     for page_size in (1, 2, 3, 7, 100):
-        told, cursor = [], None
+        reported, cursor = [], None
         while True:
-            bucket = door(hub.endpoint)
+            bucket = bucket_client(hub.endpoint)
             try:
                 page = list_page(bucket, "ü x/模 %", page_size, cursor)
             finally:
                 bucket.close()
-            told += [entry.key.to_object_key() for entry in page.entries]
+            reported += [entry.key.to_object_key() for entry in page.entries]
             assert {entry.size_bytes for entry in page.entries} == {1}
             if (cursor := page.next_page_token) is None:
                 break
             assert hub.endpoint not in base64.urlsafe_b64decode(cursor).decode()
-        assert told == keys
+        assert reported == keys

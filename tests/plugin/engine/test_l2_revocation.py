@@ -1,4 +1,4 @@
-"""Buffers that LMCache frees while a load is still under way: nothing writes into them any more."""
+"""Buffers that LMCache frees while a load is still in progress: nothing writes into them any more."""
 
 import pytest
 

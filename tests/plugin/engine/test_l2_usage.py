@@ -90,7 +90,7 @@ class UsageMachine(RuleBasedStateMachine):
     def answer(self, number):
         sizes, asked = self.questions.pop(number % len(self.questions))
         self.tick()
-        self.usage.learnt(sizes, asked)
+        self.usage.learned(sizes, asked)
         for path in sizes:
             self.knows(path, asked)
 
@@ -172,7 +172,7 @@ def test_an_answer_after_a_page_was_asked_for_takes_nothing_off():
     usage.wrote([("p/a", "", 5)], {})
     usage.begin()
     page_asked = usage.now
-    usage.learnt({"p/a": 5}, usage.now)
+    usage.learned({"p/a": 5}, usage.now)
     usage.listed([("p/a", 5)], page_asked)
 
     assert not usage.end(complete=True)
@@ -196,7 +196,7 @@ def test_own_objects_alone_are_counted_and_corrected_where_nothing_bounds_the_wh
     usage = Usage(everybody=False)
     usage.wrote([("p/a", "ada", 5), ("p/b", "ada", 5), ("p/c", "ada", 5)], {})
 
-    assert usage.learnt({"p/a": None, "p/x": 7}, usage.now) == ["p/a"]
+    assert usage.learned({"p/a": None, "p/x": 7}, usage.now) == ["p/a"]
     usage.begin()
     usage.listed([("p/b", 6), ("p/y", 7)], usage.now)
     usage.end(complete=True)
@@ -316,11 +316,11 @@ def listings(monkeypatch):
     started = []
 
     def start(bucket, refresh_secs=600, max_pages=None, tell=None, **options):
-        told = []
+        reported = []
         usage = Usage()
-        tell = tell or (lambda keys, sizes: told.append((keys, sizes)))
+        tell = tell or (lambda keys, sizes: reported.append((keys, sizes)))
         started.append(UsageListing(bucket, usage, refresh_secs, max_pages, tell, **options))
-        return started[-1], usage, told
+        return started[-1], usage, reported
 
     yield start
     for one in started:
@@ -331,8 +331,8 @@ def listers():
     return {one for one in threading.enumerate() if one.name == "hfbucket-usage"}
 
 
-def numbers_of(told):
-    return [[int.from_bytes(key.chunk_hash, "big") for key in keys] for keys, _ in told]
+def numbers_of(reported):
+    return [[int.from_bytes(key.chunk_hash, "big") for key in keys] for keys, _ in reported]
 
 
 def test_a_listing_tells_of_mp_objects_the_newest_first_and_counts_them_and_no_others(listings):
@@ -343,11 +343,11 @@ def test_a_listing_tells_of_mp_objects_the_newest_first_and_counts_them_and_no_o
     bucket.objects["v1/foreign"] = ObjectInfo("v1/foreign", ContentId("0" * 64, 1000), NOW)
     bucket.objects["v1/deep/x"] = ObjectInfo("v1/deep/x", ContentId("0" * 64, 1000), NOW)
 
-    _, usage, told = listings(bucket)
+    _, usage, reported = listings(bucket)
 
-    eventually(lambda: told)
-    assert numbers_of(told) == [[3, 1, 4, 2]]
-    assert told[0][1] == [3, 1, 4, 2]
+    eventually(lambda: reported)
+    assert numbers_of(reported) == [[3, 1, 4, 2]]
+    assert reported[0][1] == [3, 1, 4, 2]
     assert usage.total == 10
     assert usage.by_salt() == {}, "others wrote them"
     assert usage.objects == 4
@@ -356,34 +356,34 @@ def test_a_listing_tells_of_mp_objects_the_newest_first_and_counts_them_and_no_o
 def test_a_second_listing_tells_only_of_what_came_since(listings):
     bucket = ListedBucket()
     bucket.write(mp_key(1), 1, minutes=-60)
-    listing, _, told = listings(bucket)
-    eventually(lambda: len(told) == 1)
+    listing, _, reported = listings(bucket)
+    eventually(lambda: len(reported) == 1)
 
     bucket.write(mp_key(2), 1, minutes=1)
     listing._wanted.set()  # the hour is over
-    eventually(lambda: len(told) == 2)
+    eventually(lambda: len(reported) == 2)
 
-    assert numbers_of(told) == [[1], [2]]
+    assert numbers_of(reported) == [[1], [2]]
 
 
 def test_who_begins_to_listen_is_told_of_everything(listings):
     bucket = ListedBucket()
     bucket.write(mp_key(1), 1, minutes=-60)
-    listing, _, told = listings(bucket)
-    eventually(lambda: len(told) == 1)
+    listing, _, reported = listings(bucket)
+    eventually(lambda: len(reported) == 1)
 
     listing.again()
-    eventually(lambda: len(told) == 2)
+    eventually(lambda: len(reported) == 2)
 
-    assert numbers_of(told) == [[1], [1]]
+    assert numbers_of(reported) == [[1], [1]]
 
 
 def test_who_begins_to_listen_while_a_later_listing_runs_is_told_of_everything_too(listings):
     bucket = ListedBucket(page_size=1)
     for number in range(3):
         bucket.write(mp_key(number), 1, minutes=-60)
-    listing, _, told = listings(bucket)
-    eventually(lambda: len(told) == 1)
+    listing, _, reported = listings(bucket)
+    eventually(lambda: len(reported) == 1)
     real, second, go_on = bucket.list_page, threading.Event(), threading.Event()
 
     def list_page(prefix, cursor, deadline):
@@ -400,7 +400,7 @@ def test_who_begins_to_listen_while_a_later_listing_runs_is_told_of_everything_t
     go_on.set()
 
     eventually(lambda: bucket.pages >= 9)
-    eventually(lambda: any(sorted(one) == [0, 1, 2] for one in numbers_of(told[1:])))
+    eventually(lambda: any(sorted(one) == [0, 1, 2] for one in numbers_of(reported[1:])))
 
 
 @given(
@@ -430,21 +430,21 @@ def test_a_listing_waits_before_each_page_until_others_leave_it_a_share_of_the_c
         bucket.write(mp_key(number), 1)
     bucket.waits = [0.01, 0.0, 0.0, 0.0, 0.0, 600.0]  # none before the third page; the second is awaited twice
 
-    listing, usage, told = listings(bucket)
+    listing, usage, reported = listings(bucket)
     eventually(lambda: not bucket.waits)
     listing.close()
     eventually(lambda: not listers())
 
     assert bucket.pages == 2
     assert not usage.complete
-    assert told == []
+    assert reported == []
 
 
 def test_a_listing_that_fails_keeps_the_figure_and_comes_again_soon(listings, caplog):
     bucket = ListedBucket(page_size=1)
     bucket.write(mp_key(1), 5)
-    listing, usage, told = listings(bucket)
-    eventually(lambda: told)
+    listing, usage, reported = listings(bucket)
+    eventually(lambda: reported)
 
     bucket.write(mp_key(2), 5)
     bucket.errors = [TransportError("no page"), BucketMissingError("gone for a while")]
@@ -459,8 +459,8 @@ def test_a_listing_goes_on_where_it_failed_and_takes_nothing_off_before_its_end(
     bucket = ListedBucket(page_size=1)
     for number in range(4):
         bucket.write(mp_key(number), 5)
-    listing, usage, told = listings(bucket)
-    eventually(lambda: told)
+    listing, usage, reported = listings(bucket)
+    eventually(lambda: reported)
     bucket.objects.popitem()
     bucket.cursors.clear()
     bucket.gate.clear()
@@ -501,8 +501,8 @@ def test_a_cursor_that_the_hub_takes_no_more_is_given_up(listings):
         return real(prefix, cursor, deadline)
 
     bucket.list_page = list_page
-    _, usage, told = listings(bucket)
-    eventually(lambda: told)
+    _, usage, reported = listings(bucket)
+    eventually(lambda: reported)
 
     assert usage.total == 15
     assert [cursor is None for cursor in bucket.cursors] == [True, True, False, False]
@@ -524,7 +524,7 @@ def test_a_listing_asks_nothing_in_a_pause_and_leaves_more_room_after_it(listing
     for number in range(3):
         bucket.write(mp_key(number), 1)
     bucket.pauses = [0.01, 0.01, 0.0, 600.0]
-    listing, _usage, told = listings(bucket)
+    listing, _usage, reported = listings(bucket)
 
     eventually(lambda: not bucket.pauses)
     listing.close()
@@ -532,7 +532,7 @@ def test_a_listing_asks_nothing_in_a_pause_and_leaves_more_room_after_it(listing
 
     assert bucket.pages <= 1
     assert listing._gap_secs >= 0.02
-    assert told == []
+    assert reported == []
 
 
 def test_a_listing_that_nobody_asked_for_is_not_made(listings):
@@ -554,7 +554,7 @@ def test_a_listing_that_nobody_asked_for_is_not_made(listings):
 def test_what_is_found_wrong_during_a_listing_is_listed_again(listings):
     bucket = ListedBucket()
     bucket.write(mp_key(1), 5)
-    listing, _usage, _told = listings(bucket)
+    listing, _usage, _reported = listings(bucket)
     eventually(lambda: listing.settled)
     bucket.gate.clear()
     bucket.inside.clear()
@@ -574,9 +574,9 @@ def test_the_oldest_are_told_and_the_next_oldest_when_half_of_them_are_gone(list
     ages = [5, 9, 1, 8, 3, 7, 2, 6, 4, 0]
     for number, minutes in enumerate(ages):
         bucket.write(mp_key(number), 1, minutes - 600)
-    listing, _usage, told = listings(bucket)
-    eventually(lambda: told)
-    assert [[ages[number] for number in numbers] for numbers in numbers_of(told)] == [[3, 2, 1, 0]]
+    listing, _usage, reported = listings(bucket)
+    eventually(lambda: reported)
+    assert [[ages[number] for number in numbers] for numbers in numbers_of(reported)] == [[3, 2, 1, 0]]
     newest = bucket.objects[bucket.handle.join(encode_name(key_string(mp_key(1))))]
     oldest = bucket.objects[bucket.handle.join(encode_name(key_string(mp_key(9))))]
     assert listing.too_new(newest.uploaded_at)
@@ -585,17 +585,17 @@ def test_the_oldest_are_told_and_the_next_oldest_when_half_of_them_are_gone(list
         del bucket.objects[bucket.handle.join(encode_name(key_string(mp_key(number))))]
 
     listing.evicted(1)
-    assert len(told) == 1
+    assert len(reported) == 1
     listing.evicted(1)
-    eventually(lambda: len(told) == 2)
-    assert [[ages[number] for number in numbers] for numbers in numbers_of(told)][1] == [5, 4]
+    eventually(lambda: len(reported) == 2)
+    assert [[ages[number] for number in numbers] for numbers in numbers_of(reported)][1] == [5, 4]
 
     for number, minutes in enumerate(ages):
         if minutes < 6:
             bucket.objects.pop(bucket.handle.join(encode_name(key_string(mp_key(number)))), None)
     listing.evicted(4)
-    eventually(lambda: len(told) == 3)
-    assert [[ages[number] for number in numbers] for numbers in numbers_of(told)][2] == [9, 8, 7, 6]
+    eventually(lambda: len(reported) == 3)
+    assert [[ages[number] for number in numbers] for numbers in numbers_of(reported)][2] == [9, 8, 7, 6]
     assert not listing.too_new(newest.uploaded_at), "all were told"
 
 
@@ -606,32 +606,32 @@ def test_objects_of_one_moment_for_which_there_was_no_room_are_told_later(listin
     for number in range(4):
         bucket.write(mp_key(number), 1)
     bucket.objects = {p: ObjectInfo(p, info.content, moment) for p, info in bucket.objects.items()}
-    listing, _usage, told = listings(bucket)
-    eventually(lambda: told)
-    for number in numbers_of(told)[0]:
+    listing, _usage, reported = listings(bucket)
+    eventually(lambda: reported)
+    for number in numbers_of(reported)[0]:
         del bucket.objects[bucket.handle.join(encode_name(key_string(mp_key(number))))]
 
     listing.evicted(2)
-    eventually(lambda: len(told) == 2)
+    eventually(lambda: len(reported) == 2)
 
-    assert sorted(itertools.chain(*numbers_of(told))) == [0, 1, 2, 3]
+    assert sorted(itertools.chain(*numbers_of(reported))) == [0, 1, 2, 3]
 
 
 def test_what_tells_of_a_listing_may_fail(listings, caplog):
     bucket = ListedBucket()
     bucket.write(mp_key(1), 5)
-    told = []
+    reported = []
 
     def tell(keys, sizes):
-        told.append(keys)
-        if len(told) < 3:
+        reported.append(keys)
+        if len(reported) < 3:
             raise RuntimeError("a listener's")
 
     _, usage, _ = listings(bucket, tell=tell)
 
-    eventually(lambda: len(told) == 3 and usage.complete)
+    eventually(lambda: len(reported) == 3 and usage.complete)
     assert caplog.text.count("usage: the listing failed") == 2
-    assert told[2] == [mp_key(1)], "it is told again"
+    assert reported[2] == [mp_key(1)], "it is told again"
 
 
 def test_a_closed_listing_asks_for_no_further_page_and_tells_nothing(listings):
@@ -640,7 +640,7 @@ def test_a_closed_listing_asks_for_no_further_page_and_tells_nothing(listings):
         bucket.write(mp_key(number), 5)
     bucket.gate.clear()
     before = listers()
-    listing, _, told = listings(bucket)
+    listing, _, reported = listings(bucket)
     assert bucket.inside.wait(30)
     [thread] = listers() - before
 
@@ -650,7 +650,7 @@ def test_a_closed_listing_asks_for_no_further_page_and_tells_nothing(listings):
     thread.join(30)
     assert not thread.is_alive()
     assert bucket.pages == 1
-    assert told == []
+    assert reported == []
 
 
 def test_without_refresh_there_is_no_thread(listings):

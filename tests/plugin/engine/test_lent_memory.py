@@ -167,7 +167,7 @@ def begin(surface, threads, gets, puts, memory):
     [("classic", "aborted"), ("mp", "aborted"), ("mp", "deaf")],
     indirect=True,
 )
-def test_close_ends_what_is_under_way_and_nothing_touches_memory_afterwards(
+def test_close_ends_what_is_in_progress_and_nothing_touches_memory_afterwards(
     hub, bucket, surfaces, memory, sessions, *, monkeypatch
 ):
     monkeypatch.setattr("hfbucket_plugin.store.write._YIELD_SECS", 0.05)  # the put would wait for the get

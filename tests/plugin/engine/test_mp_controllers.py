@@ -208,16 +208,16 @@ def run(hub, server, requests, held):
 def test_ours_serves_what_the_built_in_serves_and_blames_no_healthy_store(hub, servers, seed, l1_mib):
     ours, builtin = servers(l1_mib)
     for requests, held, emptied in schedule(seed, l1_mib):
-        told = f"seed {seed}: {requests}, held {held}, emptied {emptied}"
+        reported = f"seed {seed}: {requests}, held {held}, emptied {emptied}"
         for server in (ours, builtin):
             if emptied:
                 server.empty()
             hits = run(hub, server, requests, held)
             if held and emptied and l1_mib == ROOMY and len(requests) <= 8 and not any(fail for _, fail in requests):
-                assert hits == [len(prompt) for prompt, _ in requests], told
+                assert hits == [len(prompt) for prompt, _ in requests], reported
         # By what the adapters serve: LMCache itself drops what another request brings into L1 between two of its looks.
-        assert ours.lost == 0 <= builtin.lost, told
-        assert ours.adapter.report_status()["breakers_open"] == [], told
+        assert ours.lost == 0 <= builtin.lost, reported
+        assert ours.adapter.report_status()["breakers_open"] == [], reported
     eventually(lambda: not ours.adapter.report_status()["tasks"]["load"])
     tasks = ours.adapter._tasks
     aborted_in_lookup = sum(len(task.keys) for task in tasks._tasks["lookup"].values())

@@ -45,7 +45,7 @@ class Transfer:
 
 
 class SharedBucket:
-    """A bucket in memory, as each server has its own door to it."""
+    """A bucket in memory, as each server has its own client of it."""
 
     handle = BucketHandle.parse("hf://buckets/o/b/v1")
     transfer = Transfer()

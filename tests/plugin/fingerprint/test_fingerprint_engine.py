@@ -29,8 +29,8 @@ def fleet(hub, bucket, tmp_path, monkeypatch):
 
 def lines(caplog, *words):
     """The lines of the log about a fingerprint that hold some words."""
-    told = [record.getMessage() for record in caplog.records if " fingerprint: " in record.getMessage()]
-    return [line for line in told if all(word in line for word in words)]
+    reported = [record.getMessage() for record in caplog.records if " fingerprint: " in record.getMessage()]
+    return [line for line in reported if all(word in line for word in words)]
 
 
 # --- the first writer ----------------------------------------------------------------------------------------------
@@ -418,11 +418,11 @@ def test_engines_with_other_hash_seeds_are_told_apart_and_nothing_crosses(fleet,
             env=env,
         )
         found.append(next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()[1:])
-        told = [line for line in (done.stdout + done.stderr).splitlines() if "fingerprint:" in line]
+        reported = [line for line in (done.stdout + done.stderr).splitlines() if "fingerprint:" in line]
 
     assert found[0][0] == "agrees"
     assert found[1] == ["conflict", "0", "0"]
-    assert any("hash_check (the seed, PYTHONHASHSEED) is" in line for line in told)
+    assert any("hash_check (the seed, PYTHONHASHSEED) is" in line for line in reported)
     recorded, other = fleet.claims()
     assert {recorded.hash_seed_pinned, other.hash_seed_pinned} == {True}
     assert recorded.hash_check != other.hash_check

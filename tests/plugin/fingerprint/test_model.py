@@ -19,8 +19,8 @@ from hfbucket_plugin.fingerprint.model import (
     FingerprintClaim,
     LayerGroup,
     Record,
+    as_text,
     differences,
-    in_words,
 )
 from tests.support.plugin_support import any_text
 
@@ -100,7 +100,7 @@ def engine(**values):
     ],
 )
 def test_what_differs_is_said_exactly(values, words):
-    assert in_words(differences(engine(), engine(**values))) == words
+    assert as_text(differences(engine(), engine(**values))) == words
 
 
 def test_all_that_differs_is_said():
@@ -285,12 +285,12 @@ def test_a_later_release_may_say_more():
 
 
 def test_the_facts_are_told_in_words():
-    told = engine(recorded_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)).facts()
+    reported = engine(recorded_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)).facts()
 
-    assert told["layout"] == "2x32x256x1024 bfloat16"
-    assert told["hash_seed_pinned"] == "yes"
-    assert told["recorded_at"] == "2026-01-02T03:04:05+00:00"
-    assert "hash_bytes" not in told
+    assert reported["layout"] == "2x32x256x1024 bfloat16"
+    assert reported["hash_seed_pinned"] == "yes"
+    assert reported["recorded_at"] == "2026-01-02T03:04:05+00:00"
+    assert "hash_bytes" not in reported
     assert dataclasses.asdict(differences(engine(), engine(chunk_size=1))[0]) == {
         "field": "chunk_size",
         "recorded": "256",

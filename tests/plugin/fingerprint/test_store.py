@@ -23,8 +23,8 @@ def soon():
 
 @pytest.fixture
 def store(hub, bucket):
-    with opened(hub.endpoint, bucket, "kv") as door:
-        made = FingerprintStore(door, "hfbucket")
+    with opened(hub.endpoint, bucket, "kv") as bucket_client:
+        made = FingerprintStore(bucket_client, "hfbucket")
         yield made
         made.close()
 
@@ -57,8 +57,8 @@ def test_of_those_that_begin_together_one_counts_for_all(store, hub, bucket):
     sizes = (64, 128, 256, 512)
     for number in range(3):
         model = f"org/model-{number}"
-        with opened(hub.endpoint, bucket, "kv") as door:
-            other = FingerprintStore(door, "other")
+        with opened(hub.endpoint, bucket, "kv") as bucket_client:
+            other = FingerprintStore(bucket_client, "other")
 
             def begin(index, model=model, other=other):
                 one = store if index % 2 else other

@@ -23,34 +23,34 @@ def engine(revision="v1"):
 class Rig:
     """A watch over a bucket in which `v1` is recorded."""
 
-    def __init__(self, hub, bucket_id, door, **values):
+    def __init__(self, hub, bucket_id, bucket_client, **values):
         self.hub = hub
         self.clock = Clock()
         self.broken = False
         self.tally = MemorySink()
         settings = instance_settings(hub.endpoint, bucket_id, "kv", **values)
         breakers = SimpleNamespace(is_open=lambda part: self.broken and part == "lookup")
-        self.watch = FingerprintWatch(door, settings, "hfbucket", breakers, self.tally, clock=self.clock)
+        self.watch = FingerprintWatch(bucket_client, settings, "hfbucket", breakers, self.tally, clock=self.clock)
 
     @property
     def calls(self):
         return self.hub.control.counters().route("paths-info").requests
 
-    def told(self, state):
+    def reported(self, state):
         """Wait until a subject was found to be in a state."""
         eventually(lambda: self.tally.get(FINGERPRINT_STATE, state=state) == 1)
 
 
 @pytest.fixture
 def rigs(hub, bucket):
-    with opened(hub.endpoint, bucket, "kv") as door:
-        store = FingerprintStore(door, "first")
+    with opened(hub.endpoint, bucket, "kv") as bucket_client:
+        store = FingerprintStore(bucket_client, "first")
         store.record_first(engine(), Deadline.after(60))
         store.close()
         made = []
 
         def make(**values):
-            made.append(Rig(hub, bucket, door, **values))
+            made.append(Rig(hub, bucket, bucket_client, **values))
             hub.control.reset_counters()
             return made[-1]
 
@@ -63,7 +63,7 @@ def rigs(hub, bucket):
 def test_an_engine_that_starts_asks_once_and_again_when_it_is_time(rigs):
     rig = rigs(fingerprint_refresh_secs=100)
     subject = rig.watch.add(MODEL, engine)
-    rig.told("agrees")
+    rig.reported("agrees")
     assert rig.calls == 1
 
     for _ in range(3):
@@ -83,7 +83,7 @@ def test_nothing_is_asked_while_the_breaker_is_open(rigs):
     rig.broken = True
     subject = rig.watch.add(MODEL, engine)
     assert subject.refusal() == UNKNOWN
-    rig.told("unknown")
+    rig.reported("unknown")
     assert rig.calls == 0
 
     rig.broken = False

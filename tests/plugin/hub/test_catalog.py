@@ -24,7 +24,7 @@ KEYS = [
 
 
 @pytest.fixture
-def door(hub, bucket):
+def bucket_client(hub, bucket):
     upload(hub.endpoint, bucket, {f"v1/{encode_name(key)}": key.encode() for key in KEYS})
     upload(
         hub.endpoint,
@@ -43,13 +43,13 @@ def door(hub, bucket):
         yield one
 
 
-def texts(door, *prefixes):
-    return [entry.text for entry in list_chunks(door, prefixes)]
+def texts(bucket_client, *prefixes):
+    return [entry.text for entry in list_chunks(bucket_client, prefixes)]
 
 
-def test_everything_and_nothing_else(door):
-    assert sorted(texts(door, "")) == sorted(KEYS)
-    assert texts(door) == []
+def test_everything_and_nothing_else(bucket_client):
+    assert sorted(texts(bucket_client, "")) == sorted(KEYS)
+    assert texts(bucket_client) == []
 
 
 @pytest.mark.parametrize(
@@ -70,21 +70,21 @@ def test_everything_and_nothing_else(door):
         (["b@", ""], KEYS),
     ],
 )
-def test_what_begins_with_a_prefix_each_once(door, prefixes, expected):
-    assert sorted(texts(door, *prefixes)) == sorted(expected)
+def test_what_begins_with_a_prefix_each_once(bucket_client, prefixes, expected):
+    assert sorted(texts(bucket_client, *prefixes)) == sorted(expected)
 
 
-def test_a_prefix_that_another_covers_costs_no_request(hub, door):
+def test_a_prefix_that_another_covers_costs_no_request(hub, bucket_client):
     hub.control.reset_counters()
 
-    texts(door, "a/", "a/model@", "a/model@1@")
+    texts(bucket_client, "a/", "a/model@", "a/model@1@")
 
     assert hub.control.counters().route("tree").requests == 1
 
 
-def test_an_entry_tells_all_that_a_plan_needs(door):
+def test_an_entry_tells_all_that_a_plan_needs(bucket_client):
     before = datetime.now(UTC) - timedelta(days=1)
-    entries = {entry.text: entry for entry in list_chunks(door, [""])}
+    entries = {entry.text: entry for entry in list_chunks(bucket_client, [""])}
 
     for key in KEYS:
         entry = entries[key]
@@ -95,7 +95,7 @@ def test_an_entry_tells_all_that_a_plan_needs(door):
         assert entry.uploaded_at > before
 
 
-def test_an_instance_without_a_prefix_lists_the_top_only(hub, bucket, door):
+def test_an_instance_without_a_prefix_lists_the_top_only(hub, bucket, bucket_client):
     upload(hub.endpoint, bucket, {encode_name(KEYS[0]): b"top"})
     with opened(hub.endpoint, bucket) as top:
         assert texts(top, "") == [KEYS[0]]
@@ -103,14 +103,14 @@ def test_an_instance_without_a_prefix_lists_the_top_only(hub, bucket, door):
 
 def test_listings_stream_and_a_page_that_does_not_come_is_an_error(hub_factory):
     hub = hub_factory(page_size=3, faults=True)
-    with opened(hub.endpoint, "tests/catalog", "v1") as door:
-        door.create(Deadline.after(30))
-        content = door.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
+    with opened(hub.endpoint, "tests/catalog", "v1") as bucket_client:
+        bucket_client.create(Deadline.after(30))
+        content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
         names = {f"v1/{encode_name(f'm@1@0@{number:x}@half')}": content for number in range(1, 10)}
-        assert door.add(names, Deadline.after(30)) == {}
+        assert bucket_client.add(names, Deadline.after(30)) == {}
         hub.control.reset_counters()
 
-        entries = list_chunks(door, ["m@"])
+        entries = list_chunks(bucket_client, ["m@"])
         first = list(itertools.islice(entries, 3))
         assert hub.control.counters().route("tree").requests == 1
         hub.control.add_fault(Fault(route="tree", status=403))
@@ -119,4 +119,4 @@ def test_listings_stream_and_a_page_that_does_not_come_is_an_error(hub_factory):
         hub.control.clear_faults()
 
         assert len(first) == 3
-        assert len(list(list_chunks(door, ["m@"]))) == 9
+        assert len(list(list_chunks(bucket_client, ["m@"]))) == 9

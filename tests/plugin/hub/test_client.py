@@ -26,7 +26,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub.answers import BodyLimit
 from hfbucket_plugin.hub.client import HubClient, retry_after
 from localhub.faults import Fault
-from tests.support.plugin_support import SECRET, Recorder, everything_told, in_threads, unused_port
+from tests.support.plugin_support import SECRET, Recorder, everything_reported, in_threads, unused_port
 
 SHORT, LONG = 0.5, 60.0
 BOUND = 5.0
@@ -324,7 +324,7 @@ def test_a_redirect_on_the_same_host_is_followed_with_its_method(hub, bucket):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "reported"),
     [
         ("ALL_PROXY", "socks5://user:secret-of-mine@127.0.0.1:9", "ALL_PROXY names a SOCKS proxy"),
         ("https_proxy", "foo://secret-of-mine", "https_proxy names a proxy that cannot be used"),
@@ -332,7 +332,7 @@ def test_a_redirect_on_the_same_host_is_followed_with_its_method(hub, bucket):
     ],
 )
 def test_an_environment_that_forbids_requests_is_told_by_its_variable(  # noqa: PLR0917 - fixtures and parameters
-    hub, bucket, monkeypatch, variable, value, told
+    hub, bucket, monkeypatch, variable, value, reported
 ):
     def no_client():
         if variable == "ALL_PROXY":
@@ -348,8 +348,8 @@ def test_an_environment_that_forbids_requests_is_told_by_its_variable(  # noqa: 
     error = failure(client(hub.endpoint), bucket, attempts=1)
 
     assert type(error) is ConfigError
-    assert told in str(error)
-    assert "secret-of-mine" not in everything_told(error)
+    assert reported in str(error)
+    assert "secret-of-mine" not in everything_reported(error)
     if "PROXY" in variable.upper():
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         assert ask(client(hub.endpoint), bucket).json("paths-info") == []
@@ -364,7 +364,7 @@ def test_attempts_that_end_in_a_pause_are_none(hub, bucket):
 
 def test_an_urgent_call_is_made_in_a_pause(hub, bucket):
     one = client(hub.endpoint)
-    one.rate_limiter.heed(429, {"retry-after": "300"})
+    one.rate_limiter.observe(429, {"retry-after": "300"})
 
     assert type(failure(one, bucket, patient=False)) is ThrottledError
     assert ask(one, bucket, urgent=True).json("paths-info") == []
@@ -531,9 +531,9 @@ ECHOES = {
 def test_a_token_that_the_server_repeats_is_in_no_error(hub, bucket, status, echo):
     hub.control.add_fault(Fault(route="paths-info", status=status, **echo))
 
-    told = everything_told(failure(client(hub.endpoint, token=SECRET), bucket, attempts=1, patient=False))
+    reported = everything_reported(failure(client(hub.endpoint, token=SECRET), bucket, attempts=1, patient=False))
 
-    assert SECRET[:10] not in told
+    assert SECRET[:10] not in reported
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_a_token_that_no_header_takes_is_told_and_not_shown(hub, bucket, token):
 
     assert type(error) is ConfigError
     assert "HF_TEST (token_env)" in str(error)
-    assert SECRET not in everything_told(error)
+    assert SECRET not in everything_reported(error)
     assert requests(hub) == 0
 
 

@@ -153,7 +153,7 @@ def test_the_patient_wait_if_it_fits_their_deadline():
 )
 def test_pauses_that_the_hub_asks_for(status, headers, pause):
     paced = PacedCalls()
-    paced.rate_limiter.heed(status, headers)
+    paced.rate_limiter.observe(status, headers)
 
     assert paced.rate_limiter.paused_secs == pytest.approx(pause)
     assert (paced.call() is None) == (pause == 0)
@@ -165,33 +165,33 @@ def test_a_429_without_a_word_is_waited_for_longer_each_time_until_something_els
     paced = PacedCalls()
     pauses = []
     for _ in range(7):
-        paced.rate_limiter.heed(429, {})
+        paced.rate_limiter.observe(429, {})
         pauses.append(paced.rate_limiter.paused_secs)
         paced.clock.now += pauses[-1] + 1
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30])
 
-    paced.rate_limiter.heed(200, {})
-    paced.rate_limiter.heed(429, {})
+    paced.rate_limiter.observe(200, {})
+    paced.rate_limiter.observe(429, {})
     assert paced.rate_limiter.paused_secs == pytest.approx(1)
 
 
 def test_a_long_pause_is_scouted_and_ends_when_the_scout_is_answered():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "300"})
-    paced.rate_limiter.heed(200, {})  # the answer to a call from before the pause
+    paced.rate_limiter.observe(429, {"retry-after": "300"})
+    paced.rate_limiter.observe(200, {})  # the answer to a call from before the pause
     assert isinstance(paced.call(), ThrottledError)
 
     paced.clock.now += 15
-    assert paced.call() is None, "the scout"
+    assert paced.call() is None, "the probe request"
     assert isinstance(paced.call(), ThrottledError), "and no other"
-    paced.rate_limiter.heed(429, {"retry-after": "300"})
+    paced.rate_limiter.observe(429, {"retry-after": "300"})
     assert isinstance(paced.call(), ThrottledError)
 
     paced.clock.now += 15
     assert isinstance(paced.call(), ThrottledError), "the next one goes later"
     paced.clock.now += 45
     assert paced.call() is None
-    paced.rate_limiter.heed(200, {})
+    paced.rate_limiter.observe(200, {})
     assert paced.call() is None
     assert paced.rate_limiter.paused_secs == 0
 
@@ -199,11 +199,11 @@ def test_a_long_pause_is_scouted_and_ends_when_the_scout_is_answered():
 @pytest.mark.parametrize("chance", [0.0, 0.5, 1.0])
 def test_a_process_scouts_a_window_of_the_hubs_twice_at_most(chance):
     paced = PacedCalls(chance=chance)
-    paced.rate_limiter.heed(429, {"retry-after": "300"})
+    paced.rate_limiter.observe(429, {"retry-after": "300"})
     began = paced.clock.now
     while paced.clock.now < began + 300:
         if paced.call() is None:
-            paced.rate_limiter.heed(429, {"retry-after": str(int(began + 300 - paced.clock.now))})
+            paced.rate_limiter.observe(429, {"retry-after": str(int(began + 300 - paced.clock.now))})
         paced.clock.now += 1
 
     assert 1 <= len(paced.made) <= 2
@@ -214,9 +214,9 @@ def test_pauses_of_many_processes_end_at_different_times():
     ends = []
     for chance in (0.0, 0.5, 1.0):
         paced = PacedCalls(chance=chance)
-        paced.rate_limiter.heed(429, {"retry-after": "100"})
+        paced.rate_limiter.observe(429, {"retry-after": "100"})
         paced.clock.now += 10
-        paced.rate_limiter.heed(
+        paced.rate_limiter.observe(
             429, {"retry-after": "90"}
         )  # counts down, as the Hub's does: the share stays that of the pause
         ends.append(paced.rate_limiter.paused_secs)
@@ -226,13 +226,13 @@ def test_pauses_of_many_processes_end_at_different_times():
 
 def test_pauses_do_not_count_against_the_time_of_a_patient_call():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.observe(429, {"retry-after": "10"})
     with patience(Deadline.after(100)):
         call = Deadline.patient(1)
         assert call.for_a_pause == pytest.approx(100, abs=5)
         paced.rate_limiter.admit("tree", call, patient=True)
         assert not call.passed
-    paced.rate_limiter.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.observe(429, {"retry-after": "10"})
     with patience(Deadline.after(5)), pytest.raises(ThrottledError):
         paced.rate_limiter.admit("tree", Deadline.patient(60), patient=True)
     with pytest.raises(ThrottledError):
@@ -241,7 +241,7 @@ def test_pauses_do_not_count_against_the_time_of_a_patient_call():
 
 def test_who_waits_through_a_pause_may_become_the_scout():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "100"})
+    paced.rate_limiter.observe(429, {"retry-after": "100"})
 
     assert paced.call(patient=True) is None
     assert sum(paced.slept) == pytest.approx(15)
@@ -249,7 +249,7 @@ def test_who_waits_through_a_pause_may_become_the_scout():
 
 def test_the_patient_wait_for_a_pause_that_ends_in_time_and_for_no_other():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.observe(429, {"retry-after": "10"})
 
     with pytest.raises(ThrottledError):
         paced.rate_limiter.admit("paths-info", Until(paced.clock, 10), patient=True)
@@ -261,7 +261,7 @@ def test_the_patient_wait_for_a_pause_that_ends_in_time_and_for_no_other():
 def test_the_patient_wait_for_the_pause_and_the_budget_one_after_the_other():
     paced = PacedCalls(1)
     paced.call()
-    paced.rate_limiter.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.observe(429, {"retry-after": "10"})
 
     assert paced.call(patient=True) is None
 
@@ -270,12 +270,12 @@ def test_the_patient_wait_for_the_pause_and_the_budget_one_after_the_other():
 
 def test_who_waits_looks_again_since_the_pause_may_have_grown():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "10"})
+    paced.rate_limiter.observe(429, {"retry-after": "10"})
 
     def sleep(seconds):
         paced.sleep(seconds)
         if len(paced.slept) == 1:
-            paced.rate_limiter.heed(429, {"retry-after": "5"})
+            paced.rate_limiter.observe(429, {"retry-after": "5"})
 
     paced.rate_limiter._sleep = sleep
     assert paced.call(patient=True) is None
@@ -285,10 +285,10 @@ def test_who_waits_looks_again_since_the_pause_may_have_grown():
 
 def test_a_shorter_pause_does_not_cut_a_longer_one_short():
     paced = PacedCalls()
-    paced.rate_limiter.heed(429, {"retry-after": "100"})
-    paced.rate_limiter.heed(429, {"retry-after": "1"})
-    paced.rate_limiter.heed(429, {})
-    paced.rate_limiter.heed(200, {"ratelimit": '"api";r=0;t=3'})
+    paced.rate_limiter.observe(429, {"retry-after": "100"})
+    paced.rate_limiter.observe(429, {"retry-after": "1"})
+    paced.rate_limiter.observe(429, {})
+    paced.rate_limiter.observe(200, {"ratelimit": '"api";r=0;t=3'})
 
     assert paced.rate_limiter.paused_secs == 100
 
@@ -342,7 +342,7 @@ digits = st.integers(0, 10**30).map(str) | st.just("9" * 5000)
 @example(headers={"retry-after": "9" * 5000}, status=429)
 def test_no_header_of_anybodys_breaks_it_and_the_pause_stays_bounded(headers, status):
     paced = PacedCalls()
-    paced.rate_limiter.heed(status, headers)
+    paced.rate_limiter.observe(status, headers)
 
     assert 0 <= paced.rate_limiter.paused_secs <= 300
     wait = retry_after(headers)
@@ -365,7 +365,7 @@ def test_work_in_the_background_leaves_three_quarters_of_the_cap_to_others():
 @pytest.mark.parametrize("cap", [None, 8])
 def test_work_in_the_background_waits_for_the_end_of_a_pause_with_and_without_a_cap(cap):
     paced = PacedCalls(cap)
-    paced.rate_limiter.heed(429, {"retry-after": "120"})
+    paced.rate_limiter.observe(429, {"retry-after": "120"})
 
     paced.clock.now += 20
     assert paced.rate_limiter.background_wait_secs == 100, "a lookup may try now, the background may not"

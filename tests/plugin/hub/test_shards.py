@@ -99,23 +99,23 @@ def paged(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     with (
         start_on_fresh_port(root, page_size=2, faults=True) as hub,
-        opened(hub.endpoint, "tests/shards", "v1") as door,
+        opened(hub.endpoint, "tests/shards", "v1") as bucket_client,
     ):
-        door.create(Deadline.after(30))
-        content = door.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
-        assert door.add({f"v1/{encode_name(key)}": content for key in KEYS}, Deadline.after(30)) == {}
-        yield hub, door
+        bucket_client.create(Deadline.after(30))
+        content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
+        assert bucket_client.add({f"v1/{encode_name(key)}": content for key in KEYS}, Deadline.after(30)) == {}
+        yield hub, bucket_client
 
 
 @pytest.fixture(scope="module")
 def odd(paged):
-    """A door to another place in the bucket, with chunks of models that hold `@`."""
+    """A client of another place in the bucket, with chunks of models that hold `@`."""
     hub, _ = paged
-    with opened(hub.endpoint, "tests/shards", "v2") as door:
-        content = door.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
+    with opened(hub.endpoint, "tests/shards", "v2") as bucket_client:
+        content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
         files = {f"v2/{encode_name(key)}": content for key in [*KEYS[:40], *ODD]}
-        assert door.add(files, Deadline.after(30)) == {}
-        yield door
+        assert bucket_client.add(files, Deadline.after(30)) == {}
+        yield bucket_client
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def odd(paged):
     ids=" ".join,
 )
 def test_the_same_chunks_in_the_same_order(paged, prefixes):
-    _, door = paged
-    expected = [entry for prefix in prefixes for entry in list_chunks(door, [prefix])]
+    _, bucket_client = paged
+    expected = [entry for prefix in prefixes for entry in list_chunks(bucket_client, [prefix])]
     expected.sort(
         key=lambda entry: next(number for number, one in enumerate(sorted(prefixes)) if entry.text.startswith(one))
     )
 
-    assert list(list_chunks_ahead(door, prefixes)) == expected
+    assert list(list_chunks_ahead(bucket_client, prefixes)) == expected
 
 
 @pytest.mark.parametrize("prefixes", [["m@2@0@"], ["m@2@"], ["m@"], ["m@2@0@00"]], ids=" ".join)
@@ -156,11 +156,11 @@ def test_chunks_of_models_that_go_on_after_the_prefix_are_listed_where_they_are_
 
 
 def test_other_parts_are_listed_while_one_is_waited_for(paged):
-    hub, door = paged
-    first = door.handle.join(encode_name("m@2@0@0"))
+    hub, bucket_client = paged
+    first = bucket_client.handle.join(encode_name("m@2@0@0"))
     number = hub.control.add_fault(Fault(route="tree", path=first, hang=True))
     found = []
-    listing = threading.Thread(target=lambda: found.extend(list_chunks_ahead(door, ["m@2@0@"])), daemon=True)
+    listing = threading.Thread(target=lambda: found.extend(list_chunks_ahead(bucket_client, ["m@2@0@"])), daemon=True)
     hub.control.reset_counters()
     try:
         listing.start()
@@ -175,8 +175,8 @@ def test_other_parts_are_listed_while_one_is_waited_for(paged):
 
 @pytest.mark.parametrize("before", [0, 3, 40])
 def test_a_page_that_does_not_come_is_an_error(paged, before):
-    hub, door = paged
-    chunks = list_chunks_ahead(door, ["m@2@0@"])
+    hub, bucket_client = paged
+    chunks = list_chunks_ahead(bucket_client, ["m@2@0@"])
     for _ in range(before):
         next(chunks)
     hub.control.add_fault(Fault(route="tree", status=403))
@@ -188,11 +188,11 @@ def test_a_page_that_does_not_come_is_an_error(paged, before):
 
 
 def test_a_hub_that_does_not_tell_how_much_there_is_is_listed_page_by_page(paged):
-    hub, door = paged
+    hub, bucket_client = paged
     hub.control.add_fault(Fault(route="bucket-info", status=500))
-    hub.control.add_fault(Fault(route="tree", path=door.handle.join(encode_name("m@2@0@0")), status=403))
+    hub.control.add_fault(Fault(route="tree", path=bucket_client.handle.join(encode_name("m@2@0@0")), status=403))
     try:
-        found = [entry.text for entry in list_chunks_ahead(door, ["m@2@0@"])]
+        found = [entry.text for entry in list_chunks_ahead(bucket_client, ["m@2@0@"])]
     finally:
         hub.control.clear_faults()
     assert found == sorted(KEYS[:300])

@@ -32,7 +32,7 @@ from localhub.faults import Fault
 from tests.support.plugin_support import (
     SECRET,
     eventually,
-    everything_told,
+    everything_reported,
     in_threads,
     instance_settings,
     noise,
@@ -55,9 +55,9 @@ def soon(seconds=60.0):
     return Deadline.after(seconds)
 
 
-def stored(door, hub, files):
-    upload(hub.endpoint, door.handle.bucket_id, files)
-    found = door.stat(list(files), soon())
+def stored(bucket_client, hub, files):
+    upload(hub.endpoint, bucket_client.handle.bucket_id, files)
+    found = bucket_client.stat(list(files), soon())
     return {path: found[path].content for path in files}
 
 
@@ -73,26 +73,26 @@ class Into:
         return self.read.error
 
 
-def read(door, content, seconds=60.0):
+def read(bucket_client, content, seconds=60.0):
     into = Into(content)
-    door.transfer.read([into.read], soon(seconds))
+    bucket_client.transfer.read([into.read], soon(seconds))
     return into
 
 
-def reads_again(door, content, data):
+def reads_again(bucket_client, content, data):
     """What a reader sees after trouble has passed: good bytes, at once or after one more failure."""
-    return eventually(lambda: bytes(read(door, content).buffer) == data)
+    return eventually(lambda: bytes(read(bucket_client, content).buffer) == data)
 
 
 @pytest.fixture
-def door(hub, bucket):
+def bucket_client(hub, bucket):
     with opened(hub.endpoint, bucket) as one:
         yield one
 
 
 @pytest.fixture
 def hasty(hub, bucket):
-    """A door whose reads have half a second."""
+    """A client whose reads have half a second."""
     with opened(hub.endpoint, bucket, get_secs=0.5, put_timeout_secs=0.5) as one:
         yield one
 
@@ -100,12 +100,12 @@ def hasty(hub, bucket):
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
-def test_whole_objects_arrive_as_they_are(hub, door):
+def test_whole_objects_arrive_as_they_are(hub, bucket_client):
     files = {"a": DATA, "small": b"x", "zeros": bytes(SIZE), "text": b"compressible " * 50_000}
-    contents = stored(door, hub, files)
+    contents = stored(bucket_client, hub, files)
     intos = {path: Into(content, path) for path, content in contents.items()}
 
-    door.transfer.read([into.read for into in intos.values()], soon())
+    bucket_client.transfer.read([into.read for into in intos.values()], soon())
 
     assert {path: into.error for path, into in intos.items()} == dict.fromkeys(files)
     assert {path: bytes(into.buffer) for path, into in intos.items()} == files
@@ -114,18 +114,20 @@ def test_whole_objects_arrive_as_they_are(hub, door):
 
 @pytest.mark.parametrize(("inflight_mib", "streams"), [(1, 1), (2, 2), (64, 16), (64, 256)])
 def test_large_objects_arrive_by_ranges_in_their_places(hub, bucket, inflight_mib, streams):
-    with opened(hub.endpoint, bucket, max_inflight_bytes=inflight_mib << 20, max_parallel_reads=streams) as door:
-        content = stored(door, hub, {"big": BIG})["big"]
+    with opened(
+        hub.endpoint, bucket, max_inflight_bytes=inflight_mib << 20, max_parallel_reads=streams
+    ) as bucket_client:
+        content = stored(bucket_client, hub, {"big": BIG})["big"]
 
-        assert bytes(read(door, content).buffer) == BIG
+        assert bytes(read(bucket_client, content).buffer) == BIG
 
 
 def test_streams_together_ask_for_no_more_than_may_be_in_flight(hub, bucket):
-    with opened(hub.endpoint, bucket, max_inflight_bytes=8 << 20, max_parallel_reads=16) as door:
-        contents = stored(door, hub, {str(number): noise(6 << 20, seed=number) for number in range(8)})
+    with opened(hub.endpoint, bucket, max_inflight_bytes=8 << 20, max_parallel_reads=16) as bucket_client:
+        contents = stored(bucket_client, hub, {str(number): noise(6 << 20, seed=number) for number in range(8)})
         waiting = hub.control.add_fault(Fault(route="xorb-data", hang=True))
         intos = [Into(content) for content in contents.values()]
-        reader = threading.Thread(target=door.transfer.read, args=([into.read for into in intos], soon()))
+        reader = threading.Thread(target=bucket_client.transfer.read, args=([into.read for into in intos], soon()))
         reader.start()
         eventually(lambda: hub.control.hits(waiting) >= 2)
         time.sleep(0.5)
@@ -139,12 +141,12 @@ def test_streams_together_ask_for_no_more_than_may_be_in_flight(hub, bucket):
         assert [into.error for into in intos] == [None] * 8
 
 
-def test_nothing_to_read_is_done_at_once(hub, door):
+def test_nothing_to_read_is_done_at_once(hub, bucket_client):
     hub.control.reset_counters()
     empty = Into(ContentId("00" * 32, 0))
 
-    door.transfer.read([], soon())
-    door.transfer.read([empty.read], soon())
+    bucket_client.transfer.read([], soon())
+    bucket_client.transfer.read([empty.read], soon())
 
     assert empty.read.done
     assert hub.control.counters().total.requests == 0
@@ -152,21 +154,21 @@ def test_nothing_to_read_is_done_at_once(hub, door):
 
 def test_many_threads_read_at_once_over_one_session(hub, bucket):
     tally = MemorySink()
-    with opened(hub.endpoint, bucket, sink=tally) as door:
+    with opened(hub.endpoint, bucket, sink=tally) as bucket_client:
         files = {f"p{number}": noise(100_000, number) for number in range(24)}
-        contents = stored(door, hub, files)
+        contents = stored(bucket_client, hub, files)
 
-        results = in_threads(24, lambda number: bytes(read(door, contents[f"p{number}"]).buffer))
+        results = in_threads(24, lambda number: bytes(read(bucket_client, contents[f"p{number}"]).buffer))
 
         assert results == list(files.values())
         assert tally.get(telemetry.HUB_REQUESTS, route="xet-read-token") == 1
 
 
-def test_one_bad_object_does_not_harm_its_neighbours(hub, door):
-    contents = stored(door, hub, {"a": DATA, "b": DATA[::-1]})
+def test_one_bad_object_does_not_harm_its_neighbours(hub, bucket_client):
+    contents = stored(bucket_client, hub, {"a": DATA, "b": DATA[::-1]})
     good, bad, other = Into(contents["a"]), Into(ContentId("ab" * 32, 5)), Into(contents["b"])
 
-    door.transfer.read([good.read, bad.read, other.read], soon())
+    bucket_client.transfer.read([good.read, bad.read, other.read], soon())
 
     assert bytes(good.buffer) == DATA
     assert bytes(other.buffer) == DATA[::-1]
@@ -175,8 +177,8 @@ def test_one_bad_object_does_not_harm_its_neighbours(hub, door):
 
 
 @pytest.mark.parametrize("xet_hash", ["ab" * 32, "nonsense", "", "ü" * 64])
-def test_a_hash_that_the_store_does_not_hold_is_a_failure(door, xet_hash):
-    into = read(door, ContentId(xet_hash, 5))
+def test_a_hash_that_the_store_does_not_hold_is_a_failure(bucket_client, xet_hash):
+    into = read(bucket_client, ContentId(xet_hash, 5))
 
     assert isinstance(into.error, HFBucketError)
     assert not into.read.done
@@ -184,20 +186,22 @@ def test_a_hash_that_the_store_does_not_hold_is_a_failure(door, xet_hash):
 
 
 @pytest.mark.parametrize("size", [SIZE + 1, 2 * SIZE, 10 * SIZE])
-def test_an_object_that_is_shorter_than_listed_is_never_done(hub, door, size):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_an_object_that_is_shorter_than_listed_is_never_done(hub, bucket_client, size):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
 
-    into = read(door, ContentId(content.xet_hash, size))
+    into = read(bucket_client, ContentId(content.xet_hash, size))
 
     assert isinstance(into.error, (IntegrityError, TransportError))
     assert not into.read.done
 
 
-def test_a_read_is_judged_by_the_bytes_that_arrived(hub, door, monkeypatch):
-    content = stored(door, hub, {"a": DATA})["a"]
-    monkeypatch.setattr(door.transfer, "_try_part", lambda *_, **__: False)  # neither done nor an error: it has none
+def test_a_read_is_judged_by_the_bytes_that_arrived(hub, bucket_client, monkeypatch):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    monkeypatch.setattr(
+        bucket_client.transfer, "_try_part", lambda *_, **__: False
+    )  # neither done nor an error: it has none
 
-    into = read(door, content)
+    into = read(bucket_client, content)
 
     assert isinstance(into.error, IntegrityError)
     assert not into.read.done
@@ -227,24 +231,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "expected"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_a_typed_failure_and_passes(hub, door, fault, expected):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_fault_is_a_typed_failure_and_passes(hub, bucket_client, fault, expected):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(**fault))
 
-    into = read(door, content)
+    into = read(bucket_client, content)
 
-    assert isinstance(into.error, (expected, TransportError)), everything_told(into.error)
+    assert isinstance(into.error, (expected, TransportError)), everything_reported(into.error)
     assert not into.read.done
     assert not into.read.lease.live
     hub.control.clear_faults()
-    assert reads_again(door, content, DATA)
+    assert reads_again(bucket_client, content, DATA)
 
 
-def test_the_kind_of_a_failure_of_the_store_is_told_most_of_the_time(hub, door):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_the_kind_of_a_failure_of_the_store_is_told_most_of_the_time(hub, bucket_client):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route="reconstruction", status=404))
 
-    kinds = {read(door, content).error.kind for _ in range(20)}
+    kinds = {read(bucket_client, content).error.kind for _ in range(20)}
 
     assert "missing" in kinds
     assert kinds <= {"missing", "transport"}
@@ -252,24 +256,24 @@ def test_the_kind_of_a_failure_of_the_store_is_told_most_of_the_time(hub, door):
 
 @pytest.mark.parametrize("route", ["reconstruction", "xorb-data"])
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, {"truncate_at": 10}], ids=str)
-def test_what_fails_once_is_tried_again(hub, door, route, fault):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_what_fails_once_is_tried_again(hub, bucket_client, route, fault):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route=route, times=1, **fault))
 
-    assert bytes(read(door, content).buffer) == DATA
+    assert bytes(read(bucket_client, content).buffer) == DATA
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_the_store_refuses_is_replaced(hub, bucket, status):
     tally = MemorySink()
-    with opened(hub.endpoint, bucket, sink=tally) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
-        read(door, content)
+    with opened(hub.endpoint, bucket, sink=tally) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
+        read(bucket_client, content)
 
         def refused_once():
             """One refusal is survived, whether or not hf_xet says that it was one; if it does, there is a new token."""
             refused = hub.control.add_fault(Fault(route="reconstruction", times=1, status=status))
-            assert bytes(read(door, content).buffer) == DATA
+            assert bytes(read(bucket_client, content).buffer) == DATA
             assert hub.control.hits(refused) == 1
             return tally.get(telemetry.HUB_REQUESTS, route="xet-read-token") > 1
 
@@ -278,32 +282,32 @@ def test_a_token_that_the_store_refuses_is_replaced(hub, bucket, status):
 
 def test_a_token_that_has_expired_is_replaced(hub_factory):
     hub = hub_factory(cas_token_ttl_s=EXPIRY_SECS, faults=True)
-    with opened(hub.endpoint, "tests/expiring") as door:
-        door.create(soon())
-        content = stored(door, hub, {"a": DATA, "b": DATA[::-1]})["a"]
-        assert bytes(read(door, content).buffer) == DATA
+    with opened(hub.endpoint, "tests/expiring") as bucket_client:
+        bucket_client.create(soon())
+        content = stored(bucket_client, hub, {"a": DATA, "b": DATA[::-1]})["a"]
+        assert bytes(read(bucket_client, content).buffer) == DATA
         time.sleep(EXPIRY_SECS + 0.2)
         hub.control.reset_counters()
 
-        assert bytes(read(door, content).buffer) == DATA
+        assert bytes(read(bucket_client, content).buffer) == DATA
         assert hub.control.counters().route("xet-read-token").requests >= 1
 
 
 def test_a_token_that_cannot_be_replaced_is_a_failure_that_does_not_show_the_hubs(hub_factory):
     hub = hub_factory(cas_token_ttl_s=EXPIRY_SECS, faults=True)
-    with opened(hub.endpoint, "tests/expired", token=SECRET, get_secs=2) as door:
-        door.create(soon())
-        content = stored(door, hub, {"a": DATA})["a"]
-        read(door, content)
+    with opened(hub.endpoint, "tests/expired", token=SECRET, get_secs=2) as bucket_client:
+        bucket_client.create(soon())
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
+        read(bucket_client, content)
         time.sleep(EXPIRY_SECS + 0.2)
         hub.control.add_fault(Fault(route="xet-read-token", status=401, body=f"no {SECRET}"))
 
-        into = read(door, content, 4)
+        into = read(bucket_client, content, 4)
 
         assert isinstance(into.error, (AccessDeniedError, TransportError))
-        assert SECRET not in everything_told(into.error)
+        assert SECRET not in everything_reported(into.error)
         hub.control.clear_faults()
-        assert reads_again(door, content, DATA)
+        assert reads_again(bucket_client, content, DATA)
 
 
 @pytest.mark.parametrize(
@@ -325,37 +329,37 @@ def test_a_token_that_cannot_be_replaced_is_a_failure_that_does_not_show_the_hub
     ],
     ids=str,
 )
-def test_a_store_that_the_hub_gives_no_access_to(hub, door, fault, expected):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_store_that_the_hub_gives_no_access_to(hub, bucket_client, fault, expected):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route="xet-read-token", **fault))
 
-    into = read(door, content)
+    into = read(bucket_client, content)
 
     assert isinstance(into.error, expected)
     hub.control.clear_faults()
-    assert reads_again(door, content, DATA)
+    assert reads_again(bucket_client, content, DATA)
 
 
 def test_a_store_that_has_moved_is_found_again(hub, bucket, monkeypatch):
     monkeypatch.setattr("hfbucket_plugin.hub.xet_session._RENEWAL_SECS", 0.0)
     gone = f'{{"casUrl": "http://127.0.0.1:{unused_port()}", "accessToken": "x", "exp": 9999999999}}'
-    with opened(hub.endpoint, bucket) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
+    with opened(hub.endpoint, bucket) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
         for route in ("xet-read-token", "xet-write-token"):
             hub.control.add_fault(Fault(route=route, status=200, body=gone, times=1))
 
         with pytest.raises(TransportError):
-            put(door, [noise(1000, seed="moved")])
+            put(bucket_client, [noise(1000, seed="moved")])
 
-        assert reads_again(door, content, DATA)
-        put(door, [noise(1000, seed="moved")])
+        assert reads_again(bucket_client, content, DATA)
+        put(bucket_client, [noise(1000, seed="moved")])
 
 
-def test_flipped_bytes_are_not_noticed_here_and_never_change_the_length(hub, door):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_flipped_bytes_are_not_noticed_here_and_never_change_the_length(hub, bucket_client):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route="xorb-data", flip_at=(SIZE // 2,)))
 
-    into = read(door, content)
+    into = read(bucket_client, content)
 
     assert into.error is None
     assert sum(a != b for a, b in zip(into.buffer, DATA, strict=True)) == 1, "`verify: hash` is there for this"
@@ -402,12 +406,12 @@ def test_what_has_arrived_before_the_deadline_is_kept(hub, hasty):
 
 
 @pytest.fixture
-def full(door):
+def full(bucket_client):
     """All threads that read are held by others."""
-    released, pool = threading.Event(), door.transfer._workers
+    released, pool = threading.Event(), bucket_client.transfer._workers
     held = [pool.submit_for(object(), False, released.wait, 60) for _ in range(pool._size)]
     eventually(lambda: all(future.running() for future in held))
-    yield door
+    yield bucket_client
     released.set()
 
 
@@ -446,23 +450,23 @@ def test_a_read_that_began_late_says_nothing_about_the_store(hub, hasty):
 
 def test_reads_in_the_background_leave_threads_to_those_that_somebody_waits_for(hub, bucket):
     own = instance_settings(hub.endpoint, bucket, max_parallel_reads=4)
-    door = open_bucket(own, "hfbucket", MemorySink(), 9.0, online=True)
-    contents = stored(door, hub, {f"p{number}": noise(5000, number) for number in range(12)})
+    bucket_client = open_bucket(own, "hfbucket", MemorySink(), 9.0, online=True)
+    contents = stored(bucket_client, hub, {f"p{number}": noise(5000, number) for number in range(12)})
     first = contents.pop("p0")
-    read(door, first)
+    read(bucket_client, first)
     hub.control.add_fault(Fault(route="xorb-data", delay_s=0.2, times=40))
     behind = [Into(content, name) for name, content in contents.items()]
     for one in behind:
         one.read.background = True
-    many = threading.Thread(target=door.transfer.read, args=([one.read for one in behind], soon()))
+    many = threading.Thread(target=bucket_client.transfer.read, args=([one.read for one in behind], soon()))
     many.start()
-    eventually(lambda: door.transfer._workers._waiting)
+    eventually(lambda: bucket_client.transfer._workers._waiting)
 
-    assert read(door, first).read.done
+    assert read(bucket_client, first).read.done
     assert not all(one.read.done for one in behind), "it did not wait for them"
     many.join(60)
     assert all(one.read.done for one in behind)
-    door.close()
+    bucket_client.close()
 
 
 def test_a_session_whose_readers_were_abandoned_is_replaced(hub, hasty):
@@ -499,10 +503,12 @@ def test_a_read_whose_buffer_was_taken_back_has_not_failed_whatever_the_store_do
     assert doubted == []
 
 
-def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store_for_nothing(hub, door, monkeypatch):
-    content = stored(door, hub, {"a": DATA})["a"]
-    read(door, content)
-    sessions, ended = door.transfer._reading, threading.Event()
+def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store_for_nothing(
+    hub, bucket_client, monkeypatch
+):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    read(bucket_client, content)
+    sessions, ended = bucket_client.transfer._reading, threading.Event()
     real, real_end = sessions.borrow, sessions.give_back
 
     def slowly(deadline):
@@ -514,96 +520,98 @@ def test_a_reader_that_was_given_up_while_it_waited_for_a_session_asks_the_store
     monkeypatch.setattr(sessions, "give_back", lambda session_lease: (real_end(session_lease), ended.set()))
     hub.control.reset_counters()
 
-    assert isinstance(read(door, content, 0.2).error, DeadlineError)
+    assert isinstance(read(bucket_client, content, 0.2).error, DeadlineError)
 
     assert ended.wait(30)
     assert hub.control.counters().route("reconstruction").requests == 0
 
 
-def test_a_reason_that_was_lost_is_looked_for_once_more(hub, door):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_reason_that_was_lost_is_looked_for_once_more(hub, bucket_client):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
 
     def survived():
         # Told as what it is, a missing xorb is not asked for again; with its reason lost it is, and is there then.
         hub.control.clear_faults()
         hub.control.add_fault(Fault(route="xorb-data", status=404, times=1))
-        return read(door, content).read.done
+        return read(bucket_client, content).read.done
 
     eventually(survived)
 
 
 def test_more_reads_than_streams_wait_for_their_turn_and_end_with_the_deadline(hub, bucket):
-    with opened(hub.endpoint, bucket, get_secs=0.5, max_parallel_reads=2) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
+    with opened(hub.endpoint, bucket, get_secs=0.5, max_parallel_reads=2) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
         hub.control.add_fault(Fault(route="xorb-data", hang=True))
         intos = [Into(content) for _ in range(8)]
         started = time.monotonic()
 
-        door.transfer.read([into.read for into in intos], soon(0.5))
+        bucket_client.transfer.read([into.read for into in intos], soon(0.5))
 
         assert time.monotonic() - started < BOUND
         assert all(isinstance(into.error, TransportError) for into in intos)
         hub.control.clear_faults()
-        assert reads_again(door, content, DATA)
+        assert reads_again(bucket_client, content, DATA)
 
 
-def test_a_read_after_its_deadline_asks_nothing(hub, door):
-    content = stored(door, hub, {"a": DATA})["a"]
-    read(door, content)
+def test_a_read_after_its_deadline_asks_nothing(hub, bucket_client):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    read(bucket_client, content)
     hub.control.reset_counters()
 
-    into = read(door, content, 0)
+    into = read(bucket_client, content, 0)
 
     assert isinstance(into.error, TransportError)
-    eventually(lambda: door.transfer._reading._current.readers == 0)
+    eventually(lambda: bucket_client.transfer._reading._current.readers == 0)
 
 
 def test_close_ends_readers_at_once(hub, bucket):
-    with opened(hub.endpoint, bucket) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
-        read(door, content)
+    with opened(hub.endpoint, bucket) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
+        read(bucket_client, content)
         waiting = hub.control.add_fault(Fault(route="xorb-data", hang=True))
         into = Into(content)
-        reader = threading.Thread(target=door.transfer.read, args=([into.read], soon(60)))
+        reader = threading.Thread(target=bucket_client.transfer.read, args=([into.read], soon(60)))
         reader.start()
         eventually(lambda: hub.control.hits(waiting))
 
-        door.close()
+        bucket_client.close()
         reader.join(30)
 
         assert not reader.is_alive()
         assert isinstance(into.error, TransportError)
-        assert isinstance(read(door, content, 5).error, TransportError)
+        assert isinstance(read(bucket_client, content, 5).error, TransportError)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def put(door, sources, seconds=60.0, handle=None):
-    return door.transfer.upload(sources, soon(seconds), handle or Upload())
+def put(bucket_client, sources, seconds=60.0, handle=None):
+    return bucket_client.transfer.upload(sources, soon(seconds), handle or Upload())
 
 
-def test_what_was_uploaded_can_be_read_and_has_the_hash_of_its_bytes(door, tmp_path):
+def test_what_was_uploaded_can_be_read_and_has_the_hash_of_its_bytes(bucket_client, tmp_path):
     sources = [DATA, memoryview(DATA[::-1]), b"x", memoryview(bytearray(BIG))]
 
-    contents = put(door, [source if isinstance(source, bytes) else RevocableSource(source) for source in sources])
+    contents = put(
+        bucket_client, [source if isinstance(source, bytes) else RevocableSource(source) for source in sources]
+    )
 
     assert [content.size for content in contents] == [len(source) for source in sources]
     for number, source in enumerate(sources):
         (tmp_path / str(number)).write_bytes(source)
     assert xet_hashes(tmp_path / str(number) for number in range(4)) == [content.xet_hash for content in contents]
-    assert door.add({str(number): content for number, content in enumerate(contents)}, soon()) == {}
+    assert bucket_client.add({str(number): content for number, content in enumerate(contents)}, soon()) == {}
     for content, source in zip(contents, sources, strict=True):
-        assert read(door, content).buffer == source
+        assert read(bucket_client, content).buffer == source
 
 
-def test_many_threads_upload_at_once(door):
+def test_many_threads_upload_at_once(bucket_client):
     datas = [noise(50_000, number) for number in range(8)]
 
-    results = in_threads(8, lambda number: put(door, [datas[number]])[0])
+    results = in_threads(8, lambda number: put(bucket_client, [datas[number]])[0])
 
-    assert door.add({str(number): content for number, content in enumerate(results)}, soon()) == {}
-    assert [bytes(read(door, content).buffer) for content in results] == datas
+    assert bucket_client.add({str(number): content for number, content in enumerate(results)}, soon()) == {}
+    assert [bytes(read(bucket_client, content).buffer) for content in results] == datas
 
 
 @pytest.mark.parametrize("route", ["xorb-upload", "shard-upload"])
@@ -620,37 +628,39 @@ def test_many_threads_upload_at_once(door):
     ],
     ids=str,
 )
-def test_an_upload_that_the_store_does_not_take_is_a_typed_failure_and_passes(hub, door, route, fault, expected):
+def test_an_upload_that_the_store_does_not_take_is_a_typed_failure_and_passes(
+    hub, bucket_client, route, fault, expected
+):
     data = noise(SIZE, seed=f"{route} {fault}")  # hf_xet does not send again what it has sent before
     hub.control.add_fault(Fault(route=route, **fault))
 
     with pytest.raises(HFBucketError) as failed:
-        put(door, [data])
+        put(bucket_client, [data])
 
     assert isinstance(failed.value, expected)
     hub.control.clear_faults()
-    content = put(door, [data])[0]
-    assert door.add({"a": content}, soon()) == {}
-    assert bytes(read(door, content).buffer) == data
+    content = put(bucket_client, [data])[0]
+    assert bucket_client.add({"a": content}, soon()) == {}
+    assert bytes(read(bucket_client, content).buffer) == data
 
 
 @pytest.mark.parametrize(("status", "expected"), [(403, AccessDeniedError), (500, TransportError)])
-def test_an_upload_without_access_is_a_typed_failure(hub, door, status, expected):
+def test_an_upload_without_access_is_a_typed_failure(hub, bucket_client, status, expected):
     hub.control.add_fault(Fault(route="xet-write-token", status=status))
 
     with pytest.raises(expected):
-        put(door, [DATA])
+        put(bucket_client, [DATA])
 
 
 @pytest.mark.parametrize(
     "body",
     ["{}", '{"casUrl": "", "accessToken": "", "exp": 0}', '{"casUrl": "x", "accessToken": "x\\n", "exp": 1e300}'],
 )
-def test_an_upload_to_a_store_that_is_none_is_a_typed_failure(hub, door, body):
+def test_an_upload_to_a_store_that_is_none_is_a_typed_failure(hub, bucket_client, body):
     hub.control.add_fault(Fault(route="xet-write-token", status=200, body=body))
 
     with pytest.raises(HFBucketError):
-        put(door, [DATA])
+        put(bucket_client, [DATA])
 
 
 @pytest.mark.parametrize("route", ["xorb-upload", "xet-write-token"])
@@ -666,37 +676,37 @@ def test_an_upload_that_hangs_ends_by_itself_soon_after_its_deadline(hub, hasty,
 
 @pytest.mark.parametrize("route", ["xorb-upload", "shard-upload", "xet-write-token"])
 def test_an_upload_that_was_abandoned_frees_its_thread(hub, bucket, route):
-    with opened(hub.endpoint, bucket, put_timeout_secs=2) as door:
+    with opened(hub.endpoint, bucket, put_timeout_secs=2) as bucket_client:
         waiting = hub.control.add_fault(Fault(route=route, hang=True))
         handle, outcome = Upload(), []
 
         def run():
             try:
-                put(door, [noise(SIZE, seed=f"abandoned {route}")], 2, handle)
+                put(bucket_client, [noise(SIZE, seed=f"abandoned {route}")], 2, handle)
             except HFBucketError as error:
                 outcome.append(error)
 
         writer = threading.Thread(target=run)
         writer.start()
         eventually(lambda: hub.control.hits(waiting))
-        door.transfer.abandon(handle)
+        bucket_client.transfer.abandon(handle)
         writer.join(30)
 
         assert not writer.is_alive()
         assert isinstance(outcome[0], TransportError)
         hub.control.clear_faults()
         data = noise(SIZE, seed=f"after {route}")
-        content = put(door, [data])[0]
-        assert door.add({"a": content}, soon()) == {}
-        assert bytes(read(door, content).buffer) == data
+        content = put(bucket_client, [data])[0]
+        assert bucket_client.add({"a": content}, soon()) == {}
+        assert bytes(read(bucket_client, content).buffer) == data
 
 
-def test_memory_is_given_back_as_soon_as_it_is_taken(hub, door):
+def test_memory_is_given_back_as_soon_as_it_is_taken(hub, bucket_client):
     waiting = hub.control.add_fault(Fault(route="shard-upload", hang=True))
     sources = [RevocableSource(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
     taken, handle = [], Upload()
     writer = threading.Thread(
-        target=lambda: door.transfer.upload(sources, soon(), handle, taken.append),
+        target=lambda: bucket_client.transfer.upload(sources, soon(), handle, taken.append),
     )
     writer.start()
     eventually(lambda: hub.control.hits(waiting))
@@ -731,27 +741,27 @@ def test_an_upload_that_fails_before_all_was_handed_over_ends_soon(hub, hasty, f
     assert isinstance(outcome[0], TransportError)
 
 
-def test_an_upload_that_was_abandoned_before_it_began_does_not_begin(hub, door):
+def test_an_upload_that_was_abandoned_before_it_began_does_not_begin(hub, bucket_client):
     handle = Upload()
-    door.transfer.abandon(handle)
+    bucket_client.transfer.abandon(handle)
 
     with pytest.raises(DeadlineError, match="abandoned"):
-        put(door, [DATA], 60, handle)
+        put(bucket_client, [DATA], 60, handle)
 
     assert hub.control.counters().route("xorb-upload").requests == 0
 
 
 def test_an_expired_token_does_not_keep_from_writing(hub_factory):
     hub = hub_factory(cas_token_ttl_s=EXPIRY_SECS, faults=True)
-    with opened(hub.endpoint, "tests/expiring-writes") as door:
-        door.create(soon())
-        put(door, [DATA])
+    with opened(hub.endpoint, "tests/expiring-writes") as bucket_client:
+        bucket_client.create(soon())
+        put(bucket_client, [DATA])
         time.sleep(EXPIRY_SECS + 0.2)
 
-        content = put(door, [DATA[::-1]])[0]
+        content = put(bucket_client, [DATA[::-1]])[0]
 
-        assert door.add({"a": content}, soon()) == {}
-        assert bytes(read(door, content).buffer) == DATA[::-1]
+        assert bucket_client.add({"a": content}, soon()) == {}
+        assert bytes(read(bucket_client, content).buffer) == DATA[::-1]
 
 
 # --- tokens of the storage ---------------------------------------------------------------------------------------------
@@ -764,49 +774,49 @@ def token_calls(hub):
 
 def test_a_token_that_ends_soon_is_replaced_by_one_call_that_is_counted(hub, bucket):
     tally = MemorySink()
-    with opened(hub.endpoint, bucket, sink=tally) as door:
-        content = put(door, [DATA])[0]
-        read(door, content)
+    with opened(hub.endpoint, bucket, sink=tally) as bucket_client:
+        content = put(bucket_client, [DATA])[0]
+        read(bucket_client, content)
         hub.control.reset_counters()
-        for sessions in (door.transfer._reading, door.transfer._writing):
+        for sessions in (bucket_client.transfer._reading, bucket_client.transfer._writing):
             sessions._current.born -= 3600 - 59
         for number in range(4):
-            put(door, [noise(1000, number)])
-            assert read(door, content).error is None
+            put(bucket_client, [noise(1000, number)])
+            assert read(bucket_client, content).error is None
 
         assert token_calls(hub) == {"xet-read-token": 1, "xet-write-token": 1}
         assert tally.get(telemetry.HUB_REQUESTS, route="xet-write-token") == 2
         assert tally.get(telemetry.HUB_REQUESTS, route="xet-read-token") == 2
 
 
-def test_a_token_has_to_hold_for_as_long_as_the_operation_may_take(hub, door):
-    put(door, [DATA])
+def test_a_token_has_to_hold_for_as_long_as_the_operation_may_take(hub, bucket_client):
+    put(bucket_client, [DATA])
     hub.control.reset_counters()
-    door.transfer._writing._current.born -= 3600 - 400
+    bucket_client.transfer._writing._current.born -= 3600 - 400
 
-    put(door, [DATA], seconds=300)
+    put(bucket_client, [DATA], seconds=300)
     assert token_calls(hub) == {}
-    put(door, [DATA], seconds=500)
+    put(bucket_client, [DATA], seconds=500)
     assert token_calls(hub) == {"xet-write-token": 1}
 
 
 def test_tokens_that_live_for_seconds_are_not_asked_for_each_time(hub_factory):
     hub = hub_factory(cas_token_ttl_s=60, faults=True)
-    with opened(hub.endpoint, "tests/brief") as door:
-        door.create(soon())
+    with opened(hub.endpoint, "tests/brief") as bucket_client:
+        bucket_client.create(soon())
         for number in range(5):
-            put(door, [noise(1000, number)], seconds=20)
+            put(bucket_client, [noise(1000, number)], seconds=20)
         assert token_calls(hub) == {"xet-write-token": 1}
-        door.transfer._writing._current.born -= 31
-        put(door, [DATA], seconds=20)
+        bucket_client.transfer._writing._current.born -= 31
+        put(bucket_client, [DATA], seconds=20)
         assert token_calls(hub) == {"xet-write-token": 2}
 
 
-def test_a_hub_whose_clock_is_far_behind_is_not_asked_each_time(hub, door, monkeypatch):
+def test_a_hub_whose_clock_is_far_behind_is_not_asked_each_time(hub, bucket_client, monkeypatch):
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 86_400)
     for number in range(4):
-        put(door, [noise(1000, number)])
+        put(bucket_client, [noise(1000, number)])
 
     assert token_calls(hub) == {"xet-write-token": 1}
 
@@ -816,23 +826,23 @@ def test_a_new_session_goes_by_the_hub_token_of_that_moment(hub_factory, tmp_pat
     tokens.write_text(f"tokens:\n  - token: {SECRET}\n    buckets: {{'tests/*': write}}\n")
     hub = hub_factory(tokens=tokens, faults=True)
     monkeypatch.setenv("ROTATED", SECRET)
-    with opened(hub.endpoint, "tests/rotated", token_env="ROTATED") as door:
-        door.create(soon())
-        put(door, [DATA])
-        assert SECRET not in repr(door.transfer._writing._current.connection)
+    with opened(hub.endpoint, "tests/rotated", token_env="ROTATED") as bucket_client:
+        bucket_client.create(soon())
+        put(bucket_client, [DATA])
+        assert SECRET not in repr(bucket_client.transfer._writing._current.connection)
         monkeypatch.setenv("ROTATED", "hf_aTokenThatTheHubDoesNotKnow")
-        put(door, [DATA])
-        door.transfer._writing._current.born -= 3600
+        put(bucket_client, [DATA])
+        bucket_client.transfer._writing._current.born -= 3600
 
         with pytest.raises(AccessDeniedError, match="ROTATED"):
-            put(door, [DATA])
+            put(bucket_client, [DATA])
         monkeypatch.setenv("ROTATED", SECRET)
-        assert put(door, [DATA])
+        assert put(bucket_client, [DATA])
 
 
 @pytest.mark.parametrize("route", ["xorb-upload", "shard-upload"])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_commit_that_is_refused_once_is_tried_again(hub, door, route, chunks):
+def test_a_commit_that_is_refused_once_is_tried_again(hub, bucket_client, route, chunks):
     data = [noise(SIZE, seed=f"{route} {number}") for number in range(chunks)]
     sources = [RevocableSource(memoryview(one)) for one in data]
     taken = []
@@ -842,38 +852,38 @@ def test_a_commit_that_is_refused_once_is_tried_again(hub, door, route, chunks):
         lease.revoke()
 
     refused = hub.control.add_fault(Fault(route=route, status=401, times=1))
-    contents = door.transfer.upload(sources, soon(), Upload(), give_back)
+    contents = bucket_client.transfer.upload(sources, soon(), Upload(), give_back)
 
     assert hub.control.hits(refused) == 1
     assert taken == sources
     assert token_calls(hub)["xet-write-token"] == 2
-    assert [bytes(read(door, content).buffer) for content in contents] == data
+    assert [bytes(read(bucket_client, content).buffer) for content in contents] == data
 
 
-def test_a_commit_that_is_refused_for_good_is_tried_twice(hub, door):
+def test_a_commit_that_is_refused_for_good_is_tried_twice(hub, bucket_client):
     hub.control.add_fault(Fault(route="xorb-upload", status=401))
     with pytest.raises(AccessDeniedError):
-        put(door, [noise(SIZE, seed="refused")])
+        put(bucket_client, [noise(SIZE, seed="refused")])
 
     assert token_calls(hub)["xet-write-token"] == 2
 
 
-def test_a_long_commit_is_not_kept_for_another_try(hub, door, monkeypatch):
+def test_a_long_commit_is_not_kept_for_another_try(hub, bucket_client, monkeypatch):
     monkeypatch.setattr("hfbucket_plugin.hub.transfer._UNIT_BYTES", SIZE)
     hub.control.add_fault(Fault(route="xorb-upload", status=401, times=1))
 
     with pytest.raises(AccessDeniedError):
-        put(door, [noise(SIZE, seed="long"), noise(SIZE, seed="longer")])
+        put(bucket_client, [noise(SIZE, seed="long"), noise(SIZE, seed="longer")])
 
 
 def test_closing_ends_sessions_that_were_retired_too(hub, bucket):
-    with opened(hub.endpoint, bucket) as door:
-        content = put(door, [DATA])[0]
+    with opened(hub.endpoint, bucket) as bucket_client:
+        content = put(bucket_client, [DATA])[0]
         hub.control.add_fault(Fault(route="xorb-data", hang=True))
         into = Into(content)
-        reader = threading.Thread(target=door.transfer.read, args=([into.read], soon(60)))
+        reader = threading.Thread(target=bucket_client.transfer.read, args=([into.read], soon(60)))
         reader.start()
-        sessions = door.transfer._reading
+        sessions = bucket_client.transfer._reading
         retired = eventually(lambda: sessions._current)
         eventually(lambda: retired.readers)
         sessions.renew()
@@ -899,9 +909,9 @@ def written_below(directory):
 def test_hf_xet_keeps_its_files_below_download_tmp_dir(hub, bucket, tmp_path, monkeypatch):
     home, tmp = tmp_path / "home", tmp_path / "tmp"
     monkeypatch.setenv("HF_HOME", str(home))
-    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp)) as door:
-        content = put(door, [DATA])[0]
-        assert read(door, content).error is None
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp)) as bucket_client:
+        content = put(bucket_client, [DATA])[0]
+        assert read(bucket_client, content).error is None
 
         assert [name.rsplit("/", 1)[-1].rsplit(".", 1)[-1] for name in written_below(tmp)] == ["lock", "mdb"]
         assert written_below(home) == []
@@ -925,10 +935,10 @@ def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_ask
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     monkeypatch.setattr(xet_home, "_ours", [])
     tally = MemorySink()
-    with opened(hub.endpoint, bucket, sink=tally) as door:
+    with opened(hub.endpoint, bucket, sink=tally) as bucket_client:
         with pytest.raises(ConfigError, match=f"cannot write to {UNWRITABLE[variable]}"):
-            put(door, [DATA])
-        into = read(door, ContentId("0" * 64, 10))
+            put(bucket_client, [DATA])
+        into = read(bucket_client, ContentId("0" * 64, 10))
 
     assert isinstance(into.error, ConfigError)
     assert tally.get(telemetry.HUB_REQUESTS, route="xet-write-token") == 0
@@ -936,24 +946,24 @@ def test_a_root_of_hf_xets_that_cannot_be_written_is_named_before_the_hub_is_ask
 
 def test_a_download_tmp_dir_that_cannot_be_used_costs_no_reads(hub, bucket, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path / "file" / "below")) as door:
-        content = put(door, [DATA])[0]
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path / "file" / "below")) as bucket_client:
+        content = put(bucket_client, [DATA])[0]
 
-        assert bytes(read(door, content).buffer) == DATA
+        assert bytes(read(bucket_client, content).buffer) == DATA
     assert "hf_xet keeps its files in" in caplog.text
     assert "download_tmp_dir" in caplog.text
 
 
 def test_a_directory_that_was_cleaned_away_is_made_again(hub, bucket, tmp_path):
-    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path)) as door:
-        content = put(door, [DATA])[0]
+    with opened(hub.endpoint, bucket, download_tmp_dir=str(tmp_path)) as bucket_client:
+        content = put(bucket_client, [DATA])[0]
         (own,) = tmp_path.iterdir()
         shutil.rmtree(own)
         with pytest.raises(ConfigError, match="hf_xet cannot write its files"):
-            put(door, [noise(SIZE, seed="gone")])
+            put(bucket_client, [noise(SIZE, seed="gone")])
 
-        assert put(door, [noise(SIZE, seed="again")])
-        assert bytes(read(door, content).buffer) == DATA
+        assert put(bucket_client, [noise(SIZE, seed="again")])
+        assert bytes(read(bucket_client, content).buffer) == DATA
 
 
 def test_hashes_come_in_the_order_of_their_files(tmp_path):
@@ -981,7 +991,7 @@ def test_ranges_cover_an_object_once(size, largest):
 
 def test_the_largest_numbers_that_settings_take_are_numbers_for_hf_xet(hub, bucket):
     largest = {"put_timeout_secs": MAX_SECS, "max_inflight_bytes": MAX_BYTES, "max_parallel_reads": 256}
-    with opened(hub.endpoint, bucket, get_secs=MAX_SECS, **largest) as door:
-        content = put(door, [DATA], seconds=MAX_SECS)[0]
+    with opened(hub.endpoint, bucket, get_secs=MAX_SECS, **largest) as bucket_client:
+        content = put(bucket_client, [DATA], seconds=MAX_SECS)[0]
 
-        assert bytes(read(door, content, seconds=MAX_SECS).buffer) == DATA
+        assert bytes(read(bucket_client, content, seconds=MAX_SECS).buffer) == DATA

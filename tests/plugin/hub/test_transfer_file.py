@@ -35,7 +35,7 @@ BOUND = 5.0
 
 
 @pytest.fixture
-def door(hub, bucket):
+def bucket_client(hub, bucket):
     with opened(hub.endpoint, bucket) as one:
         yield one
 
@@ -48,20 +48,20 @@ def into(tmp_path):
     return lambda content, name="x": DownloadToFile(name, content, directory / f"{name}.part")
 
 
-def stored(door, hub, files):
-    upload(hub.endpoint, door.handle.bucket_id, files)
-    found = door.stat(list(files), Deadline.after(60))
+def stored(bucket_client, hub, files):
+    upload(hub.endpoint, bucket_client.handle.bucket_id, files)
+    found = bucket_client.stat(list(files), Deadline.after(60))
     return {path: found[path].content for path in files}
 
 
-def read(door, *reads, secs=60.0):
-    door.transfer.read(reads, Deadline.after(secs))
+def read(bucket_client, *reads, secs=60.0):
+    bucket_client.transfer.read(reads, Deadline.after(secs))
 
 
-def hanging(hub, door, one):
+def hanging(hub, bucket_client, one):
     """A thread that reads, and hangs."""
     number = hub.control.add_fault(Fault(route="xorb-data", hang=True))
-    thread = threading.Thread(target=read, args=(door, one))
+    thread = threading.Thread(target=read, args=(bucket_client, one))
     thread.start()
     eventually(lambda: hub.control.hits(number))
     return thread
@@ -71,44 +71,44 @@ def left(one):
     return sorted(path.name for path in one.path.parent.iterdir())
 
 
-def test_files_appear_as_the_objects_are(hub, door, into):
+def test_files_appear_as_the_objects_are(hub, bucket_client, into):
     files = {"none": b"", "a": DATA, "big": BIG}
-    contents = stored(door, hub, files)
+    contents = stored(bucket_client, hub, files)
     reads = {name: into(content, name) for name, content in contents.items()}
-    read(door, *reads.values())
+    read(bucket_client, *reads.values())
     assert {name: one.path.read_bytes() for name, one in reads.items()} == files
     assert all(one.done and one.error is None for one in reads.values())
     assert left(reads["a"]) == ["a.part", "big.part", "none.part"]
 
 
-def test_files_and_buffers_are_filled_by_one_call(hub, door, into):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_files_and_buffers_are_filled_by_one_call(hub, bucket_client, into):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     buffer, one = bytearray(SIZE), into(content)
     other = DownloadToBuffer("b", content, RevocableBuffer(memoryview(buffer)))
-    read(door, one, other)
+    read(bucket_client, one, other)
     assert one.path.read_bytes() == bytes(buffer) == DATA
 
 
-def test_nothing_of_a_file_passes_through_a_buffer_of_ours(hub, door, into, monkeypatch):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_nothing_of_a_file_passes_through_a_buffer_of_ours(hub, bucket_client, into, monkeypatch):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     monkeypatch.setattr(RevocableBuffer, "write", lambda *_: pytest.fail("a lease was written to"))
-    read(door, one := into(content))
+    read(bucket_client, one := into(content))
     assert one.done
 
 
-def test_a_group_is_followed_by_another_before_it_has_grown(hub, door, into, monkeypatch):
+def test_a_group_is_followed_by_another_before_it_has_grown(hub, bucket_client, into, monkeypatch):
     monkeypatch.setattr(xet_session, "_FILES_OF_A_GROUP", 3)
-    content = stored(door, hub, {"a": DATA})["a"]
-    door.transfer.warm_up(Deadline.after(60))
-    session = door.transfer._reading._current
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    bucket_client.transfer.warm_up(Deadline.after(60))
+    session = bucket_client.transfer._reading._current
     groups = set()
     for number in range(7):
-        read(door, one := into(content, str(number)))
+        read(bucket_client, one := into(content, str(number)))
         assert one.path.read_bytes() == DATA
         groups.add(id(session._files))
         session.kept = [*getattr(session, "kept", ()), session._files]  # so that no two have one id
     assert len(groups) == 3
-    assert door.transfer._reading._current is session
+    assert bucket_client.transfer._reading._current is session
 
 
 FAULTS = {
@@ -132,11 +132,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "expected"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_a_typed_failure_that_leaves_no_file_and_passes(hub, door, into, fault, expected):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_fault_is_a_typed_failure_that_leaves_no_file_and_passes(hub, bucket_client, into, fault, expected):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(**fault))
 
-    read(door, one := into(content))  # unlike with streams, the reason is never lost
+    read(bucket_client, one := into(content))  # unlike with streams, the reason is never lost
 
     assert isinstance(one.error, expected), one.error
     assert not isinstance(one.error, LocalFileError)
@@ -146,7 +146,7 @@ def test_a_fault_is_a_typed_failure_that_leaves_no_file_and_passes(hub, door, in
     hub.control.clear_faults()
 
     def good():
-        read(door, again := into(content, "again"))
+        read(bucket_client, again := into(content, "again"))
         return again.done and again.path.read_bytes() == DATA
 
     eventually(good)
@@ -155,29 +155,29 @@ def test_a_fault_is_a_typed_failure_that_leaves_no_file_and_passes(hub, door, in
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_the_store_refuses_once_is_replaced(hub, bucket, into, status):
     tally = MemorySink()
-    with opened(hub.endpoint, bucket, sink=tally) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
-        read(door, into(content, "first"))
+    with opened(hub.endpoint, bucket, sink=tally) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
+        read(bucket_client, into(content, "first"))
         hub.control.add_fault(Fault(route="reconstruction", times=1, status=status))
-        read(door, one := into(content))
+        read(bucket_client, one := into(content))
         assert one.path.read_bytes() == DATA
         assert left(one) == ["first.part", "x.part"]
         assert tally.get(telemetry.HUB_REQUESTS, route="xet-read-token") == 2
 
 
-def test_one_bad_object_does_not_harm_its_neighbours(hub, door, into):
-    contents = stored(door, hub, {"a": DATA, "b": noise(SIZE, 2)})
+def test_one_bad_object_does_not_harm_its_neighbours(hub, bucket_client, into):
+    contents = stored(bucket_client, hub, {"a": DATA, "b": noise(SIZE, 2)})
     bad = into(ContentId("0" * 63 + "1", SIZE), "bad")
     good = [into(content, name) for name, content in contents.items()]
-    read(door, good[0], bad, good[1])
+    read(bucket_client, good[0], bad, good[1])
     assert [one.done for one in (*good, bad)] == [True, True, False]
     assert isinstance(bad.error, MissingError)
 
 
 @pytest.mark.parametrize("wrong", [-100, 100])
-def test_an_object_of_another_size_than_listed_is_never_done_as_a_whole(hub, door, into, wrong):
-    content = stored(door, hub, {"a": DATA})["a"]
-    read(door, one := into(ContentId(content.xet_hash, SIZE + wrong)))
+def test_an_object_of_another_size_than_listed_is_never_done_as_a_whole(hub, bucket_client, into, wrong):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    read(bucket_client, one := into(ContentId(content.xet_hash, SIZE + wrong)))
     if wrong < 0:  # the store sends as many bytes as it is asked for: that these are not the object is told by the hash
         assert one.path.read_bytes() == DATA[:wrong]
     else:
@@ -186,15 +186,15 @@ def test_an_object_of_another_size_than_listed_is_never_done_as_a_whole(hub, doo
         assert left(one) == []
 
 
-def test_a_file_that_came_out_short_is_no_chunk(hub, door, into, monkeypatch):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_file_that_came_out_short_is_no_chunk(hub, bucket_client, into, monkeypatch):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
 
     def short(self, handle):
         handle.result()
         os.truncate(self.path, SIZE - 1)
 
     monkeypatch.setattr(DownloadToFile, "_wait", short)
-    read(door, one := into(content))
+    read(bucket_client, one := into(content))
     assert isinstance(one.error, IntegrityError)
     assert left(one) == []
 
@@ -222,10 +222,10 @@ def test_after_the_deadline_the_waiter_is_free_and_service_resumes(hub, bucket, 
         eventually(good)
 
 
-def test_giving_up_frees_the_waiters_at_once(hub, door, into):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_giving_up_frees_the_waiters_at_once(hub, bucket_client, into):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     one = into(content)
-    thread = hanging(hub, door, one)
+    thread = hanging(hub, bucket_client, one)
     one.give_up()
     one.give_up()
     thread.join(BOUND)
@@ -235,21 +235,21 @@ def test_giving_up_frees_the_waiters_at_once(hub, door, into):
 
 
 @pytest.mark.parametrize("size", [0, SIZE])
-def test_what_was_given_up_before_is_not_begun(hub, door, into, size):
-    content = stored(door, hub, {"a": DATA[:size]})["a"]
+def test_what_was_given_up_before_is_not_begun(hub, bucket_client, into, size):
+    content = stored(bucket_client, hub, {"a": DATA[:size]})["a"]
     one = into(content)
     one.give_up()
-    read(door, one)
+    read(bucket_client, one)
     assert not one.done
     assert isinstance(one.error, RevokedError)
     assert left(one) == []
 
 
-def test_a_disk_that_is_full_is_told_apart_from_the_store(hub, door, into):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_disk_that_is_full_is_told_apart_from_the_store(hub, bucket_client, into):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     one = into(content)
     one.path.symlink_to("/dev/full")
-    read(door, one)
+    read(bucket_client, one)
     assert isinstance(one.error, LocalFileError)
     assert one.error.number == errno.ENOSPC
     assert str(one.path) in str(one.error)
@@ -258,11 +258,11 @@ def test_a_disk_that_is_full_is_told_apart_from_the_store(hub, door, into):
 
 
 @pytest.mark.parametrize("size", [0, SIZE])
-def test_a_file_that_cannot_be_made_is_told_apart_from_the_store(hub, door, into, tmp_path, size):
-    content = stored(door, hub, {"a": DATA[:size]})["a"]
+def test_a_file_that_cannot_be_made_is_told_apart_from_the_store(hub, bucket_client, into, tmp_path, size):
+    content = stored(bucket_client, hub, {"a": DATA[:size]})["a"]
     (tmp_path / "no-directory").write_bytes(b"")
     one = DownloadToFile("x", content, tmp_path / "no-directory" / "x.part")
-    read(door, one)
+    read(bucket_client, one)
     assert isinstance(one.error, LocalFileError), one.error
     assert not one.done
 
@@ -275,9 +275,9 @@ def blocked_disk(path):
 
 @pytest.mark.parametrize("how", ["deadline", "close"])
 def test_a_disk_that_hangs_holds_up_nobody(hub, bucket, into, how):
-    with opened(hub.endpoint, bucket) as door:
-        content = stored(door, hub, {"a": BIG})["a"]
-        read(door, into(content, "first"))
+    with opened(hub.endpoint, bucket) as bucket_client:
+        content = stored(bucket_client, hub, {"a": BIG})["a"]
+        read(bucket_client, into(content, "first"))
         one = into(content)
         descriptor = blocked_disk(one.path)
         ticks, over = [time.monotonic()], threading.Event()
@@ -287,13 +287,15 @@ def test_a_disk_that_hangs_holds_up_nobody(hub, bucket, into, how):
                 ticks.append(time.monotonic())
 
         ticking = threading.Thread(target=tick)
-        reading = threading.Thread(target=read, args=(door, one), kwargs={"secs": 1.0 if how == "deadline" else 60.0})
+        reading = threading.Thread(
+            target=read, args=(bucket_client, one), kwargs={"secs": 1.0 if how == "deadline" else 60.0}
+        )
         ticking.start()
         reading.start()
         try:
             eventually(lambda: select.select([descriptor], [], [], 0)[0])  # some of it is written: now it blocks
             if how == "close":
-                door.close()
+                bucket_client.close()
             reading.join(BOUND)
             assert not reading.is_alive()
             assert not one.done
@@ -306,24 +308,24 @@ def test_a_disk_that_hangs_holds_up_nobody(hub, bucket, into, how):
         assert max(later - earlier for earlier, later in itertools.pairwise(ticks)) < BOUND
 
 
-def test_a_session_whose_token_ends_is_not_lent_and_its_groups_go_with_it(hub, door, into, monkeypatch):
+def test_a_session_whose_token_ends_is_not_lent_and_its_groups_go_with_it(hub, bucket_client, into, monkeypatch):
     monkeypatch.setattr(xet_session, "_FILES_OF_A_GROUP", 2)
-    content = stored(door, hub, {"a": DATA})["a"]
-    read(door, into(content, "first"))
-    session = door.transfer._reading._current
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
+    read(bucket_client, into(content, "first"))
+    session = bucket_client.transfer._reading._current
     session.born -= 3600
     hub.control.reset_counters()
     for number in range(9):
-        read(door, one := into(content, str(number)))
+        read(bucket_client, one := into(content, str(number)))
         assert one.done, one.error
-    assert door.transfer._reading._current is not session
+    assert bucket_client.transfer._reading._current is not session
     assert hub.control.counters().route("xet-read-token").requests == 1
 
 
-def test_a_name_that_reads_like_an_error_of_the_disk_is_none(hub, door, tmp_path):
-    content = stored(door, hub, {"a": DATA})["a"]
+def test_a_name_that_reads_like_an_error_of_the_disk_is_none(hub, bucket_client, tmp_path):
+    content = stored(bucket_client, hub, {"a": DATA})["a"]
     hub.control.add_fault(Fault(route="reconstruction", status=500))
-    read(door, one := DownloadToFile("IO Error: full (os error 28)", content, tmp_path / "x.part"))
+    read(bucket_client, one := DownloadToFile("IO Error: full (os error 28)", content, tmp_path / "x.part"))
     assert isinstance(one.error, TransportError)
 
 
@@ -336,11 +338,11 @@ def test_the_first_error_is_the_one_that_is_told(into):
 
 
 def test_close_frees_the_waiters(hub, bucket, into):
-    with opened(hub.endpoint, bucket) as door:
-        content = stored(door, hub, {"a": DATA})["a"]
+    with opened(hub.endpoint, bucket) as bucket_client:
+        content = stored(bucket_client, hub, {"a": DATA})["a"]
         one = into(content)
-        thread = hanging(hub, door, one)
-        door.close()
+        thread = hanging(hub, bucket_client, one)
+        bucket_client.close()
         thread.join(BOUND)
         assert not thread.is_alive()
         assert isinstance(one.error, TransportError)

@@ -75,8 +75,8 @@ def test_logs_on_the_console_are_no_part_of_stdout(tmp_path):
     )
 
     assert done.stdout == "ours\n"
-    told = [json.loads(line)["fields"]["message"] for line in done.stderr.splitlines() if line.startswith("{")]
-    assert any("falling back to console" in message for message in told)
+    reported = [json.loads(line)["fields"]["message"] for line in done.stderr.splitlines() if line.startswith("{")]
+    assert any("falling back to console" in message for message in reported)
 
 
 def test_an_empty_variable_is_none(tmp_path):

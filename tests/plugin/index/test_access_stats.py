@@ -16,7 +16,7 @@ from hfbucket_plugin.config.settings import load
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.index.access.recorder import HITS_ENTRIES, NO_KEY, HeatRecorder, Hits, recorder_of, why_not
+from hfbucket_plugin.index.access.recorder import HITS_ENTRIES, NO_KEY, AccessRecorder, Hits, recorder_of, why_not
 from hfbucket_plugin.index.access.stats import (
     GAP_SECS,
     HALF_LIFE_SECS,
@@ -26,13 +26,13 @@ from hfbucket_plugin.index.access.stats import (
     HitLog,
     Span,
     buckets,
-    carried,
     counts,
-    once,
+    deduplicated,
     warmed,
-    widened,
+    with_access_columns,
+    with_earlier_access,
 )
-from hfbucket_plugin.index.format import HEAT_JOURNAL, JOURNAL, Pointer, changes_of, hits_of, lost_of
+from hfbucket_plugin.index.format import ACCESS_JOURNAL, JOURNAL, Pointer, changes_of, hits_of, lost_of
 from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import JOURNALS, MAX_JOURNAL_BYTES
 from hfbucket_plugin.index.table import ROW, digests_of, in_order
@@ -53,10 +53,10 @@ def table(dtype=WARM_ROW, keys=KEYS):
     return in_order(rows)
 
 
-def hits(*told):
+def hits(*reported):
     """Rows of tells: (key, hits, at, told, writer)."""
-    rows = np.zeros(len(told), HIT)
-    for index, (key, number, at, when, writer) in enumerate(told):
+    rows = np.zeros(len(reported), HIT)
+    for index, (key, number, at, when, writer) in enumerate(reported):
         rows[index] = (*DIGESTS[key], number, at, when, writer)
     return rows
 
@@ -90,20 +90,20 @@ def test_nothing_is_counted_twice_and_nothing_that_was_not_told(made, builds, ra
                 seen.append((key, number, at, START + when, writer))
                 last_seen[key] = max(last_seen.get(key, 0), int(at))
         random_.shuffle(seen)
-        rows = warmed(rows, once(hits(*seen)), until, end)
+        rows = warmed(rows, deduplicated(hits(*seen)), until, end)
         until = end
 
     now = START + 10_000
     for key in range(KEYS):
         row = of(rows, key)
-        told = sum(
+        reported = sum(
             number * 2 ** -((now - (START + when - 2)) / HALF_LIFE_SECS) for k, number, _, when in made if k == key
         )
         counted = counts(np.array([row["heat"]]), now)[0]
-        assert counted <= told * 1.000001
+        assert counted <= reported * 1.000001
         assert row["last_hit"] == last_seen.get(key, 0)
         if not lossy and made and all(when < 9_990 for _, _, _, when in made):
-            assert counted == pytest.approx(told, rel=1e-3)
+            assert counted == pytest.approx(reported, rel=1e-3)
 
 
 def test_heat_halves_in_a_week_without_a_new_value():
@@ -134,14 +134,14 @@ def test_nonsense_swamps_nothing():
 
 def test_heat_is_carried_to_the_keys_that_are_there_still():
     before = warmed(table(), hits((0, 9, START, START, 1), (3, 9, START, START, 1)), 0, START + 1)
-    rows = carried(widened(table(ROW, keys=2)), before)
+    rows = with_earlier_access(with_access_columns(table(ROW, keys=2)), before)
 
     assert of(rows, 0)["heat"] == of(before, 0)["heat"]
     assert of(rows, 1)["heat"] == 0
     assert len(rows) == 2
 
 
-def told_at(*moments):
+def reported_at(*moments):
     found = HitLog()
     found.add(np.array(moments, np.uint32), START + 10 * GAP_SECS)
     return found
@@ -151,11 +151,11 @@ def test_recording_that_paused_for_a_day_start_over():
     before, now = Span(START, START, START + 100), START + 9 * GAP_SECS
 
     daily = [START + day * 0.9 * GAP_SECS for day in range(1, 10)]
-    assert told_at(*daily).span(before, now, now).since == START
-    assert told_at(*daily[:3], *daily[5:]).span(before, now, now).since == now
-    assert told_at().span(before, now, now) == Span(START, now, START + 100)
-    assert told_at(START + 200).span(Span(), now, now) == Span(now, now, START + 200)
-    assert told_at(START + 20 * GAP_SECS).span(before, now, now).told == START + 100  # of a clock that is ahead
+    assert reported_at(*daily).span(before, now, now).since == START
+    assert reported_at(*daily[:3], *daily[5:]).span(before, now, now).since == now
+    assert reported_at().span(before, now, now) == Span(START, now, START + 100)
+    assert reported_at(START + 200).span(Span(), now, now) == Span(now, now, START + 200)
+    assert reported_at(START + 20 * GAP_SECS).span(before, now, now).reported == START + 100  # of a clock that is ahead
 
 
 # --- recording ------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def digest(number):
 
 def test_the_hottest_are_told_first_and_nobody_waits_for_ever(monkeypatch):
     monkeypatch.setattr("hfbucket_plugin.index.access.recorder._SURGE", 1)
-    recorder = HeatRecorder(4, 60, -60.0)
+    recorder = AccessRecorder(4, 60, -60.0)
     recorder.read([key(number) for number in range(6)] + [key(5)] * 9 + [key(4)] * 8 + ["test@1@0@0@bfloat16"])
 
     first = recorder.due(0.0)
@@ -183,20 +183,20 @@ def test_the_hottest_are_told_first_and_nobody_waits_for_ever(monkeypatch):
 
 
 def test_memory_and_what_is_told_are_bounded():
-    recorder = HeatRecorder(100, 60, -60.0)
-    told, now = [], 0.0
+    recorder = AccessRecorder(100, 60, -60.0)
+    reported, now = [], 0.0
     for _ in range(20):
         recorder.read(key(random.randrange(10**6)) for _ in range(20_000))
-        told.append(recorder.due(now))
+        reported.append(recorder.due(now))
         now += 60
-    assert max(map(len, told)) == 4000
+    assert max(map(len, reported)) == 4000
     assert len(recorder._waiting) <= 32_768
     assert recorder.take_dropped() > 0
     assert recorder.take_dropped() == 0
 
 
 def test_what_is_told_grows_with_what_is_read():
-    recorder = HeatRecorder(200, 300, -300.0)
+    recorder = AccessRecorder(200, 300, -300.0)
     recorder.read(key(number) for number in range(150))
     assert len(recorder.due(0.0)) == 150
     recorder.read(key(number) for number in range(6000))
@@ -206,20 +206,20 @@ def test_what_is_told_grows_with_what_is_read():
 
 @pytest.mark.parametrize("batches", [1, 100])
 def test_every_hit_is_told_of_or_counted_as_lost(batches):
-    recorder = HeatRecorder(200, 300, -300.0)
+    recorder = AccessRecorder(200, 300, -300.0)
     for batch in range(batches):
         recorder.read(key(batch * 1000 + number) for number in range(100_000 // batches))
     recorder.look(1.0)
     recorder.read([key(1)])
-    told = sum(one.number for number in range(100) for one in recorder.due(300.0 * number))
+    reported = sum(one.number for number in range(100) for one in recorder.due(300.0 * number))
     lost = recorder.take_lost()
-    assert told + recorder.take_dropped() == 100_001
-    assert lost == Hits(NO_KEY, 100_001 - told, 1.0, lost=True)
+    assert reported + recorder.take_dropped() == 100_001
+    assert lost == Hits(NO_KEY, 100_001 - reported, 1.0, lost=True)
     assert recorder.take_lost() is None
 
 
 def test_what_was_lost_is_told_of_even_where_nothing_else_is():
-    recorder = HeatRecorder(200, 300, 0.0)
+    recorder = AccessRecorder(200, 300, 0.0)
     recorder._lose(5, 1.0)
     assert recorder.due(300.0) == [Hits(NO_KEY, 0, 300.0)]
     assert recorder.take_lost() == Hits(NO_KEY, 5, 1.0, lost=True)
@@ -243,28 +243,28 @@ def test_heat_is_complete_since_hits_were_last_lost():
         return found
 
     one, other = (7, START + 50, int(START) + 60, 1), (3, START + 70, int(START) + 80, 1)
-    told = HitLog()
-    told.add(np.array([START + 60], np.uint32), START + 100)
-    told.lose(lost(one), START + 100)
-    told.lose(lost(one, other), START + 100)  # the journal grew
-    first = told.span(Span(START, START, START), START + 100, START + 90)
+    reported = HitLog()
+    reported.add(np.array([START + 60], np.uint32), START + 100)
+    reported.lose(lost(one), START + 100)
+    reported.lose(lost(one, other), START + 100)  # the journal grew
+    first = reported.span(Span(START, START, START), START + 100, START + 90)
     assert (first.since, first.lost, first.lost_at) == (START + 70, 10, START + 70)
 
-    told = HitLog()
-    told.add(np.array([START + 160], np.uint32), START + 200)
-    told.lose(lost(one, other), START + 200)  # told again
-    again = told.span(first, START + 200, START + 190)
+    reported = HitLog()
+    reported.add(np.array([START + 160], np.uint32), START + 200)
+    reported.lose(lost(one, other), START + 200)  # told again
+    again = reported.span(first, START + 200, START + 190)
     assert (again.since, again.lost, again.lost_at) == (START + 70, 10, START + 70)
 
-    told = HitLog()
-    told.unread(4, START + 150)
-    assert told.span(first, START + 200, START + 190) == replace(
+    reported = HitLog()
+    reported.unread(4, START + 150)
+    assert reported.span(first, START + 200, START + 190) == replace(
         first, since=START + 150, lost=14, lost_at=START + 150, until=START + 190
     )
 
 
 def test_who_has_nothing_to_tell_says_so_every_hour():
-    recorder = HeatRecorder(100, 60, 0.0)
+    recorder = AccessRecorder(100, 60, 0.0)
     assert [recorder.due(now) for now in (0.0, 60.0, 3000.0)] == [[], [], []]
     assert recorder.due(3600.0) == [Hits(NO_KEY, 0, 3600.0)]
     assert recorder.due(7000.0) == []
@@ -277,7 +277,7 @@ def test_who_has_nothing_to_tell_says_so_every_hour():
 def test_journals_tell_of_hits_beside_what_else_happened():
     journal = JournalWriter(100, 100)
     journal.note(digest(1), ContentId("ab" * 32, 7), 10.0)
-    assert journal.draft(11.0).data.find(HEAT_JOURNAL.names[-1].encode()) < 0
+    assert journal.draft(11.0).data.find(ACCESS_JOURNAL.names[-1].encode()) < 0
     journal.tell([Hits(digest(2), 5, 8.0), Hits(digest(3), 1, 9.0)], 5000.9)
     draft = journal.draft(12.0)
     journal.written(draft)
@@ -290,8 +290,8 @@ def test_journals_tell_of_hits_beside_what_else_happened():
     assert [(one["hits"], one["at"], one["told"], one["writer"]) for one in found.tolist() and found] == [
         (5, 88.0, 5000, 77), (1, 89.0, 5000, 77), (6, 91.0, 5001, 77),
     ]  # fmt: skip
-    assert len(draft.data) == 1024 + 3 * HEAT_JOURNAL.itemsize
-    assert (HEAT_JOURNAL.itemsize, JOURNAL.itemsize) == (65, 61)
+    assert len(draft.data) == 1024 + 3 * ACCESS_JOURNAL.itemsize
+    assert (ACCESS_JOURNAL.itemsize, JOURNAL.itemsize) == (65, 61)
 
 
 def test_hits_that_are_counted_are_told_no_more():
@@ -306,7 +306,7 @@ def test_hits_that_are_counted_are_told_no_more():
 
 
 def test_bytes_are_bounded_whatever_is_read():
-    recorder, journal = HeatRecorder(10_000, 300, -300.0), JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
+    recorder, journal = AccessRecorder(10_000, 300, -300.0), JournalWriter(HITS_ENTRIES, HITS_ENTRIES, hits=True)
     sizes, now = [], 0.0
     for _ in range(6):
         recorder.read(key(random.randrange(10**6)) for _ in range(30_000))
@@ -316,7 +316,7 @@ def test_bytes_are_bounded_whatever_is_read():
             sizes.append(len(draft.data))
         now += 300
     assert len(sizes) == 6
-    assert max(sizes) <= 1024 + HITS_ENTRIES * HEAT_JOURNAL.itemsize < MAX_JOURNAL_BYTES
+    assert max(sizes) <= 1024 + HITS_ENTRIES * ACCESS_JOURNAL.itemsize < MAX_JOURNAL_BYTES
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -386,9 +386,9 @@ def test_gets_are_hits_and_lookups_are_none(hub, bucket, surfaces):
     found = hits_of(download(hub.endpoint, bucket, path), time.time(), 1, path)
 
     names = [encode_name(reader.name(number)) for number in range(4)]
-    told = {tuple(row.tolist()): number for number, row in enumerate(digests_of(names))}
-    assert {told[one["digest_hi"], one["digest_lo"]]: int(one["hits"]) for one in found} == {0: 2, 1: 1}
-    assert counted_by_outcome(reader, telemetry.HEAT_HITS) == {"told": 3}
+    reported = {tuple(row.tolist()): number for number, row in enumerate(digests_of(names))}
+    assert {reported[one["digest_hi"], one["digest_lo"]]: int(one["hits"]) for one in found} == {0: 2, 1: 1}
+    assert counted_by_outcome(reader, telemetry.ACCESS_HITS) == {"told": 3}
     assert path.startswith(PREFIX)
     assert index.status()["heat"] == "on"
 
@@ -407,7 +407,7 @@ def test_an_engine_that_reads_more_than_it_may_tell_says_so(hub, bucket, surface
     data = download(hub.endpoint, bucket, path)
     assert hits_of(data, time.time(), 1, path)["hits"].sum() == 2
     assert lost_of(data, time.time(), 1, path)["hits"].tolist() == [3]
-    assert counted_by_outcome(reader, telemetry.HEAT_HITS) == {"told": 2, "dropped": 3}
+    assert counted_by_outcome(reader, telemetry.ACCESS_HITS) == {"told": 2, "dropped": 3}
     assert "3 hits were dropped" in caplog.text
 
 

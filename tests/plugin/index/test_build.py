@@ -105,9 +105,9 @@ def test_the_pointer_is_written_last(hub, bucket):
 
 
 def test_what_the_store_took_is_compared_before_it_is_published(hub, bucket, tmp_path, monkeypatch):
-    with opened(hub.endpoint, bucket, PREFIX) as door:
-        store = IndexStore(door, "builder")
-        built = index_build.from_listing(door, tmp_path, SECS)
+    with opened(hub.endpoint, bucket, PREFIX) as bucket_client:
+        store = IndexStore(bucket_client, "builder")
+        built = index_build.from_listing(bucket_client, tmp_path, SECS)
         monkeypatch.setattr(index_build, "xet_hashes", lambda _: ["00" * 32])
 
         with pytest.raises(IntegrityError, match="not published"):
@@ -128,8 +128,8 @@ def test_a_journal_that_does_not_arrive_is_not_claimed_to_be_covered(hub, bucket
     writer.put([0])
     assert index_of(writer).flush()
     (journal,) = [path for path in paths(hub.endpoint, bucket) if f"{JOURNALS}/" in path]
-    with opened(hub.endpoint, bucket) as door:
-        xet_hash = door.stat([journal], Deadline.after(SECS))[journal].content.xet_hash
+    with opened(hub.endpoint, bucket) as bucket_client:
+        xet_hash = bucket_client.stat([journal], Deadline.after(SECS))[journal].content.xet_hash
     before = download(hub.endpoint, bucket, f"{PREFIX}/{POINTER}")
     hub.control.add_fault(Fault(path_regex=f"reconstructions/{xet_hash}", status=404))
 
@@ -147,11 +147,11 @@ def test_columns_of_a_later_version_are_kept_when_journals_are_added(hub, bucket
     path = tmp_path / "later.npy"
     path.write_bytes(to_bytes(rows))
     (tmp_path / "work").mkdir()
-    with opened(hub.endpoint, bucket, PREFIX) as door:
-        store = IndexStore(door, "builder")
+    with opened(hub.endpoint, bucket, PREFIX) as bucket_client:
+        store = IndexStore(bucket_client, "builder")
         index_build.publish(store, index_build.BuiltSnapshot(path, len(rows), 10.0, 5.0, 3.0), Deadline.after(SECS))
 
-        built = index_build.from_journals(door, store, tmp_path / "work", SECS)
+        built = index_build.from_journals(bucket_client, store, tmp_path / "work", SECS)
 
     kept = np.load(built.path)
     assert kept.dtype == dtype
@@ -209,8 +209,8 @@ def test_of_one_key_a_journal_tells_the_last_alone():
     first, second = (digests_of([name])[0].tobytes() for name in "ab")
     for digest, content in ((first, ContentId("ab" * 32, 7)), (second, None), (first, None)):
         writer.note(digest, content, now)
-    told = changes_of(writer.draft(now).data, now, "journal")
-    assert sorted(told["kind"].tolist()) == [DELETED, DELETED]
+    reported = changes_of(writer.draft(now).data, now, "journal")
+    assert sorted(reported["kind"].tolist()) == [DELETED, DELETED]
 
 
 def test_what_was_not_written_is_told_with_the_next_journal():
@@ -293,17 +293,17 @@ def test_an_answer_to_a_question_from_before_an_own_write_is_not_believed():
     recent = LocalOverlay()
     recent.did(b"x" * 16, ContentId(HASH, 5), 1, mono=10.0, hub=110.0)
 
-    recent.told(b"x" * 16, None, asked=9.0, mono=11.0, hub=111.0)
+    recent.reported(b"x" * 16, None, asked=9.0, mono=11.0, hub=111.0)
     assert recent.get(b"x" * 16).content == ContentId(HASH, 5)
 
-    recent.told(b"x" * 16, None, asked=10.5, mono=11.0, hub=111.0)
+    recent.reported(b"x" * 16, None, asked=10.5, mono=11.0, hub=111.0)
     assert recent.get(b"x" * 16).content is None
 
 
 def test_what_was_told_goes_when_a_journal_tells_something_newer_and_no_sooner():
     recent = LocalOverlay()
     digest = digests_of(["x"]).tobytes()
-    recent.told(digest, None, asked=0.0, mono=1.0, hub=100.0)
+    recent.reported(digest, None, asked=0.0, mono=1.0, hub=100.0)
 
     recent.overruled(Table(change("x", 99.0, ContentId(HASH, 5))))
     assert recent.get(digest) is not None

@@ -277,7 +277,7 @@ def test_what_others_put_while_the_hub_answered_is_believed(surfaces, indexed):
     assert index_of(writer).flush()
     index_of(reader).refresh()
 
-    index_of(reader).told({reader.name(0): None}, asked - 1)  # an answer that is late
+    index_of(reader).reported({reader.name(0): None}, asked - 1)  # an answer that is late
     index_of(reader).refresh()
 
     assert reader.lookup([0]) == [True]

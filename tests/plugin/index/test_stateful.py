@@ -46,9 +46,14 @@ class KilledError(BaseException):
 class Countdown:
     """Kills a builder at its n-th dealing with the bucket."""
 
-    def __init__(self, door, steps):
+    def __init__(self, bucket_client, steps):
         self._left = steps
-        for place, name in ((door, "stat_dated"), (door, "list_objects"), (door, "add"), (door.transfer, "upload")):
+        for place, name in (
+            (bucket_client, "stat_dated"),
+            (bucket_client, "list_objects"),
+            (bucket_client, "add"),
+            (bucket_client.transfer, "upload"),
+        ):
             setattr(place, name, self._wrapped(getattr(place, name)))
 
     def _wrapped(self, function):
@@ -74,7 +79,7 @@ class Fleet(RuleBasedStateMachine):
         self.ever = {number: {content(number)} for number in KEYS}
         self.there = dict.fromkeys(KEYS, False)
         self.last = dict.fromkeys(KEYS)
-        self.untold = {writer: set() for writer in WRITERS}
+        self.unreported = {writer: set() for writer in WRITERS}
         self.unsure = set()
         self._make_index(None, True)
         self.surfaces = [self._surface() for _ in WRITERS]
@@ -110,7 +115,7 @@ class Fleet(RuleBasedStateMachine):
             self.unsure.add(number)
         self.last[number] = writer
         self.there[number] = there
-        self.untold[writer].add(number)
+        self.unreported[writer].add(number)
 
     # --- what engines do --------------------------------------------------------------------------------------------
 
@@ -126,7 +131,7 @@ class Fleet(RuleBasedStateMachine):
         surface.put(chosen)
         for number in chosen:
             if number in self.unsure:  # it may have been believed to be there already
-                self.untold[writer].add(number)
+                self.unreported[writer].add(number)
             elif not self.there[number]:
                 self._did(writer, number, True)
         sure = [number for number in chosen if number not in self.unsure]
@@ -152,7 +157,7 @@ class Fleet(RuleBasedStateMachine):
         index = index_of(self.surfaces[writer])
         while len(index._journal):
             assert index.flush()
-        self.untold[writer].clear()
+        self.unreported[writer].clear()
 
     @rule(chosen=strategies.sets(numbers, min_size=1, max_size=3))
     def news_arrives(self, chosen):
@@ -202,10 +207,10 @@ class Fleet(RuleBasedStateMachine):
     @rule(data=strategies.data(), later=strategies.booleans())
     def a_journal_is_there_twice(self, data, later):
         if chosen := self._journal(data):
-            with opened(self.hub.endpoint, self.bucket, PREFIX) as door:
-                info = door.stat([chosen], Deadline.after(SECS))[chosen]
+            with opened(self.hub.endpoint, self.bucket, PREFIX) as bucket_client:
+                info = bucket_client.stat([chosen], Deadline.after(SECS))[chosen]
                 copy = f"{chosen[:-16]}{999_999_000_000 + next(_numbers):012d}.npy" if later else chosen
-                door.add({copy: info.content}, Deadline.after(SECS))
+                bucket_client.add({copy: info.content}, Deadline.after(SECS))
 
     # --- the builder --------------------------------------------------------------------------------------------------
 
@@ -216,19 +221,22 @@ class Fleet(RuleBasedStateMachine):
         assert self._outside() == before
 
     def _outside(self):
-        with opened(self.hub.endpoint, self.bucket) as door:
-            return [info for info in door.list_objects("", SECS) if f"/{DIRECTORY}/" not in info.path]
+        with opened(self.hub.endpoint, self.bucket) as bucket_client:
+            return [info for info in bucket_client.list_objects("", SECS) if f"/{DIRECTORY}/" not in info.path]
 
     def _make_index(self, steps, listing):
-        with opened(self.hub.endpoint, self.bucket, PREFIX) as door, tempfile.TemporaryDirectory() as directory:
-            store = IndexStore(door, "builder")
+        with (
+            opened(self.hub.endpoint, self.bucket, PREFIX) as bucket_client,
+            tempfile.TemporaryDirectory() as directory,
+        ):
+            store = IndexStore(bucket_client, "builder")
             if steps is not None:
-                Countdown(door, steps)
+                Countdown(bucket_client, steps)
             try:
                 if listing:
-                    built = index_build.from_listing(door, Path(directory), SECS)
+                    built = index_build.from_listing(bucket_client, Path(directory), SECS)
                 else:
-                    built = index_build.from_journals(door, store, Path(directory), SECS)
+                    built = index_build.from_journals(bucket_client, store, Path(directory), SECS)
                 pointer = index_build.publish(store, built, Deadline.after(SECS))
             except KilledError:
                 return
@@ -236,7 +244,7 @@ class Fleet(RuleBasedStateMachine):
             old = [one.path for one in found.journals if one.at < pointer.covers]
             old += [one.path for one in found.snapshots if one.path != store.snapshot_path(pointer)]
             if old:
-                door.delete(old, Deadline.after(SECS))
+                bucket_client.delete(old, Deadline.after(SECS))
 
     @rule()
     def settle(self):
@@ -260,7 +268,7 @@ class Fleet(RuleBasedStateMachine):
         for _ in range(2):
             index_of(self.reader).refresh()
         assert index_of(self.reader).status()["state"] == "usable"
-        waits = self.unsure.union(*self.untold.values())
+        waits = self.unsure.union(*self.unreported.values())
         sure = [number for number in KEYS if number not in waits]
         for number in sure:  # one by one: the classic engine is told of hits before the first miss only
             assert self.reader.lookup([number]) == [self.there[number]], number

@@ -54,7 +54,7 @@ def change_rows(happened):
     return rows
 
 
-def told(rows):
+def reported(rows):
     """Name to content, of a table of names that are known here."""
     found = Table(rows).find(digests_of(NAMES))
     return {name: content_of(rows[at]) for name, at in zip(NAMES, found, strict=True) if at >= 0}
@@ -66,7 +66,7 @@ def test_a_table_tells_what_was_listed_and_nothing_else(listing):
 
     again = snapshot_of(to_bytes(table.rows), "it")
 
-    assert told(again.rows) == {name: content for name, (content, _) in listing.items()}
+    assert reported(again.rows) == {name: content for name, (content, _) in listing.items()}
     assert len(again) == len(listing)
     assert list(again.find(digests_of(["of nobody"]))) == [-1]
 
@@ -129,7 +129,7 @@ def test_what_was_put_and_deleted_is_as_a_dictionary_would_have_it(listing, happ
 
     rows = applied(table_of(listing).rows, newest(change_rows(happened)))
 
-    assert told(rows) == {name: content for name, content in expected.items() if content is not None}
+    assert reported(rows) == {name: content for name, content in expected.items() if content is not None}
 
 
 def test_columns_of_later_versions_are_left_alone():
@@ -143,8 +143,8 @@ def test_columns_of_later_versions_are_left_alone():
     table = snapshot_of(to_bytes(rows), "it")
     changed = applied(table.rows, change_rows([(NAMES[0], ContentId(HASHES[2], 9), 50), (NAMES[2], None, 1)]))
 
-    assert told(table.rows) == told(old.rows)
-    assert told(changed)[NAMES[0]] == ContentId(HASHES[2], 9)
+    assert reported(table.rows) == reported(old.rows)
+    assert reported(changed)[NAMES[0]] == ContentId(HASHES[2], 9)
     assert sorted(changed["heat"]) == [3, 4]
 
 

@@ -162,9 +162,9 @@ def test_of_a_lookup_of_thousands_a_page_that_fails_leaves_the_others_known(hub,
     found = engine.store.found(many, [SIZE] * len(many))
 
     assert requests(hub, "paths-info") == 4
-    told = engine.tally
+    reported = engine.tally
     assert engine.count("lookup", "missing") + sum(found) in (2006, 3000)  # of four pages, whichever hung
-    assert told.get(telemetry.CHUNKS, operation="lookup", outcome="deadline") in (6, 1000)
+    assert reported.get(telemetry.CHUNKS, operation="lookup", outcome="deadline") in (6, 1000)
     assert not engine.store.breakers.status()
     assert engine.store.found(many, [SIZE] * len(many))[:6] == [True] * 6
 
@@ -377,7 +377,7 @@ def test_in_a_pause_lookups_are_misses_at_once_however_many_puts_wait_for_its_en
     assert engine.hits([key(99)]) == 0
     for number in range(100, 108):
         engine.store.puts.submit([Memory(noise(SIZE, number), key(number))], SIZE, soon())
-    eventually(lambda: engine.store._writer._under_way.keys() == {key(number) for number in range(100, 108)})
+    eventually(lambda: engine.store._writer._in_progress.keys() == {key(number) for number in range(100, 108)})
 
     started = time.monotonic()
     assert [engine.hits([name]) for name in KEYS] == [0] * 6
@@ -1145,7 +1145,7 @@ for lock in locks:
     lock.acquire()  # as another thread of the parent may at any moment
 child = os.fork()
 if child == 0:
-    print(writer._semaphore._held, writer._under_way, writer._committer._uploads, store.puts.waiting_bytes, len(store.puts.pending))
+    print(writer._semaphore._held, writer._in_progress, writer._committer._uploads, store.puts.waiting_bytes, len(store.puts.pending))
     print(put(*keys) == sorted(keys), flush=True)
     os._exit(0)
 os.waitpid(child, 0)
@@ -1153,7 +1153,7 @@ os._exit(0)
 """
 
 
-def test_a_child_that_is_forked_while_a_put_is_under_way_starts_without_it(hub, bucket, tmp_path):
+def test_a_child_that_is_forked_while_a_put_is_in_progress_starts_without_it(hub, bucket, tmp_path):
     arguments = [hub.endpoint, bucket, KEYS[0], str(tmp_path / "tmp")]
     hub.control.add_fault(Fault(route="xorb-upload", hang=True, times=1))
 

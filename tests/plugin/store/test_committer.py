@@ -22,7 +22,7 @@ class Hub:
         self.deadlines = []
         self.failing = {}
         self.error = None
-        self.under_way = 0
+        self.in_progress = 0
         self.most = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -32,11 +32,11 @@ class Hub:
         with self._lock:
             self.calls.append(dict(files))
             self.deadlines.append(deadline)
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
+            self.in_progress += 1
+            self.most = max(self.most, self.in_progress)
         assert self.gate.wait(30)
         with self._lock:
-            self.under_way -= 1
+            self.in_progress -= 1
         if self.error is not None:
             raise self.error
         return {path: ItemFailure(path, "hub", self.failing[path]) for path in files if path in self.failing}
@@ -71,7 +71,7 @@ def make(hub):
 
 
 def quiet(committer):
-    """Wait until no call is under way or about to be made."""
+    """Wait until no call is in progress or about to be made."""
     pool = committer._threads
 
     def is_idle():
@@ -130,7 +130,7 @@ def test_many_uploads_at_once_are_few_calls(hub, make):
         thread.join(30)
 
     assert [future.result(30) for future in futures] == [{}] * 16
-    assert len(hub.calls) == 1, "all were under way together"
+    assert len(hub.calls) == 1, "all were in progress together"
     assert hub.calls[0] == files(*range(16))
 
 
@@ -200,7 +200,7 @@ def test_a_path_that_two_hand_over_is_named_once_and_its_failure_told_to_both(hu
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (AccessDeniedError("no", 403), AccessDeniedError),
         (ZeroDivisionError("oops"), TransportError),
@@ -208,14 +208,14 @@ def test_a_path_that_two_hand_over_is_named_once_and_its_failure_told_to_both(hu
     ],
     ids=repr,
 )
-def test_a_call_that_fails_fails_for_all_and_not_for_those_that_come_later(hub, make, error, told):
+def test_a_call_that_fails_fails_for_all_and_not_for_those_that_come_later(hub, make, error, reported):
     committer = make()
     hub.error = error
     with committer.expecting():
         waiting = [committer.name(files(number), soon()) for number in range(3)]
 
     for future in waiting:
-        assert isinstance(future.exception(30), told)
+        assert isinstance(future.exception(30), reported)
         assert str(future.exception()) == str(error)
     hub.error = None
     assert upload(committer, 1).result(30) == {}
@@ -286,7 +286,7 @@ def test_a_call_that_waits_for_a_thread_is_not_made_after_close(hub, make):
     hub.gate.set()
 
     assert isinstance(waiting[4].exception(30), TransportError)
-    assert [one.result(30) for one in waiting[:4]] == [{}] * 4, "those under way end by themselves"
+    assert [one.result(30) for one in waiting[:4]] == [{}] * 4, "those in progress end by themselves"
     assert sorted(map(list, hub.calls)) == [[f"v1/{number}"] for number in range(4)]
 
 

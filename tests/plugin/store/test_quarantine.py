@@ -36,12 +36,12 @@ def test_what_was_served_after_all_start_over():
 def test_two_wrong_hashes_are_proof_and_told_once():
     clock = Clock()
     quarantine = Quarantine(clock)
-    told = []
+    reported = []
     for wrong in (False, True, False, True, True, True):
-        told.append(quarantine.add("a", wrong_hash=wrong))
+        reported.append(quarantine.add("a", wrong_hash=wrong))
         clock.now += 3601
 
-    assert told == [False, False, False, True, False, False]
+    assert reported == [False, False, False, True, False, False]
 
 
 def test_one_failure_that_several_saw_is_one():

@@ -74,7 +74,7 @@ class Queue:
     def count(self, outcome):
         return self.tally.get(telemetry.CHUNKS, operation="put", outcome=outcome)
 
-    def told(self):
+    def reported(self):
         """What the gauges say: calls and bytes."""
         return (
             self.tally.get(telemetry.IN_FLIGHT, operation="put"),
@@ -85,7 +85,7 @@ class Queue:
         self.writer.gate.set()
         eventually(lambda: all(source.released for source in self.sources))
         eventually(lambda: self.queue.waiting_bytes == 0 and not self.queue.pending)
-        assert self.told() == (0, 0)
+        assert self.reported() == (0, 0)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_of_a_put_that_does_not_fit_the_front_is_taken_and_the_rest_refused(make
 
     assert [source.released for source in sources] == [0, 0, 1, 1], "what is refused is given back at once"
     assert one.queue.waiting_bytes == 90
-    assert one.told() == (1, 90)
+    assert one.reported() == (1, 90)
     one.writer.gate.set()
     report = future.result(30)
     assert report.stored == ["chunk-0", "chunk-1"]
@@ -204,7 +204,7 @@ def test_a_putter_that_breaks_gives_its_room_back(make):
     one.settle()
 
 
-def test_a_put_that_is_cancelled_before_its_turn_gives_everything_back_and_one_under_way_goes_on(make):
+def test_a_put_that_is_cancelled_before_its_turn_gives_everything_back_and_one_in_progress_goes_on(make):
     one = make(1000)
     running, first = one.put(10)
     eventually(lambda: one.writer.calls)
@@ -236,7 +236,7 @@ def test_more_calls_than_may_wait_are_refused_whatever_their_bytes(make, monkeyp
     assert refused == futures[4:]
     assert {failure.kind for future in refused for failure in future.result().failures} == {"not_taken"}
     assert "takes no more" in refused[0].result().failures[0].message
-    assert one.told() == (4, 4)
+    assert one.reported() == (4, 4)
     one.settle()
     assert [len(future.result(30).failures) for future in futures] == [0, 0, 0, 0, 1, 1]
 
@@ -255,7 +255,7 @@ def test_close_gives_up_what_waits_and_takes_no_more(make):
     late, third = one.put(10)
     assert [failure.kind for failure in third.result(0).failures] == ["not_taken"]
     assert late[0].released == 1
-    assert not first.done(), "what is under way is ended by closing the writer"
+    assert not first.done(), "what is in progress is ended by closing the writer"
     one.settle()
 
 

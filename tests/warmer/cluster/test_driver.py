@@ -55,7 +55,7 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RefusedError("changed"), PlanLostError("gone")])
-def test_what_is_under_way_is_told_when_the_plan_cannot_be_read_on(monkeypatch, error):
+def test_what_is_in_progress_is_told_when_the_plan_cannot_be_read_on(monkeypatch, error):
     chunks = plan([MIB] * 200)
 
     def read(start):
@@ -97,7 +97,7 @@ def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, 
     assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
     assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
     starts = sum(call.method == "start" and call.node == "b" for call in world.calls)
-    assert 2 <= starts <= times + 1  # calls that were under way beside each other die together
+    assert 2 <= starts <= times + 1  # calls that were in progress beside each other die together
 
 
 def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):

@@ -178,11 +178,11 @@ def test_time_is_up_and_the_next_run_goes_on(hub, cluster, few):
     hub.control.reset_counters()
     again = run(cluster, few.config)
     assert again.code == 0, again.stderr
-    told = again.summary
+    reported = again.summary
     most = (
-        len(missing) + told["refetched"] + told["fetched_alone"]
+        len(missing) + reported["refetched"] + reported["fetched_alone"]
     )  # more only where the machine is so slow that nodes lag
-    assert len(missing) * MIB <= told["fetched_bytes"] <= most * MIB
+    assert len(missing) * MIB <= reported["fetched_bytes"] <= most * MIB
     assert hub.control.counters().total.bytes_out <= 1.05 * most * MIB + MIB
     assert all(holdings(few, node_id) == few.chunks for node_id in ids(cluster))
 
@@ -208,9 +208,11 @@ def test_a_killed_apply_is_resumed_by_another_of_the_same_plan(cluster, few):
     again = end(apply(cluster, plan))
     assert again.code == 0, again.stderr
     # Those that hold a chunk neither fetch nor receive it; who lacks it fetches it once for all that lack it.
-    told = again.summary
-    again_or_alone = told["refetched"] + told["fetched_alone"]  # none, but where the machine is so slow that nodes lag
-    assert len(missing) <= told["fetched"] <= len(missing) + again_or_alone
+    reported = again.summary
+    again_or_alone = (
+        reported["refetched"] + reported["fetched_alone"]
+    )  # none, but where the machine is so slow that nodes lag
+    assert len(missing) <= reported["fetched"] <= len(missing) + again_or_alone
     assert len(missing) < len(few.chunks)
     assert missing_in(few, cluster) == set()
     assert all(few.leftovers(tier(few, node_id)) == [] for node_id in ids(cluster))

@@ -103,7 +103,7 @@ def test_several_prefixes_the_other_kind_of_key_and_a_path_that_differs_from_nod
 
     assert ran.code == 0, ran.stderr
     assert ran.summary["skipped"] == {"other_kind": 1}
-    assert "1 chunks have keys of MP mode (`lmcache server`) and are passed by" in ran.stderr
+    assert "1 chunks have keys of MP mode (`lmcache server`) and are skipped" in ran.stderr
     expected = {key for key in stocked.chunks if not key.startswith("org/third") and key != mp_key(1)}
     nodes = {node["id"]: node["name"] for node in ran.summary["nodes"]}
     assert len(nodes) == NODES

@@ -231,8 +231,8 @@ def test_metrics_and_a_page_of_a_run(ray, stocked, guarded_hub):
     eventually(lambda: metrics.values("lost_nodes_total", tier="fs.none", kind="config") == [1.0])
     part = {"tier": "fs.part", "instance": INSTANCE, "node_id": summary["nodes"][0]["id"]}
     part["node"] = summary["nodes"][0]["name"]
-    told = {name: metrics.values("chunks_total", outcome=name, **part) for name in ("fetched", "present", "failed")}
-    assert told == {"fetched": [15.0], "present": [5.0], "failed": [1.0]}
+    reported = {name: metrics.values("chunks_total", outcome=name, **part) for name in ("fetched", "present", "failed")}
+    assert reported == {"fetched": [15.0], "present": [5.0], "failed": [1.0]}
     assert metrics.values("bytes_total", outcome="fetched", **part) == [15.0 * size]
     assert metrics.values("failures_total", kind="key", **part) == [1.0]
     assert metrics.values("fetched_chunks_total", tier="fs.part") == [15.0]

@@ -259,10 +259,10 @@ def ended(status, code=None, **more):
     ],
 )
 def test_which_code_stands_for_which_end(details, code, words):
-    found, told = outcome(details)
+    found, reported = outcome(details)
     assert found == code
-    assert words in told
-    assert bool(told) == bool(words)
+    assert words in reported
+    assert bool(reported) == bool(words)
 
 
 def test_a_log_that_start_over_is_passed_on_once():

@@ -149,9 +149,9 @@ def test_a_page_tells_the_run_and_loads_nothing():
     assert page.tags.count("svg") == 3
     assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
     words = " ".join(page.words)
-    for told in ("Failed: hf://buckets/ns/b into fs.warm", "Bytes over time", "How long chunks took", "Coverage before and",
+    for reported in ("Failed: hf://buckets/ns/b into fs.warm", "Bytes over time", "How long chunks took", "Coverage before and",
                  "from the Hub", "from other nodes", "transport", "no answer", "node-b"):  # fmt: skip
-        assert told in words
+        assert reported in words
     assert "<script>alert('$x$')</script>" in words
     assert "\x1b" not in text
 

@@ -15,7 +15,7 @@ from warmer.node.prompts import PromptLoad
 from warmer.report import progress
 from warmer.report.observers import EventDispatcher
 from warmer.report.outcomes import Copied, Failed, Present
-from warmer.report.progress import SHOWN_NODES, LiveTable, Rate, behind, left_in_words
+from warmer.report.progress import SHOWN_NODES, LiveTable, Rate, behind, time_left_text
 from warmer.report.summary import FailureLog, NodeReport, RunReport, TierRun
 
 TASK = TierRun("hfbucket.us", "hf://buckets/ns/b", "fs.warm", {"prefix": ["org/"]}, selected=3, selected_bytes=60)
@@ -124,10 +124,10 @@ class Observer:
     """Keeps what it is told."""
 
     def __init__(self):
-        self.told = []
+        self.reported = []
 
     def __getattr__(self, name):
-        return lambda _, *words: self.told.append((name, *words))
+        return lambda _, *words: self.reported.append((name, *words))
 
 
 def test_what_engines_do_is_told_to_observers():
@@ -135,7 +135,7 @@ def test_what_engines_do_is_told_to_observers():
     engines = EngineRun(None, None, [], EventDispatcher(run, progress.JsonLines(io.StringIO()), [seen]), None)
     engines._take("id-a", 0, [PromptLoad(1, "m", 3, 1, 1, 10, "no_room", "it is full")])
     engines._take("id-b", 0, Failure("engine", "gone"))
-    assert seen.told == [
+    assert seen.reported == [
         ("loaded", "id-a", 10),
         ("lacking", "id-a", 1, "no_room"),
         ("lost", "id-b", "engine"),
@@ -173,4 +173,4 @@ def test_who_is_behind():
 
 
 def test_times_in_words():
-    assert [left_in_words(secs) for secs in (None, 0, 65.2, 3725)] == ["?", "0:00", "1:05", "1:02:05"]
+    assert [time_left_text(secs) for secs in (None, 0, 65.2, 3725)] == ["?", "0:00", "1:05", "1:02:05"]

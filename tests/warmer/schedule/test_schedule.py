@@ -67,7 +67,7 @@ def test_nothing_stays_reserved_whichever_nodes_die_at_whichever_step(seed, deat
         expect_derived(fleet.schedule)
     fleet.complete()
     expect_derived(fleet.schedule)
-    assert (list(fleet.schedule._tasks), fleet.schedule._batches, fleet.schedule.under_way) == ([], {}, {})
+    assert (list(fleet.schedule._tasks), fleet.schedule._batches, fleet.schedule.in_progress) == ([], {}, {})
     assert not any(fleet.schedule.store_bytes.values())
 
 
@@ -95,14 +95,14 @@ def test_directly_every_node_fetches_for_itself():
 
 def test_what_nodes_are_busy_with():
     schedule = begin(["a", "b"], plan([MIB] * 40), window=TaskLimits(batch_chunks=4, fetches=1), direct=True)
-    assert schedule.under_way == {}
+    assert schedule.in_progress == {}
     tasks = schedule.tasks(0.0)
-    assert schedule.under_way == {"a": (4, 4 * MIB), "b": (4, 4 * MIB)}
+    assert schedule.in_progress == {"a": (4, 4 * MIB), "b": (4, 4 * MIB)}
     first = next(task for task in tasks if task.node == "a")
     schedule.fetched(first.number, [Copied(chunk.key, chunk.size) for chunk in first.chunks], shared=False, now=1.0)
-    assert schedule.under_way == {"b": (4, 4 * MIB)}
+    assert schedule.in_progress == {"b": (4, 4 * MIB)}
     schedule.lost("b")
-    assert schedule.under_way == {}
+    assert schedule.in_progress == {}
 
 
 def test_one_node_leaves_nothing_in_the_store():
@@ -290,7 +290,7 @@ def test_tries_are_paid_for_as_what_arrives_is(caps, tries, secs):
         assert now < 1000
     whole = sum(size for _, size in asked)
     assert whole == tries * 200 * MIB
-    # One second's worth at the beginning, and what was under way before the first one told.
+    # One second's worth at the beginning, and what was in progress before the first one told.
     assert whole <= 10 * MIB * now + 10 * MIB + tries * 4 * 10 * MIB
     assert now <= 1.3 * whole / (10 * MIB) + 10
 
@@ -334,7 +334,7 @@ def test_a_schedule_reads_no_further_than_its_windows(chunk_sizes):
     schedule.started("a")
     schedule.started("b")
     schedule.tasks(0.0)
-    assert read <= 5  # four under way, and one looked at
+    assert read <= 5  # four in progress, and one looked at
 
 
 def test_no_nodes_and_no_chunks_are_done_at_once():
@@ -349,7 +349,7 @@ def test_a_window_without_room_is_refused():
         TaskLimits(run_bytes=0)
 
 
-def test_no_more_orders_are_under_way_than_an_actor_has_slots_for():
+def test_no_more_orders_are_in_progress_than_an_actor_has_slots_for():
     from warmer.cluster.driver import TASKS_AT_ONCE  # which imports Ray
 
     assert TaskLimits().fetches + TaskLimits().receives == TASKS_AT_ONCE

@@ -346,7 +346,7 @@ def test_what_comes_later_takes_no_room_from_what_is_under_way(subject, monkeypa
     free = needed + SIZE
     second = tier.draft(subject.key(), SIZE)
     free = needed + SIZE - 1
-    with pytest.raises(TierFullError, match=f"what is under way is to take {SIZE}"):
+    with pytest.raises(TierFullError, match=f"what is in progress is to take {SIZE}"):
         tier.draft(subject.key(), SIZE)
     second.discard()
     first.discard()
