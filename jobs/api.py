@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from hfbucket_plugin.config.instances import handles_of
+from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.files import expect_apart
 from hfbucket_plugin.errors import ConfigError
@@ -129,6 +130,7 @@ class ExportRequest(_Request):
     window_bytes: Annotated[int, Field(gt=0)] = 512 * 1024 * 1024
 
 
+@texts.hide_in_errors()
 def run_cleanup(
     request: CleanupRequest, *, apply: bool = False, stop: threading.Event | None = None
 ) -> DeletionSummary:
@@ -174,6 +176,7 @@ def run_cleanup(
     return _run(request, [("policy", file)], work, stop)
 
 
+@texts.hide_in_errors()
 def run_export(request: ExportRequest, *, apply: bool = False, stop: threading.Event | None = None) -> ExportSummary:
     """Copy chunks from one instance or directory to another, as `python -m jobs export` does; what is there is skipped.
 
@@ -224,6 +227,7 @@ def run_export(request: ExportRequest, *, apply: bool = False, stop: threading.E
     return _run(request, inputs, work, stop)
 
 
+@texts.hide_in_errors()
 def read_status(
     *,
     lmcache_config: Path | None = None,
@@ -284,7 +288,8 @@ def _run(
         write_metrics(request.metrics_textfile, [summary], time.time())
     if error is not None and not summary.ended:
         raise error
-    return summary
+    failures = tuple(texts.hidden(one) for one in summary.failures)
+    return replace(summary, message=texts.shown(summary.message), failures=failures)
 
 
 def _instance(

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfbucket_plugin.core import texts
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.files import TempDir, expect_apart, expect_writable
 from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, MPKey
@@ -226,6 +227,7 @@ def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
         return made.header
 
 
+@texts.hide_in_errors()
 def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> WarmSummary:
     """Copy chosen chunks into tiers of every node, as `python -m warmer run` does; chunks that are there already are skipped.
 
@@ -249,7 +251,7 @@ def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> War
     with switch.listening():
         record = run(request, switch, *page.open(request.report_html), quiet=True)
     page.write(record)
-    return WarmSummary.from_record(record)
+    return WarmSummary.from_record(texts.hidden(record))
 
 
 def expect_distinct_files(request: WarmRequest, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:

@@ -7,6 +7,7 @@ of text; and a Hub may repeat a token, in another spelling than the one that the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ import re
 import sys
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
+
+from hfbucket_plugin.errors import HFBucketError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -147,6 +150,17 @@ def _pattern(secret: str) -> str:
     if len(secret) >= LEAST_SECRET:
         return re.escape(secret)
     return rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+
+
+@contextlib.contextmanager
+def hide_in_errors() -> Iterator[None]:
+    """Let no token pass in the text of an error of ours that leaves the block: programs log errors where they like."""
+    try:
+        yield
+    except HFBucketError as error:
+        error.message = shown(error.message)
+        error.args = (error.message,)
+        raise
 
 
 class ShownFormatter(logging.Formatter):

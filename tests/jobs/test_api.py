@@ -12,10 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 import jobs
-from hfbucket_plugin import ConfigError, HFBucketError, RefusedError, SafetyError
+from hfbucket_plugin import ConfigError, HFBucketError, RefusedError, SafetyError, TransportError
 from hfbucket_plugin.core.keys import encode_name
 from tests.support.depot import DAY, INSTANCE, MODEL, NEW, OLD
 from tests.support.examples import example
+from tests.support.plugin_support import SECRET
 
 TWO_WEEKS = jobs.Policy(max_age=timedelta(days=14))
 
@@ -169,6 +170,25 @@ def test_an_interrupt_passes_and_leaves_no_lock(stocked, cleanup, monkeypatch):
         jobs.run_cleanup(cleanup(), apply=True)
 
     assert not [path for path in stocked.all_paths() if "/locks/" in path]
+
+
+def test_no_error_or_summary_holds_a_token(stocked, cleanup, monkeypatch, tmp_path):
+    monkeypatch.setenv("JOBS_TEST_TOKEN", SECRET)
+
+    def refuse(*_, **__):
+        raise TransportError(f"the store repeats {SECRET}")
+
+    monkeypatch.setattr("jobs.deletion.job.DeletionJob._apply", refuse)
+    monkeypatch.setattr("jobs.api.examine", refuse)
+    calls = [
+        lambda: jobs.run_cleanup(cleanup(), apply=True),
+        lambda: jobs.read_status(lmcache_config=stocked.config, instance=INSTANCE),
+    ]
+
+    for call in calls:
+        with pytest.raises(TransportError) as caught:
+            call()
+        assert (str(caught.value), caught.value.args) == ("the store repeats ***", ("the store repeats ***",))
 
 
 def test_a_cleanup_runs_in_any_thread(stocked, cleanup):

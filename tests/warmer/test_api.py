@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import warmer
-from hfbucket_plugin import ConfigError
+from hfbucket_plugin import ConfigError, TransportError
 from tests.support.examples import example
 from tests.support.plugin_support import eventually
 from tests.support.raylets import actors
@@ -120,6 +120,16 @@ def test_what_cannot_be_done_is_raised_in_the_words_of_the_command(request_of, t
     with pytest.raises(warmer.ClusterError, match=r"127\.0\.0\.1:1 does not answer"):
         warmer.warm_up(request_of(address="127.0.0.1:1"))
     assert capfd.readouterr().out == ""
+
+
+def test_no_error_or_summary_holds_a_token(request_of, monkeypatch):
+    def refuse(*_, **__):
+        raise TransportError(f"the store repeats {SECRET}")
+
+    monkeypatch.setattr("warmer.run.run", refuse)
+
+    with pytest.raises(TransportError, match=r"the store repeats \*\*\*$"):
+        warmer.warm_up(request_of())
 
 
 def test_a_report_never_replaces_what_is_read(request_of, warehouse):
