@@ -6,6 +6,7 @@
     ├── ConfigError (ValueError)          fix the configuration; never retried
     ├── KeyFormatError (ValueError)       not a key of LMCache's: pass it by
     ├── RefusedError (ValueError)         the caller asked for what is never done
+    │   └── SafetyError                   a plan or listing looks wrong; nothing was deleted
     ├── MissingError (LookupError)        a miss
     │   ├── ObjectMissingError
     │   └── BucketMissingError            for a writer: create it, or fix the handle
@@ -77,6 +78,10 @@ class RefusedError(HFBucketError, ValueError):
     """The caller asked for something that is never done, such as a partial upload."""
 
     kind = "refused"
+
+
+class SafetyError(RefusedError):
+    """The plan or the listing that it came from looks wrong: nothing is deleted."""
 
 
 class MissingError(HFBucketError, LookupError):
@@ -237,7 +242,3 @@ class Interrupted(BaseException):
 
     An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
     """
-
-
-class SafetyError(RefusedError):
-    """The plan or the listing that it came from looks wrong: nothing is deleted."""

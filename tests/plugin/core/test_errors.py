@@ -16,6 +16,7 @@ TREE = {
     "ConfigError": ((HFBucketError, ValueError), "config"),
     "KeyFormatError": ((HFBucketError, ValueError), "key"),
     "RefusedError": ((HFBucketError, ValueError), "refused"),
+    "SafetyError": ((errors.RefusedError,), "refused"),
     "MissingError": ((HFBucketError, LookupError), "missing"),
     "ObjectMissingError": ((errors.MissingError,), "missing"),
     "BucketMissingError": ((errors.MissingError,), "bucket_missing"),
