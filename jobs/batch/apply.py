@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
 
+    from hfbucket_plugin.tools.signals import Stop
     from jobs.batch.model import ItemOutcome
 
 _log = logging.getLogger(__name__)
@@ -119,14 +120,6 @@ def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bo
         if address or at_once:
             raise
         return False
-
-
-class Stop(Protocol):
-    """Whether to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether an order came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class Batch:
         size: Their bytes.
         cohort: For whose members it was made.
         pending: Who lacks them and has not been told to take them. In the order in which they are asked.
-        receiving: Who has been told to take them from the store; kept by `TaskTable`.
+        receiving: Who has been told to take them from the store; kept by `InFlightTable`.
         reserved: On whose store its bytes are counted.
         holder: Who fetches it, or has left it in the store; None as long as nobody has been told to fetch it.
         source: The number of the task to fetch it; 0 where nothing of it came into the store.
@@ -99,7 +99,7 @@ class InFlight:
         return isinstance(self.task, FetchTask)
 
 
-class TaskTable:
+class InFlightTable:
     """The tasks in flight, each of them once: whatever a node, a batch or the run has in flight follows from it.
 
     Attributes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 from warmer.report.outcomes import INTERRUPTED, MISSING, TIER_KINDS, UNMOVED_KINDS, Copied, Failed, Present
 from warmer.schedule import stragglers
-from warmer.schedule.batch import Batch, InFlight, StoreBudget, TaskTable
+from warmer.schedule.batch import Batch, InFlight, InFlightTable, StoreBudget
 from warmer.schedule.cohort import Backlog, Cohort, Membership, NodeState
 from warmer.schedule.rate import Caps, MovingAverage, TokenBucket
 from warmer.schedule.stragglers import StragglerView, Waited
@@ -123,7 +123,7 @@ class Scheduler:
         self._numbers = itertools.count(1)
         self._batches: dict[int, Batch] = {}
         self._ready: deque[Batch] = deque()
-        self._tasks = TaskTable()
+        self._tasks = InFlightTable()
         self._well_since = -math.inf  # when the latest fetch was given that ended in time
         self._last_in_time = True  # whether the last one to end did
         self._released: list[int] = []
