@@ -131,6 +131,28 @@ def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_
     assert world.now < 10
 
 
+def test_a_node_that_takes_no_part_holds_up_no_other(monkeypatch):
+    world = FakeRay("abc", lambda call, _now: None if call.node == "c" else well(call), starts=True)
+    start = world._answer
+    world._answer = lambda call, now: (
+        call.end((None, 0.0)) if call.method == "start" and call.node != "c" else start(call, now)
+    )
+    witness = drive(world.under(monkeypatch))
+    assert witness.errors == {"c": ("node_start", "took no part within 60 s; is it overloaded?")}
+    every = sorted(chunk.key for chunk in plan([MIB] * 40))
+    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+    assert {type(outcome) for node, outcome in witness.outcomes if node != "c"} == {Copied}
+
+
+def test_what_nobody_foresaw_fails_chunks_and_not_the_run(monkeypatch):
+    odd = ray.exceptions.RayTaskError("fetch", "", ArithmeticError("odd"))
+    world = FakeRay("a", lambda call, _now: call.fail(odd)).under(monkeypatch)
+    witness = drive(world)
+    assert witness.errors == {}
+    assert {outcome.kind for _, outcome in witness.outcomes} == {"internal"}
+    assert "ArithmeticError: odd" in witness.outcomes[0][1].message
+
+
 @pytest.mark.parametrize("method", ["fetch", "receive"])
 @pytest.mark.parametrize("chunk_secs", [5.0, 300.0])
 def test_a_node_that_answers_nothing_is_lost_after_a_while(monkeypatch, method, chunk_secs):

@@ -11,7 +11,6 @@ import psutil
 import pytest
 from huggingface_hub import HfApi
 
-from localhub.faults import Fault
 from tests.support.raylets import STORE_BYTES, actors, as_it_was, memory_bytes, node_options, raylet, raylets
 from tests.support.warming import MODEL, SECRET, Ran, Warehouse, arguments, classic_key, command, content, environment
 
@@ -303,73 +302,3 @@ def test_a_node_killed_in_mid_run_is_told_apart_and_a_new_one_is_filled_later(hu
         assert hub.control.counters().total.bytes_out <= 1.05 * len(few.chunks) * MIB
     finally:
         cluster.remove_node(joined, allow_graceful=False)
-
-
-IMPATIENT = """
-from warmer.cluster import driver as fleet
-
-fleet._HUNG_SECS, fleet._HUNG_TIMEOUTS, fleet._HUNG_BYTES_PER_SEC = 45.0, 0, 2**40
-from warmer.cli.app import app
-
-app()
-"""
-"""The command, with less than a minute in the place of the minutes that an actor may take: more than one needs that is only slow."""
-
-
-def test_an_actor_that_hangs_without_dying_counts_as_lost(cluster, few):
-    known = set(ids(cluster))
-    doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    own = arguments(few.config, "--max-bandwidth", "8MiB")[3:]  # without `python -m warmer`
-    process = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, *own, "--address", cluster.address],
-        env=environment(WARM_TEST_TOKEN=SECRET),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: len(list(tier(few, doomed.node_id).glob("*.data"))) >= 4)
-    (hung,) = (one for one in actors(cluster) if raylet(doomed).pid in (parent.pid for parent in one.parents()))
-    hung.suspend()
-    try:
-        ran = end(process)
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):  # the run ends its actors
-            hung.kill()
-        cluster.remove_node(doomed, allow_graceful=False)
-    assert ran.code == 3, ran.stderr
-    by_id = {node["id"]: node for node in ran.summary["nodes"] if node["id"] in known | {doomed.node_id}}
-    lost = by_id.pop(doomed.node_id)
-    assert lost["error"].startswith("node_lost: ")
-    assert "answered nothing for" in lost["error"]
-    assert lost["copied"] + lost["failed"] == len(few.chunks)
-    # A node that an earlier test took away may still be thought to live, and is lost then.
-    gone = [node for node in ran.summary["nodes"] if node["id"] not in known | {doomed.node_id}]
-    assert ran.summary["failed_by_kind"] == {"node_lost": lost["failed"] + sum(node["failed"] for node in gone)}
-    assert all(node["copied"] == len(few.chunks) for node in by_id.values())
-    assert all(holdings(few, node_id) == few.chunks for node_id in by_id)
-
-
-def test_a_node_that_dies_after_its_last_chunk_is_no_success(hub, cluster, store, tmp_path):
-    warehouse = warehouse_of(hub, store, tmp_path, "late", {})
-    short = {classic_key(0, "org/two", 1, 2): content(0, MIB)}
-    long = {classic_key(n, "org/two", 0, 2): content(n, MIB) for n in range(24)}
-    warehouse.put(short | long)
-    known = ids(cluster)
-    doomed = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    ranks = [f"--ranks={name}=0" for name in known] + [f"--ranks={doomed.node_id}=1"]
-    nodes = ",".join([*known, doomed.node_id])
-    process = begin(
-        cluster, warehouse.config, "--prefix", "org/two@", "--nodes", nodes, "--max-bandwidth", "2MiB", *ranks
-    )
-    wait_for(lambda: holdings(warehouse, doomed.node_id))
-    # The others are held up until the cluster knows of the loss, however long that takes.
-    hub.control.add_fault(Fault(route="xorb-data", hang=True))
-    lose(cluster, doomed)
-    wait_for(lambda: doomed.node_id not in alive(cluster))
-    hub.control.clear_faults()
-    ran = end(process)
-    assert ran.code == 3, ran.stderr
-    by_id = {node["id"]: node for node in ran.summary["nodes"]}
-    assert by_id.pop(doomed.node_id)["error"].startswith("node_lost: ")
-    assert holdings(warehouse, doomed.node_id) == short
-    assert all(holdings(warehouse, name) == long for name in by_id)

@@ -22,7 +22,6 @@ from tests.support.warming import (
     mp_key,
     warm,
 )
-from warmer.tiers.declare import DirectoryDeclaration
 
 NODES = 3
 
@@ -240,20 +239,6 @@ def fleet_of(cluster, stocked):
     return run
 
 
-def test_what_nobody_foresaw_fails_chunks_and_not_the_run(fleet_of, tmp_path):
-    class Exploding(DirectoryDeclaration):
-        def at(self, place):
-            return self
-
-        def file(self, text):
-            raise ArithmeticError(f"{text} is odd")
-
-    witness = fleet_of(Exploding("fs.warm", (tmp_path,)))
-    assert {outcome.kind for outcome in witness.outcomes} == {"internal"}
-    assert "ArithmeticError" in witness.outcomes[0].message
-    assert witness.errors == {}
-
-
 def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
     class Unreadable:
         def __reduce__(self):
@@ -265,19 +250,3 @@ def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
     witness = fleet_of(Unreadable())
     assert {outcome.kind for outcome in witness.outcomes} == {"node_start"}
     assert {kind for kind, _ in witness.errors.values()} == {"node_start"}
-
-
-def test_a_node_that_takes_no_part_holds_up_no_other(cluster, stocked, on_cluster):
-    stuck = cluster.add_node(**node_options(WARM_TEST_TOKEN=SECRET))
-    raylet = stuck.all_processes["raylet"][0].process
-    raylet.send_signal(signal.SIGSTOP)
-    try:
-        ran = on_cluster(stocked.config, "--node-timeout", "60")
-    finally:
-        raylet.send_signal(signal.SIGCONT)
-        cluster.remove_node(stuck, allow_graceful=False)
-    assert ran.code == 3, ran.stderr
-    by_id = {node["id"]: node for node in ran.summary["nodes"]}
-    assert by_id[stuck.node_id]["error"].startswith(("node_start: ", "node_lost: "))
-    assert by_id[stuck.node_id]["failed"] == 150
-    assert stocked.in_tier() == stocked.chunks

@@ -16,7 +16,7 @@ from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.tools.selection import ChunkRef
 from localhub.faults import Fault
-from tests.support.warming import INSTANCE, PREFIX, Warehouse, classic_key, content
+from tests.support.warming import INSTANCE, Warehouse, classic_key, content
 from warmer.check import node as checking
 from warmer.node.reuse import EarlierTier
 from warmer.node.worker import NodeConfig, NodeWarmer
@@ -70,16 +70,6 @@ def test_chunks_are_copied_byte_by_byte(stocked, node):
     assert all(0 < outcome.seconds <= time.monotonic() - began for outcome in outcomes)
     assert stocked.in_tier() == stocked.chunks
     assert_clean(stocked)
-
-
-@pytest.mark.parametrize("fsync", [True, False])
-def test_files_get_the_mode_that_the_engines_own_files_get(stocked, node, fsync):
-    previous = os.umask(0o027)
-    try:
-        node(fsync=fsync).copy(stocked.plan())
-    finally:
-        os.umask(previous)
-    assert {file.stat().st_mode & 0o777 for file in stocked.tier.glob("*.data")} == {0o640}
 
 
 def test_a_chunk_larger_than_a_range_is_read_in_parallel_and_whole(stocked, node):
@@ -422,11 +412,6 @@ def test_a_node_killed_in_mid_copy_leaves_nothing_visible_and_the_next_run_compl
     assert_clean(stocked)
 
 
-def test_prefixes_select_by_key(stocked):
-    stocked.put({classic_key(1, "org/model2"): b"x", classic_key(1, worker=1): b"y"})
-    assert {chunk.key for chunk in stocked.plan(PREFIX)} == {classic_key(n) for n in range(6)}
-
-
 def arrays(contents):
     return [np.frombuffer(data, dtype=np.uint8) for data in contents]
 
@@ -440,10 +425,6 @@ def test_what_was_fetched_for_others_is_kept_and_received_byte_by_byte(stocked, 
     stocked.tier.mkdir()
     assert node().receive(plan, kept) == [Copied(chunk.key, chunk.size, received=True) for chunk in plan]
     assert stocked.in_tier() == stocked.chunks
-
-
-def test_what_others_do_not_need_is_not_kept(stocked, node):
-    assert node().fetch(stocked.plan(), keep=False)[1] == []
 
 
 def test_only_what_was_fetched_is_kept(stocked, node):

@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import HfApi
 
-from hfbucket_plugin.core.keys import ClassicKey
 from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from localhub.faults import Fault
 from tests.support import warming
-from tests.support.warming import PREFIX, Warehouse, classic_key, content, mp_key, select
+from tests.support.warming import PREFIX, Warehouse, classic_key, content
 from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile
 from warmer.plan.refresh import RefreshedPlan, RefreshLookups
 
@@ -20,15 +19,6 @@ from warmer.plan.refresh import RefreshedPlan, RefreshLookups
 def stocked(warehouse):
     warehouse.put({classic_key(n): content(n, 100) for n in range(5)})
     return warehouse
-
-
-def test_a_selection_is_listed_into_a_plan_and_the_rest_counted(stocked, tmp_path):
-    stocked.put({mp_key(1): b"mp"})
-    plan, skipped = select(stocked.open(), ["org/"], ClassicKey, tmp_path / "plan.jsonl")
-    assert [chunk.key for chunk in plan.segment(0)] == sorted(classic_key(n) for n in range(5))
-    assert plan.bytes == 500
-    assert skipped == {"other_kind": 1}
-    assert all(chunk.uploaded_at is not None for chunk in plan.segment(0))
 
 
 def test_a_listing_that_breaks_off_is_no_selection(hub_factory, tmp_path, monkeypatch):

@@ -45,27 +45,6 @@ def visible(declaration):
     return [name for name in files(declaration) if name.endswith(".data")]
 
 
-def test_a_chunk_appears_whole_and_at_once(tier, declaration):
-    draft = tier.draft(KEY, 10)
-    assert draft.lease.write(5, b"world")
-    assert visible(declaration) == []
-    assert draft.lease.write(0, b"hello")
-    assert not tier.holds(KEY, 10)
-    draft.publish()
-    draft.discard()
-    assert declaration.file(KEY).read_bytes() == b"helloworld"
-    assert tier.holds(KEY, 10)
-    assert not tier.holds(KEY, 9)
-
-
-def test_a_discarded_chunk_leaves_nothing(tier, declaration):
-    before = files(declaration)
-    draft = tier.draft(KEY, 10)
-    draft.discard()
-    draft.discard()
-    assert files(declaration) == before
-
-
 def test_temporary_files_are_never_taken_for_chunks(tier, declaration):
     tier.draft(KEY, 10)
     assert [path for base in declaration.base_paths for path in base.glob("*.data")] == []
@@ -110,29 +89,6 @@ def test_a_directory_in_the_place_of_a_chunk_is_not_the_chunk(tier, declaration)
     draft = tier.draft(KEY, 0)
     with pytest.raises(TierError, match=r"tier 'fs\.warm'"):
         draft.publish()
-
-
-def test_a_key_too_long_for_a_file_name_is_a_failure_of_that_chunk(tier):
-    key = classic_key(1, "m" * 300)
-    with pytest.raises(TierError, match="name too long"):
-        tier.holds(key, 1)
-
-
-def test_a_tier_whose_directory_cannot_be_made_is_an_error(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(TierError, match="file"):
-        open_tier(DirectoryDeclaration("fs.warm", (tmp_path / "file" / "tier",)))
-
-
-def test_a_file_system_that_cannot_reserve_is_used_all_the_same(tier, declaration, monkeypatch):
-    def unsupported(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    draft = tier.draft(KEY, 3)
-    draft.lease.write(0, b"abc")
-    draft.publish()
-    assert declaration.file(KEY).read_bytes() == b"abc"
 
 
 def test_closing_removes_all_that_is_ours(tier, declaration):
@@ -237,13 +193,6 @@ def test_ranges_written_by_many_threads_all_arrive(tmp_path):
         thread.join()
     one.close(fsync=True)
     assert (tmp_path / "file").read_bytes() == data
-
-
-def test_a_key_that_no_file_can_bear_is_the_chunks_failure(tier):
-    odd = f"{KEY}@t%\x00"
-
-    with pytest.raises(TierError, match="null byte"):
-        tier.holds(odd, 10)
 
 
 def older(declaration, numbers, size=1000):
