@@ -193,12 +193,12 @@ def run_export(request: ExportRequest, *, apply: bool = False, stop: threading.E
         RefusedError: Nothing is selected, or the destination may not be written; nothing was copied.
         HFBucketError: The Hub, or the Ray cluster, could not be used; nothing was copied.
     """
-    ends = (
+    endpoints = (
         endpoint(request.source, "--from", request.lmcache_config, request.l2_adapters),
         endpoint(request.destination, "--to", request.lmcache_config, request.l2_adapters),
     )
     renames, selection = Renames.parse(list(request.rename)), request.select
-    check_endpoints(ends, renames, without_manifest=request.without_manifest)
+    check_endpoints(endpoints, renames, without_manifest=request.without_manifest)
     if selection.hottest is not None:
         raise ConfigError("select.hottest: an export does not know which chunks are read; use newest")
     order = ExportOrder(
@@ -217,10 +217,12 @@ def run_export(request: ExportRequest, *, apply: bool = False, stop: threading.E
         window_bytes=request.window_bytes,
         config=_absolute(request.lmcache_config),
     )
-    wanted = WantedChunks(selection, datetime.now(UTC), prompts_of(selection, ends[0].named, request.lmcache_config))
+    wanted = WantedChunks(
+        selection, datetime.now(UTC), prompts_of(selection, endpoints[0].named, request.lmcache_config)
+    )
 
     def work(report: ReportFile, switch: ExternalStop) -> tuple[ExportSummary, Exception | None]:
-        job = Export(ends, order, report, switch)
+        job = Export(endpoints, order, report, switch)
         return job.select(wanted, selection.model_dump(mode="json", exclude_defaults=True)), job.error
 
     inputs = [("prompts", selection.prompts), *(("keys_from", path) for path in selection.keys_from)]

@@ -48,7 +48,7 @@ class Executor(Protocol[T]):
     """How many at one time."""
 
     def submit(
-        self, batch: ItemBatch[T], not_after: datetime, seconds: float, ends: datetime | None
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, lock_end: datetime | None
     ) -> Future[Result[T]]:
         """Begin a try at a batch.
 
@@ -56,7 +56,7 @@ class Executor(Protocol[T]):
             batch: What it is about.
             not_after: See `jobs.deletion.attempt.attempt`.
             seconds: How long it may take, from now on.
-            ends: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
+            lock_end: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
         """
 
     def lose(self, future: Future[Result[T]]) -> None:
@@ -81,7 +81,7 @@ class InProcess(Generic[T]):
         self._pool = WorkerPool(name, width)
 
     def submit(
-        self, batch: ItemBatch[T], not_after: datetime, seconds: float, _ends: datetime | None
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, _lock_end: datetime | None
     ) -> Future[Result[T]]:
         """Begin an attempt at a batch. However late its thread gets to it, it ends in time."""
         return self._pool.submit(self._attempt, batch, not_after, Deadline.after(seconds))
@@ -140,7 +140,7 @@ class Applier(Generic[T]):
     Args:
         executor: Where batches are tried.
         confirm: Makes sure that the lock is held, and says for how many seconds it is; raises when it is not.
-        ends: Until when, by the Hub's clock, it then is.
+        lock_end: Until when, by the Hub's clock, it then is.
         keep: Keeps the lock meanwhile; raises when it is not held.
         not_after: An object that was uploaded later is too young.
         reported: Is told of every object that has ended.
@@ -166,7 +166,7 @@ class Applier(Generic[T]):
         batch_size: int = MAX_BATCH,
         batch_bytes: int | None = None,
         attempt_secs: float = _ATTEMPT_SECS,
-        ends: Callable[[], datetime | None] = lambda: None,
+        lock_end: Callable[[], datetime | None] = lambda: None,
         keep: Callable[[], None] = lambda: None,
     ) -> None:
         self._executor = executor
@@ -178,7 +178,7 @@ class Applier(Generic[T]):
         self._size = min(batch_size, MAX_BATCH)
         self._batch_bytes = batch_bytes
         self._attempt_secs = attempt_secs
-        self._ends = ends
+        self._lock_end = lock_end
         self._keep = keep
         self._keep_at = 0.0
         self.undrained = False
@@ -256,7 +256,7 @@ class Applier(Generic[T]):
             except HFBucketError as error:
                 self._why = error
             else:
-                future = self._executor.submit(batch, self._not_after, seconds, self._ends())
+                future = self._executor.submit(batch, self._not_after, seconds, self._lock_end())
                 running[future] = time.monotonic() + seconds + _LOST_SECS
 
     @property

@@ -111,7 +111,7 @@ class ActorExecutor(Generic[T]):
                 )
 
     def submit(
-        self, batch: ItemBatch[T], not_after: datetime, seconds: float, ends: datetime | None
+        self, batch: ItemBatch[T], not_after: datetime, seconds: float, lock_end: datetime | None
     ) -> Future[Result[T]]:
         """Begin a try at a batch on an idle actor; there is one, since no more than `width` are in progress."""
         # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
@@ -124,7 +124,7 @@ class ActorExecutor(Generic[T]):
             return reported
         with self._mutex:
             self._busy[reported] = (actor, batch)
-        answer = actor.attempt.remote(batch, not_after, seconds, ends).future()
+        answer = actor.attempt.remote(batch, not_after, seconds, lock_end).future()
         answer.add_done_callback(lambda done: self._settle(reported, done))
         return reported
 

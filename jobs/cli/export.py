@@ -121,14 +121,14 @@ def export(
     """
     with options_checked():
         adapters = l2_adapters or []
-        ends = (
+        endpoints = (
             endpoint(source, "--from", lmcache_config, adapters),
             endpoint(destination, "--to", lmcache_config, adapters),
         )
         renames, selection = Renames.parse(rename or []), selection_of(given)
-        check_endpoints(ends, renames, without_manifest=without_manifest)
+        check_endpoints(endpoints, renames, without_manifest=without_manifest)
         if mirror:
-            check_mirror(selection, renames, directories=None in (ends[0].named, ends[1].named))
+            check_mirror(selection, renames, directories=None in (endpoints[0].named, endpoints[1].named))
         order = ExportOrder(
             mode=_one_of(mode, "--mode", ("auto", "copy", "stream")),
             on_conflict=OnConflict(_one_of(on_conflict, "--on-conflict", tuple(OnConflict))),
@@ -145,7 +145,7 @@ def export(
             window_bytes=_window(window),
             config=None if lmcache_config is None else str(lmcache_config.absolute()),
         )
-        wanted = WantedChunks(selection, options.now(), prompts_of(selection, ends[0].named, lmcache_config))
+        wanted = WantedChunks(selection, options.now(), prompts_of(selection, endpoints[0].named, lmcache_config))
         deleting = DeletionOrder(
             max_delete=guards.MaxDelete.parse(max_delete or []),
             min_age=options.age(min_age),
@@ -164,7 +164,7 @@ def export(
     done: list[ExportSummary] = []
 
     def copying(file: ReportFile, stop: ShutdownSignal) -> ExportSummary:
-        done.append(Export(ends, order, file, stop).select(wanted, asked))
+        done.append(Export(endpoints, order, file, stop).select(wanted, asked))
         return done[0]
 
     def mirroring(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary | None:
@@ -172,7 +172,7 @@ def export(
             return None
         # Nor where nothing was to be copied yet: what would be deleted is planned only.
         own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
-        return _mirror(ends, selection, own, file, stop)
+        return _mirror(endpoints, selection, own, file, stop)
 
     works: list[tuple[str, Work]] = [("the export", copying)]
     if mirror:
@@ -183,13 +183,13 @@ def export(
 
 
 def _mirror(
-    ends: tuple[EndpointSpec, EndpointSpec],
+    endpoints: tuple[EndpointSpec, EndpointSpec],
     selection: Selection,
     order: DeletionOrder,
     file: ReportFile,
     stop: ShutdownSignal,
 ) -> DeletionSummary:
-    source, destination = ends[0].named, ends[1].named
+    source, destination = endpoints[0].named, endpoints[1].named
     if source is None or destination is None:
         raise ConfigError("--mirror works between two instances")
     order = replace(order, neighbours=handles_of((source, destination)))
@@ -197,7 +197,7 @@ def _mirror(
         candidates = NotAtSource(end, selection, order.min_age)
         order = replace(order, local=True, source=end)
         return DeletionJob(MIRROR, destination, order, file, stop).select(
-            candidates, {"source": ends[0].place.record()}
+            candidates, {"source": endpoints[0].place.record()}
         )
 
 

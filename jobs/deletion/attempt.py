@@ -48,7 +48,7 @@ def attempt(
     batch: ItemBatch[Item],
     not_after: datetime,
     deadline: Deadline,
-    ends: datetime | None = None,
+    lock_end: datetime | None = None,
     *,
     source: ReferenceEndpoint | None = None,
 ) -> Result[Item]:
@@ -61,7 +61,7 @@ def attempt(
         batch: What is to go.
         not_after: An object that was uploaded later is too young.
         deadline: Nothing is asked of the Hub after that.
-        ends: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
+        lock_end: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
             late; None where `deadline` was set when the lock was confirmed.
         source: Of a mirror: what it has is `changed`, and stays.
 
@@ -72,7 +72,7 @@ def attempt(
     try:
         while True:
             at_source = () if source is None else source.look_up([item.key for item in batch.items], deadline)
-            look = _look(bucket, paths, deadline, ends)
+            look = _look(bucket, paths, deadline, lock_end)
             ended, todo = _compare(batch, look.found, at_source, not_after)
             if look.fresh or not todo:
                 break
@@ -94,7 +94,7 @@ def attempt(
     return _again(batch, left, batch.asked, {path: failure.message for path, failure in failed.items()}, ended)
 
 
-def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime | None) -> _Look:
+def _look(bucket: Bucket, paths: list[str], deadline: Deadline, lock_end: datetime | None) -> _Look:
     """Look up what there is.
 
     Raises:
@@ -102,7 +102,7 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime |
         HFBucketError: Nobody knows.
     """
     sent = monotonic()
-    if ends is None:
+    if lock_end is None:
         return _Look(bucket.stat(paths, deadline, patient=False), sent, deadline)
     found, date = bucket.stat_dated(paths, deadline)
     if date is None:
@@ -111,7 +111,7 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, ends: datetime |
         )
     clock = ServerClock(monotonic)
     clock.stamped(date, sent, monotonic(), unsure_secs=1.0)
-    seconds = (ends - clock.latest()).total_seconds()
+    seconds = (lock_end - clock.latest()).total_seconds()
     if seconds <= 0:
         raise DeadlineError("the lock ended before this batch could be deleted")
     return _Look(found, sent, deadline.within(seconds))

@@ -312,7 +312,7 @@ class DeletionJob:
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._order.batch_size,
-                ends=lambda: lock.stops,
+                lock_end=lambda: lock.stops,
                 keep=lock.keep,
             )
             try:

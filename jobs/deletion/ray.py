@@ -34,11 +34,11 @@ class _Deleter:
         return [self._settings.resolve_token() is not None]
 
     def attempt(
-        self, batch: ItemBatch[Item], not_after: datetime, seconds: float, ends: datetime
+        self, batch: ItemBatch[Item], not_after: datetime, seconds: float, lock_end: datetime
     ) -> Result[Item] | HFBucketError:
         """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
         try:
-            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), ends)
+            return attempt(self._bucket, batch, not_after, Deadline.after(seconds), lock_end)
         except HFBucketError as error:
             return error
 

@@ -78,29 +78,30 @@ class CopyAttempt:
     why: dict[str, str] = field(default_factory=dict)  # by the key at the destination
     asked: set[str] = field(default_factory=set)
 
-    def end(self, move: CopyItem, outcome: CopyOutcome, message: str = "") -> None:
+    def end(self, copy_item: CopyItem, outcome: CopyOutcome, message: str = "") -> None:
         """Note how one has ended."""
-        self.ended.append(ItemOutcome(move, outcome, message))
+        self.ended.append(ItemOutcome(copy_item, outcome, message))
 
     def result(self, *, wait_secs: float = 0.0, counts: bool = True) -> Result[CopyItem]:
         """The result: what did not end is tried again, or has failed for good."""
         done = {ended.item.to for ended in self.ended}
-        left = tuple(move for move in self.batch.items if move.to not in done)
+        left = tuple(copy_item for copy_item in self.batch.items if copy_item.to not in done)
         if not left:
             return Result(tuple(self.ended))
         # A try that ended some is none for the others: they may not have had their turn.
         tries = self.batch.tries + (1 if counts and not self.ended else 0)
         if tries >= TRIES:
             failed = (
-                ItemOutcome(move, CopyOutcome.FAILED, self.why.get(move.to, "no time was left for it")) for move in left
+                ItemOutcome(copy_item, CopyOutcome.FAILED, self.why.get(copy_item.to, "no time was left for it"))
+                for copy_item in left
             )
             return Result((*self.ended, *failed))
-        asked = (self.batch.asked | self.asked) & {move.path for move in left}
+        asked = (self.batch.asked | self.asked) & {copy_item.path for copy_item in left}
         return Result(tuple(self.ended), ItemBatch(left, tries, frozenset(asked)), wait_secs)
 
 
 class Copier:
-    """Copies between two ends.
+    """Copies between two endpoints.
 
     Args:
         source: Where chunks come from.
@@ -147,7 +148,7 @@ class Copier:
         except ThrottledError as error:
             return tried.result(wait_secs=error.retry_after or _PAUSE_SECS, counts=False)
         except TransportError as error:
-            tried.why = {move.to: str(error) for move in batch.items} | tried.why
+            tried.why = {copy_item.to: str(error) for copy_item in batch.items} | tried.why
             return tried.result()
         return tried.result()
 
@@ -157,14 +158,16 @@ class Copier:
             tried,
             tried.batch.items,
             deadline,
-            lambda moves, soon: destination.copy(source, {move.to: move.content for move in moves}, soon),
+            lambda copy_items, soon: destination.copy(
+                source, {copy_item.to: copy_item.content for copy_item in copy_items}, soon
+            ),
             CopyOutcome.COPIED,
         )
 
     def name(
         self,
         tried: CopyAttempt,
-        moves: Iterable[CopyItem],
+        copy_items: Iterable[CopyItem],
         deadline: Deadline,
         give: Callable[[list[CopyItem], Deadline], dict[str, str]],
         outcome: CopyOutcome,
@@ -176,7 +179,7 @@ class Copier:
 
         Args:
             tried: Where it is noted how they end.
-            moves: What is to get a name.
+            copy_items: What is to get a name.
             deadline: When to give up.
             give: Gives the names until a deadline; returns why, by key, for those that have none.
             outcome: What they are then.
@@ -188,7 +191,7 @@ class Copier:
             ThrottledError: The pause is longer than the time that is left.
             HFBucketError: Nobody knows what became of any.
         """
-        todo = list(moves)
+        todo = list(copy_items)
         while True:
             try:
                 sent = time.monotonic()
@@ -211,42 +214,42 @@ class Copier:
     @staticmethod
     def _given(
         tried: CopyAttempt,
-        moves: list[CopyItem],
+        copy_items: list[CopyItem],
         give: Callable[[list[CopyItem], Deadline], dict[str, str]],
         soon: Deadline,
     ) -> dict[str, str]:
         """Give names, and note that the destination was asked to: what a lost answer leaves there is ours."""
         before = frozenset(tried.asked)
-        tried.asked |= {move.path for move in moves}
+        tried.asked |= {copy_item.path for copy_item in copy_items}
         try:
-            return give(moves, soon)
+            return give(copy_items, soon)
         except ThrottledError:  # nothing was named
             tried.asked = set(before)
             raise
 
     def _stream(self, tried: CopyAttempt, deadline: Deadline) -> None:
-        for moves in _windows(tried.batch.items, self.window_bytes):
+        for copy_items in _windows(tried.batch.items, self.window_bytes):
             if deadline.passed:
                 return
-            todo = self._bearable(tried, self.as_planned(tried, moves, deadline))
-            held = TIMES_IN_MEMORY * sum(move.size for move in todo)
+            todo = self._bearable(tried, self.as_planned(tried, copy_items, deadline))
+            held = TIMES_IN_MEMORY * sum(copy_item.size for copy_item in todo)
             try:
                 with self._semaphore.hold(held, deadline, "memory for chunks on their way (--window)"):
                     self._stream_window(tried, todo, deadline)
             except MemoryError:
-                tried.why |= {move.to: _NO_MEMORY for move in todo}
+                tried.why |= {copy_item.to: _NO_MEMORY for copy_item in todo}
 
-    def _bearable(self, tried: CopyAttempt, moves: list[CopyItem]) -> list[CopyItem]:
+    def _bearable(self, tried: CopyAttempt, copy_items: list[CopyItem]) -> list[CopyItem]:
         """Those that may be in memory; the others fail, whatever a manifest or a bucket says of their size."""
         most = max(self.memory_bytes, SMALL_BYTES)
-        for move in moves:
-            if move.size > most:
+        for copy_item in copy_items:
+            if copy_item.size > most:
                 tried.end(
-                    move,
+                    copy_item,
                     CopyOutcome.FAILED,
-                    f"it has {move.size:,} bytes, more than --window permits ({most:,}): raise --window if that is right",
+                    f"it has {copy_item.size:,} bytes, more than --window permits ({most:,}): raise --window if that is right",
                 )
-        return [move for move in moves if move.size <= most]
+        return [copy_item for copy_item in copy_items if copy_item.size <= most]
 
     def _stream_window(self, tried: CopyAttempt, todo: list[CopyItem], deadline: Deadline) -> None:
         chunks = self._fetched(tried, todo, deadline)
@@ -255,52 +258,65 @@ class Copier:
         staged = self._destination.put(chunks, deadline)
         wrong = {to: one for to, one in staged.items() if isinstance(one, HFBucketError)}
         tried.why |= {to: str(error) for to, error in wrong.items()}
-        self._publish(tried, [move for move in todo if move.to in staged and move.to not in wrong], staged, deadline)
+        self._publish(
+            tried,
+            [copy_item for copy_item in todo if copy_item.to in staged and copy_item.to not in wrong],
+            staged,
+            deadline,
+        )
 
     def _publish(self, tried: CopyAttempt, todo: list[CopyItem], staged: Mapping[str, Any], deadline: Deadline) -> None:
         """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""
 
-        def give(moves: list[CopyItem], soon: Deadline) -> dict[str, str]:
-            replacing = frozenset(move.to for move in moves if move.replaces is not None)
-            return self._destination.publish({move.to: staged[move.to] for move in moves}, replacing, soon)
+        def give(copy_items: list[CopyItem], soon: Deadline) -> dict[str, str]:
+            replacing = frozenset(copy_item.to for copy_item in copy_items if copy_item.replaces is not None)
+            return self._destination.publish(
+                {copy_item.to: staged[copy_item.to] for copy_item in copy_items}, replacing, soon
+            )
 
         try:
             self.name(tried, todo, deadline, give, CopyOutcome.STREAMED)
         finally:
-            self._destination.drop({move.to: staged[move.to] for move in todo})
+            self._destination.drop({copy_item.to: staged[copy_item.to] for copy_item in todo})
 
     def _fetched(self, tried: CopyAttempt, todo: list[CopyItem], deadline: Deadline) -> dict[str, Chunk]:
-        by_key = {move.key: move for move in todo}
+        by_key = {copy_item.key: copy_item for copy_item in todo}
         chunks: dict[str, Chunk] = {}
         lost: list[CopyItem] = []
-        for key, data in self._source.fetch({key: move.content for key, move in by_key.items()}, deadline).items():
-            move = by_key[key]
+        for key, data in self._source.fetch(
+            {key: copy_item.content for key, copy_item in by_key.items()}, deadline
+        ).items():
+            copy_item = by_key[key]
             if isinstance(data, bytearray):
-                chunks[move.to] = Chunk(data, move.content, move.uploaded_at)
+                chunks[copy_item.to] = Chunk(data, copy_item.content, copy_item.uploaded_at)
             elif isinstance(data, (ThrottledError, AccessDeniedError, BucketMissingError)):
                 raise data
             else:
-                tried.why[move.to] = str(data)
-                lost.append(move)
+                tried.why[copy_item.to] = str(data)
+                lost.append(copy_item)
         self._end_deleted(tried, lost, deadline)
         return chunks
 
     def as_planned(
-        self, tried: CopyAttempt, moves: Iterable[CopyItem], deadline: Deadline, *, patient: bool = True
+        self, tried: CopyAttempt, copy_items: Iterable[CopyItem], deadline: Deadline, *, patient: bool = True
     ) -> list[CopyItem]:
         """Those for which the destination is as it was planned; the others end."""
-        moves = list(moves)
-        held = self._destination.look_up([move.to for move in moves], deadline, patient=patient) if moves else {}
+        copy_items = list(copy_items)
+        held = (
+            self._destination.look_up([copy_item.to for copy_item in copy_items], deadline, patient=patient)
+            if copy_items
+            else {}
+        )
         todo: list[CopyItem] = []
-        for move in moves:
-            there = held.get(move.to)
-            if there is not None and there.content == move.content:
-                ours = move.path in tried.batch.asked  # the Hub did it, and its answer was lost
-                tried.end(move, self._ours if ours else CopyOutcome.SAME)
-            elif _state(there) != _state(move.replaces):
-                tried.end(move, CopyOutcome.CHANGED)
+        for copy_item in copy_items:
+            there = held.get(copy_item.to)
+            if there is not None and there.content == copy_item.content:
+                ours = copy_item.path in tried.batch.asked  # the Hub did it, and its answer was lost
+                tried.end(copy_item, self._ours if ours else CopyOutcome.SAME)
+            elif _state(there) != _state(copy_item.replaces):
+                tried.end(copy_item, CopyOutcome.CHANGED)
             else:
-                todo.append(move)
+                todo.append(copy_item)
         return todo
 
     @property
@@ -310,27 +326,35 @@ class Copier:
     def verify(
         self,
         tried: CopyAttempt,
-        moves: list[CopyItem],
+        copy_items: list[CopyItem],
         failed: dict[str, str],
         outcome: CopyOutcome,
         deadline: Deadline,
     ) -> None:
         """End those that are there now; say of the others why not."""
-        held = self._destination.look_up([move.to for move in moves if move.to not in failed], deadline)
-        for move in moves:
-            there = held.get(move.to)
-            if there is not None and there.content == move.content:
-                tried.end(move, outcome)
+        held = self._destination.look_up(
+            [copy_item.to for copy_item in copy_items if copy_item.to not in failed], deadline
+        )
+        for copy_item in copy_items:
+            there = held.get(copy_item.to)
+            if there is not None and there.content == copy_item.content:
+                tried.end(copy_item, outcome)
             else:
-                tried.why[move.to] = failed.get(move.to, f"{self._destination.name} took it, and does not have it now")
-        self._end_deleted(tried, [move for move in moves if move.to in failed], deadline)
+                tried.why[copy_item.to] = failed.get(
+                    copy_item.to, f"{self._destination.name} took it, and does not have it now"
+                )
+        self._end_deleted(tried, [copy_item for copy_item in copy_items if copy_item.to in failed], deadline)
 
-    def _end_deleted(self, tried: CopyAttempt, moves: list[CopyItem], deadline: Deadline) -> None:
+    def _end_deleted(self, tried: CopyAttempt, copy_items: list[CopyItem], deadline: Deadline) -> None:
         """End those that the source no longer has as planned."""
-        gone = self._source.gone({move.key: move.content for move in moves}, deadline) if moves else frozenset()
-        for move in moves:
-            if move.key in gone:
-                tried.end(move, CopyOutcome.GONE)
+        gone = (
+            self._source.gone({copy_item.key: copy_item.content for copy_item in copy_items}, deadline)
+            if copy_items
+            else frozenset()
+        )
+        for copy_item in copy_items:
+            if copy_item.key in gone:
+                tried.end(copy_item, CopyOutcome.GONE)
 
 
 def _state(held: EndpointObject | None) -> object:
@@ -343,15 +367,15 @@ def _instances(source: SourceEndpoint, destination: DestinationEndpoint) -> tupl
     return source, destination
 
 
-def _windows(moves: Iterable[CopyItem], most_bytes: int) -> Iterator[list[CopyItem]]:
+def _windows(copy_items: Iterable[CopyItem], most_bytes: int) -> Iterator[list[CopyItem]]:
     window: list[CopyItem] = []
     nbytes = 0
-    for move in moves:
-        if window and nbytes + move.size > most_bytes:
+    for copy_item in copy_items:
+        if window and nbytes + copy_item.size > most_bytes:
             yield window
             window, nbytes = [], 0
-        window.append(move)
-        nbytes += move.size
+        window.append(copy_item)
+        nbytes += copy_item.size
     if window:
         yield window
 
@@ -373,22 +397,22 @@ class Method:
     asked: bool = True
 
 
-def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[CopyItem], seconds: float) -> Method:
+def find_out(source: InstanceEnd, destination: InstanceEnd, copy_items: Iterable[CopyItem], seconds: float) -> Method:
     """Ask the Hub whether it copies from one bucket to the other, by the first copies that are to be made.
 
     Args:
         source: Where chunks come from.
         destination: Where they go.
-        moves: What is to be copied, if it is still as planned.
+        copy_items: What is to be copied, if it is still as planned.
         seconds: How long one try may take.
 
     Raises:
         TransportError: The Hub did not answer; nothing is known then.
         HFBucketError: The destination cannot be looked at.
     """
-    for move in moves:
+    for copy_item in copy_items:
         try:
-            tried, failed = _one_named(source, destination, move, seconds)
+            tried, failed = _one_named(source, destination, copy_item, seconds)
         except (RefusedError, AccessDeniedError, BucketMissingError) as error:
             return Method(CopyMethod.STREAM, f"the Hub refused to copy: {error}")
         except (ThrottledError, TransportError) as error:
@@ -399,17 +423,17 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, moves: Iterable[Copy
         if outcomes & {CopyOutcome.SAME, CopyOutcome.CHANGED}:
             continue
         if not failed:
-            moved = move if CopyOutcome.COPIED in outcomes else None
+            moved = copy_item if CopyOutcome.COPIED in outcomes else None
             return Method(
                 CopyMethod.COPY_OR_STREAM, "the Hub copied the first object from bucket to bucket, by its hash", moved
             )
         if CopyOutcome.GONE not in outcomes:
-            return Method(CopyMethod.STREAM, f"the Hub refused to copy: {failed[move.to]}")
+            return Method(CopyMethod.STREAM, f"the Hub refused to copy: {failed[copy_item.to]}")
     return Method(CopyMethod.STREAM, "there was nothing to ask the Hub with", asked=False)
 
 
 def _one_named(
-    source: InstanceEnd, destination: InstanceEnd, move: CopyItem, seconds: float
+    source: InstanceEnd, destination: InstanceEnd, copy_item: CopyItem, seconds: float
 ) -> tuple[CopyAttempt, dict[str, str]]:
     """Have the Hub copy one object, trying again what may pass: what became of it, and why it has no name.
 
@@ -420,13 +444,13 @@ def _one_named(
     deadline, asked = Deadline.patient(seconds), frozenset[str]()
     tries = 0
 
-    def give(moves: list[CopyItem], soon: Deadline) -> dict[str, str]:
-        return destination.copy(source, {one.to: one.content for one in moves}, soon)
+    def give(copy_items: list[CopyItem], soon: Deadline) -> dict[str, str]:
+        return destination.copy(source, {one.to: one.content for one in copy_items}, soon)
 
     while True:
-        tried = CopyAttempt(ItemBatch((move,), tries, asked))
+        tried = CopyAttempt(ItemBatch((copy_item,), tries, asked))
         try:
-            return tried, mover.name(tried, (move,), deadline, give, CopyOutcome.COPIED)
+            return tried, mover.name(tried, (copy_item,), deadline, give, CopyOutcome.COPIED)
         except ThrottledError as error:  # no try: when the pause is over, the destination is looked at again
             deadline.wait_out(error)
         except TransportError:

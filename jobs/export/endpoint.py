@@ -1,4 +1,4 @@
-"""The two ends of an export: where chunks come from, and where they go. An instance is either, a directory is either.
+"""The two endpoints of an export: where chunks come from, and where they go. An instance is either, a directory is either.
 
 Nothing appears at a destination under its name before all of its bytes are there and have the hash that they should:
 `put` brings bytes to it, `publish` makes them visible.
@@ -50,7 +50,7 @@ class Chunk:
 
 
 class Endpoint(Protocol):
-    """What both ends have."""
+    """What both endpoints have."""
 
     @property
     def name(self) -> str:

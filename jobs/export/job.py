@@ -53,7 +53,7 @@ class Export:
     """An export from one end to the other.
 
     Args:
-        ends: Where chunks come from, and where they go.
+        endpoints: Where chunks come from, and where they go.
         order: How it is to be done.
         file: Where it is told of every chunk.
         stop: Whether to stop.
@@ -63,9 +63,9 @@ class Export:
     """
 
     def __init__(
-        self, ends: tuple[EndpointSpec, EndpointSpec], order: ExportOrder, file: ReportFile, stop: ShutdownSignal
+        self, endpoints: tuple[EndpointSpec, EndpointSpec], order: ExportOrder, file: ReportFile, stop: ShutdownSignal
     ) -> None:
-        self._ends = ends
+        self._endpoints = endpoints
         self._order = order
         self._file = file
         self._stop = stop
@@ -99,9 +99,9 @@ class Export:
         def with_ends() -> int:
             try:
                 with contextlib.ExitStack() as stack:
-                    source = self._ends[0].source(believe_files=self._order.believe_files)
+                    source = self._endpoints[0].source(believe_files=self._order.believe_files)
                     stack.callback(source.close)
-                    destination = self._ends[1].destination()
+                    destination = self._endpoints[1].destination()
                     stack.callback(destination.close)
                     return work(source, destination)
             except Exception as error:
@@ -120,8 +120,8 @@ class Export:
 
     def _summary(self, code: int) -> ExportSummary:
         return ExportSummary(
-            self._ends[0].place,
-            self._ends[1].place,
+            self._endpoints[0].place,
+            self._endpoints[1].place,
             code,
             self._applied,
             self._message,
@@ -148,8 +148,8 @@ class Export:
     ) -> ExportPlanFile:
         order = self._order
         header = ExportHeader(
-            self._ends[0].place,
-            self._ends[1].place,
+            self._endpoints[0].place,
+            self._endpoints[1].place,
             datetime.now(UTC),
             order.mode,
             order.renames,
@@ -174,7 +174,7 @@ class Export:
 
     def _resume(self, source: SourceEndpoint, destination: DestinationEndpoint, plan: ExportPlanFile) -> int:
         self._plan = plan
-        for one, end in zip((plan.header.source, plan.header.destination), self._ends, strict=True):
+        for one, end in zip((plan.header.source, plan.header.destination), self._endpoints, strict=True):
             if one.instance != end.place.instance or not one.same_as(end.place):
                 raise ConfigError(
                     f"plan {str(plan.path)!r} is for {one.where}, and {one.name!r} is {end.place.where} now"
@@ -190,7 +190,7 @@ class Export:
         self._applied = True
         destination.begin()
         with KnownChunks() as known, self._stop.orderly():
-            code = self._apply(source, destination, plan, known) if plan.moves_left.objects else exit_codes.COMPLETE
+            code = self._apply(source, destination, plan, known) if plan.items_left.objects else exit_codes.COMPLETE
             if isinstance(destination, DirectoryDestination) and not self._summary(code).unfinished.objects:
                 self._in_manifest = destination.finish(known)
                 if known.damaged:
@@ -206,17 +206,17 @@ class Export:
         return exit_codes.FAILED
 
     def _name_conflicts(self, plan: ExportPlanFile) -> None:
-        for move in plan.moves(CONFLICT):
+        for copy_item in plan.copy_items(CONFLICT):
             reported = {
                 "record": "object",
-                "path": move.path,
-                "size": move.size,
+                "path": copy_item.path,
+                "size": copy_item.size,
                 "reason": CONFLICT,
                 "outcome": CONFLICT,
             }
-            self._file.write(reported | conflict_record(move))
+            self._file.write(reported | conflict_record(copy_item))
             if len(self._conflicts) < NAMED_CONFLICTS:
-                self._conflicts.append(conflict_record(move))
+                self._conflicts.append(conflict_record(copy_item))
 
     def _ordered(self, plan: ExportPlanFile) -> bool:
         """Whether to carry a plan out: what only adds needs no order, what replaces does."""
@@ -229,7 +229,7 @@ class Export:
     def _apply(
         self, source: SourceEndpoint, destination: DestinationEndpoint, plan: ExportPlanFile, known: KnownChunks
     ) -> int:
-        progress = ProgressLog(plan.moves_left, self._ends[1].place.name)
+        progress = ProgressLog(plan.items_left, self._endpoints[1].place.name)
 
         def reported(ended: ItemOutcome[CopyItem]) -> None:
             if not self._order.quiet:
@@ -237,26 +237,26 @@ class Export:
             if notifier is not None and ended.outcome in (CopyOutcome.COPIED, CopyOutcome.STREAMED):
                 notifier.did(encode_name(ended.item.to), ended.item.content)
             if ended.outcome in (CopyOutcome.STREAMED, CopyOutcome.SAME):
-                move = ended.item
-                known.add(ManifestLine(move.to, move.content, move.uploaded_at))
+                copy_item = ended.item
+                known.add(ManifestLine(copy_item.to, copy_item.content, copy_item.uploaded_at))
             self._tally.add(ended)
 
         with notifying(destination.bucket if isinstance(destination, InstanceEnd) else None) as notifier:
-            moves = self._fresh(destination, plan, reported)
-            self._method, moves = self._find_out(source, destination, plan, moves, reported)
-            return self._move((source, destination), plan, moves, self._method, reported)
+            copy_items = self._fresh(destination, plan, reported)
+            self._method, copy_items = self._find_out(source, destination, plan, copy_items, reported)
+            return self._run_copies((source, destination), plan, copy_items, self._method, reported)
 
-    def _move(
+    def _run_copies(
         self,
-        ends: tuple[SourceEndpoint, DestinationEndpoint],
+        endpoints: tuple[SourceEndpoint, DestinationEndpoint],
         plan: ExportPlanFile,
-        moves: Iterator[CopyItem],
+        copy_items: Iterator[CopyItem],
         method: Method,
         reported: Callable[[ItemOutcome[CopyItem]], None],
     ) -> int:
         window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
         streams = method.how is CopyMethod.STREAM
-        copier = Copier(*ends, method.how, window, self._order.window_bytes)
+        copier = Copier(*endpoints, method.how, window, self._order.window_bytes)
         with contextlib.closing(self._executor(copier)) as executor:
             if not self._order.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
@@ -271,7 +271,7 @@ class Export:
                 batch_bytes=window if streams else None,
                 attempt_secs=ATTEMPT_SECS,
             )
-            return self._judge(applier.run(moves))
+            return self._judge(applier.run(copy_items))
 
     def _executor(self, copier: Copier) -> Executor[CopyItem]:
         """Where batches are copied: in this process, or on actors of the configured Ray cluster.
@@ -281,7 +281,7 @@ class Export:
         Raises:
             HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the tokens.
         """
-        order, source, destination = self._order, self._ends[0].named, self._ends[1].named
+        order, source, destination = self._order, self._endpoints[0].named, self._endpoints[1].named
         if copier.how is CopyMethod.STREAM and not order.local and source is not None and destination is not None:
             from jobs.export.ray import CopyActors  # noqa: PLC0415 - Ray takes a second to import
 
@@ -298,25 +298,25 @@ class Export:
 
         A look-up that fails changes nothing: every batch is looked up again before anything gets a name.
         """
-        moves = plan.moves()
-        while page := list(itertools.islice(moves, PAGE)):
+        copy_items = plan.copy_items()
+        while page := list(itertools.islice(copy_items, PAGE)):
             try:
-                held = destination.look_up([move.to for move in page], Deadline.patient(_LOOK_UP_SECS))
+                held = destination.look_up([copy_item.to for copy_item in page], Deadline.patient(_LOOK_UP_SECS))
             except (ThrottledError, TransportError):
                 held = {}
-            for move in page:
-                there = held.get(move.to)
-                if there is not None and there.content == move.content:
-                    reported(ItemOutcome(move, CopyOutcome.SAME))
+            for copy_item in page:
+                there = held.get(copy_item.to)
+                if there is not None and there.content == copy_item.content:
+                    reported(ItemOutcome(copy_item, CopyOutcome.SAME))
                 else:
-                    yield move
+                    yield copy_item
 
     def _find_out(
         self,
         source: SourceEndpoint,
         destination: DestinationEndpoint,
         plan: ExportPlanFile,
-        moves: Iterator[CopyItem],
+        copy_items: Iterator[CopyItem],
         reported: Callable[[ItemOutcome[CopyItem]], None],
     ) -> tuple[Method, Iterator[CopyItem]]:
         """How bytes are to be moved, and what is left to be moved then.
@@ -328,15 +328,15 @@ class Export:
         if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):
             if mode == "copy":
                 raise RefusedError("--mode copy: the Hub copies between buckets only. Give --mode stream, or auto")
-            return Method(CopyMethod.STREAM, "one of the two ends is a directory"), moves
+            return Method(CopyMethod.STREAM, "one of the two endpoints is a directory"), copy_items
         if mode == "stream":
-            return Method(CopyMethod.STREAM, "that was asked for"), moves
+            return Method(CopyMethod.STREAM, "that was asked for"), copy_items
         looked_at: list[CopyItem] = []
 
         def noted() -> Iterator[CopyItem]:
-            for move in moves:
-                looked_at.append(move)
-                yield move
+            for copy_item in copy_items:
+                looked_at.append(copy_item)
+                yield copy_item
 
         method = find_out(source, destination, noted(), _LOOK_UP_SECS)
         if mode == "copy":
@@ -345,7 +345,9 @@ class Export:
             method = Method(CopyMethod.COPY, "that was asked for", method.moved)
         if method.moved is not None:
             reported(ItemOutcome(method.moved, CopyOutcome.COPIED))
-        return method, itertools.chain((move for move in looked_at if move is not method.moved), moves)
+        return method, itertools.chain(
+            (copy_item for copy_item in looked_at if copy_item is not method.moved), copy_items
+        )
 
     def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects

@@ -27,10 +27,10 @@ _PARTS: Final = ("since", "newest", "max_bytes", "keys_from", "prompts")
 
 
 def check_mirror(selection: Selection, renames: Renames, *, directories: bool) -> None:
-    """Refuse what a mirror cannot be of: only names say what both ends should have.
+    """Refuse what a mirror cannot be of: only names say what both endpoints should have.
 
     Raises:
-        ConfigError: The choice goes by more than names, or one of the ends is a directory.
+        ConfigError: The choice goes by more than names, or one of the endpoints is a directory.
     """
     if directories:
         raise ConfigError("--mirror works between two instances: files of a directory are yours to delete")

@@ -152,7 +152,7 @@ NEW, REPLACED, CONFLICT = "new", "replaced", "conflict"
 
 @dataclass(frozen=True, slots=True)
 class EndpointRef:
-    """One of the two ends, as a plan names it.
+    """One of the two endpoints, as a plan names it.
 
     Attributes:
         instance: The name of the instance; None for a directory.
@@ -369,14 +369,14 @@ class ExportPlanWriter(PlanOutput):
         super().__init__(path, header.record())
         self.planned: defaultdict[str, Extent] = defaultdict(Extent)
 
-    def add(self, move: CopyItem) -> None:
+    def add(self, copy_item: CopyItem) -> None:
         """Plan a copy."""
-        self._write(move.record())
-        self.planned[move.reason] = self.planned[move.reason].plus(move.size)
+        self._write(copy_item.record())
+        self.planned[copy_item.reason] = self.planned[copy_item.reason].plus(copy_item.size)
 
-    def name_conflict(self, move: CopyItem) -> None:
+    def name_conflict(self, copy_item: CopyItem) -> None:
         """Name a chunk that is not copied, since the destination has something else under its key."""
-        self._write(move.record(CONFLICT))
+        self._write(copy_item.record(CONFLICT))
 
     def finish(self, totals: ExportTotals) -> None:
         """End the plan: from now on it is there."""
@@ -403,7 +403,7 @@ class ExportPlanFile:
         self._lines = lines
 
     @property
-    def moves_left(self) -> Extent:
+    def items_left(self) -> Extent:
         """All that is still to be copied."""
         kinds = [self.left[reason] for reason in (NEW, REPLACED) if reason in self.left]
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
@@ -446,7 +446,7 @@ class ExportPlanFile:
             raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; make a new plan")
         return cls(path, header, totals, dict(left), lines)
 
-    def moves(self, *reasons: str) -> Iterator[CopyItem]:
+    def copy_items(self, *reasons: str) -> Iterator[CopyItem]:
         """What is to be copied, or other lines of the plan, in its order.
 
         Args:

@@ -138,7 +138,7 @@ _LOOK_UP_SECS: Final = 330.0
 
 
 class ExportPlanning:
-    """Compares the two ends, page by page.
+    """Compares the two endpoints, page by page.
 
     Args:
         header: Of the plan.
@@ -173,7 +173,7 @@ class ExportPlanning:
         Raises:
             RenameError: A copy would have no name, or that of another.
             GuardError: Nothing was chosen.
-            HFBucketError: One of the ends did not tell what it holds.
+            HFBucketError: One of the endpoints could not be listed.
             OSError: There is no room for it.
         """
         skipped: Counter[str] = Counter()
@@ -203,19 +203,21 @@ class ExportPlanning:
         for to, chunk in page.items():
             self._chosen = self._chosen.plus(chunk.size)
             there = held.get(to)
-            move = CopyItem(chunk.key, to, ContentId(chunk.xet_hash, chunk.size), chunk.uploaded_at, there)
-            if there is None or (there.content != move.content and self._replaces(move, there)):
-                self._writer.add(move)
-            elif there.content == move.content:
+            copy_item = CopyItem(chunk.key, to, ContentId(chunk.xet_hash, chunk.size), chunk.uploaded_at, there)
+            if there is None or (there.content != copy_item.content and self._replaces(copy_item, there)):
+                self._writer.add(copy_item)
+            elif there.content == copy_item.content:
                 self._same = self._same.plus(chunk.size)
             else:
                 self._conflicts = self._conflicts.plus(chunk.size)
-                self._writer.name_conflict(move)
+                self._writer.name_conflict(copy_item)
 
-    def _replaces(self, move: CopyItem, there: EndpointObject) -> bool:
+    def _replaces(self, copy_item: CopyItem, there: EndpointObject) -> bool:
         if self._on_conflict is OnConflict.NEWER:
             return (
-                move.uploaded_at is not None and there.uploaded_at is not None and move.uploaded_at > there.uploaded_at
+                copy_item.uploaded_at is not None
+                and there.uploaded_at is not None
+                and copy_item.uploaded_at > there.uploaded_at
             )
         return self._on_conflict is OnConflict.OVERWRITE
 

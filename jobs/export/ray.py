@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class _Copier:
     """The actor that carries bytes from one instance to another, a window of them at a time."""
 
-    def __init__(self, ends: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
+    def __init__(self, endpoints: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
         xet_home.claim()
-        self._settings = [settings for _, settings in ends]
-        source, destination = (InstanceEnd(name, settings) for name, settings in ends)
+        self._settings = [settings for _, settings in endpoints]
+        source, destination = (InstanceEnd(name, settings) for name, settings in endpoints)
         self._mover = Copier(source, destination, CopyMethod.STREAM, window_bytes, memory_bytes)
 
     def tokens(self) -> list[bool]:
@@ -34,7 +34,7 @@ class _Copier:
         return [settings.resolve_token() is not None for settings in self._settings]
 
     def attempt(
-        self, batch: ItemBatch[CopyItem], _not_after: datetime, seconds: float, _ends: None
+        self, batch: ItemBatch[CopyItem], _not_after: datetime, seconds: float, _endpoints: None
     ) -> Result[CopyItem] | HFBucketError:
         """Try at a batch, as `_Deleter` does."""
         try:
@@ -47,7 +47,7 @@ class CopyActors(ActorExecutor["CopyItem"]):
     """Batches of copies on actors, through which the bytes go.
 
     Args:
-        ends: Where chunks come from, and where they go.
+        endpoints: Where chunks come from, and where they go.
         bounds: Most bytes of chunks that one actor fetches at one time, and of a single chunk.
         width: How many actors.
         address: Of the cluster; None for the configured one.
@@ -58,7 +58,7 @@ class CopyActors(ActorExecutor["CopyItem"]):
     """
 
     def __init__(
-        self, ends: tuple[InstanceConfig, InstanceConfig], bounds: tuple[int, int], width: int, address: str | None
+        self, endpoints: tuple[InstanceConfig, InstanceConfig], bounds: tuple[int, int], width: int, address: str | None
     ) -> None:
-        own = [(named.name, without_token(named)) for named in ends]
-        super().__init__(width, address, ends, CopyOutcome.FAILED, actor=_Copier, arguments=(own, *bounds))
+        own = [(named.name, without_token(named)) for named in endpoints]
+        super().__init__(width, address, endpoints, CopyOutcome.FAILED, actor=_Copier, arguments=(own, *bounds))

@@ -25,13 +25,13 @@ NAMED_CONFLICTS: Final = 1000
 _TOLD_CONFLICTS: Final = 10
 
 
-def conflict_record(move: CopyItem) -> dict[str, Any]:
+def conflict_record(copy_item: CopyItem) -> dict[str, Any]:
     """A chunk that is not copied, since the destination has something else under its key."""
-    there = move.replaces
+    there = copy_item.replaces
     return {
-        "key": move.key,
-        "to": move.to,
-        "xet_hash": move.content.xet_hash,
+        "key": copy_item.key,
+        "to": copy_item.to,
+        "xet_hash": copy_item.content.xet_hash,
         "there_xet_hash": "" if there is None else there.content.xet_hash,
     }
 
@@ -99,7 +99,7 @@ class ExportSummary:
     @property
     def planned(self) -> Extent:
         """What the plan copies."""
-        return Extent() if self.plan is None else self.plan.moves_left
+        return Extent() if self.plan is None else self.plan.items_left
 
     @property
     def moved(self) -> Extent:
@@ -112,7 +112,7 @@ class ExportSummary:
         """What was planned and has not ended."""
         if self.plan is None or not self.applied:
             return Extent()
-        left = self.plan.moves_left
+        left = self.plan.items_left
         for extent in self.ended.values():
             left = left.minus(extent)
         return left
@@ -130,7 +130,7 @@ class ExportSummary:
         if not self.applied:
             if not self.code:  # what is refused would be refused again
                 yield (
-                    f"nothing was copied: this was only planned ({self.plan.moves_left}). To carry it out: python -m jobs apply "
+                    f"nothing was copied: this was only planned ({self.plan.items_left}). To carry it out: python -m jobs apply "
                     f"{self.plan.path} --yes"
                 )
             return

@@ -90,11 +90,11 @@ def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[
     return EndpointSpec(named=named_instances(config, [text])[0])
 
 
-def check_endpoints(ends: tuple[EndpointSpec, EndpointSpec], renames: Renames, *, without_manifest: bool) -> None:
+def check_endpoints(endpoints: tuple[EndpointSpec, EndpointSpec], renames: Renames, *, without_manifest: bool) -> None:
     """Check that chunks can be copied from one endpoint to the other.
 
     Args:
-        ends: Where chunks come from, and where they go.
+        endpoints: Where chunks come from, and where they go.
         renames: What the copies are called.
         without_manifest: Whether a directory without a manifest is to be imported.
 
@@ -102,7 +102,7 @@ def check_endpoints(ends: tuple[EndpointSpec, EndpointSpec], renames: Renames, *
         ConfigError: Both are the same, or the source is no directory to be imported without a manifest.
         RefusedError: The role of the destination does not write.
     """
-    source, destination = ends
+    source, destination = endpoints
     if source.place.same_as(destination.place) and not renames.rules:
         raise ConfigError(f"--from and --to are the same place: {source.place.where}")
     if destination.named is not None and not destination.named.settings.writes:

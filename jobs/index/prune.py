@@ -102,7 +102,7 @@ def prune(
             reported=reported,
             stop=stop,
             until=limits.until,
-            ends=lambda: lock.stops,
+            lock_end=lambda: lock.stops,
             keep=lock.keep,
         )
         try:

@@ -96,7 +96,7 @@ class Driver:
     Args:
         nodes: Where to run.
         config: What each is told.
-        witness: Is told what happens.
+        listener: Is told what happens.
         stop: Says whether to stop.
         start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
             nothing else to do.
@@ -109,7 +109,7 @@ class Driver:
         self,
         nodes: Sequence[Node],
         config: Config,
-        witness: RunListener,
+        listener: RunListener,
         stop: Stop,
         start_secs: float,
         *,
@@ -120,7 +120,7 @@ class Driver:
         self._store_bytes = store_bytes or (replacing.store_bytes if replacing is not None else lambda _: 0)
         self._nodes = nodes
         self._config = config
-        self._witness = witness
+        self._listener = listener
         self._stop = stop
         self._start_secs = start_secs
         self._chunk_secs = chunk_secs
@@ -149,7 +149,7 @@ class Driver:
                 self._lose_hung_nodes(schedule)
                 self._fill_vacancies(schedule)
                 self._name_failed()
-                self._witness.tick()
+                self._listener.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
         except HFBucketError:  # the plan cannot be read to its end
@@ -241,14 +241,14 @@ class Driver:
 
     def _note(self, ended: Iterable[Ended]) -> None:
         for node, outcome in ended:
-            self._witness.ended(node, outcome)
+            self._listener.ended(node, outcome)
 
     def _started(self, schedule: Scheduler, name: str, error: HFBucketError | None, open_secs: float) -> None:
         if error is None:
             actor = self._actors.by_node[name]
             actor.started = True
             schedule.started(name)
-            self._witness.started(name, time.monotonic() - actor.launched - open_secs, open_secs)
+            self._listener.started(name, time.monotonic() - actor.launched - open_secs, open_secs)
         else:
             self._lose(schedule, name, error.kind, str(error))
 
@@ -268,7 +268,7 @@ class Driver:
 
     def _lose(self, schedule: Scheduler, name: str, kind: str, message: str) -> None:
         self._actors.give_up(name)
-        self._witness.lost(name, kind, message)
+        self._listener.lost(name, kind, message)
         keep = self._replacing is not None and kind in {NODE_LOST, NODE_START}
         rest = schedule.lost(name, keep_place=keep)
         self._release(schedule)
@@ -302,7 +302,7 @@ class Driver:
                 continue
             del self._vacant[name]
             schedule.replace(name, node.id, self._replacing.store_bytes(node))
-            self._witness.replaced(name, node)
+            self._listener.replaced(name, node)
             self._launch(node)
         for name, (kind, message, deadline) in list(self._vacant.items()):
             if now > deadline and schedule.exhausted:

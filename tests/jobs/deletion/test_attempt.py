@@ -89,11 +89,11 @@ class Executor:
     def __init__(self, *answers, after=None):
         self.answers, self.after = list(answers), after
         self.lost = []
-        self.ends = []
+        self.lock_end = []
 
-    def submit(self, batch, not_after, seconds, ends):
+    def submit(self, batch, not_after, seconds, lock_end):
         future = Future()
-        self.ends.append(ends)
+        self.lock_end.append(lock_end)
         answer = self.answers.pop(0) if self.answers else done(batch)
         if answer == "late":
             Timer(0.1, future.set_result, [done(batch)]).start()
@@ -124,11 +124,11 @@ def test_a_try_that_does_not_answer_is_lost_and_the_lock_is_kept_meanwhile(monke
     monkeypatch.setattr("jobs.batch.apply._LOST_SECS", 0.0)
     executor, reported, kept = Executor("never", after=lambda batch: Result((), batch)), [], []
 
-    end = applier(executor, reported.append, keep=lambda: kept.append(1), ends=lambda: AT).run(iter(ITEMS))
+    end = applier(executor, reported.append, keep=lambda: kept.append(1), lock_end=lambda: AT).run(iter(ITEMS))
 
     assert (end.why, len(reported), len(executor.lost)) == (None, 5, 1)
     assert kept
-    assert set(executor.ends) == {AT}
+    assert set(executor.lock_end) == {AT}
 
 
 def test_a_lock_that_is_lost_while_a_batch_is_in_progress_begins_no_more():

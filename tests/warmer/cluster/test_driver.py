@@ -22,15 +22,15 @@ def drive(world, chunks=40, caps=None, **options):
     names = [node.id for node in world.nodes]
     parts = [part(plan([MIB] * chunks))]
     schedule = Scheduler(dict.fromkeys(names, 10**9), parts, TaskLimits(batch_chunks=4), caps=caps or Caps())
-    witness = RunListener()
-    Driver(world.nodes, None, witness, ShutdownSignal(), 60.0, **options).run(schedule)
-    return witness
+    listener = RunListener()
+    Driver(world.nodes, None, listener, ShutdownSignal(), 60.0, **options).run(schedule)
+    return listener
 
 
-def keys_by_node(witness):
+def keys_by_node(listener):
     return {
-        node: sorted(outcome.key for name, outcome in witness.outcomes if name == node)
-        for node in {name for name, _ in witness.outcomes}
+        node: sorted(outcome.key for name, outcome in listener.outcomes if name == node)
+        for node in {name for name, _ in listener.outcomes}
     }
 
 
@@ -48,10 +48,10 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
     world = world.under(monkeypatch)
     world._answer = answer
     world.alive = world.alive[1:]  # the node, and not its process alone
-    witness = drive(world)
-    assert {node: kind for node, (kind, _) in witness.errors.items()} == {"a": "node_lost"}
+    listener = drive(world)
+    assert {node: kind for node, (kind, _) in listener.errors.items()} == {"a": "node_lost"}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
-    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+    assert keys_by_node(listener) == {"a": every, "b": every, "c": every}
 
 
 @pytest.mark.parametrize("error", [RefusedError("changed"), PlanLostError("gone")])
@@ -64,14 +64,14 @@ def test_what_is_in_progress_is_told_when_the_plan_cannot_be_read_on(monkeypatch
 
     world = FakeRay("ab").under(monkeypatch)
     schedule = Scheduler(dict.fromkeys("ab", 10**9), [PlanSection(read)], TaskLimits(batch_chunks=4))
-    witness = RunListener()
+    listener = RunListener()
     with pytest.raises(type(error)):
-        Driver(world.nodes, None, witness, ShutdownSignal(), 60.0).run(schedule)
+        Driver(world.nodes, None, listener, ShutdownSignal(), 60.0).run(schedule)
     assert {call.node for call in world.calls if call.method == "stop"} == {"a", "b"}
     asked = {chunk.key for call in world.calls if call.method == "fetch" for chunk in call.arguments[0]}
     assert asked
-    assert {outcome.key for _, outcome in witness.outcomes} >= asked
-    assert {outcome.key for _, outcome in witness.outcomes} <= {chunk.key for chunk in chunks[:100]}
+    assert {outcome.key for _, outcome in listener.outcomes} >= asked
+    assert {outcome.key for _, outcome in listener.outcomes} <= {chunk.key for chunk in chunks[:100]}
     assert sorted(world.killed) == ["a", "b"]
 
 
@@ -91,11 +91,11 @@ def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, 
             well(call)
 
     world = FakeRay("abc", answer, starts=True)
-    witness = drive(world.under(monkeypatch), replacing=replacing)
-    assert witness.errors == witness.places == {}
+    listener = drive(world.under(monkeypatch), replacing=replacing)
+    assert listener.errors == listener.places == {}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
-    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
-    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
+    assert keys_by_node(listener) == {"a": every, "b": every, "c": every}
+    assert {type(outcome) for _, outcome in listener.outcomes} == {Copied}
     starts = sum(call.method == "start" and call.node == "b" for call in world.calls)
     assert 2 <= starts <= times + 1  # calls that were in progress beside each other die together
 
@@ -103,12 +103,12 @@ def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, 
 def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):
     dead = ray.exceptions.ActorDiedError()
     world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
-    witness = drive(world)
-    kind, message = witness.errors.pop("b")
+    listener = drive(world)
+    kind, message = listener.errors.pop("b")
     assert (kind, "its process died 4 times" in message) == ("node_lost", True)
-    assert witness.errors == {}
+    assert listener.errors == {}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
-    assert keys_by_node(witness) == {"a": every, "b": every}
+    assert keys_by_node(listener) == {"a": every, "b": every}
 
 
 def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_not_waited_for(monkeypatch):
@@ -126,8 +126,8 @@ def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_
             well(call)
 
     world._answer = answer
-    witness = drive(world)
-    assert witness.errors == {"b": ("node_lost", "lost in mid-run: the node died")}
+    listener = drive(world)
+    assert listener.errors == {"b": ("node_lost", "lost in mid-run: the node died")}
     assert world.now < 10
 
 
@@ -137,34 +137,34 @@ def test_a_node_that_takes_no_part_holds_up_no_other(monkeypatch):
     world._answer = lambda call, now: (
         call.end((None, 0.0)) if call.method == "start" and call.node != "c" else start(call, now)
     )
-    witness = drive(world.under(monkeypatch))
-    assert witness.errors == {"c": ("node_start", "took no part within 60 s; is it overloaded?")}
+    listener = drive(world.under(monkeypatch))
+    assert listener.errors == {"c": ("node_start", "took no part within 60 s; is it overloaded?")}
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
-    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
-    assert {type(outcome) for node, outcome in witness.outcomes if node != "c"} == {Copied}
+    assert keys_by_node(listener) == {"a": every, "b": every, "c": every}
+    assert {type(outcome) for node, outcome in listener.outcomes if node != "c"} == {Copied}
 
 
 def test_what_nobody_foresaw_fails_chunks_and_not_the_run(monkeypatch):
     odd = ray.exceptions.RayTaskError("fetch", "", ArithmeticError("odd"))
     world = FakeRay("a", lambda call, _now: call.fail(odd)).under(monkeypatch)
-    witness = drive(world)
-    assert witness.errors == {}
-    assert {outcome.kind for _, outcome in witness.outcomes} == {"internal"}
-    assert "ArithmeticError: odd" in witness.outcomes[0][1].message
+    listener = drive(world)
+    assert listener.errors == {}
+    assert {outcome.kind for _, outcome in listener.outcomes} == {"internal"}
+    assert "ArithmeticError: odd" in listener.outcomes[0][1].message
 
 
 @pytest.mark.parametrize("method", ["fetch", "receive"])
 @pytest.mark.parametrize("chunk_secs", [5.0, 300.0])
 def test_a_node_that_answers_nothing_is_lost_after_a_while(monkeypatch, method, chunk_secs):
     world = FakeRay("abc", lambda call, _now: None if (call.node, call.method) == ("c", method) else well(call))
-    witness = drive(world.under(monkeypatch), chunk_secs=chunk_secs)
-    kind, message = witness.errors.pop("c")
+    listener = drive(world.under(monkeypatch), chunk_secs=chunk_secs)
+    kind, message = listener.errors.pop("c")
     assert kind == "node_lost"
     assert message.startswith("answered nothing for ")
-    assert witness.errors == {}
+    assert listener.errors == {}
     assert "c" in world.killed
     every = sorted(chunk.key for chunk in plan([MIB] * 40))
-    assert keys_by_node(witness) == {"a": every, "b": every, "c": every}
+    assert keys_by_node(listener) == {"a": every, "b": every, "c": every}
     assert 60 + 2 * chunk_secs <= world.now <= 90 + 2 * chunk_secs
 
 
@@ -177,9 +177,9 @@ def test_a_node_that_takes_all_the_time_that_it_may_is_not_lost(monkeypatch):
         if call.node != "c" or now >= begun[id(call)] + 600:
             well(call)
 
-    witness = drive(FakeRay("abc", answer).under(monkeypatch), chunk_secs=300.0, caps=Caps(node=MIB))
-    assert witness.errors == {}
-    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
+    listener = drive(FakeRay("abc", answer).under(monkeypatch), chunk_secs=300.0, caps=Caps(node=MIB))
+    assert listener.errors == {}
+    assert {type(outcome) for _, outcome in listener.outcomes} == {Copied}
 
 
 def test_an_answer_that_does_not_come_over_is_asked_for_again(monkeypatch):
@@ -210,10 +210,10 @@ def dies_after_its_part(world):
 def test_a_node_that_dies_after_its_last_chunk_is_noticed(monkeypatch):
     world = FakeRay("ab").under(monkeypatch)
     monkeypatch.setattr(driver, "alive_nodes", dies_after_its_part(world))
-    witness = drive(world)
-    assert witness.errors == {"b": ("node_lost", "lost after it had ended its part")}
-    assert {type(outcome) for _, outcome in witness.outcomes} == {Copied}
-    assert len(witness.outcomes) == 2 * 40
+    listener = drive(world)
+    assert listener.errors == {"b": ("node_lost", "lost after it had ended its part")}
+    assert {type(outcome) for _, outcome in listener.outcomes} == {Copied}
+    assert len(listener.outcomes) == 2 * 40
 
 
 def test_a_node_that_dies_after_its_last_chunk_is_replaced(monkeypatch):
@@ -225,9 +225,9 @@ def test_a_node_that_dies_after_its_last_chunk_is_replaced(monkeypatch):
         world.alive = [*(node for node in world.alive if node != joined), joined]
         return world.alive
 
-    witness = drive(world, replacing=Replacing(candidates, lambda _lost, _node: True, lambda _node: 10**9))
-    assert witness.places == {"b": "new"}
-    assert len(keys_by_node(witness)["new"]) == 40
+    listener = drive(world, replacing=Replacing(candidates, lambda _lost, _node: True, lambda _node: 10**9))
+    assert listener.places == {"b": "new"}
+    assert len(keys_by_node(listener)["new"]) == 40
 
 
 class Stopping(RunListener):
@@ -245,20 +245,20 @@ def lose_much(monkeypatch, after):
     """A run whose node b dies with all to do, while a fetches for itself."""
     dead = ray.exceptions.ActorDiedError()
     world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
-    witness = Stopping()
-    witness.after = after
+    listener = Stopping()
+    listener.after = after
     schedule = Scheduler(dict.fromkeys("ab", 0), [part(plan([10] * 5000))], direct=True)
-    Driver(world.nodes, None, witness, witness, 60.0).run(schedule)
-    return witness
+    Driver(world.nodes, None, listener, listener, 60.0).run(schedule)
+    return listener
 
 
 def test_a_lost_nodes_chunks_are_named_bit_by_bit_and_a_stop_is_obeyed_meanwhile(monkeypatch):
-    witness = lose_much(monkeypatch, after=1500)
-    assert 1500 <= sum(node == "b" for node, _ in witness.outcomes) <= 3000
+    listener = lose_much(monkeypatch, after=1500)
+    assert 1500 <= sum(node == "b" for node, _ in listener.outcomes) <= 3000
 
 
 def test_the_others_go_on_while_a_lost_nodes_chunks_are_named(monkeypatch):
-    witness = lose_much(monkeypatch, after=None)
-    assert len(keys_by_node(witness)["b"]) == len(set(keys_by_node(witness)["b"])) == 5000
-    named = [index for index, (node, _) in enumerate(witness.outcomes) if node == "b"]
-    assert {node for node, _ in witness.outcomes[named[0] : named[-1]]} == {"a", "b"}
+    listener = lose_much(monkeypatch, after=None)
+    assert len(keys_by_node(listener)["b"]) == len(set(keys_by_node(listener)["b"])) == 5000
+    named = [index for index, (node, _) in enumerate(listener.outcomes) if node == "b"]
+    assert {node for node, _ in listener.outcomes[named[0] : named[-1]]} == {"a", "b"}

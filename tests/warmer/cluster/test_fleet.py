@@ -223,7 +223,7 @@ def fleet_of(cluster, stocked):
 
     def run(tier):
         settings = EngineConfig.read(stocked.config).instance(INSTANCE)
-        plan, witness = stocked.plan(), RunListener()
+        plan, listener = stocked.plan(), RunListener()
         with joined(cluster.address):
             nodes = alive_nodes()
             with joined(None):  # it is in a cluster already, and stays there
@@ -231,10 +231,10 @@ def fleet_of(cluster, stocked):
             assert ray.is_initialized()
             config = NodeConfig(INSTANCE, settings, tier, token_expected=True)
             schedule = Scheduler({node.id: 10**7 for node in nodes}, [PlanSection(lambda start: iter(plan[start:]))])
-            Driver(nodes, config, witness, ShutdownSignal(), 60.0).run(schedule)
+            Driver(nodes, config, listener, ShutdownSignal(), 60.0).run(schedule)
         assert not ray.is_initialized()
-        assert len(witness.outcomes) == len(nodes) * len(plan)
-        return witness
+        assert len(listener.outcomes) == len(nodes) * len(plan)
+        return listener
 
     return run
 
@@ -247,6 +247,6 @@ def test_a_node_that_cannot_read_its_orders_takes_no_part(fleet_of):
     def _refuse_elsewhere():
         raise ImportError("no such module on this node")
 
-    witness = fleet_of(Unreadable())
-    assert {outcome.kind for outcome in witness.outcomes} == {"node_start"}
-    assert {kind for kind, _ in witness.errors.values()} == {"node_start"}
+    listener = fleet_of(Unreadable())
+    assert {outcome.kind for outcome in listener.outcomes} == {"node_start"}
+    assert {kind for kind, _ in listener.errors.values()} == {"node_start"}
