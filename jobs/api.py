@@ -25,15 +25,14 @@ from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.selection import Selection
 from hfbucket_plugin.tools.signals import ExternalStop
 from jobs.batch.apply import in_process
-from jobs.cli import options
 from jobs.deletion.guards import MaxDelete
-from jobs.deletion.job import DeletionJob
-from jobs.deletion.plan import DeletionOrder
+from jobs.deletion.job import DeletionContext, DeletionJob
 from jobs.deletion.select import ByPolicy
 from jobs.export.job import Export
 from jobs.export.plan import ExportOrder, OnConflict, Renames
 from jobs.export.planning import WantedChunks, prompts_of
 from jobs.export.resolve import check_endpoints, endpoint
+from jobs.options import DeletionOptions, chosen
 from jobs.report import ReportFile, write_metrics
 from jobs.retention.policy import Policy, from_values, read
 from jobs.status.status import examine
@@ -96,6 +95,9 @@ class CleanupRequest(_Request):
     batch_size: Annotated[int, Field(ge=1, le=1000)] = 1000
 
 
+_SHARED = DeletionOptions.model_fields.keys() & CleanupRequest.model_fields.keys() - {"foreign"}
+
+
 class ExportRequest(_Request):
     """What an export is to copy, from where and to where.
 
@@ -151,26 +153,14 @@ def run_cleanup(
     """
     named, others = _instance(request.lmcache_config, request.instance, request.l2_adapter)
     policy = _policy(request.policy, named.name)
-    order = DeletionOrder(
-        max_delete=request.max_delete or MaxDelete.parse(()),
-        min_age=policy.min_age,
-        yes=apply,
-        foreign=request.foreign,
-        accept_shrunk=request.accept_shrunk,
-        until=Deadline.after(request.max_duration.total_seconds()),
-        plan_dir=request.plan_dir,
-        local=in_process(request.address, local=request.local, at_once=apply),
-        address=request.address,
-        parallel=request.parallel,
-        batch_size=request.batch_size,
-        config=_absolute(request.lmcache_config),
-        neighbours=handles_of(others),
-        without_heat=request.without_heat,
-    )
+    shared = {name: getattr(request, name) for name in _SHARED if getattr(request, name) is not None}
+    options = DeletionOptions(**shared, yes=apply, foreign="delete" if request.foreign else "keep")
+    here = options.runs_here(at_once=apply)
+    context = DeletionContext("cleanup", policy.min_age, options.deadline(), here, neighbours=handles_of(others))
     file = None if isinstance(request.policy, Policy) else request.policy
 
     def work(report: ReportFile, switch: ExternalStop) -> tuple[DeletionSummary, Exception | None]:
-        job = DeletionJob("cleanup", named, order, report, switch)
+        job = DeletionJob(named, options, context, report, switch)
         return job.select(ByPolicy(policy), policy.record()), job.error
 
     return _run(request, [("policy", file)], work, stop)
@@ -300,8 +290,8 @@ def _instance(
     """The one instance that is named, and all of the configuration."""
     if config is not None and l2_adapter is not None:
         raise ConfigError("l2_adapter and lmcache_config name two sources; give one")
-    names, adapters = [instance] if instance else [], [l2_adapter] if l2_adapter else []
-    named, every = options.chosen(config, names, adapters, everything=False)
+    names, adapters = (instance,) if instance else (), (l2_adapter,) if l2_adapter else ()
+    named, every = chosen(config, names, adapters, everything=False)
     return named[0], every
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import math
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.errors import ConfigError
@@ -18,6 +19,9 @@ from hfbucket_plugin.tools import console, exit_codes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +33,14 @@ class Option:
         name: As the user writes it; None for the field's own name.
         many: Whether it may be given several times.
         parse: Makes the field's value of what was given, for what the field itself does not take.
+        hidden: Whether the help leaves it out.
     """
 
     metavar: str = ""
     name: str | None = None
     many: bool = False
     parse: Callable[[Any], Any] | None = None
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +62,17 @@ class Flag:
     @property
     def variable(self) -> str:
         """The name of the parameter."""
-        return self.name.removeprefix("--").replace("-", "_")
+        name = self.name.removeprefix("--").replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
 
     def parameter(self) -> inspect.Parameter:
         """The parameter that Typer makes an option of; it has no default, since a file may give the value."""
         many, metavar = self.option.many, self.option.metavar
         kind: Any = list[str] if many else str if metavar else bool
         text = f"{self.help} Repeatable." if many else self.help
-        option = typer.Option(self.name, help=text, metavar=metavar or None, show_default=False)
+        option = typer.Option(
+            self.name, help=text, metavar=metavar or None, show_default=False, hidden=self.option.hidden
+        )
         return inspect.Parameter(
             self.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
         )
@@ -120,6 +129,32 @@ def nested(given: Mapping[Flag, Any]) -> dict[str, Any]:
             section = section.setdefault(step, {})
         section[flag.place[-1]] = value if flag.option.parse is None else flag.option.parse(value)
     return values
+
+
+def request_of(model: type[M], given: Mapping[Flag, Any]) -> M:
+    """Make a model of what its flags gave.
+
+    Raises:
+        ConfigError: Some values are wrong or missing; the message names each flag with its value.
+    """
+    try:
+        return model.model_validate(nested(given))
+    except ValidationError as error:
+        flags = {flag.place: flag for flag in flags_of(model)}
+        told = [_in_words(one, flags) for one in error.errors(include_url=False)]
+    raise ConfigError("; ".join(told))
+
+
+def _in_words(problem: Any, flags: Mapping[tuple[str, ...], Flag]) -> str:
+    place = tuple(str(step) for step in problem["loc"])
+    flag = next((flags[place[:length]] for length in range(len(place), 0, -1) if place[:length] in flags), None)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if flag is None or message.startswith(flag.name):
+        return message
+    if problem["type"] == "missing":
+        return f"give {flag.name} {flag.option.metavar}"
+    value = repr(problem["input"])
+    return f"{flag.name}: {message}" if value in message else f"{flag.name} {value}: {message}"
 
 
 DEFAULT_TIMEOUT_SECS: Final = 10.0

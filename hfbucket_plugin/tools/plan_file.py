@@ -217,6 +217,13 @@ def default_plan_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
 
 
+def remove_if_temporary(path: Path) -> None:
+    """Remove a plan that nobody asked to keep: one in the default directory."""
+    with contextlib.suppress(OSError):
+        if path.parent == default_plan_dir():
+            path.unlink()
+
+
 def plan_dir(wanted: Path | None) -> Path:
     """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
 

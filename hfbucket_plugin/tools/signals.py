@@ -63,6 +63,7 @@ class ShutdownSignal:
     def __init__(self) -> None:
         self._requested = False
         self._orderly = False
+        self._listening = False
 
     @property
     def requested(self) -> bool:
@@ -76,16 +77,18 @@ class ShutdownSignal:
             yield
             return
         previous = {number: signal.getsignal(number) for number in _STOPPING}
+        self._listening = True
         self.take_back()
         try:
             yield
         finally:
+            self._listening = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def take_back(self) -> None:
-        """Take the signals again: `ray.init` puts handlers of its own."""
-        if threading.current_thread() is threading.main_thread():
+        """Take the signals again, if it took them: `ray.init` puts handlers of its own."""
+        if self._listening and threading.current_thread() is threading.main_thread():
             for number in _STOPPING:
                 signal.signal(number, self._ordered)
 

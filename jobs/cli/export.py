@@ -4,163 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from hfbucket_plugin.config.instances import handles_of
-from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.units import parse_bytes
 from hfbucket_plugin.errors import ConfigError
-from hfbucket_plugin.tools import console
-from hfbucket_plugin.tools.options import Flag, with_flags
-from jobs.batch.apply import in_process
-from jobs.cli import options
-from jobs.deletion import guards
-from jobs.deletion.job import DeletionJob
-from jobs.deletion.plan import MIRROR, DeletionOrder
-from jobs.deletion.report import ask_to_delete, show_plan
+from hfbucket_plugin.tools.options import Flag, flags_of, request_of, with_flags
+from jobs.cli.session import CommandSession, asker, options_checked
+from jobs.deletion.job import DeletionContext, DeletionJob
+from jobs.deletion.plan import MIRROR
+from jobs.deletion.report import DeletionSummary, ask_to_delete, show_plan
 from jobs.export.bucket import InstanceEnd
 from jobs.export.job import Export
 from jobs.export.mirror import NotAtSource, check_mirror
-from jobs.export.plan import EndpointRef, ExportOrder, ExportPlanFile, OnConflict, Renames
-from jobs.export.planning import CHOOSING, WantedChunks, prompts_of, selection_of
+from jobs.export.plan import EndpointRef, ExportOrder, ExportPlanFile, Renames
+from jobs.export.planning import WantedChunks, prompts_of
 from jobs.export.report import ask_to_replace
 from jobs.export.resolve import EndpointSpec, check_endpoints, endpoint
-from jobs.session import CommandSession, options_checked
+from jobs.options import ExportOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfbucket_plugin.config.instances import InstanceConfig
-    from hfbucket_plugin.tools.selection import Selection
     from hfbucket_plugin.tools.signals import ShutdownSignal
-    from jobs.deletion.plan import DeletionPlanFile as DeletePlan
-    from jobs.deletion.report import DeletionSummary
+    from jobs.cli.session import Works
+    from jobs.deletion.plan import DeletionPlanFile
     from jobs.export.report import ExportSummary
+    from jobs.options import ApplyOptions
     from jobs.report import ReportFile
-    from jobs.session import Work
 
-From = Annotated[
-    str, typer.Option("--from", metavar="NAME|DIR/", help="An instance, or a directory, which has a slash in it.")
-]
-To = Annotated[str, typer.Option("--to", metavar="NAME|DIR/", help="The same: where chunks go.")]
-Mode = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|copy|stream",
-        help="copy: the Hub copies by hash, no bytes move. stream: bytes go through here. auto: what the Hub permits.",
-    ),
-]
-Conflict = Annotated[
-    str,
-    typer.Option(
-        "--on-conflict",
-        metavar="skip|newer|overwrite",
-        help="What becomes of a chunk under whose key the destination has something else. It is named in any case.",
-    ),
-]
-RenameFlag = Annotated[
-    list[str] | None,
-    typer.Option("--rename", metavar="OLD=NEW", help="Rewrite the start of keys: old-model@=new-model@. Repeatable."),
-]
-Mirror = Annotated[
-    bool,
-    typer.Option(
-        "--mirror", help="Then delete chunks of the choice that the source does not have, by the guards of cleanup."
-    ),
-]
-WithoutManifest = Annotated[
-    bool, typer.Option("--without-manifest", help="Import files of a directory that no manifest vouches for.")
-]
-TaskLimits = Annotated[str, typer.Option(metavar="SIZE", help="Most memory that chunks on their way take.")]
-ExportYes = Annotated[
-    bool, typer.Option("--yes", help="Replace and delete without asking. What only adds needs no order.")
-]
-ExportLocal = Annotated[
-    bool, typer.Option("--local", help="Bytes go through this process, whatever Ray cluster is configured.")
-]
-ExportParallel = Annotated[int, typer.Option(min=1, max=64, help="Most batches at one time.")]
-
-_WINDOW: Final = "512MiB"
+# An export goes by what is there, not by what was read: a limit of bytes keeps the newest.
+_FLAGS = [flag for flag in flags_of(ExportOptions) if flag.name != "--hottest"]
 
 
-@with_flags(CHOOSING)
-def export(
-    *,
-    given: Mapping[Flag, Any],
-    source: From,
-    destination: To,
-    lmcache_config: options.LMCacheConfig = None,
-    l2_adapters: options.L2Adapters = None,
-    mode: Mode = "auto",
-    on_conflict: Conflict = "skip",
-    rename: RenameFlag = None,
-    mirror: Mirror = False,
-    without_manifest: WithoutManifest = False,
-    yes: ExportYes = False,
-    dry_run: options.DryRun = False,
-    max_delete: options.MaxDelete = None,
-    min_age: options.MinAge = options.DEFAULT_MIN_AGE,
-    accept_shrunk: options.AcceptShrunk = False,
-    max_duration: options.MaxDuration = options.DEFAULT_DURATION,
-    lock_lifetime: options.LockLifetime = options.DEFAULT_LOCK,
-    parallel: ExportParallel = 4,
-    window: TaskLimits = _WINDOW,
-    local: ExportLocal = False,
-    address: options.Address = None,
-    plan_dir: options.PlanDir = None,
-    report: options.Report = None,
-    metrics_textfile: options.MetricsFile = None,
-) -> None:
+@with_flags(_FLAGS)
+def export(*, given: Mapping[Flag, Any]) -> None:
     """Copy chunks from one instance or directory to another; what is there already is skipped. Without a choice, all.
 
     Exits 0 when done or only planned, 2 for a wrong command or configuration, 3 when some failed or are left, 4 when
     nothing was chosen or it was refused as a whole, 5 when told to stop. Running again moves only what is missing.
     """
     with options_checked():
-        adapters = l2_adapters or []
-        endpoints = (
-            endpoint(source, "--from", lmcache_config, adapters),
-            endpoint(destination, "--to", lmcache_config, adapters),
-        )
-        renames, selection = Renames.parse(rename or []), selection_of(given)
-        check_endpoints(endpoints, renames, without_manifest=without_manifest)
-        if mirror:
-            check_mirror(selection, renames, directories=None in (endpoints[0].named, endpoints[1].named))
-        order = ExportOrder(
-            mode=_one_of(mode, "--mode", ("auto", "copy", "stream")),
-            on_conflict=OnConflict(_one_of(on_conflict, "--on-conflict", tuple(OnConflict))),
-            renames=renames,
-            believe_files=without_manifest,
-            dry_run=dry_run,
-            yes=yes,
-            ask=ask_to_replace if console.at_terminal() and not dry_run else None,
-            until=Deadline.after(options.seconds(max_duration, "--max-duration")),
-            plan_dir=plan_dir,
-            local=in_process(address, local=local),
-            address=address,
-            parallel=parallel,
-            window_bytes=_window(window),
-            config=None if lmcache_config is None else str(lmcache_config.absolute()),
-        )
-        wanted = WantedChunks(selection, options.now(), prompts_of(selection, endpoints[0].named, lmcache_config))
-        deleting = DeletionOrder(
-            max_delete=guards.MaxDelete.parse(max_delete or []),
-            min_age=options.age(min_age),
-            yes=yes and not dry_run,
-            ask=ask_to_delete if console.at_terminal() and not dry_run else None,
-            show=show_plan,
-            accept_shrunk=accept_shrunk,
-            until=order.until,
-            lock_secs=options.lock_seconds(lock_lifetime),
-            plan_dir=plan_dir,
-            local=order.local,
-            address=address,
-            config=order.config,
-        )
+        request = request_of(ExportOptions, given)
+        works = _exporting(request)
+    CommandSession(request).run(works)
+
+
+def _exporting(request: ExportOptions) -> Works:
+    """The jobs of an export: the copy, and the mirror if one was asked for."""
+    endpoints = (
+        endpoint(request.source, "--from", request.lmcache_config, request.l2_adapter),
+        endpoint(request.destination, "--to", request.lmcache_config, request.l2_adapter),
+    )
+    selection, renames = request.selection, Renames.parse(request.rename)
+    check_endpoints(endpoints, renames, without_manifest=request.without_manifest)
+    if request.mirror:
+        check_mirror(selection, renames, directories=None in (endpoints[0].named, endpoints[1].named))
+    until, local = request.deadline(), request.runs_here()
+    order = ExportOrder(
+        mode=request.mode,
+        on_conflict=request.on_conflict,
+        renames=renames,
+        believe_files=request.without_manifest,
+        dry_run=request.dry_run,
+        yes=request.yes,
+        ask=asker(ask_to_replace, request),
+        until=until,
+        plan_dir=request.plan_dir,
+        local=local,
+        address=request.address,
+        parallel=request.parallel,
+        window_bytes=request.window,
+        config=request.config_name,
+    )
+    wanted = WantedChunks(selection, now(), prompts_of(selection, endpoints[0].named, request.lmcache_config))
     asked = selection.model_dump(mode="json", exclude_defaults=True)
+    context = DeletionContext(MIRROR, request.min_age, until, local, asker(ask_to_delete, request), show_plan)
     done: list[ExportSummary] = []
 
     def copying(file: ReportFile, stop: ShutdownSignal) -> ExportSummary:
@@ -170,38 +91,37 @@ def export(
     def mirroring(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary | None:
         if not done or done[0].code:  # nothing is deleted where not all was copied
             return None
-        # Nor where nothing was to be copied yet: what would be deleted is planned only.
-        own = deleting if done[0].applied else replace(deleting, yes=False, ask=None)
-        return _mirror(endpoints, selection, own, file, stop)
+        return _mirror(endpoints, request, context, file, stop, applied=done[0].applied)
 
-    works: list[tuple[str, Work]] = [("the export", copying)]
-    if mirror:
+    works: Works = [("the export", copying)]
+    if request.mirror:
         works.append(("the mirror", mirroring))
-    inputs = [("--lmcache-config", lmcache_config), ("--prompts", selection.prompts)]
-    inputs += [("--keys-from", path) for path in selection.keys_from]
-    CommandSession(report, metrics_textfile, inputs).run(works)
+    return works
 
 
 def _mirror(
     endpoints: tuple[EndpointSpec, EndpointSpec],
-    selection: Selection,
-    order: DeletionOrder,
+    request: ExportOptions,
+    context: DeletionContext,
     file: ReportFile,
     stop: ShutdownSignal,
+    *,
+    applied: bool,
 ) -> DeletionSummary:
     source, destination = endpoints[0].named, endpoints[1].named
     if source is None or destination is None:
         raise ConfigError("--mirror works between two instances")
-    order = replace(order, neighbours=handles_of((source, destination)))
+    options = request.deletion()
+    if not applied:  # nothing was to be copied yet, so what would be deleted is planned only
+        options, context = options.model_copy(update={"yes": False}), replace(context, ask=None)
     with InstanceEnd(source.name, source.settings).opened() as end:
-        candidates = NotAtSource(end, selection, order.min_age)
-        order = replace(order, local=True, source=end)
-        return DeletionJob(MIRROR, destination, order, file, stop).select(
-            candidates, {"source": endpoints[0].place.record()}
-        )
+        selection = NotAtSource(end, request.selection, context.min_age)
+        context = replace(context, local=True, source=end, neighbours=handles_of((source, destination)))
+        job = DeletionJob(destination, options, context, file, stop)
+        return job.select(selection, {"source": endpoints[0].place.record()})
 
 
-def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[str]) -> InstanceConfig:
+def mirror_source(plan: DeletionPlanFile, config: Path | None, l2_adapters: Sequence[str]) -> InstanceConfig:
     """The source of a mirror whose plan is to be carried out.
 
     Args:
@@ -224,49 +144,43 @@ def mirror_source(plan: DeletePlan, config: Path | None, l2_adapters: Sequence[s
     return found.named
 
 
-def apply_export(
-    plan: Path,
-    lmcache_config: Path | None,
-    l2_adapters: list[str] | None,
-    order: ExportOrder,
-    session: CommandSession,
-) -> NoReturn:
-    """Carry out a plan of an export, or the rest of it.
+def resuming(plan: Path, request: ApplyOptions) -> Works:
+    """Return the job that carries out the plan of an export, or the rest of it.
 
     Args:
         plan: The plan.
-        lmcache_config: The LMCache YAML; None for the one that the plan names.
-        l2_adapters: The JSON of MP adapters.
-        order: How it is to be done.
-        session: Reports it.
+        request: How it is to be done. Without a configuration the one that the plan names is read.
+
+    Raises:
+        ConfigError: The plan or the configuration is wrong.
+        RefusedError: The plan may be somebody else's.
     """
-    with options_checked():
-        opened = ExportPlanFile.open(plan, ours=True)
-        header = opened.header
-        config = lmcache_config or (None if header.config is None else Path(header.config))
-        found = [
-            endpoint(place.instance or place.where, option, config, l2_adapters or [])
-            for place, option in ((header.source, "the plan's source"), (header.destination, "the plan's destination"))
-        ]
-        order = replace(order, believe_files=header.believe_files, renames=header.renames, mode=header.mode)
+    opened = ExportPlanFile.open(plan, ours=True)
+    header = opened.header
+    config = request.lmcache_config or (None if header.config is None else Path(header.config))
+    source, destination = (
+        endpoint(place.instance or place.where, option, config, request.l2_adapter)
+        for place, option in ((header.source, "the plan's source"), (header.destination, "the plan's destination"))
+    )
+    order = ExportOrder(
+        mode=header.mode,
+        renames=header.renames,
+        believe_files=header.believe_files,
+        dry_run=request.dry_run,
+        yes=request.yes,
+        ask=asker(ask_to_replace, request),
+        until=request.deadline(),
+        local=request.runs_here(),
+        address=request.address,
+        parallel=request.parallel,
+    )
 
     def work(file: ReportFile, stop: ShutdownSignal) -> ExportSummary:
-        return Export((found[0], found[1]), order, file, stop).resume(opened)
+        return Export((source, destination), order, file, stop).resume(opened)
 
-    session.run([("the export", work)])
-
-
-def _one_of(text: str, option: str, known: tuple[str, ...]) -> str:
-    if text not in known:
-        raise ConfigError(f"{option} {text!r}: must be one of {', '.join(known)}")
-    return text
+    return [("the export", work)]
 
 
-def _window(text: str) -> int:
-    try:
-        size = parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError(f"--window {text!r}: {error}") from None
-    if not size:
-        raise ConfigError(f"--window {text!r}: must be more than nothing")
-    return size
+def now() -> datetime:
+    """The local clock: what `--since` counts back from where no Hub says what time it is there."""
+    return datetime.now(UTC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - Typer evaluates the annotations
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,9 +17,10 @@ from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, New
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, FingerprintStore
 from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, opened
 from hfbucket_plugin.tools import console, exit_codes
-from jobs.cli import options
-from jobs.report import note
-from jobs.session import exit_code_of, options_checked
+from hfbucket_plugin.tools.options import Flag, flags_of, request_of, with_flags
+from jobs.cli.session import options_checked
+from jobs.options import InstanceOptions
+from jobs.report import exit_code_of, note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +40,10 @@ def main() -> None:
 
 
 @app.command("show")
-def show_all(  # noqa: PLR0917 - Typer makes options of them
-    lmcache_config: options.LMCacheConfig = None,
-    instances: options.Instances = None,
-    all_instances: options.AllInstances = False,
-    l2_adapters: options.L2Adapters = None,
+@with_flags(flags_of(InstanceOptions))
+def show_all(
+    *,
+    given: Mapping[Flag, Any],
     model: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -51,7 +52,7 @@ def show_all(  # noqa: PLR0917 - Typer makes options of them
     Exits 0, or 2 for a wrong command or configuration, 3 when some cannot be read.
     """
     with options_checked():
-        named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
+        named, _ = request_of(InstanceOptions, given).chosen()
     codes: list[int] = []
     with console.results(), patience(Deadline.after(LISTING_SECS)):
         for one in named:
@@ -130,11 +131,10 @@ def _rows(store: FingerprintStore, model: str) -> Iterator[_Row]:
 
 
 @app.command()
-def accept(  # noqa: PLR0917 - Typer makes options of them
-    lmcache_config: options.LMCacheConfig = None,
-    instances: options.Instances = None,
-    all_instances: options.AllInstances = False,
-    l2_adapters: options.L2Adapters = None,
+@with_flags(flags_of(InstanceOptions))
+def accept(
+    *,
+    given: Mapping[Flag, Any],
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model.")] = None,
     digest: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="Of a claim, as show tells it; its start will do.")
@@ -157,16 +157,16 @@ def accept(  # noqa: PLR0917 - Typer makes options of them
             raise ConfigError("name the fingerprint: --digest DIGEST, or --from-file FILE")
         if digest is not None and not digest:  # the start of every digest, such as from a variable that is not set
             raise ConfigError("--digest is empty: name the fingerprint as `show` tells it")
-        given = _given(from_file, model) if from_file is not None else None
-        if given is None and not model:
+        filed = _given(from_file, model) if from_file is not None else None
+        if filed is None and not model:
             raise ConfigError("name the model of the digest: --model NAME")
-        named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
+        named, _ = request_of(InstanceOptions, given).chosen()
     codes = []
     with console.results():
         for one in named:
             try:
                 with _store_of(one) as store:
-                    wanted = given or _claimed(store, model or "", digest or "")
+                    wanted = filed or _claimed(store, model or "", digest or "")
                     _accept(one, store, wanted, yes=yes, clear=clear_claims)
             except HFBucketError as error:
                 note(f"{one.name}: {error}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping  # noqa: TC003 - Typer evaluates the annotations
+from pathlib import Path  # noqa: TC003 - as above
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +14,10 @@ from hfbucket_plugin.hub.connect import LISTING_SECS, PAGE_SECS, REQUEST_SECS, o
 from hfbucket_plugin.tools import console as output
 from hfbucket_plugin.tools import console as tables
 from hfbucket_plugin.tools import exit_codes
-from jobs.cli import options
-from jobs.deletion import guards
-from jobs.report import note
-from jobs.session import as_text, exit_code_of, options_checked
+from hfbucket_plugin.tools.options import Flag, flags_of, request_of, with_flags
+from jobs.cli.session import options_checked
+from jobs.options import StatusOptions
+from jobs.report import as_text, exit_code_of, note
 from jobs.status.html import write_page
 from jobs.status.status import examine
 
@@ -28,51 +30,39 @@ if TYPE_CHECKING:
 _HEADER = ("", "objects", "bytes")
 
 
-def status(  # noqa: PLR0917 - Typer makes options of them
-    lmcache_config: options.LMCacheConfig = None,
-    instances: options.Instances = None,
-    all_instances: options.AllInstances = False,
-    l2_adapters: options.L2Adapters = None,
-    policy: options.PolicyFile = None,
-    max_age: options.MaxAge = None,
-    max_idle: options.MaxIdle = None,
-    max_bytes: options.MaxBytes = None,
-    max_objects: options.MaxObjects = None,
-    keep_newest: options.KeepNewest = None,
-    keep_prefix: options.KeepPrefix = None,
-    keep_model: options.KeepModel = None,
-    min_age: options.OwnMinAge = None,
-    without_heat: options.WithoutHeat = False,
-    max_delete: options.MaxDelete = None,
+@with_flags(flags_of(StatusOptions))
+def status(
+    *,
+    given: Mapping[Flag, Any],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    html: options.HtmlFile = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page for people too, with plots; it loads nothing."),
+    ] = None,
 ) -> None:
     """Say what instances hold, by model, worker, age and last read; how they grew; with a policy, what the next cleanup would do.
 
     Exits 0, or 2 for a wrong command or configuration, 3 when a listing is not complete.
     """
     with options_checked():
-        flags = options.policy_flags(
-            policy, max_age, max_idle, max_bytes, max_objects, keep_newest, keep_prefix, keep_model, min_age
-        )
-        named, _ = options.chosen(lmcache_config, instances, l2_adapters, everything=all_instances)
-        policies = {one.name: flags.of(one.name) if flags.given else None for one in named}
-        limits = guards.MaxDelete.parse(max_delete or [])
+        request = request_of(StatusOptions, given)
+        named, _ = request.chosen()
+        wanted = [(one, request.policy_of(one.name) if request.has_policy else None) for one in named]
     codes: list[int] = []
     statuses: list[Status] = []
     troubles: list[str] = []
     with output.results(), patience(Deadline.after(LISTING_SECS)):
-        for one in named:
+        for one, policy in wanted:
             try:
                 with tables.busy(f"{one.name}: listing"), opened(one, REQUEST_SECS) as bucket:
                     found = examine(
                         one.name,
                         bucket,
-                        policies[one.name],
-                        limits,
+                        policy,
+                        request.max_delete,
                         request_secs=REQUEST_SECS,
                         page_secs=PAGE_SECS,
-                        without_heat=without_heat,
+                        without_heat=request.without_heat,
                     )
             except Exception as error:  # noqa: BLE001 - each instance is shown whatever becomes of the others
                 troubles.append(f"{one.name}: no status without a complete listing: {as_text(error)}")

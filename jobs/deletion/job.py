@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,10 +22,10 @@ from hfbucket_plugin.hub.connect import PAGE_SECS, REQUEST_SECS, files_in, opene
 from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.inventory import Classifier
-from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
-from jobs import history
+from hfbucket_plugin.tools.plan_file import plan_dir, remove_if_temporary
+from jobs import report
 from jobs.batch.apply import Applier, Executor
-from jobs.batch.model import Outcome
+from jobs.batch.model import Outcome, ReferenceEndpoint
 from jobs.deletion.attempt import in_process
 from jobs.deletion.guards import check_listing, check_not_more
 from jobs.deletion.plan import MIRROR, DeletionHeader, DeletionPlanFile, DeletionPlanWriter
@@ -33,9 +34,8 @@ from jobs.deletion.recheck import rechecking
 from jobs.deletion.report import DeletionSummary, header_record
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock
-from jobs.report import OutcomeTally
+from jobs.report import OutcomeTally, exit_code_of, with_exit_code
 from jobs.retention.access import NOT_ASKED, AccessStats, open_access_stats
-from jobs.session import exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,22 +48,48 @@ if TYPE_CHECKING:
     from hfbucket_plugin.tools.signals import ShutdownSignal
     from jobs.batch.apply import ApplyResult
     from jobs.batch.model import ItemOutcome
-    from jobs.deletion.plan import DeletionOrder, Item
+    from jobs.deletion.plan import Item
     from jobs.deletion.planning import CandidateSource
+    from jobs.options import DeletionOptions
     from jobs.report import ReportFile
 
 
 _SKEW: Final = timedelta(minutes=1)
 
 
+@dataclass(frozen=True, slots=True)
+class DeletionContext:
+    """What the options of a job do not say: how the command or program that asks for it goes on.
+
+    Attributes:
+        job: `cleanup`, `rm` or `mirror`.
+        min_age: Nothing younger is deleted.
+        until: The deadline of the whole command, of which this may be one instance of several.
+        local: Whether to delete in this process.
+        ask: Asks whether to carry out a plan; None if nobody can be asked, and nothing is deleted.
+        show: Shows a plan.
+        neighbours: Handles of all instances that the configuration names.
+        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
+    """
+
+    job: str
+    min_age: timedelta
+    until: Deadline
+    local: bool
+    ask: Callable[[DeletionPlanFile], bool] | None = None
+    show: Callable[[DeletionPlanFile], None] = field(default=lambda _: None)
+    neighbours: tuple[BucketHandle, ...] = ()
+    source: ReferenceEndpoint | None = None
+
+
 class DeletionJob:
     """A job on one instance.
 
     Args:
-        name: `cleanup` or `rm`.
         named: The instance.
-        order: How it is to be done.
-        file: Where it is told of every object.
+        options: How it is to be done.
+        context: The same, as far as options do not say it.
+        file: Reports every object.
         stop: Whether to stop.
 
     Attributes:
@@ -71,17 +97,23 @@ class DeletionJob:
     """
 
     def __init__(
-        self, name: str, named: InstanceConfig, order: DeletionOrder, file: ReportFile, stop: ShutdownSignal
+        self,
+        named: InstanceConfig,
+        options: DeletionOptions,
+        context: DeletionContext,
+        file: ReportFile,
+        stop: ShutdownSignal,
     ) -> None:
-        self._name = name
+        self._name = context.job
         self._named = named
-        self._order = order
+        self._options = options
+        self._context = context
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
-        self._until = order.until or Deadline.after(order.max_duration_secs)
+        self._until = context.until
         self._plan: DeletionPlanFile | None = None
-        self._applied = order.yes
+        self._applied = options.unasked
         self._tally = OutcomeTally(file)
         self._chunks_gone = Extent()
         self._notifier: IndexNotifier | None = None
@@ -114,9 +146,7 @@ class DeletionJob:
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exit_codes.COMPLETE and self._applied and self._plan is not None:
-            with contextlib.suppress(OSError):
-                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
-                    self._plan.path.unlink()
+            remove_if_temporary(self._plan.path)
         return summary
 
     def _summary(self, code: int) -> DeletionSummary:
@@ -135,14 +165,14 @@ class DeletionJob:
         )
 
     def _select(self, bucket: Bucket, selection: CandidateSource, wanted: dict[str, Any]) -> int:
-        if self._order.yes:
+        if self._options.unasked:
             with self._lock(bucket).held() as lock:
                 plan = self._make(bucket, lock.clock, selection, wanted, tick=lock.keep_planning)
                 return self._apply(bucket, lock, plan)
         clock = ServerClock()
         ask(bucket, clock, REQUEST_SECS)
         plan = self._make(bucket, clock, selection, wanted, tick=lambda: None)
-        if self._order.ask is None or not plan.left.objects or not self._order.ask(plan):
+        if self._context.ask is None or not plan.left.objects or not self._context.ask(plan):
             return exit_codes.COMPLETE
         self._applied = True
         with self._lock(bucket).held() as lock:
@@ -158,12 +188,12 @@ class DeletionJob:
                 f"{bucket.handle} of {endpoint}"
             )
         self._file.write(header_record(plan.header))
-        self._order.show(plan)
+        self._context.show(plan)
         if plan.header.foreign:
             self._expect_no_neighbour(bucket, plan)
-        for limits in (plan.header.max_delete, self._order.max_delete):
+        for limits in (plan.header.max_delete, self._options.max_delete):
             plan.check(limits)
-        if not self._order.yes and (self._order.ask is None or not self._order.ask(plan)):
+        if not self._options.unasked and (self._context.ask is None or not self._context.ask(plan)):
             return exit_codes.COMPLETE
         self._applied = True
         with self._lock(bucket).held() as lock:
@@ -187,7 +217,7 @@ class DeletionJob:
         Raises:
             HFBucketError: Nobody knows.
         """
-        own, others = bucket.handle, self._order.neighbours
+        own, others = bucket.handle, self._context.neighbours
         if not foreign or all(other.same_bucket(own) for other in others):
             return others
         deadline = Deadline.patient(REQUEST_SECS)
@@ -199,7 +229,7 @@ class DeletionJob:
     def _lock(self, bucket: Bucket) -> BucketLock:
         if not self._named.settings.writes:
             raise RefusedError(f"role is {self._named.settings.role}, so nothing is deleted through this instance")
-        return BucketLock(bucket, self._name, seconds=self._order.lock_secs, request_secs=REQUEST_SECS)
+        return BucketLock(bucket, self._name, seconds=self._options.lock_secs, request_secs=REQUEST_SECS)
 
     def _make(
         self,
@@ -225,7 +255,7 @@ class DeletionJob:
     ) -> contextlib.AbstractContextManager[AccessStats]:
         if not needed:
             return contextlib.nullcontext(NOT_ASKED)
-        return open_access_stats(bucket, now, REQUEST_SECS, without=self._order.without_heat)
+        return open_access_stats(bucket, now, REQUEST_SECS, without=self._options.without_heat)
 
     def _make_by(
         self,
@@ -238,7 +268,7 @@ class DeletionJob:
         heat: AccessStats,
         tick: Callable[[], None],
     ) -> DeletionPlanFile:
-        order = self._order
+        options = self._options
         self._planned_by = None if heat.table is None else heat.table.pointer
         header = DeletionHeader(
             self._name,
@@ -247,18 +277,18 @@ class DeletionJob:
             self._named.settings.endpoint,
             now,
             "hub" if clock.known else "local",
-            order.min_age,
-            order.max_delete,
-            order.foreign,
-            order.config,
+            self._context.min_age,
+            options.max_delete,
+            options.deletes_foreign,
+            options.config_name,
             wanted,
             heat.record(),
         )
         self._file.write(header_record(header))
-        last = None if order.accept_shrunk else history.last_run(bucket, REQUEST_SECS)
-        total = None if order.accept_shrunk else files_in(bucket)
+        last = None if options.accept_shrunk else report.last_run(bucket, REQUEST_SECS)
+        total = None if options.accept_shrunk else files_in(bucket)
         in_bucket = None if bucket.handle.prefix else total
-        path = plan_dir(order.plan_dir) / _file_name(header)
+        path = plan_dir(options.plan_dir) / _file_name(header)
 
         def in_time() -> None:
             if self._until.passed:
@@ -271,7 +301,7 @@ class DeletionJob:
         with DeletionPlanWriter(path, header) as writer:
             planning = Planning(header, selection, writer, each, heat)
             page_secs = PAGE_SECS
-            neighbours = self._neighbours(bucket, foreign=order.foreign)
+            neighbours = self._neighbours(bucket, foreign=options.deletes_foreign)
             planning.run(Classifier(bucket, neighbours).walk(page_secs, in_time))
             left = None if last is None else last.left
             if total is not None:
@@ -279,16 +309,16 @@ class DeletionJob:
             check_listing(planning.listed, planning.seen, in_bucket=in_bucket, last=left, foreign=planning.foreign)
             planning.finish()
         self._plan = plan = DeletionPlanFile.open(path)
-        order.show(plan)
-        plan.check(order.max_delete)
+        self._context.show(plan)
+        plan.check(options.max_delete)
         return plan
 
     def _apply(self, bucket: Bucket, lock: BucketLock, plan: DeletionPlanFile) -> int:
-        order = self._order
+        options = self._options
         if self._name == MIRROR:
-            if order.source is None:
+            if self._context.source is None:
                 raise RefusedError("the source of the mirror is not known: nothing is deleted")
-            order.source.expect_chunks()
+            self._context.source.expect_chunks()
         now = lock.clock.earliest()
         if plan.header.made_at > lock.clock.latest() + _SKEW:
             raise RefusedError(
@@ -298,20 +328,20 @@ class DeletionJob:
         with (
             self._stop.orderly(),
             notifying(bucket) as notifier,
-            rechecking(bucket, plan.header, self._planned_by, now, self._count, without=order.without_heat) as unused,
+            rechecking(bucket, plan.header, self._planned_by, now, self._count, without=options.without_heat) as unused,
             contextlib.closing(self._executor(bucket)) as executor,
         ):
             self._notifier = notifier
-            if not self._order.local:
+            if not self._context.local:
                 self._stop.take_back()  # `ray.init` puts handlers of its own
             applier = Applier(
                 executor,
                 confirm=lock.confirm,
-                not_after=now - max(plan.header.min_age, self._order.min_age),
+                not_after=now - max(plan.header.min_age, self._context.min_age),
                 reported=self._count,
                 stop=self._stop,
                 until=self._until,
-                batch_size=self._order.batch_size,
+                batch_size=self._options.batch_size,
                 lock_end=lambda: lock.stops,
                 keep=lock.keep,
             )
@@ -331,12 +361,12 @@ class DeletionJob:
         Raises:
             HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
         """
-        order = self._order
-        if order.local:
-            return in_process(bucket, order.parallel, order.source)
+        options = self._options
+        if self._context.local:
+            return in_process(bucket, options.parallel, self._context.source)
         from jobs.deletion.ray import DeletionActors  # noqa: PLC0415 - Ray takes a second to import
 
-        return DeletionActors(self._named, order.parallel, order.address)
+        return DeletionActors(self._named, options.parallel, options.address)
 
     def _count(self, ended: ItemOutcome[Item]) -> None:
         if self._notifier is not None and ended.outcome is Outcome.DELETED:
@@ -365,13 +395,13 @@ class DeletionJob:
             HFBucketError: The last report cannot be read.
         """
         left = self._summary(exit_codes.COMPLETE).left
-        last = history.last_run(bucket, REQUEST_SECS) if self._resumed else None
+        last = report.last_run(bucket, REQUEST_SECS) if self._resumed else None
         return left if last is None else max(left, last.left.minus(self._chunks_gone), key=lambda one: one.objects)
 
     def _keep(self, bucket: Bucket, code: int) -> int:
         """Keep the report in the bucket: the next run judges its listing by it."""
         try:
-            history.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
+            report.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
         except HFBucketError as error:
             self._message = f"{self._message}; " if self._message else ""
             self._message += f"the report could not be kept in the bucket: {error}"

@@ -18,14 +18,11 @@ from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
 from hfbucket_plugin.tools.inventory import is_reserved, readable
 from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
 from jobs.deletion.guards import MaxDelete
-from jobs.lock.lock import DEFAULT_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from hfbucket_plugin.core.deadline import Deadline
-    from jobs.batch.model import ReferenceEndpoint
 
 VERSION: Final = 1
 
@@ -441,50 +438,3 @@ def _expect_allowed(item: Item, header: DeletionHeader) -> None:
         raise RefusedError(
             f"{item.path!r} is no chunk of that key, and --foreign delete was not given: nothing is deleted"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class DeletionOrder:
-    """How a job is to be done.
-
-    Attributes:
-        yes: Whether to delete without asking.
-        ask: Asks whether to carry a plan out; None where nobody can be asked, and nothing is deleted.
-        show: Shows a plan.
-        max_delete: Most that may be deleted.
-        min_age: Nothing younger is deleted.
-        foreign: Whether objects that are no chunks may be deleted.
-        accept_shrunk: Whether a listing is believed that lacks much of what there was.
-        max_duration_secs: When to begin no more, where `until` does not say.
-        until: The deadline of the whole command, of which this may be one instance of several.
-        lock_secs: How long the lock of a killed run keeps others out.
-        plan_dir: Where plans are written; None for a directory of temporary files.
-        local: Whether to delete in this process, whatever Ray cluster is configured.
-        address: Of the Ray cluster; None for the configured one.
-        parallel: Most batches at one time.
-        batch_size: Most objects of a batch.
-        config: The LMCache YAML, noted in plans.
-        neighbours: Handles of all instances that the configuration names.
-        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
-        without_heat: Whether to go by when objects were put, whatever is known of reads.
-    """
-
-    max_delete: MaxDelete
-    min_age: timedelta
-    yes: bool = False
-    ask: Callable[[DeletionPlanFile], bool] | None = None
-    show: Callable[[DeletionPlanFile], None] = field(default=lambda _: None)
-    foreign: bool = False
-    accept_shrunk: bool = False
-    max_duration_secs: float = 3600.0
-    until: Deadline | None = None
-    lock_secs: int = DEFAULT_SECONDS
-    plan_dir: Path | None = None
-    local: bool = True
-    address: str | None = None
-    parallel: int = 4
-    batch_size: int = 1000
-    config: str | None = None
-    neighbours: tuple[BucketHandle, ...] = ()
-    source: ReferenceEndpoint | None = None
-    without_heat: bool = False

@@ -18,7 +18,7 @@ from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, Tr
 from hfbucket_plugin.hub.connect import REQUEST_SECS
 from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.plan_file import default_plan_dir, plan_dir
+from hfbucket_plugin.tools.plan_file import plan_dir, remove_if_temporary
 from jobs.batch.apply import Applier, Executor, InProcess
 from jobs.batch.model import ItemOutcome
 from jobs.export.bucket import InstanceEnd
@@ -28,8 +28,7 @@ from jobs.export.manifest import ManifestLine
 from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder, ExportPlanFile, ExportPlanWriter
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
-from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog
-from jobs.session import exit_code_of, with_exit_code
+from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog, exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,9 +112,7 @@ class Export:
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exit_codes.COMPLETE and self._applied and self._plan is not None and not summary.conflicts:
-            with contextlib.suppress(OSError):
-                if self._plan.path.parent == default_plan_dir():  # one that nobody asked to keep
-                    self._plan.path.unlink()
+            remove_if_temporary(self._plan.path)
         return summary
 
     def _summary(self, code: int) -> ExportSummary:

@@ -8,50 +8,23 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pydantic import ValidationError
-
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId, is_probe, parse_key
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, SafetyError
-from hfbucket_plugin.tools.options import flags_of, nested
 from hfbucket_plugin.tools.prompts import PromptOrder, classic_hasher, mp_hasher, read_prompts
 from hfbucket_plugin.tools.selection import ChunkRef, Selection, in_order, newest_first, within
 from jobs.export.plan import CopyItem, ExportTotals, NewNames, OnConflict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
     from pathlib import Path
-    from typing import Any
 
     from hfbucket_plugin.config.instances import InstanceConfig
     from hfbucket_plugin.hub.listing import ChunkEntry
-    from hfbucket_plugin.tools.options import Flag
     from jobs.export.endpoint import DestinationEndpoint, EndpointObject, SourceEndpoint
     from jobs.export.plan import ExportHeader, ExportPlanWriter
-
-
-CHOOSING = tuple(flag for flag in flags_of(Selection) if flag.name != "--hottest")
-"""The warmer's flags that say which chunks. An export goes by what is there, not by what was read: its budget takes the newest."""
-
-
-def selection_of(given: Mapping[Flag, Any]) -> Selection:
-    """The choice that flags state; without any, all chunks.
-
-    Raises:
-        ConfigError: Some are wrong; all of them are named.
-    """
-    values = nested(given)
-    flags = {flag.place[0]: flag.name for flag in CHOOSING}
-    try:
-        return Selection.model_validate(values)
-    except ValidationError as error:
-        problems = [
-            (str(item["loc"][0]) if item["loc"] else "", item["msg"].removeprefix("Value error, "))
-            for item in error.errors(include_url=False, include_input=False)
-        ]
-    raise ConfigError("; ".join(f"{flags.get(name, name)}: {words}" if name else words for name, words in problems))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from hfbucket_plugin.hub.transfer import xet_hashes
 from hfbucket_plugin.index import build
 from hfbucket_plugin.index.format import read_header
 from hfbucket_plugin.index.store import MAX_JOURNALS, POINTER
-from jobs import history
+from jobs import report
 from jobs.deletion.guards import check_listing
 from jobs.index.report import IndexBuild
 from jobs.lock.lock import DEFAULT_SECONDS
@@ -258,7 +258,7 @@ class IndexBuilder:
             GuardError: It is empty, truncated, or has less than half of what there was.
         """
         accepted = self._order.accept_shrunk
-        last = None if accepted else history.last_run(self._bucket, REQUEST_SECS, builds=True)
+        last = None if accepted else report.last_run(self._bucket, REQUEST_SECS, builds=True)
         check_listing(
             keys,
             self._seen,

@@ -20,7 +20,7 @@ from hfbucket_plugin.hub.connect import REQUEST_SECS, opened
 from hfbucket_plugin.index.refresh import journal_secs, refresh_secs, writers_of
 from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
 from hfbucket_plugin.tools import exit_codes
-from jobs import history
+from jobs import report
 from jobs.index import inventory
 from jobs.index.build import IndexBuilder
 from jobs.index.prune import PruneLimits, prune, spare
@@ -29,8 +29,7 @@ from jobs.index.verify import Verification
 from jobs.lock.claims import INDEXING
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock, LockRefresher
-from jobs.report import OutcomeTally
-from jobs.session import exit_code_of, with_exit_code
+from jobs.report import OutcomeTally, exit_code_of, with_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -106,7 +105,7 @@ class IndexJob:
         )
 
     def _with_bucket(self, work: Callable[[Bucket, IndexStore], int]) -> int:
-        self._file.write({"record": "report", "job": history.INDEX, "instance": self._named.name})
+        self._file.write({"record": "report", "job": report.INDEX, "instance": self._named.name})
         with opened(self._named, REQUEST_SECS) as bucket:
             store = IndexStore(bucket, "builder")
             try:
@@ -121,9 +120,7 @@ class IndexJob:
             return self._work(bucket, store, clock, None, self._in_time)
         if not self._named.settings.writes:
             raise RefusedError(f"role is {self._named.settings.role}, so no index is published through this instance")
-        lock = BucketLock(
-            bucket, history.INDEX, seconds=self._order.lock_secs, request_secs=REQUEST_SECS, kind=INDEXING
-        )
+        lock = BucketLock(bucket, report.INDEX, seconds=self._order.lock_secs, request_secs=REQUEST_SECS, kind=INDEXING)
         with lock.held(), LockRefresher(lock, self._order.lock_secs) as refresher:
 
             def tick() -> None:
@@ -212,7 +209,7 @@ class IndexJob:
     def _keep(self, bucket: Bucket, keys: Extent, code: int) -> int:
         """Keep the report in the bucket: the next build judges its listing by it."""
         try:
-            history.keep(bucket, self._summary(code), keys, REQUEST_SECS)
+            report.keep(bucket, self._summary(code), keys, REQUEST_SECS)
         except HFBucketError as error:
             self._message = f"{self._message}; " if self._message else ""
             self._message += f"the report could not be kept in the bucket: {error}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hfbucket_plugin.core.units import NOTHING, Extent, count, size
 from hfbucket_plugin.tools import exit_codes
 from jobs.batch.model import Outcome
-from jobs.history import INDEX
+from jobs.report import INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from hfbucket_plugin.errors import SafetyError
 from hfbucket_plugin.index.access.table import AccessUnknownError
 from hfbucket_plugin.index.store import DIRECTORY as INDEX
 from hfbucket_plugin.tools.inventory import Classifier
-from jobs import history
+from jobs import report
 from jobs.deletion.guards import MaxDelete, check_listing
 from jobs.index import inventory
 from jobs.index.inventory import IndexState
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.tools.inventory import ListedObject, RetentionEntry
-    from jobs.history import LastRun
+    from jobs.report import LastRun
     from jobs.retention.policy import Policy
 
 AGES: Final = (
@@ -276,7 +276,7 @@ def examine(
     census = InstanceCensus(now)
     last, trouble = None, ""
     try:
-        last = history.last_run(bucket, request_secs)
+        last = report.last_run(bucket, request_secs)
     except SafetyError as error:
         trouble = str(error)
     unreadable = ""

@@ -8,10 +8,11 @@ import pytest
 import typer.main
 
 from hfbucket_plugin.tools import exit_codes
+from hfbucket_plugin.tools.options import flags_of
+from hfbucket_plugin.tools.selection import Selection
 from jobs.cli.app import app
 from jobs.export.copy import CopyOutcome
 from jobs.export.plan import OnConflict
-from jobs.export.planning import CHOOSING
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def test_flags_that_are_named_exist_and_all_are_named():
     assert named <= flags | {"--instance"}
     shared = {"--lock-lifetime", "--help", "--all", "--chunk-size", "--hash-algorithm"}
     assert flags - named <= shared
-    assert {flag.name for flag in CHOOSING} - shared <= named
+    assert {flag.name for flag in flags_of(Selection)} - {"--hottest"} - shared <= named
 
 
 @pytest.mark.parametrize("name", [*map(str, CopyOutcome), *map(str, OnConflict), "auto", "copy", "stream"])

@@ -10,11 +10,13 @@ import typer.main
 import yaml
 
 from hfbucket_plugin.config.instances import named_instances
+from hfbucket_plugin.core.units import format_duration
 from hfbucket_plugin.tools import exit_codes
 from jobs.cli.app import app
 from jobs.index.build import IndexOrder
 from jobs.index.report import IndexBuild, IndexSummary
 from jobs.index.verify import Differences
+from jobs.options import IndexOptions
 from jobs.report import GAUGES
 
 ROOT = Path(__file__).parents[2]
@@ -115,9 +117,9 @@ def test_every_exit_code_is_described():
 
 
 def test_defaults_are_those_of_the_page():
-    order = IndexOrder()
-    parameters = {one.name: one.default for one in COMMAND.params}
-    assert f"`--full-every` ({parameters['full_every']}:" in TEXT
-    assert f"`--keep` ({parameters['keep']}," in TEXT
-    assert f"`--grace` ({parameters['grace']})" in TEXT
-    assert (order.full_every_secs, order.keep, order.grace.total_seconds()) == (86400, 2, 3600)
+    order, request = IndexOrder(), IndexOptions()
+    assert "`--full-every` (24h:" in TEXT
+    assert f"`--keep` ({request.keep}," in TEXT
+    assert f"`--grace` ({format_duration(request.grace)})" in TEXT
+    assert (request.full_every.total_seconds(), request.keep, request.grace.total_seconds()) == (86400, 2, 3600)
+    assert (order.full_every_secs, order.keep, order.grace) == (86400, request.keep, request.grace)

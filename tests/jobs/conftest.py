@@ -6,8 +6,7 @@ def no_cluster(monkeypatch, tmp_path):
     """No Ray cluster is configured, and plans that nobody wants are the test's own."""
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    for module in ("hfbucket_plugin.tools.plan_file", "jobs.deletion.job", "jobs.export.job"):
-        monkeypatch.setattr(f"{module}.default_plan_dir", lambda: tmp_path / "plans")
+    monkeypatch.setattr("hfbucket_plugin.tools.plan_file.default_plan_dir", lambda: tmp_path / "plans")
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from jobs.deletion.job import DeletionJob
-from jobs.report import OutcomeTally, ReportFile
-from jobs.session import with_exit_code
+from jobs.report import OutcomeTally, ReportFile, with_exit_code
 from tests.support.depot import DAY, INSTANCE, NEW, OLD
 from tests.support.export_rig import ExportRig
 from tests.support.plugin_support import noise
@@ -221,7 +220,7 @@ def test_no_command_ends_with_a_traceback(stocked, monkeypatch, command):
     def full(*_, **__):
         raise MemoryError
 
-    for name in ("jobs.cli.options.named_instances", "jobs.cli.fingerprint.options.chosen"):
+    for name in ("jobs.options.named_instances",):
         monkeypatch.setattr(name, full)
 
     ran = stocked.run(command)

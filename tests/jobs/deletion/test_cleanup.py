@@ -185,7 +185,7 @@ def test_an_adapters_json_names_an_instance_too(stocked):
     ("arguments", "reported"),
     [
         (["--yes"], "name what to keep"),
-        (["--max-age", "14"], "max_age: invalid duration"),
+        (["--max-age", "14"], "--max-age: invalid duration"),
         (["--max-age", "14d", "--policy", "x.yaml"], "not both"),
         (["--policy", "x.yaml"], "cannot be read"),
         (["--max-age", "14d", "--max-delete", "most"], "--max-delete"),

@@ -203,7 +203,7 @@ def test_the_warmers_choice(rig, tmp_path):
 
 def test_since_counts_back_from_the_clock_of_the_hub(rig, monkeypatch):
     """This machine's clock is three days ahead."""
-    monkeypatch.setattr("jobs.cli.options.now", lambda: datetime.now(UTC) + timedelta(days=3))
+    monkeypatch.setattr("jobs.cli.export.now", lambda: datetime.now(UTC) + timedelta(days=3))
     rig.us.put({key(50, "org/other"): b"the newest"}, age=1 * HOUR)
     rig.eu.prefix = "kv/since"
     ran = rig.export("--since", "2h")

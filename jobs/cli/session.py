@@ -8,36 +8,34 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from hfbucket_plugin.core import texts
-from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.files import expect_apart
 from hfbucket_plugin.errors import (
-    HFBucketError,
-    IntegrityError,
     Interrupted,
-    RefusedError,
-    TempDirError,
-    ThrottledError,
-    TransportError,
 )
-from hfbucket_plugin.tools import exit_codes
-from hfbucket_plugin.tools.signals import ShutdownSignal, Stop
-from jobs.lock.lock import LockLapsedError
-from jobs.report import JobSummary, ReportFile, note, write_metrics
-from warmer.report.outcomes import local_trouble
+from hfbucket_plugin.tools import console, exit_codes
+from hfbucket_plugin.tools.signals import ShutdownSignal
+from jobs.report import JobSummary, ReportFile, as_text, exit_code_of, note, write_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from jobs.options import DeletionOptions, ExportOptions, Outputs
+
+
+T = TypeVar("T")
 
 Work = Callable[[ReportFile, ShutdownSignal], JobSummary | None]
-"""Does a job. None where it is not to be done, for what became of the one before."""
+"""Does one job. None if it is not to be done, because of how the one before ended."""
+
+Works = list[tuple[str, Work]]
+"""What a command does, one after the other, each with its name."""
 
 
 @dataclass
@@ -45,15 +43,13 @@ class CommandSession:
     """One command.
 
     Attributes:
-        report: The file that tells of every object; None for none.
-        metrics: The file for Prometheus; None for none.
-        inputs: Options with the files that the command reads: none of these is written to.
+        outputs: The files to write.
+        inputs: Files that the command reads beside those of its options, with their names.
         summaries: What came of the jobs so far.
         broken: Codes of those of which no summary came.
     """
 
-    report: Path | None
-    metrics: Path | None
+    outputs: Outputs
     inputs: Sequence[tuple[str, Path | None]] = ()
     summaries: list[JobSummary] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
@@ -69,8 +65,9 @@ class CommandSession:
         waiting = list(works)
         file = None
         try:
-            expect_apart([("--report", self.report), ("--metrics-textfile", self.metrics)], self.inputs)
-            file = ReportFile(self.report)
+            outputs = [("--report", self.outputs.report), ("--metrics-textfile", self.outputs.metrics_textfile)]
+            expect_apart(outputs, [*self.inputs, *self.outputs.inputs()])
+            file = ReportFile(self.outputs.report)
             # Ray prints where it likes.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
                 while waiting and not stop.requested:
@@ -80,8 +77,8 @@ class CommandSession:
                     if summary is not None:
                         self._add(summary)
             file.close()
-            if self.metrics is not None:
-                write_metrics(self.metrics, self.summaries, time.time(), _code_of_file(file))
+            if self.outputs.metrics_textfile is not None:
+                write_metrics(self.outputs.metrics_textfile, self.summaries, time.time(), _code_of_file(file))
         except Interrupted:
             end(_stop_requested(waiting), exit_codes.INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
@@ -182,55 +179,6 @@ def end(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def record_of(values: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for, for a plan's header: without what was not."""
-    return {name: value for name, value in values.items() if value}
-
-
-_LIMIT: Final = "--max-duration"
-
-
-def with_exit_code(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
-    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
-
-    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
-    inside a client that takes it for a failure.
-    """
-    with patience(until):
-        code, message = _with_exit_code(work)
-    if message and code == exit_codes.FAILED and stop.requested:
-        return exit_codes.INTERRUPTED, f"told to stop; {message}"
-    if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
-        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
-    return code, message
-
-
-def _with_exit_code(work: Callable[[], int]) -> tuple[int, str]:
-    try:
-        return work(), ""
-    except Interrupted:
-        return exit_codes.INTERRUPTED, "told to stop"
-    except ThrottledError as error:  # all pauses but the last one were waited out
-        return exit_code_of(error), f"{error}; {_LIMIT} would be over before"
-    except HFBucketError as error:
-        return exit_code_of(error), str(error)
-    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
-        return exit_code_of(error), as_text(error)
-
-
-def as_text(error: Exception) -> str:
-    """Why something ended, whatever it was: one line, never a traceback."""
-    return local_trouble(error) or str(error)
-
-
-def exit_code_of(error: Exception) -> int:
-    """The exit code that an error stands for."""
-    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
-        return exit_codes.FAILED
-    if isinstance(error, RefusedError):
-        return exit_codes.REFUSED
-    if not isinstance(error, HFBucketError) or isinstance(
-        error, (TransportError, ThrottledError, IntegrityError, TempDirError)
-    ):
-        return exit_codes.FAILED
-    return exit_codes.USAGE
+def asker(ask: Callable[[T], bool], request: DeletionOptions | ExportOptions) -> Callable[[T], bool] | None:
+    """Return what asks whether to carry out a plan; None if nobody is at a terminal, or only a plan is wanted."""
+    return ask if console.at_terminal() and not request.dry_run else None
