@@ -156,11 +156,11 @@ class OutcomeTally:
         """Count an object."""
         item = ended.item
         self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
-        reported = {"message": ended.message} if ended.message else {}
+        more = {"message": ended.message} if ended.message else {}
         self._file.write(
             {"record": "object", "path": item.path, "key": item.key, "size": item.size, "reason": item.reason}
             | {"outcome": str(ended.outcome)}
-            | reported
+            | more
         )
         if ended.outcome == Outcome.FAILED and len(self.failures) < NAMED_FAILURES:
             self.failures.append({"path": item.path, "message": ended.message})

@@ -195,16 +195,16 @@ def fleet(nodes: int, share: float, side: str, calls: Mapping[str, float]) -> di
         calls: Of a hit, a miss and a put.
     """
     chance = random.Random(7)
-    reported: dict[str, float] = {"lookups and gets": 0.0, "puts": 0.0, "refreshes": 0.0, "journals": 0.0}
+    counts: dict[str, float] = {"lookups and gets": 0.0, "puts": 0.0, "refreshes": 0.0, "journals": 0.0}
     entries = [0] * nodes
     dirty = [False] * nodes
     for second in range(WINDOW_SECS):
         for node in range(nodes):
             if chance.random() < share:
-                reported["lookups and gets"] += calls["hit"]
+                counts["lookups and gets"] += calls["hit"]
             else:
-                reported["lookups and gets"] += calls["miss"]
-                reported["puts"] += calls["put"]
+                counts["lookups and gets"] += calls["miss"]
+                counts["puts"] += calls["put"]
                 entries[node] += _CHUNKS
                 dirty[node] = True
             if side != INDEXED:
@@ -213,11 +213,11 @@ def fleet(nodes: int, share: float, side: str, calls: Mapping[str, float]) -> di
             grown = entries[node] / (second + 1) * _SNAPSHOT_SECS
             pages = 1 + nodes * -(-grown // _JOURNAL_ENTRIES) // 1000
             if (second + node) % max(_JOURNAL_SECS, round(_SHARE_SECS * nodes)) == 0 and dirty[node]:
-                reported["journals"] += 1
+                counts["journals"] += 1
                 dirty[node] = False
             if (second + node) % max(_REFRESH_SECS, round(_SHARE_SECS * nodes * pages)) == 0:
-                reported["refreshes"] += pages
-    return reported
+                counts["refreshes"] += pages
+    return counts
 
 
 def print_fleet(nodes: int, figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
@@ -227,9 +227,9 @@ def print_fleet(nodes: int, figures: Mapping[str, Mapping[str, Mapping[str, floa
         f"fleet of {nodes} nodes, a prompt of {_CHUNKS} chunks a second each: API calls in 5 minutes. Quotas: {quotas}"
     )
     for share, sides in figures.items():
-        for side, reported in sides.items():
-            total = sum(reported.values())
-            parts = ", ".join(f"{name} {count:,.0f}" for name, count in reported.items() if count)
+        for side, counts in sides.items():
+            total = sum(counts.values())
+            parts = ", ".join(f"{name} {count:,.0f}" for name, count in counts.items() if count)
             within = [name for name, quota in QUOTAS.items() if total <= quota]
             over = f"within {within[0]}" if within else f"{total / QUOTAS['Enterprise']:.1f} x Enterprise"
             print(f"  {share} hits  {side:9} {total:9,.0f}  {over:18} {parts}")

@@ -72,8 +72,8 @@ def _requests(requests: Mapping[str, int]) -> str:
     parts = []
     for kind, of_hub in (("Hub", True), ("store", False)):
         routes = {name: count for name, count in requests.items() if (name in HUB_ROUTES) is of_hub}
-        reported = " (" + ", ".join(f"{name} {count}" for name, count in routes.items()) + ")" if routes else ""
-        parts.append(f"{kind} {sum(routes.values())}{reported}")
+        detail = " (" + ", ".join(f"{name} {count}" for name, count in routes.items()) + ")" if routes else ""
+        parts.append(f"{kind} {sum(routes.values())}{detail}")
     return "   ".join(parts)
 
 

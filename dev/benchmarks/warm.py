@@ -229,12 +229,12 @@ def print_case(case: Case, rows: Mapping[str, list[Row]]) -> dict[str, float]:
     for side, runs in rows.items():
         medians[side] = seconds = statistics.median(run["seconds"] for run in runs)
         each = ", ".join(f"{run['seconds']:.2f}" for run in runs)
-        reported = f"  {side:8} {seconds:7.2f} s {case.total_bytes / MIB / seconds:7.0f} MiB/s   of {each}"
+        line = f"  {side:8} {seconds:7.2f} s {case.total_bytes / MIB / seconds:7.0f} MiB/s   of {each}"
         for field in ("started", "whole", "loading"):
             if field in runs[0]:
-                reported += f"   {field} {statistics.median(run[field] for run in runs):.2f} s"
-        reported += f"   other work {statistics.median(run['others'] for run in runs):.1f} cores"
-        print(reported)
+                line += f"   {field} {statistics.median(run[field] for run in runs):.2f} s"
+        line += f"   other work {statistics.median(run['others'] for run in runs):.1f} cores"
+        print(line)
         requests = sorted(runs[-1]["requests"].items(), key=lambda one: -one[1])
         print(" " * 11 + ", ".join(f"{route} {count}" for route, count in requests if count))
     ratios = {}

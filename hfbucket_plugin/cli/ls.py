@@ -173,5 +173,5 @@ class _Shown:
                 self.failed = True
                 console.print_error(f"the listing is not complete: {as_text(error, named)}")
         if keys.passed_by:
-            reported = ", ".join(kind.counted(number) for kind, number in sorted(keys.passed_by.items()))
-            console.print_error(f"instance {named.name!r}: objects that are no keys: {reported}")
+            skipped = ", ".join(kind.counted(number) for kind, number in sorted(keys.passed_by.items()))
+            console.print_error(f"instance {named.name!r}: objects that are no keys: {skipped}")

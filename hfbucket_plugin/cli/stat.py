@@ -68,5 +68,5 @@ def _show(named: InstanceConfig, summary: InstanceSummary) -> None:
         console.print(tables.columns(f"{named.name}  {named.settings.bucket_handle}", HEADER, shown))
         return
     for cells in shown:
-        reported = ", ".join(f"{name} {cell}" for name, cell in zip(HEADER[1:], cells[1:], strict=True) if cell)
-        output.line(f"{named.name}: {cells[0]}: {reported}")
+        text = ", ".join(f"{name} {cell}" for name, cell in zip(HEADER[1:], cells[1:], strict=True) if cell)
+        output.line(f"{named.name}: {cells[0]}: {text}")

@@ -497,8 +497,8 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            reported = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
-            rule_violations.append(f"unknown setting {where}{reported}{hint}")
+            shown = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
+            rule_violations.append(f"unknown setting {where}{shown}{hint}")
     return rule_violations
 
 
@@ -531,8 +531,8 @@ def _bounds(model: type[BaseModel], setting: str) -> str:
                     limits[name] = tighter(limits.get(name, bound), bound)
     if limits.get("ge", 0) > limits.get("gt", 0):  # it says more
         limits.pop("gt", None)
-    reported = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
-    return f" (allowed: {', '.join(reported)})" if reported else ""
+    shown = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
+    return f" (allowed: {', '.join(shown)})" if shown else ""
 
 
 def _all_metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:

@@ -73,10 +73,8 @@ class BucketHandle:
         """
         stripped = text.strip()
         if not stripped.startswith(SCHEME):
-            reported = (
-                repr(text) if "/" in text or not stripped else "this"
-            )  # a token in the wrong place holds no slash
-            raise ConfigError(f"{reported} is no bucket handle: it must read {_SHAPE}")
+            shown = repr(text) if "/" in text or not stripped else "this"  # a token in the wrong place holds no slash
+            raise ConfigError(f"{shown} is no bucket handle: it must read {_SHAPE}")
         parts = [part for part in stripped[len(SCHEME) :].split("/") if part]
         if not parts[1:]:
             raise ConfigError(f"{text!r} names no bucket: it must read {_SHAPE}")

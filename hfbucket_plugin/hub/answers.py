@@ -173,11 +173,11 @@ def records(body: bytes, what: str, room: BodyLimit) -> list[dict[str, Any]]:
 def words(body: bytes) -> str:
     """What an error's body says, for people: its field `error`, or the body itself."""
     try:
-        reported = document(body[:WORDS], "", SMALL)
+        answer = document(body[:WORDS], "", SMALL)
     except TransportError:
-        reported = None
-    if isinstance(reported, dict) and isinstance(reported.get("error"), (str, int)):
-        return str(reported["error"])
+        answer = None
+    if isinstance(answer, dict) and isinstance(answer.get("error"), (str, int)):
+        return str(answer["error"])
     return body[:WORDS].decode(errors="replace") or "no reason given"
 
 

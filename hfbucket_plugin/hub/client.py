@@ -424,8 +424,8 @@ class HubClient:
             )
         if status == _TOO_MANY:
             after = retry_after(answer.headers)
-            reported = f"; it asks to wait {after:g} s" if after is not None else ""
-            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{reported}", after)
+            wait = f"; it asks to wait {after:g} s" if after is not None else ""
+            return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{wait}", after)
         if status == _NOT_FOUND:  # a proxy's, or a mistyped endpoint's: nothing is known of the bucket
             return TransportError(
                 f"{what}: {self.endpoint} answered 404 ({words}), and not as a Hub does for a missing bucket; check "

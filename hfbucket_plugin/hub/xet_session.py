@@ -486,7 +486,7 @@ def typed_errors(what: str) -> Iterator[None]:
 
 def _typed(what: str, error: BaseException) -> HFBucketError:
     """hf_xet 1.8 raises one class for every answer of the store: the status is in its text only."""
-    reported = f"{what}: {type(error).__name__}: {_short(error)}"
+    message = f"{what}: {type(error).__name__}: {_short(error)}"
     number = int(local[1]) if isinstance(error, OSError) and (local := _LOCAL.search(str(error))) else 0
     if number in _FULL:
         return TempDirError(
@@ -501,10 +501,10 @@ def _typed(what: str, error: BaseException) -> HFBucketError:
     found = _STATUS.search(str(error))
     status = int(found[1]) if found else 0
     if status == _STATUS_NOT_FOUND:
-        return ObjectMissingError(reported)
+        return ObjectMissingError(message)
     if status in _STATUS_DENIED:
-        return AccessDeniedError(reported, status)
-    return ThrottledError(reported) if status == _STATUS_TOO_MANY else TransportError(reported)
+        return AccessDeniedError(message, status)
+    return ThrottledError(message) if status == _STATUS_TOO_MANY else TransportError(message)
 
 
 def _short(error: BaseException) -> str:

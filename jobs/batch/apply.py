@@ -143,7 +143,7 @@ class Applier(Generic[T]):
         lock_end: Until when, by the Hub's clock, it then is.
         keep: Keeps the lock meanwhile; raises when it is not held.
         not_after: An object that was uploaded later is too young.
-        reported: Is told of every object that has ended.
+        on_end: Is told of every object that has ended.
         stop: Whether to stop.
         until: When to begin no more.
         batch_size: Most objects of a batch.
@@ -160,7 +160,7 @@ class Applier(Generic[T]):
         *,
         confirm: Callable[[], float],
         not_after: datetime,
-        reported: Callable[[ItemOutcome[T]], None],
+        on_end: Callable[[ItemOutcome[T]], None],
         stop: Stop,
         until: Deadline,
         batch_size: int = MAX_BATCH,
@@ -172,7 +172,7 @@ class Applier(Generic[T]):
         self._executor = executor
         self._confirm = confirm
         self._not_after = not_after
-        self._reported = reported
+        self._on_end = on_end
         self._stop = stop
         self._until = until
         self._size = min(batch_size, MAX_BATCH)
@@ -289,7 +289,7 @@ class Applier(Generic[T]):
             self._why = self._why or error
             return
         for ended in result.ended:
-            self._reported(ended)
+            self._on_end(ended)
         if result.wait_secs:
             self._be_quiet(result.wait_secs)
         if result.left is not None:

@@ -116,26 +116,26 @@ class ActorExecutor(Generic[T]):
         """Begin a try at a batch on an idle actor; there is one, since no more than `width` are in progress."""
         # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
         actor = self._idle.pop(0)
-        reported: Future[Result[T]] = Future()
+        future: Future[Result[T]] = Future()
         try:
             actor = self._living(actor)
         except Exception as error:  # noqa: BLE001 - the future carries it to the waiter
-            reported.set_exception(error)
-            return reported
+            future.set_exception(error)
+            return future
         with self._mutex:
-            self._busy[reported] = (actor, batch)
+            self._busy[future] = (actor, batch)
         answer = actor.attempt.remote(batch, not_after, seconds, lock_end).future()
-        answer.add_done_callback(lambda done: self._settle(reported, done))
-        return reported
+        answer.add_done_callback(lambda done: self._settle(future, done))
+        return future
 
-    def _settle(self, reported: Future[Result[T]], done: Future[Any]) -> None:
+    def _settle(self, future: Future[Result[T]], done: Future[Any]) -> None:
         """Tell what an actor answered, whatever that is: somebody waits for it.
 
         Ray calls this on the one thread on which it does everything, `ray.kill` too, which waits for that to be done: so
         nothing is asked of Ray here, and who died is replaced when its place is needed.
         """
         with self._mutex:
-            busy = self._busy.pop(reported, None)
+            busy = self._busy.pop(future, None)
         if busy is None:  # it was given up before
             return
         actor, batch = busy
@@ -148,9 +148,9 @@ class ActorExecutor(Generic[T]):
             result = self._result(batch, done)
             self._counts.add(result)
         except BaseException as error:  # noqa: BLE001 - the future carries it to the waiter
-            reported.set_exception(error)
+            future.set_exception(error)
         else:
-            reported.set_result(result)
+            future.set_result(result)
 
     def _result(self, batch: ItemBatch[T], done: Future[Any]) -> Result[T]:
         try:

@@ -128,12 +128,12 @@ def rm(
             show_plan,
             handles_of(every),
         )
-    reported = {name: value for name, value in {"keys": first, "prefixes": [*prefixes]}.items() if value}
+    named_by = {name: value for name, value in {"keys": first, "prefixes": [*prefixes]}.items() if value}
 
     def removing(one: InstanceConfig) -> Work:
         def work(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary:
             selection = ByName(wanted, prefixes, request.min_age)
-            summary = DeletionJob(one, request, context, file, stop).select(selection, reported)
+            summary = DeletionJob(one, request, context, file, stop).select(selection, named_by)
             if summary.plan is None:
                 return summary
             return replace(summary, absent=selection.absent, absent_count=selection.absent_count)

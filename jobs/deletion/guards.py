@@ -83,16 +83,16 @@ class MaxDelete:
         Raises:
             GuardError: It does; the message says by how much and how to allow it.
         """
-        reported: list[str] = []
+        bounds: list[str] = []
         if self.objects is not None and planned.objects > self.objects:
-            reported.append(f"{self.objects:,} objects")
+            bounds.append(f"{self.objects:,} objects")
         if self.percent is not None and planned.objects > listed.objects * self.percent / _WHOLE:
-            reported.append(f"{self.percent:g}% of {count(listed.objects, what)}")
+            bounds.append(f"{self.percent:g}% of {count(listed.objects, what)}")
         if self.bytes is not None and planned.bytes > self.bytes:
-            reported.append(size(self.bytes))
-        if reported:
+            bounds.append(size(self.bytes))
+        if bounds:
             raise SafetyError(
-                f"the plan deletes {planned}, more than --max-delete allows ({' and '.join(reported)}): nothing is deleted. "
+                f"the plan deletes {planned}, more than --max-delete allows ({' and '.join(bounds)}): nothing is deleted. "
                 "If that is what you want, raise --max-delete"
             )
 

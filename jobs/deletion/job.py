@@ -338,7 +338,7 @@ class DeletionJob:
                 executor,
                 confirm=lock.confirm,
                 not_after=now - max(plan.header.min_age, self._context.min_age),
-                reported=self._count,
+                on_end=self._count,
                 stop=self._stop,
                 until=self._until,
                 batch_size=self._options.batch_size,

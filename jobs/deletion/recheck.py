@@ -51,7 +51,7 @@ class Recheck:
         bucket: The instance's.
         table: What a snapshot knows that is newer than the plan; None for a plan that was made by it.
         since: Journals that the Hub took since then tell what it does not know, in seconds since 1970.
-        reported: Is told of what is kept back.
+        on_end: Is told of what is kept back.
         clock: Monotonic seconds.
         lost_at: The last moment at which an engine dropped hits, as far as the plan knows, in seconds since 1970.
     """
@@ -61,7 +61,7 @@ class Recheck:
         bucket: Bucket,
         table: AccessTable | None,
         since: float,
-        reported: Callable[[ItemOutcome[Item]], None],
+        on_end: Callable[[ItemOutcome[Item]], None],
         clock: Callable[[], float] = time.monotonic,
         *,
         lost_at: float = 0.0,
@@ -70,7 +70,7 @@ class Recheck:
         self._table = table
         self._since = since
         self._lost_at = lost_at
-        self._reported = reported
+        self._on_end = on_end
         self._clock = clock
         self._looked_at: float | None = None
         self._read: set[tuple[str, str]] = set()
@@ -87,7 +87,7 @@ class Recheck:
             used = self._used(asked) if asked else frozenset()
             for item in page:
                 if item.path in used:
-                    self._reported(ItemOutcome(item, Outcome.USED))
+                    self._on_end(ItemOutcome(item, Outcome.USED))
                 else:
                     yield item
 
@@ -125,12 +125,12 @@ class Recheck:
                 for one in listing.journals
                 if one.name.hits and one.at >= self._since and (one.path, one.content.xet_hash) not in self._read
             ]
-            for journal, reported in self._store.read_journal_rows(fresh, Deadline.after(10 * _REQUEST_SECS)):
-                if isinstance(reported, JournalRows):
-                    self._expect_whole(reported.lost)
-                    self._take(reported.hits)
-                elif not isinstance(reported, FormatError):
-                    raise reported
+            for journal, rows in self._store.read_journal_rows(fresh, Deadline.after(10 * _REQUEST_SECS)):
+                if isinstance(rows, JournalRows):
+                    self._expect_whole(rows.lost)
+                    self._take(rows.hits)
+                elif not isinstance(rows, FormatError):
+                    raise rows
                 self._read.add((journal.path, journal.content.xet_hash))
         except AccessUnknownError:
             raise
@@ -195,7 +195,7 @@ def rechecking(
     header: DeletionHeader,
     planned_by: Pointer | None,
     now: datetime,
-    reported: Callable[[ItemOutcome[Item]], None],
+    on_end: Callable[[ItemOutcome[Item]], None],
     *,
     without: bool,
 ) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
@@ -207,7 +207,7 @@ def rechecking(
         planned_by: The snapshot that the plan was just made by; None for a plan that was made before.
             Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
         now: The Hub's time.
-        reported: Is told of what is kept back.
+        on_end: Is told of what is kept back.
         without: Whether to do without, whatever the plan goes by.
 
     Raises:
@@ -226,7 +226,7 @@ def rechecking(
         lost_at = _dropped_before(header, planned_by)
         if pointer.heat_lost_at > lost_at + _DRIFT_SECS:
             raise _dropped(max(1, pointer.heat_lost))
-        recheck = Recheck(bucket, table, pointer.covers, reported, lost_at=lost_at)
+        recheck = Recheck(bucket, table, pointer.covers, on_end, lost_at=lost_at)
         stack.callback(recheck.close)
         yield recheck.unused
 

@@ -198,20 +198,20 @@ class Export:
         """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
         message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
         self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
-        reported = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
-        self._message = f"{self._message}; {reported}" if self._message else reported
+        damage = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
+        self._message = f"{self._message}; {damage}" if self._message else damage
         return exit_codes.FAILED
 
     def _name_conflicts(self, plan: ExportPlanFile) -> None:
         for copy_item in plan.copy_items(CONFLICT):
-            reported = {
+            record = {
                 "record": "object",
                 "path": copy_item.path,
                 "size": copy_item.size,
                 "reason": CONFLICT,
                 "outcome": CONFLICT,
             }
-            self._file.write(reported | conflict_record(copy_item))
+            self._file.write(record | conflict_record(copy_item))
             if len(self._conflicts) < NAMED_CONFLICTS:
                 self._conflicts.append(conflict_record(copy_item))
 
@@ -228,7 +228,7 @@ class Export:
     ) -> int:
         progress = ProgressLog(plan.items_left, self._endpoints[1].place.name)
 
-        def reported(ended: ItemOutcome[CopyItem]) -> None:
+        def on_end(ended: ItemOutcome[CopyItem]) -> None:
             if not self._order.quiet:
                 progress.add(ended.item.size)
             if notifier is not None and ended.outcome in (CopyOutcome.COPIED, CopyOutcome.STREAMED):
@@ -239,9 +239,9 @@ class Export:
             self._tally.add(ended)
 
         with notifying(destination.bucket if isinstance(destination, InstanceEnd) else None) as notifier:
-            copy_items = self._fresh(destination, plan, reported)
-            self._method, copy_items = self._find_out(source, destination, plan, copy_items, reported)
-            return self._run_copies((source, destination), plan, copy_items, self._method, reported)
+            copy_items = self._fresh(destination, plan, on_end)
+            self._method, copy_items = self._find_out(source, destination, plan, copy_items, on_end)
+            return self._run_copies((source, destination), plan, copy_items, self._method, on_end)
 
     def _run_copies(
         self,
@@ -249,7 +249,7 @@ class Export:
         plan: ExportPlanFile,
         copy_items: Iterator[CopyItem],
         method: Method,
-        reported: Callable[[ItemOutcome[CopyItem]], None],
+        on_end: Callable[[ItemOutcome[CopyItem]], None],
     ) -> int:
         window = max(1, self._order.window_bytes // (TIMES_IN_MEMORY * self._order.parallel))
         streams = method.how is CopyMethod.STREAM
@@ -261,7 +261,7 @@ class Export:
                 executor,
                 confirm=lambda: ATTEMPT_SECS,
                 not_after=plan.header.made_at,
-                reported=reported,
+                on_end=on_end,
                 stop=self._stop,
                 until=self._until,
                 batch_size=PAGE,
@@ -289,7 +289,7 @@ class Export:
         )
 
     def _fresh(
-        self, destination: DestinationEndpoint, plan: ExportPlanFile, reported: Callable[[ItemOutcome[CopyItem]], None]
+        self, destination: DestinationEndpoint, plan: ExportPlanFile, on_end: Callable[[ItemOutcome[CopyItem]], None]
     ) -> Iterator[CopyItem]:
         """What is still to be copied; what is there by now ends: so a plan goes on where it was interrupted.
 
@@ -304,7 +304,7 @@ class Export:
             for copy_item in page:
                 there = held.get(copy_item.to)
                 if there is not None and there.content == copy_item.content:
-                    reported(ItemOutcome(copy_item, CopyOutcome.SAME))
+                    on_end(ItemOutcome(copy_item, CopyOutcome.SAME))
                 else:
                     yield copy_item
 
@@ -314,7 +314,7 @@ class Export:
         destination: DestinationEndpoint,
         plan: ExportPlanFile,
         copy_items: Iterator[CopyItem],
-        reported: Callable[[ItemOutcome[CopyItem]], None],
+        on_end: Callable[[ItemOutcome[CopyItem]], None],
     ) -> tuple[Method, Iterator[CopyItem]]:
         """How bytes are to be moved, and what is left to be moved then.
 
@@ -341,7 +341,7 @@ class Export:
                 raise RefusedError(f"--mode copy: {method.why}. Nothing was copied; give --mode auto or stream")
             method = Method(CopyMethod.COPY, "that was asked for", method.moved)
         if method.moved is not None:
-            reported(ItemOutcome(method.moved, CopyOutcome.COPIED))
+            on_end(ItemOutcome(method.moved, CopyOutcome.COPIED))
         return method, itertools.chain(
             (copy_item for copy_item in looked_at if copy_item is not method.moved), copy_items
         )

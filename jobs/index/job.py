@@ -194,7 +194,7 @@ class IndexJob:
         if not items:
             return exit_codes.COMPLETE
         end = prune(
-            bucket, lock, iter(items), pointer=content, limits=self._limits, reported=self._tally.add, stop=self._stop
+            bucket, lock, iter(items), pointer=content, limits=self._limits, on_end=self._tally.add, stop=self._stop
         )
         left = self._summary(exit_codes.COMPLETE).unfinished.objects
         if end.why is not None:

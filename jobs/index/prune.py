@@ -70,7 +70,7 @@ def prune(
     *,
     pointer: ContentId,
     limits: PruneLimits,
-    reported: Callable[[ItemOutcome[Item]], None],
+    on_end: Callable[[ItemOutcome[Item]], None],
     stop: ShutdownSignal,
 ) -> ApplyResult:
     """Delete what is still as it was listed, as long as the lock is held and the pointer is the one that was published.
@@ -81,7 +81,7 @@ def prune(
         items: What may go.
         pointer: The content of the published pointer.
         limits: What stays.
-        reported: Is told of every object that has ended.
+        on_end: Is told of every object that has ended.
         stop: Whether to stop.
     """
     path = bucket.handle.join(POINTER)
@@ -99,7 +99,7 @@ def prune(
             executor,
             confirm=confirm,
             not_after=lock.clock.earliest() - limits.grace,
-            reported=reported,
+            on_end=on_end,
             stop=stop,
             until=limits.until,
             lock_end=lambda: lock.stops,

@@ -236,14 +236,14 @@ class Verification:
         if listing.crowded:
             raise TransportError(f"not all journals could be listed: {listing.crowded}")
         late = [journal for journal in listing.journals if journal.at >= since and not journal.name.hits]
-        reported: list[Rows] = []
+        tables: list[Rows] = []
         for _, changes in self._store.read_journals(late, Deadline.patient(self._page_secs)):
             if isinstance(changes, FormatError):
                 continue
             if isinstance(changes, HFBucketError):
                 raise TransportError(f"a journal could not be read: {changes}")
-            reported.append(changes[changes["at"] >= since - CLOCK_MARGIN_SECS])
-        return Table(newest(*reported)) if reported else NO_CHANGES
+            tables.append(changes[changes["at"] >= since - CLOCK_MARGIN_SECS])
+        return Table(newest(*tables)) if tables else NO_CHANGES
 
 
 def _unreported(rows: Rows, changes: Table) -> Rows:

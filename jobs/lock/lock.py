@@ -172,8 +172,8 @@ class BucketLock:
 
     def _acquire(self) -> None:
         # For people who look into the bucket: the name says all that contenders need.
-        reported = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
-        self._content = records.upload(self._bucket, json.dumps(reported).encode(), Deadline.patient(self._secs))
+        record = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
+        self._content = records.upload(self._bucket, json.dumps(record).encode(), Deadline.patient(self._secs))
         sent = self.clock.monotonic()
         self._put(CLAIM, Deadline.patient(self._secs))
         answered = self.clock.monotonic()

@@ -58,8 +58,8 @@ def check_rights(case: CheckContext, right: Literal["read", "write"]) -> tuple[F
     try:
         case.ask(f"xet-{right}-token", lambda deadline: case.bucket.check_right(right, deadline))
     except (AccessDeniedError, BucketMissingError) as caught:  # the bucket itself was seen, so a 404 is a refusal
-        reported = caught.message.removeprefix(f"instance {case.named.name!r}: ")
-        return judge(case.named, right, reported), False
+        message = caught.message.removeprefix(f"instance {case.named.name!r}: ")
+        return judge(case.named, right, message), False
     return judge(case.named, right, None), True
 
 

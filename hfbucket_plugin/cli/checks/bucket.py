@@ -137,8 +137,8 @@ def judge(named: InstanceConfig, seen: ListingSample) -> Finding:
     total = sum(seen.by_kind.values())
     if not total:
         return ok(LISTING, "no objects yet")
-    reported = [kind.counted(number) for kind, number in seen.by_kind.items() if number]
-    found = f"{'the first ' if seen.more else ''}{count(total, 'object')}: {', '.join(reported)}"
+    parts = [kind.counted(number) for kind, number in seen.by_kind.items() if number]
+    found = f"{'the first ' if seen.more else ''}{count(total, 'object')}: {', '.join(parts)}"
     if seen.by_kind[other] and not seen.by_kind[own]:
         return warning(
             LISTING,

@@ -67,7 +67,7 @@ def _directories(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
 
 
 def _proxy(_: InstanceConfig, environ: Mapping[str, str]) -> Finding:
-    wrong, advice, reported = [], [], []
+    wrong, advice, notes = [], [], []
     for name in [variable for upper in _PROXIES for variable in (upper, upper.lower())]:
         value = environ.get(name, "")
         if not value:
@@ -80,7 +80,7 @@ def _proxy(_: InstanceConfig, environ: Mapping[str, str]) -> Finding:
             wrong.append(f"{name} names a SOCKS proxy, for which the package socksio is missing")
             advice.append("pip install socksio")
         else:
-            reported.append(f"{name} uses {host}")
+            notes.append(f"{name} uses {host}")
     for name in _CERTIFICATES:
         if name not in environ:
             continue
@@ -90,10 +90,10 @@ def _proxy(_: InstanceConfig, environ: Mapping[str, str]) -> Finding:
             wrong.append(f"{name} does not name {what} that can be read")
             advice.append(f"unset {name}, or have it name the certificates of your authority")
         else:
-            reported.append(f"{name} is {value}")
+            notes.append(f"{name} is {value}")
     if wrong:
         return warning(PROXY, "; ".join(wrong), "; ".join(dict.fromkeys(advice)))
-    return ok(PROXY, "; ".join(reported) or "no proxy and no certificates of your own are set")
+    return ok(PROXY, "; ".join(notes) or "no proxy and no certificates of your own are set")
 
 
 def _host(address: str) -> tuple[str | None, str]:

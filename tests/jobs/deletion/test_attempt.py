@@ -116,7 +116,7 @@ def done(batch):
 
 
 def applier(executor, reported, **options):
-    own = {"confirm": lambda: 0.0, "not_after": AT, "reported": reported, "until": Deadline.after(60), "batch_size": 2}
+    own = {"confirm": lambda: 0.0, "not_after": AT, "on_end": reported, "until": Deadline.after(60), "batch_size": 2}
     return Applier(executor, stop=SimpleNamespace(requested=False), **(own | options))
 
 

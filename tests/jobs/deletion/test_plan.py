@@ -213,7 +213,7 @@ def carried_out(fake, items, *, confirm=lambda: 9.0, stop=None, until=None, size
             executor,
             confirm=confirm,
             not_after=AT,
-            reported=reported.append,
+            on_end=reported.append,
             stop=stop or SimpleNamespace(requested=False),
             until=until or Deadline.after(60),
             batch_size=size,
