@@ -19,7 +19,7 @@ def adapters(l2_adapters, monkeypatch):
 
     def make(**values):
         tally = MemorySink()
-        monkeypatch.setattr("hfbucket_plugin.l2_adapter.default_sink", lambda: tally)
+        monkeypatch.setattr("hfbucket_plugin.engine.mp.default_sink", lambda: tally)
         one = l2_adapters(**{"fingerprint": "warn"} | values)
         one.tally = tally
         return one
