@@ -494,11 +494,9 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
     rule_violations = []
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(known))}"
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
             shown = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
-            rule_violations.append(f"unknown setting {where}{shown}{hint}")
+            rule_violations.append(f"unknown setting {where}{shown}{texts.did_you_mean(name, known)}")
     return rule_violations
 
 

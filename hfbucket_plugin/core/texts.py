@@ -8,6 +8,7 @@ of text; and a Hub may repeat a token, in another spelling than the one that the
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -245,3 +246,16 @@ def hide_in_streams() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Hiding):
             setattr(sys, name, _Hiding(stream))
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """The nearest known name to one that is not known, or all that are known, to follow it in an error.
+
+    Args:
+        name: Which is not known.
+        known: Those that are.
+        cutoff: How near it has to be, from 0 to 1.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(names)}"

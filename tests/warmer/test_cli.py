@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from localhub.faults import Fault
-from tests.support.warming import INSTANCE, PREFIX, SECRET, Warehouse, arguments, classic_key, mp_key
+from tests.support.warming import INSTANCE, SECRET, Warehouse, arguments, classic_key
 from warmer.cli.app import app
 from warmer.node.worker import NodeConfig
 from warmer.request.resolve import without_token
@@ -50,10 +50,6 @@ def test_a_configuration_that_is_no_yaml(refused, tmp_path):
     assert "is no YAML" in refused(2, path)
 
 
-def test_an_instance_that_is_not_declared(refused, warehouse):
-    assert "hfbucket.eu" in refused(2, warehouse.config, "--instance", "hfbucket.eu")
-
-
 def test_a_setting_that_is_unknown_is_named_with_the_nearest(refused, warehouse):
     warehouse.extra = {f"{HEAD}bucket_handel": "x"}
     line = refused(2, warehouse.config)
@@ -69,17 +65,6 @@ def test_a_tier_that_cannot_be_filled(refused, warehouse, tier):
 def test_a_tier_with_headers(refused, warehouse):
     warehouse.extra = {"save_chunk_meta": True}
     assert "set save_chunk_meta: false" in refused(2, warehouse.config)
-
-
-def test_an_empty_prefix(refused, warehouse):
-    assert "--prefix" in refused(2, warehouse.config, "--prefix", "")
-
-
-def test_no_prefix_at_all(warehouse):
-    command = ["run", "--lmcache-config", str(warehouse.config), "--instance", INSTANCE, "--tier", "fs.warm"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 2
-    assert "--prefix" in done.stderr
 
 
 def test_an_inline_token_never_leaves_the_driver(refused, warehouse, monkeypatch):
@@ -105,17 +90,6 @@ def test_where_the_variable_is_set_an_inline_token_is_left_behind(warehouse, mon
 
 def test_a_report_that_cannot_be_written(refused, warehouse):
     assert "--report" in refused(2, warehouse.config, "--report", str(warehouse.directory / "no" / "report.jsonl"))
-
-
-def test_nothing_selected(refused, warehouse):
-    assert PREFIX in refused(4, warehouse.config)
-
-
-def test_only_keys_of_the_other_kind_selected(refused, warehouse):
-    warehouse.put({mp_key(n): b"mp" for n in range(3)})
-    line = refused(4, warehouse.config, "--prefix", "org/")
-    assert "what was found has keys of MP mode" in line
-    assert "fs.warm" in line
 
 
 def test_a_bucket_that_is_not_there(refused, hub, tmp_path):
@@ -234,12 +208,6 @@ def test_a_submitted_job_joins_its_cluster_and_starts_none(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert configured_address(None) == "10.0.0.1:6379"
     assert configured_address("10.0.0.2:6379") == "10.0.0.2:6379"
-
-
-def test_help_names_the_exit_codes():
-    done = CliRunner().invoke(app, ["run", "--help"])
-    assert done.exit_code == 0
-    assert "Exits 0" in done.stdout
 
 
 @pytest.mark.parametrize("option", ["--require", "--canary-require"])

@@ -248,11 +248,6 @@ def test_prompts_in_mp_mode_in_their_order(stocked, warmer, tmp_path):
     assert "PYTHONHASHSEED" in warmer("plan", *chosen, "--chunk-size", "16", "--out", out, code=4)
 
 
-@pytest.mark.parametrize("unwritable", ["none/plan.jsonl", "."])
-def test_a_plan_that_cannot_be_written(stocked, warmer, tmp_path, unwritable):
-    assert "--out" in warmer("plan", *source(stocked), "--all", "--out", tmp_path / unwritable, code=2)
-
-
 def test_a_plan_of_another_bucket_or_kind_is_refused(stocked, warmer, tmp_path):
     out = tmp_path / "plan.jsonl"
     warmer("plan", *source(stocked), "--all", "--out", out)

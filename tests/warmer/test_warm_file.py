@@ -147,7 +147,7 @@ def test_an_empty_section_says_nothing(file, text):
         ({"choose": {"modle": "m"}}, "unknown setting choose.modle (did you mean 'model'?)"),
         ({"choose": {"zzzz": "m"}}, "unknown setting choose.zzzz; known are all, chunk_size"),
         ({"nodes": {"selektor": "m"}}, "did you mean 'selector'?"),
-        ({"choose": {"max_bytes": "50G"}}, "--max-bytes (choose.max_bytes): '50G'"),
+        ({"choose": {"max_bytes": "50G"}}, "--max-bytes (choose.max_bytes): invalid size '50G'"),
         ({"choose": {"all": True, "prefix": ["m"]}}, "choose: all and prefix contradict"),
         ({"nodes": {"ranks": {"a": "7-0"}}}, "--ranks (nodes.ranks.a): '7-0'"),
         ({"nodes": {"ranks": ["a"]}}, "--ranks (nodes.ranks)"),

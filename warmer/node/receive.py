@@ -162,17 +162,29 @@ class Receiver:
             if actual != chunk.xet_hash:
                 return None
             try:
-                content = None if kept is None else bytes_of(draft)
-                repaired, left = self._holdings.repair(chunk, draft.path)
-                draft.publish()
+                return self.publish(chunk, draft, kept)
             except HFBucketError as error:
                 actual = error
-            else:
-                if kept is not None and content is not None:
-                    kept[chunk.key] = content
-                own = self._holdings.settled(chunk, tier_name(self._tier))
-                return Copied(chunk.key, chunk.size, repaired=(*own, *repaired), left=left)
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
+
+    def publish(self, chunk: ChunkRef, draft: ChunkDraft, kept: dict[str, Bytes] | None) -> Copied:
+        """Let a chunk appear that is right, here and wherever else on this node something else was found in its place.
+
+        Args:
+            chunk: Which.
+            draft: Its bytes.
+            kept: Is given them, by key; None for not to keep them.
+
+        Raises:
+            HFBucketError: The tier did not take it.
+        """
+        content = None if kept is None else bytes_of(draft)
+        repaired, left = self._holdings.repair(chunk, draft.path)
+        draft.publish()
+        if kept is not None and content is not None:
+            kept[chunk.key] = content
+        own = self._holdings.settled(chunk, tier_name(self._tier))
+        return Copied(chunk.key, chunk.size, repaired=(*own, *repaired), left=left)
 
 
 def hashes_of(drafts: Sequence[ChunkDraft], expected: Sequence[str], verify: Verify) -> Sequence[str | HFBucketError]:

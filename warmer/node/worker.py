@@ -25,7 +25,7 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, DownloadToFile
 from warmer.node.holdings import Holdings
-from warmer.node.receive import Receiver, bytes_of, given_up, hashes_of, tier_name
+from warmer.node.receive import Receiver, given_up, hashes_of
 from warmer.node.reuse import EarlierTier
 from warmer.report.outcomes import Copied, Failed, Present, TierError, TierFullError
 from warmer.tiers import open_tier
@@ -47,25 +47,27 @@ _HASH_TRIES: Final = 2
 
 @dataclass(slots=True)
 class FetchItem:
-    """One chunk that is to be fetched, and its bytes where they are to be kept for other nodes.
+    """One chunk that is to be fetched.
 
     Attributes:
+        chunk: Which.
+        kept: Is given its bytes, by key, when it was copied; None for not to keep them.
+        copied: How it ended, when it is in the tier.
+        error: Why it is not there yet.
+        wrong_hashes: How often its bytes were wrong.
         asked: Bytes that the store was asked for so far, each try counted.
         reserve: Whether its blocks are to be reserved in the next try: the disk turned out to be full without.
+        since: When its node turned to it.
     """
 
     chunk: ChunkRef
-    keep: bool = False
-    kept: Bytes | None = None
+    kept: dict[str, Bytes] | None = None
+    copied: Copied | None = None
     error: HFBucketError | None = None
-    done: bool = False
     wrong_hashes: int = 0
     asked: int = 0
     reserve: bool = False
     since: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-    repaired: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
 
     @property
     def again(self) -> bool:
@@ -212,23 +214,23 @@ class NodeWarmer:
         """
         outcomes: dict[int, Outcome] = {}
         jobs: dict[int, FetchItem] = {}
+        kept: dict[str, Bytes] = {}
+        into = kept if keep else None
         for (index, chunk), there in zip(enumerate(chunks), self._holdings.look(chunks), strict=True):
             if there is not None:
                 outcomes[index] = there
                 continue
-            jobs[index] = FetchItem(chunk, keep)
+            jobs[index] = FetchItem(chunk, into)
             if chunk.gone:
                 jobs[index].error = _deleted(chunk)
-        kept: dict[str, Bytes] = {}
         wanted = {index: job.chunk for index, job in jobs.items() if job.error is None}
-        for index, outcome in zip(wanted, self.reuse([*wanted.values()], kept if keep else None), strict=True):
+        for index, outcome in zip(wanted, self.reuse([*wanted.values()], into), strict=True):
             if outcome is not None:
                 outcomes[index] = outcome
                 del jobs[index]
         self._fetch_all([job for job in jobs.values() if job.error is None])
-        self._look_into([job for job in jobs.values() if not job.done])
+        self._look_into([job for job in jobs.values() if job.copied is None])
         outcomes |= {index: self._outcome(job) for index, job in jobs.items()}
-        kept |= {job.chunk.key: job.kept for job in jobs.values() if job.done and job.kept is not None}
         return [outcomes[index] for index in range(len(chunks))], [
             kept[chunk.key] for chunk in chunks if chunk.key in kept
         ]
@@ -278,10 +280,8 @@ class NodeWarmer:
 
     def _outcome(self, job: FetchItem) -> Outcome:
         chunk = job.chunk
-        if job.done:
-            return Copied(
-                chunk.key, chunk.size, seconds=job.seconds, asked=job.asked, repaired=job.repaired, left=job.left
-            )
+        if job.copied is not None:
+            return replace(job.copied, asked=job.asked)
         if self._stopped.is_set():
             return replace(given_up(chunk), asked=job.asked)
         error = job.error or TransportError(f"{chunk.key}: not fetched")
@@ -304,7 +304,7 @@ class NodeWarmer:
 
     def _try(self, jobs: list[FetchItem], deadline: Deadline) -> list[FetchItem]:
         """Try those that are not done, once; returns those worth another try."""
-        pending = [job for job in jobs if not job.done and (job.error is None or job.again)]
+        pending = [job for job in jobs if job.copied is None and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
             return []
         try:
@@ -327,7 +327,7 @@ class NodeWarmer:
         finally:
             for fetch in fetches:
                 fetch.draft.discard()
-        return [job for job in pending if not job.done and job.again]
+        return [job for job in pending if job.copied is None and job.again]
 
     def _begin(self, job: FetchItem, fetches: list[ChunkFetch]) -> None:
         job.error = None
@@ -377,12 +377,8 @@ class NodeWarmer:
             )
         elif not self._stopped.is_set():
             try:
-                if job.keep:
-                    job.kept = bytes_of(fetch.draft)
-                repaired, job.left = self._holdings.repair(job.chunk, fetch.draft.path)
-                fetch.draft.publish()
-                job.repaired = (*self._holdings.settled(job.chunk, tier_name(self._tier)), *repaired)
-                job.done, job.seconds = True, time.monotonic() - job.since
+                copied = self._receiver.publish(job.chunk, fetch.draft, job.kept)
+                job.copied = replace(copied, seconds=time.monotonic() - job.since)
             except HFBucketError as error:
                 job.error = error
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from hfbucket_plugin.config.yaml_file import read_yaml
+from hfbucket_plugin.core.texts import did_you_mean
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools.options import nested
 from warmer.request.model import FLAGS, WarmRequest
@@ -131,6 +131,4 @@ def _nearest(place: Sequence[str]) -> str:
             (one for one in (found, *get_args(found)) if isinstance(one, type) and issubclass(one, BaseModel)),
             WarmRequest,
         )
-    known = sorted(model.model_fields)
-    near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"
+    return did_you_mean(place[-1], model.model_fields)

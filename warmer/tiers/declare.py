@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
+from hfbucket_plugin.core.texts import did_you_mean
 from hfbucket_plugin.errors import ConfigError
 from warmer.tiers import naming as places
 from warmer.tiers.header import HeaderFormat, header_format
@@ -318,22 +318,20 @@ def _no_directory(kind: Any) -> str:
 def _check(kind: str, spec: dict[str, Any]) -> None:
     """See whether LMCache would take it, and whether all of it is known: a new option may change what files hold."""
     fields = _FIELDS[kind]
-    rule_violations = []
+    problems = []
     for name, value in spec.items():
         if name in fields:
             fits, words = fields[name]
             if not fits(value):
-                rule_violations.append(f"{name} must be {words}")
+                problems.append(f"{name} must be {words}")
         elif name not in _BESIDE:
-            near = difflib.get_close_matches(name, [*fields, *_BESIDE], n=1, cutoff=0.6)
-            hint = f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(sorted(fields))}"
-            rule_violations.append(f"unknown option {name!r}{hint}")
+            problems.append(f"unknown option {name!r}{did_you_mean(name, [*fields, *_BESIDE], 0.6)}")
     if "base_path" not in spec:
-        rule_violations.append("base_path is required")
+        problems.append("base_path is required")
     temporary = spec.get("relative_tmp_dir")
     if kind == "fs" and isinstance(temporary, str):
         path = PurePosixPath(temporary)
         if path.is_absolute() or ".." in path.parts:
-            rule_violations.append("relative_tmp_dir must lie below base_path")
-    if rule_violations:
-        raise ConfigError(f"tier of type {kind!r}: {'; '.join(rule_violations)}")
+            problems.append("relative_tmp_dir must lie below base_path")
+    if problems:
+        raise ConfigError(f"tier of type {kind!r}: {'; '.join(problems)}")

@@ -5,7 +5,6 @@ Follows `lmcache/v1/config.py`, `internal_api_server/api_server.py` and `multipr
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.config.settings import KEY_ROOT
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
+from hfbucket_plugin.core.texts import did_you_mean
 from hfbucket_plugin.errors import ConfigError
 from warmer.tiers import naming as places
 from warmer.tiers.declare import declared_fs
@@ -241,6 +241,4 @@ def _shaped(config: EngineConfig, name: str, values: Mapping[str, Any]) -> Engin
 def _expect_known(spec: Mapping[str, Any], known: frozenset[str]) -> None:
     for name in spec:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigError(f"tier {spec['type']!r}: unknown option {name!r}; {hint}")
+            raise ConfigError(f"tier {spec['type']!r}: unknown option {name!r}{did_you_mean(name, known, 0.6)}")

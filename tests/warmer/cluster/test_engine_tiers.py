@@ -65,7 +65,7 @@ def test_workers_are_found_where_the_yaml_has_them():
 @pytest.mark.parametrize(
     ("config", "text", "said"),
     [
-        (None, '{"type": "l1", "htpp": "http://x"}', "unknown option 'htpp'; did you mean 'http'"),
+        (None, '{"type": "l1", "htpp": "http://x"}', "unknown option 'htpp' .did you mean 'http'"),
         (None, '{"type": "l1", "http": "127.0.0.1:8080"}', "http must be the address"),
         (None, '{"type": "l1", "http": "http://{node}:80"}', "is no placeholder"),
         (None, "local_cpu", "no LMCache YAML is given"),

@@ -113,7 +113,7 @@ def test_values_are_refused_as_lmcache_refuses_them(kind, option, value):
         (SPEC | {"relative_tmp_dir": "/tmp"}, "below base_path"),  # noqa: S108 - a path in a setting
         (SPEC | {"relative_tmp_dir": "a/../.."}, "below base_path"),
         (SPEC | {"use_o_direct": True}, "did you mean 'use_odirect'"),
-        (SPEC | {"compress": True}, "known are base_path"),
+        (SPEC | {"compress": True}, "known are .*base_path"),
         (SPEC | {"serde": {"type": "fp8"}}, "serde"),
         ({"type": "raw_block"}, "cannot be filled from outside; those that can be are fs and fs_native"),
         ({"type": "dax"}, "cannot be filled from outside"),
