@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import stat
 import tempfile
 import weakref
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.tools.lines import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+
+Record = dict[str, Any]
+"""A line of a plan."""
+
+H = TypeVar("H")
+E = TypeVar("E")
 
 _LINES: Final = 1000
 _SEGMENT_BYTES: Final = 8 * 1024 * 1024
@@ -210,6 +217,74 @@ class PlanOutput:
         self._out.flush()
         os.fsync(self._out.fileno())
         Path(self._part).replace(self._path)
+
+
+class PlanReader(Generic[H, E]):
+    """Reads what `PlanOutput` wrote: a header, items, and an end without which it is not a plan.
+
+    Args:
+        path: Of the plan.
+        ours: Whether to refuse one that somebody else could have written.
+
+    Raises:
+        ConfigError: It cannot be read, or is not a regular file.
+        RefusedError: It may be somebody else's.
+    """
+
+    def __init__(self, path: Path, *, ours: bool) -> None:
+        self._name = f"plan {str(path)!r}"
+        self._lines = Sealed(path, "plan")
+        if ours:
+            self._lines.expect_ours()
+
+    def read(
+        self, header: Callable[[Record], H], item: Callable[[H, Record], None], end: Callable[[Record], E]
+    ) -> tuple[H, E]:
+        """Read every line.
+
+        Args:
+            header: Reads the first line.
+            item: Checks a line between, by the header.
+            end: Reads the last line.
+
+        Raises:
+            ConfigError: A line is wrong, or there is no end; the message names the line.
+            RefusedError: One of the arguments refused a line.
+        """
+        number, first, last = 0, None, None
+        try:
+            for number, line in enumerate(self._lines.lines(), 1):  # noqa: B007 - errors name it
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("this line is not a JSON object")  # noqa: TRY004, TRY301 - as the others
+                if last is not None:
+                    raise ValueError("there is more after its end")  # noqa: TRY301 - as above
+                if first is None:
+                    first = header(record)
+                elif record.get("record") == "end":
+                    last = end(record)
+                else:
+                    item(first, record)
+        except OSError as error:
+            raise ConfigError(f"{self._name} cannot be read: {error.strerror}") from None
+        except RefusedError as error:
+            raise RefusedError(f"{self._name}, line {number}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{self._name}, line {number}: {error}") from None
+        if first is None or last is None:
+            raise ConfigError(f"{self._name} has no end: it was not written whole; make a new plan")
+        return first, last
+
+    def items(self) -> Iterator[Record]:
+        """Read the items once more: those that were there when the plan was read, whatever its file holds now.
+
+        Raises:
+            RefusedError: The file was changed since.
+            OSError: It cannot be read any more.
+        """
+        records = map(json.loads, self._lines.lines_again())
+        next(records)
+        return itertools.takewhile(lambda record: record.get("record") != "end", records)
 
 
 def default_plan_dir() -> Path:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hfbucket_plugin.core.keys import BucketHandle, decode_name, encode_name, is_probe, parse_key
 from hfbucket_plugin.core.units import NOTHING, Extent
-from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
+from hfbucket_plugin.errors import KeyFormatError, RefusedError
 from hfbucket_plugin.tools.inventory import is_reserved, readable
-from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
+from hfbucket_plugin.tools.plan_file import PlanOutput, PlanReader
 from jobs.deletion.guards import MaxDelete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from hfbucket_plugin.tools.plan_file import Record
 
 
 VERSION: Final = 1
@@ -316,14 +318,14 @@ class DeletionPlanFile:
         left: Extent,
         *,
         chunks_left: Extent,
-        lines: Sealed,
+        reader: PlanReader[DeletionHeader, DeletionTotals],
     ) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
         self.chunks_left = chunks_left
-        self._lines = lines
+        self._reader = reader
 
     @classmethod
     def open(cls, path: Path, *, ours: bool = False, foreign: bool = False) -> DeletionPlanFile:
@@ -338,24 +340,23 @@ class DeletionPlanFile:
             ConfigError: It cannot be read, is none, or is not whole.
             RefusedError: It names what is never deleted, or more than was planned; or it may be somebody else's.
         """
-        reader, lines = _Reader(foreign=foreign), Sealed(path, "plan")
-        if ours:
-            lines.expect_ours()
-        try:
-            for line in lines.lines():
-                reader.take(line)
-        except OSError as error:
-            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
-        except RefusedError as error:
-            raise RefusedError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"plan {str(path)!r}, line {reader.number}: {error}") from None
-        header, totals, left = reader.header, reader.totals, reader.left
-        if header is None or totals is None:
-            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; make a new plan")
+        left = chunks_left = Extent()
+
+        def take(header: DeletionHeader, record: Record) -> None:
+            nonlocal left, chunks_left
+            item = Item.from_record(record)
+            _expect_allowed(item, header)
+            left = left.plus(item.size)
+            if item.is_chunk:
+                chunks_left = chunks_left.plus(item.size)
+
+        reader: PlanReader[DeletionHeader, DeletionTotals] = PlanReader(path, ours=ours)
+        header, totals = reader.read(
+            lambda record: DeletionHeader.from_record(record, foreign=foreign), take, DeletionTotals.from_record
+        )
         if left.objects > totals.planned.objects:
             raise RefusedError(f"plan {str(path)!r} names more objects than were planned: nothing is deleted")
-        return cls(path, header, totals, left, chunks_left=reader.chunks_left, lines=lines)
+        return cls(path, header, totals, left, chunks_left=chunks_left, reader=reader)
 
     def check(self, limits: MaxDelete) -> None:
         """Refuse it where it deletes more than limits allow.
@@ -363,7 +364,7 @@ class DeletionPlanFile:
         Shares are of chunks for chunks, and of everything for everything: what is no chunk lends chunks no room.
 
         Raises:
-            GuardError: It does.
+            SafetyError: It does.
         """
         listed = self.totals.listed
         limits.check(self.left, listed.and_(self.totals.foreign))
@@ -376,47 +377,7 @@ class DeletionPlanFile:
             RefusedError: The file was changed since.
             OSError: It cannot be read any more.
         """
-        lines = self._lines.lines_again()
-        next(lines)
-        for line in lines:
-            record = json.loads(line)
-            if record.get("record") == "end":
-                return
-            yield Item.from_record(record)
-
-
-class _Reader:
-    """Reads a plan line by line."""
-
-    def __init__(self, *, foreign: bool = False) -> None:
-        self._foreign = foreign
-        self.number = 0
-        self.header: DeletionHeader | None = None
-        self.totals: DeletionTotals | None = None
-        self.left = self.chunks_left = Extent()
-
-    def take(self, line: bytes) -> None:
-        self.number += 1
-        record = _record(line)
-        if self.totals is not None:
-            raise ValueError("there is more after its end")
-        if self.header is None:
-            self.header = DeletionHeader.from_record(record, foreign=self._foreign)
-        elif record.get("record") == "end":
-            self.totals = DeletionTotals.from_record(record)
-        else:
-            item = Item.from_record(record)
-            _expect_allowed(item, self.header)
-            self.left = self.left.plus(item.size)
-            if item.is_chunk:
-                self.chunks_left = self.chunks_left.plus(item.size)
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("this line is no JSON object")  # noqa: TRY004 - worded like every other fault of a plan
-    return record
+        return map(Item.from_record, self._reader.items())
 
 
 def _expect_allowed(item: Item, header: DeletionHeader) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.core.keys import encode_name
@@ -19,6 +16,7 @@ from hfbucket_plugin.errors import (
     SafetyError,
 )
 from hfbucket_plugin.index.access.table import AccessUnknownError
+from hfbucket_plugin.tools.external_sort import open_temporary
 from jobs.deletion.plan import Item
 from jobs.retention.access import NOT_ASKED
 from jobs.retention.order import Decision, Reason
@@ -147,19 +145,14 @@ class SeenPaths:
     """
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="listing-")
-        self._base = sqlite3.connect(Path(self._directory.name, "seen.sqlite"), isolation_level=None)
-        self._base.executescript(
-            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
-            "CREATE TABLE seen (path BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
-        )
+        self._base = open_temporary(cache_kib=_CACHE_KIB)
+        self._base.executescript("CREATE TABLE seen (path BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._base.close()
-        self._directory.cleanup()
 
     def new(self, path: str) -> bool:
         """Note a path; say whether it is the first time."""

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.core.keys import BucketHandle, encode_name, is_probe, parse_key, same_endpoint
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import ConfigError, KeyFormatError, RefusedError
-from hfbucket_plugin.tools.plan_file import PlanOutput, Sealed
+from hfbucket_plugin.tools.external_sort import open_temporary
+from hfbucket_plugin.tools.plan_file import PlanOutput, PlanReader, Sealed
 from jobs.export.endpoint import EndpointObject
 from jobs.export.manifest import ManifestLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import ContentId
+    from hfbucket_plugin.tools.plan_file import Record
 
 
 _DIGEST_BYTES: Final = 16
@@ -106,26 +106,17 @@ class Renames:
 
 
 class NewNames:
-    """Which names were given so far, as digests in a temporary file. Use it as a context manager.
+    """Which names were given so far, as digests in a temporary file. Use it as a context manager."""
 
-    Args:
-        directory: Where the file is made; None for the system's directory of temporary files.
-    """
-
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="names-", dir=directory)
-        self._base = sqlite3.connect(Path(self._directory.name, "names.sqlite"), isolation_level=None)
-        self._base.executescript(
-            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
-            "CREATE TABLE names (digest BLOB PRIMARY KEY, key TEXT) WITHOUT ROWID; BEGIN"
-        )
+    def __init__(self) -> None:
+        self._base = open_temporary(cache_kib=_CACHE_KIB)
+        self._base.executescript("CREATE TABLE names (digest BLOB PRIMARY KEY, key TEXT) WITHOUT ROWID; BEGIN")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._base.close()
-        self._directory.cleanup()
 
     def give(self, name: str, key: str) -> None:
         """Give a name to the copy of a chunk.
@@ -394,13 +385,18 @@ class ExportPlanFile:
     """
 
     def __init__(
-        self, path: Path, header: ExportHeader, totals: ExportTotals, left: dict[str, Extent], lines: Sealed
+        self,
+        path: Path,
+        header: ExportHeader,
+        totals: ExportTotals,
+        left: dict[str, Extent],
+        reader: PlanReader[ExportHeader, ExportTotals],
     ) -> None:
         self.path = path
         self.header = header
         self.totals = totals
         self.left = left
-        self._lines = lines
+        self._reader = reader
 
     @property
     def items_left(self) -> Extent:
@@ -421,30 +417,14 @@ class ExportPlanFile:
             RefusedError: It may be somebody else's.
         """
         left: defaultdict[str, Extent] = defaultdict(Extent)
-        header, totals, number = None, None, 0
-        lines = Sealed(path, "plan")
-        if ours:
-            lines.expect_ours()
-        try:
-            for number, line in enumerate(lines.lines(), 1):  # noqa: B007 - it is told in the error
-                record = json.loads(line)
-                if totals is not None:
-                    raise ValueError("there is more after its end")  # noqa: TRY301 - worded below
-                if header is None:
-                    header = ExportHeader.from_record(record)
-                elif record.get("record") == "end":
-                    totals = ExportTotals.from_record(record)
-                else:
-                    reason = str(record.get("reason"))
-                    left[reason] = left[reason].plus(CopyItem.from_record(record, header.renames).size)
-        except OSError as error:
-            raise ConfigError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            kind = RefusedError if isinstance(error, RefusedError) else ConfigError
-            raise kind(f"plan {str(path)!r}, line {number}: {error}") from None
-        if header is None or totals is None:
-            raise ConfigError(f"plan {str(path)!r} has no end: it was not written whole; make a new plan")
-        return cls(path, header, totals, dict(left), lines)
+
+        def take(header: ExportHeader, record: Record) -> None:
+            reason = str(record.get("reason"))
+            left[reason] = left[reason].plus(CopyItem.from_record(record, header.renames).size)
+
+        reader: PlanReader[ExportHeader, ExportTotals] = PlanReader(path, ours=ours)
+        header, totals = reader.read(ExportHeader.from_record, take, ExportTotals.from_record)
+        return cls(path, header, totals, dict(left), reader)
 
     def copy_items(self, *reasons: str) -> Iterator[CopyItem]:
         """What is to be copied, or other lines of the plan, in its order.
@@ -457,10 +437,7 @@ class ExportPlanFile:
             OSError: It cannot be read any more.
         """
         wanted = reasons or (NEW, REPLACED)
-        lines = self._lines.lines_again()
-        next(lines)
-        for line in lines:
-            record = json.loads(line)
+        for record in self._reader.items():
             if record.get("reason") in wanted:
                 yield CopyItem.from_record(record, self.header.renames)
 
