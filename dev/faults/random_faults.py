@@ -33,7 +33,7 @@ class RandomFaults:
         self._random = random.Random(seed)
         self._notify = tell
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="weather", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="random-faults", daemon=True)
         self.seen: Counter[str] = Counter()
         self.problem = ""
 

@@ -48,7 +48,7 @@ def test_a_good_soak_is_passed():
         ({"back": 31.0}, "full service"),
         ({"healthy": False}, "health check"),
         ({"leaked": 1}, "engine memory lost"),
-        ({"weather": SimpleNamespace(seen=Counter(), problem="no Hub")}, "no Hub"),
+        ({"random_faults": SimpleNamespace(seen=Counter(), problem="no Hub")}, "no Hub"),
         ({"moments": replace(MOMENTS, end=replace(HELD, rss_mib=570.0))}, "memory, after"),
         ({"moments": replace(MOMENTS, closed=replace(HELD, rss_mib=800.0))}, "memory, before"),
         ({"moments": replace(MOMENTS, end=replace(HELD, threads=200))}, "threads, warm"),

@@ -104,7 +104,7 @@ class CheckReport:
         self.named: dict[str, list[dict[str, str]]] = {"wrong": [], "unknown": []}
 
     def watch(self, tier: str, nodes: Iterable[Assignment], expected: dict[str, Share]) -> TierWatch:
-        """The witness of a fleet that looks into one tier."""
+        """The listener of a driver that looks into one tier."""
         checks = {}
         for one in nodes:
             share = expected[one.node.id]
@@ -138,7 +138,7 @@ class CheckReport:
 
 @dataclass(frozen=True, slots=True)
 class TierWatch:
-    """The witness of a fleet that looks into one tier."""
+    """The listener of a driver that looks into one tier."""
 
     checks: dict[str, NodeCheck]
     named: dict[str, list[dict[str, str]]]

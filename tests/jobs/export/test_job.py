@@ -182,7 +182,7 @@ def test_what_the_source_lost_since_the_plan_is_told(rig, tmp_path):
     assert rig.listing(rig.eu).keys() == names(KEYS[2:])
 
 
-def test_the_warmers_choice(rig, tmp_path):
+def test_the_selection_of_the_warmer(rig, tmp_path):
     rig.us.put({key(50, "org/other"): b"x" * 9}, age=HOUR)
     keys = tmp_path / "keys"
     keys.write_text("\n".join([KEYS[0], key(77)]))

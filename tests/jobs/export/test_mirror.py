@@ -94,7 +94,7 @@ def test_nothing_is_deleted_where_not_all_was_copied(rig):
     assert names(EXTRA) <= rig.listing(rig.eu).keys()
 
 
-def test_a_mirror_of_a_choice_deletes_within_it_only(rig):
+def test_a_mirror_of_a_selection_deletes_within_it_only(rig):
     rig.eu.put([key(1, "org/other"), key(2, "org/other")])
     rig.us.put([key(1, "org/other")])
     ran = rig.export("--mirror", "--yes", "--model", "org/other", "--max-delete", "100%")

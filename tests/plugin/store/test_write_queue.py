@@ -178,7 +178,7 @@ def test_a_read_only_instance_takes_nothing_and_warns_of_nothing(make, caplog):
     assert caplog.text == ""
 
 
-def test_what_the_putter_could_not_store_is_told_with_what_was_refused(make):
+def test_what_the_writer_could_not_store_is_told_with_what_was_refused(make):
     one = make(100)
     _, future = one.put(50, 60, name="bad")
     one.writer.gate.set()
@@ -190,7 +190,7 @@ def test_what_the_putter_could_not_store_is_told_with_what_was_refused(make):
     one.settle()
 
 
-def test_a_putter_that_breaks_gives_its_room_back(make):
+def test_a_writer_that_breaks_gives_its_room_back(make):
     one = make(100)
     one.writer.error = ZeroDivisionError("oops")
     _, future = one.put(100)

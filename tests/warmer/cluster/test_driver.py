@@ -18,7 +18,7 @@ from warmer.schedule.tasks import TaskLimits
 
 
 def drive(world, chunks=40, caps=None, **options):
-    """Carry out a schedule of some chunks on all nodes of a world; returns what its witness saw."""
+    """Carry out a schedule of some chunks on all nodes of a world; returns what its listener saw."""
     names = [node.id for node in world.nodes]
     parts = [part(plan([MIB] * chunks))]
     schedule = Scheduler(dict.fromkeys(names, 10**9), parts, TaskLimits(batch_chunks=4), caps=caps or Caps())

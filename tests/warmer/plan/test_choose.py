@@ -71,20 +71,20 @@ def matches(selection, entry):
 
 
 @given(choices(), entries)
-def test_a_filter_passes_what_the_choice_means(selection, entry):
+def test_a_filter_passes_what_the_selection_means(selection, entry):
     assert parse_key(entry.text) == entry.key
     assert selection.filter(NOW)(entry) == matches(selection, entry)
 
 
 @given(choices(), entries, st.booleans())
-def test_what_is_asked_of_the_server_leaves_out_no_chunk_of_the_choice(selection, entry, only):
+def test_what_is_asked_of_the_server_leaves_out_no_chunk_of_the_selection(selection, entry, only):
     prefixes = selection.listing_prefixes(type(entry.key) if only else None)
     if matches(selection, entry):
         assert any(entry.text.startswith(prefix) for prefix in prefixes)
 
 
 @given(choices())
-def test_a_choice_reads_back_as_what_it_was(selection):
+def test_a_selection_reads_back_as_what_it_was(selection):
     assert Selection.model_validate(selection.model_dump(mode="json")) == selection
 
 
@@ -133,7 +133,7 @@ def test_many_workers_are_one_listing():
         ({"modle": "m"}, "Extra inputs"),
     ],
 )
-def test_what_is_no_choice(given, said):
+def test_what_is_no_selection(given, said):
     with pytest.raises(ValidationError, match=said):
         Selection(**given)
 
@@ -145,7 +145,7 @@ def test_what_says_which_chunks():
         assert Selection(**one).given
 
 
-def test_units_in_a_choice():
+def test_units_in_a_selection():
     selection = Selection(max_bytes="50GiB", since="24h", workers="0-3,7")
     assert (selection.max_bytes, selection.since) == (50 * 2**30, timedelta(days=1))
     assert selection.workers == {0, 1, 2, 3, 7}
