@@ -110,7 +110,7 @@ class CopyRun:
                         except NothingToDoError:
                             raise
                         except (RefusedError, PlanLostError) as error:
-                            # What was copied is there, and is told: a summary as of any run that ended early.
+                            # What was copied is in the tiers, and is reported as in any run that ended early.
                             report.cut_short = error
                             _log.error("%s", error)
                     report.end()
@@ -212,7 +212,7 @@ def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
 
     Args:
         request: What was asked for.
-        out: The plan file, which appears when it is complete; None to only tell what it would hold.
+        out: The plan file, which appears when it is complete; None to only report what it would hold.
 
     Returns:
         The plan's header.
@@ -235,7 +235,7 @@ def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> War
 
     Args:
         request: What to copy, to where, and how.
-        stop: Set it, from another thread, to stop in good order: the summary then tells what is left.
+        stop: Set it, from another thread, to stop in good order: the summary then reports what is left.
 
     Returns:
         What happened; look at `exit_code` and `failures`.

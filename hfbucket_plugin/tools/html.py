@@ -99,7 +99,7 @@ def expect_library() -> None:
     Raises:
         ConfigError: It is not installed.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its caches
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs where its caches are
     try:
         import matplotlib.font_manager  # noqa: F401, PLC0415
         from matplotlib.backends import backend_svg  # noqa: F401, PLC0415
@@ -138,7 +138,7 @@ def latencies(bounds: Sequence[float], counts: Mapping[str, Sequence[int]]) -> s
 
     Args:
         bounds: The upper ends of the buckets but the last, in seconds.
-        counts: Of each bucket; by what is told apart.
+        counts: Of each bucket, by series.
     """
     used = [at for at in range(len(bounds) + 1) if any(one[at] for one in counts.values())] or [0]
     places = range(max(0, used[0] - 1), min(len(bounds), used[-1] + 1) + 1)

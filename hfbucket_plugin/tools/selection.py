@@ -1,7 +1,7 @@
 """Which chunks a run is about: a choice as people state it, and the filter that it is. Pure.
 
 As much of a choice as possible is asked of the Hub itself: a listing starts at the longest starts of keys that cannot
-leave out a chunk of the choice (`listing_prefixes`). What the start of a key does not tell is filtered afterwards.
+leave out a selected chunk (`listing_prefixes`). Everything else is filtered afterwards.
 """
 
 from __future__ import annotations
@@ -177,14 +177,14 @@ class Selection(BaseModel):
 
     @property
     def most(self) -> int | None:
-        """At most so many chunks."""
+        """The most chunks, whichever of `newest` and `hottest` says so."""
         return self.newest if self.hottest is None else self.hottest
 
     def listing_prefixes(self, kind: type[Key] | None = None) -> list[str]:
         """Starts of keys, such that each chunk of the choice starts with one of them.
 
         Args:
-            kind: The only kind of key that is wanted; None for both, which can be told less about.
+            kind: The only kind of key that is wanted; None for both, whose common prefixes are shorter.
         """
         prefixes = list(self.prefix) or [""]
         if not self.model:
@@ -201,7 +201,7 @@ class Selection(BaseModel):
         if kind is ClassicKey:
             start = f"{model}@{self.world_size}@"
             return [start] if self.workers is None else [f"{start}{worker}@" for worker in sorted(self.workers)]
-        # Of a rank, at least 8 digits, the last six tell the worker (2) and what is local (4), and those before them the world size.
+        # A rank has at least 8 digits: the world size, two digits of the worker, and four that are local.
         start = f"{model}@{self.world_size:02x}"
         if self.workers is None:
             return [start]
@@ -224,7 +224,7 @@ def _both(prefix: str, start: str) -> str | None:
 
 
 class Filter:
-    """Tells the chunks of a choice from others, as far as a chunk alone can tell.
+    """Whether a chunk is selected, as far as its entry alone decides it.
 
     Args:
         selection: What is wanted.

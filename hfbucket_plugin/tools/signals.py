@@ -54,7 +54,7 @@ class Stop(Protocol):
 
 
 class ShutdownSignal:
-    """Whether the run was told to stop.
+    """Whether the run is to stop.
 
     Outside of `orderly`, an order raises `Interrupted` wherever the main thread is, such as in a listing. Within it,
     the first order only sets `requested`; a second one raises.

@@ -137,7 +137,7 @@ class NodeActors:
 
         Args:
             node: Which.
-            task: What it is told.
+            task: The argument of its `start`.
             secs: Most seconds until it takes part.
         """
         remote: Any = ray.remote(self._class)
@@ -208,7 +208,7 @@ class NodeActors:
         return [name for name in again if name not in alive]
 
     def give_up(self, name: str) -> None:
-        """End an actor, and wait for nothing that it was told."""
+        """Kill an actor, and drop its calls."""
         self._calls = {ref: call for ref, call in self._calls.items() if call.node != name}
         actor = self.by_node[name]
         actor.live = False
@@ -313,12 +313,12 @@ class ActorPool:
         return found
 
     def work(self, piece: Callable[[int], Any], count: int, take: Callable[[str, int, Any], None], secs: float) -> None:
-        """Have each node work on all pieces, in their order; returns when it is done or told to stop.
+        """Have each node work on all pieces, in their order; returns when it is done or stopped.
 
         Args:
             piece: The piece of a number. It is asked again for nodes that fell behind.
             count: How many there are.
-            take: Is told the node, the number of the piece and what came of it; a `Failure` is the last of a node.
+            take: Called with the node, the number of the piece and its result; a `Failure` is the last of a node.
             secs: Most seconds that a piece may take.
         """
         shared: OrderedDict[int, Any] = OrderedDict()

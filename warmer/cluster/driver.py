@@ -57,7 +57,7 @@ TASKS_AT_ONCE: Final = 6
 
 
 class RunListener(Protocol):
-    """Is told what happens."""
+    """Receives the events of a run."""
 
     def ended(self, node: str, outcome: Outcome) -> None:
         """A chunk has ended on a node."""
@@ -81,7 +81,7 @@ class Replacing:
 
     Attributes:
         candidates: The nodes that are alive and may take part.
-        fits: Whether one may take the place of a lost one, which is told by its id.
+        fits: Whether a node may take the place of a lost one, given by its id.
         store_bytes: The bytes that chunks may take in a node's object store.
     """
 
@@ -95,8 +95,8 @@ class Driver:
 
     Args:
         nodes: Where to run.
-        config: What each is told.
-        listener: Is told what happens.
+        config: The configuration of each node.
+        listener: Receives the events.
         stop: Says whether to stop.
         start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
             nothing else to do.
@@ -133,7 +133,7 @@ class Driver:
         self._next_look = 0.0
 
     def run(self, schedule: Scheduler) -> None:
-        """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or told to stop.
+        """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or stopped.
 
         Raises:
             RefusedError: The plan was changed meanwhile. What was in progress has been ended and noted.
@@ -173,7 +173,7 @@ class Driver:
 
     def _give(self, schedule: Scheduler) -> None:
         tasks = schedule.tasks(time.monotonic())
-        if self._stop.requested:  # told so while chunks were looked up
+        if self._stop.requested:  # the order came while chunks were looked up
             return
         for task in tasks:
             actor = self._actors.by_node[task.node].handle

@@ -67,10 +67,10 @@ def direct_schedule(nodes: Sequence[Assignment], plan: WarmPlanFile) -> Schedule
 
 
 class TimeLimit:
-    """Says whether a run is to stop: it was told to, or its time is up.
+    """Whether a run is to stop: a stop was requested, or its time is up.
 
     Args:
-        stop: Whether it was told to.
+        stop: Whether a stop was requested.
         secs: Most seconds from now; None for no limit.
     """
 

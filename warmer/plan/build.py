@@ -101,7 +101,7 @@ class PlanBuilder:
         now: What `since` counts back from.
         prompts: Where chunks stand among the prompts, when the choice names some.
         skipped: Chunks skipped, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
-            told apart by a filter) and ``not_in_bucket`` (keys of a file).
+            excluded by a filter) and ``not_in_bucket`` (keys of a file).
         chosen: Chunks that passed all that, a budget not regarded.
         cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
     """
@@ -151,7 +151,7 @@ class PlanBuilder:
         temp_dir: Path,
         cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]],
     ) -> Iterator[ChunkRef]:
-        """The hottest first; the newest where nothing is known of heat: a warm-up that cannot tell is one all the same."""
+        """The hottest first; the newest first where no access statistics are available."""
         with warmed(chunks, bucket, self.now, temp_dir.parent) as (reported, why):
             self.cold = why[:_WHY_CHARS]
             if why:
@@ -199,7 +199,7 @@ class PlanBuilder:
         """Whether the choice would hold chunks of the kind that the tiers do not take.
 
         Raises:
-            HFBucketError: The Hub did not tell.
+            HFBucketError: The Hub did not answer.
         """
         if self.skipped["other_kind"] or self.selection.keys_from:
             return self.skipped["other_kind"] > 0

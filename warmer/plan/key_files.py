@@ -67,7 +67,7 @@ def look_up_keys(bucket: Bucket, keys: Iterable[str], skipped: Counter[str]) -> 
 
     Raises:
         TempDirError: There is no room to remember which keys came before.
-        HFBucketError: The Hub did not tell.
+        HFBucketError: The Hub did not answer.
     """
     with KeySet() as seen:
         distinct = seen.first_seen(keys)

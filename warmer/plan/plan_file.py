@@ -282,7 +282,7 @@ def _header_line(header: dict[str, Any]) -> bytes:
 
 
 def _seal_of(header: dict[str, Any]) -> str:
-    """What tells a header that was edited from one that a warmer wrote; it keeps nobody out who means to forge one."""
+    """A digest that shows whether a header was edited; it does not protect against forgery."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 

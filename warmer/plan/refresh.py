@@ -28,7 +28,7 @@ _GRACE_SECS: Final = 5.0
 
 _POLL_SECS: Final = 0.1
 _PAUSE_SECS: Final = 30.0
-"""A Hub that did not tell is not asked for so long: chunks are then copied as they were listed."""
+"""How long no lookup is made after one failed: chunks are then copied as they were listed."""
 
 CACHED_SEGMENTS: Final = 16
 """Segments that are remembered: nodes that read the plan for themselves are rarely further apart."""
@@ -90,7 +90,7 @@ class RefreshLookups:
         self._again_at = 0.0
 
     def look_up(self, chunks: list[ChunkRef]) -> list[ChunkRef]:
-        """The chunks as the bucket has them now; unchanged where it cannot be told, or when told to stop.
+        """The chunks as the bucket has them now; unchanged where the lookup fails or the run is stopped.
 
         A lookup that fails changes nothing: nodes check every byte that they fetch, so an old plan is no danger.
         """
@@ -119,7 +119,7 @@ class _Asked(threading.Thread):
     """One lookup. Nobody waits for it when the command ends.
 
     Attributes:
-        fresh: The chunks as the bucket has them; None as long as it did not tell.
+        fresh: The chunks as the bucket has them; None until the lookup has succeeded.
         error: Why it did not.
     """
 

@@ -24,10 +24,10 @@ class Batch:
         chunks: Never empty.
         size: Their bytes.
         cohort: For whose members it was made.
-        pending: Who lacks them and has not been told to take them. In the order in which they are asked.
-        receiving: Who has been told to take them from the store; kept by `InFlightTable`.
+        pending: Nodes that lack them and have no task for them yet, in the order in which they get one.
+        receiving: Nodes with a task to receive them; kept by `InFlightTable`.
         reserved: On whose store its bytes are counted.
-        holder: Who fetches it, or has left it in the store; None as long as nobody has been told to fetch it.
+        holder: The node that fetches it, or has left it in the store; None until a node has a task to fetch it.
         source: The number of the task to fetch it; 0 where nothing of it came into the store.
         stored: Whether it lies in the object store.
         done: How many have received it.
@@ -62,7 +62,7 @@ class Batch:
         return fan_out * (1 + self.done) - len(self.receiving)
 
     def to_the_end(self, node: str) -> None:
-        """Ask a node that is pending after all others."""
+        """Move a pending node to the end of the order."""
         del self.pending[node]
         self.pending[node] = None
 
@@ -123,7 +123,7 @@ class InFlightTable:
         return self._by_node[node].values()
 
     def add(self, running: InFlight) -> None:
-        """A task is given."""
+        """Add a task."""
         task = running.task
         self._tasks[task.number] = self._by_node[task.node][task.number] = running
         self._new.append(running)
@@ -133,7 +133,7 @@ class InFlightTable:
             running.batch.receiving.add(task.node)
 
     def pop(self, number: int) -> InFlight:
-        """A task has ended.
+        """Remove a task that has ended.
 
         Raises:
             KeyError: It is not in flight.
@@ -148,23 +148,23 @@ class InFlightTable:
         return running
 
     def pop_all(self, node: str) -> list[InFlight]:
-        """A node is lost, and its tasks with it."""
+        """Remove the tasks of a lost node."""
         lost = [self.pop(number) for number in list(self._by_node[node])]
         del self._by_node[node]
         return lost
 
     def new(self) -> list[InFlight]:
-        """The tasks that no node has been told of yet."""
+        """The tasks that were not handed out yet."""
         self._new = [running for running in self._new if running.task.number in self._tasks]
         return self._new
 
     def take_new(self) -> list[Task]:
-        """The same, which are told from now on."""
+        """The tasks that were not handed out yet; they are from now on."""
         new, self._new = self.new(), []
         return [running.task for running in new]
 
     def new_receivers(self, source: int) -> list[Task]:
-        """The tasks to receive what a fetch left in the store, as far as no node has been told of them yet."""
+        """The tasks to receive what a fetch left in the store, as far as they were not handed out yet."""
         tasks = [running.task for running in self.new()]
         return [task for task in tasks if isinstance(task, ReceiveTask) and task.source == source]
 
@@ -184,7 +184,7 @@ class StoreBudget:
         self.used = dict.fromkeys(bounds, 0)
 
     def admit(self, node: str, bound: int) -> None:
-        """A node joins."""
+        """Add a node."""
         self._bounds[node] = bound
         self.used[node] = 0
 
@@ -213,18 +213,18 @@ class StoreBudget:
         self.used[node] += batch.size
 
     def free(self, batch: Batch, node: str) -> None:
-        """Count a batch on a node no more."""
+        """Stop counting a batch on a node."""
         if node in batch.reserved:
             batch.reserved.discard(node)
             self.give_back(node, batch.size)
 
     def give_back(self, node: str, size: int) -> None:
-        """Count some bytes on a node no more."""
+        """Stop counting some bytes on a node."""
         if node in self.used:
             self.used[node] -= size
 
     def free_all(self, batch: Batch, but: Iterable[str | None] = ()) -> None:
-        """Count a batch on no node any more, but some."""
+        """Stop counting a batch on all nodes but some."""
         for node in batch.reserved.difference(but):
             self.free(batch, node)
 
@@ -235,12 +235,12 @@ class StoreBudget:
             self.give_back(node, child.size)
 
     def shrink(self, batch: Batch, size: int) -> None:
-        """A batch has no more than so many bytes left."""
+        """Reduce a batch to a number of bytes."""
         for node in batch.reserved:
             self.give_back(node, batch.size - size)
         batch.size = size
 
     def drop(self, node: str) -> None:
-        """A node is lost."""
+        """Remove a lost node."""
         self._bounds.pop(node, None)
         self.used.pop(node, None)

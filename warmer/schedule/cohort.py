@@ -100,11 +100,11 @@ class Cohort:
         return self._members
 
     def changed(self) -> None:
-        """Some node has come or gone."""
+        """Forget the members: a node joined or left."""
         self._members = None
 
     def block(self, now: float) -> None:
-        """There is no room for another batch."""
+        """Note that there is no room for another batch."""
         self.full = True
         self.blocked_since = now if self.blocked_since is None else self.blocked_since
 
@@ -211,7 +211,7 @@ class Backlog:
         Args:
             most_chunks: Of the order.
             most_bytes: Of the order; a larger chunk goes alone.
-            fits: Whether so many bytes may be ordered now.
+            fits: Whether a number of bytes may be ordered now.
         """
         taken: list[ChunkRef] = []
         size = 0

@@ -1,4 +1,4 @@
-"""Rates: a cap on bytes a second, and what was measured. Pure: time is told, never asked for."""
+"""Rates: a cap on bytes a second, and what was measured. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class TokenBucket:
         return self._level > 0
 
     def spend(self, amount: int) -> None:
-        """Let so many bytes go."""
+        """Take bytes out of the bucket."""
         if self.rate is not None:
             self._level -= amount
 
     def give_back(self, amount: int) -> None:
-        """So many bytes were let go and did not move. More than one second's worth is not saved up."""
+        """Put back bytes that were taken and did not move, up to one second's worth."""
         if self.rate is not None:
             self._level = min(self.rate * _BURST_SECS, self._level + amount)
 

@@ -1,6 +1,6 @@
 """Which node fetches which chunks, who takes them from the object store and when, and what a lost node means.
 
-Pure: told what happened and what time it is, it says what to do; knows nothing of Ray. The plan falls into *parts*, each of
+Pure: events and the time go in, tasks come out; nothing here knows of Ray. The plan falls into *parts*, each of
 which the same nodes are to have, and each part moves on in *batches*: one node fetches a batch from the Hub, and every other
 node that is to have it and lacks it takes it from the object store. A node that cannot
 keep up is left out of the batches that come, and fetches for itself what it missed. Each chunk ends exactly once for each
@@ -50,10 +50,10 @@ _LOOK_SECS: Final = 0.25
 """How often slow nodes are looked for."""
 
 PARTS: Final = 4
-"""A store has room for so many batches at least, so that one is fetched while others are received."""
+"""The least number of batches that a store has room for, so that one is fetched while others are received."""
 
 _MIN_BATCHES: Final = 16
-"""Each cohort may have so many batches in progress, into however many parts the plan falls."""
+"""Batches that each cohort may have in progress, into however many parts the plan falls."""
 
 _TYPICAL_SECS_PER_BYTE: Final = 1e-8
 
@@ -64,7 +64,7 @@ class _Vacancy:
 
     Attributes:
         state: The node as it was.
-        named: Chunks that it had been told to take, or was about to be told.
+        named: Chunks of its tasks and of batches that it was pending in.
         starts: Of each part the number of the first chunk that its cohort had not come to; None where it was in none.
     """
 
@@ -170,12 +170,12 @@ class Scheduler:
         return dict(self._budget.used)
 
     def released(self) -> list[int]:
-        """The numbers of orders to fetch whose chunks nobody waits for any more; each is told once."""
+        """The numbers of fetches whose chunks no node waits for any more; each is returned once."""
         released, self._released = self._released, []
         return released
 
     def started(self, node: str) -> None:
-        """A node takes part from now on.
+        """Let a node take part from now on.
 
         Raises:
             KeyError: There is no such node, or it is lost.
@@ -183,13 +183,13 @@ class Scheduler:
         self._states[node].started = True
 
     def tasks(self, now: float) -> list[Task]:
-        """What nodes are to be told now; each order counts as in progress from now on."""
+        """The tasks that nodes are to begin now; each counts as in flight from now on."""
         self._now = max(self._now, now)
         self._decide()
         return self._tasks.take_new()
 
     def fetched(self, number: int, outcomes: Sequence[Outcome], *, shared: bool, now: float) -> list[Ended]:
-        """An order to fetch has ended.
+        """Record the end of a fetch.
 
         Args:
             number: Of the order.
@@ -225,7 +225,7 @@ class Scheduler:
         return self._sort(batch, task, outcomes, shared=shared)
 
     def _end_own_fetch(self, running: InFlight, outcomes: Sequence[Outcome]) -> list[Ended]:
-        """What a node fetched for itself has ended. Where it did so only because it was slow, others help it once."""
+        """End what a node fetched for itself. Where it did so only because it was slow, others help it once."""
         node, batch = running.task.node, running.was_of
         if batch is None:
             return [(node, outcome) for outcome in outcomes]
@@ -307,7 +307,7 @@ class Scheduler:
     def _split(
         self, batch: Batch, chunks: Sequence[ChunkRef], nodes: tuple[str, ...], *, failed_on: str | None = None
     ) -> None:
-        """Some chunks of a batch go on as a batch of their own."""
+        """Move some chunks of a batch into a batch of their own."""
         if not chunks:
             return
         child = Batch(next(self._numbers), tuple(chunks), nodes, batch.cohort)
@@ -324,7 +324,7 @@ class Scheduler:
     def received(
         self, number: int, outcomes: Sequence[Outcome | None], *, now: float, holder_lost: bool = False
     ) -> list[Ended]:
-        """An order to receive has ended.
+        """Record the end of a receive.
 
         Args:
             number: Of the order.
@@ -377,7 +377,7 @@ class Scheduler:
             self._fetch_again(batch)
 
     def _fetch_again(self, batch: Batch) -> None:
-        """What was stored of a batch is gone, also for those that were about to be told to take it."""
+        """Fetch a batch again whose stored chunks are lost, also for nodes whose task to receive it was not handed out yet."""
         source = batch.source
         self._released.append(source)
         batch.ready_again()
@@ -387,7 +387,7 @@ class Scheduler:
             self.counts.refetched += len(batch.chunks)
 
     def lost(self, node: str, *, keep_place: bool = False) -> Iterator[ChunkRef]:
-        """A node is given nothing any more.
+        """Remove a lost node.
 
         Args:
             node: Its name.
@@ -424,7 +424,7 @@ class Scheduler:
         return vacancy.rest()
 
     def abandon(self, node: str) -> Iterator[ChunkRef]:
-        """Nobody takes the place of a lost node.
+        """Give up the place of a lost node.
 
         Returns:
             The chunks that did not end on it.
@@ -435,7 +435,7 @@ class Scheduler:
         return self._vacant.pop(node).rest()
 
     def replace(self, lost: str, node: str, store_bytes: int) -> None:
-        """A node takes the place of a lost one, and is to have all the chunks that the other was to have.
+        """Put a node into the place of a lost one, with all the chunks that the other was to have.
 
         Raises:
             KeyError: The place is not kept.
@@ -448,7 +448,7 @@ class Scheduler:
                 self._backlog_of(state).add_range(membership.part, 0, membership.cohort.position)
 
     def resume(self, node: str, store_bytes: int) -> None:
-        """A lost node goes on: what ended on it is there, and it is to have what did not.
+        """Let a lost node go on with the chunks that did not end on it.
 
         Args:
             node: Its name.
@@ -494,7 +494,7 @@ class Scheduler:
         return state
 
     def _changed(self) -> None:
-        """Something has come or gone: decide again."""
+        """Decide again: a node joined or left."""
         for cohort in self._cohorts:
             cohort.full = False
             cohort.changed()
@@ -627,7 +627,7 @@ class Scheduler:
         return self._bucket.ready(self._now)
 
     def _may_give(self, state: NodeState, size: int, *, fetch: bool) -> bool:
-        """Whether a node may be told to fetch, or to receive, so many bytes now."""
+        """Whether a node may begin to fetch, or to receive, a number of bytes now."""
         if not state.started:
             return False
         tasks = self._tasks.of(state.name)
@@ -841,5 +841,5 @@ def _asked(outcome: Outcome) -> int:
 
 
 def _has_moved(outcome: Outcome | None) -> TypeGuard[Copied]:
-    """Whether a chunk came through a network; what came from another tier of its node tells nothing of how fast that is."""
+    """Whether a chunk came through a network; what came from another tier of its node does not measure it."""
     return isinstance(outcome, Copied) and not outcome.reused

@@ -12,10 +12,10 @@ FADING: Final = 3.0
 """How many times its patience a schedule remembers who held up the others: often is more than a third of the time."""
 
 _LATE: Final = 4.0
-"""A fetch is slow when it takes so many times what one of its size usually takes."""
+"""A fetch is slow when it takes this many times what one of its size usually takes."""
 
 _SLOW: Final = 2.0
-"""Nodes that take so many times as long as most are slow; others are waited for: a run is as fast as its slowest node."""
+"""Nodes that take this many times as long as most are slow; others are waited for: a run is as fast as its slowest node."""
 
 _SLOW_PATIENCE: Final = 6.0
 """How many times more patience there is with those that are slow already: beyond it they cost the Hub a copy each."""

@@ -1,4 +1,4 @@
-"""What nodes are told to do, and how much of it at a time. Pure."""
+"""Tasks of nodes, and how many may be in flight. Pure."""
 
 from __future__ import annotations
 
