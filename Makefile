@@ -15,7 +15,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What is run with the oldest dependencies: all that touches them, without clusters of Ray.
 MIN_TESTS := tests/plugin tests/localhub
 # Those that compare a model with the real thing.
-MODELS = $(shell grep -rl --include='*.py' tests.support.thorough tests)
+MODELS = $(shell grep -rlE --include='*.py' 'support.models import .*(examples|run_on_hub)' tests)
 
 .PHONY: demo e2e-vllm test test-min thorough faults fuzz soak lint format docs dist clean
 
@@ -77,7 +77,7 @@ docs: $(STAMP)  ## rewrite the generated tables in docs/: settings, options, met
 	$(BIN)/python -m dev.settings_table
 	$(BIN)/python -m dev.options_table
 	$(BIN)/python -m dev.metrics_table
-	$(BIN)/python -m dev.faults.pages
+	$(BIN)/python -m dev.faults.report
 
 dist: $(STAMP)  ## build the distribution for engines and clusters, and that of localhub, into dist/
 	$(BIN)/hatchling build -d dist

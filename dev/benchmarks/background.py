@@ -72,12 +72,12 @@ def kind_of(thread: str, route: str) -> str:
 
 def child(mode: str, endpoint: str, speed: float, windows: float, seed: int) -> dict[str, Any]:
     """A process: serves for N windows, and returns the calls that it made."""
-    from dev.faults.mp import MP
-    from dev.faults.surface import Limits
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.hub import client
     from hfbucket_plugin.index import refresh
     from hfbucket_plugin.index.access import recorder
+    from tests.support.lmcache_mp import MP
+    from tests.support.surface import Limits
 
     calls: Counter[str] = Counter()
     request = client.HubClient.request
@@ -125,8 +125,6 @@ def prepare(fleet: int, seconds: float = 60.0) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from dev.benchmarks.indexed import build_at
-    from dev.faults.mp import MP
-    from dev.faults.surface import Limits
     from hfbucket_plugin.config.settings import load
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.telemetry import MemorySink
@@ -135,6 +133,8 @@ def prepare(fleet: int, seconds: float = 60.0) -> dict[str, Any]:
     from hfbucket_plugin.index.access.recorder import Hits
     from hfbucket_plugin.index.journal import JournalWriter
     from hfbucket_plugin.index.store import JOURNALS, JournalName
+    from tests.support.lmcache_mp import MP
+    from tests.support.surface import Limits
 
     handle = f"hf://buckets/{BUCKET}/{FOLDER}"
     settings = load({"remote_storage_plugin.hfbucket.bucket_handle": handle}, "hfbucket")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dev.benchmarks.cases import CASES, classic_yaml
 from dev.benchmarks.children import serve
 from dev.benchmarks.gauges import Heartbeat, Listing, Memory, SlowCallbacks, Wire
-from dev.demo.engine import CpuEngine, prompt
+from tests.support.lmcache_engine import CpuEngine, prompt
 
 if TYPE_CHECKING:
     import torch

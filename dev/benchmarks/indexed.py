@@ -61,7 +61,7 @@ def classic(side: str, case: str, folder: str, seeds: list[int], misses: int) ->
     import torch
 
     from dev.benchmarks.classic import make_engine, touch_pool
-    from dev.demo.engine import prompt
+    from tests.support.lmcache_engine import prompt
 
     batch = CASES[case]
     engine = make_engine(side, batch, folder)

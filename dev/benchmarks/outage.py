@@ -40,7 +40,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
 
 
 def _engine(side: str, directory: Path) -> Any:
-    from dev.demo.engine import CpuEngine
+    from tests.support.lmcache_engine import CpuEngine
 
     head = "  remote_storage_plugin.hfbucket"
     lines = [
@@ -63,7 +63,7 @@ def _engine(side: str, directory: Path) -> Any:
 
 
 def _prompt() -> list[int]:
-    from dev.demo.engine import prompt
+    from tests.support.lmcache_engine import prompt
 
     return prompt(11, CHUNKS * CHUNK_TOKENS)
 

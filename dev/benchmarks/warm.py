@@ -40,13 +40,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from dev.benchmarks import children, warm_sides  # noqa: E402 - the path comes first
 from dev.benchmarks.cases import BUCKET, CHUNK_TOKENS, MIB  # noqa: E402
-from dev.demo.cluster import free_ports, ray_cluster  # noqa: E402
+from tests.support.ray_cluster import ray_cluster  # noqa: E402
+from tests.support.waiting import free_ports  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dev.demo.cluster import RayCluster
     from localhub.process import RunningHub
+    from tests.support.ray_cluster import RayCluster
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dev.benchmarks.warm import Case
-    from dev.demo.cluster import RayCluster
+    from tests.support.ray_cluster import RayCluster
 
 MODEL = "bench/model"
 TIER = "fs.warm"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.demo.cluster import ray_cluster
 from localhub.process import start
+from tests.support.ray_cluster import ray_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_PREFIX = "demo/tiny-llama@1@0@"

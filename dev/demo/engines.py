@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dev.demo.engine import CpuEngine, prompt
+from tests.support.lmcache_engine import CpuEngine, prompt
 
 PROMPTS = 4
 PROMPT_TOKENS = 1024

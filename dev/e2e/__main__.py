@@ -28,10 +28,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
 from dev.e2e.processes import REPOSITORY, Engine, OpenAIServer, vllm_environment
 from hfbucket_plugin.core.keys import RESERVED
+from tests.support.lmcache_server import MPServer
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +121,7 @@ def produce(python: Path, model: Path, endpoint: str, directory: Path) -> list[d
         Engine(python, model, server.address, "kv_both", directory / "producer.log") as engine,
     ):
         made = [engine.ask(prompt) for prompt in prompts()]
-        wait_until(lambda: in_bucket(endpoint) >= PROMPTS * FULL_CHUNKS, 120, "chunks in the bucket")
+        eventually(lambda: in_bucket(endpoint) >= PROMPTS * FULL_CHUNKS, 120, "chunks in the bucket")
     return made
 
 

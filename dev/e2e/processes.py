@@ -13,8 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dev.demo.waiting import wait_until
 from dev.e2e.engine import OPTIONS, transfer
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,7 +122,7 @@ class OpenAIServer:
         self._end()
 
     def _await_health(self) -> None:
-        wait_until(lambda: self._process.poll() is not None or self._healthy(), _READY_SECS, "a healthy vLLM")
+        eventually(lambda: self._process.poll() is not None or self._healthy(), _READY_SECS, "a healthy vLLM")
         if self._process.poll() is not None:
             raise RuntimeError(f"vLLM ended:\n{self._log.read_text(errors='replace')[-_SHOWN_LOG_CHARS:]}")
 

@@ -17,11 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dev.faults.cells import tables
-from dev.faults.pages import PAGE, parts
-from dev.faults.plan import trials
-from dev.faults.pool import make_all
-from dev.faults.verdict import breaches, timing
+from dev.faults.matrix import tables, trials
+from dev.faults.report import PAGE, breaches, parts, timing
+from dev.faults.workers import make_all
 from dev.generated import write
 
 if TYPE_CHECKING:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import os
 import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import hf_xet
+import torch
 from huggingface_hub import HfApi
 
-from dev.faults.classic import Classic
 from dev.faults.guarantees import BACK_SECS, FAILED, SILENT
 from dev.faults.injections import WHOLE_HUB, injected
-from dev.faults.mp import MP
-from dev.faults.surface import Limits, chunks_counted, content, operations_counted
 from hfbucket_plugin.core.keys import encode_name
+from tests.support.lmcache_classic import Classic
+from tests.support.lmcache_mp import MP
+from tests.support.surface import Limits, chunks_counted, content, operations_counted
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
-    from dev.faults.surface import Surface
     from localhub.process import RunningHub
+    from tests.support.surface import Surface
+
 
 _PATIENCE_SECS: Final = BACK_SECS + 5
 _SETTLE_SECS: Final = 2.0
@@ -371,3 +378,87 @@ class _Run:
         self._new += 1
         surface.put([self._new])
         return surface.lookup([self._new]) == [True]
+
+
+_FOREIGN = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "HF_XET_CACHE",
+    "HF_HUB_CACHE",
+    "PROMETHEUS_MULTIPROC_DIR",
+)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment of a process that talks to one Hub.
+
+    Args:
+        home: Its `HF_HOME`: hf_xet remembers there what it uploaded to which address.
+    """
+    ours = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    return ours | {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "LMCACHE_TRACK_USAGE": "false",
+        "LMCACHE_LOG_LEVEL": "CRITICAL",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Held:
+    """At one moment.
+
+    Attributes:
+        rss_mib: Resident memory.
+        threads: Of the system's, those of hf_xet included.
+        python_threads: Of Python's.
+        descriptors: Open files and sockets.
+        files: Temporary files of ours.
+        names: Of the system's threads, how many there are of each name.
+    """
+
+    rss_mib: float
+    threads: int
+    python_threads: int
+    descriptors: int
+    files: int
+    names: dict[str, int]
+
+
+def warm_libraries(temporary: Path) -> None:
+    """Have the libraries start what they keep for the life of a process: threads of hf_xet's hashing, and of torch."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    sample = temporary / "sample"
+    sample.write_bytes(bytes(_MIB))
+    hf_xet.hash_files([str(sample)])
+    sample.unlink()
+    torch.zeros(4 * _MIB).add_(1)
+
+
+def held(temporary: Path) -> Held:
+    """What this process holds now, after what nobody refers to was given back to the system.
+
+    Args:
+        temporary: Where temporary files lie.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    names: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names[(task / "comm").read_text().strip()] += 1
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Held(
+        rss_mib=pages * os.sysconf("SC_PAGE_SIZE") / _MIB,
+        threads=names.total(),
+        python_threads=threading.active_count(),
+        descriptors=len(list(Path("/proc/self/fd").iterdir())),
+        files=sum(len(files) for _, _, files in os.walk(temporary)),
+        names=dict(names),
+    )

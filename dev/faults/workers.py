@@ -1,19 +1,35 @@
-"""Threads that work the engines: lookups, gets, puts and deletes of random chunks, each answer compared."""
+"""Who works: the threads of a soak, and the processes that make trials side by side.
+
+The threads look up, get, put and delete random chunks, and compare each answer. `python -m dev.faults.workers` makes trials
+against a Hub of its own, with a home of its own: specifications come on stdin, reports go to stdout, a line each.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
+import queue
 import random
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from dev.faults.surface import content
+from tests.support.surface import content
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from dev.faults.ledger import Ledger
-    from dev.faults.surface import Surface
+    from dev.faults.report import Ledger
+    from dev.faults.trial import Report, Trial
+    from tests.support.surface import Surface
+
 
 _THREADS: Final = 4
 _CHUNKS: Final = 96
@@ -106,3 +122,134 @@ class Workers:
         self._ledger.note("lookup", len(fresh), len(found), 0.0)
         self._ledger.note("get", len(found), len(right), 0.0, right.count(False))
         return right == [True] * len(fresh)
+
+
+def make_trials() -> None:
+    """Make trials until stdin ends."""
+    # Whatever the libraries print must not get between the reports.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    logging.disable(logging.CRITICAL)
+
+    from dev.faults.trial import Bench, Report, Trial
+    from localhub.process import start
+    from tests.support.lmcache_classic import running_loop
+
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
+        hub = stack.enter_context(start(directory / "hub", faults=True))
+        bench = Bench(hub, stack.enter_context(running_loop()), directory)
+        for line in sys.stdin:
+            trial = Trial(**json.loads(line))
+            try:
+                report = bench.run(trial)
+            except Exception:  # noqa: BLE001 - told, and the next one is made all the same
+                report = Report(trial, problem=traceback.format_exc())
+                hub.restart()
+            out.write(json.dumps(report.record()) + "\n")
+        out.flush()
+
+
+_PATIENCE_SECS: Final = 180.0
+_ROOT: Final = Path(__file__).resolve().parents[2]
+
+
+class _Worker:
+    """One process; use it as a context manager."""
+
+    def __init__(self) -> None:
+        from dev.faults.trial import environment
+
+        self._home = tempfile.TemporaryDirectory(prefix="hf-home-")
+        self._log = (Path(self._home.name) / "worker.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dev.faults.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment(Path(self._home.name)),
+            cwd=_ROOT,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+        self._home.cleanup()
+
+    def make(self, trial: Trial) -> Report:
+        """Make one trial; a process that does not come back is ended."""
+        from dev.faults.trial import Report
+
+        timer = threading.Timer(_PATIENCE_SECS, self._process.kill)
+        timer.start()
+        try:
+            line = self._ask(trial)
+        finally:
+            timer.cancel()
+        if not line:
+            self._log.seek(0)
+            return Report(trial, problem=f"the process ended: {self._log.read()[-2000:]}")
+        record: dict[str, Any] = json.loads(line)
+        return Report.of(record)
+
+    def _ask(self, trial: Trial) -> str:
+        if self._process.stdin is None or self._process.stdout is None:
+            return ""
+        try:
+            self._process.stdin.write(json.dumps(vars(trial)) + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except BrokenPipeError:
+            return ""
+
+    @property
+    def lives(self) -> bool:
+        """Whether it takes another trial."""
+        return self._process.poll() is None
+
+
+def make_all(trials: Sequence[Trial], workers: int, tell: Callable[[Report], None]) -> list[Report]:
+    """Make trials side by side.
+
+    Args:
+        trials: In the order in which they are begun.
+        workers: Processes.
+        tell: Called with each report when it is there.
+    """
+    waiting: queue.SimpleQueue[Trial] = queue.SimpleQueue()
+    for trial in trials:
+        waiting.put(trial)
+    reports: list[Report] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        while not waiting.empty():
+            with _Worker() as worker:
+                while worker.lives:
+                    try:
+                        trial = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    report = worker.make(trial)
+                    with lock:
+                        reports.append(report)
+                        tell(report)
+
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(trials)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return reports

@@ -22,14 +22,13 @@ import yaml
 from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
-from dev.faults.mp import MP
-from dev.faults.surface import Limits
 from hfbucket_plugin.cli.app import app as plugin_app
 from jobs.cli.app import app as jobs_app
 from tests.support.hubs import start_on_fresh_port
-from tests.support.l2_support import content_of, layout, load, lookup, mp_key
-from tests.support.plugin_rig import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
-from tests.support.plugin_support import eventually
+from tests.support.lmcache_classic import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
+from tests.support.lmcache_mp import MP, content_of, layout, load, lookup, mp_key
+from tests.support.surface import Limits
+from tests.support.waiting import eventually
 from warmer.cli.app import app as warmer_app
 
 MADE = Path(__file__).parent / "made_by_0_1"

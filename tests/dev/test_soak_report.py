@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dev.faults.ledger import Ledger
-from dev.faults.resources import Held
-from dev.faults.soak_report import Moments, judge
+from dev.faults.report import Ledger
+from dev.faults.soak import Moments, judge
+from dev.faults.trial import Held
 
 HELD = Held(rss_mib=500.0, threads=50, python_threads=40, descriptors=60, files=0, names={})
 MOMENTS = Moments(HELD, HELD, HELD, HELD, warm_secs=100.0)

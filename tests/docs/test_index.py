@@ -59,7 +59,7 @@ def test_there_are_commands_in_every_file():
 def test_commands_of_the_page_do_what_it_says(hub, bucket, tmp_path, monkeypatch):
     for room in ("jobs", "plugin"):
         monkeypatch.syspath_prepend(str(ROOT / "tests" / room))
-    from tests.support.depot import Depot, key
+    from tests.support.buckets import Depot, key
 
     depot = Depot(hub, bucket, tmp_path)
     depot.put([key(number) for number in range(3)])

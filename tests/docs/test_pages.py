@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dev import metrics_table, options_table, settings_table
-from dev.generated import filled
 from hfbucket_plugin.config import settings
 from hfbucket_plugin.core import telemetry
 
@@ -26,25 +24,6 @@ def anchors(page):
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_the_table_of_settings_is_the_models():
-    page = settings_table.PAGE.read_text(encoding="utf-8")
-
-    assert filled(page, settings_table.parts()) == page, "run `make docs`"
-
-
-def test_the_tables_of_metrics_are_those_of_the_code():
-    page = metrics_table.PAGE.read_text(encoding="utf-8")
-
-    assert filled(page, metrics_table.parts()) == page, "run `make docs`"
-
-
-@pytest.mark.parametrize(("page", "parts"), options_table.parts().items(), ids=lambda value: getattr(value, "name", ""))
-def test_the_tables_of_options_are_those_of_the_commands(page, parts):
-    text = page.read_text(encoding="utf-8")
-
-    assert filled(text, parts) == text, "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,7 +12,7 @@ def no_cluster(monkeypatch, tmp_path):
 @pytest.fixture
 def depot(hub, bucket, tmp_path):
     """An empty bucket, and an engine's YAML."""
-    from tests.support.depot import Depot
+    from tests.support.buckets import Depot
 
     return Depot(hub, bucket, tmp_path)
 
@@ -20,7 +20,7 @@ def depot(hub, bucket, tmp_path):
 @pytest.fixture
 def stocked(depot):
     """A bucket with old chunks in it, and new ones."""
-    from tests.support.depot import DAY, NEW, OLD
+    from tests.support.buckets import DAY, NEW, OLD
 
     depot.put(OLD, age=20 * DAY)
     depot.put(NEW, age=1 * DAY)

@@ -15,9 +15,7 @@ from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from jobs.deletion.job import DeletionJob
 from jobs.report import OutcomeTally, ReportFile, with_exit_code
-from tests.support.depot import DAY, INSTANCE, NEW, OLD
-from tests.support.export_rig import ExportRig
-from tests.support.plugin_support import noise
+from tests.support.buckets import DAY, INSTANCE, NEW, OLD, ExportRig, noise
 
 
 def test_a_report_on_a_full_disk_holds_nothing_up_and_is_told(stocked):
@@ -120,7 +118,7 @@ def test_an_order_to_stop_with_the_last_batch_of_an_instance_names_the_others(st
     ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--yes")
 
     assert ran.code == 5, ran.stderr
-    assert [one["result"] for one in ran.summaries] == ["complete"]
+    assert [one["result"] for one in ran.lines] == ["complete"]
     assert "told to stop; not done: hfbucket.eu" in ran.stderr
 
 
@@ -136,7 +134,7 @@ def test_an_order_to_stop_with_the_last_copy_names_the_mirror(hub, new_bucket, t
 
     ran = rig.export("--mirror", "--yes")
 
-    assert (ran.code, [one["job"] for one in ran.summaries]) == (5, ["export"])
+    assert (ran.code, [one["job"] for one in ran.lines]) == (5, ["export"])
     assert "not done: the mirror" in ran.stderr
 
 
@@ -188,12 +186,12 @@ def test_whatever_one_instance_meets_the_others_are_done(stocked, monkeypatch, e
     ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--max-delete", "100%", "--yes")
 
     assert ran.code == code, ran.stderr
-    assert [one["exit_code"] for one in ran.summaries] == [code, 0]
-    assert reported in ran.summaries[0]["message"]
+    assert [one["exit_code"] for one in ran.lines] == [code, 0]
+    assert reported in ran.lines[0]["message"]
     assert "Traceback" not in ran.stderr
     status = stocked.run("status", "--all-instances", "--json")
     assert status.code == code
-    assert [one["instance"] for one in status.summaries] == ["hfbucket.eu"]
+    assert [one["instance"] for one in status.lines] == ["hfbucket.eu"]
     assert reported in status.stderr
 
 
@@ -211,7 +209,7 @@ def test_what_breaks_outside_of_a_job_is_named_and_the_others_are_done(stocked, 
 
     ran = stocked.cleanup("--all-instances", "--max-age", "14d", "--max-delete", "100%", "--yes")
 
-    assert (ran.code, [one["instance"] for one in ran.summaries]) == (3, ["hfbucket.eu"])
+    assert (ran.code, [one["instance"] for one in ran.lines]) == (3, ["hfbucket.eu"])
     assert f"{INSTANCE}: there was not enough memory" in ran.stderr
 
 

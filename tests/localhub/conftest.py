@@ -1,7 +1,7 @@
 import pytest
 from huggingface_hub import HfApi
 
-from tests.support.rawhub import Raw
+from tests.support.hubs import Raw
 
 
 @pytest.fixture

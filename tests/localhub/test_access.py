@@ -5,7 +5,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError
 
 from localhub.http.access import TokensError, load_tokens
-from tests.support.rawhub import EMPTY, Raw, add_file, make_shard, make_xorb, upload
+from tests.support.hubs import EMPTY, Raw, add_file, make_shard, make_xorb, upload_by_hand
 
 TOKENS = """
 tokens:
@@ -130,7 +130,7 @@ def test_copies_need_a_right_on_the_source(guarded):
 def test_a_hash_gives_no_access_to_the_bytes_of_others(guarded):
     owner, reader = Raw(guarded.endpoint, "hf_owner"), Raw(guarded.endpoint, "hf_reader")
     chunks = [b"another secret content"]
-    digest = upload(owner, "other/one", chunks)
+    digest = upload_by_hand(owner, "other/one", chunks)
     assert owner.reconstruct(digest, owner.storage_token("other/one", "read")).status == 200
     mine = reader.storage_token("my-org/scratch")
 
@@ -140,7 +140,7 @@ def test_a_hash_gives_no_access_to_the_bytes_of_others(guarded):
 
     assert statuses() == (422, 404)
     # A caller that has the content may use the hash.
-    upload(reader, "my-org/scratch", chunks)
+    upload_by_hand(reader, "my-org/scratch", chunks)
     assert statuses() == (200, 200)
 
 

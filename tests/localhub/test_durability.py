@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from localhub.__main__ import main
 from localhub.process import HubStartError
 from localhub.state.spool import remove_stale
-from tests.support.rawhub import Raw, add_file
+from tests.support.hubs import Raw, add_file
 
 MIB = 1024 * 1024
 

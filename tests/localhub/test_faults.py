@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from localhub.client import ControlError
 from localhub.faults.rules import Fault, FaultBook
 from localhub.state.counters import RouteCounters
-from tests.support.rawhub import add_file, upload
+from tests.support.hubs import add_file, upload_by_hand
 
 
 @pytest.fixture
 def xorb(raw, bucket):
     """Path of a xorb's bytes, and those bytes."""
-    path = raw.xorb_link(bucket, upload(raw, bucket, [bytes([one]) * 10_000 for one in range(100)]))
+    path = raw.xorb_link(bucket, upload_by_hand(raw, bucket, [bytes([one]) * 10_000 for one in range(100)]))
     return path, raw.call("GET", path).body
 
 

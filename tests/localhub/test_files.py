@@ -8,7 +8,7 @@ from huggingface_hub.errors import BucketBatchError, EntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.rawhub import EMPTY, add_file, upload
+from tests.support.hubs import EMPTY, add_file, upload_by_hand
 
 
 def read(api: HfApi, bucket: str, tmp_path: Path, *paths: str) -> dict[str, bytes]:
@@ -198,5 +198,5 @@ def test_files_of_odd_names_go_up_and_come_back(api, bucket, tmp_path, name):
 @pytest.mark.parametrize("scheme", [0, 1, 2])
 def test_every_compression_comes_back(api, raw, bucket, tmp_path, scheme):
     chunks = [bytes([scheme, one]) * 5_000 + b"odd"[: one % 4] for one in range(9)]
-    assert raw.batch(bucket, add_file("x", upload(raw, bucket, chunks, scheme))).json["success"]
+    assert raw.batch(bucket, add_file("x", upload_by_hand(raw, bucket, chunks, scheme))).json["success"]
     assert read(api, bucket, tmp_path, "x") == {"x": b"".join(chunks)}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localhub.state.listing import after_prefix, encode_cursor
-from tests.support.rawhub import Raw, add_file
+from tests.support.hubs import Raw, add_file
 
 PATHS = ["a", "dir/1", "dir/2", "dir/sub/3", "dir/sub/4", "dir-x/5", "dir.txt", "v1/6", "v10/7", "v1", "z"]
 

@@ -9,7 +9,7 @@ from localhub.formats.hashing import to_hex
 from localhub.formats.reconstruction import MissingXorbError, describe, describe_v2, pieces
 from localhub.formats.shards import _TERM
 from localhub.formats.xorbs import ChunkTable, iter_chunks, read_xorb
-from tests.support.rawhub import make_xorb
+from tests.support.hubs import make_xorb
 
 
 @st.composite

@@ -3,7 +3,7 @@
 import pytest
 
 from localhub.http.storage_routes import MAX_XORB_BODY_BYTES
-from tests.support.rawhub import EMPTY, add_file
+from tests.support.hubs import EMPTY, add_file
 
 NEW, BATCH, PATHS, FAULTS = (
     "/api/buckets/orders/one",

@@ -4,7 +4,7 @@ import pytest
 
 from localhub.formats.shards import ShardError, check_shard, parse_shard
 from localhub.formats.xorbs import read_xorb
-from tests.support.rawhub import END, TAG, make_shard, make_xorb
+from tests.support.hubs import END, TAG, make_shard, make_xorb
 
 CHUNKS = [b"one", b"two!", b"three"]
 BODY, XORB = make_xorb(CHUNKS)

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from localhub.faults import Fault
 from localhub.formats.hashing import to_hex
-from tests.support.rawhub import add_file, make_shard, make_xorb, upload
+from tests.support.hubs import add_file, make_shard, make_xorb, upload_by_hand
 
 MIB = 1024 * 1024
 
@@ -151,7 +151,7 @@ def test_a_shard_that_contradicts_its_xorb_leaves_nothing_behind(raw, write, buc
     ],
 )
 def test_ranges_of_a_reconstruction(raw, bucket, wanted, chunks):
-    digest = upload(raw, bucket, [b"a" * 100, b"b" * 100, b"c" * 100])
+    digest = upload_by_hand(raw, bucket, [b"a" * 100, b"b" * 100, b"c" * 100])
     read = raw.storage_token(bucket, "read")
     answer = raw.reconstruct(digest, read | ({"Range": wanted} if wanted else {})).json
     (term,) = answer["terms"]
@@ -162,7 +162,7 @@ def test_ranges_of_a_reconstruction(raw, bucket, wanted, chunks):
 
 def test_xorb_bytes_by_range(raw, bucket):
     chunks = [os.urandom(100_000) for _ in range(20)]
-    path = raw.xorb_link(bucket, upload(raw, bucket, chunks))
+    path = raw.xorb_link(bucket, upload_by_hand(raw, bucket, chunks))
     body, _ = make_xorb(chunks)
     for wanted, status, start, stop in [
         (None, 200, 0, len(body)),

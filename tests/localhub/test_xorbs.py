@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localhub.formats.xorbs import MAX_CHUNK_BYTES, MAX_XORB_BYTES, XorbError, hash_at, iter_chunks, read_xorb
-from tests.support.rawhub import make_xorb, packed
+from tests.support.hubs import make_xorb, packed
 
 
 def header(packed_bytes: int, scheme: int, unpacked_bytes: int, version: int = 0) -> bytes:

@@ -18,7 +18,7 @@ def tokens_of_other_tests(monkeypatch):
 @pytest.fixture(scope="module")
 def loop():
     """An engine's event loop."""
-    from dev.faults.classic import running_loop
+    from tests.support.lmcache_classic import running_loop
 
     with running_loop() as one:
         yield one
@@ -27,10 +27,9 @@ def loop():
 @pytest.fixture(params=["classic", "mp"])
 def surfaces(request, hub, bucket, tmp_path, loop):
     """Makes surfaces of one kind over one bucket."""
-    from dev.faults.classic import Classic
-    from dev.faults.mp import MP
-    from dev.faults.surface import Limits
-    from tests.support.surface_support import PREFIX
+    from tests.support.lmcache_classic import Classic
+    from tests.support.lmcache_mp import MP
+    from tests.support.surface import PREFIX, Limits
 
     patient = Limits(lookup=20, get=20, put=30)
     made = []
@@ -56,8 +55,8 @@ def surfaces(request, hub, bucket, tmp_path, loop):
 @pytest.fixture
 def l2_adapters(hub, bucket, tmp_path):
     """Makes L2 adapters over the bucket of the test, below `v1`."""
-    from dev.faults.mp import MP
-    from dev.faults.surface import Limits
+    from tests.support.lmcache_mp import MP
+    from tests.support.surface import Limits
 
     patient = Limits(lookup=20, get=20, put=30)
     made = []

@@ -1,7 +1,7 @@
 import pytest
 
-from tests.support.raylets import as_it_was, raylets
-from tests.support.warming import Warehouse
+from tests.support.buckets import Warehouse
+from tests.support.ray_cluster import as_it_was, raylets
 
 LABELS = (
     {"pool": "serving", "lmcache.workers": "0-1"},

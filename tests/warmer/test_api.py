@@ -8,10 +8,10 @@ import pytest
 
 import warmer
 from hfbucket_plugin import ConfigError, TransportError
+from tests.support.buckets import INSTANCE, MODEL, SECRET, classic_key, content
 from tests.support.examples import example
-from tests.support.plugin_support import eventually
-from tests.support.raylets import actors
-from tests.support.warming import INSTANCE, MODEL, SECRET, classic_key, content
+from tests.support.ray_cluster import actors
+from tests.support.waiting import eventually
 
 CHUNKS = 20
 

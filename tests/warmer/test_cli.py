@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from localhub.faults import Fault
-from tests.support.warming import INSTANCE, SECRET, Warehouse, arguments, classic_key
+from tests.support.buckets import INSTANCE, SECRET, Warehouse, arguments, classic_key
 from warmer.cli.app import app
 from warmer.node.worker import NodeConfig
 from warmer.request.resolve import without_token

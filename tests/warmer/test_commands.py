@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hfbucket_plugin.errors import RefusedError
-from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
+from tests.support.buckets import INSTANCE, KEY_PREFIX, MODEL, SECRET, classic_key, content, mp_key
 from warmer.cli.app import app
 from warmer.plan.plan_file import WarmPlanFile
 from warmer.run import planned_request
@@ -165,7 +165,7 @@ def test_a_dry_run_refuses_what_apply_refuses(stocked, warmer, tmp_path):
 
 def test_a_dry_run_writes_nothing(stocked, warmer, hub):
     hub.control.reset_counters()
-    record = warmer("run", *source(stocked, "--instance", INSTANCE), "--prefix", PREFIX, "--dry-run")
+    record = warmer("run", *source(stocked, "--instance", INSTANCE), "--prefix", KEY_PREFIX, "--dry-run")
     assert (record["event"], record["selected"], record["selected_bytes"]) == ("plan", 5, 500)
     assert not stocked.tier.exists()
     assert hub.control.counters().route("xet-read-token").requests == 0
@@ -277,7 +277,11 @@ def test_check_refuses_what_it_does_not_know(stocked, warmer):
 
 def test_a_warm_yaml_says_it_all(stocked, warmer, tmp_path):
     path = tmp_path / "warm.yaml"
-    document = {"source": {"lmcache_config": str(stocked.config)}, "tiers": ["fs.warm"], "choose": {"prefix": PREFIX}}
+    document = {
+        "source": {"lmcache_config": str(stocked.config)},
+        "tiers": ["fs.warm"],
+        "choose": {"prefix": KEY_PREFIX},
+    }
     path.write_text(json.dumps(document))
     assert warmer("run", "--config", path, "--dry-run")["selected"] == 5
     assert warmer("run", "--config", path, "--dry-run", "--newest", "2")["selected"] == 2

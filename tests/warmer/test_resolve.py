@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from hfbucket_plugin.fingerprint.detect import classic_check, mp_check
 from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
 from localhub.faults import Fault
-from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, content, mp_key
+from tests.support.buckets import INSTANCE, KEY_PREFIX, MODEL, SECRET, classic_key, content, mp_key
 from warmer.cli.app import app
 
 SETTING = f"remote_storage_plugin.{INSTANCE}.fingerprint"
@@ -60,7 +60,7 @@ def engine(**values):
     return Fingerprint(**known | {"hash_algorithm": "builtin", "model_revision": "v1"} | values)
 
 
-@pytest.mark.parametrize("selection", [("--model", MODEL), ("--prefix", PREFIX), ("--all",)])
+@pytest.mark.parametrize("selection", [("--model", MODEL), ("--prefix", KEY_PREFIX), ("--all",)])
 def test_the_header_tells_what_is_recorded(desk, selection):
     desk.record(engine(), engine(world_size=2, mode="mp", dtype=None))
 

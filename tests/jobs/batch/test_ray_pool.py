@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from localhub.faults import Fault
-from tests.support.depot import DAY, INSTANCE, Depot, ended, key
-from tests.support.plugin_support import SECRET, eventually
+from tests.support.buckets import DAY, INSTANCE, SECRET, Depot, ended, key
+from tests.support.waiting import eventually
 
 OLD = [key(number) for number in range(12)]
 NEW = [key(number) for number in range(100, 140)]
@@ -54,7 +54,9 @@ def exit_codes(ray):
         "print(*[job.driver_exit_code for job in sorted(jobs, key=lambda job: job.start_time)])"
     )
     command = [sys.executable, "-c", code, ray.dashboard]
-    return subprocess.run(command, env=ray._environment(), capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        command, env=ray.client_environment(), capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def busy_carriers(ray):
@@ -92,7 +94,7 @@ def check_that_a_lost_actor_is_made_up_for(ray, hub, directory):
     process = subprocess.Popen(
         [sys.executable, *command[1:]],
         cwd=directory,
-        env=ray._environment(JOBS_TEST_TOKEN=SECRET, PYTHONWARNINGS="ignore"),
+        env=ray.client_environment(JOBS_TEST_TOKEN=SECRET, PYTHONWARNINGS="ignore"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -130,7 +132,7 @@ def summary_in(log):
 def test_ray_job_submit(hub_factory, tmp_path):
     from huggingface_hub import HfApi
 
-    from tests.support.private_ray import PrivateRay
+    from tests.support.ray_cluster import PrivateRay
 
     tokens = tmp_path / "tokens.yaml"
     tokens.write_text(f"tokens:\n  - {{token: {SECRET}, buckets: {{'org/*': write}}}}\n")

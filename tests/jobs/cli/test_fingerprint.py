@@ -5,8 +5,7 @@ import json
 import pytest
 
 from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
-from tests.support.depot import DAY, INSTANCE, MODEL, PREFIX, key
-from tests.support.plugin_support import all_paths, download, upload
+from tests.support.buckets import DAY, INSTANCE, MODEL, PREFIX, all_paths, download, key, upload
 
 HEAD = f"{PREFIX}/.hfbucket/fingerprints/org%2Fmodel"
 

@@ -8,9 +8,6 @@ from datetime import UTC, datetime
 import pytest
 from typer.testing import CliRunner
 
-from dev.faults.classic import Classic, running_loop
-from dev.faults.mp import MP
-from dev.faults.surface import Limits
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import MissingError, ThrottledError, TransportError
@@ -24,10 +21,11 @@ from hfbucket_plugin.index.table import digests_of
 from jobs.deletion.planning import Planning
 from jobs.retention.policy import read as read_policy
 from tests.jobs.index.test_index import stocked  # noqa: F401 - a fixture
-from tests.support.depot import DAY, HOUR, INSTANCE, key
-from tests.support.index_depot import Writer, bucket_client, build, of_index, pointer, seen
-from tests.support.index_support import forge, in_use
-from tests.support.plugin_support import upload
+from tests.support.buckets import DAY, HOUR, INSTANCE, key, upload
+from tests.support.indexes import Writer, bucket_client, build_job, forge, in_use, of_index, pointer, seen
+from tests.support.lmcache_classic import Classic, running_loop
+from tests.support.lmcache_mp import MP
+from tests.support.surface import Limits
 from warmer.cli.app import app as warmer_app
 
 PATIENT = Limits(lookup=20, get=20, put=30)
@@ -90,7 +88,7 @@ def test_what_engines_read_outlives_budgets_and_idleness_and_is_warmed_first(dep
     names = [writer.name(number) for number in range(6)]
     depot.make_older([depot.path(name) for name in names[:3]], 50 * DAY)  # the hot ones are the oldest
     depot.make_older([depot.path(name) for name in names[3:]], 40 * DAY)
-    build(depot)
+    build_job(depot)
     reader = engines(**BY_HAND)
     index = in_use(reader)
     for number, times in ((0, 9), (1, 4), (2, 1)):
@@ -98,7 +96,7 @@ def test_what_engines_read_outlives_budgets_and_idleness_and_is_warmed_first(dep
             assert reader.retrieve([number])[1][0] is not None
     assert index.flush()
     counting(-60)
-    reported = build(depot).summary
+    reported = build_job(depot).summary
     assert reported["heat_since"] is not None
     since(depot, heat_since=time.time() - 45 * DAY)
     loose = ("--max-delete", "60%")
@@ -180,14 +178,14 @@ def heat_by_key(depot, *numbers):
 
 
 def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counting):  # noqa: F811 - the fixture
-    build(stocked)
+    build_job(stocked)
     assert looked_up(stocked, [key(0)]) is None
     one, other = Writer(stocked), Writer(stocked)
     reported = time.time() - 250
     reads(one, reported, k0=8, k1=5)
     reads(other, reported, k0=9, k2=2)
     counting(150)
-    build(stocked)
+    build_job(stocked)
     assert heat_by_key(stocked, 0, 1, 2, 3) == [5, 3, 2, 0]  # 17, 5, 2 and none, a little less each
     assert [use.last is None for use in looked_up(stocked, [key(0), key(3)]).values()] == [False, True]
 
@@ -198,68 +196,68 @@ def test_heat_is_added_up_kept_by_listings_and_lost_with_the_key(stocked, counti
     other.put(key(30))
     other.tell()
     counting(50)
-    build(stocked)
+    build_job(stocked)
     assert heat_by_key(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
     assert looked_up(stocked, [key(0)])[key(0)].last is None
     before = pointer(stocked)
 
     counting(40)
-    assert build(stocked, "--full").summary["made_of"] == "listing"
+    assert build_job(stocked, "--full").summary["made_of"] == "listing"
     assert heat_by_key(stocked, 0, 1, 2, 30) == [0, 3, 2, 0]
     assert pointer(stocked).heat_since == before.heat_since
     assert len(seen(stocked, [key(n) for n in range(8)])) == 7  # readers see what they saw
-    assert build(stocked, "--verify").summary["differences"]["examples"] == {}
+    assert build_job(stocked, "--verify").summary["differences"]["examples"] == {}
 
 
 def test_every_tell_counts_once_however_often_a_journal_repeats_it(stocked, counting):  # noqa: F811 - the fixture
-    build(stocked)
+    build_job(stocked)
     writer, reported = Writer(stocked), time.time() - 290
     for times in range(4):
         reads(writer, reported + 60 * times, **({"k0": 5} if times == 0 else {"k1": 3}))
         counting(230 - 60 * times)
-        build(stocked)
+        build_job(stocked)
         assert heat_by_key(stocked, 0)[0] == 3
     assert heat_by_key(stocked, 1) == [4]
 
 
 def test_what_is_told_too_late_is_no_heat_but_a_use(stocked, counting):  # noqa: F811 - the fixture
-    build(stocked)
+    build_job(stocked)
     writer = Writer(stocked)
     reads(writer, time.time() - 250, k0=5)
     counting(150)
-    build(stocked)
+    build_job(stocked)
     reads(writer, time.time() - 240, k1=5)
     counting(50)
-    build(stocked)
+    build_job(stocked)
     assert heat_by_key(stocked, 0, 1) == [3, 0]
     assert looked_up(stocked, [key(1)])[key(1)].last is not None
 
 
 def test_a_lost_snapshot_lets_heat_start_over(stocked):  # noqa: F811 - the fixture
-    build(stocked)
+    build_job(stocked)
     writer = Writer(stocked)
     reads(writer, time.time(), k0=8)
-    build(stocked)
+    build_job(stocked)
     since(stocked, heat_since=time.time() - MONTH)
     upload(stocked.hub.endpoint, stocked.bucket_id, {f"{stocked.prefix}/{POINTER}": b"garbage"})
 
-    build(stocked, "--full")
+    build_job(stocked, "--full")
 
     assert pointer(stocked).heat_since > time.time() - HOUR or not pointer(stocked).heat.known
 
 
 def test_a_listing_for_too_many_journals_keeps_the_heat_of_before(stocked, counting, monkeypatch):  # noqa: F811 - as above
-    build(stocked)
+    build_job(stocked)
     reads(Writer(stocked), time.time() - 250, k0=8)
     counting(150)
-    build(stocked)
+    build_job(stocked)
     for _ in range(3):
         reads(Writer(stocked), time.time(), k1=1)
     for module in ("hfbucket_plugin.index.store", "jobs.index.inventory", "jobs.index.build"):
         monkeypatch.setattr(f"{module}.MAX_JOURNALS", 2)
     monkeypatch.setattr("hfbucket_plugin.index.store.IndexStore.list", _too_many)
 
-    assert build(stocked).summary["made_of"] == "listing"
+    assert build_job(stocked).summary["made_of"] == "listing"
     assert heat_by_key(stocked, 0, 1) == [4, 0]
 
 
@@ -286,7 +284,7 @@ def test_a_listing_forgets_no_heat_because_a_read_failed_and_makes_nothing_idle(
 
     monkeypatch.setattr(index_build, "fetch_snapshot", failing)
 
-    build(hot, "--full", code=code)
+    build_job(hot, "--full", code=code)
     assert failed
     after = pointer(hot)
     assert after.heat.known
@@ -296,9 +294,9 @@ def test_a_listing_forgets_no_heat_because_a_read_failed_and_makes_nothing_idle(
 
 
 def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - the fixture
-    from tests.support.plugin_support import download
+    from tests.support.buckets import download
 
-    build(stocked)
+    build_job(stocked)
     path = f"{stocked.prefix}/.hfbucket/index/snapshots/{pointer(stocked).snapshot}"
     data = download(stocked.hub.endpoint, stocked.bucket_id, path)
     assert not has_access_columns(snapshot_of(data, path).rows.dtype)
@@ -311,9 +309,9 @@ def test_without_hits_snapshots_have_no_more_columns(stocked):  # noqa: F811 - t
 @pytest.fixture
 def hot(stocked):  # noqa: F811 - the fixture
     """An instance with heat, as after a month."""
-    build(stocked)
+    build_job(stocked)
     reads(Writer(stocked), time.time(), k0=8)
-    build(stocked)
+    build_job(stocked)
     since(stocked, heat_since=time.time() - MONTH)
     return stocked
 
@@ -321,7 +319,7 @@ def hot(stocked):  # noqa: F811 - the fixture
 @pytest.mark.parametrize("indexed", [False, True])
 def test_an_instance_without_heat_goes_by_when_objects_were_put_and_says_so(stocked, indexed):  # noqa: F811 - as above
     if indexed:
-        build(stocked)
+        build_job(stocked)
     ran = stocked.cleanup("--max-idle", "5d", "--max-delete", "100%")
 
     header, items, _ = plan_of(ran)
@@ -433,7 +431,7 @@ LOOSE = ("--max-delete", "100%")
 def test_since_hits_were_dropped_nothing_is_idle_and_plan_and_summary_say_how_many(hot, counting):
     counting(-60)
     loses(Writer(hot), 777)
-    summary = build(hot).summary
+    summary = build_job(hot).summary
     assert (summary["heat_lost"], summary["heat_lost_at"]) == (777, summary["heat_since"])
 
     ran = hot.cleanup("--max-idle", "5d", *LOOSE)
@@ -449,7 +447,7 @@ def test_since_hits_were_dropped_nothing_is_idle_and_plan_and_summary_say_how_ma
 def test_a_budget_is_refused_for_a_day_after_hits_were_dropped_unless_it_holds(hot, counting):
     counting(-60)
     loses(Writer(hot), 777)
-    build(hot)
+    build_job(hot)
 
     ran = hot.cleanup("--max-objects", "3", *LOOSE, "--yes")
     assert (ran.code, "engines dropped 777 hits" in ran.stderr) == (4, True)
@@ -465,7 +463,7 @@ def test_a_plan_is_not_carried_out_when_hits_were_dropped_since(hot, counting, b
     counting(-60)
     loses(Writer(hot), 777)
     if built:
-        build(hot)
+        build_job(hot)
 
     done = hot.run("apply", ran.summary["plan"], "--yes")
     assert (done.code, "engines dropped 777 hits" in done.stderr) == (4, True)
@@ -475,7 +473,7 @@ def test_a_plan_is_not_carried_out_when_hits_were_dropped_since(hot, counting, b
 def test_what_the_plan_knows_was_dropped_does_not_hold_it_up(hot, counting):
     counting(-60)
     loses(Writer(hot), 777)
-    build(hot)
+    build_job(hot)
     since(hot, heat_since=time.time() - MONTH, heat_lost_at=time.time() - 10 * DAY)
     ran = hot.cleanup("--max-idle", "5d", *LOOSE)
     with bucket_client(hot) as (bucket, _):
@@ -487,7 +485,7 @@ def test_what_the_plan_knows_was_dropped_does_not_hold_it_up(hot, counting):
 def test_a_journal_of_hits_that_cannot_be_read_counts_as_dropped(hot):
     path = reads(Writer(hot), time.time(), k5=1)
     upload(hot.hub.endpoint, hot.bucket_id, {path: b"garbage"})
-    build(hot)
+    build_job(hot)
 
     assert pointer(hot).heat_lost >= 1
     ran = hot.cleanup("--max-idle", "5d", *LOOSE, "--yes")
@@ -498,10 +496,10 @@ def test_a_later_loss_does_not_forget_an_earlier_one(hot, counting):
     since(hot, heat_until=time.time() - 270)
     loses(Writer(hot), 700, ago=250)
     counting(150)
-    build(hot)
+    build_job(hot)
     loses(Writer(hot), 77, ago=100)
     counting(50)
-    build(hot)
+    build_job(hot)
     assert pointer(hot).heat_lost == 777
 
 
@@ -519,7 +517,7 @@ def test_times_ahead_of_the_hubs_clock_are_refused_and_healed_by_the_next_listin
         assert "ahead of the Hub's clock" in ran.stderr
     assert f"its {name} (" in hot.run("status").stdout
     assert f"its {name} (" in json.loads(hot.run("status", "--json").stdout)["index"]["trouble"]
-    build(hot)
+    build_job(hot)
     assert hot.cleanup("--max-idle", "5d", *LOOSE, "--yes").counts("planned") == [0]
 
 
@@ -532,5 +530,5 @@ def test_a_hit_of_the_future_is_refused_and_healed(hot):
 
     ran = hot.cleanup("--max-idle", "5d", *LOOSE, "--yes")
     assert (ran.code, "last_hit" in ran.stderr, "ahead of the Hub's clock" in ran.stderr) == (4, True, True)
-    build(hot)
+    build_job(hot)
     assert hot.cleanup("--max-idle", "5d", *LOOSE, "--yes").counts("planned") == [0]  # all were read just now, then

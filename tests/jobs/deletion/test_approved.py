@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from tests.support.depot import DAY, NEW, OLD
+from tests.support.buckets import DAY, NEW, OLD
 
 
 def all_of_it(depot, lines):

@@ -16,8 +16,7 @@ from jobs.batch.model import ItemBatch, ItemOutcome, Outcome, Result
 from jobs.deletion.attempt import attempt
 from jobs.lock.lock import BucketLock, LockLostError
 from tests.jobs.deletion.test_plan import AT, ITEMS, FakeBucket, outcomes
-from tests.support.depot import DAY, key
-from tests.support.plugin_support import opened
+from tests.support.buckets import DAY, key, opened
 
 
 class Clock:

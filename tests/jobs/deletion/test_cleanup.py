@@ -5,7 +5,7 @@ import json
 import pytest
 
 from localhub.faults import Fault
-from tests.support.depot import DAY, HOUR, INSTANCE, MODEL, NEW, OLD, PREFIX, ended, mp_key
+from tests.support.buckets import DAY, HOUR, INSTANCE, MODEL, NEW, OLD, PREFIX, ended, l2_key
 
 
 def test_old_chunks_go_and_a_report_stays(stocked, tmp_path):
@@ -146,7 +146,7 @@ def test_throttling_beyond_max_duration_leaves_a_rest_that_can_be_resumed(stocke
 
 def test_several_instances_each_by_its_own_policy_whatever_becomes_of_the_others(stocked, tmp_path):
     stocked.others = {"hfbucket.eu": "kv/eu", "hfbucket.none": "kv/none"}
-    stocked.put_paths({f"kv/eu/{stocked.path(mp_key(n)).split('/')[-1]}": b"x" * n for n in range(1, 11)}, age=5 * HOUR)
+    stocked.put_paths({f"kv/eu/{stocked.path(l2_key(n)).split('/')[-1]}": b"x" * n for n in range(1, 11)}, age=5 * HOUR)
     policy = tmp_path / "retention.yaml"
     policy.write_text(
         "default: {max_age: 14d}\ninstances:\n  hfbucket.eu: {max_objects: 8, min_age: 2h}\n  hfbucket.none: {max_age: 1d}\n"
@@ -155,7 +155,7 @@ def test_several_instances_each_by_its_own_policy_whatever_becomes_of_the_others
     ran = stocked.cleanup("--all-instances", "--policy", str(policy), "--yes")
 
     assert ran.code == 4, "the empty one"
-    assert [(one["instance"], one["exit_code"], one["deleted"]["objects"]) for one in ran.summaries] == [
+    assert [(one["instance"], one["exit_code"], one["deleted"]["objects"]) for one in ran.lines] == [
         (INSTANCE, 0, 4),
         ("hfbucket.eu", 0, 2),
         ("hfbucket.none", 4, 0),
@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_is_told(stocked, monkeypatch):
 
 def test_a_stopped_run_goes_on_from_its_plan(stocked, tmp_path):
     """SIGTERM while a batch hangs: what was begun ends, the rest is left, the lock is released, the plan goes on."""
-    from tests.support.plugin_support import eventually
+    from tests.support.waiting import eventually
 
     control = stocked.hub.control
     hanging = control.add_fault(Fault(route="paths-info", hang=True))

@@ -22,9 +22,8 @@ from hfbucket_plugin.errors import ThrottledError, TransportError
 from hfbucket_plugin.hub.client import HubClient
 from jobs.deletion.job import DeletionJob
 from jobs.export.job import Export
-from tests.support.depot import DAY, key
-from tests.support.export_rig import ExportRig
-from tests.support.thorough import run_on_hub
+from tests.support.buckets import DAY, ExportRig, key
+from tests.support.models import run_on_hub
 
 KEYS = [key(number) for number in range(6)]
 WHEN = ("before a look", "after a look that grows old", "pause", "lost before", "lost after")
@@ -180,7 +179,7 @@ class Engines(RuleBasedStateMachine):
         sizes = self.sizes()
         for path, data in engine.wrote.items():
             if data is not None:
-                assert sizes.get(path) == len(data), (planned, path, ran.stderr, ran.summaries)
+                assert sizes.get(path) == len(data), (planned, path, ran.stderr, ran.lines)
 
     def sizes(self):
         listed = HfApi(endpoint=self.hub.endpoint, token=False).list_bucket_tree(self.rig.eu.bucket_id, recursive=True)

@@ -13,7 +13,7 @@ from hfbucket_plugin.errors import ConfigError, SafetyError
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.tools.inventory import Classifier, ObjectKind
 from jobs.deletion.guards import MaxDelete, check_listing, check_not_more
-from tests.support.plugin_support import untimed
+from tests.support.models import untimed
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -10,8 +10,7 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.client import HubClient
 from localhub.faults import Fault
-from tests.support.depot import DAY, NEW, OLD, PREFIX, key
-from tests.support.plugin_support import SECRET, download
+from tests.support.buckets import DAY, NEW, OLD, PREFIX, SECRET, download, key
 
 
 def test_more_than_max_delete_refuses_the_whole(stocked):
@@ -115,7 +114,7 @@ def test_what_is_foreign_goes_only_when_it_is_named_and_ours_never(stocked):
 def test_no_right_to_write_ends_it(hub_factory, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
-    from tests.support.depot import Depot
+    from tests.support.buckets import Depot
 
     tokens = tmp_path / "tokens.yaml"
     tokens.write_text(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.depot import DAY, PREFIX, key, mp_key
+from tests.support.buckets import DAY, PREFIX, key, l2_key
 
 KEYS = [key(number) for number in range(20)]
 
@@ -14,9 +14,9 @@ def stocked(depot):
 
 
 def test_keys_prefixes_and_files(stocked, tmp_path):
-    stocked.put([mp_key(1), key(1, worker=1)], age=2 * DAY)
+    stocked.put([l2_key(1), key(1, worker=1)], age=2 * DAY)
     names = tmp_path / "keys.txt"
-    names.write_text(f"{KEYS[1]}\n\n{mp_key(1)}\n{key(77)}\n")
+    names.write_text(f"{KEYS[1]}\n\n{l2_key(1)}\n{key(77)}\n")
 
     ran = stocked.run("rm", KEYS[0], "--key-file", str(names), "--prefix", "org/model@2@1@", "--yes")
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from hfbucket_plugin.errors import Interrupted
 from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
-from tests.support.depot import DAY, HOUR, PREFIX, Depot, key
-from tests.support.thorough import run_on_hub
+from tests.support.buckets import DAY, HOUR, PREFIX, Depot, key
+from tests.support.models import run_on_hub
 
 KEYS = [key(number) for number in range(6)] + [key(number, "org/kept") for number in range(2)]
 OTHERS = [f"{PREFIX}/README.md", f"{PREFIX}/nested/x", f"{PREFIX}/test%401%400%400%40bfloat16", f"{PREFIX}-east/x"]

@@ -14,11 +14,10 @@ from hfbucket_plugin.errors import ConfigError, RefusedError
 from jobs.export import manifest
 from jobs.export.bucket import InstanceEnd
 from localhub.faults import Fault
-from tests.support.depot import DAY, key, mp_key
-from tests.support.export_rig import ExportRig, ended, names
-from tests.support.plugin_support import eventually, noise
+from tests.support.buckets import DAY, ExportRig, ended, key, l2_key, names, noise
+from tests.support.waiting import eventually
 
-KEYS = [key(number) for number in range(4)] + [mp_key(number) for number in range(2)]
+KEYS = [key(number) for number in range(4)] + [l2_key(number) for number in range(2)]
 
 
 @pytest.fixture

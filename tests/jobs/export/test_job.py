@@ -13,11 +13,9 @@ from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.client import HubClient
 from jobs.export.bucket import InstanceEnd
 from localhub.faults import Fault
-from tests.support.depot import DAY, HOUR, key, mp_key
-from tests.support.export_rig import EU, US, ExportRig, names
-from tests.support.plugin_support import SECRET, noise, upload
+from tests.support.buckets import DAY, EU, HOUR, SECRET, US, ExportRig, key, l2_key, names, noise, upload
 
-KEYS = [key(number) for number in range(6)] + [mp_key(number) for number in range(3)]
+KEYS = [key(number) for number in range(6)] + [l2_key(number) for number in range(3)]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hfbucket_plugin.errors import ConfigError
 from jobs.batch.apply import _batches
 from jobs.export import manifest
 from jobs.export.plan import NewNames, RenameError, Renames
-from tests.support.plugin_support import field_text, untimed
+from tests.support.models import field_text, untimed
 
 models = field_text.filter(lambda text: text != "test")
 hashes = st.text("0123456789abcdef", min_size=2, max_size=16)
@@ -162,7 +162,7 @@ def test_times_of_files_lose_nothing(tmp_path):
 def test_progress_is_told_now_and_then(capsys):
     from hfbucket_plugin.core.units import Extent
     from jobs.report import ProgressLog
-    from tests.support.plugin_support import Clock
+    from tests.support.waiting import Clock
 
     clock = Clock()
     progress = ProgressLog(Extent(4, 4096), "hfbucket.eu", clock)

@@ -6,9 +6,7 @@ from huggingface_hub import HfApi
 from hfbucket_plugin.core.keys import encode_name
 from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
-from tests.support.depot import HOUR, key
-from tests.support.export_rig import ExportRig, names
-from tests.support.plugin_support import noise
+from tests.support.buckets import HOUR, ExportRig, key, names, noise
 
 KEPT = [key(number) for number in range(12)]
 EXTRA = [key(number) for number in range(100, 103)]
@@ -36,7 +34,7 @@ def test_a_mirror_deletes_what_the_source_does_not_have(rig):
     ran = rig.export("--mirror", "--yes")
 
     assert ran.code == 0, ran.stderr
-    export, mirror = ran.summaries
+    export, mirror = ran.lines
     assert (export["job"], export["copied"]["objects"]) == ("export", 3)
     assert (mirror["job"], mirror["deleted"]["objects"], mirror["kept"]["too-young"]["objects"]) == ("mirror", 3, 1)
     assert [one["reason"] for one in mirror["by_reason"]] == ["not-at-source"]
@@ -49,10 +47,10 @@ def test_without_an_order_it_is_only_planned(rig):
     for arguments in (["--mirror"], ["--mirror", "--yes", "--dry-run"]):
         ran = rig.export(*arguments)
         assert ran.code == 0, ran.stderr
-        assert ran.summaries[1]["result"] == "planned"
-        assert ran.summaries[1]["planned"]["objects"] == 3
+        assert ran.lines[1]["result"] == "planned"
+        assert ran.lines[1]["planned"]["objects"] == 3
         assert names(EXTRA) <= rig.listing(rig.eu).keys()
-    plan = ran.summaries[1]["plan"]
+    plan = ran.lines[1]["plan"]
     rig.eu.put({EXTRA[0]: b"rewritten meanwhile"}, age=2 * HOUR)
 
     done = rig.apply(plan, "--yes")
@@ -65,10 +63,10 @@ def test_more_than_may_be_deleted_refuses(rig):
     rig.eu.put([key(number) for number in range(300, 310)])
     ran = rig.export("--mirror", "--yes")
     assert ran.code == 4
-    assert ran.summaries[1]["deleted"]["objects"] == 0
+    assert ran.lines[1]["deleted"]["objects"] == 0
     assert "--max-delete" in ran.stderr
     assert names(EXTRA) <= rig.listing(rig.eu).keys()
-    assert rig.export("--mirror", "--yes", "--max-delete", "60%").summaries[1]["deleted"]["objects"] == 13
+    assert rig.export("--mirror", "--yes", "--max-delete", "60%").lines[1]["deleted"]["objects"] == 13
 
 
 @pytest.mark.parametrize("gone", ["objects", "bucket"])
@@ -83,14 +81,14 @@ def test_an_empty_source_deletes_nothing(rig, gone):
     ran = rig.export("--mirror", "--yes", "--max-delete", "100%")
 
     assert ran.code == (2 if gone == "bucket" else 4)
-    assert len(ran.summaries) == 1
+    assert len(ran.lines) == 1
     assert rig.listing(rig.eu) == before
 
 
 def test_nothing_is_deleted_where_not_all_was_copied(rig):
     rig.hub.control.add_fault(Fault(route="batch", items="%40100b%40", items_error="not this"))
     ran = rig.export("--mirror", "--yes")
-    assert (ran.code, len(ran.summaries)) == (3, 1)
+    assert (ran.code, len(ran.lines)) == (3, 1)
     assert names(EXTRA) <= rig.listing(rig.eu).keys()
 
 
@@ -99,7 +97,7 @@ def test_a_mirror_of_a_selection_deletes_within_it_only(rig):
     rig.us.put([key(1, "org/other")])
     ran = rig.export("--mirror", "--yes", "--model", "org/other", "--max-delete", "100%")
     assert ran.code == 0, ran.stderr
-    assert ran.summaries[1]["deleted"]["objects"] == 1
+    assert ran.lines[1]["deleted"]["objects"] == 1
     assert names([key(1, "org/other"), *EXTRA]) <= rig.listing(rig.eu).keys()
 
 
@@ -112,7 +110,7 @@ def test_a_source_that_does_not_answer_deletes_nothing(rig):
 
 
 def test_a_mirror_waits_for_no_lock(rig):
-    from tests.support.plugin_support import opened
+    from tests.support.buckets import opened
 
     with opened(rig.hub.endpoint, rig.eu.bucket_id, rig.eu.prefix) as bucket, BucketLock(bucket, "cleanup").held():
         ran = rig.export("--mirror", "--yes")
@@ -128,7 +126,7 @@ def test_a_read_only_source_is_enough(rig):
 
 
 def test_a_plan_asks_the_source_again(rig, tmp_path):
-    plan = rig.export("--mirror", "--plan-dir", str(tmp_path / "kept")).summaries[1]["plan"]
+    plan = rig.export("--mirror", "--plan-dir", str(tmp_path / "kept")).lines[1]["plan"]
     rig.us.put(EXTRA[:1])  # the source has it again; the destination's own is as it was planned
 
     ran = rig.apply(plan, "--yes")
@@ -148,13 +146,13 @@ def test_the_source_is_asked_just_before_the_delete(rig, monkeypatch):
 
     monkeypatch.setattr(BucketLock, "confirm", confirmed)
     ran = rig.export("--mirror", "--yes")
-    assert [ran.summaries[1][name]["objects"] for name in ("deleted", "changed")] == [2, 1]
+    assert [ran.lines[1][name]["objects"] for name in ("deleted", "changed")] == [2, 1]
     assert names(EXTRA) & rig.listing(rig.eu).keys() == names(EXTRA[:1])
 
 
 @pytest.mark.parametrize(("change", "code"), [("empty", 4), ("gone", 2), ("elsewhere", 2), ("silent", 3)])
 def test_a_plan_whose_source_is_no_longer_what_it_was_deletes_nothing(rig, tmp_path, change, code):
-    plan = rig.export("--mirror", "--plan-dir", str(tmp_path / "kept")).summaries[1]["plan"]
+    plan = rig.export("--mirror", "--plan-dir", str(tmp_path / "kept")).lines[1]["plan"]
     if change == "empty":
         empty(rig, rig.us)
     elif change == "gone":

@@ -17,9 +17,8 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.errors import Interrupted
 from jobs.export.copy import Copier
 from localhub.faults import Fault
-from tests.support.depot import DAY, HOUR, key
-from tests.support.export_rig import ExportRig
-from tests.support.thorough import run_on_hub
+from tests.support.buckets import DAY, HOUR, ExportRig, key
+from tests.support.models import run_on_hub
 
 KEYS = [key(number) for number in range(6)]
 NAMES = [encode_name(one) for one in KEYS]

@@ -15,8 +15,9 @@ from jobs.index import inventory
 from jobs.index.build import spare_journals, spare_snapshots, why_listing
 from jobs.lock.claims import INDEXING
 from jobs.lock.lock import BucketLock, LockLostError, LockRefresher
-from tests.support.index_depot import bucket_client
-from tests.support.plugin_support import eventually, opened
+from tests.support.buckets import opened
+from tests.support.indexes import bucket_client
+from tests.support.waiting import eventually
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 T = NOW.timestamp()

@@ -7,24 +7,13 @@ import pytest
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.hub.client import HubClient
 from hfbucket_plugin.index import build as index_build
+from hfbucket_plugin.index.store import JOURNALS, SNAPSHOTS
 from jobs.lock.claims import INDEXING
 from jobs.lock.lock import BucketLock
 from localhub.faults import Fault
-from tests.support.depot import PREFIX, ended, key
-from tests.support.index_depot import (
-    JOURNALS,
-    SNAPSHOTS,
-    Writer,
-    bucket_client,
-    build,
-    listed,
-    objects,
-    of_index,
-    pointer,
-    seen,
-    strangers,
-)
-from tests.support.plugin_support import eventually
+from tests.support.buckets import PREFIX, ended, key
+from tests.support.indexes import Writer, bucket_client, build_job, listed, objects, of_index, pointer, seen, strangers
+from tests.support.waiting import eventually
 
 KEYS = [key(number) for number in range(6)]
 LOCKS = f"{PREFIX}/{INDEXING.directory}/"
@@ -74,7 +63,7 @@ def test_a_builder_that_is_killed_at_any_call_leaves_an_index_that_is_right(stoc
     more, first, step = how
     monkeypatch.setattr("hfbucket_plugin.index.build.CLOCK_MARGIN_SECS", 0.0)
     options = [*more, "--keep", "1", "--grace", "0s"]
-    build(stocked)
+    build_job(stocked)
     writer = Writer(stocked)
     keys = [*KEYS, *(key(100 + number) for number in range(60))]
     for number in range(first, 60, step):
@@ -102,7 +91,7 @@ def test_a_builder_that_is_killed_at_any_call_leaves_an_index_that_is_right(stoc
 
 
 def test_a_builder_that_is_killed_outright_keeps_others_out_for_a_while(stocked):
-    build(stocked)
+    build_job(stocked)
     first = pointer(stocked)
     stocked.put([key(70)], age=0)
     there = "|".join(content for content, _ in objects(stocked).values())
@@ -130,7 +119,7 @@ def test_a_builder_that_is_killed_outright_keeps_others_out_for_a_while(stocked)
 
 
 def test_one_that_is_told_to_stop_publishes_nothing_and_releases_the_lock(stocked):
-    build(stocked)
+    build_job(stocked)
     first = pointer(stocked)
     stocked.hub.control.add_fault(Fault(route="tree", path_regex=r"/tree/kv(%2F|/)us(%2F|/)$", hang=True))
     process = stocked.started("index", "--full")
@@ -150,16 +139,16 @@ def test_one_that_is_told_to_stop_publishes_nothing_and_releases_the_lock(stocke
 def test_two_builders_do_not_work_at_one_time_and_a_cleanup_goes_by_them(stocked):
     stocked.put([key(n) for n in range(80, 90)], age=0)
     with bucket_client(stocked) as (bucket, _), BucketLock(bucket, "index", kind=INDEXING).held():
-        ran = build(stocked, code=4)
+        ran = build_job(stocked, code=4)
         assert "is locked by index on" in ran.stderr
         assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
     with bucket_client(stocked) as (bucket, _), BucketLock(bucket, "cleanup").held():
-        build(stocked)
+        build_job(stocked)
     assert pointer(stocked).keys == 10
 
 
 def test_a_builder_whose_lock_was_lost_publishes_nothing(stocked, monkeypatch):
-    build(stocked)
+    build_job(stocked)
     first = pointer(stocked)
     stocked.put([key(71)], age=0)
     real = index_build.put
@@ -171,14 +160,14 @@ def test_a_builder_whose_lock_was_lost_publishes_nothing(stocked, monkeypatch):
 
     monkeypatch.setattr(index_build, "put", put)
 
-    ran = build(stocked, "--full", code=4)
+    ran = build_job(stocked, "--full", code=4)
 
     assert "our lock was taken away: nothing more is published" in ran.stderr
     assert pointer(stocked) == first
 
 
 def test_a_snapshot_that_cannot_be_read_back_is_not_pointed_to(stocked):
-    build(stocked)
+    build_job(stocked)
     first = pointer(stocked)
     stocked.put([key(72)], age=0)
     stocked.hub.control.add_fault(Fault(route="xorb-data", flip_every=50))
@@ -192,7 +181,7 @@ def test_a_snapshot_that_cannot_be_read_back_is_not_pointed_to(stocked):
 
 
 def test_a_snapshot_before_that_is_lost_is_replaced_by_one_of_a_listing(stocked):
-    build(stocked)
+    build_job(stocked)
     stocked.put([key(73)], age=0)
     with bucket_client(stocked) as (bucket, _):
         info = next(iter(bucket.list_objects(f"{PREFIX}/.hfbucket/index/snapshots/", 30)))
@@ -206,14 +195,14 @@ def test_a_snapshot_before_that_is_lost_is_replaced_by_one_of_a_listing(stocked)
 
 
 def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
-    build(stocked)
+    build_job(stocked)
     (first,) = of_index(stocked, SNAPSHOTS)
     writer = Writer(stocked)
     snapshots = []
     for number in range(3):
         writer.put(key(200 + number))
         writer.tell()
-        build(stocked)
+        build_job(stocked)
         snapshots.append(pointer(stocked).snapshot)
     index = f"{PREFIX}/.hfbucket/index"
     own = [*of_index(stocked, SNAPSHOTS), *of_index(stocked, JOURNALS)]
@@ -233,7 +222,7 @@ def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
     fresh = other.tell()
     before = strangers(stocked)
 
-    reported = build(stocked).summary
+    reported = build_job(stocked).summary
 
     assert (reported["deleted"]["objects"], reported["failed"]["objects"], reported["strange"]) == (4, 0, 2)
     left = {path.removeprefix(f"{index}/") for path in stocked.all_paths() if path.startswith(f"{index}/")}
@@ -251,13 +240,13 @@ def test_old_snapshots_and_covered_journals_go_and_nothing_else(stocked):
 
 def test_what_cannot_be_deleted_is_left_and_told_and_the_index_is_published(stocked, monkeypatch):
     monkeypatch.setattr("jobs.batch.apply._BACKOFF_SECS", 0.01)
-    build(stocked)
+    build_job(stocked)
     (old,) = of_index(stocked, SNAPSHOTS)
     stocked.make_older([old], 2 * 3600)
     stocked.put([key(74)], age=0)
     stocked.hub.control.add_fault(Fault(route="batch", items=old))
 
-    reported = build(stocked, "--full", "--keep", "1", code=3).summary
+    reported = build_job(stocked, "--full", "--keep", "1", code=3).summary
 
     assert (reported["published"], reported["failed"]["objects"]) == (True, 1)
     assert reported["failures"][0]["path"] == old
@@ -265,13 +254,13 @@ def test_what_cannot_be_deleted_is_left_and_told_and_the_index_is_published(stoc
 
 
 def test_nothing_is_pruned_when_somebody_else_has_published(stocked, monkeypatch):
-    build(stocked)
+    build_job(stocked)
     old = of_index(stocked, SNAPSHOTS)
     stocked.make_older(old, 2 * 3600)
     stocked.put([key(75)], age=0)
     monkeypatch.setattr("jobs.index.build.IndexBuilder.expect", lambda _self, to: to.content)
 
-    ran = build(stocked, "--full", "--keep", "1", code=4)
+    ran = build_job(stocked, "--full", "--keep", "1", code=4)
 
     assert "was written by somebody else" in ran.stderr
     assert set(old) < set(of_index(stocked, SNAPSHOTS))

@@ -9,10 +9,8 @@ import pytest
 from hfbucket_plugin.core.deadline import Deadline
 from jobs.index import job
 from jobs.index.verify import Verification
-from tests.support.depot import DAY, PREFIX, key
-from tests.support.index_depot import Writer, bucket_client, build
-from tests.support.index_support import forge, unsorted
-from tests.support.plugin_support import upload
+from tests.support.buckets import DAY, PREFIX, key, upload
+from tests.support.indexes import Writer, bucket_client, build_job, forge, unsorted
 
 KEYS = [key(number) for number in range(8)]
 IN_NO_TIME = {"index_refresh_secs": 0.01, "index_journal_secs": 0.01}
@@ -22,7 +20,7 @@ IN_NO_TIME = {"index_refresh_secs": 0.01, "index_journal_secs": 0.01}
 def stocked(depot):
     depot.put(KEYS)
     depot.settings |= IN_NO_TIME
-    build(depot)
+    build_job(depot)
     return depot
 
 
@@ -125,7 +123,7 @@ def test_it_goes_with_nothing_that_writes(depot):
 
 def test_the_metrics_tell_of_builds_and_differences(stocked):
     path = stocked.directory / "metrics.prom"
-    build(stocked, "--metrics-textfile", str(path))
+    build_job(stocked, "--metrics-textfile", str(path))
     text = path.read_text()
     assert 'hfbucket_jobs_objects{instance="hfbucket.us",job_name="index"} 8.0' in text
     covers = next(
@@ -143,7 +141,7 @@ def test_a_snapshot_that_engines_refuse_is_refused_here_too_and_healed_by_the_ne
     ran = verify(stocked, code=3)
     assert "not in the order of their digests" in ran.stderr
 
-    assert build(stocked).summary["made_of"] == "listing"
+    assert build_job(stocked).summary["made_of"] == "listing"
     assert verify(stocked).summary["differences"]["examples"] == {}
 
 
@@ -164,7 +162,7 @@ def test_the_size_of_a_pointer_is_believed_by_nobody_before_the_hub_has_confirme
 
     monkeypatch.setattr(mmap, "mmap", mapped)
     verify(stocked, code=3)
-    assert build(stocked, "--full").summary["made_of"] == "listing"
+    assert build_job(stocked, "--full").summary["made_of"] == "listing"
     verify(stocked)
     assert max(truncated, default=0) < 2**20
 

@@ -16,14 +16,16 @@ from jobs.lock.claims import claims_in
 from jobs.lock.clock import ServerClock
 from jobs.lock.lock import BucketLock, LockHeldError, LockLostError
 from localhub.faults import Fault
-from tests.support.plugin_support import Clock, eventually, opened, paths, untimed, upload
+from tests.support.buckets import opened, paths, upload
+from tests.support.models import untimed
+from tests.support.waiting import Clock, eventually
 
 
 class Contender:
     """`lock_holder.py` in a process of its own."""
 
     def __init__(self, hub, bucket, what_for="cleanup", seconds=600):
-        command = [sys.executable, "-m", "tests.support.lock_holder", hub.endpoint, bucket, what_for, str(seconds)]
+        command = [sys.executable, "-m", "tests.jobs.lock.lock_holder", hub.endpoint, bucket, what_for, str(seconds)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

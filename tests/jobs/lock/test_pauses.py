@@ -20,9 +20,8 @@ from hfbucket_plugin.hub.client import Answer, HubClient
 from jobs.lock.clock import ServerClock
 from jobs.lock.lock import BucketLock, LockLostError
 from localhub.faults import Fault
-from tests.support.depot import DAY, INSTANCE, NEW, OLD, Depot
-from tests.support.export_rig import ExportRig
-from tests.support.plugin_support import Clock, opened
+from tests.support.buckets import DAY, INSTANCE, NEW, OLD, Depot, ExportRig, opened
+from tests.support.waiting import Clock
 from warmer.cli.app import app as warmer
 
 few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

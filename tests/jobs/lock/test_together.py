@@ -3,8 +3,8 @@
 import signal
 
 from localhub.faults import Fault
-from tests.support.depot import NEW, OLD, ended
-from tests.support.plugin_support import eventually
+from tests.support.buckets import NEW, OLD, ended
+from tests.support.waiting import eventually
 
 
 def hanging(depot, *more):

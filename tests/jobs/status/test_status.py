@@ -6,14 +6,14 @@ from html.parser import HTMLParser
 import pytest
 
 from localhub.faults import Fault
-from tests.support.depot import DAY, HOUR, INSTANCE, MODEL, PREFIX, key, mp_key
+from tests.support.buckets import DAY, HOUR, INSTANCE, MODEL, PREFIX, key, l2_key
 
 
 @pytest.fixture
 def stocked(depot):
     depot.put({key(n): b"x" * 100 for n in range(6)}, age=20 * DAY)
     depot.put({key(n, worker=1): b"x" * 100 for n in range(20)}, age=2 * DAY)
-    depot.put({mp_key(1, "org/other"): b"y" * 7}, age=0)
+    depot.put({l2_key(1, "org/other"): b"y" * 7}, age=0)
     depot.put_paths({f"{PREFIX}/README.md": b"z"})
     return depot
 

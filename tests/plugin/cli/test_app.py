@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from hfbucket_plugin.tools import exit_codes
-from tests.support.cli_support import Desk, run, well_kept
-from tests.support.plugin_support import SECRET
+from tests.support.buckets import SECRET, Desk, run, well_kept
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = ["doctor", "ls", "stat"]

@@ -28,8 +28,8 @@ from hfbucket_plugin.errors import (
 )
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.tools.inventory import Classifier, ObjectKind
-from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV, classic, mp
-from tests.support.plugin_support import SECRET, instance_settings, untimed
+from tests.support.buckets import HEAD, INSTANCE, PREFIX, SECRET, TOKEN_ENV, instance_settings, key, l2_key
+from tests.support.models import untimed
 
 OURS = {f"{HEAD}module_path": "hfbucket_plugin.adapter"}
 SEEDED = {"PYTHONHASHSEED": "0"}
@@ -259,28 +259,28 @@ def look(*objects, own=ObjectKind.CLASSIC):
 
 def test_kinds_of_objects():
     names = {
-        encode_name(classic(1)): ObjectKind.CLASSIC,
-        encode_name(mp(1)): ObjectKind.MP,
+        encode_name(key(1)): ObjectKind.CLASSIC,
+        encode_name(l2_key(1)): ObjectKind.MP,
         encode_name("test@1@0@0@bfloat16"): ObjectKind.PROBE,
         ".hfbucket/bad/x": ObjectKind.OWN,
         ".hfbucket": ObjectKind.FOREIGN,
         "README.md": ObjectKind.FOREIGN,
-        f"sub/{encode_name(classic(1))}": ObjectKind.FOREIGN,
+        f"sub/{encode_name(key(1))}": ObjectKind.FOREIGN,
     }
 
     assert {name: listed(name).shown_kind for name in names} == names
 
 
 def test_the_sample_is_of_the_engines_kind_then_new_then_large():
-    old, new, large = (encode_name(classic(number)) for number in (1, 2, 3))
-    seen = look(listed(old, age=9), listed(new, age=1), listed(large, 200, age=1), listed(encode_name(mp(1))))
-    assert seen.sample.text == classic(3)
-    assert look(listed(old, age=None)).sample.text == classic(1)
-    assert look(listed(old), listed(encode_name(mp(1)), age=9), own=ObjectKind.MP).sample.text == mp(1)
+    old, new, large = (encode_name(key(number)) for number in (1, 2, 3))
+    seen = look(listed(old, age=9), listed(new, age=1), listed(large, 200, age=1), listed(encode_name(l2_key(1))))
+    assert seen.sample.text == key(3)
+    assert look(listed(old, age=None)).sample.text == key(1)
+    assert look(listed(old), listed(encode_name(l2_key(1)), age=9), own=ObjectKind.MP).sample.text == l2_key(1)
 
 
 def test_no_sample_of_what_is_too_large_or_a_probe():
-    too_large = listed(encode_name(classic(1)), bucket.MAX_SAMPLE_BYTES + 1)
+    too_large = listed(encode_name(key(1)), bucket.MAX_SAMPLE_BYTES + 1)
 
     assert look(too_large, listed(encode_name("test@1@0@0@half")), listed("README.md")).sample is None
 
@@ -289,11 +289,11 @@ def test_no_sample_of_what_is_too_large_or_a_probe():
     ("mode", "names", "severity"),
     [
         ("classic", [], "ok"),
-        ("classic", [classic(1)], "ok"),
-        ("classic", [mp(1)], "warning"),
-        ("mp", [classic(1)], "warning"),
-        ("mp", [mp(1)], "ok"),
-        ("classic", [classic(1), mp(1)], "ok"),
+        ("classic", [key(1)], "ok"),
+        ("classic", [l2_key(1)], "warning"),
+        ("mp", [key(1)], "warning"),
+        ("mp", [l2_key(1)], "ok"),
+        ("classic", [key(1), l2_key(1)], "ok"),
         ("mp", ["test@1@0@0@half"], "ok"),
         ("classic", ["no key"], "note"),
     ],
@@ -305,7 +305,7 @@ def test_listings_and_modes(mode, names, severity):
 
 
 def test_a_listing_that_goes_on():
-    seen = look(*(listed(encode_name(classic(number))) for number in range(bucket.FIRST)))
+    seen = look(*(listed(encode_name(key(number))) for number in range(bucket.FIRST)))
 
     assert bucket.judge(named(), seen).found == "the first 1,000 objects: 1,000 with classic keys"
 

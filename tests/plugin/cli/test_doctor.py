@@ -10,9 +10,22 @@ from hfbucket_plugin.cli.doctor import findings_table
 from hfbucket_plugin.cli.findings import Severity, error, ok, warning
 from hfbucket_plugin.index.store import IndexStore
 from localhub.faults import Fault
-from tests.support.cli_support import CHECKS, HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
-from tests.support.index_support import build, forge, unsorted
-from tests.support.plugin_support import noise, paths, unused_port
+from tests.support.buckets import (
+    CHECKS,
+    HEAD,
+    INSTANCE,
+    PREFIX,
+    TOKEN_ENV,
+    Desk,
+    key,
+    l2_key,
+    noise,
+    paths,
+    run,
+    well_kept,
+)
+from tests.support.indexes import build, forge, unsorted
+from tests.support.waiting import unused_port
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +37,7 @@ def _well_kept(monkeypatch):
 def desk(hub, new_bucket, tmp_path):
     """An instance with nothing to fix: a private bucket with chunks in it."""
     desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
-    desk.put({classic(number): noise(50_000, number) for number in range(3)})
+    desk.put({key(number): noise(50_000, number) for number in range(3)})
     return desk
 
 
@@ -51,9 +64,9 @@ def test_a_healthy_instance(desk):
 def test_the_document(desk):
     ran = desk.doctor()
 
-    assert set(ran.document) == {"exit_code", "instances"}
-    assert ran.document["exit_code"] == 0
-    (instance,) = ran.document["instances"]
+    assert set(ran.summary) == {"exit_code", "instances"}
+    assert ran.summary["exit_code"] == 0
+    (instance,) = ran.summary["instances"]
     assert {name: instance[name] for name in ("instance", "mode", "bucket_handle", "endpoint")} == {
         "instance": INSTANCE,
         "mode": "classic",
@@ -101,13 +114,13 @@ def test_texts_of_others_are_no_markup():
 
 def test_an_adapter_of_mp_mode(hub, bucket, tmp_path):
     desk = Desk(hub.endpoint, bucket, tmp_path)
-    desk.put({mp(1): noise(1000)})
+    desk.put({l2_key(1): noise(1000)})
 
     ran = run("doctor", "--json", "--l2-adapter", desk.adapter)
 
     assert ran.code == 0
     assert list(ran.findings) == [name for name in CHECKS if name not in {"engine", "hash seed"}]
-    assert ran.document["instances"][0]["mode"] == "mp"
+    assert ran.summary["instances"][0]["mode"] == "mp"
     assert ran.findings["listing"]["found"] == "1 object: 1 with MP keys"
     assert "public" in ran.reported("bucket")
     assert ran.findings["bucket"]["severity"] == "note"
@@ -126,8 +139,8 @@ def test_several_instances_each_with_its_own_findings(desk, tmp_path):
     ran = desk.doctor("--l2-adapter", other.adapter)
 
     assert ran.code == 3
-    assert [one["mode"] for one in ran.document["instances"]] == ["classic", "mp"]
-    assert all(finding["severity"] in {"ok", "note"} for finding in ran.document["instances"][0]["findings"])
+    assert [one["mode"] for one in ran.summary["instances"]] == ["classic", "mp"]
+    assert all(finding["severity"] in {"ok", "note"} for finding in ran.summary["instances"][0]["findings"])
 
 
 # --- what lies in the bucket -----------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from localhub.faults import Fault
-from tests.support.cli_support import CHECKS, HEAD, NEEDS_HUB, PREFIX, TOKEN_ENV, Desk, well_kept
-from tests.support.plugin_support import SECRET
+from tests.support.buckets import CHECKS, HEAD, NEEDS_HUB, PREFIX, SECRET, TOKEN_ENV, Desk, well_kept
 
 
 @pytest.fixture(autouse=True)

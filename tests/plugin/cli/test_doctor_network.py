@@ -10,8 +10,9 @@ import pytest
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.hub.transfer import Transfer
 from localhub.faults import Fault
-from tests.support.cli_support import HEAD, NEEDS_HUB, PATIENT, Desk, classic, well_kept
-from tests.support.plugin_support import Recorder, noise, unused_port
+from tests.support.buckets import HEAD, NEEDS_HUB, PATIENT, Desk, key, noise, well_kept
+from tests.support.hubs import Recorder
+from tests.support.waiting import unused_port
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _well_kept(monkeypatch):
 def desk(hub, new_bucket, tmp_path):
     """An instance with nothing to fix: a private bucket with chunks in it."""
     desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
-    desk.put({classic(number): noise(50_000, number) for number in range(3)})
+    desk.put({key(number): noise(50_000, number) for number in range(3)})
     return desk
 
 

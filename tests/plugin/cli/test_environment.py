@@ -8,8 +8,7 @@ from hfbucket_plugin.cli.checks import environment
 from hfbucket_plugin.cli.findings import Severity
 from hfbucket_plugin.config.instances import InstanceConfig
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
-from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV
-from tests.support.plugin_support import SECRET, instance_settings
+from tests.support.buckets import HEAD, INSTANCE, PREFIX, SECRET, TOKEN_ENV, instance_settings
 
 CHECKS = dict(environment.CHECKS)
 

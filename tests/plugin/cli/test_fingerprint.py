@@ -3,8 +3,7 @@
 import pytest
 
 from hfbucket_plugin.fingerprint.model import Fingerprint, FingerprintClaim, Record
-from tests.support.cli_support import PREFIX, Desk, classic, well_kept
-from tests.support.plugin_support import noise
+from tests.support.buckets import PREFIX, Desk, key, noise, well_kept
 
 NAME = ".hfbucket/fingerprints/org%2Fmodel"
 
@@ -14,7 +13,7 @@ def desk(hub, new_bucket, tmp_path, monkeypatch):
     """An instance with a fingerprint that fits its configuration."""
     well_kept(monkeypatch)
     desk = Desk(hub.endpoint, new_bucket(private=True, region="eu"), tmp_path)
-    desk.put({classic(1): noise(5000, 1)})
+    desk.put({key(1): noise(5000, 1)})
     desk.put_objects({f"{NAME}.json": Record(model="org/model").having(engine()).to_json()})
     return desk
 

@@ -18,17 +18,18 @@ from hfbucket_plugin.core.keys import ContentId, encode_name
 from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
 from hfbucket_plugin.tools.inventory import ObjectKind
 from localhub.faults import Fault
-from tests.support.cli_support import HEAD, INSTANCE, PREFIX, TOKEN_ENV, Desk, classic, mp, run, well_kept
-from tests.support.plugin_support import SECRET, untimed, unused_port
+from tests.support.buckets import HEAD, INSTANCE, PREFIX, SECRET, TOKEN_ENV, Desk, key, l2_key, run, well_kept
+from tests.support.models import untimed
+from tests.support.waiting import unused_port
 
 ROOT = Path(__file__).parents[3]
 KEYS = [
-    classic(1),
-    classic(2, worker=1),
-    classic(1, model="org/model-large"),
+    key(1),
+    key(2, worker=1),
+    key(1, model="org/model-large"),
     "org/model@2@0@ab@half@3",
-    mp(1),
-    mp(2, model="b", world=4, worker=3),
+    l2_key(1),
+    l2_key(2, model="b", world=4, worker=3),
     "a/modül 模型@1@0@-ab@half",
     "test@1@0@0@bfloat16",
 ]
@@ -43,7 +44,7 @@ def _well_kept(monkeypatch):
 def desk(hub, new_bucket, tmp_path):
     desk = Desk(hub.endpoint, new_bucket(), tmp_path)
     desk.put({key: bytes(number + 1) for number, key in enumerate(KEYS)})
-    desk.put({classic(9): b"another prefix"}, prefix=f"{PREFIX}0")
+    desk.put({key(9): b"another prefix"}, prefix=f"{PREFIX}0")
     desk.put_objects({"README.md": b"x", ".hfbucket/bad/r": b"x", "sub/object": b"x"})
     return desk
 
@@ -62,14 +63,14 @@ def test_all_keys_and_what_is_none(desk):
 
 def test_a_key_for_programs(desk):
     lines = {line["key"]: line for line in desk.run("ls", "--json").lines}
-    one, layer, group = lines[classic(2, worker=1)], lines["org/model@2@0@ab@half@3"], lines[mp(2, "b", 4, 3)]
+    one, layer, group = lines[key(2, worker=1)], lines["org/model@2@0@ab@half@3"], lines[l2_key(2, "b", 4, 3)]
 
     uploaded = datetime.fromisoformat(one["uploaded_at"])
     assert abs(datetime.now(UTC) - uploaded) < timedelta(hours=1)
     assert len(one["xet_hash"]) == 64
     assert one == {
         "instance": INSTANCE,
-        "key": classic(2, worker=1),
+        "key": key(2, worker=1),
         "kind": "classic",
         "model": "org/model",
         "world_size": 2,
@@ -93,7 +94,7 @@ def test_keys_for_people(desk):
 
     rows = {line.split()[-1]: line for line in ran.stdout.splitlines()}
     assert len(rows) == len(KEYS)
-    assert rows[mp(1)].split()[:9] == [INSTANCE, "mp", "org/model", "2", "0", "group", "1", "5", "B"]
+    assert rows[l2_key(1)].split()[:9] == [INSTANCE, "mp", "org/model", "2", "0", "group", "1", "5", "B"]
     assert " layer 3 " in rows["org/model@2@0@ab@half@3"]
     assert "INSTANCE" not in ran.stdout
 
@@ -174,12 +175,12 @@ def test_a_limit_ends_the_listing_too(hub_factory, tmp_path):
     hub = hub_factory(page_size=2)
     HfApi(endpoint=hub.endpoint, token=False).create_bucket("org/bucket")
     desk = Desk(hub.endpoint, "org/bucket", tmp_path)
-    desk.put({classic(number): b"x" for number in range(9)})
+    desk.put({key(number): b"x" for number in range(9)})
     hub.control.reset_counters()
 
-    assert keys(desk.run("ls", "--json", "--limit", "3")) == [classic(number) for number in range(3)]
+    assert keys(desk.run("ls", "--json", "--limit", "3")) == [key(number) for number in range(3)]
     assert hub.control.counters().routes["tree"].requests == 2
-    assert keys(desk.run("ls", "--json")) == [classic(number) for number in range(9)]
+    assert keys(desk.run("ls", "--json")) == [key(number) for number in range(9)]
 
 
 def test_a_budget_that_is_used_up(hub_factory, tmp_path):
@@ -188,7 +189,7 @@ def test_a_budget_that_is_used_up(hub_factory, tmp_path):
     hub = hub_factory(page_size=2)
     HfApi(endpoint=hub.endpoint, token=False).create_bucket("org/bucket", private=True)
     desk = Desk(hub.endpoint, "org/bucket", tmp_path, {"max_hub_calls_per_minute": 1})
-    desk.put({classic(number): b"x" for number in range(3)})
+    desk.put({key(number): b"x" for number in range(3)})
     ran = desk.run("ls", "--timeout", "2")
 
     assert ran.code == 3
@@ -210,7 +211,7 @@ def test_memory_does_not_grow_with_the_listing(desk, monkeypatch):
 
     def endless(count):
         def objects(*_):
-            return (ObjectInfo(f"{PREFIX}/{encode_name(classic(n))}", content, None) for n in range(count))
+            return (ObjectInfo(f"{PREFIX}/{encode_name(key(n))}", content, None) for n in range(count))
 
         return objects
 
@@ -343,7 +344,7 @@ def test_ages(seconds, text):
 
 def test_where_the_hub_does_not_say_when(desk):
     with desk.case() as case:
-        chunk = next(iter(ls.Keys(case.bucket, classic(1), 9.0)))[1]
+        chunk = next(iter(ls.Keys(case.bucket, key(1), 9.0)))[1]
     chunk = type(chunk)(chunk.text, chunk.key, chunk.content, None)
     now = datetime.now(UTC)
 

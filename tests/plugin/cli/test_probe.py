@@ -10,8 +10,7 @@ from hfbucket_plugin.errors import AccessDeniedError, ItemFailure, TransportErro
 from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.tools.signals import EndingSignals
 from localhub.faults import Fault
-from tests.support.cli_support import HEAD, PATIENT, PREFIX, Desk, well_kept
-from tests.support.plugin_support import paths
+from tests.support.buckets import HEAD, PATIENT, PREFIX, Desk, paths, well_kept
 
 PLACE = f"{PREFIX}/.hfbucket/probe/"
 

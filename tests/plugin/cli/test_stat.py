@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.keys import BucketHandle, ContentId, encode_name
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.tools.inventory import Classifier, ObjectKind, rows, summarised
-from tests.support.cli_support import INSTANCE, PREFIX, Desk, classic, mp, run, well_kept
-from tests.support.plugin_support import untimed
+from tests.support.buckets import INSTANCE, PREFIX, Desk, key, l2_key, run, well_kept
+from tests.support.models import untimed
 
 BUCKET = SimpleNamespace(handle=BucketHandle("org", "bucket", PREFIX))
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
@@ -26,9 +26,9 @@ def _well_kept(monkeypatch):
 @pytest.fixture
 def desk(hub, new_bucket, tmp_path):
     desk = Desk(hub.endpoint, new_bucket(), tmp_path)
-    desk.put({classic(number, worker=number % 2): bytes(100) for number in range(5)})
-    desk.put({mp(1): bytes(7), "test@1@0@0@half": bytes(3), classic(1, model="b"): bytes(1000)})
-    desk.put({classic(9): b"another prefix"}, prefix=f"{PREFIX}0")
+    desk.put({key(number, worker=number % 2): bytes(100) for number in range(5)})
+    desk.put({l2_key(1): bytes(7), "test@1@0@0@half": bytes(3), key(1, model="b"): bytes(1000)})
+    desk.put({key(9): b"another prefix"}, prefix=f"{PREFIX}0")
     desk.put_objects({"README.md": b"xy", ".hfbucket/bad/r": b"x"})
     return desk
 
@@ -42,7 +42,7 @@ def test_the_document(desk):
 
     assert ran.code == 0
     assert ran.stderr == ""
-    (instance,) = ran.document["instances"]
+    (instance,) = ran.summary["instances"]
     assert (instance["instance"], instance["mode"]) == (INSTANCE, "classic")
     assert [
         (group["model"], group["kind"], group["world_size"], group["worker"], *amounts(group))
@@ -84,14 +84,14 @@ def test_a_table_where_stdout_is_a_terminal(desk, monkeypatch):
 
 
 def test_one_model(desk):
-    (instance,) = desk.run("stat", "--json", "--model", "b").document["instances"]
+    (instance,) = desk.run("stat", "--json", "--model", "b").summary["instances"]
 
     assert amounts(instance["chunks"]) == (1, 1000)
     assert amounts(instance["foreign"]) == amounts(instance["own"]) == (0, 0)
 
 
 def test_one_worker(desk):
-    (instance,) = desk.run("stat", "--json", "--prefix", "org/model@2@1@").document["instances"]
+    (instance,) = desk.run("stat", "--json", "--prefix", "org/model@2@1@").summary["instances"]
 
     assert [group["worker"] for group in instance["groups"]] == [1]
 
@@ -100,7 +100,7 @@ def test_an_empty_instance(hub, bucket, tmp_path):
     ran = run("stat", "--json", "--l2-adapter", Desk(hub.endpoint, bucket, tmp_path).adapter)
 
     assert ran.code == 0
-    (instance,) = ran.document["instances"]
+    (instance,) = ran.summary["instances"]
     assert instance["groups"] == []
     assert instance["chunks"] == {"objects": 0, "bytes": 0, "oldest": None, "newest": None}
 
@@ -108,14 +108,12 @@ def test_an_empty_instance(hub, bucket, tmp_path):
 def test_several_instances_in_one_document(desk):
     ran = desk.run("stat", "--json", "--l2-adapter", desk.adapter)
 
-    assert [one["mode"] for one in ran.document["instances"]] == ["classic", "mp"]
-    assert ran.document["instances"][0]["groups"] == ran.document["instances"][1]["groups"]
+    assert [one["mode"] for one in ran.summary["instances"]] == ["classic", "mp"]
+    assert ran.summary["instances"][0]["groups"] == ran.summary["instances"][1]["groups"]
     assert json.loads(ran.stdout)
 
 
-names = st.sampled_from(
-    [classic(1), classic(1, worker=1), classic(1, model="b"), mp(1), "test@1@0@0@half", "no key", "@"]
-)
+names = st.sampled_from([key(1), key(1, worker=1), key(1, model="b"), l2_key(1), "test@1@0@0@half", "no key", "@"])
 objects = st.lists(st.tuples(names, st.integers(0, 2**40), st.none() | st.integers(0, 10**9)))
 
 

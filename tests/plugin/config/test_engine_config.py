@@ -9,7 +9,7 @@ from lmcache.v1.config import LMCacheEngineConfig
 
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET
+from tests.support.buckets import SECRET
 
 GOOD = {
     "chunk_size": 256,

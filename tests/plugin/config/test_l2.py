@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hfbucket_plugin.config.l2 import DEFAULT_GET_SECS, MODULE, L2Settings, from_json, from_params
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET, any_text, everything_reported, untimed
+from tests.support.buckets import SECRET, everything_reported
+from tests.support.models import any_text, untimed
 
 HANDLE = "hf://buckets/my-org/lmcache-kv/prod"
 PARAMS = {"bucket_handle": HANDLE}

@@ -9,7 +9,7 @@ from hfbucket_plugin.config.instances import InstanceConfig, named_instances
 from hfbucket_plugin.config.l2 import MODULE, L2Settings
 from hfbucket_plugin.config.settings import InstanceSettings
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET, everything_reported
+from tests.support.buckets import SECRET, everything_reported
 
 HEAD = "remote_storage_plugin."
 

@@ -15,7 +15,8 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import (
 from hfbucket_plugin.config.settings import InstanceSettings, load
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.hub.client import token_problem
-from tests.support.plugin_support import SECRET, untimed
+from tests.support.buckets import SECRET
+from tests.support.models import untimed
 
 HANDLE = "hf://buckets/my-org/lmcache-kv/prod"
 SEED_KEYS = {

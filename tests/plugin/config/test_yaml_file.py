@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfbucket_plugin.config import yaml_file
 from hfbucket_plugin.config.yaml_file import parse_yaml, read_yaml
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import SECRET
+from tests.support.buckets import SECRET
 
 
 def complaint(text):

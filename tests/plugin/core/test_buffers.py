@@ -13,7 +13,9 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import DeadlineError, RevokedError
 from hfbucket_plugin.hub.transfer import Upload
 from hfbucket_plugin.store.write import _Commit
-from tests.support.plugin_support import in_threads, opened, untimed
+from tests.support.buckets import opened
+from tests.support.models import untimed
+from tests.support.waiting import in_threads
 
 
 def test_pieces_go_where_they_belong():

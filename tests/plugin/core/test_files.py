@@ -13,7 +13,7 @@ import pytest
 from hfbucket_plugin.core import run_lock
 from hfbucket_plugin.core.files import TempDir, default_root
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import in_threads
+from tests.support.waiting import in_threads
 
 HOLDER = """
 import sys, time

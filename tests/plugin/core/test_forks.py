@@ -3,12 +3,13 @@
 import os
 
 from hfbucket_plugin.hub import client as connections
-from tests.support.plugin_support import run_script
+from tests.support.waiting import run_script
 
 FORK = """
 import os, sys, threading, time
 from types import SimpleNamespace
-from tests.support.plugin_support import eventually, instance_settings
+from tests.support.buckets import instance_settings
+from tests.support.waiting import eventually
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.fingerprint.model import Fingerprint

@@ -5,7 +5,7 @@ import pytest
 from hfbucket_plugin.core.concurrency import ByteSemaphore
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import DeadlineError, UnsentError
-from tests.support.plugin_support import eventually, in_threads
+from tests.support.waiting import eventually, in_threads
 
 
 def soon(seconds=30.0):

@@ -5,7 +5,7 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import parse_hfbuck
 
 from hfbucket_plugin.core.keys import RESERVED, BucketHandle, same_endpoint
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_support import untimed
+from tests.support.models import untimed
 
 VALID = {
     "hf://buckets/my-org/lmcache-kv": ("my-org", "lmcache-kv", ""),

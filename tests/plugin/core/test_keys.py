@@ -22,7 +22,7 @@ from hfbucket_plugin.core.keys import (
     parse_key,
 )
 from hfbucket_plugin.errors import KeyFormatError
-from tests.support.plugin_support import any_text, field_text, untimed
+from tests.support.models import any_text, field_text, untimed
 
 tag_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@%"))
 tag_values = st.one_of(st.integers(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@")))

@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from hfbucket_plugin.core.telemetry import RateLimitedLogger
-from tests.support.plugin_support import Clock, in_threads
+from tests.support.waiting import Clock, in_threads
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.core.telemetry import MemorySink, PrometheusSink
-from tests.support.plugin_support import in_threads
+from tests.support.waiting import in_threads
 
 # Dashboards and alerts are built on these: they are only ever added to.
 NAMES = {

@@ -7,7 +7,7 @@ import pytest
 
 from hfbucket_plugin.core.concurrency import ReadPriority
 from hfbucket_plugin.core.deadline import Deadline
-from tests.support.plugin_support import eventually, in_threads
+from tests.support.waiting import eventually, in_threads
 
 
 def soon():

@@ -8,7 +8,7 @@ from concurrent.futures import wait
 import pytest
 
 from hfbucket_plugin.core.concurrency import FairPool, WorkerPool
-from tests.support.plugin_support import eventually
+from tests.support.waiting import eventually
 
 
 def threads_of(name):

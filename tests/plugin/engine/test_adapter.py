@@ -11,7 +11,8 @@ from hfbucket_plugin.adapter import HFBucketConnectorAdapter
 from hfbucket_plugin.engine.classic import HFBucketConnector
 from hfbucket_plugin.engine.health_monitor import LIFTED
 from hfbucket_plugin.errors import ConfigError
-from tests.support.plugin_rig import (
+from tests.support.buckets import SECRET
+from tests.support.lmcache_classic import (
     OURS,
     SEED_MINIMAL,
     SEED_SEVERAL,
@@ -21,7 +22,6 @@ from tests.support.plugin_rig import (
     running_loop,
     served_by_us,
 )
-from tests.support.plugin_support import SECRET
 
 THIRD = """
 from lmcache.v1.storage_backend.connector import ConnectorAdapter

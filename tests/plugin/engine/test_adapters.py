@@ -8,11 +8,10 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
-from tests.support.mp_adapters import EVERY_ADAPTER, Place
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_mp import EVERY_ADAPTER, Place
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -64,7 +63,7 @@ def stored(request, session_hub):
         with MPClient(server.address, model=MODEL) as client:
             for seed in range(PROMPTS):
                 client.store(prompt(seed, TOKENS), client.random_kv(TOKENS, seed))
-        wait_until(lambda: len(objects(api, place)) == PROMPTS * CHUNKS, 120, "every chunk in the bucket")
+        eventually(lambda: len(objects(api, place)) == PROMPTS * CHUNKS, 120, "every chunk in the bucket")
     with MPServer(adapters, chunk_size=CHUNK, env=env) as server:
         yield Stored(server, place, api)
 
@@ -78,7 +77,7 @@ def test_a_fresh_server_hits_every_full_chunk_and_the_bytes_are_identical(stored
 
     assert got == [(CHUNKS * CHUNK, True)] * PROMPTS
     assert set(stored.objects().values()) == {chunk_bytes}
-    wait_until(lambda: stored.hits(MODEL) == [0, (PROMPTS + 1) * CHUNKS * CHUNK], 60, "hits of the adapter alone")
+    eventually(lambda: stored.hits(MODEL) == [0, (PROMPTS + 1) * CHUNKS * CHUNK], 60, "hits of the adapter alone")
 
 
 def test_objects_are_named_by_their_keys_and_hold_the_chunks_bytes(stored, tmp_path):
@@ -102,7 +101,7 @@ def test_a_chunk_that_is_gone_from_the_bucket_ends_the_hit_before_it(stored):
         client.kv(TOKENS).copy_(client.random_kv(TOKENS, seed=1))
         for chunks in range(1, CHUNKS + 1):
             client.store(prompt(1, TOKENS)[: chunks * CHUNK])
-            wait_until(lambda count=chunks: len(stored.objects()) == len(before) + count, 120, "one more chunk")
+            eventually(lambda count=chunks: len(stored.objects()) == len(before) + count, 120, "one more chunk")
             names += stored.objects().keys() - before.keys() - set(names)
     stored.server.clear_l1()
     assert retrieved(stored.server, model) == (CHUNKS * CHUNK, True)
@@ -110,7 +109,7 @@ def test_a_chunk_that_is_gone_from_the_bucket_ends_the_hit_before_it(stored):
     stored.api.batch_bucket_files(stored.place.bucket_id, delete=[names[4]])
 
     assert retrieved(stored.server, model) == (4 * CHUNK, True)
-    wait_until(lambda: stored.hits(model) == [0, (CHUNKS + 4) * CHUNK], 60, "hits of the adapter alone")
+    eventually(lambda: stored.hits(model) == [0, (CHUNKS + 4) * CHUNK], 60, "hits of the adapter alone")
 
 
 def test_a_prompt_of_which_nothing_is_stored_misses(stored):

@@ -8,8 +8,8 @@ import sys
 
 import yaml
 
-from tests.support.plugin_rig import OURS
-from tests.support.plugin_support import paths
+from tests.support.buckets import paths
+from tests.support.lmcache_classic import OURS
 
 
 def rows_of(mode, *options, env, cwd):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -76,11 +75,11 @@ def test_what_l1_has_forgotten_comes_from_the_adapter(server, tier):
     with MPClient(server.address, layers=3, hidden=65, block=CHUNK, model="demo/odd", tokens=len(tokens)) as client:
         kv = client.random_kv(len(tokens), seed=4)
         client.store(tokens, kv)
-        wait_until(lambda: len(list(tier.glob("*odd*.data"))) == 3, 60, "three files in the tier")
+        eventually(lambda: len(list(tier.glob("*odd*.data"))) == 3, 60, "three files in the tier")
         l1, l2 = (f"lmcache_mp_lookup_hit_{level}_tokens_total" for level in ("l1", "l2"))
 
         assert client.retrieve(tokens)[0] == len(tokens)
-        wait_until(lambda: server.count(l1, model_name="demo/odd") == len(tokens), 60, "hits in L1")
+        eventually(lambda: server.count(l1, model_name="demo/odd") == len(tokens), 60, "hits in L1")
         server.clear_l1()
         hit, got = client.retrieve(tokens)
 
@@ -88,7 +87,7 @@ def test_what_l1_has_forgotten_comes_from_the_adapter(server, tier):
     assert torch.equal(got, kv)
     assert {file.stat().st_size for file in tier.glob("*odd*.data")} == {client.chunk_bytes}
     assert client.chunk_bytes % 4096
-    wait_until(lambda: server.count(l2, model_name="demo/odd") == len(tokens), 60, "hits of the adapter")
+    eventually(lambda: server.count(l2, model_name="demo/odd") == len(tokens), 60, "hits of the adapter")
     assert server.count(l1, model_name="demo/odd") == len(tokens)
 
 

@@ -13,10 +13,11 @@ from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketConn
 
 from hfbucket_plugin.core.keys import BucketHandle, MPKey, decode_name, encode_name, parse_key
 from hfbucket_plugin.engine.classic import HFBucketConnector
-from tests.support.index_support import build
-from tests.support.plugin_rig import OURS, Rig, engine_config, key, running_loop, taken
-from tests.support.plugin_support import download, eventually, upload
-from tests.support.plugin_support import paths as all_paths
+from tests.support.buckets import download, upload
+from tests.support.buckets import paths as all_paths
+from tests.support.indexes import build
+from tests.support.lmcache_classic import OURS, Rig, engine_config, key, running_loop, taken
+from tests.support.waiting import eventually
 
 KEYS = [
     key(1),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from dev.faults.classic import Classic
-from dev.faults.surface import CHUNK_BYTES, Limits, chunks_counted, content
 from hfbucket_plugin.core.keys import encode_name
 from localhub.faults import Fault
-from tests.support.plugin_support import download, eventually, noise, paths, upload
-from tests.support.surface_support import PREFIX, path_of, store_of
+from tests.support.buckets import download, noise, paths, upload
+from tests.support.lmcache_classic import Classic
+from tests.support.surface import CHUNK_BYTES, PREFIX, Limits, chunks_counted, content, path_of, store_of
+from tests.support.waiting import eventually
 
 ALL = range(6)
 _numbers = itertools.count(1)

@@ -15,8 +15,9 @@ from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError, PartialFailureError
 from localhub.faults import Fault
-from tests.support.plugin_rig import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
-from tests.support.plugin_support import download, eventually, paths, unused_port, upload
+from tests.support.buckets import download, paths, upload
+from tests.support.lmcache_classic import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
+from tests.support.waiting import eventually, unused_port
 
 BOUND = 6.0
 """What has a deadline of a second or less ends before this many seconds, however slow the machine is."""

@@ -5,10 +5,6 @@ import json
 import pytest
 from huggingface_hub import HfApi
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
 from hfbucket_plugin.config.settings import load
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.telemetry import MemorySink
@@ -17,7 +13,10 @@ from hfbucket_plugin.index.build import from_listing, publish
 from hfbucket_plugin.index.store import IndexStore
 from localhub.faults import Fault
 from tests.plugin.engine.test_adapters import CHUNK, CHUNKS, HIT_L2, MODEL, TOKENS, objects, retrieved
-from tests.support.mp_adapters import Place, built_in, indexed, ours
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_mp import Place, built_in, indexed, ours
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -48,7 +47,7 @@ def filled_by(adapter, place):
     with serving(adapter, place) as server:
         with MPClient(server.address, model=MODEL) as client:
             client.store(prompt(1, TOKENS), client.random_kv(TOKENS, 1))
-        wait_until(lambda: len(objects(api, place)) == CHUNKS, 120, "every chunk in the bucket")
+        eventually(lambda: len(objects(api, place)) == CHUNKS, 120, "every chunk in the bucket")
 
 
 def publish_index(place, directory):
@@ -66,9 +65,9 @@ def test_one_reads_what_the_other_wrote_beside_a_key_index(hub, place_of, writer
 
     with serving(reader, place) as server:
         if reader is indexed:
-            wait_until(lambda: server.count("hfbucket_index_state", state="usable") == 1, 60, "an index in use")
+            eventually(lambda: server.count("hfbucket_index_state", state="usable") == 1, 60, "an index in use")
         assert retrieved(server, MODEL) == (CHUNKS * CHUNK, True)
-        wait_until(lambda: server.count(HIT_L2, model_name=MODEL) == CHUNKS * CHUNK, 60, "hits of the adapter")
+        eventually(lambda: server.count(HIT_L2, model_name=MODEL) == CHUNKS * CHUNK, 60, "hits of the adapter")
         if reader is indexed:
             assert server.count("hfbucket_index_answers_total", outcome="hit") >= CHUNKS
             assert server.count("hfbucket_hub_requests_total", route="paths-info") == 0
@@ -82,7 +81,7 @@ def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(h
         with MPClient(server.address, model=MODEL) as client:
             assert [client.lookup(prompt(1, TOKENS)) for _ in range(5)] == [0] * 5
 
-        wait_until(lambda: server.count("hfbucket_breaker_open", part="lookup") == 1, 60, "an open breaker")
+        eventually(lambda: server.count("hfbucket_breaker_open", part="lookup") == 1, 60, "an open breaker")
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="deadline") == 3 * CHUNKS
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="breaker") >= CHUNKS
         reported = json.dumps(server.status())
@@ -90,6 +89,6 @@ def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(h
         assert '"breakers_open": ["lookup"]' in reported
 
         hub.control.clear_faults()
-        wait_until(lambda: retrieved(server, MODEL) == (CHUNKS * CHUNK, True), 60, "full service by itself")
-        wait_until(lambda: not server.count("hfbucket_breaker_open"), 60, "closed breakers")
+        eventually(lambda: retrieved(server, MODEL) == (CHUNKS * CHUNK, True), 60, "full service by itself")
+        eventually(lambda: not server.count("hfbucket_breaker_open"), 60, "closed breakers")
         assert server.count("hfbucket_bytes_total", direction="read") > 0

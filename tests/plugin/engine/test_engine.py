@@ -8,11 +8,12 @@ import torch
 import yaml
 from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketConnector as BuiltIn
 
-from dev.demo.engine import CpuEngine, prompt
 from hfbucket_plugin.engine.classic import HFBucketConnector
 from localhub.faults import Fault
-from tests.support.plugin_rig import OURS, SEED_MINIMAL, SEED_SEVERAL, served_by_us
-from tests.support.plugin_support import eventually, paths
+from tests.support.buckets import paths
+from tests.support.lmcache_classic import OURS, SEED_MINIMAL, SEED_SEVERAL, served_by_us
+from tests.support.lmcache_engine import CpuEngine, prompt
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

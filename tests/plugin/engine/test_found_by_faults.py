@@ -2,13 +2,13 @@
 
 import pytest
 
-from dev.faults.mp import MP
-from dev.faults.surface import Limits, content
 from hfbucket_plugin.core.telemetry import OPERATIONS, MemorySink
 from hfbucket_plugin.engine.health_monitor import LIFTED, HealthShield
 from hfbucket_plugin.engine.mp import HFBucketL2Adapter, HFBucketL2AdapterConfig
 from hfbucket_plugin.errors import AccessDeniedError
 from localhub.faults import Fault
+from tests.support.lmcache_mp import MP
+from tests.support.surface import Limits, content
 
 
 def test_where_the_monitor_cannot_disable_the_engine_gets_that_fail_keep_nothing_from_being_looked_up():

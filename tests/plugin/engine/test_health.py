@@ -15,10 +15,10 @@ from lmcache.v1.health_monitor.base import HealthMonitor
 from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendHealthCheck
 from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketClient
 
-from dev.demo.engine import CpuEngine, prompt
 from localhub.faults import Fault
-from tests.support.plugin_rig import OURS
-from tests.support.plugin_support import eventually
+from tests.support.lmcache_classic import OURS
+from tests.support.lmcache_engine import CpuEngine, prompt
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,8 @@ from lmcache.v1.health_monitor import constants
 
 from hfbucket_plugin.engine import health_monitor
 from hfbucket_plugin.engine.health_monitor import LIFTED, HealthShield, lift_threshold
-from tests.support.plugin_support import Clock, untimed
+from tests.support.models import untimed
+from tests.support.waiting import Clock
 
 THRESHOLD, INTERVAL = "get_blocking_failed_threshold", "ping_interval"
 

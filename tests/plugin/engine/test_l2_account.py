@@ -13,13 +13,26 @@ from lmcache.v1.distributed.quota_manager import QuotaManager
 from lmcache.v1.distributed.storage_controllers.eviction_controller import L2AdapterEvictionState, L2EvictionController
 from lmcache.v1.distributed.storage_manager import StorageManager
 
-from dev.faults.mp import _await
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.engine.mp import HFBucketL2Adapter
 from hfbucket_plugin.engine.mp_tasks import key_string
 from localhub.faults import Fault
-from tests.support.l2_support import GIB, SIZE, Listener, load, lookup, mp_key, mp_memory, path_of, put, there, used
-from tests.support.plugin_support import eventually, noise, upload
+from tests.support.buckets import noise, upload
+from tests.support.lmcache_mp import (
+    GIB,
+    SIZE,
+    Listener,
+    await_result,
+    load,
+    lookup,
+    mp_key,
+    mp_memory,
+    path_of,
+    put,
+    there,
+    used,
+)
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +174,7 @@ def test_an_object_that_cannot_be_served_and_is_rewritten_counts_once(hub, bucke
     hub.control.clear_faults()
 
     task = mp.adapter.submit_store_task([key], [mp_memory(noise(SIZE, 4711))])
-    result = _await(mp.adapter.get_store_event_fd(), lambda: mp._stored(task))
+    result = await_result(mp.adapter.get_store_event_fd(), lambda: mp._stored(task))
 
     assert result.is_successful()
     assert result == SIZE, "it was written"

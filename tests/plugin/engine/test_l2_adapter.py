@@ -18,16 +18,16 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.platform import consume_fd
 
-from dev.faults.mp import _await
-from dev.faults.surface import Limits
 from hfbucket_plugin.config.l2 import L2Settings
 from hfbucket_plugin.engine.mp import HFBucketL2Adapter, HFBucketL2AdapterConfig
 from hfbucket_plugin.errors import ConfigError, HFBucketError
 from localhub.faults import Fault
-from tests.support.l2_support import (
+from tests.support.buckets import noise
+from tests.support.lmcache_mp import (
     GIB,
     SIZE,
     Listener,
+    await_result,
     content_of,
     layout,
     load,
@@ -38,7 +38,8 @@ from tests.support.l2_support import (
     there,
     used,
 )
-from tests.support.plugin_support import eventually, in_threads, noise, unused_port
+from tests.support.surface import Limits
+from tests.support.waiting import eventually, in_threads, unused_port
 
 HASTY = Limits(lookup=0.3, get=0.3, put=0.3)
 
@@ -292,7 +293,7 @@ def test_memory_that_nobody_else_holds_any_more_is_held_until_its_task_ends(hub,
     assert there_still() is not None, "it would be written into, whatever it is given to next"
 
     hub.control.clear_faults()
-    assert _await(mp.adapter.get_load_event_fd(), lambda: mp.adapter.query_load_result(task)).test(0)
+    assert await_result(mp.adapter.get_load_event_fd(), lambda: mp.adapter.query_load_result(task)).test(0)
     eventually(lambda: gc.collect() is not None and there_still() is None)
 
 

@@ -8,10 +8,11 @@ from lmcache.v1.distributed.eviction import L2EvictionPolicy
 from lmcache.v1.distributed.eviction_policy.isolated_lru import IsolatedLRUEvictionPolicy
 from lmcache.v1.distributed.eviction_policy.lru import LRUEvictionPolicy
 
-from dev.faults.mp import MP, _key
-from dev.faults.surface import CHUNK_BYTES, content
 from hfbucket_plugin.core.keys import encode_name
-from tests.support.plugin_support import eventually, paths, upload
+from tests.support.buckets import paths, upload
+from tests.support.lmcache_mp import MP, chunk_key
+from tests.support.surface import CHUNK_BYTES, content
+from tests.support.waiting import eventually
 
 GIB = 1024**3
 
@@ -43,8 +44,8 @@ def test_the_oldest_objects_of_all_writers_go_first(hub, bucket, adapters):
     eventually(lambda: victims(policy, 1.0))
 
     assert mp.adapter.get_usage().usage_fraction == pytest.approx(1.0)
-    assert victims(policy, 0.25) == [_key(0)]
-    assert victims(policy, 0.5) == [_key(0), _key(1)]
+    assert victims(policy, 0.25) == [chunk_key(0)]
+    assert victims(policy, 0.5) == [chunk_key(0), chunk_key(1)]
 
 
 def test_a_policy_of_quotas_is_never_told_of_what_others_wrote(hub, bucket, adapters):
@@ -58,7 +59,7 @@ def test_a_policy_of_quotas_is_never_told_of_what_others_wrote(hub, bucket, adap
     assert dict(mp.adapter.get_usage().bytes_by_cache_salt) == {}, "a salt without a quota would be wiped"
     mp.put([9])
     assert dict(mp.adapter.get_usage().bytes_by_cache_salt) == {"": CHUNK_BYTES}
-    assert victims(policy, 1.0, cache_salt="") == [_key(9)]
+    assert victims(policy, 1.0, cache_salt="") == [chunk_key(9)]
 
 
 def test_chunks_of_the_classic_engine_do_not_drive_others_out(hub, bucket, adapters):
@@ -82,10 +83,10 @@ def test_an_error_of_any_kind_does_not_end_the_thread_that_evicts(adapters, monk
     with monkeypatch.context() as patched:
         owner, name = part.split(".")
         patched.setattr(getattr(mp.adapter, owner), name, broken)
-        mp.adapter.delete([_key(0)])
+        mp.adapter.delete([chunk_key(0)])
     assert "not foreseen" in caplog.text
 
-    mp.adapter.delete([_key(1)])
+    mp.adapter.delete([chunk_key(1)])
 
     assert mp.lookup([1]) == [False]
 
@@ -103,8 +104,8 @@ def test_what_was_deleted_before_time_ran_out_is_counted(hub, bucket, adapters, 
         return real(keys, deadline)
 
     monkeypatch.setattr(mp.adapter._store, "look", late)
-    mp.adapter.delete([_key(number) for number in range(4)])
+    mp.adapter.delete([chunk_key(number) for number in range(4)])
 
     assert len(paths(hub.endpoint, bucket)) == 2
     assert mp.adapter.get_usage().total_bytes_used == 2 * CHUNK_BYTES
-    assert mp._deletions.keys == [_key(0), _key(1)]
+    assert mp._deletions.keys == [chunk_key(0), chunk_key(1)]

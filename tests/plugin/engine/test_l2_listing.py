@@ -16,8 +16,10 @@ from hfbucket_plugin.engine.mp_usage import list_page
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.hub.bucket import ObjectInfo
 from hfbucket_plugin.hub.connect import open_bucket
-from tests.support.l2_support import mp_key
-from tests.support.plugin_support import Recorder, any_text, instance_settings, untimed, upload
+from tests.support.buckets import instance_settings, upload
+from tests.support.hubs import Recorder
+from tests.support.lmcache_mp import mp_key
+from tests.support.models import any_text, untimed
 
 NOW = datetime.now(UTC)
 OTHERS = [

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dev.faults.mp import _LAYOUTS, _await, _key, _memory
-from dev.faults.surface import CHUNK_BYTES, content
 from localhub.faults import Fault
-from tests.support.plugin_support import eventually
+from tests.support.lmcache_mp import CHUNK_LAYOUTS, await_result, chunk_key, chunk_memory
+from tests.support.surface import CHUNK_BYTES, content
+from tests.support.waiting import eventually
 
 UNTOUCHED = b"\xa5" * CHUNK_BYTES
 
@@ -18,22 +18,22 @@ def mp(l2_adapters):
 
 
 def locked(mp):
-    task = mp.adapter.submit_lookup_and_lock_task([_key(0)], _LAYOUTS)
+    task = mp.adapter.submit_lookup_and_lock_task([chunk_key(0)], CHUNK_LAYOUTS)
     fd = mp.adapter.get_lookup_and_lock_event_fd()
-    assert _await(fd, lambda: mp.adapter.query_lookup_and_lock_result(task)).test(0)
+    assert await_result(fd, lambda: mp.adapter.query_lookup_and_lock_result(task)).test(0)
 
 
 def loading(hub, mp):
     """A load that the store is asked for and does not answer yet, and its buffer."""
     held = hub.control.add_fault(Fault(route="xorb-data", hang=True))
-    memory = _memory(UNTOUCHED)
-    task = mp.adapter.submit_load_task([_key(0)], [memory])
+    memory = chunk_memory(UNTOUCHED)
+    task = mp.adapter.submit_load_task([chunk_key(0)], [memory])
     eventually(lambda: hub.control.hits(held))
     return task, memory
 
 
 def loaded(mp, task):
-    return _await(mp.adapter.get_load_event_fd(), lambda: mp.adapter.query_load_result(task)).test(0)
+    return await_result(mp.adapter.get_load_event_fd(), lambda: mp.adapter.query_load_result(task)).test(0)
 
 
 def bytes_of(memory):
@@ -44,7 +44,7 @@ def test_an_unlock_that_leaves_fewer_locks_than_loads_revokes_them(hub, mp):
     locked(mp)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     hub.control.clear_faults()
 
     assert not loaded(mp, task)
@@ -56,7 +56,7 @@ def test_an_unlock_of_another_request_revokes_nothing(hub, mp):
     locked(mp)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0), _key(99)])
+    mp.adapter.submit_unlock([chunk_key(0), chunk_key(99)])
     hub.control.clear_faults()
 
     assert loaded(mp, task)
@@ -68,7 +68,7 @@ def test_an_unlock_of_what_another_request_looked_up_and_did_not_load_revokes_no
     locked(mp)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     hub.control.clear_faults()
 
     assert loaded(mp, task)
@@ -80,7 +80,7 @@ def test_memory_that_is_freed_under_a_load_is_not_written_whosever_the_unlock_wa
     locked(mp)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     memory.invalidate()  # as the allocator does before it gives the memory to somebody else
     hub.control.clear_faults()
 
@@ -91,12 +91,12 @@ def test_memory_that_is_freed_under_a_load_is_not_written_whosever_the_unlock_wa
 
 def test_memory_that_is_freed_under_a_store_is_not_stored(hub, mp):
     held = hub.control.add_fault(Fault(route="paths-info", delay_s=0.3))
-    memory = _memory(content(1))
-    task = mp.adapter.submit_store_task([_key(1)], [memory])
+    memory = chunk_memory(content(1))
+    task = mp.adapter.submit_store_task([chunk_key(1)], [memory])
     eventually(lambda: hub.control.hits(held))
     memory.invalidate()
 
-    assert not _await(mp.adapter.get_store_event_fd(), lambda: mp._stored(task)).is_successful()
+    assert not await_result(mp.adapter.get_store_event_fd(), lambda: mp._stored(task)).is_successful()
     assert mp.lookup([1]) == [False]
     assert mp.adapter.report_status()["breakers_open"] == []
 
@@ -104,14 +104,14 @@ def test_memory_that_is_freed_under_a_store_is_not_stored(hub, mp):
 def test_the_unlock_after_a_load_revokes_no_other_of_the_same_keys(hub, mp):
     locked(mp)
     locked(mp)
-    done = mp.adapter.submit_load_task([_key(0)], [_memory(UNTOUCHED)])
+    done = mp.adapter.submit_load_task([chunk_key(0)], [chunk_memory(UNTOUCHED)])
     assert loaded(mp, done)
     task, memory = loading(hub, mp)
 
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     hub.control.clear_faults()
     assert loaded(mp, task)
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
 
     assert bytes_of(memory) == content(0)
     assert mp.adapter.report_status()["locked_key_count"] == 0
@@ -120,12 +120,12 @@ def test_the_unlock_after_a_load_revokes_no_other_of_the_same_keys(hub, mp):
 def test_locks_are_counted_and_what_is_locked_is_not_deleted(mp):
     locked(mp)
     locked(mp)
-    mp.adapter.submit_unlock([_key(0), _key(99)])
+    mp.adapter.submit_unlock([chunk_key(0), chunk_key(99)])
 
     assert not mp.delete([0])
     assert mp.adapter.report_status()["locked_key_count"] == 1
-    mp.adapter.submit_unlock([_key(0)])
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     assert mp.adapter.report_status()["locked_key_count"] == 0
     assert mp.delete([0])
     assert mp.list() == []
@@ -135,13 +135,13 @@ def test_loads_that_lmcache_gives_up_say_nothing_about_the_store(hub, mp):
     for _ in range(4):  # one more failure than opens a breaker
         locked(mp)
         task, _ = loading(hub, mp)
-        mp.adapter.submit_unlock([_key(0)])
+        mp.adapter.submit_unlock([chunk_key(0)])
         hub.control.clear_faults()
         assert not loaded(mp, task)
 
     assert mp.adapter.report_status()["breakers_open"] == []
     locked(mp)
-    assert loaded(mp, mp.adapter.submit_load_task([_key(0)], [_memory(UNTOUCHED)]))
+    assert loaded(mp, mp.adapter.submit_load_task([chunk_key(0)], [chunk_memory(UNTOUCHED)]))
 
 
 def test_a_session_is_not_doubted_for_a_buffer_that_was_taken_back(hub, mp, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_session_is_not_doubted_for_a_buffer_that_was_taken_back(hub, mp, monk
     monkeypatch.setattr(mp.adapter._store.bucket.transfer._reading, "doubt", doubted.append)
     locked(mp)
     task, _ = loading(hub, mp)
-    mp.adapter.submit_unlock([_key(0)])
+    mp.adapter.submit_unlock([chunk_key(0)])
     hub.control.clear_faults()
 
     assert not loaded(mp, task)

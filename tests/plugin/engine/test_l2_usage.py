@@ -15,8 +15,9 @@ from hfbucket_plugin.engine.mp_tasks import key_string
 from hfbucket_plugin.engine.mp_usage import SizeTable, Usage, UsageListing, digest_of
 from hfbucket_plugin.errors import BucketMissingError, ThrottledError, TransportError
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from tests.support.l2_support import mp_key
-from tests.support.plugin_support import eventually, untimed
+from tests.support.lmcache_mp import mp_key
+from tests.support.models import untimed
+from tests.support.waiting import eventually
 
 PATHS = st.sampled_from([f"p/{name}" for name in "abcdefgh"])
 SIZES = st.integers(1, 5)

@@ -8,18 +8,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dev.faults import mp
-from dev.faults.classic import Classic
-from dev.faults.mp import MP
-from dev.faults.surface import CHUNK_BYTES, Limits, chunks_counted, content
 from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.engine import classic
 from hfbucket_plugin.engine import memory as engine_memory
 from hfbucket_plugin.engine import mp as l2_adapter
 from hfbucket_plugin.hub.xet_session import xet_config
 from localhub.faults import Fault
-from tests.support.plugin_support import download, eventually, paths, upload
-from tests.support.surface_support import EngineMemory, close_door, fresh, path_of, store_of
+from tests.support import lmcache_mp
+from tests.support.buckets import download, paths, upload
+from tests.support.lmcache_classic import Classic
+from tests.support.lmcache_mp import MP
+from tests.support.surface import (
+    CHUNK_BYTES,
+    EngineMemory,
+    Limits,
+    chunks_counted,
+    content,
+    fresh,
+    path_of,
+    store_of,
+)
+from tests.support.waiting import eventually
 
 HASTY = Limits(lookup=10, get=0.3, put=0.3)
 NO_SUCH = 99
@@ -156,9 +165,11 @@ def begin(surface, threads, gets, puts, memory):
         threads.submit(surface.put, puts)
     else:
         surface.adapter.submit_load_task(
-            [mp._key(one) for one in gets], [memory.buffer(bytes(CHUNK_BYTES))] * len(gets)
+            [lmcache_mp.chunk_key(one) for one in gets], [memory.buffer(bytes(CHUNK_BYTES))] * len(gets)
         )
-        surface.adapter.submit_store_task([mp._key(one) for one in puts], [memory.buffer(content(one)) for one in puts])
+        surface.adapter.submit_store_task(
+            [lmcache_mp.chunk_key(one) for one in puts], [memory.buffer(content(one)) for one in puts]
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_close_ends_what_is_in_progress_and_nothing_touches_memory_afterwards(
     with ThreadPoolExecutor(2) as threads:
         begin(surface, threads, [0, 1], fresh(1), memory)
         eventually(lambda: all(hub.control.hits(one) for one in late))
-        close_door(surface)
+        surface.close_client()
         memory.scribble(surface)
         hub.control.clear_faults()
 
@@ -194,7 +205,7 @@ def test_after_close_no_call_touches_memory(hub, bucket, surfaces, memory):
     surface = surfaces()
     memory.watch(surface)
     surface.put([0])
-    close_door(surface)
+    surface.close_client()
     hub.control.reset_counters()
 
     with ThreadPoolExecutor(2) as threads:
@@ -267,11 +278,13 @@ def test_what_a_put_lends_is_given_back_exactly_once(hub, surfaces, lent, memory
     # A key that stands there twice is stored once, and given back twice.
     numbers.append(numbers[-1])
     if case == "closed" and isinstance(surface, MP):
-        close_door(surface)
-        surface.adapter.submit_store_task([mp._key(one) for one in numbers], [memory.buffer(b"x") for _ in numbers])
+        surface.close_client()
+        surface.adapter.submit_store_task(
+            [lmcache_mp.chunk_key(one) for one in numbers], [memory.buffer(b"x") for _ in numbers]
+        )
     else:
         if case == "closed":
-            close_door(surface)
+            surface.close_client()
         surface.put(numbers)
 
     stored = chunks_counted(surface.instance, "put").get("stored", 0)

@@ -24,7 +24,8 @@ from lmcache.v1.distributed.storage_manager import StorageManager
 from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketClient
 
 from localhub.faults import Fault
-from tests.support.plugin_support import eventually, noise, paths
+from tests.support.buckets import noise, paths
+from tests.support.waiting import eventually
 
 SIZE = 64 * 1024
 LAYOUT = MemoryLayoutDesc([torch.Size([SIZE // 2])], [torch.bfloat16])

@@ -10,14 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lmcache.v1.distributed.config import EvictionConfig
 from lmcache.v1.distributed.storage_controllers.eviction_controller import L2AdapterEvictionState, L2EvictionController
 
-from dev.faults.mp import MP
-from dev.faults.surface import Limits
 from hfbucket_plugin.core.keys import BucketHandle, ContentId
 from hfbucket_plugin.engine.mp_usage import UsageListing
 from hfbucket_plugin.hub.bucket import ObjectInfo
-from tests.support.l2_support import GIB, lookup, mp_key, path_of, put
-from tests.support.plugin_support import untimed
-from tests.support.thorough import examples
+from tests.support.lmcache_mp import GIB, MP, lookup, mp_key, path_of, put
+from tests.support.models import examples, untimed
+from tests.support.surface import Limits
 
 UNIT = 64
 CAPACITY = 16 * UNIT

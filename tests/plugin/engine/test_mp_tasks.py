@@ -13,7 +13,8 @@ from lmcache.v1.platform import consume_fd
 
 from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.engine.mp_tasks import FORGOTTEN_SECS, TaskTable
-from tests.support.plugin_support import Clock, in_threads, untimed
+from tests.support.models import untimed
+from tests.support.waiting import Clock, in_threads
 
 LOAD, DROP, SHORTEN, GIVE_UP = "load", "drop", "shorten", "give up"
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from dev.demo.engine import prompt
 from hfbucket_plugin.core import telemetry
 from tests.plugin.engine.test_engine import BUCKET, CHUNK, at_the_local_hub, configured, engines  # noqa: F401 - fixtures
-from tests.support.plugin_rig import SEED_SEVERAL
-from tests.support.plugin_support import eventually, paths
+from tests.support.buckets import paths
+from tests.support.lmcache_classic import SEED_SEVERAL
+from tests.support.lmcache_engine import prompt
+from tests.support.waiting import eventually
 
 
 def two_regions(**changes):

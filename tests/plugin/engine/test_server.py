@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dev.demo import mp_server
-from dev.demo.mp_server import MPServer, MPServerError
+from tests.support import lmcache_server
+from tests.support.lmcache_server import MPServer, MPServerError
 
 pytestmark = pytest.mark.engine
 
 STARTS_AND_CRASHES = """\
 import os
-from dev.demo.mp_server import MPServer
+from tests.support.lmcache_server import MPServer
 print(MPServer().pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -66,11 +66,11 @@ def test_a_server_starts_answers_and_leaves_nothing(tmp_path):
 
 
 def test_a_killed_server_leaves_nothing_either_and_a_taken_port_is_no_obstacle(tmp_path, monkeypatch):
-    with socket.create_server((mp_server.HOST, 0)) as listener:
+    with socket.create_server((lmcache_server.HOST, 0)) as listener:
         taken = listener.getsockname()[1]
-        free_ports = mp_server._free_ports
+        free_ports = lmcache_server.free_ports
         offers = [[taken, *free_ports(1)]]
-        monkeypatch.setattr(mp_server, "_free_ports", lambda count: offers.pop() if offers else free_ports(count))
+        monkeypatch.setattr(lmcache_server, "_free_ports", lambda count: offers.pop() if offers else free_ports(count))
         server = MPServer(shared_memory=True)
     assert offers == []
     assert server.port != taken
@@ -94,7 +94,7 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing(tmp_path):
 
 def test_a_server_does_not_outlive_the_process_that_started_it(tmp_path):
     command = [sys.executable, "-c", STARTS_AND_CRASHES]
-    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(mp_server.REPOSITORY)}
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(lmcache_server.REPOSITORY)}
     started = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
     assert started.returncode == -signal.SIGKILL, started.stderr

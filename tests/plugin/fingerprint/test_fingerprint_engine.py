@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from localhub.faults import Fault
-from tests.support.fingerprint_support import CHUNK, MODEL, PREFIX, RECORD, Fleet
-from tests.support.plugin_support import download, eventually, upload
+from tests.support.buckets import download, upload
+from tests.support.lmcache_engine import CHUNK, MODEL, PREFIX, RECORD, Fleet
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -322,7 +323,7 @@ def test_the_built_in_backend_lists_and_reads_the_same_prefix(fleet, tmp_path, m
     from huggingface_hub import constants
     from lmcache.v1.storage_backend.connector.hfbucket_connector import HFBucketConnector as BuiltIn
 
-    from dev.demo.engine import CpuEngine
+    from tests.support.lmcache_engine import CpuEngine
 
     first = fleet.engine(model_revision="v1")
     kv = first.store(1)
@@ -374,12 +375,12 @@ VLLM = {
 SEEDED = """
 import pathlib, sys, time
 sys.path[:0] = [{root!r}]
-from dev.demo.engine import CpuEngine
+from tests.support.lmcache_engine import CpuEngine
 from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_STATE, MemorySink
 tally = MemorySink()
 import hfbucket_plugin.engine.classic as connector
 connector.default_sink = lambda: tally
-from dev.demo.engine import prompt
+from tests.support.lmcache_engine import prompt
 engine = CpuEngine("seeded", pathlib.Path(sys.argv[1]), layers=2, hidden=16, model={model!r})
 first = engine.keys(prompt(1, 64))[0].to_string()
 tokens = prompt(1, 128)

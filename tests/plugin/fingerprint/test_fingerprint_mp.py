@@ -6,9 +6,10 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc
 
 from hfbucket_plugin.core.telemetry import CHUNKS, FINGERPRINT_CONFLICTS, FINGERPRINT_STATE, MemorySink
 from hfbucket_plugin.fingerprint.model import Record
-from tests.support.fingerprint_support import HEAD
-from tests.support.l2_support import SIZE, content_of, load, lookup, mp_key, put, there
-from tests.support.plugin_support import all_paths, download, eventually
+from tests.support.buckets import all_paths, download
+from tests.support.lmcache_engine import HEAD
+from tests.support.lmcache_mp import SIZE, content_of, load, lookup, mp_key, put, there
+from tests.support.waiting import eventually
 
 RECORD = "v1/.hfbucket/fingerprints/org%2Fmodel.json"
 

@@ -22,7 +22,7 @@ from hfbucket_plugin.fingerprint.model import (
     as_text,
     differences,
 )
-from tests.support.plugin_support import any_text
+from tests.support.models import any_text
 
 WHERE = "kv/.hfbucket/fingerprints/org%2Fmodel.json"
 GROUP = LayerGroup(shape=(2, 32, 256, 1024), dtype="bfloat16")

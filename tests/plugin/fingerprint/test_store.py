@@ -8,7 +8,8 @@ from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Fingerprint, Fingerp
 from hfbucket_plugin.fingerprint.store import MAX_BYTES, MAX_CLAIMS, FingerprintStore
 from hfbucket_plugin.hub.records import RecordStore
 from localhub.faults import Fault
-from tests.support.plugin_support import all_paths, download, in_threads, opened, upload
+from tests.support.buckets import all_paths, download, opened, upload
+from tests.support.waiting import in_threads
 
 HEAD = "kv/.hfbucket/fingerprints"
 

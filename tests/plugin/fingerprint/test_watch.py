@@ -11,7 +11,8 @@ from hfbucket_plugin.fingerprint.model import Fingerprint
 from hfbucket_plugin.fingerprint.store import FingerprintStore
 from hfbucket_plugin.fingerprint.watch import CONFLICT, UNKNOWN, FingerprintWatch
 from localhub.faults import Fault
-from tests.support.plugin_support import Clock, eventually, instance_settings, opened
+from tests.support.buckets import instance_settings, opened
+from tests.support.waiting import Clock, eventually
 
 MODEL = "org/model"
 

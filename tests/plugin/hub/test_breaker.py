@@ -20,7 +20,9 @@ from hfbucket_plugin.errors import (
     TransportError,
 )
 from hfbucket_plugin.hub.circuit_breaker import PARTS, CircuitBreaker, CircuitBreakers
-from tests.support.plugin_support import Clock, eventually, instance_settings, untimed
+from tests.support.buckets import instance_settings
+from tests.support.models import untimed
+from tests.support.waiting import Clock, eventually
 
 
 def opened(clock, failures=3, first=1.0, longest=8.0):

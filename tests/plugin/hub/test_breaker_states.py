@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hfbucket_plugin.hub.circuit_breaker import CircuitBreaker
-from tests.support.plugin_support import Clock, in_threads, untimed
+from tests.support.models import untimed
+from tests.support.waiting import Clock, in_threads
 
 JITTER = 0.2
 STEADY = 60.0

@@ -21,7 +21,8 @@ from hfbucket_plugin.hub.bucket import MAX_BATCH, Bucket, ObjectInfo
 from hfbucket_plugin.hub.listing import list_chunks_ahead
 from hfbucket_plugin.hub.transfer import Upload
 from localhub.faults import Fault
-from tests.support.plugin_support import SECRET, Recorder, download, everything_reported, noise, opened, paths, upload
+from tests.support.buckets import SECRET, download, everything_reported, noise, opened, paths, upload
+from tests.support.hubs import Recorder
 
 MISSING = "tests/no-such-bucket"
 

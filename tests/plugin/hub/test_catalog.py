@@ -9,7 +9,7 @@ from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.hub.transfer import Upload
 from localhub.faults import Fault
-from tests.support.plugin_support import opened, upload
+from tests.support.buckets import opened, upload
 
 KEYS = [
     "a/model@1@0@ab@bfloat16",

@@ -26,7 +26,9 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub.answers import BodyLimit
 from hfbucket_plugin.hub.client import HubClient, retry_after
 from localhub.faults import Fault
-from tests.support.plugin_support import SECRET, Recorder, everything_reported, in_threads, unused_port
+from tests.support.buckets import SECRET, everything_reported
+from tests.support.hubs import Recorder
+from tests.support.waiting import in_threads, unused_port
 
 SHORT, LONG = 0.5, 60.0
 BOUND = 5.0

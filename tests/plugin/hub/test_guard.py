@@ -21,7 +21,7 @@ from hfbucket_plugin.errors import (
     UnsentError,
 )
 from hfbucket_plugin.hub.circuit_breaker import _AT_ONCE, PARTS, CircuitBreakers
-from tests.support.plugin_support import eventually, in_threads
+from tests.support.waiting import eventually, in_threads
 
 SECRETLY_FAR = 3600.0
 

@@ -2,12 +2,11 @@
 
 import pytest
 
-from dev.faults.surface import content
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.hub.transfer import xet_hashes
 from localhub.faults import Fault
-from tests.support.plugin_support import eventually
-from tests.support.surface_support import store_of
+from tests.support.surface import content, store_of
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.errors import BudgetError, ThrottledError
 from hfbucket_plugin.hub.rate_limit import RateLimiter, retry_after
-from tests.support.plugin_support import Clock, any_text, in_threads, untimed
+from tests.support.models import any_text, untimed
+from tests.support.waiting import Clock, in_threads
 
 USED_UP = {"ratelimit": '"api";r=0;t=40'}
 

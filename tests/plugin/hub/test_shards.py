@@ -14,8 +14,9 @@ from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import encoded_shards, list_chunks, list_chunks_ahead, shards, whole_key
 from hfbucket_plugin.hub.transfer import Upload
 from localhub.faults import Fault
+from tests.support.buckets import opened
 from tests.support.hubs import start_on_fresh_port
-from tests.support.plugin_support import eventually, opened
+from tests.support.waiting import eventually
 
 MANY = 1 << 40
 

@@ -29,17 +29,8 @@ from hfbucket_plugin.hub import xet_home
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload, cut, xet_hashes
 from localhub.faults import Fault
-from tests.support.plugin_support import (
-    SECRET,
-    eventually,
-    everything_reported,
-    in_threads,
-    instance_settings,
-    noise,
-    opened,
-    unused_port,
-    upload,
-)
+from tests.support.buckets import SECRET, everything_reported, instance_settings, noise, opened, upload
+from tests.support.waiting import eventually, in_threads, unused_port
 
 SIZE = 600_000
 DATA = noise(SIZE)

@@ -25,7 +25,8 @@ from hfbucket_plugin.errors import (
 from hfbucket_plugin.hub import xet_session
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, DownloadToFile
 from localhub.faults import Fault
-from tests.support.plugin_support import eventually, noise, opened, upload
+from tests.support.buckets import noise, opened, upload
+from tests.support.waiting import eventually
 
 SIZE = 600_000
 DATA = noise(SIZE)

@@ -36,9 +36,9 @@ from hfbucket_plugin.index.format import ACCESS_JOURNAL, JOURNAL, Pointer, chang
 from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import JOURNALS, MAX_JOURNAL_BYTES
 from hfbucket_plugin.index.table import ROW, digests_of, in_order
-from tests.support.index_support import build, counted_by_outcome, in_use
-from tests.support.plugin_support import download, paths
-from tests.support.surface_support import PREFIX
+from tests.support.buckets import download, paths
+from tests.support.indexes import build, counted_by_outcome, in_use
+from tests.support.surface import PREFIX
 
 START = LANDMARK + 100 * HALF_LIFE_SECS
 KEYS = 4

@@ -30,9 +30,9 @@ from hfbucket_plugin.index.table import (
     newest,
 )
 from localhub.faults import Fault
-from tests.support.index_support import SECS, build, index_of
-from tests.support.plugin_support import download, noise, opened, paths, upload
-from tests.support.surface_support import PREFIX, path_of
+from tests.support.buckets import download, noise, opened, paths, upload
+from tests.support.indexes import SECS, build, index_of
+from tests.support.surface import PREFIX, path_of
 
 HASH = "ab" * 32
 

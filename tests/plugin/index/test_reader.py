@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 
-from dev.faults.surface import CHUNK_BYTES, chunks_counted, content
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.errors import ItemFailure
 from hfbucket_plugin.index.store import JOURNALS, POINTER, SNAPSHOTS, IndexStore
 from localhub.faults import Fault
-from tests.support.index_support import answers, build, counted_by_outcome, gauge, in_use, index_of
-from tests.support.plugin_support import eventually, noise, paths, upload
-from tests.support.surface_support import PREFIX, fresh, path_of
+from tests.support.buckets import noise, paths, upload
+from tests.support.indexes import answers, build, counted_by_outcome, gauge, in_use, index_of
+from tests.support.surface import CHUNK_BYTES, PREFIX, chunks_counted, content, fresh, path_of
+from tests.support.waiting import eventually
 
 SIXTEEN = range(16)
 NEVER = 3600.0  # a thread that does nothing by itself: the test does it
@@ -520,7 +520,7 @@ DAMAGE = {
 @one_surface
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_index_that_is_broken_is_not_used(hub, bucket, surfaces, damage):
-    from tests.support.plugin_support import download
+    from tests.support.buckets import download
 
     writer = surfaces()
     writer.put([0])

@@ -16,16 +16,15 @@ from huggingface_hub import HfApi
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from dev.faults.classic import Classic, running_loop
-from dev.faults.mp import MP
-from dev.faults.surface import CHUNK_BYTES, Limits, content
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.index import build as index_build
 from hfbucket_plugin.index.store import DIRECTORY, JOURNALS, IndexStore
-from tests.support.index_support import SECS, in_use, index_of
-from tests.support.plugin_support import noise, opened, paths, upload
-from tests.support.surface_support import PREFIX, path_of
-from tests.support.thorough import examples
+from tests.support.buckets import noise, opened, paths, upload
+from tests.support.indexes import SECS, in_use, index_of
+from tests.support.lmcache_classic import Classic, running_loop
+from tests.support.lmcache_mp import MP
+from tests.support.models import examples
+from tests.support.surface import CHUNK_BYTES, PREFIX, Limits, content, path_of
 
 KEYS = range(6)
 """Even ones are the first writer's as a rule, odd ones the second one's."""

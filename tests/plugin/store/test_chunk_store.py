@@ -15,18 +15,8 @@ from hfbucket_plugin.core.telemetry import MemorySink
 from hfbucket_plugin.errors import HFBucketError, TransportError
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from localhub.faults import Fault
-from tests.support.plugin_support import (
-    SECRET,
-    download,
-    eventually,
-    in_threads,
-    instance_settings,
-    noise,
-    paths,
-    run_script,
-    unused_port,
-    upload,
-)
+from tests.support.buckets import SECRET, download, instance_settings, noise, paths, upload
+from tests.support.waiting import eventually, in_threads, run_script, unused_port
 
 SIZE = 100_000
 BOUND = 5.0
@@ -1064,7 +1054,7 @@ def test_close_waits_for_nothing_and_frees_everybody(hub, filled, connect):
 
 FORK = """
 import os, sys
-from tests.support.plugin_support import instance_settings
+from tests.support.buckets import instance_settings
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.buffers import RevocableBuffer
@@ -1116,7 +1106,8 @@ def test_a_forked_child_and_its_parent_both_go_on(hub, filled, tmp_path):
 
 FORK_IN_A_PUT = """
 import os, sys, threading
-from tests.support.plugin_support import eventually, instance_settings
+from tests.support.buckets import instance_settings
+from tests.support.waiting import eventually
 from hfbucket_plugin.store.chunk_store import ChunkStore
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.telemetry import MemorySink

@@ -11,7 +11,8 @@ from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import AccessDeniedError, ItemFailure, TransportError
 from hfbucket_plugin.store.committer import BatchCommitter
-from tests.support.plugin_support import eventually, untimed
+from tests.support.models import untimed
+from tests.support.waiting import eventually
 
 
 class Hub:

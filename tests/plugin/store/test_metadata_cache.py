@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import DeadlineError
 from hfbucket_plugin.store.metadata_cache import MetadataCache
-from tests.support.plugin_support import Clock, in_threads, untimed
+from tests.support.models import untimed
+from tests.support.waiting import Clock, in_threads
 
 A, B = ContentId("a" * 64, 1), ContentId("b" * 64, 2)
 

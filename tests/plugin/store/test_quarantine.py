@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.store.quarantine import Quarantine
-from tests.support.plugin_support import Clock, in_threads, untimed
+from tests.support.models import untimed
+from tests.support.waiting import Clock, in_threads
 
 
 def test_a_content_is_held_back_for_twice_as_long_each_time_up_to_an_hour():

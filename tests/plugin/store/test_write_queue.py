@@ -15,7 +15,8 @@ from hfbucket_plugin.errors import ItemFailure
 from hfbucket_plugin.store import write_queue
 from hfbucket_plugin.store.write import PutReport
 from hfbucket_plugin.store.write_queue import PutQueue
-from tests.support.plugin_support import eventually, in_threads, untimed
+from tests.support.models import untimed
+from tests.support.waiting import eventually, in_threads
 
 
 class Source:

@@ -13,7 +13,7 @@ from hfbucket_plugin.tools import external_sort
 from hfbucket_plugin.tools import external_sort as key_set
 from hfbucket_plugin.tools.external_sort import KeySet
 from hfbucket_plugin.tools.selection import ChunkRef, in_order, newest_first, within
-from tests.support.warming import classic_key
+from tests.support.buckets import classic_key
 
 times = st.none() | st.datetimes(datetime(2026, 1, 1), datetime(2026, 1, 2), timezones=st.just(UTC))  # noqa: DTZ001
 listings = st.lists(st.tuples(st.integers(0, 50), times), max_size=60).map(

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from hfbucket_plugin.errors import ConfigError
-from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, classic_key, command, content
+from tests.support.buckets import INSTANCE, KEY_PREFIX, MODEL, SECRET, classic_key, command, content
 from warmer.check.canary import Canary, ask_engines, full_chunk_tokens
 from warmer.tiers import NodeInfo
 
@@ -235,7 +235,7 @@ def test_a_check_asks_engines_only_where_the_tiers_are_warm(cluster, warehouse, 
     document = json.loads(warehouse.config.read_text())
     config = tmp_path / "engine.yaml"
     config.write_text(json.dumps(document | {"chunk_size": CHUNK}))
-    chosen = ["--lmcache-config", config, "--instance", INSTANCE, "--prefix", PREFIX, "--tier", "fs.warm"]
+    chosen = ["--lmcache-config", config, "--instance", INSTANCE, "--prefix", KEY_PREFIX, "--tier", "fs.warm"]
 
     def warmer(name, *more):
         arguments = [name, *map(str, chosen), "--address", cluster.address, *more]

@@ -11,7 +11,7 @@ import pytest
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import MPKey
 from hfbucket_plugin.tools.selection import Selection
-from tests.support.warming import INSTANCE, classic_key, content, mp_key
+from tests.support.buckets import INSTANCE, classic_key, content, mp_key
 from warmer.check.gate import CheckReport
 from warmer.check.node import CheckConfig, NodeChecker
 from warmer.cluster.placement import Assignment

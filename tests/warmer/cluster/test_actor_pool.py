@@ -4,7 +4,7 @@ import pytest
 import ray.exceptions
 
 from hfbucket_plugin.tools.signals import ShutdownSignal
-from tests.support.fake_ray import FakeRay
+from tests.support.ray_cluster import FakeRay
 from warmer.cluster import actor_pool
 from warmer.cluster.actor_pool import ActorPool, Failure
 

@@ -5,8 +5,8 @@ import ray.exceptions
 
 from hfbucket_plugin.errors import RefusedError
 from hfbucket_plugin.tools.signals import ShutdownSignal
-from tests.support.fake_ray import FakeRay, RunListener, well
-from tests.support.scheduling import MIB, part, plan
+from tests.support.ray_cluster import FakeRay, RunListener, ends_well
+from tests.support.simulated_fleet import MIB, part, plan
 from warmer.cluster import driver
 from warmer.cluster.driver import Driver, Replacing
 from warmer.cluster.ray import Node
@@ -40,10 +40,10 @@ def test_a_node_that_dies_just_after_it_had_fetched_for_others(monkeypatch):
     def answer(call, _now):
         mine = [one for one in world.calls if (one.node, one.method, one.ended) == ("a", "fetch", False)]
         if len(mine) == 2:  # one of its two ends, and it dies: the driver is told of both at once
-            well(mine[0])
+            ends_well(mine[0])
             mine[1].fail(ray.exceptions.ActorDiedError())
         elif call.node != "a":
-            well(call)
+            ends_well(call)
 
     world = world.under(monkeypatch)
     world._answer = answer
@@ -88,7 +88,7 @@ def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, 
         elif call.method == "start":
             call.end((None, 0.0))
         else:
-            well(call)
+            ends_well(call)
 
     world = FakeRay("abc", answer, starts=True)
     listener = drive(world.under(monkeypatch), replacing=replacing)
@@ -102,7 +102,9 @@ def test_a_process_that_dies_on_a_node_that_lives_is_started_again(monkeypatch, 
 
 def test_a_process_that_dies_again_and_again_is_a_lost_node(monkeypatch):
     dead = ray.exceptions.ActorDiedError()
-    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
+    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else ends_well(call)).under(
+        monkeypatch
+    )
     listener = drive(world)
     kind, message = listener.errors.pop("b")
     assert (kind, "its process died 4 times" in message) == ("node_lost", True)
@@ -123,7 +125,7 @@ def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_
         elif call.method == "start":
             call.end((None, 0.0))
         else:
-            well(call)
+            ends_well(call)
 
     world._answer = answer
     listener = drive(world)
@@ -132,7 +134,7 @@ def test_a_node_that_turns_out_to_be_dead_when_its_process_is_to_start_again_is_
 
 
 def test_a_node_that_takes_no_part_holds_up_no_other(monkeypatch):
-    world = FakeRay("abc", lambda call, _now: None if call.node == "c" else well(call), starts=True)
+    world = FakeRay("abc", lambda call, _now: None if call.node == "c" else ends_well(call), starts=True)
     start = world._answer
     world._answer = lambda call, now: (
         call.end((None, 0.0)) if call.method == "start" and call.node != "c" else start(call, now)
@@ -156,7 +158,7 @@ def test_what_nobody_foresaw_fails_chunks_and_not_the_run(monkeypatch):
 @pytest.mark.parametrize("method", ["fetch", "receive"])
 @pytest.mark.parametrize("chunk_secs", [5.0, 300.0])
 def test_a_node_that_answers_nothing_is_lost_after_a_while(monkeypatch, method, chunk_secs):
-    world = FakeRay("abc", lambda call, _now: None if (call.node, call.method) == ("c", method) else well(call))
+    world = FakeRay("abc", lambda call, _now: None if (call.node, call.method) == ("c", method) else ends_well(call))
     listener = drive(world.under(monkeypatch), chunk_secs=chunk_secs)
     kind, message = listener.errors.pop("c")
     assert kind == "node_lost"
@@ -175,7 +177,7 @@ def test_a_node_that_takes_all_the_time_that_it_may_is_not_lost(monkeypatch):
     def answer(call, now):
         begun.setdefault(id(call), now)
         if call.node != "c" or now >= begun[id(call)] + 600:
-            well(call)
+            ends_well(call)
 
     listener = drive(FakeRay("abc", answer).under(monkeypatch), chunk_secs=300.0, caps=Caps(node=MIB))
     assert listener.errors == {}
@@ -244,7 +246,9 @@ class Stopping(RunListener):
 def lose_much(monkeypatch, after):
     """A run whose node b dies with all to do, while a fetches for itself."""
     dead = ray.exceptions.ActorDiedError()
-    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else well(call)).under(monkeypatch)
+    world = FakeRay("ab", lambda call, _now: call.fail(dead) if call.node == "b" else ends_well(call)).under(
+        monkeypatch
+    )
     listener = Stopping()
     listener.after = after
     schedule = Scheduler(dict.fromkeys("ab", 0), [part(plan([10] * 5000))], direct=True)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from huggingface_hub import HfApi
 
-from tests.support.raylets import STORE_BYTES, actors, as_it_was, memory_bytes, node_options, raylet, raylets
-from tests.support.warming import MODEL, SECRET, Ran, Warehouse, arguments, classic_key, command, content, environment
+from tests.support.buckets import MODEL, SECRET, Ran, Warehouse, arguments, classic_key, command, content, environment
+from tests.support.ray_cluster import STORE_BYTES, actors, as_it_was, memory_bytes, node_options, raylet, raylets
 
 MIB = 1024 * 1024
 CHUNKS = 256

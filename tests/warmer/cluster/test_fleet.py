@@ -9,10 +9,9 @@ import pytest
 
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from localhub.faults import Fault
-from tests.support.raylets import node_options
-from tests.support.warming import (
+from tests.support.buckets import (
     INSTANCE,
-    PREFIX,
+    KEY_PREFIX,
     SECRET,
     Ran,
     arguments,
@@ -22,6 +21,7 @@ from tests.support.warming import (
     mp_key,
     warm,
 )
+from tests.support.ray_cluster import node_options
 
 NODES = 3
 
@@ -186,7 +186,7 @@ def test_without_a_cluster_a_local_ray_is_started_and_ended(stocked):
     assert "a local Ray is started" in ran.stderr
     assert SECRET not in ran.stdout + ran.stderr
     assert stocked.in_tier() == stocked.chunks
-    assert ran.summary["choice"] == {"prefix": [PREFIX]}
+    assert ran.summary["choice"] == {"prefix": [KEY_PREFIX]}
 
 
 class RunListener:

@@ -15,9 +15,19 @@ from huggingface_hub import HfApi
 from prometheus_client.parser import text_string_to_metric_families
 
 from localhub.faults import Fault
+from tests.support.buckets import (
+    INSTANCE,
+    KEY_PREFIX,
+    MODEL,
+    SECRET,
+    Warehouse,
+    classic_key,
+    command,
+    content,
+    environment,
+)
 from tests.support.hubs import start_on_fresh_port
-from tests.support.private_ray import PrivateRay
-from tests.support.warming import INSTANCE, MODEL, PREFIX, SECRET, Warehouse, classic_key, command, content, environment
+from tests.support.ray_cluster import PrivateRay
 
 pytestmark = pytest.mark.cluster
 
@@ -54,7 +64,7 @@ def stocked(guarded_hub, tmp_path):
     assert one.config.exists()
     wanted = {
         "source": {"lmcache_config": "lmcache.yaml", "instance": INSTANCE},
-        "choose": {"prefix": [PREFIX]},
+        "choose": {"prefix": [KEY_PREFIX]},
         "tiers": ["fs.warm"],
     }
     (directory / "warm.yaml").write_text(yaml.safe_dump(wanted))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.warming import MODEL, SECRET, command, content
+from tests.support.buckets import MODEL, SECRET, command, content
 
 ALL = {f"{MODEL}@4@{worker}@{0xA0 + number:x}@half" for worker in range(4) for number in range(6)}
 SHARED = f"{MODEL}@1@0@ff@half"

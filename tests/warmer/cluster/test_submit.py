@@ -10,7 +10,7 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
 from hfbucket_plugin.errors import ConfigError, Interrupted
-from tests.support.warming import SECRET
+from tests.support.buckets import SECRET
 from warmer.cli.app import app
 from warmer.cluster import submit as submitting
 from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime_env

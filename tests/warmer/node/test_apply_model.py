@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from hfbucket_plugin.core.keys import ClassicKey, parse_key
 from hfbucket_plugin.tools.selection import Selection
 from localhub.faults import Fault
-from tests.support.applying import applied, applied_until_killed
-from tests.support.thorough import examples
-from tests.support.warming import MODEL, Warehouse, content
+from tests.support.buckets import MODEL, Warehouse, content
+from tests.support.models import examples
+from tests.support.simulated_fleet import applied, applied_until_killed
 from warmer.check.node import NodeChecker
 from warmer.plan.build import PlanBuilder
 from warmer.plan.plan_file import WarmPlanFile

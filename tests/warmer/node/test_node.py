@@ -16,7 +16,7 @@ from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.tools.selection import ChunkRef
 from localhub.faults import Fault
-from tests.support.warming import INSTANCE, Warehouse, classic_key, content
+from tests.support.buckets import INSTANCE, Warehouse, classic_key, content
 from warmer.check import node as checking
 from warmer.node.reuse import EarlierTier
 from warmer.node.worker import NodeConfig, NodeWarmer
@@ -379,7 +379,7 @@ def test_stopping_frees_what_hangs_and_leaves_nothing(hub, stocked, node):
 COPY_AND_DIE = """
 import sys, pickle
 from pathlib import Path
-from tests.support.warming import Warehouse
+from tests.support.buckets import Warehouse
 from warmer.node.worker import NodeWarmer
 from warmer.tiers import NodeInfo; from warmer.tiers import open_tier
 endpoint, bucket, directory = sys.argv[1:]

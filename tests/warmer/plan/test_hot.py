@@ -19,7 +19,7 @@ from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import POINTER, IndexStore
 from hfbucket_plugin.index.table import digests_of
 from hfbucket_plugin.tools.selection import ChunkRef, Selection, hottest_first, in_order, newest_first
-from tests.support.warming import INSTANCE, classic_key, content
+from tests.support.buckets import INSTANCE, classic_key, content
 from warmer import run
 from warmer.plan.build import PlanBuilder
 from warmer.request.warm_file import validated

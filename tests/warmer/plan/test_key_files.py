@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hfbucket_plugin.errors import ConfigError
-from tests.support.warming import classic_key, content, mp_key
+from tests.support.buckets import classic_key, content, mp_key
 from warmer.plan.key_files import keys_of, look_up_keys
 
 

@@ -12,7 +12,7 @@ from hfbucket_plugin.core.keys import BucketHandle, ClassicKey, ContentId, MPKey
 from hfbucket_plugin.errors import ConfigError, RefusedError
 from hfbucket_plugin.hub.listing import ChunkEntry
 from hfbucket_plugin.tools.selection import ChunkRef
-from tests.support.warming import classic_key, mp_key
+from tests.support.buckets import classic_key, mp_key
 from warmer.plan.plan_file import SEGMENT_CHUNKS, Planner, WarmPlanFile
 
 HANDLE = KV = BucketHandle.parse("hf://buckets/ns/bucket/kv")

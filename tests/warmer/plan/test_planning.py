@@ -7,7 +7,7 @@ import pytest
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.tools.prompts import Prompt, PromptOrder
 from hfbucket_plugin.tools.selection import Selection
-from tests.support.warming import MODEL, classic_key, content, mp_key
+from tests.support.buckets import MODEL, classic_key, content, mp_key
 from warmer.plan.build import PlanBuilder
 
 NOW = datetime.now(UTC) + timedelta(seconds=5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfbucket_plugin.core.keys import ClassicKey, MPKey, parse_key
 from hfbucket_plugin.errors import ConfigError
 from hfbucket_plugin.tools.prompts import Prompt, PromptOrder, classic_hasher, mp_hasher, read_prompts
-from tests.support.warming import MODEL
+from tests.support.buckets import MODEL
 from warmer.node.prompts import PromptFile
 
 TOKENS = [n * 7919 % 32000 for n in range(1000)]

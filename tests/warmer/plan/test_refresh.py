@@ -9,8 +9,8 @@ from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from localhub.faults import Fault
-from tests.support import warming
-from tests.support.warming import PREFIX, Warehouse, classic_key, content
+from tests.support import buckets
+from tests.support.buckets import KEY_PREFIX, Warehouse, classic_key, content
 from warmer.plan.plan_file import SEGMENT_CHUNKS, WarmPlanFile
 from warmer.plan.refresh import RefreshedPlan, RefreshLookups
 
@@ -33,7 +33,7 @@ def test_a_listing_that_breaks_off_is_no_selection(hub_factory, tmp_path, monkey
         hub.control.add_fault(Fault(route="tree", status=403))
         yield from entries
 
-    monkeypatch.setattr(warming, "list_chunks", denied_after_the_first_page)
+    monkeypatch.setattr(buckets, "list_chunks", denied_after_the_first_page)
     with pytest.raises(AccessDeniedError):
         stocked.plan()
 
@@ -109,7 +109,7 @@ def test_a_lookup_that_never_ends_is_given_up(stocked, caplog):
 
 
 def test_nodes_that_keep_pace_share_one_lookup(stocked, tmp_path):
-    listed = stocked.plan(PREFIX)
+    listed = stocked.plan(KEY_PREFIX)
     many = [listed[n % 5] for n in range(2 * SEGMENT_CHUNKS + 1)]
     plan = WarmPlanFile.write(tmp_path / "plan.jsonl", many)
     lookups = []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfbucket_plugin.tools.selection import ChunkRef
-from tests.support.scheduling import MIB, begin, carry_out, keys, part, plan, play
+from tests.support.simulated_fleet import MIB, begin, carry_out, keys, part, plan, play
 from warmer.cluster.placement import Assignment, parts_of
 from warmer.cluster.ray import Node
 from warmer.plan.plan_file import SEGMENT_CHUNKS, PlanPart, WarmPlanFile

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.scheduling import MIB, Fleet, begin, carry_out, keys, plan, play, well
-from tests.support.thorough import examples
+from tests.support.models import examples
+from tests.support.simulated_fleet import MIB, Fleet, begin, carry_out, keys, plan, play, well
 from warmer.report.outcomes import Copied, Failed, Present
 from warmer.schedule.cohort import MAX_RANGES, PlanSection
 from warmer.schedule.rate import Caps

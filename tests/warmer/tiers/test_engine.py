@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dev.demo.engine import CpuEngine
-from tests.support.warming import Warehouse
+from tests.support.buckets import Warehouse
+from tests.support.lmcache_engine import CpuEngine
 from warmer.node.worker import NodeWarmer
 from warmer.report.outcomes import Copied
 from warmer.tiers import open_tier

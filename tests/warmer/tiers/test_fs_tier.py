@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hfbucket_plugin.core import run_lock
-from tests.support.warming import classic_key, content
+from tests.support.buckets import classic_key, content
 from warmer.report.outcomes import TierError, TierFullError
 from warmer.tiers import disk_budget as rooms
 from warmer.tiers import open_tier

@@ -13,14 +13,13 @@ import torch
 from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer, _free_ports
-from dev.demo.waiting import wait_until
 from hfbucket_plugin.tools.signals import ShutdownSignal
+from tests.support.buckets import command, environment
 from tests.support.hubs import start_on_fresh_port
-from tests.support.raylets import actors
-from tests.support.warming import command, environment
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.ray_cluster import actors
+from tests.support.waiting import eventually, free_ports
 from warmer.cli.app import app
 from warmer.cluster.actor_pool import ActorPool
 from warmer.cluster.ray import Node, joined
@@ -51,7 +50,7 @@ class Stocked:
         with MPServer([self.tier, self.adapter], chunk_size=CHUNK) as server, self.client(server) as client:
             client.store(TOKENS, client.random_kv(len(TOKENS), seed=7))
             self.chunk_bytes = client.chunk_bytes
-            wait_until(lambda: self._stored(api, directory), 60, "chunks in the bucket and in the directory")
+            eventually(lambda: self._stored(api, directory), 60, "chunks in the bucket and in the directory")
 
     @staticmethod
     def _stored(api, directory):
@@ -136,7 +135,7 @@ def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, chosen, 
         hit, kv = client.retrieve(TOKENS)
         assert hit == CHUNKS * CHUNK
         assert torch.equal(kv[:, :, :hit], client.random_kv(len(TOKENS), seed=7)[:, :, :hit])
-        wait_until(
+        eventually(
             lambda: server.count("lmcache_mp_lookup_hit_l1_tokens_total", model_name=MODEL) == hit, 60, "hits in L1"
         )
         assert server.count("lmcache_mp_lookup_hit_l2_tokens_total", model_name=MODEL) == 0
@@ -156,7 +155,7 @@ def test_a_directory_and_then_l1_with_the_bucket_gone(stocked, cluster, chosen, 
 
 
 def test_a_server_that_is_not_there_fails_its_node(cluster, chosen):
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     http = f"http://127.0.0.1:{port}"
     where = ["--wait-engine", "1s", "--address", cluster.address, "--node-selector", "pool=serving"]
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dev.demo.engine import CpuEngine
-from dev.demo.mp_server import _free_ports
-from tests.support.warming import INSTANCE, SECRET, Warehouse, command
+from tests.support.buckets import INSTANCE, SECRET, Warehouse, command
+from tests.support.lmcache_engine import CpuEngine
+from tests.support.waiting import free_ports
 
 pytestmark = pytest.mark.engine
 
@@ -59,7 +59,7 @@ def warehouse(hub, bucket, tmp_path, produced):
 def free_range():
     """A port that is free, and those after it."""
     while True:
-        (start,) = _free_ports(1)
+        (start,) = free_ports(1)
         with contextlib.suppress(OSError, OverflowError):
             for port in range(start + 1, start + 4):
                 socket.create_server(("127.0.0.1", port)).close()

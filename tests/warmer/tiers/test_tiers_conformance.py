@@ -17,7 +17,7 @@ from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.core.keys import ClassicKey, MPKey
 from hfbucket_plugin.errors import ConfigError, KeyFormatError
 from hfbucket_plugin.tools.selection import ChunkRef
-from tests.support.warming import classic_key, content, mp_key
+from tests.support.buckets import classic_key, content, mp_key
 from warmer.node.reuse import EarlierTier
 from warmer.report.outcomes import TierError, TierFullError
 from warmer.tiers import NodeInfo, TierOptions, declared_tier, directory_keys, open_tier

@@ -7,13 +7,12 @@ import socket
 import pytest
 import torch
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import ConfigError
-from tests.support.warming import command
+from tests.support.buckets import command
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.waiting import eventually
 from warmer.report.outcomes import EngineError
 from warmer.tiers.l1 import L1Server
 
@@ -66,7 +65,7 @@ def stored(tmp_path_factory):
         with node.client() as client:
             assert client.chunk_bytes * (ROOM + 1) > 0.8 * 8 * 2**20 > client.chunk_bytes * ROOM
             client.store(TOKENS, client.random_kv(len(TOKENS), seed=5))
-            wait_until(lambda: len(list(tier.glob("*.data"))) == CHUNKS, 60, "every chunk in the tier")
+            eventually(lambda: len(list(tier.glob("*.data"))) == CHUNKS, 60, "every chunk in the tier")
             for file in tier.iterdir():
                 shutil.copy(file, copy)
             yield node
@@ -97,7 +96,7 @@ def test_a_prompt_is_hit_in_l1_when_its_tiers_are_gone(node):
         expected = client.random_kv(len(TOKENS), seed=5)[:, :, :hit]
         assert hit == 20 * CHUNK
         assert torch.equal(kv[:, :, :hit], expected)
-    wait_until(lambda: node.hits("org/model") == [before[0] + hit, before[1]], 60, "hits in L1 and nowhere else")
+    eventually(lambda: node.hits("org/model") == [before[0] + hit, before[1]], 60, "hits in L1 and nowhere else")
     # Again, with nothing to load from: it is all there.
     again = node.prefetch(tokens)
     assert (again.warmed, again.ended, again.used_bytes) == (20, "complete", warmed.used_bytes)
@@ -120,7 +119,7 @@ def test_loading_ends_below_the_watermark_at_which_the_server_evicts(node):
     other = [token + 1 for token in TOKENS]
     with node.client() as client:
         client.store(other[: 10 * CHUNK], client.random_kv(10 * CHUNK, seed=6))
-    wait_until(lambda: node.used() == 40 * 131072, 30, "all of them in L1")
+    eventually(lambda: node.used() == 40 * 131072, 30, "all of them in L1")
     warmed = node.prefetch(TOKENS)
     assert (warmed.warmed, warmed.ended) == (ROOM - 10, "no_room")
 
@@ -130,7 +129,7 @@ def test_another_prompt_does_not_drive_out_what_was_loaded(node):
     before = len(list(node.tier.glob("*.data")))
     with node.client() as client:
         client.store(other, client.random_kv(len(other), seed=7))
-    wait_until(lambda: len(list(node.tier.glob("*.data"))) == before + 3, 60, "its chunks in the tier")
+    eventually(lambda: len(list(node.tier.glob("*.data"))) == before + 3, 60, "its chunks in the tier")
     node.server.clear_l1()
     assert node.prefetch(TOKENS).warmed == ROOM
 

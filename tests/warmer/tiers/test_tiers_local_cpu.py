@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dev.demo.engine import CpuEngine
-from dev.demo.mp_server import _free_ports
 from hfbucket_plugin.config.lmcache_yaml import EngineConfig
 from hfbucket_plugin.errors import ConfigError
-from tests.support.warming import Warehouse
+from tests.support.buckets import Warehouse
+from tests.support.lmcache_engine import CpuEngine
+from tests.support.waiting import free_ports
 from warmer.node.worker import NodeWarmer
 from warmer.report.outcomes import EngineError, TierError, TierFullError
 from warmer.tiers import declared_tier, open_tier
@@ -106,7 +106,7 @@ def served(one, port):
 @contextlib.contextmanager
 def consuming(directory, **document):
     """An engine that has its memory and nothing else, and its address."""
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     api = {"internal_api_server_enabled": True, "internal_api_server_port_start": port - 1 - WORKER}
     one = engine(directory, "consumer", **api, **document)
     with served(one, port - 1 - WORKER) as address:
@@ -194,14 +194,14 @@ def test_a_directory_that_is_none_is_an_error(consumer, tmp_path):
 
 
 def test_a_worker_that_is_not_there_is_an_error(tmp_path):
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     with pytest.raises(EngineError, match="waited in vain"):
         load(f"http://127.0.0.1:{port}", declared(tmp_path), wait_secs=0)
     assert worker_address("node", 6999, 3) == "http://node:7003"
 
 
 def test_a_standalone_engine_takes_them_too(staging, tmp_path):
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     config = yaml(
         tmp_path,
         "standalone",

@@ -8,14 +8,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from dev.demo.engine import prompt
-from dev.demo.mp_client import MPClient
-from dev.demo.mp_server import MPServer
-from dev.demo.waiting import wait_until
 from hfbucket_plugin.config.l2 import from_json
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.hub.connect import open_bucket
-from tests.support.warming import select
+from tests.support.buckets import select
+from tests.support.lmcache_engine import prompt
+from tests.support.lmcache_server import MPClient, MPServer
+from tests.support.waiting import eventually
 from warmer.node.worker import NodeWarmer
 from warmer.report.outcomes import Copied
 from warmer.tiers import NodeInfo, declared_tier, open_tier
@@ -61,7 +60,7 @@ def stocked(session_hub, tmp_path_factory):
     ):
         client.store(TOKENS, client.random_kv(len(TOKENS), seed=7))
         chunk_bytes = client.chunk_bytes
-        wait_until(
+        eventually(
             lambda: len([*api.list_bucket_tree("tests/mp-tiers", recursive=True)]) >= CHUNKS, 60, "chunks in the bucket"
         )
     return Stocked(json.dumps(adapter), chunk_bytes, tmp_path_factory.mktemp("mp-tiers"))
@@ -105,7 +104,7 @@ def test_a_server_hits_on_every_warmed_chunk_and_the_kv_is_identical(stocked, sp
 
         assert retrieved(server) == (len(TOKENS), True)
 
-        wait_until(
+        eventually(
             lambda: server.count("lmcache_mp_lookup_hit_l2_tokens_total", model_name=MODEL) == len(TOKENS), 60, "hits"
         )
         # What the server itself writes of the same prompt has the same names and sizes.
@@ -115,6 +114,6 @@ def test_a_server_hits_on_every_warmed_chunk_and_the_kv_is_identical(stocked, sp
         server.clear_l1()
         with MPClient(server.address, model=MODEL, **SHAPE) as client:
             client.store(TOKENS, client.random_kv(len(TOKENS), seed=7))
-            wait_until(lambda: len([*(tmp_path / "tier").glob("*.data")]) == CHUNKS, 60, "the server's own files")
+            eventually(lambda: len([*(tmp_path / "tier").glob("*.data")]) == CHUNKS, 60, "the server's own files")
     assert len(plan) == CHUNKS
     assert {file.name: file.stat().st_size for file in (tmp_path / "tier").glob("*.data")} == ours

@@ -4,7 +4,7 @@ import sys
 
 from hfbucket_plugin.errors import RefusedError
 from jobs.lock.lock import BucketLock
-from tests.support.plugin_support import opened
+from tests.support.buckets import opened
 
 
 def say(text):

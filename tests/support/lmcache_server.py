@@ -1,23 +1,38 @@
-"""A real `lmcache server` (MP mode) on loopback and CPU, in a process of its own."""
+"""A real `lmcache server` (MP mode) on loopback and CPU, in a process of its own, and a client of one.
+
+    python -m tests.support.lmcache_server server --port 5555 …
+
+runs `lmcache` in this process, and ends it when standard input closes: it does not outlive its parent process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
+
+import torch
+from lmcache.v1.multiprocess.custom_types import IPCCacheServerKey
+from lmcache.v1.multiprocess.transfer_context import EngineDrivenTransferContext
+from lmcache.v1.multiprocess.transfer_context.shm import EngineDrivenContextShm
+from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 from prometheus_client.parser import text_string_to_metric_families
 
-from dev.demo.waiting import wait_until
+from tests.support.waiting import HOST, eventually, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,10 +40,12 @@ if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOST = "127.0.0.1"
+_GRACE_SECONDS = 30.0
 _HTTP_SECONDS = 30.0
+_POLL_SECONDS = 0.001
 _STOP_SECONDS = 30.0
 _SHOWN_LOG_CHARS = 6000
+_numbers = itertools.count(1)
 _QUIET = {
     "LMCACHE_LOG_LEVEL": "INFO",  # what this process asks for itself is not inherited: the log says why a server ended
     "LMCACHE_TRACK_USAGE": "false",
@@ -184,7 +201,7 @@ class MPServer:
             self.request("POST", "/cache/clear", {"tier": "l1"})
             return not self.status()["storage_manager"]["l1_manager"]["total_object_count"]
 
-        wait_until(empty, timeout_s, "nothing in L1 is in use")
+        eventually(empty, timeout_s, "nothing in L1 is in use")
 
     def _start(self) -> None:
         """Start it, again while somebody else was faster to take its ports."""
@@ -195,18 +212,27 @@ class MPServer:
 
     def _comes_up(self) -> bool:
         """Start it on ports that are free now, and wait until it answers; false when it ends instead."""
-        self.port, http_port = _free_ports(2)
+        self.port, http_port = free_ports(2)
         self.address = f"tcp://{HOST}:{self.port}"
         self.http = f"http://{HOST}:{http_port}"
         process = self._process = self._launch(http_port)
         try:
-            wait_until(lambda: _has_ended(process) or self._answers(), self._start_timeout_s, "an answer")
+            eventually(lambda: _has_ended(process) or self._answers(), self._start_timeout_s, "an answer")
         except TimeoutError as error:
             raise MPServerError(f"{error}: {self.log[-_SHOWN_LOG_CHARS:]}") from None
         return not _has_ended(process)
 
     def _launch(self, http_port: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dev.demo.mp_launch", "server", "--host", HOST, "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.lmcache_server",
+            "server",
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+        ]
         command += ["--http-host", HOST, "--http-port", str(http_port), *self._arguments]
         own = {"TMPDIR": self._home.name, "HF_HOME": self._home.name}
         # An engine in this process names that directory, for metrics of several processes; the server's are its own.
@@ -230,7 +256,7 @@ class MPServer:
         if process is None or process.stdin is None:
             raise RuntimeError("this server is stopped")
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: _has_ended(process), patience_s, "the end")
+            eventually(lambda: _has_ended(process), patience_s, "the end")
         # Its session too: Python's tracker of shared memory is a process of its own.
         os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
@@ -262,10 +288,200 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback on which nobody listens, each another."""
-    listeners = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [int(listener.getsockname()[1]) for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
+class MPClient:
+    """A worker of an engine. Use it as a context manager, or call `close`.
+
+    Its KV cache has room for one prompt, whose place is the cache's start: what is stored or retrieved next lies there.
+
+    Args:
+        address: Of the server, such as `tcp://127.0.0.1:5555`.
+        layers: Of the model.
+        hidden: Bytes of a token's KV are `2 * layers * hidden * 2` (bfloat16).
+        tokens: Of the longest prompt.
+        block: Tokens of a block of the KV cache. Chunks are a multiple of it.
+        model: The model's name, as it stands in keys.
+        salt: The `cache_salt` of every request; prompts under different salts share nothing.
+        timeout_s: How long the server may take for a request, and for the loads of a lookup, in seconds.
+
+    Attributes:
+        chunk_size: Tokens of a chunk, as the server says.
+
+    Raises:
+        TimeoutError: The server does not answer.
+        ValueError: Its chunks are no multiple of `block`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        layers: int = 2,
+        hidden: int = 64,
+        tokens: int = 1024,
+        block: int = 16,
+        model: str = "demo/tiny-llama",
+        salt: str = "",
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._model = model
+        self._salt = salt
+        self._timeout_s = timeout_s
+        self._block = block
+        self._cache = torch.zeros((layers, 2, -(-tokens // block), block, 1, hidden), dtype=torch.bfloat16)
+        self._caches = {f"layer.{number}": layer for number, layer in enumerate(self._cache)}
+        self._instance = os.getpid() << 16 | next(_numbers)
+        self._server: Any = RequestClientFactory.create(address)
+        self._transfer: Any = EngineDrivenTransferContext(self._instance, self._server)
+        try:
+            self.chunk_size = int(self._answer(self._server.get_chunk_size()))
+            self._register()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk, and of the object that it becomes."""
+        return int(self.kv(self.chunk_size).nbytes)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether it copies to and from the server's L1 itself; if not, KV is sent."""
+        return isinstance(self._transfer.engine_driven_context, EngineDrivenContextShm)
+
+    def kv(self, tokens: int) -> torch.Tensor:
+        """The place of a prompt in the KV cache, `[2, layers, tokens, hidden]` as in chunks: the cache itself, no copy."""
+        return self._cache.flatten(2, 4).transpose(0, 1)[:, :, :tokens]
+
+    def random_kv(self, tokens: int, seed: int) -> torch.Tensor:
+        """KV of that many tokens, shaped as `kv`: incompressible, as real KV nearly is."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.kv(tokens).shape, generator=generator).to(torch.bfloat16)
+
+    def store(self, tokens: Sequence[int], kv: torch.Tensor | None = None) -> None:
+        """Store the full chunks of a prompt in L1; the server writes them to its adapters in the background.
+
+        Args:
+            tokens: The prompt.
+            kv: Its KV, `[2, layers, tokens, hidden]`; None for what the KV cache holds.
+
+        Raises:
+            RuntimeError: The server did not take it. That L1 has no room for a chunk, it does not tell.
+        """
+        if kv is not None:
+            self.kv(len(tokens)).copy_(kv)
+        request = replace(self._request(tokens), worker_id=0)
+        self._move(self._transfer.submit_store, request)
+        self._answer(self._server.end_session(request.request_id))
+
+    def lookup(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt are cached, from its start.
+
+        The server loads the hits into L1 for it, and forgets them at once when they came from an adapter.
+
+        Raises:
+            TimeoutError: The adapters took too long.
+        """
+        request = self._request(tokens)
+        hit = self._prefetch(request)
+        self._answer(self._server.free_lookup_locks(replace(request, end=hit), 1))
+        self._answer(self._server.end_session(request.request_id))
+        return hit
+
+    def retrieve(self, tokens: Sequence[int]) -> tuple[int, torch.Tensor]:
+        """Look a prompt up and retrieve what is cached of it.
+
+        Returns:
+            How many tokens were hit, from its start, and its place in the KV cache: zeros where they were not. The next
+            call overwrites it.
+
+        Raises:
+            TimeoutError: The adapters took too long.
+            RuntimeError: The server did not hand out what the lookup had hit.
+        """
+        place = self.kv(len(tokens))
+        place.zero_()
+        request = self._request(tokens)
+        hit = self._prefetch(request)
+        if hit:
+            self._move(self._transfer.submit_retrieve, replace(request, worker_id=0, end=hit))
+        self._answer(self._server.end_session(request.request_id))
+        return hit, place
+
+    def close(self) -> None:
+        """Leave the server; no error when it is gone."""
+        left = self._transfer.unregister()
+        if left is not None:
+            left.wait(timeout=1.0)
+        self._transfer.close()
+        self._server.close()
+
+    def _register(self) -> None:
+        """Tell the server how the KV cache is laid out."""
+        if self.chunk_size % self._block:
+            raise ValueError(f"chunks of {self.chunk_size} tokens are no multiple of blocks of {self._block}")
+        blocks, hints = self.chunk_size // self._block, {"kv_layout": "NHD"}
+        self._transfer.register(self._caches, self._model, 1, blocks, self._timeout_s, layout_hints=hints)
+
+    def _request(self, tokens: Sequence[int]) -> Any:
+        """A new request for a prompt's full chunks."""
+        if len(tokens) > (room := self._cache[0, 0].shape[0] * self._block):
+            raise ValueError(f"a prompt of {len(tokens)} tokens, and room for {room}")
+        return IPCCacheServerKey(
+            model_name=self._model,
+            world_size=1,
+            worker_id=None,
+            num_kv_readers=1,
+            token_ids=tuple(tokens),
+            start=0,
+            end=len(tokens) // self.chunk_size * self.chunk_size,
+            request_id=f"{self._instance}-{next(_numbers)}",
+            cache_salt=self._salt,
+        )
+
+    def _prefetch(self, request: Any) -> int:
+        """Have the server load a request's hits into L1; returns how many tokens they are."""
+        self._answer(self._server.lookup(request, 1))
+        end = time.monotonic() + self._timeout_s
+        while (chunks := self._answer(self._server.query_prefetch_status(request.request_id))) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the lookup did not end within {self._timeout_s} s")
+            time.sleep(_POLL_SECONDS)
+        return int(chunks) * self.chunk_size
+
+    def _move(self, submit: Any, request: Any) -> None:
+        """Copy a request's KV between the KV cache and L1."""
+        blocks = list(range(request.end // self._block))
+        moved = submit(request.request_id, request, self._caches, [blocks], None, self.chunk_size // self._block)
+        if not self._answer(moved):
+            raise RuntimeError(f"the server did not do {submit.__name__} of {request.end} tokens")
+
+    def _answer(self, future: Any) -> Any:
+        return future.result(timeout=self._timeout_s)
+
+
+def end_with_parent() -> None:
+    """Block until standard input closes, then end this process: SIGTERM, and SIGKILL after 30 seconds."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the `lmcache` command with this process's arguments."""
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+    from lmcache.cli.main import main as lmcache
+
+    lmcache(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

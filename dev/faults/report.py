@@ -1,16 +1,73 @@
-"""Whether a trial kept its promise."""
+"""What callers saw and metrics say of the same; whether a trial kept its promise; the generated parts of docs/reliability.md.
+
+`make docs` writes the promises into the page, `make faults` what was measured.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from dev.faults.guarantees import BACK_SECS, FAILED, LATE_SECS, SERVED, SILENT, guarantee
+from dev.faults.guarantees import BACK_SECS, FAILED, LATE_SECS, SERVED, SILENT, guarantee, table
+from dev.generated import write
+from tests.support.surface import chunks_counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from dev.faults.guarantees import Guarantee
     from dev.faults.trial import Report
+    from tests.support.surface import Surface
+
+
+OPERATIONS: Final = ("lookup", "get", "put", "delete")
+
+
+class Ledger:
+    """Counts; thread-safe.
+
+    Attributes:
+        asked: Chunks of each operation.
+        reported: Of lookups and gets, the chunks of which the engine was told yes.
+        counted: What the metrics say: operation to outcome to chunks.
+        calls: Of each operation.
+        wrong: Chunks with wrong bytes.
+        raised: What calls raised, in words.
+        latest: Seconds by which the slowest call outlasted its deadline.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.asked: Counter[str] = Counter()
+        self.reported: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.counted: dict[str, Counter[str]] = {}
+        self.wrong = 0
+        self.raised: list[str] = []
+        self.latest = 0.0
+
+    def note(self, operation: str, asked: int, reported: int, seconds_late: float, wrong: int = 0) -> None:
+        """Note a call."""
+        with self._lock:
+            self.calls[operation] += 1
+            self.asked[operation] += asked
+            self.reported[operation] += reported
+            self.wrong += wrong
+            self.latest = max(self.latest, seconds_late)
+
+    def note_raised(self, text: str) -> None:
+        """Note that a call raised into the engine."""
+        with self._lock:
+            self.raised.append(text)
+
+    def read_metrics(self, engines: Sequence[Surface]) -> None:
+        """Take what the metrics of all engines say."""
+        for operation in OPERATIONS:
+            self.counted[operation] = Counter()
+            for engine in engines:
+                self.counted[operation] += chunks_counted(engine.instance, operation)
 
 
 def breaches(report: Report) -> list[str]:
@@ -69,3 +126,15 @@ def _safety(report: Report, one: Guarantee) -> Iterator[str]:
         yield f"memory of {report.leaked} chunks did not come back to the engine"
     if not report.healthy:
         yield "LMCache's health check failed"
+
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+
+
+def parts() -> dict[str, str]:
+    """The promises as they stand in the code."""
+    return {"promises": table()}
+
+
+if __name__ == "__main__":
+    write(PAGE, parts())

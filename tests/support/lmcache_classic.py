@@ -1,27 +1,34 @@
-"""LMCache's own parts around our connector, without a whole engine."""
+"""The classic engine: LMCache's own `RemoteBackend`, made from a configuration, over our connector; and its surface."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import yaml
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendHealthCheck
 from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 
 from hfbucket_plugin.core.telemetry import CHUNKS, MemorySink
+from tests.support.surface import CHUNK_BYTES, HIDDEN, LAYERS, MODEL, TOKENS, Limits, content
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from lmcache.v1.memory_management import MemoryObj
+
+    from hfbucket_plugin.store.chunk_store import ChunkStore
+
+_LIST_SECS: Final = 60.0
+_PATIENCE_SECS: Final = 120.0
 
 OURS = {"module_path": "hfbucket_plugin.adapter", "class_name": "HFBucketConnectorAdapter"}
 
@@ -163,19 +170,34 @@ class Rig:
         memory_objs = [self.chunk(number) for number in numbers]
         self.run(self.connection.batched_put([key(number) for number in numbers], memory_objs))
 
-    def free(self) -> int:
+    def free_chunks(self) -> int:
         """How many chunks there is memory for."""
-        held = []
-        while (memory_obj := self.allocate()) is not None:
-            held.append(memory_obj)
+        held = self.take_all()
         for memory_obj in held:
             memory_obj.ref_count_down()
         return len(held)
+
+    def take_all(self) -> list[MemoryObj]:
+        """Memory for as many chunks as there is memory for."""
+        held = []
+        while (memory_obj := self.allocate()) is not None:
+            held.append(memory_obj)
+        return held
 
     def count(self, operation: str, outcome: str) -> float:
         """How many chunks ended so."""
         assert self.tally is not None
         return self.tally.get(CHUNKS, operation=operation, outcome=outcome)
+
+    @property
+    def store(self) -> ChunkStore:
+        """What is below the connector."""
+        store: ChunkStore = self.connector._store
+        return store
+
+    def close_client(self) -> None:
+        """Close what is ours; the memory around it lives on."""
+        self.remote.close()
 
     def close(self) -> None:
         """End it."""
@@ -195,3 +217,135 @@ def taken(memory_objs: Sequence[MemoryObj | None]) -> list[bytes | None]:
         contents.append(bytes(memory_obj.byte_array.cast("B")))
         memory_obj.ref_count_down()
     return contents
+
+
+class Classic(Rig):
+    """The surface of one engine's remote backend.
+
+    Args:
+        instance: Its name, `hfbucket` or `hfbucket.<something>`.
+        loop: Runs the connector's coroutines.
+        directory: For its configuration and temporary files.
+        handle: `hf://buckets/…`.
+        endpoint: The Hub's address.
+        limits: Its deadlines.
+        cpu_gb: The engine's memory.
+        **values: More settings of the instance.
+    """
+
+    deletes_at_once = 1
+    lends_memory = True
+
+    def __init__(
+        self,
+        instance: str,
+        loop: asyncio.AbstractEventLoop,
+        directory: Path,
+        *,
+        handle: str,
+        endpoint: str,
+        limits: Limits,
+        cpu_gb: float = 0.02,
+        **values: Any,
+    ) -> None:
+        self.instance = instance
+        self._limits = limits
+        settings = {
+            **OURS,
+            "bucket_handle": handle,
+            "endpoint": endpoint,
+            "download_tmp_dir": str(directory / "tmp"),
+            "lookup_timeout_secs": limits.lookup,
+            "get_timeout_secs": limits.get,
+            "put_timeout_secs": limits.put,
+            "fingerprint": "off",  # faults are to meet the work, and counts to tell of it alone
+        }
+        document = {
+            "chunk_size": TOKENS,
+            "local_cpu": False,
+            "max_local_cpu_size": cpu_gb,
+            "save_unfull_chunk": False,
+            "blocking_timeout_secs": limits.get + 10,
+            "remote_storage_plugins": [instance],
+            "extra_config": {
+                f"remote_storage_plugin.{instance}.{name}": value for name, value in (settings | values).items()
+            },
+        }
+        config = engine_config(directory / f"{instance}.yaml", yaml.safe_dump(document))
+        layout = engine_metadata(LAYERS, HIDDEN, TOKENS, model_name=MODEL)
+        super().__init__(config, instance, loop, metadata=layout)
+        if self.remote.connection is None:
+            raise RuntimeError(f"LMCache made no connector of {document}")
+        self._check = RemoteBackendHealthCheck(self.remote)
+
+    def lookup(self, numbers: Sequence[int]) -> list[bool]:
+        """What the scheduler asks: LMCache is told how many hits there are before the first miss."""
+        hits = self.remote.batched_contains([key(number, MODEL) for number in numbers])
+        return [index < hits for index in range(len(numbers))]
+
+    def get(self, numbers: Sequence[int]) -> list[bytes | None]:
+        """What a retrieve gets, in its own way."""
+        return [_taken(obj) for obj in self.remote.batched_get_blocking([key(number, MODEL) for number in numbers])]
+
+    def retrieve(self, numbers: Sequence[int]) -> tuple[list[bool], list[bytes | None]]:
+        """What a retrieve does: look up, and get what was found before the first miss."""
+        hits = self.lookup(numbers)
+        found = [number for number, hit in zip(numbers, hits, strict=True) if hit]
+        return hits, self.get(found) if found else []
+
+    def put(self, numbers: Sequence[int]) -> bool | None:
+        """Store as an engine does: it is told that the task ended, and not how."""
+        objects = [self._chunk(number) for number in numbers]
+        left = threading.Semaphore(0)
+        self.remote.batched_submit_put_task(
+            [key(number, MODEL) for number in numbers], objects, on_complete_callback=lambda _: left.release()
+        )
+        for memory_obj in objects:  # as LMCache's storage manager does: the storing side holds a reference of its own
+            memory_obj.ref_count_down()
+        for _ in numbers:
+            if not left.acquire(timeout=_PATIENCE_SECS):
+                raise TimeoutError("the put never ended")
+        return None
+
+    def delete(self, numbers: Sequence[int]) -> bool | None:
+        """LMCache's `remove`, chunk by chunk."""
+        gone = [self.remote.remove(key(number, MODEL)) for number in numbers]
+        return all(gone)
+
+    def list(self) -> list[str]:
+        """The connector's own listing."""
+        names: list[str] = self.run(self.connection.list(), _PATIENCE_SECS)
+        return names
+
+    @staticmethod
+    def name(number: int) -> str:
+        """The key string of a chunk."""
+        text: str = key(number, MODEL).to_string()
+        return text
+
+    def deadline(self, operation: str) -> float:
+        """A delete is given a lookup's time."""
+        limits = self._limits
+        return {"lookup": limits.lookup, "get": limits.get, "put": limits.put, "delete": limits.lookup}.get(
+            operation, _LIST_SECS
+        )
+
+    def healthy(self) -> bool:
+        """What LMCache's health monitor finds."""
+        return bool(self._check.check())
+
+    def _chunk(self, number: int) -> MemoryObj:
+        memory_obj = self.allocate()
+        if memory_obj is None:
+            raise MemoryError("the engine's memory is used up")
+        memory_obj.byte_array.cast("B")[:] = content(number)
+        return memory_obj
+
+
+def _taken(memory_obj: MemoryObj | None) -> bytes | None:
+    if memory_obj is None:
+        return None
+    data = bytes(memory_obj.byte_array.cast("B"))
+    memory_obj.ref_count_down()
+    assert len(data) == CHUNK_BYTES
+    return data

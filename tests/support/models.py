@@ -1,11 +1,20 @@
-"""How long models are compared with the real thing: a little at each run of the tests, and `make thorough` for long."""
+"""Models that are compared with the real thing, and property tests: how many examples, of what, run how."""
 
 import os
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 FACTOR = int(os.environ.get("TEST_EXAMPLES_FACTOR", "1"))
+"""A little at each run of the tests, and `make thorough` for long."""
+
+untimed = settings(deadline=None)
+"""How long an example takes is no matter of any test's."""
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+field_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@"), min_size=1)
+"""What may stand between two '@' of a key."""
 
 
 def examples(number):

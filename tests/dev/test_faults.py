@@ -8,15 +8,15 @@ import itertools
 
 import pytest
 
-from dev.faults import cells, pages, verdict
-from dev.faults.classic import running_loop
+from dev.faults import report as reports
 from dev.faults.guarantees import TITLES, guarantee
 from dev.faults.injections import FAULTS, OPERATIONS, routes
-from dev.faults.plan import SURFACES, trials
-from dev.faults.surface import Limits
+from dev.faults.matrix import SURFACES, tables, trials
 from dev.faults.trial import Bench, Call, Report, Trial
 from dev.generated import filled
 from tests.support.hubs import start_on_fresh_port
+from tests.support.lmcache_classic import running_loop
+from tests.support.surface import Limits
 
 PATIENT = Limits(lookup=10, get=15, put=30)
 """For faults that are answered: however slow the machine is, the answer comes first."""
@@ -65,7 +65,7 @@ def test_a_fault_does_what_is_promised(bench, trial):
     limits = SHORT if trial.fault in UNANSWERED else PAUSED if trial.fault.startswith("429") else PATIENT
     report = bench.run(trial, limits)
 
-    assert [breach for breach in verdict.breaches(report) if breach not in verdict.timing(report)] == []
+    assert [breach for breach in reports.breaches(report) if breach not in reports.timing(report)] == []
     assert report.back_secs is not None, "service did not come back"
 
 
@@ -82,9 +82,9 @@ def kept(trial=LOOKUP, word="miss", kind="transport", seconds=0.1, **values):
 
 
 def test_what_keeps_its_promise_is_passed():
-    assert verdict.breaches(kept()) == []
-    assert verdict.breaches(kept(chunks={"breaker": 1, "transport": 1})) == []
-    assert verdict.breaches(kept(GET, "wrong", "hit", wrong=2)) == [], "as `size` promises"
+    assert reports.breaches(kept()) == []
+    assert reports.breaches(kept(chunks={"breaker": 1, "transport": 1})) == []
+    assert reports.breaches(kept(GET, "wrong", "hit", wrong=2)) == [], "as `size` promises"
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_what_keeps_its_promise_is_passed():
     ],
 )
 def test_what_does_not_is_found(report, words):
-    assert any(words in breach for breach in verdict.breaches(report)), verdict.breaches(report)
-    assert "✗" in cells.tables([report])
+    assert any(words in breach for breach in reports.breaches(report)), reports.breaches(report)
+    assert "✗" in tables([report])
 
 
 def test_a_call_that_raises_is_told():
     report = kept()
     report.calls[0] = Call({}, 0.1, "ValueError: no")
 
-    assert any("raised ValueError" in breach for breach in verdict.breaches(report))
+    assert any("raised ValueError" in breach for breach in reports.breaches(report))
 
 
 def test_a_report_survives_its_way_between_processes():
@@ -140,13 +140,13 @@ def test_every_fault_is_tried_on_every_operation_of_both_surfaces_on_each_of_its
 
 
 def test_the_promises_on_the_page_are_those_of_the_code():
-    page = pages.PAGE.read_text(encoding="utf-8")
+    page = reports.PAGE.read_text(encoding="utf-8")
 
-    assert filled(page, pages.parts()) == page, "run `make docs`"
+    assert filled(page, reports.parts()) == page, "run `make docs`"
 
 
 def test_what_the_page_says_was_measured_kept_its_promises():
-    page = pages.PAGE.read_text(encoding="utf-8")
+    page = reports.PAGE.read_text(encoding="utf-8")
     _, _, rest = page.partition("<!-- measured: ")
     measured, ended, _ = rest.partition("<!-- /measured -->")
 
