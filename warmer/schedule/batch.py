@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from warmer.schedule.tasks import FetchTask, ReceiveTask, total_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from hfbucket_plugin.tools.selection import ChunkRef
     from warmer.schedule.cohort import Cohort
@@ -99,6 +99,22 @@ class InFlight:
         return isinstance(self.task, FetchTask)
 
 
+@dataclass(slots=True)
+class NodeTasks:
+    """The tasks in flight on one node, and their sums.
+
+    Attributes:
+        tasks: By number.
+        fetches, receives: How many there are of each kind.
+        bytes: Of all of them.
+    """
+
+    tasks: dict[int, InFlight] = field(default_factory=dict)
+    fetches: int = 0
+    receives: int = 0
+    bytes: int = 0
+
+
 class InFlightTable:
     """The tasks in flight, each of them once: whatever a node, a batch or the run has in flight follows from it.
 
@@ -108,7 +124,7 @@ class InFlightTable:
 
     def __init__(self) -> None:
         self._tasks: dict[int, InFlight] = {}
-        self._by_node: defaultdict[str, dict[int, InFlight]] = defaultdict(dict)
+        self._by_node: defaultdict[str, NodeTasks] = defaultdict(NodeTasks)
         self._new: list[InFlight] = []
         self.fetching_bytes = 0
 
@@ -118,19 +134,27 @@ class InFlightTable:
     def __iter__(self) -> Iterator[InFlight]:
         return iter(self._tasks.values())
 
-    def of(self, node: str) -> Collection[InFlight]:
+    def of(self, node: str) -> NodeTasks:
         """The tasks of a node."""
-        return self._by_node[node].values()
+        return self._by_node[node]
 
     def add(self, running: InFlight) -> None:
         """Add a task."""
         task = running.task
-        self._tasks[task.number] = self._by_node[task.node][task.number] = running
+        self._tasks[task.number] = self._by_node[task.node].tasks[task.number] = running
         self._new.append(running)
-        if running.fetches:
-            self.fetching_bytes += running.size
-        elif running.batch is not None:
+        self._count(running, 1)
+        if not running.fetches and running.batch is not None:
             running.batch.receiving.add(task.node)
+
+    def _count(self, running: InFlight, sign: int) -> None:
+        node, size = self._by_node[running.task.node], sign * running.size
+        node.bytes += size
+        if running.fetches:
+            node.fetches += sign
+            self.fetching_bytes += size
+        else:
+            node.receives += sign
 
     def pop(self, number: int) -> InFlight:
         """Remove a task that has ended.
@@ -140,16 +164,15 @@ class InFlightTable:
         """
         running = self._tasks.pop(number)
         node = running.task.node
-        self._by_node[node].pop(number, None)
-        if running.fetches:
-            self.fetching_bytes -= running.size
-        elif running.batch is not None:
+        del self._by_node[node].tasks[number]
+        self._count(running, -1)
+        if not running.fetches and running.batch is not None:
             running.batch.receiving.discard(node)
         return running
 
     def pop_all(self, node: str) -> list[InFlight]:
         """Remove the tasks of a lost node."""
-        lost = [self.pop(number) for number in list(self._by_node[node])]
+        lost = [self.pop(number) for number in list(self._by_node[node].tasks)]
         del self._by_node[node]
         return lost
 

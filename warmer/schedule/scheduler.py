@@ -607,7 +607,7 @@ class Scheduler:
             if rotate:  # to the end, so that others are looked at next time
                 batch.to_the_end(name)
             if (willing or name not in batch.avoid) and self._may_give(state, batch.size, fetch=True):
-                busy = sum(running.size for running in self._tasks.of(name))
+                busy = self._tasks.of(name).bytes
                 load = (busy + batch.size) * (state.pace.secs_per_byte or typical)
                 if best is None or load < best[0]:
                     best = (load, state)
@@ -630,13 +630,10 @@ class Scheduler:
         """Whether a node may begin to fetch, or to receive, a number of bytes now."""
         if not state.started:
             return False
-        tasks = self._tasks.of(state.name)
-        if sum(running.fetches is fetch for running in tasks) >= (
-            self._window.fetches if fetch else self._window.receives
-        ):
+        own = self._tasks.of(state.name)
+        if own.fetches >= self._window.fetches if fetch else own.receives >= self._window.receives:
             return False
-        busy = sum(running.size for running in tasks)
-        return (not busy or busy + size <= self._window.bytes) and state.bucket.ready(self._now)
+        return (not own.bytes or own.bytes + size <= self._window.bytes) and state.bucket.ready(self._now)
 
     def _fetch(self, state: NodeState, chunks: tuple[ChunkRef, ...], batch: Batch | None, *, share: bool) -> FetchTask:
         task = FetchTask(next(self._numbers), state.name, chunks, share)
@@ -763,7 +760,8 @@ class Scheduler:
             blame = membership.blame(secs, self._now, stragglers.FADING * patience)
             if membership.cohort is cohort:
                 waits = [
-                    (self._now - running.since, running.size, not running.fetches) for running in self._tasks.of(name)
+                    (self._now - running.since, running.size, not running.fetches)
+                    for running in self._tasks.of(name).tasks.values()
                 ]
                 waited_for[name] = Waited(blame, state.started, state.receive_pace.secs_per_byte, waits)
         view = StragglerView(self._window.patience_secs, patience, self._receive_pace.secs_per_byte, waited_for)

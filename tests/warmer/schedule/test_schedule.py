@@ -29,6 +29,11 @@ def expect_derived(schedule):
     """Whatever is counted follows from the table of tasks in flight and from the batches."""
     tasks, batches = list(schedule._tasks), list(schedule._batches.values())
     assert schedule._tasks.fetching_bytes == sum(total_bytes(one.task.chunks) for one in tasks if one.fetches)
+    for node in schedule.nodes:
+        own, mine = schedule._tasks.of(node), [one for one in tasks if one.task.node == node]
+        assert list(own.tasks.values()) == mine
+        fetches = sum(one.fetches for one in mine)
+        assert (own.fetches, own.receives, own.bytes) == (fetches, len(mine) - fetches, sum(one.size for one in mine))
     used = dict.fromkeys(schedule.nodes, 0)
     for batch in batches:
         assert batch.size == total_bytes(batch.chunks)
