@@ -6,7 +6,6 @@ Packages say which commands they have by entry points, so that nothing here impo
 
 from __future__ import annotations
 
-import difflib
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -56,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name in commands:
         _load(commands[name])(args=given, prog_name="hfbucket")
     else:
-        near = difflib.get_close_matches(name, [*commands, *groups], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        _end(f"there is no command {name!r}{hint} `hfbucket --help` lists all commands")
+        _end(f"there is no command {name!r}{texts.did_you_mean(name, [*commands, *groups], 0.6)}")
 
 
 def _load(point: EntryPoint) -> Any:

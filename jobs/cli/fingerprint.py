@@ -106,7 +106,8 @@ class _Row:
             "digest": one.digest if one is not None else None,
             "conflict": self.wrong or None,
             "fingerprint": one.model_dump(mode="json", exclude_none=True) if one is not None else None,
-            "trouble": self.trouble or None,
+            "reason": self.trouble or None,
+            "trouble": self.trouble or None,  # its name in release 0.1
         }
 
 

@@ -170,7 +170,8 @@ class ExportSummary:
             "message": self.message,
             "seconds": round(self.seconds, 3),
             "how": self.how,
-            "why": None if self.method is None else self.method.why,
+            "reason": None if self.method is None else self.method.why,
+            "why": None if self.method is None else self.method.why,  # its name in release 0.1
         }
         if self.plan is not None:
             # What ended as `same` while copying was planned; what was so before is not in the plan.

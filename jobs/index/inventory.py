@@ -75,6 +75,7 @@ class IndexState:
             now: The Hub's time, in seconds since 1970.
         """
         pointer, listing = self.pointer, self.listing
+        reason = self.unknown or (pointer.ahead_of(now) if pointer is not None else "")
         return {
             "snapshot": None if pointer is None else pointer.snapshot,
             "keys": None if pointer is None else pointer.keys,
@@ -85,7 +86,8 @@ class IndexState:
             "journals": self.journals,
             "journals_waiting": self.waiting,
             "strange": self.strange,
-            "trouble": self.unknown or (pointer.ahead_of(now) if pointer is not None else ""),
+            "reason": reason,
+            "trouble": reason,  # its name in release 0.1
         }
 
 

@@ -152,7 +152,8 @@ class IndexSummary:
         pointer = made.pointer
         return {
             "made_of": made.how,
-            "why": made.why,
+            "reason": made.why,
+            "why": made.why,  # its name in release 0.1
             "left": made.keys.record(),
             "published": pointer is not None,
             "snapshot": None if pointer is None else pointer.snapshot,

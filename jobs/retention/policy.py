@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic and Typer look at annotations
 from typing import Annotated, Any, Final
@@ -22,6 +21,7 @@ from pydantic import (
 
 from hfbucket_plugin.config.yaml_file import read_yaml
 from hfbucket_plugin.core.keys import model_of
+from hfbucket_plugin.core.texts import did_you_mean
 from hfbucket_plugin.core.units import format_duration, parse_bytes, parse_duration
 from hfbucket_plugin.errors import ConfigError
 
@@ -161,8 +161,7 @@ _NAMES: Final = sorted({*Policy.model_fields, *Rule.model_fields, *Models.model_
 def _in_words(problem: Any) -> str:
     setting = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _NAMES, n=1, cutoff=0.4)
-        return f"unknown setting {setting}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        return f"unknown setting {setting}{did_you_mean(str(problem['loc'][-1]), _NAMES)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{setting}: {message}" if setting else message
 
