@@ -69,10 +69,12 @@ def random_rows(number: int, dtype: np.dtype[Any], seed: int) -> Any:
 
 def figures(changes: int, keys: int) -> dict[str, dict[str, float]]:
     """All of them."""
+    import numpy as np
+
     from dev.benchmarks.gauges import Memory
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.hub.records import RecordStore, hash_of
-    from hfbucket_plugin.index.table import CHANGE, EMPTY, ROW, Table, View, in_order, last_of_each, merged, newest
+    from hfbucket_plugin.index.table import CHANGE, ROW, Table, View, in_order, last_of_each, merged, newest
 
     found: dict[str, dict[str, float]] = {}
 
@@ -92,7 +94,7 @@ def figures(changes: int, keys: int) -> dict[str, dict[str, float]]:
     fresh = [random_rows(100, CHANGE, seed) for seed in range(2, 102)]
 
     def fold() -> View:
-        view = View(EMPTY, 0.0, 0.0, table)
+        view = View(Table(np.zeros(0, ROW)), 0.0, 0.0, table)
         for rows in fresh:
             view = view.folded(rows)
         return view

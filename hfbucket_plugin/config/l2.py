@@ -122,7 +122,7 @@ def from_json(text: str) -> L2Settings:
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError):
-        raise ConfigError("--l2-adapter: this is no JSON; give it the very text that `lmcache server` takes") from None
+        raise ConfigError("--l2-adapter: not valid JSON; pass the text that `lmcache server` takes") from None
     if not isinstance(spec, dict):
         raise ConfigError('--l2-adapter: must be a JSON object, such as {"type": "plugin", ...}')
     kind = spec.get("type")
@@ -131,7 +131,7 @@ def from_json(text: str) -> L2Settings:
     if kind != "plugin" or spec.get("module_path") != MODULE:
         named = f"type {kind!r}" + (f", module_path {spec.get('module_path')!r}" if kind == "plugin" else "")
         raise _refused(
-            f'--l2-adapter: {named} is no adapter of a bucket; these are {{"type": "plugin", "module_path": "{MODULE}", ...}} '
+            f'--l2-adapter: {named} is not a bucket adapter; expected {{"type": "plugin", "module_path": "{MODULE}", ...}} '
             'and the built-in {"type": "hfbucket", ...}'
         )
     params = spec.get("adapter_params", {})

@@ -70,7 +70,7 @@ class EngineConfig:
         """
         document = read_yaml(path, "LMCache configuration")
         if not isinstance(document, dict):
-            raise ConfigError(f"LMCache configuration {str(path)!r} is no mapping of settings")
+            raise ConfigError(f"LMCache configuration {str(path)!r} is not a mapping of settings")
         document, overrides = _as_lmcache_reads(document, os.environ if environ is None else environ, path)
         return cls(
             str(path),

@@ -111,7 +111,7 @@ def _expand_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(
-            "'~' stands for a home directory, and this user has none: set HOME, or write the path out"
+            "cannot expand '~': this user has no home directory; set HOME, or write the full path"
         ) from None
 
 

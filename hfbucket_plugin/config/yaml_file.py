@@ -88,7 +88,7 @@ def parse_yaml(text: str, name: str) -> Any:
     except _UnfitError as error:
         at = "" if error.line is None else f" at line {error.line}"
         at += "" if error.column is None else f", column {error.column}"
-        message = f"{name} is no YAML{at}: {error.problem}"
+        message = f"{name} is not valid YAML{at}: {error.problem}"
     raise ConfigError(message)  # outside of the handler: the cause would print the file
 
 

@@ -36,11 +36,12 @@ KEPT: Final = _Kept()
 
 
 class RevocableBuffer:
-    """Lets several threads write disjoint ranges of one buffer, until it is revoked.
+    """Lets several threads write disjoint ranges of one buffer, or copy it, until it is revoked.
 
     Args:
-        buffer: Writable, one dimension, format ``B``.
-        memory: What the buffer belongs to, if the engine may free it before the lease is revoked.
+        buffer: One dimension, format ``B``; writable where it is written. Where it is copied it stays as it is until `revoke`
+            returns.
+        memory: What the buffer belongs to, if the engine may free it before it is revoked.
     """
 
     def __init__(self, buffer: memoryview, memory: Memory = KEPT) -> None:
@@ -70,10 +71,18 @@ class RevocableBuffer:
                 return True
             return False
 
-    def read(self, at: int, length: int) -> bytes | None:
-        """A copy of a range, or None when the lease was revoked or the memory was freed."""
+    def read(self, start: int, end: int) -> bytes | None:
+        """A copy of some bytes, or None when the buffer was revoked or the memory was freed.
+
+        Copying holds the lock, and the GIL: ask for a few MiB at a time.
+        """
         with self._lock:
-            return _copy(self._buffer, self._memory, at, at + length)
+            if self._buffer is None:
+                return None
+            piece = bytes(self._buffer[start:end])
+            return (
+                piece if self._memory.valid else None
+            )  # asked afterwards: what was valid then has not been reused before
 
     def revoke(self) -> None:
         """After this returns nothing writes or reads any more, and the buffer is no longer referred to."""
@@ -84,38 +93,3 @@ class RevocableBuffer:
     def live(self) -> bool:
         """Whether writes are still taken."""
         return self._buffer is not None and self._memory.valid
-
-
-class RevocableSource:
-    """Lets a thread copy a buffer, until it is revoked.
-
-    Args:
-        buffer: One dimension, format ``B``. It stays as it is until `revoke` returns.
-        memory: What the buffer belongs to, if the engine may free it before the lease is revoked.
-    """
-
-    def __init__(self, buffer: memoryview, memory: Memory = KEPT) -> None:
-        self._buffer: memoryview | None = buffer
-        self._memory = memory
-        self._lock = threading.Lock()
-        self.size = len(buffer)
-
-    def read(self, start: int, end: int) -> bytes | None:
-        """A copy of some bytes, or None when the lease was revoked or the memory was freed.
-
-        Copying holds the lock, and the GIL: ask for a few MiB at a time.
-        """
-        with self._lock:
-            return _copy(self._buffer, self._memory, start, end)
-
-    def revoke(self) -> None:
-        """After this returns nothing reads any more, and the buffer is no longer referred to."""
-        with self._lock:
-            self._buffer = None
-
-
-def _copy(buffer: memoryview | None, memory: Memory, start: int, end: int) -> bytes | None:
-    if buffer is None:
-        return None
-    piece = bytes(buffer[start:end])
-    return piece if memory.valid else None  # asked afterwards: what was valid then has not been reused before

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
@@ -221,7 +222,7 @@ class WorkerPool:
                 self._idle += 1
 
     def _performed(self, future: Future[Any]) -> None:
-        """Note that a task has ended, or was cancelled before it began."""
+        """Record that a task has ended, or was cancelled before it began."""
 
     @staticmethod
     def _perform(
@@ -272,7 +273,7 @@ class FairPool(WorkerPool):
 
         Args:
             request: Tells whose task it is; by its identity.
-            background: Whether nobody waits for it.
+            background: Whether no caller waits for it.
             function: What to run.
             *args: Its arguments.
             **kwargs: The same.
@@ -334,7 +335,7 @@ class _Turns:
                 self._ready.wait()
 
     def ended(self, future: Future[Any]) -> None:
-        """Note the end of a task: it may make room for one in the background."""
+        """Record the end of a task: it may make room for one in the background."""
         with self._ready:
             if future in self._held:
                 self._held.discard(future)
@@ -355,6 +356,23 @@ def _take_turn(requests: OrderedDict[int, deque[_Task]]) -> _Task:
     return task
 
 
+def result_of(future: Future[_T], deadline: Deadline, what: str) -> _T:
+    """Wait for the result of a future, as long as there is time.
+
+    Args:
+        future: What to wait for.
+        deadline: When to give up.
+        what: Names the call in errors.
+
+    Raises:
+        DeadlineError: It did not end in time, or failed with this error itself.
+        BaseException: What it failed with.
+    """
+    if not wait([future], deadline.remaining()).done:
+        raise DeadlineError(f"{what}: no answer within {deadline.seconds:g} s; the call was abandoned")
+    return future.result()
+
+
 _GRACE_SECS: Final = 0.5
 """A call that notices its deadline itself says better what it was waiting for: it gets so much longer to say it."""
 
@@ -370,15 +388,12 @@ def call_with_deadline(what: str, function: Callable[[Deadline], _T], seconds: f
         seconds: How long it may take.
 
     Raises:
-        DeadlineError: It did not end in time. Its thread goes on, and nobody hears of what it does.
+        DeadlineError: It did not end in time. Its thread goes on, and its outcome is dropped.
         BaseException: What the function raised.
     """
     pool = WorkerPool("hfbucket-cli", 1)
     try:
         future = pool.submit(function, Deadline.after(seconds))
-        wait([future], timeout=seconds + _GRACE_SECS)
-        if not future.done():
-            raise DeadlineError(f"{what}: no answer within {seconds:g} s; the call was abandoned")
-        return future.result()
+        return result_of(future, Deadline(time.monotonic() + seconds + _GRACE_SECS, seconds), what)
     finally:
         pool.close()

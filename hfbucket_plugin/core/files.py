@@ -58,7 +58,7 @@ class OutputFile:
         if found is not None and stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(21, "it is a directory")
         if str(self._target).startswith(_SPECIAL) or (found is not None and not stat.S_ISREG(found.st_mode)):
-            number = os.open(self._target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody reads
+            number = os.open(self._target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a reader
             os.set_blocking(number, True)
             return os.fdopen(number, "w", encoding="utf-8")
         if found is not None:

@@ -74,10 +74,10 @@ class BucketHandle:
         stripped = text.strip()
         if not stripped.startswith(SCHEME):
             shown = repr(text) if "/" in text or not stripped else "this"  # a token in the wrong place holds no slash
-            raise ConfigError(f"{shown} is no bucket handle: it must read {_SHAPE}")
+            raise ConfigError(f"{shown} is not a valid bucket handle: expected {_SHAPE}")
         parts = [part for part in stripped[len(SCHEME) :].split("/") if part]
         if not parts[1:]:
-            raise ConfigError(f"{text!r} names no bucket: it must read {_SHAPE}")
+            raise ConfigError(f"{text!r} names no bucket: expected {_SHAPE}")
         namespace, bucket, *prefix = parts
         for what, name in (("namespace", namespace), ("bucket", bucket)):
             if not _NAME.fullmatch(name) or "--" in name or ".." in name:
@@ -242,7 +242,7 @@ def parse_key(text: str) -> Key:
         if key is not None and key.model:
             return key
     raise KeyFormatError(
-        f"{text!r} is no LMCache key: nothing in it reads <world size>@<worker>@<hash>@<dtype>[@<layer>][@<tag>%<value>] or "
+        f"{text!r} is not a valid LMCache key: expected <world size>@<worker>@<hash>@<dtype>[@<layer>][@<tag>%<value>] or "
         "<rank>@<group>@<hash>[@<salt>] after a model's name"
     )
 
@@ -324,7 +324,7 @@ def decode_name(name: str) -> str:
     """The key string of an object name.
 
     Raises:
-        KeyFormatError: The name is not the encoding of any string: somebody else's object.
+        KeyFormatError: The name is not the encoding of any string: an object of other software.
     """
     try:
         key = unquote(name, errors="strict")

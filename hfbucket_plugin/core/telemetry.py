@@ -25,7 +25,7 @@ class RateLimitedLogger:
     Args:
         log: Where to.
         interval_secs: 30 by default: LMCache's health monitor looks as often.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class MemorySink:
         self.count(f"{name}_sum", value, **labels)
 
     def gauge(self, name: str, value: float, /, **labels: str) -> None:
-        """Note the present value."""
+        """Record the present value."""
         with self._lock:
             self._counts[name, tuple(sorted(labels.items()))] = value  # type: ignore[assignment]
 
@@ -268,11 +268,11 @@ class Telemetry:
         self.warn(operation, error.kind, str(error))
 
     def in_flight(self, operation: str, calls: int) -> None:
-        """Tell how many calls of an operation are in progress."""
+        """Report how many calls of an operation are in progress."""
         self.sink.gauge(IN_FLIGHT, calls, instance=self.instance, operation=operation)
 
     def quarantined(self, contents: int) -> None:
-        """Tell how many contents are not offered, since they could not be served recently."""
+        """Report how many contents are not offered, since they could not be served recently."""
         self.sink.gauge(QUARANTINED, contents, instance=self.instance)
 
     def warn_of_size(self, operation: str, what: str, actual: int, size: int | None) -> None:
@@ -286,7 +286,7 @@ class Telemetry:
         )
 
     def waiting_puts(self, calls: int, amount: int) -> None:
-        """Tell how many puts wait or are in progress, and their bytes."""
+        """Report how many puts wait or are in progress, and their bytes."""
         self.in_flight("put", calls)
         self.sink.gauge(WAITING_PUT_BYTES, amount, instance=self.instance)
 

@@ -6,14 +6,15 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hfbucket_plugin.core import texts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
 
+_T = TypeVar("_T")
 
 _STEP: Final = 1024
 _BYTE_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB")
@@ -211,3 +212,23 @@ class Extent:
 
 
 NOTHING: Final = Extent()
+
+
+def batches(items: Iterable[_T], limit: int, nbytes: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Cut items into lists that hold no more than so many bytes together, or a single item that is larger.
+
+    Args:
+        items: In their order.
+        limit: Most bytes.
+        nbytes: How many an item has.
+    """
+    batch: list[_T] = []
+    amount = 0
+    for item in items:
+        if batch and amount + nbytes(item) > limit:
+            yield batch
+            batch, amount = [], 0
+        batch.append(item)
+        amount += nbytes(item)
+    if batch:
+        yield batch

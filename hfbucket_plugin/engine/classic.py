@@ -13,12 +13,11 @@ not know, and leaves other plugins and the built-in backend their instances.
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import logging
 import time
-from concurrent.futures import Future, wait
 from copy import copy
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lmcache.integration.vllm.utils import get_size_bytes
@@ -47,6 +46,7 @@ from hfbucket_plugin.store.chunk_store import ChunkStore
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from lmcache.utils import CacheEngineKey
     from lmcache.v1.config import LMCacheEngineConfig
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core import telemetry
     from hfbucket_plugin.fingerprint.model import Fingerprint
+    from hfbucket_plugin.store.read import Buffer
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -126,14 +127,8 @@ class HFBucketConnector(RemoteConnector):
         self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
         for pool in (self._calls, self._questions, self._closer):
             pool.prepare()
-        self._store.sweep()
-        if not isinstance(local_cpu_backend, SafeLocalCPUBackend):  # LMCache's stub in schedulers, which never read
-            self._store.warm_up()
-        if settings.resolve_token() is None:
-            _log.warning(
-                "[%s] no token: the environment variable %s (token_env) is not set and there is no inline token; "
-                "only public buckets can be read", instance, settings.token_env,
-            )  # fmt: skip
+        # LMCache gives a stub to schedulers, which never read.
+        self._store.begin(reads=not isinstance(local_cpu_backend, SafeLocalCPUBackend))
 
     # --- lookups: sync ones run in the caller's thread, which LMCache gives no timeout ------------------------------
 
@@ -193,28 +188,22 @@ class HFBucketConnector(RemoteConnector):
         if why := self._refusal(keys):
             self._store.kept_out("get", len(keys), why)
             return [None] * len(keys)
+        names, sizes = [key.to_string() for key in keys], [self._chunk_size()] * len(keys)
         deadline = Deadline.after(self._get_secs)
-        return await self._call(
-            self._calls,
-            self._read,
-            [key.to_string() for key in keys],
-            deadline,
-            prefix_only,
-            dropped=_release_all,
-        )
+        read = partial(self._store.read_many, names, sizes, self._allocate, deadline, prefix_only=prefix_only)
+        buffers = await self._call(self._calls, read, dropped=self._release)
+        return self._got(buffers)
 
-    def _read(self, keys: Sequence[str], deadline: Deadline, prefix_only: bool) -> builtins.list[MemoryObj | None]:
-        buffers = self._store.read_many(
-            keys,
-            [self._chunk_size()] * len(keys),
-            lambda _index: self._allocate(),
-            deadline,
-            prefix_only=prefix_only,
-        )
+    def _got(self, buffers: Sequence[Buffer | None]) -> builtins.list[MemoryObj | None]:
         self._shield.got(everything=None not in buffers)
         return [buffer.memory_obj if isinstance(buffer, TargetMemory) else None for buffer in buffers]
 
-    def _allocate(self) -> TargetMemory | None:
+    def _release(self, buffers: Sequence[Buffer | None]) -> None:
+        for memory_obj in self._got(buffers):
+            if memory_obj is not None:
+                memory_obj.ref_count_down()
+
+    def _allocate(self, _index: int) -> TargetMemory | None:
         # By default `allocate` waits for memory that the very engine it blocks would have to free.
         memory_obj = self._local_cpu.allocate(
             self._metadata.get_shapes(), self._metadata.get_dtypes(), self.meta_fmt, busy_loop=False
@@ -243,7 +232,7 @@ class HFBucketConnector(RemoteConnector):
             ValueError: There are more of one than of the other.
         """
         if len(keys) != len(memory_objs):  # before any reference is taken
-            raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: as many are needed of both")
+            raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: their numbers must be equal")
         deadline = Deadline.after(self._settings.put_timeout_secs)
         if why := self._refusal(keys, storing=True):
             self._store.kept_out("put", len(keys), why)
@@ -308,9 +297,7 @@ class HFBucketConnector(RemoteConnector):
 
     def _close(self) -> None:
         end = time.monotonic() + self._settings.close_timeout_secs
-        _, unfinished = wait(self._store.puts.pending.copy(), timeout=self._settings.close_timeout_secs)
-        if unfinished:
-            _log.warning("[%s] closed with %d puts unfinished", self._instance, len(unfinished))
+        self._store.wait_for_puts(self._settings.close_timeout_secs)
         for pool in (self._calls, self._questions):
             pool.close()
         self._watch.finish(end - time.monotonic())
@@ -362,12 +349,6 @@ class HFBucketConnector(RemoteConnector):
 def _drop(future: Future[_T], dropped: Callable[[_T], None]) -> None:
     if not future.cancelled() and future.exception() is None:
         dropped(future.result())
-
-
-def _release_all(memory_objs: Sequence[MemoryObj | None]) -> None:
-    for memory_obj in memory_objs:
-        if memory_obj is not None:
-            memory_obj.ref_count_down()
 
 
 def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:
@@ -469,7 +450,7 @@ def _teach_manager() -> None:
     if hasattr(original, _MARK):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def create_connector(self: Any) -> Any:
         if str(self.context.url).startswith(_SCHEME) and (ours := _adapter_for(self.context)) is not None:
             return ours.create_connector(self.context)

@@ -38,7 +38,7 @@ class HealthShield:
 
     Args:
         extra: The engine's `extra_config`.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(self, extra: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +51,7 @@ class HealthShield:
         self._failed: deque[float] = deque(maxlen=self._limit if self._needed else 0)
 
     def got(self, *, everything: bool) -> None:
-        """Note a get: whether it returned all that it was asked for."""
+        """Record a get: whether it returned all that it was asked for."""
         if self._needed and not everything:
             with self._lock:
                 self._failed.append(self._clock())

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from concurrent.futures import wait
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -134,13 +133,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             corrected=self._forget_deleted,
         )
         self._store.on_answers(self._learn)
-        self._store.sweep()
-        self._store.warm_up()
-        if settings.resolve_token() is None:
-            _log.warning(
-                "[%s] no token: the environment variable %s (token_env) is not set and there is no inline token; "
-                "only public buckets can be used", settings.name, settings.token_env,
-            )  # fmt: skip
+        self._store.begin()
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -195,7 +188,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._tasks.finish(task, result)
 
     def _notify(self, notify: Callable[..., None], *args: Any) -> None:
-        """Tell LMCache's listeners; one that raises changes nothing here."""
+        """Notify LMCache's listeners; one that raises changes nothing here."""
         try:
             notify(*args)
         except Exception:  # noqa: BLE001 - theirs, and the task must end all the same
@@ -381,7 +374,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return True
 
     def _deleted(self, objects: Sequence[tuple[ObjectKey, int]]) -> None:
-        """Tell LMCache of objects that are gone, with the bytes that were counted for each."""
+        """Notify LMCache of deleted objects, with the bytes that were counted for each."""
         self._usage_listing.evicted(len(objects))
         self._credit(sum(size for _, size in objects))
         self._notify(self._notify_keys_deleted, [key for key, _ in objects], [size for _, size in objects])
@@ -409,7 +402,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._deleted([(key, 0) for key in lost])
 
     def _forget_deleted(self) -> None:
-        """Tell LMCache's policies of objects that a listing did not find: they would evict others in their stead."""
+        """Notify LMCache's policies of objects that a listing did not find: they would evict others in their stead."""
         if not self._usage.exact:
             return
         for listener in list(self._listeners):
@@ -446,12 +439,12 @@ class HFBucketL2Adapter(L2AdapterInterface):
         )
 
     def register_listener(self, listener: L2AdapterListener) -> None:
-        """Tell a listener of changes; and, by the listing that follows, of what is there already."""
+        """Notify a listener of changes; and, by the listing that follows, of what is there already."""
         super().register_listener(listener)
         self._usage_listing.again()
 
     def _notify_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Tell of objects that a listing found, newest first, to the listeners that evict by the capacity of the whole.
+        """Notify of objects that a listing found, newest first, to the listeners that evict by the capacity of the whole.
 
         Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
         """
@@ -464,13 +457,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def report_status(self) -> dict[str, Any]:
         """The state of this adapter; `reasons` say in words why it is not healthy."""
         open_parts = self._store.breakers.status()
-        reasons = [f"{part} is given up for now: {why}" for part, why in open_parts.items()]
+        reasons = [f"{part} is disabled for now: {why}" for part, why in open_parts.items()]
         if self._closed:
             reasons.append("the adapter is closed")
         conflicts = self._fingerprints.status()
         reasons += conflicts
         if pause := self._store.bucket.paused_secs:
-            reasons.append(f"the Hub told this token to wait {pause:.0f} s more: its quota is used up")
+            reasons.append(f"the Hub asked this token to wait {pause:.0f} s more: its quota is used up")
         return {
             "is_healthy": not open_parts
             and not self._closed
@@ -499,10 +492,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._closed = True
         self._usage_listing.close()
         end = time.monotonic() + self._settings.close_timeout_secs
-        pending = self._store.puts.pending.copy()
-        _, unfinished = wait(pending, timeout=max(0.0, end - time.monotonic()))
-        if unfinished:
-            _log.warning("[%s] closed with %d stores unfinished", self._settings.name, len(unfinished))
+        self._store.wait_for_puts(self._settings.close_timeout_secs)
         self._lookup_threads.close()
         self._load_threads.close()
         self._fingerprints.finish(end - time.monotonic())

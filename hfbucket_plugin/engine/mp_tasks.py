@@ -239,7 +239,7 @@ class TaskTable:
                 lookup.keys = found
 
     def free(self, keys: Iterable[ObjectKey]) -> list[ObjectKey]:
-        """Those of the keys that nobody has locked."""
+        """Those of the keys that are not locked."""
         with self._lock:
             self._forget()
             return [key for key in keys if key not in self._locks]

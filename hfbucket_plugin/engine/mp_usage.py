@@ -281,7 +281,7 @@ class Usage:
     Args:
         everybody: Whether to count the objects of others too, for a bound on the whole; else own objects only.
         most_objects: Objects whose sizes are kept one by one.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -344,7 +344,7 @@ class Usage:
                     self._drop_remaining(size)
 
     def gone(self, paths: Iterable[str]) -> dict[str, int]:
-        """Take objects off that are not there, though nobody here deleted them.
+        """Take objects off that are not there, though this process did not delete them.
 
         Returns:
             What was counted for each of them that was counted, by path.
@@ -506,7 +506,7 @@ class Usage:
         return known
 
     def _is_newer(self, digest: int, since: float) -> bool:
-        """Note when an object was learnt of; False where something later is known of it."""
+        """Record when an object was learnt of; False where something later is known of it."""
         if since < max(self._listed_since, self._recent.get(digest, since)):
             return False
         self._recent[digest] = since
@@ -643,7 +643,7 @@ class UsageListing:
             return self._trusted
 
     def found_stale(self) -> bool:
-        """Note that the account is wrong, and list again before anything more is evicted by it.
+        """Record that the account is wrong, and list again before anything more is evicted by it.
 
         Returns:
             Whether a listing comes: not where `usage_refresh_secs` is 0.

@@ -86,7 +86,7 @@ def classic(config: LMCacheEngineConfig, metadata: LMCacheMetadata, revision: st
     Args:
         config: The engine's.
         metadata: The engine's. A scheduler has no KV: its layout is not known here.
-        revision: Of the weights; None where nobody says.
+        revision: Of the weights; None where it is not configured.
 
     Raises:
         ValueError: LMCache says what no fingerprint can hold, such as an empty model name.

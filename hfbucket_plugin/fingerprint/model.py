@@ -22,7 +22,7 @@ from hfbucket_plugin.errors import IntegrityError
 
 
 class NewerError(IntegrityError):
-    """A later release wrote the object: there is nothing to fix, and no reason to overwrite it."""
+    """A later release wrote the object: it is not damaged, and must not be overwritten."""
 
 
 SCHEMA: Final = 1
@@ -388,6 +388,6 @@ def _read(kind: type[_Kind], data: bytes, where: str) -> _Kind:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the document"
-        raise IntegrityError(f"{where}: holds no fingerprint: {printable(place)}: {first['msg']}") from None
+        raise IntegrityError(f"{where}: not a valid fingerprint: {printable(place)}: {first['msg']}") from None
     except (ValueError, RecursionError):
-        raise IntegrityError(f"{where}: holds no fingerprint: this is no JSON") from None
+        raise IntegrityError(f"{where}: not a valid fingerprint: not JSON") from None

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.core.keys import RESERVED, decode_name, encode_name
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, KeyFormatError, RefusedError, TransportError
 from hfbucket_plugin.fingerprint.model import MAX_VARIANTS, Fingerprint, FingerprintClaim, Record, differences
+from hfbucket_plugin.hub import records
 from hfbucket_plugin.hub.records import RecordStore
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class FingerprintStore:
             try:
                 model = _decoded(name if is_claim else name.removesuffix(".json"))
             except KeyFormatError:
-                continue  # somebody else's
+                continue  # not one of ours
             if model and model not in seen:
                 seen.add(model)
                 yield model
@@ -244,7 +245,7 @@ class FingerprintStore:
             Whether it is there now.
 
         Raises:
-            HFBucketError: It is not, or nobody knows.
+            HFBucketError: It is not, or its state is unknown.
         """
         path = self.claim_path(mine)
         head = path[: path.rindex("/") + 1]
@@ -253,29 +254,24 @@ class FingerprintStore:
             return True
         if len(infos) >= MAX_CLAIMS:
             return False
-        self._put(path, FingerprintClaim.to_json(mine), deadline)
+        self._own.put(path, FingerprintClaim.to_json(mine), deadline)
         return True
 
     def write(self, record: Record, deadline: Deadline) -> None:
         """Put a record in the place of what is there.
 
         Raises:
-            HFBucketError: It is not there, or nobody knows.
+            HFBucketError: It is not there, or its state is unknown.
         """
-        self._put(self.path(record.model), record.to_json(), deadline)
-
-    def _put(self, path: str, data: bytes, deadline: Deadline) -> None:
-        for failure in self._bucket.add({path: self._own.upload(data, deadline)}, deadline).values():
-            raise TransportError(f"{failure.item}: {failure.message}")
+        self._own.put(self.path(record.model), record.to_json(), deadline)
 
     def remove(self, paths: Sequence[str], deadline: Deadline) -> None:
         """Delete claims.
 
         Raises:
-            HFBucketError: Some are still there, or nobody knows.
+            HFBucketError: Some are still there, or their state is unknown.
         """
-        for failure in self._bucket.delete(paths, deadline).values() if paths else ():
-            raise TransportError(f"{failure.item}: {failure.message}")
+        records.remove(self._bucket, paths, deadline)
 
     def close(self) -> None:
         """Write nothing any more."""

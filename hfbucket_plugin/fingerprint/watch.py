@@ -2,7 +2,7 @@
 
 Nothing here waits in an engine's thread. A caller that uses an engine's chunks asks `EngineHandle.refusal`, which answers from what is
 known, and lets a thread of the watch look when it is time: at first, at the first use (only then an engine knows all of its
-own layout), at the first put (only who stores records), and every so often. So an instance that nobody uses asks nothing.
+own layout), at the first put (only who stores records), and every so often. So an instance that is not used asks nothing.
 
 Under `enforce` only what is known to agree is served or stored. There is no time after which the unknown passes: the record
 lies in the bucket beside the chunks, so who cannot read the one could not read the others either; and an engine that stores
@@ -111,8 +111,8 @@ class FingerprintWatch:
         settings: The instance's.
         instance: Its name.
         breakers: Its breakers: nothing is asked while lookups are given up.
-        sink: Where states are told.
-        clock: Seconds, monotonic; tests hand in their own.
+        sink: Where states are reported.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(

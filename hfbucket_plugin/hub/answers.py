@@ -282,7 +282,7 @@ def _float(digits: str) -> float:
 
 
 def _constant(_name: str) -> NoReturn:
-    raise ValueError("a number is none")
+    raise ValueError("a number is not valid JSON")
 
 
 _DECODER: Final = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constant=_constant)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from hfbucket_plugin.core.dates import http_date
 from hfbucket_plugin.core.deadline import Deadline, expect_time
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import AccessDeniedError, BucketMissingError, HFBucketError, ItemFailure, TransportError
@@ -94,8 +93,8 @@ class ListingProgress:
         self._idle = self._idle + 1 if first is None or first in self._firsts else 0
         if self._idle >= _MOST_IDLE_PAGES:
             raise TransportError(
-                f"tree: the last {self._idle} of the Hub's pages below {self._of!r} bring nothing new, and there is always another "
-                "one: the listing is given up"
+                f"tree: the last {self._idle} of the Hub's pages below {self._of!r} bring nothing new, and another one always "
+                "follows: the listing is abandoned"
             )
         if first is not None:
             self._firsts.add(first)
@@ -133,8 +132,8 @@ class ListingBound:
             return
         if isinstance(total, int) and self._shown > 2 * total + _FIRST_LOOK // 2:
             raise TransportError(
-                f"tree: the Hub's pages show {self._shown} objects, and go on, where the bucket says that it has {total}: the listing is "
-                "given up"
+                f"tree: the Hub's pages show {self._shown} objects, and continue, but the bucket reports {total}: the listing is "
+                "abandoned"
             )
 
 
@@ -215,7 +214,7 @@ class Bucket:
             HFBucketError: See `HubClient.request`.
         """
         found, answer = self._paths_info(paths, deadline, patient=patient)
-        return found, _date(answer)
+        return found, answer.date
 
     def _paths_info(
         self, paths: Sequence[str], deadline: Deadline, *, patient: bool, sent: threading.Event | None = None
@@ -299,7 +298,7 @@ class Bucket:
             room=answers.PAGE,
         )
         infos = [_object_info(item, "tree") for item in answer.records("tree") if item.get("type") == "file"]
-        return infos, self._cursor(answer.next_page, tree.path), _date(answer)
+        return infos, self._cursor(answer.next_page, tree.path), answer.date
 
     def _cursor(self, link: str | None, path: str) -> str | None:
         """The cursor of the next page, whichever host the link names: only ours is asked, and only for this listing.
@@ -524,7 +523,7 @@ class Bucket:
         Raises:
             HFBucketError: See `HubClient.request`.
         """
-        return _date(self._paths_info([self.handle.join(RESERVED)], deadline, patient=True)[1])
+        return self._paths_info([self.handle.join(RESERVED)], deadline, patient=True)[1].date
 
     def check_right(self, right: Literal["read", "write"], deadline: Deadline) -> None:
         """Ask the Hub whether the token has a right on the content of the bucket. Nothing is read or written.
@@ -547,10 +546,6 @@ def _object_info(item: dict[str, Any], what: str) -> ObjectInfo:
     except ValueError as error:
         path = ascii(item.get("path"))[:_MAX_SHOWN_PATH]
         raise TransportError(f"{what}: the Hub's record of {path} is not valid: {error}") from None
-
-
-def _date(answer: Answer) -> datetime | None:
-    return http_date(answer.headers.get("date", ""))
 
 
 def _failed_items(value: Any, status: int) -> list[dict[str, Any]]:

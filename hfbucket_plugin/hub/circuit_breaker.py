@@ -46,7 +46,7 @@ class CircuitBreaker:
         failures: In a row that open it.
         first_probe_secs: From opening to the first probe.
         max_probe_secs: Most seconds between probes; they double from the first on.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class CircuitBreaker:
             return max(0.0, self._probe_at - self._clock())
 
     def failed(self) -> bool:
-        """Note a failure; whether it opened the breaker."""
+        """Record a failure, and return whether it opened the breaker."""
         with self._lock:
             self._failures += 1
             self._trying = False
@@ -96,7 +96,7 @@ class CircuitBreaker:
             return True
 
     def succeeded(self) -> bool:
-        """Note that work was done; whether it closed the breaker.
+        """Record that work was done, and return whether it closed the breaker.
 
         It does where one request was let through (`try_anyway`). What was begun before the breaker opened does not close it.
         """
@@ -118,7 +118,7 @@ class CircuitBreaker:
             return True
 
     def probed(self, *, well: bool) -> bool:
-        """Note how a probe ended: it closes the breaker, or puts the next probe off for twice as long.
+        """Record how a probe ended: it closes the breaker, or puts the next probe off for twice as long.
 
         Returns:
             Whether it closed the breaker.
@@ -177,7 +177,7 @@ class CircuitBreakers:
     Args:
         settings: The instance's.
         instance: Its name.
-        sink: Where states are told.
+        sink: Where states are reported.
         probes: What tells whether a part works: returns, or raises an `HFBucketError` within its own deadline. One that takes
             long holds up no other.
     """
@@ -262,12 +262,12 @@ class CircuitBreakers:
         return self._reasons.get(part, "it failed repeatedly")
 
     def succeeded(self, part: Part) -> None:
-        """Note that some work of a part was done."""
+        """Record that some work of a part was done."""
         if self._breakers[part].succeeded():
             self._log_closed(part)
 
     def failed(self, part: Part, error: HFBucketError) -> None:
-        """Note that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
+        """Record that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
         if self._closed or isinstance(error, UnsentError):
             return
         self._reasons.setdefault(part, str(error))
@@ -278,7 +278,7 @@ class CircuitBreakers:
             self._start_prober()
 
     def ended(self, part: Part, error: HFBucketError | None) -> None:
-        """Note how some work of a part ended: only failures in transport speak against the part."""
+        """Record how some work of a part ended: only failures in transport speak against the part."""
         if isinstance(error, TransportError):
             self.failed(part, error)
         elif not isinstance(error, (BudgetError, BreakerOpenError, RevokedError)):
@@ -289,7 +289,7 @@ class CircuitBreakers:
         self._sink.count(telemetry.BREAKER_CHANGES, instance=self._instance, part=part, to=to)
         if to == "open":
             _log.warning(
-                "[%s] breaker: %s is given up for now and probed in the background: %s", self._instance, part, why
+                "[%s] breaker: %s is disabled for now and probed in the background: %s", self._instance, part, why
             )
         else:
             _log.warning("[%s] breaker: %s works again", self._instance, part)

@@ -1,7 +1,7 @@
 """Requests to the Hub's API: over huggingface_hub's shared connections, each with a deadline and a typed outcome.
 
 huggingface_hub's own client has no timeout and retries for minutes; changing that is process-wide
-(`set_client_factory`), and so is not for a plugin inside somebody's engine. This asks the same client for each request,
+(`set_client_factory`), and so is not for a plugin inside an engine of other people. This asks the same client for each request,
 with a timeout of its own, and reads the body against the clock. What is answered is believed as far as `answers` lets it.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import ssl
 import threading
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urljoin, urlsplit
@@ -23,7 +22,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from hfbucket_plugin.core import forks, telemetry, texts
-from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.concurrency import WorkerPool, result_of
+from hfbucket_plugin.core.dates import http_date
 from hfbucket_plugin.errors import (
     AccessDeniedError,
     BucketMissingError,
@@ -40,6 +40,7 @@ from hfbucket_plugin.hub.rate_limit import RateLimiter, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from hfbucket_plugin.core.deadline import Deadline
 
@@ -134,7 +135,7 @@ _BUCKET_MISSING: Final = "RepoNotFound"
 
 
 def token_problem(token: str) -> str | None:
-    """Say in words what else than a token a text holds; None where it may be a token.
+    """Say what a text holds other than a token; None where it may be a token.
 
     Args:
         token: What a variable, or the setting `token`, holds, without blanks at its ends.
@@ -162,6 +163,11 @@ class Answer:
     next_page: str | None
 
     room: answers.BodyLimit = answers.SMALL
+
+    @property
+    def date(self) -> datetime | None:
+        """When the Hub answered, to the second; None where it does not say."""
+        return http_date(self.headers.get("date", ""))
 
     def json(self, what: str) -> Any:
         """The body as one JSON value.
@@ -340,14 +346,10 @@ class HubClient:
         except RuntimeError as error:
             raise UnsentError(f"{request.what}: not sent: {error}") from None
         try:
-            return answer.result(timeout=request.deadline.remaining())
-        except FutureTimeoutError as error:
+            return result_of(answer, request.deadline, request.what)
+        except DeadlineError:
             answer.cancel()
-            if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the thread's own
-                raise
-            raise DeadlineError(
-                f"{request.what}: no answer within {request.deadline.seconds:g} s; the call was abandoned"
-            ) from None
+            raise
 
     def _exchange(self, request: _Request) -> Answer:
         address = request.address
@@ -419,7 +421,7 @@ class HubClient:
         if status == _NOT_FOUND and answer.headers.get("x-error-code") == _BUCKET_MISSING:
             return BucketMissingError(
                 f"{what}: the Hub answered 404 ({words}): the bucket does not exist, or may not be "
-                f"seen with the token from {self._source()}. Create it, fix bucket_handle, or set "
+                f"seen with the token from {self._source()}. Create it, correct bucket_handle, or set "
                 "create_bucket_if_missing"
             )
         if status == _TOO_MANY:

@@ -54,7 +54,7 @@ class ReadProfile:
 
     @classmethod
     def online(cls, settings: InstanceSettings) -> ReadProfile:
-        """Inside an engine: little memory, and pieces so small that nobody waits for the GIL for long."""
+        """Inside an engine: little memory, and pieces so small that no thread waits for the GIL for long."""
         return cls(
             settings.max_parallel_reads,
             settings.range_bytes,

@@ -304,7 +304,7 @@ class _Listing:
             try:
                 total = self._bucket.info(Deadline.patient(_INFO_SECS)).get("totalFiles")
             except HFBucketError as error:
-                _log.info("listed page by page, since the Hub does not tell how much there is: %s", error)
+                _log.info("listing page by page, because the Hub does not report the number of objects: %s", error)
                 total = None
             self._total = total if isinstance(total, int) else 0
         return self._total

@@ -54,7 +54,7 @@ class RateLimiter:
     Args:
         instance: Its name, for errors.
         calls_per_minute: Most calls in any 60 s; None for no cap.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
         sleep: Waits that many seconds.
         chance: A number from 0 to 1, by which processes differ in when they ask again.
     """
@@ -105,7 +105,7 @@ class RateLimiter:
         self._sleep(seconds)
 
     def _to_probe(self) -> float:
-        """Seconds until somebody may ask whether the pause still holds."""
+        """Seconds until a probe request may ask whether the pause still holds."""
         with self._lock:
             return max(0.0, self._scout_at - self._clock()) if self._paused_until > self._clock() else _SCOUT_SECS
 
@@ -125,7 +125,7 @@ class RateLimiter:
         if pause <= 0 or now >= self._scout_at:
             return None
         return ThrottledError(
-            f"{what}: not asked, since the Hub told this token to wait {pause:.1f} s more (429)", pause
+            f"{what}: not sent, because the Hub asked this token to wait {pause:.1f} s more (429)", pause
         )
 
     def _take(self, what: str) -> ThrottledError | None:
@@ -142,7 +142,7 @@ class RateLimiter:
                 if len(self._calls) >= self._cap:
                     wait = self._calls[0] + _WINDOW_SECS - now
                     return BudgetError(
-                        f"{what}: not asked, since instance {self._instance!r} made {self._cap} calls to the Hub within a "
+                        f"{what}: not sent, because instance {self._instance!r} made {self._cap} calls to the Hub within a "
                         f"minute (max_hub_calls_per_minute); the next is free in {wait:.1f} s",
                         wait,
                     )
@@ -150,7 +150,7 @@ class RateLimiter:
         return None
 
     def observe(self, status: int, headers: Mapping[str, str]) -> None:
-        """Note what an answer says about the quota.
+        """Record what an answer says about the quota.
 
         Args:
             status: Of the answer.

@@ -7,20 +7,18 @@ import json
 import mmap
 import os
 import time
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hfbucket_plugin.core.buffers import RevocableBuffer
-from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.concurrency import WorkerPool, result_of
 from hfbucket_plugin.errors import DeadlineError, HFBucketError, IntegrityError, TransportError
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, Upload, xet_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hfbucket_plugin.core.buffers import RevocableSource
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
@@ -37,11 +35,12 @@ class RecordStore:
     Args:
         bucket: The instance's.
         name: Names the threads.
+        uploads: Most uploads at one time.
     """
 
-    def __init__(self, bucket: Bucket, name: str) -> None:
+    def __init__(self, bucket: Bucket, name: str, uploads: int = 1) -> None:
         self._bucket = bucket
-        self._uploads = WorkerPool(f"hfbucket-own-{name}", 1, 1)
+        self._uploads = WorkerPool(f"hfbucket-own-{name}", uploads, 1)
 
     def read(self, objects: Sequence[tuple[str, ContentId]], deadline: Deadline) -> list[Bytes | HFBucketError]:
         """Read objects side by side, and compare each with its hash. They are all in memory at one time.
@@ -81,7 +80,31 @@ class RecordStore:
                 results.append(data)
         return results
 
-    def upload(self, data: bytes | RevocableSource, deadline: Deadline) -> ContentId:
+    def read_one(self, name: str, content: ContentId, deadline: Deadline) -> Bytes:
+        """Read one object; see `read`.
+
+        Raises:
+            HFBucketError: It did not arrive.
+        """
+        (data,) = self.read([(name, content)], deadline)
+        if isinstance(data, HFBucketError):
+            raise data
+        return data
+
+    def put(self, path: str, data: bytes, deadline: Deadline) -> None:
+        """Write an object, in the place of what is there.
+
+        Args:
+            path: From the root of the bucket.
+            data: Its bytes.
+            deadline: When to give up.
+
+        Raises:
+            HFBucketError: It is not there, or its state is unknown.
+        """
+        raise_failed(self._bucket.add({path: self.upload(data, deadline)}, deadline))
+
+    def upload(self, data: bytes | RevocableBuffer, deadline: Deadline) -> ContentId:
         """Upload a content; it is in no bucket yet. hf_xet may hang for longer than its timeouts say.
 
         Raises:
@@ -93,12 +116,10 @@ class RecordStore:
         except RuntimeError as error:
             raise TransportError(f"not uploaded: {error}") from None
         try:
-            return stored.result(timeout=deadline.remaining())[0]
-        except FutureTimeoutError as error:
+            return result_of(stored, deadline, "upload")[0]
+        except DeadlineError:
             self._bucket.transfer.abandon(upload)
-            if isinstance(error, DeadlineError):  # which is a TimeoutError too: the upload's own
-                raise
-            raise DeadlineError(f"not uploaded within {deadline.seconds:g} s; abandoned") from None
+            raise
 
     def close(self) -> None:
         """Write nothing any more."""
@@ -116,7 +137,7 @@ class _Memory:
     """Memory for an object that is to be read and hashed: a file without a path, mapped, where it is not small.
 
     hf_xet hashes files only. Nothing is filled with zeros while Python's lock is held. Use it as a context manager: its
-    descriptor goes at the end, and the bytes stay for as long as somebody has them.
+    descriptor goes at the end, and the bytes stay for as long as they are referenced.
 
     Args:
         size: Bytes.
@@ -245,7 +266,7 @@ def put(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> No
     """Give a content a name below the instance's prefix.
 
     Raises:
-        HFBucketError: It has none, or nobody knows.
+        HFBucketError: It has none, or its state is unknown.
     """
     raise_failed(bucket.add({bucket.handle.join(name): content}, deadline))
 
@@ -254,7 +275,7 @@ def remove(bucket: Bucket, paths: Sequence[str], deadline: Deadline) -> None:
     """Delete objects.
 
     Raises:
-        HFBucketError: Some are still there, or nobody knows.
+        HFBucketError: Some are still there, or their state is unknown.
     """
     if paths:
         raise_failed(bucket.delete(paths, deadline))

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_xet
 
-from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId
@@ -48,8 +49,87 @@ _MISMATCH: Final = "File size mismatch"
 """How it tells that the object has not as many bytes as it was said to have."""
 
 
+_WRITE_PIECE: Final = 4 * 1024 * 1024
+"""Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
+
+_UNIT_BYTES: Final = 64 * 1024 * 1024
+"""hf_xet packs what it is fed into units of this size, and sends each when it is full."""
+
+_PROBES: Final = 4
+"""Samples read at one time, on threads of their own: a probe must not wait behind the reads that it is to tell about."""
+
+_TRIES: Final = 2
+"""One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
+lost the reason why a stream ended."""
+
+_QUICK_TRIES: Final = 6
+_QUICK_SECS: Final = 1.0
+"""Where hf_xet lost the reason, which it does every other time, that of a content which is not there would make a miss look
+like a failure: an answer as quick as that one is asked for again, as long as all tries together took no longer than this."""
+
+_REASON_LOST: Final = "Data sender was dropped"
+"""What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
+
+
+class _ReasonLostError(TransportError):
+    """A stream failed, and hf_xet does not say why."""
+
+
 @dataclass(slots=True, eq=False)
-class DownloadToFile:
+class _Download(ABC):
+    name: str
+    content: ContentId
+    error: HFBucketError | None = field(default=None, kw_only=True)
+    done: bool = field(default=False, kw_only=True)
+    asked: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Stop it."""
+
+    def fail(self, error: HFBucketError) -> None:
+        """Record the first error, and stop."""
+        if self.error is None:
+            self.error = error
+        self.give_up()
+
+
+@dataclass(slots=True, eq=False)
+class DownloadToBuffer(_Download):
+    """One object to be read into one buffer.
+
+    Attributes:
+        name: Names the object in errors: its key or path.
+        content: What to read; its size is the buffer's.
+        lease: Where to.
+        background: Whether no caller waits for it, so that other reads go first.
+        error: Why it failed; None while it has not.
+        done: Whether every byte has arrived.
+        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
+    """
+
+    lease: RevocableBuffer
+    background: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return self.lease.live
+
+    def give_up(self) -> None:
+        """Stop it: after this returns nothing writes into the buffer any more."""
+        self.lease.revoke()
+
+    def fail(self, error: HFBucketError) -> None:
+        """Record the first error, and let nothing write into the buffer any more.
+
+        Whatever happens to a read whose buffer was revoked is of no concern to the owner, and is no failure of the store.
+        """
+        _Download.fail(self, error if self.live else RevokedError(f"{self.name}: its buffer was taken back"))
+
+
+@dataclass(slots=True, eq=False)
+class DownloadToFile(_Download):
     """One object to be written into one file, which hf_xet makes.
 
     Attributes:
@@ -63,12 +143,7 @@ class DownloadToFile:
         asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
     """
 
-    name: str
-    content: ContentId
     path: Path
-    error: HFBucketError | None = None
-    done: bool = False
-    asked: int = 0
     _live: bool = True
     _handle: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -85,12 +160,6 @@ class DownloadToFile:
             handle = self._handle
         if handle is not None:
             handle.cancel()
-
-    def fail(self, error: HFBucketError) -> None:
-        """Note the first error, and stop."""
-        if self.error is None:
-            self.error = error
-        self.give_up()
 
     def fetch(self, session: XetSession, attempt: int) -> None:
         """Have hf_xet write the file, and wait for it.
@@ -139,7 +208,7 @@ class DownloadToFile:
 
     def _expect_live(self) -> None:
         if not self._live:
-            raise RevokedError(f"{self.name}: given up before it was read")
+            raise RevokedError(f"{self.name}: cancelled before it was read")
 
     def _wait(self, handle: Any) -> None:
         with self._lock:
@@ -160,73 +229,6 @@ class DownloadToFile:
             found = _LOCAL.search(str(error).removeprefix(self.name))  # names are other people's
             return int(found[1]) if found else None
         return error.errno if isinstance(error, OSError) else None
-
-
-_WRITE_PIECE: Final = 4 * 1024 * 1024
-"""Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
-
-_UNIT_BYTES: Final = 64 * 1024 * 1024
-"""hf_xet packs what it is fed into units of this size, and sends each when it is full."""
-
-_PROBES: Final = 4
-"""Samples read at one time, on threads of their own: a probe must not wait behind the reads that it is to tell about."""
-
-_TRIES: Final = 2
-"""One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
-lost the reason why a stream ended."""
-
-_QUICK_TRIES: Final = 6
-_QUICK_SECS: Final = 1.0
-"""Where hf_xet lost the reason, which it does every other time, that of a content which is not there would make a miss look
-like a failure: an answer as quick as that one is asked for again, as long as all tries together took no longer than this."""
-
-_REASON_LOST: Final = "Data sender was dropped"
-"""What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
-
-
-class _ReasonLostError(TransportError):
-    """A stream failed, and hf_xet does not say why."""
-
-
-@dataclass(slots=True, eq=False)
-class DownloadToBuffer:
-    """One object to be read into one buffer.
-
-    Attributes:
-        name: Names the object in errors: its key or path.
-        content: What to read; its size is the buffer's.
-        lease: Where to.
-        background: Whether nobody waits for it, so that other reads go first.
-        error: Why it failed; None while it has not.
-        done: Whether every byte has arrived.
-        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
-    """
-
-    name: str
-    content: ContentId
-    lease: RevocableBuffer
-    background: bool = False
-    error: HFBucketError | None = None
-    done: bool = False
-    asked: int = 0
-
-    @property
-    def live(self) -> bool:
-        """Whether it goes on."""
-        return self.lease.live
-
-    def give_up(self) -> None:
-        """Stop it: after this returns nothing writes into the buffer any more."""
-        self.lease.revoke()
-
-    def fail(self, error: HFBucketError) -> None:
-        """Record the first error, and let nothing write into the buffer any more.
-
-        Whatever happens to a read whose buffer was revoked is of no concern to the owner, and is no failure of the store.
-        """
-        if self.error is None:
-            self.error = error if self.live else RevokedError(f"{self.name}: its buffer was taken back")
-        self.give_up()
 
 
 class _Ticket:
@@ -251,12 +253,12 @@ class _Part(_Ticket):
         self._began: float | None = None
 
     def begin(self) -> None:
-        """Note that a thread took it up."""
+        """Record that a thread took it up."""
         self._began = time.monotonic()
 
     @property
     def waited(self) -> bool:
-        """Whether it spent most of its time waiting for a thread of ours: then being late is no word against the store."""
+        """Whether it spent most of its time waiting for a thread of ours: then being late says nothing about the store."""
         now = time.monotonic()
         return (self._began or now) - self._submitted > (now - self._submitted) / 2
 
@@ -423,7 +425,7 @@ class Transfer:
         try:
             for attempt in range(_QUICK_TRIES):
                 if not read.live or part.abandoned:
-                    read.fail(RevokedError(f"{read.name}: given up before it was read"))
+                    read.fail(RevokedError(f"{read.name}: cancelled before it was read"))
                     break
                 last = attempt >= _TRIES - 1
                 reason_last = last and (attempt == _QUICK_TRIES - 1 or quick.passed)
@@ -442,7 +444,7 @@ class Transfer:
         part.session_lease = session_lease = self._reading.borrow(deadline)
         try:
             if part.abandoned:  # while it waited for the session, which the abandoning thread did not know of
-                raise RevokedError(f"{read.name}: given up before it was read")
+                raise RevokedError(f"{read.name}: cancelled before it was read")
             part.asked += part.end - part.start
             if isinstance(read, DownloadToFile):
                 read.fetch(session_lease.session, attempt)
@@ -493,10 +495,10 @@ class Transfer:
 
     def upload(
         self,
-        sources: Sequence[RevocableSource | bytes],
+        sources: Sequence[RevocableBuffer | bytes],
         deadline: Deadline,
         upload: Upload,
-        taken: Callable[[RevocableSource], None] = lambda _source: None,
+        taken: Callable[[RevocableBuffer], None] = lambda _source: None,
     ) -> list[ContentId]:
         """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
 
@@ -515,7 +517,7 @@ class Transfer:
             HFBucketError: The store did not take them. None of them may be relied on.
         """
         ticket = upload.ticket
-        pieces = _Pieces([RevocableSource(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
+        pieces = _Pieces([RevocableBuffer(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
         for last in (False, True):
             session_lease = self._writing.borrow(deadline)
             ticket.session_lease = session_lease
@@ -544,7 +546,7 @@ class Transfer:
         pieces: _Pieces,
         deadline: Deadline,
         ticket: _Ticket,
-        taken: Callable[[RevocableSource], None],
+        taken: Callable[[RevocableBuffer], None],
     ) -> list[ContentId]:
         commit = session.xet.new_upload_commit(**session.connection)
         contents = []
@@ -592,7 +594,7 @@ class _Pieces:
         complete: Whether all that was handed over is kept.
     """
 
-    def __init__(self, sources: Sequence[RevocableSource]) -> None:
+    def __init__(self, sources: Sequence[RevocableBuffer]) -> None:
         self.sources = sources
         self.complete = True
         self._kept: list[list[bytes]] = []
@@ -641,7 +643,7 @@ class Upload:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether its caller has stopped waiting."""
         return self.ticket.abandoned
 
 

@@ -1,7 +1,7 @@
 """Where hf_xet writes, and what is said of it where it cannot.
 
 hf_xet's sessions keep files, and make a directory for each store below a root that only the environment names. Sessions
-of ours keep their files in a directory of ours (`SessionPool`). The root stays: inside somebody's engine the environment is
+of ours keep their files in a directory of ours (`SessionPool`). The root stays: inside an engine of other people the environment is
 not ours to change, so a root that cannot be written is an error that names it; in a process of our own, such as a command,
 the root and the logs move to a directory of ours. Imports no hf_xet: it opens its log when it is imported.
 """

@@ -215,7 +215,7 @@ class XetSession:
             info: Of the object.
             path: Of the file, which hf_xet makes.
         """
-        group = self._file_group()  # as long as somebody reads from it
+        group = self._file_group()  # as long as it is read from
         handle = group.start_download_file(info, str(path))
         with self._lock:
             ended = self._ended
@@ -376,7 +376,7 @@ class SessionPool:
         return XetSession(xet, group, connection, lives if lives > 0 else math.inf)
 
     def _places(self) -> dict[str, Any]:
-        """Where hf_xet keeps its files: by its configuration, never by the environment of somebody's engine."""
+        """Where hf_xet keeps its files: by its configuration, never by the environment of the engine that it runs in."""
         if self._temp_dir is None:
             return {}
         try:

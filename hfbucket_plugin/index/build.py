@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 import numpy as np
 
-from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, MissingError, TransportError
 from hfbucket_plugin.hub.transfer import DownloadToBuffer, xet_hashes
 from hfbucket_plugin.index.access.stats import (
@@ -44,7 +43,7 @@ from hfbucket_plugin.index.format import (
     read_header,
 )
 from hfbucket_plugin.index.refresh import listed_rows
-from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, POINTER, JournalRows
+from hfbucket_plugin.index.store import CLOCK_MARGIN_SECS, LATE_SECS, JournalRows
 from hfbucket_plugin.index.table import CHANGE, ROW, applied, in_order, last_of_each, newest
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class _Parts:
     """Rows on disk, by range of their digests.
 
     Args:
-        directory: Where; it is there, and nobody else's.
+        directory: Where; an existing directory that no other process uses.
         name: Of the files.
         dtype: Of the rows.
     """
@@ -120,7 +119,7 @@ class SnapshotFile:
     """A snapshot in the making. Use it as a context manager: at the end its temporary files go.
 
     Args:
-        directory: For temporary files: empty, and nobody else's.
+        directory: For temporary files: empty, and used by no other process.
         dtype: Of the rows: the columns of `ROW`, and more perhaps.
         now: The Hub's time: no hit is later, whatever the rows say.
     """
@@ -223,7 +222,7 @@ def hub_time(bucket: Bucket, deadline: Deadline) -> float:
         TransportError: Its answers do not say.
         HFBucketError: No answer.
     """
-    _, date = bucket.stat_dated([bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=True)
+    date = bucket.time(deadline)
     if date is None:
         raise TransportError("the Hub's answers have no Date: no index can say what it covers")
     return date.timestamp() - CLOCK_MARGIN_SECS
@@ -244,7 +243,7 @@ def from_listing(
 
     Args:
         bucket: The instance's.
-        directory: For the snapshot and temporary files: empty, and nobody else's.
+        directory: For the snapshot and temporary files: empty, and used by no other process.
         page_secs: Most seconds of a page.
         each_page: Called before each page; what it raises ends the listing.
         each_object: Given each object of the listing, for who checks what was listed.
@@ -277,10 +276,10 @@ def _access_for_listing(
     try:
         listing = store.list(Deadline.patient(request_secs))
         journals, why = listing.journals, listing.crowded
-    except HFBucketError as error:  # too many of them, say, which this listing is to fix
+    except HFBucketError as error:  # too many of them, say, which this listing is to repair
         why = str(error)
     if why:
-        _log.warning("what journals tell of hits is lost, so that nothing counts as idle before now: %s", why)
+        _log.warning("the hits that journals report are lost, so nothing counts as idle before now: %s", why)
         tells.unread(1, began)
     before, lost = _access_before(bucket, store, path, request_secs, began)
     if before.known:
@@ -310,10 +309,9 @@ def _access_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: 
     Raises:
         HFBucketError: The Hub did not answer: that is no reason to forget what a month of reads has told.
     """
-    name = bucket.handle.join(POINTER)
     lost = False
     for number in range(_TRIES):
-        info = bucket.stat([name], Deadline.patient(request_secs)).get(name)
+        info = store.find_pointer(Deadline.patient(request_secs))
         if info is None:
             return Span(), lost
         try:
@@ -342,7 +340,7 @@ def _take_hits(reported: JournalRows, file: SnapshotFile, tells: HitLog, began: 
 
 
 def _miss_hits(journal: Journal, why: HFBucketError, tells: HitLog) -> None:
-    """Note that a journal of hits could not be read: what it told of would else look idle."""
+    """Record that a journal of hits could not be read: what it told of would else look idle."""
     hits = max(1, journal.content.size // ACCESS_JOURNAL.itemsize)
     tells.unread(hits, journal.at)
     _log.warning(
@@ -378,7 +376,7 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
     Args:
         bucket: The instance's.
         store: Its index.
-        directory: For the snapshot and temporary files: empty, and nobody else's.
+        directory: For the snapshot and temporary files: empty, and used by no other process.
         request_secs: Most seconds of a request, and of reading the journals.
 
     Raises:
@@ -424,7 +422,7 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
 def _present(bucket: Bucket, store: IndexStore, listing: IndexListing, began: float, request_secs: float) -> Pointer:
     """The pointer to the snapshot that another one may be made of."""
     if listing.pointer is None:
-        raise MissingError(f"{bucket.handle}: there is no snapshot of its index yet: make one from a listing")
+        raise MissingError(f"{bucket.handle}: its index has no snapshot yet: run `python -m jobs index --full`")
     if listing.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
         raise IntegrityError(listing.crowded)
     pointer = store.read_pointer(listing.pointer, Deadline.patient(request_secs))
@@ -480,13 +478,13 @@ def put(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
 
     Raises:
         IntegrityError: The store took something else than the file.
-        HFBucketError: It is not there, or nobody knows.
+        HFBucketError: It is not there, or its state is unknown.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(built.path.open("rb"))
         memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         view = stack.enter_context(memoryview(memory))
-        lease = RevocableSource(view)
+        lease = RevocableBuffer(view)
         stack.callback(lease.revoke)
         pointer = store.put_snapshot(
             lease,
@@ -506,7 +504,7 @@ def publish(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Poin
     """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
 
     Raises:
-        HFBucketError: It is not published, or nobody knows.
+        HFBucketError: It is not published, or its state is unknown.
     """
     pointer = put(store, built, deadline)
     store.publish(pointer, deadline)

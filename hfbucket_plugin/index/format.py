@@ -27,7 +27,7 @@ from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.errors import IntegrityError
 from hfbucket_plugin.hub.answers import MAX_SIZE
 from hfbucket_plugin.index.access.stats import HIT, Span
-from hfbucket_plugin.index.table import CHANGE, DELETED, HASH_BYTES, LOST, PUT, READ, ROW, Rows, Table
+from hfbucket_plugin.index.table import CHANGE, DELETED, HASH_BYTES, PUT, READ, ROW, Rows, Table
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -210,7 +210,7 @@ def changes_of(data: Data, written_at: float, what: str) -> Rows:
     return rows
 
 
-def hits_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
+def hits_of(data: Data, written_at: float, writer: int, what: str, kind: int = READ) -> Rows:
     """The hits that a journal tells of, as rows of `HIT`; none for one without the column for them.
 
     Args:
@@ -218,29 +218,11 @@ def hits_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
         written_at: When the Hub took it, in seconds since 1970.
         writer: Who wrote it.
         what: Names it in errors.
+        kind: `READ`; or `LOST` for the hits that its writer dropped, whose digest is 0.
 
     Raises:
         FormatError: It is no journal.
     """
-    return _hit_log_of(data, READ, written_at, writer, what)
-
-
-def lost_of(data: Data, written_at: float, writer: int, what: str) -> Rows:
-    """The hits that the writer of a journal dropped, as rows of `HIT` with the digest 0.
-
-    Args:
-        data: The file.
-        written_at: When the Hub took it, in seconds since 1970.
-        writer: Who wrote it.
-        what: Names it in errors.
-
-    Raises:
-        FormatError: It is no journal.
-    """
-    return _hit_log_of(data, LOST, written_at, writer, what)
-
-
-def _hit_log_of(data: Data, kind: int, written_at: float, writer: int, what: str) -> Rows:
     entries = _rows(data, JOURNAL, what)
     if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != ACCESS_JOURNAL["told"]:
         return np.zeros(0, HIT)
@@ -356,11 +338,11 @@ class Pointer:
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a valid count")
     return value
 
 
 def _moment(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LAST_MOMENT:
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a valid time")
     return float(value)

@@ -170,7 +170,7 @@ class JournalWriter:
         return replace(entry, at=self._attempt_ended)
 
     def attempted(self, now: float) -> None:
-        """Note that an attempt to write a journal has ended, well or not: it may be there.
+        """Record that an attempt to write a journal has ended, well or not: it may be there.
 
         Args:
             now: Monotonic seconds.
@@ -179,7 +179,7 @@ class JournalWriter:
             self._attempt_ended = max(self._attempt_ended, now)
 
     def written(self, draft: JournalDraft) -> None:
-        """Note that a journal is there."""
+        """Record that a journal is there."""
         with self._lock:
             while self._waiting and self._waiting[0].seq <= draft.name.seq:
                 self._waiting.popleft()

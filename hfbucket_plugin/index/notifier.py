@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.errors import HFBucketError
 from hfbucket_plugin.index.journal import JournalWriter
-from hfbucket_plugin.index.store import POINTER, IndexStore
+from hfbucket_plugin.index.store import IndexStore
 from hfbucket_plugin.index.table import digests_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class IndexNotifier:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
         self._indexed: bool | None = None
         self._store = IndexStore(bucket, "jobs")
         self._journal = JournalWriter(_ENTRIES, _WAITING)
@@ -57,7 +56,7 @@ class IndexNotifier:
         self.unreported = 0
 
     def did(self, name: str, content: ContentId | None) -> None:
-        """Note what became of an object.
+        """Record what became of an object.
 
         Args:
             name: Below the instance's prefix; a nested one is none that engines ask for, and passed over.
@@ -88,10 +87,9 @@ class IndexNotifier:
 
     def _is_indexed(self) -> bool:
         if self._indexed is None:
-            path = self._bucket.handle.join(POINTER)
             try:
-                self._indexed = path in self._bucket.stat([path], Deadline.after(_LOOK_SECS), patient=False)
-            except HFBucketError:  # then it may have one; a journal that nobody reads does no harm
+                self._indexed = self._store.find_pointer(Deadline.after(_LOOK_SECS), patient=False) is not None
+            except HFBucketError:  # then it may have one; a journal without readers does no harm
                 self._indexed = True
         return self._indexed
 
@@ -105,8 +103,8 @@ class IndexNotifier:
         self._store.close()
         if self.unreported:
             _log.warning(
-                "the key index was not told of %d objects (%s): readers learn of them when it is next made of a listing, "
-                "such as by: python -m jobs index --full",
+                "%d changes were not recorded in the key index (%s): readers learn of them from the next snapshot of a "
+                "listing, such as by: python -m jobs index --full",
                 self.unreported,
                 self._problem or "too many waited",
             )

@@ -75,15 +75,15 @@ class LocalOverlay:
         return self._notes.get(digest)
 
     def did(self, digest: bytes, content: ContentId | None, seq: int, mono: float, hub: float) -> None:
-        """Note what this process put, or deleted (None)."""
+        """Record what this process put, or deleted (None)."""
         self._set(digest, OverlayEntry(content, False, seq, mono, hub))
 
     def doubt(self, digest: bytes, mono: float, hub: float) -> None:
-        """Note that what is known of a key must not be believed."""
+        """Record that what is known of a key must not be believed."""
         self._set(digest, OverlayEntry(None, True, _TOLD, mono, hub))
 
     def reported(self, digest: bytes, content: ContentId | None, asked: float, mono: float, hub: float) -> None:
-        """Note what the Hub said of a key when it was asked, unless something was done to the key since it was asked."""
+        """Record what the Hub said of a key when it was asked, unless something was done to the key since it was asked."""
         with self._lock:
             note = self._notes.get(digest)
             if note is not None and note.mono >= asked:

@@ -76,8 +76,8 @@ class KeyIndex:
         bucket: The instance's.
         settings: The instance's; `index` is not `off`.
         instance: Its name.
-        sink: Where its state is told.
-        clock: Seconds, monotonic; tests hand in their own.
+        sink: Where its state is reported.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -178,11 +178,11 @@ class KeyIndex:
     # --- what is known of single keys ---------------------------------------------------------------------------------
 
     def wrote(self, key: str, content: ContentId) -> None:
-        """Note that this process put a key; others are told by the journal."""
+        """Record that this process put a key; others are told by the journal."""
         self._did(key, content)
 
     def deleted(self, key: str) -> None:
-        """Note that this process deleted a key; others are told by the journal."""
+        """Record that this process deleted a key; others are told by the journal."""
         self._did(key, None)
 
     def _did(self, key: str, content: ContentId | None) -> None:
@@ -199,7 +199,7 @@ class KeyIndex:
         self._recent.did(digest, content, seq, now, self._hub_now())
 
     def served(self, keys: Iterable[str]) -> None:
-        """Note that the engine was given these keys' chunks: others are told of it now and then, see `heat`."""
+        """Record that the engine was given these keys' chunks: others are told of it now and then, see `heat`."""
         if self._recorder is not None:
             self._recorder.read(keys)
 
@@ -209,7 +209,7 @@ class KeyIndex:
             self._recent.doubt(digests_of([encode_name(key)]).tobytes(), self._clock(), self._hub_now())
 
     def gone(self, key: str) -> None:
-        """Note that the store lacks what the index says of a key: it is doubted, and for a while every other hit is."""
+        """Record that the store lacks what the index says of a key: it is doubted, and for a while every other hit is."""
         self.doubt(key)
         self.doubt_all()
 
@@ -218,7 +218,7 @@ class KeyIndex:
         self._doubt_until = self._clock() + _DOUBT_SECS
 
     def reported(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
-        """Note what the Hub said of keys, where the index says something else.
+        """Record what the Hub said of keys, where the index says something else.
 
         Args:
             answers: Key string to content, None for a miss.
@@ -347,7 +347,7 @@ class KeyIndex:
                 self._sink.count(telemetry.INDEX_JOURNALS, number, instance=self._instance, outcome=outcome)
         if result.garbage:
             self._limited.warning(
-                "garbage", f"[{self._instance}] key index: {result.garbage} journals are none, passed over"
+                "garbage", f"[{self._instance}] key index: skipped {result.garbage} journals that are not valid"
             )
         if result.crowded:
             self._limited.warning(
@@ -477,8 +477,8 @@ class KeyIndex:
             self._hits.tell([*hits, lost], self._hub_now())
             self._limited.warning(
                 "heat",
-                f"[{self._instance}] key index: {lost.number} hits were dropped, since more keys were read than others are told "
-                "of: a cleanup by max_idle will count nothing as idle before now. Raise heat_keys, or lower heat_secs",
+                f"[{self._instance}] key index: {lost.number} hits were dropped, because more keys were read than are "
+                "reported: a cleanup by max_idle will count nothing as idle before now. Raise heat_keys, or lower heat_secs",
             )
         else:
             self._hits.tell(hits, self._hub_now())
@@ -517,7 +517,7 @@ class KeyIndex:
     def _last_flush(self) -> None:
         try:
             self.flush(last=True)
-        except Exception:  # noqa: BLE001 - nobody is there any more who could do anything about it
+        except Exception:  # noqa: BLE001 - the process is about to end
             _log.exception("[%s] key index: the last journal failed", self._instance)
 
     def close(self) -> None:

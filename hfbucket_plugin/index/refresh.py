@@ -316,7 +316,7 @@ def _expect_present(info: ObjectInfo, pointer: Pointer, listing: IndexListing) -
         FormatError: They are.
     """
     if ahead := pointer.ahead_of(time.time() if listing.date is None else listing.date):
-        raise FormatError(f"{info.path}: {ahead}: it is not gone by until a builder has replaced it")
+        raise FormatError(f"{info.path}: {ahead}: it is ignored until a builder has replaced it")
 
 
 def writers_of(listing: IndexListing) -> int:
@@ -348,7 +348,7 @@ class ListingSource:
     Attributes:
         bucket: The instance's.
         max_bytes: Most memory of a view.
-        closed: Set when nobody waits for it any more.
+        closed: Set when its result is not needed any more.
         calls: Calls to the Hub of the last refresh, whatever came of it.
     """
 

@@ -12,7 +12,7 @@ journals are new. Contents are read from the store by the hashes that the listin
 to the Hub. Everything that is read is compared with its hash, and what is not whole is as if it were not there.
 
 **Publication.** A snapshot is an object that is never written again. The pointer is written when it is there, so a process that
-reads the pointer finds it. A builder that is killed leaves a snapshot that nobody points to, or none.
+reads the pointer finds it. A builder that is killed leaves a snapshot without a pointer to it, or none.
 
 **Time.** Everything is ordered by one clock, the Hub's, which stamps each object with `uploaded_at`. A writer does not know
 that clock: its journal says for each entry how many milliseconds *before the journal was written* it happened, and readers
@@ -56,8 +56,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.keys import RESERVED
+from hfbucket_plugin.core.units import batches
 from hfbucket_plugin.errors import HFBucketError, IntegrityError, TransportError
-from hfbucket_plugin.hub.records import RecordStore
+from hfbucket_plugin.hub.records import RecordStore, raise_failed
 from hfbucket_plugin.index.access.stats import Span
 from hfbucket_plugin.index.format import (
     MAX_POINTER_BYTES,
@@ -65,19 +66,17 @@ from hfbucket_plugin.index.format import (
     Pointer,
     changes_of,
     hits_of,
-    lost_of,
     snapshot_of,
 )
+from hfbucket_plugin.index.table import LOST, READ
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from hfbucket_plugin.core.buffers import RevocableSource
+    from hfbucket_plugin.core.buffers import RevocableBuffer
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import BucketHandle, ContentId
-    from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-    from hfbucket_plugin.hub.records import Bytes
     from hfbucket_plugin.index.table import Rows, Table
 
 DIRECTORY: Final = f"{RESERVED}/index"
@@ -206,14 +205,6 @@ class IndexListing:
             self.strange.append(info)
 
 
-def listing_of(infos: Iterable[ObjectInfo], handle: BucketHandle) -> IndexListing:
-    """What a listing of `DIRECTORY` holds, for jobs, which list in their own way."""
-    listing = IndexListing()
-    for info in infos:
-        listing.see(info, handle)
-    return listing
-
-
 class IndexStore:
     """Reads and writes the objects of an instance's index.
 
@@ -246,9 +237,8 @@ class IndexStore:
             if not listing.crowded:
                 return listing
             self._crowded_until, self._strangers = time.monotonic() + _CROWDED_SECS, listing.crowded
-        pointer = self._bucket.handle.join(POINTER)
         self.calls += 1
-        info = self._bucket.stat([pointer], deadline).get(pointer)
+        info = self.find_pointer(deadline)
         listing = self._list(JOURNALS, deadline)
         listing.pointer, listing.calls, listing.strangers = info, self.calls, self._strangers
         listing.strange.clear()
@@ -278,6 +268,15 @@ class IndexStore:
                     "the index run on a schedule, and prune them?"
                 )
 
+    def find_pointer(self, deadline: Deadline, *, patient: bool = True) -> ObjectInfo | None:
+        """The pointer's object, by one call; None where there is no index.
+
+        Raises:
+            HFBucketError: See `Bucket.stat`.
+        """
+        path = self._bucket.handle.join(POINTER)
+        return self._bucket.stat([path], deadline, patient=patient).get(path)
+
     def read_pointer(self, info: ObjectInfo, deadline: Deadline) -> Pointer:
         """Read the pointer that was listed.
 
@@ -287,7 +286,7 @@ class IndexStore:
         """
         if info.content.size > MAX_POINTER_BYTES:
             raise FormatError(f"{info.path}: {info.content.size} bytes are no pointer to a key index")
-        return Pointer.parse(self._read_one(info.path, info.content, deadline), info.path)
+        return Pointer.parse(self._own.read_one(info.path, info.content, deadline), info.path)
 
     def read_snapshot(self, pointer: Pointer, deadline: Deadline) -> Table:
         """Read a snapshot: its bytes become the table, without a copy.
@@ -297,7 +296,7 @@ class IndexStore:
             HFBucketError: It did not arrive.
         """
         path = self.snapshot_path(pointer)
-        table = snapshot_of(self._read_one(path, pointer.content, deadline), path)
+        table = snapshot_of(self._own.read_one(path, pointer.content, deadline), path)
         if len(table) != pointer.keys:
             raise FormatError(f"{path}: {len(table)} keys, and its pointer says {pointer.keys}")
         return table
@@ -323,7 +322,11 @@ class IndexStore:
                     journal,
                     FormatError(f"{journal.path}: {journal.content.size} bytes are no journal of a key index"),
                 )
-        for batch in _batches([one for one in journals if one.content.size <= MAX_JOURNAL_BYTES]):
+        for batch in batches(
+            [one for one in journals if one.content.size <= MAX_JOURNAL_BYTES],
+            _READ_TOGETHER_BYTES,
+            lambda one: one.content.size,
+        ):
             results = self._own.read([(one.path, one.content) for one in batch], deadline)
             for journal, data in zip(batch, results, strict=True):
                 if isinstance(data, HFBucketError):
@@ -332,16 +335,10 @@ class IndexStore:
                 try:
                     writer = int(journal.name.writer, 16)
                     changes = changes_of(data, journal.at, journal.path)
-                    hits, lost = (of(data, journal.at, writer, journal.path) for of in (hits_of, lost_of))
+                    hits, lost = (hits_of(data, journal.at, writer, journal.path, kind) for kind in (READ, LOST))
                     yield journal, JournalRows(changes, hits, lost)
                 except FormatError as error:
                     yield journal, error
-
-    def _read_one(self, path: str, content: ContentId, deadline: Deadline) -> Bytes:
-        (data,) = self._own.read([(path, content)], deadline)
-        if isinstance(data, HFBucketError):
-            raise data
-        return data
 
     def snapshot_path(self, pointer: Pointer) -> str:
         """The path of a snapshot in the bucket."""
@@ -353,7 +350,7 @@ class IndexStore:
         """Write a journal, in place of an earlier one of the same writer's that it holds all of.
 
         Raises:
-            HFBucketError: It is not there, or nobody knows; the earlier one may be there still.
+            HFBucketError: It is not there, or its state is unknown; the earlier one may still be there.
         """
         (failed,) = self.put_journals([(name, data, instead_of)], deadline)
         if failed is not None:
@@ -372,7 +369,7 @@ class IndexStore:
             Why each was not written; None where it was.
 
         Raises:
-            HFBucketError: None of them is there, or nobody knows.
+            HFBucketError: None of them is there, or their state is unknown.
         """
         paths = [self._bucket.handle.join(f"{JOURNALS}/{name}") for name, _, _ in journals]
         files = {path: self._own.upload(data, deadline) for path, (_, data, _) in zip(paths, journals, strict=True)}
@@ -387,7 +384,7 @@ class IndexStore:
 
     def put_snapshot(
         self,
-        data: RevocableSource,
+        data: RevocableBuffer,
         *,
         keys: int,
         covers: float,
@@ -396,7 +393,7 @@ class IndexStore:
         deadline: Deadline,
         heat: Span | None = None,
     ) -> Pointer:
-        """Upload and name a snapshot; nobody looks at it before `publish`.
+        """Upload and name a snapshot; no reader looks at it before `publish`.
 
         Args:
             data: The file. A lease on mapped memory needs none of its own.
@@ -408,7 +405,7 @@ class IndexStore:
             heat: For how long heat is known.
 
         Raises:
-            HFBucketError: It is not there, or nobody knows.
+            HFBucketError: It is not there, or its state is unknown.
         """
         heat = heat or Span()
         content = self._own.upload(data, deadline)
@@ -420,38 +417,17 @@ class IndexStore:
             heat_since=heat.since, heat_until=heat.until, heat_told=heat.reported,
             heat_lost=heat.lost, heat_lost_at=heat.lost_at,
         )  # fmt: skip
-        path = self.snapshot_path(pointer)
-        self._check(self._bucket.add({path: content}, deadline), path)
+        raise_failed(self._bucket.add({self.snapshot_path(pointer): content}, deadline))
         return pointer
 
     def publish(self, pointer: Pointer, deadline: Deadline) -> None:
         """Point to a snapshot: from now on it is the present one.
 
         Raises:
-            HFBucketError: Nobody knows whether it is.
+            HFBucketError: Its state is unknown.
         """
-        content = self._own.upload(pointer.to_bytes(), deadline)
-        path = self._bucket.handle.join(POINTER)
-        self._check(self._bucket.add({path: content}, deadline), path)
-
-    @staticmethod
-    def _check(failed: Mapping[str, ItemFailure], path: str) -> None:
-        if path in failed:
-            raise TransportError(f"{path}: {failed[path].message}")
+        self._own.put(self._bucket.handle.join(POINTER), pointer.to_bytes(), deadline)
 
     def close(self) -> None:
         """Write nothing any more."""
         self._own.close()
-
-
-def _batches(journals: Sequence[Journal]) -> Iterator[list[Journal]]:
-    batch: list[Journal] = []
-    amount = 0
-    for journal in journals:
-        if batch and amount + journal.content.size > _READ_TOGETHER_BYTES:
-            yield batch
-            batch, amount = [], 0
-        batch.append(journal)
-        amount += journal.content.size
-    if batch:
-        yield batch

@@ -23,7 +23,7 @@ import numpy as np
 from hfbucket_plugin.core.keys import ContentId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -78,7 +78,7 @@ def hash_bytes(xet_hash: str) -> NDArray[np.uint8]:
     """
     raw = bytes.fromhex(xet_hash)
     if len(raw) != HASH_BYTES or len(xet_hash) != 2 * HASH_BYTES:
-        raise ValueError(f"{xet_hash!r} is no Xet hash of {2 * HASH_BYTES} hexadecimal digits")
+        raise ValueError(f"{xet_hash!r} is not a Xet hash of {2 * HASH_BYTES} hexadecimal digits")
     return np.frombuffer(raw, np.uint8)
 
 
@@ -141,26 +141,32 @@ class Table:
         return int(self.rows.nbytes + self._hi.nbytes)
 
     def find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Where digests are among the rows; -1 for those that are not.
-
-        Args:
-            digests: Shape (n, 2), as `digests_of` gives them.
-        """
-        found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
-        at = np.searchsorted(self._hi, digests[:, 0]).astype(np.int64)
-        open_ = np.arange(len(digests))
-        while True:
-            open_ = open_[at[open_] < len(self._hi)]
-            open_ = open_[self._hi[at[open_]] == digests[open_, 0]]
-            if not len(open_):
-                return found
-            same = self.rows["digest_lo"][at[open_]] == digests[open_, 1]
-            found[open_[same]] = at[open_[same]]
-            open_ = open_[~same]
-            at[open_] += 1
+        """Where digests are among the rows; see `find`."""
+        return find(self._hi, self.rows, digests)
 
 
-EMPTY: Final = Table(np.zeros(0, ROW))
+def find(first_words: NDArray[np.uint64], rows: Rows, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where digests are among sorted rows; -1 for those that are not.
+
+    Args:
+        first_words: The first digest words of the rows, side by side.
+        rows: The rows; they may be on disk.
+        digests: Shape (n, 2), as `digests_of` gives them.
+    """
+    found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
+    at = np.searchsorted(first_words, digests[:, 0]).astype(np.int64)
+    open_ = np.arange(len(digests))
+    while True:
+        open_ = open_[at[open_] < len(first_words)]
+        open_ = open_[first_words[at[open_]] == digests[open_, 0]]
+        if not len(open_):
+            return found
+        same = rows["digest_lo"][at[open_]] == digests[open_, 1]
+        found[open_[same]] = at[open_[same]]
+        open_ = open_[~same]
+        at[open_] += 1  # 64 bits alike
+
+
 NO_CHANGES: Final = Table(np.zeros(0, CHANGE))
 
 
@@ -304,12 +310,6 @@ def applied(rows: Rows, changes: Rows) -> Rows:
     kept = np.ones(len(rows), bool)
     kept[where[where >= 0]] = False
     return in_order(np.concatenate([rows[kept], added]))
-
-
-def blocks(rows: Rows, length: int) -> Iterator[Rows]:
-    """Rows, so many at a time."""
-    for start in range(0, len(rows), length):
-        yield rows[start : start + length]
 
 
 class Absent(Enum):

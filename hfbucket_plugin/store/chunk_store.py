@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Final
 
 from hfbucket_plugin.core.concurrency import ReadPriority
@@ -22,6 +23,7 @@ from hfbucket_plugin.hub.connect import open_bucket
 from hfbucket_plugin.hub.listing import list_chunks
 from hfbucket_plugin.index.access.recorder import why_not
 from hfbucket_plugin.index.reader import KeyIndex
+from hfbucket_plugin.store.guarded import GuardedBucket
 from hfbucket_plugin.store.lookup import Existence, Lookups
 from hfbucket_plugin.store.quarantine import CorruptObjectLog, Quarantine
 from hfbucket_plugin.store.read import Reader
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.errors import ItemFailure
     from hfbucket_plugin.hub.bucket import Bucket, ObjectInfo
-    from hfbucket_plugin.store.read import Buffer
 
 _log = logging.getLogger(__name__)
 
@@ -68,37 +69,36 @@ class ChunkStore:
             settings, instance, sink,
             {"lookup": self._probe_lookup, "read": self._probe_read, "write": self._probe_write},
         )  # fmt: skip
-        read_priority, quarantine = ReadPriority(), Quarantine()
+        guarded = GuardedBucket(self.bucket, settings, instance, self.breakers, ReadPriority(), self._temp_dir)
+        self._corrupt = CorruptObjectLog(self.bucket, settings, instance, sink)
+        quarantine = Quarantine(changed=self._outcomes.quarantined, proven=self._corrupt.record)
         self.index = None if settings.index == "off" else KeyIndex(self.bucket, settings, instance, sink)
-        self._existence = Existence(self.bucket, settings, instance, self.breakers, sink, index=self.index)
-        self._lookups = Lookups(self._existence, self._outcomes, self.breakers, quarantine)
-        self._bad = CorruptObjectLog(self.bucket, settings, instance, sink)
-        self._reader = Reader(
-            self.bucket,
-            self._existence,
-            self._outcomes,
-            settings,
-            breakers=self.breakers,
-            read_priority=read_priority,
-            quarantine=quarantine,
-            bad=self._bad,
-            temp_dir=self._temp_dir,
-        )
-        self._writer = Writer(
-            self.bucket,
-            self._existence,
-            self._outcomes,
-            settings,
-            breakers=self.breakers,
-            read_priority=read_priority,
-            quarantine=quarantine,
-        )
+        self._existence = Existence(guarded, sink, index=self.index)
+        self._lookups = Lookups(guarded, self._existence, self._outcomes, quarantine)
+        self._reader = Reader(guarded, self._existence, self._outcomes, quarantine)
+        self._writer = Writer(guarded, self._existence, self._outcomes, quarantine)
+        self.read_many = self._reader.read_many
         self.puts = PutQueue(self._writer, self._outcomes, settings)
         self._next_warm_up = 0.0
         if why := why_not(settings):
             _log.warning("[%s] %s", instance, why)
         if self.index is not None:
             self.index.start()
+
+    def begin(self, *, reads: bool = True) -> None:
+        """Remove temporary files of dead processes and prepare a session for reading, in the background.
+
+        Args:
+            reads: Whether this process will read.
+        """
+        self._existence.in_background(self._temp_dir.sweep_quietly)
+        if reads:
+            self.warm_up()
+        if self.settings.resolve_token() is None:
+            _log.warning(
+                "[%s] no token: the environment variable %s (token_env) is not set and there is no inline token; "
+                "only public buckets can be read", self._outcomes.instance, self.settings.token_env,
+            )  # fmt: skip
 
     # --- lookups ----------------------------------------------------------------------------------------------------
 
@@ -160,34 +160,6 @@ class ChunkStore:
                 self._outcomes.warn("session", error.kind, str(error))
 
     # --- reads ------------------------------------------------------------------------------------------------------
-
-    def read_many(
-        self,
-        keys: Sequence[str],
-        sizes: Sequence[int],
-        open_buffer: Callable[[int], Buffer | None],
-        deadline: Deadline,
-        *,
-        prefix_only: bool = False,
-    ) -> list[Buffer | None]:
-        """Read chunks into the engine's buffers.
-
-        Args:
-            keys: Their keys.
-            sizes: Bytes of the full chunk of each; an object of another size is refused.
-            open_buffer: Gives the buffer for the key at an index, or None when there is no memory at this moment:
-                then this chunk and those after it are misses, since nothing here waits for memory.
-            deadline: What has arrived by then is returned; the rest are misses.
-            prefix_only: Whether chunks behind the first miss are of no use, and are released.
-
-        Returns:
-            For each key its filled buffer, or None; every buffer that is not returned was released, and nothing writes
-            into it any more.
-        """
-        if not self.settings.reads:
-            self._outcomes.chunks("get", "role", len(keys))
-            return [None] * len(keys)
-        return self._reader.read_many(keys, sizes, open_buffer, deadline, prefix_only=prefix_only)
 
     def delete(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
         """Delete chunks, at once and for ever.
@@ -282,12 +254,18 @@ class ChunkStore:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def sweep(self) -> None:
-        """Remove temporary files of dead processes, beside whatever else is going on."""
-        self._existence.in_background(self._temp_dir.sweep_quietly)
+    def wait_for_puts(self, secs: float) -> None:
+        """Wait for the puts in progress, before `close`.
+
+        Args:
+            secs: How long at most.
+        """
+        _, unfinished = wait(self.puts.pending.copy(), timeout=secs)
+        if unfinished:
+            _log.warning("[%s] closed with %d puts unfinished", self._outcomes.instance, len(unfinished))
 
     def finish(self, secs: float) -> None:
-        """Tell the key index's readers of the last puts, before `close`.
+        """Record the last puts in the key index, before `close`.
 
         Args:
             secs: How long to wait for that at most.
@@ -301,7 +279,7 @@ class ChunkStore:
         self.puts.close()
         self._reader.close()
         self._writer.close()
-        self._bad.close()
+        self._corrupt.close()
         self._existence.close()
         self.bucket.close()
         self._temp_dir.close()

@@ -74,7 +74,7 @@ class BatchCommitter:
         """Name contents, by path, soon.
 
         Returns:
-            What failed, by path; or the error with which the whole request failed.
+            What failed, by path; or the error with which the request failed as a whole.
         """
         request = _Request(files, deadline)
         with self._lock:

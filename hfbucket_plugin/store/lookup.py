@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Final, Literal
 
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.concurrency import WorkerPool
+from hfbucket_plugin.core.concurrency import WorkerPool, result_of
 from hfbucket_plugin.core.keys import RESERVED, encode_name
 from hfbucket_plugin.errors import (
     BreakerOpenError,
@@ -24,64 +24,59 @@ from hfbucket_plugin.store.metadata_cache import MetadataCache, Reported
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.core.telemetry import Telemetry
-    from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
     from hfbucket_plugin.index.reader import KeyIndex
+    from hfbucket_plugin.store.guarded import GuardedBucket
     from hfbucket_plugin.store.metadata_cache import PendingLookup
     from hfbucket_plugin.store.quarantine import Quarantine
 
+
+_log = logging.getLogger(__name__)
 
 Belief = Literal["all", "hits", "nothing"]
 
 _THREADS: Final = 64
 _BACKLOG: Final = 64
-"""Questions of lookups and gets in progress, and waiting: more than there are threads that look up (16) and get (32), since one that
-waits here loses time that the Hub was to have. They last at most a second: more at one time means that the Hub does not answer."""
+"""Requests of lookups and gets in progress, and waiting, beyond the one that each makes in its own thread: those of more than 1,000
+keys. They last at most a second: more at one time means that the Hub does not answer."""
 
 _PATIENT_THREADS: Final = 16
-"""Questions of puts and deletes in progress, beside one for each of `max_parallel_writes`. They may sleep through a pause of the Hub,
-so lookups do not share threads with them."""
+"""The same of puts and deletes, beside one for each of `max_parallel_writes`. They may sleep through a pause of the Hub, so lookups
+do not share threads with them."""
 
 
 class Existence:
     """Answers which chunks of an instance exist, and with what content.
 
     Args:
-        bucket: Where they are looked up.
-        settings: The instance's.
-        instance: Its name.
-        breakers: Its `lookup` breaker.
-        sink: Where the size of the cache is told.
+        guarded: Where they are looked up.
+        sink: Where the size of the cache is reported.
         index: Knows most answers already; None where there is none.
     """
 
     def __init__(
         self,
-        bucket: Bucket,
-        settings: InstanceSettings,
-        instance: str,
-        breakers: CircuitBreakers,
+        guarded: GuardedBucket,
         sink: telemetry.Sink,
         *,
         index: KeyIndex | None = None,
     ) -> None:
-        self._bucket = bucket
+        settings = guarded.settings
+        self._bucket = guarded.bucket
         self._index = index
-        self._instance = instance
-        self._breakers = breakers
+        self._instance = guarded.instance
+        self._breakers = guarded.breakers
         self._sink = sink
         self.cache = MetadataCache(
             settings.metadata_cache_entries,
             settings.metadata_cache_ttl_secs,
             settings.effective_miss_ttl_secs,
         )
-        self._threads = WorkerPool(f"hfbucket-lookup-{instance}", _THREADS, _BACKLOG)
+        self._threads = WorkerPool(f"hfbucket-lookup-{guarded.instance}", _THREADS, _BACKLOG)
         patient = settings.max_parallel_writes + _PATIENT_THREADS
-        self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{instance}", patient, _BACKLOG)
+        self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{guarded.instance}", patient, _BACKLOG)
         self.learn: Callable[[Mapping[str, ContentId | None], float], None] = lambda _contents, _asked: None
         """Told of every answer of the Hub, and when its question was asked."""
 
@@ -149,25 +144,25 @@ class Existence:
     # --- what this process learns by itself -----------------------------------------------------------------------------
 
     def wrote(self, key: str, content: ContentId) -> None:
-        """Note what was put under a key."""
+        """Record what was put under a key."""
         self.cache.put(key, content)
         if self._index is not None:
             self._index.wrote(key, content)
 
     def deleted(self, key: str) -> None:
-        """Note that a key was deleted."""
+        """Record that a key was deleted."""
         self.cache.put(key, None)
         if self._index is not None:
             self._index.deleted(key)
 
     def drop(self, key: str) -> None:
-        """Forget a key: nobody knows what became of it, or what is known of it is wrong."""
+        """Forget a key whose state is unknown, or of which something wrong is known."""
         self.cache.drop(key)
         if self._index is not None:
             self._index.doubt(key)
 
     def gone(self, key: str) -> None:
-        """Note that the store lacks what was believed to be under a key.
+        """Record that the store lacks what was believed to be under a key.
 
         What is believed of others is asked again too, so that stale answers cannot add up to what disables the engine.
         """
@@ -176,7 +171,7 @@ class Existence:
             self._index.gone(key)
 
     def served(self, keys: Sequence[str]) -> None:
-        """Note that the engine was given the chunks of these keys."""
+        """Record that the engine was given the chunks of these keys."""
         if self._index is not None:
             self._index.served(keys)
 
@@ -186,8 +181,8 @@ class Existence:
         """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
         values: dict[str, ContentId | None] = {}
         failure: HFBucketError | None = None
-        reported = Reported()
-        asked = [self._ask_page(page, deadline, reported, patient=patient) for page in pages]
+        asked = [self.cache.ask(page, deadline.at, patient=patient) for page in pages]
+        self._ask([lookup for _, lookup, _ in asked if lookup is not None], deadline, patient=patient)
         for page, (known, lookup, others) in zip(pages, asked, strict=True):
             values.update(known)
             try:
@@ -195,15 +190,6 @@ class Existence:
             except HFBucketError as error:
                 failure = failure or error
         return values, failure
-
-    def _ask_page(
-        self, page: Sequence[str], deadline: Deadline, reported: Reported, *, patient: bool
-    ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
-        known, lookup, others = self.cache.ask(page, deadline.at, patient=patient)
-        if lookup is not None:
-            lookup.reported = reported
-            self._ask(lookup, deadline, patient=patient)
-        return known, lookup, others
 
     def _answers(
         self,
@@ -222,7 +208,7 @@ class Existence:
                     answer = self._wait(one, deadline)
                     values.update({key: answer[key] for key in page if key in answer})
             except DeadlineError:
-                # A question of somebody with less time than we have: ask what it left open ourselves.
+                # A lookup of a caller with less time: ask again for what it left open.
                 if not others or deadline.passed:
                     raise
             except ThrottledError:  # or with less patience
@@ -230,37 +216,39 @@ class Existence:
                     raise
             else:
                 return values
-            known, lookup, others = self._ask_page(page, deadline, Reported(), patient=patient)
+            known, lookup, others = self.cache.ask(page, deadline.at, patient=patient)
+            self._ask([lookup] if lookup is not None else [], deadline, patient=patient)
             values.update(known)
 
-    def _ask(self, lookup: PendingLookup, deadline: Deadline, *, patient: bool) -> None:
-        try:
-            lookup.reported.already |= deadline.passed  # then it says nothing of the Hub
-            deadline.check(f"instance {self._instance!r}: lookup")
-            if not patient:
-                self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
-            self._breakers.admit("lookup")
-        except (BreakerOpenError, DeadlineError, ThrottledError) as error:
-            self.cache.fail(lookup, error)
-            return
-        # On a thread of its own: a lookup blocks the engine's scheduler, and must end with its deadline even while
-        # a name server or a proxy does not.
-        try:
-            threads = self._patient_threads if patient else self._threads
-            threads.submit(self._stat, lookup, deadline, patient)
-        except RuntimeError as error:
-            self.cache.fail(lookup, TransportError(f"instance {self._instance!r}: lookup: {error}"))
+    def _ask(self, lookups: Sequence[PendingLookup], deadline: Deadline, *, patient: bool) -> None:
+        """Ask side by side: the last lookup in this thread, which `HubClient` frees at the deadline, others in further threads."""
+        reported = Reported()
+        threads = self._patient_threads if patient else self._threads
+        for number, lookup in enumerate(lookups, start=1):
+            lookup.reported = reported
+            try:
+                reported.already |= deadline.passed  # then it says nothing of the Hub
+                deadline.check(f"instance {self._instance!r}: lookup")
+                if not patient:
+                    self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
+                self._breakers.admit("lookup")
+                if number < len(lookups):
+                    threads.submit(self._stat, lookup, deadline, patient)
+            except (BreakerOpenError, DeadlineError, ThrottledError) as error:
+                self.cache.fail(lookup, error)
+            except RuntimeError as error:
+                self.cache.fail(lookup, TransportError(f"instance {self._instance!r}: lookup: {error}"))
+            else:
+                if number == len(lookups):
+                    self._stat(lookup, deadline, patient)
 
     def _wait(self, lookup: PendingLookup, deadline: Deadline) -> dict[str, ContentId | None]:
         try:
-            return lookup.future.result(timeout=deadline.remaining())
-        except FutureTimeoutError as error:
-            if isinstance(error, DeadlineError):  # a DeadlineError is a TimeoutError too: the request's own
-                raise
-            what = (
-                f"instance {self._instance!r}: lookup: no answer within {deadline.seconds:g} s; the call was abandoned"
-            )
-            late = DeadlineError(what) if lookup.sent.is_set() else UnsentError(f"{what} before it was sent")
+            return result_of(lookup.future, deadline, f"instance {self._instance!r}: lookup")
+        except DeadlineError as error:
+            late = error
+            if not lookup.sent.is_set() and not isinstance(error, UnsentError):
+                late = UnsentError(f"{error} before it was sent")
             self._report_health(lookup, late)
             raise late from None
 
@@ -271,26 +259,35 @@ class Existence:
             self._breakers.ended("lookup", error)
 
     def _stat(self, lookup: PendingLookup, deadline: Deadline, patient: bool) -> None:
+        """Ask the Hub, and answer whatever waits for the lookup."""
         handle = self._bucket.handle
         asked = time.monotonic()
         try:
             paths = {handle.join(encode_name(key)): key for key in lookup.keys}
             found = self._bucket.stat(list(paths), deadline, patient=patient, sent=lookup.sent)
-        except HFBucketError as error:
-            self._report_health(lookup, error)
-            self.cache.fail(lookup, error)
-        except BaseException as error:  # noqa: BLE001 - the waiters must get an error that they handle
-            what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
-            self.cache.fail(lookup, TransportError(what))
-        else:
-            self._report_health(lookup, None)
-            self._sink.gauge(telemetry.CACHE_ENTRIES, len(self.cache), instance=self._instance)
             contents = {paths[p]: info.content for p, info in found.items() if p in paths}
             answers = {key: contents.get(key) for key in lookup.keys}
             if self._index is not None:
                 self._index.reported(answers, asked)
+        except HFBucketError as error:
+            self._report_health(lookup, error)
+            self.cache.fail(lookup, error)
+        except BaseException as error:
+            what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
+            self.cache.fail(lookup, TransportError(what))
+            if not isinstance(error, Exception):  # such as KeyboardInterrupt, which is meant for this thread
+                raise
+        else:
+            self._report_health(lookup, None)
+            self._sink.gauge(telemetry.CACHE_ENTRIES, len(self.cache), instance=self._instance)
             self.cache.answer(lookup, contents)
+            self._learn(answers, asked)
+
+    def _learn(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
+        try:
             self.learn(answers, asked)
+        except Exception:  # noqa: BLE001 - the answer holds all the same
+            _log.exception("[%s] lookup: what was answered was not taken in", self._instance)
 
     def probe(self, deadline: Deadline) -> None:
         """Ask what a lookup asks: whether the Hub answers.
@@ -324,22 +321,22 @@ class Lookups:
     """Answers lookups of one instance.
 
     Args:
+        guarded: While its `read` breaker is open nothing is a hit, since nothing would be served.
         existence: What is there.
-        outcomes: Where results are told.
-        breakers: While its `read` breaker is open nothing is a hit, since nothing would be served.
+        outcomes: Where results are counted.
         quarantine: Contents that could not be served recently.
     """
 
     def __init__(
         self,
+        guarded: GuardedBucket,
         existence: Existence,
         outcomes: Telemetry,
-        breakers: CircuitBreakers,
         quarantine: Quarantine,
     ) -> None:
         self._existence = existence
         self._outcomes = outcomes
-        self._breakers = breakers
+        self._breakers = guarded.breakers
         self._quarantine = quarantine
 
     def found(
@@ -350,7 +347,7 @@ class Lookups:
         outcome, unknown = "ok", "missing"
         contents: Mapping[str, ContentId | None] = {}
         try:
-            deadline.check("lookup")  # it may have waited for a thread: nobody's fault but ours
+            deadline.check("lookup")  # it may have waited for a thread: not the fault of the Hub or the store
             self._breakers.admit("read", keys)
             contents, failure = self._existence.answers(keys, deadline)
             if failure is not None:

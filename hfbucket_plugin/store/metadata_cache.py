@@ -27,7 +27,7 @@ class MetadataCache:
         entries: Most entries; the least recently used go first.
         hit_secs: Lifetime of an object that is there.
         miss_secs: Lifetime of one that is not.
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MetadataCache:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Know nothing: at first, and in a forked child, where nobody answers the questions of the parent."""
+        """Know nothing: at first, and in a forked child, where no thread answers the lookups of the parent."""
         self._lock = threading.Lock()
         self._cache: cachetools.TLRUCache[str, ContentId | None] = cachetools.TLRUCache(
             maxsize=self._entries,
@@ -62,7 +62,7 @@ class MetadataCache:
                 return False, None
 
     def put(self, key: str, content: ContentId | None) -> None:
-        """Note what this process has just done itself: it wins over the answer to a question asked before."""
+        """Record what this process has just done itself: it wins over the answer to a question asked before."""
         with self._locked():
             self._set(key, content)
             if (lookup := self._asking.get(key)) is not None:
@@ -88,7 +88,7 @@ class MetadataCache:
     def ask(
         self, keys: Iterable[str], until: float = math.inf, *, patient: bool = False
     ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
-        """Sort keys into what is known, what to ask now, and what somebody else is asking already.
+        """Sort keys into what is known, what to ask now, and what another thread is asking already.
 
         Args:
             keys: What is wanted.

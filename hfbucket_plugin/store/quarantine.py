@@ -17,7 +17,7 @@ from hfbucket_plugin.core import forks, telemetry
 from hfbucket_plugin.core.concurrency import WorkerPool
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import RESERVED
-from hfbucket_plugin.errors import HFBucketError
+from hfbucket_plugin.errors import HashMismatchError, HFBucketError
 from hfbucket_plugin.hub.records import RecordStore
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class CorruptObjectLog:
         self._own = RecordStore(bucket, f"bad-{instance}")
 
     def record(self, key: str, content: ContentId, why: str) -> None:
-        """Tell of an object whose content failed its hash in two independent fetches."""
+        """Report an object whose content failed its hash in two independent fetches."""
         self._sink.count(telemetry.BAD_OBJECTS, instance=self._instance)
         _log.error(
-            "[%s] %s is proven bad: two fetches failed its hash. It is not served; delete it, or let it be. Storing it "
+            "[%s] %s is corrupt: two fetches failed its hash. It is not served; delete it, or leave it. Storing it "
             "again may be deduplicated onto the same bad bytes. %s", self._instance, key, why,
         )  # fmt: skip
         if self._settings.writes:
@@ -78,13 +78,9 @@ class CorruptObjectLog:
         deadline = Deadline.after(_RECORD_SECS)
         path = self._bucket.handle.join(f"{BAD_DIRECTORY}/{content.xet_hash}.json")
         try:
-            stored = self._own.upload(json.dumps(record).encode(), deadline)
-            failed = self._bucket.add({path: stored}, deadline)
+            self._own.put(path, json.dumps(record).encode(), deadline)
         except HFBucketError as error:
             _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
-            return
-        for failure in failed.values():
-            _log.warning("[%s] %s: no record was written: %s", self._instance, key, failure.message)
 
     def close(self) -> None:
         """Record nothing any more."""
@@ -112,14 +108,23 @@ class _Record:
 class Quarantine:
     """Xet hashes of contents, bounded in number; thread-safe.
 
-    By content and not by key: an object that was rewritten is served at once.
+    By content and not by key: an object that was written again is served at once.
 
     Args:
-        clock: Seconds, monotonic; tests hand in their own.
+        clock: Seconds, monotonic; tests pass their own.
+        changed: Called with how many contents are known, when that may have changed.
+        proven: Called with the key, the content and the reason when an object is proven corrupt.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[int], None] = lambda _number: None,
+        proven: Callable[[str, ContentId, str], None] = lambda _key, _content, _why: None,
+    ) -> None:
         self._clock = clock
+        self._changed = changed
+        self._proven = proven
         self._start_over()
         forks.reset_in_child(self._start_over)
 
@@ -128,8 +133,25 @@ class Quarantine:
         self._lock = threading.Lock()
         self._records: cachetools.LRUCache[str, _Record] = cachetools.LRUCache(_ENTRIES)
 
+    def failed(self, content: ContentId, error: HFBucketError | None = None, key: str = "") -> None:
+        """Record that a content could not be served though the store works.
+
+        Args:
+            content: As it is listed.
+            error: Why; None where only a probe read a little of it.
+            key: Under which it was asked for.
+        """
+        if self.add(content.xet_hash, wrong_hash=isinstance(error, HashMismatchError)):
+            self._proven(key, content, str(error))
+        self._changed(len(self))
+
+    def served(self, content: ContentId) -> None:
+        """Record that a content was served."""
+        if self.clear(content.xet_hash):
+            self._changed(len(self))
+
     def add(self, xet_hash: str, *, wrong_hash: bool) -> bool:
-        """Note that a content could not be served.
+        """Record that a content could not be served.
 
         Args:
             xet_hash: Of the content as it is listed.
@@ -164,7 +186,7 @@ class Quarantine:
             return xet_hash in self._records
 
     def clear(self, xet_hash: str) -> bool:
-        """Note that a content was served after all; return whether it had failed before."""
+        """Record that a content was served after all; return whether it had failed before."""
         if not self._records:
             return False
         with self._lock:

@@ -27,17 +27,13 @@ from hfbucket_plugin.hub.transfer import DownloadToBuffer, xet_hashes
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hfbucket_plugin.config.settings import InstanceSettings
     from hfbucket_plugin.core.buffers import RevocableBuffer
-    from hfbucket_plugin.core.concurrency import ReadPriority
     from hfbucket_plugin.core.deadline import Deadline
-    from hfbucket_plugin.core.files import TempDir
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.core.telemetry import Telemetry
-    from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
+    from hfbucket_plugin.store.guarded import GuardedBucket
     from hfbucket_plugin.store.lookup import Existence
-    from hfbucket_plugin.store.quarantine import CorruptObjectLog, Quarantine
+    from hfbucket_plugin.store.quarantine import Quarantine
 
 _COPY_BYTES: Final = 4 * 1024 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
@@ -72,39 +68,27 @@ class Reader:
     """Reads the chunks of one instance.
 
     Args:
-        bucket: Where from.
-        existence: Says what is there, and is told what could not be served.
-        outcomes: Where results are told.
-        settings: The instance's.
-        breakers: Its `read` breaker.
-        read_priority: Counts the reads, so that puts let them pass.
+        guarded: Where from.
+        existence: Knows what is there, and learns what could not be served.
+        outcomes: Where results are counted.
         quarantine: Contents that could not be served recently.
-        bad: Where objects are recorded that are proven bad.
-        temp_dir: Space for hashing.
     """
 
     def __init__(
         self,
-        bucket: Bucket,
+        guarded: GuardedBucket,
         existence: Existence,
         outcomes: Telemetry,
-        settings: InstanceSettings,
-        *,
-        breakers: CircuitBreakers,
-        read_priority: ReadPriority,
         quarantine: Quarantine,
-        bad: CorruptObjectLog,
-        temp_dir: TempDir,
     ) -> None:
-        self._bucket = bucket
+        self._bucket = guarded.bucket
+        self._settings = guarded.settings
+        self._breakers = guarded.breakers
+        self._read_priority = guarded.read_priority
+        self._temp_dir = guarded.temp_dir
         self._existence = existence
         self._outcomes = outcomes
-        self._settings = settings
-        self._breakers = breakers
-        self._read_priority = read_priority
         self._quarantine = quarantine
-        self._bad = bad
-        self._temp_dir = temp_dir
         self._closed = False
         self._probes = 0
         self._start_over()
@@ -126,9 +110,25 @@ class Reader:
         *,
         prefix_only: bool = False,
     ) -> list[Buffer | None]:
-        """Read chunks; see `ChunkStore.read_many`."""
+        """Read chunks into the engine's buffers.
+
+        Args:
+            keys: Their keys.
+            sizes: Bytes of the full chunk of each; an object of another size is refused.
+            open_buffer: Gives the buffer for the key at an index, or None when there is no memory at this moment:
+                then this chunk and those after it are misses, since nothing here waits for memory.
+            deadline: What has arrived by then is returned; the rest are misses.
+            prefix_only: Whether chunks behind the first miss are of no use, and are released.
+
+        Returns:
+            For each key its filled buffer, or None; every buffer that is not returned was released, and nothing writes
+            into it any more.
+        """
         started = time.monotonic()
         results: list[Buffer | None] = [None] * len(keys)
+        if not self._settings.reads:
+            self._outcomes.chunks("get", "role", len(keys))
+            return results
         try:
             self._breakers.admit("read", keys, found=True)
             # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
@@ -208,8 +208,7 @@ class Reader:
         for index, (read, buffer) in reads.items():
             read.lease.revoke()
             if read.error is None:
-                if self._quarantine.clear(read.content.xet_hash):
-                    self._outcomes.quarantined(len(self._quarantine))
+                self._quarantine.served(read.content)
                 results[index] = buffer
             else:
                 buffer.release()
@@ -222,7 +221,7 @@ class Reader:
     ) -> dict[int, tuple[DownloadToBuffer, Buffer]]:
         reads: dict[int, tuple[DownloadToBuffer, Buffer]] = {}
         for index, (key, content) in wanted.items():
-            problem = "there is none free"
+            problem = "none is free"
             try:
                 buffer = open_buffer(index)
             except Exception as error:  # noqa: BLE001 - the engine's allocator; the buffers opened before must not leak
@@ -255,7 +254,7 @@ class Reader:
             with self._temp_dir.file() as path:
                 with path.open("wb") as out:
                     for at in range(0, read.content.size, _COPY_BYTES):
-                        if (piece := read.lease.read(at, _COPY_BYTES)) is None:
+                        if (piece := read.lease.read(at, at + _COPY_BYTES)) is None:
                             raise RevokedError(f"{read.name}: its buffer was taken back while it was being hashed")
                         out.write(piece)
                 actual = xet_hashes([path])[0]
@@ -263,7 +262,7 @@ class Reader:
             read.fail(error)
             return
         except OSError as error:
-            # No word against the store or the object: nothing is wrong with either.
+            # It says nothing about the store or the object: nothing is wrong with either.
             read.fail(TempDirError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
             return
         if actual != read.content.xet_hash:
@@ -286,7 +285,7 @@ class Reader:
         return False
 
     def _remember(self, content: ContentId, error: HFBucketError | None) -> None:
-        """Note for probes whether a content could be read last."""
+        """Record for probes whether a content could be read last."""
         with self._lock:
             if error is None:
                 self._served[content.xet_hash] = content
@@ -306,16 +305,14 @@ class Reader:
         if isinstance(error, MissingError):
             # The store lacks what the Hub lists, or listed a while ago.
             self._existence.gone(key)
-            if isinstance(error, BucketMissingError):  # no word against the object
+            if isinstance(error, BucketMissingError):  # it says nothing about the object
                 return
         elif isinstance(error, HashMismatchError):
             self._existence.drop(key)
             self._bucket.transfer.renew()  # so that the next fetch is independent of this one
         elif not (store_works and isinstance(error, (IntegrityError, TransportError))):
             return
-        if self._quarantine.add(read.content.xet_hash, wrong_hash=isinstance(error, HashMismatchError)):
-            self._bad.record(key, read.content, str(error))
-        self._outcomes.quarantined(len(self._quarantine))
+        self._quarantine.failed(read.content, error, key)
 
     def probe(self, deadline: Deadline) -> None:
         """Read a little of several contents, other ones each time: whether the store serves any.
@@ -326,7 +323,7 @@ class Reader:
             HFBucketError: It serves none, or not before the deadline.
         """
         if contents := self._to_sample():
-            sampled = _Sampled(self._quarantine_sampled)
+            sampled = _Sampled(self._quarantine.failed)
 
             def ended(content: ContentId, error: HFBucketError | None) -> None:
                 self._remember(content, error)
@@ -347,10 +344,6 @@ class Reader:
         fresh = [content for xet_hash, content in known.items() if xet_hash not in failed]
         stale = list(failed.values())
         return [*_in_turn(fresh, turn), *_in_turn(stale, turn)][:_SAMPLES]
-
-    def _quarantine_sampled(self, content: ContentId) -> None:
-        self._quarantine.add(content.xet_hash, wrong_hash=False)
-        self._outcomes.quarantined(len(self._quarantine))
 
     def close(self) -> None:
         """Write into no buffer any more."""
@@ -381,7 +374,7 @@ class _Sampled:
         self._failed: list[ContentId] = []
 
     def add(self, content: ContentId, error: HFBucketError | None) -> None:
-        """Note how a content ended; None where it was served."""
+        """Record how a content ended; None where it was served."""
         with self._lock:
             if error is None:
                 self._served = True

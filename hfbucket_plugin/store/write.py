@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hfbucket_plugin.core import forks
-from hfbucket_plugin.core.buffers import KEPT, RevocableSource
-from hfbucket_plugin.core.concurrency import ByteSemaphore, FairPool, WorkerPool
+from hfbucket_plugin.core.buffers import KEPT, RevocableBuffer
+from hfbucket_plugin.core.concurrency import ByteSemaphore, FairPool
 from hfbucket_plugin.core.keys import RESERVED, encode_name, is_probe
+from hfbucket_plugin.core.units import batches
 from hfbucket_plugin.errors import (
     BreakerOpenError,
     BucketMissingError,
@@ -24,19 +25,17 @@ from hfbucket_plugin.errors import (
     TransportError,
     UnsentError,
 )
+from hfbucket_plugin.hub.records import RecordStore
 from hfbucket_plugin.hub.transfer import Upload
 from hfbucket_plugin.store.committer import BatchCommitter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from hfbucket_plugin.config.settings import InstanceSettings
-    from hfbucket_plugin.core.concurrency import ReadPriority
     from hfbucket_plugin.core.deadline import Deadline
     from hfbucket_plugin.core.keys import ContentId
     from hfbucket_plugin.core.telemetry import Telemetry
-    from hfbucket_plugin.hub.bucket import Bucket
-    from hfbucket_plugin.hub.circuit_breaker import CircuitBreakers
+    from hfbucket_plugin.store.guarded import GuardedBucket
     from hfbucket_plugin.store.lookup import Existence
     from hfbucket_plugin.store.quarantine import Quarantine
 
@@ -90,14 +89,14 @@ class _Commit:
 
     def __init__(self, sources: Sequence[PutSource]) -> None:
         self.sources = sources
-        self.leases = [RevocableSource(source.view, getattr(source, "memory", KEPT)) for source in sources]
+        self.leases = [RevocableBuffer(source.view, getattr(source, "memory", KEPT)) for source in sources]
         self.upload = Upload()
         self.files: Mapping[str, ContentId] = {}
         self.begun = False
         self._lock = threading.Lock()
         self._held = dict(zip(self.leases, sources, strict=True))
 
-    def release(self, *leases: RevocableSource) -> None:
+    def release(self, *leases: RevocableBuffer) -> None:
         """Give the memory of some sources back, or of all."""
         with self._lock:
             gone = {lease: self._held.pop(lease) for lease in leases or self.leases if lease in self._held}
@@ -113,37 +112,31 @@ class Writer:
     """Writes the chunks of one instance.
 
     Args:
-        bucket: Where to.
-        existence: Says what is there already, and is told what was written.
-        outcomes: Where results are told.
-        settings: The instance's.
-        breakers: Its `write` breaker.
-        read_priority: Lets reads go first.
+        guarded: Where to.
+        existence: Knows what is there already, and learns what was written.
+        outcomes: Where results are counted.
         quarantine: Contents that cannot be served: they are written again although they are there.
     """
 
     def __init__(
         self,
-        bucket: Bucket,
+        guarded: GuardedBucket,
         existence: Existence,
         outcomes: Telemetry,
-        settings: InstanceSettings,
-        *,
-        breakers: CircuitBreakers,
-        read_priority: ReadPriority,
         quarantine: Quarantine,
     ) -> None:
-        self._bucket = bucket
+        settings = guarded.settings
+        self._bucket = guarded.bucket
+        self._settings = settings
+        self._breakers = guarded.breakers
+        self._read_priority = guarded.read_priority
         self._existence = existence
         self._outcomes = outcomes
-        self._settings = settings
-        self._breakers = breakers
-        self._read_priority = read_priority
         self._quarantine = quarantine
-        self._committer = BatchCommitter(bucket, settings.put_window_secs)
+        self._committer = BatchCommitter(guarded.bucket, settings.put_window_secs)
         self._semaphore = ByteSemaphore(settings.max_inflight_bytes)
         self._threads = FairPool(f"hfbucket-put-{outcomes.instance}", settings.max_parallel_writes)
-        self._probes = WorkerPool(f"hfbucket-put-probe-{outcomes.instance}", _PROBES)
+        self._probes = RecordStore(guarded.bucket, f"probe-{outcomes.instance}", _PROBES)
         self._closed = False
         self._bucket_is_there = False
         self._start_over()
@@ -169,7 +162,7 @@ class Writer:
         """
         started = time.monotonic()
         try:
-            deadline.check("put")  # it may have waited in our own queue: nobody's fault but ours
+            deadline.check("put")  # it may have waited in our own queue: not the fault of the Hub or the store
             self._breakers.admit("write")
         except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
@@ -301,7 +294,8 @@ class Writer:
         """Write commits side by side, and abandon those that the deadline finds unfinished."""
         tasks: dict[Future[Future[dict[str, ItemFailure]]], _Commit] = {}
         failures: list[ItemFailure] = []
-        for commit in map(_Commit, self._cut(sources)):
+        for batch in batches(sources, self._settings.commit_bytes, lambda source: len(source.view)):
+            commit = _Commit(batch)  # a failure costs no more than one
             try:
                 with self._lock:
                     if self._closed:
@@ -379,27 +373,13 @@ class Writer:
         with self._lock:
             self._commits.discard(commit)
 
-    def _cut(self, sources: Sequence[PutSource]) -> Iterator[list[PutSource]]:
-        """Cut into commits, so that a failure costs no more than one."""
-        limit = self._settings.commit_bytes
-        commit: list[PutSource] = []
-        amount = 0
-        for source in sources:
-            if commit and amount + len(source.view) > limit:
-                yield commit
-                commit, amount = [], 0
-            commit.append(source)
-            amount += len(source.view)
-        if commit:
-            yield commit
-
     def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
         """Upload a commit, give its memory back, and have its contents named."""
         sizes = [lease.size for lease in commit.leases]
         with self._committer.expecting(), self._semaphore.hold(sum(sizes), deadline, "put"):
             unyielding = 0
 
-            def taken(lease: RevocableSource) -> None:
+            def taken(lease: RevocableBuffer) -> None:
                 nonlocal unyielding
                 commit.release(lease)
                 unyielding += lease.size
@@ -423,7 +403,7 @@ class Writer:
             return self._committer.name(files, deadline)
 
     def _settle(self, commit: _Commit, failed: Mapping[str, ItemFailure]) -> PutReport:
-        """Tell item by item what became of a commit."""
+        """Report item by item what became of a commit."""
         report = PutReport()
         written = 0
         for source, (path, content) in zip(commit.sources, commit.files.items(), strict=True):
@@ -454,18 +434,7 @@ class Writer:
         Raises:
             HFBucketError: It does not, or not before the deadline.
         """
-        upload = Upload()
-        try:
-            # Not on the threads of puts: behind puts that hang, it would say nothing about the store.
-            future = self._probes.submit(self._bucket.transfer.upload, [os.urandom(64)], deadline, upload)
-        except RuntimeError as error:
-            raise TransportError(str(error)) from None
-        wait([future], timeout=deadline.remaining())
-        if not future.done():
-            future.cancel()
-            self._bucket.transfer.abandon(upload)
-            raise DeadlineError(f"probe: not uploaded within {deadline.seconds:g} s; abandoned")
-        future.result()
+        self._probes.upload(os.urandom(64), deadline)  # not on the threads of puts, which may all hang
         self._bucket.delete([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
 
     def close(self) -> None:

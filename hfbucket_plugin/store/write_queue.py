@@ -30,7 +30,7 @@ class PutQueue:
 
     Args:
         writer: Does them.
-        outcomes: Where refusals are told.
+        outcomes: Where refusals are counted.
         settings: The instance's.
     """
 
@@ -113,7 +113,7 @@ class PutQueue:
         with self._lock:
             self.pending.discard(future)
         if future.cancelled():
-            self._refuse(sources, _NOT_TAKEN, "given up before their turn")
+            self._refuse(sources, _NOT_TAKEN, "cancelled before their turn")
         self._leave(amount)
 
     def _leave(self, amount: int) -> None:

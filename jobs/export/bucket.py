@@ -6,7 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import encode_name
 from hfbucket_plugin.core.telemetry import MemorySink
@@ -127,7 +127,7 @@ class InstanceEnd:
         watch.daemon = True
         watch.start()
         try:
-            sources = [RevocableSource(memoryview(chunk.data)) for chunk in chunks.values()]
+            sources = [RevocableBuffer(memoryview(chunk.data)) for chunk in chunks.values()]
             sent = self.bucket.transfer.upload(sources, deadline, upload)
         finally:
             watch.cancel()

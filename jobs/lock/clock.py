@@ -11,7 +11,6 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from hfbucket_plugin.core.dates import http_date
 from hfbucket_plugin.core.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def ask(bucket: Bucket, clock: ServerClock, request_secs: float) -> bool:
         HFBucketError: No answer.
     """
     sent = clock.monotonic()
-    moment = http_date(bucket.greet(Deadline.patient(request_secs)).headers.get("date", ""))
+    moment = bucket.greet(Deadline.patient(request_secs)).date
     if moment is None:
         return False
     clock.stamped(moment, sent, clock.monotonic(), unsure_secs=1.0)

@@ -47,7 +47,7 @@ def test_a_configuration_that_is_not_there(refused, tmp_path):
 def test_a_configuration_that_is_no_yaml(refused, tmp_path):
     path = tmp_path / "lmcache.yaml"
     path.write_text(f'extra_config: {{"token": "{SECRET}"')
-    assert "is no YAML" in refused(2, path)
+    assert "is not valid YAML" in refused(2, path)
 
 
 def test_a_setting_that_is_unknown_is_named_with_the_nearest(refused, warehouse):

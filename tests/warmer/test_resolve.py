@@ -164,7 +164,7 @@ def test_what_cannot_be_read_is_a_warning_and_under_enforce_an_error(desk, hub):
     code, reported = desk.plan("--model", MODEL)
     assert code == 0
     assert "the fingerprints of the chosen models are not known" in reported
-    assert "no JSON" in reported
+    assert "not JSON" in reported
 
     desk.warehouse.extra = {SETTING: "enforce"}
     assert desk.plan("--model", MODEL)[0] == 2

@@ -162,8 +162,8 @@ def test_an_empty_section_says_nothing(file, text):
         ({"tiers": 3}, "--tier (tiers)"),
         ({"choose": "all"}, "choose: Input should be"),
         ("[1]", "is no mapping"),
-        ('{"a": "secret', "is no YAML at line 1"),
-        ("a: !!binary x", "is no YAML"),
+        ('{"a": "secret', "is not valid YAML at line 1"),
+        ("a: !!binary x", "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_named(file, document, said):

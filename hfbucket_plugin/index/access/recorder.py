@@ -53,7 +53,7 @@ class Hits:
         digest: Of its object's name; `NO_KEY` for the sign that somebody records, and for hits that were lost.
         number: How many.
         last: When the last one was, in monotonic seconds: never too early, and late by a journal's interval at most.
-        lost: Whether nobody will know of which keys they were.
+        lost: Whether their keys are not known.
     """
 
     digest: bytes
@@ -87,7 +87,7 @@ class AccessRecorder:
         return len(self._waiting) + len(self._fresh)
 
     def read(self, keys: Iterable[str]) -> None:
-        """Note that chunks were served. Takes a microsecond; what does not fit until the next look is counted as lost."""
+        """Record that chunks were served. Takes a microsecond; what does not fit until the next look is counted as lost."""
         batch = tuple(keys)
         room = _FRESH_KEYS - self._fresh_keys  # threads that meet here may pass the bound by a batch each
         if len(batch) > room:
@@ -188,7 +188,7 @@ def why_not(settings: InstanceSettings) -> str:
         return f"heat is not recorded: it needs index: snapshot, and index is {settings.index}" if asked else ""
     if not settings.writes:
         return (
-            f"heat is not recorded: role is {settings.role}, so nobody is told of what is read here. A cleanup by max_idle may "
+            f"heat is not recorded: role is {settings.role}, so reads are not reported. A cleanup by max_idle may "
             "delete what only such engines read"
         )
     return ""

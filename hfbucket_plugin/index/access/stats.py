@@ -45,7 +45,7 @@ LATE_SECS: Final = 300.0
 """How late a tell may get into the bucket to be counted: some tries of a journal."""
 
 GAP_SECS: Final = 86400.0
-"""Nobody told of anything for so long: then nobody recorded. Recorders that have nothing to tell say so every hour."""
+"""After this long without a report nothing recorded hits: a recorder without hits reports that every hour."""
 
 COLUMNS: Final = (("last_hit", "<u4"), ("heat", "<f4"))
 """`last_hit`: seconds since 1970 by the Hub's clock; `heat`: see above. 0 in both: no hit is known."""
@@ -102,7 +102,7 @@ class HitLog:
         self._lost_at = 0.0
 
     def lose(self, lost: Rows, now: float) -> None:
-        """Note hits that recorders dropped.
+        """Record hits that recorders dropped.
 
         Args:
             lost: Of `HIT`, with repetitions.
@@ -113,12 +113,12 @@ class HitLog:
             self._lost_at = max(self._lost_at, min(now, float(lost["at"].max())))
 
     def unread(self, hits: int, at: float) -> None:
-        """Note a journal of hits that could not be read: as many hits as it may tell of, and when the Hub took it."""
+        """Record a journal of hits that could not be read: as many hits as it may tell of, and when the Hub took it."""
         self._unread += hits
         self._lost_at = max(self._lost_at, at)
 
     def add(self, reported: NDArray[np.uint32], now: float) -> None:
-        """Note tells; those of a clock that is ahead of the Hub's are passed over."""
+        """Record tells; those of a clock that is ahead of the Hub's are passed over."""
         reported = reported[reported <= now + 60]
         if len(reported):
             self._hours.update(np.unique(reported // _HOUR).tolist())

@@ -20,8 +20,8 @@ from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
 from hfbucket_plugin.index.access.stats import GAP_SECS, buckets, has_access_columns
 from hfbucket_plugin.index.build import fetch_snapshot
 from hfbucket_plugin.index.format import AHEAD_SECS, FormatError, read_header
-from hfbucket_plugin.index.store import POINTER, IndexStore
-from hfbucket_plugin.index.table import digests_of
+from hfbucket_plugin.index.store import IndexStore
+from hfbucket_plugin.index.table import digests_of, find
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -95,7 +95,7 @@ class AccessTable:
     def look_up(self, names: Sequence[str]) -> list[ChunkUse]:
         """What is known of objects, by their names below the instance's prefix. For a page at a time."""
         found = [UNREAD] * len(names)
-        where = self._find(digests_of(names))
+        where = find(self._first, self._rows, digests_of(names))
         known = np.flatnonzero(where >= 0)
         rows = self._rows[where[known]]
         levels = buckets(rows["heat"], self._now)
@@ -104,27 +104,12 @@ class AccessTable:
                 found[index] = ChunkUse(datetime.fromtimestamp(last, UTC) if last else None, level)
         return found
 
-    def _find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Where digests are among the rows; -1 for those that are not. As `Table.find`, without a word of it in memory."""
-        found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
-        at = np.searchsorted(self._first, digests[:, 0]).astype(np.int64)
-        open_ = np.arange(len(digests))
-        while True:
-            open_ = open_[at[open_] < len(self._first)]
-            open_ = open_[self._first[at[open_]] == digests[open_, 0]]
-            if not len(open_):
-                return found
-            same = self._rows[at[open_]]["digest_lo"] == digests[open_, 1]
-            found[open_[same]] = at[open_[same]]
-            open_ = open_[~same]
-            at[open_] += 1  # 64 bits alike
-
 
 @contextlib.contextmanager
 def open_access_table(
     bucket: Bucket, now: datetime, request_secs: float, temp_dir: Path | None = None
 ) -> Iterator[AccessTable | None]:
-    """The heat of an instance, for the duration of a block; None where it has none: no index, or nobody recorded hits.
+    """The heat of an instance, for the duration of a block; None where it has none: no index, or no recorder.
 
     Args:
         bucket: The instance's.
@@ -136,22 +121,19 @@ def open_access_table(
         HeatUnknownError: There is an index, and it cannot be read, or it is too old to say what was read recently.
         AccessDeniedError: And other errors that no index is to blame for, of the first look.
     """
-    path = bucket.handle.join(POINTER)
     with contextlib.ExitStack() as stack:
-        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
-        if info is None:
+        store = IndexStore(bucket, "heat")
+        stack.callback(store.close)
+        if store.find_pointer(Deadline.patient(request_secs)) is None:
             yield None
             return
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heat-", dir=temp_dir)))
-        store = IndexStore(bucket, "heat")
         try:
             found = _fetched(bucket, store, directory, request_secs, now)
         except (HFBucketError, OSError) as error:
             raise AccessUnknownError(
                 f"what was read when is not known, since the key index cannot be read: {error}"
             ) from None
-        finally:
-            store.close()
         if found is None:
             yield None
             return
@@ -164,16 +146,16 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
     """Make sure that an index says what was read recently.
 
     Raises:
-        HeatUnknownError: It is not up to date, nobody told it of anything for long, or its times are ahead of the Hub's clock.
+        HeatUnknownError: It is not up to date, nothing was reported to it for long, or its times are ahead of the Hub's clock.
     """
     if ahead := pointer.ahead_of(now.timestamp()):
         raise AccessUnknownError(
-            f"what was read when is not known: the pointer to the key index cannot be believed: {ahead}. "
-            "Run `python -m jobs index --full`, and find out who wrote it"
+            f"the times of reads are not known: the pointer to the key index is not valid: {ahead}. "
+            "Run `python -m jobs index --full`, and find out which process wrote it"
         )
     for at, what in (
         (pointer.covers, "the key index was last brought up to date"),
-        (pointer.heat_told, "hits were last told of, be it that there were none,"),
+        (pointer.heat_told, "hits, or their absence, were last reported"),
     ):
         age = now.timestamp() - at
         if age > STALE_SECS:
@@ -186,9 +168,8 @@ def expect_fresh(pointer: Pointer, now: datetime) -> None:
 def _fetched(
     bucket: Bucket, store: IndexStore, directory: Path, request_secs: float, now: datetime
 ) -> tuple[Pointer, Rows, NDArray[np.uint64]] | None:
-    path = bucket.handle.join(POINTER)
     for number in range(_TRIES):
-        info = bucket.stat([path], Deadline.patient(request_secs)).get(path)
+        info = store.find_pointer(Deadline.patient(request_secs))
         if info is None:
             return None
         try:
@@ -225,6 +206,6 @@ def _mapped(path: Path, first: Path, latest: float) -> tuple[Rows, NDArray[np.ui
         if (last := int(block["last_hit"].max())) > latest:
             raise FormatError(
                 f"a key's last_hit ({last}) is {(last - latest + AHEAD_SECS) / 3600:,.1f} h ahead of the Hub's clock. "
-                "Run `python -m jobs index --full`, and find out who wrote the snapshot"
+                "Run `python -m jobs index --full`, and find out which process wrote the snapshot"
             )
     return rows, words

@@ -112,7 +112,7 @@ def test_accept_takes_a_file_and_fixes_a_record_that_cannot_be_read(met, tmp_pat
 
     assert done.code == 0, done.stderr
     assert "before: " in done.stdout
-    assert "no JSON" in done.stdout
+    assert "not JSON" in done.stdout
     assert recorded(met).variants == (GONE,)
 
 
@@ -124,7 +124,7 @@ def test_accept_takes_a_file_and_fixes_a_record_that_cannot_be_read(met, tmp_pat
         (["--digest", "zz", "--model", MODEL], 4, "no claim of 'org/model' with the digest 'zz': there are"),
         (["--digest", "", "--model", MODEL], 2, "--digest is empty"),
         (["--from-file", "/nowhere"], 2, "cannot be read"),
-        (["--from-file", "/dev/null"], 2, "no JSON"),
+        (["--from-file", "/dev/null"], 2, "not JSON"),
     ],
 )
 def test_accept_refuses(met, arguments, code, words):

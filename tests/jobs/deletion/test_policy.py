@@ -90,8 +90,8 @@ def test_what_cannot_be_meant_is_refused(values, reported):
         ("instances: {hfbucket.eu: {max_age: 1d}}", "no policy for instance 'hfbucket.us' and no default"),
         ("max_age: 1d", "must be a mapping with instances"),
         ("- 1", "must be a mapping"),
-        ("a: [", "is no YAML at line 1, column 5"),
-        ("default: {max_age: !!int 9 days}", "is no YAML at line 1, column 20: a value is not a valid integer"),
+        ("a: [", "is not valid YAML at line 1, column 5"),
+        ("default: {max_age: !!int 9 days}", "is not valid YAML at line 1, column 20: a value is not a valid integer"),
     ],
 )
 def test_files_that_say_nothing_for_an_instance(tmp_path, text, reported):

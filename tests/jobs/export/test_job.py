@@ -223,7 +223,7 @@ def test_rename(rig):
 @pytest.mark.parametrize(
     ("rules", "reported"),
     [
-        (["org/model@2@=org/model@"], "too few fields|no LMCache key|names another chunk"),
+        (["org/model@2@=org/model@"], "too few fields|not a valid LMCache key|names another chunk"),
         (["org/model@2@0@1000@=x@2@0@1001@"], "names another chunk"),
         (["org/model@2@0@=org/model@2@1@"], "would both be"),
     ],

@@ -262,7 +262,7 @@ def test_a_cleanup_that_could_tell_nobody_says_so_and_is_done(stocked, caplog):
 
     assert stocked.cleanup("--max-age", "1d", "--max-delete", "90%", "--yes").code == 0
 
-    assert f"the key index was not told of {len(KEYS)} objects" in caplog.text
+    assert f"{len(KEYS)} changes were not recorded in the key index" in caplog.text
     assert "jobs index --full" in caplog.text
 
 

@@ -75,8 +75,8 @@ def test_it_imports_neither_lmcache_nor_torch():
         ([], "--lmcache-config FILE, or --l2-adapter JSON"),
         (["--instance", "hfbucket.us"], "name a configuration: --lmcache-config FILE"),
         (["--lmcache-config", "/no/such/file.yaml"], "cannot be read"),
-        (["--l2-adapter", SECRET], "this is no JSON"),
-        (["--l2-adapter", '{"type": "s3"}'], "no adapter of a bucket"),
+        (["--l2-adapter", SECRET], "not valid JSON"),
+        (["--l2-adapter", '{"type": "s3"}'], "not a bucket adapter"),
     ],
 )
 def test_what_names_no_instance(command, arguments, words):

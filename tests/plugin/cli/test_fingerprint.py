@@ -108,7 +108,7 @@ def test_one_that_cannot_be_read(desk):
 
     reported = desk.doctor().reported("fingerprint")
 
-    assert reported.startswith(f"warning: {PREFIX}/{NAME}.json: holds no fingerprint: this is no JSON")
+    assert reported.startswith(f"warning: {PREFIX}/{NAME}.json: not a valid fingerprint: not JSON")
 
 
 def test_engines_that_do_not_look(desk):

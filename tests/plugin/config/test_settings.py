@@ -69,7 +69,9 @@ def test_a_home_in_a_path_is_this_users_and_its_lack_is_told(monkeypatch, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load(config(download_tmp_dir="~/scratch"), "hfbucket").download_tmp_dir == tmp_path / "scratch"
 
-    assert "download_tmp_dir: '~' stands for a home directory" in complaint(config(download_tmp_dir="~nobody-here/x"))
+    assert "download_tmp_dir: cannot expand '~': this user has no home directory" in complaint(
+        config(download_tmp_dir="~nobody-here/x")
+    )
 
 
 def test_every_key_of_the_built_in_backend_is_known():

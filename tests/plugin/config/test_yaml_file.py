@@ -18,7 +18,7 @@ def complaint(text):
     with pytest.raises(ConfigError) as refused:
         parse_yaml(text, "warm.yaml")
     message = str(refused.value)
-    assert message.startswith("warm.yaml is no YAML")
+    assert message.startswith("warm.yaml is not valid YAML")
     assert "\n" not in message
     assert SECRET not in message
     assert refused.value.__context__ is None, "a traceback would show the file"

@@ -64,8 +64,8 @@ def test_what_is_there_is_not_written_again(hub, surface):
 
     surface.put(ALL)
 
-    assert hub.control.counters().route("batch").requests == 0
-    assert hub.control.counters().route("xorb-upload").requests == 0
+    for route in ("xorb-upload", "shard-upload", "batch", "xet-write-token"):
+        assert hub.control.counters().route(route).requests == 0
     assert chunks_counted(surface.instance, "put") == {"stored": 6, "present": 6}
 
 
@@ -144,9 +144,10 @@ def test_nothing_asked_for_is_answered_with_nothing_and_costs_no_request(hub, su
 
 
 def test_what_was_deleted_is_gone_at_once_though_lookups_are_remembered(hub, bucket, surfaces):
-    surface = surfaces(metadata_cache_ttl_secs=600)
+    surface = surfaces(metadata_cache_ttl_secs=600, miss_cache_ttl_secs=600)
+    assert surface.lookup(range(3)) == [False] * 3
     surface.put(range(3))
-    assert surface.lookup(range(3)) == [True] * 3
+    assert surface.lookup(range(3)) == [True] * 3, "a miss that is remembered gives way to a put of ours"
 
     assert surface.delete([0, 2])
     assert surface.delete([2, 99]), "what is not there is as it should be"
@@ -275,12 +276,19 @@ def test_what_is_written_meanwhile_by_another_is_seen(hub, bucket, surface):
 
 def test_a_bucket_is_made_by_the_first_put(hub, surfaces):
     name = f"tests/lazy-{next(_numbers)}"
+    hub.control.reset_counters()
     surface = surfaces(create_bucket_if_missing=True, bucket_handle=f"hf://buckets/{name}/{PREFIX}")
     assert surface.lookup([0]) == [False]
+    assert surface.get([0]) == [None]
+    assert hub.control.counters().route("bucket-create").requests == 0
+    for operation in ("lookup", "get"):
+        assert chunks_counted(surface.instance, operation) == {"missing": 1}
 
     surface.put([0])
+    surface.put([1])
 
     assert surface.get([0]) == [content(0)]
+    assert hub.control.counters().route("bucket-create").requests == 1
     assert HfApi(endpoint=hub.endpoint, token=False).bucket_info(name).id == name
 
 
@@ -288,6 +296,7 @@ def test_temporary_files_do_not_stay(hub, surfaces, tmp_path):
     surfaces().put(ALL)
     reader = surfaces(verify="hash", download_tmp_dir=str(tmp_path / "space"))
     assert reader.get(ALL) == [content(number) for number in ALL]
+    assert {path.name for path in Path(tmp_path / "space").rglob("*") if path.is_file()} <= {".lock"}
 
     reader.close()
 

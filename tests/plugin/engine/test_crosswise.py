@@ -85,7 +85,7 @@ def test_an_outage_costs_a_server_one_deadline_a_request_and_its_state_is_told(h
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="deadline") == 3 * CHUNKS
         assert server.count("hfbucket_chunks_total", operation="lookup", outcome="breaker") >= CHUNKS
         reported = json.dumps(server.status())
-        assert "lookup is given up for now" in reported
+        assert "lookup is disabled for now" in reported
         assert '"breakers_open": ["lookup"]' in reported
 
         hub.control.clear_faults()

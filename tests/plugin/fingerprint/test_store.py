@@ -153,7 +153,7 @@ def test_claims_that_cannot_be_read_are_told_one_by_one(store, hub, bucket):
     claims = {claim.path.rpartition("/")[2][0]: claim for claim in store.claims("org/model", soon())}
 
     assert len(claims) == 4
-    assert "no JSON" in claims["0"].why
+    assert "not JSON" in claims["0"].why
     assert "org/other" in claims["1"].why
     assert "are no fingerprint" in claims["2"].why
     assert [claim.fingerprint for claim in claims.values() if claim.fingerprint] == [engine()]

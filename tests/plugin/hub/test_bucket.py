@@ -240,9 +240,9 @@ def test_a_listing_of_more_than_the_bucket_holds_is_given_up(hub, bucket, monkey
     with opened(hub.endpoint, bucket) as bucket_client:
         bucket_client.create(soon())
         monkeypatch.setattr(Bucket, "list_page_dated", endless)
-        with pytest.raises(TransportError, match="where the bucket says that it has 0"):
+        with pytest.raises(TransportError, match="but the bucket reports 0"):
             list(bucket_client.list_objects("", 60))
-        with pytest.raises(TransportError, match="where the bucket says that it has 0"):
+        with pytest.raises(TransportError, match="but the bucket reports 0"):
             list(list_chunks_ahead(bucket_client, [""]))
 
 

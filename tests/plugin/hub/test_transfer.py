@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.config.settings import MAX_BYTES, MAX_SECS
 from hfbucket_plugin.core import telemetry
-from hfbucket_plugin.core.buffers import RevocableBuffer, RevocableSource
+from hfbucket_plugin.core.buffers import RevocableBuffer
 from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.keys import ContentId
 from hfbucket_plugin.core.telemetry import MemorySink
@@ -584,7 +584,7 @@ def test_what_was_uploaded_can_be_read_and_has_the_hash_of_its_bytes(bucket_clie
     sources = [DATA, memoryview(DATA[::-1]), b"x", memoryview(bytearray(BIG))]
 
     contents = put(
-        bucket_client, [source if isinstance(source, bytes) else RevocableSource(source) for source in sources]
+        bucket_client, [source if isinstance(source, bytes) else RevocableBuffer(source) for source in sources]
     )
 
     assert [content.size for content in contents] == [len(source) for source in sources]
@@ -694,7 +694,7 @@ def test_an_upload_that_was_abandoned_frees_its_thread(hub, bucket, route):
 
 def test_memory_is_given_back_as_soon_as_it_is_taken(hub, bucket_client):
     waiting = hub.control.add_fault(Fault(route="shard-upload", hang=True))
-    sources = [RevocableSource(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
+    sources = [RevocableBuffer(memoryview(noise(SIZE, seed=f"taken {number}"))) for number in range(3)]
     taken, handle = [], Upload()
     writer = threading.Thread(
         target=lambda: bucket_client.transfer.upload(sources, soon(), handle, taken.append),
@@ -712,7 +712,7 @@ def test_memory_is_given_back_as_soon_as_it_is_taken(hub, bucket_client):
 def test_an_upload_that_fails_before_all_was_handed_over_ends_soon(hub, hasty, fault):
     """More than hf_xet takes at a time: it is still being fed when the store fails."""
     block = noise(4 * 1024 * 1024, seed=f"large {fault}")
-    large = RevocableSource(memoryview(b"".join(number.to_bytes(8, "big") + block for number in range(64))))
+    large = RevocableBuffer(memoryview(b"".join(number.to_bytes(8, "big") + block for number in range(64))))
     hub.control.add_fault(Fault(route="xorb-upload", **fault))
     handle, outcome = Upload(), []
 
@@ -835,7 +835,7 @@ def test_a_new_session_goes_by_the_hub_token_of_that_moment(hub_factory, tmp_pat
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_commit_that_is_refused_once_is_tried_again(hub, bucket_client, route, chunks):
     data = [noise(SIZE, seed=f"{route} {number}") for number in range(chunks)]
-    sources = [RevocableSource(memoryview(one)) for one in data]
+    sources = [RevocableBuffer(memoryview(one)) for one in data]
     taken = []
 
     def give_back(lease):

@@ -32,13 +32,13 @@ from hfbucket_plugin.index.access.stats import (
     with_access_columns,
     with_earlier_access,
 )
-from hfbucket_plugin.index.format import ACCESS_JOURNAL, JOURNAL, Pointer, changes_of, hits_of, lost_of
+from hfbucket_plugin.index.format import ACCESS_JOURNAL, JOURNAL, Pointer, changes_of, hits_of
 from hfbucket_plugin.index.journal import JournalWriter
 from hfbucket_plugin.index.store import JOURNALS, MAX_JOURNAL_BYTES
-from hfbucket_plugin.index.table import ROW, digests_of, in_order
+from hfbucket_plugin.index.table import LOST, ROW, digests_of, in_order
 from tests.support.buckets import download, paths
 from tests.support.indexes import build, counted_by_outcome, in_use
-from tests.support.surface import PREFIX
+from tests.support.lmcache_engine import PREFIX
 
 START = LANDMARK + 100 * HALF_LIFE_SECS
 KEYS = 4
@@ -230,7 +230,7 @@ def test_journals_tell_what_was_lost_and_older_readers_pass_over_it():
     journal.tell([Hits(digest(1), 5, 8.0), Hits(NO_KEY, 7, 9.0, lost=True)], 5000.0)
     data = journal.draft(12.0).data
 
-    (lost,) = lost_of(data, 100.0, 77, "it")
+    (lost,) = hits_of(data, 100.0, 77, "it", LOST)
     assert (lost["hits"], lost["at"], lost["told"], lost["digest_hi"], lost["digest_lo"]) == (7, 97.0, 5000, 0, 0)
     assert hits_of(data, 100.0, 77, "it")["hits"].tolist() == [5]
     assert len(changes_of(data, 100.0, "it")) == 0
@@ -406,7 +406,7 @@ def test_an_engine_that_reads_more_than_it_may_tell_says_so(hub, bucket, surface
     (path,) = journals(hub, bucket)
     data = download(hub.endpoint, bucket, path)
     assert hits_of(data, time.time(), 1, path)["hits"].sum() == 2
-    assert lost_of(data, time.time(), 1, path)["hits"].tolist() == [3]
+    assert hits_of(data, time.time(), 1, path, LOST)["hits"].tolist() == [3]
     assert counted_by_outcome(reader, telemetry.ACCESS_HITS) == {"told": 2, "dropped": 3}
     assert "3 hits were dropped" in caplog.text
 

@@ -117,7 +117,7 @@ def test_what_the_store_took_is_compared_before_it_is_published(hub, bucket, tmp
 
 
 def test_there_is_nothing_to_go_on_from_without_a_snapshot(hub, bucket):
-    with pytest.raises(MissingError, match="from a listing"):
+    with pytest.raises(MissingError, match="jobs index --full"):
         build(hub.endpoint, bucket, incremental=True)
 
 

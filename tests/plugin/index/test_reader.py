@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 
 from hfbucket_plugin.core import telemetry
 from hfbucket_plugin.errors import ItemFailure
+from hfbucket_plugin.hub.client import Answer
 from hfbucket_plugin.index.store import JOURNALS, POINTER, SNAPSHOTS, IndexStore
 from localhub.faults import Fault
 from tests.support.buckets import noise, paths, upload
@@ -232,9 +233,7 @@ def test_the_hubs_time_is_known_however_long_a_snapshot_takes_to_load(hub, bucke
 
     quickly = IndexStore.read_snapshot
     monkeypatch.setattr(IndexStore, "read_snapshot", slowly)
-    monkeypatch.setattr(
-        "hfbucket_plugin.hub.bucket._date", lambda _: datetime.now(UTC)
-    )  # which the real Hub says everywhere
+    monkeypatch.setattr(Answer, "date", property(lambda _: datetime.now(UTC)))  # which the real Hub says everywhere
     monkeypatch.setattr("hfbucket_plugin.index.reader.time", SimpleNamespace(monotonic=clock, time=time.time))
     index._clock = clock
 

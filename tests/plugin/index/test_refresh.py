@@ -174,7 +174,7 @@ class Pages:
         infos = [ObjectInfo(path, ContentId(HASH, 9), datetime.fromtimestamp(NOW, UTC)) for path in some[start:][:1000]]
         return infos, str(start + 1000) if start + 1000 < len(some) else None, datetime.fromtimestamp(NOW, UTC)
 
-    def stat(self, paths, _deadline):
+    def stat(self, paths, _deadline, *, patient):
         self.asked.append("stat")
         return {path: ObjectInfo(path, ContentId(HASH, 9), None) for path in paths if path in self.paths}
 

@@ -48,7 +48,7 @@ class Countdown:
     def __init__(self, bucket_client, steps):
         self._left = steps
         for place, name in (
-            (bucket_client, "stat_dated"),
+            (bucket_client, "time"),
             (bucket_client, "list_objects"),
             (bucket_client, "add"),
             (bucket_client.transfer, "upload"),

@@ -230,7 +230,7 @@ def test_a_runtime_environment_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         runtime_env(path, None, None)
     path.write_text(f"env_vars: {{a: {HUB_TOKEN}")
-    with pytest.raises(ConfigError, match="is no YAML at line 1"):
+    with pytest.raises(ConfigError, match="is not valid YAML at line 1"):
         runtime_env(path, None, None)
     with pytest.raises(ConfigError, match="is no JSON"):
         runtime_env(None, "{", None)

@@ -1,22 +1,134 @@
-"""Listings cut into parts: nothing is left out, nothing comes twice, and the order is that of the Hub."""
+"""Listings of chunks, page by page and several pages at a time."""
 
 import itertools
 import random
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfbucket_plugin.core.deadline import Deadline
-from hfbucket_plugin.core.keys import encode_name
+from hfbucket_plugin.core.keys import ClassicKey, MPKey, encode_name
 from hfbucket_plugin.errors import AccessDeniedError
 from hfbucket_plugin.hub.listing import encoded_shards, list_chunks, list_chunks_ahead, shards, whole_key
 from hfbucket_plugin.hub.transfer import Upload
 from localhub.faults import Fault
-from tests.support.buckets import opened
+from tests.support.buckets import opened, upload
 from tests.support.hubs import start_on_fresh_port
 from tests.support.waiting import eventually
+
+KEYS = [
+    "a/model@1@0@ab@bfloat16",
+    "a/model@1@0@ac@bfloat16",
+    "a/model@1@1@ab@bfloat16",
+    "a/model@10@0@ab@bfloat16",
+    "a/model-large@1@0@ab@half",
+    "a/modül 模型@1@0@-ab@half@user%x%y",
+    "b@00000001@0@ab",
+    "b@1@0@ab@half@3",
+]
+
+
+@pytest.fixture
+def bucket_client(hub, bucket):
+    upload(hub.endpoint, bucket, {f"v1/{encode_name(key)}": key.encode() for key in KEYS})
+    upload(
+        hub.endpoint,
+        bucket,
+        {
+            f"v10/{encode_name(KEYS[0])}": b"another prefix",
+            f"v1/.hfbucket/{encode_name(KEYS[0])}": b"a record of ours",
+            "v1/.hfbucket": b"no record",
+            f"v1/deeper/{encode_name(KEYS[0])}": b"nested",
+            "v1/README.md": b"foreign",
+            f"v1/{KEYS[0].replace('/', '%2f').replace('@', '%40')}": b"encoded by somebody else",
+            f"v1/{encode_name('a/model@1@0@AB@bfloat16')}": b"no key",
+        },
+    )
+    with opened(hub.endpoint, bucket, "v1") as one:
+        yield one
+
+
+def texts(bucket_client, *prefixes):
+    return [entry.text for entry in list_chunks(bucket_client, prefixes)]
+
+
+def test_everything_and_nothing_else(bucket_client):
+    assert sorted(texts(bucket_client, "")) == sorted(KEYS)
+    assert texts(bucket_client) == []
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "expected"),
+    [
+        (["a/model@"], KEYS[:4]),
+        (["a/model@1@"], KEYS[:3]),
+        (["a/model@1@0@"], KEYS[:2]),
+        (["a/model@1@0@ab"], KEYS[:1]),
+        (["a/model@1"], KEYS[:4]),
+        (["a/mod"], KEYS[:6]),
+        (["a/modü"], KEYS[5:6]),
+        (["a/modül 模"], KEYS[5:6]),
+        (["b@"], KEYS[6:]),
+        (["nothing"], []),
+        (["a/model@1@0@", "b@00000001@"], [*KEYS[:2], KEYS[6]]),
+        (["a/model@1@0@", "a/model@1@", "a/model@1@0@ab", "a/model@1@"], KEYS[:3]),
+        (["b@", ""], KEYS),
+    ],
+)
+def test_what_begins_with_a_prefix_each_once(bucket_client, prefixes, expected):
+    assert sorted(texts(bucket_client, *prefixes)) == sorted(expected)
+
+
+def test_a_prefix_that_another_covers_costs_no_request(hub, bucket_client):
+    hub.control.reset_counters()
+
+    texts(bucket_client, "a/", "a/model@", "a/model@1@")
+
+    assert hub.control.counters().route("tree").requests == 1
+
+
+def test_an_entry_tells_all_that_a_plan_needs(bucket_client):
+    before = datetime.now(UTC) - timedelta(days=1)
+    entries = {entry.text: entry for entry in list_chunks(bucket_client, [""])}
+
+    for key in KEYS:
+        entry = entries[key]
+        assert str(entry.key) == key
+        assert isinstance(entry.key, MPKey if key == KEYS[6] else ClassicKey)
+        assert entry.content.size == len(key.encode())
+        assert len(entry.content.xet_hash) == 64
+        assert entry.uploaded_at > before
+
+
+def test_an_instance_without_a_prefix_lists_the_top_only(hub, bucket, bucket_client):
+    upload(hub.endpoint, bucket, {encode_name(KEYS[0]): b"top"})
+    with opened(hub.endpoint, bucket) as top:
+        assert texts(top, "") == [KEYS[0]]
+
+
+def test_listings_stream_and_a_page_that_does_not_come_is_an_error(hub_factory):
+    hub = hub_factory(page_size=3, faults=True)
+    with opened(hub.endpoint, "tests/catalog", "v1") as bucket_client:
+        bucket_client.create(Deadline.after(30))
+        content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
+        names = {f"v1/{encode_name(f'm@1@0@{number:x}@half')}": content for number in range(1, 10)}
+        assert bucket_client.add(names, Deadline.after(30)) == {}
+        hub.control.reset_counters()
+
+        entries = list_chunks(bucket_client, ["m@"])
+        first = list(itertools.islice(entries, 3))
+        assert hub.control.counters().route("tree").requests == 1
+        hub.control.add_fault(Fault(route="tree", status=403))
+        with pytest.raises(AccessDeniedError):
+            next(entries)
+        hub.control.clear_faults()
+
+        assert len(first) == 3
+        assert len(list(list_chunks(bucket_client, ["m@"]))) == 9
+
 
 MANY = 1 << 40
 
@@ -89,10 +201,13 @@ def test_listings_that_are_worth_cutting(prefix, page, pages, first):
 # --- on a Hub ------------------------------------------------------------------------------------------------------------
 
 DICE = random.Random(5)
-KEYS = [f"m@2@0@{DICE.getrandbits(64):016x}@half" for _ in range(300)]
-KEYS += [f"m@2@1@{DICE.getrandbits(64):016x}@half" for _ in range(20)]
+MANY_KEYS = [f"m@2@0@{DICE.getrandbits(64):016x}@half" for _ in range(300)]
+MANY_KEYS += [f"m@2@1@{DICE.getrandbits(64):016x}@half" for _ in range(20)]
 ODD = [f"m@{model}@2@0@{DICE.getrandbits(64):016x}@half" for model in ("v2", "2b", "2@0@x", "2@0@ü", "2@0@0.1")]
-KEYS += [f"m@02000200@0@{DICE.getrandbits(64):016x}" for _ in range(40)] + ["m@02000200@0@ab", "m@02000200@0@abab@salt"]
+MANY_KEYS += [f"m@02000200@0@{DICE.getrandbits(64):016x}" for _ in range(40)] + [
+    "m@02000200@0@ab",
+    "m@02000200@0@abab@salt",
+]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +219,7 @@ def paged(tmp_path_factory):
     ):
         bucket_client.create(Deadline.after(30))
         content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
-        assert bucket_client.add({f"v1/{encode_name(key)}": content for key in KEYS}, Deadline.after(30)) == {}
+        assert bucket_client.add({f"v1/{encode_name(key)}": content for key in MANY_KEYS}, Deadline.after(30)) == {}
         yield hub, bucket_client
 
 
@@ -114,7 +229,7 @@ def odd(paged):
     hub, _ = paged
     with opened(hub.endpoint, "tests/shards", "v2") as bucket_client:
         content = bucket_client.transfer.upload([b"x"], Deadline.after(30), Upload())[0]
-        files = {f"v2/{encode_name(key)}": content for key in [*KEYS[:40], *ODD]}
+        files = {f"v2/{encode_name(key)}": content for key in [*MANY_KEYS[:40], *ODD]}
         assert bucket_client.add(files, Deadline.after(30)) == {}
         yield bucket_client
 
@@ -171,7 +286,7 @@ def test_other_parts_are_listed_while_one_is_waited_for(paged):
     finally:
         hub.control.clear_faults()
     listing.join(60)
-    assert [entry.text for entry in found] == sorted(KEYS[:300])
+    assert [entry.text for entry in found] == sorted(MANY_KEYS[:300])
 
 
 @pytest.mark.parametrize("before", [0, 3, 40])
@@ -196,4 +311,4 @@ def test_a_hub_that_does_not_tell_how_much_there_is_is_listed_page_by_page(paged
         found = [entry.text for entry in list_chunks_ahead(bucket_client, ["m@2@0@"])]
     finally:
         hub.control.clear_faults()
-    assert found == sorted(KEYS[:300])
+    assert found == sorted(MANY_KEYS[:300])
