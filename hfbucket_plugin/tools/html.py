@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from html import escape
@@ -99,7 +98,6 @@ def expect_library() -> None:
     Raises:
         ConfigError: It is not installed.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs where its caches are
     try:
         import matplotlib.font_manager  # noqa: F401, PLC0415
         from matplotlib.backends import backend_svg  # noqa: F401, PLC0415

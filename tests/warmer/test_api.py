@@ -21,7 +21,7 @@ def handlers():
 
 
 def loggers():
-    named = (logging.getLogger(name) for name in (None, "hfbucket_plugin", "warmer", "jobs"))
+    named = (logging.getLogger(name) for name in (None, "hfbucket_plugin", "warmer", "jobs", "matplotlib"))
     return [(list(one.handlers), one.level) for one in named]
 
 
@@ -66,7 +66,8 @@ def test_the_example_of_a_warm_up(cluster, request_of, warehouse, monkeypatch, c
 
 def test_a_failed_chunk_is_named_and_a_second_call_copies_what_is_missing(cluster, request_of, warehouse):
     tier = warehouse.tier
-    request = request_of(address=cluster.address, nodes=warmer.NodeOptions(selector=("pool=batch",)))
+    page, before = warehouse.directory / "page.html", loggers()
+    request = request_of(address=cluster.address, nodes=warmer.NodeOptions(selector=("pool=batch",)), report_html=page)
     in_the_way = tier / f"{classic_key(3).replace('/', '-SEP-')}.data"
     in_the_way.mkdir(parents=True)
 
@@ -75,6 +76,8 @@ def test_a_failed_chunk_is_named_and_a_second_call_copies_what_is_missing(cluste
     second = warmer.warm_up(request)
 
     assert (first.result, first.exit_code, first.copied, first.failed) == ("failed", 3, CHUNKS - 1, 1)
+    assert "<svg" in page.read_text()
+    assert loggers() == before
     (failure,) = first.failures
     assert (failure.key, failure.kind, failure.tier) == (classic_key(3), "tier", "fs.warm")
     assert (second.result, second.copied, second.present) == ("complete", 1, CHUNKS - 1)

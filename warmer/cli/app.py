@@ -272,6 +272,7 @@ def _end_with(work: Callable[[ShutdownSignal], dict[str, Any]], page: PageFile |
     """Do the work of a command, print its record, write its page, and exit with its code."""
     texts.log_to_stderr("warmer")
     logging.getLogger("warmer").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that it has to fill
     stop = ShutdownSignal()
     try:
         # Ray prints where it likes.
