@@ -63,7 +63,7 @@ def sort_rows(
     *,
     dump: Callable[[T], str],
     load: Callable[[str], T],
-    cut: Callable[[Iterable[T]], Iterator[T]] = iter,
+    cut: Callable[[Iterable[T]], Iterator[T]] | None = None,
     page_rows: int = _PAGE_ROWS,
 ) -> Iterator[T]:
     """Yield items in the order of their ranks.
@@ -74,7 +74,7 @@ def sort_rows(
         path: Of a file to sort in, which is overwritten.
         dump: Writes an item as a line.
         load: Reads what `dump` wrote.
-        cut: Takes the first of any items that are in order, such as a budget does: the others are not kept.
+        cut: Takes the first of any items that are in order, such as a budget does: the others are not kept. None takes all.
         page_rows: Items held in memory at a time.
 
     Raises:
@@ -84,22 +84,25 @@ def sort_rows(
     path.write_bytes(b"")
     with contextlib.closing(open_temporary(path)) as base, temporary_space("an order of chunks"):
         width = 0
-        while page := sorted(((rank(item), item) for item in islice(items, page_rows)), key=lambda row: row[0]):
+        while page := [(rank(item), item) for item in islice(items, page_rows)]:
             if not width:
                 width = len(page[0][0])
                 base.execute(f"CREATE TABLE rows ({', '.join(f'r{n}' for n in range(width))}, line)")
-            # What a budget does not take of a page alone, but for the first, it does not take of the whole.
-            taken = sum(1 for _ in cut(item for _, item in page)) + 1
+            if cut is not None:
+                # What a budget does not take of a page alone, but for the first, it does not take of the whole.
+                page.sort(key=lambda row: row[0])
+                del page[sum(1 for _ in cut(item for _, item in page)) + 1 :]
             base.execute("BEGIN")
             base.executemany(
                 f"INSERT INTO rows VALUES ({', '.join('?' * (width + 1))})",  # noqa: S608 - placeholders only
-                ((*ranks, dump(item)) for ranks, item in page[:taken]),
+                ((*ranks, dump(item)) for ranks, item in page),
             )
             base.execute("COMMIT")
         if width:
             order = ", ".join(f"r{n}" for n in range(width))
             lines = base.execute(f"SELECT line FROM rows ORDER BY {order}")  # noqa: S608 - names made above
-            yield from cut(load(line) for (line,) in lines)
+            found = (load(line) for (line,) in lines)
+            yield from found if cut is None else cut(found)
 
 
 _PAGE: Final = 50_000

@@ -412,7 +412,7 @@ def in_order(
     chunks: Iterable[ChunkRef],
     rank: Callable[[ChunkRef], tuple[int | str, ...]],
     path: Path,
-    cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]] = iter,
+    cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]] | None = None,
     **limits: int,
 ) -> Iterator[ChunkRef]:
     """Sort any number of chunks; see `sort_rows`."""
