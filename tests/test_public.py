@@ -11,7 +11,7 @@ import pytest
 import hfbucket_plugin
 import jobs
 import warmer
-from tests.support.examples import PAGE
+from tests.docs.examples import PAGE
 
 PACKAGES = (hfbucket_plugin, warmer, jobs)
 HEAVY = {"ray", "torch", "typer", "lmcache", "hf_xet", "matplotlib"}

@@ -18,6 +18,7 @@ from jobs.index.report import IndexBuild, IndexSummary
 from jobs.index.verify import Differences
 from jobs.options import IndexOptions
 from jobs.report import GAUGES
+from tests.support.buckets import Depot, key
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
@@ -56,11 +57,7 @@ def test_there_are_commands_in_every_file():
     assert container()["args"] == entrypoint()[4:]
 
 
-def test_commands_of_the_page_do_what_it_says(hub, bucket, tmp_path, monkeypatch):
-    for room in ("jobs", "plugin"):
-        monkeypatch.syspath_prepend(str(ROOT / "tests" / room))
-    from tests.support.buckets import Depot, key
-
+def test_commands_of_the_page_do_what_it_says(hub, bucket, tmp_path):
     depot = Depot(hub, bucket, tmp_path)
     depot.put([key(number) for number in range(3)])
     commands = shown(TEXT)

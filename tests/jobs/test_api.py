@@ -14,8 +14,8 @@ from pydantic import ValidationError
 import jobs
 from hfbucket_plugin import ConfigError, HFBucketError, RefusedError, SafetyError, TransportError
 from hfbucket_plugin.core.keys import encode_name
+from tests.docs.examples import example
 from tests.support.buckets import DAY, INSTANCE, MODEL, NEW, OLD, SECRET
-from tests.support.examples import example
 
 TWO_WEEKS = jobs.Policy(max_age=timedelta(days=14))
 

@@ -8,8 +8,8 @@ import pytest
 
 import warmer
 from hfbucket_plugin import ConfigError, TransportError
+from tests.docs.examples import example
 from tests.support.buckets import INSTANCE, MODEL, SECRET, classic_key, content
-from tests.support.examples import example
 from tests.support.ray_cluster import actors
 from tests.support.waiting import eventually
 
