@@ -100,7 +100,7 @@ def test_delays_overlap(hub, raw, bucket):
     with ThreadPoolExecutor(50) as threads:
         assert {answer.status for answer in threads.map(raw.info, [bucket] * 50)} == {200}
     # One after the other they would take 15 s.
-    assert 0.3 <= time.monotonic() - start < 10
+    assert 0.3 <= time.monotonic() - start < 14
 
 
 @pytest.mark.parametrize("at", [0, 1, 600_000])

@@ -149,7 +149,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
 
     with PrivateRay(JOBS_TEST_TOKEN=SECRET, RAY_metrics_report_interval_ms="500") as ray:
         hub.control.add_fault(Fault(route="batch", items="%401000%40", items_error="not today"))
-        failed = ray.submit(directory, *command())
+        failed = ray.submit(command(), "--working-dir", str(directory))
         assert failed.returncode == 1
         assert "exit code 3" in failed.stdout
         summary = summary_in(failed.stdout)
@@ -159,7 +159,7 @@ def test_ray_job_submit(hub_factory, tmp_path):
         listed = {item.path for item in api.list_bucket_tree("org/kv", recursive=True)}
         assert listed == depot.paths_of([OLD[0], *NEW]) | {f"{depot.prefix}/.hfbucket/reports/cleanup.json"}
 
-        exported = ray.submit(directory, *export("--max-bytes", "1KiB"))
+        exported = ray.submit(export("--max-bytes", "1KiB"), "--working-dir", str(directory))
         assert exported.returncode == 0, exported.stdout
         summary = summary_in(exported.stdout)
         assert (summary["how"], summary["streamed"], summary["failed"]["objects"]) == ("stream", summary["chosen"], 0)

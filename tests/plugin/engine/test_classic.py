@@ -19,7 +19,7 @@ from tests.support.buckets import download, paths, upload
 from tests.support.lmcache_classic import OURS, Rig, engine_config, engine_metadata, key, running_loop, taken
 from tests.support.waiting import eventually
 
-BOUND = 6.0
+BOUND = 15.0
 """What has a deadline of a second or less ends before this many seconds, however slow the machine is."""
 
 NO_BUCKET = {"X-Error-Code": "RepoNotFound"}

@@ -31,7 +31,7 @@ from tests.support.hubs import Recorder
 from tests.support.waiting import in_threads, unused_port
 
 SHORT, LONG = 0.5, 60.0
-BOUND = 5.0
+BOUND = 15.0
 """A call with the SHORT deadline ends before this many seconds, however slow the machine is."""
 
 NO_BUCKET = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Bucket not found: tests/none"}

@@ -19,7 +19,7 @@ from tests.support.buckets import SECRET, download, instance_settings, noise, pa
 from tests.support.waiting import eventually, in_threads, run_script, unused_port
 
 SIZE = 100_000
-BOUND = 5.0
+BOUND = 15.0
 """What has a deadline of half a second ends before this many seconds, however slow the machine is."""
 
 NO_BUCKET = {"X-Error-Code": "RepoNotFound"}

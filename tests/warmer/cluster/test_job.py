@@ -104,7 +104,7 @@ def test_ray_job_submit(ray, stocked):
     note.write_text("env_vars: {WARM_TEST_NOTE: rollout-7}\n")
     options = ("--runtime-env", str(note), "--submission-id", f"once-{stocked.prefix}")
     run = ("python", "-m", "warmer", "run", "--config", "warm.yaml")
-    done = ray.submit(stocked.directory, *run, options=options)
+    done = ray.submit(run, "--working-dir", str(stocked.directory), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = summary_in(done.stdout)
     assert (summary["copied"], summary["failed"]) == (20, 0)
@@ -112,7 +112,7 @@ def test_ray_job_submit(ray, stocked):
     assert SECRET not in done.stdout + done.stderr
 
     # The name is a guard: the job runs once.
-    again = ray.submit(stocked.directory, *run, options=options)
+    again = ray.submit(run, "--working-dir", str(stocked.directory), *options)
     assert again.returncode == 1
     assert "already exists" in again.stdout + again.stderr
 
