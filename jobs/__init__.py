@@ -2,17 +2,17 @@
 
 ::
 
-    cli → session ─┬─ deletion    cleanup, deletion by name, and the chunks that a mirror deletes at its destination
-                   ├─ export      export, import and mirror
-                   ├─ index       build, verify and prune a key index
-                   └─ status      what an instance holds, and what the next cleanup would do
+    cli, api → options ─┬─ deletion    cleanup, deletion by name, and the chunks that a mirror deletes at its destination
+                        ├─ export      export, import and mirror
+                        ├─ index       build, verify and prune a key index
+                        └─ status      what an instance holds, and what the next cleanup would do
 
     deletion, export, index → batch        apply a plan in batches, in this process or on Ray actors
                             → lock         one job at a time, by the Hub's clock
                             → retention    the policy: which chunks expire, and in which order
-                            → report, history
+                            → report       what happened, and the exit code that it stands for
 
-`retention` is pure but for the sort on disk; only `batch.ray_pool` imports Ray. Jobs delete data, so every check fails
+`retention` is pure but for the sort on disk; only the modules named `ray` and `ray_pool` import Ray. Jobs delete data, so every check fails
 closed.
 
 Public are the names in `__all__`; they are loaded when they are first used. The modules may change in any release. See

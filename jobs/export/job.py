@@ -69,7 +69,7 @@ class Export:
         self._file = file
         self._stop = stop
         self._started = time.monotonic()
-        self._until = order.until or Deadline.after(order.max_duration_secs)
+        self._until = order.until
         self._plan: ExportPlanFile | None = None
         self._applied = False
         self._method: Method | None = None

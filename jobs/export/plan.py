@@ -470,6 +470,7 @@ class ExportOrder:
     """How an export is to be done.
 
     Attributes:
+        until: The deadline of the whole command.
         mode: `auto`, `copy` or `stream`.
         on_conflict: What becomes of chunks under whose key the destination has something else.
         renames: What the copies are called.
@@ -477,8 +478,6 @@ class ExportOrder:
         dry_run: Only plan.
         yes: Whether to replace without asking.
         ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
-        max_duration_secs: When to begin no more, where `until` does not say.
-        until: The deadline of the whole command.
         plan_dir: Where plans are written; None for a directory of temporary files.
         local: Whether bytes go through this process, whatever Ray cluster is configured.
         address: Of the Ray cluster; None for the configured one.
@@ -488,6 +487,7 @@ class ExportOrder:
         quiet: Whether progress is not shown.
     """
 
+    until: Deadline
     mode: str = "auto"
     on_conflict: OnConflict = OnConflict.SKIP
     renames: Renames = field(default_factory=Renames)
@@ -495,8 +495,6 @@ class ExportOrder:
     dry_run: bool = False
     yes: bool = False
     ask: Callable[[ExportPlanFile], bool] | None = None
-    max_duration_secs: float = 3600.0
-    until: Deadline | None = None
     plan_dir: Path | None = None
     local: bool = True
     address: str | None = None

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from hfbucket_plugin.errors import TempDirError
 from hfbucket_plugin.tools import external_sort
-from hfbucket_plugin.tools import external_sort as key_set
 from hfbucket_plugin.tools.external_sort import KeySet
 from hfbucket_plugin.tools.selection import ChunkRef, in_order, newest_first, within
 from tests.support.buckets import classic_key
@@ -78,7 +77,7 @@ keys = st.lists(st.text(st.characters(blacklist_categories=("Cs",)), max_size=3)
 
 @given(keys, keys, keys, st.integers(1, 7))
 def test_it_holds_each_key_once_and_tells_which_were_found(first, second, found, page):
-    before, key_set._PAGE = key_set._PAGE, page
+    before, external_sort._PAGE = external_sort._PAGE, page
     try:
         with KeySet(first) as held:
             assert list(held.first_seen(second)) == [key for key in dict.fromkeys(second) if key not in first]
@@ -90,12 +89,12 @@ def test_it_holds_each_key_once_and_tells_which_were_found(first, second, found,
             assert held.count_absent() == len(absent)
             assert held.absent(3) == absent[:3]
     finally:
-        key_set._PAGE = before
+        external_sort._PAGE = before
 
 
 def test_what_comes_first_is_told_before_the_rest_is_read():
     def read():
-        for number in range(key_set._PAGE):
+        for number in range(external_sort._PAGE):
             yield f"key-{number}"
         raise AssertionError("read ahead")
 
