@@ -161,10 +161,10 @@ class NodeActors:
             secs: How long to wait for the first.
         """
         refs = list(self._calls)
-        ended, _ = ray.wait(refs, num_returns=1, timeout=secs, fetch_local=False)
+        ended: set[Any] = set(ray.wait(refs, num_returns=1, timeout=secs, fetch_local=False)[0])
         if ended:
-            ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        for ref in refs:
+            ended.update(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
+        for ref in refs:  # in the order of the calls
             if ref in ended and ref in self._calls:  # else its node was lost a moment ago
                 try:
                     result = ray.get(ref, timeout=_ANSWER_SECS)

@@ -41,12 +41,23 @@ INTERNAL: Final = "internal"
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """The chunk was moved, verified, and is in the tier.
+class _Ended:
+    """How a chunk ended on a node.
 
     Attributes:
         key: Its key string.
-        size: Bytes.
+        size: Bytes that it has, or should have.
+    """
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copied(_Ended):
+    """The chunk was moved, verified, and is in the tier.
+
+    Attributes:
         received: Whether it came from another node, and not from the Hub.
         reused: Whether it came from another tier of the same node, and neither from the Hub nor from another node.
         seconds: From when its node turned to it until it was in the tier, by the clock of that node.
@@ -55,8 +66,6 @@ class Copied:
         left: Why something else is still in its place in other tiers of the node.
     """
 
-    key: str
-    size: int
     received: bool = False
     reused: bool = False
     seconds: float = field(default=0.0, compare=False)
@@ -66,76 +75,44 @@ class Copied:
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
-    """The tier held the chunk already, at the right size.
-
-    Attributes:
-        key: Its key string.
-        size: Bytes.
-    """
-
-    key: str
-    size: int
+class Present(_Ended):
+    """The tier held the chunk already, at the right size."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(_Ended):
     """The chunk is not in the tier.
 
     Attributes:
-        key: Its key string.
-        size: Bytes.
         kind: The `kind` of the error, or one of this module's.
         message: What was wrong, in words.
         asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
     """
 
-    key: str
-    size: int
     kind: str
     message: str
     asked: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Right:
-    """A check found the chunk in the tier, as the plan has it.
-
-    Attributes:
-        key: Its key string.
-        size: Bytes.
-    """
-
-    key: str
-    size: int
+class Right(_Ended):
+    """A check found the chunk in the tier, as the plan has it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wrong:
+class Wrong(_Ended):
     """A check found something else in the chunk's place: an engine would serve it, or stumble over it.
 
     Attributes:
-        key: Its key string.
-        size: Bytes that the chunk should have.
         message: What is wrong with it.
     """
 
-    key: str
-    size: int
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """A check found nothing in the chunk's place.
-
-    Attributes:
-        key: Its key string.
-        size: Bytes that the chunk should have.
-    """
-
-    key: str
-    size: int
+class Missing(_Ended):
+    """A check found nothing in the chunk's place."""
 
 
 Outcome = Copied | Present | Failed | Right | Wrong | Missing
