@@ -70,7 +70,7 @@ def test_a_killed_server_leaves_nothing_either_and_a_taken_port_is_no_obstacle(t
         taken = listener.getsockname()[1]
         free_ports = lmcache_server.free_ports
         offers = [[taken, *free_ports(1)]]
-        monkeypatch.setattr(lmcache_server, "_free_ports", lambda count: offers.pop() if offers else free_ports(count))
+        monkeypatch.setattr(lmcache_server, "free_ports", lambda count: offers.pop() if offers else free_ports(count))
         server = MPServer(shared_memory=True)
     assert offers == []
     assert server.port != taken
