@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import prometheus_client
 
 from hfbucket_plugin.core import texts
-from hfbucket_plugin.core.deadline import Deadline, patience
+from hfbucket_plugin.core.deadline import Deadline
 from hfbucket_plugin.core.files import OutputFile, write_whole
 from hfbucket_plugin.core.keys import RESERVED
 from hfbucket_plugin.core.units import Extent
@@ -244,32 +244,27 @@ class JobSummary(Protocol):
 _LIMIT: Final = "--max-duration"
 
 
-def with_exit_code(work: Callable[[], int], stop: Stop, until: Deadline) -> tuple[int, str]:
-    """Do some work; its exit code, and why it broke off where it did. The Hub's pauses are waited out up to a deadline.
+def failure_of(error: Exception | Interrupted, stop: Stop, until: Deadline) -> tuple[int, str]:
+    """Return the exit code of a job that an error ended, and why it ended.
 
     Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
     inside a client that takes it for a failure.
+
+    Args:
+        error: What ended the job.
+        stop: Whether it was told to stop.
+        until: Its deadline, up to which pauses of the Hub were waited out.
     """
-    with patience(until):
-        code, message = _with_exit_code(work)
+    if isinstance(error, Interrupted):
+        return exit_codes.INTERRUPTED, "told to stop"
+    code, message = exit_code_of(error), str(error) if isinstance(error, HFBucketError) else as_text(error)
+    if isinstance(error, ThrottledError):  # all pauses but the last one were waited out
+        message = f"{message}; {_LIMIT} would be over before"
     if message and code == exit_codes.FAILED and stop.requested:
         return exit_codes.INTERRUPTED, f"told to stop; {message}"
-    if message and code != exit_codes.INTERRUPTED and until.passed and _LIMIT not in message:
+    if message and until.passed and _LIMIT not in message:
         return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
     return code, message
-
-
-def _with_exit_code(work: Callable[[], int]) -> tuple[int, str]:
-    try:
-        return work(), ""
-    except Interrupted:
-        return exit_codes.INTERRUPTED, "told to stop"
-    except ThrottledError as error:  # all pauses but the last one were waited out
-        return exit_code_of(error), f"{error}; {_LIMIT} would be over before"
-    except HFBucketError as error:
-        return exit_code_of(error), str(error)
-    except Exception as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
-        return exit_code_of(error), as_text(error)
 
 
 def as_text(error: Exception) -> str:

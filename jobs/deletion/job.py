@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.keys import same_endpoint
 from hfbucket_plugin.core.units import Extent
 from hfbucket_plugin.errors import (
     ConfigError,
     HFBucketError,
+    Interrupted,
     RefusedError,
     SafetyError,
 )
@@ -34,7 +35,7 @@ from jobs.deletion.recheck import rechecking
 from jobs.deletion.report import DeletionSummary, header_record
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock
-from jobs.report import OutcomeTally, exit_code_of, with_exit_code
+from jobs.report import OutcomeTally, exit_code_of, failure_of
 from jobs.retention.access import NOT_ASKED, AccessStats, open_access_stats
 
 if TYPE_CHECKING:
@@ -132,17 +133,13 @@ class DeletionJob:
 
     def _reported(self, work: Callable[[Bucket], int]) -> DeletionSummary:
         """Do the work, and report however it ends."""
-
-        def with_bucket() -> int:
-            try:
-                with opened(self._named, REQUEST_SECS) as bucket:
-                    return work(bucket)
-            except Exception as error:
-                self.error = error
-                raise
-
-        code, message = with_exit_code(with_bucket, self._stop, self._until)
-        self._message = message or self._message
+        try:
+            with patience(self._until), opened(self._named, REQUEST_SECS) as bucket:
+                code = work(bucket)
+        except (Interrupted, Exception) as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+            self.error = error if isinstance(error, Exception) else None
+            code, message = failure_of(error, self._stop, self._until)
+            self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exit_codes.COMPLETE and self._applied and self._plan is not None:

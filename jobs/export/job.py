@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.keys import encode_name
-from hfbucket_plugin.errors import ConfigError, RefusedError, ThrottledError, TransportError
+from hfbucket_plugin.errors import ConfigError, Interrupted, RefusedError, ThrottledError, TransportError
 from hfbucket_plugin.hub.connect import REQUEST_SECS
 from hfbucket_plugin.index.notifier import notifying
 from hfbucket_plugin.tools import exit_codes
@@ -28,7 +28,7 @@ from jobs.export.manifest import ManifestLine
 from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder, ExportPlanFile, ExportPlanWriter
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
-from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog, exit_code_of, with_exit_code
+from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog, exit_code_of, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,21 +94,17 @@ class Export:
 
     def _reported(self, work: Callable[[SourceEndpoint, DestinationEndpoint], int]) -> ExportSummary:
         """Do the work, and report however it ends."""
-
-        def with_ends() -> int:
-            try:
-                with contextlib.ExitStack() as stack:
-                    source = self._endpoints[0].source(believe_files=self._order.believe_files)
-                    stack.callback(source.close)
-                    destination = self._endpoints[1].destination()
-                    stack.callback(destination.close)
-                    return work(source, destination)
-            except Exception as error:
-                self.error = error
-                raise
-
-        code, message = with_exit_code(with_ends, self._stop, self._until)
-        self._message = message or self._message
+        try:
+            with patience(self._until), contextlib.ExitStack() as stack:
+                source = self._endpoints[0].source(believe_files=self._order.believe_files)
+                stack.callback(source.close)
+                destination = self._endpoints[1].destination()
+                stack.callback(destination.close)
+                code = work(source, destination)
+        except (Interrupted, Exception) as error:  # noqa: BLE001 - the summary says what ended it
+            self.error = error if isinstance(error, Exception) else None
+            code, message = failure_of(error, self._stop, self._until)
+            self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         if code == exit_codes.COMPLETE and self._applied and self._plan is not None and not summary.conflicts:

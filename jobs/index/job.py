@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hfbucket_plugin.core.deadline import Deadline
+from hfbucket_plugin.core.deadline import Deadline, patience
 from hfbucket_plugin.core.units import Extent
-from hfbucket_plugin.errors import HFBucketError, MissingError, RefusedError
+from hfbucket_plugin.errors import HFBucketError, Interrupted, MissingError, RefusedError
 from hfbucket_plugin.hub.connect import REQUEST_SECS, opened
 from hfbucket_plugin.index.refresh import journal_secs, refresh_secs, writers_of
 from hfbucket_plugin.index.store import SNAPSHOTS, IndexStore
@@ -29,7 +29,7 @@ from jobs.index.verify import Verification
 from jobs.lock.claims import INDEXING
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock, LockRefresher
-from jobs.report import OutcomeTally, exit_code_of, with_exit_code
+from jobs.report import OutcomeTally, exit_code_of, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -82,8 +82,12 @@ class IndexJob:
         return self._reported(self._verify)
 
     def _reported(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
-        code, message = with_exit_code(lambda: self._with_bucket(work), self._stop, self._until)
-        self._message = message or self._message
+        try:
+            with patience(self._until):
+                code = self._with_bucket(work)
+        except (Interrupted, Exception) as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+            code, message = failure_of(error, self._stop, self._until)
+            self._message = message or self._message
         summary = self._summary(code)
         self._file.write(summary.record())
         return summary

@@ -14,7 +14,7 @@ from hfbucket_plugin.hub.bucket import Bucket
 from hfbucket_plugin.tools import exit_codes
 from hfbucket_plugin.tools.signals import ShutdownSignal
 from jobs.deletion.job import DeletionJob
-from jobs.report import OutcomeTally, ReportFile, with_exit_code
+from jobs.report import OutcomeTally, ReportFile, failure_of
 from tests.support.buckets import DAY, INSTANCE, NEW, OLD, ExportRig, noise
 
 
@@ -144,10 +144,7 @@ def broken_off(error, *, told_to_stop):
         if told_to_stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def work():
-        raise error
-
-    return with_exit_code(work, stop, Deadline.after(60))
+    return failure_of(error, stop, Deadline.after(60))
 
 
 def test_what_breaks_off_after_an_order_to_stop_is_interrupted_even_if_it_was_taken_for_a_failure():
