@@ -267,7 +267,9 @@ class CleanupOptions(DeletionOptions, _PolicyOptions, InstanceOptions):
 class RemoveOptions(DeletionOptions, _Instances):
     """Delete keys by name."""
 
-    prefix: Annotated[tuple[str, ...], Option("TEXT", many=True)] = Field((), description="Starts of keys.")
+    prefix: Annotated[tuple[str, ...], Option("TEXT", many=True)] = Field(
+        (), description="Delete keys that start with this."
+    )
     key_file: Annotated[Path | None, Option("FILE")] = Field(None, description="A file with one key a line.")
     min_age: Annotated[Duration, Option("AGE")] = Field(
         MIN_AGE, description="Never delete anything younger. Default: 1h."

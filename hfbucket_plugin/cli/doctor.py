@@ -149,7 +149,7 @@ def doctor(  # noqa: PLR0917 - Typer makes options of them
     instances: options.Instances = None,
     l2_adapters: options.L2Adapters = None,
     probe_write: Annotated[
-        bool, typer.Option("--probe-write", help="Store a small object too, read it back and delete it.")
+        bool, typer.Option("--probe-write", help="Also store a small object, read it back and delete it.")
     ] = False,
     as_json: options.AsJson = False,
     timeout: options.Timeout = options.DEFAULT_TIMEOUT_SECS,

@@ -114,7 +114,9 @@ def ls(  # noqa: PLR0917 - Typer makes options of them
     l2_adapters: options.L2Adapters = None,
     model: options.Model = None,
     prefix: options.Prefix = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many keys.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Stop after N keys, of all instances together.")
+    ] = None,
     as_json: options.AsJson = False,
     timeout: options.Timeout = options.DEFAULT_TIMEOUT_SECS,
 ) -> None:

@@ -173,24 +173,28 @@ def number(value: float) -> float:
 
 LMCacheConfig = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The LMCache YAML of the engines. All bucket instances in it are meant."),
+    typer.Option(
+        metavar="FILE", help="The LMCache YAML of the engines: all its bucket instances, unless --instance names some."
+    ),
 ]
 Instances = Annotated[
     list[str] | None, typer.Option("--instance", metavar="NAME", help="Only this instance of the YAML. Repeatable.")
 ]
 L2Adapters = Annotated[
     list[str] | None,
-    typer.Option("--l2-adapter", metavar="JSON", help="An adapter, as lmcache server takes it. Repeatable."),
+    typer.Option(
+        "--l2-adapter", metavar="JSON", help="The JSON of an adapter, as lmcache server takes it. Repeatable."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
 Timeout = Annotated[
     float,
     typer.Option(
-        "--timeout", min=0.1, max=3600, callback=number, metavar="SECS", help="Most seconds that one request may take."
+        "--timeout", min=0.1, max=3600, callback=number, metavar="SECS", help="Maximum seconds of one request."
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Only keys of this model, under the name that the engine was given.")
+    str | None, typer.Option(metavar="NAME", help="Only keys of this model, by the name in the engine's configuration.")
 ]
 Prefix = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Only keys that start with this, such as 'org/model@8@0@'.")

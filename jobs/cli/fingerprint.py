@@ -45,7 +45,7 @@ def show_all(
     *,
     given: Mapping[Flag, Any],
     model: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model. Repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines, for programs.")] = False,
 ) -> None:
     """Say what is recorded of each model, and which engines came by that are not like it.
 
@@ -136,15 +136,16 @@ def _rows(store: FingerprintStore, model: str) -> Iterator[_Row]:
 def accept(
     *,
     given: Mapping[Flag, Any],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model whose fingerprint is replaced.")] = None,
     digest: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="Of a claim, as show tells it; its start will do.")
+        str | None, typer.Option(metavar="DIGEST", help="Digest of a claim, as show prints it, or the start of one.")
     ] = None,
     from_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of a digest: a line of show --json, or a claim.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of a digest: a file with a line of show --json, or a claim."),
     ] = None,
     clear_claims: Annotated[
-        bool, typer.Option("--clear-claims", help="Delete the claims that are not like it, too.")
+        bool, typer.Option("--clear-claims", help="Also delete the claims that differ from it.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Record it without asking.")] = False,
 ) -> None:

@@ -34,10 +34,10 @@ _HEADER = ("", "objects", "bytes")
 def status(
     *,
     given: Mapping[Flag, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page for people too, with plots; it loads nothing."),
+        typer.Option("--html", metavar="FILE", help="Also write a self-contained HTML page with plots."),
     ] = None,
 ) -> None:
     """Say what instances hold, by model, worker, age and last read; how they grew; with a policy, what the next cleanup would do.

@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Tell what would be copied, and copy nothing.", show_default=False)
+    bool, typer.Option("--dry-run", help="Report what would be copied, and copy nothing.", show_default=False)
 ]
 
 _Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="A warm.yaml that says all this; flags win over it.", metavar="FILE", show_default=False
+        "--config", help="A warm.yaml with these options; flags override it.", metavar="FILE", show_default=False
     ),
 ]
 
@@ -143,7 +143,7 @@ def check_command(
     plan: Annotated[
         Path | None,
         typer.Argument(
-            help="A plan file; without one, chunks are chosen by the flags.", metavar="[PLAN]", show_default=False
+            help="A plan file; without one, the options select chunks.", metavar="[PLAN]", show_default=False
         ),
     ] = None,
     config: _Config = None,
@@ -151,17 +151,21 @@ def check_command(
     require: Annotated[
         float,
         typer.Option(
-            "--require", min=0.0, max=1.0, callback=number, help="The share that every tier of every node must hold."
+            "--require",
+            min=0.0,
+            max=1.0,
+            callback=number,
+            help="Share of the chunks that every tier of every node must hold.",
         ),
     ] = 1.0,
     verify: Annotated[
-        str, typer.Option("--verify", help="hash: contents are read and hashed. length: files are only looked at.")
+        str, typer.Option("--verify", help="hash: read and hash contents. length: only compare file sizes.")
     ] = "hash",
     canary: Annotated[
         Path | None,
         typer.Option(
             "--canary",
-            help="Ask engines these prompts too, as of --prompts: they must say that they took them from the cache.",
+            help="Also send these prompts (in the form of --prompts) to engines, which must report that they came from the cache.",
             metavar="FILE",
             show_default=False,
         ),
@@ -170,7 +174,7 @@ def check_command(
         list[str] | None,
         typer.Option(
             "--engine",
-            help="A vLLM to ask, http://HOST:PORT; with {node_name}, {node_id} or {label:NAME} one for each node. Repeatable.",
+            help="A vLLM to ask, http://HOST:PORT; with {node_name}, {node_id} or {label:NAME}, one for each node. Repeatable.",
             metavar="URL",
             show_default=False,
         ),
@@ -182,13 +186,16 @@ def check_command(
             min=0.0,
             max=1.0,
             callback=number,
-            help="The part of each prompt's full chunks that must be cached.",
+            help="Share of each prompt's full chunks that must be cached.",
         ),
     ] = DEFAULT_REQUIRE,
     engine_key_env: Annotated[
         str | None,
         typer.Option(
-            "--engine-key-env", help="The variable that holds the engines' API key.", metavar="NAME", show_default=False
+            "--engine-key-env",
+            help="Environment variable with the engines' API key.",
+            metavar="NAME",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -217,31 +224,36 @@ def submit_command(
     *,
     context: typer.Context,
     command: Annotated[
-        list[str], typer.Argument(help="run, plan, apply or check, with its options, after `--`.", show_default=False)
+        list[str], typer.Argument(help="After `--`: run, plan, apply or check, with its options.", show_default=False)
     ],
     address: Annotated[
         str | None,
         typer.Option(
             "--address",
-            help="The dashboard, http://HOST:PORT. Default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS.",
+            help="The Ray dashboard, http://HOST:PORT. Default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.",
             metavar="URL",
         ),
     ] = None,
     submission_id: Annotated[
         str | None,
-        typer.Option("--submission-id", help="The job's name. One that was submitted before is refused.", metavar="ID"),
+        typer.Option(
+            "--submission-id", help="Name of the job; a name that was submitted before is refused.", metavar="ID"
+        ),
     ] = None,
     working_dir: Annotated[
-        str | None, typer.Option("--working-dir", help="Uploaded; the job runs in it.", metavar="DIR")
+        str | None, typer.Option("--working-dir", help="Directory to upload; the job runs in it.", metavar="DIR")
     ] = None,
     runtime_env_file: Annotated[
-        Path | None, typer.Option("--runtime-env", help="The job's environment, in YAML. No tokens.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--runtime-env", help="The job's runtime environment, in YAML. Tokens are refused.", metavar="FILE"
+        ),
     ] = None,
     runtime_env_json: Annotated[
-        str | None, typer.Option("--runtime-env-json", help="The same as JSON. No tokens.", metavar="JSON")
+        str | None, typer.Option("--runtime-env-json", help="The same as JSON. Tokens are refused.", metavar="JSON")
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit it, and do not follow it.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="On SIGTERM or SIGINT let the job go on.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit the job without following it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the job running on SIGTERM or SIGINT.")] = False,
 ) -> None:
     """Run a command as a Ray job: passes its log on, and exits with the code that it ended with.
 
