@@ -38,7 +38,7 @@ from hfbucket_plugin.index.store import JOURNALS, MAX_JOURNAL_BYTES
 from hfbucket_plugin.index.table import LOST, ROW, digests_of, in_order
 from tests.support.buckets import download, paths
 from tests.support.indexes import build, counted_by_outcome, in_use
-from tests.support.lmcache_engine import PREFIX
+from tests.support.surface import PREFIX
 
 START = LANDMARK + 100 * HALF_LIFE_SECS
 KEYS = 4
