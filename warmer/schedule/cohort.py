@@ -175,11 +175,13 @@ class Backlog:
             self._named.append(chunks)
 
     def add_range(self, part: PlanSection, start: int, end: int | None) -> None:
-        """Add the chunks of a part of the plan from number `start` up to `end`, or to its end."""
+        """Add the chunks of a part of the plan from number `start` up to `end`, or to its end; none where `end` is no later."""
+        if end is not None and end <= start:
+            return
         last = self._ranges[-1] if self._ranges else None
         if last is not None and last.part is part and last.end == start:
             self._ranges[-1] = PlanRange(part, last.start, end)
-        elif end is None or start < end:
+        else:
             self._ranges.append(PlanRange(part, start, end))
 
     @property

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hfbucket_plugin.tools.selection import ChunkRef
 from tests.support.models import examples
-from tests.support.simulated_fleet import MIB, Fleet, begin, carry_out, keys, plan, play, well
+from tests.support.simulated_fleet import MIB, Fleet, begin, carry_out, keys, part, plan, play, well
 from warmer.report.outcomes import Copied, Failed, Present
-from warmer.schedule.cohort import MAX_RANGES, PlanSection
+from warmer.schedule.cohort import MAX_RANGES, Backlog, PlanSection
 from warmer.schedule.rate import Caps
 from warmer.schedule.scheduler import Scheduler
 from warmer.schedule.tasks import FetchTask, ReceiveTask, TaskLimits, total_bytes
@@ -49,6 +50,8 @@ def expect_derived(schedule):
         assert cohort.batches == sum(batch.cohort is cohort for batch in batches)
 
 
+# Those of the second cohort have not come as far as one more that falls behind and is to join them.
+@example(12092641, {}, [0] * 24 + [5, 7, 5, 4, 0, 0, 0, 0, 5, 5, 0, 0, 0, 0, 4] + [0] * 21)
 @settings(max_examples=examples(150), deadline=None)
 @given(
     st.integers(0, 2**32),
@@ -492,6 +495,55 @@ def fetch_slowly(schedule, secs_of, until=20_000):
         for _, task in ended:
             well(schedule, task, now)
     return fetches
+
+
+def test_a_node_that_falls_behind_after_another_still_gets_a_chunk_larger_than_any_store():
+    chunks = plan([1, 1, 1, 1, 100] * 6)
+    schedule = Scheduler(dict.fromkeys("abc", 4), [part(chunks)], TaskLimits(batch_chunks=1))
+    schedule.started("a")
+    schedule.started("c")
+    tasks, now = until_lags(schedule, 1)  # b is the second cohort, which stays where it is: b has not started
+    schedule.lost("c", keep_place=True)
+    schedule.replace("c", "d", 4)
+    more, now = until_lags(schedule, 2, now)  # d joins it, just after a chunk that each fetches for itself
+    schedule.started("b")
+    schedule.started("d")
+    tasks += more + carry_out(schedule, now)[0]
+    assert schedule.done
+    for name in "abd":
+        assert keys(tasks, FetchTask, name) + keys(tasks, ReceiveTask, name) == Counter(chunk.key for chunk in chunks)
+
+
+def until_lags(schedule, lags, now=0.0):
+    """Carry it out, a second a step, until so many nodes have fallen behind; returns what was ordered, and the time."""
+    seen = []
+    while schedule.counts.lags < lags:
+        tasks = schedule.tasks(now)
+        seen += tasks
+        now += 1.0
+        for task in tasks:
+            well(schedule, task, now)
+        assert now < 100
+    return seen, now
+
+
+ranges = st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.sampled_from([0, 1, 2, 3, None]))
+
+
+@example([("a", 1, 3), ("a", 3, 2)])
+@given(st.lists(ranges | st.integers(1, 4), max_size=12))
+def test_all_ranges_of_a_backlog_are_cut_from_it_or_left(steps):
+    plans = {name: [ChunkRef(f"{name}{n}", "p", "00" * 32, 1) for n in range(3)] for name in "ab"}
+    parts = {name: part(chunks) for name, chunks in plans.items()}
+    backlog, added, taken = Backlog(), [], []
+    for step in steps:
+        if isinstance(step, int):
+            taken += backlog.cut(step, step, lambda _: True)
+        else:
+            name, start, end = step
+            backlog.add_range(parts[name], start, end)
+            added += plans[name][start:end] if end is None or start < end else []
+    assert [*taken, *backlog.rest()] == added
 
 
 @pytest.mark.parametrize("secs", [8.0, 30.0, 90.0])
