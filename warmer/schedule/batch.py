@@ -1,4 +1,4 @@
-"""Batches on their way to all nodes that lack them, tasks in flight, and the room in the object stores. Pure."""
+"""Batches in progress, tasks in flight, and the bytes reserved in the object stores. Pure."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """Chunks that the same nodes lack, and that move together.
+    """Chunks that the same nodes lack and that move together.
 
     Attributes:
-        number: Names it, in the order of their making.
-        chunks: Never empty.
-        size: Their bytes.
-        cohort: For whose members it was made.
-        pending: Nodes that lack them and have no task for them yet, in the order in which they get one.
-        receiving: Nodes with a task to receive them; kept by `InFlightTable`.
-        reserved: On whose store its bytes are counted.
-        holder: The node that fetches it, or has left it in the store; None until a node has a task to fetch it.
-        source: The number of the task to fetch it; 0 where nothing of it came into the store.
-        stored: Whether it lies in the object store.
-        done: How many have received it.
-        attempts: How often fetching it has failed.
-        avoid: Who failed to fetch it, and fetches it again only when nobody else can.
-        handed_over: Whether another node was asked for it because the first took so long; that is done once.
+        number: Identifies the batch; numbers increase in the order of creation.
+        chunks: Chunks of the batch.
+        size: Bytes of the chunks.
+        cohort: Cohort for whose members the batch was created.
+        pending: Nodes that lack the chunks and have no task for them yet, in the order in which they will get one.
+        receiving: Nodes with a task to receive the batch; maintained by `InFlightTable`.
+        reserved: Nodes on whose object store the bytes are reserved.
+        holder: Node that fetches the batch or has stored it; None until a node has a task to fetch it.
+        source: Number of the fetch task; 0 if no chunk of it came into the store.
+        stored: Whether the batch is in the object store.
+        done: Number of nodes that have received the batch.
+        attempts: Number of failed fetches.
+        avoid: Nodes that failed to fetch the batch; they retry only if no other node can.
+        handed_over: Whether another node got the fetch because the first was slow; this happens at most once.
     """
 
     def __init__(self, number: int, chunks: tuple[ChunkRef, ...], pending: Iterable[str], cohort: Cohort) -> None:
@@ -54,11 +54,11 @@ class Batch:
 
     @property
     def fetching(self) -> bool:
-        """Whether a node fetches it now."""
+        """Whether a node is fetching the batch now."""
         return self.holder is not None and not self.stored
 
     def allowance(self, fan_out: int) -> int:
-        """How many more may take it now: those that have it serve the others."""
+        """Return how many more nodes may start to receive the batch: each node that has it serves `fan_out` others."""
         return fan_out * (1 + self.done) - len(self.receiving)
 
     def to_the_end(self, node: str) -> None:
@@ -67,7 +67,7 @@ class Batch:
         self.pending[node] = None
 
     def ready_again(self) -> None:
-        """What was fetched of it, or was to be, is of no use to the others any more."""
+        """Reset the batch to be fetched again, because the data of its previous fetch will not be available to others."""
         self.holder, self.source, self.stored, self.done = None, 0, False, 0
 
 
@@ -77,12 +77,12 @@ class InFlight:
 
     Attributes:
         task: The task.
-        batch: Whose chunks they are; None for those that a node fetches for itself.
-        since: When it was given.
-        size: Bytes of its chunks.
-        hold: Bytes that it may leave in its node's store though no batch counts them.
-        was_of: The batch that went on without it, because it took so long; None where none did.
-        spent: Bytes that the cap of the run let go for it.
+        batch: Batch of the chunks; None if the node fetches them by itself.
+        since: Time at which the task was created, in seconds.
+        size: Bytes of the chunks.
+        hold: Bytes that the task may leave in its node's store without a batch that reserves them.
+        was_of: Batch that was given to another node because this task was slow; None if there is none.
+        spent: Bytes that were charged to the run's cap for the task.
     """
 
     task: Task
@@ -95,18 +95,18 @@ class InFlight:
 
     @property
     def fetches(self) -> bool:
-        """Whether it asks the Hub, and not the object store."""
+        """Whether the task requests from the Hub, not from the object store."""
         return isinstance(self.task, FetchTask)
 
 
 @dataclass(slots=True)
 class NodeTasks:
-    """The tasks in flight on one node, and their sums.
+    """Tasks in flight on one node, and their sums.
 
     Attributes:
-        tasks: By number.
-        fetches, receives: How many there are of each kind.
-        bytes: Of all of them.
+        tasks: Tasks by number.
+        fetches, receives: Number of tasks of each kind.
+        bytes: Bytes of all tasks.
     """
 
     tasks: dict[int, InFlight] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class NodeTasks:
 
 
 class InFlightTable:
-    """The tasks in flight, each of them once: whatever a node, a batch or the run has in flight follows from it.
+    """Table of the tasks in flight, from which the totals of nodes, batches and the run derive.
 
     Attributes:
         fetching_bytes: Bytes of all fetches.
@@ -135,7 +135,7 @@ class InFlightTable:
         return iter(self._tasks.values())
 
     def of(self, node: str) -> NodeTasks:
-        """The tasks of a node."""
+        """Return the tasks of a node."""
         return self._by_node[node]
 
     def add(self, running: InFlight) -> None:
@@ -160,7 +160,7 @@ class InFlightTable:
         """Remove a task that has ended.
 
         Raises:
-            KeyError: It is not in flight.
+            KeyError: The task is not in flight.
         """
         running = self._tasks.pop(number)
         node = running.task.node
@@ -177,29 +177,29 @@ class InFlightTable:
         return lost
 
     def new(self) -> list[InFlight]:
-        """The tasks that were not handed out yet."""
+        """Return the tasks that were not handed out yet."""
         self._new = [running for running in self._new if running.task.number in self._tasks]
         return self._new
 
     def take_new(self) -> list[Task]:
-        """The tasks that were not handed out yet; they are from now on."""
+        """Return the tasks that were not handed out yet, and mark them as handed out."""
         new, self._new = self.new(), []
         return [running.task for running in new]
 
     def new_receivers(self, source: int) -> list[Task]:
-        """The tasks to receive what a fetch left in the store, as far as they were not handed out yet."""
+        """Return the tasks, not handed out yet, that receive what the fetch `source` left in the store."""
         tasks = [running.task for running in self.new()]
         return [task for task in tasks if isinstance(task, ReceiveTask) and task.source == source]
 
 
 class StoreBudget:
-    """How many bytes of batches may lie in the object store of each node.
+    """Limits on the bytes of batches in the object store of each node.
 
-    A batch's bytes count on every node that is to have it, from before it is fetched until nobody waits for it: a node
-    that has received a batch keeps a copy, from which others take it, until then.
+    The bytes of a batch are reserved on every node that needs it, from before the fetch until no node waits for it: a node
+    that has received the batch keeps a copy until then, and serves it to others.
 
     Args:
-        bounds: Bytes by node.
+        bounds: Maximum bytes, by node.
     """
 
     def __init__(self, bounds: Mapping[str, int]) -> None:
@@ -207,58 +207,58 @@ class StoreBudget:
         self.used = dict.fromkeys(bounds, 0)
 
     def admit(self, node: str, bound: int) -> None:
-        """Add a node."""
+        """Add a node with its maximum bytes."""
         self._bounds[node] = bound
         self.used[node] = 0
 
     def can_ever(self, nodes: Iterable[str], size: int) -> bool:
-        """Whether so much would fit into the stores of those nodes if they were empty."""
+        """Return whether `size` bytes would fit into the empty stores of the nodes."""
         return size <= self.least(nodes)
 
     def least(self, nodes: Iterable[str]) -> int:
-        """The bound of the smallest store among those of some nodes, one at least."""
+        """Return the limit of the smallest store among at least one node, in bytes."""
         return min(map(self._bounds.__getitem__, nodes))
 
     def fits(self, nodes: Iterable[str], size: int) -> bool:
-        """Whether there is room on all those nodes."""
+        """Return whether `size` bytes fit into the stores of all the nodes now."""
         used, bounds = self.used, self._bounds
         return all(used[node] + size <= bounds[node] for node in nodes)
 
     def reserve(self, batch: Batch, nodes: Iterable[str]) -> None:
-        """Count a batch on nodes."""
+        """Reserve the bytes of a batch on nodes."""
         batch.reserved = set(nodes)
         for node in batch.reserved:
             self.used[node] += batch.size
 
     def reserve_too(self, batch: Batch, node: str) -> None:
-        """Count a batch on one more node."""
+        """Reserve the bytes of a batch on one more node."""
         batch.reserved.add(node)
         self.used[node] += batch.size
 
     def free(self, batch: Batch, node: str) -> None:
-        """Stop counting a batch on a node."""
+        """Release the bytes of a batch on a node."""
         if node in batch.reserved:
             batch.reserved.discard(node)
             self.give_back(node, batch.size)
 
     def give_back(self, node: str, size: int) -> None:
-        """Stop counting some bytes on a node."""
+        """Release some bytes on a node."""
         if node in self.used:
             self.used[node] -= size
 
     def free_all(self, batch: Batch, but: Iterable[str | None] = ()) -> None:
-        """Stop counting a batch on all nodes but some."""
+        """Release the bytes of a batch on all nodes except some."""
         for node in batch.reserved.difference(but):
             self.free(batch, node)
 
     def hand_on(self, batch: Batch, child: Batch, nodes: Iterable[str]) -> None:
-        """Part of a batch goes on as one of its own, for some of the nodes; call before the batch shrinks."""
+        """Transfer the reservation of part of a batch to a child batch, for some nodes; call before the batch shrinks."""
         child.reserved = batch.reserved.intersection(nodes)
         for node in batch.reserved - child.reserved:
             self.give_back(node, child.size)
 
     def shrink(self, batch: Batch, size: int) -> None:
-        """Reduce a batch to a number of bytes."""
+        """Reduce the reservation of a batch to a number of bytes."""
         for node in batch.reserved:
             self.give_back(node, batch.size - size)
         batch.size = size

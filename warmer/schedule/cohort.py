@@ -1,4 +1,4 @@
-"""Cohorts: nodes that share a list of chunks, and the state of each node."""
+"""Cohorts, which are nodes that process a list of chunks together, and the state of each node. Pure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanSection:
-    """Chunks of the plan that the same nodes are to have.
+    """Chunks of the plan that the same nodes need.
 
     Attributes:
-        plan: Reads them from the n-th of them on.
-        nodes: Who is to have them; None for all.
-        rest: The same as `plan`, for a lost node, where that costs less.
+        plan: Iterates over the chunks from a given index on.
+        nodes: Names of the nodes that need them; None for all nodes.
+        rest: Cheaper alternative to `plan` for the remainder of a lost node; None if there is none.
     """
 
     plan: Reader
@@ -33,27 +33,27 @@ class PlanSection:
     rest: Reader | None = None
 
     def is_for(self, node: str) -> bool:
-        """Whether a node is to have them."""
+        """Return whether a node needs these chunks."""
         return self.nodes is None or node in self.nodes
 
     def left(self, start: int) -> Iterator[ChunkRef]:
-        """What a lost node will not get."""
+        """Iterate over the chunks from index `start` on that a lost node will not get."""
         return (self.rest or self.plan)(start)
 
 
 class Cohort:
-    """One reading of a part of the plan, whose chunks go into batches for all its members.
+    """One pass over a part of the plan, whose chunks go into batches for all members.
 
     Args:
-        part: The part.
-        behind: The cohort of those that cannot keep up with this one; None where each of them goes on by itself.
+        part: Part of the plan.
+        behind: Cohort of the nodes that cannot keep up with this one; None if each of these continues by itself.
 
     Attributes:
-        position: The number of the next chunk, in the part.
-        batches: How many of its batches are in progress.
-        full: Whether there was no room for another batch when it was last tried, and nothing has changed since.
-        blocked_since: When there first was no room since a batch was begun; None when there was.
-        turn: Rotates who is asked first.
+        position: Index of the next chunk in the part.
+        batches: Number of the cohort's batches in progress.
+        full: Whether the last attempt found no room for another batch and nothing has changed since.
+        blocked_since: Time since which there has been no room for another batch; None if there is room.
+        turn: Counter that rotates which node is considered first.
     """
 
     def __init__(self, part: PlanSection, behind: Cohort | None = None) -> None:
@@ -71,13 +71,13 @@ class Cohort:
         self.turn = 0
 
     def begin(self, position: int) -> None:
-        """Read from here on; once it has begun, this does nothing."""
+        """Start the pass at a position; no effect once it has started."""
         if not self._begun:
             self._begun = True
             self.position = position
 
     def peek(self) -> ChunkRef | None:
-        """The next chunk; None at the end of the part."""
+        """Return the next chunk; None at the end of the part."""
         if self._peeked is None and not self._over:
             if self._source is None:
                 self._source = self.part.plan(self.position)
@@ -86,12 +86,12 @@ class Cohort:
         return self._peeked
 
     def advance(self) -> None:
-        """Go past the next chunk."""
+        """Skip the next chunk."""
         self._peeked = None
         self.position += 1
 
     def members(self, states: Iterable[NodeState]) -> list[Membership]:
-        """The memberships in it, among those of all nodes."""
+        """Return the memberships in the cohort, given the states of all nodes."""
         if self._members is None:
             memberships = (state.memberships.get(self.part) for state in states)
             self._members = [
@@ -100,26 +100,26 @@ class Cohort:
         return self._members
 
     def changed(self) -> None:
-        """Forget the members: a node joined or left."""
+        """Forget the cached members because a node joined or left."""
         self._members = None
 
     def block(self, now: float) -> None:
-        """Note that there is no room for another batch."""
+        """Record that there is no room for another batch."""
         self.full = True
         self.blocked_since = now if self.blocked_since is None else self.blocked_since
 
 
 class Membership:
-    """Where a node is in one part of the plan.
+    """Progress of a node in one part of the plan.
 
     Args:
-        state: The node.
-        cohort: With whom it is to keep pace.
-        now: The time.
+        state: State of the node.
+        cohort: Cohort that the node joins.
+        now: Current time, in seconds.
 
     Attributes:
-        cohort: With whom it keeps pace; None when it fetches all that is left for itself.
-        entry: The number of the first chunk of the part that it takes from its cohort.
+        cohort: Cohort of the node; None if the node fetches all its remaining chunks by itself.
+        entry: Index of the first chunk of the part that the node takes from its cohort.
     """
 
     def __init__(self, state: NodeState, cohort: Cohort, now: float) -> None:
@@ -132,27 +132,27 @@ class Membership:
 
     @property
     def start(self) -> int | None:
-        """The number of the first chunk that it has not been given by its cohort; None when it is in none."""
+        """Index of the first chunk that the cohort has not given to the node; None without a cohort."""
         return None if self.cohort is None else max(self.entry, self.cohort.position)
 
     def blame(self, secs: float, now: float, memory_secs: float) -> float:
-        """Note that it held up the others for so long; returns what is remembered of all such times."""
+        """Add seconds for which the node delayed the others; return the decayed sum of all such times."""
         self._blame = self._blame * math.exp((self._blamed_at - now) / memory_secs) + secs
         self._blamed_at = now
         return self._blame
 
     def forgive(self) -> None:
-        """Remember none of it."""
+        """Reset the recorded delays."""
         self._blame = 0.0
 
 
 MAX_RANGES: Final = 64
-"""A node with more ranges of the plan to fetch for itself takes all that follows for itself, too, as one."""
+"""Maximum ranges of the plan in a backlog; a node that reaches it also fetches all later chunks by itself, as one range."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRange:
-    """The chunks of a part of the plan from number `start` up to `end`, or to its end."""
+    """Chunks of a part of the plan from index `start` up to, not including, `end`, or to the end of the part."""
 
     part: PlanSection
     start: int
@@ -160,7 +160,7 @@ class PlanRange:
 
 
 class Backlog:
-    """What a node fetches for itself: chunks that are named, and ranges of the plan that are read when it comes to them."""
+    """Chunks that a node fetches by itself: named chunks, and ranges of the plan that are read lazily."""
 
     def __init__(self) -> None:
         self._named: deque[tuple[ChunkRef, ...]] = deque()
@@ -170,12 +170,15 @@ class Backlog:
         self._peeked: ChunkRef | None = None
 
     def add(self, chunks: tuple[ChunkRef, ...]) -> None:
-        """Name chunks."""
+        """Add named chunks."""
         if chunks:
             self._named.append(chunks)
 
     def add_range(self, part: PlanSection, start: int, end: int | None) -> None:
-        """Add the chunks of a part of the plan from number `start` up to `end`, or to its end; none where `end` is no later."""
+        """Add the chunks of a part of the plan from index `start` up to, not including, `end`, or to the end of the part.
+
+        An empty range, whose `end` is not after its `start`, is ignored.
+        """
         if end is not None and end <= start:
             return
         last = self._ranges[-1] if self._ranges else None
@@ -186,15 +189,15 @@ class Backlog:
 
     @property
     def full(self) -> bool:
-        """Whether there are as many ranges as are kept."""
+        """Whether the backlog has the maximum number of ranges."""
         return len(self._ranges) >= MAX_RANGES
 
     def __bool__(self) -> bool:
-        """Whether anything is left."""
+        """Return whether any chunk is left."""
         return bool(self._named) or self._peek() is not None
 
     def _peek(self) -> ChunkRef | None:
-        """The next chunk of the ranges."""
+        """Return the next chunk of the ranges."""
         while self._peeked is None and self._ranges:
             plan_range = self._ranges[0]
             if self._reading is None:
@@ -208,12 +211,12 @@ class Backlog:
         return self._peeked
 
     def cut(self, most_chunks: int, most_bytes: int, fits: Callable[[int], bool]) -> tuple[ChunkRef, ...]:
-        """Take what makes the next order; nothing where the first chunk does not fit.
+        """Take the chunks of the next fetch; none if the first chunk does not fit.
 
         Args:
-            most_chunks: Of the order.
-            most_bytes: Of the order; a larger chunk goes alone.
-            fits: Whether a number of bytes may be ordered now.
+            most_chunks: Maximum chunks of the fetch.
+            most_bytes: Maximum bytes of the fetch; a larger chunk goes alone.
+            fits: Whether a number of bytes may be requested now.
         """
         taken: list[ChunkRef] = []
         size = 0
@@ -237,7 +240,7 @@ class Backlog:
             self._named.appendleft(rest)
 
     def rest(self) -> Iterator[ChunkRef]:
-        """What is left of a lost node's; nothing is to be taken any more."""
+        """Yield the remaining chunks of a lost node; the backlog must not be used afterwards."""
         yield from itertools.chain.from_iterable(self._named)
         if self._peeked is not None:
             yield self._peeked
@@ -249,19 +252,19 @@ class Backlog:
 
 
 class NodeState:
-    """What is known of one node, beside the tasks that it has in flight.
+    """State of one node, without its tasks in flight.
 
     Args:
-        name: Its name.
-        role: Whose chunks it is to have: its own, or those of the node that it replaces.
-        rate: Most bytes a second that reach it; None for no cap.
-        now: The time.
+        name: Name of the node.
+        role: Name of the node whose chunks it gets: its own, or that of the node that it replaces.
+        rate: Cap on the bytes a second that reach the node; None for no cap.
+        now: Current time, in seconds.
 
     Attributes:
-        started: Whether it may be given tasks.
-        backlog: What it fetches for itself.
-        memberships: Where it is in each part of the plan that it is to have.
-        pace, receive_pace: How fast it fetches, and receives.
+        started: Whether the node may get tasks.
+        backlog: Chunks that the node fetches by itself.
+        memberships: Progress of the node in each part of the plan that concerns it.
+        pace, receive_pace: Measured seconds a byte of the node's fetches and receives.
     """
 
     def __init__(self, name: str, role: str, rate: float | None, now: float) -> None:

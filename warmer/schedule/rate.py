@@ -1,4 +1,4 @@
-"""Rates: a cap on bytes a second, and what was measured. Pure: time is an argument."""
+"""Caps on bytes a second, and measured rates. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _WEIGHT: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """Most bytes a second.
+    """Bandwidth caps, in bytes a second.
 
     Attributes:
-        run: That the Hub is asked for, in the whole run; None for no cap.
-        node: That reach a node, from the Hub or from others; None for no cap.
+        run: Cap on the bytes requested from the Hub in the whole run; None for no cap.
+        node: Cap on the bytes that reach a node, from the Hub or from other nodes; None for no cap.
     """
 
     run: float | None = None
@@ -23,14 +23,14 @@ class Caps:
 
 
 class TokenBucket:
-    """A cap on bytes a second, by which work is let go before it runs.
+    """Cap on bytes a second that admits work before it runs.
 
-    Whatever is let go is let go whole, so the bucket may be in debt: over any time, what was let go is at most the rate
-    times that time, one second's worth, and one piece of work.
+    Work is admitted whole, so the bucket may be in debt: in any period, the admitted bytes are at most the rate times the
+    period, plus one second's worth, plus one piece of work.
 
     Args:
         rate: Bytes a second; None for no cap.
-        now: The time, in seconds of any clock that goes forwards.
+        now: Current time, in seconds of a monotonic clock.
     """
 
     def __init__(self, rate: float | None, now: float = 0.0) -> None:
@@ -41,7 +41,7 @@ class TokenBucket:
         self._at = now
 
     def ready(self, now: float) -> bool:
-        """Whether anything may go now."""
+        """Return whether work may be admitted now."""
         if self.rate is None:
             return True
         if now > self._at:
@@ -55,19 +55,19 @@ class TokenBucket:
             self._level -= amount
 
     def give_back(self, amount: int) -> None:
-        """Put back bytes that were taken and did not move, up to one second's worth."""
+        """Return bytes to the bucket that were taken and did not move; it holds at most one second's worth."""
         if self.rate is not None:
             self._level = min(self.rate * _BURST_SECS, self._level + amount)
 
 
 class MovingAverage:
-    """Seconds a byte, as measured: the latest count most."""
+    """Moving average of seconds a byte, in which the latest measurements count most."""
 
     def __init__(self) -> None:
         self.secs_per_byte: float | None = None
 
     def add(self, size: int, secs: float) -> None:
-        """Note a piece of work."""
+        """Add a measurement: bytes and seconds of a piece of work."""
         measured = max(secs, 1e-6) / max(size, 1)
         known = self.secs_per_byte
         self.secs_per_byte = measured if known is None else known + _WEIGHT * (measured - known)

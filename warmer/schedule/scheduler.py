@@ -1,10 +1,9 @@
-"""Which node fetches which chunks, who takes them from the object store and when, and what a lost node means.
+"""Scheduling of a run: which node fetches which chunks, and which nodes receive them from the object store and when.
 
-Pure: events and the time go in, tasks come out; nothing here knows of Ray. The plan falls into *parts*, each of
-which the same nodes are to have, and each part moves on in *batches*: one node fetches a batch from the Hub, and every other
-node that is to have it and lacks it takes it from the object store. A node that cannot
-keep up is left out of the batches that come, and fetches for itself what it missed. Each chunk ends exactly once for each
-node: among what an event returns, or among what `lost` or `abandon` yields.
+Pure: events and the time go in, tasks come out; nothing here depends on Ray. The plan is split into *parts*, each for one
+set of nodes, and each part is processed in *batches*: one node fetches a batch from the Hub, and the other nodes that need
+it receive it from the object store. A node that cannot keep up is left out of later batches and fetches the missed chunks
+by itself. Each chunk ends exactly once for each node: in the result of an event, or in that of `lost` or `abandon`.
 """
 
 from __future__ import annotations
@@ -34,38 +33,39 @@ if TYPE_CHECKING:
     Ended = tuple[str, Outcome]
 
 _TRIES: Final = 2
-"""How many nodes try to fetch a chunk before it has failed for all of them."""
+"""Number of nodes that try to fetch a chunk before it fails for all nodes."""
 
 _HEED: Final = 0.5
-"""How much the latest order counts in how many tries the next ones are reckoned with."""
+"""Weight of the latest fetch in the average number of tries a chunk, which estimates the requests of the next fetches."""
 
 _OWN_KINDS: Final = TIER_KINDS | {INTERRUPTED}
-"""Failures that say nothing about other nodes."""
+"""Failures that concern one node and say nothing about the others."""
 
 
 _SCAN: Final = 16
-"""How many nodes are looked at for an order: the best of them is nearly the best of all."""
+"""Number of nodes considered for a task: the best of a sample is nearly as good as the best of all."""
 
 _LOOK_SECS: Final = 0.25
-"""How often slow nodes are looked for."""
+"""Seconds between two checks for slow nodes."""
 
 PARTS: Final = 4
-"""The least number of batches that a store has room for, so that one is fetched while others are received."""
+"""Minimum number of batches that a store must hold, so that one is fetched while others are received."""
 
 _MIN_BATCHES: Final = 16
-"""Batches that each cohort may have in progress, into however many parts the plan falls."""
+"""Batches that each cohort may have in progress, however many parts the plan has."""
 
 _TYPICAL_SECS_PER_BYTE: Final = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
 class _Vacancy:
-    """What a lost node was to have still.
+    """Work that a lost node leaves behind.
 
     Attributes:
-        state: The node as it was.
-        named: Chunks of its tasks and of batches that it was pending in.
-        starts: Of each part the number of the first chunk that its cohort had not come to; None where it was in none.
+        state: State of the node when it was lost.
+        named: Chunks of the node's tasks, and of the batches in which the node was pending.
+        starts: For each part, the index of the first chunk that the node's cohort had not reached; None if the node was in
+            no cohort.
     """
 
     state: NodeState
@@ -73,7 +73,7 @@ class _Vacancy:
     starts: dict[PlanSection, int | None]
 
     def rest(self) -> Iterator[ChunkRef]:
-        """All of it."""
+        """Yield all chunks that did not end on the node."""
         for chunks in self.named:
             yield from chunks
         yield from self.state.backlog.rest()
@@ -83,18 +83,18 @@ class _Vacancy:
 
 
 class Scheduler:
-    """The state of a run.
+    """State of a run.
 
     Args:
-        nodes: Names of the nodes, and the bytes that batches may take in the object store of each.
-        parts: The plan: which chunks which nodes are to have. No chunk is in two of them.
-        window: How much is in progress at a time; by default as `TaskLimits` has it.
-        caps: Most bytes a second.
-        direct: Every node fetches everything for itself.
-        now: The time, in seconds of any clock that goes forwards.
+        nodes: Bytes that batches may take in the object store of each node, by node name.
+        parts: The plan: which nodes need which chunks. No chunk is in two parts.
+        window: Limits on the work in progress; the defaults of `TaskLimits` if None.
+        caps: Bandwidth limits, in bytes a second.
+        direct: Whether every node fetches all its chunks from the Hub by itself.
+        now: Current time, in seconds of a monotonic clock.
 
     Attributes:
-        counts: What it had to do.
+        counts: Counters of the work done.
     """
 
     def __init__(
@@ -117,38 +117,38 @@ class Scheduler:
             max(1, min(window.batch_bytes, *filter(None, (window.bytes, window.run_bytes, caps.run, caps.node))))
         )
         self._bucket = TokenBucket(caps.run, now)
-        self._asking = 1.0  # how many times the bytes of a chunk nodes have to ask for, recently
+        self._asking = 1.0  # recent average of bytes requested per byte of a chunk, retries included
         self._budget = StoreBudget(nodes)
         self._pace, self._receive_pace = MovingAverage(), MovingAverage()
         self._numbers = itertools.count(1)
         self._batches: dict[int, Batch] = {}
         self._ready: deque[Batch] = deque()
         self._tasks = InFlightTable()
-        self._well_since = -math.inf  # when the latest fetch was given that ended in time
-        self._last_in_time = True  # whether the last one to end did
+        self._well_since = -math.inf  # start of the latest fetch that ended in time
+        self._last_in_time = True  # whether the most recently ended fetch ended in time
         self._released: list[int] = []
-        # Of each part, most nodes are in the first; those that cannot keep up with it go on together in the second.
+        # Each part starts with most nodes in its first cohort; nodes that cannot keep up continue together in the second.
         self._leading = [Cohort(part, Cohort(part)) for part in parts]
         self._cohorts = [cohort for first in self._leading for cohort in (first, first.behind) if cohort is not None]
         self._states: dict[str, NodeState] = {}
-        self._with_backlog: dict[str, NodeState] = {}  # those that have something to fetch for themselves
+        self._with_backlog: dict[str, NodeState] = {}  # nodes with chunks to fetch by themselves
         self._vacant: dict[str, _Vacancy] = {}
         for name in nodes:
             self._add_node(name, name)
 
     @property
     def nodes(self) -> list[str]:
-        """The nodes that are not lost."""
+        """Names of the nodes that are not lost."""
         return list(self._states)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is in progress or left to give, and no place is kept."""
+        """Whether no work is in progress or left to assign, and no place of a lost node is kept."""
         return not self._vacant and self.exhausted
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is in progress or left to give to the nodes that there are."""
+        """Whether no work is in progress or left to assign to the present nodes."""
         if self._tasks or self._batches:
             return False
         if any(state.backlog for state in self._with_backlog.values()):
@@ -157,7 +157,7 @@ class Scheduler:
 
     @property
     def in_progress(self) -> dict[str, tuple[int, int]]:
-        """The chunks that nodes are busy with, and their bytes; nodes with nothing to do are left out."""
+        """Number of chunks and bytes in progress, by node; idle nodes are omitted."""
         found: dict[str, tuple[int, int]] = {}
         for running in self._tasks:
             chunks, size = found.get(running.task.node, (0, 0))
@@ -166,24 +166,24 @@ class Scheduler:
 
     @property
     def store_bytes(self) -> dict[str, int]:
-        """The bytes that are counted on the object store of each node."""
+        """Bytes reserved in the object store of each node."""
         return dict(self._budget.used)
 
     def released(self) -> list[int]:
-        """The numbers of fetches whose chunks no node waits for any more; each is returned once."""
+        """Return the numbers of fetches whose chunks no node waits for any more; each number is returned once."""
         released, self._released = self._released, []
         return released
 
     def started(self, node: str) -> None:
-        """Let a node take part from now on.
+        """Allow a node to get tasks from now on.
 
         Raises:
-            KeyError: There is no such node, or it is lost.
+            KeyError: The node is unknown or lost.
         """
         self._states[node].started = True
 
     def tasks(self, now: float) -> list[Task]:
-        """The tasks that nodes are to begin now; each counts as in flight from now on."""
+        """Return the tasks that nodes must start now, and count each as in flight."""
         self._now = max(self._now, now)
         self._decide()
         return self._tasks.take_new()
@@ -192,16 +192,16 @@ class Scheduler:
         """Record the end of a fetch.
 
         Args:
-            number: Of the order.
-            outcomes: How each of its chunks ended, in their order.
-            shared: Whether those that were copied lie in the object store.
-            now: The time.
+            number: Number of the fetch task.
+            outcomes: Outcome of each chunk, in the order of the task.
+            shared: Whether the copied chunks are in the object store.
+            now: Current time, in seconds.
 
         Returns:
-            What has ended for which node by this.
+            The chunks that ended by this event, each as a node name and an outcome.
 
         Raises:
-            KeyError: The order is not in progress, or its node is lost.
+            KeyError: The task is not in progress, or its node is lost.
         """
         running = self._finish(number, now)
         task, batch = running.task, running.batch
@@ -225,7 +225,7 @@ class Scheduler:
         return self._sort(batch, task, outcomes, shared=shared)
 
     def _end_own_fetch(self, running: InFlight, outcomes: Sequence[Outcome]) -> list[Ended]:
-        """End what a node fetched for itself. Where it did so only because it was slow, others help it once."""
+        """End a fetch that serves only its own node. If the node fetched alone only because it was slow, others retry once."""
         node, batch = running.task.node, running.was_of
         if batch is None:
             return [(node, outcome) for outcome in outcomes]
@@ -252,20 +252,20 @@ class Scheduler:
         return ended
 
     def _pay(self, running: InFlight, outcomes: Sequence[Outcome]) -> None:
-        """Settle what an order to fetch asked the Hub for, tries included, with what the caps let go for it.
+        """Charge the bandwidth caps with the bytes that a fetch requested from the Hub, retries included.
 
-        Chunks that were asked for several times put the caps into debt; those that passed no network are given back.
+        Chunks that were requested several times put the caps into debt; bytes that used no network are given back.
         """
         size = total_bytes(running.task.chunks)
         asked = sum(_asked(outcome) for outcome in outcomes)
         self._bucket.give_back(running.spent - asked)
         self._states[running.task.node].bucket.give_back(size - asked)
         if size:
-            # The next orders reckon with as many tries: the first ones to fail would else all be let go at once.
+            # Estimate the same number of tries for the next fetches; otherwise many would start at once while chunks fail.
             self._asking += _HEED * (max(1.0, asked / size) - self._asking)
 
     def _give_back(self, task: Task, outcomes: Sequence[Outcome | None], *, lost: bool) -> None:
-        """Give a node back what it let go to receive chunks that did not move, such as those that were there."""
+        """Give back the bytes that a node's cap was charged for chunks that did not move, for example because present."""
         moved = sum(
             0 if outcome is None and lost else chunk.size if outcome is None else _asked(outcome)
             for chunk, outcome in zip(task.chunks, outcomes, strict=True)
@@ -273,7 +273,7 @@ class Scheduler:
         self._states[task.node].bucket.give_back(total_bytes(task.chunks) - moved)
 
     def _sort(self, batch: Batch, task: Task, outcomes: Sequence[Outcome], *, shared: bool) -> list[Ended]:
-        """Tell apart what is in the store, what others have to fetch, and what failed for all."""
+        """Sort the chunks of a fetched batch: stored, to be fetched by another node, or failed for all nodes."""
         node, others = task.node, tuple(batch.pending)
         ended: list[Ended] = []
         stored, again, retry = [], [], []
@@ -307,7 +307,7 @@ class Scheduler:
     def _split(
         self, batch: Batch, chunks: Sequence[ChunkRef], nodes: tuple[str, ...], *, failed_on: str | None = None
     ) -> None:
-        """Move some chunks of a batch into a batch of their own."""
+        """Move some chunks of a batch into a new batch."""
         if not chunks:
             return
         child = Batch(next(self._numbers), tuple(chunks), nodes, batch.cohort)
@@ -327,16 +327,16 @@ class Scheduler:
         """Record the end of a receive.
 
         Args:
-            number: Of the order.
-            outcomes: How each of its chunks ended, in their order; None for one that did not arrive, or not rightly.
-            now: The time.
-            holder_lost: Whether they did not arrive because the node that left them in the store is lost.
+            number: Number of the receive task.
+            outcomes: Outcome of each chunk, in the order of the task; None for a chunk that did not arrive or is corrupt.
+            now: Current time, in seconds.
+            holder_lost: Whether chunks did not arrive because the node that stored them is lost.
 
         Returns:
-            What has ended for which node by this.
+            The chunks that ended by this event, each as a node name and an outcome.
 
         Raises:
-            KeyError: The order is not in progress, or its node is lost.
+            KeyError: The task is not in progress, or its node is lost.
         """
         running = self._finish(number, now)
         task, state = running.task, self._states[running.task.node]
@@ -348,7 +348,7 @@ class Scheduler:
             state.receive_pace.add(size, now - running.since)
             self._receive_pace.add(size, now - running.since)
         if batch is not None:
-            batch.done += not missed and size > 0  # who had it all elsewhere serves it to nobody
+            batch.done += not missed and size > 0  # a node that had all chunks in another tier serves no copy to others
         if missed:
             self._undelivered(state, batch, task, missed, holder_lost=holder_lost)
         if batch is not None:
@@ -371,13 +371,13 @@ class Scheduler:
         ):
             self._backlog_of(state).add(missed)
             return
-        # Others lack it too: it is fetched again for all of them together.
+        # Other nodes lack the batch too, so fetch it again once for all of them.
         batch.pending[state.name] = None
         if batch.source == source:
             self._fetch_again(batch)
 
     def _fetch_again(self, batch: Batch) -> None:
-        """Fetch a batch again whose stored chunks are lost, also for nodes whose task to receive it was not handed out yet."""
+        """Fetch a batch again whose stored chunks are lost, and end receives of it that were not handed out yet."""
         source = batch.source
         self._released.append(source)
         batch.ready_again()
@@ -390,15 +390,15 @@ class Scheduler:
         """Remove a lost node.
 
         Args:
-            node: Its name.
-            keep_place: Whether another node may take its place, or it goes on itself: then its chunks are kept for `replace`,
-                `resume` or `abandon`.
+            node: Name of the node.
+            keep_place: Whether the node may return or be replaced; its chunks are then kept for `replace`, `resume` or
+                `abandon`.
 
         Returns:
-            The chunks that did not end on it; none when its place is kept.
+            The chunks that did not end on the node; none if its place is kept.
 
         Raises:
-            KeyError: There is no such node, or it was lost before.
+            KeyError: The node is unknown or already lost.
         """
         state = self._states.pop(node)
         self._with_backlog.pop(node, None)
@@ -424,21 +424,21 @@ class Scheduler:
         return vacancy.rest()
 
     def abandon(self, node: str) -> Iterator[ChunkRef]:
-        """Give up the place of a lost node.
+        """Give up the kept place of a lost node.
 
         Returns:
-            The chunks that did not end on it.
+            The chunks that did not end on the node.
 
         Raises:
-            KeyError: Its place is not kept.
+            KeyError: No place is kept for the node.
         """
         return self._vacant.pop(node).rest()
 
     def replace(self, lost: str, node: str, store_bytes: int) -> None:
-        """Put a node into the place of a lost one, with all the chunks that the other was to have.
+        """Replace a lost node with a new node, which gets all chunks of the lost node.
 
         Raises:
-            KeyError: The place is not kept.
+            KeyError: No place is kept for the lost node.
         """
         role = self._vacant.pop(lost).state.role
         self._budget.admit(node, store_bytes)
@@ -448,14 +448,14 @@ class Scheduler:
                 self._backlog_of(state).add_range(membership.part, 0, membership.cohort.position)
 
     def resume(self, node: str, store_bytes: int) -> None:
-        """Let a lost node go on with the chunks that did not end on it.
+        """Let a lost node continue with the chunks that did not end on it.
 
         Args:
-            node: Its name.
-            store_bytes: The bytes that batches may take in its object store.
+            node: Name of the node.
+            store_bytes: Bytes that batches may take in the object store of the node.
 
         Raises:
-            KeyError: Its place is not kept.
+            KeyError: No place is kept for the node.
         """
         vacancy = self._vacant.pop(node)
         before = vacancy.state
@@ -471,7 +471,7 @@ class Scheduler:
             start = vacancy.starts[cohort.part]
             if old.cohort is None or start is None:
                 membership.cohort = None
-            else:  # what its cohort passed meanwhile it fetches for itself
+            else:  # the node fetches by itself what its cohort passed in the meantime
                 membership.entry = max(start, old.cohort.position)
                 state.backlog.add_range(cohort.part, start, membership.entry)
         self._backlog_of(state)
@@ -481,7 +481,7 @@ class Scheduler:
         self._now = max(self._now, now)
         return self._tasks.pop(number)
 
-    # What comes next.
+    # Choice of the next tasks.
 
     def _add_node(self, name: str, role: str) -> NodeState:
         state = self._states[name] = NodeState(name, role, self._caps.node, self._now)
@@ -494,7 +494,7 @@ class Scheduler:
         return state
 
     def _changed(self) -> None:
-        """Decide again: a node joined or left."""
+        """Reset cached decisions of all cohorts because a node joined or left."""
         for cohort in self._cohorts:
             cohort.full = False
             cohort.changed()
@@ -504,7 +504,7 @@ class Scheduler:
             cohort.full = False
 
     def _decide(self) -> None:
-        """Give all orders that can be given now."""
+        """Create all tasks that can start now."""
         if self._now >= self._looked + _LOOK_SECS or not self._tasks:
             since, self._looked = self._looked, self._now
             self._look(since)
@@ -513,7 +513,7 @@ class Scheduler:
             ready = batch.number in self._batches and batch.holder is None and batch.pending
             if ready and not self._assign(batch):
                 self._ready.append(batch)
-        # Who takes part in several is given the chunks of those that are less far first.
+        # Cohorts that are least far come first, so that a node in several of them works on these first.
         for cohort in sorted(self._cohorts, key=lambda cohort: cohort.position):
             self._move_on(cohort)
         for state in list(self._with_backlog.values()):
@@ -524,14 +524,14 @@ class Scheduler:
     # From the plan into batches, and from the Hub to one node.
 
     def _lacking(self, cohort: Cohort) -> list[str]:
-        """Those in a cohort that are to have its next chunk from it."""
+        """Return the members of a cohort that need the cohort's next chunk from it."""
         return [membership.state.name for membership in self._members(cohort) if membership.entry <= cohort.position]
 
     def _members(self, cohort: Cohort) -> list[Membership]:
         return cohort.members(self._states.values())
 
     def _move_on(self, cohort: Cohort) -> None:
-        """Make batches, and have them fetched, as far as there is room."""
+        """Create and assign batches of a cohort as far as the limits allow."""
         while not cohort.full and self._members(cohort) and (chunk := cohort.peek()) is not None:
             if not self._may_fetch(chunk.size):
                 return
@@ -554,7 +554,7 @@ class Scheduler:
             self._begin_batch(cohort, rotated, self._cut(cohort, needers), shared=shared)
 
     def _fetch_separately(self, cohort: Cohort) -> None:
-        """The next chunk fits into no store: each node fetches it for itself, and all go on together behind it."""
+        """Skip the next chunk, which fits into no store: each node fetches it by itself, and the cohort continues after it."""
         start = cohort.position
         for membership in [membership for membership in self._members(cohort) if membership.entry <= start]:
             backlog = self._backlog_of(membership.state)
@@ -565,7 +565,7 @@ class Scheduler:
         cohort.advance()
 
     def _cut(self, cohort: Cohort, needers: list[str]) -> tuple[ChunkRef, ...]:
-        """The next chunks of a cohort that the same nodes lack."""
+        """Take the next chunks of a cohort that the same nodes lack."""
         shared = len(needers) > 1
         most = max(1, min(self._most_bytes, self._budget.least(needers) // PARTS)) if shared else self._most_bytes
         chunks: list[ChunkRef] = []
@@ -576,7 +576,7 @@ class Scheduler:
             if chunks and (together > most or (shared and not self._budget.fits(needers, together))):
                 break
             if chunks and cohort.position in entries:
-                break  # from here on one more lacks them
+                break  # one more node lacks the chunks from here on
             if chunks and not self._may_fetch(together):
                 break
             chunks.append(chunk)
@@ -595,7 +595,7 @@ class Scheduler:
             self._ready.append(batch)
 
     def _assign(self, batch: Batch) -> bool:
-        """Have a batch fetched by the best of some nodes that lack it; whether one was free."""
+        """Assign the fetch of a batch to the best candidate among the nodes that lack it; return whether one was free."""
         if not self._may_fetch(batch.size):
             return False
         typical = self._pace.secs_per_byte or _TYPICAL_SECS_PER_BYTE
@@ -604,7 +604,7 @@ class Scheduler:
         willing = batch.avoid.issuperset(batch.pending)
         for name in list(itertools.islice(batch.pending, _SCAN)):
             state = self._states[name]
-            if rotate:  # to the end, so that others are looked at next time
+            if rotate:  # move to the end, so that the next call considers other nodes
                 batch.to_the_end(name)
             if (willing or name not in batch.avoid) and self._may_give(state, batch.size, fetch=True):
                 busy = self._tasks.of(name).bytes
@@ -627,7 +627,7 @@ class Scheduler:
         return self._bucket.ready(self._now)
 
     def _may_give(self, state: NodeState, size: int, *, fetch: bool) -> bool:
-        """Whether a node may begin to fetch, or to receive, a number of bytes now."""
+        """Return whether a node may start to fetch, or to receive, `size` bytes now."""
         if not state.started:
             return False
         own = self._tasks.of(state.name)
@@ -648,7 +648,7 @@ class Scheduler:
         self._states[task.node].bucket.spend(size)
 
     def _fetch_backlog(self, state: NodeState) -> None:
-        """Have a node fetch for itself what it missed."""
+        """Start fetches of the chunks that a node missed."""
         while self._may_give(state, 0, fetch=True) and self._may_fetch(0) and state.backlog:
             chunks = state.backlog.cut(
                 self._window.batch_chunks,
@@ -660,10 +660,10 @@ class Scheduler:
             self.counts.own += 0 if self._direct else len(chunks)
             self._fetch(state, chunks, None, share=False)
 
-    # From the store to the others.
+    # From the object store to the other nodes.
 
     def _offer(self, batch: Batch) -> None:
-        """Have those that lack a stored batch take it, as many as may at a time."""
+        """Start receives of a stored batch on nodes that lack it, as many as the fan-out allows."""
         left = batch.allowance(self._window.fan_out)
         for name in list(itertools.islice(batch.pending, _SCAN)):
             if left < 1:
@@ -675,7 +675,7 @@ class Scheduler:
                 batch.to_the_end(name)
 
     def _ask(self, state: NodeState) -> None:
-        """Have a node take what it lacks from the store, the oldest first."""
+        """Start receives on a node of the stored batches that it lacks, oldest first."""
         if not self._may_give(state, 0, fetch=False):
             return
         for batch in self._batches.values():
@@ -689,7 +689,7 @@ class Scheduler:
         self._start(ReceiveTask(next(self._numbers), state.name, batch.chunks, batch.source), batch)
 
     def _settle(self, batch: Batch) -> None:
-        """See whether a batch is at its end, or nearly."""
+        """Update a batch after a change: end it, queue it to be fetched again, or free store space that is not needed."""
         if batch.number not in self._batches or batch.fetching:
             return
         if not batch.pending and not batch.receiving:
@@ -703,14 +703,14 @@ class Scheduler:
             if batch.pending and batch not in self._ready:
                 self._ready.append(batch)
         elif not batch.pending and all(map(self._left_behind(batch), batch.receiving)):
-            # Copies elsewhere may be thrown away by their stores: no node that matters takes them from there.
+            # Stores may drop the other copies: only nodes that left the cohort still wait, and the holder serves them.
             self._budget.free_all(batch, but=(batch.holder, *batch.receiving))
             self._unblock()
 
-    # Nodes that hold up the others.
+    # Nodes that delay the others.
 
     def _look(self, since: float) -> None:
-        """Look for what was missed, and for stragglers; it was done before at `since`."""
+        """Retry blocked work and look for stragglers; `since` is the time of the previous check."""
         self._unblock()
         for state in self._states.values():
             self._ask(state)
@@ -720,10 +720,10 @@ class Scheduler:
                 self._leave_stragglers(cohort, self._now - max(cohort.blocked_since, since))
 
     def _find_slow_fetches(self) -> None:
-        """Give fetches that take much longer than usual to other nodes, unless it is the Hub that is slow."""
+        """Give fetches that take much longer than usual to other nodes, unless the Hub itself is slow."""
         fetches = [running for running in self._tasks if running.fetches]
-        # More requests help only where the Hub is not slow itself: a fetch that was given no sooner has ended in time
-        # meanwhile, or one node alone fetches, and the last one to end did so in time.
+        # More requests help only if the Hub itself is not slow: either a fetch that started no earlier has ended in time,
+        # or only one node is fetching and the most recently ended fetch was in time.
         alone = len({running.task.node for running in fetches}) == 1 and self._last_in_time
         for running in fetches:
             batch = running.batch
@@ -737,7 +737,7 @@ class Scheduler:
         return stragglers.is_slow_fetch(waited, running.size, self._pace.secs_per_byte, self._window.patience_secs)
 
     def _refetch_elsewhere(self, running: InFlight, batch: Batch) -> None:
-        """One fetches so slowly that another one is asked; what it fetches is for itself."""
+        """Let another node fetch the batch of a slow fetch; the slow node continues only for itself."""
         node = running.task.node
         self.counts.slow_fetches += 1
         self.counts.refetched += len(batch.chunks)
@@ -749,7 +749,7 @@ class Scheduler:
         self._ready.append(batch)
 
     def _leave_stragglers(self, cohort: Cohort, secs: float) -> None:
-        """Note for how long some nodes alone held up the others, and leave out those that do it often and are slow."""
+        """Add the time for which a few nodes delayed their cohort, and drop those that do so often and are slow."""
         stored = [batch for batch in self._batches.values() if batch.stored and batch.cohort is cohort]
         few = [batch for batch in stored[: max(1, len(stored) // PARTS)] if self._few_wait_for(batch)]
         patience = stragglers.patience(self._window.patience_secs, last=cohort.behind is None)
@@ -769,12 +769,12 @@ class Scheduler:
             self._move_to_second(cohort, [self._states[name].memberships[cohort.part] for name in slow])
 
     def _few_wait_for(self, batch: Batch) -> bool:
-        """Whether a batch lies in the store for a few that most others are ahead of."""
+        """Return whether a stored batch waits for only a few nodes of the cohort while most others have received it."""
         waiting = [*batch.pending, *batch.receiving]
         return len(waiting) <= batch.done + 1 and not all(map(self._left_behind(batch), waiting))
 
     def _move_to_second(self, cohort: Cohort, slow: list[Membership]) -> None:
-        """Have nodes go on together in the second cohort; those that hold up that one too, each by itself."""
+        """Move slow nodes to the second cohort; nodes that delay the second cohort too continue each by itself."""
         second = cohort.behind
         self.counts.lags += len(slow)
         for membership in slow:
@@ -800,7 +800,7 @@ class Scheduler:
             self._settle(batch)
 
     def _part(self, batch: Batch, nodes: list[str], second: Cohort) -> None:
-        """Some go on to wait for a batch in the second cohort: one of them fetches it for all of them."""
+        """Create a batch in the second cohort for nodes that left the first; one of them fetches it for all of them."""
         child = Batch(next(self._numbers), batch.chunks, nodes, second)
         child.reserved = batch.reserved.intersection(nodes)
         batch.reserved -= child.reserved
@@ -814,23 +814,23 @@ class Scheduler:
         return state.memberships[cohort.part].cohort is cohort
 
     def _left_behind(self, batch: Batch) -> Callable[[str], bool]:
-        """Tells whether a node waits for a batch of a cohort that it is in no longer."""
+        """Return a predicate: whether a node that waits for the batch has left the batch's cohort."""
         return lambda name: not self._in(self._states[name], batch.cohort)
 
     def _backlog_of(self, state: NodeState) -> Backlog:
-        """What a node fetches for itself, to be added to."""
+        """Return the backlog of a node, and mark the node as having one."""
         self._with_backlog[state.name] = state
         return state.backlog
 
     def _detach(self, membership: Membership, start: int) -> None:
-        """From a chunk of a part on, a node goes on by itself."""
+        """Remove a node from its cohort: it fetches the chunks of the part from `start` on by itself."""
         membership.cohort = None
         self._backlog_of(membership.state).add_range(membership.part, start, None)
         self._changed()
 
 
 def _asked(outcome: Outcome) -> int:
-    """Bytes that a chunk moved through a network, each try counted; where nobody counted them, its size if it may have moved."""
+    """Return the bytes that a chunk moved over a network, retries included; its size if not measured but possibly moved."""
     if isinstance(outcome, Present) or (isinstance(outcome, Copied) and outcome.reused):
         return 0
     if isinstance(outcome, (Copied, Failed)) and outcome.asked is not None:
@@ -839,5 +839,5 @@ def _asked(outcome: Outcome) -> int:
 
 
 def _has_moved(outcome: Outcome | None) -> TypeGuard[Copied]:
-    """Whether a chunk came through a network; what came from another tier of its node does not measure it."""
+    """Return whether a chunk came over a network; a copy from another tier of its node says nothing about its speed."""
     return isinstance(outcome, Copied) and not outcome.reused

@@ -1,4 +1,4 @@
-"""Which nodes hold up the others so much that these go on without them. Pure: a view goes in, names of nodes come out."""
+"""Detection of nodes that delay the others so much that these continue without them. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 FADING: Final = 3.0
-"""How many times its patience a schedule remembers who held up the others: often is more than a third of the time."""
+"""Time for which delays are remembered, in multiples of the patience: a node may delay the others a third of the time."""
 
 _LATE: Final = 4.0
-"""A fetch is slow when it takes this many times what one of its size usually takes."""
+"""A fetch is slow if it takes this many times the usual time for its size."""
 
 _SLOW: Final = 2.0
-"""Nodes that take this many times as long as most are slow; others are waited for: a run is as fast as its slowest node."""
+"""A node is slow if it takes this many times as long as most; the others are waited for, as they limit the run anyway."""
 
 _SLOW_PATIENCE: Final = 6.0
-"""How many times more patience there is with those that are slow already: beyond it they cost the Hub a copy each."""
+"""Factor on the patience for nodes that are slow already: if left behind again, each costs the Hub another copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Waited:
     """A node that a few stored batches wait for.
 
     Attributes:
-        blame: Seconds for which it recently held up the others.
-        started: Whether it takes part yet.
-        receive_pace: Seconds a byte in which it receives; None before it has received anything.
-        waits: Of each of its tasks in flight: its seconds so far, its bytes, and whether it receives.
+        blame: Seconds for which the node recently delayed the others.
+        started: Whether the node gets tasks yet.
+        receive_pace: Seconds a byte that the node needs to receive; None before its first receive.
+        waits: For each task in flight on the node: seconds since its start, bytes, and whether it is a receive.
     """
 
     blame: float
@@ -43,10 +43,10 @@ class StragglerView:
     """A cohort that has no room for another batch.
 
     Attributes:
-        patience_secs: How long a node may hold up the others in general.
-        patience: The same in this cohort.
-        receive_pace: Seconds a byte in which nodes usually receive; None before one has received anything.
-        nodes: Its members that are waited for, by name.
+        patience_secs: Seconds for which a node may delay the others in general.
+        patience: Seconds for which a node may delay the others in this cohort.
+        receive_pace: Seconds a byte that nodes usually need to receive; None before the first receive.
+        nodes: Members of the cohort that batches wait for, by name.
     """
 
     patience_secs: float
@@ -56,25 +56,25 @@ class StragglerView:
 
 
 def patience(secs: float, *, last: bool) -> float:
-    """How long a node may hold up the others of its cohort.
+    """Return the seconds for which a node may delay the others of its cohort.
 
     Args:
-        secs: The same in general.
-        last: Whether those that the cohort leaves behind go on each by itself.
+        secs: Patience in general, in seconds.
+        last: Whether nodes that the cohort leaves behind continue each by itself.
     """
     return secs * _SLOW_PATIENCE if last else secs
 
 
 def stragglers(view: StragglerView) -> list[str]:
-    """The nodes that hold up the others often, and are slow."""
+    """Return the names of the nodes that delay the others often and are slow."""
     return [name for name, node in view.nodes.items() if node.blame > view.patience and _is_slow(node, view)]
 
 
 def _is_slow(node: Waited, view: StragglerView) -> bool:
-    """Whether a node receives much more slowly than most; or nothing at all."""
+    """Return whether a node receives much more slowly than most, or has not received at all for a long time."""
     if not node.started:
         return True
-    if view.receive_pace is None:  # nobody has received anything: there may be nobody else to receive
+    if view.receive_pace is None:  # no node has received anything: perhaps no other node needs to
         longest = max((secs for secs, _, receives in node.waits if receives), default=0.0)
         return longest > patience(view.patience_secs, last=True)
     waits = (secs / max(1, size) for secs, size, _ in node.waits)
@@ -82,12 +82,12 @@ def _is_slow(node: Waited, view: StragglerView) -> bool:
 
 
 def is_slow_fetch(waited: float, size: int, pace: float | None, patience_secs: float) -> bool:
-    """Whether a fetch takes much longer than one of its size usually does.
+    """Return whether a fetch takes much longer than is usual for its size.
 
     Args:
-        waited: Its seconds so far.
-        size: Its bytes.
-        pace: Seconds a byte that fetches usually take; None when none has ended yet.
-        patience_secs: What it may take in any case.
+        waited: Seconds since its start.
+        size: Bytes of its chunks.
+        pace: Seconds a byte that fetches usually take; None if none has ended yet.
+        patience_secs: Seconds that a fetch may take in any case.
     """
     return pace is not None and waited > max(patience_secs, _LATE * size * pace)

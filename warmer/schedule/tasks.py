@@ -1,4 +1,4 @@
-"""Tasks of nodes, and how many may be in flight. Pure."""
+"""Tasks of nodes, limits on the tasks in flight, and counters of a schedule. Pure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ _MIB: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TaskLimits:
-    """How much is in progress at a time.
+    """Limits on the work in progress.
 
     Attributes:
-        batch_chunks: Most chunks of an order. 64 share one call of the hasher, which is slow with few small files.
-        batch_bytes: Most bytes of an order; a larger chunk goes alone. 64 MiB are a fraction of a second of work, so
+        batch_chunks: Maximum chunks of a task. 64 share one call of the hasher, which is slow with few small files.
+        batch_bytes: Maximum bytes of a task; a larger chunk goes alone. 64 MiB are a fraction of a second of work, so
             that little is lost with a node.
-        fetches: Most orders to fetch in progress on a node: four, so that two or three are fetched while another is hashed: where one
-            comes to its end, the streams that it frees have something to do.
-        receives: Most orders to receive in progress on a node.
-        bytes: Most bytes in progress on a node: as many as all its orders have at most; a larger chunk goes when nothing else is.
-        batches: Most batches in progress in the whole run: fetched, or waiting in the object store for those who lack them.
-        run_bytes: Most bytes being fetched in the whole run; a larger chunk goes when nothing else is. None: no bound
-            but those of the nodes.
-        fan_out: Most nodes that receive a batch at one time for each node that has it already.
-        patience_secs: How long a node may hold up the others, or be slower than they are, before they go on without.
+        fetches: Maximum fetches in progress on a node. With four, two or three transfer while another is hashed, so the
+            streams that a finished fetch frees have work.
+        receives: Maximum receives in progress on a node.
+        bytes: Maximum bytes in progress on a node, the sum of the limits of its tasks; a larger chunk goes alone.
+        batches: Maximum batches in progress in the whole run: being fetched, or waiting in the object store for nodes.
+        run_bytes: Maximum bytes being fetched in the whole run; a larger chunk goes alone. None: only the limits of the
+            nodes apply.
+        fan_out: Maximum nodes that receive a batch at one time, for each node that already has it.
+        patience_secs: Seconds for which a node may delay the others, or be slower than they are, before they continue
+            without it.
     """
 
     batch_chunks: int = 64
@@ -50,13 +51,13 @@ class TaskLimits:
 
 @dataclass(frozen=True, slots=True)
 class FetchTask:
-    """A node is to fetch chunks from the Hub into its tier.
+    """Fetch of chunks from the Hub into the tier of a node.
 
     Attributes:
-        number: Names the order, and what it leaves in the object store, among all of a schedule.
-        node: Whose it is.
-        chunks: In the order of the plan; never empty.
-        share: Whether to leave them in the object store for others.
+        number: Identifies the task, and its data in the object store, within the schedule.
+        node: Name of the node.
+        chunks: Chunks in the order of the plan; never empty.
+        share: Whether to leave the chunks in the object store for other nodes.
     """
 
     number: int
@@ -67,13 +68,13 @@ class FetchTask:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveTask:
-    """A node is to take chunks from the object store into its tier.
+    """Receive of chunks from the object store into the tier of a node.
 
     Attributes:
-        number: Names the order among all of a schedule.
-        node: Whose it is.
-        chunks: All that the `source` left in the store, in the order in which they lie there.
-        source: The number of the `FetchTask` that left them there.
+        number: Identifies the task within the schedule.
+        node: Name of the node.
+        chunks: All chunks that the fetch `source` left in the store, in the order in which they are stored.
+        source: Number of the `FetchTask` that stored the chunks.
     """
 
     number: int
@@ -86,22 +87,22 @@ Task = FetchTask | ReceiveTask
 
 
 def total_bytes(chunks: tuple[ChunkRef, ...]) -> int:
-    """The sum of the chunks' sizes."""
+    """Return the sum of the chunks' sizes, in bytes."""
     return sum(chunk.size for chunk in chunks)
 
 
 @dataclass(slots=True)
 class Counts:
-    """What a schedule had to do.
+    """Counters of a schedule.
 
     Attributes:
-        fetched: Chunks that came from the Hub, again ones included.
-        fetched_bytes: Their bytes.
-        refetched: Chunks that were asked for once more: their holder was lost or slow, the first fetch failed, or those
-            that fell behind go on without the others.
-        own: Chunks that a node asked for by itself: it lagged behind the others, joined later, or did not receive them.
+        fetched: Chunks fetched from the Hub, repeated fetches included.
+        fetched_bytes: Bytes of these chunks.
+        refetched: Chunks requested once more, because their holder was lost or slow, the first fetch failed, or nodes
+            that fell behind continue without the others.
+        own: Chunks that a node requested by itself, because it fell behind, joined later, or did not receive them.
         lags: How often a node fell behind.
-        slow_fetches: Orders whose node took so long that another one was asked.
+        slow_fetches: Fetches that were so slow that another node was assigned.
     """
 
     fetched: int = 0
