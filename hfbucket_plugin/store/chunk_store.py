@@ -1,7 +1,7 @@
-"""What both engine surfaces share: full-chunk rules, lookups, reads into the engine's buffers, writes, deletes.
+"""Lookups, reads, writes and deletes of full chunks, shared by both engine interfaces.
 
-Everything here takes key strings and blocks its thread up to a deadline at most. Nothing raises into an engine for a
-single chunk: a chunk that is not served is a miss with a reason, counted and logged apart from a plain one.
+All functions take key strings and block the calling thread no longer than their deadline. A failure of a single chunk
+never raises into the engine: the chunk is a miss, counted and logged with its reason.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _log = logging.getLogger(__name__)
 
 _WARM_UP_SECS: Final = 5.0
 _WARM_UP_EVERY_SECS: Final = 10.0
-"""Apart at least, so that an outage does not double the requests of lookups."""
+"""Minimum seconds between two attempts, so that an outage does not double the number of requests that lookups cause."""
 
 
 class ChunkStore:
-    """The chunks of one instance.
+    """Store for the chunks of one instance.
 
     Args:
-        settings: The instance's.
-        instance: Its name.
-        sink: Where outcomes are counted.
-        get_timeout_secs: The deadline that gets usually have.
+        settings: Settings of the instance.
+        instance: Name of the instance.
+        sink: Metrics sink for outcomes.
+        get_timeout_secs: Usual deadline of a get, in seconds.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class ChunkStore:
             self.index.start()
 
     def begin(self, *, reads: bool = True) -> None:
-        """Remove temporary files of dead processes and prepare a session for reading, in the background.
+        """Remove temporary files of dead processes and open a read session, both in the background.
 
         Args:
-            reads: Whether this process will read.
+            reads: Whether this process will read chunks.
         """
         self._existence.in_background(self._temp_dir.sweep_quietly)
         if reads:
@@ -110,15 +110,15 @@ class ChunkStore:
         prefix_only: bool = False,
         deadline: Deadline | None = None,
     ) -> list[bool]:
-        """For each key, whether it is there as a full chunk and would be served.
+        """Return, for each key, whether a full chunk exists and would be served.
 
-        Returns within `lookup_timeout_secs`; a failure is a miss, counted and logged as what it is. What is known
-        already is answered even while the Hub is not.
+        Returns within `lookup_timeout_secs`. A failure counts as a miss and is counted and logged as a failure. Answers
+        that are known locally are returned even while the Hub is unreachable.
 
         Args:
             keys: Key strings.
-            sizes: Bytes of the full chunk of each; None takes any size but 0.
-            prefix_only: Whether hits behind the first miss are of no use.
+            sizes: Full chunk size of each key in bytes; None accepts any size except 0.
+            prefix_only: Whether hits after the first miss are useless to the caller.
             deadline: When to give up; by default `lookup_timeout_secs` from now.
         """
         if not self.settings.reads:
@@ -129,22 +129,22 @@ class ChunkStore:
         return self._lookups.found(keys, sizes, until, prefix_only=prefix_only)
 
     def not_looked_up(self, chunks: int, why: str) -> None:
-        """Count chunks that are misses for a reason of the surface's own, in a word."""
+        """Count chunks that are misses for a reason of the engine interface, given as a label value."""
         self._outcomes.chunks("lookup", why, chunks)
 
     def kept_out(self, operation: str, chunks: int, why: str) -> None:
-        """Count chunks of an operation that was not tried, for a reason of the surface's own, in a word."""
+        """Count chunks of an operation that the engine interface skipped, with the reason as a label value."""
         self._outcomes.chunks(operation, why, chunks)
 
     def prefix_hits(self, keys: Sequence[str], size: int) -> int:
-        """How many keys, from the first on without a gap, are there as full chunks of `size` bytes; see `found`."""
+        """Return the number of leading keys that exist as full chunks of `size` bytes; see `found`."""
         return sum(self.found(keys, [size] * len(keys), prefix_only=True))
 
     def warm_up(self) -> None:
-        """Have a session for reading made in the background, if there is none.
+        """Open a read session in the background if there is none.
 
-        At the start it spares the first read an access token, TLS and client set-up, and tells the log at once of a
-        token or bucket that will not do; beside a lookup it runs while the Hub looks the keys up.
+        At startup this saves the first read the access token, TLS and client setup, and logs an unusable token or
+        bucket at once. When it starts with a lookup, it runs while the Hub answers the lookup.
         """
         if not self.settings.reads or self.breakers.is_open("read"):
             return
@@ -162,12 +162,17 @@ class ChunkStore:
     # --- reads ------------------------------------------------------------------------------------------------------
 
     def delete(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ItemFailure]:
-        """Delete chunks, at once and for ever.
+        """Delete chunks immediately and permanently.
+
+        Args:
+            keys: Key strings.
+            deadline: When to give up.
 
         Returns:
-            What failed, by key.
+            The failures, by key.
 
         Raises:
+            RefusedError: The role of the instance is read-only.
             HFBucketError: The request failed as a whole.
         """
         started = time.monotonic()
@@ -178,7 +183,7 @@ class ChunkStore:
             self.breakers.check("lookup")
             failures = {paths.get(p, p): f for p, f in self.bucket.delete(list(paths), deadline).items()}
         except HFBucketError as error:
-            for key in keys:  # it may have been done, and only the answer be missing
+            for key in keys:  # the delete may have succeeded with only the response lost
                 self._existence.drop(key)
             self._outcomes.failed("delete", error, len(keys), started)
             raise
@@ -194,13 +199,17 @@ class ChunkStore:
         return failures
 
     def look(self, keys: Sequence[str], deadline: Deadline) -> dict[str, ObjectInfo]:
-        """Ask the Hub which of some chunks are there, whatever is believed of them.
+        """Ask the Hub which chunks exist, ignoring all cached answers.
+
+        Args:
+            keys: Key strings.
+            deadline: When to give up.
 
         Returns:
-            What is there, by key.
+            The objects that exist, by key.
 
         Raises:
-            HFBucketError: The Hub did not say.
+            HFBucketError: The Hub did not answer.
         """
         started = time.monotonic()
         paths = {self._handle.join(encode_name(key)): key for key in keys}
@@ -217,14 +226,14 @@ class ChunkStore:
         return there
 
     def on_answers(self, learn: Callable[[Mapping[str, ContentId | None], float], None]) -> None:
-        """Have a function told of every answer of the Hub to a lookup: the contents by key, and when they were asked for."""
+        """Register a callback for lookup answers of the Hub: the contents by key, and the time of the request."""
         self._existence.learn = learn
 
     def list_keys(self) -> Iterator[str]:
-        """Stream the key strings of this instance: not those of a longer prefix, nor objects that are no chunks.
+        """Stream the key strings of this instance, without other prefixes' keys and objects that are not chunks.
 
         Raises:
-            HFBucketError: A page did not come.
+            HFBucketError: A page of the listing failed.
         """
         with self.listing():
             for entry in list_chunks(self.bucket, [""]):
@@ -232,7 +241,7 @@ class ChunkStore:
 
     @contextlib.contextmanager
     def listing(self) -> Iterator[None]:
-        """Count, by how it ends, what lists the bucket in a `with` block: all of it, or a page."""
+        """Count the listing in a `with` block, whether of the whole bucket or of one page, by its outcome."""
         started = time.monotonic()
         try:
             yield
@@ -241,7 +250,7 @@ class ChunkStore:
             raise
         self._outcomes.ended("list", "ok", started)
 
-    # --- probes of the breakers: each has the deadline of the work that it stands for -------------------------------
+    # --- probes of the circuit breakers: each has the deadline of the operation that it stands for --------------------
 
     def _probe_lookup(self) -> None:
         self._existence.probe(Deadline.after(self.settings.lookup_timeout_secs))
@@ -252,29 +261,29 @@ class ChunkStore:
     def _probe_write(self) -> None:
         self._writer.probe(Deadline.after(self.settings.put_timeout_secs))
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- shutdown -----------------------------------------------------------------------------------------------------
 
     def wait_for_puts(self, secs: float) -> None:
-        """Wait for the puts in progress, before `close`.
+        """Wait for the puts in progress. Call before `close`.
 
         Args:
-            secs: How long at most.
+            secs: Maximum wait in seconds.
         """
         _, unfinished = wait(self.puts.pending.copy(), timeout=secs)
         if unfinished:
             _log.warning("[%s] closed with %d puts unfinished", self._outcomes.instance, len(unfinished))
 
     def finish(self, secs: float) -> None:
-        """Record the last puts in the key index, before `close`.
+        """Record the last puts in the key index. Call before `close`.
 
         Args:
-            secs: How long to wait for that at most.
+            secs: Maximum wait in seconds.
         """
         if self.index is not None:
             self.index.finish(secs)
 
     def close(self) -> None:
-        """Take no more work, and end all transfers at once; waits for nothing. No buffer is touched afterwards."""
+        """Refuse new work and abort all transfers without waiting. No buffer is accessed after the return."""
         self.breakers.close()
         self.puts.close()
         self._reader.close()

@@ -1,4 +1,4 @@
-"""Naming uploaded contents: many uploads, of one put or of several, share one call to the Hub."""
+"""Batching of the calls that name uploaded contents: uploads of one or several puts share one call to the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.bucket import Bucket
 
 _THREADS: Final = 4
-"""Calls in progress at one time: one as a rule, more where the Hub is slow to answer the first ones."""
+"""Maximum number of concurrent calls. Usually one runs; more run only when the Hub is slow to answer."""
 
 
 @dataclass(slots=True)
@@ -34,14 +34,14 @@ class _Request:
 
 
 class BatchCommitter:
-    """Collects contents while more are being uploaded, and names them all in one batch.
+    """Collects uploaded contents while other uploads are in progress, and names them in one batch.
 
-    A call is made when the last upload in progress has ended, so that a lone put never waits; or when the first content
-    has waited for the window. Only hashes wait here: the engine's memory was given back.
+    The batch is sent when the last upload in progress ends, so that a single put never waits, or when its oldest
+    content has waited for `window_secs`. Only hashes are held here; the engine's memory has already been released.
 
     Args:
-        bucket: Where objects are named.
-        window_secs: Longest wait.
+        bucket: Bucket in which the objects are named.
+        window_secs: Maximum wait in seconds.
     """
 
     def __init__(self, bucket: Bucket, window_secs: float) -> None:
@@ -53,14 +53,14 @@ class BatchCommitter:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Await nothing: at first, and in a forked child, where the uploads of the parent do not go on."""
+        """Reset to no uploads, initially and in a forked child, where the parent's uploads do not continue."""
         self._lock = threading.Lock()
         self._uploads = 0
         self._waiting: list[_Request] = []
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
-        """Announce an upload for the length of a `with` block; at its end, name what waits if no other is in progress."""
+        """Announce an upload for a `with` block; then send the batch if no other upload is in progress."""
         with self._lock:
             self._uploads += 1
         try:
@@ -71,10 +71,10 @@ class BatchCommitter:
             self.flush(only_due=True)
 
     def name(self, files: Mapping[str, ContentId], deadline: Deadline) -> Future[dict[str, ItemFailure]]:
-        """Name contents, by path, soon.
+        """Queue contents, given by path, for naming.
 
         Returns:
-            What failed, by path; or the error with which the request failed as a whole.
+            A future with the failures by path, or with the error that failed the whole request.
         """
         request = _Request(files, deadline)
         with self._lock:
@@ -86,10 +86,10 @@ class BatchCommitter:
         return request.future
 
     def flush(self, *, only_due: bool) -> None:
-        """Have what waits named, in another thread: the caller has a deadline of its own, and work to go on with.
+        """Send the waiting contents from another thread, since the caller has its own deadline and further work.
 
         Args:
-            only_due: Leave it waiting while uploads are in progress and the window is not over.
+            only_due: Keep them waiting while uploads are in progress and the window has not ended.
         """
         with self._lock:
             if not self._waiting or (only_due and not self._is_due()):
@@ -101,16 +101,16 @@ class BatchCommitter:
             _fail(requests, TransportError(f"naming: {error}"))
 
     def _name_all(self, requests: Sequence[_Request]) -> None:
-        if self._closed:  # while they waited for a thread
+        if self._closed:  # closed while the requests waited for a thread
             _fail(requests, TransportError("naming: the instance was closed"))
             return
         files: dict[str, ContentId] = {}
         for request in requests:
-            request.future.set_running_or_notify_cancel()  # it waited here until now
+            request.future.set_running_or_notify_cancel()  # the request has waited here until now
             files.update(request.files)
         try:
             failed = self._bucket.add(files, max((request.deadline for request in requests), key=lambda one: one.at))
-        except BaseException as error:  # noqa: BLE001 - the waiters must be told
+        except BaseException as error:  # noqa: BLE001 - the waiting callers must get the error
             _fail(requests, error if isinstance(error, HFBucketError) else TransportError(str(error)))
             return
         for request in requests:
@@ -120,7 +120,7 @@ class BatchCommitter:
         return not self._uploads or time.monotonic() - self._waiting[0].since >= self.window_secs
 
     def close(self) -> None:
-        """Name nothing any more: the memory that contents came from may have been reused since."""
+        """Stop naming contents: the memory that they were read from may have been reused."""
         with self._lock:
             self._closed = True
             requests, self._waiting = self._waiting, []

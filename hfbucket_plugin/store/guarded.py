@@ -1,4 +1,4 @@
-"""An instance's bucket as what reads and writes chunks uses it: with its settings, its circuit breakers, and reads first."""
+"""Access to an instance's bucket for chunk reads and writes, with settings, circuit breakers and read priority."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GuardedBucket:
-    """One instance's bucket.
+    """Bucket of one instance, with what its readers and writers share.
 
     Attributes:
-        bucket: The client; its deadlines, retries and rate limit are its own.
-        settings: The instance's.
-        instance: Its name, for errors and metrics.
-        breakers: Of lookups, reads and writes.
-        read_priority: Counts the reads in progress, so that writes let them go first.
-        temp_dir: Space for hashing.
+        bucket: Client of the bucket, with its own deadlines, retries and rate limit.
+        settings: Settings of the instance.
+        instance: Name of the instance, for errors and metrics.
+        breakers: Circuit breakers of lookups, reads and writes.
+        read_priority: Counter of reads in progress, for which writes wait.
+        temp_dir: Temporary space for hashing.
     """
 
     bucket: Bucket

@@ -1,4 +1,4 @@
-"""Which chunks the bucket holds."""
+"""Lookup of the chunks that a bucket holds."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ Belief = Literal["all", "hits", "nothing"]
 
 _THREADS: Final = 64
 _BACKLOG: Final = 64
-"""Requests of lookups and gets in progress, and waiting, beyond the one that each makes in its own thread: those of more than 1,000
-keys. They last at most a second: more at one time means that the Hub does not answer."""
+"""Maximum number of requests of lookups and gets, running or queued, in addition to the one in each caller's thread.
+Only calls with more than 1,000 keys need them. They last at most a second, so a full queue means that the Hub hangs."""
 
 _PATIENT_THREADS: Final = 16
-"""The same of puts and deletes, beside one for each of `max_parallel_writes`. They may sleep through a pause of the Hub, so lookups
-do not share threads with them."""
+"""The same limit for puts and deletes, in addition to one thread for each of `max_parallel_writes`. They may sleep
+while the Hub asks for a pause, so lookups do not share their threads."""
 
 
 class Existence:
-    """Answers which chunks of an instance exist, and with what content.
+    """Answers which chunks of an instance exist and with what content.
 
     Args:
-        guarded: Where they are looked up.
-        sink: Where the size of the cache is reported.
-        index: Knows most answers already; None where there is none.
+        guarded: Bucket in which chunks are looked up.
+        sink: Metrics sink for the size of the cache.
+        index: Key index, which knows most answers locally; None without an index.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class Existence:
         patient = settings.max_parallel_writes + _PATIENT_THREADS
         self._patient_threads = WorkerPool(f"hfbucket-question-of-put-{guarded.instance}", patient, _BACKLOG)
         self.learn: Callable[[Mapping[str, ContentId | None], float], None] = lambda _contents, _asked: None
-        """Told of every answer of the Hub, and when its question was asked."""
+        """Callback for each answer of the Hub, with the time at which the request was made."""
 
     def known(self, keys: Sequence[str]) -> dict[str, ContentId | None]:
-        """What is known already of some of the keys; the Hub is not asked."""
+        """Return what is known locally about the keys, without a request to the Hub."""
         indexed = self._indexed(keys, "all")
         found = {key: self.cache.get(key) for key in keys if key not in indexed}
         return indexed | {key: content for key, (is_known, content) in found.items() if is_known}
 
     def some(self, count: int) -> list[ContentId]:
-        """Some contents that the Hub said are there, as many as asked for at most."""
+        """Return at most `count` contents that exist according to the Hub."""
         return self.cache.some(count)
 
     def _indexed(self, keys: Sequence[str], believe: Belief) -> dict[str, ContentId | None]:
@@ -98,20 +98,20 @@ class Existence:
     def contents(
         self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
     ) -> dict[str, ContentId | None]:
-        """What the bucket holds under each key: its content, or None for a miss.
+        """Return what the bucket holds under each key: the content, or None for a miss.
 
-        What the index knows or what is cached costs nothing; the rest is one request for 1000 keys, all at once, and a key
-        that is being asked for already is not asked for again.
+        Answers from the index or the cache need no request. The other keys are requested concurrently, 1,000 in a
+        request; keys that another thread is already requesting are not requested again.
 
         Args:
             keys: Key strings.
             deadline: When to give up.
-            patient: Whether a question waits for the Hub's pauses and our budget, see `HubClient.request`.
-            believe: What of the index. A wrong miss costs a lookup a recomputation, and a put another upload over what is
-                there: puts believe hits only. Deletes believe nothing.
+            patient: Whether a request waits for pauses of the Hub and for the request budget; see `HubClient.request`.
+            believe: Which answers of the index to trust. A wrong miss makes a lookup recompute a chunk and a put
+                upload an existing one again, so puts trust hits only. Deletes trust nothing.
 
         Raises:
-            HFBucketError: The Hub did not say. That is a failure and no miss: nothing is cached.
+            HFBucketError: The Hub did not answer. This is a failure, not a miss: nothing is cached.
         """
         contents, failure = self.answers(keys, deadline, patient=patient, believe=believe)
         if failure is not None:
@@ -121,10 +121,10 @@ class Existence:
     def answers(
         self, keys: Sequence[str], deadline: Deadline, *, patient: bool = False, believe: Belief = "all"
     ) -> tuple[dict[str, ContentId | None], HFBucketError | None]:
-        """As `contents`, for callers that can use what is known though some of it is not.
+        """Return what is known even if some requests failed; otherwise like `contents`.
 
         Returns:
-            What is known, and why the rest is not; None where all is.
+            The known answers, and the error that left the others unknown; None if all are known.
         """
         indexed = self._indexed(keys, believe)
         if indexed:
@@ -141,10 +141,10 @@ class Existence:
         asked, failure = self._answers_of(pages, deadline, patient=patient)
         return values | asked, failure
 
-    # --- what this process learns by itself -----------------------------------------------------------------------------
+    # --- changes made by this process -----------------------------------------------------------------------------------
 
     def wrote(self, key: str, content: ContentId) -> None:
-        """Record what was put under a key."""
+        """Record the content that was stored under a key."""
         self.cache.put(key, content)
         if self._index is not None:
             self._index.wrote(key, content)
@@ -156,29 +156,29 @@ class Existence:
             self._index.deleted(key)
 
     def drop(self, key: str) -> None:
-        """Forget a key whose state is unknown, or of which something wrong is known."""
+        """Forget a key whose state is unknown or whose cached answer is wrong."""
         self.cache.drop(key)
         if self._index is not None:
             self._index.doubt(key)
 
     def gone(self, key: str) -> None:
-        """Record that the store lacks what was believed to be under a key.
+        """Record that the store lacks a content that was believed to exist.
 
-        What is believed of others is asked again too, so that stale answers cannot add up to what disables the engine.
+        Cached answers about other keys expire too, so that stale ones cannot add up until LMCache disables the engine.
         """
         self.cache.clear()
         if self._index is not None:
             self._index.gone(key)
 
     def served(self, keys: Sequence[str]) -> None:
-        """Record that the engine was given the chunks of these keys."""
+        """Record that the chunks of these keys were served to the engine."""
         if self._index is not None:
             self._index.served(keys)
 
     def _answers_of(
         self, pages: Sequence[Sequence[str]], deadline: Deadline, *, patient: bool
     ) -> tuple[dict[str, ContentId | None], HFBucketError | None]:
-        """Ask for all pages at once: what one that fails leaves out is all that is unknown."""
+        """Request all pages concurrently; only the keys of failed pages stay unknown."""
         values: dict[str, ContentId | None] = {}
         failure: HFBucketError | None = None
         asked = [self.cache.ask(page, deadline.at, patient=patient) for page in pages]
@@ -200,7 +200,7 @@ class Existence:
         *,
         patient: bool,
     ) -> dict[str, ContentId | None]:
-        """Wait for what was asked of a page, by us and by others."""
+        """Wait for the answers about a page, from own requests and from those of other threads."""
         values: dict[str, ContentId | None] = {}
         while True:
             try:
@@ -208,10 +208,10 @@ class Existence:
                     answer = self._wait(one, deadline)
                     values.update({key: answer[key] for key in page if key in answer})
             except DeadlineError:
-                # A lookup of a caller with less time: ask again for what it left open.
+                # The other request belonged to a caller with less time: request again what it left open.
                 if not others or deadline.passed:
                     raise
-            except ThrottledError:  # or with less patience
+            except ThrottledError:  # or a caller that does not wait for pauses
                 if not others or not patient or deadline.passed:
                     raise
             else:
@@ -221,13 +221,13 @@ class Existence:
             values.update(known)
 
     def _ask(self, lookups: Sequence[PendingLookup], deadline: Deadline, *, patient: bool) -> None:
-        """Ask side by side: the last lookup in this thread, which `HubClient` frees at the deadline, others in further threads."""
+        """Run lookups concurrently: the last in this thread, which is freed at the deadline, the others in the pool."""
         reported = Reported()
         threads = self._patient_threads if patient else self._threads
         for number, lookup in enumerate(lookups, start=1):
             lookup.reported = reported
             try:
-                reported.already |= deadline.passed  # then it says nothing of the Hub
+                reported.already |= deadline.passed  # a late start says nothing about the Hub
                 deadline.check(f"instance {self._instance!r}: lookup")
                 if not patient:
                     self._bucket.refuse_in_pause(f"instance {self._instance!r}: lookup")
@@ -253,13 +253,13 @@ class Existence:
             raise late from None
 
     def _report_health(self, lookup: PendingLookup, error: HFBucketError | None) -> None:
-        """Count the questions of a call once: by the first thread, or by who stopped waiting for it."""
+        """Report the requests of a call to the breaker once: by the first thread, or the caller that gave up."""
         if not lookup.reported.already:
             lookup.reported.already = True
             self._breakers.ended("lookup", error)
 
     def _stat(self, lookup: PendingLookup, deadline: Deadline, patient: bool) -> None:
-        """Ask the Hub, and answer whatever waits for the lookup."""
+        """Send the request and resolve the lookup for all waiting callers."""
         handle = self._bucket.handle
         asked = time.monotonic()
         try:
@@ -275,7 +275,7 @@ class Existence:
         except BaseException as error:
             what = f"instance {self._instance!r}: lookup: {type(error).__name__}: {error}"
             self.cache.fail(lookup, TransportError(what))
-            if not isinstance(error, Exception):  # such as KeyboardInterrupt, which is meant for this thread
+            if not isinstance(error, Exception):  # for example KeyboardInterrupt, which is meant for this thread
                 raise
         else:
             self._report_health(lookup, None)
@@ -286,26 +286,26 @@ class Existence:
     def _learn(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
         try:
             self.learn(answers, asked)
-        except Exception:  # noqa: BLE001 - the answer holds all the same
+        except Exception:  # noqa: BLE001 - the answer is valid even if the callback fails
             _log.exception("[%s] lookup: what was answered was not taken in", self._instance)
 
     def probe(self, deadline: Deadline) -> None:
-        """Ask what a lookup asks: whether the Hub answers.
+        """Check with a lookup request that the Hub answers.
 
         Raises:
-            HFBucketError: It does not, or not before the deadline.
+            HFBucketError: The Hub did not answer, or not before the deadline.
         """
         self._bucket.stat([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline, patient=False)
 
     def in_background(self, function: Callable[[], None]) -> None:
-        """Run something small beside the lookups, if a thread is free for it."""
+        """Run a short function in the lookup pool, if a thread is free."""
         try:
             self._threads.submit(function)
         except RuntimeError:
             return
 
     def close(self) -> None:
-        """Take no more questions, and forget all answers."""
+        """Refuse new lookups and forget all answers."""
         if self._index is not None:
             self._index.close()
         self._threads.close()
@@ -321,10 +321,10 @@ class Lookups:
     """Answers lookups of one instance.
 
     Args:
-        guarded: While its `read` breaker is open nothing is a hit, since nothing would be served.
-        existence: What is there.
-        outcomes: Where results are counted.
-        quarantine: Contents that could not be served recently.
+        guarded: Bucket of the instance. While its `read` breaker is open every key is a miss, as no read would succeed.
+        existence: Known objects of the bucket.
+        outcomes: Telemetry for results.
+        quarantine: Contents that recently could not be served.
     """
 
     def __init__(
@@ -342,12 +342,12 @@ class Lookups:
     def found(
         self, keys: Sequence[str], sizes: Sequence[int | None], deadline: Deadline, *, prefix_only: bool
     ) -> list[bool]:
-        """For each key, whether it would be served; see `ChunkStore.found`."""
+        """Return, for each key, whether it would be served; see `ChunkStore.found`."""
         started = time.monotonic()
         outcome, unknown = "ok", "missing"
         contents: Mapping[str, ContentId | None] = {}
         try:
-            deadline.check("lookup")  # it may have waited for a thread: not the fault of the Hub or the store
+            deadline.check("lookup")  # time spent waiting for a thread is not a fault of the Hub or the store
             self._breakers.admit("read", keys)
             contents, failure = self._existence.answers(keys, deadline)
             if failure is not None:
@@ -372,7 +372,7 @@ class Lookups:
         return [word == _HIT for word in judged]
 
     def _judge(self, key: str, contents: Mapping[str, ContentId | None], size: int | None, unknown: str) -> str:
-        """What becomes of a key, in a word."""
+        """Return the outcome of a key as a label value."""
         if key not in contents:
             return unknown
         content = contents[key]

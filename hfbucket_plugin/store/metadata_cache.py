@@ -1,4 +1,4 @@
-"""What is known of objects for a while: bounded, with lifetimes for hits and misses, and one request per question."""
+"""Bounded cache of object metadata, with lifetimes for hits and misses and one request for concurrent lookups."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class MetadataCache:
-    """Key string → content of the object, or None for a miss.
+    """Maps key strings to the content of an object, or to None for a miss.
 
     Args:
-        entries: Most entries; the least recently used go first.
-        hit_secs: Lifetime of an object that is there.
-        miss_secs: Lifetime of one that is not.
-        clock: Seconds, monotonic; tests pass their own.
+        entries: Maximum number of entries; the least recently used are dropped first.
+        hit_secs: Lifetime of an existing object, in seconds.
+        miss_secs: Lifetime of a miss, in seconds.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MetadataCache:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Know nothing: at first, and in a forked child, where no thread answers the lookups of the parent."""
+        """Reset to an empty cache, initially and in a forked child, where no thread resolves the parent's lookups."""
         self._lock = threading.Lock()
         self._cache: cachetools.TLRUCache[str, ContentId | None] = cachetools.TLRUCache(
             maxsize=self._entries,
@@ -49,12 +49,12 @@ class MetadataCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """The cache for one thread, and at one time: an entry must not end between two looks at it."""
+        """Hold the lock with time frozen, so that no entry expires between two reads of it."""
         with self._lock, self._cache.timer:
             yield
 
     def get(self, key: str) -> tuple[bool, ContentId | None]:
-        """Whether something is known of a key, and what."""
+        """Return whether a key is cached, and its content."""
         with self._locked():
             try:
                 return True, self._cache[key]
@@ -62,23 +62,23 @@ class MetadataCache:
                 return False, None
 
     def put(self, key: str, content: ContentId | None) -> None:
-        """Record what this process has just done itself: it wins over the answer to a question asked before."""
+        """Record a change that this process made; it overrides the answer to an earlier request."""
         with self._locked():
             self._set(key, content)
             if (lookup := self._asking.get(key)) is not None:
                 lookup.overtaken[key] = content
 
     def _set(self, key: str, content: ContentId | None) -> None:
-        """Replace what is known of a key.
+        """Replace the entry of a key.
 
-        Before 8.0 cachetools ignores a value that expires at once, as misses do with `miss_cache_ttl_secs: 0`, and goes on
-        serving the one before it.
+        cachetools before 8.0 ignores a value that expires at once, such as a miss with `miss_cache_ttl_secs: 0`, and
+        keeps serving the previous value; the entry is therefore removed first.
         """
         self._cache.pop(key, None)
         self._cache[key] = content
 
     def drop(self, key: str) -> None:
-        """Forget a key: ask again the next time, and do not believe the answer to a question asked before either."""
+        """Forget a key: request it the next time, and ignore the answer to an earlier request."""
         with self._locked():
             self._cache.pop(key, None)
             if (lookup := self._asking.get(key)) is not None:
@@ -88,17 +88,18 @@ class MetadataCache:
     def ask(
         self, keys: Iterable[str], until: float = math.inf, *, patient: bool = False
     ) -> tuple[dict[str, ContentId | None], PendingLookup | None, dict[str, PendingLookup]]:
-        """Sort keys into what is known, what to ask now, and what another thread is asking already.
+        """Sort keys into known ones, ones to request now, and ones that another thread is already requesting.
 
         Args:
-            keys: What is wanted.
-            until: When the caller's question will be given up, on `time.monotonic`. A question that should have ended
-                by now is not joined but asked again: its thread may be blocked for long.
-            patient: Whether the caller's question may wait for the Hub's pauses; who is not patient does not join such.
+            keys: Wanted keys.
+            until: `time.monotonic` at which the caller gives up its request. A request that should have ended by now
+                is not joined but repeated, because its thread may be blocked for long.
+            patient: Whether the caller's request may wait for pauses of the Hub. Impatient callers do not join patient
+                requests.
 
         Returns:
-            The known ones; a question that the caller must ask and `answer` or `fail`, or None; and the questions of
-            others, by key.
+            The known contents; the request that the caller must make and then `answer` or `fail`, or None; and the
+            requests of other threads, by key.
         """
         known: dict[str, ContentId | None] = {}
         others: dict[str, PendingLookup] = {}
@@ -122,7 +123,7 @@ class MetadataCache:
         return known, own if own.keys else None, others
 
     def answer(self, lookup: PendingLookup, found: Mapping[str, ContentId]) -> dict[str, ContentId | None]:
-        """End a question with what the Hub said; keys that it left out are misses."""
+        """Resolve a request with the answer of the Hub; keys that the answer lacks are misses."""
         with self._locked():
             values: dict[str, ContentId | None] = {}
             for key in lookup.keys:
@@ -137,18 +138,18 @@ class MetadataCache:
         return values
 
     def fail(self, lookup: PendingLookup, error: BaseException) -> None:
-        """End a question without an answer: nothing is noted, and the next one asks again."""
+        """Resolve a request with an error: nothing is cached, and the next caller requests again."""
         with self._locked():
             for key in lookup.keys:
                 self._end(key, lookup)
         lookup.future.set_exception(error)
 
     def _end(self, key: str, lookup: PendingLookup) -> None:
-        if self._asking.get(key) is lookup:  # else it was given up, and asked again since
+        if self._asking.get(key) is lookup:  # otherwise it was given up and has been repeated since
             del self._asking[key]
 
     def some(self, count: int) -> list[ContentId]:
-        """Contents of objects that are there, as many as asked for at most."""
+        """Return the contents of at most `count` existing objects."""
         with self._locked():
             keys = list(itertools.islice(self._cache, 8 * count))
             contents = [self._cache.get(key) for key in keys]
@@ -165,14 +166,14 @@ class MetadataCache:
 
 
 class Reported:
-    """Whether a breaker was told already how a call ended: it counts calls, however many questions they asked."""
+    """Whether the outcome of a call was reported to a breaker, which counts calls, not requests."""
 
     def __init__(self) -> None:
         self.already = False
 
 
 class PendingLookup:
-    """Keys that one request asks for; everyone who wants one of them waits for the same `future`."""
+    """Keys of one request; all callers that want one of them wait for the same `future`."""
 
     def __init__(self, until: float = math.inf, *, patient: bool = False) -> None:
         self.until = until

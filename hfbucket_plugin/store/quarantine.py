@@ -1,4 +1,4 @@
-"""Corrupt objects: recorded, and not served for a while."""
+"""Corrupt objects: how they are recorded, and temporarily not served."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _BACKLOG: Final = 100
 
 
 class CorruptObjectLog:
-    """Records objects that are proven bad, in the background.
+    """Records objects that are proven corrupt, in the background.
 
     Args:
-        bucket: Where.
-        settings: The instance's: without the right to write, they are told and not recorded.
-        instance: Its name.
-        sink: Where they are counted.
+        bucket: Bucket in which they are recorded.
+        settings: Settings of the instance. Without write access, corrupt objects are logged but not recorded.
+        instance: Name of the instance.
+        sink: Metrics sink that counts corrupt objects.
     """
 
     def __init__(self, bucket: Bucket, settings: InstanceSettings, instance: str, sink: telemetry.Sink) -> None:
@@ -83,17 +83,17 @@ class CorruptObjectLog:
             _log.warning("[%s] %s: no record was written: %s", self._instance, key, error)
 
     def close(self) -> None:
-        """Record nothing any more."""
+        """Stop recording."""
         self._threads.close()
         self._own.close()
 
 
 _FIRST_SECS: Final = 15.0
-"""Short, so that service is back soon after something else than the object was at fault; doubled each time."""
+"""Initial quarantine in seconds, doubled each time. Short, because the cause may be a passing one elsewhere."""
 
 _LONGEST_SECS: Final = 3600.0
 _PROOF: Final = 2
-"""Fetches that failed the hash, one after the other and independent of each other, that prove an object bad."""
+"""Number of consecutive, independent fetches with a wrong hash that prove an object corrupt."""
 
 _ENTRIES: Final = 10_000
 
@@ -106,13 +106,13 @@ class _Record:
 
 
 class Quarantine:
-    """Xet hashes of contents, bounded in number; thread-safe.
+    """Bounded set of Xet hashes of contents that are not served for a while; thread-safe.
 
-    By content and not by key: an object that was written again is served at once.
+    Keyed by content rather than by key, so that an object that is written again is served at once.
 
     Args:
-        clock: Seconds, monotonic; tests pass their own.
-        changed: Called with how many contents are known, when that may have changed.
+        clock: Monotonic clock in seconds.
+        changed: Called with the number of known contents when it may have changed.
         proven: Called with the key, the content and the reason when an object is proven corrupt.
     """
 
@@ -129,17 +129,17 @@ class Quarantine:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Hold nothing: at first, and in a forked child, where the cache may be half changed."""
+        """Reset to an empty quarantine, initially and in a forked child, where the cache may be half updated."""
         self._lock = threading.Lock()
         self._records: cachetools.LRUCache[str, _Record] = cachetools.LRUCache(_ENTRIES)
 
     def failed(self, content: ContentId, error: HFBucketError | None = None, key: str = "") -> None:
-        """Record that a content could not be served though the store works.
+        """Record that a content could not be served although the store works.
 
         Args:
-            content: As it is listed.
-            error: Why; None where only a probe read a little of it.
-            key: Under which it was asked for.
+            content: Content as the listing names it.
+            error: Cause; None if only a probe read a part of it.
+            key: Key under which it was requested.
         """
         if self.add(content.xet_hash, wrong_hash=isinstance(error, HashMismatchError)):
             self._proven(key, content, str(error))
@@ -154,15 +154,17 @@ class Quarantine:
         """Record that a content could not be served.
 
         Args:
-            xet_hash: Of the content as it is listed.
-            wrong_hash: Whether as many bytes arrived as it has, and their hash was another.
+            xet_hash: Hash of the content as listed.
+            wrong_hash: Whether the expected number of bytes arrived with another hash.
 
         Returns:
-            Whether this proves the object bad: a second, independent fetch has failed the hash.
+            Whether this proves the object corrupt: a second, independent fetch has failed the hash.
         """
         with self._lock:
             record = self._records.get(xet_hash) or _Record(float("-inf"), 0, 0)
-            if self._clock() < record.until:  # asked for beside the fetch that failed: the same failure, seen twice
+            if (
+                self._clock() < record.until
+            ):  # requested together with the fetch that failed: the same failure, seen twice
                 return False
             record.until = self._clock() + min(_LONGEST_SECS, _FIRST_SECS * 2.0 ** min(record.strikes, 10))
             record.strikes += 1
@@ -171,7 +173,7 @@ class Quarantine:
             return wrong_hash and record.wrong_hashes == _PROOF
 
     def holds(self, xet_hash: str) -> bool:
-        """Whether a content should not be offered now."""
+        """Return whether a content must not be offered now."""
         if not self._records:
             return False
         with self._lock:
@@ -179,14 +181,14 @@ class Quarantine:
             return record is not None and self._clock() < record.until
 
     def knows(self, xet_hash: str) -> bool:
-        """Whether a content has failed before and was not served since."""
+        """Return whether a content has failed before and has not been served since."""
         if not self._records:
             return False
         with self._lock:
             return xet_hash in self._records
 
     def clear(self, xet_hash: str) -> bool:
-        """Record that a content was served after all; return whether it had failed before."""
+        """Record that a content was served; return whether it had failed before."""
         if not self._records:
             return False
         with self._lock:

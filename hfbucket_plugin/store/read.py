@@ -1,4 +1,4 @@
-"""Reading chunks into the engine's buffers: what is served, and what is a miss and why."""
+"""Reads of chunks into the engine's buffers, with the reason for each miss."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 
 _COPY_BYTES: Final = 4 * 1024 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
-"""What a probe reads of a content: within one piece of content-defined chunking's largest size, 128 KiB."""
+"""Bytes that a probe reads of a content: less than the largest piece of content-defined chunking, 128 KiB."""
 
 _SAMPLES: Final = 3
-"""Contents that a probe reads of at one time: one that cannot be read says nothing about the others."""
+"""Number of contents that one probe samples, because an unreadable content says nothing about the others."""
 
 _REMEMBERED: Final = 16
-"""Contents served last, and failed last, that probes read of in turn."""
+"""Number of recently served and of recently failed contents that probes sample in turn."""
 
 
 _STORES_FAULT: Final = (TransportError, ThrottledError, AccessDeniedError, IntegrityError)
 
 
 class Buffer(Protocol):
-    """Memory of the engine's that one chunk is read into."""
+    """Engine memory that one chunk is read into."""
 
     @property
     def view(self) -> memoryview:
@@ -58,20 +58,20 @@ class Buffer(Protocol):
 
     @property
     def lease(self) -> RevocableBuffer:
-        """The right to write into them, which the owner may take back at any moment."""
+        """Revocable right to write to the buffer; the owner may revoke it at any time."""
 
     def release(self) -> None:
-        """Give the memory back: the chunk was not read. Called at most once, and nothing writes afterwards."""
+        """Return the memory because the chunk was not read. Called at most once; nothing writes to it afterwards."""
 
 
 class Reader:
     """Reads the chunks of one instance.
 
     Args:
-        guarded: Where from.
-        existence: Knows what is there, and learns what could not be served.
-        outcomes: Where results are counted.
-        quarantine: Contents that could not be served recently.
+        guarded: Bucket to read from.
+        existence: Source of the contents under each key; learns which could not be served.
+        outcomes: Telemetry for results.
+        quarantine: Contents that recently could not be served.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Reader:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Read nothing: at first, and in a forked child, where the reads of the parent do not go on."""
+        """Reset to no reads, initially and in a forked child, where the parent's reads do not continue."""
         self._lock = threading.Lock()
         self._active: set[DownloadToBuffer] = set()
         self._served: cachetools.LRUCache[str, ContentId] = cachetools.LRUCache(_REMEMBERED)
@@ -113,16 +113,16 @@ class Reader:
         """Read chunks into the engine's buffers.
 
         Args:
-            keys: Their keys.
-            sizes: Bytes of the full chunk of each; an object of another size is refused.
-            open_buffer: Gives the buffer for the key at an index, or None when there is no memory at this moment:
-                then this chunk and those after it are misses, since nothing here waits for memory.
-            deadline: What has arrived by then is returned; the rest are misses.
-            prefix_only: Whether chunks behind the first miss are of no use, and are released.
+            keys: Key strings.
+            sizes: Full chunk size of each key in bytes; an object of another size is refused.
+            open_buffer: Returns the buffer for the key at an index, or None if no memory is available now. That chunk
+                and all later ones are then misses, because reads never wait for memory.
+            deadline: When to stop; chunks that have not arrived by then are misses.
+            prefix_only: Whether chunks after the first miss are useless to the caller; they are released.
 
         Returns:
-            For each key its filled buffer, or None; every buffer that is not returned was released, and nothing writes
-            into it any more.
+            The filled buffer of each key, or None. All other buffers have been released, and nothing writes to them any
+            more.
         """
         started = time.monotonic()
         results: list[Buffer | None] = [None] * len(keys)
@@ -131,7 +131,7 @@ class Reader:
             return results
         try:
             self._breakers.admit("read", keys, found=True)
-            # Known from the lookup as a rule; where it is not, the question gets a lookup's time, not a get's.
+            # Usually known from the lookup. If not, the request gets the time of a lookup, not of a get.
             asking = deadline.within(self._settings.lookup_timeout_secs)
             contents, unknown = self._existence.answers(keys, asking)
             if unknown is not None and not any(contents.values()):
@@ -188,14 +188,14 @@ class Reader:
         results: list[Buffer | None],
         deadline: Deadline,
     ) -> str:
-        """Fill buffers into `results`; return how the operation ended, in a word."""
+        """Fill buffers into `results`; return the outcome of the operation as a label value."""
         reads = self._open(wanted, open_buffer)
         try:
             self._bucket.transfer.read([read for read, _ in reads.values()], deadline)
             if self._settings.verify == "hash":
                 for read, _ in reads.values():
                     self._verify(read, deadline)
-        except BaseException:  # whatever it is, the memory is the engine's again
+        except BaseException:  # on any error the memory must go back to the engine
             for read, buffer in reads.values():
                 read.lease.revoke()
                 buffer.release()
@@ -224,14 +224,16 @@ class Reader:
             problem = "none is free"
             try:
                 buffer = open_buffer(index)
-            except Exception as error:  # noqa: BLE001 - the engine's allocator; the buffers opened before must not leak
+            except Exception as error:  # noqa: BLE001 - the engine's allocator; earlier buffers must not leak
                 buffer, problem = None, f"{type(error).__name__}: {error}"
             if buffer is None:
                 left = len(wanted) - len(reads)
                 self._outcomes.chunks("get", "allocation", left)
                 self._outcomes.warn("get", "allocation", f"{key}: no memory for {left} chunks: {problem}")
                 break
-            if buffer.lease.size != content.size:  # a larger one would be served with an end that nothing filled
+            if (
+                buffer.lease.size != content.size
+            ):  # the end of a larger buffer would be served without having been filled
                 self._outcomes.chunks("get", "size", 1)
                 self._outcomes.warn_of_size("get", key, content.size, buffer.lease.size)
                 buffer.release()
@@ -246,7 +248,7 @@ class Reader:
         return reads
 
     def _verify(self, read: DownloadToBuffer, deadline: Deadline) -> None:
-        """Compare the Xet hash of what was read with the listing's; one chunk after the other bounds the space."""
+        """Compare the Xet hash of each chunk with the listing, one chunk after the other to bound temporary space."""
         if not read.done:
             return
         try:
@@ -262,7 +264,7 @@ class Reader:
             read.fail(error)
             return
         except OSError as error:
-            # It says nothing about the store or the object: nothing is wrong with either.
+            # A local problem, which says nothing about the store or the object.
             read.fail(TempDirError(f"{read.name}: its hash could not be computed in download_tmp_dir: {error}"))
             return
         if actual != read.content.xet_hash:
@@ -272,7 +274,7 @@ class Reader:
             )
 
     def _report_health(self, reads: Sequence[DownloadToBuffer]) -> bool:
-        """Whether the store served anything: only then is what failed the objects' own fault."""
+        """Report to the breaker whether the store served anything; only if it did are the failures the objects' own."""
         for read in reads:
             self._remember(read.content, read.error)
         if any(read.error is None or isinstance(read.error, HashMismatchError) for read in reads):
@@ -285,7 +287,7 @@ class Reader:
         return False
 
     def _remember(self, content: ContentId, error: HFBucketError | None) -> None:
-        """Record for probes whether a content could be read last."""
+        """Record for probes whether the latest read of a content succeeded."""
         with self._lock:
             if error is None:
                 self._served[content.xet_hash] = content
@@ -303,24 +305,24 @@ class Reader:
         self._outcomes.chunks("get", error.kind, 1)
         self._outcomes.warn("get", error.kind, str(error))
         if isinstance(error, MissingError):
-            # The store lacks what the Hub lists, or listed a while ago.
+            # The store lacks an object that the Hub lists, or listed some time ago.
             self._existence.gone(key)
-            if isinstance(error, BucketMissingError):  # it says nothing about the object
+            if isinstance(error, BucketMissingError):  # a missing bucket says nothing about the object
                 return
         elif isinstance(error, HashMismatchError):
             self._existence.drop(key)
-            self._bucket.transfer.renew()  # so that the next fetch is independent of this one
+            self._bucket.transfer.renew()  # makes the next fetch independent of this one
         elif not (store_works and isinstance(error, (IntegrityError, TransportError))):
             return
         self._quarantine.failed(read.content, error, key)
 
     def probe(self, deadline: Deadline) -> None:
-        """Read a little of several contents, other ones each time: whether the store serves any.
+        """Read parts of several contents, different ones each time, to check that the store serves any.
 
-        Where it serves one, those that fail beside it are quarantined: they are at fault themselves.
+        If one is served, those that fail are quarantined, because the fault is then their own.
 
         Raises:
-            HFBucketError: It serves none, or not before the deadline.
+            HFBucketError: No content was served before the deadline.
         """
         if contents := self._to_sample():
             sampled = _Sampled(self._quarantine.failed)
@@ -334,7 +336,7 @@ class Reader:
             self._bucket.transfer.warm_up(deadline)
 
     def _to_sample(self) -> list[ContentId]:
-        """What to read of next: contents that have not failed since they were served or looked up, then those that have."""
+        """Return the contents to sample next: those that have not failed recently, then those that have."""
         known = {content.xet_hash: content for content in self._existence.some(_REMEMBERED) if content.size}
         with self._lock:
             failed = dict(self._failed.items())
@@ -346,7 +348,7 @@ class Reader:
         return [*_in_turn(fresh, turn), *_in_turn(stale, turn)][:_SAMPLES]
 
     def close(self) -> None:
-        """Write into no buffer any more."""
+        """Stop writing to any buffer."""
         with self._lock:
             self._closed = True
             active = list(self._active)
@@ -355,13 +357,13 @@ class Reader:
 
 
 def _in_turn(contents: list[ContentId], turn: int) -> list[ContentId]:
-    """Contents from another one on each time."""
+    """Return the contents rotated so that each call starts with another one."""
     start = turn % len(contents) if contents else 0
     return contents[start:] + contents[:start]
 
 
 class _Sampled:
-    """How the contents of one probe ended, on whatever thread.
+    """Outcomes of the contents of one probe; thread-safe.
 
     Args:
         at_fault: Called for each content that failed although another one was served.
@@ -374,7 +376,7 @@ class _Sampled:
         self._failed: list[ContentId] = []
 
     def add(self, content: ContentId, error: HFBucketError | None) -> None:
-        """Record how a content ended; None where it was served."""
+        """Record the outcome of a content; None if it was served."""
         with self._lock:
             if error is None:
                 self._served = True

@@ -1,4 +1,4 @@
-"""Writing chunks: what is refused, what is there already, and commits of bounded bytes."""
+"""Writes of chunks, in commits of bounded size, with checks for refused and existing chunks."""
 
 from __future__ import annotations
 
@@ -41,36 +41,36 @@ if TYPE_CHECKING:
 
 _YIELD_SECS: Final = 1.0
 _YIELD_BYTES: Final = 32 * 1024 * 1024
-"""A commit waits for reads to end before it begins, and again after so many bytes, for a second at most: engines that read
-without a pause must not keep puts out for ever."""
+"""Bytes after which a commit lets reads go first again, as it does before it begins. Each wait is bounded, so that
+engines that read continuously cannot block puts for ever."""
 
 _PROBES: Final = 16
-"""Probes in progress at one time, see `CircuitBreakers`."""
+"""Maximum number of concurrent probes; see `CircuitBreakers`."""
 
 
 class PutSource(Protocol):
-    """One chunk to be stored, in memory of the engine's."""
+    """One chunk to store, in the engine's memory."""
 
     @property
     def key(self) -> str:
-        """Its key string."""
+        """Key string of the chunk."""
 
     @property
     def view(self) -> memoryview:
-        """Its bytes. They stay as they are until `release`."""
+        """Bytes of the chunk, unchanged until `release`."""
 
     def release(self) -> None:
-        """The bytes are not needed any more. Called once for every source, whatever became of it."""
+        """Return the memory; called exactly once for every source, whatever its outcome."""
 
 
 @dataclass(slots=True)
 class PutReport:
-    """What became of a put.
+    """Outcome of a put.
 
     Attributes:
-        failures: What was not stored, item by item.
-        stored: The keys that were written; neither those that were there already nor those written by another put.
-        replaced: Bytes of the objects that were there before under keys that were to be written, as far as that was known.
+        failures: Chunks that were not stored.
+        stored: Keys that were written, without those that existed already or that another put wrote.
+        replaced: Sizes in bytes of previous objects under the keys to write, as far as they are known.
     """
 
     failures: list[ItemFailure] = field(default_factory=list)
@@ -85,7 +85,7 @@ class PutReport:
 
 
 class _Commit:
-    """Sources that are uploaded together; the memory of each is given back once, when nothing can read it any more."""
+    """Sources that are uploaded together; the memory of each is returned once, when nothing can read it any more."""
 
     def __init__(self, sources: Sequence[PutSource]) -> None:
         self.sources = sources
@@ -97,7 +97,7 @@ class _Commit:
         self._held = dict(zip(self.leases, sources, strict=True))
 
     def release(self, *leases: RevocableBuffer) -> None:
-        """Give the memory of some sources back, or of all."""
+        """Return the memory of one source, or of all."""
         with self._lock:
             gone = {lease: self._held.pop(lease) for lease in leases or self.leases if lease in self._held}
         for lease, source in gone.items():
@@ -112,10 +112,10 @@ class Writer:
     """Writes the chunks of one instance.
 
     Args:
-        guarded: Where to.
-        existence: Knows what is there already, and learns what was written.
-        outcomes: Where results are counted.
-        quarantine: Contents that cannot be served: they are written again although they are there.
+        guarded: Bucket to write to.
+        existence: Source of the keys that exist already; learns what was written.
+        outcomes: Telemetry for results.
+        quarantine: Contents that cannot be served; they are written again even though they exist.
     """
 
     def __init__(
@@ -143,26 +143,29 @@ class Writer:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Write nothing: at first, and in a forked child, where the puts of the parent do not go on."""
+        """Reset to no writes, initially and in a forked child, where the parent's puts do not continue."""
         self._lock = threading.Lock()
         self._in_progress: dict[str, Future[ItemFailure | None]] = {}
         self._commits: set[_Commit] = set()
 
     def write_many(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> PutReport:
-        """Store chunks; returns when all are stored or failed, at the deadline at the latest.
+        """Store chunks; return when all are stored or have failed, at the deadline at the latest.
 
-        A key that is there at the right size is not written again. Nor is one that another put is writing: that put's outcome is
-        waited for, and is this one's too.
-        LMCache's own probe key always is: its health check would never recover otherwise.
+        A key that exists with the right size is not written again. If another put is writing the key, this put waits
+        for it and takes over its outcome. LMCache's own probe key is always written, because its health check would never
+        recover otherwise.
 
         Args:
-            sources: The chunks. Each is released exactly once, when nothing reads its memory any more.
-            size: Bytes of a full chunk: a source of another size is refused. None: each is whole, whatever its size.
+            sources: Chunks to store. Each is released exactly once, when nothing reads its memory any more.
+            size: Full chunk size in bytes; sources of another size are refused. None accepts any size.
             deadline: When to give up.
+
+        Returns:
+            The keys that were written, and the failures.
         """
         started = time.monotonic()
         try:
-            deadline.check("put")  # it may have waited in our own queue: not the fault of the Hub or the store
+            deadline.check("put")  # time spent in the own queue is not a fault of the Hub or the store
             self._breakers.admit("write")
         except (BreakerOpenError, DeadlineError) as error:
             report = PutReport(_release_unwritten(sources, error.kind, str(error)))
@@ -172,7 +175,7 @@ class Writer:
         report = PutReport(refused)
         try:
             todo = self._drop_present(mine, deadline, report)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the memory is the engine's again
+        except BaseException as error:  # noqa: BLE001 - on any error the memory must go back to the engine
             failures = _release_unwritten(mine, _kind(error), str(error))
             self._unclaim(mine, failures)
             report.failures += failures
@@ -185,10 +188,10 @@ class Writer:
     def _claim(
         self, sources: Sequence[PutSource], size: int | None
     ) -> tuple[list[PutSource], list[tuple[str, Future[ItemFailure | None]]], list[ItemFailure]]:
-        """Refuse what is not a full chunk, and mark the rest as ours, except for what is being written already.
+        """Refuse sources that are not full chunks, and claim the others unless another put is writing them.
 
         Returns:
-            What is ours; the keys that other puts are writing, with what becomes of them; what was refused.
+            The claimed sources; the keys that other puts are writing, with their future outcomes; the refused sources.
         """
         mine: list[PutSource] = []
         others: list[tuple[str, Future[ItemFailure | None]]] = []
@@ -213,7 +216,7 @@ class Writer:
         return mine, others, failures
 
     def _unclaim(self, sources: Sequence[PutSource], failures: Sequence[ItemFailure] = ()) -> None:
-        """Tell the callers that wait for these keys what became of them: stored, or there already, where they have not failed."""
+        """Resolve the futures of callers that wait for these keys: stored or present, unless listed as failed."""
         failed = {failure.item: failure for failure in failures}
         with self._lock:
             outcomes = [(source.key, self._in_progress.pop(source.key, None)) for source in sources]
@@ -222,7 +225,7 @@ class Writer:
                 outcome.set_result(failed.get(key))
 
     def _await(self, others: Sequence[tuple[str, Future[ItemFailure | None]]], deadline: Deadline) -> list[ItemFailure]:
-        """Wait for keys that other puts are writing, and return those that they did not store."""
+        """Wait for keys that other puts are writing, and return those that were not stored."""
         failures: list[ItemFailure] = []
         for key, outcome in others:
             try:
@@ -237,9 +240,9 @@ class Writer:
         return failures
 
     def _drop_present(self, sources: Sequence[PutSource], deadline: Deadline, report: PutReport) -> list[PutSource]:
-        """Release the sources that need no writing, and return the others; where it raises it released none.
+        """Release the sources that exist already, and return the others. An error releases none.
 
-        Sources of which the Hub does not say whether they are there fail; the others are written all the same.
+        Sources whose existence the Hub does not report fail; the others are still written.
         """
         asked = [source.key for source in sources if not is_probe(source.key)]
         contents: Mapping[str, ContentId | None] = {}
@@ -284,22 +287,22 @@ class Writer:
             self._bucket_is_there = True
 
     def _forget_bucket(self) -> None:
-        """The bucket was deleted: the next put creates it again, if it may, and nothing that it held is there."""
+        """Forget all objects of a deleted bucket; the next put creates the bucket again if it may."""
         self._bucket_is_there = False
         self._existence.cache.clear()
 
     # --- commits ----------------------------------------------------------------------------------------------------
 
     def _commit_all(self, sources: Sequence[PutSource], deadline: Deadline) -> PutReport:
-        """Write commits side by side, and abandon those that the deadline finds unfinished."""
+        """Write commits concurrently, and abandon those unfinished at the deadline."""
         tasks: dict[Future[Future[dict[str, ItemFailure]]], _Commit] = {}
         failures: list[ItemFailure] = []
         for batch in batches(sources, self._settings.commit_bytes, lambda source: len(source.view)):
-            commit = _Commit(batch)  # a failure costs no more than one
+            commit = _Commit(batch)  # bounds the loss from a failure to one commit
             try:
                 with self._lock:
                     if self._closed:
-                        raise RuntimeError(f"instance {self._outcomes.instance!r} is closed")  # noqa: TRY301
+                        raise RuntimeError(f"instance {self._outcomes.instance!r} is closed")  # noqa: TRY301 - as the pool
                     self._commits.add(commit)
                 future = self._threads.submit_for(tasks, False, self._upload, commit, deadline)
             except RuntimeError as error:
@@ -317,7 +320,7 @@ class Writer:
     def _wait_for_uploads(
         self, tasks: Mapping[Future[Future[dict[str, ItemFailure]]], _Commit], deadline: Deadline
     ) -> tuple[dict[_Commit, Future[dict[str, ItemFailure]]], list[ItemFailure]]:
-        """The namings of what was uploaded, and what was not; the memory of all is given back."""
+        """Return the naming futures of completed uploads, and the failures; the memory of all sources is returned."""
         namings, failures = {}, []
         unfinished = set(tasks)
         while unfinished and not deadline.passed:
@@ -357,14 +360,16 @@ class Writer:
         return report
 
     def _lost(self, commit: _Commit, error: BaseException) -> list[ItemFailure]:
-        if not self._closed and commit.begun:  # else it waited for others of ours, and says nothing of the store
+        if (
+            not self._closed and commit.begun
+        ):  # otherwise it waited for other commits of this process, which says nothing about the store
             self._breakers.ended("write", error if isinstance(error, HFBucketError) else TransportError(str(error)))
         if isinstance(error, BucketMissingError):
             self._forget_bucket()
-        for source in commit.sources:  # they may be there, and only the answer be missing
+        for source in commit.sources:  # they may have been stored with only the response lost
             self._existence.drop(source.key)
         failures = commit.failures(_kind(error), str(error))
-        # Though an abandoned upload may still go on: it will not be named, so a process that puts the key next must upload it.
+        # An abandoned upload may continue, but will not be named, so the next process that puts the key must upload it.
         self._unclaim(commit.sources, failures)
         return failures
 
@@ -374,7 +379,7 @@ class Writer:
             self._commits.discard(commit)
 
     def _upload(self, commit: _Commit, deadline: Deadline) -> Future[dict[str, ItemFailure]]:
-        """Upload a commit, give its memory back, and have its contents named."""
+        """Upload a commit, return its memory, and have its contents named."""
         sizes = [lease.size for lease in commit.leases]
         with self._committer.expecting(), self._semaphore.hold(sum(sizes), deadline, "put"):
             unyielding = 0
@@ -403,7 +408,7 @@ class Writer:
             return self._committer.name(files, deadline)
 
     def _settle(self, commit: _Commit, failed: Mapping[str, ItemFailure]) -> PutReport:
-        """Report item by item what became of a commit."""
+        """Report the outcome of each source of a commit."""
         report = PutReport()
         written = 0
         for source, (path, content) in zip(commit.sources, commit.files.items(), strict=True):
@@ -429,16 +434,16 @@ class Writer:
     # --- probing ----------------------------------------------------------------------------------------------------
 
     def probe(self, deadline: Deadline) -> None:
-        """Upload a few bytes that no object names, and ask for an empty deed: whether writing works.
+        """Upload a few bytes that no object names, and delete an object that does not exist, to check that writes work.
 
         Raises:
-            HFBucketError: It does not, or not before the deadline.
+            HFBucketError: Writes do not work, or not before the deadline.
         """
-        self._probes.upload(os.urandom(64), deadline)  # not on the threads of puts, which may all hang
+        self._probes.upload(os.urandom(64), deadline)  # not in the pool of puts, whose threads may all hang
         self._bucket.delete([self._bucket.handle.join(f"{RESERVED}/probe/none")], deadline)
 
     def close(self) -> None:
-        """Take no more work, name nothing any more, and read no memory of the engine's any more."""
+        """Refuse new work, stop naming contents, and stop reading the engine's memory."""
         with self._lock:
             self._closed = True
             commits = list(self._commits)

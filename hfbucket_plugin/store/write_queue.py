@@ -1,4 +1,4 @@
-"""Puts that wait: bounded in bytes, and what is over the bound is refused and told, never queued without end."""
+"""Bounded queue of puts: chunks beyond the byte limit are refused and reported rather than queued without limit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from hfbucket_plugin.store.write import PutSource, Writer
 
 _BACKLOG: Final = 1024
-"""Put calls that may wait; their bytes are what bounds them as a rule."""
+"""Maximum number of waiting put calls; usually the byte limit is reached first."""
 
 _NOT_TAKEN: Final = "not_taken"
 
 
 class PutQueue:
-    """Hands puts to threads of their own.
+    """Runs puts on threads of their own.
 
     Args:
-        writer: Does them.
-        outcomes: Where refusals are counted.
-        settings: The instance's.
+        writer: Writer that stores the chunks.
+        outcomes: Telemetry for refusals.
+        settings: Settings of the instance.
     """
 
     def __init__(self, writer: Writer, outcomes: Telemetry, settings: InstanceSettings) -> None:
@@ -45,7 +45,7 @@ class PutQueue:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Hold nothing: at first, and in a forked child, where the puts of the parent do not go on."""
+        """Reset to an empty queue, initially and in a forked child, where the parent's puts do not continue."""
         self._lock = threading.Lock()
         self._bytes = 0
         self._calls = 0
@@ -57,15 +57,15 @@ class PutQueue:
         return self._bytes
 
     def submit(self, sources: Sequence[PutSource], size: int | None, deadline: Deadline) -> Future[PutReport]:
-        """Store chunks, soon; returns at once.
+        """Queue chunks for storing; return at once.
 
         Args:
-            sources: See `Writer.write_many`. Cancelling the future before its turn releases them.
-            size: See there.
-            deadline: When to give up, the time in the queue included.
+            sources: See `Writer.write_many`. Cancelling the future before the put starts releases them.
+            size: Full chunk size in bytes; see `Writer.write_many`.
+            deadline: When to give up, including the time in the queue.
 
         Returns:
-            What became of them, refusals included.
+            A future with the outcome, including refusals.
         """
         if not self._writes:
             return self._done(self._refuse(sources, "role", "the instance's role is read-only"))
@@ -87,7 +87,7 @@ class PutQueue:
         return f"more than max_waiting_put_bytes ({self._limit}) of chunks wait to be stored"
 
     def _admit(self, sources: Sequence[PutSource]) -> tuple[Sequence[PutSource], int]:
-        """The first sources, as many as there is room for: the start of a prompt is worth more than its end."""
+        """Admit as many leading sources as fit: the start of a prompt is worth more than its end."""
         with self._lock:
             room = self._limit - self._bytes
             amount = 0
@@ -140,7 +140,7 @@ class PutQueue:
         return future
 
     def close(self) -> None:
-        """Take no more, and give up what waits."""
+        """Refuse new puts, and cancel those that wait."""
         self._pool.close()
         with self._lock:
             pending = list(self.pending)
