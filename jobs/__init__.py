@@ -1,4 +1,4 @@
-"""Jobs that keep bucket instances in order: retention cleanup, deletion by name, export and import, key indexes, status.
+"""Jobs that maintain bucket instances: retention cleanup, deletion by name, export and import, key indexes, status.
 
 ::
 
@@ -12,10 +12,11 @@
                             → retention    the policy: which chunks expire, and in which order
                             → report       what happened, and the exit code that it stands for
 
-`retention` is pure but for the sort on disk; only the modules named `ray` and `ray_pool` import Ray. Jobs delete data, so every check fails
-closed.
+`retention` is pure except for the sort on disk; only the modules named `ray` and `ray_pool` import Ray. Because jobs
+delete
+delete data, every check fails closed.
 
-Public are the names in `__all__`; they are loaded when they are first used. The modules may change in any release. See
+The public names are those in `__all__`; each is loaded on first use. The modules may change in any release. See
 `docs/python.md`.
 """
 
@@ -67,7 +68,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-if not TYPE_CHECKING:  # a type checker is told of misspelt names
+if not TYPE_CHECKING:  # a type checker reports misspelt names
 
     def __getattr__(name: str) -> object:
         if name not in _HOME_OF:

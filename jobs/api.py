@@ -1,7 +1,7 @@
-"""The jobs for programs: a cleanup, an export and the status of one instance, by the same code as the commands.
+"""The jobs as Python functions: cleanup, export and status of one instance, with the same code as the commands.
 
-Nothing is printed to stdout, no signal handler is installed, logging is not configured. What deletes or copies only plans, unless
-`apply` is true. Public; the other modules of this package are not.
+Nothing is printed to stdout, no signal handler is installed, logging is not configured. Cleanup and export only plan
+unless `apply` is true. This module is public; the other modules of this package are not.
 """
 
 from __future__ import annotations
@@ -64,25 +64,25 @@ class _Request(BaseModel):
 
 
 class CleanupRequest(_Request):
-    """What a cleanup is to delete, and within which limits. One instance; call again for another.
+    """What a cleanup deletes, and within which limits; one request is for one instance.
 
     Attributes:
-        lmcache_config: The LMCache YAML of the engines.
-        instance: The instance in it. What deletes goes by no default: it has to be named.
-        l2_adapter: In place of a YAML, for MP mode: the JSON that `lmcache server` takes.
-        policy: What is kept, or the `retention.yaml` that says so.
-        max_delete: Refuse a plan that deletes more. None: 30 % of the objects.
-        foreign: Whether objects that are not chunks are deleted too.
-        accept_shrunk: Believe a listing that lacks much of what was there before.
-        without_heat: Go by when objects were put, even if reads are recorded.
-        max_duration: End after this; pauses that the Hub asks for are waited out within it.
-        parallel: Most batches at one time, up to 64.
-        batch_size: Most objects of a batch, up to 1000.
+        lmcache_config: LMCache YAML of the engines.
+        instance: Name of the instance in that YAML. There is no default: a deletion must name its instance.
+        l2_adapter: For MP mode, instead of a YAML: the JSON that `lmcache server` takes.
+        policy: The retention policy, or the path of a `retention.yaml`.
+        max_delete: Refuse a plan that deletes more than this. None: 30 % of the objects.
+        foreign: Whether objects that are not chunks are also deleted.
+        accept_shrunk: Accept a listing that lacks a large part of what the last run left.
+        without_heat: Decide by upload time even if reads are recorded.
+        max_duration: End after this long; pauses that the Hub requests are waited out within it.
+        parallel: Maximum number of batches at a time, up to 64.
+        batch_size: Maximum number of objects per batch, up to 1000.
         local: Delete in this process, even if a Ray cluster is configured.
-        address: The Ray cluster, <host>:<port>. None: RAY_ADDRESS, or that of the job.
-        plan_dir: Keep plans here. None: temporary files.
-        report: Write a JSON line for every object, and the summary.
-        metrics_textfile: Write metrics for Prometheus' textfile collector.
+        address: Address of the Ray cluster, <host>:<port>. None: RAY_ADDRESS, or the cluster of the current Ray job.
+        plan_dir: Directory in which plans are kept. None: temporary files.
+        report: File for a JSON line per object, and the summary.
+        metrics_textfile: File for metrics, read by Prometheus' textfile collector.
     """
 
     instance: str | None = None
@@ -99,26 +99,29 @@ _SHARED = DeletionOptions.model_fields.keys() & CleanupRequest.model_fields.keys
 
 
 class ExportRequest(_Request):
-    """What an export is to copy, from where and to where.
+    """What an export copies, from where and to where.
 
     Attributes:
-        source: An instance, or a directory, which has a slash in it.
-        destination: The same: where chunks go.
-        lmcache_config: The LMCache YAML that declares the instances.
-        l2_adapters: The JSON of instances of MP mode, as `lmcache server` takes it.
-        select: Which chunks; all by default. `hottest` is not supported.
-        mode: `copy`: the Hub copies by hash. `stream`: bytes go through here. `auto`: what the Hub permits.
-        on_conflict: What becomes of a chunk under whose key the destination has something else.
-        rename: Rewrite the start of keys, each as `old=new`.
-        without_manifest: Import files of a directory that no manifest vouches for.
-        window_bytes: Most memory that chunks in transit take.
-        max_duration: End after this; pauses that the Hub asks for are waited out within it.
-        parallel: Most batches at one time, up to 64.
-        local: Bytes go through this process, even if a Ray cluster is configured.
-        address: The Ray cluster, <host>:<port>. None: RAY_ADDRESS, or that of the job.
-        plan_dir: Keep plans here. None: temporary files.
-        report: Write a JSON line for every chunk, and the summary.
-        metrics_textfile: Write metrics for Prometheus' textfile collector.
+        source: Name of an instance, or path of a directory; a path contains a slash.
+        destination: Instance or directory to copy to, written like `source`.
+        lmcache_config: LMCache YAML that declares the instances.
+        l2_adapters: JSON of MP-mode instances, as `lmcache server` takes it.
+        select: Which chunks to copy; default: all. `hottest` is not supported.
+        mode: `copy`: the Hub copies by hash. `stream`: bytes pass through this process. `auto`: `copy` where the Hub
+            permits it.
+            permits it.
+            permits it.
+        on_conflict: What to do with a chunk whose key holds other content at the destination.
+        rename: Key prefixes to rewrite, each as `old=new`.
+        without_manifest: Import files of a directory without a manifest that lists them.
+        window_bytes: Maximum memory for chunks in transit, in bytes.
+        max_duration: End after this long; pauses that the Hub requests are waited out within it.
+        parallel: Maximum number of batches at a time, up to 64.
+        local: Stream bytes through this process, even if a Ray cluster is configured.
+        address: Address of the Ray cluster, <host>:<port>. None: RAY_ADDRESS, or the cluster of the current Ray job.
+        plan_dir: Directory in which plans are kept. None: temporary files.
+        report: File for a JSON line per chunk, and the summary.
+        metrics_textfile: File for metrics, read by Prometheus' textfile collector.
     """
 
     source: str
@@ -136,20 +139,20 @@ class ExportRequest(_Request):
 def run_cleanup(
     request: CleanupRequest, *, apply: bool = False, stop: threading.Event | None = None
 ) -> DeletionSummary:
-    """Delete what the policy of an instance releases, as `python -m jobs cleanup` does.
+    """Delete what the policy of an instance does not keep, as `python -m jobs cleanup` does.
 
     Args:
         request: What to delete, and within which limits.
-        apply: Delete. Otherwise only plan: the plan that the summary names can be applied later.
-        stop: Set it, from another thread, to stop in good order: the summary then tells what is left.
+        apply: Whether to delete. If false, only plan; the plan that the summary names can be applied later.
+        stop: Event that another thread sets to stop the job in an orderly way; the summary then says what is left.
 
     Returns:
-        What happened; look at `exit_code` and `failures`.
+        The result of the job, also if some objects failed: check `exit_code` and `failures`.
 
     Raises:
-        ConfigError: The configuration or the policy is wrong.
-        SafetyError: The listing or the plan looks wrong, or exceeds `max_delete`; nothing was deleted.
-        HFBucketError: The Hub, or the Ray cluster, could not be used; nothing was deleted.
+        ConfigError: If the configuration or the policy is invalid.
+        SafetyError: If the listing or the plan fails a safety check, or exceeds `max_delete`; nothing was deleted.
+        HFBucketError: If the Hub or the Ray cluster cannot be used; nothing was deleted.
     """
     named, others = _instance(request.lmcache_config, request.instance, request.l2_adapter)
     policy = _policy(request.policy, named.name)
@@ -168,20 +171,20 @@ def run_cleanup(
 
 @texts.hide_in_errors()
 def run_export(request: ExportRequest, *, apply: bool = False, stop: threading.Event | None = None) -> ExportSummary:
-    """Copy chunks from one instance or directory to another, as `python -m jobs export` does; what is there is skipped.
+    """Copy chunks from one instance or directory to another, as `python -m jobs export` does; skip those already there.
 
     Args:
         request: What to copy, from where and to where.
-        apply: Copy, and replace what `on_conflict` lets replace. Otherwise only plan.
-        stop: Set it, from another thread, to stop in good order: the summary then tells what is left.
+        apply: Whether to copy, and to replace what `on_conflict` permits. If false, only plan.
+        stop: Event that another thread sets to stop the job in an orderly way; the summary then says what is left.
 
     Returns:
-        What happened; look at `exit_code`, `failures` and `conflicts`.
+        The result of the job, also if some chunks failed: check `exit_code`, `failures` and `conflicts`.
 
     Raises:
-        ConfigError: The configuration is wrong, or source and destination are the same.
-        RefusedError: Nothing is selected, or the destination may not be written; nothing was copied.
-        HFBucketError: The Hub, or the Ray cluster, could not be used; nothing was copied.
+        ConfigError: If the configuration is invalid, or source and destination are the same.
+        RefusedError: If nothing is selected, or the destination is not writable; nothing was copied.
+        HFBucketError: If the Hub or the Ray cluster cannot be used; nothing was copied.
     """
     endpoints = (
         endpoint(request.source, "--from", request.lmcache_config, request.l2_adapters),
@@ -229,19 +232,19 @@ def read_status(
     max_delete: MaxDelete | None = None,
     without_heat: bool = False,
 ) -> Status:
-    """Return what an instance holds, how it grew, and what the next cleanup would do, as `python -m jobs status` shows it.
+    """Return what an instance holds, its growth, and what the next cleanup would do, as `python -m jobs status` does.
 
     Args:
-        lmcache_config: The LMCache YAML of the engines.
-        instance: The instance in it.
-        l2_adapter: In place of a YAML, for MP mode: the JSON that `lmcache server` takes.
-        policy: What the next cleanup will go by, or the `retention.yaml` that says so; None to leave that out.
-        max_delete: What that cleanup may delete. None: 30 % of the objects.
-        without_heat: Go by when objects were put, even if reads are recorded.
+        lmcache_config: LMCache YAML of the engines.
+        instance: Name of the instance in that YAML.
+        l2_adapter: For MP mode, instead of a YAML: the JSON that `lmcache server` takes.
+        policy: Policy of the next cleanup, or the path of a `retention.yaml`; None to leave the cleanup out.
+        max_delete: Limits of that cleanup. None: 30 % of the objects.
+        without_heat: Decide by upload time even if reads are recorded.
 
     Raises:
-        ConfigError: The configuration or the policy is wrong.
-        HFBucketError: The listing is not complete.
+        ConfigError: If the configuration or the policy is invalid.
+        HFBucketError: If the listing is incomplete.
     """
     named, _ = _instance(lmcache_config, instance, l2_adapter)
     with patience(Deadline.after(LISTING_SECS)), opened(named, REQUEST_SECS) as bucket:
@@ -262,9 +265,9 @@ def _run(
     work: Callable[[ReportFile, ExternalStop], tuple[_Summary, Exception | None]],
     stop: threading.Event | None,
 ) -> _Summary:
-    """Do a job with its report and metrics.
+    """Run a job, and write its report and metrics.
 
-    An error is raised where the job changed nothing; else the summary tells of it.
+    Raise the error that ended the job if the job changed nothing; otherwise the summary reports it.
     """
     expect_apart(
         [("report", request.report), ("metrics_textfile", request.metrics_textfile)],
@@ -287,7 +290,7 @@ def _run(
 def _instance(
     config: Path | None, instance: str | None, l2_adapter: str | None
 ) -> tuple[InstanceConfig, list[InstanceConfig]]:
-    """The one instance that is named, and all of the configuration."""
+    """Return the named instance, and all instances of the configuration."""
     if config is not None and l2_adapter is not None:
         raise ConfigError("l2_adapter and lmcache_config name two sources; give one")
     names, adapters = (instance,) if instance else (), (l2_adapter,) if l2_adapter else ()
@@ -296,7 +299,7 @@ def _instance(
 
 
 def _policy(given: Policy | Path, instance: str) -> Policy:
-    """A policy that deletes something."""
+    """Return the policy of an instance; refuse one that cannot delete anything."""
     if isinstance(given, Policy):
         return from_values(given.record(), "policy")
     return read(given, instance)

@@ -1,1 +1,1 @@
-"""Batches of items: applied with retries, in this process or on Ray actors."""
+"""Batches of items, applied with retries in this process or on Ray actors."""

@@ -1,4 +1,4 @@
-"""A plan, carried out: batches side by side, each after the lock was confirmed, retried for what failed of it only."""
+"""Application of a plan in concurrent batches; the lock is confirmed before each, and only failed items are retried."""
 
 from __future__ import annotations
 
@@ -28,51 +28,52 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LOOK_SECS: Final = 0.2
-"""How often to look whether to stop, while nothing ends."""
+"""Seconds between checks for a stop request while no try ends."""
 
 _BACKOFF_SECS: Final = 0.5
 _ATTEMPT_SECS: Final = 60.0
-"""Most seconds of a try, far less than the lock holds."""
+"""Maximum duration of a try in seconds, far less than the lifetime of the lock."""
 
 _LOST_SECS: Final = 10.0
-"""A try that has not ended so long after it should have is lost."""
+"""Seconds after its deadline at which a try that has not ended counts as lost."""
 
 _KEEP_SECS: Final = 5.0
-"""How long to leave the Hub alone after the lock could not be renewed, while tries are in progress."""
+"""Seconds without requests after a failed renewal of the lock while tries are in progress."""
 
 
 class Executor(Protocol[T]):
-    """Where batches are tried."""
+    """Backend that runs tries at batches."""
 
     width: int
-    """How many at one time."""
+    """Maximum number of concurrent tries."""
 
     def submit(
         self, batch: ItemBatch[T], not_after: datetime, seconds: float, lock_end: datetime | None
     ) -> Future[Result[T]]:
-        """Begin a try at a batch.
+        """Start a try at a batch.
 
         Args:
-            batch: What it is about.
-            not_after: See `jobs.deletion.attempt.attempt`.
-            seconds: How long it may take, from now on.
-            lock_end: When, by the Hub's clock, nothing more may be deleted; None where nothing is.
+            batch: The items to process.
+            not_after: Objects uploaded later are too young; see `jobs.deletion.attempt.attempt`.
+            seconds: Maximum duration of the try, from now.
+            lock_end: Time, by the Hub's clock, after which nothing may be deleted; None for work that deletes nothing.
         """
 
     def lose(self, future: Future[Result[T]]) -> None:
-        """Give a try up that should have ended long ago; where that is possible, it ends by this."""
+        """Give up a try that is far past its deadline, and end it if possible."""
 
     def close(self) -> None:
-        """Begin no more."""
+        """Stop accepting batches."""
 
 
 class InProcess(Generic[T]):
-    """Batches on threads of this process.
+    """Executor that runs batches on threads of this process.
 
     Args:
-        name: Names the threads.
-        width: How many at one time.
-        attempt: Makes one attempt at a batch; see `Executor.submit` for its first two arguments. The third is its deadline.
+        name: Prefix of the thread names.
+        width: Maximum number of concurrent batches.
+        attempt: Function that makes one try at a batch. Its first two arguments are those of `Executor.submit`;
+            the third is its deadline.
     """
 
     def __init__(self, name: str, width: int, attempt: Callable[[ItemBatch[T], datetime, Deadline], Result[T]]) -> None:
@@ -83,32 +84,33 @@ class InProcess(Generic[T]):
     def submit(
         self, batch: ItemBatch[T], not_after: datetime, seconds: float, _lock_end: datetime | None
     ) -> Future[Result[T]]:
-        """Begin an attempt at a batch. However late its thread gets to it, it ends in time."""
+        """Start a try at a batch. Its deadline counts from now, even if its thread starts late."""
         return self._pool.submit(self._attempt, batch, not_after, Deadline.after(seconds))
 
     def lose(self, _future: Future[Result[T]]) -> None:
-        """Threads end by themselves: every request has its deadline."""
+        """Do nothing: threads end by themselves, because every request has a deadline."""
 
     def close(self) -> None:
-        """Begin no more."""
+        """Stop accepting batches."""
         self._pool.close()
 
 
 _RAY_VARIABLES: Final = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-"""Without one of them no cluster is configured (`warmer.cluster.ray`)."""
+"""Environment variables; if none is set, no Ray cluster is configured (`warmer.cluster.ray`)."""
 
 
 def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bool:
-    """Whether to delete in this process: when that was asked for, or no Ray cluster is configured.
+    """Return whether to work in this process: if requested, or if no Ray cluster is configured.
 
     Args:
-        address: `--address`.
-        local: `--local`.
-        at_once: Whether the cluster is needed for sure. Else an address of the environment that cannot be joined is an error only
-            when the cluster is to be joined: a command that only plans, or copies to a directory, joins none.
+        address: Value of `--address`.
+        local: Value of `--local`.
+        at_once: Whether the cluster is certainly needed. If false, an unusable address from the environment is an error
+            only
+            only when the cluster is joined: commands that only plan, or that copy to a directory, join none.
 
     Raises:
-        ConfigError: The address is of a kind that cannot be used.
+        ConfigError: If the address is of an unsupported kind.
     """
     if local or not (address or any(os.environ.get(name) for name in _RAY_VARIABLES)):
         return True
@@ -124,10 +126,10 @@ def in_process(address: str | None, *, local: bool, at_once: bool = False) -> bo
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """How applying ended.
+    """Result of the application of a plan.
 
     Attributes:
-        why: None when the plan was carried out to its end; else why it was not.
+        why: Why the plan was not carried out to its end; None if it was.
     """
 
     why: HFBucketError | OSError | None = None
@@ -135,23 +137,23 @@ class ApplyResult:
 
 
 class Applier(Generic[T]):
-    """Carries plans out.
+    """Applies a plan with an executor.
 
     Args:
-        executor: Where batches are tried.
-        confirm: Makes sure that the lock is held, and says for how many seconds it is; raises when it is not.
-        lock_end: Until when, by the Hub's clock, it then is.
-        keep: Keeps the lock meanwhile; raises when it is not held.
-        not_after: An object that was uploaded later is too young.
-        on_end: Is told of every object that has ended.
-        stop: Whether to stop.
-        until: When to begin no more.
-        batch_size: Most objects of a batch.
-        batch_bytes: Most bytes of a batch of several; None for no bound.
-        attempt_secs: Most seconds of a try.
+        executor: Backend that runs the tries.
+        confirm: Confirms that the lock is held, and returns the seconds for which it is; raises if it is not.
+        lock_end: Returns the end of the confirmed lock, by the Hub's clock.
+        keep: Renews the lock when due; raises if it is not held.
+        not_after: Objects uploaded later are too young.
+        on_end: Called with the outcome of every object.
+        stop: Signal that requests a stop.
+        until: Deadline after which no try starts.
+        batch_size: Maximum number of objects per batch.
+        batch_bytes: Maximum bytes of a batch of more than one object; None for no limit.
+        attempt_secs: Maximum duration of a try, in seconds.
 
     Attributes:
-        undrained: Whether `run` broke off while tries were in progress that did not end.
+        undrained: Whether `run` ended while tries were in progress that did not end in time.
     """
 
     def __init__(
@@ -189,9 +191,10 @@ class Applier(Generic[T]):
         self._why: HFBucketError | OSError | None = None
 
     def run(self, items: Iterator[T]) -> ApplyResult:
-        """Do what is still as planned. Returns when all has ended that was begun.
+        """Apply the items that are still as planned, and return after every started try has ended.
 
-        An error waits for what was begun, too, and counts it: nothing is deleted after this has ended, unless `undrained`.
+        On an error, the tries in progress are also awaited and counted: nothing is deleted after the return, unless
+        `undrained`.
         """
         self._fresh, self._exhausted, self._why = _batches(items, self._size, self._batch_bytes), False, None
         running: dict[Future[Result[T]], float] = {}
@@ -207,24 +210,24 @@ class Applier(Generic[T]):
                 else:
                     time.sleep(min(_LOOK_SECS, _BACKOFF_SECS))
         except BaseException as error:
-            # A second order to stop does not wait for long.
+            # A second stop request does not wait for long.
             self._drain(running, self._attempt_secs + 2 * _LOST_SECS if isinstance(error, Exception) else _LOOK_SECS)
             raise
 
     def _drain(self, running: dict[Future[Result[T]], float], seconds: float) -> None:
-        """Wait for what is in progress, and count it; nothing new is begun."""
+        """Wait for the tries in progress, and count them; start nothing new."""
         self.undrained = bool(running)
         until = Deadline.after(seconds)
         while running:
             for future in self._ended(running):
-                with contextlib.suppress(Exception):  # one error is being told already
+                with contextlib.suppress(Exception):  # one error is already being raised
                     self._take(future)
             if until.passed:
                 break
         self.undrained = bool(running)
 
     def _ended(self, running: dict[Future[Result[T]], float]) -> Iterator[Future[Result[T]]]:
-        """Tries that have ended, taken out of those that are in progress; what should have, long ago, is given up."""
+        """Remove and yield the tries that have ended; give up those that are far past their deadline."""
         done, _ = wait(running, _LOOK_SECS, FIRST_COMPLETED)
         for future in done:
             del running[future]
@@ -251,7 +254,7 @@ class Applier(Generic[T]):
         while not self._over and len(running) < self._executor.width and (batch := self._next()) is not None:
             try:
                 seconds = min(self._attempt_secs, self._confirm())
-            except (ThrottledError, TransportError) as error:  # nobody knows whether the lock is ours
+            except (ThrottledError, TransportError) as error:  # whether the lock is held is unknown
                 self._hold(batch, error)
             except HFBucketError as error:
                 self._why = error
@@ -264,7 +267,7 @@ class Applier(Generic[T]):
         return self._why is not None or self._stop.requested or self._until.passed
 
     def _next(self) -> ItemBatch[T] | None:
-        """The batch that is due; None where there is none now."""
+        """Return the next batch that is due, or None."""
         now = time.monotonic()
         if now < self._quiet_until:
             return None
@@ -285,7 +288,7 @@ class Applier(Generic[T]):
     def _take(self, future: Future[Result[T]]) -> None:
         try:
             result = future.result()
-        except (HFBucketError, OSError) as error:  # an OSError is a disk's
+        except (HFBucketError, OSError) as error:  # an OSError comes from the disk
             self._why = self._why or error
             return
         for ended in result.ended:

@@ -1,4 +1,4 @@
-"""Batches of objects, and what comes of them."""
+"""Batches of objects, and their outcomes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from hfbucket_plugin.core.deadline import Deadline
 
 TRIES: Final = 4
-"""Most tries at an object that fails; waiting for the Hub's quota is none."""
+"""Maximum number of tries per failing object; waiting for the Hub's quota does not count as one."""
 
 
 class WorkItem(Protocol):
-    """An object that a batch is about."""
+    """Object that a batch processes."""
 
     @property
     def path(self) -> str:
-        """Where it is."""
+        """Path of the object."""
 
     @property
     def key(self) -> str:
-        """Its key, or its name."""
+        """Key of the object, or its name if it is not a chunk."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
 
     @property
     def reason(self) -> str:
-        """Why it is in the plan."""
+        """Reason for which the object is in the plan."""
 
 
 T = TypeVar("T", bound=WorkItem)
@@ -40,12 +40,12 @@ T = TypeVar("T", bound=WorkItem)
 
 @dataclass(frozen=True, slots=True)
 class ItemOutcome(Generic[T]):
-    """An object that has ended.
+    """Outcome of one object.
 
     Attributes:
         item: The object.
-        outcome: How.
-        message: Why, where it failed.
+        outcome: The outcome.
+        message: Why the object failed, if it did.
     """
 
     item: T
@@ -55,13 +55,13 @@ class ItemOutcome(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class ItemBatch(Generic[T]):
-    """Objects that are to go, or to be copied.
+    """Objects to delete or to copy together.
 
     Attributes:
-        items: At most 1000.
-        tries: How often it was tried.
-        asked: Paths that the Hub was asked to delete or to name, and of which it did not tell what became.
-        losses: How often the process that tried it died meanwhile, which is no try of it.
+        items: The objects, at most 1000.
+        tries: Number of tries so far.
+        asked: Paths for which a delete or naming request was sent whose answer was lost.
+        losses: Number of processes that died during a try; these do not count as tries.
     """
 
     items: tuple[T, ...]
@@ -72,12 +72,12 @@ class ItemBatch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[T]):
-    """What came of a try.
+    """Result of a try.
 
     Attributes:
-        ended: Objects that have ended.
-        left: What is to be tried again; None when nothing is.
-        wait_secs: How long the Hub wants to be left alone.
+        ended: Objects with an outcome.
+        left: Objects to try again; None if there are none.
+        wait_secs: Seconds for which the Hub requested a pause.
     """
 
     ended: tuple[ItemOutcome[T], ...]
@@ -86,38 +86,38 @@ class Result(Generic[T]):
 
 
 FRESH_SECS: Final = 3.0
-"""How old a look may be, from when it was asked for, when the delete or the naming that goes by it is sent."""
+"""Maximum age in seconds of a look-up, from its request, when the delete or naming request based on it is sent."""
 
 
 SEND_SECS: Final = 10.0
-"""When such a request is given up: the longer it is in progress, the older the look that it goes by."""
+"""Timeout in seconds of such a request: the longer it is in progress, the older the look-up it is based on."""
 
 
 class Outcome(StrEnum):
-    """How an object ended. The values stand in reports."""
+    """Outcome of an object. The values appear in reports."""
 
     DELETED = "deleted"
-    GONE = "gone"  # before we came to it
-    USED = "used"  # read since it was planned, and it was to go for lack of use: it stays
+    GONE = "gone"  # before this job reached it
+    USED = "used"  # was to be deleted as unused, but was read since it was planned: it stays
     CHANGED = "changed"  # rewritten since it was planned, or at a mirror's source again: it stays
-    TOO_YOUNG = "too-young"  # only a plan that was edited names one
+    TOO_YOUNG = "too-young"  # occurs only in an edited plan
     FAILED = "failed"
 
 
 class ReferenceEndpoint(Protocol):
-    """Where an object must not be for it to be deleted here: the source of a mirror."""
+    """Endpoint that must not hold an object for that object to be deleted: the source of a mirror."""
 
     def look_up(self, keys: Sequence[str], deadline: Deadline) -> Container[str]:
-        """Return those of the keys that it has, and maybe others.
+        """Return those of the keys that the endpoint holds, and possibly others.
 
         Raises:
-            HFBucketError: It did not answer.
+            HFBucketError: If the endpoint does not answer.
         """
 
     def expect_chunks(self) -> None:
-        """Refuse to go by it if it has no chunk at all: everything would be deleted.
+        """Refuse an endpoint without any chunk: everything would be deleted.
 
         Raises:
-            RefusedError: It has none.
-            HFBucketError: It did not answer, or is not there.
+            RefusedError: If the endpoint has no chunk.
+            HFBucketError: If the endpoint does not answer, or does not exist.
         """

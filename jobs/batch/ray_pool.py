@@ -33,10 +33,10 @@ _TAGS = ("instance", "outcome")
 
 
 class RayCounts:
-    """Counters of one run.
+    """Counters of one run, by outcome.
 
     Args:
-        instance: That is changed.
+        instance: Name of the instance that the run changes.
     """
 
     def __init__(self, instance: str) -> None:
@@ -44,7 +44,7 @@ class RayCounts:
         self._objects = CountedBytes("jobs_objects", "jobs_bytes", "Objects that a job has finished, by outcome", _TAGS)
 
     def add(self, result: Result[Any]) -> None:
-        """Count what has ended with a try."""
+        """Count the objects that ended with a try."""
         ended: defaultdict[str, Extent] = defaultdict(Extent)
         for one in result.ended:
             ended[str(one.outcome)] = ended[str(one.outcome)].plus(one.item.size)
@@ -56,23 +56,23 @@ class RayCounts:
 _START_SECS: Final = 120.0
 
 _LOSSES: Final = 3
-"""A batch whose actors died so often is what kills them."""
+"""Number of actor deaths after which the batch counts as their cause."""
 
 
 class ActorExecutor(Generic[T]):
-    """Batches on actors, as many as may run at one time.
+    """Executor that runs batches on Ray actors, one batch per actor at a time.
 
     Args:
-        width: How many actors.
-        address: Of the cluster; None for the configured one.
-        instances: Whose tokens the actors need.
-        failed: What an object is whose actors were lost, again and again.
-        actor: The class of the actors.
-        arguments: Of its constructor.
+        width: Number of actors.
+        address: Address of the Ray cluster; None for the configured one.
+        instances: Instances whose tokens the actors need.
+        failed: Outcome of an object whose actors were lost repeatedly.
+        actor: Class of the actors.
+        arguments: Arguments of that class's constructor.
 
     Raises:
-        ConfigError: A node lacks the variable of a token.
-        ClusterError: The cluster cannot be joined, or starts no actors.
+        ConfigError: If a node lacks the environment variable of a token.
+        ClusterError: If the cluster cannot be joined, or starts no actors.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class ActorExecutor(Generic[T]):
         self._failed = failed
         self._mutex = threading.Lock()
         self._busy: dict[Future[Result[T]], tuple[Any, ItemBatch[T]]] = {}
-        self._dead: list[Any] = []  # still in their places
-        self._unproven: list[Any] = []  # in the places of others, and without an answer so far: Ray may never make them
+        self._dead: list[Any] = []  # not replaced yet
+        self._unproven: list[Any] = []  # replacements without an answer so far: Ray may never start them
         self._counts = RayCounts(instances[-1].name)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(joined(address))
@@ -113,8 +113,9 @@ class ActorExecutor(Generic[T]):
     def submit(
         self, batch: ItemBatch[T], not_after: datetime, seconds: float, lock_end: datetime | None
     ) -> Future[Result[T]]:
-        """Begin a try at a batch on an idle actor; there is one, since no more than `width` are in progress."""
-        # The one that has been idle longest: the next try at a batch whose actor was lost is made by another one.
+        """Start a try at a batch on an idle actor; one exists, since at most `width` tries are in progress."""
+        # Take the actor that has been idle longest, so that a batch whose actor was lost is retried on another one.
+        # one.
         actor = self._idle.pop(0)
         future: Future[Result[T]] = Future()
         try:
@@ -129,14 +130,16 @@ class ActorExecutor(Generic[T]):
         return future
 
     def _settle(self, future: Future[Result[T]], done: Future[Any]) -> None:
-        """Tell what an actor answered, whatever that is: somebody waits for it.
+        """Pass the answer of an actor, or its error, to the waiting future.
 
-        Ray calls this on the one thread on which it does everything, `ray.kill` too, which waits for that to be done: so
-        nothing is asked of Ray here, and who died is replaced when its place is needed.
+        Ray calls this on its only callback thread, and `ray.kill` waits for that thread: so nothing here may call Ray,
+        and
+        dead
+        a dead actor is replaced only when its place is needed.
         """
         with self._mutex:
             busy = self._busy.pop(future, None)
-        if busy is None:  # it was given up before
+        if busy is None:  # already given up
             return
         actor, batch = busy
         self._forget(actor)
@@ -166,15 +169,15 @@ class ActorExecutor(Generic[T]):
         return result
 
     def _living(self, actor: Any) -> Any:
-        """The actor, or another one in its place where it died."""
+        """Return the actor, or a replacement if it died."""
         with self._mutex:
             died = any(one is actor for one in self._dead)
             self._dead = [one for one in self._dead if one is not actor]
         return self._replaced(actor) if died else actor
 
     def _replaced(self, actor: Any) -> Any:
-        """An actor in the place of one that is of no use any more."""
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # dead already
+        """Kill an unusable actor, and return its replacement."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # already dead
             ray.kill(actor)
         new = self._start()
         with self._mutex:
@@ -182,21 +185,21 @@ class ActorExecutor(Generic[T]):
         return new
 
     def _forget(self, actor: Any) -> bool:
-        """Whether nothing was ever heard of an actor; from now on something was."""
+        """Mark an actor as having answered; return whether it never had before."""
         with self._mutex:
             was = any(one is actor for one in self._unproven)
             self._unproven = [one for one in self._unproven if one is not actor]
         return was
 
     def lose(self, future: Future[Result[T]]) -> None:
-        """End an actor that does not answer, and put another one in its place."""
+        """End an actor that does not answer, and replace it."""
         with self._mutex:
             busy = self._busy.pop(future, None)
         if busy is None:
             return
         actor, batch = busy
         if self._forget(actor) and self.width > 1:
-            # It cannot be made, it seems: the others do its work, and this was no try of anything.
+            # The actor apparently cannot be started: the others do its work, and this does not count as a try.
             self.width -= 1
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor)
@@ -215,7 +218,7 @@ class ActorExecutor(Generic[T]):
 
 
 def without_token(named: InstanceConfig) -> InstanceSettings:
-    """Settings as they may leave this process."""
+    """Return the settings of an instance without its token, as they may leave this process."""
     settings = named.settings.model_copy(update={"token": None})
     if named.settings.resolve_token() is not None and settings.resolve_token() is None:
         raise ConfigError(
@@ -226,14 +229,14 @@ def without_token(named: InstanceConfig) -> InstanceSettings:
 
 
 def _lost(batch: ItemBatch[T], failed: StrEnum, why: str) -> Result[T]:
-    """What came of a try whose actor was lost: nobody knows, so every object is looked up again."""
+    """Return the result of a try whose actor was lost: its outcome is unknown, so every object is looked up again."""
     if batch.tries + 1 >= TRIES:
         return _given_up(batch, failed, f"its actor was lost: {why}")
     return Result((), replace(_asked(batch), tries=batch.tries + 1))
 
 
 def _asked(batch: ItemBatch[T]) -> ItemBatch[T]:
-    """A batch of which nobody knows what became, as it is tried again."""
+    """Return a batch with unknown outcome, marked for another try."""
     return replace(batch, asked=batch.asked | {item.path for item in batch.items})
 
 

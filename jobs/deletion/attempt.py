@@ -1,4 +1,4 @@
-"""One attempt at one batch: look every object up again, and delete those that are still as planned."""
+"""One try at one batch: look up every object again, and delete those that are still as planned."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from jobs.deletion.plan import Item
 
 _PAUSE_SECS: Final = 1.0
-"""After a 429 that does not say how long to wait."""
+"""Seconds to wait after a 429 without a retry time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What there was of a batch.
+    """Look-up of the objects of a batch.
 
     Attributes:
-        found: By path.
-        sent: When it was asked for: it is true of no moment before.
-        deadline: Until when something may be deleted by it.
+        found: The objects found, by path.
+        sent: When the request was sent; the answer holds from then on.
+        deadline: Time until which a delete may be based on this look-up.
     """
 
     found: dict[str, ObjectInfo]
@@ -39,7 +39,7 @@ class _Look:
 
     @property
     def fresh(self) -> bool:
-        """Whether something may still be deleted by it."""
+        """Whether a delete may still be based on this look-up."""
         return monotonic() - self.sent <= FRESH_SECS
 
 
@@ -52,21 +52,23 @@ def attempt(
     *,
     source: ReferenceEndpoint | None = None,
 ) -> Result[Item]:
-    """Try once. What was rewritten or is too young stays.
+    """Delete the objects of a batch that are still as planned, in one try; rewritten and too young ones stay.
 
-    Between the look and the delete lies one request: a look that has become old before the delete is sent is done again.
+    The delete request directly follows the look-up, which is repeated if it has become too old by then.
 
     Args:
-        bucket: The instance's.
-        batch: What is to go.
-        not_after: An object that was uploaded later is too young.
-        deadline: Nothing is asked of the Hub after that.
-        lock_end: When, by the Hub's clock, the lock ends: nothing is deleted then. For those who may have got the order
+        bucket: Client of the instance's bucket.
+        batch: The objects to delete.
+        not_after: Objects uploaded later are too young.
+        deadline: Time after which no request is sent.
+        lock_end: End of the lock by the Hub's clock; nothing is deleted after it. Needed where the batch may have
+            arrived
+            arrived
             late; None where `deadline` was set when the lock was confirmed.
-        source: Of a mirror: what it has is `changed`, and stays.
+        source: Source of a mirror; objects that it holds end as `changed`, and stay.
 
     Raises:
-        HFBucketError: What will not pass by waiting: no rights, no such bucket.
+        HFBucketError: If an error is permanent: no permission, no such bucket.
     """
     paths = [item.path for item in batch.items]
     try:
@@ -95,11 +97,11 @@ def attempt(
 
 
 def _look(bucket: Bucket, paths: list[str], deadline: Deadline, lock_end: datetime | None) -> _Look:
-    """Look up what there is.
+    """Look up the objects at the given paths.
 
     Raises:
-        DeadlineError: The lock has ended.
-        HFBucketError: Nobody knows.
+        DeadlineError: If the lock has ended.
+        HFBucketError: If the Hub does not answer.
     """
     sent = monotonic()
     if lock_end is None:
@@ -120,7 +122,7 @@ def _look(bucket: Bucket, paths: list[str], deadline: Deadline, lock_end: dateti
 def _compare(
     batch: ItemBatch[Item], found: dict[str, ObjectInfo], at_source: Container[str], not_after: datetime
 ) -> tuple[list[ItemOutcome[Item]], dict[str, Item]]:
-    """What has ended, and by path what is still as planned."""
+    """Return the outcomes that are certain, and by path the objects that are still as planned."""
     ended: list[ItemOutcome[Item]] = []
     todo: dict[str, Item] = {}
     for item in batch.items:
@@ -131,7 +133,7 @@ def _compare(
             ended.append(ItemOutcome(item, Outcome.CHANGED))
         elif item.uploaded_at > not_after:
             ended.append(ItemOutcome(item, Outcome.TOO_YOUNG))
-        elif item.path in todo:  # a listing that shifted under its pages names an object twice
+        elif item.path in todo:  # a listing whose pages shifted may name an object twice
             ended.append(ItemOutcome(item, Outcome.GONE))
         else:
             todo[item.path] = item
@@ -145,7 +147,7 @@ def _again(
     why: dict[str, str],
     ended: list[ItemOutcome[Item]],
 ) -> Result[Item]:
-    """The result of a try that left something, or the last of it."""
+    """Return the result of a try that left objects: another try, or failures after the last one."""
     tries = batch.tries + 1
     if not left:
         return Result(tuple(ended))
@@ -158,9 +160,9 @@ def in_process(bucket: Bucket, width: int, source: ReferenceEndpoint | None = No
     """Return an executor that deletes from this process.
 
     Args:
-        bucket: The instance's.
-        width: Most batches at one time.
-        source: Of a mirror; None for any other job.
+        bucket: Client of the instance's bucket.
+        width: Maximum number of concurrent batches.
+        source: Source of a mirror; None for any other job.
     """
 
     def attempt_in_time(batch: ItemBatch[Item], not_after: datetime, deadline: Deadline) -> Result[Item]:

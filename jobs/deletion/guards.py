@@ -1,4 +1,4 @@
-"""What a plan must not be for anything to be deleted. Pure. Every refusal is of the whole plan."""
+"""Pure safety checks of listings and plans. A failed check refuses the whole plan."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DEFAULT_PERCENT: Final = 30.0
 _PERCENT: Final = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
 _WHOLE: Final = 100.0
 _SHRUNK: Final = 2
-"""A listing with fewer than one in so many of the objects that there were is not believed."""
+"""A listing is refused if it holds less than the last run's count divided by this."""
 
 _MISSING: Final = 10
-"""Nor is one that lacks more than one in so many of the objects that the bucket says it has."""
+"""A listing is also refused if it lacks more than one in this many of the objects that the bucket reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaxDelete:
-    """Most that one run may delete of an instance; all that are set must hold.
+    """Limits of the deletes of one run on an instance; all that are set must hold.
 
     Attributes:
-        objects: Most objects.
-        percent: Most objects, of those that the instance has.
-        bytes: Most bytes.
+        objects: Maximum number of objects.
+        percent: Maximum percentage of the instance's objects.
+        bytes: Maximum number of bytes.
     """
 
     objects: int | None = None
@@ -40,10 +40,10 @@ class MaxDelete:
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> MaxDelete:
-        """Read `5000`, `30%` and `500GiB`; none means `DEFAULT_PERCENT`.
+        """Parse limits such as `5000`, `30%` and `500GiB`; no limit means `DEFAULT_PERCENT`.
 
         Raises:
-            ConfigError: One is neither, or a kind is named twice.
+            ConfigError: If a text is not a limit, or a kind of limit occurs twice.
         """
         found: dict[str, float] = {}
         for text in texts:
@@ -73,15 +73,15 @@ class MaxDelete:
             ) from None
 
     def check(self, planned: Extent, listed: Extent, what: str = "object") -> None:
-        """Refuse a plan that deletes more.
+        """Refuse a plan that exceeds the limits.
 
         Args:
-            planned: What it deletes.
-            listed: What the instance has.
-            what: What these are, for people.
+            planned: Objects and bytes that the plan deletes.
+            listed: Objects and bytes that the instance holds.
+            what: Noun for the objects, used in the message.
 
         Raises:
-            GuardError: It does; the message says by how much and how to allow it.
+            GuardError: If the plan exceeds a limit; the message says by how much and how to allow it.
         """
         bounds: list[str] = []
         if self.objects is not None and planned.objects > self.objects:
@@ -97,16 +97,16 @@ class MaxDelete:
             )
 
     def record(self) -> dict[str, float]:
-        """For JSON: what is set."""
+        """Return the limits that are set, for JSON."""
         pairs = (("objects", self.objects), ("percent", self.percent), ("bytes", self.bytes))
         return {name: value for name, value in pairs if value is not None}
 
     @classmethod
     def from_record(cls, record: Any) -> MaxDelete:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Raises:
-            ValueError: It is no such thing, or limits nothing.
+            ValueError: If the record is invalid, or contains no limit.
         """
         if not isinstance(record, dict) or not record or set(record) - {"objects", "percent", "bytes"}:
             raise ValueError("max_delete needs objects, percent or bytes")
@@ -118,15 +118,15 @@ class MaxDelete:
 
 
 def check_not_more(listed: int, distinct: int, in_bucket: int) -> None:
-    """Refuse a listing that shows more than there is: pages that overlap, or objects that nobody put.
+    """Refuse a listing with more objects than the bucket holds: overlapping pages, or objects that were never uploaded.
 
     Args:
-        listed: The objects that it shows, those of it that it shows again included.
-        distinct: The same, each counted once.
-        in_bucket: How many the bucket says it has.
+        listed: Number of listed objects, duplicates included.
+        distinct: Number of distinct listed objects.
+        in_bucket: Number of objects that the bucket reports.
 
     Raises:
-        GuardError: It shows more than one in ten too many.
+        GuardError: If the listing exceeds that number by more than a tenth.
     """
     if (listed - in_bucket) * _MISSING <= in_bucket:
         return
@@ -147,19 +147,19 @@ def check_listing(
     may_be_empty: bool = False,
     done: str = "deleted",
 ) -> None:
-    """Refuse a listing that cannot be all of it.
+    """Refuse a listing that cannot be complete.
 
     Args:
-        listed: The chunks of the instance in it.
-        foreign: What else may be deleted.
-        seen: All objects in it, ours included.
-        in_bucket: How many the bucket says it has; None where the instance is only a part of it.
-        last: What the last run left of its chunks; None where there was none, or the shrinking was accepted.
-        may_be_empty: Whether there may be nothing in it.
-        done: What is not done then, for messages.
+        listed: Listed chunks of the instance.
+        foreign: Other listed objects that may be deleted.
+        seen: Number of all listed objects, the chunks included.
+        in_bucket: Number of objects that the bucket reports; None where the instance is only a part of the bucket.
+        last: Chunks that the last run left; None if there was no run, or `--accept-shrunk` was given.
+        may_be_empty: Whether an empty listing is accepted.
+        done: Participle of the refused action, used in messages.
 
     Raises:
-        GuardError: It is empty, truncated, or has less than half of what there was.
+        GuardError: If the listing is empty, truncated, or has less than half of what the last run left.
     """
     if not listed.and_(foreign).objects and not may_be_empty:
         raise SafetyError(f"the listing is empty: nothing is {done}. Is bucket_handle, with its prefix, the right one?")

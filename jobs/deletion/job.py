@@ -1,4 +1,4 @@
-"""One job on one instance: plan → guards → apply → report, with the lock around what deletes."""
+"""One deletion job on one instance: plan → guards → apply → report, with the lock held around every delete."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ _SKEW: Final = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class DeletionContext:
-    """What the options of a job do not say: how the command or program that asks for it goes on.
+    """Context of a job beyond its options, set by the command or program that runs it.
 
     Attributes:
         job: `cleanup`, `rm` or `mirror`.
-        min_age: Nothing younger is deleted.
-        until: The deadline of the whole command, of which this may be one instance of several.
+        min_age: Minimum age of the objects to delete.
+        until: Deadline of the whole command, which may cover several instances.
         local: Whether to delete in this process.
-        ask: Asks whether to carry out a plan; None if nobody can be asked, and nothing is deleted.
+        ask: Asks whether to apply a plan; None if there is nobody to ask, and nothing is deleted.
         show: Shows a plan.
-        neighbours: Handles of all instances that the configuration names.
-        source: Of a mirror, which is asked again before each batch, by this process: then `local` has to be true.
+        neighbours: Handles of all instances in the configuration.
+        source: Source of a mirror, which is looked up before each batch by this process: requires `local`.
     """
 
     job: str
@@ -84,17 +84,17 @@ class DeletionContext:
 
 
 class DeletionJob:
-    """A job on one instance.
+    """Deletion job on one instance.
 
     Args:
         named: The instance.
-        options: How it is to be done.
-        context: The same, as far as options do not say it.
-        file: Reports every object.
-        stop: Whether to stop.
+        options: Options of the job.
+        context: Context of the job beyond its options.
+        file: Report file, with a line for every object.
+        stop: Signal that requests a stop.
 
     Attributes:
-        error: What ended the job, if an error did.
+        error: Error that ended the job, if any.
     """
 
     def __init__(
@@ -124,15 +124,15 @@ class DeletionJob:
         self.error: Exception | None = None
 
     def select(self, selection: CandidateSource, wanted: dict[str, Any]) -> DeletionSummary:
-        """Plan what a selection wants, and carry it out if that was ordered."""
+        """Plan the deletion of a selection, and apply the plan if requested."""
         return self._reported(lambda bucket: self._select(bucket, selection, wanted))
 
     def resume(self, plan: DeletionPlanFile) -> DeletionSummary:
-        """Carry a plan out that was made before."""
+        """Apply an existing plan."""
         return self._reported(lambda bucket: self._resume(bucket, plan))
 
     def _reported(self, work: Callable[[Bucket], int]) -> DeletionSummary:
-        """Do the work, and report however it ends."""
+        """Run the work, and report its end, also after an error."""
         try:
             with patience(self._until), opened(self._named, REQUEST_SECS) as bucket:
                 code = work(bucket)
@@ -197,7 +197,7 @@ class DeletionJob:
             return self._apply(bucket, lock, plan)
 
     def _expect_no_neighbour(self, bucket: Bucket, plan: DeletionPlanFile) -> None:
-        """Refuse a plan that deletes what is of another instance by now."""
+        """Refuse a plan that deletes objects which now belong to another instance."""
         classifier = Classifier(bucket, self._neighbours(bucket, foreign=True))
         for item in plan.items():
             if classifier.is_neighbour(item.path):
@@ -207,12 +207,12 @@ class DeletionJob:
                 )
 
     def _neighbours(self, bucket: Bucket, *, foreign: bool) -> tuple[BucketHandle, ...]:
-        """The other instances, those of this bucket by its name here: what is below their prefixes is not deleted.
+        """Return the other instances of this bucket, named as here; nothing below their prefixes is deleted.
 
-        Where objects that are not chunks may be deleted, the Hub is asked which of the other names lead to this bucket.
+        If foreign objects may be deleted, also ask the Hub which other bucket names resolve to this bucket.
 
         Raises:
-            HFBucketError: Nobody knows.
+            HFBucketError: If the Hub does not answer.
         """
         own, others = bucket.handle, self._context.neighbours
         if not foreign or all(other.same_bucket(own) for other in others):
@@ -237,11 +237,11 @@ class DeletionJob:
         *,
         tick: Callable[[], None],
     ) -> DeletionPlanFile:
-        """List, plan, and judge the plan.
+        """List the instance, plan, and check the plan.
 
         Raises:
-            GuardError: It looks wrong.
-            HeatUnknownError: It would go by what was read, and that cannot be told.
+            GuardError: If a safety check fails.
+            HeatUnknownError: If the plan depends on reads, and these are not known.
         """
         now = clock.earliest() if clock.known else datetime.now(UTC)
         with self._open_access(bucket, now, needed=selection.needs_access) as heat:
@@ -330,7 +330,7 @@ class DeletionJob:
         ):
             self._notifier = notifier
             if not self._context.local:
-                self._stop.take_back()  # `ray.init` puts handlers of its own
+                self._stop.take_back()  # `ray.init` installs its own signal handlers
             applier = Applier(
                 executor,
                 confirm=lock.confirm,
@@ -353,10 +353,10 @@ class DeletionJob:
         return code
 
     def _executor(self, bucket: Bucket) -> Executor[Item]:
-        """Where batches are deleted: in this process, or on actors of the configured Ray cluster.
+        """Return the executor of deletes: this process, or actors of the configured Ray cluster.
 
         Raises:
-            HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the instance's token.
+            HFBucketError: If the Ray cluster cannot be joined, or its actors have no token for the instance.
         """
         options = self._options
         if self._context.local:
@@ -386,17 +386,17 @@ class DeletionJob:
         return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
 
     def _left(self, bucket: Bucket) -> Extent:
-        """The chunks that the instance has now: what an old plan knew of it is not less than what the last run left.
+        """Return the chunks that the instance holds now, as a floor for the outdated count of an old plan.
 
         Raises:
-            HFBucketError: The last report cannot be read.
+            HFBucketError: If the last report cannot be read.
         """
         left = self._summary(exit_codes.COMPLETE).left
         last = report.last_run(bucket, REQUEST_SECS) if self._resumed else None
         return left if last is None else max(left, last.left.minus(self._chunks_gone), key=lambda one: one.objects)
 
     def _keep(self, bucket: Bucket, code: int) -> int:
-        """Keep the report in the bucket: the next run judges its listing by it."""
+        """Store the report in the bucket: the next run checks its listing against it."""
         try:
             report.keep(bucket, self._summary(code), self._left(bucket), REQUEST_SECS)
         except HFBucketError as error:
@@ -412,11 +412,11 @@ def _file_name(header: DeletionHeader) -> str:
 
 
 def _expect_not_more(bucket: Bucket, planning: Planning, total: int) -> None:
-    """Refuse a listing of more than the bucket says it has, before it or after: engines wrote while it was listed.
+    """Refuse a listing with more objects than the bucket reports before or after it: engines write during a listing.
 
     Raises:
-        GuardError: It is one.
-        HFBucketError: The bucket does not say.
+        GuardError: If the listing has too many objects.
+        HFBucketError: If the bucket's object count cannot be read.
     """
     try:
         check_not_more(planning.shown, planning.seen, total)

@@ -1,6 +1,7 @@
-"""What is to be deleted, as a JSONL file: a header, one object a line, and an end without which it is no plan.
+"""Deletion plans: JSONL files with a header, a line per object, and an end line without which a plan is invalid.
 
-A plan may be read, kept, and cut: lines taken out are objects that stay. It is applied by `jobs.batch.apply`, as often as wanted.
+A plan may be read, kept and shortened: objects whose lines are removed stay. `jobs.batch.apply` may apply it
+repeatedly.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 
 MIRROR: Final = "mirror"
-"""The job that deletes at a destination what the source of an export does not have."""
+"""Job that deletes, at a destination, chunks that the source of an export does not hold."""
 
 _LONGEST_AGE_SECS: Final = 100 * 365 * 86400.0
-"""More is no less strict, and no date any more."""
+"""Maximum minimum age; a larger one is no stricter, and overflows the range of dates."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeletionHeader:
-    """What a plan is for.
+    """Header of a deletion plan.
 
     Attributes:
-        job: `cleanup` or `rm`.
-        instance: Whose objects.
-        bucket: Its handle.
-        endpoint: Its Hub.
-        made_at: When it was planned.
-        clock: Whose clock that is: `hub` or `local`.
-        min_age: Nothing younger may be deleted.
-        max_delete: Most that may be deleted.
-        foreign: Whether objects that are no chunks may be deleted.
-        config: The LMCache YAML that names the instance; None where it was named by an adapter's JSON.
-        wanted: The policy, or what was asked for.
-        heat: Whether it goes by what was read, see `jobs.retention.access.AccessStats.record`; empty in older plans.
+        job: `cleanup`, `rm` or `mirror`.
+        instance: Name of the instance.
+        bucket: Handle of its bucket.
+        endpoint: URL of its Hub.
+        made_at: Time of the plan.
+        clock: Clock of that time: `hub` or `local`.
+        min_age: Minimum age of the objects to delete.
+        max_delete: Limits of the deletes.
+        foreign: Whether objects that are not chunks may be deleted.
+        config: LMCache YAML with the instance; None where an adapter's JSON defines it.
+        wanted: The policy, or the requested keys and prefixes.
+        heat: Whether the plan depends on reads, see `jobs.retention.access.AccessStats.record`; empty in older plans.
     """
 
     job: str
@@ -68,7 +69,7 @@ class DeletionHeader:
     heat: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "record": "plan",
             "version": VERSION,
@@ -88,21 +89,22 @@ class DeletionHeader:
         }
 
     def _foreign_seal(self) -> str:
-        """What only a plan has that was made with `--foreign delete` as it says: an edited flag does not fit it."""
+        """Return the seal of a plan made with `--foreign delete`: a plan whose flag was edited does not have it."""
         made = [self.job, self.instance, str(self.bucket), self.endpoint, self.made_at.isoformat(), self.foreign]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     @classmethod
     def from_record(cls, record: dict[str, Any], *, foreign: bool = False) -> DeletionHeader:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Args:
-            record: The header.
-            foreign: Whether objects that are no chunks may be deleted whatever the plan was made for.
+            record: The header's JSON object.
+            foreign: Whether objects that are not chunks may be deleted even if the plan was made without that
+                permission.
 
         Raises:
-            ValueError: It is no header, or of another version.
-            RefusedError: It allows what the plan was not made for.
+            ValueError: If the record is not a valid header, or has another version.
+            RefusedError: If the header permits deletes that the plan was not made for.
         """
         if record.get("record") != "plan" or record.get("version") != VERSION:
             raise ValueError(f"this is no plan of version {VERSION}")
@@ -134,16 +136,16 @@ class DeletionHeader:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One object that is to go, if it is still the one that was listed.
+    """Object to delete, if it is still the listed one.
 
     Attributes:
-        path: From the root of the bucket.
-        key: Its key; of what is no chunk, its name.
-        xet_hash: Of its content.
-        size: Bytes.
-        uploaded_at: When the Hub took it.
-        reason: Why it goes.
-        last_used: When it was last put or read; None where reads are not known.
+        path: Path from the root of the bucket.
+        key: Its key, or its name if it is not a chunk.
+        xet_hash: Xet hash of its content.
+        size: Size in bytes.
+        uploaded_at: Upload time by the Hub's clock.
+        reason: Why it is deleted.
+        last_used: Time of its last put or read; None where reads are not known.
     """
 
     path: str
@@ -156,7 +158,7 @@ class Item:
 
     @property
     def is_chunk(self) -> bool:
-        """Whether it is a chunk: its name is that of its key. What is no chunk has its name in place of a key."""
+        """Whether the object is a chunk, with the name of its key. Other objects have their name in place of a key."""
         try:
             parse_key(self.key)
         except KeyFormatError:
@@ -164,7 +166,7 @@ class Item:
         return not is_probe(self.key) and self.path.rpartition("/")[2] == encode_name(self.key)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "path": self.path,
             "key": self.key,
@@ -177,10 +179,10 @@ class Item:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Item:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: If the record is invalid.
         """
         texts = [record.get(name) for name in ("path", "key", "xet_hash", "uploaded_at", "reason")]
         nbytes = record.get("size")
@@ -193,17 +195,17 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class DeletionTotals:
-    """What was found while planning.
+    """Counts of a planning run.
 
     Attributes:
-        listed: The chunks of the instance.
-        foreign: What is no chunk, and may be deleted: nothing but with `--foreign delete`.
-        planned: Those that are to go.
-        by_reason: Those, by model and reason. What is no chunk has no model.
-        kept: Those that stay, by reason.
-        passed_by: Objects that are none of the instance's, by kind.
-        latest: By reason, when the last of those that are to go was put, and when the last one was used; None where reads
-            are not known. Older plans do not say.
+        listed: Chunks of the instance.
+        foreign: Other objects that may be deleted; none without `--foreign delete`.
+        planned: Objects to delete.
+        by_reason: Objects to delete, by model and reason. Those that are not chunks have no model.
+        kept: Objects that stay, by reason.
+        passed_by: Objects that do not belong to the instance, by kind.
+        latest: By reason, the latest put and the latest use among the objects to delete; the use is None where reads
+            are not known. Missing in older plans.
     """
 
     listed: Extent
@@ -215,7 +217,7 @@ class DeletionTotals:
     latest: dict[str, tuple[datetime, datetime | None]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "listed": self.listed.record(),
             "foreign": self.foreign.record(),
@@ -234,10 +236,10 @@ class DeletionTotals:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> DeletionTotals:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: If the record is invalid.
         """
         named = {(one["model"], one["reason"]): Extent.from_record(one) for one in record["by_reason"]}
         kept, passed_by = (
@@ -265,14 +267,14 @@ def _moment(text: str) -> datetime:
 
 
 class DeletionPlanWriter(PlanOutput):
-    """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
+    """Writer of a plan, which appears under its name once it is complete. Use it as a context manager.
 
     Args:
-        path: Of the plan.
-        header: What it is for.
+        path: Path of the plan.
+        header: Header of the plan.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, header: DeletionHeader) -> None:
@@ -282,7 +284,7 @@ class DeletionPlanWriter(PlanOutput):
         self._latest: dict[str, tuple[datetime, datetime | None]] = {}
 
     def add(self, item: Item, model: str) -> None:
-        """Plan the deletion of an object."""
+        """Add the deletion of an object."""
         self._write(item.record())
         self._planned = self._planned.plus(item.size)
         group = (model, item.reason)
@@ -294,20 +296,20 @@ class DeletionPlanWriter(PlanOutput):
     def finish(
         self, listed: Extent, kept: dict[str, Extent], passed_by: dict[str, Extent], foreign: Extent = NOTHING
     ) -> None:
-        """End the plan: from now on it is there. See `DeletionTotals`."""
+        """Complete the plan, so that it appears under its name. The arguments are fields of `DeletionTotals`."""
         totals = DeletionTotals(listed, foreign, self._planned, dict(self._by_reason), kept, passed_by, self._latest)
         self._end(totals.record())
 
 
 class DeletionPlanFile:
-    """A plan on disk.
+    """Deletion plan on disk.
 
     Attributes:
-        path: Of the file.
-        header: What it is for.
-        totals: What was found while planning.
-        left: What is still in it: less than planned where lines were taken out.
-        chunks_left: The chunks among it.
+        path: Path of the file.
+        header: Header of the plan.
+        totals: Counts of the planning run.
+        left: Objects in the file; fewer than planned if lines were removed.
+        chunks_left: Chunks among those objects.
     """
 
     def __init__(
@@ -329,16 +331,17 @@ class DeletionPlanFile:
 
     @classmethod
     def open(cls, path: Path, *, ours: bool = False, foreign: bool = False) -> DeletionPlanFile:
-        """Read a plan, every line of it.
+        """Read a plan, and check every line.
 
         Args:
-            path: Of the plan.
-            ours: Whether to refuse one that somebody else could have written.
-            foreign: Whether `--foreign delete` was given again, for a plan that does not vouch for it.
+            path: Path of the plan.
+            ours: Whether to refuse a file that another user could have written.
+            foreign: Whether `--foreign delete` was given again, for a plan without a valid seal of it.
 
         Raises:
-            ConfigError: It cannot be read, is none, or is not whole.
-            RefusedError: It names what is never deleted, or more than was planned; or it may be somebody else's.
+            ConfigError: If the file cannot be read, is not a plan, or is incomplete.
+            RefusedError: If the plan names protected objects or more than was planned, or another user may have written
+                it.
         """
         left = chunks_left = Extent()
 
@@ -359,29 +362,30 @@ class DeletionPlanFile:
         return cls(path, header, totals, left, chunks_left=chunks_left, reader=reader)
 
     def check(self, limits: MaxDelete) -> None:
-        """Refuse it where it deletes more than limits allow.
+        """Refuse the plan if it exceeds limits.
 
-        Shares are of chunks for chunks, and of everything for everything: what is no chunk lends chunks no room.
+        Percentages are checked twice, of chunks and of all objects, so that other objects do not raise the limit of
+        chunks.
 
         Raises:
-            SafetyError: It does.
+            SafetyError: If the plan exceeds a limit.
         """
         listed = self.totals.listed
         limits.check(self.left, listed.and_(self.totals.foreign))
         limits.check(self.chunks_left, listed, "chunk")
 
     def items(self) -> Iterator[Item]:
-        """What is to go, in the plan's order: what was in it when it was opened, whatever its file holds now.
+        """Stream the objects to delete in the plan's order, as the file was when it was opened.
 
         Raises:
-            RefusedError: The file was changed since.
-            OSError: It cannot be read any more.
+            RefusedError: If the file has changed since.
+            OSError: If the file can no longer be read.
         """
         return map(Item.from_record, self._reader.items())
 
 
 def _expect_allowed(item: Item, header: DeletionHeader) -> None:
-    """Refuse what no plan of ours would name."""
+    """Refuse an item that no valid plan contains."""
     name = header.bucket.relative(item.path)
     if name is None or is_reserved(name):
         raise RefusedError(f"{item.path!r} is never deleted: nothing is")

@@ -1,4 +1,4 @@
-"""A listing, turned into a plan: what is to go, and what was found on the way."""
+"""Planning of deletions from a listing."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ if TYPE_CHECKING:
 _CACHE_KIB: Final = 16 * 1024
 
 TICK_OBJECTS: Final = 1000
-"""As many as a page has."""
+"""Number of entries of a page."""
 
 
 class CandidateSource(Protocol):
-    """What is to go."""
+    """Source of the decisions which objects to delete."""
 
     def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
-        """Decide upon the chunks, in any order."""
+        """Yield a decision for every chunk, in any order."""
 
     def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
-        """Decide upon what is no chunk, where that is to go."""
+        """Decide on an object that is not a chunk, if such objects may be deleted."""
 
     @property
     def needs_access(self) -> bool:
-        """Whether it goes by when chunks were last read."""
+        """Whether the decisions depend on the last reads of chunks."""
 
 
 class Planning:
-    """Counts a listing, and writes what is to go into a plan.
+    """Planner that counts a listing, and writes the objects to delete into a plan.
 
     Args:
-        header: Of the plan.
-        selection: What is to go.
-        writer: Of the plan.
-        tick: Called for every page: what must be done meanwhile.
-        heat: When chunks were last read.
+        header: Header of the plan.
+        selection: Decides which objects to delete.
+        writer: Writer of the plan.
+        tick: Called for every page, for periodic work.
+        heat: Known last reads of chunks.
 
     Attributes:
-        listed: The chunks of the instance.
-        foreign: What is no chunk, and may be deleted.
-        seen: All objects of the listing, each counted once.
-        shown: The same, each counted as often as the listing showed it.
+        listed: Chunks of the instance.
+        foreign: Other objects that may be deleted.
+        seen: Number of distinct objects in the listing.
+        shown: Number of objects in the listing, duplicates included.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Planning:
         self.passed_by: defaultdict[str, Extent] = defaultdict(Extent)
 
     def run(self, listing: Iterable[ListedObject]) -> None:
-        """Plan a listing.
+        """Plan the deletions of a listing.
 
         Raises:
-            GuardError: It did not come whole.
-            HFBucketError: It never will: no rights, no such bucket.
-            HeatUnknownError: A budget would delete by reads that are not known.
+            GuardError: If the listing is incomplete.
+            HFBucketError: If the listing fails permanently: no permission, no such bucket.
+            HeatUnknownError: If a budget would delete by reads that are not known.
         """
         now = self._header.made_at
         for decision in self._selection.chunks(self._access.warmed(self._chunks(listing)), now):
@@ -109,7 +109,7 @@ class Planning:
                 self.passed_by[str(one.kind)] = self.passed_by[str(one.kind)].plus(entry.size)
 
     def _distinct(self, listing: Iterable[ListedObject]) -> Iterator[ListedObject]:
-        """Each object once: a page that the Hub shows again lends no room to the cap on deletes."""
+        """Yield each object once, so that repeated pages do not raise the limit of deletes."""
         with SeenPaths() as seen:
             for one in listing:
                 if self.shown % TICK_OBJECTS == 0:
@@ -134,14 +134,14 @@ class Planning:
         self._writer.add(item, model)
 
     def finish(self) -> None:
-        """End the plan."""
+        """Complete the plan."""
         self._writer.finish(self.listed, dict(self.kept), dict(self.passed_by), self.foreign)
 
 
 class SeenPaths:
-    """Which paths were seen, in a temporary file. Use it as a context manager.
+    """Set of seen paths, in a temporary file. Use it as a context manager.
 
-    Paths come in their order where all is well, so that the table grows at its end: memory does not follow their number.
+    Paths normally arrive in ascending order, so the table grows at its end, and memory does not grow with their number.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class SeenPaths:
         self._base.close()
 
     def new(self, path: str) -> bool:
-        """Note a path; say whether it is the first time."""
+        """Add a path; return whether it is new."""
         return bool(
             self._base.execute(
                 "INSERT OR IGNORE INTO seen VALUES (?)", (path.encode("utf-8", "surrogatepass"),)
@@ -164,7 +164,7 @@ class SeenPaths:
 
 
 def _whole(listing: Iterable[ListedObject]) -> Iterator[ListedObject]:
-    """A listing that refuses where it breaks off."""
+    """Yield a listing; raise `GuardError` if it ends early."""
     try:
         yield from listing
     except (AccessDeniedError, BucketMissingError, ConfigError, RefusedError):
@@ -174,7 +174,7 @@ def _whole(listing: Iterable[ListedObject]) -> Iterator[ListedObject]:
 
 
 def by_age(entry: RetentionEntry, now: datetime, min_age: timedelta, reason: Reason) -> Decision:
-    """Delete whatever is old enough to be deleted at all."""
+    """Decide to delete an entry unless it is younger than `min_age`."""
     if entry.uploaded_at is None:
         return Decision(entry, Reason.NO_DATE, delete=False)
     if now - entry.uploaded_at < min_age:

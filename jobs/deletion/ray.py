@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Deleter:
-    """The actor that deletes: one bucket client, one batch at a time."""
+    """Actor that deletes: one bucket client, one batch at a time."""
 
     def __init__(self, settings: InstanceSettings, instance: str) -> None:
         xet_home.claim()
@@ -30,13 +30,13 @@ class _Deleter:
         self._bucket = open_bucket(settings, instance, MemorySink(), REQUEST_SECS)
 
     def tokens(self) -> list[bool]:
-        """Whether its node has a token for the instance."""
+        """Return whether the actor's node has a token for the instance."""
         return [self._settings.resolve_token() is not None]
 
     def attempt(
         self, batch: ItemBatch[Item], not_after: datetime, seconds: float, lock_end: datetime
     ) -> Result[Item] | HFBucketError:
-        """Try at a batch. Errors are returned: raised ones would come wrapped in Ray's."""
+        """Make one try at a batch. Errors are returned, because Ray would wrap raised ones."""
         try:
             return attempt(self._bucket, batch, not_after, Deadline.after(seconds), lock_end)
         except HFBucketError as error:
@@ -44,16 +44,16 @@ class _Deleter:
 
 
 class DeletionActors(ActorExecutor["Item"]):
-    """Batches of deletes on actors.
+    """Executor that runs batches of deletes on Ray actors.
 
     Args:
         named: The instance.
-        width: How many actors.
-        address: Of the cluster; None for the configured one.
+        width: Number of actors.
+        address: Address of the Ray cluster; None for the configured one.
 
     Raises:
-        ConfigError: A token is written into the configuration, or a node lacks its variable.
-        ClusterError: The cluster cannot be joined, or starts no actors.
+        ConfigError: If a token is written into the configuration, or a node lacks its environment variable.
+        ClusterError: If the cluster cannot be joined, or starts no actors.
     """
 
     def __init__(self, named: InstanceConfig, width: int, address: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Just before objects are deleted because nobody used them: was one of them read since that was planned?"""
+"""Check, just before unused objects are deleted, whether they were read since the plan."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ if TYPE_CHECKING:
 
 _ITEMS: Final = 1000
 _LOOK_SECS: Final = 180.0
-"""How old what is known may be: a listing of the journals costs a call for 1000, and readers tell of hits every five minutes."""
+"""Maximum age in seconds of the known reads: a listing of journals costs a call per 1000, and readers report hits every
+five minutes."""
 
 _REQUEST_SECS: Final = 60.0
 _DRIFT_SECS: Final = 60.0
-"""A journal that is rewritten tells of an old hit as if it were later by what its upload took."""
+"""Tolerance in seconds: a rewritten journal dates an old hit later by the duration of its upload."""
 
 _MOST_HITS: Final = 4_000_000
-"""Keys that were read since: 100 MB."""
+"""Maximum number of keys read since the plan; they take 100 MB."""
 
 _LAST: Final = np.dtype([("digest_hi", "<u8"), ("digest_lo", "<u8"), ("at", "<f8")])
 
 
 class Recheck:
-    """Keeps back what was read since it was planned.
+    """Filter that keeps items which were read since the plan.
 
     Args:
-        bucket: The instance's.
-        table: What a snapshot knows that is newer than the plan; None for a plan that was made by it.
-        since: Journals that the Hub took since then tell what it does not know, in seconds since 1970.
-        on_end: Is told of what is kept back.
-        clock: Monotonic seconds.
-        lost_at: The last moment at which an engine dropped hits, as far as the plan knows, in seconds since 1970.
+        bucket: Client of the instance's bucket.
+        table: Rows of a snapshot newer than the plan; None for a plan made from the current snapshot.
+        since: Start of the journals to read, by upload time, in seconds since 1970.
+        on_end: Called with the outcome of every item that is kept.
+        clock: Returns monotonic seconds.
+        lost_at: Last time at which an engine dropped hits, as known to the plan, in seconds since 1970.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class Recheck:
         self._last: Rows = np.zeros(0, _LAST)
 
     def unused(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The items that were not read since, as they are asked for.
+        """Lazily yield the items that were not read since the plan.
 
         Raises:
-            HeatUnknownError: Nobody knows what was read since.
+            HeatUnknownError: If the reads since the plan are not known.
         """
         while page := list(islice(items, _ITEMS)):
             asked = [item for item in page if item.reason in BY_USE and item.last_used is not None]
@@ -113,13 +114,13 @@ class Recheck:
         return some
 
     def _look(self) -> None:
-        """Read the journals that are new, if it is time."""
+        """Read new journals, if due."""
         if self._looked_at is not None and self._clock() - self._looked_at < _LOOK_SECS:
             return
         try:
             listing = self._store.list(Deadline.after(_REQUEST_SECS))
             if listing.crowded:
-                raise AccessUnknownError(f"what was read since the plan is not known: {listing.crowded}. {ADVICE}")  # noqa: TRY301 - beside the others
+                raise AccessUnknownError(f"what was read since the plan is not known: {listing.crowded}. {ADVICE}")  # noqa: TRY301 - raised beside the other errors
             fresh = [
                 one
                 for one in listing.journals
@@ -141,10 +142,10 @@ class Recheck:
         self._looked_at = self._clock()
 
     def _expect_whole(self, lost: Rows) -> None:
-        """Make sure that no hit was dropped since what was planned by.
+        """Refuse to continue if hits were dropped since the plan's data.
 
         Raises:
-            HeatUnknownError: Some were.
+            HeatUnknownError: If hits were dropped.
         """
         lost = lost[lost["at"] > self._lost_at + _DRIFT_SECS]
         if len(lost):
@@ -167,7 +168,7 @@ class Recheck:
             )
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop reading journals."""
         self._store.close()
 
 
@@ -179,12 +180,14 @@ def _dropped(hits: int) -> AccessUnknownError:
 
 
 def _dropped_before(header: DeletionHeader, planned_by: Pointer | None) -> float:
-    """The last moment at which an engine dropped hits, as far as a plan knows."""
+    """Return the last time at which an engine dropped hits, as known to a plan, in seconds since 1970."""
     if planned_by is not None:
         return planned_by.heat_lost_at
     at = header.heat.get("dropped_at")
     try:
-        return datetime.fromisoformat(at).timestamp() + 1 if isinstance(at, str) else 0.0  # it is told to the second
+        return (
+            datetime.fromisoformat(at).timestamp() + 1 if isinstance(at, str) else 0.0
+        )  # it is recorded to the second
     except (ValueError, OverflowError):
         return 0.0
 
@@ -199,19 +202,19 @@ def rechecking(
     *,
     without: bool,
 ) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
-    """What passes by items that were read since they were planned; everything passes of a plan that does not go by reads.
+    """Provide a filter of items read since the plan; it passes every item of a plan that does not depend on reads.
 
     Args:
-        bucket: The instance's.
-        header: Of the plan.
-        planned_by: The snapshot that the plan was just made by; None for a plan that was made before.
-            Where there is another one by now that one is gone by: journals that tell what it has may have been pruned.
-        now: The Hub's time.
-        on_end: Is told of what is kept back.
-        without: Whether to do without, whatever the plan goes by.
+        bucket: Client of the instance's bucket.
+        header: Header of the plan.
+        planned_by: The snapshot that the plan was just made from; None for an existing plan.
+            If there is a newer one, it is used: journals covered by it may have been pruned.
+        now: Time of the Hub.
+        on_end: Called with the outcome of every item that is kept.
+        without: Whether to skip the check, even if the plan depends on reads.
 
     Raises:
-        HeatUnknownError: Nobody knows by now what was read since.
+        HeatUnknownError: If the reads since the plan are no longer known.
     """
     if not header.heat.get("known") or without:
         yield lambda items: items
@@ -232,12 +235,15 @@ def rechecking(
 
 
 def _is_present(bucket: Bucket, pointer: Pointer) -> bool:
-    """Whether a snapshot is the present one still. What it covers does not tell: the Hub's clock has seconds."""
+    """Return whether a snapshot is still the current one.
+
+    Its coverage does not say: the Hub's clock has a resolution of seconds.
+    """
     store, path = IndexStore(bucket, "recheck"), bucket.handle.join(POINTER)
     try:
         info = bucket.stat([path], Deadline.after(_REQUEST_SECS)).get(path)
         return info is not None and store.read_pointer(info, Deadline.after(_REQUEST_SECS)) == pointer
-    except HFBucketError:  # reading all of it reports what is wrong
+    except HFBucketError:  # reading the whole index reports the cause
         return False
     finally:
         store.close()

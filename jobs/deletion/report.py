@@ -1,4 +1,4 @@
-"""Show a plan that deletes, and report what came of it."""
+"""Display of a deletion plan, and the summary of its application."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeletionSummary:
-    """What came of a job on one instance.
+    """Summary of a deletion job on one instance.
 
     Attributes:
-        job: `cleanup` or `rm`.
-        instance: Which.
-        bucket: Its handle.
+        job: `cleanup`, `rm` or `mirror`.
+        instance: Name of the instance.
+        bucket: Handle of its bucket.
         code: The exit code.
-        applied: Whether anything was to be deleted; a plan that is only shown is not.
-        message: Why it did not end well; empty where it did.
-        plan: The plan, where there is one.
-        ended: How much ended, by outcome.
-        chunks_gone: The chunks among what is no longer there.
+        applied: Whether the plan was to be applied; false for a plan that is only shown.
+        message: Why the job failed; empty if it did not.
+        plan: The plan, if there is one.
+        ended: Objects and bytes by outcome.
+        chunks_gone: Chunks that no longer exist.
         failures: The first objects that failed.
-        seconds: How long it took.
-        absent: Keys that were asked for and are not there, the first ones.
-        absent_count: How many there are.
+        seconds: Duration of the job.
+        absent: The first requested keys that do not exist.
+        absent_count: Number of requested keys that do not exist.
     """
 
     job: str
@@ -58,7 +58,7 @@ class DeletionSummary:
 
     @property
     def exit_code(self) -> int:
-        """What the command exits with: 0, 2, 3, 4 or 5."""
+        """Exit code of the command: 0, 2, 3, 4 or 5."""
         return self.code
 
     @property
@@ -68,7 +68,7 @@ class DeletionSummary:
 
     @property
     def unfinished(self) -> Extent:
-        """What was planned and has not ended."""
+        """Planned objects without an outcome."""
         if self.plan is None or not self.applied:
             return Extent()
         left = self.plan.left
@@ -78,27 +78,27 @@ class DeletionSummary:
 
     @property
     def planned(self) -> Extent:
-        """What the plan deletes."""
+        """Objects and bytes that the plan deletes."""
         return Extent() if self.plan is None else self.plan.left
 
     @property
     def deleted(self) -> Extent:
-        """What was deleted."""
+        """Objects and bytes that were deleted."""
         return self.ended.get(Outcome.DELETED, NOTHING)
 
     @property
     def left(self) -> Extent:
-        """The chunks that the instance has now, as far as this job knows."""
+        """Chunks that the instance holds now, as far as this job knows."""
         return Extent() if self.plan is None else self.plan.totals.listed.minus(self.chunks_gone)
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines of the summary for the terminal."""
         if self.message:
             yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
         if self.absent:
             yield f"{self.absent_count} keys that were asked for are not there, such as {self.absent[0]!r}"
         if self.plan is not None and not self.applied:
-            if not self.code:  # what is refused would be refused again
+            if not self.code:  # a refused plan would be refused again
                 yield f"nothing was deleted: this was only planned. To carry it out: python -m jobs apply {self.plan.path} --yes"
             return
         if self.ended:
@@ -107,7 +107,7 @@ class DeletionSummary:
             yield f"to go on: python -m jobs apply {self.plan.path} --yes"
 
     def gauges(self) -> dict[str, float]:
-        """For metrics."""
+        """Gauges for the metrics file, by name."""
         deleted, failed = (self.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
         known: dict[str, float] = {} if self.plan is None else {"objects": self.left.objects, "bytes": self.left.bytes}
         return known | {
@@ -118,7 +118,7 @@ class DeletionSummary:
         }
 
     def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/retention.md`."""
+        """Fields for JSON, described in `docs/retention.md`."""
         code = self.code
         record: dict[str, Any] = {
             "record": "summary",
@@ -142,7 +142,7 @@ class DeletionSummary:
 
 
 def header_record(header: DeletionHeader) -> dict[str, Any]:
-    """The first line of an instance's part of a report."""
+    """Return the first line of an instance's section of a report."""
     return header.record() | {"record": "report"}
 
 
@@ -150,7 +150,7 @@ _HEADER = ("model", "reason", "objects", "bytes")
 
 
 def show_plan(shown: DeletionPlanFile) -> None:
-    """Objects and bytes by model and reason: a table in a terminal, else a line for each. Then what it goes by, and both ages."""
+    """Print objects and bytes by model and reason, the data that the plan depends on, and both ages."""
     totals, name = shown.totals, shown.header.instance
     rows = [
         (printable(model) if model else "(no chunk)", reason, f"{extent.objects:,}", size(extent.bytes))
@@ -183,7 +183,7 @@ def _ages(shown: DeletionPlanFile) -> None:
 
 
 def ask_to_delete(shown: DeletionPlanFile) -> bool:
-    """Ask whether to carry a plan out; no answer is none."""
+    """Ask whether to apply a plan; without an answer, return False."""
     try:
         return typer.confirm(f"Delete {shown.left} from {shown.header.bucket}, for ever?", default=False, err=True)
     except typer.Abort:

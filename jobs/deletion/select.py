@@ -1,4 +1,4 @@
-"""What a cleanup or an `rm` deletes."""
+"""Selections of the objects that a cleanup or an `rm` deletes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class ByPolicy:
-    """A selection by a policy.
+    """Selection by a retention policy.
 
     Args:
-        policy: Of the instance.
-        directory: Where to spill; None for the system's directory of temporary files.
+        policy: Policy of the instance.
+        directory: Directory of the spill file; None for the system's directory of temporary files.
     """
 
     def __init__(self, policy: Policy, directory: Path | None = None) -> None:
@@ -33,31 +33,31 @@ class ByPolicy:
 
     @property
     def needs_access(self) -> bool:
-        """Whether the policy goes by when chunks were last read."""
+        """Whether the policy depends on the last reads of chunks."""
         return self._policy.goes_by_use
 
     def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
-        """Decide upon the chunks."""
+        """Yield a decision for every chunk."""
         return decide(self._policy, entries, now, self._directory)
 
     def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
-        """Let go of what is no chunk, unless it is too young or shielded by its name."""
+        """Delete an object that is not a chunk, unless it is too young or shielded by its name."""
         if entry.key.startswith(self._policy.keep_prefix):
             return Decision(entry, Reason.SHIELDED, delete=False)
         return by_age(entry, now, self._policy.min_age, Reason.FOREIGN)
 
 
 NAMED_ABSENT: Final = 1000
-"""Keys that are not there which a summary names; it counts all of them."""
+"""Maximum number of missing keys that a summary names; it counts all of them."""
 
 
 class ByName:
-    """A selection by keys and prefixes.
+    """Selection by keys and prefixes.
 
     Args:
-        keys: Whole keys; of what is no chunk, its name below the instance's prefix. None counts as found.
-        prefixes: Starts of keys; none empty.
-        min_age: Nothing younger goes.
+        keys: Whole keys, or names below the instance's prefix of objects that are not chunks. None counts as found.
+        prefixes: Prefixes of keys; none is empty.
+        min_age: Minimum age of the objects to delete.
     """
 
     needs_access = False
@@ -70,43 +70,43 @@ class ByName:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Keys that no listing had so far, the first ones."""
+        """The first keys that no listing has shown so far."""
         return tuple(self._keys.absent(NAMED_ABSENT))
 
     @property
     def absent_count(self) -> int:
-        """How many keys no listing had so far."""
+        """Number of keys that no listing has shown so far."""
         return self._keys.count_absent()
 
     def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
-        """Decide upon the chunks."""
+        """Yield a decision for every chunk."""
         return (self.foreign(entry, now) for entry in entries)
 
     def foreign(self, entry: RetentionEntry, now: datetime) -> Decision:
-        """Decide upon any object."""
+        """Decide on any object."""
         if not self._keys.find(entry.key) and not entry.key.startswith(self._prefixes):
             return Decision(entry, Reason.KEPT, delete=False)
         return by_age(entry, now, self._min_age, Reason.ASKED)
 
 
 def read_keys(path: Path) -> Iterator[str]:
-    """Stream the keys of a file, one a line; empty lines are left out.
+    """Stream the keys of a file, one per line; empty lines are skipped.
 
     Raises:
-        ConfigError: It cannot be read, names nothing, or a line holds a control character.
+        ConfigError: If the file cannot be read, has no keys, or a line contains a control character.
     """
     number = 0
-    for number, line in key_lines(path, "--key-file"):  # noqa: B007 - whether there was one is asked below
+    for number, line in key_lines(path, "--key-file"):  # noqa: B007 - checked after the loop, to detect an empty file
         yield line
     if not number:
         raise ConfigError(f"--key-file {str(path)!r} names no key")
 
 
 def expect_text(argument: str) -> None:
-    """Make sure that an argument is text that a name can hold.
+    """Refuse an argument that cannot be part of a name.
 
     Raises:
-        ConfigError: The shell handed over bytes that are not valid UTF-8.
+        ConfigError: If the shell passed bytes that are not valid UTF-8.
     """
     try:
         argument.encode()
