@@ -1,13 +1,12 @@
-"""LMCache's classic, in-process engine: a `RemoteConnector` over `ChunkStore`, and which instances it serves.
+"""Adapter for LMCache's classic, in-process engine: a `RemoteConnector` over `ChunkStore`.
 
-The engine calls the coroutines on an event loop that it shares with everything else. Nothing of ours allocates, copies
-or waits there: each call hands its work to a thread and awaits a future that the thread resolves.
+The engine runs the coroutines on a shared event loop, so nothing here allocates, copies or waits on it: each call hands
+its work to a thread and awaits a future.
 
-LMCache ships a backend of its own for the type `hfbucket`, and its `ConnectorManager` lets the first adapter that can
-parse a URL win: built-in ones come first, and none of them sees the configuration. LMCache imports and constructs an
-external class of that type, and never uses it. So the manager is taught one rule, here and nowhere else: *an instance
-whose `module_path` and `class_name` name this adapter is served by it*. The same rule serves type names that LMCache does
-not know, and leaves other plugins and the built-in backend their instances.
+LMCache has a built-in backend for the type `hfbucket`. Its `ConnectorManager` uses the first adapter that can parse a
+URL, and built-in ones come first, so an external class of that type is constructed but never used. `_teach_manager`
+adds one rule: an instance whose `module_path` and `class_name` name this adapter is served by it. The rule also covers
+type names that LMCache does not know, and leaves the instances of the built-in backend and of other plugins alone.
 """
 
 from __future__ import annotations
@@ -64,15 +63,15 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _GET_SHARE: Final = 0.9
-"""Share of LMCache's `blocking_timeout_secs` that a get may take: past it LMCache throws away what did arrive."""
+"""Share of LMCache's `blocking_timeout_secs` that a get may use; after it LMCache discards what has arrived."""
 
 _DEFAULT_BLOCKING_SECS: Final = 10.0
 _CONCURRENT_CALLS: Final = 32
-"""Gets and lists that may be in progress: each holds a thread, and an engine has far fewer."""
+"""Maximum number of concurrent gets and lists. Each holds a thread, and an engine runs far fewer."""
 
 _CONCURRENT_QUESTIONS: Final = 16
-"""Lookups, pings and deletes that may be in progress. They are short, and have threads of their own: behind gets that
-hang, a lookup would outlast its deadline, and a ping LMCache's patience, which then disables the whole engine."""
+"""Maximum number of concurrent lookups, pings and deletes. They are short and have their own threads: behind gets that
+hang, a lookup would exceed its deadline, and a ping would exceed LMCache's, which then disables the whole engine."""
 
 PING_OK, PING_CLOSED = 0, 1
 
@@ -82,19 +81,20 @@ _MARK: Final = "_lmcache_hfbucket_rule"
 
 
 class HFBucketConnector(RemoteConnector):
-    """One bucket instance as a remote store of LMCache's.
+    """LMCache remote connector for one bucket instance.
 
     Args:
-        local_cpu_backend: Gives memory for chunks that are read.
-        config: The engine's configuration. `save_unfull_chunk`, `save_chunk_meta` and layerwise mode must be off.
-        metadata: The layout of a chunk; asked for each call, since KV groups may register after the connector is made.
-        settings: The instance's.
-        instance: Its name.
-        sink: Where outcomes are counted; by default the Prometheus registry that LMCache serves.
+        local_cpu_backend: Allocator of memory for chunks that are read.
+        config: Engine configuration. `save_unfull_chunk`, `save_chunk_meta` and layerwise mode must be off.
+        metadata: Layout of a chunk, read at each call because KV groups may register after the connector is made.
+        settings: Settings of the instance.
+        instance: Name of the instance.
+        sink: Metrics sink for outcomes; by default the Prometheus registry that LMCache serves.
 
     Raises:
-        ConfigError: The engine's configuration asks for what a bucket of full chunks cannot do. Problems with the
-            token, the bucket or the network never raise here: LMCache would run without the connector for ever.
+        ConfigError: The engine configuration requires something that a bucket of full chunks cannot do. Problems with
+            the token, the bucket or the network never raise here, because LMCache would then run without the connector
+            for its lifetime.
     """
 
     def __init__(
@@ -127,25 +127,25 @@ class HFBucketConnector(RemoteConnector):
         self._closer = WorkerPool(f"hfbucket-close-{instance}", 1)
         for pool in (self._calls, self._questions, self._closer):
             pool.prepare()
-        # LMCache gives a stub to schedulers, which never read.
+        # LMCache gives schedulers a stub; they never read.
         self._store.begin(reads=not isinstance(local_cpu_backend, SafeLocalCPUBackend))
 
-    # --- lookups: sync ones run in the caller's thread, which LMCache gives no timeout ------------------------------
+    # --- lookups: synchronous ones run in the caller's thread, without a timeout from LMCache -------------------------
 
     def exists_sync(self, key: CacheEngineKey) -> bool:
-        """Whether a full chunk is there; a failure counts as absent. Ends within `lookup_timeout_secs`."""
+        """Return whether a full chunk exists, within `lookup_timeout_secs`; a failure counts as absent."""
         return self.batched_contains([key]) == 1
 
     async def exists(self, key: CacheEngineKey) -> bool:
-        """Whether a full chunk is there; a failure counts as absent. Ends within `lookup_timeout_secs`."""
+        """Return whether a full chunk exists, within `lookup_timeout_secs`; a failure counts as absent."""
         return await self.batched_async_contains("", [key]) == 1
 
     def support_batched_contains(self) -> bool:
-        """Yes: one request answers for all keys."""
+        """Return True: one request answers for all keys."""
         return True
 
     def batched_contains(self, keys: builtins.list[CacheEngineKey]) -> int:
-        """How many keys, from the first on without a gap, are there as full chunks."""
+        """Return the number of leading keys that exist as full chunks."""
         if self._shield.raised:
             self._store.not_looked_up(len(keys), "shield")
             return 0
@@ -157,28 +157,28 @@ class HFBucketConnector(RemoteConnector):
     async def batched_async_contains(
         self, lookup_id: str, keys: builtins.list[CacheEngineKey], pin: bool = False
     ) -> int:
-        """As `batched_contains`, off the event loop. Nothing is pinned: a bucket does not evict."""
+        """Run `batched_contains` off the event loop. Nothing is pinned, because a bucket does not evict."""
         del lookup_id, pin
         return await self._call(self._questions, self.batched_contains, keys)
 
     # --- get ------------------------------------------------------------------------------------------------------
 
     def support_batched_get(self) -> bool:
-        """Yes: chunks of a batch are read side by side."""
+        """Return True: the chunks of a batch are read concurrently."""
         return True
 
     async def get(self, key: CacheEngineKey) -> MemoryObj | None:
-        """Read one chunk, or None for a miss of any kind."""
+        """Read one chunk; return None for any kind of miss."""
         return (await self.batched_get([key]))[0]
 
     async def batched_get(self, keys: builtins.list[CacheEngineKey]) -> builtins.list[MemoryObj | None]:
-        """Read chunks; None for each that is a miss of any kind. The caller owns one reference to each object."""
+        """Read chunks; return None for each miss of any kind. The caller owns one reference to each returned object."""
         return await self._get(keys, prefix_only=False)
 
     async def batched_get_non_blocking(
         self, lookup_id: str, keys: builtins.list[CacheEngineKey]
     ) -> builtins.list[MemoryObj]:
-        """Read chunks up to the first miss."""
+        """Read the chunks before the first miss. The caller owns one reference to each returned object."""
         del lookup_id
         return [found for found in await self._get(keys, prefix_only=True) if found is not None]
 
@@ -204,7 +204,7 @@ class HFBucketConnector(RemoteConnector):
                 memory_obj.ref_count_down()
 
     def _allocate(self, _index: int) -> TargetMemory | None:
-        # By default `allocate` waits for memory that the very engine it blocks would have to free.
+        # By default `allocate` waits for memory that only the blocked engine itself could free.
         memory_obj = self._local_cpu.allocate(
             self._metadata.get_shapes(), self._metadata.get_dtypes(), self.meta_fmt, busy_loop=False
         )
@@ -213,23 +213,23 @@ class HFBucketConnector(RemoteConnector):
     # --- put ------------------------------------------------------------------------------------------------------
 
     def support_batched_put(self) -> bool:
-        """Yes: chunks of a batch are written in few commits."""
+        """Return True: the chunks of a batch are written in few commits."""
         return True
 
     async def put(self, key: CacheEngineKey, memory_obj: MemoryObj) -> None:
         """Store one full chunk.
 
         Raises:
-            PartialFailureError: It was not stored; counted and logged already.
+            PartialFailureError: The chunk was not stored; the failure has been counted and logged.
         """
         await self.batched_put([key], [memory_obj])
 
     async def batched_put(self, keys: builtins.list[CacheEngineKey], memory_objs: builtins.list[MemoryObj]) -> None:
-        """Store full chunks. References are left alone: LMCache's wrapper drops them.
+        """Store full chunks. The caller's references are kept; LMCache's wrapper drops them.
 
         Raises:
-            PartialFailureError: Some were not stored; each was counted and logged already.
-            ValueError: There are more of one than of the other.
+            PartialFailureError: Some chunks were not stored; each failure has been counted and logged.
+            ValueError: The numbers of keys and of memory objects differ.
         """
         if len(keys) != len(memory_objs):  # before any reference is taken
             raise ValueError(f"{len(keys)} keys and {len(memory_objs)} memory objects: their numbers must be equal")
@@ -252,7 +252,7 @@ class HFBucketConnector(RemoteConnector):
     # --- delete, list, ping, close -----------------------------------------------------------------------------------
 
     def remove_sync(self, key: CacheEngineKey) -> bool:
-        """Delete a chunk; whether it is gone. Ends within `lookup_timeout_secs`, in the caller's thread."""
+        """Delete a chunk in the caller's thread, within `lookup_timeout_secs`; return whether it is gone."""
         if why := self._refusal([key]):
             self._store.kept_out("delete", 1, why)
             return False
@@ -261,32 +261,32 @@ class HFBucketConnector(RemoteConnector):
             future = self._questions.submit(self._store.delete, [key.to_string()], deadline)
             return not future.result(timeout=deadline.remaining())
         except (HFBucketError, TimeoutError, RuntimeError):
-            return False  # counted and logged where it happened
+            return False  # already counted and logged
 
     async def list(self) -> builtins.list[str]:
-        """The key strings of this instance.
+        """List the key strings of this instance.
 
         Raises:
-            HFBucketError: The listing is not complete.
+            HFBucketError: The listing is incomplete.
         """
         return await self._call(self._calls, lambda: [*self._store.list_keys()])
 
     def support_ping(self) -> bool:
-        """Yes; see `ping`."""
+        """Return True; see `ping`."""
         return True
 
     async def ping(self) -> int:
-        """0 as long as this connector is open.
+        """Return 0 as long as this connector is open, without a request to the Hub.
 
-        LMCache asks in order to protect the engine from a backend that stalls, and disables the whole engine's cache,
-        local tiers included, on one failed answer. Here deadlines and breakers protect it: whatever the Hub does, a
-        lookup is a miss in time. So this answers for the connector, and asks the Hub nothing: a fleet that pinged it
-        every 30 s from each worker would use up its member's quota. The state of the Hub is in the metrics and the log.
+        LMCache pings to protect the engine from a stalled backend: after one failed ping it disables the whole engine's
+        cache, including local tiers. Deadlines and circuit breakers already give that protection here, because a lookup
+        becomes a miss in time whatever the Hub does. Pinging the Hub every 30 s from each worker of a fleet would use
+        up the account's quota. The state of the Hub is in the metrics and the log.
         """
         return PING_CLOSED if self._closed else PING_OK
 
     async def close(self) -> None:
-        """Wait up to `close_timeout_secs` for puts in progress, then end everything at once; once is enough."""
+        """Wait up to `close_timeout_secs` for puts in progress, then abort all other work. Further calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -311,7 +311,7 @@ class HFBucketConnector(RemoteConnector):
         return detect.classic(self._config, self._metadata, self._settings.model_revision)
 
     def _refusal(self, keys: Sequence[CacheEngineKey], *, storing: bool = False) -> str | None:
-        """Why the fingerprint keeps chunks out; never LMCache's probe, without which the engine would not recover."""
+        """Return why the fingerprint excludes chunks. LMCache's probe never is, or the engine would not recover."""
         if keys and keys[0].model_name == PROBE_MODEL and is_probe(keys[0].to_string()):
             return None
         return self._fingerprint.refusal(storing=storing)
@@ -326,13 +326,13 @@ class HFBucketConnector(RemoteConnector):
         *args: Any,
         dropped: Callable[[_T], None] | None = None,
     ) -> _T:
-        """Run a blocking function on a pool and await it.
+        """Run a blocking function in a pool and await it.
 
         Args:
-            pool: Whose thread runs it.
-            function: What to run.
-            *args: Its arguments.
-            dropped: Given the result when the awaiting task was cancelled meanwhile; runs on the pool's thread.
+            pool: Pool that runs the function.
+            function: Function to run.
+            *args: Arguments of the function.
+            dropped: Called on the pool's thread with the result if the awaiting task was cancelled meanwhile.
         """
         future = pool.submit(function, *args)
         try:
@@ -352,7 +352,7 @@ def _drop(future: Future[_T], dropped: Callable[[_T], None]) -> None:
 
 
 def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:
-    """Refuse what cannot work with full chunks that carry no metadata."""
+    """Reject engine settings that cannot work with full chunks without metadata."""
     wrong = rule_violations(
         save_unfull_chunk=bool(config.save_unfull_chunk),
         save_chunk_meta=bool((config.extra_config or {}).get("save_chunk_meta", False)),
@@ -364,7 +364,7 @@ def _check_engine(config: LMCacheEngineConfig, instance: str) -> None:
 
 
 def _without_chunk_meta(config: LMCacheEngineConfig) -> LMCacheEngineConfig:
-    """The configuration with `save_chunk_meta` off, which LMCache's base class takes to be on when it is left out."""
+    """Return the configuration with `save_chunk_meta` off; LMCache's base class treats a missing value as on."""
     adjusted = copy(config)
     adjusted.extra_config = {**(config.extra_config or {}), "save_chunk_meta": False}
     return adjusted
@@ -383,22 +383,22 @@ def _get_timeout(config: LMCacheEngineConfig, settings: InstanceSettings, instan
 
 
 class HFBucketConnectorAdapter(ConnectorAdapter):
-    """Makes connectors for bucket instances. LMCache constructs it without arguments."""
+    """Creates connectors for bucket instances. LMCache constructs it without arguments."""
 
     def __init__(self) -> None:
         super().__init__(_SCHEME)
         _teach_manager()
 
     def can_parse(self, url: str) -> bool:
-        """Whether a URL is of our own type. Other types that name us come in by the manager's rule."""
+        """Return whether a URL has the `hfbucket` type. The manager's rule covers other types."""
         return url.startswith(_SCHEME) and extract_plugin_type(url.removeprefix(_SCHEME)) == PLUGIN_TYPE
 
     def create_connector(self, context: ConnectorContext) -> RemoteConnector:
-        """Make the connector of the instance that the context names.
+        """Create the connector of the instance that the context names.
 
         Raises:
-            ConfigError: A setting is missing, unknown or impossible. LMCache logs the message and runs without the
-                connector, so it is logged as an error here too, where it cannot be overlooked.
+            ConfigError: A setting is missing, unknown or invalid. LMCache logs the message and runs without the
+                connector, so it is also logged here as an error.
         """
         instance = _instance_name(context)
         try:
@@ -415,13 +415,13 @@ class HFBucketConnectorAdapter(ConnectorAdapter):
 
 
 def _instance_name(context: ConnectorContext) -> str:
-    """The plugin name; in `remote_url: plugin://…` mode only the URL holds it."""
+    """Return the plugin name; in `remote_url: plugin://…` mode only the URL contains it."""
     name: str = context.plugin_name or context.url.removeprefix(_SCHEME)
     return name
 
 
 def _adapter_for(context: ConnectorContext) -> HFBucketConnectorAdapter | None:
-    """Our adapter, if the configuration names it (or a subclass of it) for this instance."""
+    """Return the adapter if the configuration names it, or a subclass of it, for this instance."""
     return _adapter_of(context.config, _instance_name(context))
 
 
@@ -438,14 +438,14 @@ def _adapter_of(config: Any, instance: str) -> HFBucketConnectorAdapter | None:
     try:
         named = getattr(importlib.import_module(module_path), class_name, None)
     except ImportError:
-        return None  # LMCache has logged it when it loaded the plugins
+        return None  # LMCache logged the error when it loaded the plugins
     if isinstance(named, type) and issubclass(named, HFBucketConnectorAdapter):
         return named()
     return None
 
 
 def _teach_manager() -> None:
-    """Let instances that name us be served by us; once a process, whatever the order in which plugins load."""
+    """Add the rule for instances that name this adapter, once per process and in whatever order plugins load."""
     original = ConnectorManager.create_connector
     if hasattr(original, _MARK):
         return

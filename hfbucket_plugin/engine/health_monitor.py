@@ -1,13 +1,12 @@
-"""Keeps LMCache's health monitor from disabling the engine because a bucket failed.
+"""Prevents LMCache's health monitor from disabling the engine because of a failed bucket.
 
-The monitor (`lmcache/v1/health_monitor/checks/remote_backend_check.py`) counts gets that returned less than they were asked
-for, and from `get_blocking_failed_threshold` (10) of them within `ping_interval` (30 s) on it switches the whole engine's
-cache off, local CPU memory included, for 5 minutes at least. It means to protect the engine from a backend that stalls.
-Here deadlines and breakers do that, so:
+The monitor (`lmcache/v1/health_monitor/checks/remote_backend_check.py`) counts gets that returned less than requested.
+After `get_blocking_failed_threshold` (10) of them within `ping_interval` (30 s) it disables the engine's whole cache,
+including local CPU memory, for at least 5 minutes. Deadlines and circuit breakers already protect the engine here, so:
 
-- where an operator has not set the threshold, and all remote stores of the engine are ours, it is lifted: requests that a
-  scheduler had admitted together, before anything was known to fail, would reach 10 at one blow;
-- where it stays, lookups are misses while half as many gets have failed, and so nothing more is got that may fail.
+- if the operator has not set the threshold and this package serves all remote stores of the engine, the threshold is
+  lifted, because the requests that a scheduler admits together can reach 10 before any failure is known;
+- otherwise, once half as many gets have failed, all lookups are misses, so that no further get can fail.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ _THRESHOLD_KEY: Final = "get_blocking_failed_threshold"
 _DEFAULT_THRESHOLD: Final = 10
 _INTERVAL_KEY: Final = "ping_interval"
 _DEFAULT_INTERVAL_SECS: Final = 30.0
-"""LMCache's own names and defaults (`lmcache/v1/health_monitor/constants.py`)."""
+"""Names and defaults from `lmcache/v1/health_monitor/constants.py`."""
 
 LIFTED: Final = 1_000_000_000
 
 
 class HealthShield:
-    """Counts gets that failed recently; thread-safe. Where the threshold is lifted there is nothing to shield.
+    """Counts recently failed gets; thread-safe. Inactive if the threshold is lifted.
 
     Args:
         extra: The engine's `extra_config`.
-        clock: Seconds, monotonic; tests pass their own.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, extra: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,14 +50,14 @@ class HealthShield:
         self._failed: deque[float] = deque(maxlen=self._limit if self._needed else 0)
 
     def got(self, *, everything: bool) -> None:
-        """Record a get: whether it returned all that it was asked for."""
+        """Record whether a get returned everything that was requested."""
         if self._needed and not everything:
             with self._lock:
                 self._failed.append(self._clock())
 
     @property
     def raised(self) -> bool:
-        """Whether so many gets have failed recently that nothing should be found."""
+        """Return whether so many gets have failed recently that lookups must be misses."""
         if len(self._failed) < self._limit:
             return False
         with self._lock:
@@ -66,11 +65,11 @@ class HealthShield:
 
 
 def lift_threshold(config: Any, is_ours: Callable[[str], bool]) -> None:
-    """Lift LMCache's threshold in an engine's configuration, unless an operator set it or somebody else's store needs it.
+    """Lift LMCache's threshold, unless an operator set it or the store of another package needs it.
 
     Args:
-        config: LMCache's configuration; the health monitor reads it at each check.
-        is_ours: Whether an instance's name is served by this package.
+        config: LMCache's configuration, which the health monitor reads at each check.
+        is_ours: Returns whether this package serves the instance of a name.
     """
     extra = config.extra_config
     others = [name for name in config.remote_storage_plugins or () if not is_ours(name)]

@@ -1,4 +1,4 @@
-"""LMCache's memory objects, as the buffers and sources of `hfbucket_plugin.store.chunk_store`."""
+"""LMCache memory objects as buffers and sources of `hfbucket_plugin.store.chunk_store`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def bytes_of(memory_obj: MemoryObj) -> memoryview:
-    """The logical bytes of a memory object, without the padding of its allocation, as format ``B``."""
+    """Return the logical bytes of a memory object, without allocation padding, in format ``B``."""
     view: memoryview = memory_obj.byte_array
-    return view.cast("B")  # ctypes gives "<B", which cannot be assigned to
+    return view.cast("B")  # ctypes gives "<B", which does not support assignment
 
 
 class TargetMemory:
-    """A memory object that a chunk is read into; owns one reference until it is released or handed on."""
+    """Memory object that a chunk is read into; holds one reference until it is released or handed to the engine."""
 
     def __init__(self, memory_obj: MemoryObj) -> None:
         self.memory_obj = memory_obj
@@ -27,15 +27,15 @@ class TargetMemory:
         self.lease = RevocableBuffer(self.view)
 
     def release(self) -> None:
-        """Drop the reference: the allocator takes the memory back."""
+        """Drop the reference, which returns the memory to the allocator."""
         self.memory_obj.ref_count_down()
 
 
 class SourceMemory:
-    """A memory object that a chunk is stored from; holds a reference of its own until it is released.
+    """Memory object that a chunk is stored from; holds its own reference until it is released.
 
-    The engine's wrapper drops its reference when the put returns, which may be while a thread that was abandoned at
-    the deadline still reads.
+    The engine's wrapper drops its reference when the put returns, while a thread that was abandoned at the deadline
+    may still be reading.
     """
 
     def __init__(self, key: str, memory_obj: MemoryObj) -> None:
@@ -50,10 +50,10 @@ class SourceMemory:
 
 
 class BorrowedMemory:
-    """A memory object of `lmcache server`'s, which counts no references for us: it is theirs again when the task ends.
+    """Memory object of `lmcache server`, which has no reference counts here and reclaims the object when the task ends.
 
-    The object itself is held until then, since its view holds nothing: it is made of an address. The server may free its memory
-    before the task ends, when it aborts a request or clears its cache by force: `memory` says whether it has.
+    The object is held until then, because its view is made of an address and keeps nothing alive. The server may free
+    the memory earlier, when it aborts a request or force-clears its cache; `memory` says whether it has.
     """
 
     def __init__(self, key: str, memory_obj: MemoryObj) -> None:
@@ -63,4 +63,4 @@ class BorrowedMemory:
         self.lease = RevocableBuffer(self.view, self.memory)
 
     def release(self) -> None:
-        """Nothing to do: leases see to it that nothing touches the memory any more."""
+        """Do nothing: leases ensure that nothing accesses the memory any more."""

@@ -1,10 +1,10 @@
-"""LMCache's MP mode (`lmcache server`): an L2 adapter over `ChunkStore`.
+"""L2 adapter over `ChunkStore` for LMCache's MP mode (`lmcache server`).
 
     lmcache server … --l2-adapter '{"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter",
         "class_name": "HFBucketL2Adapter", "adapter_params": {"bucket_handle": "hf://buckets/my-org/lmcache-kv/prod"}}'
 
-LMCache's controllers submit tasks and poll event descriptors; every task here ends by its deadline, with whatever was done.
-The buffers are theirs: once a task is told as ended, or the adapter is closed, nothing touches them any more.
+LMCache's controllers submit tasks and poll event descriptors. Every task ends by its deadline with what was done so
+far. LMCache owns the buffers: after a task is reported as ended, or the adapter is closed, nothing accesses them.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ _log = logging.getLogger(__name__)
 
 _LOOKUPS: Final = 16
 _LOADS: Final = 32
-"""Lookups and loads that may be in progress: each holds a thread. They have threads of their own, so that a lookup does not
-wait behind loads that hang."""
+"""Maximum number of concurrent lookups, and of concurrent loads; each holds a thread. They have separate threads, so
+that lookups do not wait for loads that hang."""
 
 _BACKLOG: Final = 1024
-"""Tasks that may wait for a thread, each up to its own deadline; one more is a miss at once."""
+"""Maximum number of tasks that wait for a thread, each up to its own deadline; a further task is a miss at once."""
 
 _DELETE_SECS: Final = 10.0
 _GIB: Final = 1024**3
 
 
 class HFBucketL2AdapterConfig(L2AdapterConfigBase):
-    """What `adapter_params` say; LMCache finds it by its name.
+    """Parsed `adapter_params`; LMCache finds this class by its name.
 
     Args:
-        settings: The instance's.
+        settings: Settings of the instance.
     """
 
     def __init__(self, settings: L2Settings) -> None:
@@ -77,30 +77,30 @@ class HFBucketL2AdapterConfig(L2AdapterConfigBase):
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> HFBucketL2AdapterConfig:
-        """Read `adapter_params`.
+        """Parse `adapter_params`.
 
         Raises:
-            ConfigError: A setting is missing, unknown or impossible; it is a ValueError, with which the server stops.
+            ConfigError: A setting is missing, unknown or invalid. It is a ValueError, which stops the server.
         """
         return cls(l2.from_params(d))
 
     @classmethod
     def help(cls) -> str:
-        """The settings, a line each."""
+        """Return the settings, one per line."""
         fields = l2.L2Settings.model_fields.items()
         return "adapter_params:\n" + "\n".join(f"- {name}: {field.description}" for name, field in fields)
 
 
 class HFBucketL2Adapter(L2AdapterInterface):
-    """One bucket instance as an L2 store of `lmcache server`.
+    """L2 store of `lmcache server` for one bucket instance.
 
     Args:
-        config: Its settings.
-        l1_memory_desc: LMCache's own memory; not needed here.
-        sink: Where outcomes are counted; by default the Prometheus registry that the server's `/metrics` shows.
+        config: Settings of the instance.
+        l1_memory_desc: LMCache's own memory; unused.
+        sink: Metrics sink for outcomes; by default the Prometheus registry that the server's `/metrics` shows.
 
-    A wrong token, a missing bucket or an unreachable Hub never raise here: the server would not start. They are logged,
-    counted, and told by `report_status`.
+    A wrong token, a missing bucket or an unreachable Hub never raise here, because the server would not start. They are
+    logged, counted and reported by `report_status`.
     """
 
     def __init__(
@@ -138,24 +138,27 @@ class HFBucketL2Adapter(L2AdapterInterface):
     # --- events -----------------------------------------------------------------------------------------------------
 
     def get_store_event_fd(self) -> int:
-        """Signalled when a store task ends."""
+        """Return the descriptor that is signalled when a store task ends."""
         return self._tasks.fd("store")
 
     def get_lookup_and_lock_event_fd(self) -> int:
-        """Signalled when a lookup task ends."""
+        """Return the descriptor that is signalled when a lookup task ends."""
         return self._tasks.fd("lookup")
 
     def get_load_event_fd(self) -> int:
-        """Signalled when a load task ends."""
+        """Return the descriptor that is signalled when a load task ends."""
         return self._tasks.fd("load")
 
     # --- store ------------------------------------------------------------------------------------------------------
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
-        """Store objects; ends within `put_timeout_secs`. What is there at the same size is not written again.
+        """Store objects within `put_timeout_secs`. An object that exists with the same size is not written again.
+
+        Returns:
+            The task's number.
 
         Raises:
-            ValueError: There are more of one than of the other.
+            ValueError: The numbers of keys and of objects differ.
         """
         sources = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         names = {source.key: key for source, key in zip(sources, keys, strict=True)}
@@ -188,14 +191,14 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._tasks.finish(task, result)
 
     def _notify(self, notify: Callable[..., None], *args: Any) -> None:
-        """Notify LMCache's listeners; one that raises changes nothing here."""
+        """Notify LMCache's listeners; an exception of a listener is ignored."""
         try:
             notify(*args)
-        except Exception:  # noqa: BLE001 - theirs, and the task must end all the same
+        except Exception:  # noqa: BLE001 - LMCache's listener; the task must end all the same
             _log.exception("[%s] a listener failed", self._settings.name)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
-        """The results of store tasks that ended since the last call."""
+        """Return the results of store tasks that ended since the last call."""
         return self._tasks.take_all("store")
 
     # --- lookup and lock --------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def submit_lookup_and_lock_task(
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
-        """Look objects up, of exactly the size of their group's layout; ends within `lookup_timeout_secs`."""
+        """Look up objects with exactly the size of their group's layout, within `lookup_timeout_secs`."""
         task = self._tasks.begin("lookup")
         if why := self._fingerprints.of_lookup(keys, group_layout_descs):
             self._store.kept_out("lookup", len(keys), why)
@@ -228,21 +231,24 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return hits
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
-        """Which objects were found and locked, once; None before that."""
+        """Return which objects were found and locked; None if the task is running or its result was already returned."""
         result: Bitmap | None = self._tasks.take("lookup", task_id)
         return result
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """Return one lock of each object, loaded or not; a load that LMCache gives up writes no more, see `TaskTable.unlock`."""
+        """Release one lock of each object, loaded or not. A load that is given up stops writing; see `TaskTable.unlock`."""
         self._tasks.unlock(keys)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
     def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
-        """Load objects into buffers; ends within `get_timeout_secs` (9 s by default).
+        """Load objects into buffers within `get_timeout_secs` (9 s by default).
+
+        Returns:
+            The task's number.
 
         Raises:
-            ValueError: There are more of one than of the other.
+            ValueError: The numbers of keys and of objects differ.
         """
         buffers = [BorrowedMemory(key_string(key), obj) for key, obj in zip(keys, objects, strict=True)]
         if why := self._fingerprints.of_load(keys):
@@ -262,7 +268,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return [buffer is not None for buffer in filled]
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
-        """Which objects were loaded, once; None before that."""
+        """Return which objects were loaded; None if the task is running or its result was already returned."""
         result: Bitmap | None = self._tasks.take("load", task_id)
         return result
 
@@ -274,7 +280,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         function: Callable[..., Sequence[bool]],
         *args: Any,
     ) -> None:
-        """Run a function on a pool, and finish the task with what it says of each key: all misses where it fails."""
+        """Run a function in a pool and finish the task with its result for each key; an error makes all keys misses."""
 
         def run() -> None:
             bitmap = Bitmap(bits)
@@ -297,13 +303,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
     # --- delete, list, usage ----------------------------------------------------------------------------------------
 
     def delete(self, keys: list[ObjectKey]) -> None:
-        """Delete objects that are not locked, at once and for ever. What fails is logged and counted, and stays.
+        """Delete unlocked objects immediately and permanently; failures are logged and counted.
 
-        Blocks its thread for 10 s at most. Never raises: the thread of LMCache's that evicts would end, and with it all eviction.
+        Blocks the calling thread for at most 10 s. Never raises, because that would end LMCache's eviction thread.
         """
         try:
             self._delete(keys)
-        except Exception:  # noqa: BLE001 - whatever it is, see above
+        except Exception:  # noqa: BLE001 - an exception would end LMCache's eviction thread
             _log.exception("[%s] %d objects were not all deleted", self._settings.name, len(keys))
 
     def _delete(self, keys: Sequence[ObjectKey]) -> None:
@@ -322,7 +328,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 return
             for start in range(
                 0, len(texts), MAX_BATCH
-            ):  # each told as soon as it is done: time may run out in between
+            ):  # report each batch when done, because time may run out in between
                 batch = {text: names[text] for text in texts[start : start + MAX_BATCH]}
                 if not self._delete_batch(batch, deadline):
                     return
@@ -332,10 +338,10 @@ class HFBucketL2Adapter(L2AdapterInterface):
             _log.warning("[%s] %d of %d objects were not deleted: %s", self._settings.name, left, len(texts), error)
 
     def _may_evict(self) -> bool:
-        """Whether the account is right as far as is known; else it is listed again, and nothing is evicted before.
+        """Return whether the account is believed correct; otherwise request a listing, and evict nothing before it.
 
         Raises:
-            HFBucketError: The Hub did not say how many files the bucket has.
+            HFBucketError: The Hub did not report the number of files in the bucket.
         """
         if not self._usage_listing.settled:
             return False
@@ -348,7 +354,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return bool(self._max_capacity_bytes) and any(map(_evicts_by_capacity, list(self._listeners)))
 
     def _delete_batch(self, names: Mapping[str, ObjectKey], deadline: Deadline) -> bool:
-        """Delete those that are there, unless some are gone that were counted: then the account is wrong.
+        """Delete the objects that exist, unless counted objects are missing, which means that the account is wrong.
 
         Returns:
             Whether more may be evicted.
@@ -380,13 +386,13 @@ class HFBucketL2Adapter(L2AdapterInterface):
         self._notify(self._notify_keys_deleted, [key for key, _ in objects], [size for _, size in objects])
 
     def _keep(self, keys: list[ObjectKey]) -> None:
-        """Have LMCache offer others: these are newer than objects that it was not told of yet."""
+        """Make LMCache offer other keys, because these are newer than objects that have not been reported to it."""
         for listener in list(self._listeners):
             if _evicts_by_capacity(listener):
                 self._notify(listener.on_l2_keys_accessed, keys)
 
     def _credit(self, amount: int) -> None:
-        """Have the base class's own account, which knows this process's writes only, cover a delete of others'."""
+        """Raise the base class's account, which counts only this process's writes, to cover deletes of other objects."""
         with self._usage_lock:
             self._total_bytes_used: int = max(self._total_bytes_used, amount)
 
@@ -394,7 +400,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         return self._store.bucket.handle.join(encode_name(name))
 
     def _learn(self, contents: Mapping[str, ContentId | None], asked: float) -> None:
-        """Correct the account by what the Hub said of some keys, and tell LMCache of those that are gone."""
+        """Correct the usage account by an answer of the Hub, and notify LMCache of keys that are gone."""
         keys = {self._path(name): name for name in contents}
         sizes = {path: content.size if (content := contents[name]) else None for path, name in keys.items()}
         lost = [key for path in self._usage.learned(sizes, asked) if (key := object_key(keys[path])) is not None]
@@ -402,7 +408,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
             self._deleted([(key, 0) for key in lost])
 
     def _forget_deleted(self) -> None:
-        """Notify LMCache's policies of objects that a listing did not find: they would evict others in their stead."""
+        """Notify LMCache's policies of objects that a listing did not find, or they would evict others instead."""
         if not self._usage.exact:
             return
         for listener in list(self._listeners):
@@ -411,7 +417,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
                 salts: list[str | None] = list(policy.get_tracked_salts())
             elif isinstance(policy, LRUEvictionPolicy):
                 salts = [None]
-            else:  # asking ARC changes what it believes
+            else:  # asking ARC changes its state
                 continue
             for salt in salts:
                 for action in policy.get_eviction_actions(1.0, cache_salt=salt):
@@ -422,15 +428,15 @@ class HFBucketL2Adapter(L2AdapterInterface):
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
-        """One page of the keys that the bucket holds, of all writers; see `list_page`."""
+        """Return one page of the keys in the bucket, from all writers; see `list_page`."""
         with self._store.listing():
             return list_page(self._store.bucket, model_name, page_size, cursor)
 
     def get_usage(self) -> AdapterUsage:
-        """What the bucket holds below the prefix, of all writers; without a capacity, this process's own objects.
+        """Return the usage below the prefix from all writers, or without a capacity that of this process's own objects.
 
-        By cache salt it tells this process's own objects only: LMCache deletes all that it knows of a salt without a quota,
-        and a server that has just started has no quotas.
+        Usage by cache salt covers only this process's own objects: LMCache deletes everything that it knows of a salt
+        without a quota, and a server that has just started has no quotas.
         """
         return AdapterUsage(
             total_bytes_used=self._usage.total,
@@ -439,23 +445,24 @@ class HFBucketL2Adapter(L2AdapterInterface):
         )
 
     def register_listener(self, listener: L2AdapterListener) -> None:
-        """Notify a listener of changes; and, by the listing that follows, of what is there already."""
+        """Register a listener for changes; the listing that follows reports the objects that already exist."""
         super().register_listener(listener)
         self._usage_listing.again()
 
     def _notify_listeners(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Notify of objects that a listing found, newest first, to the listeners that evict by the capacity of the whole.
+        """Report objects that a listing found, newest first, to listeners that evict by total capacity.
 
-        Never a policy of quotas by salt: it deletes everything of a salt without one, others' objects included.
+        Policies with quotas by salt are excluded: they delete everything of a salt without a quota, including objects
+        of other processes.
         """
         for listener in list(self._listeners):
             if self._max_capacity_bytes and _evicts_by_capacity(listener):
                 self._notify(listener.on_l2_keys_stored, keys, sizes)
 
-    # --- status and the end -----------------------------------------------------------------------------------------
+    # --- status and shutdown ------------------------------------------------------------------------------------------
 
     def report_status(self) -> dict[str, Any]:
-        """The state of this adapter; `reasons` say in words why it is not healthy."""
+        """Return the state of this adapter; `reasons` lists why it is unhealthy."""
         open_parts = self._store.breakers.status()
         reasons = [f"{part} is disabled for now: {why}" for part, why in open_parts.items()]
         if self._closed:
@@ -485,7 +492,7 @@ class HFBucketL2Adapter(L2AdapterInterface):
         }
 
     def close(self) -> None:
-        """Wait up to `close_timeout_secs` for stores in progress, then end everything; once is enough."""
+        """Wait up to `close_timeout_secs` for stores in progress, then abort all other work. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -503,5 +510,5 @@ class HFBucketL2Adapter(L2AdapterInterface):
 
 
 def _evicts_by_capacity(listener: L2AdapterListener) -> bool:
-    """Whether a listener is a policy that evicts by the capacity of the whole, not by quotas of salts."""
+    """Return whether a listener is a policy that evicts by total capacity rather than by quotas of salts."""
     return not getattr(getattr(listener, "policy", None), "support_isolation", True)

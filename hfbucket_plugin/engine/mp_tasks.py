@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 def key_string(key: ObjectKey) -> str:
-    """The key string of an object key, as LMCache's built-in adapter writes it."""
+    """Return the key string of an object key, in the format of LMCache's built-in adapter."""
     return str(MPKey(key.model_name, key.kv_rank, key.object_group_id, key.chunk_hash.hex(), key.cache_salt))
 
 
 def object_key(text: str) -> ObjectKey | None:
-    """The object key of a key string, or None for one of the classic engine's."""
+    """Return the object key of a key string, or None for a key of the classic engine."""
     try:
         parsed = parse_key(text)
     except KeyFormatError:
         return None
-    if not isinstance(parsed, MPKey) or "@" in parsed.model:  # LMCache permits no such model in MP mode
+    if not isinstance(parsed, MPKey) or "@" in parsed.model:  # LMCache does not allow such model names in MP mode
         return None
     return ObjectKey(
         chunk_hash=bytes.fromhex(parsed.chunk_hash),
@@ -47,13 +47,13 @@ def object_key(text: str) -> ObjectKey | None:
 
 
 def layout_bytes(layout: MemoryLayoutDesc) -> int:
-    """Bytes of one object of a layout."""
+    """Return the size in bytes of one object with a layout."""
     return sum(shape.numel() * dtype.itemsize for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True))
 
 
 FORGOTTEN_SECS: Final = 300.0
-"""A result that LMCache has not fetched after this long belongs to a request that it aborted: its loop fetches a result as soon
-as the event is signalled, and does so before it begins another lookup."""
+"""Seconds after which an unfetched result belongs to an aborted request: LMCache fetches a result as soon as its event
+is signalled, and before it begins another lookup."""
 
 Kind = Literal["store", "lookup", "load"]
 KINDS: Final[tuple[Kind, ...]] = ("store", "lookup", "load")
@@ -62,17 +62,17 @@ State = Literal["running", "ended", "fetched"]
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """A store, lookup or load that is running, or of which LMCache still has to fetch the result or to unlock the keys.
+    """Store, lookup or load that is running, or whose result or unlock is still pending.
 
     Attributes:
-        kind: What it does.
-        id: Its number, unique among all tasks.
-        keys: What a lookup found and locked; what a load loads, in the order of the task.
-        buffers: What a load fills, one for each key, while it runs.
-        state: Whether it runs, or its result awaits LMCache, or LMCache has fetched it.
+        kind: Kind of the task.
+        id: Number of the task, unique among all tasks.
+        keys: Keys that a lookup found and locked, or that a load loads, in task order.
+        buffers: Buffers that a running load fills, one for each key.
+        state: Whether the task is running, its result is pending, or the result was fetched.
         awaits_unlock: Whether LMCache still has to unlock the keys that a load took over from a lookup.
-        result: What it ended with, until it is fetched.
-        ended_at: When it ended, by the clock of its table.
+        result: Result of the task until it is fetched.
+        ended_at: End time, by the clock of its table.
     """
 
     kind: Kind
@@ -85,20 +85,20 @@ class Task:
     ended_at: float = math.inf
 
     def revoke(self) -> None:
-        """Make it write no more."""
+        """Stop all writes of the task."""
         for buffer in self.buffers:
             buffer.lease.revoke()
 
 
 class TaskTable:
-    """The tasks of one adapter and the locks of their keys: each task once, from its submission to its last unlock; thread-safe.
+    """Tasks of one adapter and the locks of their keys, from submission to the last unlock; thread-safe.
 
-    Results are kept until LMCache fetches them, and each is signalled. What belongs to requests that LMCache aborted is dropped
-    after `FORGOTTEN_SECS`. After `close` all results are, since their reader is gone and the event's descriptor may be another
-    file's.
+    Each result is signalled, and kept until LMCache fetches it. Tasks of requests that LMCache aborted are dropped
+    after `FORGOTTEN_SECS`. After `close` all results are dropped, because their reader is gone and the event descriptor
+    may belong to another file.
 
     Args:
-        clock: Seconds, monotonic; tests pass their own.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -106,31 +106,31 @@ class TaskTable:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._tasks: dict[Kind, dict[int, Task]] = {kind: {} for kind in KINDS}
-        """Those that have ended follow each other in the order in which they ended."""
+        """Tasks by kind; those that have ended are in the order in which they ended."""
         self._notifiers = {kind: create_event_notifier() for kind in KINDS}
         self._descriptors: dict[Kind, int] = {kind: notifier.fileno() for kind, notifier in self._notifiers.items()}
         self._locks: Counter[ObjectKey] = Counter()
         self._unclaimed: Counter[ObjectKey] = Counter()
-        """Locks of lookups whose results were fetched, which are neither returned nor passed on to a load."""
+        """Locks of lookups whose results were fetched, and that were neither released nor passed on to a load."""
         self._given_up: list[list[Task]] = []
-        """For each load that was given up, and is not known yet: those that it may be."""
+        """Candidates for each load that was given up but is not yet identified."""
         self._closed = False
 
     def __len__(self) -> int:
-        """The number of tasks."""
+        """Return the number of tasks."""
         return sum(map(len, self._tasks.values()))
 
     @property
     def locked(self) -> int:
-        """The number of objects that are locked."""
+        """Number of locked objects."""
         return len(self._locks)
 
     def fd(self, kind: Kind) -> int:
-        """The descriptor that is signalled when a task of a kind ends."""
+        """Return the descriptor that is signalled when a task of a kind ends."""
         return self._descriptors[kind]
 
     def running(self, kind: Kind) -> int:
-        """How many tasks of a kind have no result yet."""
+        """Return the number of tasks of a kind without a result."""
         with self._lock:
             return sum(task.state == "running" for task in self._tasks[kind].values())
 
@@ -140,10 +140,10 @@ class TaskTable:
         """Add a task.
 
         Args:
-            kind: What it does.
-            keys: What a load loads. It takes over the locks of the lookup that found them; where a key is not locked, which
-                LMCache's always are, no unlock is awaited.
-            buffers: What a load fills, one for each key.
+            kind: Kind of the task.
+            keys: Keys that a load loads. It takes over the locks of the lookup that found them. If a key is not locked,
+                which does not happen with LMCache, no unlock is expected.
+            buffers: Buffers that a load fills, one for each key.
         """
         task = Task(kind, next(self._numbers), tuple(keys), tuple(buffers))
         with self._lock:
@@ -155,7 +155,7 @@ class TaskTable:
         return task
 
     def finish(self, task: Task, result: Any) -> None:
-        """Record that a task has ended, and writes no more; keep its result, and signal it."""
+        """Record that a task has ended and writes no more; keep its result and signal it."""
         with self._lock:
             task.buffers = ()
             task.state, task.result, task.ended_at = "ended", result, self._clock()
@@ -166,19 +166,19 @@ class TaskTable:
                 self._notifiers[task.kind].notify()
 
     def take(self, kind: Kind, number: int) -> Any:
-        """The result of a task, once; None while there is none."""
+        """Return the result of a task once; None if there is none."""
         with self._lock:
             task = self._tasks[kind].get(number)
             return self._fetch(task) if task is not None and task.state == "ended" else None
 
     def take_all(self, kind: Kind) -> dict[int, Any]:
-        """All results of a kind that were not fetched yet, by number."""
+        """Return all results of a kind that were not fetched yet, by task number."""
         with self._lock:
             ended = [task for task in self._tasks[kind].values() if task.state == "ended"]
             return {task.id: self._fetch(task) for task in ended}
 
     def _fetch(self, task: Task) -> Any:
-        """Give a result out. What a lookup found is loaded or unlocked from now on; an unlock of what was loaded follows."""
+        """Return the result. LMCache then loads or unlocks the keys of a lookup, and unlocks those of a load."""
         result, task.result, task.state = task.result, None, "fetched"
         if task.kind == "lookup":
             self._unclaimed.update(task.keys)
@@ -189,7 +189,7 @@ class TaskTable:
         return result
 
     def forget(self) -> None:
-        """Drop the results of requests that LMCache aborted `FORGOTTEN_SECS` ago, return the locks of their lookups."""
+        """Drop results of requests aborted `FORGOTTEN_SECS` ago, and release the locks of their lookups."""
         with self._lock:
             self._forget()
 
@@ -212,7 +212,7 @@ class TaskTable:
                     self._was_not_given_up(task)
 
     def close(self) -> None:
-        """Signal no more, and drop all results."""
+        """Stop signalling, and drop all results."""
         with self._lock:
             if self._closed:
                 return
@@ -224,11 +224,11 @@ class TaskTable:
     # --- locks --------------------------------------------------------------------------------------------------------
 
     def lock(self, keys: Iterable[ObjectKey], lookup: Task | None = None) -> None:
-        """Lock each key once more.
+        """Add one lock to each key.
 
         Args:
-            keys: What a lookup found.
-            lookup: Its task, whose result is to be fetched; None where the caller has it already.
+            keys: Keys that a lookup found.
+            lookup: Lookup task whose result is still to be fetched; None if the caller already has it.
         """
         found = tuple(keys)
         with self._lock:
@@ -239,17 +239,18 @@ class TaskTable:
                 lookup.keys = found
 
     def free(self, keys: Iterable[ObjectKey]) -> list[ObjectKey]:
-        """Those of the keys that are not locked."""
+        """Return the keys that are not locked."""
         with self._lock:
             self._forget()
             return [key for key in keys if key not in self._locks]
 
     def unlock(self, keys: Sequence[ObjectKey]) -> None:
-        """Return one lock of each key.
+        """Release one lock of each key.
 
-        The unlock belongs to a load of exactly these keys whose result was fetched; else to lookups that found them and from which
-        they were not loaded; else LMCache gives up a load of exactly these keys. Where that can be one load only, its buffers are
-        revoked at once. Where it can be one of several, none is revoked: the one that was given up ends when its memory is freed.
+        An unlock of exactly the keys of a load whose result was fetched belongs to that load. Otherwise it belongs to
+        lookups that found the keys without a load following; otherwise LMCache gives up a load of exactly these keys.
+        If only one load qualifies, its buffers are revoked at once. If several qualify, none is revoked, and the load
+        that was given up ends when its memory is freed.
         """
         wanted = tuple(keys)
         with self._lock:
@@ -269,7 +270,7 @@ class TaskTable:
             self._given_up.append(maybe)
             self._revoke_what_is_certain()
             return
-        for key in keys:  # LMCache does not unlock some of the keys of a load; an unlock of some gives up the load
+        for key in keys:  # LMCache unlocks all keys of a load or gives up the load
             if key in self._unclaimed:
                 _return(self._unclaimed, (key,))
             elif key not in self._locks:
@@ -284,7 +285,7 @@ class TaskTable:
         self._revoke_what_is_certain()
 
     def _revoke_what_is_certain(self) -> None:
-        """Revoke the loads that can be the only ones that were given up."""
+        """Revoke the loads that are certain to have been given up, as the only candidates."""
         while (certain := next((maybe for maybe in self._given_up if len(maybe) <= 1), None)) is not None:
             self._given_up.remove(certain)
             for load in certain:
@@ -296,7 +297,7 @@ class TaskTable:
 
 
 def _return(locks: Counter[ObjectKey], keys: Iterable[ObjectKey]) -> None:
-    """Return one lock of each key; not by `-=`, which goes through all that is locked."""
+    """Release one lock of each key; `-=` would iterate over all locked keys."""
     for key in keys:
         if locks[key] > 1:
             locks[key] -= 1

@@ -1,4 +1,4 @@
-"""What the MP adapter accounts for: objects, sizes, and the listings that correct them."""
+"""Usage accounting of the MP adapter: objects, sizes, and the listings that correct them."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _LONGEST_CURSOR: Final = 16_384
 
 
 def list_page(bucket: Bucket, model: str | None, page_size: int, cursor: str | None) -> KeyListPage:
-    """One page of the MP keys of an instance, in the order of the Hub's listing.
+    """Return one page of the MP keys of an instance, in the order of the Hub's listing.
 
     Args:
-        bucket: The instance's.
-        model: Only keys of this model; None for all.
-        page_size: Most entries, 1 to 10,000.
-        cursor: Of the page before; None for the first.
+        bucket: Bucket of the instance.
+        model: Restricts the page to keys of this model; None for all.
+        page_size: Maximum number of entries, 1 to 10,000.
+        cursor: Cursor from the previous page; None for the first.
 
     Raises:
-        ValueError: `page_size` or `cursor` is none of ours.
-        HFBucketError: The Hub's listing did not come.
+        ValueError: `page_size` is out of range, or `cursor` was not issued by this function.
+        HFBucketError: The Hub's listing failed.
     """
     if isinstance(page_size, bool) or not 0 < page_size <= _LARGEST_PAGE:
         raise ValueError(f"page_size must be 1 to {_LARGEST_PAGE}, not {page_size!r}")
@@ -69,18 +69,18 @@ def list_page(bucket: Bucket, model: str | None, page_size: int, cursor: str | N
             entry = _entry(bucket, info, model)
             if entry is None:
                 continue
-            if len(entries) == page_size:  # there is one more: only now is another page promised
+            if len(entries) == page_size:  # another entry exists, so announce another page
                 return KeyListPage(tuple(entries), _encode(*last))
             entries.append(entry)
             last = (place, info.path)
         if following is None:
             return KeyListPage(tuple(entries), None)
-        # Objects that came meanwhile push others into the next page: told ones too.
+        # New objects push others into the next page, including ones that were already returned.
         place, after = following, None if passed else after
 
 
 def _behind(infos: Sequence[ObjectInfo], after: str | None) -> Iterator[ObjectInfo]:
-    """The objects of a page behind a path; where that was deleted meanwhile, those that sort behind it."""
+    """Yield the objects of a page after a path; if the path was deleted meanwhile, those that sort after it."""
     if after is None:
         yield from infos
         return
@@ -97,20 +97,20 @@ def _entry(bucket: Bucket, info: ObjectInfo, model: str | None) -> KeyEntry | No
 
 
 def _encode(place: str | None, after: str) -> str:
-    """A cursor: the Hub's own cursor of a page, never an address, and the last path that was told of it."""
+    """Encode a cursor from the Hub's own page cursor (never an address) and the last path returned from that page."""
     return base64.urlsafe_b64encode(json.dumps([place, after]).encode()).decode()
 
 
 def _decode(cursor: str) -> tuple[str | None, str]:
     try:
         if len(cursor) > _LONGEST_CURSOR:
-            raise ValueError  # noqa: TRY301 - worded below
+            raise ValueError  # noqa: TRY301 - reworded below
         given = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
         if not isinstance(given, list):
-            raise TypeError  # noqa: TRY301 - worded below
+            raise TypeError  # noqa: TRY301 - reworded below
         place, after = given
         if not (place is None or isinstance(place, str)) or not isinstance(after, str):
-            raise TypeError  # noqa: TRY301 - worded below
+            raise TypeError  # noqa: TRY301 - reworded below
     except (binascii.Error, ValueError, TypeError, RecursionError):
         raise ValueError("the cursor is not one that this adapter gave; start without one") from None
     return place, after
@@ -118,7 +118,7 @@ def _decode(cursor: str) -> tuple[str | None, str]:
 
 _SHARD_BITS: Final = 10
 _SHARD_SHIFT: Final = 64 - _SHARD_BITS
-"""1,024 tables, so that one grows in milliseconds: at 10,000,000 objects each holds about 10,000."""
+"""1,024 tables, so that one grows within milliseconds: at 10,000,000 objects each holds about 10,000."""
 
 _FEWEST_SLOTS: Final = 8
 _SIZE_BITS: Final = 40
@@ -132,17 +132,19 @@ LARGEST_OWNER: Final = _OWNER_MASK
 
 
 def digest_of(path: str) -> int:
-    """The key of a path: 63 bits of its BLAKE2b hash.
+    """Return the table key of a path: 63 bits of its BLAKE2b hash.
 
-    Among 10,000,000 paths the chance that any two share a digest is about 1 in 200,000; the account is off by one object then.
+    The chance that any two of 10,000,000 paths share a digest is about 1 in 200,000; the account is then off by one
+    object.
     """
     return int.from_bytes(hashlib.blake2b(path.encode(errors="surrogatepass"), digest_size=8).digest(), "big") | 1
 
 
 class SizeTable:
-    """Digest → size, owner and a mark; not thread-safe.
+    """Hash table from digest to size, owner and a mark; not thread-safe.
 
-    Open addressing with linear probing. An entry of size 0 is a deleted one, whose slot is used again when its table grows.
+    Uses open addressing with linear probing. Size 0 marks a deleted entry, whose slot is reclaimed when its table
+    grows.
     """
 
     def __init__(self) -> None:
@@ -151,13 +153,13 @@ class SizeTable:
         self.objects = 0
 
     def get(self, digest: int) -> tuple[int, int]:
-        """The size and the owner of an entry; the size is 0 where there is none."""
+        """Return the size and the owner of an entry; the size is 0 if there is none."""
         shard = self._shards[digest >> _SHARD_SHIFT]
         value = shard.get(digest) if shard is not None else 0
         return value & _SIZE_MASK, value >> _SIZE_BITS & _OWNER_MASK
 
     def set(self, digest: int, size: int, owner: int) -> None:
-        """Add or replace an entry, and mark it; size 0 deletes it."""
+        """Add or replace an entry and mark it; size 0 deletes it."""
         number = digest >> _SHARD_SHIFT
         shard = self._shards[number]
         if shard is None:
@@ -168,7 +170,7 @@ class SizeTable:
         self.objects += bool(size) - bool(old & _SIZE_MASK)
 
     def unmark_all(self) -> None:
-        """Take the marks of all entries, at once: each has the mark of this generation or is set later."""
+        """Remove all marks in constant time, by starting a new generation."""
         self._generation ^= _MARK
 
     def mark_all(self) -> None:
@@ -183,7 +185,7 @@ class SizeTable:
         """Delete the entries without a mark.
 
         Yields:
-            The owner, and the bytes that it loses; one pair for each table and owner.
+            An owner and the bytes that it loses, one pair for each table and owner.
         """
         for shard in self._shards:
             if shard is None:
@@ -202,7 +204,7 @@ class SizeTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Total size of all arrays in bytes."""
         return sum(shard.nbytes for shard in self._shards if shard is not None)
 
 
@@ -234,7 +236,7 @@ class _Shard:
         return old
 
     def _slot(self, digest: int) -> int:
-        """Where a digest is, or would be put. A free slot has the value 0."""
+        """Return the slot of a digest, or the free slot for it. A free slot has the value 0."""
         keys = self._keys
         slots = len(keys)
         at = (digest >> 1) % slots
@@ -245,7 +247,7 @@ class _Shard:
         return at
 
     def _grow(self) -> None:
-        """Make room for half as many again as there are, and leave out what was deleted."""
+        """Grow the table by half of the live entries, and drop deleted ones."""
         live = [(key, value) for key, value in zip(self._keys, self._values, strict=True) if value & _SIZE_MASK]
         slots = max(_FEWEST_SLOTS, len(live) * 2)
         self._keys = array("Q", bytes(8 * slots))
@@ -264,24 +266,25 @@ class _Shard:
 
 
 MOST_OBJECTS: Final = 10_000_000
-"""Objects whose sizes are kept one by one: 320 MB at most. Those beyond it are a sum, which listings alone correct."""
+"""Maximum number of objects whose sizes are kept individually, in at most 320 MB. Those beyond it are only a sum, which
+listings correct."""
 
 _MOST_RECENT: Final = 16_384
-"""Objects that were learnt of last: an answer of the Hub to a question asked before that changes nothing."""
+"""Maximum number of recently changed objects. Answers to requests made before the change do not override it."""
 
 _NOBODY: Final = 0
 
 
 class Usage:
-    """Bytes below the prefix in all, and of this process's own objects by cache salt; thread-safe.
+    """Total bytes below the prefix, and bytes of this process's own objects by cache salt; thread-safe.
 
-    What was counted for an object is taken off when it is found gone, deleted or replaced, by any process: by own deletes,
-    by the answers to lookups, and by listings.
+    The count of an object is removed when any process deletes or replaces it, as found by own deletes, answers to
+    lookups, and listings.
 
     Args:
-        everybody: Whether to count the objects of others too, for a bound on the whole; else own objects only.
-        most_objects: Objects whose sizes are kept one by one.
-        clock: Seconds, monotonic; tests pass their own.
+        everybody: Whether to count objects of other processes too, for a limit on the total.
+        most_objects: Maximum number of objects whose sizes are kept individually.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -298,7 +301,7 @@ class Usage:
         self._sizes = SizeTable()
         self._owners: dict[str, int] = {}
         self._salts: list[str] = [""]
-        """The cache salt of each owner number; 0 is nobody's, that is, another process's."""
+        """Cache salt of each owner number; 0 stands for other processes."""
         self._bytes = 0
         self._by_owner: Counter[int] = Counter()
         self._more_bytes = self._more_objects = 0
@@ -307,7 +310,7 @@ class Usage:
         self._listing = False
         self._began = self._listed_since = float("-inf")
         self.net = 0
-        """Objects that this process added to the bucket, less those that it deleted."""
+        """Number of objects that this process added to the bucket, minus those that it deleted."""
         self.complete = False
         """Whether a listing has seen every object."""
 
@@ -317,8 +320,8 @@ class Usage:
         """Count own writes.
 
         Args:
-            entries: Path, cache salt and bytes of each object.
-            replaced: Bytes of the objects that were there before, by path, as far as that is known.
+            entries: Path, cache salt and size in bytes of each object.
+            replaced: Sizes in bytes of previous objects, by path, as far as they are known.
         """
         with self._lock:
             for path, salt, size in entries:
@@ -334,7 +337,7 @@ class Usage:
         """Count own deletes.
 
         Args:
-            held: Bytes of each object that was there, by path.
+            held: Size in bytes of each deleted object, by path.
         """
         with self._lock:
             for path, size in held.items():
@@ -344,10 +347,10 @@ class Usage:
                     self._drop_remaining(size)
 
     def gone(self, paths: Iterable[str]) -> dict[str, int]:
-        """Take objects off that are not there, though this process did not delete them.
+        """Remove objects that are missing although this process did not delete them.
 
         Returns:
-            What was counted for each of them that was counted, by path.
+            The counted bytes of each object that was counted, by path.
         """
         with self._lock:
             return {path: size for path in paths if (size := self._drop(digest_of(path)))}
@@ -356,11 +359,11 @@ class Usage:
         """Correct the account by an answer of the Hub.
 
         Args:
-            sizes: Bytes of objects by path; None for one that is not there.
-            asked: When the question was asked, by the clock: later changes win.
+            sizes: Sizes of objects in bytes, by path; None for a missing object.
+            asked: Time of the request, by the clock; later changes override the answer.
 
         Returns:
-            The paths of the objects that were counted and are not there.
+            The paths of counted objects that are missing.
         """
         lost = []
         with self._lock:
@@ -369,9 +372,7 @@ class Usage:
                 known, owner = self._sizes.get(digest)
                 if not (known or self.everybody) or not self._is_newer(digest, asked):
                     continue
-                if (
-                    size
-                ):  # also where nothing changes: a listing in progress may have been asked before, and is passed over
+                if size:  # even without a change: a listing in progress may have been requested earlier
                     self._set(digest, size, owner)
                 elif known:
                     self._count(digest, 0, known, owner, owner)
@@ -379,7 +380,7 @@ class Usage:
         return lost
 
     def counts(self, paths: Sequence[str]) -> list[bool]:
-        """Whether each object is counted."""
+        """Return whether each object is counted."""
         with self._lock:
             return [bool(self._sizes.get(digest_of(path))[0]) for path in paths]
 
@@ -398,8 +399,8 @@ class Usage:
         """Count a page of the listing.
 
         Args:
-            sizes: Path and bytes of each object.
-            asked: When the page was asked for, by the clock: later changes win.
+            sizes: Path and size in bytes of each object.
+            asked: Time of the request for the page, by the clock; later changes override the page.
         """
         with self._lock:
             if not self._listing:
@@ -410,7 +411,7 @@ class Usage:
                 if not (known or self.everybody):
                     continue
                 if not self._is_newer(digest, asked):
-                    if known:  # what is known is later than this page, and the object is there
+                    if known:  # the known size is newer than this page, and the object exists
                         self._sizes.set(digest, known, owner)
                     continue
                 if known or self._sizes.objects < self._most_objects:
@@ -420,10 +421,10 @@ class Usage:
                     self._listed_more_objects += 1
 
     def end(self, *, complete: bool) -> bool:
-        """End a listing: a complete one takes off what it did not see.
+        """End a listing. A complete one removes the objects that it did not see.
 
         Returns:
-            Whether there was anything to take off.
+            Whether anything was removed.
         """
         with self._lock:
             if not self._listing:
@@ -442,14 +443,14 @@ class Usage:
             return bool(lost)
 
     def give_up(self) -> None:
-        """End a listing that failed: what it saw stays counted, and nothing is taken off."""
+        """End a failed listing: keep what it counted, and remove nothing."""
         self.end(complete=False)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self._bytes + self._more_bytes
 
     @property
@@ -459,16 +460,16 @@ class Usage:
 
     @property
     def exact(self) -> bool:
-        """Whether every object that is counted is known one by one."""
+        """Whether every counted object is known individually."""
         return not self._more_objects
 
     @property
     def now(self) -> float:
-        """The clock that `learned` and `listed` go by."""
+        """Current time of the clock for `learned` and `listed`."""
         return self._clock()
 
     def by_salt(self) -> dict[str, int]:
-        """Bytes of own objects by cache salt, those above 0."""
+        """Return the bytes of own objects by cache salt, without zeros."""
         with self._lock:
             return {self._salts[owner]: size for owner, size in self._by_owner.items() if owner and size > 0}
 
@@ -498,7 +499,7 @@ class Usage:
         self._sizes.set(digest, size, owner)
 
     def _drop(self, digest: int) -> int:
-        """Take an object off, and return what was counted for it."""
+        """Remove an object; return the bytes that were counted for it."""
         self._is_newer(digest, self._clock())
         known, owner = self._sizes.get(digest)
         if known:
@@ -506,7 +507,7 @@ class Usage:
         return known
 
     def _is_newer(self, digest: int, since: float) -> bool:
-        """Record when an object was learnt of; False where something later is known of it."""
+        """Record when the state of an object was observed; return False if a later observation is known."""
         if since < max(self._listed_since, self._recent.get(digest, since)):
             return False
         self._recent[digest] = since
@@ -516,7 +517,7 @@ class Usage:
         return True
 
     def _drop_remaining(self, size: int) -> None:
-        """An object that is not known one by one went: it was among the rest, if there is any."""
+        """Remove one object that is not known individually, if any are counted."""
         if self._more_objects:
             self._more_objects -= 1
             self._more_bytes = max(0, self._more_bytes - size)
@@ -525,29 +526,34 @@ class Usage:
 _log = logging.getLogger(__name__)
 
 _SETTLE_SECS: Final = 0.2
-"""Between the wish for a listing and its start: LMCache makes an adapter, and registers its listeners right after that."""
+"""Delay between the request for a listing and its start, in seconds: LMCache registers its listeners right after it has
+made an adapter."""
 
 _PAGE_SECS: Final = 60.0
 _INFO_SECS: Final = 10.0
 _RETRY_SECS: Final = 60.0
 _TRIES: Final = 5
-"""Failures of one page in a row after which the listing begins again: its cursor may be what the Hub does not take."""
+"""Number of consecutive failures of a page after which the listing restarts, because the Hub may no longer accept its
+cursor."""
 
 _GAPS_IN_RETRY: Final = 60
-"""After a pause that the Hub asked for, pages come a sixtieth of `_RETRY_SECS` apart; each further pause doubles that."""
+"""After a pause requested by the Hub, pages are a sixtieth of `_RETRY_SECS` apart; each further pause doubles that."""
 
 _LONGEST_GAP_SECS: Final = 30.0
 _FIRST_SHARE: Final = 60
-"""A first listing of several pages waits before its second page: at random, up to a sixtieth of the time to the next listing."""
+"""A first listing of several pages waits before its second page for a random time, up to this fraction (one in N) of
+`usage_refresh_secs`."""
 
 _STALE_SHARE: Final = 3
-"""Listings that evictions ask for take a quarter of the time at most."""
+"""Rest after a listing, as a multiple of its duration: listings that evictions request take at most a quarter of the
+time."""
 
 _STALE_PERCENT: Final = 100
-"""Objects that others deleted are a reason to list again when they are more than a hundredth of all."""
+"""List again if other processes deleted more than one in this many objects."""
 
 _MOST_TOLD: Final = 1_000_000
-"""Objects that LMCache's eviction is told of: it keeps a key of about 400 bytes for each. The oldest are told first."""
+"""Maximum number of objects reported to LMCache's eviction, which keeps a key of about 400 bytes for each; the oldest
+first."""
 
 _SLACK: Final = timedelta(minutes=5)
 _LONG_AGO: Final = datetime.fromtimestamp(0, UTC)
@@ -557,19 +563,19 @@ Tell = Callable[[list["ObjectKey"], list[int]], None]
 
 @dataclass(slots=True)
 class _Progress:
-    """A listing in progress: kept over pauses and failures, so that no page is asked for twice.
+    """State of a listing in progress, kept over pauses and failures, so that no page is requested twice.
 
     Attributes:
-        number: Which wish for a listing it grants.
-        began: When, by this machine's clock.
-        started: The same, monotonic.
-        cursor: Of the next page; None before the first one.
-        pages: Pages that came.
-        tries: Failures of the next page.
-        oldest: The oldest objects that were not told of yet; the newest of them first.
-        oldest_left_out: When the oldest object was uploaded for which there was no room.
-        reported: Objects seen that were told of before.
-        seen: Objects seen that were not.
+        number: Number of the request that this listing serves.
+        began: Start, by this machine's clock.
+        started: Start, by the monotonic clock.
+        cursor: Cursor of the next page; None before the first one.
+        pages: Number of pages received.
+        tries: Number of failures of the next page.
+        oldest: Heap of the oldest objects not reported yet, with the newest of them on top.
+        oldest_left_out: Upload time of the oldest object that did not fit, in Unix seconds.
+        reported: Number of objects seen that had been reported before.
+        seen: Number of objects seen that had not.
     """
 
     number: int
@@ -585,17 +591,17 @@ class _Progress:
 
 
 class UsageListing:
-    """Lists an instance on a thread of its own: by itself every so often, or only when it is asked to.
+    """Lists an instance on a thread of its own, periodically or only on request.
 
     Args:
-        bucket: The instance's.
-        usage: Is corrected by what is there.
-        refresh_secs: From the end of a listing to the next one; 0 never lists.
-        max_pages: Most pages of a listing; None for all.
-        tell: Given objects that are new to this process, with their sizes. The newest come first: LMCache takes the keys of
-            a call for one request's, and evicts those at its end first.
-        by_itself: Whether to list at first and every so often; else only when an eviction finds the account wrong.
-        corrected: Called when a listing took objects off the account.
+        bucket: Bucket of the instance.
+        usage: Account that the listing corrects.
+        refresh_secs: Seconds from the end of a listing to the next one; 0 disables listings.
+        max_pages: Maximum number of pages of a listing; None for all.
+        tell: Called with objects that are new to this process, and their sizes, newest first: LMCache treats the keys
+            of a call as one request's, and evicts those at its end first.
+        by_itself: Whether to list at startup and periodically; else only when an eviction finds the account wrong.
+        corrected: Called when a listing removed objects from the account.
     """
 
     def __init__(
@@ -621,9 +627,9 @@ class UsageListing:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._progress: _Progress | None = None
-        self._asked = 0  # wishes for a listing that begins after them
-        self._reported_until = _LONG_AGO  # everything uploaded until then was told
-        self._reported_newest: datetime | None = None  # the newest object that was told; None where all were
+        self._asked = 0  # requests for a listing that begins after them
+        self._reported_until = _LONG_AGO  # everything uploaded until then was reported
+        self._reported_newest: datetime | None = None  # newest reported object; None if all were reported
         self._reported_left = 0
         self._restart = False
         self._gap_secs = 0.0
@@ -634,19 +640,19 @@ class UsageListing:
         if refresh_secs and by_itself:
             self._want()
 
-    # --- what evictions ask ---------------------------------------------------------------------------------------------
+    # --- requests of evictions ----------------------------------------------------------------------------------------
 
     @property
     def settled(self) -> bool:
-        """Whether the account may be evicted by: it was listed, and nothing was found wrong with it since."""
+        """Whether evictions may rely on the account: a listing has ended, and no error was found since."""
         with self._lock:
             return self._trusted
 
     def found_stale(self) -> bool:
-        """Record that the account is wrong, and list again before anything more is evicted by it.
+        """Record that the account is wrong, and request a listing before further evictions.
 
         Returns:
-            Whether a listing comes: not where `usage_refresh_secs` is 0.
+            Whether a listing follows; False if `usage_refresh_secs` is 0.
         """
         if not self._refresh_secs or self._closed.is_set():
             return False
@@ -658,10 +664,10 @@ class UsageListing:
         return True
 
     def others_deleted(self) -> bool:
-        """Ask how many files the bucket has, and tell whether others deleted more than a hundredth of the objects.
+        """Ask the Hub for the number of files; return whether other processes deleted more than 1 % of the objects.
 
         Raises:
-            HFBucketError: The Hub did not say.
+            HFBucketError: The Hub did not answer.
         """
         with self._lock:
             baseline = self._baseline
@@ -675,12 +681,12 @@ class UsageListing:
         return lost > self._usage.objects // _STALE_PERCENT
 
     def too_new(self, uploaded: datetime | None) -> bool:
-        """Whether older objects are there that LMCache was not told of: they go first."""
+        """Return whether older objects exist that were not reported to LMCache, and should be evicted first."""
         with self._lock:
             return self._reported_newest is not None and uploaded is not None and uploaded > self._reported_newest
 
     def evicted(self, objects: int) -> None:
-        """Count objects that are gone; when half of what LMCache was told of is, it is told of more."""
+        """Count evicted objects, and list again when half of the objects reported to LMCache are gone."""
         with self._lock:
             self._reported_left = max(0, self._reported_left - objects)
             more = (
@@ -690,15 +696,15 @@ class UsageListing:
             self._want()
 
     def again(self) -> None:
-        """List soon, and tell of everything again, where listings are made at all."""
+        """List soon and report all objects again, if periodic listings are on."""
         if not self._by_itself:
             return
         with self._lock:
-            self._restart = True  # taken up at the start of a listing: one that is in progress has skipped objects
+            self._restart = True  # applied when the next listing starts, because one in progress has skipped objects
         self._want()
 
     def close(self) -> None:
-        """List no more; a page in progress ends by itself."""
+        """Stop listing; a page in progress ends by itself."""
         self._closed.set()
         self._wanted.set()
 
@@ -716,7 +722,7 @@ class UsageListing:
             thread = threading.Thread(target=self._run, name="hfbucket-usage", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread is left: the next eviction asks again
+            except RuntimeError:  # no thread is available: the next eviction retries
                 return
             self._thread = thread
 
@@ -731,7 +737,7 @@ class UsageListing:
             try:
                 self._list()
             except BucketMissingError:
-                self._give_up()  # whatever reads or writes reports it
+                self._give_up()  # the reads and writes report it
                 wait = self._retry_secs()
             except ThrottledError as error:
                 self._slow_down()
@@ -744,7 +750,7 @@ class UsageListing:
                     if self._progress.tries >= _TRIES:
                         self._give_up()
                 _log.warning("usage: the listing did not go on, and does in %.0f s: %s", wait, error)
-            except Exception:  # noqa: BLE001 - whatever it was, the next listing must come
+            except Exception:  # noqa: BLE001 - the next listing must follow after any error
                 self._give_up()
                 wait = self._retry_secs()
                 _log.exception("usage: the listing failed")
@@ -761,7 +767,7 @@ class UsageListing:
     def _begin(self) -> _Progress:
         files = None
         if self._by_itself:
-            with contextlib.suppress(HFBucketError):  # the first page tells what is wrong
+            with contextlib.suppress(HFBucketError):  # the first page reports the error
                 files = self._bucket.info(Deadline.after(_INFO_SECS)).get("totalFiles")
         with self._lock:
             if self._restart:
@@ -772,7 +778,7 @@ class UsageListing:
         return _Progress(number, datetime.now(UTC), time.monotonic())
 
     def _list(self) -> None:
-        """List what is left of the listing in progress, or all."""
+        """Continue the listing in progress, or start one, and run it to the end."""
         if self._restart and self._progress is not None:
             self._give_up()
         if not self._wait_for_turn():
@@ -791,7 +797,7 @@ class UsageListing:
                 return
 
     def _wait_for_turn(self) -> bool:
-        """Wait until a page may be asked for; False when this was closed meanwhile."""
+        """Wait until a page may be requested; return False if the listing was closed meanwhile."""
         pause, progress = self._gap_secs, self._progress
         if progress is not None and progress.pages == 1 and not self._last_secs and not progress.number:
             spread = min(_RETRY_SECS, self._refresh_secs / _FIRST_SHARE)
@@ -808,7 +814,7 @@ class UsageListing:
         return False
 
     def _slow_down(self) -> None:
-        """Leave more of the quota to others: it was used up."""
+        """Leave more of the quota to other callers, because it was used up."""
         self._gap_secs = min(max(self._gap_secs * 2, _RETRY_SECS / _GAPS_IN_RETRY), _LONGEST_GAP_SECS)
 
     def _take_in(self, infos: list[ObjectInfo], asked: float, progress: _Progress) -> None:
@@ -818,7 +824,7 @@ class UsageListing:
             key = object_key(chunk.text) if chunk is not None else None
             if (
                 key is None
-            ):  # foreign, or the classic engine's: LMCache could not evict it, and would evict all others in its stead
+            ):  # foreign, or of the classic engine: LMCache could not evict it, and would evict all others instead
                 continue
             sizes.append((info.path, info.content.size))
             if self._by_itself:
@@ -826,7 +832,7 @@ class UsageListing:
         self._usage.listed(sizes, asked)
 
     def _see(self, key: ObjectKey, info: ObjectInfo, progress: _Progress) -> None:
-        """Keep the oldest of what was not told."""
+        """Keep an object if it is among the oldest that were not reported."""
         uploaded = info.uploaded_at or _LONG_AGO
         if uploaded <= self._reported_until:
             progress.reported += 1
@@ -862,7 +868,7 @@ class UsageListing:
             self._wanted.set()
 
     def _choose(self, progress: _Progress) -> list[tuple[float, int, ObjectKey, int]]:
-        """The objects to tell of, the newest first: as many of the oldest as there is room for."""
+        """Return the objects to report, newest first: as many of the oldest as fit."""
         room = max(0, _MOST_TOLD - progress.reported)
         newest_first = sorted(progress.oldest)
         too_many = max(0, len(newest_first) - room)
@@ -875,7 +881,7 @@ class UsageListing:
                 self._reported_until, self._reported_newest = max(self._reported_until, progress.began - _SLACK), None
             elif chosen:
                 self._reported_newest = datetime.fromtimestamp(-chosen[0][0], UTC)
-                # Those of one moment of which only some were told are told again.
+                # If only some of the objects of one time were reported, all of them are reported again.
                 whole = next((at for at, *_ in chosen if -at < progress.oldest_left_out), None)
                 if whole is not None:
                     self._reported_until = datetime.fromtimestamp(-whole, UTC)
