@@ -1,8 +1,8 @@
-"""Moves planned chunks into the memory of the classic engine's workers on one node. Plain Python.
+"""Loads planned chunks into the memory of the classic engine's workers on one node. Plain Python.
 
-A worker loads what lies in a directory. So chunks are staged as into any directory tier, each in the directory of the
-worker that reads it, and each batch is loaded at once, from a directory that holds nothing else: staging never takes more
-room than the batches in progress, and whether a chunk is in memory is known when its batch has ended.
+A worker loads all files of a directory. Chunks are therefore staged as in any directory tier, in a directory for each worker,
+and each batch is loaded at once from a directory of its own: staging needs space for the batches in progress only, and the
+end of a load shows which chunks of its batch are in memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Ended = TypeVar("_Ended", bound="Outcome | None")
 
 
 class _Batch(NamedTuple):
-    """Chunks that are loaded together: the directory that holds nothing else, its descriptor, the names of its files."""
+    """Chunks that are loaded together: their own directory, its descriptor, and the names of the files in it."""
 
     path: Path
     descriptor: int
@@ -49,19 +49,19 @@ class _Batch(NamedTuple):
 
 
 class StagingDirectory:
-    """The staging directory of one worker, and what is known of its memory. May be used by several threads.
+    """Staging directory of one worker, with the state of the worker's memory. Thread-safe.
 
     Args:
-        declaration: Of the directory, without placeholders. It is made when missing.
-        worker: Whose it is.
-        address: Of the worker's internal API.
-        keep: Whether files stay when they are loaded.
+        declaration: Declaration of the directory, without placeholders. The directory is created if missing.
+        worker: Worker that loads from the directory.
+        address: Address of the worker's internal API.
+        keep: Whether to keep the files after they are loaded.
 
     Attributes:
-        worker: Whose it is.
+        worker: Worker that loads from the directory.
 
     Raises:
-        TierError: The directory cannot be made or written.
+        TierError: The directory cannot be created or written.
     """
 
     def __init__(self, declaration: DirectoryDeclaration, worker: EngineWorker, address: str, *, keep: bool) -> None:
@@ -75,12 +75,12 @@ class StagingDirectory:
         self._free = worker.room if most is None else min(worker.room, most)
         self._taken: dict[str, int] = {}
         self._broken: HFBucketError | None = None
-        self._failures = 0  # loads in a row that failed for the worker
+        self._failures = 0  # consecutive loads that failed because of the worker
         options = replace(declaration.options, max_bytes=None, evict=False)
         with _named(self._home):
             self._run = RunFiles(self._home, Ownership(declaration.name, options).open(self._home))
         try:
-            # A directory of this run alone: others never look into it, and it goes with the run.
+            # A directory of this run alone: other runs ignore it, and it is removed when the run ends.
             here = self._run.directory()
             self._declaration = replace(declaration, base_paths=(here,), options=options)
             self.tier = DirectoryTier(self._declaration)
@@ -89,17 +89,17 @@ class StagingDirectory:
             raise
 
     def draft(self, key: str, size: int) -> DirectoryDraft:
-        """Begin a chunk, with room for it taken in the worker's memory.
+        """Create a draft of a chunk, with its room in the worker's memory reserved.
 
         Raises:
-            TierFullError: There is no room, in memory or in the directory.
-            EngineError: The worker did not answer any more.
+            TierFullError: There is no room in memory or in the directory.
+            EngineError: The worker no longer answers.
             TierError: The directory cannot be written.
         """
         with self._lock:
             if self._broken is not None:
                 raise EngineError(f"{key}: {self._broken}")
-            if key not in self._taken:  # else it is another try
+            if key not in self._taken:  # otherwise this is a retry, whose room is already reserved
                 if size > self._free:
                     raise TierFullError(
                         f"{key}: worker {self.worker.id} has no room for it: {self.worker.room} bytes of its memory are for what "
@@ -110,21 +110,21 @@ class StagingDirectory:
         return self.tier.draft(key, size)
 
     def settle(self, key: str, *, loaded: bool) -> None:
-        """A chunk has ended; without being loaded it takes no room."""
+        """Record the end of a chunk, and release its room if it was not loaded."""
         with self._lock:
             size = self._taken.pop(key, 0)
             if not loaded:
                 self._free += size
 
     def load(self, chunks: Sequence[ChunkRef], secs: float) -> dict[str, HFBucketError]:
-        """Have the worker load chunks that were staged.
+        """Make the worker load staged chunks.
 
         Args:
-            chunks: Which.
-            secs: Most seconds that it may take.
+            chunks: Staged chunks.
+            secs: Maximum duration in seconds.
 
         Returns:
-            Why some are not in its memory, by key.
+            The error of each chunk that is not in the worker's memory, by key.
         """
         try:
             with _named(self._home):
@@ -147,7 +147,7 @@ class StagingDirectory:
             self._failures = 0
         failed = set(done.failed)
         words = f"the engine at {self._address} did not load it; its log says why"
-        if done.files != len(chunks) or done.chunks + len(failed) < len(chunks):  # nobody knows which
+        if done.files != len(chunks) or done.chunks + len(failed) < len(chunks):  # the chunks that failed are unknown
             failed = {chunk.key for chunk in chunks}
             words = (
                 f"the engine at {self._address} found {done.files} files in {str(directory)!r} and loaded {done.chunks}, where "
@@ -156,14 +156,14 @@ class StagingDirectory:
         return {chunk.key: EngineError(f"{chunk.key}: {words}") for chunk in chunks if chunk.key in failed}
 
     def _missed(self, error: EngineError) -> None:
-        """The worker did not do it. After several times in a row it is asked no more."""
+        """Record a load that failed because of the worker; after several consecutive failures, give up the worker."""
         with self._lock:
             self._failures += 1
             if self._failures >= FAILURES:
                 self._broken = EngineError(f"{self._failures} loads failed one after the other, the last one: {error}")
 
     def _gather(self, chunks: Sequence[ChunkRef]) -> _Batch:
-        """Move chunks into a directory of their own. By descriptors: the engine's user may rename what lies in its directory."""
+        """Move chunks into a new directory, by descriptors because the engine's user may rename what is in the directory."""
         here = self._declaration.base_paths[0]
         name = f"batch-{next(self._batches)}"
         batch = _Batch(here / name, self.tier.ownership.make_in(self.tier.descriptor(here), name), [])
@@ -178,7 +178,7 @@ class StagingDirectory:
         return batch
 
     def _scatter(self, batch: _Batch) -> None:
-        """Keep the files, or remove them."""
+        """Keep or remove the files of a batch after its load."""
         try:
             for file in batch.files:
                 if self._keep:
@@ -191,19 +191,19 @@ class StagingDirectory:
         os.rmdir(batch.path.name, dir_fd=self.tier.descriptor(batch.path.parent))
 
     def close(self) -> None:
-        """Leave nothing of this run's behind but files that are to be kept."""
+        """Remove all files of this run except those that must be kept."""
         self.tier.close()
         self._run.close()
 
 
 class StagedTier:
-    """The memory of a node's workers, as the warmer fills tiers: what is published is staged, not loaded yet.
+    """Memory of a node's workers as a tier: a published chunk is staged, not yet loaded.
 
     Args:
-        name: For people.
-        declaration: Of the staging directories; tells which keys there may be.
-        stages: By number of the worker.
-        absent: Why other workers of this node are not there.
+        name: Name of the tier in messages.
+        declaration: Declaration of the staging directories, which determines the valid keys.
+        stages: Staging directories by worker number.
+        absent: Why other workers of this node are absent, by worker number.
     """
 
     def __init__(
@@ -219,12 +219,12 @@ class StagedTier:
         self._absent = absent
 
     def stage(self, key: str) -> StagingDirectory:
-        """Of the worker that reads a chunk.
+        """Return the staging directory of the worker that reads a chunk.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
-            EngineError: The worker is not there.
-            TierError: No worker here reads it.
+            KeyFormatError: The key is not valid for the tier.
+            EngineError: The worker is absent.
+            TierError: No worker on this node reads the chunk.
         """
         parsed = unambiguous(key, self._declaration.takes)
         for stage in self._stages.values():
@@ -238,38 +238,38 @@ class StagedTier:
         )
         raise TierError(f"{key}: tier {self._name!r}: none of this node's workers reads it: {workers}")
 
-    def holds(self, key: str, size: int) -> bool:  # noqa: ARG002 - the protocol's; an engine does not tell
-        """Whether the chunk is there: an engine does not tell, so it is loaded.
+    def holds(self, key: str, size: int) -> bool:  # noqa: ARG002 - the protocol's; an engine does not report its content
+        """Return False for a valid key: an engine does not report which chunks it holds, so every chunk is loaded.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
+            KeyFormatError: The key is not valid for the tier.
         """
         unambiguous(key, self._declaration.takes)
         return False
 
     def draft(self, key: str, size: int) -> DirectoryDraft:
-        """Begin a chunk; see `StagingDirectory.draft` and `stage`."""
+        """Create a draft of a chunk; see `StagingDirectory.draft` and `stage`."""
         return self.stage(key).draft(key, size)
 
     def inventory(self) -> Iterator[HeldChunk]:
-        """Nothing: an engine does not tell what its memory holds."""
+        """Return no chunks: an engine does not report which chunks it holds."""
         return iter(())
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close all staging directories and remove this run's files from them."""
         for stage in self._stages.values():
             stage.close()
 
 
 class EngineLoader:
-    """One node's part of a run that fills the memory of its workers. Its methods may be called from several threads.
+    """Worker of one node in a run that fills the memory of engine workers. Thread-safe.
 
     Args:
-        warmer: Stages chunks.
-        tier: What it fills.
+        warmer: Stages chunks in `tier`.
+        tier: Tier of the engine workers' memory.
 
     Attributes:
-        chunk_timeout_secs: Most seconds that a chunk may take to be staged, and its batch to be loaded.
+        chunk_timeout_secs: Maximum seconds to stage a chunk, and to load its batch.
     """
 
     def __init__(self, warmer: NodeWarmer, tier: StagedTier) -> None:
@@ -278,30 +278,30 @@ class EngineLoader:
         self.chunk_timeout_secs = warmer.chunk_timeout_secs
 
     def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
-        """Load chunks; none raises by itself."""
+        """Load chunks and return their outcomes in order; a failure of a single chunk does not raise."""
         return self.fetch(chunks, keep=False)[0]
 
     def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
-        """As `copy`; returns the bytes of those that were loaded, too."""
+        """Load chunks like `copy`, and also return the bytes of those that were loaded."""
         staged, kept = self._warmer.fetch(chunks, keep=keep)
         outcomes = self._loaded(chunks, staged)
         copied = [after for before, after in zip(staged, outcomes, strict=True) if isinstance(before, Copied)]
         return outcomes, [content for content, after in zip(kept, copied, strict=False) if isinstance(after, Copied)]
 
     def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
-        """Whether any of some chunks is not there, as far as it can be told."""
+        """Return whether any of some chunks is absent, as far as this is known."""
         return self._warmer.lacks(chunks)
 
     def reuse(self, chunks: Sequence[ChunkRef]) -> list[Outcome | None]:
-        """Load chunks from the tiers that were filled before; None stands for what they have not."""
+        """Load chunks from the tiers that were filled before; the outcome is None for a chunk that they lack."""
         return self._loaded(chunks, self._warmer.reuse(chunks))
 
     def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
-        """Load chunks that another node has fetched; None stands for one that did not arrive rightly."""
+        """Load chunks that another node has fetched; the outcome is None for a chunk that did not arrive intact."""
         return self._loaded(chunks, self._warmer.receive(chunks, contents))
 
     def _loaded(self, chunks: Sequence[ChunkRef], staged: Sequence[_Ended]) -> list[_Ended | Failed]:
-        """How chunks end, by how they were staged."""
+        """Load staged chunks and return their final outcomes, given the outcomes of staging."""
         by_stage: defaultdict[StagingDirectory, list[ChunkRef]] = defaultdict(list)
         for chunk, outcome in zip(chunks, staged, strict=True):
             if isinstance(outcome, Copied):
@@ -315,7 +315,7 @@ class EngineLoader:
 
     def _settled(self, chunk: ChunkRef, outcome: _Ended, error: HFBucketError | None) -> _Ended | Failed:
         loaded = isinstance(outcome, Copied) and error is None
-        with contextlib.suppress(HFBucketError):  # nobody's chunk takes nobody's room
+        with contextlib.suppress(HFBucketError):  # a chunk that no worker reads has no room to release
             self._tier.stage(chunk.key).settle(chunk.key, loaded=loaded)
         if error is None:
             return outcome
@@ -323,24 +323,24 @@ class EngineLoader:
         return Failed(chunk.key, chunk.size, error.kind, str(error), asked=asked)
 
     def stop(self) -> None:
-        """End what is in progress at once."""
+        """Stop the work in progress immediately."""
         self._warmer.stop()
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close the warmer and remove its temporary files."""
         self._warmer.close()
 
 
 @dataclass(frozen=True, slots=True)
 class LoadConfig:
-    """What a node needs to know to fill the memory of its workers. It crosses to the nodes, so it never holds a token.
+    """Configuration of a node that fills the memory of its workers. It is sent to the nodes, so it never holds a token.
 
     Attributes:
-        source: Where chunks come from, and how.
-        tier: Which memory.
-        ranks: The workers of each node, by its id, which were found there or are said to be.
-        candidates: The workers whose chunks there are; a node that joined later looks which of them it has.
-        wait_secs: How long such a node waits for its engine.
+        source: Configuration of the fetches.
+        tier: Declaration of the memory tier.
+        ranks: Workers of each node, found or configured, by node id.
+        candidates: Workers for which there are chunks; a node that joins later searches for these.
+        wait_secs: Maximum seconds that a node that joins later waits for its engine.
     """
 
     source: NodeConfig
@@ -350,13 +350,13 @@ class LoadConfig:
     wait_secs: float
 
     def open(self, place: NodeInfo) -> EngineLoader:
-        """Begin, on the node.
+        """Open the loader of a node; runs on that node.
 
         Raises:
-            EngineError: None of its workers is there.
+            EngineError: None of the node's workers answers.
             ConfigError: The node has no value for a placeholder, or lacks the token.
-            AccessDeniedError: Its token may not read the bucket.
-            BucketMissingError: There is no such bucket, or the token may not see it.
+            AccessDeniedError: The node's token may not read the bucket.
+            BucketMissingError: The bucket does not exist, or the token may not see it.
             TierError: A staging directory cannot be written.
         """
         known = self.ranks.get(place.node_id)
@@ -383,13 +383,13 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSearch:
-    """Looks which workers of the engine a node has, and waits for them. It crosses to the nodes.
+    """Task that finds the engine workers of a node and waits for them. It is sent to the nodes.
 
     Attributes:
-        tier: Whose memory is to be filled.
-        wanted: Numbers of workers.
-        all_of_them: Whether all of them are said to be on this node.
-        wait_secs: How long to wait.
+        tier: Declaration of the memory tier.
+        wanted: Numbers of the workers.
+        all_of_them: Whether all these workers are configured to be on this node.
+        wait_secs: Maximum seconds to wait.
     """
 
     tier: LocalCPUDeclaration
@@ -398,10 +398,10 @@ class WorkerSearch:
     wait_secs: float
 
     def begin(self, place: NodeInfo) -> tuple[frozenset[int], None]:
-        """Look, on the node; returns those that it has, also those of the same engine that did not come in time.
+        """Return the workers that the node has, including workers of the same engine that did not answer in time.
 
         Raises:
-            EngineError: None is there in time.
+            EngineError: No worker answers in time.
             ConfigError: The node has no value for a placeholder.
         """
         ends = Deadline.after(self.wait_secs)

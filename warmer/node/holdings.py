@@ -1,4 +1,4 @@
-"""What a node's tiers hold: looked at, hashed where that was asked for, and put right where it is something else. Plain Python."""
+"""Content of a node's tiers: found, hashed if requested, and repaired where it is wrong. Plain Python."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from warmer.tiers import Tier
 
 _REMEMBERED: Final = 4096
-"""Chunks whose hash is known to be right: a batch is looked at several times, and hashed once."""
+"""Chunks remembered as having the right hash: a batch is looked up several times, but hashed once."""
 
 
 class Holdings:
-    """What one node's tier holds of some chunks, and what was found wrong on this node. May be used by several threads.
+    """Which chunks a node's tier holds, and which chunks were found to be wrong on the node. Thread-safe.
 
     Args:
-        tier: The tier that is filled.
-        verify: Whether what is there is hashed; otherwise a file of the right length is taken for right.
+        tier: Tier that is filled.
+        verify: Whether to hash present files; otherwise a file of the right length is assumed to be right.
     """
 
     def __init__(self, tier: Tier, *, verify: bool = False) -> None:
@@ -42,7 +42,7 @@ class Holdings:
         self._lock = threading.Lock()
 
     def look(self, chunks: Sequence[ChunkRef]) -> list[Present | Failed | None]:
-        """What the tier holds of some chunks, in their order; None for one that is not there, or is something else."""
+        """Return the state of chunks in the tier, in order; None for a chunk that is absent or has wrong content."""
         found = [self._held(chunk) for chunk in chunks]
         if self._checker is None:
             return found
@@ -70,7 +70,7 @@ class Holdings:
             return Failed(chunk.key, chunk.size, error.kind, str(error))
 
     def _identity(self, chunk: ChunkRef) -> tuple[int, int] | None:
-        """Which file it is. Not by its time, which is that of the last look."""
+        """Return the identity of a chunk's file, without its time, which each lookup updates."""
         if self._directories is not None:
             with contextlib.suppress(OSError, HFBucketError):
                 there = self._directories.lstat(self._directories.declaration.file(chunk.key))
@@ -87,28 +87,28 @@ class Holdings:
                 self._right.popitem(last=False)
 
     def wrong_in(self, key: str, tier: EarlierTier) -> None:
-        """Note that an earlier tier holds something else in the place of a chunk."""
+        """Record that an earlier tier holds wrong content in the place of a chunk."""
         with self._lock:
             self._earlier.setdefault(key, []).append(tier)
 
     def wrong_about(self, key: str) -> str:
-        """What is known to be wrong in this node's tiers in the place of a chunk, for people; empty for nothing."""
+        """Describe what is known to be wrong in this node's tiers in the place of a chunk; empty if nothing is."""
         names = [tier.name for tier in self._earlier.get(key, ())]
         return "; ".join(filter(None, [self._own.get(key, ""), *(_held_wrongly(name) for name in names)]))
 
     def settled(self, chunk: ChunkRef, name: str) -> tuple[str, ...]:
-        """A right chunk has replaced what was in its place in the tier that is filled; returns that tier, where it was wrong."""
+        """Record that a right chunk was published in the filled tier; return the tier's name if it held wrong content."""
         return (name,) if self._own.pop(chunk.key, "") else ()
 
     def repair(self, chunk: ChunkRef, content: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Put a chunk into the earlier tiers that hold something else in its place.
+        """Replace wrong content in the earlier tiers with a right chunk.
 
         Args:
-            chunk: Which.
-            content: A file with its bytes alone.
+            chunk: Right chunk.
+            content: File that holds exactly the chunk's bytes.
 
         Returns:
-            The tiers that are right now; and why others are not.
+            The names of the repaired tiers, and the reasons why other tiers were not repaired.
         """
         with self._lock:
             tiers = self._earlier.pop(chunk.key, [])

@@ -1,4 +1,4 @@
-"""Prompts that a node replays through an engine."""
+"""Prompts that a node replays through an engine to load them into the engine's memory."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 BATCH_PROMPTS: Final = 16
 BATCH_TOKENS: Final = 65_536
-"""Most tokens of a batch, a quarter of a MiB; a longer prompt goes alone."""
+"""Maximum tokens of a batch, a quarter of a MiB; a longer prompt goes alone."""
 
 _CACHED_BATCHES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class AskedPrompt:
-    """One prompt that a server is to load. It crosses to the nodes.
+    """Prompt that a server must load. It is sent to the nodes.
 
     Attributes:
-        line: Its number in the file, from 1.
-        model: The model's name.
-        salt: Its `cache_salt`, empty for none.
-        token_ids: Its tokens, 4 bytes each.
+        line: Line number in the file, from 1.
+        model: Name of the model.
+        salt: `cache_salt` of the prompt; empty for none.
+        token_ids: Tokens, 4 bytes each.
     """
 
     line: int
@@ -54,21 +54,21 @@ Batch = tuple[AskedPrompt, ...]
 
 
 class PromptFile:
-    """A file of prompts, each of a model that is known. It is held open: another file in its place changes nothing.
+    """File of prompts, each for a known model. The file is kept open, so replacing it has no effect.
 
     Args:
-        path: Of the file.
-        models: Only prompts of these models, where any are given; a single one is also that of prompts that name none.
+        path: Path of the file.
+        models: Models whose prompts are used; all if empty. A single model also applies to prompts that name none.
         chunk_size: Tokens of a chunk.
 
     Attributes:
-        path: Of the file.
-        prompts: How many there are, by model.
-        chunks: The full chunks of all of them, by model: one that several prompts share counts for each.
-        sha256: Of the file's bytes, in hexadecimal.
+        path: Path of the file.
+        prompts: Number of prompts, by model.
+        chunks: Number of full chunks of all prompts, by model; a chunk that several prompts share counts for each.
+        sha256: SHA-256 of the file, in hexadecimal.
 
     Raises:
-        ConfigError: It cannot be read, a line is no prompt, or a prompt names no model.
+        ConfigError: The file cannot be read, a line is not a valid prompt, or a prompt names no model.
     """
 
     def __init__(self, path: Path, models: Sequence[str], chunk_size: int) -> None:
@@ -102,15 +102,15 @@ class PromptFile:
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """Return the number of batches."""
         return len(self._segments)
 
     def batch(self, index: int) -> Batch:
-        """The prompts of one batch.
+        """Read the prompts of one batch.
 
         Raises:
-            RefusedError: The file is not what it was any more.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was opened.
+            PlanLostError: The file can no longer be read.
         """
         found = self._cached.get(index)
         if found is None:
@@ -144,10 +144,10 @@ class PromptFile:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file of prompts, in hexadecimal.
+    """Return the SHA-256 of a prompt file, in hexadecimal.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: The file cannot be read.
     """
     digest, file = hashlib.sha256(), open_prompts(path)
     try:
@@ -161,15 +161,15 @@ def digest_of(path: Path) -> str:
 
 
 def expect_recorded(found: PromptFile, recorded: Mapping[str, str] | None, plan: Path) -> None:
-    """Make sure that prompts are those of which a plan was made.
+    """Check that prompts are those from which a plan was made.
 
     Args:
-        found: The prompts by now.
-        recorded: What the plan says of them: `path` and `sha256`; None where the plan has nothing of it.
-        plan: The plan's file, for errors.
+        found: Present prompts.
+        recorded: Fields `path` and `sha256` that the plan records; None if the plan records no prompts.
+        plan: Path of the plan, for errors.
 
     Raises:
-        ConfigError: They are others.
+        ConfigError: The prompts differ.
     """
     if recorded is None:
         raise ConfigError(f"plan {str(plan)!r} does not say of which prompts it was made: make a new plan")
@@ -181,18 +181,18 @@ def expect_recorded(found: PromptFile, recorded: Mapping[str, str] | None, plan:
 
 @dataclass(frozen=True, slots=True)
 class PromptLoad:
-    """What became of one prompt on a node.
+    """Result of loading one prompt on a node.
 
     Attributes:
-        line: Of the file of prompts.
-        model: The prompt's.
+        line: Line number in the prompt file.
+        model: Name of the prompt's model.
         chunks: Full chunks of the prompt.
-        copied: Of these, those that were loaded.
-        present: Those that were there before, as far as it shows.
-        bytes: What those loaded take.
-        ended: `complete`; or why the rest is not there: `missing`, `no_room`, `config` for a prompt that is refused, or `engine`
-            where the server did not do it.
-        message: Why, in words; empty when it is complete.
+        copied: Chunks that were loaded.
+        present: Chunks that were present before, as far as this is known.
+        bytes: Bytes of the loaded chunks.
+        ended: `complete`, or why chunks are lacking: `missing`, `no_room`, `config` for a prompt that was refused, or
+            `engine` for a failure of the server.
+        message: Reason in words; empty if complete.
     """
 
     line: int
@@ -206,22 +206,22 @@ class PromptLoad:
 
     @property
     def lacking(self) -> int:
-        """Chunks that are not there."""
+        """Number of chunks that are absent."""
         return self.chunks - self.copied - self.present
 
 
 @dataclass(frozen=True, slots=True)
 class L1Task:
-    """What a node needs to know to load prompts. It crosses to the nodes.
+    """Configuration of a node that loads prompts. It is sent to the nodes.
 
     Attributes:
-        tier: Which L1.
+        tier: Declaration of the L1 tier.
         models: Names of the prompts' models.
-        world_size: Workers of the engines.
-        chunk_size: Tokens of a chunk, as the prompts were counted.
-        hash_algorithm: As directories were filled by it.
-        wait_secs: How long to wait for the server, and for an engine.
-        load_secs: Most seconds that one load may take.
+        world_size: Workers of each engine.
+        chunk_size: Tokens of a chunk, with which the prompts were counted.
+        hash_algorithm: Hash algorithm with which the directories were filled.
+        wait_secs: Maximum seconds to wait for the server, and for an engine.
+        load_secs: Maximum seconds of one load.
     """
 
     tier: L1Declaration
@@ -233,11 +233,11 @@ class L1Task:
     load_secs: float
 
     def begin(self, place: NodeInfo) -> tuple[frozenset[str], Callable[[Batch], list[PromptLoad]]]:
-        """Wait for the engine, on the node; returns the models that are there, and what loads prompts of these.
+        """Wait for the engine, on the node; return the models that it serves, and a function that loads their prompts.
 
         Raises:
-            EngineError: The server is not there in time, or none of the models.
-            ConfigError: The server cuts or hashes prompts in another way; or the node has no value for a placeholder.
+            EngineError: The server does not answer in time, or serves none of the models.
+            ConfigError: The server splits or hashes prompts differently, or the node has no value for a placeholder.
         """
         address = self.tier.address(place)
         server = L1Server(address, load_secs=self.load_secs)
@@ -261,10 +261,10 @@ class PromptLoader:
     """Loads batches of prompts into one server.
 
     Args:
-        server: Which.
-        address: Its address, for messages.
-        models: Those that are served there: prompts of others are skipped.
-        world_size: Workers of the engines.
+        server: Client of the server.
+        address: Address of the server, for messages.
+        models: Models served there; prompts of other models are skipped.
+        world_size: Workers of each engine.
     """
 
     def __init__(self, server: L1Server, address: str, models: frozenset[str], world_size: int) -> None:
@@ -272,16 +272,17 @@ class PromptLoader:
         self._address = address
         self._models = models
         self._world_size = world_size
-        self._failures = 0  # prompts in a row that failed for the server
+        self._failures = 0  # consecutive prompts that failed because of the server
         self._broken: EngineError | None = None
 
     def __call__(self, batch: Batch) -> list[PromptLoad]:
-        """Load the prompts of a batch; what is returned leaves out those of other models.
+        """Load the prompts of a batch and return the results; prompts of models that are not served are skipped.
 
-        A prompt for which the server does not do it fails alone. After some in a row the rest of the batch fails with it.
+        A prompt on which the server fails does not affect the others. After several consecutive failures, the rest of the
+        batch fails too.
 
         Raises:
-            EngineError: The server did not do it for several prompts in a row, in the batch before.
+            EngineError: The server failed for several consecutive prompts of the previous batch.
         """
         if self._broken is not None:
             raise self._broken

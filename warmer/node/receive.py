@@ -1,4 +1,4 @@
-"""Moves chunks that another node has fetched into one node's tier, and verifies what goes into a tier. Plain Python."""
+"""Writes chunks that another node has fetched into a node's tier, and verifies what enters a tier. Plain Python."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 Verify = Literal["hash", "length"]
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
-"""Bytes of a chunk that are written at a time: an order to stop is noticed between two."""
+"""Bytes of a chunk written at a time; a stop is noticed between two pieces."""
 
 
 class Receiver:
-    """One node's way from the object store into its tier. May be used by several threads.
+    """Writes chunks from the object store or an earlier tier into one node's tier. Thread-safe.
 
     Args:
-        tier: Where chunks go.
-        verify: What is checked before one appears: its length, or its Xet hash too.
-        stopped: Set when the run is told to stop.
-        holdings: What the tier holds; None to go by the length of its files.
+        tier: Tier that is filled.
+        verify: What is checked before a chunk is published: its length only, or also its Xet hash.
+        stopped: Set when the run must stop.
+        holdings: Content of the tier; None to rely on the length of its files.
     """
 
     def __init__(self, tier: Tier, verify: Verify, stopped: threading.Event, holdings: Holdings | None = None) -> None:
@@ -50,10 +50,10 @@ class Receiver:
         self._stopped = stopped
 
     def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
-        """Put chunks into the tier that another node has fetched. As with those fetched, none appears unless it is right.
+        """Write chunks that another node has fetched; a chunk is published only if its bytes are right.
 
         Returns:
-            How each ended, in their order; None for one whose bytes were not right.
+            The outcome of each chunk, in order; None for a chunk whose bytes were wrong.
         """
 
         def has(index: int) -> bool:
@@ -68,18 +68,18 @@ class Receiver:
     def reuse(
         self, chunks: Sequence[ChunkRef], tier: EarlierTier, ends: Deadline, kept: dict[str, Bytes] | None
     ) -> list[Outcome | None]:
-        """Put chunks into the tier that another tier of this node has.
+        """Write chunks that an earlier tier of this node holds.
 
-        They are hashed, whatever is checked of others: nobody has compared what lies there with anything yet.
+        They are always hashed, whatever `verify` is, because nothing has compared the earlier tier's content yet.
 
         Args:
-            chunks: Which.
-            tier: The other tier.
-            ends: When to ask it no more.
-            kept: Is given the bytes of those that were copied, by key; None for not to keep them.
+            chunks: Chunks to write.
+            tier: Earlier tier to read from.
+            ends: Deadline, after which the earlier tier is not read any more.
+            kept: Receives the bytes of the copied chunks, by key; None to keep none.
 
         Returns:
-            How each ended, in their order; None for one that it has not, or not rightly.
+            The outcome of each chunk, in order; None for a chunk that the earlier tier lacks or holds with wrong content.
         """
 
         def has(index: int) -> bool:
@@ -101,16 +101,16 @@ class Receiver:
         reused: EarlierTier | None = None,
         kept: dict[str, Bytes] | None = None,
     ) -> list[Outcome | None]:
-        """Put chunks into the tier whose bytes somebody has.
+        """Write available chunks into the tier.
 
         Args:
-            chunks: Which.
-            has: Whether there is one, by its place among them; room is made in the tier for no other.
-            fill: Writes one of them, by its place among them, into a draft; false where it has not all of it.
-            verify: What is checked before one appears.
-            received: Where from, see `Copied`.
-            reused: The tier of the same node that they come from; None where they do not.
-            kept: Is given the bytes of those that were copied, by key.
+            chunks: Chunks to write.
+            has: Whether the chunk at an index is available; room in the tier is reserved for available chunks only.
+            fill: Writes the chunk at an index into a draft; returns False if not all its bytes are available.
+            verify: What is checked before a chunk is published.
+            received: Source of the chunks; see `Copied`.
+            reused: Earlier tier of the same node that holds the chunks; None if they come from elsewhere.
+            kept: Receives the bytes of the copied chunks, by key.
         """
         since = time.monotonic()
         outcomes: dict[int, Outcome | None] = {}
@@ -147,7 +147,7 @@ class Receiver:
         return [outcomes[index] for index in range(len(chunks))]
 
     def _fill(self, draft: ChunkDraft, content: Bytes) -> None:
-        lease = draft.lease  # which makes the file, of an empty chunk too
+        lease = draft.lease  # creates the file, for an empty chunk too
         for at in range(0, len(content), _PIECE_BYTES):
             if self._stopped.is_set():
                 return
@@ -168,15 +168,15 @@ class Receiver:
         return Failed(chunk.key, chunk.size, actual.kind, str(actual))
 
     def publish(self, chunk: ChunkRef, draft: ChunkDraft, kept: dict[str, Bytes] | None) -> Copied:
-        """Let a chunk appear that is right, here and wherever else on this node something else was found in its place.
+        """Publish a verified chunk, and repair other tiers of this node in which wrong content was found in its place.
 
         Args:
-            chunk: Which.
-            draft: Its bytes.
-            kept: Is given them, by key; None for not to keep them.
+            chunk: Verified chunk.
+            draft: Draft with the chunk's bytes.
+            kept: Receives the bytes, by key; None to keep none.
 
         Raises:
-            HFBucketError: The tier did not take it.
+            HFBucketError: The tier did not accept the chunk.
         """
         content = None if kept is None else bytes_of(draft)
         repaired, left = self._holdings.repair(chunk, draft.path)
@@ -188,7 +188,7 @@ class Receiver:
 
 
 def hashes_of(drafts: Sequence[ChunkDraft], expected: Sequence[str], verify: Verify) -> Sequence[str | HFBucketError]:
-    """The hashes of what is in drafts, all by one call of the hasher; where only lengths count, those expected."""
+    """Return the hashes of drafts, computed in one call of the hasher; the expected hashes if only lengths are verified."""
     if not drafts or verify == "length":
         return expected
     try:
@@ -198,22 +198,22 @@ def hashes_of(drafts: Sequence[ChunkDraft], expected: Sequence[str], verify: Ver
 
 
 def tier_name(tier: Tier) -> str:
-    """The name of a tier of directories, for people."""
+    """Return the name of a directory tier, for messages."""
     return tier.declaration.name if isinstance(tier, DirectoryTier) else ""
 
 
 def given_up(chunk: ChunkRef) -> Failed:
-    """How a chunk ends that the run was told to stop with."""
+    """Return the outcome of a chunk that was interrupted by a stop of the run."""
     return Failed(chunk.key, chunk.size, INTERRUPTED, f"{chunk.key}: the run was told to stop")
 
 
 def bytes_of(draft: ChunkDraft) -> Bytes:
-    """What is in a draft, from the page cache as a rule.
+    """Return the content of a draft, usually from the page cache.
 
     Raises:
-        TierError: It cannot be read.
+        TierError: The draft cannot be read.
     """
-    import numpy as np  # noqa: PLC0415 - a tenth of a second, which a node that hands nothing on need not wait for
+    import numpy as np  # noqa: PLC0415 - takes a tenth of a second, and a node that shares nothing does not need it
 
     try:
         return np.fromfile(draft.path, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Chunks that a tier of directories on this node holds already, for another tier that is filled after it. Plain Python."""
+"""Reuse of chunks that an earlier directory tier on this node already holds. Plain Python."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from warmer.tiers import ChunkDraft, Declaration
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
-"""Read and written at a time: an order to stop is noticed between two."""
+"""Bytes read and written at a time; a stop is noticed between two pieces."""
 
 
 class EarlierTier:
-    """A tier of one node that a run filled before the one that it fills now. Nothing is written into it but by `repair`.
+    """Tier of a node that a run filled before the present one. Only `repair` writes into it.
 
-    What it holds is no promise: of a chunk that was there before the run nobody has looked at more than its size. A caller that takes one
-    from here compares its hash.
+    Its content is not trusted: for a chunk that was there before the run, at most the size was checked. A caller that takes
+    a chunk from here compares its hash.
 
     Args:
-        declaration: Of a tier of directories, without placeholders.
+        declaration: Declaration of a directory tier, without placeholders.
     """
 
     def __init__(self, declaration: Declaration) -> None:
@@ -43,19 +43,19 @@ class EarlierTier:
 
     @property
     def name(self) -> str:
-        """The tier's, for people."""
+        """Name of the tier, for messages."""
         return self._declaration.name
 
     def repair(self, chunk: ChunkRef, content: Path) -> None:
-        """Replace what lies in the place of a chunk; where there is no room for the chunk, only remove it.
+        """Replace wrong content in the place of a chunk; if there is no room for the chunk, only remove the content.
 
         Args:
-            chunk: Which.
-            content: A file with its bytes alone.
+            chunk: Right chunk.
+            content: File that holds exactly the chunk's bytes.
 
         Raises:
-            TierError: Neither could be done.
-            IntegrityError: The content is not that of the chunk; nothing was replaced.
+            TierError: The content could be neither replaced nor removed.
+            IntegrityError: The file does not hold the chunk; nothing was replaced.
         """
         with self._lock:
             if self._opened is None:
@@ -78,14 +78,14 @@ class EarlierTier:
             draft.discard()
 
     def close(self) -> None:
-        """Leave nothing of this process's own behind."""
+        """Remove the temporary and lock files of this process."""
         with self._lock:
             if self._opened is not None:
                 self._opened.close()
                 self._opened = None
 
     def has(self, chunk: ChunkRef) -> bool:
-        """Whether there is a file for a chunk, as long as it must be."""
+        """Return whether there is a file of the right length for a chunk."""
         try:
             found = self._declaration.file(chunk.key).lstat()
         except (OSError, HFBucketError):
@@ -93,15 +93,15 @@ class EarlierTier:
         return stat.S_ISREG(found.st_mode) and found.st_size == self._declaration.layout.stored(chunk.size)
 
     def copy(self, chunk: ChunkRef, draft: ChunkDraft, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Write a chunk's bytes into a draft, if the tier has a file for it that is as long as it must be.
+        """Write a chunk's bytes into a draft, if the tier has a file of the right length for the chunk.
 
         Args:
-            chunk: Which.
-            draft: Where to.
-            stopped: Whether to stop, asked between two pieces.
+            chunk: Chunk to copy.
+            draft: Destination.
+            stopped: Returns whether to stop; called between two pieces.
 
         Returns:
-            Whether all of them were written.
+            Whether all bytes were written.
 
         Raises:
             TierError: The draft cannot be written.
@@ -118,14 +118,14 @@ class EarlierTier:
 
 
 def open_chunk(file: Path, *, follow: bool = False) -> BinaryIO:
-    """Open a chunk's file for reading, but nothing that would hold the reader up, such as a FIFO.
+    """Open a chunk's file for reading, without blocking on a special file such as a FIFO.
 
     Args:
-        file: Which.
-        follow: Whether it may be a link, as engines read it.
+        file: Path of the file.
+        follow: Whether to follow a symbolic link, as engines do.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -135,7 +135,7 @@ def open_chunk(file: Path, *, follow: bool = False) -> BinaryIO:
 
 
 def _copy(source: BinaryIO, size: int, draft: ChunkDraft, stopped: Callable[[], bool]) -> bool:
-    at, lease = 0, draft.lease  # which makes the file, of an empty chunk too
+    at, lease = 0, draft.lease  # creates the file, for an empty chunk too
     while at < size and not stopped():
         piece = _read(source, min(size - at, _PIECE_BYTES))
         if not piece or not lease.write(at, piece):
@@ -145,7 +145,7 @@ def _copy(source: BinaryIO, size: int, draft: ChunkDraft, stopped: Callable[[], 
 
 
 def _read(source: BinaryIO, size: int) -> bytes:
-    """Some bytes; none where the file cannot be read."""
+    """Read up to `size` bytes; return none if the file cannot be read."""
     try:
         return source.read(size) if size else b""
     except OSError:

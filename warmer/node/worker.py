@@ -1,4 +1,4 @@
-"""The work of one node: fetch chunks from the bucket into its tiers."""
+"""Work of one node: fetch chunks from the bucket into its tiers."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ _HASH_TRIES: Final = 2
 
 @dataclass(slots=True)
 class FetchItem:
-    """One chunk that is to be fetched.
+    """State of one chunk to be fetched.
 
     Attributes:
-        chunk: Which.
-        kept: Is given its bytes, by key, when it was copied; None for not to keep them.
-        copied: How it ended, when it is in the tier.
-        error: Why it is not there yet.
-        wrong_hashes: How often its bytes were wrong.
-        asked: Bytes that the store was asked for so far, each try counted.
-        reserve: Whether its blocks are to be reserved in the next try: the disk turned out to be full without.
-        since: When its node turned to it.
+        chunk: Chunk to be fetched.
+        kept: Receives the chunk's bytes, by key, if the chunk is copied; None to keep none.
+        copied: Outcome, once the chunk is in the tier.
+        error: Error of the latest try.
+        wrong_hashes: Number of tries that returned wrong bytes.
+        asked: Bytes requested from the store so far, retries included.
+        reserve: Whether the next try reserves the blocks of the file, because the disk was full without.
+        since: Time at which the node started to work on the chunk.
     """
 
     chunk: ChunkRef
@@ -71,25 +71,25 @@ class FetchItem:
 
     @property
     def again(self) -> bool:
-        """Whether another try may help."""
+        """Whether another try may succeed."""
         if self.wrong_hashes >= _HASH_TRIES:
             return False
         if isinstance(self.error, TierFullError):
             return self.reserve
-        # Integrity: wrong bytes, but also a stream that ended early without an error, as they do when the store fails. Missing: what
-        # the store does not hold at the moment; whether the bucket still lists it is asked in the end.
+        # Integrity errors include streams that ended early without an error, as happens when the store fails. A missing
+        # object is one that the store lacks at the moment; after the last try, the bucket is asked whether it still lists it.
         return isinstance(self.error, (TransportError, ThrottledError, IntegrityError, ObjectMissingError))
 
 
 class ChunkFetch:
-    """One try at one chunk: hf_xet makes the draft's file where there is room, else it is filled by ranges.
+    """One try to fetch a chunk: hf_xet creates the draft's file if there is room, otherwise ranges fill it.
 
     Args:
-        job: Whose.
-        draft: Where to.
+        job: State of the chunk.
+        draft: Destination.
 
     Raises:
-        TierError: The draft takes nothing.
+        TierError: The draft cannot be written.
     """
 
     def __init__(self, job: FetchItem, draft: ChunkDraft) -> None:
@@ -102,7 +102,7 @@ class ChunkFetch:
         )
 
     def tell(self) -> None:
-        """Tell the job why it did not arrive."""
+        """Record in the chunk's state why the chunk did not arrive."""
         error = self.read.error
         if not isinstance(error, LocalFileError):
             self.job.error = error or TransportError(f"{self.read.name}: not read")
@@ -113,7 +113,7 @@ class ChunkFetch:
 
 
 CHUNK_TIMEOUT_SECS: Final = 300.0
-"""A batch has a third of it for each try: enough for a node that gets 3 MiB a second, with four of 64 MiB in progress."""
+"""Maximum seconds of a chunk; each try gets a third: enough at 3 MiB/s with four chunks of 64 MiB in progress."""
 
 _FIRST_SECS: Final = 10.0
 _TRIES: Final = 3
@@ -122,19 +122,18 @@ _LOOKUP_SECS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """What a node needs to know. It crosses to the nodes, so it never holds a token.
+    """Configuration of a node. It is sent to the nodes, so it never holds a token.
 
     Attributes:
-        instance: Name of the bucket's instance.
-        settings: The instance's, without an inline token.
-        tier: Which tier to fill.
-        token_expected: Whether the driver has a token: a node without one is told apart from a public bucket.
-        chunk_timeout_secs: Most seconds that a chunk may take, retries and the rest of its batch included.
-        verify: What is checked before a chunk appears that was moved: its length, or its Xet hash too.
-        earlier: Tiers of directories that the run filled before; what they hold need not come from the Hub once more.
-        capped: Whether there is a cap on bandwidth: every byte that is asked for is then counted, so hf_xet repeats no request
-            by itself.
-        verify_present: Whether what the tier holds already is hashed, and replaced where it is something else.
+        instance: Name of the bucket instance.
+        settings: Settings of the instance, without an inline token.
+        tier: Declaration of the tier to fill.
+        token_expected: Whether the driver has a token, to distinguish a node that lacks it from a public bucket.
+        chunk_timeout_secs: Maximum seconds of a chunk, retries and the rest of its batch included.
+        verify: What is checked before a moved chunk is published: its length only, or also its Xet hash.
+        earlier: Directory tiers that the run filled before; their chunks need not be fetched from the Hub again.
+        capped: Whether bandwidth is capped: every requested byte must then be counted, so hf_xet does not retry by itself.
+        verify_present: Whether to hash chunks that the tier already holds, and replace those with wrong content.
     """
 
     instance: str
@@ -152,16 +151,16 @@ class NodeConfig:
             raise ValueError("settings with an inline token must not leave the driver")
 
     def open(self, place: NodeInfo) -> NodeWarmer:
-        """See `open_node`."""
+        """Open the warmer of a node; see `open_node`."""
         return open_node(self, place)
 
 
 class NodeWarmer:
-    """One node's part of a run. Its methods may be called from several threads.
+    """Work of one node in a run. Thread-safe.
 
     Args:
-        bucket: Where chunks come from.
-        tier: Where they go.
+        bucket: Source of the chunks.
+        tier: Tier to fill.
         chunk_timeout_secs: See `NodeConfig`.
         verify: See `NodeConfig`.
         earlier: See `NodeConfig`, without placeholders.
@@ -193,24 +192,24 @@ class NodeWarmer:
         self._reading: dict[int, list[DownloadToBuffer | DownloadToFile]] = {}
 
     def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
-        """See to it that the tier holds some chunks.
+        """Fetch the chunks that the tier lacks.
 
-        Nothing raises for a single chunk, and none appears in the tier unless its length and hash are right.
+        A failure of a single chunk does not raise, and a chunk is published only if its length and hash are right.
 
         Returns:
-            How each ended, in their order.
+            The outcome of each chunk, in order.
         """
         return self.fetch(chunks, keep=False)[0]
 
     def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
-        """As `copy`, and keeps what it copied in memory.
+        """Fetch chunks like `copy`, and optionally keep the copied bytes in memory.
 
         Args:
-            chunks: Which.
-            keep: Whether to keep their bytes.
+            chunks: Chunks to fetch.
+            keep: Whether to keep the bytes.
 
         Returns:
-            How each ended, in their order; and the bytes of those that were copied, in their order, or nothing.
+            The outcome of each chunk, in order, and the bytes of the copied chunks, in order; empty without `keep`.
         """
         outcomes: dict[int, Outcome] = {}
         jobs: dict[int, FetchItem] = {}
@@ -236,14 +235,14 @@ class NodeWarmer:
         ]
 
     def reuse(self, chunks: Sequence[ChunkRef], kept: dict[str, Bytes] | None = None) -> list[Outcome | None]:
-        """Take from the earlier tiers of this node what they have of some chunks, verified by hash.
+        """Copy chunks from the earlier tiers of this node, verified by hash.
 
         Args:
-            chunks: Which.
-            kept: Is given the bytes of those that were copied, by key; None for not to keep them.
+            chunks: Chunks to copy.
+            kept: Receives the bytes of the copied chunks, by key; None to keep none.
 
         Returns:
-            How each ended, in their order; None for one that no earlier tier has, or none rightly.
+            The outcome of each chunk, in order; None for a chunk that no earlier tier holds with the right content.
         """
         outcomes: list[Outcome | None] = [None] * len(chunks)
         ends = Deadline.after(self.chunk_timeout_secs / _TRIES)
@@ -255,15 +254,15 @@ class NodeWarmer:
         return outcomes
 
     def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
-        """Whether the tier lacks any of some chunks, as far as it can tell."""
+        """Return whether the tier lacks any of some chunks, as far as this is known."""
         return not all(isinstance(there, Present) for there in self._holdings.look(chunks))
 
     def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
-        """Put chunks into the tier that another node has fetched; see `Receiver.receive`."""
+        """Write chunks that another node has fetched into the tier; see `Receiver.receive`."""
         return self._receiver.receive(chunks, contents)
 
     def _look_into(self, jobs: list[FetchItem]) -> None:
-        """Tell chunks that were deleted meanwhile from those that failed: the store answers for both alike."""
+        """Mark failed chunks that the bucket no longer lists as deleted: the store's error is the same in both cases."""
         unclear = (TransportError, IntegrityError, ObjectMissingError)
         failed = [job for job in jobs if not job.chunk.gone and isinstance(job.error, unclear)]
         if not failed or self._stopped.is_set():
@@ -271,7 +270,7 @@ class NodeWarmer:
         try:
             found = self._bucket.stat([job.chunk.path for job in failed], Deadline.after(_LOOKUP_SECS))
         except HFBucketError:
-            return  # then the first error says more
+            return  # the first error says more
         for job in failed:
             if job.chunk.path not in found:
                 job.error = _deleted(job.chunk)
@@ -289,7 +288,7 @@ class NodeWarmer:
         return Failed(chunk.key, chunk.size, error.kind, f"{error}; {wrong}" if wrong else str(error), asked=job.asked)
 
     def _fetch_all(self, jobs: list[FetchItem]) -> None:
-        """Try until all are done, or nothing that failed is worth another try."""
+        """Retry until all chunks are done, or no failed chunk is worth another try."""
         deadline = Deadline.after(self.chunk_timeout_secs)
         retrying = tenacity.Retrying(
             stop=tenacity.stop_any(
@@ -303,12 +302,12 @@ class NodeWarmer:
         retrying(self._try, jobs, deadline)
 
     def _try(self, jobs: list[FetchItem], deadline: Deadline) -> list[FetchItem]:
-        """Try those that are not done, once; returns those worth another try."""
+        """Try once to fetch the chunks that are not done; return those worth another try."""
         pending = [job for job in jobs if job.copied is None and (job.error is None or job.again)]
         if self._stopped.is_set() or not pending:
             return []
         try:
-            # One request that fails tells as much as one for each chunk. Costs none when there is a session.
+            # If the Hub fails, one failing request suffices in place of one a chunk. Free if a session exists.
             self._bucket.transfer.warm_up(deadline.within(self.chunk_timeout_secs / _TRIES))
         except HFBucketError as error:
             for job in pending:
@@ -354,7 +353,7 @@ class NodeWarmer:
                 del self._reading[id(reads)]
 
     def _end(self, fetches: list[ChunkFetch]) -> None:
-        """Verify what arrived, all in one call of the hasher, and let what is right appear."""
+        """Verify what arrived, in one call of the hasher, and publish the chunks that are right."""
         arrived = []
         for fetch in fetches:
             if fetch.read.done:
@@ -383,30 +382,30 @@ class NodeWarmer:
                 job.error = error
 
     def check_access(self) -> None:
-        """Ask for access to the bucket's content, as the first chunk would.
+        """Request access to the bucket's content, as the first chunk would.
 
         Raises:
-            AccessDeniedError: The token of this node may not read it.
-            BucketMissingError: There is no such bucket, or the token may not see it.
+            AccessDeniedError: The node's token may not read the bucket.
+            BucketMissingError: The bucket does not exist, or the token may not see it.
         """
         try:
-            # A node that waits here for a pause of the Hub would be taken for one that does not answer.
+            # Bounded, because a node that waits here until the Hub recovers would be considered hung.
             self._bucket.transfer.warm_up(Deadline.after(min(_FIRST_SECS, self.chunk_timeout_secs / _TRIES)))
         except (TransportError, ThrottledError):
-            return  # may pass; each chunk tries again
+            return  # may be temporary; each chunk retries
 
     def stop(self) -> None:
-        """End what is in progress at once; what has not appeared by now does not appear."""
+        """Stop the work in progress immediately; chunks that are not published yet will not be."""
         with self._lock:
             self._stopped.set()
-            # Those that wait for a stream would else ask for a session each, one after the other.
+            # Otherwise readers that wait for a stream would each request a session, one after the other.
             for reads in self._reading.values():
                 for read in reads:
                     read.give_up()
         self._bucket.close()
 
     def close(self) -> None:
-        """Stop, and leave no temporary file behind."""
+        """Stop, and remove all temporary files."""
         self.stop()
         for tier in self._earlier:
             tier.close()
@@ -418,18 +417,18 @@ def _deleted(chunk: ChunkRef) -> ObjectMissingError:
 
 
 def open_node(config: NodeConfig, place: NodeInfo, tier: Tier | None = None) -> NodeWarmer:
-    """Make the warmer of this node.
+    """Open the warmer of a node; runs on that node.
 
     Args:
-        config: What it is told.
-        place: Which node this is.
-        tier: What to fill; None for the tier of the configuration, which is opened.
+        config: Configuration of the node.
+        place: Identity of the node.
+        tier: Tier to fill; None to open the tier of the configuration.
 
     Raises:
-        ConfigError: The token that the driver has is not in this node's environment; the message names the variable.
-            Or the node has no value for a placeholder in the tier's path.
-        AccessDeniedError: The token of this node may not read the bucket.
-        BucketMissingError: There is no such bucket, or the token may not see it.
+        ConfigError: The driver has a token, but the node's environment lacks it (the message names the variable); or the
+            node has no value for a placeholder in the tier's path.
+        AccessDeniedError: The node's token may not read the bucket.
+        BucketMissingError: The bucket does not exist, or the token may not see it.
         TierError: The tier cannot be written.
     """
     settings = config.settings
@@ -460,7 +459,7 @@ def open_node(config: NodeConfig, place: NodeInfo, tier: Tier | None = None) -> 
 
 
 def _on(place: NodeInfo, declarations: Sequence[Declaration]) -> list[Declaration]:
-    """Earlier tiers as they are on a node; one that it has no value for, and so does not have, matters no more."""
+    """Return the earlier tiers of a node; one for which the node lacks a placeholder's value does not exist there."""
     found = []
     for one in declarations:
         with contextlib.suppress(ConfigError):
