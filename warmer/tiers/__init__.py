@@ -1,4 +1,4 @@
-"""Local tiers that another process can fill, behind one protocol; what cannot be filled is refused with the reason.
+"""Local tiers that another process can fill, behind one protocol; tiers that cannot be filled are refused with a reason.
 
 A tier is *declared* by the engine's configuration and read on the driver (`declared_tier`), and *opened* on each node
 (`open_tier`) from that declaration.
@@ -23,75 +23,75 @@ if TYPE_CHECKING:
     from hfbucket_plugin.core.buffers import RevocableBuffer
 
 Declaration = DirectoryDeclaration
-"""What the driver hands to the nodes."""
+"""Declaration that the driver sends to the nodes."""
 
 AnyTier = DirectoryDeclaration | L1Declaration | LocalCPUDeclaration
-"""What a run may fill: directories, and the memory of engines."""
+"""Tier that a run can fill: directories, or the memory of engines."""
 
 
 class ChunkDraft(Protocol):
-    """One chunk on its way into a tier. Nothing of it is visible to an engine before `publish`."""
+    """One chunk on its way into a tier. An engine sees nothing of it before `publish`."""
 
     @property
     def path(self) -> Path:
-        """Where the bytes are meanwhile, and nothing else, for hashing."""
+        """Path of a file with exactly the chunk's bytes before `publish`, for hashing."""
 
     @property
     def roomy(self) -> bool:
-        """Whether somebody else may make the file at `path` in one go, in place of writing through `lease`.
+        """Whether another component may create the file at `path` itself, instead of writing through `lease`.
 
-        It is made without its blocks being reserved first, so there has to be room enough for all that is in progress.
+        Such a file is created without reserved blocks, so there must be room for everything in progress.
         """
 
     @property
     def lease(self) -> RevocableBuffer:
-        """Where a reader writes. Asking for it makes the file, with its blocks reserved.
+        """Buffer for the chunk's bytes. The first access creates the file, with its blocks reserved.
 
         Raises:
             TierFullError: There is no room.
-            TierError: The file cannot be made.
+            TierError: The file cannot be created.
         """
 
     def publish(self) -> None:
-        """Let the chunk appear, whole and at once. Nothing writes into it any more.
+        """Publish the chunk atomically. Nothing may write into it any more.
 
         Raises:
-            TierError: It could not appear; nothing of it is visible.
+            TierError: The chunk could not be published; nothing of it is visible.
         """
 
     def discard(self) -> None:
-        """Leave nothing behind. May be called after anything, any number of times."""
+        """Remove all temporary files. May be called at any time, and repeatedly."""
 
 
 class Tier(Protocol):
-    """One node's tier. Opened by one process, used by several of its threads."""
+    """Tier of one node. Opened by one process, used by several of its threads."""
 
     def holds(self, key: str, size: int) -> bool:
-        """Whether the chunk is there at that size, in bytes.
+        """Return whether the chunk is in the tier with `size` bytes.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
-            TierError: The tier cannot be looked into.
+            KeyFormatError: The key is not valid for the tier.
+            TierError: The tier cannot be read.
         """
 
     def draft(self, key: str, size: int) -> ChunkDraft:
-        """Begin a chunk of that many bytes, with the room for it reserved.
+        """Create a draft of a chunk of `size` bytes, with its room reserved.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
+            KeyFormatError: The key is not valid for the tier.
             TierFullError: There is no room.
-            TierError: There is no right; or the chunk is none of the engine's that uses the tier.
+            TierError: Permission is denied, or the chunk does not belong to the engine that uses the tier.
         """
 
     def inventory(self) -> Iterator[HeldChunk]:
-        """Stream what the tier holds, in any order. What engines would not find there is skipped.
+        """Yield the chunks of the tier, in any order. Files that engines would not find are skipped.
 
         Raises:
             TierError: The tier cannot be read.
         """
 
     def close(self) -> None:
-        """Leave nothing of this process's own behind."""
+        """Remove the temporary and lock files of this process."""
 
 
 _IMPOSSIBLE: Final = {
@@ -105,33 +105,33 @@ _IMPOSSIBLE: Final = {
 
 
 def named_tier(config: EngineConfig | None, text: str, options: TierOptions = TierOptions()) -> AnyTier:  # noqa: B008 - frozen
-    """Find a tier of a run: a directory, see `declared_tier`, or the memory of engines.
+    """Find a tier of a run: a directory tier (see `declared_tier`), or the memory of engines.
 
     Args:
-        config: The classic engine's; None where there is none, as in MP mode.
-        text: As `declared_tier` has it; or `l1` or `local_cpu`, or a JSON object of that type.
-        options: How the tier is filled.
+        config: Configuration of the classic engine; None if there is none, as in MP mode.
+        text: Text that `declared_tier` accepts; or `l1` or `local_cpu`, or a JSON object of that type.
+        options: Options for filling the tier.
 
     Raises:
-        ConfigError: The configuration declares no such tier, or it is one that cannot be filled; the message has the
-            reason and what to do.
+        ConfigError: The configuration declares no such tier, or the tier cannot be filled; the message has the reason and
+            what to do.
     """
     spec = engine_spec(text)
     return declared_tier(config, text, options) if spec is None else declared_engine(config, spec, options)
 
 
 def declared_tier(config: EngineConfig | None, text: str, options: TierOptions = TierOptions()) -> Declaration:  # noqa: B008 - frozen
-    """Find a tier of directories in the engine's configuration.
+    """Find a directory tier in the engine's configuration.
 
     Args:
-        config: The classic engine's; None where there is none, as in MP mode.
-        text: A name in its `remote_storage_plugins`, such as `fs.warm`; or a JSON object as `lmcache server
-            --l2-adapter` takes it.
-        options: How the tier is filled.
+        config: Configuration of the classic engine; None if there is none, as in MP mode.
+        text: Name in its `remote_storage_plugins`, such as `fs.warm`; or a JSON object as `lmcache server
+            --l2-adapter` accepts it.
+        options: Options for filling the tier.
 
     Raises:
-        ConfigError: The configuration declares no such tier, or it is one that cannot be filled; the message has the
-            reason and what to do.
+        ConfigError: The configuration declares no such tier, or the tier cannot be filled; the message has the reason and
+            what to do.
     """
     if text.lstrip().startswith("{"):
         return declared_mp(text, options)
@@ -169,12 +169,12 @@ def open_tier(declaration: Declaration, place: NodeInfo = NodeInfo()) -> Tier:  
     """Open a tier on this node.
 
     Args:
-        declaration: From `declared_tier`.
-        place: Which node this is, for the placeholders in paths.
+        declaration: Declaration from `declared_tier`.
+        place: Identity of the node, for the placeholders in paths.
 
     Raises:
         ConfigError: This node has no value for a placeholder.
-        TierError: Its directories cannot be made or written.
+        TierError: A directory cannot be created or written.
     """
     return DirectoryTier(declaration.at(place))
 

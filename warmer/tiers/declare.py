@@ -1,4 +1,4 @@
-"""Tiers as an engine declares them in its configuration."""
+"""Declarations of tiers, read from the configuration of the engine."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _MODES: Final = 0o777
 
 @dataclass(frozen=True, slots=True)
 class TierOptions:
-    """How a directory tier is filled.
+    """Options for filling a directory tier.
 
     Attributes:
-        fsync: Whether files are forced to the disk before they appear. Off by default: it costs a flush a chunk, and
+        fsync: Whether files are flushed to the disk before they appear. Off by default: it costs a flush a chunk, and
             guards only against a power failure soon after the run.
-        max_bytes: Bytes that the tier's chunk files may take, those that were there before included; None for no bound.
-        min_free_bytes: Bytes that are to stay free on its file systems; 0 for no floor.
-        evict: Whether the chunk files that were written longest ago may make room. Never one that this run wrote or
+        max_bytes: Maximum bytes of the tier's chunk files, including those that were there before; None for no limit.
+        min_free_bytes: Bytes that must stay free on the tier's file systems; 0 for no floor.
+        evict: Whether the chunk files written longest ago may be removed to make room; never one that this run wrote or
             found right.
         chown: Owner of the files, as `user`, `user:group`, `:group`, by name or number. None: the owner and group of
-            the directory, as far as this process may give files away.
-        chmod: Mode of the files. None: the mode that the engine's own files get, less this process's umask.
+            the directory, as far as this process may change them.
+        chmod: Mode of the files. None: the mode of the engine's own files, less this process's umask.
 
     Raises:
-        ConfigError: A value is impossible.
+        ConfigError: A value is invalid.
     """
 
     fsync: bool = False
@@ -66,13 +66,13 @@ class TierOptions:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """What a chunk's file holds, and which chunks there are.
+    """Format of a chunk's file, and the kind of its key.
 
     Attributes:
-        takes: The kind of key.
-        header: What stands before a chunk's bytes; None for nothing.
-        alignment: A file is a multiple of that many bytes, zeros at its end.
-        mode: With which LMCache makes its own files, less the umask.
+        takes: Kind of key.
+        header: Format of the header before a chunk's bytes; None for no header.
+        alignment: Unit of the file size in bytes; files are padded with zeros at the end.
+        mode: Mode of the files that LMCache creates, before the umask.
     """
 
     takes: type[Key] = ClassicKey
@@ -81,16 +81,16 @@ class FileLayout:
     mode: int = 0o666
 
     def stored(self, size: int) -> int:
-        """Bytes of the file of a chunk."""
+        """Return the file size of a chunk of `size` bytes."""
         head = self.header.size if self.header else 0
         return -(-(head + size) // self.alignment) * self.alignment
 
     def head(self, key: Key, size: int) -> bytes:
-        """What stands before the bytes of a chunk in its file; nothing where files hold these alone."""
+        """Return the header of a chunk; empty if files have none."""
         return self.header.bytes_for(key, size) if self.header and isinstance(key, ClassicKey) else b""
 
     def content(self, stored: int) -> int | None:
-        """Bytes of the chunk in a file, padding included; None when it is too short to be one."""
+        """Return the bytes of the chunk in a file, padding included; None if the file is too short to be a chunk."""
         size = stored - (self.header.size if self.header else 0)
         return size if size >= 0 else None
 
@@ -100,10 +100,10 @@ class DirectoryDeclaration:
     """A tier of files in one or more directories.
 
     Attributes:
-        name: For people: the plugin's name, or the adapter's type and path.
-        base_paths: The directories, which may hold placeholders; several share the chunks out by their hash.
-        layout: What the files hold.
-        options: How it is filled.
+        name: Name in messages: the plugin's name, or the adapter's type and path.
+        base_paths: Directories, which may hold placeholders; chunks are distributed among several by their hash.
+        layout: Format of the files.
+        options: Options for filling the tier.
     """
 
     name: str
@@ -113,44 +113,44 @@ class DirectoryDeclaration:
 
     @property
     def takes(self) -> type[Key]:
-        """The kind of key that the tier takes."""
+        """Kind of key that the tier accepts."""
         return self.layout.takes
 
     def at(self, place: NodeInfo) -> DirectoryDeclaration:
-        """The same on one node, without placeholders.
+        """Return the declaration for one node, with its placeholders replaced.
 
         Raises:
-            ConfigError: The node has no value for one.
+            ConfigError: The node has no value for a placeholder.
         """
         paths = tuple(Path(place.expand(str(path))) for path in self.base_paths)
         return DirectoryDeclaration(self.name, paths, self.layout, self.options)
 
     def file(self, text: str) -> Path:
-        """The file of a chunk.
+        """Return the path of a chunk's file.
 
         Raises:
-            KeyFormatError: The text is no key of the tier's kind, or another key has the same file.
+            KeyFormatError: The text is not a key of the tier's kind, or another key has the same file.
         """
         key = unambiguous(text, self.takes)
         return self.directory(key) / file_name(key)
 
     def directory(self, key: Key) -> Path:
-        """The directory in which LMCache looks for a chunk."""
+        """Return the directory in which LMCache looks up a chunk."""
         if len(self.base_paths) == 1:
             return self.base_paths[0]
         return self.base_paths[abs(int(key.chunk_hash, 16)) % len(self.base_paths)]
 
 
 def absolute_paths(tier: str, setting: str, values: Sequence[str]) -> tuple[Path, ...]:
-    """Directories that mean the same to every process of a node.
+    """Parse directories whose paths mean the same to every process of a node.
 
     Args:
-        tier: Names it in errors.
-        setting: Where the paths were found, for errors.
-        values: The paths.
+        tier: Name of the tier, for errors.
+        setting: Setting that holds the paths, for errors.
+        values: Paths.
 
     Raises:
-        ConfigError: One is not absolute, or holds an unknown placeholder.
+        ConfigError: A path is not absolute, or holds an unknown placeholder.
     """
     for value in values:
         if not Path(value).is_absolute():
@@ -166,7 +166,7 @@ def declared_fs(config: EngineConfig, name: str, options: TierOptions) -> Direct
     """Read the declaration of an `fs` plugin.
 
     Raises:
-        ConfigError: It names no absolute directory, or its files have headers of which too little is known.
+        ConfigError: It names no absolute directory, or its files have headers whose format is not fully configured.
     """
     header = _header(config, name)
     setting = f"remote_storage_plugin.{name}.base_path"
@@ -175,14 +175,14 @@ def declared_fs(config: EngineConfig, name: str, options: TierOptions) -> Direct
         setting, value = f"{setting} (or fs_base_path)", config.extra.get("fs_base_path")
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"tier {name!r}: {config.source} lacks {setting}; set it to a directory on the nodes")
-    # As the connector reads it: only a list is stripped.
+    # The connector strips the parts of a list, but not a single path.
     values = [part.strip() for part in value.split(",")] if "," in value else [value]
     paths = absolute_paths(name, setting, values)
     return DirectoryDeclaration(name, paths, FileLayout(ClassicKey, header), options)
 
 
 def _header(config: EngineConfig, name: str) -> HeaderFormat | None:
-    """What stands before each chunk: with `save_chunk_meta`, the connector's default, LMCache's header."""
+    """Return the format of the header before each chunk: LMCache's with `save_chunk_meta`, the connector's default."""
     if config.layerwise:
         raise ConfigError(
             f"tier {name!r}: use_layerwise is on in {config.source}: engines then store each layer by itself, with a "
@@ -205,10 +205,10 @@ def _header(config: EngineConfig, name: str) -> HeaderFormat | None:
 
 
 L1_ALIGNMENT: Final = 4096
-"""`--l1-align-bytes` of `lmcache server`, at its default: the JSON does not say it."""
+"""Default of `--l1-align-bytes` of `lmcache server`, which the JSON does not contain."""
 
 _BESIDE: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
-"""What LMCache reads itself beside an adapter's own fields."""
+"""Fields that LMCache reads itself, besides those of the adapter."""
 
 _BUCKETS: Final = frozenset({"hfbucket", "plugin"})
 _IMPOSSIBLE: Final = {
@@ -270,7 +270,8 @@ def declared_mp(text: str, options: TierOptions) -> DirectoryDeclaration:
     """Read the JSON of an L2 adapter.
 
     Raises:
-        ConfigError: It is none, is of a type that cannot be filled from outside, or says what makes that impossible.
+        ConfigError: The text is not the JSON of an adapter, the adapter's type cannot be filled from outside, or a field
+            makes that impossible.
     """
     spec = _object(text)
     kind = spec.get("type")
@@ -316,7 +317,7 @@ def _no_directory(kind: Any) -> str:
 
 
 def _check(kind: str, spec: dict[str, Any]) -> None:
-    """See whether LMCache would take it, and whether all of it is known: a new option may change what files hold."""
+    """Check that LMCache would accept the adapter and that all fields are known: a new option may change the file format."""
     fields = _FIELDS[kind]
     problems = []
     for name, value in spec.items():

@@ -1,4 +1,4 @@
-"""Directories of LMCache's as a tier: each chunk a file that appears whole or not at all."""
+"""LMCache directories as a tier: each chunk is a file that appears atomically."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-"""What a full disk, or a full quota of it, says."""
+"""Error numbers of a full disk and of an exceeded quota."""
 
 
 class FileLease(RevocableBuffer):
     """Lets several threads write disjoint ranges of one file, until it is revoked.
 
     Args:
-        descriptor: Open for writing; the lease closes it.
-        size: Bytes that the file is to have.
+        descriptor: File descriptor open for writing; the lease closes it.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -48,15 +48,15 @@ class FileLease(RevocableBuffer):
         """Write a piece at an offset.
 
         Returns:
-            False when the lease was revoked: stop reading.
+            False if the lease was revoked; the caller must then stop reading.
 
         Raises:
-            ValueError: The piece would pass the file's end. Nothing was written.
-            TierError: The disk did not take it: no matter of the store's, whose errors are told apart from it.
+            ValueError: The piece would extend past the end of the file; nothing was written.
+            TierError: The disk did not accept the piece; a distinct error, so that the object store is not blamed.
         """
         if at < 0 or at + len(piece) > self.size:
             raise ValueError(f"{len(piece)} bytes at {at} do not fit into a file of {self.size}")
-        # One step with the check: after a revoke the descriptor may be closed, and its number another file's.
+        # Checked under the lock of the write: after a revoke, the descriptor may be closed and its number reused.
         with self._writing:
             if not self._live:
                 return False
@@ -72,27 +72,27 @@ class FileLease(RevocableBuffer):
 
     @property
     def descriptor(self) -> int:
-        """Of the file, open for reading and writing until `close`."""
+        """Descriptor of the file, open for reading and writing until `close`."""
         return self._descriptor
 
     def revoke(self) -> None:
-        """After this returns nothing writes any more."""
+        """Revoke the lease; after the return, no thread writes any more."""
         with self._writing:
             self._live = False
 
     @property
     def live(self) -> bool:
-        """Whether writes are still taken."""
+        """Whether writes are still accepted."""
         return self._live
 
     def close(self, *, fsync: bool = False) -> None:
-        """Revoke, and close the file. Further calls do nothing.
+        """Revoke the lease and close the file. Further calls do nothing.
 
         Args:
-            fsync: Whether to force the bytes to the disk first.
+            fsync: Whether to flush the bytes to the disk first.
 
         Raises:
-            OSError: The disk did not take them.
+            OSError: The disk did not accept the bytes.
         """
         self.revoke()
         if not self._open:
@@ -115,8 +115,8 @@ class HeldChunk(NamedTuple):
     """A chunk that a tier holds.
 
     Attributes:
-        key: Its key string.
-        size: Its bytes; with the padding, where the tier's files have one.
+        key: Key string of the chunk.
+        size: Bytes of the chunk, including the padding in tiers whose files are padded.
     """
 
     key: str
@@ -124,14 +124,14 @@ class HeldChunk(NamedTuple):
 
 
 class DirectoryTier:
-    """The directories of one declaration, on this node.
+    """Directories of one declaration, on this node.
 
     Args:
-        declaration: Which directories, without placeholders. They are made when missing, as LMCache does; what dead
-            runs left in them is removed.
+        declaration: Declaration without placeholders. The directories are created if missing, as LMCache does, and files
+            that dead runs left in them are removed.
 
     Raises:
-        TierError: A directory cannot be made or written, or its files cannot be given to whom they are to belong.
+        TierError: A directory cannot be created or written, or its files cannot be given to the configured owner.
     """
 
     def __init__(self, declaration: DirectoryDeclaration) -> None:
@@ -154,7 +154,7 @@ class DirectoryTier:
             raise
 
     def _try_ownership(self, directory: Path) -> None:
-        """Find out now, and not at the end of the first chunk, whether files can be given away."""
+        """Check at the start, not at the end of the first chunk, whether files can be given their owner."""
         path, descriptor = self.temporary(directory)
         try:
             self.ownership.check_readable(descriptor, self._stat(directory))
@@ -164,45 +164,46 @@ class DirectoryTier:
             self.unlink(path)
 
     def descriptor(self, directory: Path) -> int:
-        """Of a directory of the tier."""
+        """Return the descriptor of a directory of the tier."""
         return self._runs[directory].descriptor
 
     def _stat(self, directory: Path) -> os.stat_result:
         return os.fstat(self.descriptor(directory))
 
     def at(self, path: Path) -> tuple[str, int | None]:
-        """A file by its name and the descriptor of its directory, which stays this one whatever becomes of the directory's name.
+        """Return a file's name and the descriptor of its directory, which stays valid if the directory is renamed.
 
         Returns:
-            The name and the descriptor, as functions of `os` take them; the path and None where it lies in no directory of the tier.
+            The name and the descriptor, as functions of `os` accept them; the path and None if the file is in no directory
+            of the tier.
         """
         run = self._runs.get(path.parent)
         return (str(path), None) if run is None else (path.name, run.descriptor)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file, if it is there.
+        """Remove a file, if it exists.
 
         Raises:
-            OSError: It cannot be removed.
+            OSError: The file cannot be removed.
         """
         name, directory = self.at(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
 
     def rename(self, path: Path, target: Path) -> None:
-        """Let a file appear under another name.
+        """Rename a file to its final name.
 
         Raises:
-            OSError: It cannot be.
+            OSError: The file cannot be renamed.
         """
         (old, source), (new, directory) = self.at(path), self.at(target)
         os.replace(old, new, src_dir_fd=source, dst_dir_fd=directory)
 
     def lstat(self, path: Path) -> os.stat_result | None:
-        """What lies at a path, itself where it is a link; None where nothing is there.
+        """Return the status of the entry at a path, without following a link; None if nothing is there.
 
         Raises:
-            OSError: This cannot be told.
+            OSError: The status cannot be read.
         """
         name, directory = self.at(path)
         try:
@@ -211,39 +212,39 @@ class DirectoryTier:
             return None
 
     def size_of(self, path: Path) -> int:
-        """Bytes of the file at a path; 0 where there is none.
+        """Return the size of the file at a path in bytes; 0 if there is none.
 
         Raises:
-            OSError: This cannot be told.
+            OSError: The size cannot be read.
         """
         found = self.lstat(path)
         return 0 if found is None else found.st_size
 
     def temporary(self, directory: Path) -> tuple[Path, int]:
-        """A new temporary file, as the files of the tier are to be, open for reading and writing.
+        """Create a temporary file with the owner and mode of the tier's files, open for reading and writing.
 
         Raises:
-            OSError: It cannot be made.
-            TierError: It cannot be given to whom it is to belong.
+            OSError: The file cannot be created.
+            TierError: The file cannot be given to its configured owner.
         """
         path = self.name(directory)
         return path, self.create(path)
 
     def name(self, directory: Path) -> Path:
-        """A name for a temporary file, which nobody else has."""
+        """Return a unique name for a temporary file."""
         return self._runs[directory].temporary(next(self._numbers))
 
     def private(self, directory: Path) -> Path | None:
-        """A name for a temporary file that hf_xet makes, where only this user can put or read anything.
+        """Return a name for a temporary file that hf_xet creates, in a directory that only this user can access.
 
-        It would follow a link that somebody put there, and makes files that everybody may read. By a descriptor and not by its path, so
-        that the directory is this one whatever becomes of its name; one that is gone is not made again.
+        hf_xet would follow a symbolic link placed there, and creates world-readable files. The name goes through a descriptor,
+        not a path, so that a rename of the directory has no effect; a removed directory is not created again.
 
         Returns:
-            The name; None where the file system gives directories other modes than they are made with, as shares and FUSE may.
+            The name; None if the file system does not keep the mode of a new directory, as network shares and FUSE may.
 
         Raises:
-            OSError: There is no such place, and none can be made.
+            OSError: The private directory is absent and cannot be created.
         """
         with self.room.lock:
             if directory not in self._private:
@@ -257,7 +258,7 @@ class DirectoryTier:
         os.mkdir(name, mode=_PRIVATE, dir_fd=parent)
         made = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         found = os.fstat(made)
-        # Not this process's user: a share may give what root makes to another one.
+        # Not compared with this process's user: a network share may map root's files to another user.
         ours = found.st_uid == run.owner
         if ours and found.st_mode & _RIGHTS == _PRIVATE:
             return made
@@ -270,7 +271,7 @@ class DirectoryTier:
         )
 
     def create(self, path: Path) -> int:
-        """Make a temporary file, as the files of the tier are to be; returns its descriptor.
+        """Create a temporary file with the owner and mode of the tier's files; return its descriptor.
 
         Raises:
             OSError, TierError: See `temporary`.
@@ -288,13 +289,13 @@ class DirectoryTier:
         return descriptor
 
     def adopt(self, path: Path, directory: Path, stored: int, *, fsync: bool) -> None:
-        """Make a file that somebody else has made what the files of the tier are to be.
+        """Give a file that another component created the owner, mode and size of the tier's files.
 
         Args:
-            path: Of the file, a temporary one.
-            directory: In which it is to appear.
-            stored: Bytes that it is to have, with the padding at its end.
-            fsync: Whether to force it to the disk.
+            path: Path of the temporary file.
+            directory: Directory in which the file will appear.
+            stored: Final size in bytes, including the padding at the end.
+            fsync: Whether to flush the file to the disk.
 
         Raises:
             OSError, TierError: See `temporary`.
@@ -313,11 +314,11 @@ class DirectoryTier:
             os.close(descriptor)
 
     def holds(self, key: str, size: int) -> bool:
-        """Whether the chunk's file is there at that size.
+        """Return whether the chunk's file exists with the right size.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
-            TierError: The directory cannot be looked into.
+            KeyFormatError: The key is not valid for the tier.
+            TierError: The directory cannot be read.
         """
         file = self.declaration.file(key)
         with _named(self.declaration.name, file), self.room.lock:
@@ -330,11 +331,11 @@ class DirectoryTier:
             return right
 
     def remove(self, key: str) -> None:
-        """Remove what lies in the place of a chunk, if anything does.
+        """Remove the chunk's file, if it exists.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
-            TierError: It cannot be removed.
+            KeyFormatError: The key is not valid for the tier.
+            TierError: The file cannot be removed.
         """
         file = self.declaration.file(key)
         with _named(self.declaration.name, file), self.room.lock:
@@ -343,12 +344,12 @@ class DirectoryTier:
             self.room.removed(size)
 
     def draft(self, key: str, size: int) -> DirectoryDraft:
-        """Begin a chunk, with the room for it reserved.
+        """Create a draft of a chunk, with its room reserved.
 
         Raises:
-            KeyFormatError: The tier can hold no chunk of that key.
+            KeyFormatError: The key is not valid for the tier.
             TierFullError: There is no room.
-            TierError: There is no right; or the chunk is none of this engine's.
+            TierError: Permission is denied, or the chunk does not belong to this engine.
         """
         parsed = unambiguous(key, self.declaration.takes)
         layout = self.declaration.layout
@@ -366,7 +367,7 @@ class DirectoryTier:
                 raise
 
     def fitted(self, directory: Path, size: int, make: Callable[[], _T]) -> _T:
-        """Make something that takes room on a disk; where that is full, once more with what eviction frees."""
+        """Call a function that takes room on a disk; if the disk is full, evict files and call it once more."""
         try:
             return make()
         except OSError as error:
@@ -375,7 +376,7 @@ class DirectoryTier:
         return make()
 
     def inventory(self) -> Iterator[HeldChunk]:
-        """Stream the chunks that the tier holds, by the names and sizes of its files.
+        """Yield the chunks that the tier holds, by the names and sizes of its files.
 
         Raises:
             TierError: A directory cannot be read.
@@ -388,7 +389,7 @@ class DirectoryTier:
                         yield HeldChunk(str(file.key), size)
 
     def close(self) -> None:
-        """Remove this process's lock files and drafts."""
+        """Remove the lock files and drafts of this process."""
         self.room.close()
         for run in self._runs.values():
             run.close()
@@ -399,20 +400,20 @@ class DirectoryTier:
 
 
 class DirectoryDraft:
-    """One chunk's temporary file, in the directory in which it will appear.
+    """Temporary file of one chunk, in the directory in which the chunk will appear.
 
     Args:
-        tier: Whose it is. Room was taken for it; a caller that fails to make a draft gives it back.
-        target: The file that appears.
+        tier: Tier of the chunk. Its room is already reserved; a caller that fails to create a draft releases it.
+        target: Final path of the file.
         size: Bytes of the chunk.
-        header: Stands before them.
-        roomy: Whether the file need not be made before somebody asks for the lease.
+        header: Header before the chunk's bytes.
+        roomy: Whether the file need not be created before the lease is requested.
 
     Attributes:
-        path: The temporary file: the chunk's bytes and nothing else.
+        path: Path of the temporary file, which holds exactly the chunk's bytes.
 
     Raises:
-        OSError: There is no room, or no right; nothing is left behind.
+        OSError: There is no room, or permission is denied; nothing is left behind.
     """
 
     def __init__(self, tier: DirectoryTier, target: Path, size: int, header: bytes, *, roomy: bool) -> None:
@@ -463,10 +464,10 @@ class DirectoryDraft:
             return self._tier.fitted(self._target.parent, self._size, self._open)
 
     def publish(self) -> None:
-        """Rename the file into its place.
+        """Rename the file to its final name.
 
         Raises:
-            TierError: It could not be; the file that was there before, if any, is as it was.
+            TierError: The file could not be published; a file that was there before is unchanged.
         """
         fsync = self._tier.declaration.options.fsync
         with _named(self._tier.declaration.name, self._target):
@@ -481,7 +482,7 @@ class DirectoryDraft:
         self.discard()
 
     def _complete(self, *, fsync: bool) -> None:
-        """Have the file that is to appear be as it is to be, and all of it there."""
+        """Complete the file that will appear: content, size, owner and mode."""
         if self._lease is not None:
             self._lease.revoke()
         elif (there := self.path.stat().st_size) != self._size:
@@ -508,7 +509,7 @@ class DirectoryDraft:
     def discard(self) -> None:
         """Remove the temporary files, if they are still there."""
         if self._lease is not None:
-            with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
+            with contextlib.suppress(OSError):  # the next run removes what cannot be removed now
                 self._lease.close()
         if self._whole is not None:
             self._whole.discard()
@@ -522,7 +523,7 @@ class DirectoryDraft:
 
 
 class _Whole:
-    """The file with a header, beside the chunk's own bytes, which are hashed without it."""
+    """File with a header, beside a file of the chunk's own bytes, which are hashed without the header."""
 
     def __init__(self, tier: DirectoryTier, directory: Path, header: bytes, size: int) -> None:
         self._tier = tier
@@ -559,7 +560,7 @@ _PIECE: Final = 8 * 1024 * 1024
 
 
 def _copy(source: int, target: int, start: int, at: int) -> int:
-    """Copy a piece between files, inside the kernel where it can; 0 at the end."""
+    """Copy a piece between files, inside the kernel if possible; return the bytes copied, 0 at the end."""
     try:
         return os.copy_file_range(source, target, _PIECE, start, at)
     except OSError as error:
@@ -569,7 +570,7 @@ def _copy(source: int, target: int, start: int, at: int) -> int:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Reserve the blocks, so that a full disk is an error here and not in the middle of a chunk."""
+    """Reserve the blocks of a file, so that a full disk is an error now and not in the middle of a chunk."""
     if size == 0:
         return
     try:
@@ -577,7 +578,7 @@ def _reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(descriptor, size)  # a file system that cannot reserve
+        os.ftruncate(descriptor, size)  # the file system cannot reserve blocks
 
 
 def _is_full(error: OSError) -> bool:
@@ -594,5 +595,7 @@ def _named(tier: str, path: Path) -> Iterator[None]:
         reason = error.strerror or type(error).__name__
         kind = TierFullError if error.errno in FULL else TierError
         raise kind(f"tier {tier!r}: {path}: {reason}") from None
-    except ValueError as error:  # a key may hold what no file name can, such as NUL: that chunk fails, and no other
+    except (
+        ValueError
+    ) as error:  # a key may hold characters that are invalid in a file name, such as NUL: fail this chunk only
         raise TierError(f"tier {tier!r}: {str(path)!r}: {error}") from None

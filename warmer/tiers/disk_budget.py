@@ -1,4 +1,4 @@
-"""What the directories of a tier may still take, and what goes to make room when the user allows it."""
+"""Space that the directories of a tier may still take, and eviction of files if the user allows it."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
     from warmer.tiers.run_files import RunFiles
 
 _CANDIDATES: Final = 256
-"""At least as many files are picked in one look at a directory."""
+"""Minimum number of files picked in one listing of a directory."""
 
 _PART: Final = 16
-"""At least this part of a directory's files is picked in one look at it, so that an eviction costs a look at so many files whatever
-the size of the directory. Memory: about 300 bytes for each file picked, 20 MB where there are a million."""
+"""Minimum part of a directory's files picked in one listing, so that the listings per evicted file do not grow with the size of
+the directory. Memory: about 300 bytes for each picked file, 20 MB for a directory of a million."""
 
 _ROUNDS: Final = 3
-"""So often files go for a disk that gets no emptier: some file systems free space late, and all would be gone."""
+"""Evictions for a disk that stays full: some file systems free space late, and otherwise all files would be removed."""
 
 _SHARE: Final = 16
-"""After this part of the budget is written, the directory is looked at again: engines and other runs write there too."""
+"""Part of the budget after whose writing the directory is listed again, because engines and other runs write there too."""
 
 _VISITS: Final = 64
-"""Files that may be looked at for each chunk that asks for room, as the mean over many chunks."""
+"""Files that may be listed for each chunk that needs room, on average over many chunks."""
 
 _OPENING_SECS: Final = 5.0
-"""How long a node's start waits for the first look. A directory of millions of files takes longer: then the first chunk waits."""
+"""Seconds that the start of a node waits for the first listing; with millions of files, the first chunk waits instead."""
 
 _BLOCK_BYTES: Final = 512
-"""What `st_blocks` counts, whatever the file system's blocks are."""
+"""Unit of `st_blocks`, independent of the block size of the file system."""
 
 
 class DiskBudget:
-    """The bytes that a tier may still take. All but `open` and `close` is done under its `lock`, which the caller holds.
+    """Bytes that a tier may still take. The caller holds `lock` for every method except `open` and `close`.
 
     Args:
-        declaration: Of the tier, on this node.
-        runs: The files of this run, by directory of the tier; complete when `open` is called.
+        declaration: Declaration of the tier, on this node.
+        runs: Files of this run, by directory of the tier; complete when `open` is called.
 
     Attributes:
-        lock: Held from the look at what is free to the moment in which it is taken.
+        lock: Held from the check of the free space until the space is taken.
     """
 
     def __init__(self, declaration: DirectoryDeclaration, runs: Mapping[Path, RunFiles]) -> None:
@@ -77,7 +77,7 @@ class DiskBudget:
         self._closed = False
 
     def open(self) -> None:
-        """Sweep what dead runs left and look at what is there, beside the caller where it takes long.
+        """Remove files of dead runs and list the directories, in the background if it takes long.
 
         Raises:
             OSError: A directory cannot be read.
@@ -103,7 +103,7 @@ class DiskBudget:
                 self._opened.notify_all()
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """Stop the listing of directories."""
         with self._opened:
             self._closed = True
             self._opened.notify_all()
@@ -111,10 +111,10 @@ class DiskBudget:
             self._opening.join()
 
     def _expect_open(self) -> None:
-        """Wait for the first look.
+        """Wait for the first listing.
 
         Raises:
-            OSError: A directory could not be read.
+            OSError: A directory cannot be read.
         """
         self._opened.wait_for(lambda: self._ready or self._closed)
         if self._trouble is not None:
@@ -123,17 +123,17 @@ class DiskBudget:
             raise TierError(f"tier {self._declaration.name!r}: it was closed")
 
     def take(self, directory: Path, size: int, on_disk: int, replaced: int = 0) -> None:
-        """Take room for one chunk.
+        """Reserve room for one chunk.
 
         Args:
-            directory: Where it will lie.
-            size: Bytes of its file.
-            on_disk: Bytes that it needs until then.
-            replaced: Bytes of the file in whose place it comes.
+            directory: Directory of the chunk's file.
+            size: Bytes of the file.
+            on_disk: Bytes on the disk that the chunk needs until it is published.
+            replaced: Bytes of the file that the chunk replaces.
 
         Raises:
-            TierFullError: There is none, and none could be made.
-            OSError: A directory could not be read.
+            TierFullError: There is no room, and none could be made.
+            OSError: A directory cannot be read.
         """
         self._expect_open()
         self._visits += _VISITS
@@ -148,7 +148,7 @@ class DiskBudget:
         self._drafts += size
 
     def _fits(self, size: int, more: int) -> bool:
-        """Whether the budget allows a file of some size that adds some bytes; what is in its way goes, where that is allowed."""
+        """Return whether the budget allows a file of `size` bytes that adds `more` bytes, after eviction if it is allowed."""
         over = self._over_budget(more)
         return not over or (not self._too_large(size) and self._evict(self._directories, over))
 
@@ -157,28 +157,28 @@ class DiskBudget:
         return self._fits(size, more)
 
     def plenty(self, directory: Path) -> bool:
-        """Whether there is room for twice what is in progress: enough to do without blocks that are reserved."""
+        """Return whether there is room for twice the drafts in progress, which is enough to write without reserved blocks."""
         return free_bytes(directory) - (self._options.min_free_bytes or 0) >= 2 * self._drafts
 
     def expect(self, path: Path, directory: Path, size: int) -> None:
-        """A file of that size will be written, on the disk of a directory, whose blocks are not reserved."""
+        """Record that a file of `size` bytes will be written, without reserved blocks, on the disk of a directory."""
         self._unreserved[path] = (self._devices[directory], size)
 
     def expect_no_more(self, path: Path) -> None:
-        """It is written, or reserved now, or is not to be any more."""
+        """Record that a file was written, has its blocks reserved now, or will not be written."""
         self._unreserved.pop(path, None)
 
     def _awaited(self, directory: Path) -> int:
-        """What such files on the disk of a directory are still to take; ext4 and xfs count what is not on the disk yet."""
+        """Return the bytes that such files will still take on a directory's disk; ext4 and xfs count unflushed bytes as used."""
         here = self._devices[directory]
         return sum(max(0, size - _allocated(path)) for path, (disk, size) in self._unreserved.items() if disk == here)
 
     def give_back(self, size: int) -> None:
-        """A chunk for which room was taken does not appear."""
+        """Release the reserved room of a chunk that will not be published."""
         self._drafts -= size
 
     def appeared(self, size: int, replaced: int) -> None:
-        """A chunk for which room was taken is there.
+        """Record that a chunk with reserved room was published.
 
         Args:
             size: Bytes of its file.
@@ -191,25 +191,25 @@ class DiskBudget:
             self._look()
 
     def removed(self, size: int) -> None:
-        """A file of that many bytes is there no more."""
+        """Record that a file of `size` bytes was removed."""
         self._there -= size
 
     def make(self, directory: Path, size: int) -> bool:
-        """Make room on a disk that said to be full; false where that is not allowed, or there is nothing to remove."""
+        """Evict files from a full disk; return False if eviction is not allowed or there is nothing to remove."""
         return self._evict([directory], size)
 
     def keep(self, file: Path) -> None:
-        """A file is as it is to be: it makes no room for this run, nor for another one as long as this one goes on."""
+        """Protect a right file from eviction by this run, and by other runs for as long as this one continues."""
         run = self._runs[file.parent]
         try:
             os.utime(file.name, dir_fd=run.descriptor, follow_symlinks=False)
-        except OSError:  # another user's
+        except OSError:  # the file belongs to another user
             self._kept.add(file.name)
             with contextlib.suppress(OSError):
                 run.keep(file.name)
 
     def _worth_a_look(self) -> bool:
-        """Whether to see if somebody made room, before a chunk is refused: ever more seldom, and as seldom as the look is dear."""
+        """Return whether to list again before refusing a chunk: less often after each refusal, and as costs permit."""
         return self._refused & (self._refused - 1) == 0 or self._visits >= self._files
 
     def _over_budget(self, size: int) -> int:
@@ -221,13 +221,13 @@ class DiskBudget:
         return self._options.max_bytes is not None and size + self._drafts > self._options.max_bytes
 
     def _keep_free(self, directory: Path, size: int) -> None:
-        """Leave the floor, and what files in progress are still to take: those that came first go first."""
+        """Evict files until the floor, and the room that files in progress still need, stay free; oldest files go first."""
         floor = self._options.min_free_bytes
-        if not floor and not self._unreserved:  # then the disk says by itself when it is full
+        if not floor and not self._unreserved:  # a full disk then fails the write itself
             return
         for _ in range(_ROUNDS + 1):
             room = free_bytes(directory) - floor - size
-            if room >= sum(size for _, size in self._unreserved.values()):  # without a look at each
+            if room >= sum(size for _, size in self._unreserved.values()):  # without a check of each file
                 return
             lacking = self._awaited(directory) - room
             if lacking <= 0:
@@ -240,7 +240,7 @@ class DiskBudget:
         )
 
     def _look(self) -> None:
-        """See what is there, and what may go. Only a budget needs to know, and millions of files take seconds."""
+        """List the files and the candidates for eviction; only with a budget, as millions of files take seconds."""
         self._written = self._visits = 0
         self._oldest = {paths: oldest for paths, oldest in self._oldest.items() if oldest.more}
         if self._options.max_bytes is None:
@@ -256,7 +256,7 @@ class DiskBudget:
         self._files, self._there = seen.files, seen.bytes
 
     def _evict(self, directories: Sequence[Path], size: int) -> bool:
-        """Remove the files written longest ago, until that many bytes are gone; none if all would not be enough."""
+        """Evict the files written longest ago until `size` bytes are free; none if all candidates would not suffice."""
         if not self._options.evict:
             return False
         oldest = self._oldest.setdefault(tuple(directories), _Oldest(self._declaration, directories))
@@ -268,9 +268,9 @@ class DiskBudget:
         return True
 
     def _remove(self, file: _Candidate, oldest: _Oldest) -> int:
-        """Remove a file, unless it was rewritten, or found right, meanwhile; returns how many bytes that gave."""
+        """Remove a file, unless it was rewritten or found right in the meantime; return the bytes freed."""
         directory = self._runs[file.directory].descriptor
-        with contextlib.suppress(OSError):  # gone, or another user's: then it gives no room
+        with contextlib.suppress(OSError):  # already removed, or another user's: it frees no room
             found = os.stat(file.name, dir_fd=directory, follow_symlinks=False)
             if file.name not in self._kept and found.st_mtime_ns == file.written and not oldest.kept(file):
                 os.unlink(file.name, dir_fd=directory)
@@ -280,7 +280,7 @@ class DiskBudget:
 
 
 class _Candidate(NamedTuple):
-    """A file that may go; in the order in which they do."""
+    """A file that may be evicted; sorts in the order of eviction."""
 
     written: int
     name: str
@@ -289,10 +289,10 @@ class _Candidate(NamedTuple):
 
 
 class _Oldest:
-    """The files of some directories that were written before any run that still goes on, oldest first.
+    """Files of some directories that were written before any active run began, oldest first.
 
     Attributes:
-        more: Whether there may be more than those that are picked.
+        more: Whether there may be more files than those picked.
     """
 
     def __init__(self, declaration: DirectoryDeclaration, directories: Sequence[Path]) -> None:
@@ -303,7 +303,7 @@ class _Oldest:
         self.more = True
 
     def take(self, size: int) -> list[_Candidate]:
-        """The next files, of that many bytes; fewer where more have to be looked for, none where there are no more."""
+        """Return the next files, of `size` bytes in total; fewer if another listing is needed, none at the end."""
         if not self._files and self.more:
             self.look()
         if not self.more and sum(file.size for file in self._files) < size:
@@ -315,15 +315,15 @@ class _Oldest:
         return taken
 
     def kept(self, file: _Candidate) -> bool:
-        """Whether a run that goes on recorded a file as right, which it could not touch."""
+        """Return whether an active run recorded a file as right because it could not update the file's time."""
         return file.name in self._kept[file.directory]
 
     def look(self, seen: _Seen | None = None, stopped: Callable[[], bool] = lambda: False) -> None:
         """List the directories once, and pick the oldest files.
 
         Args:
-            seen: Is given what there is.
-            stopped: Whether to stop, and pick what was found by then.
+            seen: Receives the number and the bytes of the files.
+            stopped: Returns whether to stop early, with the files found so far.
         """
         most = max(_CANDIDATES, sum(map(_entries, self._directories)) // _PART)
         files = _files(self._declaration, self._directories, seen or _Seen(), stopped)
@@ -335,7 +335,7 @@ class _Oldest:
 
 @dataclass(slots=True)
 class _Seen:
-    """What a look at directories found."""
+    """Number and bytes of the files found in a listing of directories."""
 
     files: int = 0
     bytes: int = 0
@@ -344,7 +344,7 @@ class _Seen:
 def _files(
     declaration: DirectoryDeclaration, directories: Sequence[Path], seen: _Seen, stopped: Callable[[], bool]
 ) -> Iterator[_Candidate]:
-    """List the chunk files of directories, and add them up."""
+    """Yield the chunk files of directories, and add them to the totals."""
     for directory in directories:
         for file in chunk_files(declaration, directory):
             if stopped():
@@ -361,11 +361,11 @@ def _entries(directory: Path) -> int:
 def _allocated(path: Path) -> int:
     try:
         return path.stat().st_blocks * _BLOCK_BYTES
-    except OSError:  # not made yet, or gone
+    except OSError:  # not created yet, or removed
         return 0
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that an ordinary user may still write there."""
+    """Return the bytes that an unprivileged user may still write to a directory's file system."""
     found = os.statvfs(directory)
     return found.f_bavail * found.f_frsize

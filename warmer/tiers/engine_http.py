@@ -1,4 +1,4 @@
-"""Questions to the HTTP servers of engines: JSON there and back, a deadline always."""
+"""HTTP client of engines: JSON requests and answers, always with a deadline."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
 
 _ANSWER_SECS: Final = 30.0
 HICCUP_SECS: Final = 30.0
-"""Most seconds in which a server that was there may answer nothing, or that it is busy, before a load fails for that."""
+"""Maximum seconds in which a server that was there may not answer or be busy, before a load fails."""
 
 FAILURES: Final = 3
-"""Loads that fail one after the other before a server is given up."""
+"""Consecutive failed loads before a server is given up."""
 
 _NOT_NOW: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 WAIT_SECS: Final = 1.0
-"""How often somebody who is not there is asked again."""
+"""Seconds between two requests to a server that does not answer yet."""
 
 _FIRST_PAUSE_SECS: Final = 0.05
 _MOST_BYTES: Final = 16 * 1024 * 1024
-"""Of an answer, unpacked. The longest are configurations and lists of models, of some hundred KiB."""
+"""Maximum size of an answer, decompressed. The longest are configurations and lists of models, some hundred KiB."""
 
 _SHOWN: Final = 300
 START_IT: Final = "start the engine, look at the address, or wait longer (--wait-engine)"
-"""What to do about one who does not come."""
+"""Advice for an engine that does not answer in time."""
 
 _Answer = TypeVar("_Answer")
 
 
 class NotReadyError(EngineError):
-    """It answers nothing yet, or that it is not ready: worth another try."""
+    """The server does not answer yet, or reports that it is not ready; a retry may succeed."""
 
 
 class EngineHTTP:
-    """A client of one server. Use it as a context manager.
+    """Client of one server. Use it as a context manager.
 
     Args:
-        address: Such as `http://127.0.0.1:8080`.
-        key: What it asks for as `Authorization: Bearer`; None for nothing.
+        address: Address such as `http://127.0.0.1:8080`.
+        key: Key sent as `Authorization: Bearer`; None for none.
 
     Raises:
-        ConfigError: The address is none.
+        ConfigError: The address is invalid.
     """
 
     def __init__(self, address: str, key: str | None = None) -> None:
@@ -68,18 +68,18 @@ class EngineHTTP:
     def ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, secs: float = _ANSWER_SECS
     ) -> dict[str, Any]:
-        """Ask, and return the answer.
+        """Send a request, and return the answer.
 
         Args:
-            method: Of HTTP.
-            path: Such as `/status`.
-            body: Sent as JSON, unless None.
-            secs: Most seconds that the answer may take.
+            method: HTTP method.
+            path: Path such as `/status`.
+            body: Body, sent as JSON; None for none.
+            secs: Maximum seconds until the whole answer has arrived.
 
         Raises:
-            NotReadyError: Nobody answers there, or 502, 503 or 504.
-            ConfigError: It refuses what was asked for: 400 or 422.
-            EngineError: It answers what cannot be used.
+            NotReadyError: No server answers, or the status is 502, 503 or 504.
+            ConfigError: The server refuses the request with 400 or 422.
+            EngineError: The answer cannot be used.
         """
         what = f"{method} {self.address}{path}"
         try:
@@ -108,11 +108,11 @@ class EngineHTTP:
 
 
 def _content(response: httpx2.Response, what: str, ends: Deadline) -> bytes:
-    """The body of an answer, unpacked.
+    """Return the decompressed body of an answer.
 
     Raises:
-        NotReadyError: It did not end in time.
-        EngineError: It is longer than any that an engine gives.
+        NotReadyError: The answer did not end in time.
+        EngineError: The answer is longer than any engine's.
     """
     content = bytearray()
     for piece in response.iter_bytes():
@@ -127,16 +127,16 @@ def _content(response: httpx2.Response, what: str, ends: Deadline) -> bytes:
 
 
 def once_more(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
-    """Ask a server that was there, again where a connection breaks or it is busy for a moment.
+    """Send a request to a server that was there, and retry while a connection breaks or the server is busy for a moment.
 
     Args:
-        ask: What is asked; asking twice must do no harm.
-        ends: When what it is for has to be done.
-        pause: Waits; given the seconds.
+        ask: Sends the request, which must be idempotent.
+        ends: Deadline of the work that needs the answer.
+        pause: Waits for a number of seconds.
 
     Raises:
-        NotReadyError: It was so until `ends`, or for `HICCUP_SECS`.
-        EngineError: It answers what cannot be used.
+        NotReadyError: The server was not ready until `ends`, or for `HICCUP_SECS`.
+        EngineError: The answer cannot be used.
     """
     hiccup: Deadline | None = None
     wait = _FIRST_PAUSE_SECS
@@ -152,15 +152,15 @@ def once_more(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float
 
 
 def when_ready(ask: Callable[[], _Answer], ends: Deadline, pause: Callable[[float], object]) -> _Answer:
-    """Ask until it is ready.
+    """Send a request until the server is ready.
 
     Args:
-        ask: Raises `NotReadyError` until it is.
-        ends: When to give up.
-        pause: Waits; given the seconds.
+        ask: Sends the request; raises `NotReadyError` until the server is ready.
+        ends: Deadline.
+        pause: Waits for a number of seconds.
 
     Raises:
-        EngineError: It was not ready in time.
+        EngineError: The server was not ready in time.
     """
     while True:
         try:

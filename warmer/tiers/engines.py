@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 L1: Final = "l1"
 LOCAL_CPU: Final = "local_cpu"
 ENGINE_KINDS: Final = frozenset({L1, LOCAL_CPU})
-"""What the memory of engines is called in `--tier`."""
+"""Names of the tiers in the memory of engines in `--tier`."""
 
 SERVER_HTTP: Final = "http://127.0.0.1:8080"
-"""Where `lmcache server` listens for HTTP unless `--http-host` and `--http-port` say otherwise."""
+"""Default HTTP address of `lmcache server`, without `--http-host` and `--http-port`."""
 
 WORKER: Final = "{worker}"
-"""In the path of a staging directory: the number of the worker whose chunks lie there."""
+"""Placeholder in the path of a staging directory for the number of the worker whose chunks are there."""
 
 _STAND_IN: Final = "@worker@"
-"""For `WORKER` in a path that others read, who know the placeholders of nodes only."""
+"""Substitute for `WORKER` while a path is parsed by code that knows only the placeholders of nodes."""
 
 _API_PORT: Final = 6999
 _LOOPBACK: Final = "127.0.0.1"
-_ANYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - to know it from an address that can be reached
+_ANYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - to recognize addresses that cannot be connected to
 _L1_FIELDS: Final = frozenset({"type", "http"})
 _CPU_FIELDS: Final = frozenset({"type", "staging", "keep_staging", "host", "kv_shape", "kv_dtype"})
 
 
 @dataclass(frozen=True, slots=True)
 class L1Declaration:
-    """The L1 of the `lmcache server` of each node, which loads itself from its own L2 tiers.
+    """L1 of the `lmcache server` of each node, which loads itself from its own L2 tiers.
 
     Attributes:
-        name: For people.
-        http: Address of the server's HTTP; it may hold placeholders.
+        name: Name in messages.
+        http: HTTP address of the server; it may hold placeholders.
     """
 
     name: str
@@ -61,11 +61,11 @@ class L1Declaration:
 
     @property
     def takes(self) -> type[Key]:
-        """The kind of key that it holds."""
+        """Kind of key that the tier holds."""
         return MPKey
 
     def address(self, place: NodeInfo) -> str:
-        """Of the server of one node.
+        """Return the address of one node's server.
 
         Raises:
             ConfigError: The node has no value for a placeholder.
@@ -75,14 +75,14 @@ class L1Declaration:
 
 @dataclass(frozen=True, slots=True)
 class LocalCPUDeclaration:
-    """The memory of the classic engine's workers on each node, each loaded from a staging directory of its own.
+    """Memory of the classic engine's workers on each node; each worker loads from a staging directory of its own.
 
     Attributes:
-        name: For people.
-        staging: What files for the engine look like, and where: its only path may hold placeholders and holds `{worker}`.
-        host: On which the workers' internal API listens, as their node reaches it; it may hold placeholders.
+        name: Name in messages.
+        staging: Format and location of the staged files; its only path may hold placeholders and holds `{worker}`.
+        host: Host of the workers' internal API, as their node reaches it; it may hold placeholders.
         port_start: `internal_api_server_port_start`.
-        keep_staging: Whether files stay in the staging directories when they are loaded.
+        keep_staging: Whether files stay in the staging directories after they are loaded.
     """
 
     name: str
@@ -93,11 +93,11 @@ class LocalCPUDeclaration:
 
     @property
     def takes(self) -> type[Key]:
-        """The kind of key that it holds."""
+        """Kind of key that the tier holds."""
         return ClassicKey
 
     def address(self, place: NodeInfo, worker: int) -> str:
-        """Of a worker's internal API on one node.
+        """Return the address of a worker's internal API on one node.
 
         Raises:
             ConfigError: The node has no value for a placeholder.
@@ -105,7 +105,7 @@ class LocalCPUDeclaration:
         return worker_address(place.expand(self.host), self.port_start, worker)
 
     def staging_of(self, place: NodeInfo, worker: int) -> DirectoryDeclaration:
-        """The staging directory of a worker on one node.
+        """Return the declaration of a worker's staging directory on one node.
 
         Raises:
             ConfigError: The node has no value for a placeholder.
@@ -118,13 +118,13 @@ EngineDeclaration = L1Declaration | LocalCPUDeclaration
 
 
 def engine_spec(text: str) -> dict[str, Any] | None:
-    """What a tier's text says of the memory of an engine; None where it names anything else."""
+    """Parse a tier's text as the specification of an engine's memory; return None if it names another tier."""
     if text in ENGINE_KINDS:
         return {"type": text}
     try:
         spec = json.loads(text) if text.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
-        return None  # said by those who read adapters
+        return None  # the reader of adapters reports the error
     kind = spec.get("type") if isinstance(spec, dict) else None
     return spec if isinstance(kind, str) and kind in ENGINE_KINDS else None
 
@@ -132,15 +132,15 @@ def engine_spec(text: str) -> dict[str, Any] | None:
 def declared_engine(
     config: EngineConfig | None, spec: Mapping[str, Any], options: TierOptions
 ) -> L1Declaration | LocalCPUDeclaration:
-    """Read what a tier's text says of the memory of an engine.
+    """Read the declaration of a tier in an engine's memory.
 
     Args:
-        config: The classic engine's; None where there is none.
-        spec: See `engine_spec`.
-        options: How staging directories are filled.
+        config: Configuration of the classic engine; None if there is none.
+        spec: Specification from `engine_spec`.
+        options: Options for filling staging directories.
 
     Raises:
-        ConfigError: A field is unknown or wrong, or the engine's configuration does not let its memory be loaded.
+        ConfigError: A field is unknown or invalid, or the engine's configuration does not permit loads into its memory.
     """
     return _l1(spec) if spec["type"] == L1 else _local_cpu(config, spec, options)
 
@@ -181,7 +181,7 @@ def _local_cpu(config: EngineConfig | None, spec: Mapping[str, Any], options: Ti
 
 
 def _expect_loadable(config: EngineConfig) -> None:
-    """See whether the engine lets anybody load its memory."""
+    """Check that the engine's configuration permits loads into its memory."""
     engine, where = config.engine, f"tier {LOCAL_CPU!r}: {{}} in {config.source}"
     if engine.get("internal_api_server_enabled") is not True:
         raise ConfigError(
@@ -198,7 +198,7 @@ def _expect_loadable(config: EngineConfig) -> None:
 
 
 def _staging(config: EngineConfig, spec: Mapping[str, Any], options: TierOptions) -> DirectoryDeclaration:
-    """Where files are put for the engine: below a plugin's directory, or a path."""
+    """Return the declaration of the staging directories: below a plugin's directory, or at a configured path."""
     given = spec.get("staging")
     if given is None:
         given = _only_fs(config)
@@ -221,7 +221,7 @@ def _staging(config: EngineConfig, spec: Mapping[str, Any], options: TierOptions
 
 
 def _only_fs(config: EngineConfig) -> str:
-    """The one directory that engines and the warmer are known to share."""
+    """Return the only directory that engines and the warmer are known to share."""
     found = [name for name in config.plugins if name.split(".", 1)[0] == "fs"]
     if len(found) != 1:
         raise ConfigError(
@@ -232,7 +232,7 @@ def _only_fs(config: EngineConfig) -> str:
 
 
 def _shaped(config: EngineConfig, name: str, values: Mapping[str, Any]) -> EngineConfig:
-    """The configuration, with what the tier's own text says of its files; whole headers are the engine's matter."""
+    """Return the configuration with the file format of the tier's own text; whole headers stay the engine's setting."""
     fields = ("base_path", "kv_shape", "kv_dtype")
     given = {f"{KEY_ROOT}{name}.{field}": values[field] for field in fields if field in values}
     return replace(config, extra=config.extra | given)

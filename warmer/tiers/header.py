@@ -1,4 +1,4 @@
-"""The header that LMCache's classic connectors put before each chunk while `save_chunk_meta` is on.
+"""Header that LMCache's classic connectors write before each chunk if `save_chunk_meta` is on.
 
 Follows `lmcache/v1/protocol.py` of LMCache 0.5.6: native 32-bit integers, first the length and the memory format, then
 the dtype and the shape of each group of layers.
@@ -33,13 +33,13 @@ _MOST: Final = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class HeaderGroup:
-    """Layers whose KV is shaped alike.
+    """Layers whose KV has the same shape.
 
     Attributes:
-        layers: How many.
+        layers: Number of layers.
         kv: 2 for keys and values, 1 for MLA.
         hidden: Elements of a token in one layer.
-        dtype: As keys spell it; None for the one of the chunk's key.
+        dtype: Dtype, spelled as in keys; None for that of the chunk's key.
     """
 
     layers: int
@@ -50,11 +50,11 @@ class HeaderGroup:
 
 @dataclass(frozen=True, slots=True)
 class HeaderFormat:
-    """What an engine's headers say.
+    """Content of an engine's headers.
 
     Attributes:
-        groups: Of layers, in the engine's order; alike in `kv`.
-        chunk_size: Most tokens of a chunk.
+        groups: Groups of layers, in the engine's order; all have the same `kv`.
+        chunk_size: Maximum tokens of a chunk.
     """
 
     groups: tuple[HeaderGroup, ...]
@@ -62,18 +62,18 @@ class HeaderFormat:
 
     @property
     def size(self) -> int:
-        """Bytes of a header."""
+        """Size of a header in bytes."""
         return 4 * (2 + 5 * len(self.groups))
 
     def bytes_for(self, key: ClassicKey, size: int) -> bytes:
-        """The header of a chunk.
+        """Return the header of a chunk.
 
         Args:
-            key: The chunk's.
+            key: Key of the chunk.
             size: Bytes of the chunk.
 
         Raises:
-            TierError: A chunk of that key and size is none of this engine's.
+            TierError: A chunk of that key and size does not belong to this engine.
         """
         dtypes = [group.dtype or key.dtype for group in self.groups]
         unknown = [dtype for dtype in dtypes if dtype not in _NUMBERS]
@@ -99,14 +99,14 @@ def header_format(tier: str, setting: str, shape: Any, dtype: Any) -> HeaderForm
     """Read `kv_shape` and `kv_dtype`.
 
     Args:
-        tier: Names the tier in errors.
-        setting: Where they stand, as `remote_storage_plugin.fs.warm.`.
+        tier: Name of the tier, for errors.
+        setting: Prefix of the settings, such as `remote_storage_plugin.fs.warm.`.
         shape: `layers, 2 or 1, chunk_size, kv_heads, head_size`, as LMCache writes `kv_shape`; several groups of
             layers are joined by `;`.
         dtype: One for all groups, or one for each, joined by `;`; None for the dtype in each chunk's key.
 
     Raises:
-        ConfigError: They do not read so.
+        ConfigError: A value is not in this format.
     """
     texts = str(shape).strip("() []").split(";") if not isinstance(shape, (list, tuple)) else [_joined(shape)]
     dtypes = [None] * len(texts) if dtype is None else [_dtype(tier, setting, one) for one in str(dtype).split(";")]

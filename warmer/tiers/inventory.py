@@ -1,4 +1,4 @@
-"""What lies in directories of LMCache's, by the names of the files."""
+"""Listing of chunks in LMCache directories, by the names of the files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class ChunkFile(NamedTuple):
-    """The file of a chunk, as a directory lists it.
+    """File of a chunk, as listed in a directory.
 
     Attributes:
-        key: By the file's name.
-        name: Of the file.
-        size: Of the file.
-        written: When, in nanoseconds.
+        key: Key, derived from the file's name.
+        name: Name of the file.
+        size: Size of the file in bytes.
+        written: Time of the last write, in nanoseconds.
     """
 
     key: Key
@@ -35,7 +35,7 @@ class ChunkFile(NamedTuple):
 
 
 def chunk_files(declaration: DirectoryDeclaration, directory: Path) -> Iterator[ChunkFile]:
-    """Stream the files of a tier's directory that are chunks by their name, and lie where engines look for them.
+    """Yield the chunk files of a tier's directory that are where engines look for them.
 
     Raises:
         OSError: The directory cannot be read.
@@ -46,9 +46,9 @@ def chunk_files(declaration: DirectoryDeclaration, directory: Path) -> Iterator[
 
 
 def directory_keys(directory: Path) -> Iterator[str]:
-    """Stream the key strings of the chunks in a directory, of whichever mode of LMCache it is.
+    """Yield the key strings of the chunks in a directory of either mode of LMCache.
 
-    Every `-SEP-` in a name is read as `/`, as LMCache reads it. Files that are no chunks by their name are skipped.
+    Every `-SEP-` in a name is read as `/`, as LMCache reads it. Files whose name is not that of a chunk are skipped.
 
     Raises:
         ConfigError: The directory cannot be read.
@@ -61,7 +61,7 @@ def directory_keys(directory: Path) -> Iterator[str]:
 
 
 def listed(directory: Path) -> Iterator[ChunkFile]:
-    """Stream the files of a directory that are chunks by their name.
+    """Yield the files of a directory whose name is that of a chunk.
 
     Raises:
         OSError: The directory cannot be read.
@@ -71,7 +71,7 @@ def listed(directory: Path) -> Iterator[ChunkFile]:
             key = key_of(entry.name)
             if key is None:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            with contextlib.suppress(FileNotFoundError):  # removed in the meantime
                 found = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(found.st_mode):
                     yield ChunkFile(key, entry.name, found.st_size, found.st_mtime_ns)
