@@ -1,7 +1,8 @@
-"""The one reader of what the Hub answers: bounded before it is unpacked and before it is parsed, and checked field by field.
+"""Parser of Hub responses: bounds their size before unpacking and before parsing, and checks each field.
 
-An answer of 60 kB may unpack to gigabytes, nest deep enough to end the interpreter, or take the GIL for seconds while it is
-parsed; its numbers and dates may be any. The caller says how much an answer may hold; more than that is refused unread.
+A response of 60 kB may unpack to gigabytes, nest deeply enough to crash the interpreter, or hold the GIL for seconds
+while it is parsed; its numbers and dates may have any value. The caller sets the limit, and larger responses are
+rejected unread.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 MAX_SIZE: Final = 2**53
-"""Largest size of an object or a bucket, in bytes, and largest count: what any JSON reader holds exactly."""
+"""Maximum size of an object or a bucket in bytes, and maximum count: the largest integer that any JSON reader holds
+exactly."""
 
 _KIB: Final = 1024
 _RECORD_BYTES: Final = 512
-"""Of a record, beside its path. The Hub's have about 200."""
+"""Bytes allowed for a record, without its path. Records of the Hub have about 200."""
 
 _RECORD_TOKENS: Final = 256
 _PIECE_BYTES: Final = 64 * _KIB
@@ -34,10 +36,10 @@ _MAX_DIGITS: Final = 19
 _MAX_PATH: Final = 4 * _KIB
 _HASH = re.compile(r"[0-9a-f]{64}")
 _UP_TO_A_SIGN = re.compile(r'(?:[^"\[\]{},]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{},]?)', re.DOTALL)
-"""Texts and other things, and then what opens, closes or parts items. It never looks at a character twice."""
+"""Strings and scalars up to the next character that opens, closes or separates items, without backtracking."""
 
 _FLAT = re.compile(r'\{[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+\}', re.DOTALL)
-"""A record in which nothing nests, as those of the Hub are."""
+"""A record without nested values, such as those of the Hub."""
 
 _OPENED = re.compile(r"[ \t\n\r]*+\[[ \t\n\r]*+")
 _SPACE = re.compile(r"[ \t\n\r]*+")
@@ -45,11 +47,11 @@ _SPACE = re.compile(r"[ \t\n\r]*+")
 
 @dataclass(frozen=True, slots=True)
 class BodyLimit:
-    """How much an answer may hold.
+    """Limits of a response.
 
     Attributes:
-        nbytes: Most bytes, unpacked.
-        records: Most records, each of which may have some dozens of fields.
+        nbytes: Maximum number of unpacked bytes.
+        records: Maximum number of records, each of which may have some dozens of fields.
     """
 
     nbytes: int
@@ -57,34 +59,34 @@ class BodyLimit:
 
     @classmethod
     def for_records(cls, paths: Iterable[str]) -> BodyLimit:
-        """For one record of each path, however the Hub escapes it."""
+        """Return the limit for one record per path, however the Hub escapes the path."""
         lengths = [len(json.dumps(path)) + _RECORD_BYTES for path in paths]
         return cls(4 * _KIB + sum(lengths), len(lengths))
 
 
 SMALL: Final = BodyLimit(64 * _KIB, 16)
-"""For one record: that of a bucket, a token."""
+"""Limit for a single record, such as a bucket or a token."""
 
 WORDS: Final = 16 * _KIB
-"""Bytes of an error's body that are read: only its first words are shown."""
+"""Bytes read of an error's body, of which only the first words are shown."""
 
 PAGE: Final = BodyLimit(4 * _KIB * _KIB, 10_000)
-"""For a page of a listing. The Hub's have 1,000 records, of 250 bytes each where the names are those of chunks."""
+"""Limit for a page of a listing. Pages of the Hub have 1,000 records, of 250 bytes each for chunk names."""
 
 
 class TooLongError(TransportError):
-    """An answer is longer than what was asked for could be."""
+    """A response exceeds the limit of its request."""
 
 
 class Unpacking:
-    """Unpacks a body as it arrives, in pieces that never hold the GIL for long.
+    """Unpacks a body as it arrives, in pieces too small to hold the GIL for long.
 
     Args:
-        encoding: The header `ContentId-Encoding`.
-        what: Names the request in errors.
+        encoding: Value of the `Content-Encoding` header.
+        what: Name of the request, for errors.
 
     Raises:
-        TransportError: The encoding is one that was not asked for.
+        TransportError: The encoding was not requested.
     """
 
     def __init__(self, encoding: str, what: str) -> None:
@@ -95,10 +97,10 @@ class Unpacking:
         self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in ("gzip", "deflate") else None
 
     def pieces(self, raw: bytes) -> Iterator[bytes]:
-        """What some more raw bytes unpack to.
+        """Yield the unpacked bytes of further raw bytes.
 
         Raises:
-            TransportError: They are not packed as the header says.
+            TransportError: The bytes are not packed as the header says.
         """
         if self._inflater is None:
             yield raw
@@ -113,20 +115,20 @@ class Unpacking:
                 yield piece
 
     def finish(self) -> None:
-        """Expect that nothing is missing.
+        """Check that the body is complete.
 
         Raises:
-            TransportError: The packed body breaks off.
+            TransportError: The packed body is truncated.
         """
         if self._inflater is not None and not self._inflater.eof:
             raise TransportError(f"{self._what}: the Hub's answer cannot be unpacked: it breaks off")
 
 
 def document(body: bytes, what: str, room: BodyLimit = SMALL) -> Any:
-    """Parse an answer that holds one JSON value.
+    """Parse a response that holds one JSON value.
 
     Raises:
-        TransportError: It holds none, or more than there is room for.
+        TransportError: The body is not JSON, or exceeds the limit.
     """
     text = _text(body, what, room)
     end = _bounded_end(text, 0, what, (room.records + 1) * _RECORD_TOKENS, len(text))
@@ -137,14 +139,14 @@ def document(body: bytes, what: str, room: BodyLimit = SMALL) -> Any:
 
 
 def records(body: bytes, what: str, room: BodyLimit) -> list[dict[str, Any]]:
-    """Parse an answer that holds a list of records, one after the other: no other thread waits for all of them.
+    """Parse a response that holds a list of records one by one, so that other threads can run in between.
 
     Raises:
-        TransportError: It is none, or holds more than there is room for.
+        TransportError: The body is not a list of records, or exceeds the limit.
     """
     text = _text(body, what, room)
     if not (opened := _OPENED.match(text)):
-        document(body[:WORDS], what)  # which says where it is no JSON at all
+        document(body[:WORDS], what)  # raises the right error for a body that is not JSON
         _refuse(what, "is not a list of records")
     found: list[dict[str, Any]] = []
     place = opened.end()
@@ -171,7 +173,7 @@ def records(body: bytes, what: str, room: BodyLimit) -> list[dict[str, Any]]:
 
 
 def words(body: bytes) -> str:
-    """What an error's body says, for people: its field `error`, or the body itself."""
+    """Return the readable message of an error body: its field `error`, or else the body itself."""
     try:
         answer = document(body[:WORDS], "", SMALL)
     except TransportError:
@@ -182,15 +184,15 @@ def words(body: bytes) -> str:
 
 
 def count_of(value: Any) -> int | None:
-    """A size or a number of objects; None where that is no whole number from 0 to 2^53."""
+    """Return a size or a count; None unless the value is an integer from 0 to 2^53."""
     return value if type(value) is int and 0 <= value <= MAX_SIZE else None
 
 
 def content_of(record: dict[str, Any]) -> ContentId:
-    """The hash and size of a record.
+    """Return the hash and size of a record.
 
     Raises:
-        ValueError: One of them is missing or cannot be.
+        ValueError: One of them is missing or invalid.
     """
     size = count_of(record.get("size"))
     xet_hash = record.get("xetHash")
@@ -202,10 +204,10 @@ def content_of(record: dict[str, Any]) -> ContentId:
 
 
 def path_of(record: dict[str, Any]) -> str:
-    """The path of a record.
+    """Return the path of a record.
 
     Raises:
-        ValueError: It has none that could be asked for.
+        ValueError: The path is missing or cannot be requested.
     """
     path = record.get("path")
     if not isinstance(path, str) or not 0 < len(path) <= _MAX_PATH:
@@ -218,10 +220,10 @@ def path_of(record: dict[str, Any]) -> str:
 
 
 def uploaded_at(record: dict[str, Any]) -> datetime | None:
-    """When the Hub took an object, or the client's `mtime`; None when the record says neither.
+    """Return the upload time of an object, or the client's `mtime`; None if the record has neither.
 
     Raises:
-        ValueError: It says something that is no date.
+        ValueError: The value is not a date.
     """
     text = record.get("uploadedAt") or record.get("mtime")
     return iso_date(text) if text else None
@@ -237,11 +239,11 @@ def _text(body: bytes, what: str, room: BodyLimit) -> str:
 
 
 def _bounded_end(text: str, place: int, what: str, most_tokens: int, most: int) -> int:
-    """Where the value ends that begins at a place; refused where it nests too deep, or holds or is too much."""
+    """Return the end of the value that begins at a position; reject values that are too deep or too large."""
     depth = tokens = 0
     while True:
         match = _UP_TO_A_SIGN.match(text, place, min(place + _PIECE_BYTES, most))
-        sign = match[1]  # type: ignore[index]  # it matches anything
+        sign = match[1]  # type: ignore[index]  # the pattern matches any text
         place = match.end()  # type: ignore[union-attr]
         if not sign:
             if depth or place < min(most, len(text)):
@@ -258,7 +260,7 @@ def _bounded_end(text: str, place: int, what: str, most_tokens: int, most: int) 
 
 
 def _space(text: str, place: int) -> int:
-    return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches anything
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # the pattern matches any text
 
 
 def _value(text: str, place: int, what: str) -> tuple[Any, int]:

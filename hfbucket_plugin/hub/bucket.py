@@ -1,7 +1,7 @@
-"""The bucket client: look up, list, read, write, copy, delete. Knows nothing of LMCache.
+"""Bucket client: look up, list, read, write, copy and delete objects; independent of LMCache.
 
-Routes and fields follow `huggingface_hub` 2.x (`hf_api.py`, `_buckets.py`); they are asked here directly because
-its own calls have no timeout, cannot be told to stop, and read into files only.
+Routes and fields follow `huggingface_hub` 2.x (`hf_api.py`, `_buckets.py`). They are called directly because its own
+functions have no timeout, cannot be cancelled, and read into files only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hfbucket_plugin.hub.transfer import Transfer
 
 MAX_BATCH: Final = 1000
-"""Most paths of one paths-info, and most operations of one batch, as in `huggingface_hub`."""
+"""Maximum number of paths of one paths-info and of operations of one batch, as in `huggingface_hub`."""
 
 _CONFLICT, _UNPROCESSABLE = 409, 422
 _REFUSALS: Final = frozenset(range(400, 500))
@@ -39,21 +39,22 @@ _MAX_SHOWN_PATH: Final = 200
 _LONGEST_CURSOR: Final = 16 * 1024
 
 _FIRST_LOOK: Final = 100
-"""Pages after which a listing is first compared with what the bucket says it holds; then after twice as many."""
+"""Number of pages after which a listing is first compared with the bucket's object count; doubled after each
+comparison."""
 
 _LOOK_SECS: Final = 15.0
 _MOST_IDLE_PAGES: Final = 16
-"""Pages in a row that bring nothing new, before a listing is given up."""
+"""Number of consecutive pages without new objects after which a listing fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as the Hub lists it.
+    """Object as listed by the Hub.
 
     Attributes:
-        path: From the root of the bucket.
-        content: Its hash and size.
-        uploaded_at: When the Hub took it; falls back to the client's `mtime`. None when it says neither.
+        path: Path from the root of the bucket.
+        content: Hash and size.
+        uploaded_at: Upload time, or else the client's `mtime`; None if the Hub returned neither.
     """
 
     path: str
@@ -62,10 +63,10 @@ class ObjectInfo:
 
 
 class ListingProgress:
-    """Makes sure that a listing comes to an end: each page has a cursor of its own, and something new on it.
+    """Ensures that a listing terminates: each page must have a new cursor and new objects.
 
     Args:
-        of: The prefix that is listed, for errors.
+        of: Prefix that is listed, for errors.
     """
 
     def __init__(self, of: str) -> None:
@@ -75,14 +76,14 @@ class ListingProgress:
         self._idle = 0
 
     def see(self, infos: Sequence[ObjectInfo], cursor: str | None) -> None:
-        """Take note of a page.
+        """Record a page.
 
         Args:
-            infos: What is on it.
-            cursor: Of the page that follows; None when it is the last.
+            infos: Objects on the page.
+            cursor: Cursor of the following page; None for the last page.
 
         Raises:
-            TransportError: The listing goes round in circles, or brings nothing new for many pages.
+            TransportError: The listing repeats a cursor, or many pages brought nothing new.
         """
         if cursor is None:
             return
@@ -101,10 +102,10 @@ class ListingProgress:
 
 
 class ListingBound:
-    """Compares how much a listing has shown with what the bucket says it holds, ever more seldom: one that goes on for ever ends.
+    """Compares the length of a listing with the bucket's object count, ever less often, so that an endless one fails.
 
     Args:
-        bucket: That is listed.
+        bucket: Bucket that is listed.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -113,13 +114,13 @@ class ListingBound:
         self._look_at = _FIRST_LOOK
 
     def see(self, shown: int) -> None:
-        """Take note of a page.
+        """Record a page.
 
         Args:
-            shown: How many objects are on it.
+            shown: Number of objects on the page.
 
         Raises:
-            TransportError: There were far more than the bucket holds.
+            TransportError: The listing returned far more objects than the bucket holds.
         """
         self._pages += 1
         self._shown += shown
@@ -128,7 +129,7 @@ class ListingBound:
         self._look_at *= 2
         try:
             total = self._bucket.info(Deadline.patient(_LOOK_SECS)).get("totalFiles")
-        except HFBucketError:  # asked again later; the listing itself says what is wrong
+        except HFBucketError:  # retried later; the listing itself reports the problem
             return
         if isinstance(total, int) and self._shown > 2 * total + _FIRST_LOOK // 2:
             raise TransportError(
@@ -138,12 +139,12 @@ class ListingBound:
 
 
 class Bucket:
-    """One bucket, through one instance's token.
+    """One bucket, accessed with the token of one instance.
 
     Args:
-        hub: Makes the requests.
-        handle: Which bucket; its prefix is left to callers, who pass whole paths.
-        transfer: Moves the bytes.
+        hub: Client that makes the requests.
+        handle: Bucket to access. Its prefix is not applied: callers pass whole paths.
+        transfer: Transfer of contents.
     """
 
     def __init__(self, hub: HubClient, handle: BucketHandle, transfer: Transfer) -> None:
@@ -154,19 +155,19 @@ class Bucket:
 
     @property
     def paused_secs(self) -> float:
-        """Seconds left of a pause that the Hub asked for; 0 when there is none."""
+        """Seconds left of a pause that the Hub requested; 0 without a pause."""
         return self._hub.rate_limiter.paused_secs
 
     @property
     def background_wait_secs(self) -> float:
-        """Seconds until work in the background may call the Hub; see `RateLimiter.background_wait_secs`."""
+        """Seconds until background work may call the Hub; see `RateLimiter.background_wait_secs`."""
         return self._hub.rate_limiter.background_wait_secs
 
     def refuse_in_pause(self, what: str) -> None:
-        """Stop here while the Hub would not be asked, since it asked for a pause.
+        """Raise if a call would be refused because of a pause that the Hub requested.
 
         Raises:
-            ThrottledError: It would not; the message names `what`.
+            ThrottledError: A pause is in effect; the message names `what`.
         """
         self._hub.rate_limiter.refuse_in_pause(what)
 
@@ -178,16 +179,16 @@ class Bucket:
         patient: bool = True,
         sent: threading.Event | None = None,
     ) -> dict[str, ObjectInfo]:
-        """Look objects up, 1000 a request.
+        """Look up objects, 1,000 in a request.
 
         Args:
-            paths: From the root of the bucket.
+            paths: Paths from the root of the bucket.
             deadline: When to give up.
             patient: See `HubClient.request`.
             sent: See `HubClient.request`.
 
         Returns:
-            What exists, by path. The Hub leaves out what is missing, and promises no order.
+            The existing objects, by path, in no particular order. The Hub omits missing ones.
 
         Raises:
             HFBucketError: See `HubClient.request`; nothing is known about any path then.
@@ -200,15 +201,15 @@ class Bucket:
     def stat_dated(
         self, paths: Sequence[str], deadline: Deadline, *, patient: bool = False
     ) -> tuple[dict[str, ObjectInfo], datetime | None]:
-        """Look up to 1000 objects up by one request, and tell when the Hub answered it.
+        """Look up at most 1,000 objects in one request, and return the time of the response.
 
         Args:
-            paths: From the root of the bucket.
+            paths: Paths from the root of the bucket.
             deadline: When to give up.
-            patient: Whether pauses that the Hub asked for are waited out.
+            patient: Whether to wait for the end of pauses that the Hub requested.
 
         Returns:
-            What exists, by path, and the answer's `Date`, to the second; None where it has none.
+            The existing objects, by path, and the response's `Date` to the second; None without that header.
 
         Raises:
             HFBucketError: See `HubClient.request`.
@@ -242,12 +243,12 @@ class Bucket:
         The Hub matches lexically: `v1` also lists `v10/…`.
 
         Args:
-            prefix: The start of a path; empty for all.
-            page_secs: Most seconds a page may take, its retries included.
-            each_page: Called before each page is asked for, empty ones too: what it raises ends the listing.
+            prefix: Start of a path; empty for all.
+            page_secs: Maximum time for a page in seconds, including retries.
+            each_page: Called before each page is requested, including empty ones; an exception ends the listing.
 
         Raises:
-            HFBucketError: A page did not come; what was yielded before is no complete listing.
+            HFBucketError: A page failed; the objects yielded before are not a complete listing.
         """
         progress, amount, cursor = ListingProgress(prefix), ListingBound(self), None
         while True:
@@ -262,18 +263,18 @@ class Bucket:
                 return
 
     def list_page(self, prefix: str, cursor: str | None, deadline: Deadline) -> tuple[list[ObjectInfo], str | None]:
-        """One page of the objects whose path starts with `prefix`, for callers that keep no state; see `list_objects`.
+        """Return one page of the objects whose path starts with `prefix`, for stateless callers; see `list_objects`.
 
         Args:
-            prefix: The start of a path; empty for all.
-            cursor: Of the page before; None for the first page. It can lead to no other part of the Hub than this listing.
-            deadline: When to give up, retries included.
+            prefix: Start of a path; empty for all.
+            cursor: Cursor from the previous page; None for the first page. It can only lead to this listing.
+            deadline: When to give up, including retries.
 
         Returns:
-            The objects, and the cursor of the next page, or None when this was the last.
+            The objects, and the cursor of the next page; None after the last page.
 
         Raises:
-            HFBucketError: The page did not come.
+            HFBucketError: The page failed.
         """
         infos, following, _ = self.list_page_dated(prefix, cursor, deadline)
         return infos, following
@@ -281,13 +282,13 @@ class Bucket:
     def list_page_dated(
         self, prefix: str, cursor: str | None, deadline: Deadline
     ) -> tuple[list[ObjectInfo], str | None, datetime | None]:
-        """One page, see `list_page`, and when the Hub answered it, to the second; None where the answer has no `Date`.
+        """Return one page, as `list_page`, and the time of the response to the second; None without a `Date` header.
 
         Raises:
-            HFBucketError: The page did not come.
+            HFBucketError: The page failed.
         """
         tree = urlsplit(self._tree(prefix))
-        # A page on the way is worth more tries: all that came before it would be asked for again.
+        # A later page deserves more attempts, because a failure loses all pages before it.
         attempts = _LIST_ATTEMPTS if cursor is None or deadline.pauses is None else _PATIENT_ATTEMPTS
         answer = self._hub.request(
             "GET",
@@ -301,9 +302,9 @@ class Bucket:
         return infos, self._cursor(answer.next_page, tree.path), answer.date
 
     def _cursor(self, link: str | None, path: str) -> str | None:
-        """The cursor of the next page, whichever host the link names: only ours is asked, and only for this listing.
+        """Return the cursor of the next page, ignoring the host and path of the link.
 
-        A mirror passes links on as its upstream wrote them.
+        A mirror passes links on as its upstream wrote them; only the configured Hub may be requested, for this listing.
         """
         if link is None:
             return None
@@ -324,15 +325,15 @@ class Bucket:
         return f"{self._api}/tree" + (f"/{quote(prefix, safe='')}" if prefix else "") + "?recursive=true"
 
     def add(self, files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False) -> dict[str, ItemFailure]:
-        """Name contents that were uploaded (`Transfer.upload`): only then are they in the bucket.
+        """Name uploaded contents (see `Transfer.upload`); only then are they in the bucket.
 
         Args:
-            files: Path to content.
+            files: Contents by path.
             deadline: When to give up.
             once: See `delete`.
 
         Returns:
-            What failed, by path; empty when all are there.
+            The failures, by path; empty if all succeeded.
 
         Raises:
             HFBucketError: The request failed as a whole.
@@ -342,16 +343,16 @@ class Bucket:
     def replace(
         self, old: Sequence[str], files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False
     ) -> dict[str, ItemFailure]:
-        """Name contents, as `add`, and delete what they stand for, by the same call. A new one is named before an old one goes.
+        """Name contents, then delete the objects that they replace, in one call.
 
         Args:
             old: Paths to delete.
-            files: Path to content.
+            files: Contents by path.
             deadline: When to give up.
             once: See `delete`.
 
         Returns:
-            What failed, by path.
+            The failures, by path.
 
         Raises:
             HFBucketError: The request failed as a whole.
@@ -370,16 +371,16 @@ class Bucket:
     def copy(
         self, source: BucketHandle, files: Mapping[str, ContentId], deadline: Deadline, *, once: bool = False
     ) -> dict[str, ItemFailure]:
-        """Copy contents of another bucket of the same storage region, by hash: no bytes move.
+        """Copy contents from another bucket in the same storage region, by hash and without moving bytes.
 
         Args:
-            source: The bucket that holds them.
-            files: Destination path to content.
+            source: Bucket that holds the contents.
+            files: Contents by destination path.
             deadline: When to give up.
             once: See `delete`.
 
         Returns:
-            What failed, by path.
+            The failures, by path.
 
         Raises:
             HFBucketError: The request failed as a whole.
@@ -404,27 +405,27 @@ class Bucket:
     def delete(
         self, paths: Sequence[str], deadline: Deadline, *, once: bool = False, urgent: bool = False
     ) -> dict[str, ItemFailure]:
-        """Delete objects, at once and for ever: the Hub keeps no versions.
+        """Delete objects immediately and permanently; the Hub keeps no versions.
 
         Args:
-            paths: From the root of the bucket.
+            paths: Paths from the root of the bucket.
             deadline: When to give up.
-            once: Ask now or not at all, and never again: for callers that looked the objects up just before, and would
-                have to do so again before another try.
+            once: Whether to send the request only now, without a retry: for callers that have just looked up the
+                objects, and would have to do so again before another attempt.
             urgent: See `HubClient.request`.
 
         Returns:
-            What failed, by path.
+            The failures, by path.
 
         Raises:
-            HFBucketError: A request failed as a whole; earlier ones of 1000 paths were done.
+            HFBucketError: A request failed as a whole; earlier requests, of 1,000 paths each, were carried out.
         """
         return self._batch([{"type": "deleteFile", "path": path} for path in paths], deadline, once=once, urgent=urgent)
 
     def _batch(
         self, operations: Sequence[dict[str, Any]], deadline: Deadline, *, once: bool = False, urgent: bool = False
     ) -> dict[str, ItemFailure]:
-        """Send operations, 1000 a request. A batch is no transaction: items fail one by one."""
+        """Send operations, 1,000 in a request. A batch is not a transaction: items fail individually."""
         failures: dict[str, ItemFailure] = {}
         for start in range(0, len(operations), MAX_BATCH):
             batch = operations[start : start + MAX_BATCH]
@@ -434,11 +435,11 @@ class Bucket:
                 f"{self._api}/batch",
                 route="batch",
                 deadline=deadline,
-                attempts=1 if once else 2,  # adding, copying and deleting again changes nothing
+                attempts=1 if once else 2,  # adding, copying and deleting are idempotent
                 patient=not once,
                 urgent=urgent,
                 allow=frozenset({_UNPROCESSABLE}),
-                room=answers.BodyLimit.for_records([*paths, *paths]),  # a reason may repeat the path
+                room=answers.BodyLimit.for_records([*paths, *paths]),  # a failure message may repeat the path
                 content="".join(json.dumps(operation) + "\n" for operation in batch).encode(),
                 headers={"Content-Type": "application/x-ndjson"},
             )
@@ -446,16 +447,16 @@ class Bucket:
                 path, reason = item.get("path"), item.get("error", "no reason given")
                 if (
                     not isinstance(path, str) or path not in paths
-                ):  # then nothing is known of those that were asked for either
+                ):  # the results of the requested paths are then unknown too
                     raise TransportError("batch: the Hub says that an item failed which was not in the batch")
                 failures[path] = ItemFailure(path, "hub", self._hub.clean(reason))
         return failures
 
     def create(self, deadline: Deadline) -> None:
-        """Create the bucket; one that exists is fine.
+        """Create the bucket unless it exists.
 
         Raises:
-            HFBucketError: It could not be created, and is not there.
+            HFBucketError: The bucket does not exist and could not be created.
         """
         try:
             self._hub.request(
@@ -468,14 +469,14 @@ class Bucket:
                 json={},
             )
         except AccessDeniedError:
-            # A token without the right to create may still use a bucket that is there.
+            # A token that may not create buckets may still use an existing one.
             with contextlib.suppress(HFBucketError):
                 self.info(deadline)
                 return
             raise
 
     def info(self, deadline: Deadline) -> dict[str, Any]:
-        """The bucket's own record: `id`, `private`, `size`, `totalFiles` and more.
+        """Return the bucket's record: `id`, `private`, `size`, `totalFiles` and more.
 
         Raises:
             HFBucketError: See `HubClient.request`.
@@ -487,14 +488,14 @@ class Bucket:
         return answer | {name: count for name, count in counted.items() if count is not None or name in answer}
 
     def settled(self, handle: BucketHandle, deadline: Deadline) -> BucketHandle:
-        """A handle by the name that the Hub itself has for its bucket: one that was renamed answers to its old name, too.
+        """Return a handle with the current name of the bucket, because a renamed bucket also answers to its old name.
 
         Args:
-            handle: This bucket's, or another one's.
+            handle: Handle of this or of another bucket.
             deadline: When to give up.
 
         Returns:
-            The handle as it is, where this token sees no such bucket.
+            The renamed handle, or the given one if this token cannot see the bucket.
 
         Raises:
             HFBucketError: See `HubClient.request`.
@@ -508,17 +509,17 @@ class Bucket:
         return handle.within(name) if isinstance(name, str) else handle
 
     def greet(self, deadline: Deadline) -> Answer:
-        """What the Hub answers when asked for the bucket's record, a refusal included.
+        """Request the bucket's record and return the response, including a refusal.
 
-        For tools that look at the way to the Hub, and at its clock.
+        For tools that check the connection to the Hub and its clock.
 
         Raises:
-            HFBucketError: No answer, or a 5xx.
+            HFBucketError: No response, or a 5xx.
         """
         return self._hub.request("GET", self._api, route="info", deadline=deadline, allow=_REFUSALS)
 
     def time(self, deadline: Deadline) -> datetime | None:
-        """What time it is at the Hub, to the second; None where its answer does not say.
+        """Return the time of the Hub to the second; None if its response has no `Date` header.
 
         Raises:
             HFBucketError: See `HubClient.request`.
@@ -526,16 +527,16 @@ class Bucket:
         return self._paths_info([self.handle.join(RESERVED)], deadline, patient=True)[1].date
 
     def check_right(self, right: Literal["read", "write"], deadline: Deadline) -> None:
-        """Ask the Hub whether the token has a right on the content of the bucket. Nothing is read or written.
+        """Check that the token has a right on the bucket's content, without reading or writing.
 
         Raises:
-            AccessDeniedError: It has not.
+            AccessDeniedError: The token does not have the right.
             HFBucketError: See `HubClient.request`.
         """
         fetch_access(self._hub, self.handle.bucket_id, right, deadline)
 
     def close(self) -> None:
-        """End all transfers at once, and ask the Hub nothing more."""
+        """Abort all transfers, and make no more requests."""
         self.transfer.close()
         self._hub.close()
 

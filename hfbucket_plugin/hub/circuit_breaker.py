@@ -1,4 +1,4 @@
-"""Circuit breakers: what fails for a while is not asked for."""
+"""Circuit breakers, which stop requests to a part that keeps failing."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 
 _STEADY_SECS: Final = 60.0
-"""A breaker that opens again sooner than this goes on with the backoff that it had: probes lie more easily than work does,
-and each lie costs a deadline."""
+"""A breaker that opens again within this time keeps its backoff. Probes succeed wrongly more often than work does, and
+each wrong success costs a deadline."""
 
 _TRIAL_AFTER, _TRIALS_IN_A_ROW, _TRIAL_EVERY = 2, 3, 3
-"""One request is tried after the second failed probe in a row and the two that follow, then after every third: a probe can fail
-for a reason of its own, and in a long outage each trial costs a request its deadline."""
+"""One request is let through after the second consecutive failed probe, after the next two, and then after every third
+one: a probe can fail for its own reasons, but during an outage each such request costs a deadline."""
 
 _JITTER: Final = 0.2
-"""Share by which a wait is shortened at random, so that a fleet does not probe in step."""
+"""Fraction by which a wait is randomly shortened, so that the processes of a fleet do not probe at the same time."""
 
 
 class CircuitBreaker:
-    """Counts failures in a row; thread-safe.
+    """Counter of consecutive failures; thread-safe.
 
     Args:
-        failures: In a row that open it.
-        first_probe_secs: From opening to the first probe.
-        max_probe_secs: Most seconds between probes; they double from the first on.
-        clock: Seconds, monotonic; tests pass their own.
+        failures: Number of consecutive failures that open the breaker.
+        first_probe_secs: Seconds from opening to the first probe.
+        max_probe_secs: Maximum seconds between probes; the interval doubles from the first one on.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing should be tried."""
+        """Whether requests should not be tried."""
         return self._open
 
     @property
     def probe_in(self) -> float:
-        """Seconds until the next probe is due; 0 when it is. Without meaning while the breaker is closed."""
+        """Seconds until the next probe is due, 0 if it is due; meaningless while the breaker is closed."""
         with self._lock:
             return max(0.0, self._probe_at - self._clock())
 
     def failed(self) -> bool:
-        """Record a failure, and return whether it opened the breaker."""
+        """Record a failure; return whether it opened the breaker."""
         with self._lock:
             self._failures += 1
             self._trying = False
@@ -96,9 +96,9 @@ class CircuitBreaker:
             return True
 
     def succeeded(self) -> bool:
-        """Record that work was done, and return whether it closed the breaker.
+        """Record a success; return whether it closed the breaker.
 
-        It does where one request was let through (`try_anyway`). What was begun before the breaker opened does not close it.
+        Only a request that was let through (`try_anyway`) closes it, not work that began before the breaker opened.
         """
         with self._lock:
             if self._open and self._trying:
@@ -109,7 +109,7 @@ class CircuitBreaker:
             return False
 
     def try_anyway(self) -> bool:
-        """Whether one request may be tried although the breaker is open: after some of the probes that failed."""
+        """Return whether one request may be tried while the breaker is open, as it may after some failed probes."""
         with self._lock:
             if not self._trial_due or not self._open:
                 return False
@@ -118,7 +118,7 @@ class CircuitBreaker:
             return True
 
     def probed(self, *, well: bool) -> bool:
-        """Record how a probe ended: it closes the breaker, or puts the next probe off for twice as long.
+        """Record the result of a probe: success closes the breaker, and failure doubles the wait for the next probe.
 
         Returns:
             Whether it closed the breaker.
@@ -151,18 +151,18 @@ Part = Literal["lookup", "read", "write"]
 PARTS: Final[tuple[Part, ...]] = ("lookup", "read", "write")
 
 _OVERLAP_SECS: Final = 3.0
-"""A probe has the deadline of the work that it stands for, which may be a minute. One that takes longer than this goes on, and the
-next ones no longer wait for it: a store that came back meanwhile is found soon."""
+"""A probe has the deadline of the work that it stands for, which may be a minute. After this time in seconds it
+continues, but the next probes no longer wait for it, so that a recovered store is noticed soon."""
 
 _AT_ONCE: Final = 16
-"""Probes of one part in progress at one time."""
+"""Maximum number of concurrent probes of one part."""
 
 
 class _Probe:
-    """A probe in progress.
+    """Probe in progress.
 
     Attributes:
-        late: Whether the next ones no longer wait for it.
+        late: Whether the next probes no longer wait for it.
         ended: Whether it has ended.
     """
 
@@ -172,14 +172,14 @@ class _Probe:
 
 
 class CircuitBreakers:
-    """Opens and closes the breakers of one instance.
+    """Circuit breakers of one instance.
 
     Args:
-        settings: The instance's.
-        instance: Its name.
-        sink: Where states are reported.
-        probes: What tells whether a part works: returns, or raises an `HFBucketError` within its own deadline. One that takes
-            long holds up no other.
+        settings: Settings of the instance.
+        instance: Name of the instance.
+        sink: Metrics sink for breaker states.
+        probes: Function per part that returns if the part works, or raises an `HFBucketError` within its own deadline.
+            A slow probe does not delay others.
     """
 
     def __init__(
@@ -207,25 +207,25 @@ class CircuitBreakers:
             sink.gauge(telemetry.BREAKER_OPEN, 0, instance=instance, part=part)
 
     def _start_over(self) -> None:
-        """Have no prober: at first, and in a forked child, where that of the parent does not run."""
+        """Reset to no prober thread, initially and in a forked child, where the parent's does not run."""
         self._lock = threading.Lock()
         self._prober: threading.Thread | None = None
         self._probing: dict[Part, set[threading.Thread]] = {part: set() for part in PARTS}
         self._wake = threading.Event()
 
     def is_open(self, part: Part) -> bool:
-        """Whether a part's work should not be tried."""
+        """Return whether work of a part should not be tried."""
         return self._breakers[part].is_open
 
     def check(self, part: Part) -> None:
-        """Stop here while a part's breaker is open.
+        """Raise while the breaker of a part is open.
 
         Raises:
-            BreakerOpenError: It is open; the message tells why it opened and when it is probed next.
+            BreakerOpenError: The breaker is open; the message gives the cause and the time of the next probe.
         """
         if self.is_open(part):
             if not self._breakers[part].probe_in or self._prober is None or not self._prober.is_alive():
-                # Due, and perhaps nobody's: no thread was left, or this is a fork.
+                # A due probe may have no prober: no thread was available, or this is a fork.
                 self._start_prober()
             raise BreakerOpenError(
                 f"instance {self._instance!r}: {part}: not tried, since {self.reason(part)}; probed again in "
@@ -233,13 +233,13 @@ class CircuitBreakers:
             )
 
     def admit(self, part: Part, keys: Collection[str] = (), *, found: bool = False) -> None:
-        """As `check`, for work that reports how it ends: while a breaker is open, one request is let through now and then.
+        """Check a breaker for work that reports its outcome: while it is open, some requests are let through.
 
-        So a part whose probes fail for a reason of their own does not stay given up.
+        This way a part whose probes fail for their own reasons recovers.
 
         Args:
-            part: What does the work.
-            keys: What a request is about. A lookup that is let through has the get of its keys let through too.
+            part: Part that does the work.
+            keys: Keys of the request. If a lookup is let through, so is the get of its keys.
             found: Whether a lookup may have found the keys before.
 
         Raises:
@@ -258,16 +258,16 @@ class CircuitBreakers:
                 self._trials[part] = frozenset(keys)
 
     def reason(self, part: Part) -> str:
-        """Why a part's breaker opened last, in words."""
+        """Return why the breaker of a part last opened."""
         return self._reasons.get(part, "it failed repeatedly")
 
     def succeeded(self, part: Part) -> None:
-        """Record that some work of a part was done."""
+        """Record a success of a part."""
         if self._breakers[part].succeeded():
             self._log_closed(part)
 
     def failed(self, part: Part, error: HFBucketError) -> None:
-        """Record that some work of a part failed for no reason of its own. What was never sent says nothing about the part."""
+        """Record a failure of a part, unless the request was never sent, which says nothing about the part."""
         if self._closed or isinstance(error, UnsentError):
             return
         self._reasons.setdefault(part, str(error))
@@ -278,7 +278,7 @@ class CircuitBreakers:
             self._start_prober()
 
     def ended(self, part: Part, error: HFBucketError | None) -> None:
-        """Record how some work of a part ended: only failures in transport speak against the part."""
+        """Record the outcome of work of a part: only transport failures count against it."""
         if isinstance(error, TransportError):
             self.failed(part, error)
         elif not isinstance(error, (BudgetError, BreakerOpenError, RevokedError)):
@@ -304,12 +304,12 @@ class CircuitBreakers:
             thread = threading.Thread(target=self._probe_all, name=f"hfbucket-probe-{self._instance}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread left: the next caller tries again
+            except RuntimeError:  # no thread is available: the next caller retries
                 return
             self._prober = thread
 
     def _probe_all(self) -> None:
-        """Probe what is open when it is due, until nothing is, or another thread has taken over."""
+        """Run due probes until no breaker is open or another thread has taken over."""
         me = threading.current_thread()
         while True:
             with self._lock:
@@ -333,7 +333,7 @@ class CircuitBreakers:
         self._probing[part].add(me)
         successor = threading.Timer(_OVERLAP_SECS, self._take_over, (me, part, probe))
         successor.daemon = True
-        with contextlib.suppress(RuntimeError):  # no thread left: the others wait for this probe
+        with contextlib.suppress(RuntimeError):  # no thread is available: the others wait for this probe
             successor.start()
         try:
             reason = self._failure(part)
@@ -352,7 +352,7 @@ class CircuitBreakers:
             self._wake.set()
 
     def _take_over(self, prober: threading.Thread, part: Part, probe: _Probe) -> None:
-        """Go on with the other probes while one takes long: it is undecided, and may still close its breaker."""
+        """Continue with other probes in another thread while one is slow; that one may still close its breaker."""
         with self._lock:
             if self._closed or probe.ended or self._prober is not prober:
                 return
@@ -362,15 +362,15 @@ class CircuitBreakers:
         self._probe_all()
 
     def _failure(self, part: Part) -> str | None:
-        """Probe a part, and say why it does not work; None where it does."""
+        """Probe a part; return why it fails, or None if it works."""
         try:
             self._probes[part]()
         except (TransportError, ThrottledError, BreakerOpenError) as error:
             return str(error)
         except HFBucketError as error:
-            # An answer, if a refusal, is an answer: work is refused at once too, and told as what it is. But nothing would be read.
+            # A refusal is a response: work gets the same one at once and reports it. Reads, however, would return nothing.
             return str(error) if part == "read" and not isinstance(error, MissingError) else None
-        except BaseException as error:  # noqa: BLE001 - hf_xet's panics too; the prober must live
+        except BaseException as error:  # noqa: BLE001 - includes hf_xet's panics; the prober must go on
             return f"the probe failed: {type(error).__name__}: {error}"
         return None
 
@@ -384,10 +384,10 @@ class CircuitBreakers:
         self._wake.set()
 
     def status(self) -> dict[str, str]:
-        """Why each open part is open, in words; empty when all work."""
+        """Return the cause for each open part; empty if all parts work."""
         return {part: self.reason(part) for part in PARTS if self.is_open(part)}
 
     def close(self) -> None:
-        """Probe no more."""
+        """Stop probing."""
         self._closed = True
         self._wake.set()

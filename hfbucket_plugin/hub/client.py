@@ -1,8 +1,8 @@
-"""Requests to the Hub's API: over huggingface_hub's shared connections, each with a deadline and a typed outcome.
+"""Requests to the Hub's API over huggingface_hub's shared connections, each with a deadline and typed errors.
 
-huggingface_hub's own client has no timeout and retries for minutes; changing that is process-wide
-(`set_client_factory`), and so is not for a plugin inside an engine of other people. This asks the same client for each request,
-with a timeout of its own, and reads the body against the clock. What is answered is believed as far as `answers` lets it.
+huggingface_hub's own client has no timeout and retries for minutes. Changing that is process-wide
+(`set_client_factory`), which a plugin inside an engine must not do. This module therefore uses the same client with a
+timeout for each request, and reads bodies against the deadline. `answers` bounds and checks the responses.
 """
 
 from __future__ import annotations
@@ -51,19 +51,22 @@ _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _lock = forks.ForkSafeLock()
 _direct: httpx2.Client | None = None
 _parents: httpx2.Client | None = None
-"""A parent's client, kept alive in a forked child: to close it there would end TLS sessions of the parent."""
+"""The parent's client, kept alive in a forked child: closing it there would end the parent's TLS sessions."""
 
 
 def session(endpoint: str) -> httpx2.Client:
-    """The client for requests to a Hub.
+    """Return the HTTP client for requests to a Hub.
+
+    Args:
+        endpoint: Address of the Hub.
 
     Raises:
-        ConfigError: The environment's proxies or certificates cannot be used; the message names the variable.
+        ConfigError: The environment's proxies or certificates are unusable; the message names the variable.
         OfflineModeIsEnabled: HF_HUB_OFFLINE is set.
     """
     try:
         return get_session()
-    except (ImportError, ValueError) as error:  # ImportError: SOCKS without the package for it
+    except (ImportError, ValueError) as error:  # ImportError: SOCKS without its package
         lacking = isinstance(error, ImportError)
     except OSError:
         names = [name for name in _CERTIFICATES if os.environ.get(name)]
@@ -84,17 +87,17 @@ def session(endpoint: str) -> httpx2.Client:
 
 
 def _exempt(host: str) -> bool:
-    """Whether NO_PROXY lets this host be asked directly."""
+    """Return whether NO_PROXY exempts this host."""
     return bool(proxy_bypass(host))
 
 
 def _proxy_variables() -> list[str]:
-    """The variables that name proxies, as they are spelled; never their values, which may hold passwords."""
+    """Return the names of set proxy variables, without their values, which may hold passwords."""
     return [name for name in os.environ if name.lower() in {f"{scheme}_proxy" for scheme in _PROXIES}]
 
 
 def _without_proxies() -> httpx2.Client:
-    global _direct  # noqa: PLW0603 - one pool of connections for the process, as huggingface_hub's is
+    global _direct  # noqa: PLW0603 - one connection pool per process, as in huggingface_hub
     if constants.HF_HUB_OFFLINE:
         raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
     with _lock:
@@ -105,7 +108,7 @@ def _without_proxies() -> httpx2.Client:
 
 
 def _forget() -> None:
-    """Leave the parent its connections: a forked child that wrote to them would mix its requests with those of the parent."""
+    """Drop the parent's connections: a forked child that wrote to them would mix its requests with the parent's."""
     global _direct, _parents
     _parents, _direct = _direct, None
 
@@ -115,18 +118,19 @@ os.register_at_fork(after_in_child=_forget)
 
 _PIECE_BYTES: Final = 64 * 1024
 _SHORT_PAUSE_SECS: Final = 1.0
-"""A 429 that asks to wait for less would be asked again at once, and for ever."""
+"""Minimum pause after a 429; a shorter one would repeat requests at once, without end."""
 
 _BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.1, max=5)
 _MOST_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _SAME_METHOD: Final = frozenset({307, 308})
-"""Of these alone: after the others a POST would go on as a GET."""
+"""Only these are followed; the others would turn a POST into a GET."""
 
 _MAX_SERVER_WORDS: Final = 300
 _THREADS: Final = 96
 _BACKLOG: Final = 256
-"""Requests in progress, and waiting. Lookups have 64 at most, puts some 20, reads one for a token; tools a few more."""
+"""Maximum number of requests running or queued. Lookups have at most 64, puts about 20, reads one for a token, tools a
+few more."""
 
 _CLIENT_ERROR, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _REQUEST_TIMEOUT = 400, 401, 403, 404, 408
 _TOO_MANY, _SERVER_ERROR = 429, 500
@@ -135,10 +139,10 @@ _BUCKET_MISSING: Final = "RepoNotFound"
 
 
 def token_problem(token: str) -> str | None:
-    """Say what a text holds other than a token; None where it may be a token.
+    """Return why a text cannot be an access token; None if it can.
 
     Args:
-        token: What a variable, or the setting `token`, holds, without blanks at its ends.
+        token: Value of a variable or of the setting `token`, stripped of whitespace.
     """
     if not (token.isascii() and token.isprintable()):
         return "holds line breaks or other characters that cannot be sent; is it the content of a file with more than the token?"
@@ -155,7 +159,7 @@ def token_problem(token: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the Hub answered, with a status below 400 or one that the caller allowed."""
+    """Response of the Hub, with a status below 400 or one that the caller allowed."""
 
     status: int
     headers: Mapping[str, str]
@@ -166,22 +170,22 @@ class Answer:
 
     @property
     def date(self) -> datetime | None:
-        """When the Hub answered, to the second; None where it does not say."""
+        """Time of the response to the second; None if it is missing."""
         return http_date(self.headers.get("date", ""))
 
     def json(self, what: str) -> Any:
-        """The body as one JSON value.
+        """Parse the body as one JSON value.
 
         Raises:
-            TransportError: It is none: a proxy's page, or half an answer.
+            TransportError: The body is not JSON, such as a proxy's page or a truncated response.
         """
         return answers.document(self.body, what, self.room)
 
     def records(self, what: str) -> list[dict[str, Any]]:
-        """The body as a list of records.
+        """Parse the body as a list of records.
 
         Raises:
-            TransportError: It is none.
+            TransportError: The body is not a list of records.
         """
         return answers.records(self.body, what, self.room)
 
@@ -200,15 +204,15 @@ class _Request:
 
 
 class HubClient:
-    """Asks one Hub, for one instance.
+    """Client of one Hub for one instance.
 
     Args:
-        endpoint: The Hub's address.
-        instance: Named in errors and metrics.
-        token: Gives the access token, or None for none; asked again for each request.
-        token_source: What gives the token, in words, for errors: never the token itself.
-        sink: Where requests are counted.
-        rate_limiter: Admits requests; by default without a cap of our own.
+        endpoint: Address of the Hub.
+        instance: Name of the instance, for errors and metrics.
+        token: Returns the access token, or None; called for each request.
+        token_source: Description of the token's source for errors; never the token itself.
+        sink: Metrics sink for requests.
+        rate_limiter: Admits requests; by default one without a client-side limit.
     """
 
     def __init__(
@@ -230,19 +234,19 @@ class HubClient:
         self._threads = WorkerPool(f"hfbucket-hub-{instance}", _THREADS, _BACKLOG)
 
     def close(self) -> None:
-        """Send nothing more; what is in progress is left to end by itself."""
+        """Send no more requests; those in progress end by themselves."""
         self._threads.close()
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request, authorization included: for requests only, never for logs.
+        """Return the headers of a request, with authorization; never log them.
 
         Raises:
-            ConfigError: The token cannot be sent. Checked here: the HTTP client would show it in its own error.
+            ConfigError: The token cannot be sent. This is checked here because the HTTP client's error would show it.
         """
         token = self._token()
         if token is not None and (problem := token_problem(token)) is not None:
             raise ConfigError(f"instance {self.instance!r}: the token from {self._token_source} {problem}")
-        # `False`, not None: huggingface_hub would otherwise send some other token that it finds on the machine.
+        # `False`, not None, because huggingface_hub would otherwise send any other token that it finds on the machine.
         return build_hf_headers(token=token or False, library_name="lmcache-hfbucket", library_version=_version())
 
     def request(
@@ -260,29 +264,31 @@ class HubClient:
         sent: threading.Event | None = None,
         **body: Any,
     ) -> Answer:
-        """Make one request, with retries of what may pass.
+        """Make one request, and retry transient failures.
 
         Args:
-            method: The HTTP method.
-            url: A path on the Hub, or a full address on the same host.
-            route: A short name for metrics and errors, such as ``paths-info``.
-            deadline: When to give up, retries included.
-            attempts: Most tries, where the transport failed. A try that ended in a pause is none.
-            patient: Whether to wait, within the deadline, for a pause that the Hub asked for or for our own budget.
-            urgent: Whether to ask even in a pause and beyond our own budget: for the one call that frees others.
-            allow: Statuses of 400 and more that are answers and not errors.
-            room: How much the answer may hold.
-            sent: Set as soon as the request goes to the Hub.
+            method: HTTP method.
+            url: Path on the Hub, or a full address on the same host.
+            route: Short name for metrics and errors, such as ``paths-info``.
+            deadline: When to give up, including retries.
+            attempts: Maximum number of attempts after transport failures. An attempt that ended in a pause does not
+                count.
+            patient: Whether to wait, within the deadline, for a pause that the Hub requested or for the client-side
+                limit.
+            urgent: Whether to ignore pauses and the client-side limit: for the one call that unblocks others.
+            allow: Statuses of 400 and above to return instead of raising.
+            room: Limit of the response.
+            sent: Set as soon as the request is sent to the Hub.
             **body: `json`, `content`, `params` or more `headers`.
 
         Raises:
             AccessDeniedError: 401 or 403.
-            BucketMissingError: 404, and the Hub says that it is the bucket.
+            BucketMissingError: 404, and the Hub says that the bucket is missing.
             ConfigError: The token cannot be sent.
             RefusedError: Another 4xx: the request itself was wrong.
-            ThrottledError: 429, or a pause after one is not over; `BudgetError` when our own cap is used up.
-            TransportError: No answer, a 5xx, half an answer, or a 404 of something that is no Hub; `DeadlineError` when
-                the time was over; `UnsentError` when it was over before the request went to the Hub.
+            ThrottledError: 429, or a pause is in effect; `BudgetError` if the client-side limit is used up.
+            TransportError: No response, a 5xx, a truncated response, or a 404 from something that is not a Hub;
+                `DeadlineError` if the deadline passed; `UnsentError` if it passed before the request was sent.
         """
         what = f"instance {self.instance!r}: {route}"
         request = _Request(
@@ -316,7 +322,7 @@ class HubClient:
             elsewhere = urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]
         except ValueError:
             elsewhere = True
-        if elsewhere:  # a page link that leads elsewhere gets no token
+        if elsewhere:  # a page link to another host gets no token
             raise TransportError(
                 f"instance {self.instance!r}: the Hub's answer leads to another host: {self.clean(url)!r}"
             )
@@ -340,7 +346,7 @@ class HubClient:
         return answer
 
     def _send(self, request: _Request) -> Answer:
-        """Send on a thread of our own: a name server that hangs, or headers that trickle in, heed no timeout."""
+        """Send in a separate thread, because a hanging name server or slowly arriving headers ignore timeouts."""
         try:
             answer = self._threads.submit(self._exchange, request)
         except RuntimeError as error:
@@ -361,7 +367,7 @@ class HubClient:
         raise TransportError(f"{request.what}: {self.endpoint} redirects more than {_MOST_REDIRECTS} times")
 
     def _redirected(self, request: _Request, answer: Answer, address: str) -> str:
-        """Where a redirect leads, on the same host: what another one answers is not the Hub's word."""
+        """Return the target of a redirect, which must be on the same host: no other may answer for the Hub."""
         location = answer.headers.get("location", "")
         try:
             target = urljoin(address, location)
@@ -379,7 +385,7 @@ class HubClient:
 
     def _answer(self, request: _Request, address: str) -> Answer:
         what = request.what
-        # Only what is unpacked here, in pieces, is asked for.
+        # Only the encoding that is unpacked here, in pieces, is requested.
         headers = self.headers() | {"Accept-Encoding": "gzip"} | request.body.get("headers", {})
         body = {name: value for name, value in request.body.items() if name != "headers"}
         timeout = httpx2.Timeout(max(0.001, request.deadline.remaining()))
@@ -400,13 +406,13 @@ class HubClient:
             raise TransportError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the Hub; unset it") from None
         except HFBucketError:
             raise
-        except ValueError as error:  # UnicodeError of a host that no name server could be asked for, for one
+        except ValueError as error:  # for example UnicodeError of a host name that cannot be resolved
             raise ConfigError(
                 f"{what}: endpoint {self.endpoint!r} is not a valid address ({self.clean(error)}); correct endpoint or "
                 "HF_ENDPOINT"
             ) from None
         except RuntimeError as error:
-            # httpx2 raises this bare when another thread of the process closed the shared client meanwhile.
+            # httpx2 raises this directly if another thread of the process closed the shared client meanwhile.
             raise TransportError(f"{what}: the connection pool was closed under the request: {error}") from None
 
     def _error(self, answer: Answer, what: str) -> HFBucketError:
@@ -428,7 +434,7 @@ class HubClient:
             after = retry_after(answer.headers)
             wait = f"; it asks to wait {after:g} s" if after is not None else ""
             return ThrottledError(f"{what}: the Hub answered 429, the quota of this token is used up{wait}", after)
-        if status == _NOT_FOUND:  # a proxy's, or a mistyped endpoint's: nothing is known of the bucket
+        if status == _NOT_FOUND:  # from a proxy, or a wrong endpoint: it says nothing about the bucket
             return TransportError(
                 f"{what}: {self.endpoint} answered 404 ({words}), and not as a Hub does for a missing bucket; check "
                 "endpoint or HF_ENDPOINT"
@@ -441,19 +447,19 @@ class HubClient:
         return self._token_source if self._token() else f"{self._token_source}: not set"
 
     def clean(self, words: object) -> str:
-        """Words of others on one line, without the token should they repeat it, and then shortened."""
+        """Return foreign text on one line, shortened, after removing the token if the text repeats it."""
         texts.know(self._token())
         return texts.shown(" ".join(str(words).split()))[:_MAX_SERVER_WORDS]
 
 
 def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answers.BodyLimit) -> bytes:
-    """The body, unpacked here: the client would unpack a piece at once, however much it holds."""
+    """Read and unpack the body here, because the client would unpack a piece at once, whatever its size."""
     unpacking = answers.Unpacking(response.headers.get("content-encoding", ""), what)
     failed = response.status_code >= _CLIENT_ERROR or response.status_code in _REDIRECTS
     pieces, size = [], 0
     for raw in response.iter_raw(_PIECE_BYTES):
         for piece in unpacking.pieces(raw):
-            deadline.check(what)  # a read timeout alone would let a trickle go on for ever
+            deadline.check(what)  # a read timeout alone would allow a slow body to continue for ever
             size += len(piece)
             pieces.append(piece)
             if failed and size >= answers.WORDS:
@@ -469,14 +475,14 @@ def _read(response: httpx2.Response, what: str, deadline: Deadline, room: answer
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome and state.outcome.exception()
     if isinstance(error, ThrottledError) and (error.retry_after is None or error.retry_after >= _SHORT_PAUSE_SECS):
-        return 0.0  # the next try waits where all calls do
+        return 0.0  # the next attempt waits where all calls do
     return _BACKOFF(state)
 
 
 def _worth_another_try(error: BaseException, request: _Request) -> bool:
     if isinstance(error, ThrottledError):
         return request.patient and not request.urgent and (error.retry_after or 0.0) < request.deadline.for_a_pause
-    if isinstance(error, answers.TooLongError):  # so would the next one be
+    if isinstance(error, answers.TooLongError):  # the next response would be too long as well
         return False
     return isinstance(error, TransportError) and not request.deadline.passed
 

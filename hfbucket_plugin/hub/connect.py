@@ -1,4 +1,4 @@
-"""One configured instance, put together: settings → client, transfer and bucket. Opens no connection."""
+"""Construction of an instance's client, transfer and bucket from its settings, without opening a connection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _BACKGROUND_SHARE: Final = 4
-"""In an engine, reads of the index, journals and fingerprints hold a quarter of the threads at most."""
+"""In an engine, reads of the index, journals and fingerprints hold at most one in this many threads."""
 
 _BULK_STREAMS: Final = 64
 _BULK_RANGE_BYTES: Final = 32 * MIB
@@ -33,18 +33,18 @@ _BULK_PIECE_BYTES: Final = 16 * MIB
 _BULK_BUFFER_BYTES: Final = 128 * MIB
 _BOUND_RANGE_BYTES: Final = 8 * MIB
 _BOUND_PIECE_BYTES: Final = 4 * MIB
-"""Where an instance says how much may be in flight, several pieces have to fit into it."""
+"""Piece size for an instance that limits the bytes in flight, so that several pieces fit into the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadProfile:
-    """How much is read at one time.
+    """Concurrency and sizes of reads.
 
     Attributes:
-        streams: Streams open at one time, and threads that read from them.
-        range_bytes: A larger object is read in several streams, of so many bytes each.
-        piece_bytes: What a stream asks for and hands over at a time.
-        buffer_bytes: What all streams may hold together.
+        streams: Maximum number of open streams, and of threads that read from them.
+        range_bytes: Size of the ranges of larger objects, each read in a stream of its own.
+        piece_bytes: Size of the pieces that a stream requests and returns.
+        buffer_bytes: Maximum number of bytes that all streams hold together.
     """
 
     streams: int
@@ -54,7 +54,7 @@ class ReadProfile:
 
     @classmethod
     def online(cls, settings: InstanceSettings) -> ReadProfile:
-        """Inside an engine: little memory, and pieces so small that no thread waits for the GIL for long."""
+        """Return the profile for an engine: little memory, and pieces too small to hold the GIL for long."""
         return cls(
             settings.max_parallel_reads,
             settings.range_bytes,
@@ -64,11 +64,11 @@ class ReadProfile:
 
     @classmethod
     def bulk(cls, settings: InstanceSettings) -> ReadProfile:
-        """In a process of its own that reads thousands of objects: twice the streams, and pieces eight times as large.
+        """Return the profile for a bulk reader: twice the streams, and pieces eight times as large, as in an engine.
 
-        With 40 ms a request 64 streams read objects of 1 MiB 1.7 times as fast as 32, and more were no faster on two cores; a large
-        piece costs both ends less than several small ones (docs/decisions/0013). What the instance says itself of
-        `max_parallel_reads` and `max_inflight_bytes` holds.
+        With 40 ms a request, 64 streams read objects of 1 MiB 1.7 times as fast as 32, and more were no faster on two
+        cores. A large piece costs both ends less than several small ones (docs/decisions/0013). The instance's own
+        `max_parallel_reads` and `max_inflight_bytes` take precedence.
         """
         said = settings.model_fields_set
         streams = settings.max_parallel_reads if "max_parallel_reads" in said else _BULK_STREAMS
@@ -88,16 +88,17 @@ def open_bucket(
     bulk: bool = False,
     counted: bool = False,
 ) -> Bucket:
-    """Make the client of an instance's bucket.
+    """Create the client of an instance's bucket.
 
     Args:
-        settings: The instance's.
-        instance: Its name, for errors and metrics.
-        sink: Where requests are counted.
-        read_timeout_secs: The deadline that reads will have; hf_xet's own timeouts are set below it.
-        online: Whether an engine waits for reads: they then fail at once where tools wait for the Hub's pauses.
-        bulk: Whether a process of its own reads a great many objects, see `ReadProfile.bulk`.
-        counted: Whether every byte that reads ask for has to be known: hf_xet then repeats nothing by itself.
+        settings: Settings of the instance.
+        instance: Name of the instance, for errors and metrics.
+        sink: Metrics sink for requests.
+        read_timeout_secs: Deadline of reads in seconds; hf_xet's own timeouts are set below it.
+        online: Whether an engine waits for reads: they then fail at once during a pause of the Hub, which tools wait
+            for.
+        bulk: Whether a process of its own reads a great many objects; see `ReadProfile.bulk`.
+        counted: Whether every requested byte must be counted: hf_xet then makes no retries of its own.
     """
     reading = ReadProfile.bulk(settings) if bulk else ReadProfile.online(settings)
     hub = HubClient(
@@ -129,13 +130,13 @@ def open_bucket(
 
 @contextlib.contextmanager
 def opened(named: InstanceConfig, timeout_secs: float, *, few_calls: bool = False) -> Iterator[Bucket]:
-    """The client of an instance's bucket, closed at the end.
+    """Open the client of an instance's bucket for a `with` block.
 
     Args:
-        named: The instance.
-        timeout_secs: Most seconds of a request. hf_xet's own patience follows the deadlines of an instance.
-        few_calls: Whether no more than some dozen calls will be made: `max_hub_calls_per_minute`, which keeps engines
-            from using a quota up, is then not heeded.
+        named: Instance to open.
+        timeout_secs: Maximum time of a request in seconds. hf_xet's own timeouts follow the deadlines of an instance.
+        few_calls: Whether at most some dozen calls will be made: `max_hub_calls_per_minute`, which keeps engines from
+            using up a quota, is then ignored.
     """
     own: dict[str, Any] = {"put_timeout_secs": timeout_secs}
     if few_calls:
@@ -149,17 +150,17 @@ def opened(named: InstanceConfig, timeout_secs: float, *, few_calls: bool = Fals
 
 
 PAGE_SECS: Final = 60.0
-"""A page of a listing; pauses that the Hub asks for do not count."""
+"""Maximum time for a page of a listing in seconds, without pauses that the Hub requests."""
 
 
 REQUEST_SECS: Final = 60.0
 
 
 LISTING_SECS: Final = 3600.0
-"""How long commands that only look, and have no `--max-duration`, put up with the Hub's pauses."""
+"""Maximum time in seconds that read-only commands without `--max-duration` wait for pauses of the Hub."""
 
 
 def files_in(bucket: Bucket) -> int | None:
-    """How many objects the bucket says that it has; None where it does not say."""
+    """Return the number of objects that the bucket reports; None if it reports none."""
     total = bucket.info(Deadline.patient(REQUEST_SECS)).get("totalFiles")
     return total if type(total) is int else None

@@ -1,4 +1,4 @@
-"""Listings of a bucket: parsed into keys, and split into ranges that are listed in parallel."""
+"""Listings of a bucket, parsed into keys and split into ranges that are listed in parallel."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PAGE_SECS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ChunkEntry:
-    """One chunk of an instance.
+    """Chunk of an instance.
 
     Attributes:
-        text: Its key string.
-        key: The same, parsed.
-        content: Its hash and size.
-        uploaded_at: When the Hub took it.
+        text: Key string.
+        key: Parsed key.
+        content: Hash and size.
+        uploaded_at: Upload time; None if unknown.
     """
 
     text: str
@@ -47,15 +47,15 @@ class ChunkEntry:
 def list_chunks(bucket: Bucket, key_prefixes: Iterable[str]) -> Iterator[ChunkEntry]:
     """Stream the chunks whose key starts with one of the prefixes, each chunk once.
 
-    Memory does not grow with the bucket: pages come one by one. Objects that are no chunks (names that do not parse,
-    nested paths, our own records) are skipped.
+    Memory use does not depend on the size of the bucket, because pages are read one by one. Objects that are not chunks
+    (unparsable names, nested paths, metadata records) are skipped.
 
     Args:
-        bucket: The instance's.
-        key_prefixes: Starts of key strings; an empty one is everything.
+        bucket: Bucket of the instance.
+        key_prefixes: Starts of key strings; an empty one matches all.
 
     Raises:
-        HFBucketError: A page did not come: what was yielded is no complete listing.
+        HFBucketError: A page failed; the chunks yielded before are not a complete listing.
     """
     for prefix in without_covered(key_prefixes):
         for info in bucket.list_objects(bucket.handle.join(encode_name(prefix)), _PAGE_SECS):
@@ -74,7 +74,7 @@ def without_covered(prefixes: Iterable[str]) -> list[str]:
 
 
 def chunk_entry(bucket: Bucket, info: ObjectInfo) -> ChunkEntry | None:
-    """The chunk that an object is, or None for an object of another instance or of no chunk."""
+    """Return the chunk of an object; None for objects of other instances and objects that are not chunks."""
     name = bucket.handle.relative(info.path)
     if name is None or "/" in name or name == RESERVED:
         return None
@@ -86,33 +86,33 @@ def chunk_entry(bucket: Bucket, info: ObjectInfo) -> ChunkEntry | None:
 
 
 _FIELDS: Final = "@-0123456789abcdef"
-"""What follows the model, as far as the hash, in the order of objects' names (`@` is written `%40` there)."""
+"""Characters that follow the model, up to the hash, in the order of object names (where `@` is written `%40`)."""
 
 _HEXADECIMAL: Final = "0123456789ABCDEF"
 _NAMES: Final = "%-." + "0123456789" + string.ascii_uppercase + "_" + string.ascii_lowercase + "~"
-"""Characters of objects' names; what `%` begins goes on with two hexadecimal digits (`keys.encode_name`)."""
+"""Characters of object names; `%` is followed by two hexadecimal digits (`keys.encode_name`)."""
 
 _HASH_FIELD: Final = 3
-"""`@` before the hash, in keys of both kinds."""
+"""Number of `@` before the hash, in both kinds of keys."""
 
 _WASTE: Final = 4
-"""Of the pages that there may be, one in so many may be asked for to find where chunks are."""
+"""At most one in this many of the expected pages is requested to find where chunks are."""
 
 
 def shards(prefix: str, first_page: Sequence[str], pages: int) -> list[str]:
-    """Starts of keys that together are a longer listing, in the order of objects' names.
+    """Return prefixes that together cover a longer listing, in the order of object names.
 
-    A listing is worth cutting when its first page does not come further than the first of the parts: as hashes are spread
-    evenly, each part has then several pages.
+    Splitting a listing pays off if its first page does not reach beyond the first part. Hashes are evenly distributed,
+    so each part then has several pages.
 
     Args:
-        prefix: The start of the keys that are listed.
-        first_page: The keys of the first of its pages, of more than one.
-        pages: How many there are at most.
+        prefix: Start of the listed keys.
+        first_page: Keys of the first of several pages.
+        pages: Maximum number of pages.
 
     Returns:
-        The parts, such that each key that is longer than the prefix starts with one of them; or none, when it is not
-        worth it, or cannot be told.
+        Parts such that each key longer than the prefix starts with one of them; empty if splitting does not pay off or
+        cannot be decided.
     """
     common = _common(prefix, first_page)
     if not common or len(common) * len(_FIELDS) * _WASTE > pages:
@@ -125,29 +125,29 @@ def shards(prefix: str, first_page: Sequence[str], pages: int) -> list[str]:
 
 
 def encoded_shards(prefix: str, first_page: Sequence[str], pages: int) -> list[str]:
-    """As `shards`, where the model of the keys is not known: it may go on after an `@`, in any characters.
+    """Return parts like `shards` for keys of an unknown model, which may continue after an `@` with any character.
 
     Returns:
-        Starts of objects' names, in their order, such that the name of each key that is longer than the prefix starts with
-        one of them; or none.
+        Starts of object names, in order, such that the name of each key longer than the prefix starts with one of them;
+        empty if splitting does not pay off.
     """
     common = _common(prefix, first_page)
     parts = [encode_name(prefix + common)]
     for length in range(len(common)):
         stem, one = encode_name(prefix + common[:length]), encode_name(common[length])
-        for place, character in enumerate(one):  # `@` is written in three
+        for place, character in enumerate(one):  # `@` takes three characters
             among = _HEXADECIMAL if place else _NAMES
             parts += [stem + one[:place] + other for other in among if other != character]
     return sorted(parts) if common and len(parts) * _WASTE <= pages else []
 
 
 def whole_key(prefix: str) -> bool:
-    """Whether the start of a key may be a key itself, which its parts then leave out."""
+    """Return whether the start of a key may be a complete key, which its parts would omit."""
     return prefix.count("@") == _HASH_FIELD and not prefix.endswith("@")
 
 
 def _common(prefix: str, texts: Sequence[str]) -> str:
-    """What all the texts go on with after the prefix, as far as the end of the hash."""
+    """Return what follows the prefix in all texts, up to the end of the hash."""
     fields = prefix.count("@")
     if not texts or not 1 <= fields <= _HASH_FIELD:
         return ""
@@ -164,10 +164,11 @@ def _common(prefix: str, texts: Sequence[str]) -> str:
 _log = logging.getLogger(__name__)
 
 THREADS: Final = 8
-"""Pages asked for at a time. The quota counts requests, not how many there are at once; this keeps one driver's cores busy."""
+"""Maximum number of concurrent page requests. The quota counts requests, not concurrency; this keeps the cores of one
+driver busy."""
 
 _MOST_AHEAD: Final = 48
-"""Pages that wait for their turn: about 40 MB."""
+"""Maximum number of pages waiting for their turn, about 40 MB."""
 
 _ENDLESS: Final = 1 << 62
 _INFO_SECS: Final = 15.0
@@ -175,11 +176,11 @@ _INFO_SECS: Final = 15.0
 
 @dataclass(slots=True)
 class _Part:
-    """What starts with one text, or is that text.
+    """Keys that start with a text, or the key that equals it.
 
     Attributes:
-        prefix: The start of the keys.
-        name: The start of their objects' names: not of less, and where a part was cut from a longer one, of more.
+        prefix: Start of the keys.
+        name: Start of their object names; it covers all keys of the part, and more if cut from a longer start.
         exact: Whether only the key of that name is wanted.
     """
 
@@ -194,18 +195,18 @@ class _Part:
 
 
 def list_chunks_ahead(bucket: Bucket, key_prefixes: Iterable[str], *, any_model: bool = False) -> Iterator[ChunkEntry]:
-    """As `catalog.list_chunks`, and in the same order, several pages at a time.
+    """Stream chunks in the order of `list_chunks`, with several concurrent page requests.
 
-    Memory does not grow with the bucket: 48 pages wait at most.
+    Memory use does not depend on the size of the bucket: at most 48 pages wait.
 
     Args:
-        bucket: The instance's.
-        key_prefixes: Starts of key strings; an empty one is everything.
-        any_model: Whether chunks are wanted of models whose names go on after an `@` in a prefix. A listing is then cut
-            into more parts, and only where it is longer.
+        bucket: Bucket of the instance.
+        key_prefixes: Starts of key strings; an empty one matches all.
+        any_model: Whether to include models whose names continue after an `@` in a prefix. A listing is then split into
+            more parts, and only if it is longer.
 
     Raises:
-        HFBucketError: A page did not come: what was yielded is no complete listing.
+        HFBucketError: A page failed; the chunks yielded before are not a complete listing.
     """
     listing = _Listing(bucket, without_covered(key_prefixes), any_model=any_model)
     try:
@@ -241,7 +242,7 @@ class _Listing:
                 self._take_in()
 
     def _ask(self) -> None:
-        """Ask for as many pages as may be in progress, those that are wanted first before all others."""
+        """Request as many pages as may be in progress, in the order in which they are needed."""
         in_progress = ahead = 0
         for number, part in enumerate(self._parts):
             if part.asked is None and not part.ended and (number == 0 or ahead < _MOST_AHEAD):
@@ -264,7 +265,7 @@ class _Listing:
         return [entry for entry in entries if entry is not None and entry.text.startswith(prefix)], infos, following
 
     def _take_in(self) -> None:
-        """Wait for an answer, and take in those that are there."""
+        """Wait for a response, and process all that have arrived."""
         asked = {part.asked: part for part in self._parts if part.asked is not None}
         for future in wait(asked, return_when=FIRST_COMPLETED).done:
             part = asked[future]
@@ -284,7 +285,7 @@ class _Listing:
                 _follow(part, entries, following)
 
     def _cut(self, part: _Part, entries: list[ChunkEntry], following: str | None) -> list[_Part]:
-        """The parts of a part whose first page this is; none when it is listed page by page."""
+        """Return the parts of a part with the given first page; empty if it is listed page by page."""
         if following is None or part.cursor is not None or part.name != encode_name(part.prefix):
             return []
         texts = [entry.text for entry in entries]
@@ -299,7 +300,7 @@ class _Listing:
         return [_Part(part.prefix, part.name, exact=True), *parts] if whole else parts
 
     def _objects(self) -> int:
-        """How many objects the whole bucket has, asked for once; 0 when the Hub does not tell."""
+        """Return the number of objects in the whole bucket, requested once; 0 if the Hub does not report it."""
         if self._total is None:
             try:
                 total = self._bucket.info(Deadline.patient(_INFO_SECS)).get("totalFiles")
@@ -311,7 +312,7 @@ class _Listing:
 
 
 def _start(name: str, shorter: str) -> str:
-    """The start of keys that the start of a name stands for; a shorter one where it ends within an encoded character."""
+    """Return the key prefix that a name prefix stands for, shortened if it ends within an encoded character."""
     try:
         return decode_name(name)
     except KeyFormatError:

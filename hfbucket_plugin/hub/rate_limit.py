@@ -1,9 +1,9 @@
-"""How often one instance may call the Hub: its own cap, and the pauses that the Hub asks for.
+"""Rate limit of one instance's Hub calls: a client-side limit, and the pauses that the Hub requests.
 
-The Hub counts calls per member in fixed windows of 5 minutes, and a fleet shares one quota. It answers 429 with
-`Retry-After` when it is used up, and tells beforehand with `RateLimit: "<name>";r=<left>;t=<seconds to reset>`.
-Reads from the store are no calls to the Hub: they go on during a pause. A thousand processes are told to wait by one used-up
-quota: so pauses end, and probe requests are sent, at times of each process' own.
+The Hub counts calls per account in fixed windows of 5 minutes, and a fleet shares one quota. A used-up quota gives 429
+with `Retry-After`; before that, `RateLimit: "<name>";r=<left>;t=<seconds to reset>` announces it. Reads from the store
+are not Hub calls and continue during a pause. One quota pauses a thousand processes, so each ends its pause and sends
+its probe requests at a random time of its own.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ _TOO_MANY: Final = 429
 _WINDOW_SECS: Final = 60.0
 _FIRST_PAUSE_SECS: Final = 1.0
 _LONGEST_PAUSE_SECS: Final = 30.0
-"""Bounds of the pauses after a 429 that does not say how long to wait; each is twice the one before it."""
+"""Bounds of the pause in seconds after a 429 without a wait time; each pause is twice as long as the one before."""
 
 _LONGEST_ASKED_SECS: Final = 300.0
-"""A window of the Hub's. Whatever an answer asks for beyond it is no quota's reset."""
+"""Length of the Hub's window. Longer requested pauses cannot be the reset of a quota."""
 
 _BACKGROUND_SHARE: Final = 4
 _SHORTEST_SLEEP_SECS: Final = 0.001
 _SCOUT_SECS: Final = 15.0
-"""In a long pause one call is let through after this, and up to as much again: whether the quota is back, or was only a
-proxy's whim."""
+"""During a long pause, one call is let through after this time in seconds plus a random time of up to the same length,
+to test whether the quota is back or the 429 came from a proxy."""
 
 _SCOUT_GROWTH: Final = 4
-"""Each further probe request of a pause waits so many times longer: a process sends two in a window of the Hub's at most, and a
-thousand of them 2,000, which is below the quota of PRO."""
+"""Factor between the waits of a pause's probe requests: a process sends at most two in a window of the Hub, and a
+thousand processes send 2,000, which is below the quota of PRO."""
 
 _SPREAD: Final = 0.1
 _MOST_SPREAD_SECS: Final = 15.0
-"""Up to such a share of a pause, and no more than so many seconds, is waited beyond it: not everybody begins at the reset."""
+"""Pauses are randomly extended by up to this fraction and this number of seconds, so that processes do not all start at
+the reset."""
 
 
 class RateLimiter:
     """Admits calls of one instance; thread-safe.
 
     Args:
-        instance: Its name, for errors.
-        calls_per_minute: Most calls in any 60 s; None for no cap.
-        clock: Seconds, monotonic; tests pass their own.
-        sleep: Waits that many seconds.
-        chance: A number from 0 to 1, by which processes differ in when they ask again.
+        instance: Name of the instance, for errors.
+        calls_per_minute: Maximum number of calls in any 60 s; None for no limit.
+        clock: Monotonic clock in seconds.
+        sleep: Waits a number of seconds.
+        chance: Random number from 0 to 1 that spreads the retries of processes.
     """
 
     def __init__(
@@ -82,16 +83,17 @@ class RateLimiter:
         self._unexplained = 0
 
     def admit(self, what: str, deadline: Deadline, *, patient: bool) -> None:
-        """Take a call from the budget, and return when it may be made.
+        """Take a call from the budget, waiting if necessary.
 
         Args:
-            what: Names the call in errors.
+            what: Name of the call, for errors.
             deadline: When the caller gives up.
-            patient: Whether to wait for a pause or for the budget, as far as the deadline allows (`Deadline.for_a_pause`). A
-                lookup does not: a miss now is better than an answer later.
+            patient: Whether to wait for a pause or the budget, as far as the deadline allows (`Deadline.for_a_pause`).
+                Lookups do not wait: a miss now is better than a late answer.
 
         Raises:
-            ThrottledError: The Hub asked for a pause that is not over; `BudgetError` when the own cap is used up.
+            ThrottledError: A pause that the Hub requested is in effect; `BudgetError` if the client-side limit is used
+                up.
         """
         while (error := self._take(what)) is not None:
             wait = error.retry_after or 0.0
@@ -101,19 +103,19 @@ class RateLimiter:
                 self._sleep(max(min(wait, self._to_probe()), _SHORTEST_SLEEP_SECS))
 
     def sleep(self, seconds: float) -> None:
-        """Wait, by the clock that this goes by."""
+        """Wait, by the clock of this limiter."""
         self._sleep(seconds)
 
     def _to_probe(self) -> float:
-        """Seconds until a probe request may ask whether the pause still holds."""
+        """Return the seconds until a probe request may test whether the pause is still in effect."""
         with self._lock:
             return max(0.0, self._scout_at - self._clock()) if self._paused_until > self._clock() else _SCOUT_SECS
 
     def refuse_in_pause(self, what: str) -> None:
-        """Stop here where `admit` would refuse a call because of a pause; takes nothing from the budget.
+        """Raise if `admit` would refuse a call because of a pause; takes nothing from the budget.
 
         Raises:
-            ThrottledError: The Hub asked for a pause that is not over.
+            ThrottledError: A pause that the Hub requested is in effect.
         """
         with self._lock:
             error = self._pause(what, self._clock())
@@ -150,11 +152,11 @@ class RateLimiter:
         return None
 
     def observe(self, status: int, headers: Mapping[str, str]) -> None:
-        """Record what an answer says about the quota.
+        """Record the quota state of a response.
 
         Args:
-            status: Of the answer.
-            headers: Of the answer.
+            status: HTTP status of the response.
+            headers: Headers of the response.
         """
         asked = retry_after(headers)
         with self._lock:
@@ -165,7 +167,7 @@ class RateLimiter:
                     if now - self._paused_since >= _SCOUT_SECS:
                         self._paused_until = float(
                             "-inf"
-                        )  # an answer to a probe request, not to a call from before the pause
+                        )  # a response to a probe request, not to a call from before the pause
                     return
             elif asked is None:
                 asked = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2**self._unexplained)
@@ -180,15 +182,16 @@ class RateLimiter:
 
     @property
     def paused_secs(self) -> float:
-        """Seconds left of a pause that the Hub asked for; 0 when there is none."""
+        """Seconds left of a pause that the Hub requested; 0 without a pause."""
         with self._lock:
             return max(0.0, self._paused_until - self._clock())
 
     @property
     def background_wait_secs(self) -> float:
-        """Seconds until work in the background may take its next call.
+        """Seconds until background work may make its next call.
 
-        It leaves three quarters of the cap to others, and in a pause all calls: only a lookup tries whether the quota is back.
+        Background work leaves three quarters of the client-side limit to other calls, and all calls during a pause,
+        when only lookups test whether the quota is back.
         """
         with self._lock:
             now = self._clock()
@@ -200,7 +203,7 @@ class RateLimiter:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a 429 asks to wait: from `RateLimit` where it is used up, else from `Retry-After`, seconds or a date."""
+    """Return the wait in seconds of a 429: from `RateLimit` if used up, else from `Retry-After` (seconds or a date)."""
     if (reset := _used_up_for(headers)) is not None:
         return reset
     value = headers.get("retry-after", "").strip()
@@ -211,9 +214,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _used_up_for(headers: Mapping[str, str]) -> float | None:
-    """Seconds to the reset of a quota that is used up; None where none is, or where that is no number."""
+    """Return the seconds to the reset of a used-up quota; None if none is used up, or the value is not a number."""
     try:
         limit = parse_ratelimit_headers(headers)
         return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
-    except (ValueError, OverflowError):  # thousands of digits
+    except (ValueError, OverflowError):  # a number with thousands of digits
         return None
