@@ -1,4 +1,4 @@
-"""`python -m jobs`: the command line. stdout holds summaries and nothing else; everything for people is on stderr."""
+"""Command line `python -m jobs`. stdout holds only summaries; all other output goes to stderr."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from jobs.report import ReportFile
 
 _NOTED_KEYS: Final = 100
-"""Keys of the command that its plan names."""
+"""Maximum number of keys from the command that its plan records."""
 
 
 def _flags(request: type[BaseModel], *without: str) -> list[Flag]:
-    """The flags of a request, without some that its command has no use for."""
+    """Return the flags of a request, except those that its command does not support."""
     return [flag for flag in flags_of(request) if flag.name not in without]
 
 
-# Tracebacks of Typer's show local variables, and with them a token.
+# Typer's own tracebacks show local variables, and with them a token.
 app = typer.Typer(
     cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -79,7 +79,7 @@ def cleanup(*, given: Mapping[Flag, Any]) -> None:
 
 
 def _cleaning(request: CleanupOptions) -> Works:
-    """The jobs of a cleanup."""
+    """Return the jobs of a cleanup."""
     named, every = request.chosen()
     policies = {one.name: request.policy_of(one.name) for one in named}
     until, local, ask = request.deadline(), request.runs_here(at_once=request.unasked), asker(ask_to_delete, request)
@@ -144,7 +144,7 @@ def rm(
 
 
 def _noted(keys: list[str], key_file: Path | None, first: list[str]) -> Iterator[str]:
-    """The keys of the command line and of a file; the first hundred are noted for the plan."""
+    """Yield the keys of the command line and of a file, and record the first hundred for the plan."""
     for key in itertools.chain(keys, () if key_file is None else read_keys(key_file)):
         if len(first) < _NOTED_KEYS:
             first.append(key)
@@ -177,7 +177,7 @@ def apply(
 
 
 def _resuming(plan: Path, request: ApplyOptions) -> Works:
-    """The job that carries out the plan of a deletion."""
+    """Return the job that applies a deletion plan."""
     opened = DeletionPlanFile.open(plan, ours=True, foreign=request.deletes_foreign)
     header = opened.header
     config = request.lmcache_config

@@ -1,4 +1,4 @@
-"""`python -m jobs export`, and the carrying out of its plans."""
+"""`python -m jobs export`, and the application of its plans."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jobs.options import ApplyOptions
     from jobs.report import ReportFile
 
-# An export goes by what is there, not by what was read: a limit of bytes keeps the newest.
+# An export does not depend on reads: a limit of bytes keeps the newest chunks.
 _FLAGS = [flag for flag in flags_of(ExportOptions) if flag.name != "--hottest"]
 
 
@@ -53,7 +53,7 @@ def export(*, given: Mapping[Flag, Any]) -> None:
 
 
 def _exporting(request: ExportOptions) -> Works:
-    """The jobs of an export: the copy, and the mirror if one was asked for."""
+    """Return the jobs of an export: the copy, and the mirror if requested."""
     endpoints = (
         endpoint(request.source, "--from", request.lmcache_config, request.l2_adapter),
         endpoint(request.destination, "--to", request.lmcache_config, request.l2_adapter),
@@ -89,7 +89,7 @@ def _exporting(request: ExportOptions) -> Works:
         return done[0]
 
     def mirroring(file: ReportFile, stop: ShutdownSignal) -> DeletionSummary | None:
-        if not done or done[0].code:  # nothing is deleted where not all was copied
+        if not done or done[0].code:  # nothing is deleted unless everything was copied
             return None
         return _mirror(endpoints, request, context, file, stop, applied=done[0].applied)
 
@@ -112,7 +112,7 @@ def _mirror(
     if source is None or destination is None:
         raise ConfigError("--mirror works between two instances")
     options = request.deletion()
-    if not applied:  # nothing was to be copied yet, so what would be deleted is planned only
+    if not applied:  # the copy was only planned, so the deletion is only planned too
         options, context = options.model_copy(update={"yes": False}), replace(context, ask=None)
     with InstanceEnd(source.name, source.settings).opened() as end:
         selection = NotAtSource(end, request.selection, context.min_age)
@@ -122,15 +122,15 @@ def _mirror(
 
 
 def mirror_source(plan: DeletionPlanFile, config: Path | None, l2_adapters: Sequence[str]) -> InstanceConfig:
-    """The source of a mirror whose plan is to be carried out.
+    """Return the source of a mirror whose plan is applied.
 
     Args:
         plan: The plan.
-        config: The LMCache YAML; None for none.
-        l2_adapters: The JSON of MP adapters.
+        config: Path of the LMCache YAML, if any.
+        l2_adapters: JSON of MP adapters.
 
     Raises:
-        ConfigError: The plan names none, or another place than the configuration does.
+        ConfigError: If the plan names no source, or a place that differs from the configuration.
     """
     try:
         place = EndpointRef.from_record(plan.header.wanted.get("source"))
@@ -145,15 +145,15 @@ def mirror_source(plan: DeletionPlanFile, config: Path | None, l2_adapters: Sequ
 
 
 def resuming(plan: Path, request: ApplyOptions) -> Works:
-    """Return the job that carries out the plan of an export, or the rest of it.
+    """Return the job that applies an export plan, or the rest of one.
 
     Args:
         plan: The plan.
-        request: How it is to be done. Without a configuration the one that the plan names is read.
+        request: Options of the job. Without a configuration, the one that the plan names is read.
 
     Raises:
-        ConfigError: The plan or the configuration is wrong.
-        RefusedError: The plan may be somebody else's.
+        ConfigError: If the plan or the configuration is invalid.
+        RefusedError: If another user may have written the plan.
     """
     opened = ExportPlanFile.open(plan, ours=True)
     header = opened.header
@@ -182,5 +182,5 @@ def resuming(plan: Path, request: ApplyOptions) -> Works:
 
 
 def now() -> datetime:
-    """The local clock: what `--since` counts back from where no Hub says what time it is there."""
+    """Return the local time, from which `--since` counts back if no Hub provides the time."""
     return datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""`python -m jobs fingerprint`: what buckets say of the engines that fill them, and which of them is right."""
+"""`python -m jobs fingerprint`: show the engine fingerprints recorded in buckets, and select the valid one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _show(one: InstanceConfig, wanted: list[str], *, as_json: bool) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One fingerprint in a bucket, or why it cannot be read."""
+    """Fingerprint in a bucket, or the reason why it cannot be read."""
 
     model: str
     kind: str
@@ -112,7 +112,7 @@ class _Row:
 
 
 def _rows(store: FingerprintStore, model: str) -> Iterator[_Row]:
-    """What is recorded, and then the claims that are not the same."""
+    """Yield the recorded fingerprint, then the claims that differ from it."""
     try:
         found = store.read(model, _soon())
     except IntegrityError as error:
@@ -157,7 +157,7 @@ def accept(
     with options_checked():
         if (digest is None) == (from_file is None):
             raise ConfigError("name the fingerprint: --digest DIGEST, or --from-file FILE")
-        if digest is not None and not digest:  # the start of every digest, such as from a variable that is not set
+        if digest is not None and not digest:  # an unset variable, say: the empty text is a prefix of every digest
             raise ConfigError("--digest is empty: name the fingerprint as `show` tells it")
         filed = _given(from_file, model) if from_file is not None else None
         if filed is None and not model:

@@ -1,4 +1,4 @@
-"""A command from its options to its exit: several jobs one after the other, signals, summaries, metrics."""
+"""Life cycle of a command: consecutive jobs, signals, summaries, metrics, exit code."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Work = Callable[[ReportFile, ShutdownSignal], JobSummary | None]
-"""Does one job. None if it is not to be done, because of how the one before ended."""
+"""Runs one job. Returns None if the job is skipped because of how the one before ended."""
 
 Works = list[tuple[str, Work]]
-"""What a command does, one after the other, each with its name."""
+"""Consecutive jobs of a command, each with its name."""
 
 
 @dataclass
@@ -43,10 +43,10 @@ class CommandSession:
     """One command.
 
     Attributes:
-        outputs: The files to write.
-        inputs: Files that the command reads beside those of its options, with their names.
-        summaries: What came of the jobs so far.
-        broken: Codes of those of which no summary came.
+        outputs: Files to write.
+        inputs: Files that the command reads, beyond those of its options, with their option names.
+        summaries: Summaries of the jobs so far.
+        broken: Exit codes of the jobs without a summary.
     """
 
     outputs: Outputs
@@ -55,10 +55,10 @@ class CommandSession:
     broken: list[int] = field(default_factory=list)
 
     def run(self, works: Sequence[tuple[str, Work]]) -> NoReturn:
-        """Do the jobs, each whatever came of the one before unless it says None, and end the command.
+        """Run the jobs, also after failed ones, and end the command. A job that returns None is skipped.
 
         Args:
-            works: What each is called, and does.
+            works: Name and function of each job.
         """
         texts.log_to_stderr("jobs")
         stop = ShutdownSignal()
@@ -68,7 +68,7 @@ class CommandSession:
             outputs = [("--report", self.outputs.report), ("--metrics-textfile", self.outputs.metrics_textfile)]
             expect_apart(outputs, [*self.inputs, *self.outputs.inputs()])
             file = ReportFile(self.outputs.report)
-            # Ray prints where it likes.
+            # Ray prints to stdout.
             with stop.listening(), contextlib.redirect_stdout(sys.stderr):
                 while waiting and not stop.requested:
                     name, work = waiting[0]
@@ -100,12 +100,12 @@ class CommandSession:
         return [*(one.code for one in self.summaries), *self.broken]
 
     def _done(self, name: str, work: Work, file: ReportFile, stop: ShutdownSignal) -> JobSummary | None:
-        """Do a job. One that cannot even say what came of it is named, and the others are done."""
+        """Run a job. If it ends without a summary, log its error, and let the other jobs run."""
         try:
             return work(file, stop)
         except (Interrupted, typer.Exit):
             raise
-        except Exception as error:  # noqa: BLE001 - each is done whatever becomes of the others
+        except Exception as error:  # noqa: BLE001 - a failed job does not stop the others
             self.broken.append(exit_code_of(error))
             note(f"{name}: {as_text(error)}")
             return None
@@ -117,12 +117,12 @@ class CommandSession:
 
 
 def _code_of_file(file: ReportFile) -> int:
-    """What a report that is not whole means for how the command ends."""
+    """Return the exit code that an incomplete report implies."""
     return exit_codes.FAILED if file.problem else exit_codes.COMPLETE
 
 
 def _reported(summary: JobSummary, file: ReportFile | None) -> dict[str, Any]:
-    """A summary for JSON: a job is no success whose report is not whole, and its summary agrees with the exit code."""
+    """Return a summary for JSON, adjusted to the exit code: a job with an incomplete report is not a success."""
     record = summary.record()
     if file is None or not file.problem:
         return record
@@ -136,15 +136,15 @@ def _stop_requested(waiting: Sequence[tuple[str, Work]]) -> str:
     return "told to stop" + (f"; not done: {names}" if names else "")
 
 
-# Newer Typers bring a click of their own, whose names are not public.
+# Newer versions of Typer vendor click, under names that are not public.
 _CLICK_ERROR: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 _ENDS = (typer.Exit, typer.Abort, _CLICK_ERROR)
-"""What ends a command in good order."""
+"""Exceptions that end a command in an orderly way."""
 
 
 @contextlib.contextmanager
 def options_checked() -> Iterator[None]:
-    """End the command where its options are wrong, or what they name cannot be read."""
+    """End the command if its options are invalid, or a file that they name cannot be read."""
     try:
         yield
     except _ENDS:
@@ -154,17 +154,17 @@ def options_checked() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """A group of commands that end with documented codes, whatever they raise: no traceback ever."""
+    """Group of commands that end with documented exit codes, never with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command, and turn any error into an exit code."""
         try:
             return super().invoke(ctx)
         except _ENDS:
             raise
         except (
             BrokenPipeError
-        ):  # the reader of the output stopped, as `head` does; Python flushes it once more at the end
+        ):  # the reader of the output has gone, as with `head`; Python flushes stdout again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(exit_codes.FAILED) from None
         except Interrupted:
@@ -174,11 +174,11 @@ class Commands(TyperGroup):
 
 
 def end(message: str, code: int) -> NoReturn:
-    """Say why, and end the command."""
+    """Print a message, and end the command with an exit code."""
     note(message)
     raise typer.Exit(code)
 
 
 def asker(ask: Callable[[T], bool], request: DeletionOptions | ExportOptions) -> Callable[[T], bool] | None:
-    """Return what asks whether to carry out a plan; None if nobody is at a terminal, or only a plan is wanted."""
+    """Return the function that asks whether to apply a plan; None without a terminal, or if only a plan is wanted."""
     return ask if console.at_terminal() and not request.dry_run else None

@@ -64,7 +64,7 @@ def status(
                         page_secs=PAGE_SECS,
                         without_heat=request.without_heat,
                     )
-            except Exception as error:  # noqa: BLE001 - each instance is shown whatever becomes of the others
+            except Exception as error:  # noqa: BLE001 - a failed instance does not stop the others
                 troubles.append(f"{one.name}: no status without a complete listing: {as_text(error)}")
                 note(troubles[-1])
                 codes.append(exit_code_of(error))
@@ -81,7 +81,7 @@ def status(
 
 
 def _show(found: Status) -> None:
-    """A table in a terminal, else a line for each of its rows."""
+    """Print a table in a terminal, otherwise one line per row."""
     console, shown = tables.stdout_console(), list(_rows(found))
     if console.is_terminal:
         console.print(tables.columns(f"{found.instance}  {found.bucket}", _HEADER, shown))

@@ -1,4 +1,4 @@
-"""A bucket instance as an end of an export."""
+"""Bucket instance as an endpoint of an export."""
 
 from __future__ import annotations
 
@@ -33,34 +33,35 @@ _REQUEST_SECS: Final = 60.0
 
 
 class InstanceEnd:
-    """An instance.
+    """Endpoint of an export that is a bucket instance.
 
     Args:
-        name: Of the instance.
+        name: Name of the instance.
         settings: Its settings.
-        may_be_missing: Whether a bucket that is not there holds nothing, and is no error: a destination that is to
-            be created. Never so for a source, whose mirror would be emptied.
+        may_be_missing: Whether a missing bucket counts as empty, for a destination that will be created. Must be false
+            for
+            a source: its mirror would be emptied.
     """
 
     def __init__(self, name: str, settings: InstanceSettings, *, may_be_missing: bool = False) -> None:
         self._name = name
         self._may_be_missing = may_be_missing
         self.settings = settings
-        # hf_xet's own patience follows the deadlines that an instance has.
+        # hf_xet's own timeouts follow the timeouts of the instance.
         patient = settings.model_copy(update={"put_timeout_secs": _REQUEST_SECS})
         self.bucket: Bucket = open_bucket(patient, name, MemorySink(), _REQUEST_SECS)
 
     @property
     def name(self) -> str:
-        """Of the instance."""
+        """Name of the instance."""
         return self._name
 
     def begin(self) -> None:
-        """Create the bucket where it is missing and that is allowed.
+        """Create the bucket if it is missing and creation is allowed.
 
         Raises:
-            RefusedError: The instance stores nothing.
-            HFBucketError: There is no such bucket.
+            RefusedError: If the role of the instance does not write.
+            HFBucketError: If the bucket does not exist.
         """
         if not self.settings.writes:
             raise RefusedError(f"{self._name}: role is {self.settings.role}, so nothing is copied to this instance")
@@ -73,7 +74,7 @@ class InstanceEnd:
             self.bucket.create(deadline)
 
     def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
-        """See `Source`."""
+        """See `SourceEndpoint`."""
         if not selection.keys_from:
             return list_chunks_ahead(self.bucket, selection.listing_prefixes())
         keys = (key for path in selection.keys_from for key in keys_of(path))
@@ -81,7 +82,7 @@ class InstanceEnd:
 
     @property
     def fresh_secs(self) -> float:
-        """See `Destination`. The rule of deletes: the Hub has no conditional write."""
+        """See `DestinationEndpoint`. The limit is that of deletes, because the Hub has no conditional write."""
         return FRESH_SECS
 
     def expect_chunks(self) -> None:
@@ -90,7 +91,7 @@ class InstanceEnd:
             raise RefusedError(f"{self.name}, the source of the mirror, has no chunk: nothing is deleted")
 
     def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:
-        """See `Destination`."""
+        """See `DestinationEndpoint`."""
         by_path = {self._path(key): key for key in keys}
         try:
             found = self.bucket.stat(list(by_path), deadline, patient=patient)
@@ -105,7 +106,7 @@ class InstanceEnd:
         }
 
     def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
-        """See `Source`."""
+        """See `SourceEndpoint`."""
         buffers = {key: bytearray(content.size) for key, content in wanted.items()}
         reads = {
             key: DownloadToBuffer(key, content, RevocableBuffer(memoryview(buffers[key])))
@@ -115,14 +116,14 @@ class InstanceEnd:
         return {key: buffers[key] if read.error is None else read.error for key, read in reads.items()}
 
     def gone(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> frozenset[str]:
-        """See `Source`."""
+        """See `SourceEndpoint`."""
         held = self.look_up(list(wanted), deadline)
         return frozenset(key for key, content in wanted.items() if key not in held or held[key].content != content)
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
-        """See `Destination`. What the client hashed while it sent it is compared with what it should be."""
+        """See `DestinationEndpoint`. The hash that the client computes on upload is compared with the expected one."""
         upload = Upload()
-        # hf_xet waits minutes for an answer whatever its timeouts say.
+        # hf_xet waits minutes for an answer, despite its timeouts.
         watch = threading.Timer(deadline.remaining(), self.bucket.transfer.abandon, [upload])
         watch.daemon = True
         watch.start()
@@ -139,22 +140,22 @@ class InstanceEnd:
     def publish(
         self, staged: Mapping[str, ContentId], _replacing: frozenset[str], deadline: Deadline
     ) -> dict[str, str]:
-        """See `Destination`."""
+        """See `DestinationEndpoint`."""
         by_path = {self._path(key): content for key, content in staged.items()}
         failed = self.bucket.add(by_path, deadline, once=True)
         return {key: failed[path].message for key in staged if (path := self._path(key)) in failed}
 
     def drop(self, staged: Mapping[str, ContentId]) -> None:
-        """See `Destination`. What has no name is the store's own matter."""
+        """See `DestinationEndpoint`. Unnamed content is left to the store's garbage collection."""
 
     def copy(self, source: InstanceEnd, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, str]:
-        """Have the Hub copy contents from the bucket of another instance, by hash, now or not at all; no bytes move.
+        """Have the Hub copy contents by hash from the bucket of another instance, in one request; no bytes move.
 
         Returns:
-            Why, by key, for those that it did not copy.
+            The reasons for the contents that were not copied, by key.
 
         Raises:
-            HFBucketError: The request failed as a whole.
+            HFBucketError: If the request fails as a whole.
         """
         by_path = {self._path(key): content for key, content in wanted.items()}
         failed = self.bucket.copy(source.bucket.handle, by_path, deadline, once=True)
@@ -162,7 +163,7 @@ class InstanceEnd:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[InstanceEnd]:
-        """Itself, closed at the end."""
+        """Provide the endpoint, and close it at the end."""
         try:
             yield self
         finally:

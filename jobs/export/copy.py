@@ -1,7 +1,7 @@
-"""One try at one batch of copies: by the Hub, from bucket to bucket, or as bytes through this process.
+"""One try at one batch of copies: by the Hub from bucket to bucket, or as bytes through this process.
 
-Either way the destination is looked at just before anything gets a name there, and once more afterwards: what counts as
-copied is there, under its key, with its hash.
+The destination is looked up just before any object is named there, and again afterwards: only an object that is present
+under its key, with its hash, counts as copied.
 """
 
 from __future__ import annotations
@@ -32,63 +32,63 @@ if TYPE_CHECKING:
     from jobs.export.plan import CopyItem
 
 TIMES_IN_MEMORY: Final = 3
-"""Bytes on their way are there once as chunks, and about twice more in hf_xet, which keeps a commit until it is sent."""
+"""Memory per byte in transit: once as a chunk, and about twice in hf_xet, which keeps a commit until it is sent."""
 
 SMALL_BYTES: Final = 64 * 1024 * 1024
-"""A chunk of so many bytes goes, alone, however small the window is: that much is there beside it anyway."""
+"""A chunk up to this many bytes is copied alone even if it exceeds the window: any machine has that much memory."""
 
 _NO_MEMORY: Final = "there is not enough memory for it: give a smaller --window, or fewer --parallel"
 
 _PAUSE_SECS: Final = 1.0
-"""After a 429 that does not say how long to wait."""
+"""Seconds to wait after a 429 without a retry time."""
 
 
 _AGAIN_SECS: Final = 0.25
-"""Before the second try at the first object that the Hub is asked to copy; twice as long before each further one."""
+"""Seconds before the second try at the first object that the Hub is asked to copy; doubled for each further try."""
 
 _LOOK_AGAIN_SECS: Final = 15.0
-"""In a long pause the Hub is asked this often whether it is over, as `hfbucket_plugin.hub.rate_limit` lets one through."""
+"""Seconds between checks whether a long pause is over; `hfbucket_plugin.hub.rate_limit` lets these requests through."""
 
 
 class CopyMethod(StrEnum):
-    """How bytes come to the destination. The values stand in reports."""
+    """How bytes reach the destination. The values appear in reports."""
 
-    COPY = "copy"  # by the Hub, which knows them by their hash
-    COPY_OR_STREAM = "copy-or-stream"  # the same, and as bytes where it refuses single objects
+    COPY = "copy"  # by the Hub, by hash
+    COPY_OR_STREAM = "copy-or-stream"  # by the Hub, and as bytes for single objects that it refuses
     STREAM = "stream"  # through this process
 
 
 class CopyOutcome(StrEnum):
-    """How a copy ended. The values stand in reports."""
+    """Outcome of a copy. The values appear in reports."""
 
     COPIED = "copied"  # by the Hub
     STREAMED = "streamed"
-    SAME = "same"  # it was there when we came to it
-    CHANGED = "changed"  # the destination is not as it was planned: it stays as it is
-    GONE = "gone"  # the source no longer has it
+    SAME = "same"  # already present at the destination
+    CHANGED = "changed"  # the destination differs from the plan, and is left as it is
+    GONE = "gone"  # no longer at the source
     FAILED = "failed"
 
 
 @dataclass
 class CopyAttempt:
-    """What came of a try so far."""
+    """Outcomes of a try so far."""
 
     batch: ItemBatch[CopyItem]
     ended: list[ItemOutcome[CopyItem]] = field(default_factory=list)
-    why: dict[str, str] = field(default_factory=dict)  # by the key at the destination
+    why: dict[str, str] = field(default_factory=dict)  # reasons, by key at the destination
     asked: set[str] = field(default_factory=set)
 
     def end(self, copy_item: CopyItem, outcome: CopyOutcome, message: str = "") -> None:
-        """Note how one has ended."""
+        """Record the outcome of a copy."""
         self.ended.append(ItemOutcome(copy_item, outcome, message))
 
     def result(self, *, wait_secs: float = 0.0, counts: bool = True) -> Result[CopyItem]:
-        """The result: what did not end is tried again, or has failed for good."""
+        """Return the result: copies without an outcome are tried again, or have failed permanently."""
         done = {ended.item.to for ended in self.ended}
         left = tuple(copy_item for copy_item in self.batch.items if copy_item.to not in done)
         if not left:
             return Result(tuple(self.ended))
-        # A try that ended some is none for the others: they may not have had their turn.
+        # A try that ended some copies does not count for the others: they may not have had their turn.
         tries = self.batch.tries + (1 if counts and not self.ended else 0)
         if tries >= TRIES:
             failed = (
@@ -101,15 +101,15 @@ class CopyAttempt:
 
 
 class Copier:
-    """Copies between two endpoints.
+    """Copies chunks from one endpoint to another.
 
     Args:
-        source: Where chunks come from.
-        destination: Where they go.
-        how: How; copying by the Hub needs two instances.
-        window_bytes: Most bytes that one try fetches at one time; a larger chunk goes alone.
-        memory_bytes: Most memory that chunks on their way take, over all tries of this mover. A chunk that is larger fails by
-            itself, unless it is small for any machine (`SMALL_BYTES`).
+        source: Endpoint to copy from.
+        destination: Endpoint to copy to.
+        how: Copy method; copies by the Hub need two instances.
+        window_bytes: Maximum bytes that one try fetches at a time; a larger chunk is copied alone.
+        memory_bytes: Maximum memory of the chunks in transit, over all tries of this copier. A larger chunk fails,
+            unless it is at most `SMALL_BYTES`.
     """
 
     def __init__(
@@ -128,15 +128,15 @@ class Copier:
         self._semaphore = ByteSemaphore(self.memory_bytes)
 
     def attempt(self, batch: ItemBatch[CopyItem], seconds: float) -> Result[CopyItem]:
-        """Try once.
+        """Make one try at a batch.
 
         Args:
-            batch: What is to be copied.
-            seconds: How long this may take.
+            batch: The copies to make.
+            seconds: Maximum duration of the try.
 
         Raises:
-            HFBucketError: What will not pass by waiting: no rights, no such bucket.
-            OSError: The disk of a directory is full.
+            HFBucketError: If an error is permanent: no permission, no such bucket.
+            OSError: If the disk of a directory is full.
         """
         deadline, tried = Deadline.after(seconds), CopyAttempt(batch)
         copying = self.how is CopyMethod.COPY or (self.how is CopyMethod.COPY_OR_STREAM and not batch.tries)
@@ -172,24 +172,24 @@ class Copier:
         give: Callable[[list[CopyItem], Deadline], dict[str, str]],
         outcome: CopyOutcome,
     ) -> dict[str, str]:
-        """Give contents their names at the destination where it is as planned, by the rule of deletes (`jobs.batch.model`).
+        """Name contents at the destination where it is still as planned, by the rule of deletes (`jobs.batch.model`).
 
-        Between the look and the naming lies one request, which is sent once and not for long: a look that has become old
-        is done again. A pause that the Hub asks for is waited out before the look, never between the two.
+        The naming request directly follows the look-up, is sent once, and has a short timeout; an outdated look-up is
+        repeated. A pause that the Hub requests is waited out before the look-up, never between the two.
 
         Args:
-            tried: Where it is noted how they end.
-            copy_items: What is to get a name.
-            deadline: When to give up.
-            give: Gives the names until a deadline; returns why, by key, for those that have none.
-            outcome: What they are then.
+            tried: Records the outcomes.
+            copy_items: The copies to name.
+            deadline: Deadline of the operation.
+            give: Sends the naming request until a deadline; returns the reasons for failed names, by key.
+            outcome: Outcome of the named copies.
 
         Returns:
-            What `give` returned; empty where nothing was to be named.
+            The result of `give`; empty if there was nothing to name.
 
         Raises:
-            ThrottledError: The pause is longer than the time that is left.
-            HFBucketError: Nobody knows what became of any.
+            ThrottledError: If the requested pause is longer than the remaining time.
+            HFBucketError: If the outcome of all copies is unknown.
         """
         todo = list(copy_items)
         while True:
@@ -218,12 +218,12 @@ class Copier:
         give: Callable[[list[CopyItem], Deadline], dict[str, str]],
         soon: Deadline,
     ) -> dict[str, str]:
-        """Give names, and note that the destination was asked to: what a lost answer leaves there is ours."""
+        """Name copies, and record the request: objects found there after a lost answer come from this job."""
         before = frozenset(tried.asked)
         tried.asked |= {copy_item.path for copy_item in copy_items}
         try:
             return give(copy_items, soon)
-        except ThrottledError:  # nothing was named
+        except ThrottledError:  # the request named nothing
             tried.asked = set(before)
             raise
 
@@ -240,7 +240,7 @@ class Copier:
                 tried.why |= {copy_item.to: _NO_MEMORY for copy_item in todo}
 
     def _bearable(self, tried: CopyAttempt, copy_items: list[CopyItem]) -> list[CopyItem]:
-        """Those that may be in memory; the others fail, whatever a manifest or a bucket says of their size."""
+        """Return the copies that fit into memory; the others fail, judged by the size in the manifest or bucket."""
         most = max(self.memory_bytes, SMALL_BYTES)
         for copy_item in copy_items:
             if copy_item.size > most:
@@ -266,7 +266,7 @@ class Copier:
         )
 
     def _publish(self, tried: CopyAttempt, todo: list[CopyItem], staged: Mapping[str, Any], deadline: Deadline) -> None:
-        """Give names to bytes that are there, if the destination still is as planned: fetching them took a while."""
+        """Name uploaded bytes, if the destination is still as planned: fetching them took time."""
 
         def give(copy_items: list[CopyItem], soon: Deadline) -> dict[str, str]:
             replacing = frozenset(copy_item.to for copy_item in copy_items if copy_item.replaces is not None)
@@ -300,7 +300,7 @@ class Copier:
     def as_planned(
         self, tried: CopyAttempt, copy_items: Iterable[CopyItem], deadline: Deadline, *, patient: bool = True
     ) -> list[CopyItem]:
-        """Those for which the destination is as it was planned; the others end."""
+        """Return the copies for which the destination is as planned; record outcomes for the others."""
         copy_items = list(copy_items)
         held = (
             self._destination.look_up([copy_item.to for copy_item in copy_items], deadline, patient=patient)
@@ -311,7 +311,7 @@ class Copier:
         for copy_item in copy_items:
             there = held.get(copy_item.to)
             if there is not None and there.content == copy_item.content:
-                ours = copy_item.path in tried.batch.asked  # the Hub did it, and its answer was lost
+                ours = copy_item.path in tried.batch.asked  # named by this job, but the answer was lost
                 tried.end(copy_item, self._ours if ours else CopyOutcome.SAME)
             elif _state(there) != _state(copy_item.replaces):
                 tried.end(copy_item, CopyOutcome.CHANGED)
@@ -331,7 +331,7 @@ class Copier:
         outcome: CopyOutcome,
         deadline: Deadline,
     ) -> None:
-        """End those that are there now; say of the others why not."""
+        """Record the copies that are present at the destination as ended, and the reasons for the others."""
         held = self._destination.look_up(
             [copy_item.to for copy_item in copy_items if copy_item.to not in failed], deadline
         )
@@ -346,7 +346,7 @@ class Copier:
         self._end_deleted(tried, [copy_item for copy_item in copy_items if copy_item.to in failed], deadline)
 
     def _end_deleted(self, tried: CopyAttempt, copy_items: list[CopyItem], deadline: Deadline) -> None:
-        """End those that the source no longer has as planned."""
+        """Record the copies whose source is no longer as planned as ended."""
         gone = (
             self._source.gone({copy_item.key: copy_item.content for copy_item in copy_items}, deadline)
             if copy_items
@@ -382,13 +382,13 @@ def _windows(copy_items: Iterable[CopyItem], most_bytes: int) -> Iterator[list[C
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How bytes are moved, and why so.
+    """Copy method, and the reason for it.
 
     Attributes:
-        how: How.
-        why: In words; where the Hub decided, its own.
-        moved: What was copied while that was found out.
-        asked: Whether the Hub was asked at all: it is not where nothing was to be copied any more.
+        how: The method.
+        why: The reason in words; the Hub's own words if it decided.
+        moved: Objects copied while the method was determined.
+        asked: Whether the Hub was asked; false if there was nothing left to copy.
     """
 
     how: CopyMethod
@@ -398,17 +398,17 @@ class Method:
 
 
 def find_out(source: InstanceEnd, destination: InstanceEnd, copy_items: Iterable[CopyItem], seconds: float) -> Method:
-    """Ask the Hub whether it copies from one bucket to the other, by the first copies that are to be made.
+    """Determine whether the Hub copies from one bucket to the other, by making the first copies.
 
     Args:
-        source: Where chunks come from.
-        destination: Where they go.
-        copy_items: What is to be copied, if it is still as planned.
-        seconds: How long one try may take.
+        source: Endpoint to copy from.
+        destination: Endpoint to copy to.
+        copy_items: The planned copies.
+        seconds: Maximum duration of one try.
 
     Raises:
-        TransportError: The Hub did not answer; nothing is known then.
-        HFBucketError: The destination cannot be looked at.
+        TransportError: If the Hub does not answer, so that the method is unknown.
+        HFBucketError: If the destination cannot be looked up.
     """
     for copy_item in copy_items:
         try:
@@ -435,10 +435,10 @@ def find_out(source: InstanceEnd, destination: InstanceEnd, copy_items: Iterable
 def _one_named(
     source: InstanceEnd, destination: InstanceEnd, copy_item: CopyItem, seconds: float
 ) -> tuple[CopyAttempt, dict[str, str]]:
-    """Have the Hub copy one object, trying again what may pass: what became of it, and why it has no name.
+    """Have the Hub copy one object, retrying transient errors; return the outcome and the reason for a missing name.
 
     Raises:
-        HFBucketError: It was refused, or nobody knows.
+        HFBucketError: If the copy is refused, or its outcome is unknown.
     """
     mover = Copier(source, destination, CopyMethod.COPY, 0)
     deadline, asked = Deadline.patient(seconds), frozenset[str]()
@@ -451,7 +451,7 @@ def _one_named(
         tried = CopyAttempt(ItemBatch((copy_item,), tries, asked))
         try:
             return tried, mover.name(tried, (copy_item,), deadline, give, CopyOutcome.COPIED)
-        except ThrottledError as error:  # no try: when the pause is over, the destination is looked at again
+        except ThrottledError as error:  # does not count as a try: after the pause, the destination is looked up again
             deadline.wait_out(error)
         except TransportError:
             asked = frozenset(asked | tried.asked)

@@ -1,4 +1,4 @@
-"""A directory as the source or the destination of an export."""
+"""Directory as the source or the destination of an export."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class DirectorySource:
-    """A directory to import from.
+    """Source endpoint that is a directory of chunks.
 
     Args:
-        directory: Of the chunks.
-        believe_files: Whether files are imported that no manifest vouches for: `--without-manifest`.
+        directory: Path of the directory.
+        believe_files: Whether to import files that no manifest lists: `--without-manifest`.
 
     Raises:
-        ConfigError: There is no such directory.
+        ConfigError: If the directory does not exist.
     """
 
     def __init__(self, directory: Path, *, believe_files: bool = False) -> None:
@@ -64,11 +64,11 @@ class DirectorySource:
 
     @property
     def name(self) -> str:
-        """The directory."""
+        """Path of the directory."""
         return str(self._directory)
 
     def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
-        """See `Source`."""
+        """See `SourceEndpoint`."""
         lines = scanned(self._directory, skipped) if self._believe_files else manifest.read(self._directory)
         with KeySet(key for path in selection.keys_from for key in keys_of(path)) as wanted:
             for line in lines:
@@ -77,18 +77,18 @@ class DirectorySource:
 
     @staticmethod
     def gone(_wanted: Mapping[str, ContentId], _deadline: Deadline) -> frozenset[str]:
-        """See `Source`. A file that is not what its manifest says is damage, and no deletion."""
+        """See `SourceEndpoint`. A file that differs from its manifest is damaged, not deleted."""
         return frozenset()
 
     def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
-        """See `Source`."""
+        """See `SourceEndpoint`."""
         return {key: self._read(key, content, deadline) for key, content in wanted.items()}
 
     def _read(self, key: str, content: ContentId, deadline: Deadline) -> bytearray | HFBucketError:
         path = self._directory / manifest.file_name(key)
         try:
             deadline.check(key)
-            number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hold us up
+            number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # opening a FIFO must not block
         except FileNotFoundError:
             return ObjectMissingError(f"{str(path)!r}, of {key!r}, is not there: copy it back, or export again")
         except OSError as error:
@@ -109,7 +109,7 @@ class DirectorySource:
                 return IntegrityError(f"{str(path)!r}, of {key!r}, cannot be read: {error.strerror}")
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing: no file stays open."""
 
 
 def _filled(file: FileIO, data: bytearray) -> bool:
@@ -123,15 +123,15 @@ def _filled(file: FileIO, data: bytearray) -> bool:
 
 
 def moment_of(found: os.stat_result) -> datetime:
-    """The time of a file, to the microsecond."""
+    """Return the modification time of a file, to the microsecond."""
     return _EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000)
 
 
 def look_up(directory: Path, keys: Sequence[str]) -> dict[str, EndpointObject]:
-    """What a directory holds of some keys, hashed, however long that takes: a disk that is slow is none that hangs.
+    """Look up keys in a directory, and hash their files without a deadline: a slow disk is not a hanging one.
 
     Raises:
-        ConfigError: Something lies there that is no file, or cannot be read.
+        ConfigError: If an entry is not a file, or cannot be read.
     """
     files: dict[str, tuple[Path, os.stat_result]] = {}
     for key in keys:
@@ -159,10 +159,10 @@ def look_up(directory: Path, keys: Sequence[str]) -> dict[str, EndpointObject]:
 
 
 def scanned(directory: Path, skipped: Counter[str]) -> Iterator[manifest.ManifestLine]:
-    """The files of a directory that bear the names of keys, hashed; what else lies there is counted as ``no_chunk``.
+    """Hash the files of a directory whose names are those of keys; count the others as ``no_chunk``.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: If the directory cannot be read.
     """
     for some in _pages(directory, skipped):
         try:
@@ -185,10 +185,10 @@ def _pages(directory: Path, skipped: Counter[str]) -> Iterator[list[tuple[str, P
 
 
 def chunk_files(directory: Path, skipped: Counter[str]) -> Iterator[tuple[str, Path, os.stat_result]]:
-    """The files of a directory that bear the names of keys.
+    """Yield the files of a directory whose names are those of keys; count the others.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: If the directory cannot be read.
     """
     try:
         with os.scandir(directory) as found:
@@ -215,14 +215,14 @@ def _key_of(name: str) -> str | None:
 _PART: Final = ".part-"
 _LOCK: Final = ".hfbucket-export.lock"
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
-"""What file systems without hard links say."""
+"""Error numbers of file systems without hard links."""
 
 
 class DirectoryDestination:
-    """A directory to export to.
+    """Destination endpoint that is a directory of chunks.
 
     Args:
-        directory: For the chunks; made where it is missing.
+        directory: Path of the directory; created if missing.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -233,22 +233,22 @@ class DirectoryDestination:
 
     @property
     def name(self) -> str:
-        """The directory."""
+        """Path of the directory."""
         return str(self._directory)
 
     def begin(self) -> None:
-        """Keep other exports out, and take away what a killed one left.
+        """Lock out other exports, and remove the files that a killed one left.
 
         Raises:
-            RefusedError: Another export writes to it; or its manifest is damaged.
-            ConfigError: It cannot be made, or not be written to.
+            RefusedError: If another export writes to the directory, or its manifest is damaged.
+            ConfigError: If the directory cannot be created or written to.
         """
         if self._number is not None:
             return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._number = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            run_lock.lock(self._number)  # what earlier versions hold, and no more where there are no locks
+            run_lock.lock(self._number)  # the lock that earlier versions hold; a no-op where locks are unsupported
             self._expect_alone(self._number)
             for left in self._directory.glob(f"{_PART}*"):
                 left.unlink()
@@ -263,7 +263,7 @@ class DirectoryDestination:
         return f"another export writes to {self.name!r} now; nothing is copied. Run again later"
 
     def _expect_alone(self, directory: int) -> None:
-        """Take the lock file, by which exports of other nodes know of this one where locks are of one node or missing."""
+        """Create the lock file, which keeps out other nodes' exports where file locks are node-local or unsupported."""
         self._lock = run_lock.take_only(_LOCK, directory)
         if self._lock is None:
             raise RefusedError(self._taken)
@@ -271,18 +271,18 @@ class DirectoryDestination:
 
     @property
     def fresh_secs(self) -> float:
-        """See `Destination`. Other exports are kept out, and what is new never replaces a file: a look does not grow old."""
+        """See `DestinationEndpoint`. No limit: other exports are locked out, and new files never replace others."""
         return math.inf
 
     def look_up(self, keys: Sequence[str], _deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:  # noqa: ARG002 - no Hub is asked
-        """See `Destination`. The contents are hashed."""
+        """See `DestinationEndpoint`. The contents are hashed."""
         return look_up(self._directory, keys)
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
-        """See `Destination`. What was written is read again, and hashed.
+        """See `DestinationEndpoint`. The written bytes are read back and hashed.
 
         Raises:
-            OSError: There is no room, or the disk fails.
+            OSError: If the disk is full or fails.
         """
         staged: dict[str, Any] = {}
         try:
@@ -320,7 +320,7 @@ class DirectoryDestination:
         return part
 
     def publish(self, staged: Mapping[str, Path], replacing: frozenset[str], _deadline: Deadline) -> dict[str, str]:
-        """See `Destination`."""
+        """See `DestinationEndpoint`."""
         failed: dict[str, str] = {}
         for key, part in staged.items():
             path = self._directory / manifest.file_name(key)
@@ -333,25 +333,27 @@ class DirectoryDestination:
         return failed
 
     def drop(self, staged: Mapping[str, Any]) -> None:
-        """See `Destination`."""
+        """See `DestinationEndpoint`."""
         for part in staged.values():
             if isinstance(part, Path):
                 with contextlib.suppress(OSError):
                     part.unlink()
 
     def finish(self, known: KnownChunks) -> int:
-        """Write the manifest: every chunk that lies here, of all exports.
+        """Write the manifest of all chunks in the directory, those of earlier exports included.
 
         Args:
-            known: What was written now. What else lies here is hashed, unless the present manifest knows it; what is not
-                what the present manifest says keeps its line, by which an import refuses it, and is noted as damaged.
+            known: Files written by this export. Other files are hashed, unless the current manifest lists them; a file
+                that
+                differs from the current manifest keeps its line, so that an import refuses it, and is recorded as
+                damaged.
 
         Returns:
-            How many there are.
+            The number of chunks.
 
         Raises:
-            ManifestError: The present one was damaged meanwhile.
-            ConfigError: It cannot be written.
+            ManifestError: If the current manifest was damaged in the meantime.
+            ConfigError: If the manifest cannot be written.
         """
         try:
             if os.path.lexists(self._directory / manifest.NAME):
@@ -361,10 +363,10 @@ class DirectoryDestination:
             raise ConfigError(f"{self.name!r}: its manifest cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        """Let other exports in."""
+        """Release the lock, so that other exports can start."""
         if self._heart is not None and self._lock is not None and self._number is not None:
             self._heart.stop()
-            with contextlib.suppress(OSError):  # the next export finds that nobody holds it
+            with contextlib.suppress(OSError):  # the next export detects that the lock has no holder
                 os.unlink(_LOCK, dir_fd=self._number)
             os.close(self._lock)
         self._heart = self._lock = None
@@ -374,7 +376,7 @@ class DirectoryDestination:
 
 
 def _move(part: Path, path: Path, *, replace: bool) -> None:
-    """Give a file its name; one that has it already is replaced only where that was wanted."""
+    """Rename a file; replace an existing one only if requested."""
     if not replace:
         try:
             path.hardlink_to(part)
@@ -390,10 +392,10 @@ def _move(part: Path, path: Path, *, replace: bool) -> None:
 
 
 class KnownChunks:
-    """Files whose hash is known, in a temporary file. Use it as a context manager.
+    """Set of files with known hashes, in a temporary file. Use it as a context manager.
 
     Attributes:
-        damaged: Names of files that are not what is known of them.
+        damaged: Names of files that differ from their known hashes.
     """
 
     def __init__(self) -> None:
@@ -416,21 +418,22 @@ class KnownChunks:
         self._directory.cleanup()
 
     def add(self, line: manifest.ManifestLine) -> None:
-        """Note a file that was written now."""
+        """Add a file that this export wrote."""
         self._base.execute("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", _row(line))
 
     def add_older(self, lines: Iterator[manifest.ManifestLine]) -> None:
-        """Note files of an earlier manifest."""
+        """Add the files of an earlier manifest."""
         self._base.executemany("INSERT OR IGNORE INTO known VALUES (?, ?, ?, ?)", (_row(line) for line in lines))
 
     def lying_in(self, directory: Path) -> Iterator[manifest.ManifestLine]:
-        """What lies in a directory, by key.
+        """Yield the manifest lines of the files in a directory, by key.
 
-        A hash is believed where size and time are those of the file that had it; else the file is hashed. One that has
-        another hash than is known of it was damaged: what is known stays.
+        A known hash is reused if size and time of the file are unchanged; otherwise the file is hashed. A file with
+        another
+        hash than the known one is damaged: its known line is kept.
 
         Raises:
-            ConfigError: It cannot be read.
+            ConfigError: If the directory cannot be read.
         """
         passed_by: Counter[str] = Counter()
         for key, path, found in chunk_files(directory, passed_by):

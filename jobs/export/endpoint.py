@@ -1,7 +1,7 @@
-"""The two endpoints of an export: where chunks come from, and where they go. An instance is either, a directory is either.
+"""Interfaces of the two endpoints of an export, source and destination. Instances and directories implement both.
 
-Nothing appears at a destination under its name before all of its bytes are there and have the hash that they should:
-`put` brings bytes to it, `publish` makes them visible.
+Nothing appears at a destination under its name before all of its bytes are there and have the expected hash: `put`
+uploads bytes, and `publish` makes them visible.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EndpointObject:
-    """What an end holds under a key.
+    """Object that an endpoint holds under a key.
 
     Attributes:
         content: Its hash and size.
-        uploaded_at: When the Hub took it; of a file, its time.
+        uploaded_at: Upload time by the Hub's clock, or modification time of a file.
     """
 
     content: ContentId
@@ -36,12 +36,12 @@ class EndpointObject:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The bytes of a chunk, and what they should be.
+    """Bytes of a chunk, and their expected content.
 
     Attributes:
-        data: The bytes; nobody checked them yet.
-        content: What they should be.
-        uploaded_at: When the Hub took them.
+        data: The bytes, not verified yet.
+        content: The expected hash and size.
+        uploaded_at: Upload time by the Hub's clock.
     """
 
     data: bytearray
@@ -50,84 +50,84 @@ class Chunk:
 
 
 class Endpoint(Protocol):
-    """What both endpoints have."""
+    """Common interface of both endpoints."""
 
     @property
     def name(self) -> str:
-        """For people, and for plans."""
+        """Name of the endpoint in messages and plans."""
 
     def close(self) -> None:
-        """Let go of what was opened."""
+        """Release all resources."""
 
 
 class SourceEndpoint(Endpoint, Protocol):
-    """Where chunks come from."""
+    """Endpoint that chunks are copied from."""
 
     def entries(self, selection: Selection, skipped: Counter[str]) -> Iterator[ChunkEntry]:
-        """Stream chunks: all of a choice, and maybe others. What is skipped is counted, by reason.
+        """Stream all chunks of a selection, and possibly others; count skipped objects by reason.
 
         Raises:
-            HFBucketError: What was yielded is no complete listing.
+            HFBucketError: If the listing ends early: the yielded chunks are incomplete.
         """
 
     def fetch(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> dict[str, bytearray | HFBucketError]:
-        """Read chunks, by key; of one that cannot be read, why."""
+        """Read chunks; return the bytes, or the error of a failed read, by key."""
 
     def gone(self, wanted: Mapping[str, ContentId], deadline: Deadline) -> frozenset[str]:
-        """Keys under which there is now, rightly, no such content: it was deleted or rewritten.
+        """Return the keys whose content was deleted or rewritten; damaged content does not count.
 
         Raises:
-            HFBucketError: Nobody knows.
+            HFBucketError: If the endpoint cannot be read.
         """
 
 
 class DestinationEndpoint(Endpoint, Protocol):
-    """Where chunks go."""
+    """Endpoint that chunks are copied to."""
 
     @property
     def fresh_secs(self) -> float:
-        """How old a look at it may be, from when it was asked for, when a name is given by it."""
+        """Maximum age in seconds of a look-up, from its request, when an object is named on its basis."""
 
     def look_up(self, keys: Sequence[str], deadline: Deadline, *, patient: bool = True) -> dict[str, EndpointObject]:
-        """What it holds of some keys.
+        """Return the objects that the endpoint holds under the given keys.
 
         Args:
-            keys: Which.
-            deadline: When to give up.
-            patient: Whether a pause that a Hub asks for is waited out.
+            keys: The keys.
+            deadline: Deadline of the operation.
+            patient: Whether to wait out a pause that the Hub requests.
 
         Raises:
-            HFBucketError: Nobody knows.
+            HFBucketError: If the endpoint cannot be read.
         """
 
     def begin(self) -> None:
-        """Be ready to be written to.
+        """Prepare the endpoint for writing.
 
         Raises:
-            HFBucketError: It never will be.
+            HFBucketError: If the endpoint cannot be written to.
         """
 
     def put(self, chunks: Mapping[str, Chunk], deadline: Deadline) -> dict[str, Any]:
-        """Bring bytes there, invisibly; of each key, what `publish` takes, or the error of bytes that are not as they should.
+        """Upload bytes without naming them; return the input of `publish`, or the error of invalid bytes, by key.
 
         Raises:
-            HFBucketError: It took none of them.
+            HFBucketError: If no bytes were uploaded.
         """
 
     def publish(self, staged: Mapping[str, Any], replacing: frozenset[str], deadline: Deadline) -> dict[str, str]:
-        """Make what `put` brought visible, now or not at all: no request is sent twice.
+        """Name uploaded bytes, so that they become visible; no request is retried.
 
         Args:
-            staged: By key.
-            replacing: Keys whose present content may go.
-            deadline: When to give up.
+            staged: Results of `put`, by key.
+            replacing: Keys whose current content may be replaced.
+            deadline: Deadline of the operation.
 
         Returns:
-            Why, by key, for those that failed.
+            The reasons for failed keys, by key.
 
         Raises:
-            HFBucketError: Nobody knows what became of any.
+            HFBucketError: If the outcome of all keys is unknown.
         """
 
     def drop(self, staged: Mapping[str, Any]) -> None:
-        """Forget what `put` brought."""
+        """Discard uploaded bytes."""

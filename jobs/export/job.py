@@ -1,4 +1,4 @@
-"""One export: plan → apply → report. It adds, it replaces where that was ordered, and it never deletes."""
+"""One export: plan → apply → report. It adds chunks, replaces them only if requested, and never deletes."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ if TYPE_CHECKING:
     from jobs.report import ReportFile
 
 ATTEMPT_SECS: Final = 600.0
-"""Most seconds of a try: a window of bytes between two continents takes minutes."""
+"""Maximum duration of a try in seconds: a window of bytes between two continents takes minutes."""
 
 _LOOK_UP_SECS: Final = 330.0
-"""A look-up waits out the longest pause that the Hub asks for."""
+"""Timeout of a look-up in seconds: longer than the longest pause that the Hub requests."""
 
 
 class Export:
-    """An export from one end to the other.
+    """Export from one endpoint to another.
 
     Args:
-        endpoints: Where chunks come from, and where they go.
-        order: How it is to be done.
-        file: Where it is told of every chunk.
-        stop: Whether to stop.
+        endpoints: Source and destination.
+        order: Settings of the export.
+        file: Report file, with a line for every chunk.
+        stop: Signal that requests a stop.
 
     Attributes:
-        error: What ended the job, if an error did.
+        error: Error that ended the job, if any.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class Export:
         self.error: Exception | None = None
 
     def select(self, wanted: WantedChunks, asked: dict[str, Any]) -> ExportSummary:
-        """Plan what is wanted, and carry it out unless that needs an order that was not given.
+        """Plan the export of chunks, and apply the plan unless it needs a confirmation that was not given.
 
         Args:
-            wanted: Which chunks.
-            asked: The same, as the plan notes it.
+            wanted: Selection of the chunks.
+            asked: The same selection as the plan records it.
         """
         return self._reported(lambda source, destination: self._select(source, destination, wanted, asked))
 
     def resume(self, plan: ExportPlanFile) -> ExportSummary:
-        """Carry a plan out that was made before."""
+        """Apply an existing plan."""
         return self._reported(lambda source, destination: self._resume(source, destination, plan))
 
     def _reported(self, work: Callable[[SourceEndpoint, DestinationEndpoint], int]) -> ExportSummary:
-        """Do the work, and report however it ends."""
+        """Run the work, and report its end, also after an error."""
         try:
             with patience(self._until), contextlib.ExitStack() as stack:
                 source = self._endpoints[0].source(believe_files=self._order.believe_files)
@@ -101,7 +101,7 @@ class Export:
                 destination = self._endpoints[1].destination()
                 stack.callback(destination.close)
                 code = work(source, destination)
-        except (Interrupted, Exception) as error:  # noqa: BLE001 - the summary says what ended it
+        except (Interrupted, Exception) as error:  # noqa: BLE001 - the summary reports the error
             self.error = error if isinstance(error, Exception) else None
             code, message = failure_of(error, self._stop, self._until)
             self._message = message or self._message
@@ -131,7 +131,7 @@ class Export:
         self, source: SourceEndpoint, destination: DestinationEndpoint, wanted: WantedChunks, asked: dict[str, Any]
     ) -> int:
         if wanted.selection.since is not None and isinstance(source, InstanceEnd):
-            # The Hub dates the chunks, so its clock says how long ago that was.
+            # The Hub's clock stamps the chunks, so `--since` counts back from the Hub's time.
             wanted = replace(wanted, now=source.bucket.time(Deadline.after(REQUEST_SECS)) or wanted.now)
         self._plan = plan = self._make(source, destination, wanted, asked)
         return self._carry_out(source, destination, plan)
@@ -191,7 +191,7 @@ class Export:
         return code
 
     def _name_damaged(self, names: list[str]) -> int:
-        """Tell of files that are not what the manifest of the directory says: its backup of these chunks is lost."""
+        """Report files that differ from the manifest of the directory: its backup of these chunks is lost."""
         message = "it is not what the manifest says: take it away, or export with --on-conflict overwrite"
         self._tally.failures += [{"path": name, "message": message} for name in names[:NAMED_FAILURES]]
         damage = f"{len(names)} files of the directory are damaged, such as {names[0]!r}: an import will refuse them"
@@ -212,7 +212,7 @@ class Export:
                 self._conflicts.append(conflict_record(copy_item))
 
     def _ordered(self, plan: ExportPlanFile) -> bool:
-        """Whether to carry a plan out: what only adds needs no order, what replaces does."""
+        """Return whether to apply a plan: only replacements need a confirmation."""
         if self._order.dry_run:
             return False
         if self._order.yes or not plan.left.get(REPLACED):
@@ -252,7 +252,7 @@ class Export:
         copier = Copier(*endpoints, method.how, window, self._order.window_bytes)
         with contextlib.closing(self._executor(copier)) as executor:
             if not self._order.local:
-                self._stop.take_back()  # `ray.init` puts handlers of its own
+                self._stop.take_back()  # `ray.init` installs its own signal handlers
             applier = Applier(
                 executor,
                 confirm=lambda: ATTEMPT_SECS,
@@ -267,12 +267,13 @@ class Export:
             return self._judge(applier.run(copy_items))
 
     def _executor(self, copier: Copier) -> Executor[CopyItem]:
-        """Where batches are copied: in this process, or on actors of the configured Ray cluster.
+        """Return the executor of copies: this process, or actors of the configured Ray cluster.
 
-        The Hub's own copies are calls from this process, whatever cluster there is; and a directory is one of this machine.
+        The Hub's own copies are requests from this process even with a cluster, and a directory is local to this
+        machine.
 
         Raises:
-            HFBucketError: The Ray cluster cannot be joined, or its actors cannot have the tokens.
+            HFBucketError: If the Ray cluster cannot be joined, or its actors lack the tokens.
         """
         order, source, destination = self._order, self._endpoints[0].named, self._endpoints[1].named
         if copier.how is CopyMethod.STREAM and not order.local and source is not None and destination is not None:
@@ -287,9 +288,9 @@ class Export:
     def _fresh(
         self, destination: DestinationEndpoint, plan: ExportPlanFile, on_end: Callable[[ItemOutcome[CopyItem]], None]
     ) -> Iterator[CopyItem]:
-        """What is still to be copied; what is there by now ends: so a plan goes on where it was interrupted.
+        """Yield the copies still to make; record those already present as ended, so that a plan can resume.
 
-        A look-up that fails changes nothing: every batch is looked up again before anything gets a name.
+        A failed look-up has no effect: every batch is looked up again before anything is named.
         """
         copy_items = plan.copy_items()
         while page := list(itertools.islice(copy_items, PAGE)):
@@ -312,10 +313,10 @@ class Export:
         copy_items: Iterator[CopyItem],
         on_end: Callable[[ItemOutcome[CopyItem]], None],
     ) -> tuple[Method, Iterator[CopyItem]]:
-        """How bytes are to be moved, and what is left to be moved then.
+        """Return the copy method, and the copies left to make after its determination.
 
         Raises:
-            RefusedError: The Hub does not copy, and bytes are not to be streamed.
+            RefusedError: If the Hub does not copy, and streaming is not permitted.
         """
         mode = plan.header.mode
         if not isinstance(source, InstanceEnd) or not isinstance(destination, InstanceEnd):

@@ -1,7 +1,7 @@
-"""`MANIFEST.jsonl` of a directory of chunks: what lies there, with a checksum of itself.
+"""`MANIFEST.jsonl` of a directory of chunks: its chunks, with a checksum of the manifest itself.
 
-A header, a line a chunk by key in ascending order, and an end that has their number and the SHA-256 of all lines before it.
-What is not so is not believed: no line of it.
+The format is a header, a line per chunk in ascending order of keys, and an end line with their number and the SHA-256
+of all lines before it. A manifest that deviates is rejected as a whole.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _MAX_LINE: Final = 64 * 1024
 
 
 class ManifestError(RefusedError):
-    """The manifest of a directory is not there or not whole: nothing is imported."""
+    """The manifest of a directory is missing or damaged; nothing is imported."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestLine:
-    """One chunk of a directory.
+    """Manifest line of one chunk.
 
     Attributes:
         key: Its key string.
         content: Its hash and size.
-        uploaded_at: When the Hub took it, where it was exported from; None where that was not known.
+        uploaded_at: Upload time at the export's source by the Hub's clock; None if unknown.
     """
 
     key: str
@@ -48,7 +48,7 @@ class ManifestLine:
     uploaded_at: datetime | None
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "key": self.key,
             "size": self.content.size,
@@ -58,10 +58,11 @@ class ManifestLine:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ManifestLine:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Raises:
-            ValueError: It is no such thing, or more than that: names of files above all, which come from keys only.
+            ValueError: If the record is invalid or has other fields: file names in particular are derived from keys
+                only.
         """
         if record.keys() != {"key", "size", "xet_hash", "uploaded_at"}:
             raise ValueError("a chunk has key, size, xet_hash and uploaded_at, and nothing else")
@@ -71,7 +72,7 @@ class ManifestLine:
         if not isinstance(xet_hash, str) or len(xet_hash) != _HASH_DIGITS or set(xet_hash) - set("0123456789abcdef"):
             raise ValueError("a chunk's xet_hash has 64 hexadecimal digits")
         parse_key(key)
-        file_name(key)  # what cannot be encoded is no key
+        file_name(key)  # raises for an invalid key
         moment = None if at is None else datetime.fromisoformat(at)
         if moment is not None and moment.tzinfo is None:
             raise ValueError("uploaded_at has no time zone")
@@ -79,22 +80,22 @@ class ManifestLine:
 
 
 def file_name(key: str) -> str:
-    """The name of a chunk's file: it has no slash, and is neither `.` nor `..`, whatever the key is."""
+    """Return the file name of a chunk; for any key, it has no slash and is neither `.` nor `..`."""
     return encode_name(key)
 
 
 def write(directory: Path, lines: Iterable[ManifestLine]) -> int:
-    """Write the manifest of a directory, in place of the one that it has; it appears whole.
+    """Write the manifest of a directory, and replace an existing one atomically.
 
     Args:
-        directory: Of the chunks.
-        lines: By key in ascending order, each once.
+        directory: Directory of the chunks.
+        lines: Manifest lines in ascending order of keys, without duplicates.
 
     Returns:
-        How many there are.
+        The number of lines.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: If the manifest cannot be written.
     """
     part = directory / f".part-{secrets.token_hex(8)}"
     digest = hashlib.sha256()
@@ -124,20 +125,20 @@ def _records(lines: Iterable[ManifestLine]) -> Iterator[dict[str, Any]]:
 
 
 def expect_whole(directory: Path) -> None:
-    """Refuse a manifest that is damaged; a directory may well have none.
+    """Refuse a damaged manifest; a missing one is accepted.
 
     Raises:
-        ManifestError: It is.
+        ManifestError: If the manifest is damaged.
     """
     if os.path.lexists(directory / NAME):
         next(read(directory), None)
 
 
 def sync(directory: Path) -> None:
-    """Have the names of a directory on its disk.
+    """Flush the entries of a directory to its disk.
 
     Raises:
-        OSError: They are not.
+        OSError: If the flush fails.
     """
     number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -147,15 +148,15 @@ def sync(directory: Path) -> None:
 
 
 def read(directory: Path) -> Iterator[ManifestLine]:
-    """Stream the manifest of a directory, after all of it was checked.
+    """Stream the manifest of a directory, after a check of the whole file.
 
     Raises:
-        ManifestError: It is not there, not whole, or of a newer version.
+        ManifestError: If the manifest is missing, damaged, or of a newer version.
     """
     path = directory / NAME
     try:
-        # A file of somebody else that the name leads to is no manifest of this directory.
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hold us up
+        # A link to another user's file is not a manifest of this directory.
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # opening a FIFO must not block
     except FileNotFoundError:
         raise ManifestError(f"{str(directory)!r} has no {NAME}: the export to it did not end, or it is none") from None
     except OSError as error:
@@ -165,7 +166,7 @@ def read(directory: Path) -> Iterator[ManifestLine]:
         raise ManifestError(f"{str(path)!r} is no file: nothing of the directory is used")
     with os.fdopen(number, "rb") as file:
         _check(path, file)
-        file.seek(0)  # the same file, whatever the name leads to meanwhile
+        file.seek(0)  # the file that was checked, even if the path has been replaced
         next(file)
         for line in file:
             record = json.loads(line)
@@ -175,10 +176,10 @@ def read(directory: Path) -> Iterator[ManifestLine]:
 
 
 def _check(path: Path, file: IO[bytes]) -> None:
-    """Read all of it.
+    """Check a whole manifest.
 
     Raises:
-        ManifestError: Something is wrong with it.
+        ManifestError: If the manifest is invalid.
     """
     checker, number = _Checker(), 0
     try:
@@ -198,12 +199,12 @@ def _check(path: Path, file: IO[bytes]) -> None:
 
 
 class _Checker:
-    """Takes a manifest line by line."""
+    """Checker of a manifest, fed line by line."""
 
     def __init__(self) -> None:
         self.ended = False
         self._digest = hashlib.sha256()
-        self._chunks = -1  # the header is none
+        self._chunks = -1  # the header does not count
         self._last = ""
 
     def take(self, text: bytes) -> None:
@@ -229,10 +230,10 @@ class _Checker:
 
 
 def expect_directory(directory: Path, option: str) -> None:
-    """Refuse what is no directory.
+    """Refuse a path that is not a directory.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: If the path is not a directory.
     """
     if not directory.is_dir():
         raise ConfigError(f"{option} {str(directory)!r} is no directory")

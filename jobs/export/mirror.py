@@ -1,4 +1,4 @@
-"""What a mirror deletes at its destination: chunks of the choice that the source does not have. Guarded as a cleanup is."""
+"""Deletion of a mirror at its destination: selected chunks that the source does not hold, guarded like a cleanup."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PARTS: Final = ("since", "newest", "max_bytes", "keys_from", "prompts")
 
 
 def check_mirror(selection: Selection, renames: Renames, *, directories: bool) -> None:
-    """Refuse what a mirror cannot be of: only names say what both endpoints should have.
+    """Refuse an unsupported mirror: both sides are compared by name only.
 
     Raises:
-        ConfigError: The choice goes by more than names, or one of the endpoints is a directory.
+        ConfigError: If the selection depends on more than names, or an endpoint is a directory.
     """
     if directories:
         raise ConfigError("--mirror works between two instances: files of a directory are yours to delete")
@@ -45,12 +45,12 @@ def check_mirror(selection: Selection, renames: Renames, *, directories: bool) -
 
 
 class NotAtSource:
-    """A selection: chunks of a choice that the source does not have now.
+    """Selection of the chunks that the source does not hold now.
 
     Args:
-        source: The source of the mirror.
-        selection: Which chunks the mirror is about.
-        min_age: Nothing younger goes.
+        source: Source of the mirror.
+        selection: Chunks that the mirror covers.
+        min_age: Minimum age of the objects to delete.
     """
 
     needs_access = False
@@ -61,7 +61,7 @@ class NotAtSource:
         self._min_age = min_age
 
     def chunks(self, entries: Iterable[RetentionEntry], now: datetime) -> Iterator[Decision]:
-        """Decide upon the chunks, a page at a time: the source is asked for each by name."""
+        """Yield a decision for every chunk, a page at a time: the source is asked for each by name."""
         chosen = self._selection.filter(now)
         entries = iter(entries)
         while page := list(itertools.islice(entries, _PAGE)):
@@ -75,7 +75,7 @@ class NotAtSource:
 
     @staticmethod
     def foreign(entry: RetentionEntry, _now: datetime) -> Decision:
-        """What is no chunk stays."""
+        """Keep objects that are not chunks."""
         return Decision(entry, Reason.KEPT, delete=False)
 
 

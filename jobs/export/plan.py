@@ -1,4 +1,4 @@
-"""The plan of an export."""
+"""Plan of an export."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _CACHE_KIB: Final = 16 * 1024
 
 
 class RenameError(RefusedError):
-    """A copy cannot have the name that it would get: nothing is copied."""
+    """The name of a copy is not usable; nothing is copied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One rule.
+    """Rule that renames a key prefix.
 
     Attributes:
-        old: The start of a key.
-        new: What takes its place.
+        old: Prefix of a key.
+        new: Its replacement.
     """
 
     old: str
@@ -53,20 +53,20 @@ class Rename:
 
 @dataclass(frozen=True, slots=True)
 class Renames:
-    """Rules, the first that matches a key decides. Without any, every key stays as it is.
+    """Ordered rename rules; the first that matches a key applies. Keys without a match are unchanged.
 
     Attributes:
-        rules: In their order.
+        rules: Rules in order.
     """
 
     rules: tuple[Rename, ...] = ()
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Renames:
-        """Read `old-model@=new-model@`, several of them.
+        """Parse rules such as `old-model@=new-model@`.
 
         Raises:
-            ConfigError: One is no such text, or two begin alike, so that the second would never be asked.
+            ConfigError: If a text is not a rule, or a rule is shadowed by an earlier one.
         """
         rules: list[Rename] = []
         for text in texts:
@@ -80,14 +80,14 @@ class Renames:
         return cls(tuple(rules))
 
     def texts(self) -> list[str]:
-        """What `parse` reads."""
+        """Return the rules in the format of `parse`."""
         return [str(rule) for rule in self.rules]
 
     def __call__(self, key: str) -> str:
-        """The key of the copy of a chunk.
+        """Return the key of the copy of a chunk.
 
         Raises:
-            RenameError: That would be no key, one of another kind or chunk, or LMCache's probe.
+            RenameError: If the result is not a key, is a key of another kind or chunk, or is LMCache's probe.
         """
         rule = next((rule for rule in self.rules if key.startswith(rule.old)), None)
         if rule is None:
@@ -106,7 +106,7 @@ class Renames:
 
 
 class NewNames:
-    """Which names were given so far, as digests in a temporary file. Use it as a context manager."""
+    """Set of assigned names, as digests in a temporary file. Use it as a context manager."""
 
     def __init__(self) -> None:
         self._base = open_temporary(cache_kib=_CACHE_KIB)
@@ -119,17 +119,17 @@ class NewNames:
         self._base.close()
 
     def give(self, name: str, key: str) -> None:
-        """Give a name to the copy of a chunk.
+        """Assign a name to the copy of a chunk.
 
         Raises:
-            RenameError: Another chunk's copy has it.
+            RenameError: If the copy of another chunk has the name.
         """
         digest = blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest()
         added = self._base.execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (digest, key)).rowcount
         if added:
             return
         (other,) = self._base.execute("SELECT key FROM names WHERE digest = ?", (digest,)).fetchone()
-        if other != key:  # a listing that shifted under its pages names a chunk twice
+        if other != key:  # a listing whose pages shifted may name a chunk twice
             raise RenameError(
                 f"--rename: the copies of {other!r} and of {key!r} would both be {name!r}; nothing is copied. Fix the "
                 "rules, or choose one of the two"
@@ -143,12 +143,12 @@ NEW, REPLACED, CONFLICT = "new", "replaced", "conflict"
 
 @dataclass(frozen=True, slots=True)
 class EndpointRef:
-    """One of the two endpoints, as a plan names it.
+    """Reference to an endpoint in a plan.
 
     Attributes:
-        instance: The name of the instance; None for a directory.
-        where: The handle of its bucket, or the path of the directory.
-        endpoint: The Hub of the bucket; None for a directory.
+        instance: Name of the instance; None for a directory.
+        where: Handle of its bucket, or path of the directory.
+        endpoint: URL of the bucket's Hub; None for a directory.
     """
 
     instance: str | None
@@ -157,11 +157,11 @@ class EndpointRef:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the endpoint in messages."""
         return self.instance or self.where
 
     def same_as(self, other: EndpointRef) -> bool:
-        """Whether both are one place, however it is spelled; names of instances do not matter."""
+        """Return whether both refer to the same place, regardless of spelling and of the names of instances."""
         if self.endpoint is None or other.endpoint is None:
             return (self.endpoint, self.where) == (other.endpoint, other.where)
         same = BucketHandle.parse(self.where) == BucketHandle.parse(other.where)
@@ -176,10 +176,10 @@ class EndpointRef:
         """Read what `record` made.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: If the record is invalid.
         """
         if not isinstance(record, dict) or not isinstance(record.get("where"), str):
-            raise ValueError("an end needs instance and where")  # noqa: TRY004 - worded like every other fault
+            raise ValueError("an end needs instance and where")  # noqa: TRY004 - every fault of a record is a ValueError
         instance, endpoint = record.get("instance"), record.get("endpoint")
         if not isinstance(instance, str | None) or not isinstance(endpoint, str | None):
             raise ValueError("the instance and the endpoint of an end are texts")  # noqa: TRY004 - as above
@@ -188,17 +188,17 @@ class EndpointRef:
 
 @dataclass(frozen=True, slots=True)
 class ExportHeader:
-    """What a plan is for.
+    """Header of an export plan.
 
     Attributes:
-        source: Where chunks come from.
-        destination: Where they go.
-        made_at: When it was planned.
+        source: Endpoint to copy from.
+        destination: Endpoint to copy to.
+        made_at: Time of the plan.
         mode: `auto`, `copy` or `stream`.
-        renames: What the copies are called.
-        believe_files: Whether a directory was listed that has no manifest.
-        config: The LMCache YAML that names the instances; None where none does.
-        wanted: What was asked for.
+        renames: Rename rules of the copies.
+        believe_files: Whether a directory without a manifest was listed.
+        config: LMCache YAML with the instances, if any.
+        wanted: The requested selection.
     """
 
     source: EndpointRef
@@ -231,7 +231,7 @@ class ExportHeader:
         """Read what `record` made.
 
         Raises:
-            ValueError: It is no header, or of another version.
+            ValueError: If the record is not a valid header, or has another version.
         """
         if record.get("record") != "plan" or record.get("job") != JOB or record.get("version") != VERSION:
             raise ValueError(f"this is no plan of an export, version {VERSION}")
@@ -247,14 +247,14 @@ class ExportHeader:
 
 @dataclass(frozen=True, slots=True)
 class CopyItem:
-    """One chunk that is to be copied, if the destination still is as it was when that was planned.
+    """Chunk to copy, if the destination is still as it was when the copy was planned.
 
     Attributes:
-        key: Its key at the source.
-        to: Its key at the destination.
+        key: Key at the source.
+        to: Key at the destination.
         content: Its hash and size.
-        uploaded_at: When the Hub took it; None where that is not known.
-        replaces: What it replaces; None where there was nothing.
+        uploaded_at: Upload time by the Hub's clock; None if unknown.
+        replaces: Content that the copy replaces; None if there is none.
     """
 
     key: str
@@ -265,17 +265,17 @@ class CopyItem:
 
     @property
     def path(self) -> str:
-        """Its name at the destination."""
+        """Name at the destination."""
         return encode_name(self.to)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.content.size
 
     @property
     def reason(self) -> str:
-        """Why it is copied."""
+        """Reason for the copy."""
         return NEW if self.replaces is None else REPLACED
 
     def record(self, reason: str | None = None) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class CopyItem:
         """Read what `record` made.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: If the record is invalid.
         """
         own = {name: value for name, value in record.items() if name not in ("reason", "there")}
         line = ManifestLine.from_record(own)
@@ -307,14 +307,14 @@ class CopyItem:
 
 @dataclass(frozen=True, slots=True)
 class ExportTotals:
-    """What was found while planning.
+    """Counts of a planning run.
 
     Attributes:
-        chosen: The chunks of the choice.
-        planned: Those that are to be copied, by reason.
-        same: Those that the destination has.
-        conflicts: Those under whose key the destination has, and keeps, something else.
-        skipped: How many others were skipped, by reason.
+        chosen: Selected chunks.
+        planned: Chunks to copy, by reason.
+        same: Chunks that the destination already holds.
+        conflicts: Chunks whose key holds other content at the destination, which is kept.
+        skipped: Number of skipped objects, by reason.
     """
 
     chosen: Extent
@@ -338,7 +338,7 @@ class ExportTotals:
         """Read what `record` made.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: If the record is invalid.
         """
         planned = {reason: Extent.from_record(one) for reason, one in record["planned"].items()}
         chosen, same, conflicts = (Extent.from_record(record[name]) for name in ("chosen", "same", "conflicts"))
@@ -346,14 +346,14 @@ class ExportTotals:
 
 
 class ExportPlanWriter(PlanOutput):
-    """Writes a plan, which appears under its name when it is whole. Use it as a context manager.
+    """Writer of a plan, which appears under its name once it is complete. Use it as a context manager.
 
     Args:
-        path: Of the plan.
-        header: What it is for.
+        path: Path of the plan.
+        header: Header of the plan.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, header: ExportHeader) -> None:
@@ -361,27 +361,27 @@ class ExportPlanWriter(PlanOutput):
         self.planned: defaultdict[str, Extent] = defaultdict(Extent)
 
     def add(self, copy_item: CopyItem) -> None:
-        """Plan a copy."""
+        """Add a copy."""
         self._write(copy_item.record())
         self.planned[copy_item.reason] = self.planned[copy_item.reason].plus(copy_item.size)
 
     def name_conflict(self, copy_item: CopyItem) -> None:
-        """Name a chunk that is not copied, since the destination has something else under its key."""
+        """Record a chunk that is not copied because its key holds other content at the destination."""
         self._write(copy_item.record(CONFLICT))
 
     def finish(self, totals: ExportTotals) -> None:
-        """End the plan: from now on it is there."""
+        """Complete the plan, so that it appears under its name."""
         self._end(totals.record())
 
 
 class ExportPlanFile:
-    """A plan on disk.
+    """Export plan on disk.
 
     Attributes:
-        path: Of the file.
-        header: What it is for.
-        totals: What was found while planning.
-        left: What is still in it, by reason: less than planned where lines were taken out.
+        path: Path of the file.
+        header: Header of the plan.
+        totals: Counts of the planning run.
+        left: Copies in the file by reason; fewer than planned if lines were removed.
     """
 
     def __init__(
@@ -400,21 +400,21 @@ class ExportPlanFile:
 
     @property
     def items_left(self) -> Extent:
-        """All that is still to be copied."""
+        """Return all copies that are left."""
         kinds = [self.left[reason] for reason in (NEW, REPLACED) if reason in self.left]
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @classmethod
     def open(cls, path: Path, *, ours: bool = False) -> ExportPlanFile:
-        """Read a plan, every line of it.
+        """Read a plan, and check every line.
 
         Args:
-            path: Of the plan.
-            ours: Whether to refuse one that somebody else could have written.
+            path: Path of the plan.
+            ours: Whether to refuse a file that another user could have written.
 
         Raises:
-            ConfigError: It cannot be read, is none, or is not whole.
-            RefusedError: It may be somebody else's.
+            ConfigError: If the file cannot be read, is not a plan, or is incomplete.
+            RefusedError: If another user may have written the file.
         """
         left: defaultdict[str, Extent] = defaultdict(Extent)
 
@@ -427,14 +427,14 @@ class ExportPlanFile:
         return cls(path, header, totals, dict(left), reader)
 
     def copy_items(self, *reasons: str) -> Iterator[CopyItem]:
-        """What is to be copied, or other lines of the plan, in its order.
+        """Stream the copies, or other lines, in the plan's order.
 
         Args:
-            reasons: Of the lines; none for what is to be copied.
+            reasons: Reasons of the lines; without any, the lines of copies.
 
         Raises:
-            RefusedError: The file was changed since it was opened.
-            OSError: It cannot be read any more.
+            RefusedError: If the file has changed since it was opened.
+            OSError: If the file can no longer be read.
         """
         wanted = reasons or (NEW, REPLACED)
         for record in self._reader.items():
@@ -443,10 +443,10 @@ class ExportPlanFile:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a plan is of an export, as its first line says.
+    """Return whether a plan is an export plan, by its first line.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: If the file cannot be read.
     """
     lines = Sealed(path, "plan")
     try:
@@ -458,7 +458,7 @@ def is_export(path: Path) -> bool:
 
 
 class OnConflict(StrEnum):
-    """What becomes of a chunk under whose key the destination has something else."""
+    """Action for a chunk whose key holds other content at the destination."""
 
     SKIP = "skip"
     NEWER = "newer"
@@ -467,24 +467,24 @@ class OnConflict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExportOrder:
-    """How an export is to be done.
+    """Settings of an export.
 
     Attributes:
-        until: The deadline of the whole command.
+        until: Deadline of the whole command.
         mode: `auto`, `copy` or `stream`.
-        on_conflict: What becomes of chunks under whose key the destination has something else.
-        renames: What the copies are called.
-        believe_files: Whether a directory is imported that has no manifest.
-        dry_run: Only plan.
+        on_conflict: Action for chunks whose key holds other content at the destination.
+        renames: Rename rules of the copies.
+        believe_files: Whether to import a directory without a manifest.
+        dry_run: Whether only to plan.
         yes: Whether to replace without asking.
-        ask: Asks whether to carry out a plan that replaces; None where nobody can be asked.
-        plan_dir: Where plans are written; None for a directory of temporary files.
-        local: Whether bytes go through this process, whatever Ray cluster is configured.
-        address: Of the Ray cluster; None for the configured one.
-        parallel: Most batches at one time.
-        window_bytes: Most memory of bytes on their way, over all batches.
-        config: The LMCache YAML, noted in plans.
-        quiet: Whether progress is not shown.
+        ask: Asks whether to apply a plan that replaces; None if there is nobody to ask.
+        plan_dir: Directory of plans; None for a directory of temporary files.
+        local: Whether bytes pass through this process, even if a Ray cluster is configured.
+        address: Address of the Ray cluster; None for the configured one.
+        parallel: Maximum number of concurrent batches.
+        window_bytes: Maximum memory of bytes in transit, over all batches.
+        config: LMCache YAML, recorded in plans.
+        quiet: Whether to hide progress.
     """
 
     until: Deadline

@@ -1,4 +1,4 @@
-"""Make the plan of an export."""
+"""Planning of an export."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WantedChunks:
-    """Which chunks of a source.
+    """Selection of the chunks of a source.
 
     Attributes:
-        selection: As flags state it.
-        now: What `since` counts back from.
-        prompts: Where chunks stand among the prompts, when the choice names some.
+        selection: Selection given by flags.
+        now: Time from which `since` counts back.
+        prompts: Positions of chunks in the selected prompts, if any.
     """
 
     selection: Selection
@@ -42,16 +42,16 @@ class WantedChunks:
     prompts: PromptOrder | None = None
 
     def of(self, source: SourceEndpoint, temp_dir: Path, skipped: Counter[str]) -> Iterator[ChunkRef]:
-        """Stream what is wanted; in order where the choice cuts it: as the prompts have them, or the newest first.
+        """Stream the selected chunks; with a limit, in the order of the prompts or newest first.
 
         Args:
-            source: Where chunks come from.
-            temp_dir: A file to sort in.
-            skipped: What is skipped is counted there: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
+            source: Endpoint to copy from.
+            temp_dir: Directory for temporary sort files.
+            skipped: Counter of skipped objects: ``not_chosen``, ``probe``, ``not_in_bucket``, ``no_chunk``.
 
         Raises:
-            HFBucketError: The listing is not complete.
-            OSError: There is no room to sort in.
+            HFBucketError: If the listing is incomplete.
+            OSError: If the disk has no room for sorting.
         """
         selection, prompts = self.selection, self.prompts
         chunks = self._filtered(source.entries(selection, skipped), skipped)
@@ -78,15 +78,15 @@ class WantedChunks:
 
 
 def prompts_of(selection: Selection, source: InstanceConfig | None, config: Path | None) -> PromptOrder | None:
-    """Where chunks stand among the prompts that a choice names; None where it names none.
+    """Return the positions of chunks in the prompts of a selection; None if it has no prompts.
 
     Args:
-        selection: Which chunks.
-        source: The instance; None for a directory.
-        config: The LMCache YAML, which says how classic engines hash.
+        selection: Selection of the chunks.
+        source: Source instance; None for a directory.
+        config: LMCache YAML, which defines how classic engines hash.
 
     Raises:
-        ConfigError: The prompts cannot be read, or nothing says how they are hashed.
+        ConfigError: If the prompts cannot be read, or the hash scheme is unknown.
     """
     if selection.prompts is None:
         return None
@@ -104,22 +104,22 @@ def prompts_of(selection: Selection, source: InstanceConfig | None, config: Path
 
 
 PAGE: Final = 1000
-"""Keys that are looked up at one time: as many as the Hub takes."""
+"""Number of keys per look-up: the maximum that the Hub accepts."""
 
 _LOOK_UP_SECS: Final = 330.0
-"""A look-up waits out the longest pause that the Hub asks for; that of a directory hashes up to a thousand files."""
+"""Timeout of a look-up in seconds: covers the Hub's longest pause, or the hashing of a thousand files."""
 
 
 class ExportPlanning:
-    """Compares the two endpoints, page by page.
+    """Planner that compares the two endpoints, page by page.
 
     Args:
-        header: Of the plan.
-        source: Where chunks come from.
-        destination: Where they go.
-        on_conflict: What becomes of conflicts.
-        writer: Of the plan.
-        tick: Called for every page: whether to go on.
+        header: Header of the plan.
+        source: Endpoint to copy from.
+        destination: Endpoint to copy to.
+        on_conflict: Action for conflicts.
+        writer: Writer of the plan.
+        tick: Called for every page; what it raises ends the planning.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class ExportPlanning:
         self._chosen = self._same = self._conflicts = Extent()
 
     def run(self, wanted: WantedChunks, temp_dir: Path) -> None:
-        """Write the plan.
+        """Compare the endpoints, and write the plan.
 
         Raises:
-            RenameError: A copy would have no name, or that of another.
-            GuardError: Nothing was chosen.
-            HFBucketError: One of the endpoints could not be listed.
-            OSError: There is no room for it.
+            RenameError: If the name of a copy is invalid or already assigned.
+            GuardError: If nothing is selected.
+            HFBucketError: If an endpoint cannot be listed.
+            OSError: If the disk has no room for the plan.
         """
         skipped: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:

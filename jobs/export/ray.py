@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Copier:
-    """The actor that carries bytes from one instance to another, a window of them at a time."""
+    """Actor that streams bytes from one instance to another, a window at a time."""
 
     def __init__(self, endpoints: Sequence[tuple[str, InstanceSettings]], window_bytes: int, memory_bytes: int) -> None:
         xet_home.claim()
@@ -30,13 +30,13 @@ class _Copier:
         self._mover = Copier(source, destination, CopyMethod.STREAM, window_bytes, memory_bytes)
 
     def tokens(self) -> list[bool]:
-        """Whether its node has a token for each of the two instances."""
+        """Return whether the actor's node has a token for each of the two instances."""
         return [settings.resolve_token() is not None for settings in self._settings]
 
     def attempt(
         self, batch: ItemBatch[CopyItem], _not_after: datetime, seconds: float, _endpoints: None
     ) -> Result[CopyItem] | HFBucketError:
-        """Try at a batch, as `_Deleter` does."""
+        """Make one try at a batch. Errors are returned, because Ray would wrap raised ones."""
         try:
             return self._mover.attempt(batch, seconds)
         except HFBucketError as error:
@@ -44,17 +44,17 @@ class _Copier:
 
 
 class CopyActors(ActorExecutor["CopyItem"]):
-    """Batches of copies on actors, through which the bytes go.
+    """Executor that runs batches of copies on Ray actors, which stream the bytes.
 
     Args:
-        endpoints: Where chunks come from, and where they go.
-        bounds: Most bytes of chunks that one actor fetches at one time, and of a single chunk.
-        width: How many actors.
-        address: Of the cluster; None for the configured one.
+        endpoints: Source and destination.
+        bounds: Maximum bytes of chunks that one actor fetches at a time, and of a single chunk.
+        width: Number of actors.
+        address: Address of the Ray cluster; None for the configured one.
 
     Raises:
-        ConfigError: A token is written into the configuration, or a node lacks its variable.
-        ClusterError: The cluster cannot be joined, or starts no actors.
+        ConfigError: If a token is written into the configuration, or a node lacks its environment variable.
+        ClusterError: If the cluster cannot be joined, or starts no actors.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What came of an export: counted, told in words, and as JSON. Pure."""
+"""Summary of an export: counts, lines for the terminal, and JSON. Pure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from jobs.export.plan import CopyItem, EndpointRef, ExportPlanFile
 
 NAMED_CONFLICTS: Final = 1000
-"""Conflicts that a summary names; the plan names all."""
+"""Maximum number of conflicts that a summary names; the plan names all."""
 
 _TOLD_CONFLICTS: Final = 10
 
 
 def conflict_record(copy_item: CopyItem) -> dict[str, Any]:
-    """A chunk that is not copied, since the destination has something else under its key."""
+    """Return the report line of a chunk that is not copied because its key holds other content at the destination."""
     there = copy_item.replaces
     return {
         "key": copy_item.key,
@@ -38,21 +38,21 @@ def conflict_record(copy_item: CopyItem) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ExportSummary:
-    """What came of an export.
+    """Summary of an export.
 
     Attributes:
-        source: Where chunks came from.
-        destination: Where they went.
+        source: Endpoint copied from.
+        destination: Endpoint copied to.
         code: The exit code.
-        applied: Whether anything was to be copied; a plan that is only shown is not.
-        message: Why it did not end well; empty where it did.
-        plan: The plan, where there is one.
-        method: How bytes were moved, and why so; None where nothing was.
-        ended: How much ended, by outcome.
+        applied: Whether the plan was to be applied; false for a plan that is only shown.
+        message: Why the export failed; empty if it did not.
+        plan: The plan, if there is one.
+        method: Copy method, and the reason for it; None if nothing was copied.
+        ended: Chunks and bytes by outcome.
         failures: The first chunks that failed.
-        conflicts: The first chunks that were not copied for what the destination has under their keys.
-        in_manifest: Chunks in the manifest of a directory that was exported to; None elsewhere.
-        seconds: How long it took.
+        conflicts: The first chunks that were not copied because their keys hold other content at the destination.
+        in_manifest: Number of chunks in the manifest of the destination directory; None for an instance.
+        seconds: Duration of the export.
     """
 
     source: EndpointRef
@@ -70,7 +70,7 @@ class ExportSummary:
 
     @property
     def exit_code(self) -> int:
-        """What the command exits with: 0, 2, 3, 4 or 5."""
+        """Exit code of the command: 0, 2, 3, 4 or 5."""
         return self.code
 
     @property
@@ -80,17 +80,17 @@ class ExportSummary:
 
     @property
     def job(self) -> str:
-        """Which job."""
+        """Name of the job."""
         return JOB
 
     @property
     def instance(self) -> str:
-        """The destination: it is what changes."""
+        """The destination, which is what the job changes."""
         return self.destination.name
 
     @property
     def how(self) -> str | None:
-        """How bytes were moved, where any were."""
+        """Copy method, if anything was copied."""
         if self.method is None:
             return None
         mixed = self.method.how is CopyMethod.COPY_OR_STREAM
@@ -98,18 +98,18 @@ class ExportSummary:
 
     @property
     def planned(self) -> Extent:
-        """What the plan copies."""
+        """Chunks and bytes that the plan copies."""
         return Extent() if self.plan is None else self.plan.items_left
 
     @property
     def moved(self) -> Extent:
-        """What was copied, by the Hub or as bytes."""
+        """Chunks and bytes that were copied, by either method."""
         kinds = [self.ended[one] for one in (CopyOutcome.COPIED, CopyOutcome.STREAMED) if one in self.ended]
         return Extent(sum(one.objects for one in kinds), sum(one.bytes for one in kinds))
 
     @property
     def unfinished(self) -> Extent:
-        """What was planned and has not ended."""
+        """Planned chunks without an outcome."""
         if self.plan is None or not self.applied:
             return Extent()
         left = self.plan.items_left
@@ -118,7 +118,7 @@ class ExportSummary:
         return left
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines of the summary for the terminal."""
         if self.message:
             yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
         if self.plan is None:
@@ -128,7 +128,7 @@ class ExportSummary:
         if totals.conflicts.objects:
             yield from self._reported_conflicts(totals.conflicts)
         if not self.applied:
-            if not self.code:  # what is refused would be refused again
+            if not self.code:  # a refused plan would be refused again
                 yield (
                     f"nothing was copied: this was only planned ({self.plan.items_left}). To carry it out: python -m jobs apply "
                     f"{self.plan.path} --yes"
@@ -149,7 +149,7 @@ class ExportSummary:
             yield f"and {conflicts.objects - _TOLD_CONFLICTS} more, all in {self.plan.path}"
 
     def gauges(self) -> dict[str, float]:
-        """For metrics."""
+        """Gauges for the metrics file, by name."""
         failed = self.ended.get(CopyOutcome.FAILED, Extent())
         return {
             "copied_objects": self.moved.objects,
@@ -159,7 +159,7 @@ class ExportSummary:
         }
 
     def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/export.md`."""
+        """Fields for JSON, described in `docs/export.md`."""
         record: dict[str, Any] = {
             "record": "summary",
             "job": self.job,
@@ -174,7 +174,7 @@ class ExportSummary:
             "why": None if self.method is None else self.method.why,  # its name in release 0.1
         }
         if self.plan is not None:
-            # What ended as `same` while copying was planned; what was so before is not in the plan.
+            # `same` counts copies that were planned; those already present during planning are not in the plan.
             record |= {"plan": str(self.plan.path)} | self.plan.totals.record()
             record |= {"there_already": record.pop("same"), "unfinished": self.unfinished.record()}
         record |= {str(outcome): self.ended.get(outcome, Extent()).record() for outcome in CopyOutcome}
@@ -184,7 +184,7 @@ class ExportSummary:
 
 
 def ask_to_replace(shown: ExportPlanFile) -> bool:
-    """Ask whether to carry out an export that replaces; no answer is none."""
+    """Ask whether to apply an export that replaces; without an answer, return False."""
     replaced, destination = shown.left[REPLACED], shown.header.destination.where
     try:
         return typer.confirm(f"Replace {replaced} in {destination}, for ever?", default=False, err=True)

@@ -1,4 +1,4 @@
-"""What `--from` and `--to` name: an instance of the configuration, or a directory, which is written with a slash."""
+"""Resolution of `--from` and `--to`: an instance of the configuration, or a directory, whose path contains a slash."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSpec:
-    """One end.
+    """Endpoint that an option names.
 
     Attributes:
         named: The instance; None for a directory.
@@ -34,27 +34,27 @@ class EndpointSpec:
 
     @property
     def place(self) -> EndpointRef:
-        """As plans and reports name it."""
+        """Reference to the endpoint in plans and reports."""
         if self.named is None:
             return EndpointRef(None, str(self.directory))
         settings = self.named.settings
         return EndpointRef(self.named.name, str(settings.bucket_handle), settings.endpoint)
 
     def source(self, *, believe_files: bool) -> SourceEndpoint:
-        """Open it to copy from it.
+        """Open the endpoint to copy from it.
 
         Args:
-            believe_files: Whether files of a directory are imported that no manifest vouches for.
+            believe_files: Whether to import files of a directory that no manifest lists.
 
         Raises:
-            ConfigError: There is no such directory.
+            ConfigError: If the directory does not exist.
         """
         if self.named is not None:
             return InstanceEnd(self.named.name, self.named.settings)
         return DirectorySource(self.directory or Path(), believe_files=believe_files)
 
     def destination(self) -> DestinationEndpoint:
-        """Open it to copy to it."""
+        """Open the endpoint to copy to it."""
         if self.named is not None:
             settings = self.named.settings
             return InstanceEnd(self.named.name, settings, may_be_missing=settings.create_bucket_if_missing)
@@ -62,16 +62,16 @@ class EndpointSpec:
 
 
 def endpoint(text: str, option: str, config: Path | None, l2_adapters: Sequence[str]) -> EndpointSpec:
-    """What an option names.
+    """Resolve the value of an option to an endpoint.
 
     Args:
-        text: Its value.
-        option: Its name, for errors.
-        config: The LMCache YAML; None for none.
-        l2_adapters: The JSON of MP adapters.
+        text: Value of the option.
+        option: Name of the option, for errors.
+        config: Path of the LMCache YAML, if any.
+        l2_adapters: JSON of MP adapters.
 
     Raises:
-        ConfigError: It names neither an instance nor a directory.
+        ConfigError: If the value names neither an instance nor a directory.
     """
     if text.startswith(SCHEME):
         raise ConfigError(
@@ -94,13 +94,13 @@ def check_endpoints(endpoints: tuple[EndpointSpec, EndpointSpec], renames: Renam
     """Check that chunks can be copied from one endpoint to the other.
 
     Args:
-        endpoints: Where chunks come from, and where they go.
-        renames: What the copies are called.
-        without_manifest: Whether a directory without a manifest is to be imported.
+        endpoints: Source and destination.
+        renames: Rename rules of the copies.
+        without_manifest: Whether to import a directory without a manifest.
 
     Raises:
-        ConfigError: Both are the same, or the source is no directory to be imported without a manifest.
-        RefusedError: The role of the destination does not write.
+        ConfigError: If both are the same, or `without_manifest` is set for a source that is not a directory.
+        RefusedError: If the role of the destination does not write.
     """
     source, destination = endpoints
     if source.place.same_as(destination.place) and not renames.rules:

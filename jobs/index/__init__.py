@@ -1,1 +1,1 @@
-"""The index job: build, verify, prune."""
+"""Index job: build, verify, prune."""

@@ -1,4 +1,4 @@
-"""Make an index."""
+"""Build and publish a snapshot of a key index."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 _SNAPSHOT: Final = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}\.npy")
-"""As `IndexStore.put_snapshot` names them: what is called otherwise is not ours to delete."""
+"""Names given by `IndexStore.put_snapshot`: objects with other names are never deleted."""
 
 _AHEAD_SECS: Final = 60.0
 
@@ -50,14 +50,14 @@ _AHEAD_SECS: Final = 60.0
 def why_listing(
     pointer: Pointer | None, now: float, every_secs: float, journals: int, max_age_secs: float = math.inf
 ) -> str:
-    """Why a snapshot has to be made of a listing; empty where the one before and the journals will do.
+    """Return why a snapshot must be built from a listing; empty if the previous snapshot and the journals suffice.
 
     Args:
-        pointer: To the present snapshot; None where there is none.
-        now: The Hub's time, in seconds since 1970.
-        every_secs: How old the listing that the present one goes back to may be.
-        journals: How many there are.
-        max_age_secs: `index_max_age_secs`: writers tell nothing of what they do while the present one is older.
+        pointer: Pointer to the current snapshot, if there is one.
+        now: Time of the Hub, in seconds since 1970.
+        every_secs: Maximum age of the listing on which the current snapshot is based.
+        journals: Number of journals.
+        max_age_secs: `index_max_age_secs`: writers record no journals while the current snapshot is older.
     """
     if pointer is None:
         return "there is no snapshot yet"
@@ -75,14 +75,14 @@ def why_listing(
 def spare_snapshots(
     snapshots: Iterable[ObjectInfo], present: str, now: datetime, keep: int, grace: timedelta
 ) -> Iterator[tuple[ObjectInfo, datetime]]:
-    """Snapshots that may go, each with its time.
+    """Yield the snapshots that may be deleted, each with its time.
 
     Args:
-        snapshots: All that there are.
-        present: The path of the one that is pointed to, which always stays.
-        now: The Hub's time.
-        keep: How many stay, that one included; at least 1.
-        grace: None goes that is younger: a reader that found its pointer just now is still loading it.
+        snapshots: All existing snapshots.
+        present: Path of the current snapshot, which always stays.
+        now: Time of the Hub.
+        keep: Number of snapshots to keep, the current one included; at least 1.
+        grace: Minimum age to delete: a reader that has just read an older pointer is still loading its snapshot.
     """
     others = [
         (one, one.uploaded_at)
@@ -96,15 +96,15 @@ def spare_snapshots(
 
 
 def spare_journals(journals: Sequence[Journal], covers: float, now: datetime, grace: timedelta) -> Iterator[Journal]:
-    """Journals that may go: the present snapshot covers them, and they are older than the grace period.
+    """Yield the journals that may be deleted: covered by the current snapshot, and older than the grace period.
 
-    In that time readers may still go by the snapshot before it.
+    Readers may still use the previous snapshot during the grace period.
 
     Args:
-        journals: All that are known.
-        covers: Of the present snapshot.
-        now: The Hub's time.
-        grace: None goes that is younger.
+        journals: All known journals.
+        covers: Coverage of the current snapshot.
+        now: Time of the Hub.
+        grace: Minimum age to delete.
     """
     for journal in journals:
         if journal.at < covers and journal.at <= (now - grace).timestamp():
@@ -114,7 +114,7 @@ def spare_journals(journals: Sequence[Journal], covers: float, now: datetime, gr
 _log = logging.getLogger(__name__)
 
 _TRIES: Final = 3
-"""A writer replaces its last journal while it is about to be read: then all are listed again."""
+"""Maximum number of tries: a writer may replace its last journal before it is read, and then all are listed again."""
 
 _TOLD_SECS: Final = 30.0
 _BLOCK_ROWS: Final = 100_000
@@ -122,20 +122,20 @@ _BLOCK_ROWS: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class IndexOrder:
-    """How an index is to be built.
+    """Settings of an index build.
 
     Attributes:
-        full: Whether to make it of a listing, whether that is due or not; then a pointer that cannot be read is replaced, too.
-        full_every_secs: How old the listing may be that an index goes back to.
-        max_age_secs: `index_max_age_secs` of the instance: with a snapshot that is older a listing is due.
-        keep: How many snapshots stay, the present one included.
-        grace: No old snapshot and no journal is deleted that is younger.
+        full: Whether to build from a listing even if none is due; an unreadable pointer is then also replaced.
+        full_every_secs: Maximum age of the listing on which an index is based.
+        max_age_secs: `index_max_age_secs` of the instance: an older snapshot makes a listing due.
+        keep: Number of snapshots to keep, the current one included.
+        grace: Minimum age of the old snapshots and journals to delete.
         dry_run: Whether to write nothing.
-        accept_shrunk: Whether a listing is believed that is empty or lacks much of what there was.
-        max_duration_secs: When to give up, where `until` does not say.
-        until: The deadline of the whole command, of which this may be one instance of several.
-        lock_secs: How long the lock of a killed run keeps others out.
-        temp_dir: Where snapshots are put together; None for a directory of temporary files.
+        accept_shrunk: Whether to accept a listing that is empty or lacks a large part of what the last run left.
+        max_duration_secs: Maximum duration of the build, if `until` is not set.
+        until: Deadline of the whole command, which may cover several instances.
+        lock_secs: Lifetime of the lock of a killed run.
+        temp_dir: Directory in which snapshots are assembled; None for a directory of temporary files.
     """
 
     full: bool = False
@@ -152,20 +152,20 @@ class IndexOrder:
 
     @property
     def page_secs(self) -> float:
-        """Most seconds of a page of a listing."""
+        """Timeout of a listing page, in seconds."""
         return PAGE_SECS
 
 
 class IndexBuilder:
-    """Makes one snapshot.
+    """Builder of one snapshot.
 
     Args:
-        name: Of the instance, for people.
-        bucket: The instance's.
+        name: Name of the instance, for messages.
+        bucket: Client of the instance's bucket.
         store: Its index.
-        order: How it is to be done.
-        until: When to give up.
-        tick: Called now and then; what it raises ends the work.
+        order: Settings of the build.
+        until: Deadline of the build.
+        tick: Called periodically; what it raises ends the build.
     """
 
     def __init__(
@@ -188,16 +188,16 @@ class IndexBuilder:
         self._reported_at = time.monotonic()
 
     def make(self, found: IndexState, now: datetime, temp_dir: Path) -> tuple[BuiltSnapshot, IndexBuild]:
-        """Make a snapshot, of journals where that will do.
+        """Build a snapshot, from journals if they suffice.
 
         Args:
-            found: What there is.
-            now: The Hub's time.
-            temp_dir: For files: empty, and nobody else's.
+            found: State of the index.
+            now: Time of the Hub.
+            temp_dir: Empty directory for files, used by no other process.
 
         Raises:
-            GuardError: The listing looks wrong.
-            HFBucketError: Something did not arrive.
+            GuardError: If the listing fails a safety check.
+            HFBucketError: If an object or a listing cannot be read.
         """
         why = "--full asked for it" if self._order.full else ""
         why = why or why_listing(
@@ -216,10 +216,10 @@ class IndexBuilder:
         return built, IndexBuild(how, why, keys, None, size, same=False, journals=found.waiting, garbage=built.garbage)
 
     def _of_journals(self, temp_dir: Path) -> tuple[BuiltSnapshot | None, str]:
-        """A snapshot of the one before and the journals; or why that one cannot be gone by.
+        """Build a snapshot from the previous one and the journals; return it, or the reason why a listing is needed.
 
         Raises:
-            HFBucketError: Something did not arrive.
+            HFBucketError: If an object or a listing cannot be read.
         """
         problem: HFBucketError | None = None
         for number in range(_TRIES):
@@ -230,7 +230,7 @@ class IndexBuilder:
                 return build.from_journals(self._bucket, self._store, directory, REQUEST_SECS), ""
             except (MissingError, IntegrityError) as error:
                 problem = error
-            except TransportError as error:  # hf_xet does not always say that the store lacks something
+            except TransportError as error:  # hf_xet does not always report a missing content as such
                 if number == _TRIES - 1 and problem is None:
                     raise
                 _log.warning("the snapshot before, or a journal, could not be read: %s", error)
@@ -252,10 +252,10 @@ class IndexBuilder:
         return build.from_listing(self._bucket, temp_dir, self._order.page_secs, page, each, store=self._store)
 
     def _judge(self, keys: Extent) -> None:
-        """Refuse a listing that cannot be all of it, by what the last run of any job left.
+        """Refuse a listing that cannot be complete, judged by what the last run of any job left.
 
         Raises:
-            GuardError: It is empty, truncated, or has less than half of what there was.
+            GuardError: If the listing is empty, truncated, or has less than half of what the last run left.
         """
         accepted = self._order.accept_shrunk
         last = None if accepted else report.last_run(self._bucket, REQUEST_SECS, builds=True)
@@ -271,14 +271,14 @@ class IndexBuilder:
     def publish(
         self, found: IndexState, built: BuiltSnapshot, lock: BucketLock, temp_dir: Path
     ) -> tuple[Pointer, bool]:
-        """Upload the snapshot, read it back, and point to it if the lock is still ours.
+        """Upload the snapshot, read it back, and publish its pointer if the lock is still held.
 
         Returns:
-            The pointer, and whether it names the same snapshot as before, since nothing has changed.
+            The pointer, and whether it names the previous snapshot because nothing has changed.
 
         Raises:
-            LockLostError: It is not: the snapshot before stays in use.
-            HFBucketError: It is not published, or nobody knows.
+            LockLostError: If the lock is lost; the previous snapshot stays in use.
+            HFBucketError: If the snapshot is not published, or this is unknown.
         """
         before = self._unchanged(found, built)
         if before is not None:
@@ -289,7 +289,7 @@ class IndexBuilder:
             )  # fmt: skip
         else:
             pointer = build.put(self._store, built, self._until)
-        try:  # readers are sent to nothing that cannot be read
+        try:  # the pointer must name a snapshot that can be read
             build.fetch_snapshot(self._bucket, self._store, pointer, temp_dir / "read-back.npy", self._until)
         except MissingError as error:
             raise TransportError(f"the snapshot was stored and cannot be read: {error}: nothing is published") from None
@@ -297,13 +297,13 @@ class IndexBuilder:
             seconds = lock.confirm(patient=True)
             try:
                 self._store.publish(pointer, Deadline.after(min(REQUEST_SECS, seconds)))
-            except ThrottledError as error:  # when the pause is over, the lock may not be ours any more
+            except ThrottledError as error:  # the lock may be lost by the end of the pause
                 self._until.wait_out(error)
             else:
                 return pointer, before is not None
 
     def _unchanged(self, found: IndexState, built: BuiltSnapshot) -> Pointer | None:
-        """The pointer before, where its snapshot is there and has the very same bytes."""
+        """Return the previous pointer if its snapshot exists with identical bytes."""
         before = found.pointer
         if before is None or (before.size, before.keys) != (built.path.stat().st_size, built.keys):
             return None
@@ -313,14 +313,14 @@ class IndexBuilder:
         return before if any(info.path == path for info in found.listing.snapshots) else None
 
     def expect(self, pointer: Pointer) -> ContentId:
-        """Make sure that readers find it.
+        """Verify that readers find a published pointer.
 
         Returns:
-            The content of the pointer's object.
+            Content of the pointer's object.
 
         Raises:
-            TransportError: They find another one.
-            HFBucketError: Nobody knows.
+            TransportError: If readers find another pointer.
+            HFBucketError: If the pointer cannot be read.
         """
         path = self._bucket.handle.join(POINTER)
         info = self._bucket.stat([path], Deadline.patient(REQUEST_SECS)).get(path)
@@ -330,7 +330,7 @@ class IndexBuilder:
 
 
 def extent_of(path: Path) -> Extent:
-    """How many keys a snapshot has, and the sum of the sizes of their objects; a block of it at a time."""
+    """Return the number of keys of a snapshot and the bytes of their objects; the file is read in blocks."""
     with path.open("rb") as file:
         header = read_header(file, str(path))
         nbytes = 0

@@ -1,4 +1,4 @@
-"""What lies below `.hfbucket/index/` of an instance, as its builder and `status` look at it: one listing, and the pointer."""
+"""State of an instance's `.hfbucket/index/`, from one listing and the pointer, for the builder and `status`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NAMED_STRANGE: Final = 100
 
 @dataclass(slots=True)
 class IndexState:
-    """What there is of an index.
+    """State of a key index.
 
     Attributes:
-        listing: The objects, but for those that are only counted here.
-        pointer: To the present snapshot; None where there is none that can be read.
-        unknown: Why not, where there is one: it is of a newer version, or garbage.
-        more_journals: Journals beyond the first `MAX_JOURNALS` of the listing, which are counted only.
-        strange: Objects that are none of an index; the first are in the listing.
+        listing: The objects, except those that are only counted.
+        pointer: Pointer to the current snapshot; None if there is none, or it cannot be read.
+        unknown: Why an existing pointer cannot be read: a newer version, or invalid content.
+        more_journals: Number of journals beyond the first `MAX_JOURNALS` of the listing.
+        strange: Number of objects that do not belong to an index; the first ones are in the listing.
     """
 
     listing: IndexListing = field(default_factory=IndexListing)
@@ -41,20 +41,20 @@ class IndexState:
 
     @property
     def journals(self) -> int:
-        """How many journals there are."""
+        """Number of journals."""
         return len(self.listing.journals) + self.more_journals
 
     @property
     def waiting(self) -> int:
-        """How many the present snapshot does not cover, as far as they are known."""
+        """Number of known journals that the current snapshot does not cover."""
         covers = 0.0 if self.pointer is None else self.pointer.covers
         return self.more_journals + sum(journal.at >= covers for journal in self.listing.journals)
 
     def line(self, now: datetime) -> str:
-        """For people.
+        """Return the state as a line for the terminal.
 
         Args:
-            now: The Hub's time.
+            now: Time of the Hub.
         """
         pointer = self.pointer
         if pointer is None:
@@ -69,10 +69,10 @@ class IndexState:
         )
 
     def record(self, now: float) -> dict[str, Any]:
-        """For JSON.
+        """Return the fields for JSON.
 
         Args:
-            now: The Hub's time, in seconds since 1970.
+            now: Time of the Hub, in seconds since 1970.
         """
         pointer, listing = self.pointer, self.listing
         reason = self.unknown or (pointer.ahead_of(now) if pointer is not None else "")
@@ -94,17 +94,17 @@ class IndexState:
 def look(
     bucket: Bucket, store: IndexStore, page_secs: float, request_secs: float, each_page: Callable[[], None]
 ) -> IndexState:
-    """List the index, and read its pointer. Memory is bounded, whatever lies there.
+    """List an index, and read its pointer. Memory is bounded for any number of objects.
 
     Args:
-        bucket: The instance's.
+        bucket: Client of the instance's bucket.
         store: Its index.
-        page_secs: Most seconds of a page.
-        request_secs: Most seconds of reading the pointer.
+        page_secs: Timeout of a listing page, in seconds.
+        request_secs: Timeout of the pointer's read, in seconds.
         each_page: Called before each page; what it raises ends the listing.
 
     Raises:
-        HFBucketError: A page did not come, or the pointer did not arrive whole.
+        HFBucketError: If a page or the pointer cannot be read.
     """
     handle, found = bucket.handle, IndexState()
     journals = handle.join(f"{JOURNALS}/")
@@ -121,16 +121,16 @@ def look(
             found.pointer = store.read_pointer(found.listing.pointer, Deadline.patient(request_secs))
         except FormatError as error:
             found.unknown = str(error)
-        except MissingError:  # somebody else published meanwhile, or the store lost it
+        except MissingError:  # another builder has published, or the store has lost the content
             return found
     return found
 
 
 def state(bucket: Bucket, page_secs: float, request_secs: float) -> IndexState | str:
-    """What there is of an index, for those who only tell of it.
+    """Return the state of an index, for display only.
 
     Returns:
-        Or why nobody knows.
+        The state, or the reason why it is unknown.
     """
     store = IndexStore(bucket, "status")
     try:

@@ -1,7 +1,8 @@
 """One build of the key index of an instance: lock → snapshot → guards → publication → pruning → report.
 
-Nothing but objects below `.hfbucket/index/` is written or deleted, beside the lock and the report. Whatever ends a build before
-its pointer is written leaves the snapshot before in use; whatever ends it afterwards leaves old objects for the next one.
+Only objects below `.hfbucket/index/`, the lock and the report are written or deleted. A build that ends before its
+pointer
+is written leaves the previous snapshot in use; one that ends afterwards leaves old objects to the next build.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ if TYPE_CHECKING:
     from jobs.report import ReportFile
 
 _TELL: Final = 1.5
-"""Times the interval of journals, within which a writer has told of what it did: it waits for that long, and a journal takes time."""
+"""Journal intervals within which a writer records a change: it waits one interval, and uploads take time."""
 
 
 class IndexJob:
-    """A build.
+    """Index job of one instance.
 
     Args:
         named: The instance.
-        order: How it is to be done.
-        file: Where it is told of every object that is deleted, and of the end.
-        stop: Whether to stop.
+        order: Settings of the build.
+        file: Report file, with a line for every deleted object, and a summary.
+        stop: Signal that requests a stop.
     """
 
     def __init__(self, named: InstanceConfig, order: IndexOrder, file: ReportFile, stop: ShutdownSignal) -> None:
@@ -74,18 +75,18 @@ class IndexJob:
         self._message = ""
 
     def run(self) -> IndexSummary:
-        """Build it, and report however that ends."""
+        """Build the index, and report the end, also after an error."""
         return self._reported(self._locked)
 
     def verify(self) -> IndexSummary:
-        """Compare it, as a reader sees it, with a listing; nothing is written."""
+        """Compare the index, as a reader sees it, with a listing; write nothing."""
         return self._reported(self._verify)
 
     def _reported(self, work: Callable[[Bucket, IndexStore], int]) -> IndexSummary:
         try:
             with patience(self._until):
                 code = self._with_bucket(work)
-        except (Interrupted, Exception) as error:  # noqa: BLE001 - each instance is done whatever becomes of the others
+        except (Interrupted, Exception) as error:  # noqa: BLE001 - a failed instance does not stop the others
             code, message = failure_of(error, self._stop, self._until)
             self._message = message or self._message
         summary = self._summary(code)
@@ -159,7 +160,8 @@ class IndexJob:
         code = self._prune(bucket, found, pointer, content, lock)
         return self._keep(bucket, made.keys, code)
 
-    # --- verifying it ---------------------------------------------------------------------------------------------------
+    # --- verification
+    # ---------------------------------------------------------------------------------------------------
 
     def _verify(self, bucket: Bucket, store: IndexStore) -> int:
         settings = self._named.settings
@@ -184,14 +186,15 @@ class IndexJob:
                 return exit_codes.FAILED
         return exit_codes.FAILED if found.total else exit_codes.COMPLETE
 
-    # --- afterwards -----------------------------------------------------------------------------------------------------
+    # --- after publication
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def _limits(self) -> PruneLimits:
         return PruneLimits(self._order.keep, self._order.grace, self._until)
 
     def _prune(self, bucket: Bucket, found: IndexState, pointer: Pointer, content: ContentId, lock: BucketLock) -> int:
-        """Delete what nobody needs any more; whatever becomes of that, the index is published."""
+        """Delete unneeded snapshots and journals; a failure does not affect the published index."""
         present = bucket.handle.join(f"{SNAPSHOTS}/{pointer.snapshot}")
         items = list(spare(found, present, pointer.covers, lock.clock.earliest(), self._limits))
         self._spare = _extent(items)
@@ -211,7 +214,7 @@ class IndexJob:
         return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
 
     def _keep(self, bucket: Bucket, keys: Extent, code: int) -> int:
-        """Keep the report in the bucket: the next build judges its listing by it."""
+        """Store the report in the bucket: the next build checks its listing against it."""
         try:
             report.keep(bucket, self._summary(code), keys, REQUEST_SECS)
         except HFBucketError as error:
@@ -229,5 +232,5 @@ def _extent(items: Iterable[Item]) -> Extent:
 
 
 def _now(clock: ServerClock) -> datetime:
-    """The Hub's time, as far as it tells it: for ages of a snapshot, whose own times are the Hub's."""
+    """Return the Hub's time if known, for the age of a snapshot, whose times are the Hub's."""
     return clock.earliest() if clock.known else datetime.now(UTC)

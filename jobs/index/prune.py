@@ -1,4 +1,4 @@
-"""Takes old snapshots and journals of a key index away, by the same steps as any delete: a look at each object just before."""
+"""Pruning of old snapshots and journals of a key index; like any delete, it looks up each object just before."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 SNAPSHOT: Final = "old-snapshot"
 JOURNAL: Final = "covered-journal"
-"""Reasons, as reports name them."""
+"""Reasons, as they appear in reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class PruneLimits:
-    """What stays.
+    """Limits of pruning.
 
     Attributes:
-        keep: How many snapshots, the present one included.
-        grace: What is younger.
-        until: When to begin no more.
+        keep: Number of snapshots to keep, the current one included.
+        grace: Minimum age of the objects to delete.
+        until: Deadline after which no delete starts.
     """
 
     keep: int
@@ -47,14 +47,14 @@ class PruneLimits:
 
 
 def spare(found: IndexState, present: str, covers: float, now: datetime, limits: PruneLimits) -> Iterator[Item]:
-    """What nobody needs any more.
+    """Yield the snapshots and journals that are no longer needed.
 
     Args:
-        found: What was listed before the present snapshot was published.
-        present: The path of the present snapshot; empty for one that is not there yet.
-        covers: Of the present snapshot.
-        now: The Hub's time.
-        limits: What stays.
+        found: State listed before the current snapshot was published.
+        present: Path of the current snapshot; empty if it is not published yet.
+        covers: Coverage of the current snapshot.
+        now: Time of the Hub.
+        limits: Limits of pruning.
     """
     for info, at in spare_snapshots(found.listing.snapshots, present, now, limits.keep, limits.grace):
         yield Item(info.path, info.path, info.content.xet_hash, info.content.size, at, SNAPSHOT)
@@ -73,15 +73,15 @@ def prune(
     on_end: Callable[[ItemOutcome[Item]], None],
     stop: ShutdownSignal,
 ) -> ApplyResult:
-    """Delete what is still as it was listed, as long as the lock is held and the pointer is the one that was published.
+    """Delete items that are still as listed, while the lock is held and the published pointer is unchanged.
 
     Args:
-        bucket: The instance's.
-        lock: Held.
-        items: What may go.
-        pointer: The content of the published pointer.
-        limits: What stays.
-        on_end: Is told of every object that has ended.
+        bucket: Client of the instance's bucket.
+        lock: The lock, held.
+        items: Objects that may be deleted.
+        pointer: Content of the published pointer.
+        limits: Limits of pruning.
+        on_end: Called with the outcome of every object.
         stop: Whether to stop.
     """
     path = bucket.handle.join(POINTER)

@@ -1,4 +1,4 @@
-"""What came of a build of a key index, or of its verification."""
+"""Summary of a build of a key index, or of its verification."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class IndexBuild:
-    """What a build made.
+    """Result of a build.
 
     Attributes:
-        how: `listing` or `journals`: of what the snapshot was made.
-        why: Why of a listing; empty where it was made of the snapshot before and of journals.
-        keys: The objects that it knows, and their bytes.
-        pointer: To it, once it is published; None before, and where nothing was to be.
-        file_bytes: Of the snapshot.
-        same: Whether nothing had changed, so that the object of the snapshot before serves on.
-        journals: How many there were beside the snapshot before.
-        garbage: Of these, how many are none, and were passed over.
+        how: Source of the snapshot: `listing` or `journals`.
+        why: Why a listing was used; empty if the snapshot was built from the previous one and journals.
+        keys: Indexed objects, and their bytes.
+        pointer: Pointer to the snapshot once published; None before, and for a dry run.
+        file_bytes: Size of the snapshot in bytes.
+        same: Whether nothing had changed, so that the previous snapshot stays in use.
+        journals: Number of journals read in addition to the previous snapshot.
+        garbage: Number of those that are invalid, and were skipped.
     """
 
     how: str
@@ -46,21 +46,21 @@ class IndexBuild:
 
 @dataclass(frozen=True, slots=True)
 class IndexSummary:
-    """What came of it for one instance.
+    """Summary of an index job on one instance.
 
     Attributes:
-        instance: Which.
-        bucket: Its handle.
+        instance: Name of the instance.
+        bucket: Handle of its bucket.
         code: The exit code.
-        dry_run: Whether nothing was to be written.
-        message: Why it did not end well; empty where it did.
-        made: What was made, if anything.
-        differences: What a verification found; None where none was asked for, or it did not come to an end.
-        spare: Old snapshots and journals that nobody needs any more.
-        ended: What became of these, by outcome.
+        dry_run: Whether the job was to write nothing.
+        message: Why the job failed; empty if it did not.
+        made: Result of the build, if any.
+        differences: Result of a verification; None if none was requested, or it did not complete.
+        spare: Old snapshots and journals that are no longer needed.
+        ended: Those by outcome.
         failures: The first objects that failed.
-        strange: Objects below `.hfbucket/index/` that are none of an index; they stay.
-        seconds: How long it took.
+        strange: Number of objects below `.hfbucket/index/` that do not belong to an index; they stay.
+        seconds: Duration of the job.
     """
 
     instance: str
@@ -78,19 +78,19 @@ class IndexSummary:
 
     @property
     def job(self) -> str:
-        """Which job."""
+        """Name of the job."""
         return INDEX
 
     @property
     def unfinished(self) -> Extent:
-        """What was to be deleted and has not ended."""
+        """Objects to delete without an outcome."""
         left = Extent() if self.dry_run else self.spare
         for extent in self.ended.values():
             left = left.minus(extent)
         return left
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines of the summary for the terminal."""
         if self.message:
             yield f"{exit_codes.RESULTS[self.code]}: {self.message}"
         if self.made is not None:
@@ -112,7 +112,7 @@ class IndexSummary:
         return f"{done}: {count(made.keys.objects, 'key')} ({size(made.file_bytes)}), made of {source}{same}{garbage}"
 
     def gauges(self) -> dict[str, float]:
-        """For metrics."""
+        """Gauges for the metrics file, by name."""
         deleted, failed = (self.ended.get(outcome, Extent()) for outcome in (Outcome.DELETED, Outcome.FAILED))
         known: dict[str, float] = {
             "deleted_objects": deleted.objects,
@@ -129,7 +129,7 @@ class IndexSummary:
         return known
 
     def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/index.md`."""
+        """Fields for JSON, described in `docs/index.md`."""
         record: dict[str, Any] = {
             "record": "summary",
             "job": self.job,
