@@ -1,12 +1,9 @@
-"""The canary of a check: running vLLM engines are asked prompts, and have to say that they took them from the cache.
+"""Canary of a check: send prompts to running vLLM engines, which must report that the tokens came from the cache.
 
-That chunks lie in a tier is not yet a hit: an engine may look elsewhere, hash otherwise, or be of another model. What an
-engine answers in `usage.prompt_tokens_details.cached_tokens` of `POST /v1/completions` is what it did not compute.
-vLLM tells it when it is started with `--enable-prompt-tokens-details` (0.30 also where it is 0; older versions leave that out).
-
-A prompt that was asked is in the engine's own prefix cache (and, as a rule, stored through LMCache): asked a second time
-it hits, whatever the tier holds. So each prompt is asked once, and a canary that is to be trusted asks prompts that this
-engine has not had since it started.
+Chunks in a tier do not guarantee hits: an engine may read elsewhere, hash differently, or serve another model. vLLM reports
+cached tokens in `usage.prompt_tokens_details.cached_tokens` of `POST /v1/completions` with `--enable-prompt-tokens-details`
+(versions before 0.30 omit a count of 0). A prompt that was sent is in the engine's prefix cache, and usually in LMCache, and
+then hits whatever the tier holds: so each is sent once, and should be new to the engine since its start.
 """
 
 from __future__ import annotations
@@ -36,33 +33,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 FLAG: Final = "--enable-prompt-tokens-details"
-"""Of vLLM."""
+"""Option of vLLM that makes it report cached tokens."""
 
 DEFAULT_REQUIRE: Final = 0.9
 NAMED: Final = 1000
-"""Cold prompts in the record."""
+"""Maximum number of cold prompts in the record."""
 
 _COLD: Final = ("engine", "prompt", "cached_tokens", "tokens")
 _LOGGED: Final = 20
 _AT_ONCE: Final = 32
-"""Engines that are asked at one time; each has one prompt at a time."""
+"""Engines that are tested at the same time; each gets one prompt at a time."""
 
 _ANSWER_SECS: Final = 300.0
-"""What is not cached is computed: a long prompt takes an engine that is busy a minute."""
+"""Seconds to wait for an answer: a busy engine needs a minute to compute a long prompt that is not cached."""
 
 _TICK_SECS: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """What is asked of whom.
+    """Prompts and engines of a canary.
 
     Attributes:
-        prompts: A file as of `--prompts`.
-        engines: Addresses of engines' HTTP servers; with placeholders, one for each node.
-        require: The part of each prompt's full chunks that has to come from the cache, from 0 to 1.
-        key_env: Name of the variable with the engines' API key; None for none.
-        chunk_tokens: Tokens of a chunk, as the engines have it.
+        prompts: Path of a file in the format of `--prompts`.
+        engines: Addresses of the engines' HTTP servers; an address with placeholders yields one for each node.
+        require: Part of each prompt's full chunks that must come from the cache, from 0 to 1.
+        key_env: Name of the environment variable with the engines' API key; None for no key.
+        chunk_tokens: Tokens of a chunk in the engines' configuration.
     """
 
     prompts: Path
@@ -73,10 +70,10 @@ class Canary:
 
     @classmethod
     def read(cls, prompts: Path | None, engines: Sequence[str], require: float, key_env: str | None) -> Canary | None:
-        """What flags say; None where they say nothing.
+        """Make a canary from the values of options; return None if none is given.
 
         Raises:
-            ConfigError: They say half of it, or something wrong.
+            ConfigError: The options are incomplete or invalid.
         """
         if prompts is None and not engines:
             return None
@@ -93,14 +90,14 @@ class Canary:
             raise ConfigError(f"--canary-require {require} is no share from 0 to 1")
         if not sum(
             1 for _ in read_prompts(prompts, "--canary")
-        ):  # the whole file: what is wrong with it is told before
+        ):  # read the whole file, so that errors are reported before any prompt is sent
             raise ConfigError(f"--canary {str(prompts)!r} holds no prompt")
         if key_env is not None and not os.environ.get(key_env):
             raise ConfigError(f"--engine-key-env: the environment variable {key_env} is not set")
         return cls(prompts, tuple(engines), require, key_env)
 
     def addresses(self, places: Iterable[NodeInfo]) -> list[str]:
-        """The engines to ask, each once.
+        """Return the addresses of the engines to test, each once.
 
         Raises:
             ConfigError: A node has no value for a placeholder.
@@ -112,17 +109,17 @@ class Canary:
 
 @dataclass(slots=True)
 class EngineFound:
-    """What one engine answered.
+    """Result of the canary on one engine.
 
     Attributes:
-        engine: Its address.
-        prompts: Prompts with a full chunk that it was asked.
-        too_short: Prompts without one, which it was not asked.
-        tokens: Of the full chunks of the prompts.
-        cached_tokens: Those of them that came from the cache.
-        share: The least share of a prompt; 1 of none.
-        error: Why it could not be asked; None when it could.
-        cold: The prompts below what is required, by their place in the file, with tokens and those cached.
+        engine: Address of the engine.
+        prompts: Number of prompts with a full chunk, which were sent.
+        too_short: Number of prompts without a full chunk, which were not sent.
+        tokens: Tokens of the full chunks of the prompts.
+        cached_tokens: Tokens of these that came from the cache.
+        share: Lowest cached share of a prompt; 1 without prompts.
+        error: Why the engine could not be tested; None if it was.
+        cold: Prompts below the required share: their number in the file, tokens and cached tokens.
     """
 
     engine: str
@@ -146,23 +143,23 @@ class EngineFound:
 
 
 def full_chunk_tokens(length: int, chunk_tokens: int) -> int:
-    """The tokens of a prompt that can come from the cache: its full chunks, less one that ends with its last token.
+    """Return the number of tokens that can come from the cache: those of full chunks that end before the last token.
 
-    An engine computes at least one token to have something to go on from, and some give up the whole chunk for it.
+    An engine computes at least one token to continue from, and some recompute the whole chunk for it.
     """
     return max(0, length - 1) // chunk_tokens * chunk_tokens
 
 
 def ask_engines(canary: Canary, places: Iterable[NodeInfo], stop: Stop) -> dict[str, Any]:
-    """Ask all engines all prompts.
+    """Send all prompts to all engines.
 
     Args:
-        canary: What and whom.
-        places: The nodes.
+        canary: Prompts and engines.
+        places: Identities of the nodes.
         stop: Whether to stop.
 
     Returns:
-        What was found, ready for JSON, with the `exit_code` that it stands for; see `docs/warm.md`.
+        The findings, ready for JSON, with their `exit_code`; see `docs/warm.md`.
 
     Raises:
         ConfigError: A node has no value for a placeholder.
@@ -180,7 +177,7 @@ def ask_engines(canary: Canary, places: Iterable[NodeInfo], stop: Stop) -> dict[
 
 
 def _wait(future: futures.Future[None], stop: Stop) -> None:
-    """Wait until an engine was asked, or there is an order to stop: an answer in progress is left behind."""
+    """Wait until an engine was tested or the run must stop; an answer in progress is then abandoned."""
     while not stop.requested:
         if futures.wait([future], _TICK_SECS).done:
             future.result()
@@ -188,7 +185,7 @@ def _wait(future: futures.Future[None], stop: Stop) -> None:
 
 
 def _ask_engine(canary: Canary, found: EngineFound, stop: Stop) -> None:
-    """Ask one engine; what goes wrong is told in `found`."""
+    """Test one engine; errors are recorded in `found`."""
     key = None if canary.key_env is None else os.environ.get(canary.key_env)
     try:
         with EngineHTTP(found.engine, key) as engine:
@@ -209,11 +206,11 @@ def _ask_engine(canary: Canary, found: EngineFound, stop: Stop) -> None:
 
 
 def _ask_prompts(canary: Canary, engine: EngineHTTP, found: EngineFound, stop: Stop) -> int:
-    """Ask one engine the prompts, one after the other; returns how many answers did not tell of cached tokens.
+    """Send the prompts to one engine, one after the other; return how many answers lack the number of cached tokens.
 
     Raises:
-        EngineError: It does not answer, or not as vLLM does; the message says at which prompt.
-        ConfigError: It refuses a prompt; the message says which. Or it is asked for what it does not serve.
+        EngineError: The engine does not answer, or not as vLLM does; the message names the prompt.
+        ConfigError: The engine refuses a prompt, which the message names, or does not serve the prompt's model.
     """
     silent = 0
     served = _served(engine)
@@ -226,7 +223,10 @@ def _ask_prompts(canary: Canary, engine: EngineHTTP, found: EngineFound, stop: S
             continue
         try:
             cached = _cached_tokens(engine, _model(found.engine, prompt, served), prompt)
-        except (ConfigError, EngineError) as error:  # one may be the end of an engine: the next would be blamed for it
+        except (
+            ConfigError,
+            EngineError,
+        ) as error:  # stop here: if this prompt crashed the engine, the next would be blamed
             raise type(error)(f"prompt {number}: {error}") from None
         silent += cached is None
         found.add(number, tokens, cached or 0, canary.require)
@@ -234,10 +234,10 @@ def _ask_prompts(canary: Canary, engine: EngineHTTP, found: EngineFound, stop: S
 
 
 def _served(engine: EngineHTTP) -> list[dict[str, Any]]:
-    """The models of an engine.
+    """Return the models of an engine.
 
     Raises:
-        EngineError: It does not answer, or tells none.
+        EngineError: The engine does not answer, or reports no model.
     """
     models = engine.ask("GET", "/v1/models").get("data")
     listed = models if isinstance(models, list) else []
@@ -248,12 +248,12 @@ def _served(engine: EngineHTTP) -> list[dict[str, Any]]:
 
 
 def _model(address: str, prompt: Prompt, served: Sequence[dict[str, Any]]) -> str:
-    """What an engine calls the model of a prompt: it may serve it under another name than that of its files.
+    """Return the engine's name of a prompt's model, which may differ from the name of the model's files.
 
     Raises:
-        ConfigError: It does not serve it, or several and the prompt does not say which.
+        ConfigError: The engine does not serve the model, or serves several and the prompt names none.
     """
-    base = [one for one in served if not one.get("parent")]  # adapters have keys of their own
+    base = [one for one in served if not one.get("parent")]  # without adapters, whose chunks have other keys
     fitting = [one for one in served if prompt.model in (one["id"], one.get("root"))] if prompt.model else base
     if prompt.model and fitting:
         return str(fitting[0]["id"])
@@ -266,13 +266,13 @@ def _model(address: str, prompt: Prompt, served: Sequence[dict[str, Any]]) -> st
 
 
 def _cached_tokens(engine: EngineHTTP, model: str, prompt: Prompt) -> int | None:
-    """Ask a prompt; how many of its tokens were cached, None where the answer does not say.
+    """Send a prompt; return how many of its tokens were cached, or None if the answer lacks the number.
 
     Raises:
-        EngineError: It does not answer, or not as vLLM does.
-        ConfigError: It refuses the prompt.
+        EngineError: The engine does not answer, or not as vLLM does.
+        ConfigError: The engine refuses the prompt.
     """
-    # Without the salt that its chunks were stored with, no prompt hits; with any other one, none would either.
+    # A prompt hits only with the salt with which its chunks were stored.
     salted = {} if not prompt.cache_salt else {"cache_salt": prompt.cache_salt}
     body = {"model": model, "prompt": prompt.token_ids, "max_tokens": 1, "temperature": 0, **salted}
     usage = engine.ask("POST", "/v1/completions", body, _ANSWER_SECS).get("usage")

@@ -1,4 +1,4 @@
-"""`check`: how warm every node is, tier by tier, without writing anything; and the gate that it is."""
+"""The `check` of a warm-up: how warm each tier of each node is, read-only, and whether that passes the required share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NAMED: Final = 1000
-"""Chunks that are named at most for each reason."""
+"""Maximum number of chunks named for each reason."""
 
 _PROVEN: Final = {
     exit_codes.COMPLETE: "warm",
@@ -38,24 +38,24 @@ _PROVEN: Final = {
     exit_codes.USAGE: "unproven",
     exit_codes.INTERRUPTED: "interrupted",
 }
-"""What engines make of tiers that are warm, by the exit code that their answers stand for."""
+"""Results of the engines' answers after the tiers passed, by exit code."""
 
 
 @dataclass(slots=True)
 class NodeCheck:
-    """What a check found in one tier of one node.
+    """Findings of a check in one tier of one node.
 
     Attributes:
-        tier: Its name.
-        id: The node's, Ray's.
-        name: The node's, for people.
-        selected: Chunks that the node is to hold.
-        ranks: The workers whose chunks these are; None for all.
-        right: Chunks that are there as the plan has them.
-        wrong: Chunks in whose place is something else.
-        missing: Chunks that are not there.
-        unknown: Chunks that could not be looked at.
-        error: Why the node took no part, or was lost; None when it was neither.
+        tier: Name of the tier.
+        id: Ray's id of the node.
+        name: Name of the node.
+        selected: Number of chunks that the node should hold.
+        ranks: Workers whose chunks these are; None for all.
+        right: Number of chunks that are present as planned.
+        wrong: Number of chunks in whose place there is other content.
+        missing: Number of chunks that are absent.
+        unknown: Number of chunks that could not be checked.
+        error: Why the node took no part or was lost; None if neither.
     """
 
     tier: str
@@ -83,17 +83,17 @@ class NodeCheck:
 
     @property
     def share(self) -> float:
-        """Of the chunks that the node is to hold, the part that is right; of none, all of it."""
+        """Right chunks as a share of the chunks that the node should hold; 1 if it should hold none."""
         return self.right / self.selected if self.selected else 1.0
 
 
 class CheckReport:
-    """Collects what a check finds.
+    """Collects the findings of a check.
 
     Args:
-        require: The share of right chunks that each tier of each node must have.
-        unassigned: How many chunks no node takes: with any, the nodes are not warm.
-        compared_with: What says which contents are right, ready for JSON.
+        require: Share of right chunks that each tier of each node must have.
+        unassigned: Number of chunks that no node gets; the check fails if there are any.
+        compared_with: Source of the expected contents, ready for JSON.
     """
 
     def __init__(self, require: float, unassigned: int = 0, compared_with: dict[str, Any] | None = None) -> None:
@@ -104,7 +104,7 @@ class CheckReport:
         self.named: dict[str, list[dict[str, str]]] = {"wrong": [], "unknown": []}
 
     def watch(self, tier: str, nodes: Iterable[Assignment], expected: dict[str, Share]) -> TierWatch:
-        """The listener of a driver that looks into one tier."""
+        """Return the listener for a driver that checks one tier."""
         checks = {}
         for one in nodes:
             share = expected[one.node.id]
@@ -113,7 +113,7 @@ class CheckReport:
         return TierWatch(checks, self.named)
 
     def record(self, *, stopped: bool) -> dict[str, Any]:
-        """The report, ready for JSON; its fields are described in `docs/warm.md`."""
+        """Return the report, ready for JSON; its fields are described in `docs/warm.md`."""
         least = min((check.share for check in self.found), default=0.0)
         seen = all(check.right + check.wrong + check.missing + check.unknown == check.selected for check in self.found)
         if stopped and not seen:
@@ -138,13 +138,13 @@ class CheckReport:
 
 @dataclass(frozen=True, slots=True)
 class TierWatch:
-    """The listener of a driver that looks into one tier."""
+    """Listener for a driver that checks one tier."""
 
     checks: dict[str, NodeCheck]
     named: dict[str, list[dict[str, str]]]
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        """Count a chunk, and name it when something is wrong with it."""
+        """Count a chunk, and name it if it is not right."""
         if isinstance(outcome, Failed) and outcome.kind == INTERRUPTED:
             return
         check = self.checks[node]
@@ -155,18 +155,18 @@ class TierWatch:
                 names.append({"tier": check.tier, "node": node, "key": outcome.key, "message": outcome.message})
 
     def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        """A check does not tell how long nodes took to begin."""
+        """Ignore the event: a check does not report the start times of nodes."""
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        """Note why a node takes no part any more."""
+        """Record why a node takes no part any more."""
         _log.warning("node %s: %s: %s", self.checks[node].name, kind, message)
         self.checks[node].error = f"{kind}: {message}"
 
     def replaced(self, node: str, by: Node) -> None:
-        """Nobody takes another's place in a check."""
+        """Ignore the event: a check replaces no nodes."""
 
     def tick(self) -> None:
-        """Nothing is shown meanwhile."""
+        """Ignore the event: a check shows no progress."""
 
 
 def check(
@@ -179,23 +179,23 @@ def check(
     compared_with: dict[str, Any],
     canary: Canary | None = None,
 ) -> dict[str, Any]:
-    """Look into every tier of every node that takes part.
+    """Check every tier of every node that takes part.
 
     Args:
-        resolved: Which tiers.
-        plan: What they are to hold.
+        resolved: Resolved warm-up with the tiers.
+        plan: Plan of the expected chunks.
         stop: Whether to stop.
-        require: The share that each must hold.
-        hashes: Whether contents are hashed.
-        compared_with: What the plan is: that of a time, or the bucket as it is now.
-        canary: What engines are asked, when the tiers are as warm as required; None for nothing.
+        require: Share of right chunks that each tier must have.
+        hashes: Whether to hash contents.
+        compared_with: Source of the plan: an earlier time, or the bucket's present state.
+        canary: Canary for the engines, run once the tiers pass; None for none.
 
     Returns:
-        The report, its `exit_code` included.
+        The report, including its `exit_code`.
 
     Raises:
-        ConfigError: The warm-up names a node that there is not, or a tier that cannot be looked into.
-        NothingToDoError: No node takes part, or none takes any of the chunks.
+        ConfigError: The warm-up names a node that does not exist, or a tier that cannot be checked.
+        NothingToDoError: No node takes part, or no node gets any of the chunks.
         ClusterError: The configured Ray cluster does not answer.
     """
     from warmer.cluster.driver import Driver  # noqa: PLC0415
@@ -238,7 +238,7 @@ def check(
 
 
 def _advise(record: dict[str, Any]) -> None:
-    """Say what wrong chunks were compared with, and what replaces them."""
+    """Log what wrong chunks were compared with, and what replaces them."""
     wrong = sum(node["wrong"] for node in record["nodes"])
     if not wrong:
         return
@@ -257,6 +257,6 @@ def _advise(record: dict[str, Any]) -> None:
 
 
 def proven(record: dict[str, Any], canary: dict[str, Any]) -> dict[str, Any]:
-    """The record of a check whose tiers are warm, with what engines said of it."""
+    """Return the record of a passed check, extended with the result of the canary."""
     code = canary.pop("exit_code")
     return record | {"result": _PROVEN[code], "exit_code": code, "canary": canary}

@@ -1,4 +1,4 @@
-"""Looks into one node's tier and writes nothing: what is right, what is wrong, what is missing. Plain Python."""
+"""Check of one node's tier, without writing: which chunks are right, wrong or missing. Plain Python."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _PIECE: Final = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class CheckConfig:
-    """What a node needs to know for a check. No bucket: the plan says what is right.
+    """Configuration of a node for a check. It names no bucket, because the plan determines what is right.
 
     Attributes:
-        tier: Which tier to look into.
-        hashes: Whether contents are hashed; otherwise a file of the right length is taken for right.
+        tier: Declaration of the tier to check.
+        hashes: Whether to hash contents; otherwise a file of the right length is assumed to be right.
     """
 
     tier: Declaration
     hashes: bool = True
 
     def open(self, place: NodeInfo) -> NodeChecker:
-        """Begin, on the node.
+        """Open the checker of a node; runs on that node.
 
         Raises:
             ConfigError: This node has no value for a placeholder in a path.
@@ -48,10 +48,10 @@ class CheckConfig:
 
 
 class NodeChecker:
-    """One node's part of a check. Its methods may be called from several threads.
+    """Work of one node in a check. Thread-safe.
 
     Args:
-        declaration: Of the tier, without placeholders. Its directories need not exist.
+        declaration: Declaration of the tier, without placeholders. Its directories need not exist.
         hashes: See `CheckConfig`.
     """
 
@@ -61,12 +61,12 @@ class NodeChecker:
         self._stopped = threading.Event()
 
     def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
-        """Look at some chunks. The name is that of its part in a fleet: nothing is copied.
+        """Check chunks; named for the protocol of node workers, as nothing is copied.
 
-        Nothing raises for a single chunk.
+        A failure of a single chunk does not raise.
 
         Returns:
-            What was found, in their order.
+            The finding for each chunk, in order.
         """
         with contextlib.ExitStack() as opened:
             looks = [self._look(chunk, opened) for chunk in chunks]
@@ -87,7 +87,7 @@ class NodeChecker:
         return look
 
     def _wrong_outside(self, chunk: ChunkRef) -> str | None:
-        """What is wrong with a chunk's file, as far as that shows without reading it."""
+        """Return what is wrong with a chunk's file, as far as this shows without reading the file."""
         found, stored = self._declaration.file(chunk.key).stat(), self._declaration.layout.stored(chunk.size)
         if not stat.S_ISREG(found.st_mode):
             return "what lies there is no file"
@@ -101,13 +101,13 @@ class NodeChecker:
             look.is_wrong("its header is not that of this chunk")
             return
         whole = layout.stored(chunk.size) == chunk.size
-        # By the descriptor: the owner of the tier may put something else in its place, at which a reader would hang.
+        # By descriptor: the owner of the tier may replace the file by one on which a reader would block.
         content = Path(f"/proc/self/fd/{source.fileno()}")
         look.path = content if whole else opened.enter_context(_content(source, chunk.size))
 
     @staticmethod
     def _hash(looks: list[_Look]) -> None:
-        """Hash all in one call, which is faster; one by one where one of them cannot be read."""
+        """Hash all files in one call, which is faster; one by one if one of them cannot be read."""
         paths = [look.path for look in looks if look.path is not None]
         try:
             hashes = xet_hashes(paths) if paths else []
@@ -120,11 +120,11 @@ class NodeChecker:
             look.has(actual)
 
     def stop(self) -> None:
-        """Look at nothing any more."""
+        """Stop checking chunks."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: a check leaves no files behind."""
         self.stop()
 
 
@@ -134,18 +134,18 @@ def _hash_of(path: Path | None) -> str:
     try:
         return xet_hashes([path])[0]
     except (OSError, RuntimeError):
-        path.stat()  # the hasher's errors do not tell that a file is gone
+        path.stat()  # raises if the file is gone, which the hasher's errors do not show
         raise
 
 
 @dataclass(slots=True)
 class _Look:
-    """One chunk that is looked at.
+    """State of one chunk that is checked.
 
     Attributes:
-        chunk: Which.
-        outcome: What was found, as far as it is known.
-        path: Of its bytes, when they are to be hashed.
+        chunk: Chunk to check.
+        outcome: Finding so far.
+        path: File with exactly the chunk's bytes, if they are to be hashed.
     """
 
     chunk: ChunkRef
@@ -161,7 +161,7 @@ class _Look:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """What is raised here is this chunk's."""
+        """Record an error in the block as this chunk's finding."""
         key, size = self.chunk.key, self.chunk.size
         try:
             yield
@@ -175,7 +175,7 @@ class _Look:
 
 @contextlib.contextmanager
 def _content(source: BinaryIO, size: int) -> Iterator[Path]:
-    """The chunk's own bytes, as a file in memory, without the header, which was read, and padding: the hasher reads files."""
+    """Provide the chunk's bytes as an in-memory file for the hasher, without the padding and the header, which was read."""
     descriptor = os.memfd_create("hfbucket-check")
     try:
         left = size

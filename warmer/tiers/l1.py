@@ -1,12 +1,10 @@
-"""The memory of `lmcache server` (its L1) as a tier: loaded by itself, from its own L2 tiers, for prompts that it is told.
+"""Memory of `lmcache server` (its L1) as a tier: the server loads given prompts from its own L2 tiers.
 
-Follows `lmcache/v1/multiprocess/http_apis/cache_api.py` of LMCache 0.5.6. The server takes token ids and no keys, tells
-how many of a prompt's keys it has in L1 after a load, and reserves room for all of them or for none. From a watermark
-on it evicts a fifth of L1, and so what was just loaded. A prompt is therefore loaded in growing prefixes, as long as L1
-stays below the watermark: what there is then is always a prefix, which is what an engine can use.
-
-What is in L1 already takes no room, but the server tells of it only when it is asked to load it. So a prompt is not
-followed to its end in an L1 that has no room left, though all of it may be there.
+Follows `lmcache/v1/multiprocess/http_apis/cache_api.py` of LMCache 0.5.6. The server accepts token ids, not keys, and
+reports after a load how many of a prompt's keys are in L1. It reserves room for all keys of a load or for none, and from a
+watermark on evicts a fifth of L1, just loaded chunks included. A prompt is therefore loaded in growing prefixes while L1
+stays below the watermark, so that L1 always holds a prefix, which an engine can use. Chunks already in L1 take no room, but
+the server reports them only in answer to a load; a prompt in an L1 without room is thus not followed to its end.
 """
 
 from __future__ import annotations
@@ -26,28 +24,28 @@ if TYPE_CHECKING:
 
 _POLL_SECS: Final = 0.02
 _LARGEST_STEP: Final = 64
-"""Chunks: so many are loaded for nothing at most when one before them is missing."""
+"""Maximum chunks of a step, the most that are loaded in vain if a chunk before them is missing."""
 
 _OTHERS_SECS: Final = 30.0
-"""How long a server on which one engine is there is waited at for other engines."""
+"""Seconds to wait for further engines on a server on which one engine is present."""
 
 _UNSEEN: Final = 2
-"""Until a chunk was seen to take room, it is taken to be so many times the mean of what L1 holds."""
+"""Factor on the mean size of L1's objects that estimates the size of a chunk until it is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """What L1 holds of a prompt.
+    """Chunks of a prompt that L1 holds after a load.
 
     Attributes:
         chunks: Full chunks of the prompt.
-        warmed: How many of them, from its start, are known to be in L1 for all ranks.
-        ended: Why no more are: `complete`, `missing` (the server's L2 tiers do not hold the next one) or `no_room`.
-        used_bytes: Of L1, in the end.
-        total_bytes: Of L1.
-        loaded: Those of `warmed` that were not there before, by the room that they took: what the server itself stores or
-            evicts meanwhile may blur it.
-        loaded_bytes: What they took.
+        warmed: Chunks, from the start of the prompt, that are known to be in L1 for all ranks.
+        ended: `complete`, or why no more chunks are in L1: `missing` (the server's L2 tiers lack the next one) or `no_room`.
+        used_bytes: Used bytes of L1 at the end.
+        total_bytes: Capacity of L1 in bytes.
+        loaded: Chunks of `warmed` that were not in L1 before, estimated from the growth of L1: stores and evictions by the
+            server itself distort it.
+        loaded_bytes: Bytes by which L1 grew.
     """
 
     chunks: int
@@ -61,11 +59,11 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class ServerLayout:
-    """How a server cuts and hashes prompts.
+    """Parameters by which a server splits and hashes prompts.
 
     Attributes:
         chunk_size: Tokens of a chunk.
-        hash_algorithm: As `--hash-algorithm` of `lmcache server` names it; empty when the server does not tell.
+        hash_algorithm: Name as in `--hash-algorithm` of `lmcache server`; empty if the server does not report it.
     """
 
     chunk_size: int
@@ -73,15 +71,15 @@ class ServerLayout:
 
 
 class L1Server:
-    """The L1 of one server. Use it as a context manager, from one thread.
+    """L1 of one server. Use it as a context manager, from one thread.
 
     Args:
-        http: Address of the server's HTTP, such as `http://127.0.0.1:8080`.
-        load_secs: Most seconds that one load may take.
-        pause: Waits; given the seconds. It may raise to give up.
+        http: HTTP address of the server, such as `http://127.0.0.1:8080`.
+        load_secs: Maximum seconds of one load.
+        pause: Waits for a number of seconds. It may raise to give up.
 
     Raises:
-        ConfigError: The address is none.
+        ConfigError: The address is invalid.
     """
 
     def __init__(self, http: str, *, load_secs: float = 120.0, pause: Callable[[float], object] = time.sleep) -> None:
@@ -97,13 +95,13 @@ class L1Server:
         self._server.__exit__(*error)
 
     def layout(self, ends: Deadline) -> ServerLayout:
-        """How the server cuts and hashes; asked once.
+        """Return how the server splits and hashes prompts; requested once.
 
         Args:
-            ends: How long to wait for the server.
+            ends: Deadline until which to wait for the server.
 
         Raises:
-            EngineError: It is not there in time.
+            EngineError: The server does not answer in time.
         """
         if self._layout is None:
             status = when_ready(lambda: self._server.ask("GET", "/status"), ends, self._pause)
@@ -119,15 +117,15 @@ class L1Server:
         """Wait until engines have registered with the server.
 
         Args:
-            models: Names of models, as engines tell them.
+            models: Names of models, as engines report them.
             world_size: Workers of each engine.
-            ends: How long to wait for the first. Others have 30 s more: one that does not come serves elsewhere.
+            ends: Deadline for the first engine. The others get 30 s more: an engine that stays absent serves elsewhere.
 
         Returns:
-            Which of the models are there.
+            The models whose engines are present.
 
         Raises:
-            EngineError: None is there in time.
+            EngineError: No engine registers in time.
         """
         there = {when_ready(lambda: self._one_of(models, world_size), ends, self._pause)}
         others = Deadline.after(min(ends.remaining(), _OTHERS_SECS))
@@ -154,17 +152,17 @@ class L1Server:
         return True
 
     def load(self, model: str, world_size: int, token_ids: Sequence[int], salt: str = "") -> LoadProgress:
-        """Load a prompt, as far as there is room. Waits for no engine.
+        """Load a prompt, as far as there is room, without waiting for an engine.
 
         Args:
-            model: The model's name, as the engine tells it.
+            model: Name of the model, as the engine reports it.
             world_size: Workers of the engine.
-            token_ids: The prompt.
-            salt: Its `cache_salt`.
+            token_ids: Tokens of the prompt.
+            salt: `cache_salt` of the prompt; empty for none.
 
         Raises:
-            EngineError: The server or the model is not there, or a load does not end.
-            ConfigError: The server refuses the request: a salt that cannot be, or too many tokens.
+            EngineError: The server or the model is absent, or a load does not end in time.
+            ConfigError: The server refuses the request: an invalid salt, or too many tokens.
         """
         loader = self._loader(model, world_size, salt)
         chunk_size = self.layout(Deadline.after(0.0)).chunk_size
@@ -181,7 +179,7 @@ class L1Server:
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """How full L1 is: bytes, and the mean of an object's."""
+    """Used and free bytes of L1, and the mean size of its objects."""
 
     used: int
     total: int
@@ -191,7 +189,7 @@ class _Room:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """How a load ended."""
+    """Result of a load."""
 
     found: int
     keys: int
@@ -202,11 +200,11 @@ class _Load:
 
 
 class _ForgottenError(EngineError):
-    """The server knows a load no longer, an answer about which was lost."""
+    """The server no longer knows a load, and an earlier answer about that load was lost."""
 
 
 class _Loader:
-    """One model on one server."""
+    """Loads of one model on one server."""
 
     def __init__(
         self, server: EngineHTTP, request: dict[str, Any], load_secs: float, pause: Callable[[float], object]
@@ -219,11 +217,11 @@ class _Loader:
 
     @property
     def least_keys(self) -> int:
-        """Objects of a chunk, at least: one of each worker."""
+        """Minimum number of objects of a chunk: one for each worker."""
         return int(self._request["world_size"])
 
     def room(self) -> _Room:
-        """What L1 may take before it evicts; of several, the fullest."""
+        """Return the room of L1 before it evicts; of several L1s, that of the fullest."""
         answer = self._again("GET", "/status", Deadline.after(self._load_secs))
         rooms = []
         with self._understood("/status"):
@@ -248,7 +246,7 @@ class _Loader:
             ) from None
 
     def begin_nothing(self) -> None:
-        """Ask for less than a chunk: answered as any load, and so not before the model has registered."""
+        """Request a load of less than a chunk: like any load, it is answered only after the model has registered."""
         self._submit([])
 
     def _submit(self, tokens: list[int]) -> dict[str, Any]:
@@ -274,19 +272,19 @@ class _Loader:
 
     def _ended(self, answer: dict[str, Any]) -> _Load | None:
         with self._understood("/cache/prefetches"):
-            if answer["status"] != "completed":  # told only once
+            if answer["status"] != "completed":  # the server reports completion only once
                 return None
             return _Load(int(answer["found_keys"]), int(answer["total_keys"]))
 
     def load(self, tokens: list[int]) -> _Load:
-        """Load a prompt, and wait for the end. A connection that breaks, or a server that is busy for a moment, is no end."""
+        """Load a prompt, and wait for the end of the load through broken connections and a server that is busy for a moment."""
         ends = Deadline.after(self._load_secs)
         number = self._begun(tokens, ends)
         while True:
             try:
                 answer = once_more(functools.partial(self._progress, number), ends, self._pause)
             except _ForgottenError:
-                # That it is completed is told only once, and that answer was lost: what is loaded is found at once now.
+                # Completion is reported only once and that answer was lost: a second load finds the loaded chunks at once.
                 number = self._begun(tokens, ends)
                 continue
             if (load := self._ended(answer)) is not None:
@@ -299,7 +297,7 @@ class _Loader:
 
 
 def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> LoadProgress:
-    """Load ever longer prefixes: twice as much more each time, half as much after one that did not load whole."""
+    """Load growing prefixes: the step doubles after each complete load, and is halved after an incomplete one."""
     chunks, warmed, step = len(tokens) // chunk_size, 0, 1
     keys, seen, loads, loaded, taken = loader.least_keys, 0, 0, 0, 0
     ended: Literal["complete", "missing", "no_room"] = "complete"
@@ -314,7 +312,7 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> LoadProgress:
         keys = load.keys // (warmed + step)
         before, room = room, loader.room()
         grown = room.used - before.used
-        if step == 1:  # of several, some may have been there
+        if step == 1:  # of several chunks, some may have been in L1 before
             seen = max(seen, grown)
         if load.complete:
             warmed += step
@@ -326,7 +324,7 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> LoadProgress:
         else:
             ended = "missing"
             break
-    # What others stored meanwhile may have driven out what was loaded first.
+    # Stores by others in the meantime may have evicted the chunks that were loaded first.
     while loads > 1 and warmed and not loader.load(tokens[: warmed * chunk_size]).complete:
         warmed, ended = warmed // 2, "no_room"
     room = loader.room()
@@ -334,7 +332,7 @@ def _grow(loader: _Loader, tokens: list[int], chunk_size: int) -> LoadProgress:
 
 
 def _chunks_in(grown: int, chunk_bytes: int, step: int) -> int:
-    """How many of the chunks of a step were loaded, by the bytes by which L1 grew; the rest was there before."""
+    """Return how many chunks of a step were loaded, from the growth of L1; the others were there before."""
     if grown <= 0:
         return 0
     return min(step, max(1, round(grown / chunk_bytes))) if chunk_bytes else step

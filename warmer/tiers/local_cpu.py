@@ -1,10 +1,9 @@
-"""The memory of a classic engine's worker (LocalCPU) as a tier: loaded by the engine itself, from a staging directory.
+"""Memory of a classic engine's worker (LocalCPU) as a tier: the engine loads it from a staging directory.
 
 Follows `lmcache/v1/internal_api_server/vllm/load_fs_chunks_api.py` of LMCache 0.5.6. The engine's YAML needs
-`internal_api_server_enabled: true` and `local_cpu: true`. Each worker listens on a port of its own and loads all that a
-directory holds, whosever it is: so a staging directory is looked through first. An engine whose memory is full evicts to
-make room, what was just loaded included: so there must be room for all of it. Whether the files have headers, the
-engine's own `save_chunk_meta` says, and not the configuration that it is sent.
+`internal_api_server_enabled: true` and `local_cpu: true`. Each worker listens on its own port and loads every file of a
+directory, also other workers' chunks: so the directory is checked first. A full engine evicts, just loaded chunks included,
+so there must be room for all. Whether files have headers depends on the engine's `save_chunk_meta`, not on the request.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ if TYPE_CHECKING:
 
 _GIB: Final = 1024**3
 _SHARE: Final = 0.8
-"""Of the engine's memory: the rest is for what it works on."""
+"""Part of the engine's memory that may be loaded; the rest stays free for its work."""
 
 _NAMED: Final = 1000
 _LEAST_SECS: Final = 1.0
-"""What the last try at a load has for its answer, at least."""
+"""Minimum seconds that the last attempt of a load waits for its answer."""
 
 _URL_MARKS: Final = frozenset("?#,;%")
-"""What a path in LMCache's `remote_url` cannot hold."""
+"""Characters that a path in LMCache's `remote_url` must not contain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a worker made of a staging directory.
+    """Result of loading a staging directory.
 
     Attributes:
-        chunks: Loaded, or there before.
-        files: In the directory.
-        failed: Keys that were not loaded, 1000 at most.
+        chunks: Number of chunks that were loaded, or present before.
+        files: Number of files in the directory.
+        failed: Keys that were not loaded, at most 1000.
     """
 
     chunks: int
@@ -56,26 +55,26 @@ class Loaded:
 
 
 def worker_address(host: str, port_start: int, worker_id: int) -> str:
-    """Where a worker listens.
+    """Return the address of a worker's internal API.
 
     Args:
-        host: Of the node; `127.0.0.1` unless `internal_api_server_host` says otherwise.
+        host: Host of the node; `127.0.0.1` unless `internal_api_server_host` differs.
         port_start: `internal_api_server_port_start`, 6999 by default.
-        worker_id: The worker's global number.
+        worker_id: Global number of the worker.
     """
     return f"http://{host}:{port_start + 1 + worker_id}"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineWorker:
-    """A worker of a classic engine, as it tells of itself.
+    """A worker of a classic engine, as its internal API describes it.
 
     Attributes:
-        id: Its number in the engine.
+        id: Number of the worker in the engine.
         world_size: Workers of the engine.
-        beside: The numbers of those on its node, itself included.
-        meta: All that it says of itself.
-        room: Bytes of chunks that it may be loaded with.
+        beside: Numbers of the workers on the same node, this one included.
+        meta: All metadata that the worker reports.
+        room: Bytes of chunks that may be loaded into the worker.
     """
 
     id: int
@@ -85,7 +84,7 @@ class EngineWorker:
     room: int
 
     def reads(self, key: object) -> bool:
-        """Whether it would look for a chunk in its memory. With MLA all workers share what the first one reads."""
+        """Return whether the worker looks up a chunk in its memory. With MLA, all workers read the chunks of the first."""
         return _belongs(key, self.meta) and (getattr(key, "world_size", 0) == self.world_size or self.id == 0)
 
 
@@ -100,18 +99,18 @@ def find_workers(
     """Wait for workers of one node.
 
     Args:
-        address: Of a worker's internal API, by its number.
+        address: Returns the address of a worker's internal API, given its number.
         wanted: Numbers of workers.
-        ends: How long to wait.
-        all_of_them: Whether all of the wanted are on this node. If not, the first that answers tells which are beside it.
-        pause: Waits; given the seconds. It may raise to give up.
+        ends: Deadline.
+        all_of_them: Whether all wanted workers are on this node. If not, the first that answers reports which ones are.
+        pause: Waits for a number of seconds. It may raise to give up.
 
     Returns:
-        Those that are there in time; at least one.
+        The workers that answered in time, by number; at least one.
 
     Raises:
-        EngineError: None is there in time, or what answers is no worker's API.
-        ConfigError: An address is none.
+        EngineError: No worker answers in time, or an answer is not that of a worker's API.
+        ConfigError: An address is invalid.
     """
     missing, found = sorted(set(wanted)), dict[int, EngineWorker]()
     while missing:
@@ -157,21 +156,21 @@ def load(
     load_secs: float = 3600.0,
     pause: Callable[[float], object] = time.sleep,
 ) -> Loaded:
-    """Have one worker load a staging directory.
+    """Make one worker load a staging directory.
 
     Args:
-        http: The worker's address, see `worker_address`.
-        staging: A classic `fs` tier of one directory on the worker's node, without placeholders, that holds the worker's
-            chunks and no others; with headers if the engine has them.
-        wait_secs: How long to wait for the worker.
-        load_secs: Most seconds that the load may take.
-        pause: Waits; given the seconds. It may raise to give up.
+        http: Address of the worker; see `worker_address`.
+        staging: A classic `fs` tier of one directory on the worker's node, without placeholders, that holds only the
+            worker's chunks; with headers if the engine uses them.
+        wait_secs: Maximum seconds to wait for the worker.
+        load_secs: Maximum seconds of the load.
+        pause: Waits for a number of seconds. It may raise to give up.
 
     Raises:
-        EngineError: The worker is not there in time, or does not do it.
-        ConfigError: The directory holds other chunks than the worker's, or in another form than the engine reads; or the
-            engine keeps none in memory.
-        TierFullError: There is not room for all.
+        EngineError: The worker does not answer in time, or fails to load.
+        ConfigError: The directory holds other workers' chunks or another format than the engine reads, or the engine keeps
+            no chunks in memory.
+        TierFullError: There is no room for all chunks.
         TierError: The directory cannot be read or written.
     """
     with EngineHTTP(http) as engine:
@@ -184,7 +183,7 @@ def load(
         try:
             path.write_text(json.dumps(_config(directory)), encoding="utf-8")  # JSON is YAML
             body = {"config_path": str(path), "max_failed_keys": _NAMED}
-            # Asked twice, it finds what it loaded the first time.
+            # Idempotent: a second request finds what the first one loaded.
             answer = once_more(
                 lambda: engine.ask("POST", "/cache/load-fs-chunks", body, max(ends.remaining(), _LEAST_SECS)),
                 ends,
@@ -205,12 +204,12 @@ def load(
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    """What the engine is told, and that is where the chunks are; the rest it takes from its own configuration."""
+    """Return the configuration for the request: only the location of the chunks; the engine's own supplies the rest."""
     return {"remote_url": f"fs://localhost:0{directory}"}
 
 
 def _directory(staging: DirectoryDeclaration, conf: dict[str, Any]) -> Path:
-    """The directory, when the engine can read it."""
+    """Return the staging directory after a check that the engine can read it."""
     paths = [str(path) for path in staging.base_paths]
     if len(paths) != 1 or staging.takes is not ClassicKey or _URL_MARKS & set(paths[0]):
         raise ConfigError(
@@ -231,7 +230,7 @@ def _directory(staging: DirectoryDeclaration, conf: dict[str, Any]) -> Path:
 
 
 def _check(staging: Path, meta: dict[str, Any], conf: dict[str, Any]) -> None:
-    """See whether the directory holds the worker's chunks, and no more of them than there is room for."""
+    """Check that the directory holds only the worker's chunks, and that there is room for all of them."""
     path = str(staging)
     size = 0
     try:
@@ -255,6 +254,6 @@ def _check(staging: Path, meta: dict[str, Any], conf: dict[str, Any]) -> None:
 def _belongs(key: object, meta: dict[str, Any]) -> bool:
     if not isinstance(key, ClassicKey) or key.layer_id is not None:
         return False
-    # With MLA all workers share what the first one wrote.
+    # With MLA, all workers share the chunks that the first one wrote.
     whose = [(meta["world_size"], meta["worker_id"])] + ([(1, 0)] if meta.get("use_mla") else [])
     return key.model == meta["model_name"] and (key.world_size, key.worker_id) in whose

@@ -1,4 +1,4 @@
-"""Names of chunk files and of the places where tiers are."""
+"""Names of chunk files, and placeholders in the paths of tiers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RANK: Final = "0x"
 
 
 def file_name(key: Key) -> str:
-    """The name of a chunk's file, as LMCache makes it."""
+    """Return the name of a chunk's file, as LMCache forms it."""
     if isinstance(key, ClassicKey):
         return f"{key}".replace("/", _SLASH) + SUFFIX
     model = key.model.replace("/", _SLASH)
@@ -29,7 +29,7 @@ def file_name(key: Key) -> str:
 
 
 def key_of(name: str) -> Key | None:
-    """The key of the chunk in a file, by the file's name; None for a file that is no chunk's."""
+    """Return the key of the chunk in a file, from the file's name; None if the name is not that of a chunk."""
     if not name.endswith(SUFFIX):
         return None
     model, *fields = name.removesuffix(SUFFIX).split("@")
@@ -38,7 +38,7 @@ def key_of(name: str) -> Key | None:
     else:
         text = "@".join([model, *fields]).replace(_SLASH, "/")
     try:
-        text.encode()  # a name that is no UTF-8 was given by somebody else
+        text.encode()  # LMCache writes only names that are valid UTF-8
         key = parse_key(text)
     except (UnicodeEncodeError, KeyFormatError):
         return None
@@ -46,14 +46,14 @@ def key_of(name: str) -> Key | None:
 
 
 def unambiguous(text: str, takes: type[Key]) -> Key:
-    """Read a key whose chunk is to be in a directory.
+    """Parse a key whose chunk is to be in a directory.
 
     Args:
-        text: The key string.
-        takes: The kind of key that the directory holds.
+        text: Key string.
+        takes: Kind of key that the directory holds.
 
     Raises:
-        KeyFormatError: It is no key of that kind, or another key has the same file.
+        KeyFormatError: The text is not a key of that kind, or another key has the same file.
     """
     key = parse_key(text)
     if not isinstance(key, takes):
@@ -77,12 +77,12 @@ _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """Which node this is.
+    """Identity of a node.
 
     Attributes:
-        node_name: As the cluster names it.
-        node_id: The cluster's id of it.
-        labels: Its labels.
+        node_name: Name of the node in the cluster.
+        node_id: Id of the node in the cluster.
+        labels: Labels of the node.
     """
 
     node_name: str = ""
@@ -90,10 +90,10 @@ class NodeInfo:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def expand(self, path: str) -> str:
-        """A path with its placeholders replaced.
+        """Return a path with its placeholders replaced.
 
         Raises:
-            ConfigError: A placeholder is unknown, or this node has no value for it that could be part of a path.
+            ConfigError: A placeholder is unknown, or this node has no value for it that can be part of a path.
         """
         return _TOKEN.sub(lambda match: self._replaced(path, match), path)
 
@@ -120,10 +120,10 @@ class NodeInfo:
 
 
 def check(path: str) -> None:
-    """See whether a path's placeholders are known, before any node is asked.
+    """Check that the placeholders of a path are known, before any node is contacted.
 
     Raises:
-        ConfigError: One is not.
+        ConfigError: A placeholder is unknown.
     """
     for match in _TOKEN.finditer(path):
         if match[0] not in ("{{", "}}") and (match[1] is None or not _known(match[1])):

@@ -1,4 +1,4 @@
-"""Files of runs beside a tier: owners, and what killed runs left."""
+"""Files of runs beside a tier: locks, temporary files, their removal after a run was killed, and ownership of files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 RUN_FILES: Final = ".hfbucket-warm-"
-"""What the names of all files of runs begin with."""
+"""Prefix of the names of all files of runs."""
 
 _HEAD: Final = RUN_FILES
 _LOCK: Final = re.compile(rf"{re.escape(_HEAD)}([0-9a-f]{{16}})\.lock")
@@ -35,15 +35,15 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class RunFiles:
-    """This process's temporary files in one directory.
+    """Temporary files of this process in one directory.
 
     Args:
-        directory: Must exist.
-        descriptor: Of the directory, which is closed with this; None to open it by its name.
-        sweep_now: Whether to remove what dead runs left in it at once; else `sweep` does.
+        directory: Existing directory.
+        descriptor: Descriptor of the directory, which is closed with this object; None to open the directory by name.
+        sweep_now: Whether to remove files of dead runs at once; otherwise `sweep` does so.
 
     Attributes:
-        descriptor: Of the directory, which stays this one whatever becomes of its name.
+        descriptor: Descriptor of the directory, which stays valid if the directory is renamed.
 
     Raises:
         OSError: The directory cannot be written.
@@ -70,17 +70,17 @@ class RunFiles:
 
     @property
     def owner(self) -> int:
-        """The user to whom the file system gives what this process makes in the directory.
+        """Return the user id that the file system gives to files that this process creates in the directory.
 
         Raises:
-            OSError: It does not say, or this run was closed.
+            OSError: The id cannot be read, or this run was closed.
         """
         if self._lock is None:
             raise OSError(errno.EBADF, "the run was closed")
         return os.fstat(self._lock).st_uid
 
     def sweep(self) -> list[str]:
-        """Remove what dead runs left in the directory, and nothing else; returns the names of those runs.
+        """Remove only the files of dead runs from the directory; return the names of those runs.
 
         Raises:
             OSError: The directory cannot be read.
@@ -88,18 +88,18 @@ class RunFiles:
         return [] if self._lock is None else _sweep(self.descriptor, touch(self._lock))
 
     def temporary(self, number: int) -> Path:
-        """The name of a temporary file."""
+        """Return the name of a temporary file."""
         return self._directory / f"{_HEAD}{self._run}-{number}.part"
 
     def directory(self) -> Path:
-        """The name of a directory of this run's, in which nobody else looks for anything."""
+        """Return the path of a private directory of this run, which other runs and engines ignore."""
         return self._directory / f"{_HEAD}{self._run}-run.part"
 
     def keep(self, name: str) -> None:
-        """Record a file that no run may remove while this one goes on, for those that read `kept`.
+        """Record a file that no run may remove while this one is active, for readers of `kept`.
 
         Raises:
-            OSError: It cannot be recorded.
+            OSError: The file cannot be recorded.
         """
         if self._kept is None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -112,7 +112,7 @@ class RunFiles:
         if descriptor is None:
             return
         self._heart.stop()
-        with contextlib.suppress(OSError):  # what cannot be removed now, the next run sweeps
+        with contextlib.suppress(OSError):  # the next run removes what cannot be removed now
             _remove(self.descriptor, self._run, _found(self.descriptor).get(self._run, []))
         for one in (descriptor, self._kept, self.descriptor):
             if one is not None:
@@ -120,10 +120,10 @@ class RunFiles:
 
 
 class KeptByRuns:
-    """The files of one directory that runs recorded because they found them right, as far as they are known.
+    """Files of one directory that active runs recorded as right, as far as they are known.
 
     Args:
-        directory: Which.
+        directory: Directory of the tier.
 
     Raises:
         OSError: The directory cannot be read.
@@ -135,7 +135,7 @@ class KeptByRuns:
         self._names: set[bytes] = set()
 
     def __contains__(self, name: str) -> bool:
-        """Whether a run recorded a file, up to this moment."""
+        """Return whether a run has recorded a file so far."""
         for path in self._files:
             with contextlib.suppress(OSError):  # most runs record none
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -154,27 +154,27 @@ class KeptByRuns:
 
 
 def began(directory: Path) -> int:
-    """When the oldest run in a directory that still goes on began, in nanoseconds, by the clock of its file system.
+    """Return when the oldest active run in a directory began, in nanoseconds by the clock of its file system.
 
     Raises:
         OSError: The directory cannot be read.
     """
     times = [time.time_ns()]
     for run in runs(directory):
-        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the run has ended in the meantime
             times.append((directory / f"{_HEAD}{run}.lock").lstat().st_mtime_ns)
     return min(times)
 
 
 def sweep(directory: Path, now_ns: int | None = None) -> list[str]:
-    """Remove what dead runs left in a directory, and nothing else.
+    """Remove only the files of dead runs from a directory.
 
     Args:
-        directory: Which.
-        now_ns: The time by the clock of its file system, in nanoseconds; None for the time of this machine.
+        directory: Directory of the tier.
+        now_ns: Time by the clock of its file system, in nanoseconds; None for the time of this machine.
 
     Returns:
-        The names of those runs.
+        The names of the dead runs.
 
     Raises:
         OSError: The directory cannot be read.
@@ -192,7 +192,7 @@ def _sweep(directory: int, now_ns: int | None) -> list[str]:
         descriptor = lock_of_the_dead(f"{_HEAD}{run}.lock", directory, now_ns)
         if descriptor is None:
             continue
-        with contextlib.suppress(OSError):  # another user's files are left where they are
+        with contextlib.suppress(OSError):  # files of other users stay
             _remove(directory, run, parts)
             swept.append(run)
         os.close(descriptor)
@@ -200,7 +200,7 @@ def _sweep(directory: int, now_ns: int | None) -> list[str]:
 
 
 def runs(directory: Path) -> list[str]:
-    """The runs that have, or left, a lock file in a directory.
+    """Return the names of the runs that have a lock file in a directory, dead runs included.
 
     Raises:
         OSError: The directory cannot be read.
@@ -210,12 +210,10 @@ def runs(directory: Path) -> list[str]:
 
 
 def _found(directory: int) -> dict[str, list[tuple[str, bool]]]:
-    """The runs that have, or left, a lock file; of each its other files, and whether they are directories. One listing for all."""
+    """List the directory once; return the other files of each run with a lock file, and whether each is a directory."""
     locks: list[str] = []
     parts: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
-    own = os.open(
-        ".", _DIRECTORY, dir_fd=directory
-    )  # descriptors that are copies of one another share their place in a listing
+    own = os.open(".", _DIRECTORY, dir_fd=directory)  # a duplicated descriptor would share its position in a listing
     try:
         with os.scandir(own) as entries:
             for entry in entries:
@@ -229,7 +227,7 @@ def _found(directory: int) -> dict[str, list[tuple[str, bool]]]:
 
 
 def _remove(directory: int, run: str, parts: list[tuple[str, bool]]) -> None:
-    """Remove the files of a run, and its lock file last: without it the others would never be swept."""
+    """Remove the files of a run, its lock file last: files without a lock file would never be removed."""
     for name, is_directory in parts:
         if is_directory:
             shutil.rmtree(name, dir_fd=directory)
@@ -244,15 +242,15 @@ def _unlink(name: str, directory: int) -> None:
 
 
 _LEAVE = -1
-"""What `chown` takes for an id that stays."""
+"""Id for which `chown` leaves the owner or group unchanged."""
 
 
 class Ownership:
-    """Gives files away.
+    """Owner, group and mode of the files of a tier.
 
     Args:
-        tier: Names it in errors.
-        options: `chown` and `chmod` of them.
+        tier: Name of the tier, for errors.
+        options: Options with `chown` and `chmod`.
 
     Raises:
         TierError: This node has no such user or group.
@@ -288,14 +286,14 @@ class Ownership:
             raise TierError(f"tier {self._tier!r}: this node has no group {name!r} for --chown") from None
 
     def give(self, descriptor: int, directory: os.stat_result) -> None:
-        """Give an open file its owner, group and mode.
+        """Set the owner, group and mode of an open file.
 
         Args:
-            descriptor: Of the file.
-            directory: What `stat` says of the directory in which it lies.
+            descriptor: Descriptor of the file.
+            directory: Result of `stat` of the file's directory.
 
         Raises:
-            TierError: What was asked for is not permitted.
+            TierError: The requested owner, group or mode is not permitted.
         """
         self._chown(descriptor, directory)
         if self._chmod is not None:
@@ -319,14 +317,14 @@ class Ownership:
         found = os.fstat(file)
         for ids in ((directory.st_uid, _LEAVE), (_LEAVE, directory.st_gid)):
             if ids not in ((found.st_uid, _LEAVE), (_LEAVE, found.st_gid)):
-                with contextlib.suppress(OSError):  # as far as it goes: `check_readable` looks at what came of it
+                with contextlib.suppress(OSError):  # best effort: `check_readable` checks the result
                     os.chown(file, *ids)
 
     def check_readable(self, descriptor: int, directory: os.stat_result) -> None:
-        """See whether the owner of the directory, most likely the engine, could read a file that was given away.
+        """Check that the owner of the directory, most likely the engine, can read a file after `give`.
 
         Raises:
-            TierError: It could not.
+            TierError: The owner cannot read the file.
         """
         if self._asked is not None or self._chmod is not None or directory.st_uid == 0:
             return
@@ -344,21 +342,21 @@ class Ownership:
             )
 
     def make(self, directory: Path) -> None:
-        """Make a directory where there is none; see `open`."""
+        """Create a directory if it is missing; see `open`."""
         os.close(self.open(directory))
 
     def open(self, directory: Path) -> int:
-        """Open a directory; make it where there is none, and those above it; each as its parent is, or as was asked for.
+        """Open a directory; create it and its parents if missing, each with the parent's or the requested owner and mode.
 
-        What was made is reached by descriptors from then on. The owner of the parent may have put something else in its place meanwhile,
-        which must not be given away.
+        New directories are accessed by descriptor, because the owner of the parent may replace them in the meantime, and the
+        replacement must not be given away.
 
         Returns:
-            Its descriptor.
+            The descriptor of the directory.
 
         Raises:
-            OSError: It cannot be made.
-            TierError: What was asked for is not permitted; or something else came in the place of what was made.
+            OSError: The directory cannot be created.
+            TierError: The requested owner or mode is not permitted, or a new directory was replaced.
         """
         missing = []
         while not directory.is_dir() and directory != directory.parent:
@@ -375,23 +373,23 @@ class Ownership:
         return opened
 
     def make_in(self, parent: int, name: str, below: str = "") -> int:
-        """Make a directory inside of another one, or open the one that is there.
+        """Create a directory inside another one, or open the existing one.
 
         Args:
-            parent: Descriptor of the directory in which it is to lie.
-            name: Of the new one.
-            below: What another process may have made in it already, beside the files of its run.
+            parent: Descriptor of the parent directory.
+            name: Name of the directory.
+            below: Entry that another process may already have created in it, besides the files of its run.
 
         Returns:
-            Its descriptor.
+            The descriptor of the directory.
 
         Raises:
-            OSError: It cannot be made.
-            TierError: See `make`.
+            OSError: The directory cannot be created.
+            TierError: See `open`.
         """
         try:
             os.mkdir(name, dir_fd=parent)
-        except FileExistsError:  # another raylet was faster; or something that is no directory is in its place
+        except FileExistsError:  # another process was faster, or the entry is not a directory, which `os.open` reports
             return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
         made = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
         try:
