@@ -1,4 +1,4 @@
-"""What runs on a node: the warmer's Ray actor. Chunks that it fetched for others lie in the object store, owned by it."""
+"""Ray actor of the warmer on a node. It owns the objects with the chunks that it fetched for other nodes."""
 
 from __future__ import annotations
 
@@ -25,72 +25,72 @@ if TYPE_CHECKING:
 
 _MIB: Final = 1024 * 1024
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-"""Of glibc's `malloc.h`."""
+"""Parameters of `mallopt` in glibc's `malloc.h`."""
 
 _LARGEST: Final = 32 * _MIB
-"""The most that glibc takes from its arenas in place of a mapping of its own; hf_xet's buffers have 16 MiB."""
+"""Largest size in bytes that glibc allocates from an arena instead of a mapping of its own; hf_xet's buffers have 16 MiB."""
 
 _KEPT: Final = 256 * _MIB
-"""What an arena may keep at its end, twice what hf_xet may have in flight: never reached, and never the reason to give back."""
+"""Free bytes kept at the end of an arena: twice what hf_xet may have in flight, so that memory is not returned for it."""
 
 _ARENAS: Final = 4
-"""Else there are up to eight for each core, and each keeps what it once had."""
+"""Maximum number of arenas; the default is up to eight a core, each of which keeps its peak size."""
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed. For processes that move bytes through large buffers and do nothing else.
+    """Configure malloc to keep freed memory, for processes that only move bytes through large buffers.
 
-    A buffer of 16 MiB is else a mapping of its own, whose 4,096 pages are made, cleared and given back for each piece: 260,000
-    page faults for 2 GiB, in place of 40,000 to 120,000 (docs/decisions/0019).
+    By default, each buffer of 16 MiB is a new mapping, whose 4,096 pages are created, cleared and returned for each piece:
+    260,000 page faults for 2 GiB, instead of 40,000 to 120,000 (docs/decisions/0019).
 
     Returns:
-        Whether this is a C library that can be told so.
+        Whether the C library supports and accepted the settings.
     """
     try:
         tell = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
     wanted = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _KEPT), (_M_ARENA_MAX, _ARENAS))
-    reported = [tell(name, value) for name, value in wanted]  # all of them, whatever becomes of the first
+    reported = [tell(name, value) for name, value in wanted]  # set all, even if the first fails
     return all(reported)
 
 
 class NodeWorker(Protocol):
-    """What works on a node by itself: a `NodeChecker`, or a `NodeWarmer`."""
+    """Work of a single node: a `NodeChecker`, or a `NodeWarmer`."""
 
     def copy(self, chunks: Sequence[ChunkRef]) -> list[Outcome]:
-        """Do what there is to do with some chunks; nothing raises for a single one."""
+        """Process chunks and return their outcomes in order; a failure of a single chunk does not raise."""
 
     def stop(self) -> None:
-        """End what is in progress at once."""
+        """Stop the work in progress immediately."""
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Release all resources and remove temporary files."""
 
 
 class Sharer(NodeWorker, Protocol):
-    """What shares chunks with other nodes too: a `NodeWarmer`. Schedules that are not direct need one."""
+    """Worker that also shares chunks with other nodes, such as a `NodeWarmer`; schedules that are not direct need one."""
 
     chunk_timeout_secs: float
 
     def fetch(self, chunks: Sequence[ChunkRef], *, keep: bool) -> tuple[list[Outcome], list[Bytes]]:
-        """As `copy`; returns the bytes of those that were copied, too."""
+        """Process chunks like `copy`, and also return the bytes of those that were copied."""
 
     def lacks(self, chunks: Sequence[ChunkRef]) -> bool:
-        """Whether any of some chunks is not there."""
+        """Return whether any of some chunks is absent."""
 
     def reuse(self, chunks: Sequence[ChunkRef]) -> list[Outcome | None]:
-        """Take chunks from elsewhere on this node; None stands for one that is not there."""
+        """Copy chunks from elsewhere on this node; the outcome is None for a chunk that is not there."""
 
     def receive(self, chunks: Sequence[ChunkRef], contents: Sequence[Bytes]) -> list[Outcome | None]:
-        """Take chunks that another node has fetched; None stands for one that did not arrive rightly."""
+        """Write chunks that another node has fetched; the outcome is None for a chunk that did not arrive intact."""
 
 
 class Config(Protocol):
-    """What a node is told. It crosses to the nodes."""
+    """Configuration of a node, which is sent to the node."""
 
     def open(self, place: NodeInfo) -> NodeWorker:
-        """Begin, on the node.
+        """Open the worker of a node; runs on that node.
 
         Raises:
             HFBucketError: This node cannot take part.
@@ -98,7 +98,7 @@ class Config(Protocol):
 
 
 class NodeActor:
-    """A worker, made in its own method so that its errors come back as they are."""
+    """Ray actor of a node. `start` opens the worker, so that its errors are returned unchanged."""
 
     def __init__(self) -> None:
         self._worker: NodeWorker | None = None
@@ -106,10 +106,10 @@ class NodeActor:
         keep_freed_memory()
 
     def start(self, config: Config, place: NodeInfo) -> tuple[HFBucketError | None, float]:
-        """Take part.
+        """Open the worker of this node.
 
         Returns:
-            Why it cannot; and how many seconds it took, the start of the process not counted.
+            The error if this node cannot take part, and the seconds it took, without the start of the process.
         """
         since, failed = time.monotonic(), None
         try:
@@ -119,11 +119,11 @@ class NodeActor:
         return failed, time.monotonic() - since
 
     def fetch(self, chunks: Sequence[ChunkRef], *, share: bool) -> tuple[list[Outcome], list[Any]]:
-        """Fetch chunks from the Hub, or do whatever else this worker does with them.
+        """Fetch chunks from the Hub, or process them as this worker does.
 
         Returns:
-            How each ended; and, in a list, the object that holds the bytes of those that were copied, in their order.
-            It lives as long as this actor does and somebody knows it.
+            The outcome of each chunk, and a list with the object that holds the bytes of the copied chunks, in order. The
+            object lives as long as this actor and a reference to the object.
         """
         if not share:
             return self._ready.copy(chunks), []
@@ -132,17 +132,17 @@ class NodeActor:
             return outcomes, []
         try:
             return outcomes, [ray.put(kept)]
-        except ray.exceptions.RayError:  # no room in the store: others fetch for themselves
+        except ray.exceptions.RayError:  # no room in the store: the other nodes fetch by themselves
             return outcomes, []
 
     def receive(self, chunks: Sequence[ChunkRef], objects: list[Any]) -> tuple[list[Outcome | None], bool]:
-        """Take chunks from the object store.
+        """Receive chunks from the object store.
 
         Returns:
-            How each ended, None for those that did not arrive; and whether that is so because the object is lost.
+            The outcome of each chunk, None if the chunk did not arrive, and whether that is because the object is lost.
         """
         sharer = self._sharing
-        if not sharer.lacks(chunks):  # then their bytes need not come here at all
+        if not sharer.lacks(chunks):  # all chunks are present, so their bytes need not be transferred
             return [Present(chunk.key, chunk.size) for chunk in chunks], False
         outcomes = sharer.reuse(chunks)
         lacking = [index for index, outcome in enumerate(outcomes) if outcome is None]
@@ -155,7 +155,7 @@ class NodeActor:
             return outcomes, False
         except ray.exceptions.RayError as error:
             return outcomes, isinstance(error, ray.exceptions.ObjectLostError)
-        # Views of the store, which keep the object there until they are gone.
+        # These are views of the object store, which keeps the object while a view exists.
         waited = time.monotonic() - since
         received = sharer.receive([chunks[index] for index in lacking], [contents[index] for index in lacking])
         for index, one in zip(lacking, received, strict=True):
@@ -173,11 +173,11 @@ class NodeActor:
         return cast("Sharer", self._ready)
 
     def stop(self) -> None:
-        """End what is in progress at once."""
+        """Stop the work in progress immediately."""
         if self._worker is not None:
             self._worker.stop()
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close the worker."""
         if self._worker is not None:
             self._worker.close()

@@ -1,4 +1,4 @@
-"""Ray actors, one on each node: their calls, and what becomes of those that die or hang."""
+"""Ray actors, one on each node: calls to them, and handling of actors that die or hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RESTARTS: Final = 3
-"""How often the process of a node that lives is started again after it died: once more is what the node does to it."""
+"""Maximum restarts of a process on a live node: if it dies more often, the node is considered the cause."""
 
 DEATHS: Final = (
     ray.exceptions.RayActorError,
@@ -34,32 +34,32 @@ DEATHS: Final = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.OutOfMemoryError,
 )
-"""What is said of an actor whose process is gone, or cannot be reached."""
+"""Ray errors that mean that the process of an actor is dead or unreachable."""
 
 _ROLL_SECS: Final = 1.0
-"""How often the driver looks whether a node lives whose process is started again."""
+"""Seconds between two checks whether the nodes of restarted processes are alive."""
 
 TICK_SECS: Final = 0.25
-"""How late an order to stop is noticed at most."""
+"""Maximum seconds until a stop is noticed."""
 
 _WINDOW: Final = 2
-"""Pieces in progress on a node: one that is worked on, and the next."""
+"""Pieces in progress on a node: the present one and the next."""
 
 _SHARED: Final = 16
-"""Pieces that lie in the driver's object store for nodes that are a little slower."""
+"""Pieces kept in the driver's object store for nodes that are a little slower."""
 
 _ANSWER_SECS: Final = 1.0
-"""How long the driver waits for an answer that is there, but on another node; then it asks again later."""
+"""Seconds to wait for a result that is stored on another node, before the driver tries again later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a node takes no part any more, or a call came to nothing.
+    """Why a node takes no part any more, or a call failed.
 
     Attributes:
-        kind: Of the error, or one of `warmer.report.outcomes`.
-        message: In words.
-        died: Whether the process of the actor is gone: another one may go on in its place.
+        kind: Kind of the error, or one of `warmer.report.outcomes`.
+        message: Reason in words.
+        died: Whether the process of the actor is dead, so that a new one may replace it.
     """
 
     kind: str
@@ -72,9 +72,9 @@ class Call:
     """A call in progress.
 
     Attributes:
-        node: Whose it is.
-        work: What it carries out; None for the start of a node.
-        deadline: When the node counts as hung.
+        node: Id of the node.
+        work: Work of the call; None for the start of a node.
+        deadline: Time from which the node is considered hung.
     """
 
     node: str
@@ -84,16 +84,16 @@ class Call:
 
 @dataclass(slots=True)
 class ActorHandle:
-    """The actor of one node.
+    """Actor of one node.
 
     Attributes:
-        node: Which.
-        handle: Ray's.
-        launched: When.
-        deadline: When it has to have started.
-        restarts: How often its process was started again.
-        started: Whether it has answered that it takes part.
-        live: Whether it was not given up.
+        node: Node of the actor.
+        handle: Ray's handle.
+        launched: Time of the launch.
+        deadline: Time by which the actor must have started.
+        restarts: Number of restarts of the process.
+        started: Whether the actor has reported that it takes part.
+        live: Whether the actor was not given up.
     """
 
     node: Node
@@ -109,11 +109,11 @@ class NodeActors:
     """Actors of one class, at most one on each node.
 
     Args:
-        actor_class: Whose `start` is called first.
-        at_once: Calls that an actor carries out at one time.
+        actor_class: Class of the actors; its `start` is called first.
+        at_once: Maximum concurrent calls of an actor.
 
     Attributes:
-        by_node: The actors, by the ids of their nodes; those that were given up, too.
+        by_node: Actors by node id, including those that were given up.
     """
 
     def __init__(self, actor_class: type, at_once: int = 1) -> None:
@@ -121,27 +121,27 @@ class NodeActors:
         self._at_once = at_once
         self._next_roll = 0.0
         self.by_node: dict[str, ActorHandle] = {}
-        # The windows of the caller bound them, whatever the length of the work.
+        # Bounded by the limits of the caller, however much work there is.
         self._calls: dict[Any, Call] = {}
 
     def __bool__(self) -> bool:
-        """Whether calls are in progress."""
+        """Return whether calls are in progress."""
         return bool(self._calls)
 
     def calls(self) -> list[Call]:
-        """The calls in progress."""
+        """Return the calls in progress."""
         return list(self._calls.values())
 
     def launch(self, node: Node, task: Any, secs: float) -> None:
-        """Start the actor of a node, or another one where it died.
+        """Start the actor of a node, or a new one in place of a dead one.
 
         Args:
-            node: Which.
-            task: The argument of its `start`.
-            secs: Most seconds until it takes part.
+            node: Node of the actor.
+            task: Argument of the actor's `start`.
+            secs: Maximum seconds until the actor takes part.
         """
         remote: Any = ray.remote(self._class)
-        # No CPU: nodes full of engines must take it too.
+        # No CPU is requested, so that the actor also fits on nodes that engines occupy fully.
         handle = remote.options(
             num_cpus=0, max_concurrency=self._at_once, label_selector={"ray.io/node-id": node.id}
         ).remote()
@@ -151,21 +151,21 @@ class NodeActors:
         self._calls[ref] = Call(node.id, None, now + secs)
 
     def expect(self, ref: Any, node: str, work: Any, secs: float) -> None:
-        """A call was made: its answer is waited for."""
+        """Register a call whose result is awaited, with a maximum duration in seconds."""
         self._calls[ref] = Call(node, work, time.monotonic() + secs)
 
     def answers(self, secs: float) -> Iterator[tuple[Call, Any]]:
-        """Yield the calls that have ended, with their results, or a `Failure`.
+        """Yield the calls that have ended, with their results or a `Failure`.
 
         Args:
-            secs: How long to wait for the first.
+            secs: Maximum seconds to wait for the first call.
         """
         refs = list(self._calls)
         ended: set[Any] = set(ray.wait(refs, num_returns=1, timeout=secs, fetch_local=False)[0])
         if ended:
             ended.update(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
         for ref in refs:  # in the order of the calls
-            if ref in ended and ref in self._calls:  # else its node was lost a moment ago
+            if ref in ended and ref in self._calls:  # false if the node was lost since
                 try:
                     result = ray.get(ref, timeout=_ANSWER_SECS)
                 except ray.exceptions.GetTimeoutError:
@@ -173,7 +173,7 @@ class NodeActors:
                 except ray.exceptions.RayTaskError as error:
                     result = Failure(INTERNAL, short(error))
                 except ray.exceptions.RayError as error:
-                    # Unavailable counts as lost too: its work is done again by the next run, never waited for without end.
+                    # An unreachable actor counts as lost too: the next run repeats its work, and nothing waits for it forever.
                     died = isinstance(error, DEATHS)
                     result = Failure(
                         NODE_LOST, f"lost in mid-run: {self._often(self._calls[ref].node, died)}{short(error)}", died
@@ -185,12 +185,12 @@ class NodeActors:
         return f"its process died {restarts + 1} times, at last: " if died and restarts else ""
 
     def overdue(self) -> list[Call]:
-        """The calls whose time is up."""
+        """Return the calls past their deadline."""
         now = time.monotonic()
         return [call for call in self._calls.values() if now > call.deadline]
 
     def may_restart(self, name: str) -> bool:
-        """Whether another process may go on where one died: its node lives, and it has not happened too often."""
+        """Return whether a new process may replace a dead one: its node is alive, and restarts were not too many."""
         actor = self.by_node[name]
         if actor.restarts >= RESTARTS or name not in {node.id for node in alive_nodes()}:
             return False
@@ -198,7 +198,7 @@ class NodeActors:
         return True
 
     def dead_nodes(self) -> list[str]:
-        """Nodes that were taken for alive when their process died, and have died with it; looked for once a second."""
+        """Return nodes that seemed alive when their process died, but have died since; checked once a second."""
         now = time.monotonic()
         again = [name for name, one in self.by_node.items() if one.live and one.restarts and not one.started]
         if not again or now < self._next_roll:
@@ -212,30 +212,30 @@ class NodeActors:
         self._calls = {ref: call for ref, call in self._calls.items() if call.node != name}
         actor = self.by_node[name]
         actor.live = False
-        with contextlib.suppress(Exception):  # it is dead already, or the cluster is
+        with contextlib.suppress(Exception):  # the actor or the cluster is already dead
             ray.kill(actor.handle)
 
     def close(self) -> None:
-        """End all actors."""
+        """Kill all actors."""
         for name in self.by_node:
             self.give_up(name)
 
 
 def short(error: BaseException) -> str:
-    """The error's own words, without Ray's page about actors."""
+    """Return an error's own message, without Ray's long explanation about actors."""
     if isinstance(error, ray.exceptions.RayTaskError):
         error = error.cause
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 class ActorTask(Protocol):
-    """What a node is to do. It crosses to the nodes."""
+    """Task of a node, which is sent to the node."""
 
     def begin(self, place: NodeInfo) -> tuple[Any, Any]:
-        """Begin, on the node.
+        """Start the task; runs on the node.
 
         Returns:
-            What was found, and what works on pieces there: a function of one piece.
+            A finding, and a function that processes one piece.
 
         Raises:
             HFBucketError: This node cannot take part.
@@ -243,13 +243,13 @@ class ActorTask(Protocol):
 
 
 class TaskActor:
-    """What runs on a node."""
+    """Ray actor that executes a task on a node."""
 
     def __init__(self) -> None:
         self._work: Callable[[Any], Any] | None = None
 
     def start(self, task: ActorTask, place: NodeInfo) -> Any:
-        """Take part; returns what was found, or why not."""
+        """Start the task; return its finding, or the error if the node cannot take part."""
         try:
             found, self._work = task.begin(place)
         except HFBucketError as error:
@@ -257,7 +257,7 @@ class TaskActor:
         return found
 
     def work(self, piece: Any) -> Any:
-        """Work on one piece; returns what came of it, or why there will be no more."""
+        """Process one piece; return the result, or the error after which the node processes no more."""
         if self._work is None:
             raise RuntimeError("this node was not started")
         try:
@@ -267,11 +267,11 @@ class TaskActor:
 
 
 class ActorPool:
-    """Nodes that are given one piece of work after the other, each at its own pace. Use it as a context manager: its actors end with it.
+    """Nodes that process pieces of work one after the other, each at its own pace. A context manager that ends its actors.
 
     Args:
-        tasks: By node.
-        stop: Says whether to stop.
+        tasks: Tasks by node.
+        stop: Whether to stop.
         tick: Called a few times a second.
     """
 
@@ -292,17 +292,17 @@ class ActorPool:
 
     @property
     def nodes(self) -> list[str]:
-        """The ids of those that take part."""
+        """Return the ids of the nodes that take part."""
         return [name for name, actor in self._actors.by_node.items() if actor.live]
 
     def begin(self, secs: float) -> dict[str, Any]:
-        """Have all nodes begin.
+        """Start all tasks.
 
         Args:
-            secs: Most seconds that each may take.
+            secs: Maximum seconds of each start.
 
         Returns:
-            What each found, or the `Failure` by which it takes no part; of those that ended before a stop.
+            The finding of each node, or the `Failure` for which it takes no part; only of nodes that answered before a stop.
         """
         self._begin_secs = secs
         for node, task in self._tasks.values():
@@ -313,13 +313,13 @@ class ActorPool:
         return found
 
     def work(self, piece: Callable[[int], Any], count: int, take: Callable[[str, int, Any], None], secs: float) -> None:
-        """Have each node work on all pieces, in their order; returns when it is done or stopped.
+        """Process all pieces on each node, in order; return when all are done or the run is stopped.
 
         Args:
-            piece: The piece of a number. It is asked again for nodes that fell behind.
-            count: How many there are.
-            take: Called with the node, the number of the piece and its result; a `Failure` is the last of a node.
-            secs: Most seconds that a piece may take.
+            piece: Returns the piece of a number; called again for nodes that fell behind.
+            count: Number of pieces.
+            take: Called with the node, the number of the piece and its result; a `Failure` is the last result of a node.
+            secs: Maximum seconds of a piece.
         """
         shared: OrderedDict[int, Any] = OrderedDict()
         given = dict.fromkeys(self.nodes, 0)
@@ -327,7 +327,7 @@ class ActorPool:
         def give(name: str, number: int) -> None:
             actor = self._actors.by_node[name]
             ref = actor.handle.work.remote(_in_store(shared, number, piece))
-            # The one before it has its own time, and so has the start of a node.
+            # The deadline includes the time of the previous piece and of the node's start.
             wait = 0.0 if actor.started else max(0.0, actor.deadline - time.monotonic())
             self._actors.expect(ref, name, number, wait + secs * _WINDOW)
 
@@ -344,7 +344,7 @@ class ActorPool:
             self._step(lambda call, result: take(call.node, call.work or 0, result), NODE_LOST)
 
     def _step(self, take: Callable[[Call, Any], None], late: str) -> None:
-        """Take what has ended; waits for a tick at most."""
+        """Process the calls that have ended; wait for one tick at most."""
         for call, result in self._actors.answers(TICK_SECS):
             if isinstance(result, Failure):
                 if not (result.died and self._restarted(call)):
@@ -364,7 +364,7 @@ class ActorPool:
         self._tick()
 
     def _restarted(self, died: Call) -> bool:
-        """Whether another process goes on with what one that died was given."""
+        """Return whether a new process takes over the calls of one that died."""
         name = died.node
         if not self._actors.may_restart(name):
             return False
@@ -381,7 +381,7 @@ class ActorPool:
 
 
 def _in_store(shared: OrderedDict[int, Any], number: int, piece: Callable[[int], Any]) -> Any:
-    """One copy of a piece for all nodes that keep pace."""
+    """Return the one stored copy of a piece for all nodes that keep pace."""
     found = shared.get(number)
     if found is None:
         found = shared[number] = ray.put(piece(number))

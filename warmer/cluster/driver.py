@@ -1,4 +1,4 @@
-"""One Ray actor on each node, fed by the schedule. Knows nothing of chunks' format or of what a report looks like."""
+"""Driver of a run: one Ray actor on each node, which executes the tasks of the schedule. Independent of formats and reports."""
 
 from __future__ import annotations
 
@@ -36,53 +36,53 @@ _log = logging.getLogger(__name__)
 
 _IDLE_SECS: Final = 0.05
 _JOIN_SECS: Final = 1.0
-"""How often nodes that joined are looked for."""
+"""Seconds between two checks for nodes that joined."""
 
 _STOP_SECS: Final = 1.5
-"""What is in progress has this long to end: `ray job stop` kills 3 s after SIGTERM."""
+"""Seconds that work in progress has to end after a stop: `ray job stop` kills 3 s after SIGTERM."""
 
 _CLOSE_SECS: Final = 5.0
 
 _NAMED_AT_ONCE: Final = 1000
-"""How many chunks of lost nodes are named before the driver looks at what else there is to do."""
+"""Chunks of lost nodes reported at a time, so that the driver is not blocked by millions of them."""
 
 _HUNG_SECS: Final = 60.0
 _HUNG_TIMEOUTS: Final = 2.0
 _HUNG_BYTES_PER_SEC: Final = 1024 * 1024
-"""A node answers nothing when an order takes longer than a minute, twice what a chunk and its batch may take, and the time
-to write or hash its bytes at 1 MiB a second: a node that is merely slow ends its orders before, with failures if need be."""
+"""Rate below which a node counts as hung: after a minute, plus twice the time of a chunk and its batch, plus the time to write
+or hash the task's bytes at 1 MiB/s. A node that is merely slow ends its tasks earlier, if need be with failures."""
 
 TASKS_AT_ONCE: Final = 6
-"""Orders that an actor carries out at one time: four to fetch and two to receive, as `TaskLimits` has it."""
+"""Tasks that an actor executes at a time: four fetches and two receives, the limits of `TaskLimits`."""
 
 
 class RunListener(Protocol):
-    """Receives the events of a run."""
+    """Listener for the events of a run."""
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        """A chunk has ended on a node."""
+        """Handle the end of a chunk on a node."""
 
     def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        """A node takes part: it took so long to have a process there, and then to open its tier and reach the bucket."""
+        """Handle the start of a node: the seconds until its process ran, and then until its tier and bucket were open."""
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        """A node takes no part any more; its other chunks end as `Failed`, unless another takes its place."""
+        """Handle the loss of a node; its remaining chunks end as `Failed`, unless another node replaces it."""
 
     def replaced(self, node: str, by: Node) -> None:
-        """A node that joined takes the place of a lost one: what it was to have, the new one is to have."""
+        """Handle the replacement of a lost node by one that joined, which gets all chunks of the lost node."""
 
     def tick(self) -> None:
-        """Time has passed: called a few times a second."""
+        """Handle the passage of time: called a few times a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replacing:
-    """How lost nodes are replaced.
+    """Policy for replacing lost nodes.
 
     Attributes:
-        candidates: The nodes that are alive and may take part.
-        fits: Whether a node may take the place of a lost one, given by its id.
-        store_bytes: The bytes that chunks may take in a node's object store.
+        candidates: Returns the nodes that are alive and may take part.
+        fits: Whether a node may replace the lost node with a given id.
+        store_bytes: Returns the bytes that chunks may take in a node's object store.
     """
 
     candidates: Callable[[], Sequence[Node]]
@@ -91,18 +91,18 @@ class Replacing:
 
 
 class Driver:
-    """The actors of a run.
+    """Executes the tasks of a schedule with one actor on each node.
 
     Args:
-        nodes: Where to run.
-        config: The configuration of each node.
-        listener: Receives the events.
-        stop: Says whether to stop.
-        start_secs: Most seconds that a node may take to take part, and that a lost one's place is kept when there is
-            nothing else to do.
-        chunk_secs: Most seconds that a node may take for a chunk, with its batch and retries.
-        replacing: How lost nodes are replaced; None when they are not.
-        store_bytes: The bytes that chunks may take in a node's object store; those of `Replacing` where it is left out.
+        nodes: Nodes of the run.
+        config: Configuration of each node.
+        listener: Listener for the events.
+        stop: Whether to stop.
+        start_secs: Maximum seconds until a node takes part, and for which a lost node's place is kept while there is nothing
+            else to do.
+        chunk_secs: Maximum seconds that a node may take for a chunk, with its batch and retries.
+        replacing: Policy for replacing lost nodes; None to replace none.
+        store_bytes: Returns the bytes that chunks may take in a node's object store; None to use that of `replacing`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Driver:
         self._start_secs = start_secs
         self._chunk_secs = chunk_secs
         self._replacing = replacing
-        # Room for `stop` beside the tasks.
+        # One more than the tasks, so that `stop` can run beside them.
         self._actors = NodeActors(NodeActor, TASKS_AT_ONCE + 1)
         self._objects: dict[int, Any] = {}
         self._vacant: dict[str, tuple[str, str, float]] = {}
@@ -133,11 +133,11 @@ class Driver:
         self._next_look = 0.0
 
     def run(self, schedule: Scheduler) -> None:
-        """Carry out a schedule, whose nodes are this fleet's ids; returns when it is done or stopped.
+        """Execute a schedule whose nodes are the ids of this driver's nodes; return when it is done or stopped.
 
         Raises:
-            RefusedError: The plan was changed meanwhile. What was in progress has been ended and noted.
-            PlanLostError: The plan cannot be read any more; the same.
+            RefusedError: The plan was changed in the meantime. Work in progress was ended and recorded.
+            PlanLostError: The plan can no longer be read. Work in progress was ended and recorded.
         """
         try:
             for node in self._nodes:
@@ -152,14 +152,14 @@ class Driver:
                 self._listener.tick()
             if self._stop.requested:
                 self._wind_down(schedule)
-        except HFBucketError:  # the plan cannot be read to its end
+        except HFBucketError:  # the rest of the plan cannot be read
             self._wind_down(schedule)
             raise
         finally:
             self._dismiss()
 
     def _over(self, schedule: Scheduler) -> bool:
-        """Whether everything is done, by nodes that are still there: one that ended its part may have died since."""
+        """Return whether all work is done by nodes that are still alive: a node may have died after its last task."""
         if not schedule.done:
             return False
         alive = {node.id for node in alive_nodes()}
@@ -173,32 +173,32 @@ class Driver:
 
     def _give(self, schedule: Scheduler) -> None:
         tasks = schedule.tasks(time.monotonic())
-        if self._stop.requested:  # the order came while chunks were looked up
+        if self._stop.requested:  # a stop was requested while chunks were looked up
             return
         for task in tasks:
             actor = self._actors.by_node[task.node].handle
             if isinstance(task, FetchTask):
                 ref = actor.fetch.remote(task.chunks, share=task.share)
             else:
-                # In a list: Ray would else fetch it before the actor can say that it holds the chunks already.
+                # In a list, so that Ray does not transfer it before the actor checks whether it already has the chunks.
                 ref = actor.receive.remote(task.chunks, [self._objects[task.source]])
             self._actors.expect(ref, task.node, task, self._patience(task))
         self._release(schedule)
 
     def _patience(self, task: Task) -> float:
-        """How many seconds an order may take. Its chunks have one deadline on the node, and none wait for others there."""
+        """Return the maximum seconds of a task: its chunks share one deadline on the node, and do not queue there."""
         return _HUNG_SECS + _HUNG_TIMEOUTS * self._chunk_secs + total_bytes(task.chunks) / _HUNG_BYTES_PER_SEC
 
     def _release(self, schedule: Scheduler) -> None:
-        """Forget objects, which has their owners throw them away everywhere."""
+        """Drop references to objects that no node needs, so that their owners free them everywhere."""
         for number in schedule.released():
             self._objects.pop(number, None)
 
     def _take_answers(self, schedule: Scheduler) -> None:
-        """Take what has ended; waits for a tick at most."""
+        """Process the calls that have ended; wait for one tick at most."""
         if not self._actors:
             if not self._failing:
-                time.sleep(_IDLE_SECS)  # for bandwidth, or for a node to join
+                time.sleep(_IDLE_SECS)  # until bandwidth is available, or a node joins
             return
         for call, result in self._actors.answers(0 if self._failing else TICK_SECS):
             if isinstance(result, Failure):
@@ -209,7 +209,7 @@ class Driver:
                 self._ended(schedule, call.work, result)
 
     def _failed(self, schedule: Scheduler, call: Call, failure: Failure) -> None:
-        """A process is gone, or cannot be reached; or something raised that nobody foresaw."""
+        """Handle a failed call: the process is dead or unreachable, or an unexpected error was raised."""
         name, task = call.node, call.work
         if failure.kind == INTERNAL and task is not None:
             failed = [
@@ -277,13 +277,13 @@ class Driver:
         self._fail(name, rest, kind, message)
 
     def _fail(self, name: str, rest: Iterable[Any], kind: str, message: str) -> None:
-        """Have chunks named that a node will not get, by and by: there may be millions."""
+        """Queue the chunks that a node will not get, to be reported in small groups: there may be millions."""
         self._failing.append(
             (name, Failed(chunk.key, chunk.size, kind, f"{chunk.key}: not copied: {message}")) for chunk in rest
         )
 
     def _name_failed(self) -> None:
-        """Name some of them."""
+        """Report a group of the queued chunks as failed."""
         if self._failing:
             some = list(itertools.islice(self._failing[0], _NAMED_AT_ONCE))
             self._note(some)
@@ -291,7 +291,7 @@ class Driver:
                 self._failing.popleft()
 
     def _fill_vacancies(self, schedule: Scheduler) -> None:
-        """Have nodes that joined take the places of lost ones; give up those that nobody takes."""
+        """Let nodes that joined replace lost ones; give up places that no node takes in time."""
         now = time.monotonic()
         if self._replacing is None or not self._vacant or now < self._next_look:
             return
@@ -310,7 +310,7 @@ class Driver:
                 self._fail(name, schedule.abandon(name), kind, f"{message}; no node took its place")
 
     def _wind_down(self, schedule: Scheduler) -> None:
-        """Have what is in progress ended, and note how."""
+        """Stop the work in progress, and record its outcomes."""
         for name in schedule.nodes:
             self._actors.by_node[name].handle.stop.remote()
         end = time.monotonic() + _STOP_SECS
@@ -318,7 +318,7 @@ class Driver:
             self._take_answers(schedule)
 
     def _dismiss(self) -> None:
-        """Let the actors clean up after themselves, then end them."""
+        """Let the actors close their workers, then kill the actors."""
         self._objects.clear()
         secs = _STOP_SECS / 2 if self._stop.requested else _CLOSE_SECS
         started = [actor.handle for actor in self._actors.by_node.values() if actor.live and actor.started]

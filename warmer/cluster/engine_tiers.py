@@ -1,4 +1,4 @@
-"""Tiers in the memory of engines, filled by a run: who is there, what each is to load, and what became of it."""
+"""Filling of tiers in the memory of engines: find the engines, load each one's chunks, and record the results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from warmer.tiers import AnyTier, Declaration
 
 _SPARE_SECS: Final = 60.0
-"""What a node may take beyond what it waits for, before it counts as hung."""
+"""Seconds beyond a node's own waiting time before the node is considered hung."""
 
 
 def checkable(tiers: Iterable[AnyTier]) -> list[Declaration]:
-    """Tiers, all of which can be looked into without changing them.
+    """Return the tiers if all of them can be checked without changing them.
 
     Raises:
-        ConfigError: One cannot.
+        ConfigError: A tier cannot be checked.
     """
     found = []
     for tier in tiers:
@@ -54,14 +54,14 @@ def checkable(tiers: Iterable[AnyTier]) -> list[Declaration]:
 
 @dataclass(frozen=True, slots=True)
 class EngineRun:
-    """One tier in the memory of engines, on all nodes that take part.
+    """Filling of one tier in the memory of engines, on all nodes that take part.
 
     Attributes:
-        resolved: From where to where.
-        plan: What of the bucket.
-        nodes: Who takes part.
-        events: Is told what happens.
-        stop: Says whether to stop.
+        resolved: Resolved warm-up, with the source and the tiers.
+        plan: Plan of the chunks.
+        nodes: Nodes that take part, with their workers.
+        events: Receives the events.
+        stop: Whether to stop.
     """
 
     resolved: ResolvedRequest
@@ -71,10 +71,10 @@ class EngineRun:
     stop: Stop
 
     def search_workers(self, tier: LocalCPUDeclaration) -> tuple[LoadConfig, list[Assignment]]:
-        """Wait for the workers of classic engines. Nodes on which none comes take no part: their chunks fail.
+        """Wait for the workers of classic engines. Nodes without a worker take no part: their chunks fail.
 
         Returns:
-            What nodes are told to load theirs, and which nodes do, with the workers that they have.
+            The configuration of the loads, and the nodes that take part, with the workers that they have.
         """
         needed = frozenset(0 if worker is None else worker for worker in self.plan.shares)
         wait = self.resolved.request.limits.wait_engine.total_seconds()
@@ -106,7 +106,7 @@ class EngineRun:
         return self.resolved.request.limits.node_timeout + wait + _SPARE_SECS
 
     def _fail_chunks(self, one: Assignment, failure: Failure) -> None:
-        """Name all chunks of a node whose engine did not come."""
+        """Report all chunks of a node as failed because the node's engine did not answer."""
         self.events.lost(one.node.id, failure.kind, failure.message)
         for part in parts_of([one], self.plan).values():
             for chunk in part.chunks_from(0):
@@ -116,7 +116,7 @@ class EngineRun:
                 self.events.ended(one.node.id, Failed(chunk.key, chunk.size, failure.kind, message))
 
     def load_prompts(self, tier: L1Declaration, prompts: PromptFile) -> None:
-        """Have the server of each node load the prompts of the models that it serves."""
+        """Make the server of each node load the prompts of the models that it serves."""
         from warmer.cluster.actor_pool import ActorPool, Failure  # noqa: PLC0415 - as above
 
         limits, choice = self.resolved.request.limits, self.resolved.request.choose
@@ -146,7 +146,7 @@ class EngineRun:
             self._expect_alive(running)
 
     def _share_out(self, found: Mapping[str, Any], prompts: PromptFile) -> None:
-        """Note what each node is to hold: the prompts of the models that it serves, and of those that nobody serves."""
+        """Record what each node should hold: the prompts of the models that it serves, or that no node serves."""
         served = {node: models for node, models in found.items() if isinstance(models, frozenset)}
         nowhere = set(prompts.chunks).difference(*served.values())
         for node, models in found.items():
@@ -177,7 +177,7 @@ class EngineRun:
         self.events.lacking(node, load.lacking, load.ended, words)
 
     def _expect_alive(self, running: ActorPool) -> None:
-        """See that those that ended their part are still there: what a node held went with it."""
+        """Check that nodes that have finished are still alive: the memory of a dead node is lost."""
         from warmer.cluster.actor_pool import Failure  # noqa: PLC0415 - as above
         from warmer.cluster.ray import alive_nodes  # noqa: PLC0415 - as above
 

@@ -1,6 +1,6 @@
-"""Where a job is submitted to, and its runtime environment: read, and refused where a secret would travel in it.
+"""Address and runtime environment of a submitted job; refuses a job whose environment contains a secret.
 
-Ray keeps a job's runtime environment and command line in its records and shows them in its dashboard to everybody.
+Ray keeps a job's runtime environment and command line in its records, and its dashboard shows them to everybody.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ADDRESS_VARIABLES: Final = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""As `ray job submit` has them: the first that is set."""
+"""Environment variables of the address, as in `ray job submit`; the first that is set applies."""
 
 _TOKEN_SETTING: Final = re.compile(r"(.*\.)?token", re.IGNORECASE)
-"""The setting in each of its places: `remote_storage_plugin.<name>.token`, and `token` in `adapter_params`."""
+"""Name of the token setting, in each of its places: `remote_storage_plugin.<name>.token`, `token` in `adapter_params`."""
 
 _TOKEN_LINE: Final = re.compile(r"""(^|[\s.{,"'])token["']?\s*[:=]\s*["']?[^\s"'#,}\]]""", re.IGNORECASE | re.MULTILINE)
-"""The setting in the text of a file that cannot be parsed, such as one with a key given twice."""
+"""Token setting in the text of a file that cannot be parsed, such as one with a duplicate key."""
 
 _UPLOADED: Final = frozenset({".yaml", ".yml", ".json", ".env"})
-"""Endings of the files in a working directory that are looked into: configurations, and files of variables."""
+"""Suffixes of the files in a working directory that are searched: configurations, and files of environment variables."""
 
 _MOST_UPLOADED: Final = 10_000
-"""Such files in one working directory; more are refused, since each is read."""
+"""Maximum number of such files in a working directory; more are refused, because each is read."""
 
 _MOST_PARSED_BYTES: Final = 1024 * 1024
-"""Longer files are no configurations. Only secrets that are known by what they look like are searched for in them."""
+"""Maximum size of a configuration; longer files are only searched for secrets of a recognizable form."""
 
 _LONGEST_SECRET: Final = 16 * 1024
 
@@ -47,13 +47,13 @@ _INSTEAD: Final = (
 
 
 def dashboard_address(given: str | None) -> str:
-    """Where jobs are submitted to.
+    """Return the address of the dashboard to which jobs are submitted.
 
     Args:
-        given: `--address`.
+        given: Value of `--address`; None if not given.
 
     Raises:
-        ConfigError: No address is configured, or it is none of a dashboard.
+        ConfigError: No address is configured, or it is not that of a dashboard.
     """
     name, address = "--address", given
     for variable in ADDRESS_VARIABLES:
@@ -71,15 +71,15 @@ def dashboard_address(given: str | None) -> str:
 
 
 def runtime_env(file: Path | None, text: str | None, working_dir: str | None) -> dict[str, Any]:
-    """A runtime environment, as `ray job submit` takes it.
+    """Return a runtime environment in the format of `ray job submit`.
 
     Args:
-        file: `--runtime-env`: in YAML.
-        text: `--runtime-env-json`.
-        working_dir: `--working-dir`; wins over what the others say.
+        file: Value of `--runtime-env`, a YAML file.
+        text: Value of `--runtime-env-json`.
+        working_dir: Value of `--working-dir`; overrides the other two.
 
     Raises:
-        ConfigError: It cannot be read, is given twice, or holds a secret.
+        ConfigError: The environment cannot be read, is given twice, or contains a secret.
     """
     if file is not None and text is not None:
         raise ConfigError("--runtime-env and --runtime-env-json name two environments; a job has one")
@@ -96,7 +96,7 @@ def runtime_env(file: Path | None, text: str | None, working_dir: str | None) ->
         raise ConfigError(f"{where} is no mapping of settings")
     _refuse_secrets(found, where)
     if working_dir is not None:
-        _refuse_value(working_dir, "--working-dir")  # it may be an address
+        _refuse_value(working_dir, "--working-dir")  # may be a URL, with a secret in it
         found |= {"working_dir": working_dir}
     if isinstance(directory := found.get("working_dir"), str) and Path(directory).is_dir():
         excluded = found.get("excludes")
@@ -105,14 +105,15 @@ def runtime_env(file: Path | None, text: str | None, working_dir: str | None) ->
 
 
 def refuse_secrets_in(command: Sequence[str], submission_id: str | None = None) -> None:
-    """Refuse a job with a secret in what Ray records of it.
+    """Refuse a job whose records in Ray would contain a secret.
 
     Args:
-        command: The command line. Words that are JSON, as of `--l2-adapter`, are read: a token in other clothes is found by its setting.
-        submission_id: The job's name.
+        command: Command line. Words that are JSON, such as that of `--l2-adapter`, are parsed: a token without a recognizable
+            form is found by its setting.
+        submission_id: Name of the job; None if not given.
 
     Raises:
-        ConfigError: It holds one; the message never does.
+        ConfigError: The command or the name contains a secret; the message does not.
     """
     if submission_id is not None:
         _refuse_value(submission_id, "--submission-id")
@@ -128,11 +129,11 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError):
-        return None  # the command itself says so
+        return None  # the command itself reports the error
 
 
 class _Pairs(dict[str, Any]):
-    """An object of JSON. Its text travels, so a key that is given twice counts each time."""
+    """JSON object that keeps the values of duplicate keys, because the whole text is sent."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -143,23 +144,23 @@ def _yaml(text: str, name: str) -> Any:
     try:
         return parse_yaml(text, name)
     except ConfigError:
-        return None  # reading it reports the fault; its text was looked at
+        return None  # reported when the file is read; its text was searched already
 
 
 def _is_token(name: str, beside: Mapping[Any, Any], *, anywhere: bool) -> bool:
-    """Whether a name is that of the setting; in files of others `token` alone may mean anything."""
+    """Return whether a name is that of the token setting; in foreign files, `token` alone may mean something else."""
     if not _TOKEN_SETTING.fullmatch(name):
         return False
     return anywhere or name.startswith("remote_storage_plugin.") or "bucket_handle" in beside
 
 
 def _refuse_document(document: Any, where: str, *, anywhere: bool = True) -> None:
-    """Refuse a document with the setting `token` in it, or with a secret in any of its texts.
+    """Refuse a document that contains the setting `token`, or a secret in any of its texts.
 
     Args:
-        document: Plain values, as JSON and YAML have them.
-        where: What the document is, for errors.
-        anywhere: Whether `token` is that setting in every mapping, not only in those of instances.
+        document: Plain values of JSON or YAML.
+        where: Description of the document, for errors.
+        anywhere: Whether `token` is the setting in every mapping, not only in those of instances.
     """
     waiting = [document]
     while waiting:
@@ -176,12 +177,12 @@ def _refuse_document(document: Any, where: str, *, anywhere: bool = True) -> Non
             waiting.extend(value)
         elif isinstance(value, str):
             _refuse_value(value, where)
-            if value.lstrip()[:1] == "{":  # extra_config as JSON in a text
+            if value.lstrip()[:1] == "{":  # extra_config may be JSON in a string
                 waiting.append(_json(value))
 
 
 def _refuse_secrets_below(directory: Path, excluded: Sequence[Any]) -> None:
-    """Refuse a working directory whose configurations hold a secret: Ray uploads it, and every node keeps a copy."""
+    """Refuse a working directory whose configurations contain a secret: Ray uploads it, and every node keeps a copy."""
     read = 0
     for path in sorted(directory.rglob("*")):
         inner = path.relative_to(directory)
@@ -195,7 +196,7 @@ def _refuse_secrets_below(directory: Path, excluded: Sequence[Any]) -> None:
                 f"--working-dir holds more than {_MOST_UPLOADED} files that may hold a secret ({', '.join(sorted(_UPLOADED))}): name "
                 "those that the job does not need in excludes of the runtime environment"
             )
-        with contextlib.suppress(OSError):  # Ray says what it cannot upload
+        with contextlib.suppress(OSError):  # Ray reports files that it cannot upload
             if path.is_file():
                 _refuse_secrets_of(path, f"--working-dir: {str(inner)!r}")
 
@@ -212,21 +213,21 @@ def _refuse_secrets_of(path: Path, where: str) -> None:
             return
     document = _yaml(text, where) if path.suffix in {".yaml", ".yml"} else _json(text)
     settings = "bucket_handle" in text or "remote_storage_plugin." in text
-    if document is None and settings and _TOKEN_LINE.search(text):  # in a file that is broken, say
+    if document is None and settings and _TOKEN_LINE.search(text):  # the file cannot be parsed
         raise ConfigError(f"{where} holds a value of the setting token; {_INSTEAD}")
     _refuse_document(document, where, anywhere=False)
 
 
 def _is_excluded(path: Path, patterns: Sequence[Any]) -> bool:
-    """Whether `excludes`, which reads as a .gitignore does, keeps a file out of what is uploaded; no where this cannot be told."""
+    """Return whether `excludes`, in the syntax of .gitignore, keeps a file from the upload; False if this is uncertain."""
     texts = [one for one in patterns if isinstance(one, str)]
-    if any(one.startswith("!") for one in texts):  # takes back what the patterns before it say
+    if any(one.startswith("!") for one in texts):  # revokes earlier patterns
         return False
     return any(_excludes(one, path) for one in texts)
 
 
 def _excludes(pattern: str, path: Path) -> bool:
-    """Whether a pattern names a file, or a directory above it."""
+    """Return whether a pattern matches a file, or a directory above it."""
     directories = pattern.endswith("/")
     bare = pattern.removesuffix("/").removesuffix("/**").removeprefix("**/")
     anchored = "/" in bare
@@ -234,7 +235,7 @@ def _excludes(pattern: str, path: Path) -> bool:
     parts = path.parts[:-1] if directories else path.parts
     if not anchored:
         return any(fnmatch.fnmatchcase(part, bare) for part in parts)
-    # A `*` of a path does not stand for a slash.
+    # A `*` in a path does not match a slash.
     return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 

@@ -1,4 +1,4 @@
-"""The Jobs API of a Ray cluster, through Ray's own client, which has no deadlines: each call here has one."""
+"""Client of a Ray cluster's Jobs API: Ray's own client, with a deadline for each call, which it lacks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _ANSWER_SECS: Final = 30.0
 _UPLOAD_SECS: Final = 600.0
-"""The working directory goes with a submission: up to 100 MiB."""
+"""Maximum seconds of a submission, which includes the upload of a working directory of up to 100 MiB."""
 
 _THREADS: Final = 4
 
 _OWN_FAULT: Final = re.compile(r"status code 5\d\d")
-"""As a head answers that has just come back, and proxies before it: no word about what was asked."""
+"""Answer of a head that has just restarted, or of a proxy before it, which says nothing about the request."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -46,16 +46,16 @@ class JobsAPI:
     """Jobs of one cluster.
 
     Args:
-        address: Of its dashboard.
+        address: Address of the cluster's dashboard.
 
     Raises:
-        ClusterError: It does not answer, or does not let us in.
+        ClusterError: The cluster does not answer, or denies access.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._pool = WorkerPool("jobs-api", _THREADS)
-        # Ray's client lets these variables win over the address that it is given.
+        # Ray's client prefers this variable to the address that it is given.
         variable = ADDRESS_VARIABLES[0]
         before = os.environ.get(variable)
         os.environ[variable] = address
@@ -68,10 +68,10 @@ class JobsAPI:
                 os.environ[variable] = before
 
     def find(self, submission_id: str) -> JobDetails | None:
-        """What the cluster knows of a job; None when it knows none of this name.
+        """Return the details of a job; None if the cluster knows no job of this name.
 
         Raises:
-            ClusterError: It does not answer.
+            ClusterError: The cluster does not answer.
         """
         try:
             return self._ask(_ANSWER_SECS, self._client.get_job_info, submission_id)
@@ -82,7 +82,7 @@ class JobsAPI:
         """Submit a job, and upload its working directory.
 
         Raises:
-            ConfigError: What is asked for is refused: the runtime environment, or a name that is taken.
+            ConfigError: The cluster refuses the runtime environment, or the name is taken.
             ClusterError: The cluster does not answer.
         """
         self._ask(
@@ -94,7 +94,7 @@ class JobsAPI:
         )
 
     def stop(self, submission_id: str) -> None:
-        """Tell a job to stop.
+        """Request that a job stops.
 
         Raises:
             ClusterError: The cluster does not answer.
@@ -102,7 +102,7 @@ class JobsAPI:
         self._ask(_ANSWER_SECS, self._client.stop_job, submission_id)
 
     def follow(self, submission_id: str) -> Tail:
-        """Begin to read the log of a job, from its start."""
+        """Start to read the log of a job from its beginning."""
         return Tail(self._client, submission_id, self._pool)
 
     def _ask(self, secs: float, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -132,12 +132,12 @@ class JobsAPI:
 
 
 class Tail:
-    """The log of a job, as it grows; it is read by a thread of its own.
+    """Growing log of a job, read by a thread of its own.
 
     Args:
-        client: Of the cluster.
-        submission_id: Of the job.
-        pool: Whose thread reads.
+        client: Client of the cluster.
+        submission_id: Name of the job.
+        pool: Pool of the thread.
     """
 
     def __init__(self, client: JobSubmissionClient, submission_id: str, pool: WorkerPool) -> None:
@@ -151,11 +151,11 @@ class Tail:
 
     @property
     def ended(self) -> bool:
-        """Whether no more will come; the job need not be over."""
+        """Whether no more text will come; the job may still run."""
         return self._done.done() and self._pieces.empty()
 
     def next(self, secs: float) -> str:
-        """What has come next; empty when nothing comes within this time, or no more will."""
+        """Return the next text; empty if none arrives within `secs` seconds or no more will come."""
         try:
             return self._pieces.get(timeout=secs)
         except queue.Empty:

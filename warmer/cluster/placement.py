@@ -1,4 +1,4 @@
-"""Which nodes take part, and which chunks each of them gets."""
+"""Choice of the nodes that take part, and of the chunks that each of them gets."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Assignment:
     """A node that takes part.
 
     Attributes:
-        node: Which.
-        ranks: Of the workers whose chunks it takes; None for all.
+        node: The node.
+        ranks: Ranks of the workers whose chunks the node gets; None for all.
     """
 
     node: Node
@@ -44,12 +44,12 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """One condition on a label, in Ray's own words.
+    """One condition on a label, in Ray's syntax.
 
     Attributes:
-        label: Its name.
-        values: Of which the label has one.
-        negated: Whether it must have none of them; a node without the label then fits too.
+        label: Name of the label.
+        values: Values, of which the label must have one.
+        negated: Whether the label must have none of the values; a node without the label then matches too.
     """
 
     label: str
@@ -58,10 +58,10 @@ class Selector:
 
     @classmethod
     def parse(cls, text: str) -> Selector:
-        """Read `pool=serving`, `pool=!serving`, `pool=in(a,b)` or `pool=!in(a,b)`.
+        """Parse `pool=serving`, `pool=!serving`, `pool=in(a,b)` or `pool=!in(a,b)`.
 
         Raises:
-            ConfigError: It is none.
+            ConfigError: The text is not a condition.
         """
         match = _SELECTOR.fullmatch(text)
         values = (
@@ -75,20 +75,20 @@ class Selector:
         return cls(match[1], frozenset(values), bool(match[2]))
 
     def fits(self, labels: Mapping[str, str]) -> bool:
-        """Whether a node with these labels fits."""
+        """Return whether a node with these labels matches."""
         return (labels.get(self.label) in self.values) != self.negated
 
 
 def assigned(alive: Sequence[Node], wanted: NodeOptions) -> list[Assignment]:
-    """The nodes that take part.
+    """Return the nodes that take part.
 
     Args:
-        alive: The nodes there are.
-        wanted: Which of them, and with whose chunks.
+        alive: Nodes of the cluster that are alive.
+        wanted: Options that select nodes, and assign workers' chunks to them.
 
     Raises:
-        ConfigError: A name is none of theirs, or a condition or label cannot be read.
-        NothingToDoError: None takes part.
+        ConfigError: A name is not that of a live node, or a condition or label is invalid.
+        NothingToDoError: No node takes part.
     """
     if not alive:
         raise NothingToDoError("the Ray cluster has no node that is alive")
@@ -102,10 +102,10 @@ def assigned(alive: Sequence[Node], wanted: NodeOptions) -> list[Assignment]:
 
 
 def eligible(alive: Sequence[Node], wanted: NodeOptions) -> list[Node]:
-    """Those among some nodes that have the labels and names that are asked for.
+    """Return the nodes that have the requested labels and names.
 
     Raises:
-        ConfigError: A condition cannot be read.
+        ConfigError: A condition is invalid.
     """
     selectors = [Selector.parse(text) for text in wanted.selector]
     return [
@@ -117,10 +117,10 @@ def eligible(alive: Sequence[Node], wanted: NodeOptions) -> list[Node]:
 
 
 def ranks_of(node: Node, wanted: NodeOptions) -> frozenset[int] | None:
-    """The workers whose chunks a node takes; None for all.
+    """Return the ranks of the workers whose chunks a node gets; None for all.
 
     Raises:
-        ConfigError: The label of the node are no ranks.
+        ConfigError: The value of the node's label is not a list of ranks.
     """
     for name in (node.id, node.name):
         if name in wanted.ranks:
@@ -135,7 +135,7 @@ def ranks_of(node: Node, wanted: NodeOptions) -> frozenset[int] | None:
 
 
 def unknown_ranks(alive: Sequence[Node], wanted: NodeOptions) -> list[str]:
-    """The names for which ranks are given, and that no node has: it may be down."""
+    """Return the names for which ranks are given but that no live node has: such a node may be down."""
     known = {name for node in alive for name in (node.name, node.id)}
     return sorted(wanted.ranks.keys() - known)
 
@@ -148,7 +148,7 @@ def _expect_known(alive: Sequence[Node], names: Sequence[str]) -> None:
 
 
 def _described(nodes: Sequence[Node], *, labels: bool = False) -> str:
-    """Names, ids and labels that are not Ray's own."""
+    """Describe nodes by name, id and labels, without Ray's own labels."""
     words = []
     for node in nodes[:_NAMED]:
         own = [f"{name}={value}" for name, value in sorted(node.labels.items()) if not name.startswith("ray.io/")]
@@ -158,11 +158,11 @@ def _described(nodes: Sequence[Node], *, labels: bool = False) -> str:
 
 
 class NodeSlots:
-    """The nodes of a run. A lost one's place may be taken by one that joins, which is then to have all its chunks.
+    """Nodes of a run. A node that joins may replace a lost one, and then gets all chunks of the lost node.
 
     Args:
-        nodes: Who takes part at first.
-        wanted: What was said of nodes; it holds for those that join, too.
+        nodes: Nodes that take part at first.
+        wanted: Options for nodes, which also apply to those that join.
     """
 
     def __init__(self, nodes: Sequence[Assignment], wanted: NodeOptions) -> None:
@@ -172,28 +172,28 @@ class NodeSlots:
 
     @property
     def nodes(self) -> list[Assignment]:
-        """Who takes part now; a lost one whose place nobody took does."""
+        """Nodes that take part now, including lost ones that no node has replaced."""
         return list(self._held.values())
 
     def having(self, nodes: Sequence[Assignment]) -> NodeSlots:
-        """Some of these places, with the workers that their nodes turned out to have; who is replaced there is so here too."""
+        """Return some of these nodes, with the workers found on them; a replacement in the result applies here too."""
         some = NodeSlots(nodes, self._wanted)
         some._whole = self
         return some
 
     def candidates(self, alive: Sequence[Node]) -> list[Node]:
-        """Those among some nodes that may take part. First those that take certain workers' chunks: others fit anywhere."""
+        """Return nodes that may take part; those that get only certain workers' chunks first, as others fit anywhere."""
         return sorted(eligible(alive, self._wanted), key=lambda node: self._ranks(node) is None)
 
     def _ranks(self, node: Node) -> frozenset[int] | None:
-        """Whose chunks a node says that it takes; None for all, or where it cannot be read."""
+        """Return the ranks that a node declares; None for all, or if they are invalid."""
         try:
             return ranks_of(node, self._wanted)
         except ConfigError:
             return None
 
     def fits(self, lost: str, node: Node) -> bool:
-        """Whether a node may take the place of a lost one: it takes the same workers' chunks, or does not say whose."""
+        """Return whether a node may replace a lost one: it declares the same ranks, or none."""
         try:
             ranks = ranks_of(node, self._wanted)
         except ConfigError:
@@ -201,7 +201,7 @@ class NodeSlots:
         return ranks is None or ranks == self._held[lost].ranks
 
     def take(self, lost: str, by: Node) -> None:
-        """A node takes the place of a lost one."""
+        """Replace a lost node by another one."""
         if self._whole is not None:
             self._whole.take(lost, by)
         self._held = {
@@ -211,7 +211,7 @@ class NodeSlots:
 
 
 def taking_part(alive: Sequence[Any], wanted: NodeOptions) -> list[Assignment]:
-    """As `assigned`; ranks that are given for nodes that are not alive are a warning."""
+    """Return the nodes that take part, like `assigned`; log a warning about ranks given for nodes that are not alive."""
     nodes = assigned(alive, wanted)
     absent = unknown_ranks(alive, wanted)
     if absent:
@@ -220,7 +220,7 @@ def taking_part(alive: Sequence[Any], wanted: NodeOptions) -> list[Assignment]:
 
 
 def shares(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> dict[str, Share]:
-    """What of a plan each node is to hold, by its id."""
+    """Return the share of a plan that each node should hold, by node id."""
     return {
         one.node.id: Share(*plan.share(one.ranks), None if one.ranks is None else format_ranks(one.ranks))
         for one in nodes
@@ -228,10 +228,10 @@ def shares(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> dict[str, Share]:
 
 
 def unassigned_chunks(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> int:
-    """Count the chunks of a plan that no node takes; some are a warning.
+    """Count the chunks of a plan that no node gets; log a warning if there are any.
 
     Raises:
-        NothingToDoError: No node takes any.
+        NothingToDoError: No node gets any chunk.
     """
     count = sum(
         chunks for worker, (chunks, _) in plan.shares.items() if not any(is_for(worker, one.ranks) for one in nodes)
@@ -249,7 +249,7 @@ def unassigned_chunks(plan: WarmPlanFile, nodes: Sequence[Assignment]) -> int:
 
 
 def parts_of(nodes: Sequence[Assignment], plan: WarmPlanFile) -> dict[frozenset[str], PlanPart]:
-    """The parts of a plan that the same nodes are to have, by these nodes; what nobody is to have is in none."""
+    """Split a plan into parts by the set of nodes that get the chunks; chunks that no node gets are in no part."""
     workers: defaultdict[frozenset[str], set[int | None]] = defaultdict(set)
     for worker in plan.shares:
         workers[frozenset(one.node.id for one in nodes if is_for(worker, one.ranks))].add(worker)

@@ -1,4 +1,4 @@
-"""Which Ray cluster a run uses, and which nodes it has."""
+"""Ray cluster of a run, and the nodes of the cluster."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE: Final = "RAY_ADDRESS"
 JOB_VARIABLE: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray for the driver of a submitted job, beside `RAY_ADDRESS`."""
+"""Environment variable that Ray sets for the driver of a submitted job, besides `RAY_ADDRESS`."""
 
 _ANSWER_SECS: Final = 10.0
 _LOCAL_STORE_BYTES: Final = 100 * 1024 * 1024
-"""One node hands nothing to others through the object store, so a Ray of our own needs no more than its least."""
+"""Ray's minimum size of an object store, enough for a local Ray, whose one node shares no objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Node:
     """A node that is alive.
 
     Attributes:
-        id: Ray's, unique.
-        name: For people.
-        labels: As Ray has them.
-        store_bytes: Of its object store.
+        id: Ray's unique id.
+        name: Name in messages.
+        labels: Ray's labels.
+        store_bytes: Size of the node's object store in bytes.
     """
 
     id: str
@@ -50,10 +50,10 @@ class Node:
 
 
 def configured_address(given: str | None) -> str | None:
-    """The address of the cluster to join; None where none is configured and a local Ray is to be started.
+    """Return the address of the cluster to join; None if none is configured and a local Ray must be started.
 
     Args:
-        given: `--address`.
+        given: Value of `--address`; None if not given.
 
     Raises:
         ConfigError: The address is of a kind that cannot be used.
@@ -77,16 +77,16 @@ def configured_address(given: str | None) -> str | None:
 
 @contextlib.contextmanager
 def joined(given: str | None) -> Iterator[None]:
-    """Be in a Ray cluster: the one that this process is in already, the configured one, or a local one of our own.
+    """Connect to a Ray cluster: the one that this process is already in, the configured one, or a new local one.
 
-    Only what was joined or started here is left or shut down at the end.
+    At the end, only what was connected or started here is disconnected or shut down.
 
     Args:
-        given: `--address`.
+        given: Value of `--address`; None if not given.
 
     Raises:
         ConfigError: The address cannot be used.
-        ClusterError: The configured cluster does not answer, or refuses us. No local one is started in its place.
+        ClusterError: The configured cluster does not answer, or denies access. No local one is started in its place.
     """
     if ray.is_initialized():
         yield
@@ -102,7 +102,7 @@ def joined(given: str | None) -> Iterator[None]:
 
 
 def _expect_answer(address: str) -> None:
-    """Find out in seconds what `ray.init` would need minutes for."""
+    """Check within seconds that a cluster answers, for which `ray.init` would need minutes."""
     parts = urlsplit(f"//{address}")
     try:
         host, port = parts.hostname, parts.port
@@ -121,7 +121,7 @@ def _expect_answer(address: str) -> None:
 def _init(address: str | None) -> None:
     try:
         if address is not None:
-            # Workers' output goes to stdout, which is not ours to fill.
+            # By default, Ray writes the output of workers to stdout, which is reserved for results.
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
             return
         _log.info("no Ray cluster is configured (--address, RAY_ADDRESS): a local Ray is started, on this machine only")
@@ -146,14 +146,14 @@ def _init(address: str | None) -> None:
 
 
 def _expect_token() -> None:
-    """See to it that a local Ray has a token where its own, `~/.ray/auth_token`, can neither be read nor made."""
+    """Provide a token for a local Ray if `~/.ray/auth_token` can be neither read nor created."""
     if any(os.environ.get(variable) for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
     try:
         home = Path.home() / ".ray"
         home.mkdir(parents=True, exist_ok=True)
         usable = os.access(home, os.W_OK | os.X_OK) or os.access(home / "auth_token", os.R_OK)
-    except (OSError, RuntimeError):  # there is none, or it cannot be written
+    except (OSError, RuntimeError):  # the file does not exist, or cannot be written
         usable = False
     if not usable:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -164,7 +164,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def alive_nodes() -> list[Node]:
-    """The nodes of the cluster that are alive, ordered by name and id."""
+    """Return the live nodes of the cluster, ordered by name and id."""
     records = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [
         Node(

@@ -1,4 +1,4 @@
-"""How bytes move in a run: what the warm-up says of it, as a schedule has it; and for how long."""
+"""Schedule and time limit of a run, made from the options of a warm-up."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _LEAST_CACHED: Final = 2
 
 
 def store_bytes(moving: TransferOptions, node: Node) -> int:
-    """The bytes that chunks may take in a node's object store."""
+    """Return the bytes that chunks may take in a node's object store."""
     return int(node.store_bytes * moving.object_store_fraction)
 
 
 def schedule_of(
     moving: TransferOptions, nodes: Sequence[Assignment], plan: WarmPlanFile, bucket: Bucket, stop: Stop
 ) -> Scheduler:
-    """The schedule of a run, in which each chunk is looked up once more just before its turn.
+    """Return the schedule of a run, in which each chunk is looked up again just before it is assigned.
 
     Args:
-        moving: How bytes are to move.
-        nodes: Who takes part, with whose chunks.
-        plan: What is to be moved.
-        bucket: From where.
-        stop: Says whether the run is to stop.
+        moving: Options of the transfer.
+        nodes: Nodes that take part, with the ranks of their workers.
+        plan: Plan of the chunks.
+        bucket: Source of the chunks.
+        stop: Whether the run must stop.
     """
     chosen = parts_of(nodes, plan)
     cached = max(_LEAST_CACHED, CACHED_SEGMENTS // max(1, len(chosen)))
     look_up = RefreshLookups(bucket, stop).look_up
-    # What a lost node will never get needs no lookup.
+    # Chunks that a lost node will never get need no lookup.
     parts = [
         PlanSection(RefreshedPlan(part, look_up, cached).chunks, names, rest=part.chunks_from)
         for names, part in chosen.items()
@@ -61,17 +61,17 @@ def schedule_of(
 
 
 def direct_schedule(nodes: Sequence[Assignment], plan: WarmPlanFile) -> Scheduler:
-    """A schedule by which every node works by itself through all that is for it, as it is planned."""
+    """Return a schedule in which every node processes all its planned chunks by itself."""
     parts = [PlanSection(part.chunks_from, names) for names, part in parts_of(nodes, plan).items()]
     return Scheduler(dict.fromkeys((one.node.id for one in nodes), 0), parts, direct=True, now=time.monotonic())
 
 
 class TimeLimit:
-    """Whether a run is to stop: a stop was requested, or its time is up.
+    """Combination of a requested stop and a time limit.
 
     Args:
         stop: Whether a stop was requested.
-        secs: Most seconds from now; None for no limit.
+        secs: Maximum seconds from now; None for no limit.
     """
 
     def __init__(self, stop: ShutdownSignal, secs: float | None) -> None:
@@ -80,5 +80,5 @@ class TimeLimit:
 
     @property
     def requested(self) -> bool:
-        """Whether it is to stop."""
+        """Whether the run must stop."""
         return self._stop.requested or (self._end is not None and time.monotonic() >= self._end)

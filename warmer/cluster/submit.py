@@ -1,4 +1,4 @@
-"""`submit`: the same command as a Ray job, followed to its end, with the code that the job itself ended with."""
+"""Command `submit`: run the same command as a Ray job, follow the job, and exit with its code."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 COMMANDS: Final = ("run", "plan", "apply", "check")
-"""What can be submitted."""
+"""Commands that can be submitted."""
 
 _POLL_SECS: Final = 2.0
 _DRAIN_SECS: Final = 10.0
-"""How long the rest of the log of a job that is over is waited for."""
+"""Seconds to wait for the rest of the log after a job has ended."""
 
 _SILENCE_SECS: Final = 120.0
-"""How long a cluster may not tell of a job that runs: a head that restarts takes a minute."""
+"""Maximum seconds without a status of a running job: a head that restarts needs a minute."""
 
 _STOP_SECS: Final = 15.0
-"""Ray kills a job 3 s after SIGTERM; the rest is for its records."""
+"""Seconds to wait for a job to stop: Ray kills it 3 s after SIGTERM, and then updates its records."""
 
 _ARRIVAL_SECS: Final = 5.0
-"""How long a job that was being submitted when the order came is waited for, to be stopped."""
+"""Seconds to wait, after a stop, for a job that was being submitted, in order to stop it too."""
 
 _NAME: Final = re.compile(r"[^\s/?#%]+")
 _RECORDS: Final = frozenset({"summary", "plan", "check"})
@@ -50,17 +50,17 @@ _RECORDS: Final = frozenset({"summary", "plan", "check"})
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job that is to be submitted.
+    """Job to be submitted.
 
     Attributes:
-        command: What follows `python -m warmer`.
-        runtime_env: Ray's.
-        submission_id: Its name, by which it runs once; one of our own making where none is given.
-        wait: Whether to follow it to its end.
-        detach: Whether it goes on when we are told to stop.
+        command: Arguments of `python -m warmer`.
+        runtime_env: Ray's runtime environment.
+        submission_id: Name of the job, which can be used only once; generated if none is given.
+        wait: Whether to follow the job to its end.
+        detach: Whether the job continues if this process is told to stop.
 
     Raises:
-        ConfigError: The name could be none.
+        ConfigError: The name is invalid.
     """
 
     command: Sequence[str]
@@ -75,19 +75,19 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        """The command as Ray's shell gets it."""
+        """The command line for the shell that Ray starts."""
         return shlex.join(["python", "-m", "warmer", *self.command])
 
 
 def expect_command(context: Context, command: Sequence[str]) -> None:
-    """Make sure that the job's own command line is one, before anything is uploaded for it.
+    """Check that the job's own command line is valid, before anything is uploaded for it.
 
     Args:
-        context: Of the command that submits.
-        command: What follows `python -m warmer`.
+        context: Context of the submitting command.
+        command: Arguments of `python -m warmer`.
 
     Raises:
-        ClickException: It is none; in the words of the command itself.
+        ClickException: The command line is invalid; the message is that of the command itself.
     """
     name, *rest = command
     if name not in COMMANDS:
@@ -100,18 +100,18 @@ def submit(api: JobsAPI, wanted: Submission, out: IO[str]) -> dict[str, Any]:
     """Submit a job, and follow it to its end.
 
     Args:
-        api: Of the cluster.
-        wanted: The job.
-        out: Where its log goes.
+        api: Jobs of the cluster.
+        wanted: Job to submit.
+        out: Destination of the job's log.
 
     Returns:
         The record, ready for JSON; its fields are described in `docs/warm.md`.
 
     Raises:
         NothingToDoError: A job of this name was submitted before.
-        ConfigError: The cluster refuses it.
+        ConfigError: The cluster refuses the job.
         ClusterError: The cluster does not answer.
-        Interrupted: Told to stop before the job was submitted.
+        Interrupted: A stop was requested before the job was submitted.
     """
     _refuse_again(api, wanted.submission_id)
     log = Log(out)
@@ -119,7 +119,7 @@ def submit(api: JobsAPI, wanted: Submission, out: IO[str]) -> dict[str, Any]:
         try:
             api.submit(wanted.entrypoint, wanted.submission_id, dict(wanted.runtime_env))
         except HFBucketError:
-            _refuse_again(api, wanted.submission_id)  # somebody else was faster
+            _refuse_again(api, wanted.submission_id)  # another process may have submitted it first
             raise
         _log.info("job %s is submitted to %s", wanted.submission_id, api.address)
         if not wanted.wait:
@@ -162,10 +162,10 @@ def _refuse_again(api: JobsAPI, submission_id: str) -> None:
 
 
 def outcome(details: JobDetails | None) -> tuple[int, str]:
-    """The exit code that stands for a job that is over, and what there is to say of it.
+    """Return the exit code for a job that has ended, and a message about it.
 
     Args:
-        details: Of the job; None where the cluster tells of it no more.
+        details: Details of the job; None if the cluster no longer reports the job.
     """
     if details is None:
         return exit_codes.FAILED, (
@@ -176,13 +176,13 @@ def outcome(details: JobDetails | None) -> tuple[int, str]:
         return code, ""
     if status == "SUCCEEDED":
         return exit_codes.COMPLETE, ""
-    if status == "STOPPED":  # Ray notes no exit code then
+    if status == "STOPPED":  # for which Ray records no exit code
         return exit_codes.INTERRUPTED, "it was stopped; running again moves only what is missing"
     return _broken(details)
 
 
 def _broken(details: JobDetails) -> tuple[int, str]:
-    """The same of a job that ended in no way of its own."""
+    """Return the exit code and the message for a job that ended without an exit code of the command."""
     if details.driver_exit_code is not None:
         return (
             exit_codes.FAILED,
@@ -195,7 +195,7 @@ def _broken(details: JobDetails) -> tuple[int, str]:
 
 
 def _followed(api: JobsAPI, submission_id: str, log: Log) -> JobDetails | None:
-    """Pass on the log of a job until it is over; None where the cluster answers no more, or knows of no such job any more."""
+    """Forward the log of a job until the job ends; return None if the cluster stops answering or no longer knows the job."""
     tail, answered = api.follow(submission_id), time.monotonic()
     next_look = 0.0
     while True:
@@ -214,26 +214,26 @@ def _followed(api: JobsAPI, submission_id: str, log: Log) -> JobDetails | None:
             continue
         if details is not None:
             answered = time.monotonic()
-        elif time.monotonic() - answered > _SILENCE_SECS:  # a head that restarts without its records has lost them
+        elif time.monotonic() - answered > _SILENCE_SECS:  # a head that restarts without its records has lost the job
             return None
         if details is not None and details.status.is_terminal():
             _drain(tail, log)
             return details
-        if tail.ended:  # the log is passed on by the job's node, through the head: either may be gone for a while
+        if tail.ended:  # the log comes from the job's node through the head, and either may be absent for a while
             time.sleep(_POLL_SECS)
             log.from_start()
             tail = api.follow(submission_id)
 
 
 def _drain(tail: Tail, log: Log) -> None:
-    """Pass on what is left of the log of a job that is over."""
+    """Forward the rest of the log of a job that has ended."""
     end = time.monotonic() + _DRAIN_SECS
     while not tail.ended and time.monotonic() < end:
         log.add(tail.next(_POLL_SECS / 4))
 
 
 def _stopped(api: JobsAPI, submission_id: str) -> JobDetails | None:
-    """Stop a job; how it ended, which may be well, where it was quicker."""
+    """Stop a job; return its details, which may show success if the job ended first."""
     _log.warning("told to stop: job %s is stopped", submission_id)
     end = time.monotonic() + _STOP_SECS
     details = None
@@ -254,20 +254,20 @@ def _stopped(api: JobsAPI, submission_id: str) -> JobDetails | None:
 
 
 _LAST_WORD: Final = re.compile(r"(?<!\S)\S{1,4096}\Z")
-"""What stands behind the last space, unless it is too long for any token."""
+"""Text after the last space, unless it is too long for a token."""
 
 _LONGEST_RECORD: Final = 16 * 1024 * 1024
-"""Characters of a record, which names a thousand chunks at most."""
+"""Maximum characters of a record, which names at most a thousand chunks."""
 
 
 class Log:
-    """Passes on the log of a job, and finds the record in it that the command printed last.
+    """Forwards the log of a job, and finds the last record that the command printed.
 
     Args:
-        out: Where to.
+        out: Destination of the log.
 
     Attributes:
-        record: What was found; None for nothing.
+        record: The record; None if none was found.
     """
 
     def __init__(self, out: IO[str]) -> None:
@@ -279,11 +279,11 @@ class Log:
         self.record: dict[str, Any] | None = None
 
     def from_start(self) -> None:
-        """What comes next begins at the start of the log again: what was passed on is not passed on twice."""
+        """Expect the log from its start again: text that was already forwarded is not forwarded again."""
         self._again = self._passed_on
 
     def add(self, piece: str) -> None:
-        """Pass on what has come."""
+        """Forward a piece of the log."""
         skipped = min(self._again, len(piece))
         self._again -= skipped
         new = piece[skipped:]
@@ -291,7 +291,7 @@ class Log:
             return
         self._passed_on += len(new)
         text = self._held + new
-        # A word that may go on waits for its end: half of a token would not be known for one.
+        # Hold back a word that may continue, because half of a token would not be recognized as a secret.
         word = _LAST_WORD.search(text)
         cut = len(text) if word is None else word.start()
         self._write(text[:cut])
@@ -300,14 +300,14 @@ class Log:
         for line in lines:
             self._look_at(line)
         if len(self._line) > _LONGEST_RECORD:
-            self._line = "…"  # no record any more, whatever follows
+            self._line = "…"  # too long for a record, whatever follows
 
     def _write(self, text: str) -> None:
-        self._out.write(texts.shown_lines(text))  # any process in the cluster may write there
+        self._out.write(texts.shown_lines(text))  # escaped, as any process in the cluster may write to the log
         self._out.flush()
 
     def close(self) -> None:
-        """No more will come."""
+        """Forward what was held back; no more text will come."""
         self._write(self._held)
         self._held = ""
         if self._line:
