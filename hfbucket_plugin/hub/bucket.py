@@ -302,9 +302,12 @@ class Bucket:
         return infos, self._cursor(answer.next_page, tree.path), answer.date
 
     def _cursor(self, link: str | None, path: str) -> str | None:
-        """Return the cursor of the next page, ignoring the host and path of the link.
+        """Return the cursor of the next page, whichever host the link names.
 
-        A mirror passes links on as its upstream wrote them; only the configured Hub may be requested, for this listing.
+        A mirror passes links on as its upstream wrote them; only the configured Hub is requested, for this listing.
+
+        Raises:
+            TransportError: The link leads to another listing, or its cursor cannot be sent.
         """
         if link is None:
             return None

@@ -1,4 +1,4 @@
-"""Small metadata records of ours below `<prefix>/.hfbucket/`."""
+"""Small metadata records below `<prefix>/.hfbucket/`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 Bytes = bytearray | mmap.mmap
-"""What an object was read into."""
+"""Types of the buffer that an object was read into."""
 
 
 class RecordStore:
-    """Reads and writes small objects of ours.
+    """Reads and writes small metadata objects.
 
     Args:
-        bucket: The instance's.
-        name: Names the threads.
-        uploads: Most uploads at one time.
+        bucket: Bucket of the instance.
+        name: Prefix of the thread names.
+        uploads: Maximum number of concurrent uploads.
     """
 
     def __init__(self, bucket: Bucket, name: str, uploads: int = 1) -> None:
@@ -43,14 +43,14 @@ class RecordStore:
         self._uploads = WorkerPool(f"hfbucket-own-{name}", uploads, 1)
 
     def read(self, objects: Sequence[tuple[str, ContentId]], deadline: Deadline) -> list[Bytes | HFBucketError]:
-        """Read objects side by side, and compare each with its hash. They are all in memory at one time.
+        """Read objects concurrently and verify their hashes. All of them are in memory at the same time.
 
         Args:
-            objects: A name for errors, and the content, of each.
+            objects: Name for errors, and content, of each object.
             deadline: When to give up.
 
         Returns:
-            The bytes of each, or why they did not arrive.
+            For each object its bytes, or the error.
         """
         with contextlib.ExitStack() as stack:
             memory = [stack.enter_context(_Memory(content.size)) for _, content in objects]
@@ -71,7 +71,7 @@ class RecordStore:
             if read.error is not None:
                 results.append(read.error)
             elif hashes[index] != read.content.xet_hash:
-                self._bucket.transfer.renew()  # so that the next try is independent of this one
+                self._bucket.transfer.renew()  # makes the next attempt independent of this one
                 expected = read.content.xet_hash
                 results.append(
                     IntegrityError(f"{read.name}: what arrived has the hash {hashes[index]}, not {expected}")
@@ -84,7 +84,7 @@ class RecordStore:
         """Read one object; see `read`.
 
         Raises:
-            HFBucketError: It did not arrive.
+            HFBucketError: The object was not read.
         """
         (data,) = self.read([(name, content)], deadline)
         if isinstance(data, HFBucketError):
@@ -92,23 +92,23 @@ class RecordStore:
         return data
 
     def put(self, path: str, data: bytes, deadline: Deadline) -> None:
-        """Write an object, in the place of what is there.
+        """Write an object, replacing an existing one.
 
         Args:
-            path: From the root of the bucket.
-            data: Its bytes.
+            path: Path from the root of the bucket.
+            data: Bytes of the object.
             deadline: When to give up.
 
         Raises:
-            HFBucketError: It is not there, or its state is unknown.
+            HFBucketError: The object was not written, or its state is unknown.
         """
         raise_failed(self._bucket.add({path: self.upload(data, deadline)}, deadline))
 
     def upload(self, data: bytes | RevocableBuffer, deadline: Deadline) -> ContentId:
-        """Upload a content; it is in no bucket yet. hf_xet may hang for longer than its timeouts say.
+        """Upload a content without naming it in a bucket. hf_xet may hang for longer than its timeouts.
 
         Raises:
-            HFBucketError: It was not uploaded.
+            HFBucketError: The content was not uploaded.
         """
         upload = Upload()
         try:
@@ -122,28 +122,29 @@ class RecordStore:
             raise
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Stop writing."""
         self._uploads.close()
 
 
 _HASHED_TOGETHER = 64
-"""Files open at one time: one call for many small ones is much faster than one call each."""
+"""Number of files hashed in one call, and open meanwhile; one call for many small files is faster than one each."""
 
 _MAPPED_BYTES = 1024 * 1024
-"""From here on bytes lie where they are hashed. Smaller ones are copied for it, so that thousands need no descriptor each."""
+"""Size in bytes from which objects are read directly into the file that is hashed. Smaller ones are copied, so that
+thousands of them need no descriptor each."""
 
 
 class _Memory:
-    """Memory for an object that is to be read and hashed: a file without a path, mapped, where it is not small.
+    """Memory for an object to read and hash; unless the object is small, a mapped file without a path.
 
-    hf_xet hashes files only. Nothing is filled with zeros while Python's lock is held. Use it as a context manager: its
-    descriptor goes at the end, and the bytes stay for as long as they are referenced.
+    hf_xet hashes files only. Nothing is zero-filled while the GIL is held. Use it as a context manager: the descriptor
+    is closed at the end, and the bytes stay valid as long as they are referenced.
 
     Args:
-        size: Bytes.
+        size: Size in bytes.
 
     Raises:
-        OSError: The system has no memory, or no descriptor, for it.
+        OSError: The system has no memory or no descriptor for it.
     """
 
     def __init__(self, size: int) -> None:
@@ -171,7 +172,7 @@ class _Memory:
 
 
 def _hashes_of(memory: Sequence[_Memory]) -> list[str]:
-    """The Xet hashes of what lies in memory.
+    """Return the Xet hashes of objects in memory.
 
     Raises:
         OSError: The system has no memory for copies of the small ones.
@@ -193,10 +194,10 @@ def _hashes_of(memory: Sequence[_Memory]) -> list[str]:
 
 
 def hash_of(data: bytearray) -> str:
-    """The Xet hash of bytes.
+    """Return the Xet hash of bytes.
 
     Raises:
-        OSError: The system has no memory for it.
+        OSError: The system has no memory for a copy.
     """
     with open(os.memfd_create("hfbucket-hash"), "wb") as file:  # noqa: PTH123 - it has no path
         file.write(data)
@@ -206,11 +207,11 @@ def hash_of(data: bytearray) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was read.
+    """Content that was read.
 
     Attributes:
-        data: The bytes.
-        seconds: How long they took, without what comes before the first of them.
+        data: Bytes of the content.
+        seconds: Read time in seconds, without the setup before the first byte.
     """
 
     data: bytearray
@@ -218,19 +219,19 @@ class Fetched:
 
 
 def fetch(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> Fetched:
-    """Read an object as the engine does: by the streams of `Transfer`.
+    """Read an object as the engine does, through the streams of `Transfer`.
 
     Args:
-        bucket: Where from.
-        name: Names the object in errors.
-        content: What to read.
+        bucket: Bucket to read from.
+        name: Name of the object, for errors.
+        content: Content to read.
         deadline: When to give up.
 
     Raises:
-        IntegrityError: What arrived is not the object.
-        HFBucketError: It did not arrive.
+        IntegrityError: The bytes do not match the content.
+        HFBucketError: The object was not read.
     """
-    bucket.transfer.warm_up(deadline)  # else the session's making would be measured too
+    bucket.transfer.warm_up(deadline)  # keeps the session setup out of the measurement
     data = bytearray(content.size)
     read = DownloadToBuffer(name, content, RevocableBuffer(memoryview(data)))
     started = time.monotonic()
@@ -244,14 +245,14 @@ def fetch(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> 
 
 
 MAX_BYTES: Final = 8 * 1024 * 1024
-"""Largest that is read: what is longer was not written by us."""
+"""Maximum size in bytes of a record to read; this package writes no longer ones."""
 
 
 def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> ContentId:
-    """Send bytes to the store; they are in no bucket yet.
+    """Upload bytes to the store without naming them in a bucket.
 
     Raises:
-        HFBucketError: The store did not take them.
+        HFBucketError: The store did not accept them.
     """
     handle = Upload()
     try:
@@ -263,10 +264,10 @@ def upload(bucket: Bucket, data: bytes, deadline: Deadline) -> ContentId:
 
 
 def put(bucket: Bucket, name: str, content: ContentId, deadline: Deadline) -> None:
-    """Give a content a name below the instance's prefix.
+    """Name a content below the prefix of the instance.
 
     Raises:
-        HFBucketError: It has none, or its state is unknown.
+        HFBucketError: The content was not named, or its state is unknown.
     """
     raise_failed(bucket.add({bucket.handle.join(name): content}, deadline))
 
@@ -275,7 +276,7 @@ def remove(bucket: Bucket, paths: Sequence[str], deadline: Deadline) -> None:
     """Delete objects.
 
     Raises:
-        HFBucketError: Some are still there, or their state is unknown.
+        HFBucketError: Some objects still exist, or their state is unknown.
     """
     if paths:
         raise_failed(bucket.delete(paths, deadline))
@@ -285,7 +286,7 @@ def raise_failed(failed: Mapping[str, ItemFailure]) -> None:
     """Raise the first failure of a batch.
 
     Raises:
-        TransportError: There is one.
+        TransportError: The batch has a failure.
     """
     for failure in failed.values():
         raise TransportError(f"{failure.item}: {failure.message}")
@@ -295,8 +296,8 @@ def read_json(bucket: Bucket, info: ObjectInfo, deadline: Deadline) -> dict[str,
     """Read an object that holds a JSON record.
 
     Raises:
-        IntegrityError: It holds none.
-        HFBucketError: It did not arrive.
+        IntegrityError: The object is not a JSON record.
+        HFBucketError: The object was not read.
     """
     if info.content.size > MAX_BYTES:
         raise IntegrityError(f"{info.path}: {info.content.size} bytes are no record of ours")

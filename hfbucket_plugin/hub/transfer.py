@@ -1,4 +1,4 @@
-"""Bytes: streamed from the store into a caller's buffer, uploaded from one, and hashed. Knows nothing of keys."""
+"""Transfer of bytes: streams from the store into buffers or files, uploads, and hashes; independent of keys."""
 
 from __future__ import annotations
 
@@ -43,36 +43,38 @@ if TYPE_CHECKING:
 
 
 _LOCAL: Final = re.compile(r"\bIO Error: .*\(os error (\d+)\)")
-"""How hf_xet 1.8 tells what the disk refused; what it says of the network has no such number."""
+"""Message of hf_xet 1.8 for a disk error; its network errors have no such number."""
 
 _MISMATCH: Final = "File size mismatch"
-"""How it tells that the object has not as many bytes as it was said to have."""
+"""Message of hf_xet for an object whose size differs from the requested one."""
 
 
 _WRITE_PIECE: Final = 4 * 1024 * 1024
-"""Bytes handed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
+"""Bytes passed to an upload at a time: copying a piece holds the GIL for about a millisecond."""
 
 _UNIT_BYTES: Final = 64 * 1024 * 1024
-"""hf_xet packs what it is fed into units of this size, and sends each when it is full."""
+"""Size of the units into which hf_xet packs its input; each is sent when full."""
 
 _PROBES: Final = 4
-"""Samples read at one time, on threads of their own: a probe must not wait behind the reads that it is to tell about."""
+"""Number of concurrent samples. They have threads of their own: a probe must not wait behind the reads that it is to
+judge."""
 
 _TRIES: Final = 2
-"""One more try after the store refused a token that had expired, a session was given up under the reader, or hf_xet
-lost the reason why a stream ended."""
+"""Maximum number of attempts: a second one follows if the store refused an expired token, the session was given up
+during the read, or hf_xet lost the reason why a stream ended."""
 
 _QUICK_TRIES: Final = 6
 _QUICK_SECS: Final = 1.0
-"""Where hf_xet lost the reason, which it does every other time, that of a content which is not there would make a miss look
-like a failure: an answer as quick as that one is asked for again, as long as all tries together took no longer than this."""
+"""If hf_xet lost the reason, as it does every other time, a missing content would look like a failure instead of a
+miss. Such a read is repeated if the answer was as quick as that for a missing content: while all attempts together
+took at most this time in seconds."""
 
 _REASON_LOST: Final = "Data sender was dropped"
-"""What a stream of hf_xet 1.8 says in every other case, instead of why it failed; or it ends without a word."""
+"""Message of a stream of hf_xet 1.8 that lost the reason of its failure, as every other does; it may also just end."""
 
 
 class _ReasonLostError(TransportError):
-    """A stream failed, and hf_xet does not say why."""
+    """A stream failed, and hf_xet does not report the reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,10 +87,10 @@ class _Download(ABC):
 
     @abstractmethod
     def give_up(self) -> None:
-        """Stop it."""
+        """Stop the read."""
 
     def fail(self, error: HFBucketError) -> None:
-        """Record the first error, and stop."""
+        """Record the first error, and stop the read."""
         if self.error is None:
             self.error = error
         self.give_up()
@@ -96,16 +98,16 @@ class _Download(ABC):
 
 @dataclass(slots=True, eq=False)
 class DownloadToBuffer(_Download):
-    """One object to be read into one buffer.
+    """Read of one object into one buffer.
 
     Attributes:
-        name: Names the object in errors: its key or path.
-        content: What to read; its size is the buffer's.
-        lease: Where to.
-        background: Whether no caller waits for it, so that other reads go first.
-        error: Why it failed; None while it has not.
+        name: Key or path of the object, for errors.
+        content: Content to read, with the size of the buffer.
+        lease: Buffer to fill.
+        background: Whether no caller waits for it, so that other reads take precedence.
+        error: Cause of the failure; None without one.
         done: Whether every byte has arrived.
-        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
+        asked: Bytes requested from the store, over all attempts; hf_xet's own retries are not known.
     """
 
     lease: RevocableBuffer
@@ -113,34 +115,34 @@ class DownloadToBuffer(_Download):
 
     @property
     def live(self) -> bool:
-        """Whether it goes on."""
+        """Whether the read is in progress."""
         return self.lease.live
 
     def give_up(self) -> None:
-        """Stop it: after this returns nothing writes into the buffer any more."""
+        """Stop the read; nothing writes to the buffer after the return."""
         self.lease.revoke()
 
     def fail(self, error: HFBucketError) -> None:
-        """Record the first error, and let nothing write into the buffer any more.
+        """Record the first error, and stop all writes to the buffer.
 
-        Whatever happens to a read whose buffer was revoked is of no concern to the owner, and is no failure of the store.
+        An error after the buffer was revoked does not concern the owner, and is not a failure of the store.
         """
         _Download.fail(self, error if self.live else RevokedError(f"{self.name}: its buffer was taken back"))
 
 
 @dataclass(slots=True, eq=False)
 class DownloadToFile(_Download):
-    """One object to be written into one file, which hf_xet makes.
+    """Read of one object into one file, which hf_xet creates.
 
     Attributes:
-        name: Names the object in errors: its key or path.
-        content: What to read.
-        path: Where to, in a directory that is there and in which nobody else may write: hf_xet follows links, and makes directories
-            that are missing. There must be no such file; it is there when the read is done, and may be there, with anything
-            in it, when it has failed.
-        error: Why it failed; None while it has not.
+        name: Key or path of the object, for errors.
+        content: Content to read.
+        path: Path of the file, in an existing directory that nobody else may write to, because hf_xet follows links and
+            creates missing directories. The file must not exist. It exists after a successful read, and may exist with
+            any content after a failed one.
+        error: Cause of the failure; None without one.
         done: Whether every byte has arrived.
-        asked: Bytes that the store was asked for, each try counted; hf_xet's own retries are not known.
+        asked: Bytes requested from the store, over all attempts; hf_xet's own retries are not known.
     """
 
     path: Path
@@ -150,11 +152,11 @@ class DownloadToFile(_Download):
 
     @property
     def live(self) -> bool:
-        """Whether it goes on."""
+        """Whether the read is in progress."""
         return self._live
 
     def give_up(self) -> None:
-        """Stop it: its waiter is freed at once. Never raises."""
+        """Stop the read and free its waiting thread at once. Never raises."""
         with self._lock:
             self._live = False
             handle = self._handle
@@ -164,16 +166,16 @@ class DownloadToFile(_Download):
     def fetch(self, session: XetSession, attempt: int) -> None:
         """Have hf_xet write the file, and wait for it.
 
-        Blocks its thread until hf_xet answers, or `give_up` is called.
+        Blocks its thread until hf_xet ends or `give_up` is called.
 
         Args:
-            session: For reading.
-            attempt: Which try it is, from 0 on: each has a file of its own, so that what is left of one never writes into
-                another's.
+            session: Session for reading.
+            attempt: Number of the attempt, from 0: each writes a file of its own, so that an abandoned attempt never
+                writes into the file of another.
 
         Raises:
-            LocalFileError: The disk did not take it.
-            HFBucketError: The store did not send it.
+            LocalFileError: The disk rejected the write.
+            HFBucketError: The store did not send the content.
         """
         path = self.path if not attempt else self.path.with_name(f"{self.path.stem}-{attempt}{self.path.suffix}")
         try:
@@ -199,7 +201,7 @@ class DownloadToFile(_Download):
                 raise
         else:
             path.touch(exist_ok=False)
-        # By what is there: a store that has lost a content may send nothing, and say nothing.
+        # Judge by the file: a store that has lost a content may send nothing without an error.
         if (arrived := path.stat().st_size) != size:
             raise IntegrityError(f"{self.name}: {arrived} of {size} bytes arrived")
         if path is not self.path:
@@ -224,15 +226,15 @@ class DownloadToFile(_Download):
                 self._handle = None
 
     def _local(self, error: BaseException) -> int | None:
-        """What the system said, where it was this machine that failed; None where it was the store, or the network."""
+        """Return the errno of a local failure; None for a failure of the store or the network."""
         if isinstance(error, HFBucketError):
-            found = _LOCAL.search(str(error).removeprefix(self.name))  # names are other people's
+            found = _LOCAL.search(str(error).removeprefix(self.name))  # names are foreign text and might match
             return int(found[1]) if found else None
         return error.errno if isinstance(error, OSError) else None
 
 
 class _Ticket:
-    """A task on a worker, which its coordinator may stop waiting for."""
+    """Task on a worker that its coordinator may abandon."""
 
     def __init__(self) -> None:
         self.abandoned = False
@@ -240,7 +242,7 @@ class _Ticket:
 
 
 class _Part(_Ticket):
-    """Some bytes of an object, from `start` to `end`, that a worker is to read; all of them, where a file is to be made."""
+    """Byte range of an object, `start` to `end`, that a worker reads; the whole object for a file."""
 
     def __init__(self, read: DownloadToBuffer | DownloadToFile, start: int, end: int, deadline: Deadline) -> None:
         super().__init__()
@@ -248,37 +250,37 @@ class _Part(_Ticket):
         self.start = start
         self.end = end
         self.deadline = deadline
-        self.asked = 0  # by the thread that reads it
+        self.asked = 0  # written by the reading thread
         self._submitted = time.monotonic()
         self._began: float | None = None
 
     def begin(self) -> None:
-        """Record that a thread took it up."""
+        """Record that a thread has started on it."""
         self._began = time.monotonic()
 
     @property
     def waited(self) -> bool:
-        """Whether it spent most of its time waiting for a thread of ours: then being late says nothing about the store."""
+        """Whether most of its time was spent waiting for a thread, so that lateness says nothing about the store."""
         now = time.monotonic()
         return (self._began or now) - self._submitted > (now - self._submitted) / 2
 
 
 class Transfer:
-    """Moves the bytes of one bucket.
+    """Transfers the bytes of one bucket.
 
     Args:
-        hub: For access tokens.
+        hub: Client that requests access tokens.
         bucket_id: `<namespace>/<bucket>`.
-        read_workers: Threads for reads: at most as many streams are open at one time, but for those of `sample`.
-        range_bytes: A larger object is read in ranges of this many bytes, several at a time.
-        piece_bytes: What a stream asks for and hands over at a time, see `xet_config`.
-        buffer_bytes: What all streams may hold together.
-        read_timeout_secs: The deadline that reads usually have; hf_xet's own timeouts are set below it.
-        write_timeout_secs: The same for writes.
-        streams: Streams open at one time.
-        patient: Whether reads wait for the Hub's pauses, as those of tools do, or fail at once, as those of engines.
-        read_retries: How often hf_xet itself repeats a request of a read that failed.
-        temp_dir: Where hf_xet keeps its files; removed by `close`. None for the places that the environment gives it.
+        read_workers: Number of read threads, which limits the open streams, except those of `sample`.
+        range_bytes: Size of the ranges of larger objects, of which several are read at a time.
+        piece_bytes: Size of the pieces that a stream requests and returns; see `xet_config`.
+        buffer_bytes: Maximum number of bytes that all streams hold together.
+        read_timeout_secs: Usual deadline of reads in seconds; hf_xet's own timeouts are set below it.
+        write_timeout_secs: Usual deadline of writes in seconds; likewise.
+        streams: Maximum number of open streams.
+        patient: Whether reads wait for pauses of the Hub, as tools do, or fail at once, as engines do.
+        read_retries: Number of retries that hf_xet makes of a failed read request.
+        temp_dir: Directory of hf_xet's files, removed by `close`; None for the places set by the environment.
     """
 
     def __init__(
@@ -308,26 +310,26 @@ class Transfer:
 
     @property
     def ready(self) -> bool:
-        """Whether a read would find a session."""
+        """Whether a session for reading is available."""
         return self._reading.ready
 
     def warm_up(self, deadline: Deadline) -> None:
-        """Have a session ready for reading, so that the first read does not wait for one.
+        """Open a session for reading, so that the first read does not wait for one.
 
         Raises:
-            HFBucketError: No access, or no answer before the deadline.
+            HFBucketError: Access was refused, or did not arrive before the deadline.
         """
         self._reading.give_back(self._reading.borrow(deadline))
 
     def renew(self) -> None:
-        """Have later reads go through a session of their own: nothing that this one keeps serves them."""
+        """Use a new session for later reads, so that nothing cached by the present one serves them."""
         self._reading.renew()
 
     def read(self, reads: Sequence[DownloadToBuffer | DownloadToFile], deadline: Deadline) -> None:
-        """Fill the buffers, or have the files made, of several reads; returns when all have ended or the deadline has passed.
+        """Run several reads; return when all have ended or the deadline has passed.
 
-        Nothing raises for a single read: look at its `done` and `error`. When this returns, nothing writes into the
-        buffer of a read that is not done.
+        A failed read does not raise: check its `done` and `error`. After the return, nothing writes to the buffer of a
+        read that is not done.
         """
         self._fill([(read, read.content.size) for read in reads], deadline)
 
@@ -338,18 +340,18 @@ class Transfer:
         deadline: Deadline,
         ended: Callable[[ContentId, HFBucketError | None], None] = lambda _content, _error: None,
     ) -> None:
-        """Read the first bytes of several contents and throw them away: whether the store serves any.
+        """Read and discard the first bytes of several contents, to check that the store serves any.
 
-        Returns as soon as one was served; the others go on until the deadline.
+        Returns as soon as one was served; the others continue until the deadline.
 
         Args:
-            contents: What to read of; at least one.
-            length: How many bytes of each.
+            contents: Contents to sample, at least one.
+            length: Number of bytes of each.
             deadline: When to give up.
-            ended: Called for each content when it has ended, with its error; on any thread.
+            ended: Called on any thread for each content that has ended, with its error or None.
 
         Raises:
-            HFBucketError: The store serves none, or not before the deadline; the error of the first that failed.
+            HFBucketError: No content was served before the deadline; the error of the first that failed.
         """
         tasks: dict[Future[int], _Part] = {}
         for content in contents:
@@ -381,7 +383,7 @@ class Transfer:
         raise failure or TransportError("sample: nothing was read")
 
     def _fill(self, reads: Sequence[tuple[DownloadToBuffer | DownloadToFile, int]], deadline: Deadline) -> None:
-        """Read so many first bytes of each."""
+        """Read the wanted number of leading bytes of each."""
         tasks: dict[Future[int], _Part] = {}
         request = object()
         for read, wanted in reads:
@@ -398,7 +400,7 @@ class Transfer:
         late = {tasks[future]: future.cancel() for future in unfinished}
         for part in sorted(
             late, key=_waited_for_a_thread
-        ):  # where the store is late with one part, it is with the object
+        ):  # if the store is late with one part, it is late with the object
             part.read.fail(_late(part, never_began=late[part]))
             self._abandon(part, self._reading)
         arrived = {id(read): 0 for read, _ in reads}
@@ -407,7 +409,7 @@ class Transfer:
         for part in tasks.values():
             part.read.asked += part.asked
         for read, wanted in reads:
-            # Judged by the bytes that arrived: a stream that ends early without an error is no chunk.
+            # Judged by the bytes that arrived, because a stream may end early without an error.
             if read.error is None and arrived[id(read)] != wanted:
                 read.fail(IntegrityError(f"{read.name}: {arrived[id(read)]} of {wanted} bytes arrived"))
             read.done = read.error is None
@@ -419,7 +421,7 @@ class Transfer:
             sessions.give_up(ticket.session_lease)
 
     def _read_part(self, part: _Part) -> int:
-        """Read one part, and return how many of its bytes are in their place: all or, where that failed, none."""
+        """Read one part; return the number of its bytes that are in place: all, or none after a failure."""
         read, quick = part.read, Deadline.after(_QUICK_SECS)
         part.begin()
         try:
@@ -435,7 +437,7 @@ class Transfer:
             read.fail(_late(part) if part.waited else error)
         except HFBucketError as error:
             read.fail(error)
-        except BaseException as error:  # noqa: BLE001 - a panic of hf_xet's included: this read has failed
+        except BaseException as error:  # noqa: BLE001 - includes hf_xet's panics: this read has failed
             read.fail(TransportError(f"{read.name}: {type(error).__name__}: {error}"))
         return 0
 
@@ -443,7 +445,7 @@ class Transfer:
         read, deadline = part.read, part.deadline
         part.session_lease = session_lease = self._reading.borrow(deadline)
         try:
-            if part.abandoned:  # while it waited for the session, which the abandoning thread did not know of
+            if part.abandoned:  # abandoned while waiting for the session, which the abandoning thread did not know
                 raise RevokedError(f"{read.name}: cancelled before it was read")
             part.asked += part.end - part.start
             if isinstance(read, DownloadToFile):
@@ -456,11 +458,11 @@ class Transfer:
             if last:
                 raise
             return False
-        except ConfigError:  # of hf_xet's directories: the next session makes its own again
+        except ConfigError:  # about hf_xet's directories: the next session creates them again
             self._reading.retire(session_lease)
             raise
         except TransportError as error:
-            if read.live:  # a read that was stopped from here says nothing about its session
+            if read.live:  # a read that was stopped here says nothing about its session
                 self._reading.doubt(session_lease)
             if isinstance(error, _ReasonLostError) or _REASON_LOST in str(error):
                 again = not reason_last
@@ -486,7 +488,7 @@ class Transfer:
             if not read.lease.write(at, piece):
                 raise RevokedError(f"{read.name}: its buffer was taken back while it was being read")
             at += len(piece)
-            del piece  # else it would stay in memory while the next one is awaited
+            del piece  # frees the piece while the next one is awaited
             part.deadline.check(read.name)
         if at == start:
             raise _ReasonLostError(f"{read.name}: the store sent nothing, and hf_xet does not say why")
@@ -500,21 +502,24 @@ class Transfer:
         upload: Upload,
         taken: Callable[[RevocableBuffer], None] = lambda _source: None,
     ) -> list[ContentId]:
-        """Upload several contents as one commit to the store. They are in no bucket yet: see `Bucket.add`.
+        """Upload several contents as one commit to the store, without naming them in a bucket; see `Bucket.add`.
 
-        Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard whatever its
-        timeouts say. The code that waits for that thread calls `abandon` at the deadline, which frees it at once.
+        Blocks its thread as long as the store takes: hf_xet waits minutes for an answer to a shard, whatever its
+        timeouts. The thread that waits for it calls `abandon` at the deadline, which frees it at once.
 
-        A commit that the store refuses (401, 403) is tried once more, with a new token, where it is no longer than 64 MiB.
+        A commit of at most 64 MiB that the store refuses (401, 403) is retried once with a new token.
 
         Args:
-            sources: Bytes, or leases on memory that stays as it is until its lease is revoked.
+            sources: Bytes, or leases on memory that does not change until its lease is revoked.
             deadline: When to give up.
-            upload: The handle by which a coordinator can stop waiting.
-            taken: Called with each lease, once, when its memory is not needed any more.
+            upload: Handle by which a coordinator can abandon the upload.
+            taken: Called once with each lease whose memory is no longer needed.
+
+        Returns:
+            The contents, in the order of the sources.
 
         Raises:
-            HFBucketError: The store did not take them. None of them may be relied on.
+            HFBucketError: The store did not accept the commit; none of the contents can be relied on.
         """
         ticket = upload.ticket
         pieces = _Pieces([RevocableBuffer(memoryview(one)) if isinstance(one, bytes) else one for one in sources])
@@ -530,7 +535,7 @@ class Transfer:
                 self._writing.retire(session_lease)
                 if last or not pieces.complete or ticket.abandoned or deadline.passed:
                     raise
-            except ConfigError:  # of hf_xet's directories: the next session makes its own again
+            except ConfigError:  # about hf_xet's directories: the next session creates them again
                 self._writing.retire(session_lease)
                 raise
             except TransportError:
@@ -553,8 +558,8 @@ class Transfer:
         try:
             for number, source in enumerate(pieces.sources):
                 kept = number < pieces.kept
-                # One after the other: hf_xet takes a few streams at a time, and would wait for one to end that nobody
-                # writes to. It takes no more than it is uploading at the time.
+                # One after the other: hf_xet accepts a few streams at a time, and would otherwise wait for the end of one
+                # that nothing writes to. It accepts no more than it is uploading.
                 stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
                 for piece in pieces.of(number, ticket):
                     deadline.check("upload")
@@ -570,11 +575,11 @@ class Transfer:
         return contents
 
     def abandon(self, upload: Upload) -> None:
-        """Stop waiting for an upload: its thread is freed at once, and nothing of it will be in the bucket."""
+        """Abandon an upload: its thread is freed at once, and none of its contents will be named."""
         self._abandon(upload.ticket, self._writing)
 
     def close(self) -> None:
-        """End all sessions at once, and the threads that read."""
+        """Abort all sessions and read threads."""
         self._workers.close()
         self._probes.close()
         self._reading.close()
@@ -584,14 +589,14 @@ class Transfer:
 
 
 class _Pieces:
-    """What an upload hands to hf_xet, kept until the store may have taken some of it: a copy for another try.
+    """Input of an upload, copied until the store may have accepted some of it, for another attempt.
 
-    hf_xet sends nothing before it has filled a unit of 64 MiB, or the commit ends. Only then does the store say that it
-    refuses a token, when the sources' memory has been given back. A longer commit is not kept: it takes less memory than
-    what hf_xet keeps of one that is so long.
+    hf_xet sends nothing before it has filled a unit of 64 MiB or the commit ends. Only then does the store refuse a
+    token, and the memory of the sources has already been returned. Longer commits are not copied; the copy never
+    exceeds what hf_xet itself keeps of them.
 
     Attributes:
-        complete: Whether all that was handed over is kept.
+        complete: Whether all input so far is kept.
     """
 
     def __init__(self, sources: Sequence[RevocableBuffer]) -> None:
@@ -602,15 +607,15 @@ class _Pieces:
 
     @property
     def kept(self) -> int:
-        """How many sources are kept as a whole; their memory is not read again."""
+        """Number of sources that are kept completely; their memory is not read again."""
         return len(self._kept)
 
     def of(self, number: int, ticket: _Ticket) -> Iterator[bytes]:
-        """The bytes of a source, in pieces: kept ones, or read from its memory.
+        """Yield the bytes of a source in pieces, from the copy or from its memory.
 
         Raises:
-            DeadlineError: It was abandoned.
-            RevokedError: Its memory was taken back.
+            DeadlineError: The upload was abandoned.
+            RevokedError: The memory of the source was revoked.
         """
         if number < len(self._kept):
             yield from self._kept[number]
@@ -618,7 +623,7 @@ class _Pieces:
         kept: list[bytes] = []
         source = self.sources[number]
         for start, end in cut(source.size, _WRITE_PIECE):
-            # `bytes`, never a view: hf_xet takes a view byte by byte (64 MiB: 1.6 s and 100 ms stalls, against 0.06 s).
+            # `bytes`, never a view, which hf_xet copies byte by byte (64 MiB: 1.6 s with 100 ms stalls, not 0.06 s).
             piece = source.read(start, end)
             if ticket.abandoned:
                 raise DeadlineError("upload: abandoned")
@@ -636,7 +641,7 @@ class _Pieces:
 
 
 class Upload:
-    """A handle on one upload, made by the coordinator before the upload begins."""
+    """Handle on one upload, created by the coordinator before the upload begins."""
 
     def __init__(self) -> None:
         self.ticket = _Ticket()
@@ -658,7 +663,7 @@ def _report_sample(part: _Part, ended: Callable[[ContentId, HFBucketError | None
 
 
 def _late(part: _Part, *, never_began: bool = False) -> DeadlineError:
-    """The error of a part that was not read in time."""
+    """Return the error of a part that was not read in time."""
     name, secs = part.read.name, part.deadline.seconds
     if never_began or part.waited:
         return UnsentError(
@@ -672,15 +677,15 @@ def _waited_for_a_thread(part: _Part) -> bool:
 
 
 def cut(size: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut `size` bytes into ranges of `largest`, the last one with what is left."""
+    """Split `size` bytes into ranges of `largest` bytes, the last one with the rest."""
     for start in range(0, size, largest):
         yield start, min(start + largest, size)
 
 
 def xet_hashes(paths: Iterable[Path]) -> list[str]:
-    """The Xet hashes of files, in order: equal to `xet_hash` in a listing if and only if the content is the same.
+    """Return the Xet hashes of files, in order; they equal `xet_hash` in a listing if and only if the content does.
 
-    Runs at 0.5 to 1.7 GB/s on two cores; many small files in one call are faster than one by one.
+    Hashes 0.5 to 1.7 GB/s on two cores; one call for many small files is faster than one each.
 
     Raises:
         OSError: A file cannot be read.

@@ -1,9 +1,9 @@
-"""Where hf_xet writes, and what is said of it where it cannot.
+"""Directories that hf_xet writes to, and the errors if it cannot.
 
-hf_xet's sessions keep files, and make a directory for each store below a root that only the environment names. Sessions
-of ours keep their files in a directory of ours (`SessionPool`). The root stays: inside an engine of other people the environment is
-not ours to change, so a root that cannot be written is an error that names it; in a process of our own, such as a command,
-the root and the logs move to a directory of ours. Imports no hf_xet: it opens its log when it is imported.
+hf_xet's sessions keep files, which `SessionPool` places in a directory of this package, and create a directory per
+store below a root that only the environment sets. In an engine the environment must not change, so an unusable root is
+an error that names it; in a process of this package, such as a command, the root and the logs move to the package's own
+directory. Does not import hf_xet, which opens its log on import.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _LOG_NAME: Final = "xet-logs"
 
 _lock = forks.ForkSafeLock()
 _ours: list[int] = []
-"""The process that is ours, if it is: a fork of it is, too."""
+"""Id of the process that belongs to this package, if claimed; its forks belong to it too."""
 
 _before: dict[str, str | None] = {}
-"""What `claim` found in the variables that it sets."""
+"""Previous values of the variables that `claim` sets."""
 
 
 def cache_root(environ: Mapping[str, str] | None = None) -> tuple[Path, str]:
-    """Return the directory below which hf_xet makes one for each store, and the variable that says so.
+    """Return the directory below which hf_xet creates one for each store, and the variable that sets it.
 
     Args:
-        environ: The environment; that of the process by default.
+        environ: Environment; by default that of the process.
     """
     env = os.environ if environ is None else environ
     for variable, below in _PLACES:
-        if variable in env:  # an empty one too: it is then the working directory
+        if variable in env:  # an empty value too, which means the working directory
             return Path(env[variable], *below), variable
     return Path(env.get("HOME") or _passwd_home(), ".cache", "huggingface", "xet"), "HOME"
 
 
 def _passwd_home() -> str:
-    import pwd  # noqa: PLC0415 - it is not there on every platform
+    import pwd  # noqa: PLC0415 - not available on every platform
 
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
@@ -60,7 +60,7 @@ def _passwd_home() -> str:
 
 
 def why_not(root: Path) -> str | None:
-    """Return why a directory cannot be made and written to, in words; None where it can. Makes it, as hf_xet would."""
+    """Return why a directory cannot be created and written to; None if it can. Creates it, as hf_xet would."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,10 +71,10 @@ def why_not(root: Path) -> str | None:
 
 
 def claim() -> None:
-    """Declare this process to be one of our own commands or actors, before hf_xet is imported.
+    """Declare this process to be a command or actor of this package, before hf_xet is imported.
 
-    hf_xet's logs then go to a directory of ours, unless `HF_XET_LOG_DEST` says where to. Variables that are set and empty, as
-    compose files make them, mean the working directory to it and to huggingface_hub: they are taken for not set.
+    hf_xet's logs then go to the package's own directory, unless `HF_XET_LOG_DEST` is set. Variables that are set but
+    empty, as in compose files, mean the working directory to hf_xet and huggingface_hub; they are treated as unset.
     """
     _ours[:] = [os.getpid()]
     for variable in (_CACHE, _LOG):
@@ -86,20 +86,20 @@ def claim() -> None:
     if not os.environ.get(_LOG):
         if (directory := _own_directory(default_root(), _LOG_NAME)) is not None:
             os.environ[_LOG] = f"{directory}/"
-        elif why_not(home / "logs") is not None:  # else it would fill stderr
+        elif why_not(home / "logs") is not None:  # otherwise hf_xet would write its log to stderr
             os.environ[_LOG] = os.devnull
     if why_not(home) is not None:
         _move(default_root())
 
 
 def begin() -> None:
-    """Begin a command: see `claim` and `keep_stdout`. To be called before anything imports hf_xet."""
+    """Start a command: see `claim` and `keep_stdout`. Call before anything imports hf_xet."""
     keep_stdout()
     claim()
 
 
 def started_with(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what `claim` changed in it: what an engine that is started like this finds."""
+    """Return an environment without the changes of `claim`, as an engine with the same environment finds it."""
     before = {name: value for name, value in _before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _before} | before
 
@@ -110,13 +110,13 @@ def is_ours() -> bool:
 
 
 def expect_usable(directory: Path | None = None) -> None:
-    """See to it that hf_xet can make its directories, before a session is asked for.
+    """Check, before a session is opened, that hf_xet can create its directories.
 
     Args:
-        directory: `download_tmp_dir`: a process of our own moves hf_xet's root there if it must.
+        directory: `download_tmp_dir`; a process of this package moves hf_xet's root there if necessary.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: hf_xet cannot create them.
     """
     with _lock:
         root, variable = cache_root()
@@ -124,19 +124,19 @@ def expect_usable(directory: Path | None = None) -> None:
             return
         if is_ours() and any(_move(place) for place in (default_root(), directory and _below(directory)) if place):
             return
-    which = _CACHE if variable == _CACHE else f"{_CACHE} or HF_HOME"  # the first goes before the second
+    which = _CACHE if variable == _CACHE else f"{_CACHE} or HF_HOME"  # the first takes precedence over the second
     raise ConfigError(
         f"hf_xet cannot write to {str(root)!r} ({variable}): {why}; set {which} to a directory that this user may write to"
     )
 
 
 def _below(directory: Path) -> Path:
-    """The directory of this user's below one that several may share."""
+    """Return this user's directory below one that several users may share."""
     return directory if directory == default_root() else directory / default_root().name
 
 
 def _move(place: Path) -> bool:
-    """Have hf_xet take a directory of ours for its root; for processes of our own."""
+    """Move hf_xet's root to a directory of this package; only for processes of this package."""
     if (directory := _own_directory(place, _ROOT_NAME)) is None:
         return False
     os.environ[_CACHE] = str(directory)
@@ -144,11 +144,11 @@ def _move(place: Path) -> bool:
 
 
 def _own_directory(root: Path, name: str) -> Path | None:
-    """A directory of this user's, for all its processes; None where it cannot be made, or could be another's.
+    """Create a directory for all processes of this user; return None if that fails or another user may own it.
 
     Args:
-        root: A directory that bears the user's id.
-        name: Of the directory in it.
+        root: Directory whose name contains the user's id.
+        name: Name of the directory in it.
     """
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -163,19 +163,19 @@ def _own_directory(root: Path, name: str) -> Path | None:
 
 
 def keep_stdout() -> None:
-    """Keep stdout for `sys.stdout`, and send what native code writes to file descriptor 1 to stderr.
+    """Reserve stdout for `sys.stdout`, and send what native code writes to file descriptor 1 to stderr.
 
-    hf_xet writes log lines there when its log cannot be opened, and stdout is an interface: one line of JSON for programs.
+    hf_xet writes log lines there if it cannot open its log, and programs expect a single line of JSON on stdout.
     """
     out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper):  # a test's
+    if not isinstance(out, io.TextIOWrapper):  # replaced by a test
         return
     try:
         if out.fileno() != 1:
             return
         out.flush()
         own = os.dup(1)
-    except (OSError, ValueError):  # it is closed
+    except (OSError, ValueError):  # stdout is closed
         return
     try:
         os.dup2(2, 1)

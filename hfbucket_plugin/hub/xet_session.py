@@ -1,12 +1,12 @@
-"""hf_xet sessions: how they are configured, shared, and given up when their threads stay blocked.
+"""hf_xet sessions: configuration, sharing, and replacement when their threads stay blocked.
 
-A blocked reader cannot be told to stop: `stream.cancel()` raises `Already borrowed` and `group.abort()` frees it only
-when the network returns. `XetSession.sigint_abort()` frees all readers of a session at once, and the session is dead.
-So readers borrow a session, and one whose reader was abandoned is retired: new readers get a new one, and as soon as
-nobody who is still waited for reads from the old one, it is aborted.
+A blocked reader cannot be cancelled: `stream.cancel()` raises `Already borrowed`, and `group.abort()` frees it only
+when the network returns. `XetSession.sigint_abort()` frees all readers of a session at once, and ends the session.
+Readers therefore borrow a session. If one reader is abandoned, the session is retired: new readers get a new one, and
+the old one is aborted as soon as no awaited reader uses it.
 
-hf_xet refreshes no token by itself: a session whose token is about to end is replaced before it is lent, by a request of
-`HubClient` (counted, paced, with the Hub token of that moment). See docs/decisions/0030.
+hf_xet does not refresh tokens: a session whose token is about to expire is replaced before it is lent, by a request of
+`HubClient` (counted, rate-limited, with the current Hub token). See docs/decisions/0030.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator  # noqa: TC003 - contextmanager's return type is evaluated by Sphinx and by us
+from collections.abc import Iterator  # noqa: TC003 - contextmanager's return type is evaluated by Sphinx and here
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -51,24 +51,25 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RENEWAL_SECS: Final = 30.0
-"""A session that failed is renewed, but no more often than this: each renewal costs the Hub a request."""
+"""Minimum seconds between renewals of failed sessions, because each renewal costs a Hub request."""
 
 _FILES_OF_A_GROUP: Final = 1000
-"""A group remembers every download until it ends, in about 1.2 KiB each: a new one has to follow. Making one takes 10 ms, and
-connections belong to the session."""
+"""A group remembers every download until it ends, in about 1.2 KiB each, so that a new one must replace it. Creating
+one takes 10 ms; connections belong to the session."""
 
 _MAX_UNIX_SECS: Final = 2**40
 _NEVER: Final = _MAX_UNIX_SECS
-"""The expiry that hf_xet is told of: when a token is replaced is decided here."""
+"""Expiry passed to hf_xet; this module decides when a token is replaced."""
 
 _TOKEN_MARGIN_SECS: Final = 60.0
-"""A session whose token ends within this time is not lent any more; of a token that lives less than twice as long, half."""
+"""A session is not lent within this time in seconds before its token expires, or, if the token lives less than twice as
+long, after half of its life."""
 
 _SHARD_CACHE_BYTES: Final = 256 * 1024 * 1024
-"""What hf_xet may keep on disk of what it uploaded, in a directory that goes with the process."""
+"""Maximum size of hf_xet's on-disk cache of uploads, in a directory that is removed with the process."""
 
 _LOCAL: Final = re.compile(r"\bI/O error: .*\(os error (\d+)\)")
-"""How hf_xet 1.8 tells what the disk of its own directories refused."""
+"""Message of hf_xet 1.8 for a disk error in its own directories."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNWRITABLE: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
@@ -82,16 +83,17 @@ _STATUS_DENIED = frozenset({_STATUS_UNAUTHORIZED, 403})
 def xet_config(
     timeout_secs: float, streams: int, piece_bytes: int, buffer_bytes: int, retries: int = 1
 ) -> hf_xet.XetConfig:
-    """The configuration of our sessions.
+    """Return the configuration of sessions.
 
     Args:
-        timeout_secs: The deadline of the operations; connect and read time out well before it, and one retry fits.
-        streams: Streams that may be open at once. hf_xet starts with 4 downloads at a time and adapts over seconds,
-            which is why it is slow with many small objects.
-        piece_bytes: What a stream asks the store for at a time, and hands over at a time.
-        buffer_bytes: What all streams of a session may hold together, from the moment that it is asked for until it is
-            handed over.
-        retries: How often a request that failed is repeated.
+        timeout_secs: Deadline of the operations in seconds; connect and read time out well before it, with time for a
+            retry.
+        streams: Maximum number of open streams. hf_xet by default starts with 4 concurrent downloads and adapts over
+            seconds, which makes it slow with many small objects.
+        piece_bytes: Size of the pieces that a stream requests from the store and returns.
+        buffer_bytes: Maximum number of bytes that all streams of a session hold, from the request until they are
+            returned.
+        retries: Number of retries of a failed request.
     """
     patience = timedelta(seconds=max(0.2, timeout_secs * 0.4))
     return hf_xet.XetConfig().with_config(
@@ -104,13 +106,13 @@ def xet_config(
             "client.ac_initial_download_concurrency": max(4, streams),
             "client.ac_max_download_concurrency": max(64, streams),
             "data.max_concurrent_file_downloads": streams,
-            # One question to the store for every file, before its upload: what a bucket holds already is found by its
-            # key, and other people's bytes are never KV of ours.
+            # It would cost a request to the store for each file before its upload. Contents that the bucket holds are
+            # found by key, and foreign bytes never equal KV cache.
             "deduplication.global_dedup_query_enabled": False,
             "reconstruction.min_reconstruction_fetch_size": piece_bytes,
             "reconstruction.max_reconstruction_fetch_size": piece_bytes,
             "reconstruction.min_prefetch_buffer": buffer_bytes,
-            # All of it at once, none more for each stream.
+            # The whole buffer at once, and none in addition for each stream.
             "reconstruction.download_buffer_size": buffer_bytes,
             "reconstruction.download_buffer_perfile_size": 1,
             "reconstruction.download_buffer_limit": buffer_bytes,
@@ -121,12 +123,12 @@ def xet_config(
 
 @dataclass(frozen=True, slots=True)
 class CasAccess:
-    """What the Hub hands out to reach the content-addressed store.
+    """Access to the content-addressed store, issued by the Hub.
 
     Attributes:
         url: Address of the store.
-        token: Short-lived access token; not the Hub's.
-        expires: Unix seconds.
+        token: Short-lived access token of the store, not the Hub's.
+        expires: Expiry in Unix seconds.
     """
 
     url: str
@@ -140,9 +142,9 @@ class CasAccess:
 def fetch_access(
     hub: HubClient, bucket_id: str, right: Literal["read", "write"], deadline: Deadline, *, patient: bool = True
 ) -> CasAccess:
-    """Ask the Hub for access to a bucket's content.
+    """Request access to a bucket's content from the Hub.
 
-    Asked here and not by hf_xet, so that it has our deadline and its refusals are typed.
+    Requested here rather than by hf_xet, so that the request has a deadline and typed errors.
 
     Raises:
         HFBucketError: See `HubClient.request`.
@@ -154,7 +156,7 @@ def fetch_access(
     fields = answer.json(route)
     try:
         access = CasAccess(str(fields["casUrl"]), str(fields["accessToken"]), int(fields["exp"]))
-        # Both travel in requests of hf_xet's own: no line breaks, no half characters.
+        # Both are sent in hf_xet's own requests, so they must not contain line breaks or surrogates.
         sendable = all(text.isascii() and text.isprintable() for text in (access.url, access.token))
         usable = sendable and urlsplit(access.url).scheme in {"http", "https"} and 0 <= access.expires < _MAX_UNIX_SECS
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -171,13 +173,13 @@ def _token_path(bucket_id: str, right: str) -> str:
 
 
 class XetSession:
-    """One hf_xet session and, for reading, its groups; counts who reads from it.
+    """One hf_xet session and, for reading, its groups, with a count of its readers.
 
     Args:
-        xet: The session.
-        group: For streams; None where it is for writing.
-        connection: The arguments that open a group or a commit.
-        token_secs: Seconds for which its token holds; infinite where that is not known.
+        xet: hf_xet's session.
+        group: Group for streams; None for writing.
+        connection: Arguments that open a group or a commit.
+        token_secs: Seconds until its token expires; infinite if unknown.
     """
 
     def __init__(self, xet: Any, group: Any, connection: Mapping[str, Any], token_secs: float = math.inf) -> None:
@@ -197,25 +199,25 @@ class XetSession:
         self._ended = False
 
     def holds_for(self, secs: float) -> bool:
-        """Return whether its token holds for the time that an operation may take, and a minute at least.
+        """Return whether its token is valid for the time of an operation, and for at least a minute.
 
-        Of a token that lives so briefly that no session would ever do, the first half is used.
+        A token that lives too briefly for any session is used for the first half of its life.
 
         Args:
-            secs: What the operation may take.
+            secs: Maximum time of the operation in seconds.
         """
         left = self.born + self._token_secs - time.monotonic()
         return left >= min(max(_TOKEN_MARGIN_SECS, secs), self._token_secs / 2)
 
     @contextlib.contextmanager
     def download(self, info: Any, path: Path) -> Iterator[Any]:
-        """Have a file written; the handle on it, for the length of a `with` block.
+        """Start writing a file, and return its handle for the duration of a `with` block.
 
         Args:
-            info: Of the object.
-            path: Of the file, which hf_xet makes.
+            info: hf_xet's description of the object.
+            path: Path of the file, which hf_xet creates.
         """
-        group = self._file_group()  # as long as it is read from
+        group = self._file_group()  # kept alive while it is read from
         handle = group.start_download_file(info, str(path))
         with self._lock:
             ended = self._ended
@@ -230,14 +232,14 @@ class XetSession:
                 self._downloads.discard(handle)
 
     def _file_group(self) -> Any:
-        with self._renewing:  # which `end` does not wait for: it may wait for the Hub
+        with self._renewing:  # `end` does not wait for this lock, whose holder may wait for the Hub
             if self._files is None or self._started >= _FILES_OF_A_GROUP:
                 self._files, self._started = self.xet.new_file_download_group(**self.connection), 0
             self._started += 1
             return self._files
 
     def end(self) -> None:
-        """Free its readers, at once."""
+        """Free its readers at once."""
         with self._lock:
             self._ended = True
             downloads = list(self._downloads)
@@ -246,12 +248,12 @@ class XetSession:
         if self._files is None:
             self.xet.sigint_abort()
         elif self.group is not None:
-            # To abort the session would wait for the threads that write files, with the GIL held: on a disk that hangs, for ever.
+            # Aborting the session would wait, with the GIL held, for file-writing threads: for ever if a disk hangs.
             self.group.abort()
 
 
 class SessionLease:
-    """One reader's hold on a session, ended once: by the reader itself, or by the code that gives the reader up."""
+    """One reader's use of a session, ended once: by the reader, or by the code that gives the reader up."""
 
     def __init__(self, session: XetSession) -> None:
         self.session = session
@@ -259,15 +261,15 @@ class SessionLease:
 
 
 class SessionPool:
-    """The current session of one bucket for one direction, replaced when it is retired, refused or inherited by a fork.
+    """Current session of one bucket for reading or writing, replaced when retired, refused, or inherited by a fork.
 
     Args:
-        hub: For access tokens.
+        hub: Client that requests access tokens.
         bucket_id: `<namespace>/<bucket>`.
-        right: What the sessions may do.
-        config: See `xet_config`.
-        patient: Whether asking for a token waits for the Hub's pauses, see `HubClient.request`.
-        temp_dir: Where hf_xet keeps its files; None for the places that the environment gives it.
+        right: Right of the sessions.
+        config: Configuration of the sessions; see `xet_config`.
+        patient: Whether token requests wait for pauses of the Hub; see `HubClient.request`.
+        temp_dir: Directory of hf_xet's files; None for the places set by the environment.
     """
 
     def __init__(
@@ -297,14 +299,14 @@ class SessionPool:
         self._lock = threading.Lock()
 
     def borrow(self, deadline: Deadline) -> SessionLease:
-        """Take a hold on the current session, building one if there is none.
+        """Borrow the current session, creating one if there is none.
 
         Raises:
-            HFBucketError: No access, or no answer before the deadline.
+            HFBucketError: Access was refused, or did not arrive before the deadline.
         """
         if (session_lease := self._try_borrow(deadline)) is not None:
             return session_lease
-        # One thread builds, the others wait for it, each up to its own deadline.
+        # One thread creates it, and the others wait, each up to its own deadline.
         building = self._building
         if not building.acquire(timeout=deadline.remaining()):
             raise DeadlineError(
@@ -313,7 +315,7 @@ class SessionPool:
         try:
             if (session_lease := self._try_borrow(deadline)) is not None:
                 return session_lease
-            self._refuse_when_closed()  # before a token is asked for: many readers may be queued when it closes
+            self._refuse_when_closed()  # before a token is requested: many readers may be queued at the close
             session = self._build(deadline)
             with self._lock:
                 before, closed = self._current, self._closed
@@ -322,7 +324,7 @@ class SessionPool:
                     self._live.add(session)
                     session.readers += 1
                 idle = before is not None and before.readers == 0
-                if before is not None:  # its token ends soon: its readers read on
+                if before is not None:  # its token expires soon; its readers continue
                     before.retired = True
                     self._discard_if_dead(before)
             if before is not None and idle:
@@ -346,7 +348,7 @@ class SessionPool:
 
     @property
     def ready(self) -> bool:
-        """Whether there is a session to borrow."""
+        """Whether a session is available."""
         with self._lock:
             return _usable(self._current, 0.0)
 
@@ -361,7 +363,7 @@ class SessionPool:
     def _build(self, deadline: Deadline) -> XetSession:
         what = f"instance {self._hub.instance!r}: session"
         try:
-            # Before a token is asked for, which costs a call.
+            # Before the token request, which costs a Hub call.
             xet_home.expect_usable(None if self._temp_dir is None else self._temp_dir.root)
         except ConfigError as error:
             raise ConfigError(f"{what}: {error}") from None
@@ -372,11 +374,11 @@ class SessionPool:
             xet = hf_xet.XetSession(config=config)
             group = xet.new_download_stream_group(**connection) if self._right == "read" else None
         lives = access.expires - time.time()
-        # By a clock that is far off it has ended already: then the store says when it does.
+        # By a very wrong clock it has already expired; then rely on the store to refuse it.
         return XetSession(xet, group, connection, lives if lives > 0 else math.inf)
 
     def _places(self) -> dict[str, Any]:
-        """Where hf_xet keeps its files: by its configuration, never by the environment of the engine that it runs in."""
+        """Return the places of hf_xet's files, set by its configuration and never by the engine's environment."""
         if self._temp_dir is None:
             return {}
         try:
@@ -391,20 +393,20 @@ class SessionPool:
         }
 
     def give_back(self, session_lease: SessionLease) -> None:
-        """The reader is done with its session."""
+        """Return a session after its reader has finished."""
         self._end(session_lease, retire=False)
 
     def give_up(self, session_lease: SessionLease) -> None:
-        """Nobody waits for this reader any more, and it may be blocked: retire its session."""
+        """Retire the session of an abandoned reader, which may be blocked."""
         self._end(session_lease, retire=True)
 
     def retire(self, session_lease: SessionLease) -> None:
-        """Replace the session for those who come next, such as after the store refused its token. The loan goes on."""
+        """Replace the session for later readers, such as after the store refused its token. This reader keeps it."""
         with self._lock:
             session_lease.session.retired = True
 
     def renew(self) -> None:
-        """Replace the current session for those who come next. Its readers read on."""
+        """Replace the current session for later readers. Its present readers continue."""
         with self._lock:
             session = self._current
             if session is None:
@@ -416,7 +418,7 @@ class SessionPool:
             _abort(session)
 
     def doubt(self, session_lease: SessionLease) -> None:
-        """Replace the session for those who come next if it is not new: the store may have moved since."""
+        """Replace the session for later readers unless it is new, because the store may have moved since."""
         if time.monotonic() - session_lease.session.born >= _RENEWAL_SECS:
             self.retire(session_lease)
 
@@ -434,7 +436,7 @@ class SessionPool:
             _abort(session)
 
     def close(self) -> None:
-        """Abort all sessions, retired ones that are still read from too; their readers get an error at once."""
+        """Abort all sessions, including retired ones still in use; their readers get an error at once."""
         with self._lock:
             self._closed = True
             self._current = None
@@ -444,28 +446,28 @@ class SessionPool:
 
 
 def _usable(session: XetSession | None, secs: float) -> bool:
-    """Whether a session may be lent for an operation that takes up to so many seconds."""
+    """Return whether a session may be lent for an operation of at most `secs` seconds."""
     return session is not None and not session.retired and session.pid == os.getpid() and session.holds_for(secs)
 
 
 def _abort(session: XetSession) -> None:
-    # After a fork the session belongs to the parent; touching it would hang.
+    # After a fork the session belongs to the parent; using it would hang.
     if session.pid != os.getpid():
         return
-    with contextlib.suppress(Exception):  # it is given up either way
+    with contextlib.suppress(Exception):  # the session is dropped either way
         session.end()
 
 
 @contextlib.contextmanager
 def typed_errors(what: str) -> Iterator[None]:
-    """Turn what hf_xet raises into our errors.
+    """Convert hf_xet's exceptions into this package's errors.
 
     Raises:
         ObjectMissingError: The store does not hold the content.
         AccessDeniedError: The store refused the token.
-        ConfigError: hf_xet cannot write to its own directories; `TempDirError` where their disk is full.
-        ThrottledError: The store asks to come again later.
-        TransportError: Anything else; `DeadlineError` where hf_xet timed out.
+        ConfigError: hf_xet cannot write to its own directories; `TempDirError` if their disk is full.
+        ThrottledError: The store asks for a later retry.
+        TransportError: Any other failure; `DeadlineError` if hf_xet timed out.
     """
     try:
         yield
@@ -480,12 +482,12 @@ def typed_errors(what: str) -> Iterator[None]:
     except TimeoutError as error:
         raise DeadlineError(f"{what}: the store did not answer in time: {_short(error)}") from None
     except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
-        # KeyboardInterrupt: what hf_xet raises in readers of a session that was aborted under them.
+        # hf_xet raises KeyboardInterrupt in readers of a session that was aborted.
         raise _typed(what, error) from None
 
 
 def _typed(what: str, error: BaseException) -> HFBucketError:
-    """hf_xet 1.8 raises one class for every answer of the store: the status is in its text only."""
+    """Return the typed error: hf_xet 1.8 raises one class for all responses, with the status only in the text."""
     message = f"{what}: {type(error).__name__}: {_short(error)}"
     number = int(local[1]) if isinstance(error, OSError) and (local := _LOCAL.search(str(error))) else 0
     if number in _FULL:
