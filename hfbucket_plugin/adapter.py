@@ -1,7 +1,7 @@
-"""The address of the classic adapter in LMCache's configuration.
+"""Import path of the classic adapter for LMCache's configuration.
 
-The two keys of an instance are `module_path: hfbucket_plugin.adapter` and `class_name: HFBucketConnectorAdapter`. The
-adapter itself is in `hfbucket_plugin.engine.classic`.
+An instance is configured with `module_path: hfbucket_plugin.adapter` and `class_name: HFBucketConnectorAdapter`. The
+implementation is in `hfbucket_plugin.engine.classic`.
 """
 
 from hfbucket_plugin.engine.classic import HFBucketConnectorAdapter

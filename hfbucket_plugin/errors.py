@@ -1,31 +1,31 @@
-"""The exceptions of the product, grouped by what a handler would do with them.
+"""Exceptions of this package, grouped by how a handler reacts to them.
 
 ::
 
     HFBucketError
     ├── ConfigError (ValueError)          fix the configuration; never retried
-    ├── KeyFormatError (ValueError)       not a key of LMCache's: pass it by
-    ├── RefusedError (ValueError)         the caller asked for what is never done
+    ├── KeyFormatError (ValueError)       not an LMCache key: skip it
+    ├── RefusedError (ValueError)         the request is never carried out
     │   └── SafetyError                   a plan or listing looks wrong; nothing was deleted
     ├── MissingError (LookupError)        a miss
     │   ├── ObjectMissingError
     │   └── BucketMissingError            for a writer: create it, or fix the handle
     ├── AccessDeniedError (PermissionError)   fix the token or its rights
     ├── ThrottledError                    wait `retry_after`
-    │   └── BudgetError                   our own cap; raise `max_hub_calls_per_minute`, or ask less
-    ├── BreakerOpenError                  not asked at all; closes by itself
+    │   └── BudgetError                   client-side limit: raise `max_hub_calls_per_minute`, or call less
+    ├── BreakerOpenError                  no request was made; the breaker closes by itself
     ├── TransportError (ConnectionError)  try again later
     │   └── DeadlineError (TimeoutError)
     │       └── UnsentError               says nothing about the Hub or the store
-    ├── RevokedError                      the buffer's owner took it back: nothing failed
+    ├── RevokedError                      the buffer's owner revoked it: nothing failed
     ├── IntegrityError                    never serve these bytes
-    │   └── HashMismatchError             nor trust the object
+    │   └── HashMismatchError             do not trust the object either
     ├── TempDirError                      make room in `download_tmp_dir`
     ├── LocalFileError (OSError)          make room on that disk, or fix the rights
-    └── PartialFailureError               look at `failures`, item by item
+    └── PartialFailureError               check `failures`, item by item
 
-`kind` is a stable, machine-readable word: it labels metrics and reports, and is only ever added to.
-Every class pickles with its fields, since these cross process borders on Ray.
+`kind` is a stable, machine-readable word for metrics and reports; words are only ever added.
+Every class pickles with its fields, because errors cross process borders on Ray.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from typing import Any, ClassVar
 
 
 class HFBucketError(Exception):
-    """The base of all errors raised by this product.
+    """Base of all errors raised by this package.
 
     Args:
-        message: One sentence that names the thing, what was wrong, and what to do next. Never a token.
+        message: One sentence that names the object, the problem and the next step; never a token.
     """
 
     kind: ClassVar[str] = "error"
@@ -51,7 +51,7 @@ class HFBucketError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions with keyword fields do not pickle by themselves: rebuild without calling a constructor.
+        # Exceptions with keyword fields do not pickle by default, so rebuild them without calling a constructor.
         return _rebuild, (type(self), self.__dict__.copy())
 
 
@@ -63,35 +63,35 @@ def _rebuild(cls: type[HFBucketError], fields: dict[str, Any]) -> HFBucketError:
 
 
 class ConfigError(HFBucketError, ValueError):
-    """A setting is missing, unknown or impossible. The message names the setting and the instance."""
+    """A setting is missing, unknown or invalid. The message names the setting and the instance."""
 
     kind = "config"
 
 
 class KeyFormatError(HFBucketError, ValueError):
-    """A string is not a key, or an object name is not one that this product or LMCache wrote."""
+    """A string is not a key, or an object name was not written by this package or LMCache."""
 
     kind = "key"
 
 
 class RefusedError(HFBucketError, ValueError):
-    """The caller asked for something that is never done, such as a partial upload."""
+    """The request is never carried out, such as a partial upload."""
 
     kind = "refused"
 
 
 class SafetyError(RefusedError):
-    """The plan or the listing that it came from looks wrong: nothing is deleted."""
+    """A plan, or the listing that it was made from, looks wrong; nothing is deleted."""
 
 
 class MissingError(HFBucketError, LookupError):
-    """What was asked for is not there."""
+    """A requested object or bucket does not exist."""
 
     kind = "missing"
 
 
 class ObjectMissingError(MissingError):
-    """The bucket is there, the object is not."""
+    """The bucket exists, but the object does not."""
 
     kind = "missing"
 
@@ -118,11 +118,11 @@ class AccessDeniedError(HFBucketError, PermissionError):
 
 
 class ThrottledError(HFBucketError):
-    """The Hub answered 429: the quota of the member that owns the token is used up.
+    """The Hub answered 429: the quota of the token's account is used up.
 
     Args:
         message: See `HFBucketError`.
-        retry_after: Seconds to wait, as the Hub said; None when it did not say.
+        retry_after: Seconds to wait according to the Hub; None if it did not say.
     """
 
     kind = "throttled"
@@ -133,31 +133,31 @@ class ThrottledError(HFBucketError):
 
 
 class BudgetError(ThrottledError):
-    """`max_hub_calls_per_minute` is used up: the Hub was not asked."""
+    """`max_hub_calls_per_minute` is used up; no request was made."""
 
     kind = "budget"
 
 
 class BreakerOpenError(HFBucketError):
-    """The instance's breaker is open after repeated transport failures: nothing was asked, so that nothing stalls."""
+    """The instance's breaker is open after repeated transport failures; no request was made."""
 
     kind = "breaker"
 
 
 class TransportError(HFBucketError, ConnectionError):
-    """The Hub or the CAS could not be reached, or answered what no client can use (5xx, garbage)."""
+    """The Hub or the CAS could not be reached, or sent an unusable response (5xx, garbage)."""
 
     kind = "transport"
 
 
 class DeadlineError(TransportError, TimeoutError):
-    """No answer before the deadline; the call was abandoned, not waited for."""
+    """No response arrived before the deadline; the call was abandoned."""
 
     kind = "deadline"
 
 
 class UnsentError(DeadlineError):
-    """The time was over before anything was sent: it waited in a queue of this process.
+    """The deadline passed before the request was sent, while it waited in a queue of this process.
 
     It says nothing about the Hub or the store, so no breaker counts it and no session is doubted for it.
     """
@@ -166,7 +166,7 @@ class UnsentError(DeadlineError):
 
 
 class RevokedError(HFBucketError):
-    """The owner of a buffer took it back while it was being read or written.
+    """The owner of a buffer revoked it while it was being read or written.
 
     It says nothing about the store or the session, so no breaker counts it and no session is doubted for it.
     """
@@ -175,29 +175,29 @@ class RevokedError(HFBucketError):
 
 
 class IntegrityError(HFBucketError):
-    """Bytes arrived that are not the object: too few, too many, or of another hash."""
+    """The bytes that arrived are not the object: too few, too many, or with another hash."""
 
     kind = "integrity"
 
 
 class HashMismatchError(IntegrityError):
-    """As many bytes arrived as the object has, and they are not those that its Xet hash names."""
+    """The expected number of bytes arrived, but with another Xet hash."""
 
     kind = "integrity"
 
 
 class TempDirError(HFBucketError):
-    """There was no space for a temporary file. Says nothing against the bucket."""
+    """There was no space for a temporary file. Says nothing about the bucket."""
 
     kind = "scratch"
 
 
 class LocalFileError(HFBucketError, OSError):
-    """A file that was to be filled could not be written. Says nothing against the bucket.
+    """A local target file could not be written. Says nothing about the bucket.
 
     Args:
         message: See `HFBucketError`.
-        number: What the system said, of the module `errno`.
+        number: Error number of the system, as in the module `errno`.
     """
 
     kind = "file"
@@ -212,9 +212,9 @@ class ItemFailure:
     """One item of a batch that failed.
 
     Attributes:
-        item: The key or path.
-        kind: The `kind` of the error, or ``hub`` where the Hub only gave a text.
-        message: What was wrong, in words.
+        item: Key or path.
+        kind: `kind` of the error, or ``hub`` if the Hub returned only a text.
+        message: Description of the problem.
     """
 
     item: str
@@ -223,11 +223,11 @@ class ItemFailure:
 
 
 class PartialFailureError(HFBucketError):
-    """Some items of a batch failed; the others were done.
+    """Some items of a batch failed; the others succeeded.
 
     Args:
         message: See `HFBucketError`.
-        failures: What failed, item by item.
+        failures: Failed items.
     """
 
     kind = "partial"
@@ -238,7 +238,7 @@ class PartialFailureError(HFBucketError):
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT came while there was nothing in progress that would have to be ended in order.
+    """SIGTERM or SIGINT arrived while nothing was in progress that needs an orderly end.
 
-    An order and no error: as with KeyboardInterrupt, no handler of errors may eat it.
+    Not an error: as with KeyboardInterrupt, error handlers must not catch it.
     """

@@ -1,12 +1,10 @@
-"""The right to write into somebody else's buffer, or to read from it, which can be taken back.
+"""Revocable access to a buffer that somebody else owns.
 
-The engine owns the buffers that reads fill and that puts are stored from, and reuses them as soon as the call is reported
-as failed. A thread that is still blocked in the network at that moment must never touch them again: it would write into
-another chunk, or store another chunk's bytes. The check and the copy are one step here.
-
-`lmcache server` also frees memory that is lent without telling the code that fills it: when it aborts a request, or clears its
-cache by force. Its memory objects are marked as not valid before their memory is given to anybody else, so each copy
-asks for that mark first.
+The engine owns the buffers that reads fill and that puts are stored from, and reuses them as soon as a call is reported
+as failed. A thread still blocked in the network must not touch them afterwards: it would write into another chunk, or
+store another chunk's bytes. Check and copy are therefore one step here. `lmcache server` also frees lent memory without
+notice, when it aborts a request or force-clears its cache; it first marks the memory object as invalid, so each copy
+checks that.
 """
 
 from __future__ import annotations
@@ -16,18 +14,18 @@ from typing import Final, Protocol
 
 
 class Memory(Protocol):
-    """An object of the engine's that stands for a piece of its memory.
+    """Object of the engine that stands for a piece of its memory.
 
     Attributes:
-        valid: Whether the memory still belongs to it. A plain attribute: between reading it and the copy no other thread may run,
-            and Python changes threads at calls and loops only.
+        valid: Whether the memory still belongs to it. Must be a plain attribute: no other thread may run between
+            reading it and the copy, and Python switches threads only at calls and loops.
     """
 
     valid: bool
 
 
 class _Kept:
-    """Memory that stays as it is until its lease is revoked."""
+    """Memory that stays valid until its lease is revoked."""
 
     valid = True
 
@@ -36,12 +34,12 @@ KEPT: Final = _Kept()
 
 
 class RevocableBuffer:
-    """Lets several threads write disjoint ranges of one buffer, or copy it, until it is revoked.
+    """Buffer of which several threads write disjoint ranges, or which they copy, until it is revoked.
 
     Args:
-        buffer: One dimension, format ``B``; writable where it is written. Where it is copied it stays as it is until `revoke`
-            returns.
-        memory: What the buffer belongs to, if the engine may free it before it is revoked.
+        buffer: One dimension, format ``B``; writable if it is written. If it is copied, it must not change until
+            `revoke` returns.
+        memory: Owner of the buffer, if the engine may free it before it is revoked.
     """
 
     def __init__(self, buffer: memoryview, memory: Memory = KEPT) -> None:
@@ -53,13 +51,17 @@ class RevocableBuffer:
     def write(self, at: int, piece: bytes) -> bool:
         """Copy a piece to an offset.
 
-        Pieces of a stream are less than 4 MiB (`settings.PIECE_BYTES`), so the lock is held for about a millisecond.
+        Pieces of a stream are smaller than 4 MiB (`settings.PIECE_BYTES`), so the lock is held for about a millisecond.
+
+        Args:
+            at: Offset in bytes.
+            piece: Bytes to copy.
 
         Returns:
-            False when the lease was revoked or the memory was freed: stop reading.
+            False if the lease was revoked or the memory was freed; the caller should stop reading.
 
         Raises:
-            ValueError: The piece would pass the buffer's end. Nothing was written.
+            ValueError: The piece would exceed the buffer; nothing was written.
         """
         end = at + len(piece)
         place = slice(at, end)
@@ -72,9 +74,9 @@ class RevocableBuffer:
             return False
 
     def read(self, start: int, end: int) -> bytes | None:
-        """A copy of some bytes, or None when the buffer was revoked or the memory was freed.
+        """Return a copy of a range of bytes; None if the buffer was revoked or the memory was freed.
 
-        Copying holds the lock, and the GIL: ask for a few MiB at a time.
+        Copying holds the lock and the GIL, so request only a few MiB at a time.
         """
         with self._lock:
             if self._buffer is None:
@@ -82,14 +84,14 @@ class RevocableBuffer:
             piece = bytes(self._buffer[start:end])
             return (
                 piece if self._memory.valid else None
-            )  # asked afterwards: what was valid then has not been reused before
+            )  # checked after the copy: memory that is still valid has not been reused before
 
     def revoke(self) -> None:
-        """After this returns nothing writes or reads any more, and the buffer is no longer referred to."""
+        """Drop the buffer; nothing writes to it or reads from it after the return."""
         with self._lock:
             self._buffer = None
 
     @property
     def live(self) -> bool:
-        """Whether writes are still taken."""
+        """Whether the buffer still accepts writes."""
         return self._buffer is not None and self._memory.valid

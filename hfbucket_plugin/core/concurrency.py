@@ -1,4 +1,4 @@
-"""Threads with bounds: a daemon pool, byte and read limits, and one call with a deadline."""
+"""Bounded threads: a daemon pool, byte and read limits, and a call with a deadline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class ByteSemaphore:
-    """Lets threads in, in the order in which they came, as long as what they hold together stays within a number of bytes.
+    """Semaphore that limits the bytes held by threads, and admits them in order of arrival.
 
-    One that waits for much room thus holds up those behind it for a while, and is not skipped them for ever. One that wants more than the whole bound is let in alone: it would wait for ever otherwise.
+    A thread that waits for much room delays those behind it, and is never overtaken for ever. One that wants more than
+    the limit is admitted alone, because it would otherwise never be.
 
     Args:
-        limit: Most bytes.
+        limit: Maximum number of bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -34,14 +35,14 @@ class ByteSemaphore:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Hold nothing: at first, and in a forked child, where those that held something do not run."""
+        """Reset to nothing held, initially and in a forked child, where the parent's holders do not run."""
         self._held = 0
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def hold(self, amount: int, deadline: Deadline, what: str) -> Iterator[None]:
-        """Hold some bytes for the length of a `with` block.
+        """Hold some bytes for the duration of a `with` block.
 
         Raises:
             DeadlineError: There was no room before the deadline; the message names `what`.
@@ -63,46 +64,46 @@ class ByteSemaphore:
         try:
             yield
         finally:
-            if changed is self._changed:  # else a fork started over
+            if changed is self._changed:  # otherwise a fork has reset this
                 with changed:
                     self._held -= wanted
                     changed.notify_all()
 
 
 class ReadPriority:
-    """Counts reads in progress, and lets writers wait until there are none."""
+    """Counter of reads in progress, for which writers wait."""
 
     def __init__(self) -> None:
         self._start_over()
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Count none: at first, and in a forked child, where those of the parent do not go on."""
+        """Reset to no reads, initially and in a forked child, where the parent's reads do not continue."""
         self._reads = 0
         self._quiet = threading.Condition()
 
     @property
     def reads(self) -> int:
-        """Reads in progress."""
+        """Number of reads in progress."""
         return self._reads
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Be counted as a read for the length of a `with` block."""
+        """Count as a read for the duration of a `with` block."""
         quiet = self._quiet
         with quiet:
             self._reads += 1
         try:
             yield
         finally:
-            if quiet is self._quiet:  # else a fork started over
+            if quiet is self._quiet:  # otherwise a fork has reset this
                 with quiet:
                     self._reads -= 1
                     if not self._reads:
                         quiet.notify_all()
 
     def let_reads_pass(self, deadline: Deadline) -> None:
-        """Wait until no read is in progress, at most until a deadline."""
+        """Wait until no read is in progress, or until the deadline."""
         with self._quiet:
             self._quiet.wait_for(lambda: not self._reads, deadline.remaining())
 
@@ -115,13 +116,13 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerPool:
-    """At most a fixed number of daemon threads, one more than were ever busy, that take tasks in their order.
+    """Pool of daemon threads that run tasks in order; it starts threads as needed, plus a spare one, up to a maximum.
 
     Args:
-        name: Names the threads, for stack dumps.
-        size: Most threads, and so most tasks that run at one time.
-        backlog: Most tasks that wait; one more is refused at once instead of being queued without end. 0: no bound,
-            for callers that bound their tasks themselves.
+        name: Prefix of the thread names.
+        size: Maximum number of threads, and thus of concurrent tasks.
+        backlog: Maximum number of waiting tasks; further ones are refused at once. 0 means no limit, for callers that
+            limit their tasks themselves.
     """
 
     def __init__(self, name: str, size: int, backlog: int = 0) -> None:
@@ -133,7 +134,7 @@ class WorkerPool:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Begin without threads: at first, and in a forked child, where those of the parent do not run."""
+        """Reset to no threads, initially and in a forked child, where the parent's do not run."""
         self._tasks: queue.SimpleQueue[_Task | None] | _Turns = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -141,7 +142,7 @@ class WorkerPool:
         self._waiting = 0
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """Run a function on one of the threads.
+        """Run a function in the pool.
 
         Raises:
             RuntimeError: The pool is closed, its backlog is full, or the system has no thread left.
@@ -154,7 +155,7 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"worker pool {self._name} is closed")
-            free = self._size - (self._threads - self._idle)  # threads that are idle, or may yet be started
+            free = self._size - (self._threads - self._idle)  # threads that are idle or can still be started
             if self._backlog and self._waiting >= self._backlog + free:
                 raise RuntimeError(f"worker pool {self._name} has {self._waiting} tasks waiting and takes no more")
             if not self._threads:
@@ -163,7 +164,7 @@ class WorkerPool:
             enqueue()
 
     def prepare(self) -> None:
-        """Have the first thread started, so that a first `submit` from an event loop does not wait for it.
+        """Start the first thread, so that a first `submit` from an event loop does not wait for it.
 
         Raises:
             RuntimeError: The system has no thread left.
@@ -176,13 +177,13 @@ class WorkerPool:
         number = self._threads + 1
         threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
         self._threads = number
-        self._idle += 1  # from its birth, so that what it will take up at once is not counted as waiting
+        self._idle += 1  # idle from its start, so that the task it takes next does not count as waiting
 
     def _wants_successor(self) -> bool:
-        """Whether a thread that goes to work starts another one, counted as idle from now on.
+        """Return whether a thread that starts a task must start another thread, counted as idle from now on.
 
-        So there is always an idle one as long as there may be more, and those who submit, event loops among them,
-        start none: starting a thread waits for it, up to 5 ms while others hold the GIL.
+        This keeps one thread idle while more may be started, so that callers of `submit`, including event loops, start
+        none: starting a thread waits for it, for up to 5 ms while others hold the GIL.
         """
         if self._idle or self._threads >= self._size or self._closed:
             return False
@@ -193,13 +194,13 @@ class WorkerPool:
     def _start_successor(self) -> None:
         try:
             threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
-        except RuntimeError:  # the system has none left: the tasks wait for those there are
+        except RuntimeError:  # the system has no thread left: the tasks wait for the existing ones
             with self._lock:
                 self._threads -= 1
                 self._idle -= 1
 
     def close(self) -> None:
-        """Take no more tasks, and let each thread end when its present task does. Does not wait."""
+        """Refuse new tasks, and let each thread end after its present task. Does not wait."""
         with self._lock:
             if self._closed:
                 return
@@ -217,7 +218,7 @@ class WorkerPool:
                 self._start_successor()
             self._perform(*task)
             self._performed(task[0])
-            del task  # else it would keep the last task's buffers alive until the next one comes
+            del task  # otherwise it would keep the task's buffers alive until the next task
             with self._lock:
                 self._idle += 1
 
@@ -232,23 +233,23 @@ class WorkerPool:
             return
         try:
             result = function(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001 - the future carries it to the waiter
+        except BaseException as error:  # noqa: BLE001 - the future passes it to the waiting caller
             future.set_exception(error)
         else:
             future.set_result(result)
 
 
 class FairPool(WorkerPool):
-    """A pool that requests share: their tasks take turns, and those of requests that somebody waits for go first.
+    """Pool shared by requests: their tasks take turns, and requests with a waiting caller take precedence.
 
-    A request of a thousand tasks thus delays one of a single task by about the length of a task, not by its own. Tasks in
-    the background wait until no other task does, and never hold all threads: one that hangs keeps its thread for long.
+    A request of a thousand tasks thus delays a single task only by about the length of one task. Background tasks wait
+    until no other task does, and never occupy all threads, because a task that hangs keeps its thread for long.
 
     Args:
-        name: See `WorkerPool`.
-        size: Most threads.
-        background: Most of them that tasks in the background take while others run; while none does, three quarters of all
-            threads at most. By default there is no limit.
+        name: Prefix of the thread names.
+        size: Maximum number of threads.
+        background: Maximum number of threads for background tasks while others run; while none does, at most three
+            quarters of all threads. Unlimited by default.
     """
 
     def __init__(self, name: str, size: int, background: int | None = None) -> None:
@@ -269,17 +270,17 @@ class FairPool(WorkerPool):
         *args: _P.args,
         **kwargs: _P.kwargs,
     ) -> Future[_T]:
-        """Run a function on one of the threads when it is the turn of its request.
+        """Run a function in the pool when it is the turn of its request.
 
         Args:
-            request: Tells whose task it is; by its identity.
+            request: Request that the task belongs to, compared by identity.
             background: Whether no caller waits for it.
-            function: What to run.
-            *args: Its arguments.
-            **kwargs: The same.
+            function: Function to run.
+            *args: Arguments of the function.
+            **kwargs: Keyword arguments of the function.
 
         Raises:
-            RuntimeError: See `submit`.
+            RuntimeError: See `WorkerPool.submit`.
         """
         future: Future[_T] = Future()
         self._submit(lambda: self._turns.add(request, (future, function, args, kwargs), background=background))
@@ -290,7 +291,7 @@ class FairPool(WorkerPool):
 
 
 class _Turns:
-    """Tasks of many requests, one of each at a time; a queue as `WorkerPool` takes it."""
+    """Task queue for `WorkerPool` that takes one task of each request in turn."""
 
     def __init__(self, background: int, background_alone: int) -> None:
         self._ready = threading.Condition()
@@ -303,7 +304,7 @@ class _Turns:
         self._ends = 0
 
     def put(self, task: _Task | None) -> None:
-        """Add a task that is a request by itself; None ends a thread when no task is left for it."""
+        """Add a task as a request of its own; None ends a thread when no task is left for it."""
         if task is not None:
             self.add(task[0], task, background=False)
             return
@@ -312,13 +313,13 @@ class _Turns:
             self._ready.notify()
 
     def add(self, request: object, task: _Task, *, background: bool) -> None:
-        """Add a task of a request. Its identity may be used again when all its tasks have begun."""
+        """Add a task of a request. The request's identity may be reused when all its tasks have begun."""
         with self._ready:
             (self._behind if background else self._online).setdefault(id(request), deque()).append(task)
             self._ready.notify()
 
     def get(self) -> _Task | None:
-        """The next task; blocks until there is one. None when its thread is to end."""
+        """Return the next task, blocking until there is one; None ends the thread."""
         with self._ready:
             while True:
                 if self._online:
@@ -335,7 +336,7 @@ class _Turns:
                 self._ready.wait()
 
     def ended(self, future: Future[Any]) -> None:
-        """Record the end of a task: it may make room for one in the background."""
+        """Record the end of a task, which may make room for a background task."""
         with self._ready:
             if future in self._held:
                 self._held.discard(future)
@@ -357,16 +358,16 @@ def _take_turn(requests: OrderedDict[int, deque[_Task]]) -> _Task:
 
 
 def result_of(future: Future[_T], deadline: Deadline, what: str) -> _T:
-    """Wait for the result of a future, as long as there is time.
+    """Wait for the result of a future until the deadline.
 
     Args:
-        future: What to wait for.
+        future: Future to wait for.
         deadline: When to give up.
-        what: Names the call in errors.
+        what: Name of the call, for errors.
 
     Raises:
-        DeadlineError: It did not end in time, or failed with this error itself.
-        BaseException: What it failed with.
+        DeadlineError: The call did not end in time, or failed with this error.
+        BaseException: The exception of the future.
     """
     if not wait([future], deadline.remaining()).done:
         raise DeadlineError(f"{what}: no answer within {deadline.seconds:g} s; the call was abandoned")
@@ -374,22 +375,22 @@ def result_of(future: Future[_T], deadline: Deadline, what: str) -> _T:
 
 
 _GRACE_SECS: Final = 0.5
-"""A call that notices its deadline itself says better what it was waiting for: it gets so much longer to say it."""
+"""Extra time in seconds for a call to raise its own deadline error, which says better what it was waiting for."""
 
 
 def call_with_deadline(what: str, function: Callable[[Deadline], _T], seconds: float) -> _T:
-    """Call a function with a deadline, on a thread of its own that never keeps the process from ending.
+    """Call a function with a deadline, on a daemon thread of its own.
 
-    A client's timeout does not bound everything: resolving a name has none, and neither have hf_xet's uploads.
+    A client's timeout does not bound everything: name resolution and hf_xet's uploads have none.
 
     Args:
-        what: Names the call in errors.
-        function: Given the deadline.
-        seconds: How long it may take.
+        what: Name of the call, for errors.
+        function: Function to call with the deadline.
+        seconds: Maximum time in seconds.
 
     Raises:
-        DeadlineError: It did not end in time. Its thread goes on, and its outcome is dropped.
-        BaseException: What the function raised.
+        DeadlineError: The call did not end in time. Its thread continues, and its result is dropped.
+        BaseException: The exception of the function.
     """
     pool = WorkerPool("hfbucket-cli", 1)
     try:

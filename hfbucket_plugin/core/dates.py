@@ -1,7 +1,7 @@
-"""The one reader of dates that others write: ISO 8601 of the Hub and of files, and HTTP's `Date`.
+"""Parser of foreign dates: ISO 8601 of the Hub and of files, and HTTP's `Date`.
 
-Python's own readers let out ValueError, TypeError and OverflowError by turns, and take times that no arithmetic survives (the
-year 1, 23 hours east of Greenwich).
+Python's own parsers raise ValueError, TypeError or OverflowError, and accept times that arithmetic cannot handle (year
+1, UTC+23).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Final
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
-"""Bounds of what is taken for a time: ages, expiries and time zones may be added to it."""
+"""Latest accepted time; bounds leave room for adding ages, expiries and time zones."""
 
 _LONGEST: Final = 64
 
 
 def iso_date(text: object) -> datetime:
-    """Read a date of ISO 8601; one without a time zone is UTC.
+    """Parse an ISO 8601 date; without a time zone it is UTC.
 
     Args:
-        text: What is to be one.
+        text: Text to parse.
 
     Returns:
-        The moment, in UTC.
+        The time in UTC.
 
     Raises:
-        ValueError: It is none, or not between the years 1970 and 9000.
+        ValueError: It is not a date, or not between the years 1970 and 9000.
     """
     if not isinstance(text, str) or len(text) > _LONGEST:
         raise ValueError("is not an ISO 8601 date")
@@ -39,16 +39,16 @@ def iso_date(text: object) -> datetime:
 
 
 def http_date(text: str) -> datetime | None:
-    """Read a header's date, such as `Date` or `Retry-After`.
+    """Parse a date of an HTTP header, such as `Date` or `Retry-After`.
 
     Returns:
-        The moment, in UTC; None where it is none, or not between the years 1970 and 9000.
+        The time in UTC; None if it is not a date, or not between the years 1970 and 9000.
     """
     if len(text) > _LONGEST:
         return None
     try:
         moment = parsedate_to_datetime(text)
-        return _in_range(moment if moment.tzinfo else moment.replace(tzinfo=UTC))  # "-0000" is UTC, says RFC 5322
+        return _in_range(moment if moment.tzinfo else moment.replace(tzinfo=UTC))  # RFC 5322: "-0000" is UTC
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
 

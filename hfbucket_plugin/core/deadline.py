@@ -1,4 +1,4 @@
-"""Points in time after which a call is abandoned, not waited for; and how long a command puts up with the Hub's pauses."""
+"""Deadlines after which calls are abandoned, and how long a command waits for pauses that the Hub requests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 _LEAST_PAUSE_SECS: Final = 1.0
-"""After a 429 that does not say how long to wait."""
+"""Minimum pause in seconds after a 429 without a wait time."""
 
 
 class Patience:
-    """How long a command waits for pauses that the Hub asks for, and how long it has waited so far; thread-safe.
+    """Total time that a command waits for pauses of the Hub; thread-safe.
 
     Args:
-        until: The command's own deadline; None where it has none.
+        until: Deadline of the command; None without one.
     """
 
     def __init__(self, until: Deadline | None) -> None:
@@ -35,13 +35,13 @@ class Patience:
         self._total = 0.0
 
     def waited(self) -> float:
-        """Seconds during which some call of the command waited for a pause."""
+        """Seconds so far during which at least one call of the command waited for a pause."""
         with self._lock:
             return self._total + (time.monotonic() - self._since if self._waiting else 0.0)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the length of a `with` block as a pause; blocks of several threads at one time count once."""
+        """Count a `with` block as a pause; overlapping blocks of several threads count once."""
         with self._lock:
             if not self._waiting:
                 self._since = time.monotonic()
@@ -60,15 +60,15 @@ _patience: Patience | None = None
 
 @contextlib.contextmanager
 def patience(until: Deadline | None) -> Iterator[None]:
-    """Let pauses of the Hub not count against the time of single calls (`Deadline.patient`), for the length of a `with` block.
+    """Exclude pauses of the Hub from the time of single calls (`Deadline.patient`), for the duration of a `with` block.
 
-    For commands, whose only deadline is their own. An engine never does so: its requests cannot wait. It holds for the whole
-    process, since a command's listings and uploads run on threads.
+    For commands, whose only deadline is their own; the requests of an engine cannot wait. It applies to the whole
+    process, because a command's listings and uploads run on threads.
 
     Args:
-        until: The deadline of the command, past which no pause is waited for; None for none.
+        until: Deadline of the command, which ends all waits; None for none.
     """
-    global _patience  # noqa: PLW0603 - one command a process; worker threads must see it
+    global _patience  # noqa: PLW0603 - one command per process, and worker threads must see it
     before, _patience = _patience, Patience(until)
     try:
         yield
@@ -77,10 +77,10 @@ def patience(until: Deadline | None) -> Iterator[None]:
 
 
 def expect_time(what: str) -> None:
-    """Stop here when the command's own deadline is over: for loops that may never end.
+    """Raise if the command's own deadline has passed; for loops that may never end.
 
     Raises:
-        DeadlineError: It is.
+        DeadlineError: The deadline has passed.
     """
     until = None if _patience is None else _patience.until
     if until is not None and until.passed:
@@ -89,13 +89,13 @@ def expect_time(what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A point on the monotonic clock, handed down from the caller to every step made for it.
+    """Point on the monotonic clock, passed from the caller to every step made for it.
 
     Attributes:
-        at: Seconds on `time.monotonic`, pauses of the Hub not regarded.
-        seconds: How long it was from the start, for messages.
-        pauses: Whose pauses move it; None where nothing does.
-        waited: What had been waited for pauses when it was made.
+        at: Time on `time.monotonic` in seconds, without pauses of the Hub.
+        seconds: Time allowed at the start in seconds, for messages.
+        pauses: Patience whose pauses extend it; None if nothing does.
+        waited: Seconds spent in pauses before it was created.
     """
 
     at: float
@@ -105,57 +105,60 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The deadline that many seconds from now, whatever happens."""
+        """Return a fixed deadline `seconds` from now."""
         return cls(time.monotonic() + seconds, seconds)
 
     @classmethod
     def patient(cls, seconds: float) -> Deadline:
-        """The deadline of a call that may take so many seconds, during which the Hub wants to be asked at all.
+        """Return the deadline of a call that may take `seconds`, not counting pauses of the Hub.
 
-        Within `patience`, time that the command spends in pauses does not count, and it ends with the command. Elsewhere, and
-        for what is done after that end, this is `after`.
+        Within `patience`, pauses of the command do not count, and the call ends with the command. Elsewhere, and after
+        the command's deadline, this equals `after`.
         """
         return cls._of(seconds, _patience)
 
     @classmethod
     def _of(cls, seconds: float, pauses: Patience | None) -> Deadline:
-        if pauses is None or (pauses.until is not None and pauses.until.passed):  # what is done at the very end
+        if pauses is None or (pauses.until is not None and pauses.until.passed):  # work at the very end of the command
             return cls.after(seconds)
         return cls(time.monotonic() + seconds, seconds, pauses, pauses.waited())
 
     @property
     def ends_at(self) -> float:
-        """Seconds on `time.monotonic` when it ends, as far as is known now."""
+        """Time on `time.monotonic` in seconds at which it ends, as known now."""
         if self.pauses is None:
             return self.at
         moved = self.at + self.pauses.waited() - self.waited
         return moved if self.pauses.until is None else min(moved, self.pauses.until.at)
 
     def remaining(self) -> float:
-        """Seconds left, never below 0."""
+        """Return the seconds left, at least 0."""
         return max(0.0, self.ends_at - time.monotonic())
 
     @property
     def passed(self) -> bool:
-        """Whether it is over."""
+        """Whether the deadline has passed."""
         return time.monotonic() >= self.ends_at
 
     @property
     def for_a_pause(self) -> float:
-        """How many seconds a pause of the Hub may take so that something is left afterwards."""
+        """Return the maximum length in seconds of a pause that leaves time for the call."""
         if self.pauses is None:
             return self.remaining()
         return float("inf") if self.pauses.until is None else self.pauses.until.remaining()
 
     def pausing(self) -> contextlib.AbstractContextManager[None]:
-        """For the length of a `with` block, this waits for a pause of the Hub."""
+        """Return a context manager that counts its block as a wait for a pause of the Hub."""
         return contextlib.nullcontext() if self.pauses is None else self.pauses.waiting()
 
     def wait_out(self, error: ThrottledError) -> None:
-        """Wait for the pause that an error tells of, so that what it was about can be looked at again.
+        """Wait for the end of the pause that an error reports, so that the caller can retry.
+
+        Args:
+            error: Error of the throttled call.
 
         Raises:
-            ThrottledError: The pause does not end in time; it is the error itself.
+            ThrottledError: The pause does not end in time; it is `error` itself.
         """
         pause = max(error.retry_after or 0.0, _LEAST_PAUSE_SECS)
         if pause >= self.for_a_pause:
@@ -164,15 +167,15 @@ class Deadline:
             time.sleep(pause)
 
     def within(self, seconds: float) -> Deadline:
-        """The earlier of this deadline and one that many seconds from now, which pauses move as they do this one."""
+        """Return the earlier of this deadline and one `seconds` from now, which pauses extend in the same way."""
         other = Deadline._of(seconds, self.pauses)
         return other if other.at < self.ends_at else self
 
     def check(self, what: str) -> None:
-        """Stop here when it is over.
+        """Raise if the deadline has passed.
 
         Raises:
-            DeadlineError: It is over; the message names `what`.
+            DeadlineError: The deadline has passed; the message names `what`.
         """
         if self.passed:
             raise DeadlineError(f"{what}: no answer within {self.seconds:g} s; the call was abandoned")

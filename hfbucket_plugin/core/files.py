@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and temporary directories."""
+"""Files that are written atomically, and temporary directories."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 _FOR_ALL: Final = 0o666
 _SPECIAL: Final = ("/dev/fd/", "/dev/std", "/proc/")
-"""What stands for an open file of a process. Others below /dev, such as /dev/shm, hold files as any directory does."""
+"""Paths that stand for open files of a process. Other paths below /dev, such as /dev/shm, are normal directories."""
 
 
 class OutputFile:
-    """A text file that is written beside its name, and bears it from `commit` on.
+    """Text file that is written to a temporary name, and renamed by `commit`.
 
-    Until then what bore the name stays as it is. Where the directory takes no new file but the file itself may be written, its
-    content is replaced by `commit`. Pipes and devices are written as it comes.
+    Until then an existing file stays unchanged. If the directory accepts no new file but the file itself is writable,
+    `commit` replaces its content. Pipes and devices are written directly.
 
     Args:
-        path: Of the file. A link is followed.
-        option: That names it, for errors.
+        path: Path of the file. A link is followed.
+        option: Option that names the file, for errors.
 
     Raises:
         ConfigError: The file cannot be written.
@@ -44,7 +44,7 @@ class OutputFile:
         self._part: Path | None = None
         self._spooled = False
         try:
-            # Not `resolve`: what /dev/stdout names is not a place of its own.
+            # Not `resolve`, because the target of /dev/stdout is not a path of its own.
             self._target = path if str(path.absolute()).startswith(_SPECIAL) else Path(os.path.realpath(path))
             self._out = self._open()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -58,11 +58,13 @@ class OutputFile:
         if found is not None and stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(21, "it is a directory")
         if str(self._target).startswith(_SPECIAL) or (found is not None and not stat.S_ISREG(found.st_mode)):
-            number = os.open(self._target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a reader
+            number = os.open(
+                self._target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            )  # fails for a pipe without a reader
             os.set_blocking(number, True)
             return os.fdopen(number, "w", encoding="utf-8")
         if found is not None:
-            os.close(os.open(self._target, os.O_WRONLY | os.O_CLOEXEC))  # may it be written at all?
+            os.close(os.open(self._target, os.O_WRONLY | os.O_CLOEXEC))  # checks that it can be written at all
         try:
             number, name = tempfile.mkstemp(prefix=f"{self._target.name}.", suffix=".part", dir=self._target.parent)
         except PermissionError:
@@ -78,26 +80,26 @@ class OutputFile:
         return os.fdopen(number, "w", encoding="utf-8")
 
     def write(self, text: str) -> None:
-        """Add text.
+        """Append text.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The text cannot be written.
         """
         self._out.write(text)
 
     def flush(self) -> None:
-        """Hand over to the system what was written.
+        """Flush buffered text to the system.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The text cannot be written.
         """
         self._out.flush()
 
     def commit(self) -> None:
-        """End the file and give it its name.
+        """Close the file and give it its final name.
 
         Raises:
-            OSError: Not all of it could be written; what could be bears the name.
+            OSError: Not everything could be written; the part that could has the final name.
         """
         try:
             try:
@@ -115,7 +117,7 @@ class OutputFile:
             self.discard()
 
     def discard(self) -> None:
-        """End without it: what bore the name stays. After `commit`, does nothing."""
+        """Discard the new file and keep the existing one. Does nothing after `commit`."""
         with contextlib.suppress(OSError):
             self._out.close()
         if self._part is not None:
@@ -125,28 +127,28 @@ class OutputFile:
 
 
 def expect_writable(path: Path, option: str) -> None:
-    """Find out whether a file can be written, before there is anything to write.
+    """Check that a file can be written, before there is anything to write.
 
     Args:
-        path: Of the file.
-        option: That names it.
+        path: Path of the file.
+        option: Option that names the file, for errors.
 
     Raises:
-        ConfigError: It cannot be.
+        ConfigError: The file cannot be written.
     """
     OutputFile(path, option).discard()
 
 
 def write_whole(path: Path, text: str, option: str) -> None:
-    """Write a file; it appears whole.
+    """Write a file atomically.
 
     Args:
-        path: Of the file.
-        text: Its content.
-        option: That names it.
+        path: Path of the file.
+        text: Content.
+        option: Option that names the file, for errors.
 
     Raises:
-        ConfigError: It cannot be written. What bore the name stays.
+        ConfigError: The file cannot be written. An existing file stays unchanged.
     """
     out = OutputFile(path, option)
     try:
@@ -160,21 +162,21 @@ def write_whole(path: Path, text: str, option: str) -> None:
 
 
 def _umask() -> int:
-    """The mask of this process, which only setting it tells."""
+    """Return the umask of this process, which can be read only by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def expect_apart(outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[tuple[str, Path | None]]) -> None:
-    """Refuse a command that would write to a file that it reads, or twice to the same, under whatever names.
+    """Reject a command that would write to a file that it reads, or twice to the same file, under any path.
 
     Args:
-        outputs: Options with the files that they name to be written; None for an option that was not given.
-        inputs: The same of files to be read.
+        outputs: Paths to write, by option; None for an option that was not given.
+        inputs: Paths to read, likewise.
 
     Raises:
-        ConfigError: Two are the same file; the message names both options.
+        ConfigError: Two options name the same file; the message names both.
     """
     seen = [(option, path) for option, path in inputs if path is not None]
     for option, path in outputs:
@@ -191,11 +193,11 @@ def expect_apart(outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[tu
 def _same(one: Path, other: Path) -> bool:
     try:
         if one.samefile(other):
-            # A terminal may be written twice, and a directory is not overwritten by a file.
+            # A terminal may be written twice, and a file cannot overwrite a directory.
             return stat.S_ISREG(one.stat().st_mode)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
-    except ValueError:  # a null byte: no such file is there, which opening it reports
+    except ValueError:  # a null byte: no such file exists, which opening it reports
         return False
     return False
 
@@ -212,26 +214,26 @@ _ROOT_USER: Final = 0
 
 
 def default_root() -> Path:
-    """Return the default of `download_tmp_dir`: below the system's temporary directory, a directory of this user's own."""
+    """Return the default of `download_tmp_dir`: this user's own directory below the system's temporary directory."""
     try:
         base = tempfile.gettempdir()
-    except OSError:  # nothing can be written: the code that needs the directory reports it, with its name
-        base = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - the system's own, and only named in an error
+    except OSError:  # not writable: the code that needs the directory reports it by name
+        base = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - the system's default, only named in an error
     return Path(base) / f"{_PREFIX}{os.geteuid()}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """This process's subdirectory.
+    """Subdirectory of this process.
 
     Attributes:
-        name: Its name below the root.
-        root_fd: The root.
-        fd: The subdirectory.
-        lock_fd: Its lock file, locked.
-        pid: The process that made it.
-        path: A path to it that no other user can make lead elsewhere.
-        heart: Touches the lock file, for sweepers of other nodes.
+        name: Name below the root.
+        root_fd: Descriptor of the root.
+        fd: Descriptor of the subdirectory.
+        lock_fd: Descriptor of its lock file, locked.
+        pid: Process that created it.
+        path: Path that no other user can redirect.
+        heart: Thread that touches the lock file, for cleanups on other nodes.
     """
 
     name: str
@@ -243,20 +245,20 @@ class _Own:
     heart: run_lock.Heartbeat
 
     def close(self) -> None:
-        if self.pid == os.getpid():  # a fork has no such thread
+        if self.pid == os.getpid():  # a fork does not have the thread
             self.heart.stop()
         for fd in (self.root_fd, self.fd, self.lock_fd):
             os.close(fd)
 
 
 class TempDir:
-    """Temporary files below one root, made when first needed.
+    """Temporary files below one root, created on first use.
 
     Args:
-        root: `download_tmp_dir`; made when missing.
+        root: `download_tmp_dir`; created if missing.
 
     Attributes:
-        root: The same.
+        root: `download_tmp_dir`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -268,10 +270,10 @@ class TempDir:
     def file(self) -> Iterator[Path]:
         """Yield the path of a new empty file, removed at the end of the `with` block.
 
-        The path leads through a descriptor of this process, and means nothing to another one.
+        The path leads through a descriptor of this process, and is invalid in other processes.
 
         Raises:
-            ConfigError: The root cannot be made or written to, or belongs to another user.
+            ConfigError: The root cannot be created or written to, or belongs to another user.
         """
         own, name = self._own_directory(), secrets.token_hex(8)
         with self._reported():
@@ -283,15 +285,15 @@ class TempDir:
             with self._lock:
                 if (
                     self._own is own
-                ):  # else it went with the directory, and the number of its descriptor may be another's
+                ):  # otherwise it was removed with the directory, and its descriptor number may be reused
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=own.fd)
 
     def directory(self) -> Path:
-        """Return the path of this process's own subdirectory, which `close` removes with all that is in it.
+        """Return the path of this process's own subdirectory, which `close` removes with its content.
 
         Raises:
-            ConfigError: The root cannot be made or written to, or belongs to another user.
+            ConfigError: The root cannot be created or written to, or belongs to another user.
         """
         return self._own_directory().path
 
@@ -313,10 +315,10 @@ class TempDir:
     def _own_directory(self) -> _Own:
         with self._lock:
             own = self._own
-            # A fork shares no lock with its parent; and what cleans /tmp up may have removed the directory.
+            # A fork shares no lock with its parent, and a cleanup of /tmp may have removed the directory.
             if own is None or own.pid != os.getpid() or not os.fstat(own.fd).st_nlink:
                 self._own = None
-                if own is not None:  # if it is the parent's, its lock would live on in us
+                if own is not None:  # close the parent's, whose lock would otherwise live on here
                     own.close()
                 self._own = own = self._make()
             return own
@@ -343,12 +345,12 @@ class TempDir:
                     f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):03o}; set it to one on a local disk"
                 )
             undo.callback(shutil.rmtree, name, ignore_errors=True, dir_fd=root_fd)
-            # Locked before it bears its name, so that no sweeper ever finds it unlocked.
+            # Locked before it gets its name, so that no cleanup ever finds it unlocked.
             lock_fd = os.open(f"{_LOCK}.new", _NEW_FILE, 0o600, dir_fd=fd)
             undo.callback(os.close, lock_fd)
             run_lock.mark(lock_fd)
-            with contextlib.suppress(OSError):  # there are file systems without locks
-                # systemd-tmpfiles leaves a directory alone that is locked itself, however old.
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                # systemd-tmpfiles skips a locked directory, however old it is.
                 fcntl.flock(fd, fcntl.LOCK_SH)
             os.rename(f"{_LOCK}.new", _LOCK, src_dir_fd=fd, dst_dir_fd=fd)
             through = Path(f"/proc/self/fd/{fd}")
@@ -358,11 +360,11 @@ class TempDir:
             return own
 
     def _open_root(self) -> int:
-        """Open the root, and refuse one that others could use against this process.
+        """Open the root, and reject one that other users could use against this process.
 
         Raises:
-            ConfigError: It belongs to another user; or it is the default, in which everything has a name that is
-                known beforehand, and others may write to it.
+            ConfigError: It belongs to another user; or it is the default, with predictable names, and others may write
+                to it.
             OSError: It cannot be opened.
         """
         is_default = self.root == default_root()
@@ -382,10 +384,10 @@ class TempDir:
         """Remove what dead processes of this user left below the root, and nothing else.
 
         Returns:
-            The directories removed.
+            The removed directories.
 
         Raises:
-            OSError: The root cannot be looked at.
+            OSError: The root cannot be read.
         """
         try:
             fd = os.open(self.root, _OPEN_DIRECTORY)
@@ -408,14 +410,14 @@ class TempDir:
         return removed
 
     def sweep_quietly(self) -> None:
-        """As `sweep`, for start-up: what cannot be removed is left, and said."""
+        """Run `sweep` at startup; log what cannot be removed, and leave it."""
         try:
             self.sweep()
         except OSError as error:
             _log.warning("left-over temporary files below %s could not be looked at: %s", self.root, error)
 
     def close(self) -> None:
-        """Remove this process's directory; in a forked child, which has none yet, its parent's is left alone."""
+        """Remove this process's directory; a forked child leaves its parent's alone."""
         with self._lock:
             own, self._own = self._own, None
         if own is None:
@@ -426,10 +428,9 @@ class TempDir:
 
 
 def _removed_if_dead(root_fd: int, name: str) -> bool:
-    """Remove a directory whose process is dead, and return whether that was so.
+    """Remove a directory if its process is dead; return whether it was.
 
-    A directory without its lock file is being made at this moment, or is not ours: it is left alone, as is another
-    user's.
+    A directory without its lock file is just being created or foreign; it is left alone, as is another user's.
     """
     with contextlib.ExitStack() as opened:
         try:

@@ -1,4 +1,4 @@
-"""What a forked child does with state of its parent's: threads that held locks, or were to undo what they did, do not run there."""
+"""Reset of state in forked children, where the parent's threads, which may have held locks, do not run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from types import MethodType, TracebackType
 
 _resets: dict[int, tuple[weakref.ref[object], Callable[..., None]]] = {}
-"""Objects, and what of theirs is called. A `WeakMethod` fails aloud where it ends with the interpreter."""
+"""Objects and their reset methods. A `WeakMethod` would raise at the end of the interpreter."""
 
 _numbers = itertools.count()
 
 
 def reset_in_child(reset: Callable[[], None]) -> None:
-    """Have a method called in a forked child, before anything else runs there: it recreates locks and state.
+    """Register a method that a forked child calls before anything else, to recreate locks and state.
 
     Args:
-        reset: A bound method. Its object is not kept alive; the method waits for nothing and starts no thread.
+        reset: Bound method. Its object is not kept alive; the method must not wait or start a thread.
     """
     number = next(_numbers)
     method = cast("MethodType", reset)
-    forget = partial(_resets.pop, number)  # bound: at the interpreter's end the name may be gone
+    forget = partial(_resets.pop, number)  # bound now, because the name may be gone at the interpreter's end
     _resets[number] = weakref.ref(method.__self__, lambda _gone: forget(None)), method.__func__
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, whichever thread of the parent held it. Use it with `with`."""
+    """Lock that is free in a forked child, whichever thread of the parent held it. Use it with `with`."""
 
     def __init__(self) -> None:
         self._renew()

@@ -1,4 +1,4 @@
-"""The naming scheme: chunk keys, object names, bucket handles, and what identifies the bytes of an object."""
+"""Naming scheme: chunk keys, object names, bucket handles, and content identifiers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ContentId:
-    """What identifies the content of an object: its Xet hash (64 hexadecimal digits) and its size in bytes."""
+    """Identifier of an object's content: Xet hash (64 hexadecimal digits) and size in bytes."""
 
     xet_hash: str
     size: int
@@ -24,7 +24,7 @@ class ContentId:
 SCHEME = "hf://buckets/"
 
 RESERVED = ".hfbucket"
-"""The first segment, below an instance's prefix, of the objects that are ours and no chunks."""
+"""First segment, below an instance's prefix, of objects of this package that are not chunks."""
 
 # The Hub's rule for the names of repositories and buckets (huggingface_hub/utils/_validators.py).
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?")
@@ -35,7 +35,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def same_endpoint(one: str, other: str) -> bool:
-    """Whether two addresses are those of one Hub: the case of the host, default ports and slashes at the end do not matter."""
+    """Return whether two addresses name one Hub, ignoring the case of the host, default ports and trailing slashes."""
     return _endpoint_identity(one) == _endpoint_identity(other)
 
 
@@ -47,14 +47,14 @@ def _endpoint_identity(endpoint: str) -> tuple[str, str, int | None, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BucketHandle:
-    """Where an instance keeps its objects.
+    """Location of an instance's objects.
 
-    Two handles are equal when they name the same place: the Hub does not tell the case of namespaces and buckets apart.
+    Handles that name the same place are equal: the Hub ignores the case of namespaces and buckets.
 
     Attributes:
-        namespace: The user or organization.
-        bucket: The name of the bucket.
-        prefix: The path below which all objects of the instance lie, without slashes at its ends; may be empty.
+        namespace: User or organization.
+        bucket: Name of the bucket.
+        prefix: Path above all objects of the instance, without slashes at its ends; may be empty.
     """
 
     namespace: str
@@ -63,17 +63,19 @@ class BucketHandle:
 
     @classmethod
     def parse(cls, text: str) -> BucketHandle:
-        """Read a handle, as leniently as LMCache's built-in backend does about slashes.
+        """Parse a handle, as lenient about slashes as LMCache's built-in backend.
 
         Args:
             text: `hf://buckets/<namespace>/<bucket>[/<prefix>]`; doubled and trailing slashes are dropped.
 
         Raises:
-            ConfigError: The text is no handle; the message says which part of it is wrong.
+            ConfigError: The text is not a handle; the message names the invalid part.
         """
         stripped = text.strip()
         if not stripped.startswith(SCHEME):
-            shown = repr(text) if "/" in text or not stripped else "this"  # a token in the wrong place holds no slash
+            shown = (
+                repr(text) if "/" in text or not stripped else "this"
+            )  # a token in the wrong place contains no slash
             raise ConfigError(f"{shown} is not a valid bucket handle: expected {_SHAPE}")
         parts = [part for part in stripped[len(SCHEME) :].split("/") if part]
         if not parts[1:]:
@@ -100,30 +102,33 @@ class BucketHandle:
         return self.bucket_id.casefold(), self.prefix
 
     def same_bucket(self, other: BucketHandle) -> bool:
-        """Whether another handle names the same bucket, at whatever prefix."""
+        """Return whether another handle names the same bucket, at any prefix."""
         return self._identity[0] == other._identity[0]
 
     def within(self, bucket_id: str) -> BucketHandle:
-        """The same prefix in a bucket of the name that the Hub's API says.
+        """Return the same prefix in a bucket named as in the Hub's API.
+
+        Args:
+            bucket_id: `<namespace>/<bucket>`.
 
         Raises:
-            ConfigError: That is not the name of a bucket.
+            ConfigError: The name is not that of a bucket.
         """
         return BucketHandle.parse(f"{SCHEME}{bucket_id}/{self.prefix}")
 
     @property
     def bucket_id(self) -> str:
-        """The bucket as the Hub's API names it, `<namespace>/<bucket>`."""
+        """Name of the bucket in the Hub's API, `<namespace>/<bucket>`."""
         return f"{self.namespace}/{self.bucket}"
 
     def join(self, name: str) -> str:
-        """The path in the bucket of an object of this instance, or of the start of a name."""
+        """Return the path in the bucket of an object of this instance, or of a name prefix."""
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def relative(self, path: str) -> str | None:
-        """The name of a path below this instance's prefix, or None when it lies elsewhere.
+        """Return the name of a path below this instance's prefix; None for a path elsewhere.
 
-        The Hub matches prefixes lexically, so that a listing of `v1` also holds `v10/…`: this is where those drop out.
+        The Hub matches prefixes lexically, so a listing of `v1` also returns `v10/…`; this function excludes those.
         """
         if not self.prefix:
             return path
@@ -141,9 +146,9 @@ DTYPES: Final = frozenset(
         "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz",
     }
 )  # fmt: skip
-"""How LMCache spells dtypes in keys (`lmcache/utils.py`, `TORCH_DTYPE_TO_STR_DTYPE`)."""
+"""LMCache's names of dtypes in keys (`lmcache/utils.py`, `TORCH_DTYPE_TO_STR_DTYPE`)."""
 
-_DECIMAL = re.compile(r"0|[1-9][0-9]{0,6}")  # 7 digits: an MP rank has at least 8, so the two kinds never meet
+_DECIMAL = re.compile(r"0|[1-9][0-9]{0,6}")  # 7 digits; an MP rank has at least 8, so the two kinds cannot be confused
 _RANK = re.compile(r"[0-9a-f]{8}|[1-9a-f][0-9a-f]{8,}")
 _HEX = re.compile(r"0|[1-9a-f][0-9a-f]*")
 _CLASSIC_HASH = re.compile(r"-?[0-9a-f]+")
@@ -151,23 +156,23 @@ _MP_HASH = re.compile(r"(?:[0-9a-f]{2})+")
 _SALT = re.compile(r"[^@/\\\x00]{1,128}")
 
 _CLASSIC_FIELDS: Final = 4
-"""After the model."""
+"""Number of fields after the model."""
 
 _KEY_LIKE = re.compile(r"@(?:[0-9]+@-?[0-9]+|[0-9a-fA-F]{8,}@[0-9a-fA-F]+)@-?(?:0x)?[0-9a-fA-F]+(?:@|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class ClassicKey:
-    """A key of the classic, in-process engine.
+    """Key of the classic, in-process engine.
 
     Attributes:
-        model: The model's name as the engine was given it.
+        model: Name of the model as passed to the engine.
         world_size: Number of workers of the engine.
-        worker_id: Which of them wrote the chunk.
-        chunk_hash: Hexadecimal; may be negative where LMCache hashes with Python's `hash`.
-        dtype: LMCache's spelling, one of `DTYPES`.
-        layer_id: Set for keys of single layers.
-        tags: `(name, value)` pairs in their order.
+        worker_id: Worker that wrote the chunk.
+        chunk_hash: Hexadecimal; may be negative if LMCache hashes with Python's `hash`.
+        dtype: LMCache's name of the dtype, one of `DTYPES`.
+        layer_id: Layer, for keys of single layers.
+        tags: `(name, value)` pairs in order.
     """
 
     model: str
@@ -187,14 +192,14 @@ class ClassicKey:
 
 @dataclass(frozen=True, slots=True)
 class MPKey:
-    """A key of MP mode (`lmcache server`).
+    """Key of MP mode (`lmcache server`).
 
     Attributes:
-        model: The model's name.
+        model: Name of the model.
         kv_rank: `world_size << 24 | rank << 16 | local_world_size << 8 | local_rank`.
         group: Index of the object group.
-        chunk_hash: Hexadecimal digits, two a byte.
-        salt: Isolates users from each other; empty for none.
+        chunk_hash: Hexadecimal digits, two per byte.
+        salt: Isolates users from each other; may be empty.
     """
 
     model: str
@@ -210,7 +215,7 @@ class MPKey:
 
     @property
     def worker_id(self) -> int:
-        """The global rank of the worker that wrote the chunk."""
+        """Global rank of the worker that wrote the chunk."""
         return (self.kv_rank >> 16) & 0xFF
 
     def __str__(self) -> str:
@@ -222,13 +227,13 @@ Key = ClassicKey | MPKey
 
 
 def parse_key(text: str) -> Key:
-    """Read a key string of either kind.
+    """Parse a key string of either kind.
 
-    The fields of a key stand between a model and, in a classic key, tags, both of which may hold `@`: what is looked for
-    is the first run of fields that make a key together with all that follows them.
+    The fields are preceded by a model and, in a classic key, followed by tags, both of which may contain `@`. The
+    parser takes the first run of fields that forms a key together with everything after it.
 
     Raises:
-        KeyFormatError: The text is not a key, or would not be written back the same.
+        KeyFormatError: The text is not a key, or would not be written back identically.
     """
     fields = text.split("@")
     for place in range(1, len(fields) - 2):
@@ -270,7 +275,7 @@ def _parse_classic(fields: list[str], place: int) -> ClassicKey | None:
 
 
 def _tags(fields: list[str]) -> Iterator[tuple[str, str]]:
-    """Tags of a key: a field without `%` goes on with the value before it, or begins the name after it."""
+    """Yield the tags of a key: a field without `%` continues the value before it, or starts the name after it."""
     name = ""
     values: list[str] = []
     for field in fields:
@@ -288,15 +293,15 @@ def _tags(fields: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def may_be_key(text: str) -> bool:
-    """Whether an engine of any version may have written a text as a key, whatever this version knows of its fields.
+    """Return whether an engine of any version may have written a text as a key, whatever fields this version knows.
 
-    For those who delete what is not a key: they keep what might be one.
+    Tools that delete objects other than keys use it to keep anything that might be one.
     """
     return _KEY_LIKE.search(text) is not None
 
 
 def model_of(text: str) -> str:
-    """The model of a key string; of any other text, what stands before its first `@`."""
+    """Return the model of a key string, or for any other text what precedes its first `@`."""
     try:
         return parse_key(text).model
     except KeyFormatError:
@@ -307,24 +312,24 @@ PROBE_MODEL: Final = "test"
 
 
 def is_probe(text: str) -> bool:
-    """Whether a key is the one with which LMCache's health monitor tests a backend.
+    """Return whether a key is the one with which LMCache's health monitor tests a backend.
 
-    Its recovery needs a real put, get and check of `test@1@0@0@<dtype>`
-    (`lmcache/v1/health_monitor`): a put that is skipped because the object is there keeps the engine disabled.
+    Recovery requires a real put, get and check of `test@1@0@0@<dtype>` (`lmcache/v1/health_monitor`): skipping the put
+    because the object exists would keep the engine disabled.
     """
     return text.startswith(f"{PROBE_MODEL}@1@0@0@")
 
 
 def encode_name(key: str) -> str:
-    """The object name of a key string, or of the start of one."""
+    """Return the object name of a key string, or of a prefix of one."""
     return quote(key, safe="")
 
 
 def decode_name(name: str) -> str:
-    """The key string of an object name.
+    """Return the key string of an object name.
 
     Raises:
-        KeyFormatError: The name is not the encoding of any string: an object of other software.
+        KeyFormatError: The name is not an encoded key string, so the object is foreign.
     """
     try:
         key = unquote(name, errors="strict")

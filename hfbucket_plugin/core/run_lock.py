@@ -1,8 +1,8 @@
-"""Files that say whether the run that made them still lives, also on file systems without locks or with locks of one node only.
+"""Lock files that show whether the run that created them is alive, also without file locks or with node-local ones.
 
-A run holds a kernel lock (`flock`) on its file, writes into it which process of which machine it is, and touches it every
-minute. A sweeper of the same kernel goes by the lock, or by the process where the file system has no locks. On a file system that
-several nodes share, `flock` may be local to each node: a lock of another kernel counts as dead only after ten minutes without a touch.
+A run holds a kernel lock (`flock`) on its file, writes its machine and process into it, and touches it every minute. A
+cleanup in the same kernel checks the lock, or the process if the file system has no locks. On a shared file system
+`flock` may be local to each node, so a lock of another kernel counts as dead only after ten minutes without a touch.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BEAT_SECS: Final = 60.0
-"""How often a live run touches its lock file."""
+"""Interval in seconds at which a live run touches its lock file."""
 
 STALE_SECS: Final = 600.0
-"""A run of another kernel whose lock file was not touched for so long is dead."""
+"""Seconds without a touch after which a run of another kernel counts as dead."""
 
 NO_LOCKS: Final = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What `flock` says on a file system without locks: Lustre without `flock`, some NFS and FUSE mounts."""
+"""Errors of `flock` on a file system without locks: Lustre without `flock`, some NFS and FUSE mounts."""
 
 _MOST_BYTES: Final = 4096
 _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def take(names: Callable[[], str], directory: int) -> tuple[str, int]:
-    """Make a lock file of this process, and hold its lock.
+    """Create a lock file for this process and lock it.
 
-    A sweeper that finds the file before it is locked may take it for a dead run's and remove it: then another one is made.
+    A cleanup that finds the file before it is locked may remove it as a dead run's; then another one is created.
 
     Args:
-        names: A name that no other file has; asked again for each try.
+        names: Returns a name that no other file has; called for each attempt.
         directory: Descriptor of the directory.
 
     Returns:
-        The name and the descriptor. The lock ends with the descriptor.
+        The name and the descriptor. Closing the descriptor releases the lock.
 
     Raises:
         OSError: The directory cannot be written.
@@ -67,21 +67,21 @@ def take(names: Callable[[], str], directory: int) -> tuple[str, int]:
 
 
 def mark(descriptor: int) -> None:
-    """Lock an open, empty file as this process's, and write into it which process that is.
+    """Lock an open, empty file for this process, and write the process's identity into it.
 
     Raises:
-        BlockingIOError: Another process holds it.
-        OSError: The file cannot be locked for another reason, or not be written.
+        BlockingIOError: Another process holds the lock.
+        OSError: The file cannot be locked for another reason, or cannot be written.
     """
     kind = "flock" if lock(descriptor) else "record"
     os.write(descriptor, json.dumps({"lease": kind, **_this_process()}).encode())
 
 
 def take_only(name: str, directory: int) -> int | None:
-    """Make the lock file that one process may have at a time; None where a live one has it.
+    """Create the lock file that only one process may hold; return None if a live process holds it.
 
     Args:
-        name: Of the file.
+        name: Name of the file.
         directory: Descriptor of the directory.
 
     Returns:
@@ -104,7 +104,7 @@ def take_only(name: str, directory: int) -> int | None:
 
 
 def _remove_if(descriptor: int, name: str, directory: int) -> None:
-    """Remove a file, if it is still the one that is open; another process may have replaced it."""
+    """Remove a file if it is still the open one; another process may have replaced it."""
     aside = f"{name}.{secrets.token_hex(8)}"
     with contextlib.suppress(FileNotFoundError):
         os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
@@ -115,7 +115,7 @@ def _remove_if(descriptor: int, name: str, directory: int) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Take the kernel's lock of an open file without waiting; False where its file system has no locks.
+    """Take the kernel's lock of an open file without waiting; return False if the file system has no locks.
 
     Raises:
         BlockingIOError: Another process holds it.
@@ -131,12 +131,12 @@ def lock(descriptor: int) -> bool:
 
 
 def lock_of_the_dead(name: str, directory: int, now_ns: int | None = None) -> int | None:
-    """The open lock file of a run that is dead; None where the run lives, or this cannot be told.
+    """Open the lock file of a dead run; return None if the run is alive or its state cannot be determined.
 
     Args:
-        name: Of the file. A link, or anything that is not a regular file, belongs to no run.
+        name: Name of the file. A link, or anything that is not a regular file, belongs to no run.
         directory: Descriptor of the directory.
-        now_ns: The time by the clock of the file system, in nanoseconds since the epoch; None for the time of this machine.
+        now_ns: Time by the clock of the file system, in nanoseconds since the epoch; None for this machine's time.
     """
     try:
         descriptor = os.open(name, _FLAGS, dir_fd=directory)
@@ -145,7 +145,7 @@ def lock_of_the_dead(name: str, directory: int, now_ns: int | None = None) -> in
     try:
         if _dead(descriptor, time.time_ns() if now_ns is None else now_ns):
             return descriptor
-    except OSError:  # held by a live run, or not to be read
+    except OSError:  # held by a live run, or unreadable
         pass
     os.close(descriptor)
     return None
@@ -158,7 +158,7 @@ def _dead(descriptor: int, now_ns: int) -> bool:
     locked = lock(descriptor)
     record, own = _record(descriptor), _this_process()
     if locked and (not record or (record.get("lease") == "flock" and record.get("boot") == own["boot"])):
-        return True  # the kernel that would hold the lock is this one
+        return True  # the lock's kernel is this one
     if record.get("boot") == own["boot"] and record.get("processes") == own["processes"]:
         return _started(record.get("pid")) != record.get("started")
     return now_ns - found.st_ctime_ns > STALE_SECS * 1e9
@@ -173,7 +173,7 @@ def _record(descriptor: int) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """Which process this is: of which kernel, of which numbering of processes (containers have their own), since when."""
+    """Return the identity of this process: kernel, PID namespace (containers have their own), and start time."""
     pid = os.getpid()
     return {
         "host": os.uname().nodename,
@@ -185,7 +185,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: object) -> str | None:
-    """When a process started, as the kernel counts; None where there is no such process."""
+    """Return the start time of a process in kernel ticks; None if there is no such process."""
     if not isinstance(pid, int):
         return None
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -207,10 +207,10 @@ def _link(path: str) -> str:
 
 
 class Heartbeat:
-    """Touches a lock file every minute, from a thread of its own: its change time moves, its modification time stays.
+    """Touches a lock file every minute from a thread of its own: the change time moves, the modification time does not.
 
     Args:
-        descriptor: Of the file; it must stay open until `stop`.
+        descriptor: Descriptor of the file; it must stay open until `stop`.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -221,17 +221,17 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_SECS):
-            with contextlib.suppress(OSError):  # a server that does not answer for a while
+            with contextlib.suppress(OSError):  # a server may not answer for a while
                 touch(self._descriptor)
 
     def stop(self) -> None:
-        """Touch it no more."""
+        """Stop touching the file."""
         self._stopped.set()
         self._thread.join()
 
 
 def touch(descriptor: int) -> int:
-    """Move a file's change time to now and leave its other times; returns it, in nanoseconds by the file system's clock.
+    """Set a file's change time to now and keep its other times; return it in nanoseconds by the file system's clock.
 
     Raises:
         OSError: The file cannot be changed.

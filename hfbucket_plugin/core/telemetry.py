@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class RateLimitedLogger:
-    """Logs at most one warning per kind and interval.
+    """Logger of at most one warning per kind and interval.
 
     Args:
-        log: Where to.
-        interval_secs: 30 by default: LMCache's health monitor looks as often.
-        clock: Seconds, monotonic; tests pass their own.
+        log: Target logger.
+        interval_secs: Interval in seconds; by default 30, as LMCache's health monitor.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ _COUNTERS = {
         ("instance", "outcome"),
     ),
 }
-# How the values of several processes become one, where LMCache runs prometheus_client in its multi-process mode.
+# How the values of several processes are merged if LMCache runs prometheus_client in its multi-process mode.
 _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] = {
     BREAKER_OPEN: (
         "Whether a circuit breaker is open: 1 while its operations fail at once",
@@ -127,12 +127,12 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Literal["livemax", "livesum"]]] =
     ),
     QUARANTINED: ("Contents that recently could not be served and are not offered", ("instance",), "livesum"),
 }
-# From a cached lookup (microseconds) to a put that ran into its deadline.
+# From a cached lookup (microseconds) to a put that reaches its deadline.
 _BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class Sink(Protocol):
-    """Where measurements go. Implementations are thread-safe and do not raise."""
+    """Receiver of measurements. Implementations are thread-safe and do not raise."""
 
     def count(self, name: str, value: float = 1, /, **labels: str) -> None:
         """Add `value` to a counter."""
@@ -145,7 +145,7 @@ class Sink(Protocol):
 
 
 class MemorySink:
-    """A sink that keeps its numbers in memory, for reports and tests."""
+    """Sink that keeps its numbers in memory, for reports and tests."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -157,24 +157,24 @@ class MemorySink:
             self._counts[name, tuple(sorted(labels.items()))] += value  # type: ignore[assignment]
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
-        """Count the observation and add up its values, as `<name>_count` and `<name>_sum`."""
+        """Add an observation to `<name>_count` and its value to `<name>_sum`."""
         self.count(f"{name}_count", **labels)
         self.count(f"{name}_sum", value, **labels)
 
     def gauge(self, name: str, value: float, /, **labels: str) -> None:
-        """Record the present value."""
+        """Set a gauge."""
         with self._lock:
             self._counts[name, tuple(sorted(labels.items()))] = value  # type: ignore[assignment]
 
     def get(self, name: str, /, **labels: str) -> float:
-        """The sum of all counters of that name whose labels include the given ones."""
+        """Return the sum of all counters of a name whose labels include the given ones."""
         wanted = set(labels.items())
         with self._lock:
             return sum(v for (n, pairs), v in self._counts.items() if n == name and wanted <= set(pairs))
 
 
 class PrometheusSink:
-    """A sink into a Prometheus registry: by default the process-wide one, which LMCache serves too."""
+    """Sink into a Prometheus registry, by default the process-wide one that LMCache serves."""
 
     def __init__(self, registry: prometheus_client.CollectorRegistry = prometheus_client.REGISTRY) -> None:
         self._counters = {
@@ -194,7 +194,7 @@ class PrometheusSink:
         }
 
     def count(self, name: str, value: float = 1, /, **labels: str) -> None:
-        """Add `value` to a counter of the table above."""
+        """Add `value` to a counter of `_COUNTERS`."""
         self._counters[name].labels(**labels).inc(value)
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
@@ -203,7 +203,7 @@ class PrometheusSink:
             self._seconds.labels(**labels).observe(value)
 
     def gauge(self, name: str, value: float, /, **labels: str) -> None:
-        """Set a gauge of the table above."""
+        """Set a gauge of `_GAUGES`."""
         self._gauges[name].labels(**labels).set(value)
 
 
@@ -212,7 +212,7 @@ _shared_lock = threading.Lock()
 
 
 def default_sink() -> Sink:
-    """The process's sink into the default Prometheus registry: made once, since collectors register by name."""
+    """Return the process's only sink into the default Prometheus registry; collectors register by name."""
     global _shared  # noqa: PLW0603 - the registry is process-wide too
     with _shared_lock:
         if _shared is None:
@@ -224,12 +224,12 @@ _log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Counts and logs what happened to chunks and operations of one instance.
+    """Metrics and logs of the chunks and operations of one instance.
 
     Args:
-        instance: Its name.
-        sink: Where numbers go.
-        creates_bucket: Whether a missing bucket is no failure, since the first write creates it.
+        instance: Name of the instance.
+        sink: Metrics sink.
+        creates_bucket: Whether a missing bucket is not a failure, because the first write creates it.
     """
 
     def __init__(self, instance: str, sink: Sink, *, creates_bucket: bool = False) -> None:
@@ -239,26 +239,26 @@ class Telemetry:
         self._limited = RateLimitedLogger(_log)
 
     def chunks(self, operation: str, outcome: str, chunks: int) -> None:
-        """Count chunks of an operation that ended alike."""
+        """Count chunks of an operation with the same outcome."""
         if chunks:
             self.sink.count(CHUNKS, chunks, instance=self.instance, operation=operation, outcome=outcome)
 
     def bytes(self, direction: str, amount: int) -> None:
-        """Count bytes of chunks that were moved, ``read`` or ``write``."""
+        """Count transferred bytes of chunks, ``read`` or ``write``."""
         if amount:
             self.sink.count(BYTES, amount, instance=self.instance, direction=direction)
 
     def ended(self, operation: str, outcome: str, started: float) -> None:
-        """Count an operation, and how long it took since `started` on the monotonic clock."""
+        """Count an operation, and its duration since `started` on the monotonic clock."""
         self.sink.count(OPERATIONS, instance=self.instance, operation=operation, outcome=outcome)
         self.sink.observe(SECONDS, time.monotonic() - started, instance=self.instance, operation=operation)
 
     def excuses(self, error: HFBucketError) -> bool:
-        """Whether an error says no more than that nothing is there yet."""
+        """Return whether an error only means that the bucket has not been created yet."""
         return self._creates_bucket and isinstance(error, BucketMissingError)
 
     def failed(self, operation: str, error: HFBucketError, chunks: int, started: float) -> None:
-        """Count an operation that failed as a whole, and log why."""
+        """Count an operation that failed as a whole, and log the cause."""
         if self.excuses(error):
             self.chunks(operation, "missing", chunks)
             self.ended(operation, "ok", started)
@@ -268,15 +268,15 @@ class Telemetry:
         self.warn(operation, error.kind, str(error))
 
     def in_flight(self, operation: str, calls: int) -> None:
-        """Report how many calls of an operation are in progress."""
+        """Report the number of calls of an operation in progress."""
         self.sink.gauge(IN_FLIGHT, calls, instance=self.instance, operation=operation)
 
     def quarantined(self, contents: int) -> None:
-        """Report how many contents are not offered, since they could not be served recently."""
+        """Report the number of contents that are not offered because they recently could not be served."""
         self.sink.gauge(QUARANTINED, contents, instance=self.instance)
 
     def warn_of_size(self, operation: str, what: str, actual: int, size: int | None) -> None:
-        """Log that an object is no full chunk, of `size` bytes where that is known."""
+        """Log that an object is not a full chunk of `size` bytes, if the size is known."""
         full = "none of 0 bytes" if size is None else str(size)
         self.warn(
             operation,
@@ -286,10 +286,10 @@ class Telemetry:
         )
 
     def waiting_puts(self, calls: int, amount: int) -> None:
-        """Report how many puts wait or are in progress, and their bytes."""
+        """Report the number and bytes of puts that wait or are in progress."""
         self.in_flight("put", calls)
         self.sink.gauge(WAITING_PUT_BYTES, amount, instance=self.instance)
 
     def warn(self, operation: str, kind: str, message: str) -> None:
-        """Log a warning; one a kind and operation within 30 s, and how many were left out."""
+        """Log a warning, at most one per kind and operation within 30 s, with the number of suppressed ones."""
         self._limited.warning(f"{operation} {kind}", f"[{self.instance}] {operation}: {message}")

@@ -1,8 +1,8 @@
-"""Texts of others, made safe to show: one line without escapes, and without the tokens that this process knows.
+"""Foreign text made safe to show: one line without escapes, and without the tokens that this process knows.
 
-Everything that a command prints, and every log record of the package, passes through here last: names in a bucket, what a
-Hub says, what another process recorded. They may hold line breaks, terminal escapes and marks that reverse the direction
-of text; and a Hub may repeat a token, in another spelling than the one that the environment has.
+All output of commands and all log records of the package pass through here: names in a bucket, messages of a Hub,
+records of other processes. They may contain line breaks, terminal escapes and marks that reverse the text direction,
+and a Hub may repeat a token in another spelling than the environment has.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 SECRET_NAME: Final = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$", re.IGNORECASE)
-"""Variables of the environment whose values are cut from every output."""
+"""Names of environment variables whose values are removed from all output."""
 
 LEAST_SECRET: Final = 8
-"""A shorter value of a variable such as CI_TOKEN=1 may stand anywhere by chance."""
+"""Minimum length of a variable's secret; shorter values, such as of CI_TOKEN=1, may occur by chance."""
 
 _LEAST_KNOWN: Final = 3
-"""A shorter token that a setting gives is not cut: every second word would be."""
+"""Minimum length of a token from a setting; shorter ones would match ordinary words."""
 
 _MOST_KNOWN: Final = 256
-"""Tokens that are remembered; one that is rotated each hour fills it in ten days."""
+"""Maximum number of remembered tokens; hourly rotation reaches it in ten days."""
 
 HUB_TOKEN: Final = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _INSTEAD: Final = "***"
 _ANY: Final = "surrogatepass"
-"""A variable of the environment may hold any bytes."""
+"""Error handler for environment variables, which may contain any bytes."""
 
 _QUOTES: Final = "\"'`"
 _BEARER: Final = re.compile(r"^(bearer|token)\s+", re.IGNORECASE)
@@ -47,7 +47,7 @@ _known: dict[str, None] = {}
 
 
 def know(token: str | None) -> None:
-    """Cut a token from every output from now on."""
+    """Remove a token from all output from now on."""
     if token and token not in _known:
         _known[token] = None
         if len(_known) > _MOST_KNOWN:
@@ -55,12 +55,12 @@ def know(token: str | None) -> None:
 
 
 def printable(text: str) -> str:
-    """A text on one line: what is not printable, such as line breaks, escapes and marks of direction, is written as Python does."""
+    """Return a text on one line; line breaks, escapes and direction marks are written as Python escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def hide(text: str) -> str:
-    """A text without the tokens that this process knows, and without what looks like one of the Hub."""
+    """Return a text without known tokens and without anything that looks like a Hub token."""
     return HUB_TOKEN.sub(_INSTEAD, _without_known(text))
 
 
@@ -70,7 +70,7 @@ def _without_known(text: str) -> str:
 
 
 class _Cached(NamedTuple):
-    """What was found of which environment, and of which tokens that settings gave."""
+    """Pattern found for an environment and a set of tokens from settings."""
 
     environment: object
     known: tuple[str, ...]
@@ -81,7 +81,7 @@ _cache: list[_Cached] = []
 
 
 def _known_pattern() -> re.Pattern[str] | None:
-    """All tokens in all spellings; rebuilt where the environment changed. It is asked for each text that is shown."""
+    """Return a pattern for all tokens in all spellings, cached because it is needed for each text shown."""
     environment, known = getattr(os.environ, "_data", None), tuple(_known)
     cached = _cache[-1] if _cache else None
     if cached is not None and environment is not None and (cached.environment, cached.known) == (environment, known):
@@ -93,17 +93,17 @@ def _known_pattern() -> re.Pattern[str] | None:
 
 
 def shown(text: object) -> str:
-    """A text as it may be shown to people: on one line, and without tokens."""
+    """Return a text that is safe to show: on one line and without tokens."""
     return printable(hide(str(text)))
 
 
 def shown_lines(text: str) -> str:
-    """As `shown`, of a text of several lines that are its own, such as the log of a job."""
+    """Return a text with its own line breaks, such as a job's log, made safe like `shown`."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in hide(text))
 
 
 def hidden(value: Any) -> Any:
-    """A document for JSON without tokens. JSON itself escapes the rest."""
+    """Return a JSON document without tokens. JSON itself escapes the rest."""
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
@@ -114,12 +114,14 @@ def hidden(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """A document as one line of JSON, without tokens."""
+    """Return a document as one line of JSON, without tokens."""
     return json.dumps(hidden(value))
 
 
 def _secrets() -> set[str]:
-    variables = ((name, os.environ.get(name, "")) for name in os.environ)  # not `items`: another thread may remove one
+    variables = (
+        (name, os.environ.get(name, "")) for name in os.environ
+    )  # not `items`, because another thread may remove one
     named = {
         value
         for name, value in variables
@@ -129,7 +131,7 @@ def _secrets() -> set[str]:
 
 
 def spellings(values: Iterable[str]) -> set[str]:
-    """What tokens may look like where somebody repeats them: without quotes around them, in JSON, in an address."""
+    """Return the possible spellings of tokens in foreign text: without quotes, in JSON, in a URL."""
     found: set[str] = set()
     for value in values:
         for one in (value.strip(), _bare(value)):
@@ -138,7 +140,7 @@ def spellings(values: Iterable[str]) -> set[str]:
 
 
 def _bare(value: str) -> str:
-    """The token in a value that holds more: quotes that `docker --env-file` keeps, the word Bearer, a comment behind it."""
+    """Return the token in a longer value: in quotes (as `docker --env-file` keeps), after "Bearer", or with a comment."""
     before, bare = None, value
     while bare != before:
         before = bare
@@ -147,7 +149,7 @@ def _bare(value: str) -> str:
 
 
 def _pattern(secret: str) -> str:
-    """A short token is cut where it stands by itself, and not out of words."""
+    """Return a token's pattern; a short token matches only as a whole word."""
     if len(secret) >= LEAST_SECRET:
         return re.escape(secret)
     return rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
@@ -155,7 +157,7 @@ def _pattern(secret: str) -> str:
 
 @contextlib.contextmanager
 def hide_in_errors() -> Iterator[None]:
-    """Let no token pass in the text of an error of ours that leaves the block: programs log errors where they like."""
+    """Remove tokens from this package's errors that leave the block, because programs may log them anywhere."""
     try:
         yield
     except HFBucketError as error:
@@ -165,7 +167,7 @@ def hide_in_errors() -> Iterator[None]:
 
 
 class ShownFormatter(logging.Formatter):
-    """Formats records for people, on one line each, of all loggers."""
+    """Log formatter for people, with one line per record of any logger."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
@@ -173,21 +175,21 @@ class ShownFormatter(logging.Formatter):
 
 
 def log_to_stderr(command: str) -> None:
-    """Have a command's warnings, and those of all libraries, go to stderr, one line each."""
+    """Send the warnings of a command and of all libraries to stderr, one line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ShownFormatter(f"{command}: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 class _Clean(logging.Filter):
-    """Makes the texts of a record safe, whatever handler it comes to."""
+    """Log filter that makes the texts of a record safe for all handlers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             record.msg, record.args = shown(record.getMessage()), None
             if record.exc_info and not record.exc_text:
                 record.exc_text = shown_lines(_FORMATTER.formatException(record.exc_info))
-        except Exception:  # noqa: BLE001 - a record that cannot be formatted is the handlers' to complain about
+        except Exception:  # noqa: BLE001 - handlers report a record that cannot be formatted
             return True
         return True
 
@@ -197,12 +199,12 @@ _CLEAN: Final = _Clean()
 
 
 def clean_logs(package: str, path: Iterable[str]) -> None:
-    """Have every logger of a package's modules make the texts of its records safe.
+    """Make the log records of every module of a package safe.
 
-    Each logger gets the filter: those of a parent do not see what children log.
+    Each logger gets the filter, because a parent's filters do not see the records of its children.
 
     Args:
-        package: Its name.
+        package: Name of the package.
         path: Its `__path__`.
     """
     for name in (package, *_modules(package, path)):
@@ -210,7 +212,7 @@ def clean_logs(package: str, path: Iterable[str]) -> None:
 
 
 def _modules(package: str, path: Iterable[str]) -> Iterator[str]:
-    """The names of all modules of a package, without an import of any."""
+    """Yield the names of all modules of a package without importing them."""
     for found in pkgutil.iter_modules(path, f"{package}."):
         yield found.name
         if found.ispkg:
@@ -218,7 +220,7 @@ def _modules(package: str, path: Iterable[str]) -> Iterator[str]:
 
 
 class _Hiding:
-    """A text stream that lets no token pass."""
+    """Text stream that removes tokens."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -229,7 +231,7 @@ class _Hiding:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write several."""
+        """Write several texts."""
         for line in lines:
             self.write(line)
 
@@ -238,9 +240,9 @@ class _Hiding:
 
 
 def hide_in_streams() -> None:
-    """Let no token pass to stdout and stderr, from any writer: Typer, Rich, tracebacks. For a command's process alone.
+    """Remove tokens from stdout and stderr, from any writer (Typer, Rich, tracebacks). Only for a command's process.
 
-    What only looks like a token is left as it is here: data may hold such a name.
+    Text that only looks like a token is kept, because data may contain such a name.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -249,12 +251,12 @@ def hide_in_streams() -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
-    """The nearest known name to one that is not known, or all that are known, to follow it in an error.
+    """Return the known name nearest to an unknown one, or all known names, as the end of an error message.
 
     Args:
-        name: Which is not known.
-        known: Those that are.
-        cutoff: How near it has to be, from 0 to 1.
+        name: Unknown name.
+        known: Known names.
+        cutoff: Minimum similarity, from 0 to 1.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)

@@ -1,4 +1,4 @@
-"""Sizes, durations, ages and ranks of workers, as people write them and as they are shown."""
+"""Text forms of sizes, durations, ages and worker ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AGE_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 def size(amount: float) -> str:
-    """Bytes in words: `512 B`, `1.5 MiB`."""
+    """Format a number of bytes: `512 B`, `1.5 MiB`."""
     if amount < _STEP:
         return f"{amount:.0f} B"
     for unit in _BYTE_UNITS[:-1]:
@@ -33,10 +33,10 @@ def size(amount: float) -> str:
 
 
 def age(moment: datetime | None, now: datetime) -> str:
-    """How long ago a moment was, in its largest unit: `3 d`, `20 min`; `-` where it is not known."""
+    """Format the age of a time in its largest unit: `3 d`, `20 min`; `-` if unknown."""
     if moment is None:
         return "-"
-    seconds = max(0, int((now - moment).total_seconds()))  # clocks differ: nothing was uploaded in the future
+    seconds = max(0, int((now - moment).total_seconds()))  # clocks differ, but nothing was uploaded in the future
     for length, unit in _AGE_UNITS:
         if seconds >= length:
             return f"{seconds // length} {unit}"
@@ -44,12 +44,12 @@ def age(moment: datetime | None, now: datetime) -> str:
 
 
 def instant(moment: datetime | None) -> str | None:
-    """A moment as ISO 8601 with its offset, to the second."""
+    """Format a time as ISO 8601 with its offset, to the second."""
     return moment.isoformat(timespec="seconds") if moment is not None else None
 
 
 def count(number: int, one: str) -> str:
-    """A number with its noun: `1 object`, `2,000 objects`."""
+    """Format a number with its noun: `1 object`, `2,000 objects`."""
     return f"{number:,} {one}" + ("" if number == 1 else "s")
 
 
@@ -71,14 +71,14 @@ _MOST_RANKS: Final = 65536
 
 
 def parse_bytes(text: object) -> int:
-    """Read a size.
+    """Parse a size.
 
     Args:
-        text: `50GiB`, `500GB`, or a number of bytes, as text or as an integer. Binary units (`KiB` to `PiB`) are powers of 1024,
-            decimal ones (`KB` to `PB`) of 1000; a fraction of a byte is dropped.
+        text: `50GiB`, `500GB`, or a number of bytes, as text or as an integer. Binary units (`KiB` to `PiB`) are powers
+            of 1024, decimal ones (`KB` to `PB`) of 1000; a fraction of a byte is dropped.
 
     Raises:
-        ValueError: It is not a size; the message names what is expected.
+        ValueError: It is not a size; the message names the expected format.
     """
     if type(text) is int and 0 <= text <= _MOST_BYTES:
         return text
@@ -100,19 +100,19 @@ def parse_bytes(text: object) -> int:
 
 
 def _nearest_unit(unit: str) -> str:
-    """`Gi`, `gib` and `G` mean GiB to most, but 7 % less to some: asked for, not guessed."""
+    """Return the unit to propose: `Gi`, `gib` and `G` mean GiB to most, but 7 % less to some, so it is not assumed."""
     near = f"{unit[:1].upper()}iB"
     return f" (did you mean {near}?)" if near in _BYTES else ""
 
 
 def parse_duration(text: object) -> timedelta:
-    """Read a duration.
+    """Parse a duration.
 
     Args:
-        text: A number with its unit, such as `90s`, `30m` or `30min`, `24h`, `14d` or `2w`; or a duration that was read before.
+        text: Number with a unit, such as `90s`, `30m` or `30min`, `24h`, `14d` or `2w`; or a parsed duration.
 
     Raises:
-        ValueError: It is not a duration, such as a number without a unit; the message names what is expected.
+        ValueError: It is not a duration, such as a number without a unit; the message names the expected format.
     """
     if isinstance(text, timedelta):
         return text
@@ -128,7 +128,7 @@ def parse_duration(text: object) -> timedelta:
 
 
 def format_duration(value: timedelta) -> str:
-    """Write a duration as `parse_duration` reads it, in its largest unit that loses nothing: `14d`, `36h`, `90s`."""
+    """Format a duration for `parse_duration`, in its largest unit without loss: `14d`, `36h`, `90s`."""
     seconds = value.total_seconds()
     for length, unit in _AGE_UNITS:
         if seconds >= length and seconds % length == 0:
@@ -137,10 +137,10 @@ def format_duration(value: timedelta) -> str:
 
 
 def parse_ranks(text: str) -> frozenset[int]:
-    """Read ranks of workers, such as `0-3,7`.
+    """Parse worker ranks, such as `0-3,7`.
 
     Raises:
-        ValueError: They are none; the message says what would be.
+        ValueError: They are not ranks; the message names the expected format.
     """
     ranks: set[int] = set()
     for part in text.split(","):
@@ -157,7 +157,7 @@ def parse_ranks(text: str) -> frozenset[int]:
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as `parse_ranks` reads them."""
+    """Format ranks for `parse_ranks`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
@@ -169,38 +169,38 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much there is of something.
+    """Number and size of objects.
 
     Attributes:
-        objects: How many objects.
-        bytes: The sum of their sizes.
+        objects: Number of objects.
+        bytes: Sum of their sizes in bytes.
     """
 
     objects: int = 0
     bytes: int = 0
 
     def plus(self, nbytes: int) -> Extent:
-        """With one more object of that size."""
+        """Return the sum with one more object of `nbytes` bytes."""
         return Extent(self.objects + 1, self.bytes + nbytes)
 
     def and_(self, other: Extent) -> Extent:
-        """With another extent."""
+        """Return the sum with another extent."""
         return Extent(self.objects + other.objects, self.bytes + other.bytes)
 
     def minus(self, other: Extent) -> Extent:
-        """Without another extent; never below nothing."""
+        """Return the difference to another extent, at least zero."""
         return Extent(max(0, self.objects - other.objects), max(0, self.bytes - other.bytes))
 
     def record(self) -> dict[str, int]:
-        """For JSON."""
+        """Return a record for JSON."""
         return {"objects": self.objects, "bytes": self.bytes}
 
     @classmethod
     def from_record(cls, record: Any) -> Extent:
-        """Read what `record` made.
+        """Parse the result of `record`.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: It is not such a record.
         """
         objects, nbytes = (record.get("objects"), record.get("bytes")) if isinstance(record, dict) else (None, None)
         if type(objects) is not int or type(nbytes) is not int or objects < 0 or nbytes < 0:
@@ -215,12 +215,12 @@ NOTHING: Final = Extent()
 
 
 def batches(items: Iterable[_T], limit: int, nbytes: Callable[[_T], int]) -> Iterator[list[_T]]:
-    """Cut items into lists that hold no more than so many bytes together, or a single item that is larger.
+    """Split items into lists of at most `limit` bytes, or of a single larger item.
 
     Args:
-        items: In their order.
-        limit: Most bytes.
-        nbytes: How many an item has.
+        items: Items in order.
+        limit: Maximum bytes of a list.
+        nbytes: Returns the bytes of an item.
     """
     batch: list[_T] = []
     amount = 0
