@@ -1,4 +1,4 @@
-"""The options of each command, in one model."""
+"""Options of each command, one model per command."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def _limits(value: Any) -> Any:
 
 
 Span = Annotated[Duration, AfterValidator(_positive)]
-"""A duration that is not zero, or a text such as `30min`."""
+"""Positive duration, or a text such as `30min`."""
 
 Limits = Annotated[MaxDelete, BeforeValidator(_limits)]
 """Limits of one run, or texts such as `5000`, `30%` and `500GiB`."""
 
 Width = Annotated[int, Field(ge=1, le=64)]
-"""How many batches are under way at one time."""
+"""Maximum number of concurrent batches."""
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def inputs(self) -> list[tuple[str, Path | None]]:
-        """Return the options that name files to be read, with these: no output may be one of them."""
+        """Return the input files with the names of their options: no output may be one of them."""
         return []
 
 
@@ -94,7 +94,7 @@ class _Running(Outputs):
         return max(1, round(self.lock_lifetime.total_seconds()))
 
     def deadline(self) -> Deadline:
-        """When the command ends if it begins now."""
+        """Return the deadline of a command that starts now."""
         return Deadline.after(self.max_duration.total_seconds())
 
 
@@ -110,10 +110,10 @@ class _Distributed(_Running):
     )
 
     def runs_here(self, *, at_once: bool = False) -> bool:
-        """Whether to work in this process; see `jobs.batch.apply.in_process`.
+        """Return whether to work in this process; see `jobs.batch.apply.in_process`.
 
         Raises:
-            ConfigError: The address cannot be used.
+            ConfigError: If the address is of an unsupported kind.
         """
         return in_process(self.address, local=self.local, at_once=at_once)
 
@@ -128,7 +128,7 @@ class _Adapters(_Options):
 
     @property
     def config_name(self) -> str | None:
-        """The YAML as plans name it."""
+        """The path of the YAML as plans record it."""
         return None if self.lmcache_config is None else str(self.lmcache_config.absolute())
 
     def inputs(self) -> list[tuple[str, Path | None]]:
@@ -177,13 +177,13 @@ class _Instances(_Adapters):
         """Read the configuration.
 
         Args:
-            everything: Whether all instances of the YAML are meant.
+            everything: Whether to select all instances of the YAML.
 
         Returns:
-            The instances that were asked for, and all that the configuration names.
+            The selected instances, and all that the configuration names.
 
         Raises:
-            ConfigError: None are named, or wrong ones: what deletes goes by no default.
+            ConfigError: If no instance is named, or an unknown one: a deletion has no default instance.
         """
         return chosen(self.lmcache_config, self.instance, self.l2_adapter, everything=everything)
 
@@ -237,7 +237,7 @@ class _PolicyOptions(_Options):
         """Return the policy of an instance.
 
         Raises:
-            ConfigError: There is none, there are two, or it is wrong.
+            ConfigError: If there is no policy, there are two, or it is invalid.
         """
         limits = self._limits()
         if self.policy is None:
@@ -349,7 +349,7 @@ class ExportOptions(_Distributed, _Adapters):
         return [*super().inputs(), ("--prompts", self.selection.prompts), *keys]
 
     def deletion(self) -> DeletionOptions:
-        """How a mirror deletes at the destination."""
+        """Return the options of a mirror's deletion at the destination."""
         shared = DeletionOptions.model_fields.keys() & (ExportOptions.model_fields.keys() - {"parallel"})
         return DeletionOptions.model_construct(**{name: getattr(self, name) for name in shared})
 
@@ -387,10 +387,10 @@ class StatusOptions(_PolicyOptions, InstanceOptions):
 def chosen(
     config: Path | None, instances: tuple[str, ...], l2_adapters: tuple[str, ...], *, everything: bool
 ) -> tuple[list[InstanceConfig], list[InstanceConfig]]:
-    """Return the instances that options name, and all that the configuration names.
+    """Return the instances that options select, and all that the configuration names.
 
     Raises:
-        ConfigError: None are named, or wrong ones: what deletes goes by no default.
+        ConfigError: If no instance is named, or an unknown one: a deletion has no default instance.
     """
     if config is not None and not instances and not everything:
         raise ConfigError("name the instances: --instance NAME, or --all-instances")

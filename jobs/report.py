@@ -1,4 +1,4 @@
-"""What happened to the objects of an instance: counted, and named in a JSONL file. Pure but for that file."""
+"""Outcomes of the objects of an instance: counted, and listed in a JSONL file. Pure except for that file."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 
 NAMED_FAILURES: Final = 1000
-"""Failed objects that a summary names; the report file names all."""
+"""Maximum number of failed objects that a summary names; the report file names all."""
 
 
 def note(text: str) -> None:
-    """Write one line for people to stderr: stdout is for programs."""
+    """Write one line to stderr; stdout is reserved for programs."""
     console.print_error(text, "jobs")
 
 
@@ -56,12 +56,12 @@ _LOG_SECS: Final = 60.0
 
 
 class ProgressLog:
-    """Counts what has ended, and says so now and then.
+    """Progress counter that periodically logs its count.
 
     Args:
-        all_of_it: What there is to do.
-        name: For people.
-        clock: Seconds, monotonic; tests hand in their own.
+        all_of_it: Total work.
+        name: Name of the work in messages.
+        clock: Returns monotonic seconds; tests inject their own.
     """
 
     def __init__(self, all_of_it: Extent, name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -81,19 +81,20 @@ class ProgressLog:
 
 
 class ReportFile:
-    """The file that `--report` names: for each instance a header, a line an object, and a summary; thread-safe.
+    """File of `--report`: per instance a header, a line per object, and a summary; thread-safe.
 
-    What cannot be written any more holds nothing up: the jobs go on, and `problem` says so. The file takes the place of an
-    earlier report when it is closed. Where all jobs were refused before they touched an object, the last report stays.
+    A failed write does not stop the jobs; `problem` then says why. The file replaces an earlier report when it is
+    closed,
+    unless all jobs were refused before they touched an object: then the last report stays.
 
     Args:
-        path: Of the file; None for none.
+        path: Path of the file; None to write no file.
 
     Attributes:
-        problem: Why it is not whole; empty while it is.
+        problem: Why the report is incomplete; empty while it is complete.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: If the file cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -104,7 +105,7 @@ class ReportFile:
         self._out = OutputFile(path, "--report") if path else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line."""
+        """Write a line."""
         with self._lock:
             if self._out is None or self.problem:
                 return
@@ -120,7 +121,7 @@ class ReportFile:
                 self._failed(error)
 
     def close(self) -> None:
-        """End the file; further calls do nothing."""
+        """Close the file; further calls do nothing."""
         out, self._out = self._out, None
         if out is None:
             return
@@ -137,13 +138,13 @@ class ReportFile:
 
 
 class OutcomeTally:
-    """Counts the objects of one plan as they end.
+    """Tally of the objects of one plan by outcome.
 
     Args:
-        file: Where each is named.
+        file: Report file, with a line for each object.
 
     Attributes:
-        ended: How much ended, by outcome.
+        ended: Objects and bytes by outcome.
         failures: The first objects that failed.
     """
 
@@ -153,7 +154,7 @@ class OutcomeTally:
         self._file = file
 
     def add(self, ended: ItemOutcome[Any]) -> None:
-        """Count an object."""
+        """Count the outcome of an object."""
         item = ended.item
         self.ended[ended.outcome] = self.ended[ended.outcome].plus(item.size)
         more = {"message": ended.message} if ended.message else {}
@@ -167,7 +168,7 @@ class OutcomeTally:
 
     @property
     def all_ended(self) -> Extent:
-        """How much ended, well or not."""
+        """Objects and bytes with any outcome."""
         extents = self.ended.values()
         return Extent(sum(one.objects for one in extents), sum(one.bytes for one in extents))
 
@@ -190,16 +191,16 @@ GAUGES: Final = {
 
 
 def write_metrics(path: Path, summaries: Iterable[JobSummary], now: float, least: int = exit_codes.COMPLETE) -> None:
-    """Write the file that Prometheus' textfile collector reads; it appears whole.
+    """Write the file for Prometheus' textfile collector atomically.
 
     Args:
-        path: Of the file.
-        summaries: Of the jobs.
-        now: The time, in seconds since 1970.
-        least: How the command ends however well its jobs did.
+        path: Path of the file.
+        summaries: Summaries of the jobs.
+        now: Current time, in seconds since 1970.
+        least: Minimum exit code of the command, even if all jobs succeed.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: If the file cannot be written.
     """
     registry = prometheus_client.CollectorRegistry()
     gauges = {
@@ -217,7 +218,7 @@ def write_metrics(path: Path, summaries: Iterable[JobSummary], now: float, least
 
 
 class JobSummary(Protocol):
-    """What came of one job."""
+    """Summary of one job."""
 
     @property
     def code(self) -> int:
@@ -225,20 +226,20 @@ class JobSummary(Protocol):
 
     @property
     def job(self) -> str:
-        """Which job."""
+        """Name of the job."""
 
     @property
     def instance(self) -> str:
-        """What it was about, for people and for metrics."""
+        """Target of the job, for messages and metrics."""
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines of the summary for the terminal."""
 
     def gauges(self) -> dict[str, float]:
-        """For metrics, by the names in `jobs.report.GAUGES`."""
+        """Gauges for the metrics file, by the names in `jobs.report.GAUGES`."""
 
 
 _LIMIT: Final = "--max-duration"
@@ -247,34 +248,35 @@ _LIMIT: Final = "--max-duration"
 def failure_of(error: Exception | Interrupted, stop: Stop, until: Deadline) -> tuple[int, str]:
     """Return the exit code of a job that an error ended, and why it ended.
 
-    Where it was told to stop, what breaks off is interrupted: the order is raised wherever the main thread is, which may be
-    inside a client that takes it for a failure.
+    After a stop request, any error counts as an interruption: the request is raised wherever the main thread is,
+    possibly
+    inside a client that treats it as a failure.
 
     Args:
-        error: What ended the job.
-        stop: Whether it was told to stop.
-        until: Its deadline, up to which pauses of the Hub were waited out.
+        error: Error that ended the job.
+        stop: Signal that requests a stop.
+        until: Deadline of the job, up to which pauses of the Hub were waited out.
     """
     if isinstance(error, Interrupted):
         return exit_codes.INTERRUPTED, "told to stop"
     code, message = exit_code_of(error), str(error) if isinstance(error, HFBucketError) else as_text(error)
-    if isinstance(error, ThrottledError):  # all pauses but the last one were waited out
+    if isinstance(error, ThrottledError):  # all pauses except the last one were waited out
         message = f"{message}; {_LIMIT} would be over before"
     if message and code == exit_codes.FAILED and stop.requested:
         return exit_codes.INTERRUPTED, f"told to stop; {message}"
     if message and until.passed and _LIMIT not in message:
-        return code, f"{message}; {_LIMIT} was over"  # which may be why a call had no answer
+        return code, f"{message}; {_LIMIT} was over"  # which may be why a request had no answer
     return code, message
 
 
 def as_text(error: Exception) -> str:
-    """Why something ended, whatever it was: one line, never a traceback."""
+    """Return the message of any error as one line, never a traceback."""
     return local_trouble(error) or str(error)
 
 
 def exit_code_of(error: Exception) -> int:
-    """The exit code that an error stands for."""
-    if isinstance(error, LockLapsedError):  # the Hub's pauses, say, and nobody else's lock
+    """Return the exit code of an error."""
+    if isinstance(error, LockLapsedError):  # caused by a pause of the Hub, say, not by another holder
         return exit_codes.FAILED
     if isinstance(error, RefusedError):
         return exit_codes.REFUSED
@@ -288,29 +290,29 @@ def exit_code_of(error: Exception) -> int:
 DIRECTORY: Final = f"{RESERVED}/reports"
 _DELETING: Final = ("cleanup", "rm", "mirror")
 INDEX: Final = "index"
-"""The job that builds the key index."""
+"""Name of the job that builds the key index."""
 
 
 class SavedSummary(Protocol):
-    """A summary, as far as it is kept."""
+    """Part of a summary that is stored in the bucket."""
 
     @property
     def job(self) -> str:
-        """Which job."""
+        """Name of the job."""
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class LastRun:
-    """What the last run told.
+    """Report of the last run.
 
     Attributes:
-        job: Which.
-        at: When the Hub took its report.
-        left: What it left of the instance.
-        record: All of it.
+        job: Name of the job.
+        at: Upload time of the report.
+        left: Chunks that the run left in the instance.
+        record: The whole report.
     """
 
     job: str
@@ -320,16 +322,16 @@ class LastRun:
 
 
 def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> LastRun | None:
-    """The newest report of a job that deletes, or None when there is none; what else lies there is nobody's report.
+    """Return the newest report of a deletion job, or None if there is none; other objects there are ignored.
 
     Args:
-        bucket: The instance's.
-        request_secs: Most seconds of a request.
-        builds: Whether builds of the key index count.
+        bucket: Client of the instance's bucket.
+        request_secs: Timeout of a request, in seconds.
+        builds: Whether to include builds of the key index.
 
     Raises:
-        GuardError: There is one that cannot be read: nobody knows then what there should be.
-        HFBucketError: The Hub did not tell.
+        GuardError: If a report cannot be read, so that the expected content is unknown.
+        HFBucketError: If the Hub does not answer.
     """
     prefix = bucket.handle.join(f"{DIRECTORY}/")
     oldest = datetime.min.replace(tzinfo=UTC)
@@ -352,10 +354,10 @@ def last_run(bucket: Bucket, request_secs: float, *, builds: bool = False) -> La
 
 
 def _expect_consistent(record: dict[str, Any], left: Extent, name: str) -> None:
-    """Refuse a report that contradicts itself: by what it says was left the next listing is judged.
+    """Refuse an inconsistent report: the next listing is checked against what it says was left.
 
     Raises:
-        ValueError: It is of another job than its name says, or leaves less than it listed and did not delete.
+        ValueError: If the report's job differs from its name, or it leaves less than it listed and did not delete.
     """
     if record.get("job", name.removesuffix(".json")) != name.removesuffix(".json"):
         raise ValueError(f"it says that it is of job {str(record.get('job'))[:40]!r}")
@@ -368,18 +370,18 @@ def _expect_consistent(record: dict[str, Any], left: Extent, name: str) -> None:
 
 
 def keep(bucket: Bucket, summary: SavedSummary, left: Extent, request_secs: float) -> None:
-    """Keep a report in the bucket, in place of the last one of its kind.
+    """Store a report in the bucket, and replace the last one of its kind.
 
     Args:
-        bucket: The instance's.
-        summary: What came of the run.
-        left: The chunks of the instance, by which the next run judges its listing.
-        request_secs: Most seconds of a request.
+        bucket: Client of the instance's bucket.
+        summary: Summary of the run.
+        left: Chunks of the instance, against which the next run checks its listing.
+        request_secs: Timeout of a request, in seconds.
 
     Raises:
-        HFBucketError: It is not kept.
+        HFBucketError: If the report is not stored.
     """
-    # The plan's place is on the machine of the run, and no concern of those who read the bucket.
+    # The plan's path is local to the machine of the run, and of no use to readers of the bucket.
     record = {name: value for name, value in summary.record().items() if name != "plan"}
     record["left"] = left.record()
     record["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,5 @@
-"""The command line, `python -m hfbucket_plugin`: looks at instances, with the configuration that engines use.
+"""Command line `python -m hfbucket_plugin`: inspects instances, with the configuration of the engines.
 
-The only part of the package that needs `typer` and `rich` (the extra `tools`). No engine imports it; `jobs` says and shows things in the same way.
+Only this part of the package needs `typer` and `rich` (the extra `tools`). No engine imports it; `jobs` uses the same
+output.
 """

@@ -1,4 +1,4 @@
-"""`python -m hfbucket_plugin`: the commands. They change nothing, but for `doctor --probe-write`, which cleans up."""
+"""Commands of `python -m hfbucket_plugin`. All are read-only except `doctor --probe-write`, which cleans up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hfbucket_plugin.cli.doctor import doctor
 from hfbucket_plugin.cli.ls import ls
 from hfbucket_plugin.cli.stat import stat
 
-# Tracebacks of Typer's show local variables, and with them a token.
+# Typer's own tracebacks show local variables, and with them a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 

@@ -1,4 +1,4 @@
-"""One instance under examination."""
+"""Context of the checks of one instance."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What the checks of one instance share.
+    """Shared state of the checks of one instance.
 
     Attributes:
         named: The instance.
-        bucket: The client of its bucket.
-        timeout_secs: What each request may take.
-        environ: The environment that the instance's token is taken from.
-        now: Unix seconds.
+        bucket: Client of its bucket.
+        timeout_secs: Timeout of each request.
+        environ: Environment that contains the instance's token.
+        now: Current time in Unix seconds.
     """
 
     named: InstanceConfig
@@ -44,9 +44,9 @@ class CheckContext:
         return self.named.settings
 
     def ask(self, what: str, function: Callable[[Deadline], _T]) -> _T:
-        """Make one request, and wait for it up to the deadline.
+        """Make one request, and wait for it until its deadline.
 
         Raises:
-            HFBucketError: It failed, or there was no answer in time.
+            HFBucketError: If the request fails, or is not answered in time.
         """
         return call_with_deadline(what, function, self.timeout_secs)

@@ -1,4 +1,4 @@
-"""The examination of one instance: the checks in their order, and what makes the later ones meaningless."""
+"""Examination of one instance: the order of the checks, and which results make later ones meaningless."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# What is skipped when the bucket, or the Hub, cannot be asked.
+# Checks that are skipped if the bucket or the Hub is not available.
 OF_THE_BUCKET: Final = (
     access.READ,
     access.WRITE,
@@ -41,22 +41,22 @@ OF_THE_HUB: Final = (endpoint.NAME, endpoint.CLOCK, bucket.BUCKET, *OF_THE_BUCKE
 
 
 def examine(case: CheckContext, *, probing: bool = False) -> Iterator[Finding]:
-    """Carry out the checks, and yield what each finds as soon as it is found.
+    """Run the checks, and yield each finding as soon as it is known.
 
     Args:
         case: The instance.
-        probing: Store an object, read it back and delete it, too.
+        probing: Whether also to store an object, read it back and delete it.
     """
     examination = _Examination(case, probing=probing)
-    case.settings.resolve_token(case.environ)  # so that it is known, and cut
+    case.settings.resolve_token(case.environ)  # registers the token, so that it is redacted
     for finding in examination.run():
         yield finding.cleaned()
 
 
 class _Examination:
-    """One run of the checks.
+    """Run of the checks on one instance.
 
-    Each check that needs the Hub is carried out by `_try`, so that one that fails says so and the others go on.
+    `_try` runs each check that needs the Hub, so that a failure becomes a finding and the other checks still run.
     """
 
     def __init__(self, case: CheckContext, *, probing: bool) -> None:
@@ -131,12 +131,12 @@ class _Examination:
             yield skipped(probe_write.NAME, why)
 
     def _try(self, name: str, check: Callable[[], tuple[Finding, _T]]) -> tuple[Finding, _T | None]:
-        """Carry out a check; what it raises becomes its finding, and its value is None."""
+        """Run a check; an error becomes its finding, with the value None."""
         try:
             return check()
         except HFBucketError as caught:
             return from_error(name, caught, self._case.named), None
-        except Exception as caught:  # noqa: BLE001 - a mistake in one check must not hide what the others find
+        except Exception as caught:  # noqa: BLE001 - a bug in one check must not hide the findings of the others
             found = f"the check itself failed: {type(caught).__name__}: {caught}"
             return error(name, found, "please report this"), None
 
@@ -173,7 +173,7 @@ def doctor(  # noqa: PLR0917 - Typer makes options of them
 
 
 def _examined(named: InstanceConfig, timeout: float, *, probe_write: bool, show: bool) -> list[Finding]:
-    """Examine an instance, and show what is found: a table in a terminal, else lines as they come."""
+    """Examine an instance, and show the findings: a table in a terminal, otherwise a line for each as it is known."""
     console = tables.stdout_console()
     found = []
     with tables.busy(f"{named.name}: looking"), opened(named, timeout, few_calls=True) as bucket:
@@ -202,7 +202,7 @@ _STYLES: Final = {Severity.OK: "green", Severity.NOTE: "cyan", Severity.WARNING:
 
 
 def findings_table(title: str, found: Sequence[Finding]) -> Table:
-    """What `doctor` found in one instance."""
+    """Return the table of an instance's findings."""
     table = Table(title=Text(texts.shown(title)), title_justify="left", expand=True)
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)

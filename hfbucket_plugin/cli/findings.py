@@ -1,4 +1,4 @@
-"""What the checks of `doctor` find, and how errors become findings."""
+"""Findings of `doctor`, and their creation from errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Severity(IntEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = 0
     NOTE = 1
@@ -30,13 +30,13 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
-        check: The check's name, stable.
-        severity: How bad it is.
-        found: What was found, in words.
-        fix: What to do about it, with the name of the setting; empty where there is nothing to do.
+        check: Stable name of the check.
+        severity: Its severity.
+        found: The result in words.
+        fix: What to do, with the name of the setting; empty if there is nothing to do.
     """
 
     check: str
@@ -48,37 +48,37 @@ class Finding:
         return f"{self.severity}: {self.check}: {self.found}" + (f"; {self.fix}" if self.fix else "")
 
     def cleaned(self) -> Finding:
-        """The same for people's eyes: without tokens, should a server have repeated one, and on one line; see `texts`."""
+        """Return the finding for display: on one line, and without tokens repeated by a server; see `texts`."""
         return replace(self, found=texts.shown(self.found), fix=texts.shown(self.fix))
 
 
 def ok(check: str, found: str) -> Finding:
-    """All is well."""
+    """Return a finding that everything is in order."""
     return Finding(check, Severity.OK, found)
 
 
 def note(check: str, found: str, fix: str = "") -> Finding:
-    """Worth knowing, and nothing that must be fixed."""
+    """Return an informational finding that needs no fix."""
     return Finding(check, Severity.NOTE, found, fix)
 
 
 def warning(check: str, found: str, fix: str) -> Finding:
-    """The instance works, and not as it should."""
+    """Return a finding that the instance works, but not as it should."""
     return Finding(check, Severity.WARNING, found, fix)
 
 
 def error(check: str, found: str, fix: str) -> Finding:
-    """The instance does not do what it is configured for."""
+    """Return a finding that the instance does not do what it is configured for."""
     return Finding(check, Severity.ERROR, found, fix)
 
 
 def skipped(check: str, why: str) -> Finding:
-    """Not looked at."""
+    """Return a finding that a check was skipped."""
     return note(check, f"skipped: {why}")
 
 
 def from_error(check: str, caught: HFBucketError, named: InstanceConfig) -> Finding:
-    """What a check found that could not be carried out. The Hub's client words most advice in its messages itself."""
+    """Return the finding of a failed check. Most advice comes from the messages of the Hub's client."""
     found = caught.message.removeprefix(f"instance {named.name!r}: ")
     if isinstance(caught, ThrottledError):
         return warning(check, found, f"wait, or ask less: {named.setting('max_hub_calls_per_minute')}")
@@ -92,7 +92,7 @@ def from_error(check: str, caught: HFBucketError, named: InstanceConfig) -> Find
 
 
 def as_text(caught: HFBucketError, named: InstanceConfig) -> str:
-    """What ended a listing, in one line that names the instance, what was wrong, and what to do."""
+    """Return the error of a listing as one line: the instance, the problem, and what to do."""
     finding = from_error("", caught, named)
     if isinstance(caught, ThrottledError):
         finding = replace(finding, fix="give --timeout as many seconds to wait for it, or come back later")
@@ -102,6 +102,6 @@ def as_text(caught: HFBucketError, named: InstanceConfig) -> str:
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """The code that tells the worst of some findings."""
+    """Return the exit code of the worst finding."""
     worst = max((finding.severity for finding in findings), default=Severity.OK)
     return {Severity.WARNING: exit_codes.WARNINGS, Severity.ERROR: exit_codes.ERRORS}.get(worst, exit_codes.OK)

@@ -1,4 +1,4 @@
-"""The keys of instances, streamed, as records and as rows."""
+"""Command `ls`: the keys of instances, streamed as records or rows."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ HEADER: Final = ("INSTANCE", "KIND", "MODEL", "WORLD", "WORKER", "PART", "SIZE",
 
 
 class Keys:
-    """The keys of one instance.
+    """Keys of one instance.
 
     Args:
-        bucket: Its bucket.
-        key_prefix: The start of the keys; empty for all.
-        page_secs: Most seconds a page of the listing may take.
-        model: The only model whose keys are wanted; None for all models.
+        bucket: Client of its bucket.
+        key_prefix: Prefix of the keys; empty for all.
+        page_secs: Timeout of a listing page, in seconds.
+        model: Model of the keys; None for all models.
 
     Attributes:
-        passed_by: Objects that are no keys, by kind, as far as the listing was read.
+        passed_by: Number of listed objects that are not keys so far, by kind.
     """
 
     def __init__(self, bucket: Bucket, key_prefix: str, page_secs: float, model: str | None = None) -> None:
@@ -46,10 +46,10 @@ class Keys:
         self.passed_by: Counter[ObjectKind] = Counter()
 
     def __iter__(self) -> Iterator[tuple[ListedObject, ChunkEntry]]:
-        """Stream them.
+        """Stream the keys.
 
         Raises:
-            HFBucketError: A page did not come: there are more.
+            HFBucketError: If a page cannot be listed, so that keys are missing.
         """
         for listed in self._listed:
             if listed.chunk is None:
@@ -59,7 +59,7 @@ class Keys:
 
 
 def record(instance: str, kind: ObjectKind, chunk: ChunkEntry, now: datetime) -> dict[str, Any]:
-    """A key for programs."""
+    """Return the JSON record of a key."""
     key, uploaded = chunk.key, chunk.uploaded_at
     return {
         "instance": instance,
@@ -78,7 +78,7 @@ def record(instance: str, kind: ObjectKind, chunk: ChunkEntry, now: datetime) ->
 
 
 def row(instance: str, kind: ObjectKind, chunk: ChunkEntry, now: datetime) -> tuple[str, ...]:
-    """A key for people: the columns of `HEADER`."""
+    """Return the table row of a key, with the columns of `HEADER`."""
     key = chunk.key
     uploaded = chunk.uploaded_at.astimezone(UTC) if chunk.uploaded_at is not None else None
     cells = (
@@ -103,7 +103,7 @@ def _part(chunk: ChunkEntry) -> str:
 
 
 def aligned(cells: tuple[str, ...]) -> str:
-    """Cells in columns. The widths are fixed, since the rows to come are not known: a long cell moves its own row."""
+    """Align cells in columns of fixed width, because later rows are not known: a long cell shifts its own row."""
     *most, last = cells
     return " ".join([cell.ljust(width) for cell, width in zip(most, _WIDTHS, strict=True)] + [last])
 
@@ -138,11 +138,11 @@ def ls(  # noqa: PLR0917 - Typer makes options of them
 
 
 class _Shown:
-    """What is shown of several instances.
+    """Output of several instances.
 
     Attributes:
-        keys: How many keys were shown.
-        failed: Whether a listing is not complete.
+        keys: Number of keys shown.
+        failed: Whether a listing is incomplete.
     """
 
     def __init__(self, limit: int | None, model: str | None, *, as_json: bool) -> None:

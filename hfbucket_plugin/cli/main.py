@@ -1,6 +1,6 @@
-"""The command `hfbucket`: finds the commands of what is installed, and runs the very ones of `python -m`.
+"""Command `hfbucket`: finds the installed commands, and runs the same ones as `python -m`.
 
-Packages say which commands they have by entry points, so that nothing here imports the warmer or the jobs:
+Packages register their commands as entry points, so that nothing here imports the warmer or the jobs:
 `hfbucket.commands` names applications that hold a command of that name, `hfbucket.groups` those whose commands follow it.
 """
 
@@ -24,17 +24,17 @@ GROUPS: Final = "hfbucket.groups"
 _EXTRAS: Final = {"hfbucket_plugin": "tools", "warmer": "warmer", "jobs": "jobs"}
 _USAGE: Final = 2
 _INTERRUPTED: Final = 5
-"""Of the warmer and the jobs, when they are told to stop."""
+"""Exit code of the warmer and the jobs after a stop request."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names.
 
     Args:
-        arguments: What follows `hfbucket`; of this process by default.
+        arguments: Arguments after `hfbucket`; default: those of this process.
 
     Raises:
-        SystemExit: Always, with the command's exit code; 2 where there is no such command or it cannot be loaded.
+        SystemExit: Always, with the command's exit code; 2 if there is no such command or it cannot be loaded.
     """
     xet_home.begin()
     texts.hide_in_streams()
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = {point.name: point for point in entry_points(group=COMMANDS)}
     groups = {point.name: point for point in entry_points(group=GROUPS)}
     name = given[0] if given else "--help"
-    if arguments is None:  # this process is the command's own
+    if arguments is None:  # this process runs only the command
         end_by_signals(_INTERRUPTED if name in groups else None)
     if name in {"-h", "--help"}:
         sys.stdout.write(_help(commands, groups))
@@ -62,7 +62,7 @@ def _load(point: EntryPoint) -> Any:
     package = point.module.split(".")[0]
     try:
         return point.load()
-    except AttributeError:  # another package has a module of that name, too
+    except AttributeError:  # another package has a module of the same name
         _shadowed(point, package)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]

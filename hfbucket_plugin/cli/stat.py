@@ -1,4 +1,4 @@
-"""`stat`: how much instances hold."""
+"""Command `stat`: how much instances hold."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stat(  # noqa: PLR0917 - Typer makes options of them
 
 
 def _summary(named: InstanceConfig, start: str, timeout: float, model: str | None) -> InstanceSummary | None:
-    """The summary of an instance; None, and a complaint, where its listing is not complete."""
+    """Return the summary of an instance; report an incomplete listing, and return None."""
     try:
         with tables.busy(f"{named.name}: listing"), opened(named, timeout) as bucket:
             return summarised(Classifier(bucket).walk(timeout, key_prefix=start, model=model))
@@ -62,7 +62,7 @@ def _summary(named: InstanceConfig, start: str, timeout: float, model: str | Non
 
 
 def _show(named: InstanceConfig, summary: InstanceSummary) -> None:
-    """A table in a terminal, else a line for each of its rows."""
+    """Print a table in a terminal, otherwise one line per row."""
     console, shown = tables.stdout_console(), rows(summary, datetime.now(UTC))
     if console.is_terminal:
         console.print(tables.columns(f"{named.name}  {named.settings.bucket_handle}", HEADER, shown))

@@ -1,9 +1,9 @@
-"""Compares the key index of an instance, as a reader sees it, with a listing. Writes nothing.
+"""Comparison of an instance's key index, as a reader sees it, with a listing. Read-only.
 
-The view is made first, and the listing is compared with it page by page, so that names are at hand; what the listing does
-not have at its end is known by its digest only, for an index holds no names. Meanwhile the instance is in use: what differs is
-looked for in the journals that came since, once more after the time in which a writer has to tell, and only what nobody
-told of then counts. A key that is young is no difference either: its journal may be on its way.
+The view is built first, and the listing is compared with it page by page, so that names are available; an index holds
+no names, so keys that the listing lacks are known only by digest. The instance is in use during the comparison:
+differences are looked up in newer journals, and again after the time within which a writer must record a change; only
+unrecorded ones count. A young key is not a difference either: its journal may be in flight.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _UNSEEN_ROWS: Final = 100_000
 
 @dataclass
 class Differences:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
-        keys: How many keys the index has.
-        listed: How many the listing has.
-        missing: In the listing and not in the index: a miss that is none.
-        surplus: In the index and not in the listing: a hit that is none.
-        different: In both, with other contents.
-        young: In the listing and not in the index, and younger than readers need to learn of them; no difference.
-        meanwhile: What was told of while this went on; no difference.
-        examples: The first of each, by name where it is known, else by digest.
+        keys: Number of keys in the index.
+        listed: Number of keys in the listing.
+        missing: Keys in the listing but not in the index: false misses.
+        surplus: Keys in the index but not in the listing: false hits.
+        different: Keys in both, with different contents.
+        young: Keys in the listing but not in the index, too young for readers to know; not differences.
+        meanwhile: Changes recorded during the verification; not differences.
+        examples: The first keys of each kind, by name if known, otherwise by digest.
     """
 
     keys: int = 0
@@ -66,11 +66,11 @@ class Differences:
 
     @property
     def total(self) -> int:
-        """How many differences count."""
+        """Number of differences that count."""
         return self.missing + self.surplus + self.different
 
     def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/index.md`."""
+        """Return the fields for JSON, described in `docs/index.md`."""
         return {
             "keys": self.keys,
             "listed": self.listed,
@@ -83,7 +83,7 @@ class Differences:
         }
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines of the result for the terminal."""
         yield (
             f"{self.keys:,} keys in the index, {self.listed:,} in the listing: {self.missing:,} missing, "
             f"{self.surplus:,} surplus, {self.different:,} different; {self.young:,} too young to be known, "
@@ -96,7 +96,7 @@ class Differences:
 
 @dataclass
 class _Suspects:
-    """Rows of one kind of difference, as the listing has them, or, for `surplus`, the index; names of the first."""
+    """Rows of one kind of difference, from the listing (`surplus`: from the index), with the first names."""
 
     rows: list[Rows] = field(default_factory=list)
     names: dict[bytes, str] = field(default_factory=dict)
@@ -107,18 +107,18 @@ class _Suspects:
 
 
 class Verification:
-    """One comparison.
+    """Verification of one key index.
 
     Args:
-        bucket: The instance's.
+        bucket: Client of the instance's bucket.
         store: Its index.
-        temp_dir: For temporary files: empty, and nobody else's.
-        page_secs: Most seconds of a page of the listing.
-        request_secs: Most seconds of a request.
-        window_secs: How long it may take until readers know of a put or a delete.
-        tell_secs: How long it may take until a writer has told of it.
-        each_page: Called now and then; what it raises ends it.
-        sleep: Waits; tests hand in their own.
+        temp_dir: Empty directory for temporary files, used by no other process.
+        page_secs: Timeout of a listing page, in seconds.
+        request_secs: Timeout of a request, in seconds.
+        window_secs: Maximum delay until readers know of a put or a delete, in seconds.
+        tell_secs: Maximum delay until a writer has recorded it, in seconds.
+        each_page: Called periodically; what it raises ends the verification.
+        sleep: Sleeps for a number of seconds; tests inject their own.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class Verification:
         self._missing, self._surplus, self._different = _Suspects(), _Suspects(), _Suspects()
 
     def run(self) -> Differences:
-        """Compare.
+        """Compare the index with a listing.
 
         Raises:
-            MissingError: There is no snapshot.
-            HFBucketError: Something did not arrive: nothing is known.
+            MissingError: If there is no snapshot.
+            HFBucketError: If an object or a listing cannot be read; the result is then unknown.
         """
         built = self._view()
         rows = _on_disk(built.path)
@@ -168,7 +168,7 @@ class Verification:
         return found
 
     def _view(self) -> BuiltSnapshot:
-        """The index as a reader sees it."""
+        """Build the index as a reader sees it."""
         for number in range(_TRIES):
             self._each_page()
             directory = self._temp_dir / str(number)
@@ -176,7 +176,7 @@ class Verification:
             try:
                 return build.from_journals(self._bucket, self._store, directory, self._request_secs)
             except MissingError:
-                if number == _TRIES - 1:  # else a writer replaced its last journal while it was about to be read
+                if number == _TRIES - 1:  # otherwise a writer replaced its last journal just before it was read
                     raise
         raise AssertionError("not reached")
 
@@ -201,7 +201,7 @@ class Verification:
                 self._name(suspects, some, page)
 
     def _name(self, suspects: _Suspects, rows: Rows, page: list[ObjectInfo]) -> None:
-        """Note the names of the first suspects: a row has none."""
+        """Record the names of the first suspects, which rows do not contain."""
         if len(suspects.names) >= _PAGE:
             return
         wanted = {_digest(row) for row in rows}
@@ -210,7 +210,8 @@ class Verification:
                 if _digest(row) in wanted:
                     suspects.names[_digest(row)] = info.path
 
-    # --- what was told meanwhile ----------------------------------------------------------------------------------------
+    # --- changes during the verification
+    # --------------------------------------------------------------------------------
 
     def _count(self, found: Differences, built: BuiltSnapshot) -> None:
         kinds = {"missing": self._missing, "surplus": self._surplus, "different": self._different}
@@ -229,7 +230,7 @@ class Verification:
         found.meanwhile = total - found.total
 
     def _changes(self, built: BuiltSnapshot) -> Table:
-        """The newest of what was told since the view was made."""
+        """Return the newest changes recorded since the view was built."""
         self._each_page()
         since = built.covers
         listing = self._store.list(Deadline.patient(self._page_secs))
@@ -247,13 +248,13 @@ class Verification:
 
 
 def _unreported(rows: Rows, changes: Table) -> Rows:
-    """Of differences those that no change accounts for, whatever it was: the listing came by before it, or after."""
+    """Return the differences that no recorded change explains, whether the listing passed before or after it."""
     unreported: Rows = rows[changes.find(_digests(rows)) < 0]
     return unreported
 
 
 def _on_disk(path: Path) -> Rows:
-    """The rows of a snapshot, left on the disk: what is looked at comes into memory a page at a time."""
+    """Map the rows of a snapshot on disk: only accessed pages are loaded into memory."""
     with path.open("rb") as file:
         header = read_header(file, str(path))
     if not header.rows:
@@ -262,7 +263,7 @@ def _on_disk(path: Path) -> Rows:
 
 
 def _plain(rows: Rows) -> Rows:
-    """Rows without the columns that are none of `ROW`, in memory."""
+    """Return rows in memory, reduced to the columns of `ROW`."""
     plain = np.zeros(len(rows), ROW)
     for name in ROW.names or ():
         plain[name] = rows[name]

@@ -1,1 +1,1 @@
-"""The lock of a bucket."""
+"""Lock of a bucket instance."""

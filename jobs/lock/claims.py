@@ -1,12 +1,12 @@
-"""Claims on an instance, as objects of its bucket tell of them. Pure: which claim holds, which are dead.
+"""Claims on an instance, read from objects of its bucket. Pure: which claim holds, and which are dead.
 
-A claim is one object that is never written again, so that its `uploaded_at` gives it its place in the queue; renewals are
-objects beside it. Owner, lifetime and number are in the names, so that one listing tells everything:
+A claim is one object that is never rewritten, so that its `uploaded_at` gives its place in the queue; renewals are
+further objects. Owner, lifetime and number are in the names, so that one listing shows everything:
 
     <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@claim
     <prefix>/.hfbucket/locks/<id>@<seconds>@<owner>@<number of the renewal>
 
-Builders of the key index have a lock of their own, below `index-locks/`: they and those who delete chunks hold up nobody.
+Builders of the key index have a separate lock, below `index-locks/`: they and jobs that delete do not block each other.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _NAME: Final = re.compile(
     r"(?P<id>[0-9a-f]{16})@(?P<secs>[1-9][0-9]{0,5})@(?P<owner>[^@/]{1,300})@(?P<part>claim|[0-9]{1,9})"
 )
 LONGEST_SECONDS: Final = 600
-"""For how long a claim or a renewal of it holds at most, whatever its name says: any writer of the bucket can make one.
+"""Maximum lifetime in seconds of a claim or renewal, whatever its name says: any writer of the bucket can create one.
 
-Longer than the longest pause that the Hub asks for (300 s), in which a holder cannot renew."""
+Longer than the longest pause that the Hub requests (300 s), during which a holder cannot renew."""
 
 _MARGIN: Final = 0.1
-"""Share of its lifetime by which a holder stops early, and others wait longer: clocks are known within bounds only."""
+"""Fraction of the lifetime by which a holder stops early and others wait longer: clocks are known within bounds only."""
 
 
 class LockHeldError(RefusedError):
-    """Another one holds the instance."""
+    """Another process holds the lock of the instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockKind:
-    """What is done one at a time; locks of different kinds have nothing to do with each other.
+    """Kind of exclusive work; locks of different kinds are independent.
 
     Attributes:
-        directory: Where claims of this kind lie, below the instance's prefix.
-        done: What is not done without the lock, for messages.
+        directory: Directory of the claims of this kind, below the instance's prefix.
+        done: Participle of the work that needs the lock, used in messages.
     """
 
     directory: str
@@ -62,12 +62,12 @@ INDEXING: Final = LockKind(f"{RESERVED}/index-locks", "published")
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who claims.
+    """Owner of a claim.
 
     Attributes:
-        id: Unique.
-        owner: Host, process and what for, in words.
-        seconds: For how long a claim and each of its renewals holds.
+        id: Unique identifier.
+        owner: Host, process and purpose, as text.
+        seconds: Lifetime of the claim and of each renewal.
     """
 
     id: str
@@ -75,19 +75,19 @@ class Holder:
     seconds: int
 
     def name(self, part: str) -> str:
-        """The name of an object of the claim, below the directory of its kind."""
+        """Return the name of an object of the claim, below the directory of its kind."""
         return f"{self.id}@{self.seconds}@{quote(self.owner, safe=' :')[:300]}@{part}"
 
 
 @dataclass(frozen=True, slots=True)
 class LockClaim:
-    """One claim.
+    """Claim with its renewals.
 
     Attributes:
-        holder: Who.
-        since: When the Hub took it; None when only renewals are left of it.
-        renewed: When the Hub took its last object.
-        paths: Of all its objects.
+        holder: Owner of the claim.
+        since: Upload time of the claim; None if only renewals are left.
+        renewed: Upload time of its last object.
+        paths: Paths of all its objects.
     """
 
     holder: Holder
@@ -97,17 +97,17 @@ class LockClaim:
 
     @property
     def rank(self) -> tuple[datetime, str]:
-        """Its place in the queue: the smallest that lives holds."""
+        """Place in the queue: the live claim with the smallest rank holds the lock."""
         return self.since or self.renewed, self.holder.id
 
     @property
     def stops(self) -> datetime:
-        """When its holder does nothing more, unless it renews before."""
+        """Time at which the holder stops working unless it has renewed the claim."""
         return self.renewed + timedelta(seconds=self._term * (1 - _MARGIN))
 
     @property
     def stale(self) -> datetime:
-        """When others may pass it over."""
+        """Time from which others may ignore the claim."""
         return self.renewed + timedelta(seconds=self._term * (1 + _MARGIN))
 
     @property
@@ -116,10 +116,10 @@ class LockClaim:
 
 
 def claims_in(infos: Iterable[ObjectInfo], kind: LockKind = DELETING) -> list[LockClaim]:
-    """The claims that a listing of the directory of their kind tells of, in their order.
+    """Return the claims in a listing of the directory of their kind, in queue order.
 
     Raises:
-        RefusedError: An object there is none of a claim: of a newer version perhaps, whose rules are not known here.
+        RefusedError: If an object does not belong to a claim: a newer version may have other rules.
     """
     parts: dict[Holder, list[tuple[str, ObjectInfo, datetime]]] = {}
     for info in infos:

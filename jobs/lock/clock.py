@@ -1,7 +1,7 @@
-"""The Hub's clock, as far as its answers tell it. Ages and expiries go by it, and never by a clock of ours.
+"""The Hub's clock, estimated from its answers. Ages and expiries use this clock, never a local one.
 
-Whenever the Hub stamps something for us (an object's `uploaded_at`, a `Date` header), its clock stood there at some moment
-between our request and its answer. That bounds how far its clock is from our monotonic one, from both sides.
+Each time stamp of the Hub (an object's `uploaded_at`, a `Date` header) shows its clock at some moment
+between a request and its answer. That bounds the offset of its clock from the local monotonic one, from both sides.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class ServerClock:
-    """Bounds on what time it is at the Hub. Not thread-safe.
+    """Bounds on the current time of the Hub. Not thread-safe.
 
     Args:
-        monotonic: Seconds; tests hand in their own.
+        monotonic: Returns monotonic seconds; tests inject their own.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -33,34 +33,34 @@ class ServerClock:
 
     @property
     def known(self) -> bool:
-        """Whether it was told at all."""
+        """Whether the Hub's time is known at all."""
         return math.isfinite(self._high)
 
     def stamped(self, moment: datetime, sent: float, answered: float, unsure_secs: float = 0.0) -> None:
-        """Note a time that the Hub gave.
+        """Record a time stamp of the Hub.
 
         Args:
-            moment: What its clock showed.
-            sent: Our monotonic seconds when it was asked.
-            answered: The same when it had answered.
-            unsure_secs: How much later than `moment` it may have been: a header shows whole seconds.
+            moment: Time shown by its clock.
+            sent: Local monotonic seconds at the request.
+            answered: Local monotonic seconds at the answer.
+            unsure_secs: Seconds by which the time may have been later than `moment`: a header shows whole seconds.
         """
         seconds = moment.timestamp()
         self._low = max(self._low, seconds - answered)
         self._high = min(self._high, seconds + unsure_secs - sent)
-        self._high = max(self._high, self._low)  # a clock that was set forward meanwhile
+        self._high = max(self._high, self._low)  # the clock was set forward in the meantime
 
     def saw(self, moment: datetime) -> None:
-        """Note that the Hub's clock has passed a moment: an object bears it."""
+        """Record that the Hub's clock has passed the time stamp of an object."""
         self._low = max(self._low, moment.timestamp() - self.monotonic())
         self._high = max(self._high, self._low)
 
     def earliest(self) -> datetime:
-        """The earliest that it can be; the clock must be known."""
+        """Return the earliest possible time; the clock must be known."""
         return _moment(self._low + self.monotonic())
 
     def latest(self) -> datetime:
-        """The latest that it can be; the clock must be known."""
+        """Return the latest possible time; the clock must be known."""
         return _moment(self._high + self.monotonic())
 
 
@@ -69,10 +69,10 @@ def _moment(seconds: float) -> datetime:
 
 
 def ask(bucket: Bucket, clock: ServerClock, request_secs: float) -> bool:
-    """Set a clock by the `Date` header of an answer; say whether there was one.
+    """Set a clock by the `Date` header of an answer; return whether there was one.
 
     Raises:
-        HFBucketError: No answer.
+        HFBucketError: If the Hub does not answer.
     """
     sent = clock.monotonic()
     moment = bucket.greet(Deadline.patient(request_secs)).date

@@ -1,4 +1,4 @@
-"""The lock of a bucket, and the thread that refreshes it."""
+"""Lock of a bucket instance, and the thread that refreshes it."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _CLOCK_TRIES: Final = 3
 
 
 class LockLostError(RefusedError):
-    """The lock is no longer ours: nothing more may be done that it is for."""
+    """The lock is lost; nothing that needs it may continue."""
 
 
 class LockLapsedError(LockLostError):
-    """The lock ended before it could be renewed: the Hub wanted to be left alone for too long, or we slept."""
+    """The lock expired before its renewal: the Hub requested a long pause, or the process was suspended."""
 
 
 class BucketLock:
-    """The lock of one instance; thread-safe.
+    """Lock of one instance; thread-safe.
 
     Args:
-        bucket: The instance's.
-        what_for: Named to others, such as `cleanup`.
-        seconds: How long the lock of a holder that was killed keeps others out; at most `LONGEST_SECONDS`.
-        request_secs: Most seconds of a request.
-        clock: The Hub's, which this also sets.
-        kind: What it keeps others from.
+        bucket: Client of the instance's bucket.
+        what_for: Purpose shown to others, such as `cleanup`.
+        seconds: Lifetime of a killed holder's lock; at most `LONGEST_SECONDS`.
+        request_secs: Timeout of a request, in seconds.
+        clock: The Hub's clock, which the lock also updates.
+        kind: Kind of work that the lock makes exclusive.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class BucketLock:
 
     @property
     def stops(self) -> datetime | None:
-        """Until when it is ours by the Hub's clock, as last confirmed; None while it is not."""
+        """End of the lock by the Hub's clock, as last confirmed; None while it is not held."""
         return self._stops
 
     @contextlib.contextmanager
@@ -92,8 +92,8 @@ class BucketLock:
         """Hold the lock for the length of a `with` block.
 
         Raises:
-            LockHeldError: Another one holds it; the message names it.
-            HFBucketError: The claim could not be made.
+            LockHeldError: If another process holds the lock; the message names it.
+            HFBucketError: If the claim cannot be created.
         """
         patient = True
         try:
@@ -106,17 +106,17 @@ class BucketLock:
             self._release(patient=patient)
 
     def confirm(self, *, patient: bool = False) -> float:
-        """Make sure that the lock is still ours, and renew it where that is due.
+        """Verify that the lock is still held, and renew it when due.
 
         Args:
-            patient: Whether pauses of the Hub are waited out. Who has work in progress looks after it instead.
+            patient: Whether to wait out pauses of the Hub. A caller with work in progress must attend to it instead.
 
         Returns:
-            Seconds for which it is ours from now on, whatever happens.
+            Seconds for which the lock is certainly held from now on.
 
         Raises:
-            LockLostError: It is not ours any more.
-            HFBucketError: Nobody knows: the Hub did not tell.
+            LockLostError: If the lock is lost.
+            HFBucketError: If the Hub does not answer, so that the state of the lock is unknown.
         """
         with self._mutex:
             own = self._own(self._claims(patient=patient))
@@ -126,24 +126,24 @@ class BucketLock:
             return self._seconds_to(own.stops)
 
     def keep(self) -> None:
-        """Renew the lock where that is due, and ask nothing where it is not: for phases that delete nothing.
+        """Renew the lock when due, and send no request otherwise: for phases that delete nothing.
 
         Raises:
-            LockLostError: It is not ours any more.
-            HFBucketError: Nobody knows: the Hub did not tell.
+            LockLostError: If the lock is lost.
+            HFBucketError: If the Hub does not answer, so that the state of the lock is unknown.
         """
         if self._stops is None or self._seconds_to(self._stops) < self._holder.seconds * _RENEW_AT:
             self.confirm()
 
     def keep_planning(self) -> None:
-        """Keep the lock while nothing is changed yet: pauses are waited out, and a lock that ended meanwhile is made again.
+        """Keep the lock while nothing is changed yet: wait out pauses, and claim it again if it expires.
 
-        What is planned without a lock is looked at again before it is carried out, so nothing is lost by that.
+        This is safe because everything planned without a lock is looked up again before it is applied.
 
         Raises:
-            LockHeldError: Another one holds it meanwhile.
-            LockLostError: It was taken away.
-            HFBucketError: Nobody knows: the Hub did not tell.
+            LockHeldError: If another process has taken the lock in the meantime.
+            LockLostError: If the claim was removed.
+            HFBucketError: If the Hub does not answer, so that the state of the lock is unknown.
         """
         if self._stops is not None and self._seconds_to(self._stops) >= self._holder.seconds * _RENEW_AT:
             return
@@ -160,18 +160,18 @@ class BucketLock:
     def _make_again(self) -> None:
         _log.warning("our lock ended during a pause of the Hub: it is made again")
         with self._mutex:
-            # First the old one, which would precede the new one in the queue.
+            # Remove the old claim first: it would precede the new one in the queue.
             records.remove(self._bucket, self._written, Deadline.patient(self._secs))
             self._written.clear()
             self._holder = replace(self._holder, id=secrets.token_hex(8))
             self._acquire()
 
     def leave(self) -> None:
-        """Release it not, but let it end by itself: something is in progress that may still delete."""
+        """Do not release the lock; let it expire, because a delete may still be in flight."""
         self._left = True
 
     def _acquire(self) -> None:
-        # For people who look into the bucket: the name says all that contenders need.
+        # For people who inspect the bucket: other holders need only the name.
         record = {"owner": self._holder.owner, "lifetime_seconds": self._holder.seconds}
         self._content = records.upload(self._bucket, json.dumps(record).encode(), Deadline.patient(self._secs))
         sent = self.clock.monotonic()
@@ -185,7 +185,7 @@ class BucketLock:
         for _ in range(_CLOCK_TRIES):
             if answered - sent <= _UNSURE_SECS:
                 break
-            sent = self.clock.monotonic()  # the claim waited for a pause of the Hub, and says little of its clock
+            sent = self.clock.monotonic()  # after the wait for a pause, the claim's stamp says little
             ask(self._bucket, self.clock, self._secs)
             answered = self.clock.monotonic()
         for claim in claims[: claims.index(own)]:
@@ -193,9 +193,9 @@ class BucketLock:
         self._stops = own.stops
 
     def _pass_over(self, claim: LockClaim) -> None:
-        """Do so with a claim before ours, if it is dead.
+        """Remove an expired claim that precedes this one.
 
-        Its objects go, so that its owner, should it only have slept, finds no lock when it wakes up.
+        Its objects are deleted, so that a suspended owner finds no lock when it resumes.
         """
         if self.clock.earliest() <= claim.stale:
             raise LockHeldError(
@@ -217,7 +217,7 @@ class BucketLock:
         return claims
 
     def _listed_now(self, prefix: str) -> Iterator[ObjectInfo]:
-        """A listing that waits for no pause: who has work in progress looks after it meanwhile."""
+        """List without waiting for a pause: a caller with work in progress must attend to it."""
         progress, cursor = ListingProgress(prefix), None
         while True:
             infos, cursor = self._bucket.list_page(prefix, cursor, self._deadline())
@@ -227,7 +227,7 @@ class BucketLock:
                 return
 
     def _own(self, claims: list[LockClaim]) -> LockClaim:
-        """Our claim, while it holds."""
+        """Return the own claim; raise `LockLostError` if it no longer holds."""
         for claim in claims:
             if claim.holder == self._holder and claim.since is not None:
                 if self.clock.latest() >= claim.stops:
@@ -244,26 +244,26 @@ class BucketLock:
 
     def _renew(self, own: LockClaim, *, patient: bool) -> LockClaim:
         self._renewals += 1
-        seconds = self._seconds_to(own.stops)  # later it would be no renewal
+        seconds = self._seconds_to(own.stops)  # a later renewal would have no effect
         deadline = Deadline.after(seconds if patient else min(self._secs, seconds))
         self._put(str(self._renewals), deadline)
         renewed = self._own(self._claims(patient=patient))
-        with contextlib.suppress(HFBucketError):  # they are deleted at the end, too
+        with contextlib.suppress(HFBucketError):  # they are also deleted at the end
             old = [path for path in own.paths if not path.endswith(f"@{CLAIM}")]
             records.remove(self._bucket, old, self._deadline())
         return renewed
 
     def _put(self, part: str, deadline: Deadline) -> None:
-        """Name an object of the lock, which is taken away at the end whatever becomes of this."""
+        """Create an object of the lock; its removal at the end is registered even if this fails."""
         if self._content is None:
             raise LockLostError("the lock was never ours")
         self._written.append(self._bucket.handle.join(self._name(part)))
         records.put(self._bucket, self._name(part), self._content, deadline)
 
     def _release(self, *, patient: bool) -> None:
-        """Take all of our objects away, by the names that they were given: a listing may not be had.
+        """Delete all objects of this lock by their recorded names: a listing may fail.
 
-        Asked for even in a pause of the Hub, since others wait for it; they end by themselves where it fails.
+        The request ignores a pause of the Hub, because others wait for the lock; if it fails, the objects expire.
         """
         if not self._written:
             return
@@ -274,7 +274,7 @@ class BucketLock:
         problem: HFBucketError | None = None
         for number in range(_RELEASE_TRIES):
             try:
-                # The first one goes by no pause: deletes may be served while listings are not.
+                # The first request ignores a pause: deletes may be served while listings are not.
                 records.raise_failed(self._bucket.delete(self._written, deadline, urgent=not number))
             except HFBucketError as error:
                 problem = error
@@ -295,15 +295,15 @@ def _reported(moment: datetime | None) -> str:
 
 _LOOK_SECS: Final = 5.0
 _LOOKS: Final = 20
-"""Looks while a renewal holds, where it does not hold for long."""
+"""Number of checks per lifetime of a renewal, for short lifetimes."""
 
 
 class LockRefresher:
-    """A thread that renews a lock where that is due. Use it as a context manager, within that of the lock.
+    """Thread that renews a lock when due. Use it as a context manager, inside that of the lock.
 
     Args:
         lock: The lock, held.
-        seconds: For how long each renewal of it holds.
+        seconds: Lifetime of each renewal.
     """
 
     def __init__(self, lock: BucketLock, seconds: float) -> None:
@@ -319,13 +319,13 @@ class LockRefresher:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()  # a renewal that is in progress ends by its deadline; the lock is released after it
+        self._thread.join()  # a renewal in progress ends by its deadline; the lock is released afterwards
 
     def check(self) -> None:
-        """Stop here when the lock is lost; asks nobody.
+        """Raise if the lock is lost; send no request.
 
         Raises:
-            LockLostError: It is.
+            LockLostError: If the lock is lost.
         """
         if self._lost is not None:
             raise self._lost
@@ -337,5 +337,5 @@ class LockRefresher:
             except LockLostError as error:
                 self._lost = error
                 return
-            except HFBucketError as error:  # the code that needs the lock asks for it again
+            except HFBucketError as error:  # the code that needs the lock confirms it again
                 _log.warning("the lock could not be renewed yet: %s", error)

@@ -1,1 +1,1 @@
-"""Retention rules: which chunks may go, and in which order."""
+"""Retention rules: which chunks may be deleted, and in which order."""

@@ -1,7 +1,8 @@
-"""What jobs know of an instance's heat: which chunk was read when; whether that is known at all, and why not.
+"""Heat of an instance, as known to jobs: the last reads of chunks, whether they are known, and why not.
 
-No heat (no key index, or nobody records) is no failure: then everything goes by `uploaded_at`, and who plans says so. An index that
-cannot be read or is out of date is one: what needs heat is refused, unless `--without-heat` says to go by `uploaded_at`.
+Missing heat (no key index, or no recorded reads) is not a failure: `uploaded_at` is used instead, and plans say so.
+An index that cannot be read or is out of date is a failure: jobs that need heat are refused, unless `--without-heat`
+is given.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ if TYPE_CHECKING:
 
 _PAGE: Final = 1000
 _DOUBTED: Final = timedelta(days=1)
-"""After as long as it takes to notice that nobody records, what is read daily is known again."""
+"""Time after which a daily read is known again: as long as the detection of missing recorders takes."""
 
 ADVICE: Final = "Give --without-heat to go by when objects were put, whatever is read"
 
 
 @dataclass(frozen=True, slots=True)
 class AccessStats:
-    """What is known.
+    """Known reads of chunks.
 
     Attributes:
-        table: When chunks were read; None where that is not known.
-        why: Why not; empty where it is, and where nobody asked.
+        table: Last reads of chunks; None if unknown.
+        why: Why they are unknown; empty if they are known or not needed.
     """
 
     table: AccessTable | None = None
     why: str = ""
 
     def warmed(self, entries: Iterable[RetentionEntry]) -> Iterator[RetentionEntry]:
-        """Entries with when they were read, a page at a time."""
+        """Add last reads to entries, a page at a time."""
         table = self.table
         if table is None:
             yield from entries
@@ -56,14 +57,15 @@ class AccessStats:
                 yield replace(entry, last_hit=use.last, counted_since=table.since)
 
     def why_no_order(self, last_used: datetime | None, now: datetime) -> str:
-        """Why an object must not go because others were used later; empty where it may.
+        """Return why an object must not be deleted as the least recently used one; empty if it may.
 
-        A budget has to delete something, so it cannot go by the moment since which hits are known, as `max_idle` does. Where
-        recorders dropped hits since the object was last used, and within a day, it may have been among them.
+        A budget must delete something, so it cannot rely on the start of the recording, as `max_idle` does. If
+        recorders
+        dropped hits since the last use of the object, and within a day, its own hit may be among them.
 
         Args:
-            last_used: When the object was last put or read, as far as that is known.
-            now: The Hub's time.
+            last_used: Last known put or read of the object.
+            now: Time of the Hub.
         """
         lost_at = None if self.table is None else self.table.lost_at
         if lost_at is None or self.table is None or now - lost_at > _DOUBTED:
@@ -77,7 +79,7 @@ class AccessStats:
         )
 
     def record(self) -> dict[str, Any]:
-        """For a plan's header and for reports."""
+        """Return the fields for a plan's header and for reports."""
         since = None if self.table is None else self.table.since.isoformat(timespec="seconds")
         record: dict[str, Any] = {"known": self.table is not None, "since": since, "why": self.why}
         if self.table is not None and self.table.lost_at is not None:
@@ -89,7 +91,7 @@ NOT_ASKED: Final = AccessStats()
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """What `AccessStats.record` made, for people; empty where nobody asked."""
+    """Format the result of `AccessStats.record` as text; empty if heat was not needed."""
     if record.get("known"):
         return f"by last use: hits are known since {record.get('since')}{dropped_of(record)}"
     why = record.get("why")
@@ -97,7 +99,7 @@ def line_of(record: dict[str, Any]) -> str:
 
 
 def dropped_of(record: dict[str, Any]) -> str:
-    """What `AccessStats.record` says of hits that were dropped, for people; empty where none were."""
+    """Format the dropped hits of `AccessStats.record` as text; empty if there were none."""
     if not record.get("dropped_at"):
         return ""
     return (
@@ -110,18 +112,18 @@ def dropped_of(record: dict[str, Any]) -> str:
 def open_access_stats(
     bucket: Bucket, now: datetime, request_secs: float, *, without: bool = False, temp_dir: Path | None = None
 ) -> Iterator[AccessStats]:
-    """The heat of an instance, for the duration of a block that needs it.
+    """Provide the heat of an instance for the length of a `with` block.
 
     Args:
-        bucket: The instance's.
-        now: The Hub's time.
-        request_secs: Most seconds of a request.
-        without: Whether to do without it, whatever there is.
-        temp_dir: Where the snapshot of the index lies meanwhile; None for the system's directory of temporary files.
+        bucket: Client of the instance's bucket.
+        now: Time of the Hub.
+        request_secs: Timeout of a request, in seconds.
+        without: Whether to ignore heat even if it is known.
+        temp_dir: Directory for the snapshot of the index; None for the system's directory of temporary files.
 
     Raises:
-        HeatUnknownError: There is an index, and it cannot be gone by; the message says what to do.
-        HFBucketError: The Hub does not say whether there is one.
+        HeatUnknownError: If there is an index that cannot be used; the message says what to do.
+        HFBucketError: If the Hub does not say whether there is an index.
     """
     if without:
         yield AccessStats(None, "--without-heat was given")

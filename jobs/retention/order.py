@@ -1,8 +1,8 @@
-"""A policy and entries → what is kept and what goes, each with its reason. Pure but for a spill file; knows no network.
+"""Retention decisions from a policy and entries, each with its reason. Pure except for a spill file; no network access.
 
-The order of the reasons is the order of the questions: what nobody knows the age of, what is too young and what is
-shielded is kept before any rule is asked. Budgets delete what was not used for longest first, ties by key, and count everything
-that is there, what they may not delete included. A use is a put or a read; where reads are not known, it is the put.
+The order of the reasons is that of the checks: objects of unknown age, too young objects and shielded objects are kept
+before any rule applies. Budgets delete the least recently used objects first, ties by key, and count all objects,
+those they may not delete included. A use is a put or a read; where reads are not known, it is the put.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class Reason(StrEnum):
-    """Why an object is kept or deleted. The values stand in plans and reports."""
+    """Why an object is kept or deleted. The values appear in plans and reports."""
 
     EXPIRED = "expired"
     IDLE = "idle"
     OVER_BUDGET = "over-budget"
     MODEL_RETIRED = "model-retired"
     FOREIGN = "foreign"
-    ASKED = "asked"  # by `rm`
-    NOT_AT_SOURCE = "not-at-source"  # of a mirror
+    ASKED = "asked"  # requested by `rm`
+    NOT_AT_SOURCE = "not-at-source"  # deleted by a mirror
     NO_DATE = "no-date"
     TOO_YOUNG = "too-young"
     SHIELDED = "shielded"
@@ -41,17 +41,17 @@ class Reason(StrEnum):
 
 
 BY_USE: Final = frozenset({Reason.IDLE, Reason.OVER_BUDGET})
-"""Reasons that a read makes void."""
+"""Reasons that a read invalidates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to become of an entry.
+    """Decision on an entry.
 
     Attributes:
         entry: The entry.
-        reason: Why.
-        delete: Whether it goes.
+        reason: Why it is deleted or kept.
+        delete: Whether it is deleted.
     """
 
     entry: RetentionEntry
@@ -62,16 +62,17 @@ class Decision:
 def decide(
     policy: Policy, entries: Iterable[RetentionEntry], now: datetime, directory: Path | None = None
 ) -> Iterator[Decision]:
-    """Decide upon each entry.
+    """Yield a decision for each entry.
 
-    Age and idle rules stream. Where budgets or `keep_newest` need an order, what they need of the entries is spilled to disk, and
-    decisions come longest unused first: memory does not grow with the number of entries in either case.
+    Age and idle rules stream. If budgets or `keep_newest` need an order, the relevant fields of the entries are spilled
+    to
+    disk, and decisions come least recently used first: memory does not grow with the number of entries in either case.
 
     Args:
-        policy: Of the instance.
-        entries: In any order.
-        now: By the clock that `uploaded_at` goes by.
-        directory: Where to spill; None for the system's directory of temporary files.
+        policy: Policy of the instance.
+        entries: Entries in any order.
+        now: Current time by the clock of `uploaded_at`.
+        directory: Directory of the spill file; None for the system's directory of temporary files.
     """
     judge = _Judge(policy, now)
     if policy.streams:
@@ -87,7 +88,7 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """What can be said of an entry by itself."""
+    """Decisions that depend on a single entry."""
 
     policy: Policy
     now: datetime
@@ -141,17 +142,19 @@ def _entry(row: Row) -> RetentionEntry:
 
 
 class _Whole:
-    """What can be said of entries beside all others.
+    """Decisions that depend on all entries.
 
-    Only ranks are kept: from which age on the entries of a scope are its newest, and up to which use the open ones go.
+    Only ranks are stored: the age from which the entries of a scope are its newest, and the use up to which entries
+    expire.
 
     Args:
-        policy: Of the instance.
-        ordering: All of its entries.
+        policy: Policy of the instance.
+        ordering: All entries of the instance.
     """
 
     def __init__(self, policy: Policy, ordering: Ordering) -> None:
-        # A rule's budget before the instance's, which would else delete for what a rule is about to free.
+        # A rule's budget applies before the instance's, which would otherwise delete for what the rule is about to
+        # free.
         scopes: dict[int | None, RetentionLimits] = {**dict(enumerate(policy.rules)), None: policy}
         self._newest = {
             rule: ordering.newest(limits.keep_newest, rule) for rule, limits in scopes.items() if limits.keep_newest
@@ -162,7 +165,7 @@ class _Whole:
                 self._over[rule] = self._threshold(rule, limits, ordering)
 
     def state(self, row: Row) -> State:
-        """The state of an entry beside all others."""
+        """Return the state of an entry among all others."""
         if row.state <= State.SHIELDED:
             return row.state
         if any(scope in self._newest and row.age_rank >= self._newest[scope] for scope in (row.rule, None)):
@@ -172,7 +175,7 @@ class _Whole:
         return row.state
 
     def _threshold(self, rule: int | None, limits: RetentionLimits, ordering: Ordering) -> Rank:
-        """The rank of the last entry that the budget of a scope makes go; `FIRST` when it makes none."""
+        """Return the rank of the last entry that a scope's budget deletes; `FIRST` if it deletes none."""
         objects = size = 0
         for _, row in self._staying(rule, ordering):
             objects, size = objects + 1, size + row.size
@@ -185,7 +188,7 @@ class _Whole:
         return last
 
     def _staying(self, rule: int | None, ordering: Ordering) -> Iterator[tuple[State, Row]]:
-        """The entries of a scope that nothing before it makes go, longest unused first."""
+        """Yield the entries of a scope that no earlier rule deletes, least recently used first."""
         for row in ordering.unused_first():
             if rule is None or row.rule == rule:
                 state = self.state(row)

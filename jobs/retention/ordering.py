@@ -1,6 +1,6 @@
-"""The entries of an instance in the order of their last use, spilled to disk: a million of them take no memory.
+"""Entries of an instance in the order of their last use, spilled to disk so that memory stays bounded.
 
-A table of SQLite in a temporary file, sorted once by SQLite's external sort and read in sequence.
+The order is an SQLite table in a temporary file, sorted once by SQLite's external sort and read in sequence.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _TICK: Final = timedelta(microseconds=1)
 _READ_ROWS: Final = 1000
 
 Rank = tuple[int, str]
-"""Where an entry stands: its time and its key."""
+"""Rank of an entry: its time and its key."""
 
 FIRST: Final[Rank] = (-(2**63), "")
-"""Before every entry."""
+"""Rank before every entry."""
 
 
 class State(IntEnum):
-    """What is known of an entry, by itself or beside all others."""
+    """State of an entry, by itself or among all others."""
 
     NO_DATE = 0
     TOO_YOUNG = 1
@@ -36,21 +36,21 @@ class State(IntEnum):
     RETIRED = 3
     EXPIRED = 4
     IDLE = 5
-    OPEN = 6  # goes only if a budget asks for it
+    OPEN = 6  # deleted only by a budget
     OVER = 7
 
 
 class Row(NamedTuple):
-    """An entry as it is spilled.
+    """Spilled entry.
 
     Attributes:
-        used: When it was last used, in microseconds since 1970; None where its time is not known.
-        at: When the Hub took it, in the same.
+        used: Last use, in microseconds since 1970; None if unknown.
+        at: Upload time by the Hub's clock, in microseconds since 1970; None if unknown.
         key: Its key.
-        rule: The number of the first rule that matches it; None when none does.
-        size: Bytes.
-        xet_hash: Of its content.
-        state: What is known of it by itself.
+        rule: Number of the first rule that matches it; None if none does.
+        size: Size in bytes.
+        xet_hash: Xet hash of its content.
+        state: State of the entry by itself.
     """
 
     used: int | None
@@ -63,30 +63,30 @@ class Row(NamedTuple):
 
     @property
     def rank(self) -> Rank:
-        """Where it stands by its last use; one whose time is not known stands before all."""
+        """Rank by last use; entries of unknown time come first."""
         return (FIRST[0] if self.used is None else self.used, self.key)
 
     @property
     def age_rank(self) -> Rank:
-        """The same by its age."""
+        """Rank by age; entries of unknown time come first."""
         return (FIRST[0] if self.at is None else self.at, self.key)
 
 
 def ticks_of(moment: datetime) -> int:
-    """A moment as a number that orders as moments do, and loses nothing."""
+    """Convert a time to a number, with the same order and without loss."""
     return (moment - _EPOCH) // _TICK
 
 
 def moment_of(ticks: int) -> datetime:
-    """The moment that `ticks_of` made a number of."""
+    """Convert the result of `ticks_of` back to a time."""
     return _EPOCH + ticks * _TICK
 
 
 class Ordering:
-    """Entries, longest unused first, ties by key. Use it as a context manager: its file goes with it.
+    """Entries in least recently used order, ties by key. Use it as a context manager, which deletes its file.
 
     Args:
-        directory: Where the file is made; None for the system's directory of temporary files.
+        directory: Directory of the file; None for the system's directory of temporary files.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -104,24 +104,27 @@ class Ordering:
         self._directory.cleanup()
 
     def fill(self, rows: Iterable[Row]) -> None:
-        """Take all entries, once. One that a listing named twice is taken once."""
+        """Load all entries; must be called once. Duplicates of a listing are dropped."""
         self._base.execute("BEGIN")
         self._base.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._base.execute("COMMIT")
-        # Sorting groups beside each other is SQLite's external sort; the order of the rows is then that of the table.
+        # Sorting adjacent groups is SQLite's external sort; the order of the rows is then that of the table.
         self._base.executescript(
             "CREATE TABLE sorted AS SELECT * FROM listed GROUP BY used, key, at ORDER BY used, key, at; DROP TABLE listed"
         )
 
     def unused_first(self) -> Iterator[Row]:
-        """All entries; those whose time is not known come before the others."""
+        """Yield all entries, least recently used first, after those of unknown time."""
         cursor = self._base.execute("SELECT * FROM sorted ORDER BY rowid")
         while rows := cursor.fetchmany(_READ_ROWS):
             for used, at, key, rule, size, xet_hash, state in rows:
                 yield Row(used, at, key, rule, size, xet_hash, State(state))
 
     def newest(self, count: int, rule: int | None) -> Rank:
-        """The rank of the oldest of the `count` newest entries that a rule matches first, or of all for None."""
+        """Return the rank of the oldest of the `count` newest entries of a rule, or of all entries for None.
+
+        An entry belongs to the first rule that matches it.
+        """
         scope = "" if rule is None else " AND rule = :rule"
         query = (
             f"SELECT at, key FROM sorted WHERE at IS NOT NULL{scope} ORDER BY at DESC, key DESC LIMIT 1 OFFSET :before"  # noqa: S608 - two fixed texts

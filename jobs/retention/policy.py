@@ -1,4 +1,4 @@
-"""What is to be kept and for how long: a policy of one instance, from `retention.yaml` or from flags."""
+"""Retention policy of one instance, from `retention.yaml` or from flags: what is kept and for how long."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hfbucket_plugin.errors import ConfigError
 Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
 Size = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Start = Annotated[str, Field(min_length=1)]
-"""The start of a key. Never empty: that would be everything, which nobody should write by accident."""
+"""Prefix of a key. It must not be empty: that would match everything, and is probably a mistake."""
 
 MIN_AGE: Final = timedelta(hours=1)
 
@@ -38,7 +38,7 @@ class _Section(BaseModel):
 
 
 class RetentionLimits(_Section):
-    """Bounds of a set of objects."""
+    """Retention limits of a set of objects."""
 
     max_age: Annotated[Duration, Field(gt=timedelta(0))] | None = Field(
         default=None, description="Objects that the Hub took longer ago than this are deleted (`expired`)."
@@ -61,22 +61,25 @@ class RetentionLimits(_Section):
 
     @property
     def bounds_anything(self) -> bool:
-        """Whether they can lead to a deletion."""
+        """Whether the limits can cause a deletion."""
         return self.max_age is not None or self.needs_access
 
     @property
     def needs_access(self) -> bool:
-        """Whether they go by when objects were last read."""
+        """Whether the limits depend on last reads."""
         return any(limit is not None for limit in (self.max_idle, self.max_bytes, self.max_objects))
 
     @property
     def needs_order(self) -> bool:
-        """Whether all the objects must be known before the first can be decided upon."""
+        """Whether all objects must be known before the first decision."""
         return bool(self.keep_newest) or self.max_bytes is not None or self.max_objects is not None
 
 
 class Rule(RetentionLimits):
-    """Limits of the keys with some start, or of one model. The first rule that matches a key decides its `max_age` and `max_idle`."""
+    """Limits of the keys with a prefix, or of one model.
+
+    The first rule that matches a key sets its `max_age` and `max_idle`.
+    """
 
     prefix: Start | None = Field(default=None, description="The start of the keys that the rule is for.")
     model: Start | None = Field(
@@ -90,13 +93,13 @@ class Rule(RetentionLimits):
         return self
 
     def matches(self, key: str) -> bool:
-        """Whether the rule is for a key; one with both prefix and model is for keys that have both."""
+        """Return whether the rule applies to a key; prefix and model must both match if both are set."""
         by_model = self.model is None or (key.startswith(f"{self.model}@") and model_of(key) == self.model)
         return by_model and (self.prefix is None or key.startswith(self.prefix))
 
 
 class Models(_Section):
-    """Which models are still served."""
+    """Models that are still served."""
 
     keep: Annotated[tuple[Start, ...], Field(min_length=1)] = Field(
         description="Objects of all other models are deleted (`model-retired`)."
@@ -104,9 +107,10 @@ class Models(_Section):
 
 
 class Policy(RetentionLimits):
-    """What an instance keeps.
+    """Retention policy of an instance.
 
-    Its own `max_age` and `max_idle` are for keys that no rule matches; its budgets and `keep_newest` are for all of its objects.
+    Its own `max_age` and `max_idle` apply to keys without a matching rule; its budgets and `keep_newest` apply to all
+    objects.
     """
 
     min_age: Duration = Field(default=MIN_AGE, description="Nothing younger is ever deleted (`too-young`).")
@@ -118,29 +122,30 @@ class Policy(RetentionLimits):
 
     @property
     def deletes_anything(self) -> bool:
-        """Whether it can lead to a deletion."""
+        """Whether the policy can cause a deletion."""
         return self.models is not None or any(limits.bounds_anything for limits in (self, *self.rules))
 
     @property
     def goes_by_use(self) -> bool:
-        """Whether it goes by when objects were last read."""
+        """Whether the policy depends on last reads."""
         return any(limits.needs_access for limits in (self, *self.rules))
 
     @property
     def streams(self) -> bool:
-        """Whether each object can be decided upon by itself."""
+        """Whether each decision depends on a single object."""
         return not any(limits.needs_order for limits in (self, *self.rules))
 
     def record(self) -> dict[str, Any]:
-        """The policy for a plan's header: only what was set."""
+        """Return the settings that were set, for a plan's header."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 def from_values(values: Any, where: str) -> Policy:
-    """A policy from a mapping.
+    """Create a policy from a mapping.
 
     Raises:
-        ConfigError: One message that names every wrong setting, with `where` before it, and the nearest known name.
+        ConfigError: If settings are invalid; the message starts with `where`, and names each one and the nearest known
+            name.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: must be a mapping of settings")
@@ -167,10 +172,10 @@ def _in_words(problem: Any) -> str:
 
 
 def read(path: Path, instance: str) -> Policy:
-    """The policy of an instance in a `retention.yaml`: its own below `instances`, else `default`.
+    """Return the policy of an instance in a `retention.yaml`: its own below `instances`, otherwise `default`.
 
     Raises:
-        ConfigError: The file cannot be read, has no policy for the instance, or a wrong one.
+        ConfigError: If the file cannot be read, or its policy for the instance is missing or invalid.
     """
     document = read_yaml(path, "--policy")
     instances = document.get("instances", {}) if isinstance(document, dict) else None

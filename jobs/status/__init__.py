@@ -1,1 +1,1 @@
-"""The status of a bucket."""
+"""Status of a bucket instance."""

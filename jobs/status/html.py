@@ -1,4 +1,4 @@
-"""`status` as a page for people: one HTML file that loads nothing, with the plots drawn in it."""
+"""HTML page of `status`: one self-contained file with inline plots."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ rect { fill: var(--bar) }
 
 
 def write_page(path: Path, statuses: Sequence[Status], troubles: Sequence[str]) -> None:
-    """Write the page; it appears whole.
+    """Write the page atomically.
 
     Args:
-        path: Of the file.
-        statuses: Of the instances.
-        troubles: Of those of which nothing is known.
+        path: Path of the file.
+        statuses: Status of each instance.
+        troubles: Errors of the instances without a status.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: If the file cannot be written.
     """
     write_whole(path, page(statuses, troubles), "--html")
 
 
 def page(statuses: Sequence[Status], troubles: Sequence[str]) -> str:
-    """The page."""
+    """Return the HTML page."""
     lines = [paragraph(line, "warn") for line in troubles]
     return document("LMCache buckets", [*lines, *(part for one in statuses for part in _instance(one))], _STYLE)
 
@@ -83,7 +83,7 @@ def _remarks(found: Status) -> Iterator[tuple[str, str]]:
 
 
 def _bars(title: str, rows: Iterable[tuple[str, Extent]]) -> str:
-    """A table with a bar for the bytes of each row; nothing for no rows."""
+    """Return a table with a bar for the bytes of each row; empty without rows."""
     rows = list(rows)
     if not rows:
         return ""

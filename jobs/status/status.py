@@ -1,4 +1,4 @@
-"""What an instance holds, how it grows, and what the next cleanup would do. Changes nothing."""
+"""Status of an instance: content, growth, and the effect of the next cleanup. Read-only."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ AGES: Final = (
     ("30d", timedelta(days=30)),
     ("90d", timedelta(days=90)),
 )
-"""Bounds of the histogram: what is younger than each, and not younger than the one before."""
+"""Upper age limits of the histogram's bins; each bin starts at the limit before."""
 
 READ_WITHIN: Final = (("1d", timedelta(days=1)), ("7d", timedelta(days=7)), ("30d", timedelta(days=30)))
-"""Bounds of the hot and the idle share: what was read within each, and not within the one before."""
+"""Upper limits of the time since the last read; each bin starts at the limit before."""
 
 LONGER: Final = "longer"
 NEVER: Final = "never"
@@ -54,18 +54,19 @@ _DAY: Final = timedelta(days=1)
 
 @dataclass
 class InstanceCensus:
-    """Counts a listing.
+    """Counts of a listing.
 
     Attributes:
-        now: By the Hub's clock, where it tells.
+        now: Time of the Hub, if known.
         chunks: All chunks.
         seen: All objects.
         models: Chunks by model.
         workers: Chunks by model, world size and worker.
         ages: Chunks by age.
-        passed_by: What is no chunk, by kind.
+        passed_by: Objects that are not chunks, by kind.
         has_index: Whether there are objects of a key index.
-        reads: Chunks by when they were last read; `never` since reads are known. Empty where they are not.
+        reads: Chunks by time since the last read; `never` counts from the start of the recording. Empty if reads are
+            not known.
     """
 
     now: datetime
@@ -79,7 +80,7 @@ class InstanceCensus:
     reads: defaultdict[str, Extent] = field(default_factory=lambda: defaultdict(Extent))
 
     def read(self, entries: Iterable[RetentionEntry]) -> Iterator[RetentionEntry]:
-        """Count when chunks were read, and pass them on."""
+        """Count chunks by their last reads, and pass them on."""
         for entry in entries:
             hit = entry.last_hit
             name = NEVER
@@ -115,13 +116,13 @@ class InstanceCensus:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the next cleanup would do.
+    """Effect of the next cleanup.
 
     Attributes:
-        planned: What would go.
-        by_reason: The same, by model and reason.
-        kept: What would stay, by reason.
-        refused: Why it would be refused; empty where it would not.
+        planned: Objects that would be deleted.
+        by_reason: Objects that would be deleted, by model and reason.
+        kept: Objects that would stay, by reason.
+        refused: Why the cleanup would be refused; empty if it would not.
     """
 
     planned: Extent
@@ -130,7 +131,7 @@ class Outlook:
     refused: str
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "planned": self.planned.record(),
             "by_reason": [
@@ -144,16 +145,16 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What an instance holds.
+    """Status of an instance.
 
     Attributes:
-        instance: Which.
-        bucket: Its handle.
+        instance: Name of the instance.
+        bucket: Handle of its bucket.
         census: The counts.
-        last: The last run that left a report; None where there is none.
-        trouble: Why that report cannot be read; empty where it can.
-        outlook: What the next cleanup would do; None where no policy was given.
-        index: What there is of its key index, or why nobody knows; None where it has none.
+        last: The last run that left a report, if any.
+        trouble: Why that report cannot be read; empty if it can.
+        outlook: Effect of the next cleanup; None without a policy.
+        index: State of its key index, or why it is unknown; None if there is no index.
         heat: Whether reads are known, and since when, or why not (`jobs.retention.access.AccessStats.record`).
     """
 
@@ -173,12 +174,12 @@ class Status:
 
     @property
     def by_model(self) -> dict[str, Extent]:
-        """The chunks of each model."""
+        """Chunks by model."""
         return dict(self.census.models)
 
     @property
     def access_rows(self) -> list[tuple[str, Extent]]:
-        """The hot and the idle share, for people: what, and how much; empty where reads are not known."""
+        """Labels and extents of the hot and the idle share, for display; empty if reads are not known."""
         words = {LONGER: f"not read within {READ_WITHIN[-1][0]}", NEVER: "never read"}
         order = [name for name, _ in READ_WITHIN] + [LONGER, NEVER]
         reads = self.census.reads
@@ -186,21 +187,21 @@ class Status:
 
     @property
     def access_line(self) -> str:
-        """Since when reads are known, or why not; for people."""
+        """Line that says since when reads are known, or why they are not."""
         if self.heat.get("known"):
             return f"reads are known since {self.heat['since']}{dropped_of(self.heat)}"
         return f"reads are not known: {self.heat['why']}" if self.heat.get("why") else ""
 
     @property
     def index_line(self) -> str:
-        """The state of the key index, for people; empty where there is none."""
+        """Line with the state of the key index; empty if there is none."""
         if isinstance(self.index, IndexState):
             return self.index.line(self.census.now)
         return f"nothing is known of the key index: {self.index}" if self.index else ""
 
     @property
     def growth(self) -> dict[str, float] | None:
-        """Since the last run; None where there was none."""
+        """Growth since the last run; None if there was none."""
         if self.last is None:
             return None
         since = self.census.now - self.last.at
@@ -214,7 +215,7 @@ class Status:
         }
 
     def record(self) -> dict[str, Any]:
-        """For JSON; the fields are described in `docs/retention.md`."""
+        """Return the fields for JSON, described in `docs/retention.md`."""
         census, last = self.census, self.last
         order = [name for name, _ in AGES] + [OLDER, UNKNOWN]
         return {
@@ -256,19 +257,19 @@ def examine(
     page_secs: float,
     without_heat: bool = False,
 ) -> Status:
-    """Look at an instance, by one listing.
+    """Determine the status of an instance with one listing.
 
     Args:
-        instance: Its name.
-        bucket: Its client.
-        policy: What the next cleanup will go by; None where that is not asked.
-        limits: What it may delete.
-        request_secs: Most seconds of a request.
-        page_secs: Most seconds of a page of the listing.
-        without_heat: Whether to go by when objects were put, whatever is known of reads; then no index is read.
+        instance: Name of the instance.
+        bucket: Client of its bucket.
+        policy: Policy of the next cleanup; None to leave the cleanup out.
+        limits: Limits of that cleanup.
+        request_secs: Timeout of a request, in seconds.
+        page_secs: Timeout of a listing page, in seconds.
+        without_heat: Whether to use upload times even if reads are known; the index is then not read.
 
     Raises:
-        HFBucketError: The listing is not complete.
+        HFBucketError: If the listing is incomplete.
     """
     clock = ServerClock()
     server_clock.ask(bucket, clock, request_secs)

@@ -1,1 +1,1 @@
-"""The checks of `doctor`, one a file. Each says what it found; those that ask the Hub raise what they cannot word."""
+"""Checks of `doctor`, one module each. Checks return findings; those that contact the Hub raise unhandled errors."""

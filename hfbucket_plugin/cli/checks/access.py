@@ -1,4 +1,4 @@
-"""Checks of the token and of its rights."""
+"""Checks of the token and of its permissions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME: Final = "token"
 
 
 def check_token(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
-    """Find the token by the name of its variable. An error means that no request can be made with it."""
+    """Find the token in its environment variable. An error means that no request can use it."""
     settings = named.settings
     variable, where = settings.token_env, named.setting("token_env")
     token = settings.resolve_token(environ)
@@ -47,29 +47,29 @@ WRITE: Final = "right to write"
 
 
 def check_rights(case: CheckContext, right: Literal["read", "write"]) -> tuple[Finding, bool]:
-    """Ask for access to the storage, as the engine does before it reads or writes.
+    """Request access to the storage, as the engine does before it reads or writes.
 
     Returns:
-        What was found, and whether the right is there.
+        The finding, and whether the permission is granted.
 
     Raises:
-        HFBucketError: The Hub does not say.
+        HFBucketError: If the Hub does not answer.
     """
     try:
         case.ask(f"xet-{right}-token", lambda deadline: case.bucket.check_right(right, deadline))
-    except (AccessDeniedError, BucketMissingError) as caught:  # the bucket itself was seen, so a 404 is a refusal
+    except (AccessDeniedError, BucketMissingError) as caught:  # the bucket exists, so a 404 is a refusal
         message = caught.message.removeprefix(f"instance {case.named.name!r}: ")
         return judge(case.named, right, message), False
     return judge(case.named, right, None), True
 
 
 def judge(named: InstanceConfig, right: Literal["read", "write"], refusal: str | None) -> Finding:
-    """Whether a right, or its absence, fits the role.
+    """Check that a granted or refused permission fits the role.
 
     Args:
         named: The instance.
-        right: Which right.
-        refusal: The Hub's words; None when it grants the right.
+        right: The permission.
+        refusal: The Hub's refusal; None if it grants the permission.
     """
     role = named.settings.role
     name, needed = (READ, named.settings.reads) if right == "read" else (WRITE, named.settings.writes)

@@ -1,4 +1,4 @@
-"""Checks of the bucket: that it is there, what it lists, its records, its throughput."""
+"""Checks of the bucket: existence, listing, records, throughput."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ BUCKET: Final = "bucket"
 
 
 def check_bucket(case: CheckContext) -> tuple[Finding, bool]:
-    """Ask for the record.
+    """Request the bucket's record.
 
     Returns:
-        What was found, and whether the bucket is there.
+        The finding, and whether the bucket exists.
 
     Raises:
-        HFBucketError: It is not, or may not be seen.
+        HFBucketError: If the bucket does not exist or is not visible.
     """
     settings = case.settings
     try:
@@ -49,7 +49,7 @@ def check_bucket(case: CheckContext) -> tuple[Finding, bool]:
 
 
 def describe(bucket_id: str, record: Mapping[str, Any]) -> Finding:
-    """The record in words. A field that the Hub does not send is left out."""
+    """Describe the record in words. Fields that the Hub does not send are left out."""
     private, region, amount, files = (record.get(name) for name in ("private", "region", "size", "totalFiles"))
     parts = [f"{bucket_id} exists"]
     if isinstance(private, bool):
@@ -67,10 +67,10 @@ def describe(bucket_id: str, record: Mapping[str, Any]) -> Finding:
 LISTING: Final = "listing"
 
 FIRST: Final = 1000
-"""Objects looked at: a page of the Hub."""
+"""Maximum number of objects to list: one page of the Hub."""
 
 MAX_SAMPLE_BYTES: Final = 256 * 1024 * 1024
-"""Largest chunk that is read for a test."""
+"""Maximum size in bytes of the chunk that is read as a test."""
 
 _OWN: Final = {"classic": ObjectKind.CLASSIC, "mp": ObjectKind.MP}
 _ENGINES: Final = {ObjectKind.CLASSIC: "the classic engine", ObjectKind.MP: "MP mode (lmcache server)"}
@@ -79,13 +79,13 @@ _EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(slots=True)
 class ListingSample:
-    """A listing in numbers.
+    """Counts of a partial listing.
 
     Attributes:
-        by_kind: Objects of each kind.
-        foreign: The path of the first object that is neither a key's nor ours.
-        sample: A chunk to read for a test: one of the engine's own kind, and then the newest.
-        more: Whether there is more than was looked at.
+        by_kind: Number of objects by kind.
+        foreign: Path of the first object that is neither a key's nor a metadata record.
+        sample: Chunk to read as a test: of the engine's own kind if possible, then the newest.
+        more: Whether the listing has more objects.
     """
 
     by_kind: dict[ObjectKind, int]
@@ -95,13 +95,13 @@ class ListingSample:
 
 
 def check_listing(case: CheckContext) -> tuple[Finding, ChunkEntry | None]:
-    """List the first objects.
+    """List the first objects of the instance.
 
     Returns:
-        What was found, and a chunk to test reading with, if there is any.
+        The finding, and a chunk for a read test, if there is one.
 
     Raises:
-        HFBucketError: A page did not come.
+        HFBucketError: If a page cannot be listed.
     """
     listed = case.ask("tree", lambda _: [*itertools.islice(Classifier(case.bucket).walk(case.timeout_secs), FIRST)])
     seen = look(listed, _OWN[case.named.mode])
@@ -109,11 +109,11 @@ def check_listing(case: CheckContext) -> tuple[Finding, ChunkEntry | None]:
 
 
 def look(listed: Iterable[ListedObject], own: ObjectKind) -> ListingSample:
-    """Count what was listed.
+    """Count listed objects.
 
     Args:
         listed: The objects.
-        own: The kind of the keys that the engine writes.
+        own: Kind of the keys that the engine writes.
     """
     best = (False, _EARLIEST, 0)
     seen = ListingSample(dict.fromkeys(ObjectKind, 0))
@@ -131,7 +131,7 @@ def look(listed: Iterable[ListedObject], own: ObjectKind) -> ListingSample:
 
 
 def judge(named: InstanceConfig, seen: ListingSample) -> Finding:
-    """Whether what was found is what the engines of this configuration look for."""
+    """Check that the listed objects are those that engines of this configuration look for."""
     own = _OWN[named.mode]
     other = ObjectKind.MP if own is ObjectKind.CLASSIC else ObjectKind.CLASSIC
     total = sum(seen.by_kind.values())
@@ -159,10 +159,10 @@ _FIRST: Final = 1000
 
 
 def check_records(case: CheckContext) -> Finding:
-    """List what lies below the two prefixes.
+    """List the objects below the two metadata prefixes.
 
     Raises:
-        HFBucketError: A page did not come.
+        HFBucketError: If a page cannot be listed.
     """
     bad, probes = (_list(case, name) for name in (BAD, PROBES))
     handle = case.bucket.handle
@@ -192,7 +192,7 @@ def check_throughput(case: CheckContext, chunk: ChunkEntry) -> Finding:
     """Read one chunk and compare its Xet hash.
 
     Raises:
-        HFBucketError: It did not arrive.
+        HFBucketError: If the chunk cannot be read.
     """
     try:
         fetched = case.ask(THROUGHPUT, lambda deadline: fetch(case.bucket, chunk.text, chunk.content, deadline))

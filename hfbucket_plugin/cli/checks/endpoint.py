@@ -1,4 +1,4 @@
-"""The way to the Hub: whether it answers, how long that takes, and what time it has."""
+"""Checks of the connection to the Hub: reachability, latency, clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME: Final = "endpoint"
 CLOCK: Final = "clock"
 
 MAX_SKEW_SECS: Final = 30.0
-"""How far two clocks may be apart. The Hub's are whole seconds, and an answer takes a while."""
+"""Maximum clock difference in seconds. The Hub's time has whole seconds, and an answer takes a while."""
 
 _ROUNDS: Final = 3
 _MILLI: Final = 1000
@@ -31,12 +31,12 @@ _MILLI: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """One answer.
+    """Answer of the Hub.
 
     Attributes:
-        seconds: How long it took.
-        date: The Hub's `Date` header; empty when it sends none.
-        at: Our clock halfway, in Unix seconds.
+        seconds: Duration of the request.
+        date: The Hub's `Date` header; empty if it sends none.
+        at: Local time halfway through the request, in Unix seconds.
     """
 
     seconds: float
@@ -45,13 +45,13 @@ class Greeting:
 
 
 def check(case: CheckContext) -> tuple[Finding, Greeting | None]:
-    """Ask a few times. The first request also opens the connection, and is left out of the median.
+    """Send a few requests. The first one also opens the connection, and is left out of the median.
 
     Returns:
-        What was found, and an answer to look at the clock of: None where the Hub does not answer.
+        The finding, and an answer for the clock check; None if the Hub does not answer.
 
     Raises:
-        ConfigError: The token cannot be sent.
+        ConfigError: If the token cannot be sent.
     """
     try:
         first = _greet(case)
@@ -79,12 +79,12 @@ def _greet(case: CheckContext) -> Greeting:
 
 
 def judge_way(named: InstanceConfig, first: float, rounds: Sequence[float]) -> Finding:
-    """Whether lookups can be answered in the time that they have.
+    """Check that lookups can be answered within their timeout.
 
     Args:
         named: The instance.
-        first: Seconds of the first request, connection included.
-        rounds: Seconds of the others.
+        first: Duration of the first request in seconds, connection included.
+        rounds: Durations of the others in seconds.
     """
     median = statistics.median(rounds)
     settings = named.settings
@@ -102,7 +102,7 @@ def judge_way(named: InstanceConfig, first: float, rounds: Sequence[float]) -> F
 
 
 def judge_clock(greeting: Greeting) -> Finding:
-    """Whether our clock agrees with the Hub's: tokens of the storage expire by it."""
+    """Check that the local clock agrees with the Hub's: storage tokens expire by it."""
     moment = http_date(greeting.date)
     if moment is None:
         return note(CLOCK, "the Hub's answers tell no time to compare ours with")

@@ -25,11 +25,11 @@ HASH_SEED: Final = "hash seed"
 
 _DEFAULT_BLOCKING_SECS: Final = 10.0
 _UNFULL: Final = ("save_unfull_chunk", "enable_blending", "enable_pd")
-"""The last two make LMCache turn the first one on."""
+"""The last two settings make LMCache enable the first one."""
 
 
 def check_engine(named: InstanceConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Look at the configuration. What the settings' own model refuses never comes here."""
+    """Check the configuration. Values that the settings' own model rejects never reach this check."""
     settings = named.settings
     yield ok(CONFIG, f"{settings.bucket_handle} on {settings.endpoint}, {named.mode}, role {settings.role}")
     if named.engine is None:
@@ -39,7 +39,7 @@ def check_engine(named: InstanceConfig, environ: Mapping[str, str]) -> Iterator[
 
 
 def _engine(named: InstanceConfig, engine: EngineConfig) -> Finding:
-    """The engine's own settings, as our connector judges them when it starts."""
+    """Check the engine's own settings as the connector does when it starts."""
     if wrong := [*refused(engine), *_timeouts(named, engine)]:
         return error(ENGINE, "; ".join(wrong), f"fix it in {engine.source}: LMCache would run without the instance")
     if engine.plugin_value(named.name, "module_path") != OUR_MODULE:
@@ -52,7 +52,7 @@ def _engine(named: InstanceConfig, engine: EngineConfig) -> Finding:
 
 
 def refused(engine: EngineConfig) -> list[str]:
-    """Why our connector would refuse an engine: each setting, and the reason."""
+    """Return why the connector would refuse an engine: each setting, and the reason."""
     own = engine.engine
     return rule_violations(
         save_unfull_chunk=any(_truth(own.get(name)) for name in _UNFULL),
@@ -73,7 +73,7 @@ def _timeouts(named: InstanceConfig, engine: EngineConfig) -> list[str]:
 
 
 def blocking_secs(engine: EngineConfig) -> float:
-    """LMCache's `blocking_timeout_secs` as it reads it: whole seconds, its default for what is no number."""
+    """Return `blocking_timeout_secs` as LMCache reads it: whole seconds, or the default for an invalid number."""
     try:
         return float(int(engine.engine.get("blocking_timeout_secs", 0))) or _DEFAULT_BLOCKING_SECS
     except (TypeError, ValueError, OverflowError):
@@ -81,7 +81,7 @@ def blocking_secs(engine: EngineConfig) -> float:
 
 
 def _truth(value: Any) -> bool:
-    """Whether LMCache reads a value of the YAML as true."""
+    """Return whether LMCache reads a value of the YAML as true."""
     return str(value).strip().lower() in {"true", "1"}
 
 
@@ -101,7 +101,7 @@ NAME: Final = "temp dir"
 
 
 def check_temp_dir(named: InstanceConfig) -> Finding:
-    """Write a file there, and remove it."""
+    """Check the temporary directory by writing and removing a file."""
     settings = named.settings
     if settings.verify != "hash":
         return ok(NAME, f"not needed: verify is {settings.verify}")

@@ -1,4 +1,4 @@
-"""The machine and the variables around an instance: what an engine that is started like this finds."""
+"""Checks of the machine and the environment variables that an engine started like this process finds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "
 _TOKEN_SHAPE: Final = re.compile(r"(hf|api_org)_.+")
 _LOOPBACK: Final = "127.0.0.1"
 _ELSEWHERE: Final = frozenset({"hf.co", "www.huggingface.co"})
-"""Addresses that lead on to the Hub's own: a token is not sent along."""
+"""Addresses that redirect to the Hub's own: the token is not sent along."""
 
 
 def _directories(named: InstanceConfig, environ: Mapping[str, str]) -> Finding:
@@ -97,7 +97,7 @@ def _proxy(_: InstanceConfig, environ: Mapping[str, str]) -> Finding:
 
 
 def _host(address: str) -> tuple[str | None, str]:
-    """The host and port of a proxy, without the password that may stand before them, and the scheme."""
+    """Return the host and port of a proxy without its password, and the scheme."""
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
         host = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
@@ -211,4 +211,4 @@ CHECKS: Final[tuple[tuple[str, Callable[[InstanceConfig, Mapping[str, str]], Fin
     (VARIABLES, _variables),
     (PORTS, _ports),
 )
-"""What is looked at, in this order. Each is given the instance, and the environment of the process as it was started."""
+"""Checks in their order. Each receives the instance and the environment of the process at its start."""

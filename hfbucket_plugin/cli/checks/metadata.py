@@ -31,7 +31,7 @@ FINGERPRINT: Final = "fingerprint"
 
 _MODELS: Final = 50
 _TOLD: Final = 5
-"""Complaints that one line holds."""
+"""Maximum number of complaints in one line."""
 
 _ACCEPT: Final = (
     "`python -m jobs fingerprint show` tells all, and `accept` says which one is right; see docs/fingerprint.md"
@@ -42,7 +42,7 @@ def check_fingerprint(case: CheckContext) -> Finding:
     """Read the fingerprints of the first models, and compare them with the configuration and with each other.
 
     Raises:
-        HFBucketError: The Hub did not say which there are.
+        HFBucketError: If the fingerprints cannot be listed.
     """
     store = FingerprintStore(case.bucket, case.named.name)
     try:
@@ -95,14 +95,14 @@ def _together(rule_violations: list[str]) -> str:
 
 @dataclass(slots=True)
 class _Examined:
-    """What is recorded of a model, against the configuration and the claims beside it.
+    """Recorded fingerprint of a model, compared with the configuration and with the claims beside it.
 
     Attributes:
-        model: Its name.
-        comparable: Whether something is recorded of engines of the configuration's mode.
-        configured: How the configuration differs. It names no model, and so may be that of engines of another one.
-        wrong: What else is wrong.
-        unpinned: Of which space nobody set the hash seed.
+        model: Name of the model.
+        comparable: Whether there is a record for engines of the configuration's mode.
+        configured: Differences of the configuration, which names no model, so it may be that of engines of another one.
+        wrong: Other problems.
+        unpinned: Key space whose hash seed is not set.
     """
 
     model: str
@@ -136,7 +136,7 @@ def _of(case: CheckContext, store: FingerprintStore, model: str) -> _Examined:
 
 
 def _fleet(recorded: Fingerprint, claim: Claimed) -> str:
-    """How another fleet differs from that which was recorded."""
+    """Describe how another fleet differs from the recorded one."""
     theirs = claim.fingerprint
     if theirs is None or not (wrong := differences(recorded, theirs)):
         return ""
@@ -147,7 +147,7 @@ def _fleet(recorded: Fingerprint, claim: Claimed) -> str:
 INDEX: Final = "index"
 _BUILD: Final = "run `python -m jobs index` on a schedule, see docs/index.md"
 _LOAD_SECS: Final = 60.0
-"""For a snapshot of hundreds of megabytes, at least."""
+"""Minimum timeout in seconds, for a snapshot of hundreds of megabytes."""
 
 _AS_WITHOUT: Final = "lookups ask the Hub, as without an index"
 
@@ -156,7 +156,7 @@ def check_index(case: CheckContext) -> Finding:
     """List the index, and read its pointer.
 
     Raises:
-        HFBucketError: One of them did not arrive.
+        HFBucketError: If the index or its pointer cannot be read.
     """
     store = IndexStore(case.bucket, "doctor")
     handle = case.bucket.handle
@@ -188,11 +188,11 @@ def check_index(case: CheckContext) -> Finding:
 
 
 def _load(case: CheckContext, store: IndexStore, listing: IndexListing, info: ObjectInfo, pointer: Pointer) -> None:
-    """Load the snapshot as an engine would, and forget it.
+    """Load the snapshot as an engine would, and discard it.
 
     Raises:
-        FormatError: An engine would refuse it.
-        HFBucketError: It did not arrive.
+        FormatError: If an engine would refuse the snapshot.
+        HFBucketError: If the snapshot cannot be read.
     """
     source = SnapshotSource(store, "", case.settings.index_max_bytes)
     call_with_deadline("snapshot", lambda _: source.load(info, pointer, listing), max(_LOAD_SECS, case.timeout_secs))
@@ -209,7 +209,7 @@ def _words(case: CheckContext, listing: IndexListing, pointer: Pointer) -> str:
 
 
 def _unfit(case: CheckContext, listing: IndexListing, pointer: Pointer) -> Finding | None:
-    """Why engines do not even load the snapshot."""
+    """Return why engines would not load the snapshot; None if they would."""
     settings = case.settings
     now = listing.date or case.now()
     found = _words(case, listing, pointer)

@@ -1,4 +1,4 @@
-"""`--probe-write`: one small object is stored, read back and deleted, and nothing is left whatever happens."""
+"""Check of `--probe-write`: store a small object, read it back and delete it; nothing is left, even after an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DELETE_TRIES: Final = 3
 
 
 def refusal(named: InstanceConfig) -> Finding:
-    """What `--probe-write` says to an instance that stores nothing."""
+    """Return the finding of `--probe-write` for an instance that stores nothing."""
     return warning(
         NAME,
         f"refused: role is {named.settings.role}, so nothing is stored through this instance",
@@ -38,7 +38,7 @@ def refusal(named: InstanceConfig) -> Finding:
 
 
 def check(case: CheckContext, *, read_back: bool) -> Finding:
-    """Store, read back, compare, delete.
+    """Store an object, read it back, compare it, and delete it.
 
     Args:
         case: The instance.
@@ -52,7 +52,7 @@ def check(case: CheckContext, *, read_back: bool) -> Finding:
         reported = False
         try:
             content = probe.upload()
-            with signals.held():  # a delete must not overtake it
+            with signals.held():  # a delete must not overtake the naming
                 probe.name(content)
             if read_back:
                 probe.compare()
@@ -62,7 +62,7 @@ def check(case: CheckContext, *, read_back: bool) -> Finding:
         finally:
             with signals.held():
                 left = probe.remove()
-                if left is not None and not reported:  # the process ends, and nobody will read a finding
+                if left is not None and not reported:  # the process ends, so a finding would not be shown
                     console.print_error(f"{probe.path} is left in the bucket: {left}")
     return _judge(probe, failure, left, read_back=read_back, seconds=time.monotonic() - started)
 
@@ -77,7 +77,7 @@ def _judge(
     if failure is not None:
         finding = from_error(NAME, failure, case.named)
         found = f"{probe.step} failed: {finding.found}"
-        if probe.unsure:  # a request that nobody waits for any more may still be carried out
+        if probe.unsure:  # an abandoned request may still be carried out
             return error(NAME, found, f"{finding.fix}; should {probe.path} appear later, delete it")
         return error(NAME, found, finding.fix)
     done = "stored, read back, compared and deleted" if read_back else "stored and deleted, not read back"
@@ -85,12 +85,12 @@ def _judge(
 
 
 class _Probe:
-    """One object, from its upload to its end.
+    """Probe object, from its upload to its removal.
 
     Attributes:
-        path: Where it is stored.
-        step: What is being done, for errors.
-        unsure: Whether it may be stored although nobody said so.
+        path: Path of the object.
+        step: Current step, for errors.
+        unsure: Whether it may be stored without a confirmation.
     """
 
     def __init__(self, case: CheckContext) -> None:
@@ -99,27 +99,27 @@ class _Probe:
         self.step = "upload"
         self.unsure = False
         self._named = False
-        self._data = secrets.token_bytes(_BYTES)  # of which the store cannot have a copy
+        self._data = secrets.token_bytes(_BYTES)  # random, so that the store cannot have a copy
 
     def upload(self) -> ContentId:
-        """Send the bytes to the store. They are in no bucket yet.
+        """Upload the bytes to the store. They are not in a bucket yet.
 
         Raises:
-            HFBucketError: It did not take them.
+            HFBucketError: If the upload fails.
         """
         transfer, upload = self.case.bucket.transfer, Upload()
         try:
             (content,) = self.case.ask("upload", lambda deadline: transfer.upload([self._data], deadline, upload))
         except DeadlineError:
-            transfer.abandon(upload)  # frees the thread, should it still wait for the store
+            transfer.abandon(upload)  # frees the thread if it still waits for the store
             raise
         return content
 
     def name(self, content: ContentId) -> None:
-        """Give them their name in the bucket.
+        """Name the bytes in the bucket.
 
         Raises:
-            HFBucketError: They have none, or nobody knows.
+            HFBucketError: If the naming fails, or its outcome is unknown.
         """
         self.step, self._named = "naming it in the bucket", True
         try:
@@ -130,11 +130,11 @@ class _Probe:
         _raise_failed(failed)
 
     def compare(self) -> None:
-        """Look it up, and read it back.
+        """Look up the object, and read it back.
 
         Raises:
-            IntegrityError: Other bytes came back.
-            HFBucketError: It is not there, or did not arrive.
+            IntegrityError: If the bytes differ.
+            HFBucketError: If the object does not exist or cannot be read.
         """
         self.step = "reading it back"
         if self.case.ask("read", self._fetch) != self._data:
@@ -148,7 +148,7 @@ class _Probe:
         return bytes(fetch(bucket, self.path, info.content, deadline).data)
 
     def remove(self) -> HFBucketError | None:
-        """Delete it if it was named, or may have been; say why where that cannot be done."""
+        """Delete the object if it was or may have been named; return the error if that fails."""
         problem: HFBucketError | None = None
         for _ in range(_DELETE_TRIES if self._named else 0):
             try:
