@@ -2,15 +2,15 @@
 
 ::
 
-    cli → run ─┬─ plan                      which chunks are to be there, as a file
+    cli → run ─┬─ plan                      which chunks to copy, as a file
                ├─ cluster → schedule        which node gets which batch next
                │          └─ node → tiers   bytes into one node's tier
-               ├─ check                     whether tiers hold what was planned, and engines hit it
-               └─ report                    what happened
+               ├─ check                     whether tiers hold the plan, and engines hit it
+               └─ report                    results
 
 `schedule` is pure; only `cluster` imports Ray.
 
-Public are the names in `__all__`; they are loaded when they are first used. The modules may change in any release. See
+The names in `__all__` are public and are loaded on first use. The modules may change in any release. See
 `docs/python.md`.
 """
 
@@ -72,7 +72,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-if not TYPE_CHECKING:  # a type checker is told of misspelt names
+if not TYPE_CHECKING:  # a type checker would otherwise accept misspelt names
 
     def __getattr__(name: str) -> object:
         if name not in _HOME_OF:

@@ -1,4 +1,4 @@
-"""From a warm-up to a plan, and from a plan to what the tiers hold: `plan`, `apply`, and `run`, which is both.
+"""The commands `plan` (from a warm-up to a plan), `apply` (from a plan to filled tiers), `run` (both) and `check`.
 
 `warm_up` is `run` for programs.
 """
@@ -60,13 +60,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CopyRun:
-    """A plan that is to be copied.
+    """Run that copies the chunks of a plan.
 
     Attributes:
-        resolved: From where to where.
-        plan: What.
-        observers: Who looks on, beside a display and the metrics of the Ray cluster.
-        quiet: Whether progress is not shown.
+        resolved: Resolved warm-up, with source and destinations.
+        plan: Plan of the chunks.
+        observers: Further observers, besides a display and the metrics of the Ray cluster.
+        quiet: Whether to hide progress.
     """
 
     resolved: ResolvedRequest
@@ -75,14 +75,14 @@ class CopyRun:
     quiet: bool = False
 
     def execute(self, failures: FailureLog, stop: ShutdownSignal) -> dict[str, Any]:
-        """Copy it; returns the summary.
+        """Copy the chunks; return the summary.
 
         Raises:
-            ConfigError: The warm-up names a node that there is not.
-            NothingToDoError: No node takes part, or none takes any of the chunks.
+            ConfigError: The warm-up names a node that does not exist.
+            NothingToDoError: No node takes part, or no node gets any of the chunks.
             ClusterError: The configured Ray cluster does not answer.
         """
-        # Ray takes a second to import, which a refused command should not wait for.
+        # Imported late because Ray takes a second to import, and a refused command should not wait for it.
         from warmer.cluster.ray import alive_nodes, joined  # noqa: PLC0415
         from warmer.report.metrics import RunMetrics  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ class CopyRun:
             observers = [RunMetrics(), *self.observers]
             reports: list[RunReport] = []
             for tier in self.resolved.tiers:
-                # Who took a lost node's place for one tier does so for those that follow.
+                # A node that replaced a lost one for one tier does so for the following tiers too.
                 nodes = places.nodes
                 report = RunReport(
                     self._task(tier, left_out), [one.node for one in nodes], failures, self._shares(tier, nodes)
@@ -110,14 +110,14 @@ class CopyRun:
                         except NothingToDoError:
                             raise
                         except (RefusedError, PlanLostError) as error:
-                            # What was copied is in the tiers, and is reported as in any run that ended early.
+                            # Chunks that were copied are in the tiers, so report them as for any run that ended early.
                             report.cut_short = error
                             _log.error("%s", error)
                     report.end()
             return combined([report.summary(stopped=limit.requested) for report in reports])
 
     def _shares(self, tier: AnyTier, nodes: Sequence[Assignment]) -> dict[str, Share]:
-        """What each node is to hold, as far as it is known before engines are asked."""
+        """Return what each node should hold, as far as this is known before engines report."""
         return {} if isinstance(tier, L1Declaration) else shares(self.plan, nodes)
 
     def _task(self, tier: AnyTier, left_out: int) -> TierRun:
@@ -188,39 +188,39 @@ class CopyRun:
         fleet.run(schedule)
 
     def _start_secs(self, config: Config) -> float:
-        """How long a node may take to take part: one that takes a lost one's place waits for its engine, too."""
+        """Return the maximum seconds until a node takes part, which include the wait of a replacement for its engine."""
         request = self.resolved.request
         waits = request.nodes.replace and isinstance(config, LoadConfig)
         return request.limits.node_timeout + (request.limits.wait_engine.total_seconds() if waits else 0.0)
 
 
 def _with_lost(places: NodeSlots, there: Sequence[Assignment]) -> list[Assignment]:
-    """Nodes whose engine came, with the workers that they turned out to have, and the others: their chunks fail there."""
+    """Return nodes whose engine answered, with the workers found, and the other nodes, whose chunks will fail."""
     names = {one.node.id for one in there}
     return [*there, *(one for one in places.nodes if one.node.id not in names)]
 
 
 _CLOCK_SECS = 60.0
 _LISTING_SECS = 3600.0
-"""How long choosing may take, the Hub's pauses included, where `--max-duration` does not say."""
+"""Maximum seconds to choose chunks without `--max-duration`, pauses that the Hub requests included."""
 
 _KINDS = {"classic": ClassicKey, "mp": MPKey}
 
 
 def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
-    """Choose chunks, and write down which.
+    """Choose chunks, and write a plan of them.
 
     Args:
-        request: What was asked for.
-        out: The plan file, which appears when it is complete; None to only report what it would hold.
+        request: The warm-up.
+        out: Path of the plan file, which appears once it is complete; None to only report what it would contain.
 
     Returns:
-        The plan's header.
+        The header of the plan.
 
     Raises:
-        ConfigError: The configuration is wrong, or asks for what is not supported.
-        NothingToDoError: Nothing is chosen that the tiers can take.
-        TempDirError: There is no room for the plan, or to sort it.
+        ConfigError: The configuration is invalid, or requests something that is not supported.
+        NothingToDoError: No chosen chunk fits the tiers.
+        TempDirError: There is no room for the plan, or for sorting it.
         HFBucketError: The chunks could not be listed.
     """
     with _planned(resolve_request(request), out) as made:
@@ -229,20 +229,20 @@ def plan(request: WarmRequest, out: Path | None) -> dict[str, Any]:
 
 @texts.hide_in_errors()
 def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> WarmSummary:
-    """Copy chosen chunks into tiers of every node, as `python -m warmer run` does; chunks that are there already are skipped.
+    """Copy chosen chunks into tiers of every node, as `python -m warmer run` does, and skip chunks that are present.
 
-    Nothing is printed, no signal handler is installed and logging is not configured. Call it again to copy only what is missing.
+    Prints nothing, installs no signal handler and configures no logging. A repeated call copies only what is missing.
 
     Args:
         request: What to copy, to where, and how.
-        stop: Set it, from another thread, to stop in good order: the summary then reports what is left.
+        stop: Set by another thread to stop in an orderly way: the summary then reports what is left.
 
     Returns:
-        What happened; look at `exit_code` and `failures`.
+        The result; see `exit_code` and `failures`.
 
     Raises:
-        ConfigError: The configuration is wrong, or asks for what is not supported.
-        NothingToDoError: Nothing is selected that the tiers can take, or no node takes part.
+        ConfigError: The configuration is invalid, or requests something that is not supported.
+        NothingToDoError: No chosen chunk fits the tiers, or no node takes part.
         ClusterError: The configured Ray cluster does not answer.
         HFBucketError: The chunks could not be listed.
     """
@@ -255,15 +255,15 @@ def warm_up(request: WarmRequest, *, stop: threading.Event | None = None) -> War
 
 
 def expect_distinct_files(request: WarmRequest, *inputs: tuple[str, Path | None], out: Path | None = None) -> None:
-    """Refuse to write to a file that is read.
+    """Refuse a warm-up that would write to one of the files that it reads.
 
     Args:
-        request: Names files that are read, and reports that are written.
-        inputs: Further options with the files that they name to be read.
-        out: A plan that is written; None for none.
+        request: Request with the files that are read, and the reports that are written.
+        inputs: Further options and the files that they name for reading.
+        out: Path of a plan that is written; None for none.
 
     Raises:
-        ConfigError: Two are the same file.
+        ConfigError: Two of the files are the same.
     """
     choose = request.choose
     expect_apart(
@@ -281,20 +281,20 @@ def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer, quiet:
     """Choose chunks and copy them.
 
     Args:
-        request: What was asked for.
+        request: The warm-up.
         stop: Whether to stop.
-        observers: Who looks on.
-        quiet: Whether progress is not shown.
+        observers: Further observers.
+        quiet: Whether to hide progress.
 
     Returns:
-        The summary, its `exit_code` included.
+        The summary, including its `exit_code`.
 
     Raises:
-        ConfigError: The configuration is wrong, or asks for what is not supported.
-        NothingToDoError: There is nothing to do, or nowhere.
+        ConfigError: The configuration is invalid, or requests something that is not supported.
+        NothingToDoError: No chosen chunk fits the tiers, or no node takes part.
         ClusterError: The configured Ray cluster does not answer.
         HFBucketError: The chunks could not be listed.
-        Interrupted: Told to stop before copying began.
+        Interrupted: A stop was requested before copying began.
     """
     resolved = resolve_request(request)
     with _reported(resolved) as failures, _planned(resolved, None) as made:
@@ -302,23 +302,23 @@ def run(request: WarmRequest, stop: ShutdownSignal, *observers: Observer, quiet:
 
 
 def apply(request: WarmRequest, made: WarmPlanFile, stop: ShutdownSignal, *observers: Observer) -> dict[str, Any]:
-    """Copy what a plan says; what is there already is skipped.
+    """Copy the chunks of a plan, and skip those that are present.
 
     Args:
-        request: Of the plan, see `planned_request`.
+        request: Request of the plan; see `planned_request`.
         made: The plan.
         stop: Whether to stop.
-        observers: Who looks on.
+        observers: Further observers.
 
     Returns:
-        The summary, its `exit_code` included.
+        The summary, including its `exit_code`.
 
     Raises:
-        ConfigError: The configuration is wrong, or is not that of the plan.
-        NothingToDoError: There is nothing to do, or nowhere.
+        ConfigError: The configuration is invalid, or does not match the plan.
+        NothingToDoError: The plan is empty, or no node takes part.
         RefusedError: The plan names more chunks than were planned.
         ClusterError: The configured Ray cluster does not answer.
-        Interrupted: Told to stop before copying began.
+        Interrupted: A stop was requested before copying began.
     """
     resolved = resolve_request(request)
     expect_fitting(resolved, made)
@@ -349,25 +349,25 @@ def check(
     hashes: bool,
     canary: Canary | None = None,
 ) -> dict[str, Any]:
-    """Tell how warm every node is.
+    """Check how warm every node is.
 
     Args:
-        request: Of the plan, or what to choose.
-        made: The plan; None to choose again.
+        request: Request of the plan, or for a new choice of chunks.
+        made: The plan; None to choose chunks now.
         stop: Whether to stop.
-        require: The share that each tier of each node must hold.
-        hashes: Whether contents are hashed.
-        canary: What engines are asked beside; None for nothing. Its chunks are those of the engines' configuration.
+        require: Share of right chunks that each tier of each node must have.
+        hashes: Whether to hash contents.
+        canary: Canary for the engines; None for none. Its chunk size is replaced by that of the engines' configuration.
 
     Returns:
-        The report, its `exit_code` included.
+        The report, including its `exit_code`.
 
     Raises:
-        ConfigError: The configuration is wrong, or is not that of the plan.
-        NothingToDoError: There is nothing to check, or nowhere.
+        ConfigError: The configuration is invalid, or does not match the plan.
+        NothingToDoError: There are no chunks to check, or no node takes part.
         ClusterError: The configured Ray cluster does not answer.
         HFBucketError: The chunks could not be listed.
-        Interrupted: Told to stop before the check began.
+        Interrupted: A stop was requested before the check began.
     """
     resolved = resolve_request(request)
     checkable(resolved.tiers)
@@ -384,11 +384,11 @@ def check(
 
 
 def planned_request(made: WarmPlanFile) -> dict[str, Any]:
-    """What a plan was made of, for `warmer.request.warm_file`; empty for a plan without a header.
+    """Return the request from which a plan was made, for `warmer.request.warm_file`; empty for a plan without a header.
 
     Raises:
-        ConfigError: The header is not readable.
-        RefusedError: It holds a token, which no plan does.
+        ConfigError: The header cannot be read.
+        RefusedError: The header contains a token, which no plan does.
     """
     document = made.header.get("warm_up", {})
     request = validated(document, str(made.path))
@@ -398,12 +398,12 @@ def planned_request(made: WarmPlanFile) -> dict[str, Any]:
 
 
 def expect_fitting(resolved: ResolvedRequest, made: WarmPlanFile) -> None:
-    """Make sure that a plan is of the bucket and the kind of tier that a configuration names by now.
+    """Check that a plan matches the bucket and the kind of tier in the present configuration.
 
     Raises:
-        ConfigError: It is of another.
-        NothingToDoError: It is empty.
-        RefusedError: It names more chunks than were planned.
+        ConfigError: The plan does not match.
+        NothingToDoError: The plan is empty.
+        RefusedError: The plan names more chunks than were planned.
     """
     if made.chunks > made.header.get("selected", made.chunks):
         raise RefusedError(
@@ -434,14 +434,14 @@ def expect_fitting(resolved: ResolvedRequest, made: WarmPlanFile) -> None:
 
 @contextlib.contextmanager
 def _planned(resolved: ResolvedRequest, out: Path | None) -> Iterator[WarmPlanFile]:
-    """A plan in a file: `out`, or one that is gone with the block."""
+    """Provide a plan in a file: `out`, or a temporary file that is removed at the end of the block."""
     if not resolved.request.choose.given:
         raise ConfigError(ADVICE)
     place = None if out is None else _place_of(out)
     prompts = resolved.prompts() if resolved.lists else None
     bucket = resolved.bucket()
     until = Deadline.after(resolved.request.limits.max_duration or _LISTING_SECS)
-    # Where engines load from their own tiers, the Hub is asked nothing.
+    # If engines load from their own tiers, nothing is requested from the Hub.
     with patience(until):
         choosing = PlanBuilder(resolved.request.choose, resolved.takes, _now(resolved, bucket), prompts)
         compared = resolve.compare(resolved, choosing, bucket) if resolved.lists else resolve.Compared()
@@ -474,7 +474,7 @@ def _planned(resolved: ResolvedRequest, out: Path | None) -> Iterator[WarmPlanFi
 
 
 def _now(resolved: ResolvedRequest, bucket: Bucket) -> datetime:
-    """What `since` counts back from: the Hub's clock, which dates the chunks; ours where nothing depends on it."""
+    """Return the time from which `since` counts back: the Hub's, which dates chunks, or local time if nothing depends on it."""
     ours = datetime.now(UTC)
     if resolved.request.choose.since is None or not resolved.lists:
         return ours
@@ -512,14 +512,14 @@ def _header(resolved: ResolvedRequest, choosing: PlanBuilder, compared: Compared
 
 
 def selected(resolved: ResolvedRequest, made: WarmPlanFile) -> dict[str, int]:
-    """How much a plan is about: lines of a plan of chunks may have been removed."""
+    """Return the size of what a plan selects; lines may have been removed from a plan of chunks."""
     if not resolved.lists and resolved.prompt_file is not None:
         return {"selected": resolved.prompt_file.chunks.total(), "selected_bytes": 0}
     return {"selected": made.chunks, "selected_bytes": made.bytes}
 
 
 def _prompts_recorded(resolved: ResolvedRequest) -> dict[str, Any]:
-    """What a header says of prompts, beside the chunks that were found of them in the bucket."""
+    """Return what a header records about prompts, besides the chunks that were found for them in the bucket."""
     path, found = resolved.request.choose.prompts, resolved.prompt_file
     if path is None:
         return {}
@@ -545,23 +545,23 @@ def _new_of_ours(path: Path) -> int:
 
 
 def _place_of(out: Path) -> Path:
-    """Where a plan is put: where a link leads, and never in the place of a device, a pipe or a directory.
+    """Return the final path of a plan: the target of a link, but never a device, a pipe or a directory.
 
     Raises:
-        ConfigError: It is not a regular file, or cannot be written.
+        ConfigError: The path is not that of a regular file, or cannot be written.
     """
-    if os.path.exists(out) and not os.path.isfile(out):  # noqa: PTH110, PTH113 - these take a null byte for no file
+    if os.path.exists(out) and not os.path.isfile(out):  # noqa: PTH110, PTH113 - these return False for a path with a null byte
         raise ConfigError(f"--out {str(out)!r} cannot be written: it is not a regular file; name another one")
     expect_writable(out, "--out")
     return Path(os.path.realpath(out))
 
 
 def _put_out(path: Path, out: Path) -> None:
-    """Let a plan appear whole; it may be on another file system."""
+    """Publish a complete plan atomically, even from another file system."""
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     try:
         try:
-            # Whatever the umask: a plan that others may write to is never applied.
+            # With a fixed mode instead of the umask, because a plan that others may write to is refused by `apply`.
             with path.open("rb") as source, os.fdopen(_new_of_ours(part), "wb") as target:
                 while piece := source.read(1 << 20):
                     target.write(piece)
@@ -582,7 +582,7 @@ def _expect_some(resolved: ResolvedRequest, choosing: PlanBuilder, made: WarmPla
         return
     if choosing.chosen:
         raise NothingToDoError(f"nothing selected: the first of {choosing.chosen} chunks is larger than --max-bytes")
-    if choosing.prompts is None and choosing.other_kind_found(bucket):  # the hashes of prompts are of one kind
+    if choosing.prompts is None and choosing.other_kind_found(bucket):  # prompts are hashed into keys of one kind only
         raise NothingToDoError(
             f"nothing selected that tier {tiers} can take: what was found has {found}, and the tier takes {words} only"
         )

@@ -1,4 +1,4 @@
-"""Build a plan: from keys, prefixes, prompts or access statistics."""
+"""Construction of a plan from keys, prefixes, prompts or access statistics."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _REQUEST_SECS: Final = 60.0
 def warmed(
     chunks: Iterable[ChunkRef], bucket: Bucket, now: datetime, temp_dir: Path
 ) -> Iterator[tuple[Iterator[ChunkRef], str]]:
-    """Chunks with their heat, for the duration of a block, and why there is none: empty where there is.
+    """Provide chunks with their heat, and the reason if there is none (otherwise empty), for the duration of a block.
 
-    An index that cannot be read is no reason not to warm: nothing but the order goes by it.
+    An unreadable index does not prevent the warm-up, because only the order of the chunks depends on it.
 
     Args:
-        chunks: As they come.
-        bucket: The instance's.
-        now: The time.
-        temp_dir: Where the snapshot of the index lies meanwhile.
+        chunks: Chunks, in any order.
+        bucket: Bucket of the instance.
+        now: Current time.
+        temp_dir: Directory for a temporary snapshot of the index.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -80,10 +80,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _WHY_CHARS: Final = 500
-"""Of a reason that goes into the header of a plan, whose room is bounded."""
+"""Maximum characters of a reason in the header of a plan, whose size is limited."""
 
 _LOOKED_THROUGH: Final = 100_000
-"""Chunks that are looked through at most for one of the other kind, to say that it was there."""
+"""Maximum number of chunks searched for one of the other kind, to report that there is one."""
 
 WORDS: Final[dict[type[Key], str]] = {
     ClassicKey: "keys of the classic engine",
@@ -93,17 +93,17 @@ WORDS: Final[dict[type[Key], str]] = {
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """One choice, carried out on one bucket.
+    """Selection of chunks from one bucket.
 
     Attributes:
-        selection: What is wanted.
-        takes: The kind of key that the tiers take.
-        now: What `since` counts back from.
-        prompts: Where chunks stand among the prompts, when the choice names some.
+        selection: Criteria.
+        takes: Kind of key that the tiers accept.
+        now: Time from which `since` counts back.
+        prompts: Order of chunks in the prompts; None if the selection names no prompts.
         skipped: Chunks skipped, by reason: ``other_kind`` and ``probe`` (see `Planner`), ``not_chosen`` (listed, but
             excluded by a filter) and ``not_in_bucket`` (keys of a file).
-        chosen: Chunks that passed all that, a budget not regarded.
-        cold: Why chunks are not in the order in which they are read most, where that was asked; else empty.
+        chosen: Number of chunks that were not skipped, before a budget is applied.
+        cold: Why chunks are not ordered by their reads although this was requested; otherwise empty.
     """
 
     selection: Selection
@@ -117,18 +117,18 @@ class PlanBuilder:
     def planned(self, bucket: Bucket, temp_dir: Path) -> Iterator[ChunkRef]:
         """Yield the chosen chunks, in the order in which they are to be copied.
 
-        That is: as the prompts have them, each from its start; or the hottest first, where `hottest` or `max_bytes` is
-        given, as far as the instance's key index knows what is read; or the newest first, where that is not known or `newest` is
-        given; or as a file of keys has them; or by key.
+        With prompts: in the order of the prompts, each from its start. With `hottest` or `max_bytes`: most read first, as far
+        as the instance's key index has statistics. Without statistics, or with `newest`: newest first. With a file of keys:
+        in the order of the file. Otherwise: by key.
 
         Args:
-            bucket: The instance's.
-            temp_dir: A file to sort in.
+            bucket: Bucket of the instance.
+            temp_dir: Directory for a file to sort in.
 
         Raises:
             ConfigError: A file of keys cannot be read.
-            HFBucketError: The listing is not complete.
-            OSError: There is no room to sort in.
+            HFBucketError: The listing is incomplete.
+            OSError: There is no room for sorting.
         """
         chunks = self.of(self._entries(bucket), bucket)
         selection, prompts = self.selection, self.prompts
@@ -151,7 +151,7 @@ class PlanBuilder:
         temp_dir: Path,
         cut: Callable[[Iterable[ChunkRef]], Iterator[ChunkRef]],
     ) -> Iterator[ChunkRef]:
-        """The hottest first; the newest first where no access statistics are available."""
+        """Yield the most read chunks first; the newest first if no access statistics are available."""
         with warmed(chunks, bucket, self.now, temp_dir.parent) as (reported, why):
             self.cold = why[:_WHY_CHARS]
             if why:
@@ -159,7 +159,7 @@ class PlanBuilder:
             yield from in_order(reported, newest_first if why else hottest_first, temp_dir, cut)
 
     def of(self, entries: Iterable[ChunkEntry], bucket: Bucket) -> Iterator[ChunkRef]:
-        """The chosen ones among some chunks, as they come."""
+        """Yield the chosen chunks among the given ones, in their order."""
         planner = Planner(bucket.handle, self.takes)
         planner.skipped = self.skipped
         for chunk in planner.plan(self._chosen(entries)):
@@ -175,7 +175,7 @@ class PlanBuilder:
         return list_chunks_ahead(bucket, self.listed(self.takes), any_model=not named)
 
     def listed(self, kind: type[Key]) -> list[str]:
-        """Starts of keys that are listed for one kind."""
+        """Return the prefixes of keys to list for one kind of key."""
         selection = self.selection
         if self.prompts is not None and self.prompts.models is not None and not selection.model:
             selection = selection.model_copy(update={"model": tuple(sorted(self.prompts.models))})
@@ -196,7 +196,7 @@ class PlanBuilder:
         return lambda entry: filtered(entry) and prompts.place(entry.key) is not None
 
     def other_kind_found(self, bucket: Bucket) -> bool:
-        """Whether the choice would hold chunks of the kind that the tiers do not take.
+        """Return whether the selection would contain chunks of the kind that the tiers do not accept.
 
         Raises:
             HFBucketError: The Hub did not answer.

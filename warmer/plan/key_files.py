@@ -1,4 +1,4 @@
-"""Keys that were written down: one a line, in the lines of an earlier plan or report, or as the files of an engine's tier."""
+"""Keys from files: one a line, the lines of an earlier plan or report, or the chunk files of an engine's tier."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LOOKUP_SECS = 60.0
 
 
 def keys_of(path: Path) -> Iterator[str]:
-    """Stream the key strings of a file, or of the chunks in a directory of LMCache's.
+    """Yield the key strings of a file, or of the chunks in an LMCache directory.
 
     Raises:
-        ConfigError: It cannot be read, or a line holds no key; the message says which.
+        ConfigError: The file cannot be read, or a line holds no key; the message names the line.
     """
     if path.is_dir():
         yield from directory_keys(path)
@@ -47,7 +47,7 @@ def keys_of(path: Path) -> Iterator[str]:
 
 
 def _key(line: str) -> str | None:
-    """The key of a line; None for one that names none, such as the summary of a report."""
+    """Return the key of a line; None for a line without one, such as the summary of a report."""
     if not line.startswith("{"):
         return line
     record = json.loads(line)
@@ -58,15 +58,15 @@ def _key(line: str) -> str | None:
 
 
 def look_up_keys(bucket: Bucket, keys: Iterable[str], skipped: Counter[str]) -> Iterator[ChunkEntry]:
-    """What the bucket holds of some keys, in their order, each once.
+    """Look up keys in the bucket, and yield those found, in order and each once.
 
     Args:
-        bucket: The instance's.
+        bucket: Bucket of the instance.
         keys: Key strings.
-        skipped: Keys that it does not hold are counted there, as ``not_in_bucket``.
+        skipped: Counter in which absent keys are counted as ``not_in_bucket``.
 
     Raises:
-        TempDirError: There is no room to remember which keys came before.
+        TempDirError: There is no room to record which keys were seen.
         HFBucketError: The Hub did not answer.
     """
     with KeySet() as seen:

@@ -1,4 +1,4 @@
-"""The plan of a warm-up and its file."""
+"""Plan of a warm-up, and the file in which it is stored."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
 
 
 VERSION: Final = 1
-"""Of the format of plan files. A reader refuses a newer one."""
+"""Version of the format of plan files; a newer version is refused."""
 
 _HEADER: Final = "warmer_plan"
 _HEAD: Final = f'{{"{_HEADER}":'.encode()
 _SEAL: Final = "seal"
 _HEADER_ROOM: Final = 2048
-"""Bytes kept for what is known of a header only when the plan is written: counts."""
+"""Bytes reserved for counts in the header, which are known only after the chunks are written."""
 
 _MOST_LINE_BYTES: Final = 64 * 1024
-"""Of a chunk: the Hub's names have about a thousand characters at most, and a line has such a name twice."""
+"""Maximum length of a chunk's line: names on the Hub have about a thousand characters, and a line contains the name twice."""
 
 NEVER_PLANNED: Final = frozenset({"report", "report_html"})
-"""Parts of a warm-up that no plan has: files that a run writes are named by the user who runs it."""
+"""Parts of a warm-up that no plan contains: the files that a run writes are chosen by the user who runs it."""
 
 SEGMENT_CHUNKS: Final = 1000
-"""Chunks of a segment: as many as the Hub looks up in one request."""
+"""Chunks of a segment, the number that the Hub looks up in one request."""
 
 
 class Planner:
-    """Turns a listing into planned chunks for tiers that take one kind of key, and counts what it passes by.
+    """Converts a listing into planned chunks for tiers of one kind of key, and counts the skipped ones.
 
     Args:
-        handle: Of the instance that was listed.
-        takes: The kind of key that the tier takes.
+        handle: Handle of the listed instance.
+        takes: Kind of key that the tier accepts.
 
     Attributes:
-        skipped: Chunks skipped, by reason: ``other_kind`` (keys that the tier cannot take) and ``probe`` (the
+        skipped: Chunks skipped, by reason: ``other_kind`` (keys that the tier does not accept) and ``probe`` (the
             object with which LMCache tests a backend).
     """
 
@@ -62,7 +62,7 @@ class Planner:
         self.skipped: Counter[str] = Counter()
 
     def plan(self, entries: Iterable[ChunkEntry]) -> Iterator[ChunkRef]:
-        """Yield what fits the tier, in the order of the listing: by key, hence by model and then by worker."""
+        """Yield the chunks that fit the tier, in the order of the listing: by key, hence by model and then by worker."""
         for entry in entries:
             if not isinstance(entry.key, self._takes):
                 self.skipped["other_kind"] += 1
@@ -76,27 +76,27 @@ class Planner:
 
 
 class Segments(Protocol):
-    """Chunks that are read segment by segment: a plan, or the part of one."""
+    """Chunks that are read segment by segment: a plan, or part of one."""
 
     @property
     def segments(self) -> int:
-        """How many segments there are."""
+        """Number of segments."""
 
     def segment(self, index: int) -> list[ChunkRef]:
-        """The chunks of one: `SEGMENT_CHUNKS`, and in the last what is left.
+        """Return the chunks of one segment: `SEGMENT_CHUNKS`, or fewer in the last one.
 
         Raises:
-            RefusedError: The file was changed since it was read first.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was first read.
+            PlanLostError: The file can no longer be read.
         """
 
 
 def chunks_from(source: Segments, start: int) -> Iterator[ChunkRef]:
-    """The chunks of a plan, or of a part of one, from its number `start` on, counted from 0.
+    """Yield the chunks of a plan, or of part of one, from index `start` on, counted from 0.
 
     Raises:
-        RefusedError: The file was changed since it was read first.
-        PlanLostError: The file cannot be read any more.
+        RefusedError: The file has changed since it was first read.
+        PlanLostError: The file can no longer be read.
     """
     for index in range(start // SEGMENT_CHUNKS, source.segments):
         segment = source.segment(index)
@@ -104,19 +104,19 @@ def chunks_from(source: Segments, start: int) -> Iterator[ChunkRef]:
 
 
 class WarmPlanFile:
-    """A plan on disk: a header, if it has one, and chunks, a line each. It is held open.
+    """A plan on disk: an optional header, and one chunk a line. The file is kept open.
 
-    Each segment is compared with what it was when the plan was read or written first: whatever becomes of the file meanwhile,
-    no chunk is given that was not in it then.
+    Each segment is compared with its content when the plan was first read or written: even if the file changes in the
+    meantime, only chunks that it contained then are returned.
 
     Attributes:
-        path: Of the file.
-        header: What the plan is of, as it was written; empty when the file has no header.
-        chunks: How many it holds.
-        bytes: The sum of their sizes.
-        home: What the paths of its chunks begin with, before the names of their keys; None as long as there are none.
-        shares: The same for each worker that chunks are for; under None, for those that are for all.
-        workers: Of each segment, how many chunks are for which worker.
+        path: Path of the file.
+        header: Description of the plan, as written; empty if the file has no header.
+        chunks: Number of chunks.
+        bytes: Sum of the chunks' sizes.
+        home: Common prefix of the chunks' paths before the names of their keys; None if there are no chunks.
+        shares: Number and bytes of the chunks for each worker; under None, those for all workers.
+        workers: For each segment, the number of chunks for each worker.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,12 +148,12 @@ class WarmPlanFile:
         chunks: Iterable[ChunkRef],
         header: Callable[[WarmPlanFile], dict[str, Any]] | None = None,
     ) -> WarmPlanFile:
-        """Write a plan, as the chunks come.
+        """Write a plan while its chunks are produced.
 
         Args:
-            path: Of the file.
-            chunks: In their order.
-            header: Makes the header, first of an empty plan and then of the whole, which may be longer by some counts.
+            path: Path of the file.
+            chunks: Chunks, in order.
+            header: Makes the header, first of the empty plan and then of the complete one, which may be longer by counts.
 
         Raises:
             OSError: The file cannot be written.
@@ -182,16 +182,16 @@ class WarmPlanFile:
 
     @classmethod
     def open(cls, path: Path, *, ours: bool = False) -> WarmPlanFile:
-        """Read a plan that was written before, every line of it.
+        """Read an existing plan, and validate every line.
 
         Args:
-            path: Of the file.
-            ours: Whether to refuse one that somebody else could have written.
+            path: Path of the file.
+            ours: Whether to refuse a file that another user could have written.
 
         Raises:
-            ConfigError: The file cannot be read, or a line of it is not a planned chunk; the message says which.
-            RefusedError: It belongs to another user, or others may write to it; or its header says what no plan says, or a
-                line names an object that is not that of its key.
+            ConfigError: The file cannot be read, or a line is not a planned chunk; the message names the line.
+            RefusedError: The file belongs to another user, or others may write to it; or its header contains what no plan
+                contains, or a line names an object that does not belong to its key.
         """
         plan, at, number = cls(path), 0, 0
         plan._file = file = Sealed(path, "plan")
@@ -235,15 +235,15 @@ class WarmPlanFile:
 
     @property
     def segments(self) -> int:
-        """How many segments it has."""
+        """Number of segments."""
         return len(self._segments)
 
     def segment(self, index: int) -> list[ChunkRef]:
-        """The chunks of one segment, at most `SEGMENT_CHUNKS`.
+        """Return the chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
-            RefusedError: The file was changed since it was read first.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was first read.
+            PlanLostError: The file can no longer be read.
         """
         if self._file is None:
             raise ValueError("the plan was not written yet")
@@ -254,26 +254,26 @@ class WarmPlanFile:
         return [ChunkRef.from_line(line) for line in whole.decode().split("\n") if line]
 
     def chunks_from(self, start: int) -> Iterator[ChunkRef]:
-        """The plan from its chunk number `start` on, counted from 0.
+        """Yield the chunks of the plan from index `start` on, counted from 0.
 
         Raises:
-            RefusedError: The file was changed since it was read first.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was first read.
+            PlanLostError: The file can no longer be read.
         """
         return chunks_from(self, start)
 
     def share(self, ranks: frozenset[int] | None) -> tuple[int, int]:
-        """How many chunks are for some workers, and their bytes.
+        """Return the number and the bytes of the chunks for some workers.
 
         Args:
-            ranks: Of the workers; None for all.
+            ranks: Ranks of the workers; None for all.
         """
         shares = [share for worker, share in self.shares.items() if is_for(worker, ranks)]
         return sum(chunks for chunks, _ in shares), sum(size for _, size in shares)
 
 
 def is_for(worker: int | None, ranks: frozenset[int] | None) -> bool:
-    """Whether a chunk of a worker is to be where some workers are; None stands for all."""
+    """Return whether a chunk of a worker belongs on a node with workers of some ranks; None stands for all."""
     return ranks is None or worker is None or worker in ranks
 
 
@@ -282,7 +282,7 @@ def _header_line(header: dict[str, Any]) -> bytes:
 
 
 def _seal_of(header: dict[str, Any]) -> str:
-    """A digest that shows whether a header was edited; it does not protect against forgery."""
+    """Return a digest that shows whether a header was edited; it does not protect against forgery."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
@@ -293,7 +293,9 @@ def _read_header(line: bytes) -> dict[str, Any]:
     version = header.pop(_HEADER)
     if version > VERSION:
         raise ValueError(f"the plan has the format {version}, of a newer warmer; this one reads up to {VERSION}")
-    json.dumps(header, ensure_ascii=False).encode()  # JSON may escape halves of characters, which no text can hold
+    json.dumps(
+        header, ensure_ascii=False
+    ).encode()  # raises for lone surrogates, which JSON can escape and UTF-8 cannot encode
     for name, kind in _HEADER_TYPES.items():
         if name in header and not isinstance(header[name], kind):
             raise ValueError(f"{name} of the header is not of the type that a plan has there")
@@ -305,7 +307,7 @@ def _read_header(line: bytes) -> dict[str, Any]:
     for name in NEVER_PLANNED & header.get("warm_up", {}).keys():
         raise RefusedError(f"warm_up of the header has {name}, which no plan names: give it on the command line")
     seal = header.pop(_SEAL, None)
-    # Older plans have none.
+    # Plans of older versions have no seal.
     if seal is not None and seal != _seal_of(header):
         raise RefusedError(
             "the header was changed after the plan was written: make a new plan, or give what is to be different on the command line"
@@ -320,36 +322,36 @@ _HEADER_TYPES: Final[dict[str, type]] = {
 
 
 class PlanPart:
-    """The chunks of a plan that are for certain workers, in its order.
+    """Chunks of a plan that are for certain workers, in the order of the plan.
 
     Args:
         plan: The plan.
-        workers: Their ranks; None among them stands for the chunks that are for all workers.
+        workers: Ranks of the workers; None among them stands for the chunks that are for all workers.
     """
 
     def __init__(self, plan: WarmPlanFile, workers: AbstractSet[int | None]) -> None:
         self._plan = plan
         self._workers = frozenset(workers)
         counts = (sum(counted[worker] for worker in self._workers) for counted in plan.workers)
-        # How many come before each segment of the plan, and in all.
+        # Number of chunks before each segment of the plan, and in total.
         self._before = list(itertools.accumulate(counts, initial=0))
 
     @property
     def chunks(self) -> int:
-        """How many there are."""
+        """Number of chunks."""
         return self._before[-1]
 
     @property
     def segments(self) -> int:
-        """How many segments they make; not those of the plan."""
+        """Number of segments of this part, which differ from those of the plan."""
         return -(-self.chunks // SEGMENT_CHUNKS)
 
     def segment(self, index: int) -> list[ChunkRef]:
-        """The chunks of one segment, at most `SEGMENT_CHUNKS`.
+        """Return the chunks of one segment, at most `SEGMENT_CHUNKS`.
 
         Raises:
-            RefusedError: The file was changed since it was read first.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was first read.
+            PlanLostError: The file can no longer be read.
         """
         start = index * SEGMENT_CHUNKS
         return list(itertools.islice(self._read(start), min(SEGMENT_CHUNKS, self.chunks - start)))
@@ -359,16 +361,16 @@ class PlanPart:
         left = start - self._before[first]
         for index in range(first, self._plan.segments):
             if self._before[index + 1] == self._before[index]:
-                continue  # nothing of it
+                continue  # no chunk of this segment is needed
             own = (chunk for chunk in self._plan.segment(index) if chunk.worker in self._workers)
             yield from itertools.islice(own, left, None)
             left = 0
 
     def chunks_from(self, start: int) -> Iterator[ChunkRef]:
-        """The part from its chunk number `start` on, counted from 0.
+        """Yield the chunks of the part from index `start` on, counted from 0.
 
         Raises:
-            RefusedError: The file was changed since it was read first.
-            PlanLostError: The file cannot be read any more.
+            RefusedError: The file has changed since it was first read.
+            PlanLostError: The file can no longer be read.
         """
         return chunks_from(self, start)

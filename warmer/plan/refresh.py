@@ -1,4 +1,4 @@
-"""What the bucket holds of a selection: listed into a plan, and looked up once more just before it is copied."""
+"""Second lookup of planned chunks in the bucket, just before they are copied."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _log = logging.getLogger(__name__)
 
 _LOOKUP_SECS: Final = 15.0
 _GRACE_SECS: Final = 5.0
-"""A lookup that goes on for so much longer than it may is not waited for."""
+"""Seconds beyond its limit for which a lookup is awaited."""
 
 _POLL_SECS: Final = 0.1
 _PAUSE_SECS: Final = 30.0
-"""How long no lookup is made after one failed: chunks are then copied as they were listed."""
+"""Seconds without lookups after a failed one, in which chunks are copied as they were listed."""
 
 CACHED_SEGMENTS: Final = 16
-"""Segments that are remembered: nodes that read the plan for themselves are rarely further apart."""
+"""Number of cached segments: nodes that read the plan by themselves are rarely further apart."""
 
 
 class RefreshedPlan:
-    """A plan as nodes are given it: each segment is looked up once more when the first node comes to it.
+    """A plan whose segments are looked up again when the first node reaches them.
 
-    Between the listing and that moment hours may pass, in which chunks are deleted or rewritten. Nodes that keep
-    pace share one lookup of a segment, so it costs the Hub as many requests as the listing did.
+    Hours may pass between the listing and that moment, in which chunks are deleted or rewritten. Nodes that keep pace
+    share one lookup of a segment, so it costs the Hub as many requests as the listing did.
 
     Args:
-        plan: The plan, or a part of it.
-        look_up: Tells chunks as the bucket has them now, such as `RefreshLookups.look_up`.
-        cached: Segments that are remembered.
+        plan: A plan, or part of one.
+        look_up: Returns chunks as the bucket has them now, such as `RefreshLookups.look_up`.
+        cached: Number of cached segments.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class RefreshedPlan:
         self._segments: OrderedDict[int, list[ChunkRef]] = OrderedDict()
 
     def chunks(self, start: int = 0) -> Iterator[ChunkRef]:
-        """The plan from its chunk number `start` on; chunks that were deleted meanwhile are `gone`."""
+        """Yield the chunks of the plan from index `start` on; chunks deleted in the meantime are marked `gone`."""
         return chunks_from(self, start)
 
     @property
     def segments(self) -> int:
-        """How many segments it has."""
+        """Number of segments."""
         return self._plan.segments
 
     def segment(self, index: int) -> list[ChunkRef]:
-        """The chunks of one segment, as the bucket has them."""
+        """Return the chunks of one segment, as the bucket has them."""
         segment = self._segments.get(index)
         if segment is None:
             segment = self._look_up(self._plan.segment(index))
@@ -75,12 +75,12 @@ class RefreshedPlan:
 
 
 class RefreshLookups:
-    """Looks chunks up for a whole run. The Hub may hang: an order to stop is obeyed meanwhile.
+    """Looks up chunks for a whole run. A stop takes effect even while the Hub hangs.
 
     Args:
-        bucket: Where they were listed.
-        stop: Says whether to stop.
-        clock: Tells the time, in seconds.
+        bucket: Bucket in which the chunks were listed.
+        stop: Whether to stop.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, bucket: Bucket, stop: Stop, clock: Callable[[], float] = time.monotonic) -> None:
@@ -90,9 +90,9 @@ class RefreshLookups:
         self._again_at = 0.0
 
     def look_up(self, chunks: list[ChunkRef]) -> list[ChunkRef]:
-        """The chunks as the bucket has them now; unchanged where the lookup fails or the run is stopped.
+        """Return the chunks as the bucket has them now; unchanged if the lookup fails or the run is stopped.
 
-        A lookup that fails changes nothing: nodes check every byte that they fetch, so an old plan is no danger.
+        A failed lookup is harmless: nodes check every byte that they fetch, so an old plan is no danger.
         """
         if self._stopped() or self._clock() < self._again_at:
             return chunks
@@ -116,11 +116,11 @@ class RefreshLookups:
 
 
 class _Asked(threading.Thread):
-    """One lookup. Nobody waits for it when the command ends.
+    """One lookup, in a daemon thread that does not delay the end of the command.
 
     Attributes:
-        fresh: The chunks as the bucket has them; None until the lookup has succeeded.
-        error: Why it did not.
+        fresh: Chunks as the bucket has them; None until the lookup has succeeded.
+        error: Error of a failed lookup.
     """
 
     def __init__(self, bucket: Bucket, chunks: list[ChunkRef]) -> None:
@@ -131,10 +131,10 @@ class _Asked(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        """Ask the Hub."""
+        """Send the request to the Hub."""
         try:
             self.fresh = _fresh(self._bucket, self._chunks)
-        except Exception as error:  # noqa: BLE001 - whatever it is, chunks are copied as they were listed
+        except Exception as error:  # noqa: BLE001 - after any error, chunks are copied as they were listed
             self.error = error
 
 

@@ -1,4 +1,4 @@
-"""A whole warm-up, as `warm.yaml` and the command's flags describe it: one model, in which every flag has its place."""
+"""Model of a whole warm-up, as `warm.yaml` and the command's flags describe it: every flag has its place in one model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from warmer.node.worker import CHUNK_TIMEOUT_SECS
 
 RANKS_LABEL: Final = "lmcache.workers"
 NODE_START_SECS: Final = 60.0
-"""Enough to start a worker process on a node that is busy loading a model."""
+"""Seconds to start a worker process on a node that is busy loading a model."""
 
 WAIT_ENGINE: Final = timedelta(minutes=10)
-"""Enough to load a model of some hundred GB from a local disk."""
+"""Time to load a model of some hundred GB from a local disk."""
 
 OBJECT_STORE_FRACTION: Final = 0.3
-"""Ray begins to write objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
+"""Ray spills objects to disk when a store is 80 % full; this leaves half of the store to others before that."""
 
 _OCTAL: Final = 8
 
 
 def _as_json(value: Any) -> Any:
-    """A mapping in YAML stands for the JSON that `lmcache server` takes."""
+    """Convert a mapping in YAML to the JSON text that `lmcache server` accepts."""
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -61,7 +61,7 @@ def _as_selector(value: Any) -> Any:
 
 
 def _as_names(value: Any) -> Any:
-    """`--nodes a,b` names two."""
+    """Split names separated by commas: `--nodes a,b` gives two."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
         return values
@@ -69,7 +69,7 @@ def _as_names(value: Any) -> Any:
 
 
 def _ranks(texts: list[str]) -> dict[str, str]:
-    """`--ranks gpu-a=0-3` as the mapping that YAML has."""
+    """Convert texts such as `--ranks gpu-a=0-3` to the mapping that YAML has."""
     ranks: dict[str, str] = {}
     for text in texts:
         node, _, of = text.rpartition("=")

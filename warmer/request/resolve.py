@@ -1,4 +1,4 @@
-"""A request resolved against instances, tiers and fingerprints."""
+"""Resolution of a request: its instance, tiers, prompts, and fingerprints."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MODELS: Final = 20
-"""Models whose fingerprints are looked at: each costs a call."""
+"""Maximum number of models whose fingerprints are read, each of which costs a call."""
 
 _SECS: Final = 30.0
 
 _AFTER_MODEL: Final = re.compile(r"[0-9]{1,7}|[0-9a-f]{8,}")
-"""A world size, or a rank of MP mode."""
+"""World size in classic keys, or rank in keys of MP mode."""
 
 
 @dataclass(slots=True)
 class Compared:
-    """What fingerprints tell of a choice.
+    """Result of comparing fingerprints with the configuration.
 
     Attributes:
-        facts: For the header of a plan: for each fingerprint the model, whose keys it is of, its digest, all that it says,
-            and how the configuration differs.
-        agree: Fingerprints from which it does not.
-        conflicts: In words, those from which it does.
+        facts: For the header of a plan: for each fingerprint its model, its kind of keys, its digest, its content, and the
+            differences from the configuration.
+        agree: Fingerprints that agree with the configuration.
+        conflicts: Descriptions of the fingerprints that differ from it.
     """
 
     facts: list[dict[str, Any]] = field(default_factory=list)
@@ -67,14 +67,14 @@ class Compared:
 
 
 def compare(resolved: ResolvedRequest, choosing: PlanBuilder, bucket: Bucket) -> Compared:
-    """Compare what is recorded of the chosen models with the configuration; with prompts, with the hashes made here too.
+    """Compare the recorded fingerprints of the chosen models with the configuration, and the hashes of prompts if any.
 
-    What differs is a warning; where no engine of the configuration would be served, and `fingerprint` is `enforce`, it is
-    refused.
+    Differences are logged as warnings; if no engine of the configuration would find the chunks and `fingerprint` is
+    `enforce`, the run is refused.
 
     Raises:
-        NothingToDoError: Refused.
-        HFBucketError: The fingerprints cannot be read, which under `enforce` is refused too.
+        NothingToDoError: The run is refused.
+        HFBucketError: The fingerprints cannot be read while `fingerprint` is `enforce`.
     """
     mode = resolved.instance.settings.fingerprint
     compared = Compared()
@@ -102,7 +102,7 @@ def _read(resolved: ResolvedRequest, choosing: PlanBuilder, bucket: Bucket, comp
         for model in itertools.islice(_models(choosing, store), _MODELS):
             found = store.read(model, Deadline.patient(_SECS))
             known = _of_mode(resolved, found.record.variants if found is not None else ())
-            if not known:  # an engine that ended right after its first store left a claim and no record
+            if not known:  # an engine that ended right after its first store left a claim, but no record
                 known = _of_mode(resolved, store.first_claimed(store.claims(model, Deadline.patient(_SECS)), None))
             for recorded in known:
                 _judge(resolved, choosing, recorded, compared)
@@ -126,7 +126,7 @@ def _models(choosing: PlanBuilder, store: FingerprintStore) -> list[str]:
 
 
 def _possible_models(prefix: str) -> Iterator[str]:
-    """The models whose keys may start with a text that holds an `@`, as far as the text tells: a model may hold `@` itself."""
+    """Yield the models whose keys may start with a text that contains `@`: a model's name may contain `@` itself."""
     fields = prefix.split("@")
     for place in range(1, len(fields)):
         yield "@".join(fields[:place])
@@ -153,7 +153,7 @@ def _judge(resolved: ResolvedRequest, choosing: PlanBuilder, recorded: Fingerpri
 
 
 def _as_hashed(resolved: ResolvedRequest, recorded: Fingerprint, here: Fingerprint | None) -> Fingerprint | None:
-    """What an engine would be that hashes as the prompts were hashed here."""
+    """Return the fingerprint of an engine that hashes as the prompts were hashed here."""
     selection = resolved.request.choose
     if recorded.mode == "classic":
         algorithm = here.hash_algorithm if here is not None else None
@@ -169,18 +169,18 @@ def _as_hashed(resolved: ResolvedRequest, recorded: Fingerprint, here: Fingerpri
 
 
 _CHUNK_TOKENS: Final = 256
-"""LMCache's own default of `chunk_size`."""
+"""LMCache's default of `chunk_size`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRequest:
-    """What a warm-up's names stand for.
+    """Objects that a warm-up's names stand for.
 
     Attributes:
         request: The warm-up.
-        instance: Where chunks come from; its settings may hold a token, so it stays in this process.
-        tiers: Where they go, in their order.
-        prompt_file: The prompts that engines are asked for; None where no tier loads by prompts.
+        instance: Source of the chunks; its settings may hold a token, so it stays in this process.
+        tiers: Destinations of the chunks, in order.
+        prompt_file: Prompts for engines that load by prompts; None if no tier does.
     """
 
     request: WarmRequest
@@ -190,24 +190,24 @@ class ResolvedRequest:
 
     @property
     def lists(self) -> bool:
-        """Whether chunks are listed in the bucket: prompts alone say what servers load by themselves."""
+        """Whether chunks are listed in the bucket; if not, servers load by prompts alone."""
         return not all(isinstance(tier, L1Declaration) for tier in self.tiers)
 
     @property
     def takes(self) -> type[Key]:
-        """The kind of key that the tiers take."""
+        """Kind of key that the tiers accept."""
         return self.tiers[0].takes
 
     def bucket(self) -> Bucket:
-        """The bucket client. Opens no connection."""
+        """Return the bucket client, without opening a connection."""
         settings = self.instance.settings
         return open_bucket(settings, self.instance.name, telemetry.MemorySink(), self.request.limits.chunk_timeout)
 
     def node_config(self, tier: AnyTier) -> NodeConfig:
-        """What nodes are told about one tier of directories, or about the staging directories of one of memory.
+        """Return the configuration of nodes for one directory tier, or for the staging directories of a memory tier.
 
         Raises:
-            ConfigError: The token would have to travel.
+            ConfigError: The token would have to be sent to the nodes.
         """
         if isinstance(tier, L1Declaration):
             raise TypeError(f"tier {tier.name!r} takes no chunks from nodes: its server loads them by itself")
@@ -225,10 +225,10 @@ class ResolvedRequest:
         )
 
     def chunk_tokens(self) -> int:
-        """Tokens of a chunk, as the engines have it.
+        """Return the tokens of a chunk in the engines' configuration.
 
         Raises:
-            ConfigError: The engines' configuration says what is no number.
+            ConfigError: The configured value is not a number.
         """
         path = self.request.source.lmcache_config
         if self.takes is not ClassicKey or path is None:
@@ -239,16 +239,16 @@ class ResolvedRequest:
         return size
 
     def prompts(self) -> PromptOrder | None:
-        """Where chunks stand among the prompts, when the warm-up names some.
+        """Return the order of chunks in the prompts; None if the warm-up names no prompts.
 
         Raises:
-            ConfigError: They cannot be read, or not be hashed.
+            ConfigError: The prompts cannot be read or hashed.
         """
         selection = self.request.choose
         if selection.prompts is None:
             return None
         prompts = read_prompts(selection.prompts)
-        first = next(prompts, None)  # what cannot be read is said before LMCache is loaded
+        first = next(prompts, None)  # report an unreadable file before LMCache is loaded
         if first is None:
             raise ConfigError(f"--prompts {str(selection.prompts)!r} holds no prompt")
         if self.takes is not ClassicKey:
@@ -263,10 +263,10 @@ class ResolvedRequest:
 
 
 def resolve_request(request: WarmRequest) -> ResolvedRequest:
-    """Find what a warm-up names.
+    """Resolve the names in a warm-up.
 
     Raises:
-        ConfigError: The configuration is wrong, or lacks it; or asks for what is not supported.
+        ConfigError: The configuration is invalid, lacks a name, or requests something that is not supported.
     """
     source = request.source
     if source.l2_adapter is not None and source.lmcache_config is not None:
@@ -297,10 +297,10 @@ def resolve_request(request: WarmRequest) -> ResolvedRequest:
 
 
 def _prompt_file(tier: L1Declaration, request: WarmRequest, instance: InstanceConfig) -> PromptFile:
-    """The prompts that a server is asked for.
+    """Return the prompts for a server.
 
     Raises:
-        ConfigError: It cannot be asked, since the warm-up does not say what for; or the prompts cannot be read.
+        ConfigError: The warm-up lacks what the server needs to load prompts, or the prompts cannot be read.
     """
     selection, why = (
         request.choose,
@@ -320,10 +320,10 @@ def _prompt_file(tier: L1Declaration, request: WarmRequest, instance: InstanceCo
 
 
 def without_token(instance: InstanceConfig) -> InstanceSettings:
-    """The settings of an instance as they may leave this process.
+    """Return the settings of an instance without its token, so that they may leave this process.
 
     Raises:
-        ConfigError: The only token is written into the configuration.
+        ConfigError: The only token is an inline one in the configuration.
     """
     settings, name = instance.settings, instance.name
     bare = settings.model_copy(update={"token": None})
@@ -338,7 +338,7 @@ def without_token(instance: InstanceConfig) -> InstanceSettings:
 
 
 def recorded(request: WarmRequest) -> WarmRequest:
-    """A warm-up as it may be written down: without a token, whatever the JSON of an adapter holds."""
+    """Return a warm-up for a record, without the token that the JSON of an adapter may hold."""
     text = request.source.l2_adapter
     if text is None:
         return request

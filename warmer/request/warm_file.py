@@ -1,4 +1,4 @@
-"""`warm.yaml`, and flags over it: read into one warm-up, or refused in words that name the place and the nearest known one."""
+"""Reading of `warm.yaml` and flags into one warm-up; errors name the place and the nearest known name."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from hfbucket_plugin.tools.options import Flag
 
 _INSTEAD: Final = {("choose", "all"): ("choose", "prefix"), ("choose", "prefix"): ("choose", "all")}
-"""What one says on the command line takes the place of the other in the file."""
+"""Options for which a value on the command line also replaces the other option in the file."""
 
 _SOURCES: Final = ("lmcache_config", "instance"), ("l2_adapter",)
 
 
 def load_request(path: Path | None, given: Mapping[Flag, Any], planned: Mapping[str, Any] | None = None) -> WarmRequest:
-    """A warm-up from a file and flags.
+    """Read a warm-up from a file and flags.
 
     Args:
-        path: Of a `warm.yaml`; None for none.
-        given: What flags gave; it takes the place of what the file says there.
-        planned: What a plan was made of; the file takes the place of it there, but the plan alone says which chunks.
+        path: Path of a `warm.yaml`; None for no file.
+        given: Values of flags, which override those of the file.
+        planned: Request from which a plan was made; the file overrides it, except for the choice of chunks.
 
     Raises:
-        ConfigError: The file cannot be read, or something in it or in the flags is wrong; all of it is named.
+        ConfigError: The file cannot be read, or values in the file or in flags are invalid; all of them are named.
     """
     document = _merged(dict(planned or {}), {} if path is None else _read(path))
     flagged = {flag.place for flag in given}
@@ -58,29 +58,29 @@ def read_request(path: Path) -> WarmRequest:
     """Read a request from a `warm.yaml`, as `--config` does.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Raises:
-        ConfigError: The file cannot be read, or something in it is wrong; all of it is named.
+        ConfigError: The file cannot be read, or values in it are invalid; all of them are named.
     """
     return load_request(path, {})
 
 
 def validated(document: Mapping[str, Any], source: str | None) -> WarmRequest:
-    """A warm-up from values.
+    """Validate values as a warm-up.
 
     Args:
-        document: The values.
-        source: The file that they are from, for errors; None for flags alone.
+        document: Values.
+        source: File from which the values come, for errors; None for flags alone.
 
     Raises:
-        ConfigError: Some are wrong; all of them are named.
+        ConfigError: Values are invalid; all of them are named.
     """
     try:
         return WarmRequest.model_validate(document)
     except ValidationError as error:
         words = "; ".join(_reason(item) for item in error.errors(include_url=False, include_input=False))
-    # Outside of the handler: the cause would print the values.
+    # Raised outside of the handler, because a traceback of the cause would print the values.
     raise ConfigError(f"{source}: {words}" if source else words)
 
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"--config {str(path)!r} is no mapping of settings")
-    # A section of which all lines are commented out is None.
+    # The value of a section whose lines are all commented out is None.
     return {
         name: value for name, value in document.items() if value is not None or name not in WarmRequest.model_fields
     }
@@ -107,7 +107,7 @@ def _merged(below: Any, above: Any) -> Any:
         return above
     merged = dict(below)
     for name, value in above.items():
-        # A section is merged; a mapping of nodes in it is replaced as a whole.
+        # Sections are merged; a mapping inside a section, such as that of nodes, is replaced as a whole.
         deeper = name in WarmRequest.model_fields and isinstance(value, dict)
         merged[name] = _merged(merged.get(name, {}), value) if deeper else value
     return merged
