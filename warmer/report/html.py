@@ -1,4 +1,4 @@
-"""The report as one HTML page."""
+"""Report of a run or of a check as one HTML page."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 
 BINS: Final = 120
-"""Intervals of a run, however long it is: as many as a plot on a phone can tell apart."""
+"""Number of intervals of a run of any duration, as many as a plot on a phone can show."""
 
 _FIRST_WIDTH_SECS: Final = 0.1
 
 
 class TimeBins:
-    """Sums over time by name: a fixed number of bins, which become twice as wide when the time runs past the last one.
+    """Sums over time by name, in a fixed number of bins that double in width when the time exceeds the last bin.
 
-    Memory is that of names times bins: 1 MiB for 1,000 nodes.
+    The memory is proportional to names times bins: 1 MiB for 1,000 nodes.
 
     Args:
-        bins: How many; even.
-        width_secs: How wide they are at first.
+        bins: Number of bins; even.
+        width_secs: Initial width of a bin in seconds.
 
     Attributes:
-        width_secs: How wide they are by now.
-        series: What fell into each bin; by name.
+        width_secs: Present width of a bin in seconds.
+        series: Sum in each bin, by name.
     """
 
     def __init__(self, bins: int = BINS, width_secs: float = _FIRST_WIDTH_SECS) -> None:
@@ -52,7 +52,7 @@ class TimeBins:
         self.series: dict[str, array[int]] = {}
 
     def add(self, name: str, at_secs: float, amount: int) -> None:
-        """Add to the bin of a time, which counts from the first bin's start."""
+        """Add an amount to the bin of a time in seconds since the start of the first bin."""
         while (place := int(at_secs / self.width_secs)) >= self._bins:
             self._widen()
         series = self.series.get(name)
@@ -68,29 +68,29 @@ class TimeBins:
 
 
 class Latencies:
-    """How long things took: counts in fixed buckets, four to each power of ten from 1 ms to 1000 s.
+    """Distribution of durations, in fixed buckets, four for each power of ten from 1 ms to 1000 s.
 
     Attributes:
-        counts: One for each bucket; the last is for what took longer than all bounds.
+        counts: Count in each bucket; the last one is for durations beyond all bounds.
     """
 
     BOUNDS: Final = tuple(10 ** (step / 4) for step in range(-12, 13))
-    """The upper end of each bucket but the last, in seconds."""
+    """Upper bound of each bucket except the last, in seconds."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(self.BOUNDS) + 1)
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count one duration."""
         self.counts[bisect_left(self.BOUNDS, seconds)] += 1
 
     @property
     def total(self) -> int:
-        """How many were counted."""
+        """Number of durations counted."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """The upper end of the bucket that holds this share of all, in seconds; 0 of none, infinite beyond the last bound."""
+        """Return the upper bound of the bucket that reaches a share of all, in seconds; 0 if empty, infinite beyond the bounds."""
         wanted, seen = share * self.total, 0
         for bound, count in zip(self.BOUNDS, self.counts, strict=False):
             seen += count
@@ -100,14 +100,14 @@ class Latencies:
 
 
 class History(Observer):
-    """An observer that remembers.
+    """Observer that records a run for the page.
 
     Attributes:
-        began: When.
-        reports: Of the tiers, in their order.
-        bytes: What was copied over time, by the node's id; over all tiers.
-        from_hub: How long chunks took that came from the Hub.
-        from_nodes: How long chunks took that came from other nodes.
+        began: Time at which the first tier began.
+        reports: Reports of the tiers, in order.
+        bytes: Bytes copied over time, by node id, over all tiers.
+        from_hub: Durations of chunks that came from the Hub.
+        from_nodes: Durations of chunks that came from other nodes.
     """
 
     def __init__(self) -> None:
@@ -119,36 +119,36 @@ class History(Observer):
         self._since: float | None = None
 
     def begin(self, report: RunReport) -> None:
-        """A tier is about to be filled; time counts from the first one's beginning."""
+        """Record the start of a tier; time counts from the start of the first one."""
         self.reports.append(report)
         if self._since is None:
             self._since = time.monotonic()
 
     def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
-        """Remember a chunk that was copied."""
+        """Record a chunk that was copied."""
         if isinstance(outcome, Copied) and self._since is not None:
             self.bytes.add(node, time.monotonic() - self._since, outcome.size)
             if not outcome.reused:
                 (self.from_nodes if outcome.received else self.from_hub).add(outcome.seconds)
 
     def loaded(self, _report: RunReport, node: str, size: int) -> None:
-        """Remember chunks that an engine loaded; how long each took, it does not tell."""
+        """Record chunks that an engine loaded, without durations, which the engine does not report."""
         if size and self._since is not None:
             self.bytes.add(node, time.monotonic() - self._since, size)
 
     def names(self) -> dict[str, str]:
-        """The names of the nodes, by id."""
+        """Return the names of the nodes, by id."""
         return {node.id: node.name for report in self.reports for node in report.nodes.values()}
 
 
 DRAWN_NODES: Final = 10
-"""Nodes with a colour of their own in the plot over time."""
+"""Maximum number of nodes with a colour of their own in the plot over time."""
 
 NAMED_ROWS: Final = 20
-"""Tiers of nodes with a bar of their own."""
+"""Maximum number of bars, one for each tier of a node."""
 
 LISTED_ROWS: Final = 100
-"""Tiers of nodes in the table."""
+"""Maximum number of table rows, one for each tier of a node."""
 
 LISTED_FAILURES: Final = 100
 
@@ -168,11 +168,11 @@ _OF_A_NODE: Final = ("selected", "copied", "received", "reused", "present", "fai
 
 
 def run_page(summary: Mapping[str, Any], history: History) -> str:
-    """The page of a run.
+    """Return the HTML page of a run.
 
     Args:
-        summary: As it is printed, see `docs/warm.md`.
-        history: What was remembered of it.
+        summary: Summary as printed; see `docs/warm.md`.
+        history: Recorded history of the run.
     """
     tiers = summary.get("tiers") or [summary]
     rows = [(tier["tier"], node) for tier in tiers for node in tier["nodes"]]
@@ -193,10 +193,10 @@ def run_page(summary: Mapping[str, Any], history: History) -> str:
 
 
 def check_page(record: Mapping[str, Any]) -> str:
-    """The page of a check.
+    """Return the HTML page of a check.
 
     Args:
-        record: As it is printed, see `docs/warm.md`.
+        record: Record as printed; see `docs/warm.md`.
     """
     nodes = record["nodes"]
     named, others = _chosen(nodes, NAMED_ROWS, lambda node: 1 - node["share"])
@@ -291,7 +291,7 @@ def _over_time(history: History, left: Mapping[str, float]) -> Iterator[str]:
         yield paragraph("Nothing was copied.", "faint")
         return
     most = max(place for bins in series.values() for place, amount in enumerate(bins) if amount) + 1
-    # Those that took longest, or did not get all: what somebody who looks at this page looks for.
+    # Draw the nodes that took longest or did not get all their chunks, which are the ones that readers look for.
     last = {name: max(place for place, amount in enumerate(bins) if amount) for name, bins in series.items()}
     chosen, others = _chosen(list(series), DRAWN_NODES, lambda name: (left.get(name, 0.0), last[name]))
     drawn = [series[name][:most] for name in chosen]
@@ -356,7 +356,7 @@ def _said(node: Mapping[str, Any]) -> str:
 
 
 def _chosen(rows: Sequence[Any], most: int, worth: Any) -> tuple[list[Any], list[Any]]:
-    """The rows that are worth most, in their own order; and the others."""
+    """Return the rows that are worth most, in their order, and the other rows."""
     if len(rows) <= most:
         return list(rows), []
     best = set(heapq.nlargest(most, range(len(rows)), key=lambda at: worth(rows[at])))
@@ -364,7 +364,7 @@ def _chosen(rows: Sequence[Any], most: int, worth: Any) -> tuple[list[Any], list
 
 
 def _left(node: Mapping[str, Any]) -> float:
-    """The part of a node's chunks that is not there."""
+    """Return the share of a node's chunks that is absent."""
     return 1 - (node["copied"] + node["present"]) / node["selected"] if node["selected"] else 0.0
 
 
@@ -410,23 +410,23 @@ OPTION: Final = "--report-html"
 
 
 class PageFile:
-    """A page that somebody may have asked for."""
+    """Page file of a run or of a check, if one was requested."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._history = History()
 
     def open(self, path: Path | None) -> tuple[Observer, ...]:
-        """Make sure that the page can be written and drawn.
+        """Check that the page can be written and drawn.
 
         Args:
-            path: Of the page; None for none.
+            path: Path of the page; None for no page.
 
         Returns:
-            Who has to look on for it.
+            The observers that the page needs.
 
         Raises:
-            ConfigError: It cannot be written, or what draws its plots is not installed.
+            ConfigError: The file cannot be written, or the library that draws the plots is not installed.
         """
         if path is None:
             return ()
@@ -436,7 +436,7 @@ class PageFile:
         return (self._history,)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write the page of a summary, or of the record of a check. What was done stays done when that fails."""
+        """Write the page of a summary or of a check's record; a failure does not affect the result of the command."""
         if self._path is None:
             return
         try:
@@ -447,5 +447,5 @@ class PageFile:
             )
         except ConfigError as error:
             _log.warning("%s", error)
-        except Exception:  # noqa: BLE001 - a plot that cannot be drawn says nothing about the run, and must not change its exit code
+        except Exception:  # noqa: BLE001 - a plot that cannot be drawn must not change the exit code of the run
             _log.exception("%s: the page could not be drawn", OPTION)

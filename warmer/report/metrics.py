@@ -1,4 +1,4 @@
-"""Metrics of a run, for Prometheus and for Ray."""
+"""Metrics of a run, for Ray and Prometheus."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 PREFIX: Final = "ray_"
-"""What Ray puts before each name; and `_total` after those of counters."""
+"""Prefix that Ray adds to each name; it also appends `_total` to those of counters."""
 
 
 class CountedBytes:
-    """How many things there were, and of how many bytes: two counters with the same tags.
+    """Two counters with the same tags: the number of things, and their bytes.
 
     Args:
-        things: The name of the first.
-        bytes_name: The name of the second.
-        what: The things, in words.
+        things: Name of the counter of things.
+        bytes_name: Name of the counter of bytes.
+        what: Description of the things.
         tags: Names of the tags.
     """
 
@@ -38,12 +38,12 @@ class CountedBytes:
         self._bytes = Counter(bytes_name, f"{what}, in bytes", tags)
 
     def add(self, count: int, size: int, tags: Mapping[str, str]) -> None:
-        """Count some; none and no bytes are counted as nothing.
+        """Add to both counters; adding zero things and zero bytes has no effect.
 
         Args:
-            count: How many.
-            size: Their bytes.
-            tags: A value for each.
+            count: Number of things.
+            size: Bytes of the things.
+            tags: Value of each tag.
         """
         if count:
             self._things.inc(count, dict(tags))
@@ -69,10 +69,10 @@ _OF_COUNTS: Final = {
 
 
 class RunMetrics(Observer):
-    """An observer that counts. Chunks are counted once a second, not one by one: there may be millions.
+    """Observer that updates metrics. Chunks are counted once a second, not one by one, because there may be millions.
 
-    Node and tier are told by name; `node_id` is Ray's, since names need not be unique. The number of series is that of nodes
-    times tiers times outcomes, never of chunks.
+    Tags name node and tier; `node_id` is Ray's id, as names need not be unique. The number of series is that of nodes times
+    tiers times outcomes, independent of the number of chunks.
     """
 
     def __init__(self) -> None:
@@ -99,12 +99,12 @@ class RunMetrics(Observer):
         self._reported_coverage: dict[str, float] = {}
 
     def begin(self, report: RunReport) -> None:
-        """Start over: each tier has its own series."""
+        """Start over, because each tier has its own series."""
         self._forget()
         self._report_coverage(report)
 
     def ended(self, _report: RunReport, node: str, outcome: Outcome) -> None:
-        """Keep in mind what the report does not tell by node."""
+        """Record details that the report does not contain by node."""
         if isinstance(outcome, Copied) and outcome.received:
             self._received_bytes[node] += outcome.size
         elif isinstance(outcome, Copied) and outcome.reused:
@@ -113,15 +113,15 @@ class RunMetrics(Observer):
             self._kinds[node, outcome.kind] += 1
 
     def lacking(self, _report: RunReport, node: str, chunks: int, kind: str) -> None:
-        """Keep in mind what the report does not tell by node."""
+        """Record details that the report does not contain by node."""
         self._kinds[node, kind] += chunks
 
     def lost(self, report: RunReport, node: str, kind: str) -> None:
-        """Count a node."""
+        """Count a lost node."""
         self._lost.inc(1, _tags(report, node) | {"kind": kind})
 
     def look(self, report: RunReport, in_progress: Mapping[str, tuple[int, int]]) -> None:
-        """Tell what has changed."""
+        """Update the metrics with what has changed."""
         for node in report.nodes.values():
             self._report_chunks(report, node)
         for (name, kind), count in self._kinds.items():
@@ -132,7 +132,7 @@ class RunMetrics(Observer):
         self._report_coverage(report)
 
     def close(self, report: RunReport) -> None:
-        """Tell how it ended; nothing is in progress any more."""
+        """Update the metrics for the last time; nothing is in progress any more."""
         self.look(report, {})
 
     def _report_chunks(self, report: RunReport, node: NodeReport) -> None:

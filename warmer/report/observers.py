@@ -1,4 +1,4 @@
-"""Who looks on while a run goes on: a display, metrics, what a page is drawn from. None of them has a say in it."""
+"""Observers of a run, such as a display, metrics and the HTML page; they cannot influence the run."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ _LOOK_SECS: Final = 1.0
 
 
 class Observer:
-    """Is told how the run of one tier goes; of several tiers, one after the other. Called in the driver's thread only."""
+    """Observer of the tiers of a run, one after the other. Called in the driver's thread only."""
 
     def begin(self, report: RunReport) -> None:
-        """A tier is about to be filled; the report is the one that the other calls bring, and goes on changing."""
+        """Handle the start of a tier; all later calls pass the same report, which keeps changing."""
 
     def ended(self, report: RunReport, node: str, outcome: Outcome) -> None:
-        """A chunk has ended on a node; the report counts it already. Called for every chunk: it has to be cheap."""
+        """Handle the end of a chunk, already counted in the report. Must be cheap, as it is called for every chunk."""
 
     def loaded(self, report: RunReport, node: str, size: int) -> None:
-        """An engine has loaded chunks of so many bytes by itself; the report counts them already."""
+        """Handle chunks of `size` bytes that an engine loaded by itself, already counted in the report."""
 
     def lacking(self, report: RunReport, node: str, chunks: int, kind: str) -> None:
-        """So many chunks were not loaded by an engine, all for one reason; the report counts them already."""
+        """Handle a number of chunks that an engine did not load, for one reason, already counted in the report."""
 
     def lost(self, report: RunReport, node: str, kind: str) -> None:
-        """A node takes no part any more; the report says why."""
+        """Handle the loss of a node; the report contains the reason."""
 
     def look(self, report: RunReport, in_progress: Mapping[str, tuple[int, int]]) -> None:
-        """Time has passed: called about once a second.
+        """Handle the passage of time: called about once a second.
 
         Args:
-            report: Of the tier.
-            in_progress: The chunks that nodes are busy with, and their bytes; by the nodes' ids.
+            report: Report of the tier.
+            in_progress: Number of chunks and bytes in progress, by node id.
         """
 
     def close(self, report: RunReport) -> None:
-        """The tier is over."""
+        """Handle the end of the tier."""
 
 
 @contextlib.contextmanager
 def observing(observers: Sequence[Observer], report: RunReport) -> Iterator[None]:
-    """Let observers see a tier from its beginning to its end, however that comes."""
+    """Start observers for a tier, and close them when the block ends, also after an error."""
     for one in observers:
         one.begin(report)
     try:
@@ -66,14 +66,14 @@ def observing(observers: Sequence[Observer], report: RunReport) -> Iterator[None
 
 @dataclass(slots=True)
 class EventDispatcher:
-    """Tells the report of a tier what happens, and lets a display and observers see it; called a few times a second.
+    """Forwards the events of a tier to its report, a display and observers; the latter are updated at intervals.
 
     Args:
-        report: Of the tier.
-        display: Shows it.
-        observers: Look at it about once a second.
-        in_progress: What nodes are busy with.
-        take_place: Is told when a node takes the place of a lost one.
+        report: Report of the tier.
+        display: Display, updated a few times a second.
+        observers: Observers, updated about once a second.
+        in_progress: Returns the chunks and bytes in progress, by node id.
+        take_place: Called when a node replaces a lost one.
     """
 
     report: RunReport
@@ -84,43 +84,43 @@ class EventDispatcher:
     _next: float = field(default=0.0, init=False)
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        """A chunk has ended on a node."""
+        """Handle the end of a chunk on a node."""
         self.report.ended(node, outcome)
         for one in self.observers:
             one.ended(self.report, node, outcome)
 
     def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        """A node takes part, see `RunReport.started`."""
+        """Handle the start of a node; see `RunReport.started`."""
         self.report.started(node, start_secs, open_secs)
 
     def replaced(self, node: str, by: Node) -> None:
-        """A node took the place of a lost one."""
+        """Handle the replacement of a lost node."""
         _log.warning("node %s: %s takes its place", self.report.nodes[node].name, by.name)
         self.report.replaced(node, by)
         self.take_place(node, by)
 
     def loaded(self, node: str, *, copied: int, present: int, size: int) -> None:
-        """An engine has loaded chunks by itself, see `RunReport.loaded`."""
+        """Handle chunks that an engine loaded by itself; see `RunReport.loaded`."""
         self.report.loaded(node, copied=copied, present=present, size=size)
         for one in self.observers:
             one.loaded(self.report, node, size)
 
     def lacking(self, node: str, chunks: int, kind: str, message: str) -> None:
-        """An engine did not load chunks, see `RunReport.lacking`."""
+        """Handle chunks that an engine did not load; see `RunReport.lacking`."""
         if chunks:
             self.report.lacking(node, chunks, kind, message)
             for one in self.observers:
                 one.lacking(self.report, node, chunks, kind)
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        """A node takes no part any more."""
+        """Handle the loss of a node."""
         _log.warning("node %s: %s: %s", self.report.nodes[node].name, kind, message)
         self.report.lost(node, kind, message)
         for one in self.observers:
             one.lost(self.report, node, kind)
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Update the display and the observers."""
         self.display.show(self.report)
         now = time.monotonic()
         if now >= self._next:

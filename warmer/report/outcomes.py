@@ -1,4 +1,4 @@
-"""Outcomes of chunks and the errors of the warmer."""
+"""Outcomes of chunks, and errors of the warmer."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from typing import Final
 from hfbucket_plugin.errors import HFBucketError, RefusedError
 
 INTERRUPTED: Final = "interrupted"
-"""The kind of a chunk that was given up because the run was told to stop: neither there nor failed."""
+"""Kind of a chunk that was given up because the run was stopped: neither present nor failed."""
 
 NODE_LOST: Final = "node_lost"
-"""The kind of a chunk whose node was lost before it ended there."""
+"""Kind of a chunk whose node was lost before the chunk ended."""
 
 NODE_START: Final = "node_start"
-"""The kind of a chunk whose node never took part."""
+"""Kind of a chunk whose node never took part."""
 
 MISSING: Final = "missing"
-"""The kind of a chunk that the bucket holds no longer."""
+"""Kind of a chunk that the bucket no longer holds."""
 
 NO_ROOM: Final = "no_room"
-"""The kind of a chunk for which a tier had no room."""
+"""Kind of a chunk for which a tier had no room."""
 
 ENGINE: Final = "engine"
-"""The kind of a chunk that an engine did not take: it was not there in time, or did not load it."""
+"""Kind of a chunk whose engine did not answer in time, or did not load the chunk."""
 
 TIER_KINDS: Final = frozenset({"tier", NO_ROOM, "key", ENGINE})
-"""The kinds of chunks that a node's own tier did not take."""
+"""Kinds of chunks that a node's own tier did not accept."""
 
 UNMOVED_KINDS: Final = frozenset({MISSING, NO_ROOM, "key"})
-"""The kinds of chunks of which no byte was asked for."""
+"""Kinds of chunks for which no bytes were requested."""
 
 INTERNAL: Final = "internal"
-"""The kind of a chunk that failed for a reason that nobody foresaw; the message has it."""
+"""Kind of a chunk that failed for an unexpected reason, which the message contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """How a chunk ended on a node.
+    """Outcome of a chunk on a node.
 
     Attributes:
-        key: Its key string.
-        size: Bytes that it has, or should have.
+        key: Key string of the chunk.
+        size: Actual or expected size in bytes.
     """
 
     key: str
@@ -58,12 +58,12 @@ class Copied(_Ended):
     """The chunk was moved, verified, and is in the tier.
 
     Attributes:
-        received: Whether it came from another node, and not from the Hub.
-        reused: Whether it came from another tier of the same node, and neither from the Hub nor from another node.
-        seconds: From when its node turned to it until it was in the tier, by the clock of that node.
-        asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
-        repaired: The tiers of the node in whose place of it something else was found, which is right now.
-        left: Why something else is still in its place in other tiers of the node.
+        received: Whether the chunk came from another node, not from the Hub.
+        reused: Whether the chunk came from another tier of the same node, not from the Hub or another node.
+        seconds: Seconds from the node's first work on the chunk until it was in the tier, by the node's clock.
+        asked: Bytes requested from the Hub, retries included; None if not counted.
+        repaired: Tiers of the node that held other content in the chunk's place and are right now.
+        left: Reasons why other tiers of the node still hold other content in the chunk's place.
     """
 
     received: bool = False
@@ -76,7 +76,7 @@ class Copied(_Ended):
 
 @dataclass(frozen=True, slots=True)
 class Present(_Ended):
-    """The tier held the chunk already, at the right size."""
+    """The tier already held the chunk with the right size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ class Failed(_Ended):
     """The chunk is not in the tier.
 
     Attributes:
-        kind: The `kind` of the error, or one of this module's.
-        message: What was wrong, in words.
-        asked: Bytes that the Hub was asked for, each try counted; None where nobody counted.
+        kind: `kind` of the error, or one of this module's kinds.
+        message: Reason in words.
+        asked: Bytes requested from the Hub, retries included; None if not counted.
     """
 
     kind: str
@@ -96,15 +96,15 @@ class Failed(_Ended):
 
 @dataclass(frozen=True, slots=True)
 class Right(_Ended):
-    """A check found the chunk in the tier, as the plan has it."""
+    """A check found the chunk in the tier as planned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wrong(_Ended):
-    """A check found something else in the chunk's place: an engine would serve it, or stumble over it.
+    """A check found other content in the chunk's place, which an engine would serve or fail on.
 
     Attributes:
-        message: What is wrong with it.
+        message: What is wrong with the content.
     """
 
     message: str
@@ -112,56 +112,56 @@ class Wrong(_Ended):
 
 @dataclass(frozen=True, slots=True)
 class Missing(_Ended):
-    """A check found nothing in the chunk's place."""
+    """A check found no content in the chunk's place."""
 
 
 Outcome = Copied | Present | Failed | Right | Wrong | Missing
 
 
 class TierError(HFBucketError, OSError):
-    """A local tier could not be read or written: no right, no such disk."""
+    """A local tier could not be read or written, for example because of permissions or a missing disk."""
 
     kind = "tier"
 
 
 class TierFullError(TierError):
-    """A local tier has no room for a chunk: its budget, its floor of free space, or its disk."""
+    """A local tier has no room for a chunk: because of its budget, its floor of free space, or its disk."""
 
     kind = NO_ROOM
 
 
 class PlanLostError(HFBucketError):
-    """A plan, or a file of prompts, cannot be read any more in the middle of a run."""
+    """A plan, or a file of prompts, became unreadable during a run."""
 
     kind = "plan"
 
 
 class EngineError(HFBucketError, ConnectionError):
-    """An engine, or the `lmcache server` of a node, does not answer, or does not do what it was asked for."""
+    """An engine, or the `lmcache server` of a node, does not answer or fails to execute a request."""
 
     kind = ENGINE
 
 
 class ClusterError(HFBucketError, ConnectionError):
-    """The Ray cluster that is configured does not answer, or does not let us in."""
+    """The configured Ray cluster does not answer, or denies access."""
 
     kind = "cluster"
 
 
 class NothingToDoError(RefusedError):
-    """Nothing is selected that the tiers can take, or no node is there to take it."""
+    """No selected chunk fits the tiers, or there is no node to take part."""
 
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def local_trouble(error: Exception) -> str:
-    """What this machine lacks, or a fault of our own, in one line and never as a traceback; empty for errors of ours."""
+    """Describe a local resource problem or an internal error in one line, without a traceback; empty for known errors."""
     if isinstance(error, HFBucketError):
         return ""
     if isinstance(error, MemoryError):
         return "there was not enough memory: stop others, or raise the limit of this process"
-    if isinstance(error, (OSError, sqlite3.Error)):  # no room for a plan, or it went away
+    if isinstance(error, (OSError, sqlite3.Error)):  # for example, a plan has no room or was removed
         return f"a file of this machine failed: {error}{_advice(error)}"
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where)
@@ -169,7 +169,7 @@ def local_trouble(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
-    """What to do where there is no directory for temporary files, or no room in it, which is said in words alone."""
+    """Return advice if the directory for temporary files is missing or full, which only the error's message shows."""
     if "temporary directory" in str(error):
         return "; set TMPDIR to a directory that can be written"
     named = isinstance(error, OSError) and error.filename is not None

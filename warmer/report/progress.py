@@ -1,4 +1,4 @@
-"""Progress of a run: lines, or a live table in a terminal."""
+"""Progress of a run: JSON lines, or a live table in a terminal."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 WINDOW_SECS: Final = 15.0
-"""Long enough to even out batches, short enough to show that a node has become slow."""
+"""Time over which rates are measured: long enough to average batches, short enough to show that a node became slow."""
 
 _SAMPLE_SECS: Final = 1.0
 
 
 class Rate:
-    """How fast a total grows; keeps a sample a second, and no more than the window holds.
+    """Growth rate of a total, from one sample a second within a window.
 
     Args:
-        now: The time, in seconds.
-        window_secs: Over how long it is measured.
+        now: Current time, in seconds.
+        window_secs: Length of the window in seconds.
     """
 
     def __init__(self, now: float, window_secs: float = WINDOW_SECS) -> None:
@@ -43,7 +43,7 @@ class Rate:
         self._last = (now, 0.0)
 
     def add(self, now: float, total: float) -> None:
-        """Note what the total is by now."""
+        """Record the present total."""
         self._last = (now, total)
         if now - self._samples[-1][0] >= _SAMPLE_SECS:
             self._samples.append(self._last)
@@ -52,23 +52,23 @@ class Rate:
 
     @property
     def per_sec(self) -> float:
-        """What it grew by in a second."""
+        """Return the growth of the total per second."""
         then, before = self._samples[0]
         now, total = self._last
         return (total - before) / (now - then) if now > then else 0.0
 
     def secs_for(self, left: float) -> float | None:
-        """How long the rest will take at this rate; None while it does not grow."""
+        """Return the seconds until the total has grown by `left` at this rate; None if it does not grow."""
         if left <= 0:
             return 0.0
         return left / self.per_sec if self.per_sec > 0 else None
 
 
 SHOWN_NODES: Final = 20
-"""Rows at most, whatever the number of nodes."""
+"""Maximum number of rows, whatever the number of nodes."""
 
 _OTHER_LINES: Final = 4
-"""Of the terminal: the head, the row of all other nodes, the row of all nodes, and the line below."""
+"""Further lines of the table: its head, a row for all other nodes, a row for all nodes, and the line below."""
 
 _BAR_WIDTH: Final = 20
 _SHOWS_A_SECOND: Final = 4
@@ -77,12 +77,12 @@ _HOUR: Final = 3600
 
 
 class LiveTable:
-    """A live display in a terminal.
+    """Live display in a terminal.
 
-    Where there are more nodes than rows, those have one that have most left to do, and the others are summed up in one row.
+    If there are more nodes than rows, the nodes with most left to do have a row each, and one row sums up the others.
 
     Args:
-        console: Where to.
+        console: Console of the terminal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -95,7 +95,7 @@ class LiveTable:
         self._live.start()
 
     def show(self, report: RunReport) -> None:
-        """Show how far it is; a few times a second, however often it is called."""
+        """Update the display; redraws only a few times a second, however often it is called."""
         self._last = report
         now = time.monotonic()
         if now >= self._next_show:
@@ -106,14 +106,14 @@ class LiveTable:
         for node in report.nodes.values():
             _rate(self._rates, node.id, now).add(now, node.bytes)
         _rate(self._rates, "", now).add(now, report.total("bytes"))
-        if not report.expected_bytes:  # an engine loads by itself, and tells the size afterwards
+        if not report.expected_bytes:  # an engine loads by itself, and reports the size only afterwards
             for node in report.nodes.values():
                 _rate(self._chunks, node.id, now).add(now, node.ended)
             _rate(self._chunks, "", now).add(now, report.total("ended"))
         self._live.update(self.table(report))
 
     def table(self, report: RunReport) -> Table:
-        """The table, as of what was shown last."""
+        """Return the table of the last state shown."""
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
         table.add_column("node", no_wrap=True, overflow="ellipsis", max_width=32)
         table.add_column("", width=_BAR_WIDTH)
@@ -155,7 +155,7 @@ class LiveTable:
         )
 
     def close(self) -> None:
-        """Leave the last picture in the terminal."""
+        """Stop the display, and leave the last state in the terminal."""
         if self._last is not None:
             self._draw(self._last, time.monotonic())
         self._live.stop()
@@ -172,13 +172,13 @@ def _per_sec(rates: Mapping[str, Rate], names: Sequence[str]) -> float:
 
 
 def behind(nodes: Sequence[NodeReport], most: int) -> list[NodeReport]:
-    """Those of some nodes that have most left to do, in the order of their names; all of them where they are few."""
+    """Return the nodes with most left to do, at most `most`, in the order of their names."""
     chosen = nodes if len(nodes) <= most else heapq.nlargest(most, nodes, key=_left)
     return sorted(chosen, key=lambda node: (node.name, node.id))
 
 
 def _left(node: NodeReport) -> float:
-    """The part of a node's bytes that is not there; what is given up is left no more than what is there."""
+    """Return the share of a node's bytes that is left to do; failed chunks are not left, like those that are present."""
     if node.replaced_by is not None:
         return 0.0
     if not node.selected_bytes:
@@ -195,7 +195,7 @@ def _remark(nodes: Sequence[NodeReport]) -> str:
 
 
 def time_left_text(seconds: float | None) -> str:
-    """A time that is left: `4:05`, `1:02:03`; `?` where nobody can tell."""
+    """Format a remaining time: `4:05`, `1:02:03`; `?` if it is unknown."""
     if seconds is None:
         return "?"
     whole = round(seconds)
@@ -209,20 +209,20 @@ LINE_SECS: Final = 5.0
 
 
 class Display(Protocol):
-    """Shows a run while it goes on."""
+    """Display of a run in progress."""
 
     def show(self, report: RunReport) -> None:
-        """Show how far it is; called a few times a second."""
+        """Show the present state; called a few times a second."""
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """End the display."""
 
 
 class JsonLines:
-    """One line every few seconds.
+    """Display that prints a JSON line every few seconds.
 
     Args:
-        out: Where to.
+        out: Destination.
         every_secs: Seconds between lines.
     """
 
@@ -236,7 +236,7 @@ class JsonLines:
         self._chunks = Rate(now)
 
     def show(self, report: RunReport) -> None:
-        """Print a line when it is time."""
+        """Print a line if it is due."""
         now = time.monotonic()
         if now >= self._next_sample:
             self._next_sample = now + _SAMPLE_SECS
@@ -265,20 +265,20 @@ class JsonLines:
         print(texts.as_json(line), file=self._out, flush=True)
 
     def _left(self, report: RunReport) -> float | None:
-        """How many seconds it will take; None where that cannot be told. Lost nodes are waited for no more."""
+        """Return the estimated seconds left, without lost nodes; None if unknown."""
         if not report.unfinished:
             return 0.0
         nodes = [node for node in report.nodes.values() if node.error is None]
-        if not report.expected_bytes:  # an engine loads by itself, and tells the size afterwards
+        if not report.expected_bytes:  # an engine loads by itself, and reports the size only afterwards
             return self._chunks.secs_for(sum(node.selected - node.ended for node in nodes))
         return self._rate.secs_for(sum(node.selected_bytes - node.bytes - node.present_bytes for node in nodes))
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: there is nothing to end."""
 
 
 class NoDisplay:
-    """Shows nothing."""
+    """Display that shows nothing."""
 
     def show(self, report: RunReport) -> None:
         """Do nothing."""
@@ -288,6 +288,6 @@ class NoDisplay:
 
 
 def choose_display() -> Display:
-    """A table when stderr is a terminal, else JSON lines."""
-    # Not the console's own word: pipelines set FORCE_COLOR, and are no terminals.
+    """Return a table if stderr is a terminal, otherwise JSON lines."""
+    # The console itself is not asked, because pipelines set FORCE_COLOR, and it then claims to be a terminal.
     return LiveTable(Console(stderr=True)) if sys.stderr.isatty() else JsonLines(sys.stderr)

@@ -1,4 +1,4 @@
-"""What a program learns from a warm-up: the summary as frozen values. Pure."""
+"""Result of a warm-up for programs: the summary as frozen values. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class WarmFailure:
     """A chunk that is not in a tier of a node, or the incomplete prompts of an engine that loads by prompts.
 
     Attributes:
-        tier: The tier.
+        tier: Name of the tier.
         node: Ray's id of the node.
-        node_name: Its name.
-        key: The chunk; None for prompts.
-        kind: A stable word for the reason, see `docs/warm-report.md`.
-        message: The reason in words.
+        node_name: Name of the node.
+        key: Key of the chunk; None for prompts.
+        kind: Stable identifier of the reason; see `docs/warm-report.md`.
+        message: Reason in words.
     """
 
     tier: str
@@ -31,16 +31,16 @@ class WarmFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmedNode:
-    """What happened on one node; of several tiers, one entry for each.
+    """Result on one node, for one tier.
 
     Attributes:
         id: Ray's id.
-        name: The node's name.
-        selected: Chunks that the node is to hold.
-        copied: Chunks that were copied and verified.
-        present: Chunks that were there before.
-        failed: Chunks that are not there.
-        bytes: Bytes of the chunks copied.
+        name: Name of the node.
+        selected: Number of chunks that the node should hold.
+        copied: Number of chunks that were copied and verified.
+        present: Number of chunks that were present before.
+        failed: Number of chunks that are absent.
+        bytes: Bytes of the copied chunks.
         error: Why the node took no part or was lost; None if neither.
     """
 
@@ -56,25 +56,25 @@ class WarmedNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmSummary:
-    """What a warm-up did. A chunk for three nodes counts three times.
+    """Result of a warm-up. A chunk for three nodes counts three times.
 
     Attributes:
         result: `complete`, `failed`, `refused` or `interrupted`.
-        exit_code: What the command would have exited with: 0, 3, 4 or 5.
+        exit_code: Exit code that the command would have: 0, 3, 4 or 5.
         message: Why the run ended early; empty if it did not.
-        instance: The instance that chunks came from.
-        bucket: Its bucket handle.
-        selected: Chunks of the plan.
-        selected_bytes: Their bytes.
-        copied: Chunks that were copied, verified, and are now in a tier.
-        present: Chunks that were there before.
-        failed: Chunks that are not there.
-        unfinished: Chunks that were not begun or were given up when the run was stopped.
-        bytes: Bytes of the chunks copied.
-        seconds: From the first actor to the last chunk.
-        nodes: The same for each node.
-        failures: The failed chunks, 1000 at most; the file of `WarmRequest.report` names all.
-        record: The whole summary as the command prints it, see `docs/warm-report.md`.
+        instance: Name of the instance from which chunks came.
+        bucket: Bucket handle of the instance.
+        selected: Number of chunks of the plan.
+        selected_bytes: Bytes of these chunks.
+        copied: Number of chunks that were copied, verified, and are now in a tier.
+        present: Number of chunks that were present before.
+        failed: Number of chunks that are absent.
+        unfinished: Number of chunks that were not started or were given up when the run was stopped.
+        bytes: Bytes of the copied chunks.
+        seconds: Seconds from the first actor to the last chunk.
+        nodes: Results by node and tier.
+        failures: Failed chunks, at most 1000; the file of `WarmRequest.report` names all.
+        record: Complete summary as the command prints it; see `docs/warm-report.md`.
     """
 
     result: str
@@ -96,10 +96,10 @@ class WarmSummary:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> WarmSummary:
-        """Make a summary of the record that the command prints.
+        """Make a summary from the record that the command prints.
 
         Args:
-            record: Of `warmer.report.summary.combined`.
+            record: Record from `warmer.report.summary.combined`.
         """
         values = record | {
             "nodes": tuple(_known(WarmedNode, node) for node in record["nodes"]),
@@ -110,5 +110,5 @@ class WarmSummary:
 
 
 def _known(cls: type[_T], values: dict[str, Any]) -> _T:
-    """Make a dataclass of those values that it has fields for."""
+    """Make a dataclass from the values that match its fields."""
     return cls(**{one.name: values[one.name] for one in fields(cls)})  # type: ignore[arg-type]

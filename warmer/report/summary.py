@@ -1,6 +1,6 @@
-"""What happened, as numbers and names. Pure but for the file of failures.
+"""Summary of a run: counts, and names of failed chunks. Pure, except for the file of failures.
 
-A summary is one JSON record. It names up to `NAMED_FAILURES` failed chunks; a file names them all, one a line.
+A summary is one JSON record. It names up to `NAMED_FAILURES` failed chunks; a file names all, one a line.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NAMED_FAILURES: Final = 1000
-"""Failed chunks in a summary: about 300 kB, which a job's log still passes on as one line."""
+"""Maximum failed chunks in a summary: about 300 kB, which a job's log still forwards as one line."""
 
 _SAID: Final = 100
-"""Wrong chunks that stderr names; the summary counts all of them."""
+"""Maximum wrong chunks named on stderr; the summary counts all of them."""
 
 
 @dataclass(slots=True)
 class NodeReport:
-    """What happened on one node.
+    """Result on one node.
 
     Attributes:
-        id: Ray's.
-        name: For people.
-        copied: Chunks moved, verified and now in the tier.
-        received: Of those, the chunks that came from another node and not from the Hub.
-        reused: Of those, the chunks that came from a tier of the same node that was filled before.
-        present: Chunks that were there before.
-        failed: Chunks that are not there.
-        selected: Chunks that the node is to hold.
-        selected_bytes: The sum of their sizes.
-        ranks: The workers whose chunks these are; None for all.
-        bytes: Bytes of the chunks copied.
-        present_bytes: Bytes of the chunks that were there before.
-        error: Why the node took no part, or was lost; None when it was neither.
-        replaced_by: The id of the node that took its place when it was lost; None when none did.
-        start_secs: Seconds until it had a process: those of Ray and of Python's imports. None where it never took part.
-        open_secs: Seconds from then on until its tier was open and its access to the bucket there.
+        id: Ray's id.
+        name: Name in messages.
+        copied: Number of chunks that were moved, verified and are now in the tier.
+        received: Number of copied chunks that came from another node, not from the Hub.
+        reused: Number of copied chunks that came from an earlier tier of the same node.
+        present: Number of chunks that were present before.
+        failed: Number of chunks that are absent.
+        selected: Number of chunks that the node should hold.
+        selected_bytes: Bytes of these chunks.
+        ranks: Ranks of the workers whose chunks these are; None for all.
+        bytes: Bytes of the copied chunks.
+        present_bytes: Bytes of the chunks that were present before.
+        error: Why the node took no part or was lost; None if neither.
+        replaced_by: Id of the node that replaced this node when it was lost; None if none did.
+        start_secs: Seconds until the node had a process, imports of Ray and Python included; None if it never took part.
+        open_secs: Seconds from then until its tier was open and its access to the bucket confirmed.
     """
 
     id: str
@@ -92,28 +92,28 @@ class NodeReport:
                 self.failed += 1
 
     def expect(self, share: Share) -> None:
-        """Note what the node is to hold."""
+        """Record what the node should hold."""
         self.selected, self.selected_bytes, self.ranks = share.chunks, share.bytes, share.ranks
 
     @property
     def ended(self) -> int:
-        """Chunks that have ended, well or not."""
+        """Number of chunks that have ended, successfully or not."""
         return self.copied + self.present + self.failed
 
 
 @dataclass(frozen=True, slots=True)
 class TierRun:
-    """What a run was asked to do.
+    """Task of a run for one tier.
 
     Attributes:
         instance: Name of the bucket's instance.
-        bucket: Its handle.
+        bucket: Handle of the instance.
         tier: Name of the tier.
-        choice: What of it was chosen (`hfbucket_plugin.tools.selection.Selection`), ready for JSON.
-        selected: Chunks selected, which every node is to hold, as far as they are for its workers.
-        selected_bytes: The sum of their sizes.
-        skipped: Chunks skipped, by reason (see `warmer.plan.build.PlanBuilder`).
-        unassigned: Of those selected, the chunks of workers whose chunks no node takes.
+        choice: Criteria of the choice (`hfbucket_plugin.tools.selection.Selection`), ready for JSON.
+        selected: Number of selected chunks; each node should hold those that are for its workers.
+        selected_bytes: Bytes of the selected chunks.
+        skipped: Number of skipped chunks, by reason (see `warmer.plan.build.PlanBuilder`).
+        unassigned: Number of selected chunks of workers whose chunks no node gets.
     """
 
     instance: str
@@ -128,12 +128,12 @@ class TierRun:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one node is to hold.
+    """Chunks that one node should hold.
 
     Attributes:
-        chunks: How many.
-        bytes: The sum of their sizes.
-        ranks: The workers whose chunks these are; None for all.
+        chunks: Number of chunks.
+        bytes: Bytes of the chunks.
+        ranks: Ranks of the workers whose chunks these are; None for all.
     """
 
     chunks: int
@@ -145,20 +145,19 @@ _NO_SHARES: Final[Mapping[str, Share]] = {}
 
 
 class RunReport:
-    """Collects what happens; the `RunListener` of a fleet.
+    """Collects the events of a run for one tier; a `RunListener`.
 
     Args:
-        task: What was asked.
-        nodes: Who was to do it.
-        failures: Where failed chunks are named.
-        shares: Of the chunks selected, how many each node is to hold, their bytes, and whose; by its id. All of them
-            where it says nothing.
+        task: Task of the run.
+        nodes: Nodes of the run.
+        failures: Log of the failed chunks.
+        shares: Share of the selected chunks that each node should hold, by node id; all chunks for a node without an entry.
 
     Attributes:
-        counts: What the schedule had to do; set when it is over.
-        repaired: In how many places, in this tier and those filled before it, something else than the chunk was found and replaced.
-        left_wrong: In how many such places it is still found by engines.
-        cut_short: Why the run ended before its end, where its plan was changed or lost meanwhile; None where it was not.
+        counts: Counters of the schedule; set at the end of the schedule.
+        repaired: Number of places, in this tier and earlier ones, in which other content was found and replaced.
+        left_wrong: Number of such places in which engines still find other content.
+        cut_short: Error of a plan that changed or was lost, which ended the run early; None otherwise.
     """
 
     def __init__(
@@ -181,15 +180,15 @@ class RunReport:
         self._ended: float | None = None
 
     def begin(self) -> None:
-        """The first chunk is about to be copied."""
+        """Record that the first chunk is about to be copied."""
         self._started = time.monotonic()
 
     def end(self) -> None:
-        """No chunk will be copied any more."""
+        """Record that no more chunks will be copied."""
         self._ended = time.monotonic()
 
     def ended(self, node: str, outcome: Outcome) -> None:
-        """Count a chunk; one that was given up because the run was told to stop is left as unfinished."""
+        """Count a chunk; one that was given up because the run was stopped remains unfinished."""
         if isinstance(outcome, Failed):
             if outcome.kind == INTERRUPTED:
                 return
@@ -200,7 +199,7 @@ class RunReport:
         self.nodes[node].add(outcome)
 
     def _log_wrong(self, node: NodeReport, outcome: Copied) -> None:
-        """Report what was found in the place of a chunk: engines were served it."""
+        """Report other content that was found in the place of a chunk, because engines were served this content."""
         self.repaired += len(outcome.repaired)
         self.left_wrong += len(outcome.left)
         for tier in outcome.repaired:
@@ -213,32 +212,32 @@ class RunReport:
         """Count chunks that an engine loaded by itself, and those that it held before.
 
         Args:
-            node: Where.
-            copied: Those that were loaded.
-            present: Those that were there.
-            size: Bytes of those loaded.
+            node: Id of the node.
+            copied: Number of chunks loaded.
+            present: Number of chunks held before.
+            size: Bytes of the loaded chunks.
         """
         one = self.nodes[node]
         one.copied, one.present, one.bytes = one.copied + copied, one.present + present, one.bytes + size
 
     def lacking(self, node: str, chunks: int, kind: str, message: str) -> None:
-        """Count chunks that an engine did not load, all for one reason. They are named together: their keys are its own."""
+        """Count chunks that an engine did not load, for one reason; one entry names them all, as only the engine has keys."""
         if chunks:
             self.kinds[kind] += chunks
             self.nodes[node].failed += chunks
             self._failures.add(self.task.tier, self.nodes[node], Failed("", 0, kind, message))
 
     def started(self, node: str, start_secs: float, open_secs: float) -> None:
-        """Note that a node takes part, and how long that took."""
+        """Record that a node takes part, and the seconds until its process ran and until it was ready."""
         one = self.nodes[node]
         one.start_secs, one.open_secs = round(start_secs, 3), round(open_secs, 3)
 
     def lost(self, node: str, kind: str, message: str) -> None:
-        """Note why a node takes no part any more."""
+        """Record why a node takes no part any more."""
         self.nodes[node].error = f"{kind}: {message}"
 
     def replaced(self, node: str, by: Node) -> None:
-        """Note that a node took the place of a lost one, which is not waited for any more."""
+        """Record that a node replaced a lost one, whose remaining chunks are not awaited any more."""
         lost = self.nodes[node]
         lost.replaced_by = by.id
         self.nodes[by.id] = NodeReport(
@@ -247,20 +246,20 @@ class RunReport:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, until it ended; 0 before."""
+        """Seconds from the start of the run to its end, or until now; 0 before the start."""
         if self._started is None:
             return 0.0
         return (self._ended if self._ended is not None else time.monotonic()) - self._started
 
     @property
     def expected(self) -> int:
-        """Chunks to end, over all nodes; those of a node that was replaced count as far as they ended there."""
+        """Number of chunks that should end, over all nodes; for a replaced node, only chunks that ended there count."""
         nodes = self.nodes.values()
         return sum(node.selected if node.replaced_by is None else node.ended for node in nodes)
 
     @property
     def expected_bytes(self) -> int:
-        """Their bytes."""
+        """Bytes of the expected chunks."""
         nodes = self.nodes.values()
         return sum(
             node.selected_bytes if node.replaced_by is None else node.bytes + node.present_bytes for node in nodes
@@ -268,15 +267,15 @@ class RunReport:
 
     @property
     def unfinished(self) -> int:
-        """Chunks that have not ended, over all nodes."""
+        """Number of chunks that have not ended, over all nodes."""
         return self.expected - self.total("ended")
 
     def total(self, name: str) -> int:
-        """A number of `NodeReport`, over all nodes."""
+        """Return the sum of a field of `NodeReport` over all nodes."""
         return sum(getattr(node, name) for node in self.nodes.values())
 
     def summary(self, *, stopped: bool) -> dict[str, Any]:
-        """The summary, ready for JSON; its fields are described in `docs/warm.md`."""
+        """Return the summary, ready for JSON; its fields are described in `docs/warm.md`."""
         failed = self.total("failed")
         code = self._code(stopped=stopped)
         return {
@@ -331,18 +330,18 @@ RESULTS: Final = {
     exit_codes.REFUSED: "refused",
     exit_codes.INTERRUPTED: "interrupted",
 }
-"""What the exit codes of a run that began mean, in a word."""
+"""Result of a run that began, by exit code."""
 
 
 class FailureLog:
-    """Names failed chunks: the first in memory, all of them in a file.
+    """Log of failed chunks: the first ones in memory, all of them in a file.
+
+    The file replaces an earlier report when it is closed, and only if it is not empty: a run that is refused leaves the
+    previous report unchanged.
 
     Args:
-        report: The file that the user asked for; None writes one in the temporary directory, and only when there are
-            more failures than a summary names.
-
-    The file takes the place of an earlier report when it is closed, and only when there is something in it: a run that is
-    refused leaves the last report as it is.
+        report: Path of the file that the user requested; None to write one in the temporary directory, and only if there
+            are more failures than a summary names.
 
     Raises:
         ConfigError: The file cannot be written.
@@ -357,7 +356,7 @@ class FailureLog:
         self._out: IO[str] | OutputFile | None = OutputFile(report, "--report") if report else None
 
     def add(self, tier: str, node: NodeReport, failed: Failed) -> None:
-        """Name a chunk."""
+        """Log a failed chunk."""
         record = {
             "tier": tier,
             "node": node.id,
@@ -373,7 +372,7 @@ class FailureLog:
         self._write({"event": "failure", **record})
 
     def add_wrong(self, tier: str, node: NodeReport, key: str, message: str, *, repaired: bool) -> None:
-        """Name a chunk in whose place a tier held something else; the first ones also to people."""
+        """Log a chunk in whose place a tier held other content; the first ones are also reported on stderr."""
         record = {
             "tier": tier,
             "node": node.id,
@@ -413,7 +412,7 @@ class FailureLog:
                 self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """The disk is full, say: the run goes on, and names no more than its summary does."""
+        """Stop writing the file, for example when the disk is full: the run continues with the failures in its summary only."""
         _log.warning("the file of failures cannot be written any more: %s", error)
         self._broken, self.path = True, None
         self._shut()
@@ -433,7 +432,7 @@ class FailureLog:
                     self._give_up(error)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """End the file with the summary, without the failures that the file names already. Further calls do nothing."""
+        """End the file with the summary, without the failures that the file already names. Further calls do nothing."""
         if self._out is None:
             return
         if summary is not None:
@@ -449,13 +448,13 @@ _OF_A_TIER: Final = ("tier", "result", "exit_code", *_SUMS, "seconds", "failed_b
 
 
 def combined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of a run from those of its tiers.
+    """Combine the summaries of a run's tiers into the summary of the run.
 
     Args:
-        summaries: Of `RunReport.summary`, in the order of the tiers; at least one.
+        summaries: Results of `RunReport.summary`, in the order of the tiers; at least one.
 
     Returns:
-        Of one tier, its summary as it is. Of several, sums, and below `tiers` what is each one's own.
+        For one tier, its summary unchanged. For several, sums, and the values of each tier below `tiers`.
     """
     first = summaries[0]
     if len(summaries) == 1:

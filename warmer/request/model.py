@@ -86,7 +86,7 @@ class _Part(BaseModel):
 
 
 class SourceOptions(_Part):
-    """Where chunks come from: an instance, named by the configuration that engines use."""
+    """Source of the chunks: an instance, named as in the engines' configuration."""
 
     lmcache_config: Annotated[Path | None, Option("FILE")] = Field(
         default=None, description="The LMCache YAML of the engines."
@@ -101,7 +101,7 @@ class SourceOptions(_Part):
 
 
 class FillOptions(_Part):
-    """How tiers are filled."""
+    """Options for filling tiers."""
 
     fsync: bool = Field(
         default=False,
@@ -127,7 +127,7 @@ class FillOptions(_Part):
 
 
 class TransferOptions(_Part):
-    """How bytes move: through whom, how many at a time, how fast."""
+    """Options of the transfer: sharing between nodes, concurrency and bandwidth."""
 
     direct: bool = Field(default=False, description="Let every node fetch by itself, without passing chunks to others.")
     object_store_fraction: Annotated[float, Option("SHARE")] = Field(
@@ -162,7 +162,7 @@ class TransferOptions(_Part):
 
 
 class NodeOptions(_Part):
-    """Which nodes take part, and with which workers' chunks."""
+    """Options that select nodes, and assign workers' chunks to them."""
 
     selector: Annotated[
         tuple[str, ...], BeforeValidator(_as_selector), Option("LABEL", name="--node-selector", many=True)
@@ -189,7 +189,7 @@ class NodeOptions(_Part):
 
 
 class LimitOptions(_Part):
-    """How long things may take."""
+    """Time limits."""
 
     chunk_timeout: Annotated[Seconds, Option("TIME")] = Field(
         default=CHUNK_TIMEOUT_SECS,
