@@ -1,4 +1,4 @@
-"""`python -m warmer`: the command line. stdout holds one record and nothing else; everything for people is on stderr."""
+"""Command line of `python -m warmer`. stdout gets exactly one record; messages go to stderr."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-# Tracebacks of Typer's show local variables, and with them a token.
+# Typer's own tracebacks would show local variables, which may hold a token.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _DryRun = Annotated[
@@ -55,7 +55,7 @@ _Config = Annotated[
 _RUNNING = {"report", "report_html"}
 _PLANNING = [flag for flag in FLAGS if flag.place[0] not in _RUNNING]
 _APPLYING = [flag for flag in FLAGS if flag.place[0] != "choose"]
-# A check waits for no node to join, asks no engine, and copies nothing.
+# Flags that do not apply to a check, which waits for no node to join, loads no engine, and copies nothing, are left out.
 _CHECKING = [
     flag
     for flag in FLAGS
@@ -263,7 +263,7 @@ def submit_command(
     expect_command(context, command)
 
     def work(_: ShutdownSignal) -> dict[str, Any]:
-        # Ray takes a second to import, which a refused command should not wait for.
+        # Ray is imported late: it takes a second, for which a refused command should not wait.
         environment = runtime_env(runtime_env_file, runtime_env_json, working_dir)
         where = dashboard_address(address)
         refuse_secrets_in(command, submission_id)
@@ -281,13 +281,13 @@ def _planned(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with(work: Callable[[ShutdownSignal], dict[str, Any]], page: PageFile | None = None) -> NoReturn:
-    """Do the work of a command, print its record, write its page, and exit with its code."""
+    """Execute a command, print its record, write its page, and exit with its code."""
     texts.log_to_stderr("warmer")
     logging.getLogger("warmer").setLevel(logging.INFO)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that it has to fill
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides warnings about caches that it builds
     stop = ShutdownSignal()
     try:
-        # Ray prints where it likes.
+        # Ray prints to stdout, which is reserved for the record.
         with stop.listening(), contextlib.redirect_stdout(sys.stderr):
             record = work(stop)
     except Interrupted:
@@ -297,8 +297,8 @@ def _end_with(work: Callable[[ShutdownSignal], dict[str, Any]], page: PageFile |
     except Exception as error:  # noqa: BLE001 - a command ends with a documented code, and never with a traceback
         _end(_advised(error), _code(error))
     typer.echo(texts.as_json(record))
-    if page is not None:  # after the record, which is told even when the command is killed meanwhile
-        # An order to stop changes nothing about what was done; a second one costs the page.
+    if page is not None:  # after the record, which is then printed even if the command is killed here
+        # A stop cannot change the result any more; a second stop skips the page.
         with contextlib.suppress(Interrupted), stop.listening(), stop.orderly():
             page.write(record)
     raise typer.Exit(record["exit_code"])
@@ -314,7 +314,7 @@ def _code(error: Exception) -> int:
 
 
 def _advised(error: Exception) -> str:
-    """The error's words, and the setting to look at where they do not name it."""
+    """Return the message of an error, with the setting to check if the message does not name it."""
     if isinstance(error, TransportError) and not isinstance(error, ClusterError):
         return f"{error}; if it stays so, look at the instance's endpoint, or HF_ENDPOINT"
     return local_trouble(error) or str(error)

@@ -31,7 +31,7 @@ _LARGEST: Final = 32 * _MIB
 """Largest size in bytes that glibc allocates from an arena instead of a mapping of its own; hf_xet's buffers have 16 MiB."""
 
 _KEPT: Final = 256 * _MIB
-"""Free bytes kept at the end of an arena: twice what hf_xet may have in flight, so that memory is not returned for it."""
+"""Free bytes kept at the end of an arena: twice what hf_xet may have in flight, so the limit is never reached."""
 
 _ARENAS: Final = 4
 """Maximum number of arenas; the default is up to eight a core, each of which keeps its peak size."""

@@ -183,7 +183,11 @@ class Scheduler:
         self._states[node].started = True
 
     def tasks(self, now: float) -> list[Task]:
-        """Return the tasks that nodes must start now, and count each as in flight."""
+        """Return the tasks that nodes must start now, and count each as in flight.
+
+        Args:
+            now: Current time, in seconds.
+        """
         self._now = max(self._now, now)
         self._decide()
         return self._tasks.take_new()
@@ -436,6 +440,11 @@ class Scheduler:
 
     def replace(self, lost: str, node: str, store_bytes: int) -> None:
         """Replace a lost node with a new node, which gets all chunks of the lost node.
+
+        Args:
+            lost: Name of the lost node.
+            node: Name of the new node.
+            store_bytes: Bytes that batches may take in the object store of the new node.
 
         Raises:
             KeyError: No place is kept for the lost node.

@@ -71,7 +71,7 @@ def stragglers(view: StragglerView) -> list[str]:
 
 
 def _is_slow(node: Waited, view: StragglerView) -> bool:
-    """Return whether a node receives much more slowly than most, or has not received at all for a long time."""
+    """Return whether a node has not started, receives much more slowly than most, or has waited too long for a first receive."""
     if not node.started:
         return True
     if view.receive_pace is None:  # no node has received anything: perhaps no other node needs to

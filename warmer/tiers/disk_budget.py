@@ -24,14 +24,14 @@ _CANDIDATES: Final = 256
 """Minimum number of files picked in one listing of a directory."""
 
 _PART: Final = 16
-"""Minimum part of a directory's files picked in one listing, so that the listings per evicted file do not grow with the size of
-the directory. Memory: about 300 bytes for each picked file, 20 MB for a directory of a million."""
+"""At least one in this many of a directory's files is picked in one listing, so that an eviction lists as many files whatever the
+size of the directory. Memory: about 300 bytes for each picked file, 20 MB for a directory of a million."""
 
 _ROUNDS: Final = 3
 """Evictions for a disk that stays full: some file systems free space late, and otherwise all files would be removed."""
 
 _SHARE: Final = 16
-"""Part of the budget after whose writing the directory is listed again, because engines and other runs write there too."""
+"""Divisor of the budget: after this part is written, the directory is listed again, as engines and other runs write too."""
 
 _VISITS: Final = 64
 """Files that may be listed for each chunk that needs room, on average over many chunks."""
@@ -223,7 +223,7 @@ class DiskBudget:
     def _keep_free(self, directory: Path, size: int) -> None:
         """Evict files until the floor, and the room that files in progress still need, stay free; oldest files go first."""
         floor = self._options.min_free_bytes
-        if not floor and not self._unreserved:  # a full disk then fails the write itself
+        if not floor and not self._unreserved:  # all blocks are reserved, so a full disk reports itself
             return
         for _ in range(_ROUNDS + 1):
             room = free_bytes(directory) - floor - size

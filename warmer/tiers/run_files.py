@@ -120,7 +120,7 @@ class RunFiles:
 
 
 class KeptByRuns:
-    """Files of one directory that active runs recorded as right, as far as they are known.
+    """Files of one directory that runs recorded as right, as far as they are known.
 
     Args:
         directory: Directory of the tier.
