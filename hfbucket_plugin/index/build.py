@@ -1,10 +1,10 @@
-"""Making snapshots of a key index, in bounded memory: from a listing, or from the snapshot before and what journals tell.
+"""Construction of key index snapshots in bounded memory, from a listing or from the previous snapshot and journals.
 
-Digests are evenly spread, so rows are sorted by laying them into as many files as there are *parts* (`PARTS`), each for a
-range of digests, and sorting one file after the other: 10,000,000 keys take 600 MB of disk and 10 MB of memory at a time.
+Digests are evenly distributed, so rows are sorted by writing them into `PARTS` files by digest range and sorting one
+file after the other: 10,000,000 keys take 600 MB of disk and 10 MB of memory at a time.
 
-Which of the two: a listing costs a call for 1000 objects and is the whole truth, what other tools wrote and deleted included;
-the snapshot before and the journals cost two calls, and carry on what was wrong in either.
+A listing costs a call per 1,000 objects and is complete, including changes by other tools. The previous snapshot and
+the journals cost two calls, and carry over the errors of either.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ _TRIES: Final = 3
 
 
 class _Parts:
-    """Rows on disk, by range of their digests.
+    """Rows on disk, by digest range.
 
     Args:
-        directory: Where; an existing directory that no other process uses.
-        name: Of the files.
-        dtype: Of the rows.
+        directory: Existing directory that no other process uses.
+        name: Prefix of the file names.
+        dtype: Type of the rows.
     """
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self._paths = [directory / f"{name}-{part:02d}" for part in range(PARTS)]
-        self._files: list[BinaryIO] = []  # none before there is something to write
+        self._files: list[BinaryIO] = []  # created when there is something to write
         self._held: list[Rows] = []
         self._held_rows = 0
 
@@ -91,7 +91,7 @@ class _Parts:
         self._files = self._files or [path.open("xb") for path in self._paths]
         self._held, self._held_rows = [], 0
         part = (rows["digest_hi"] >> np.uint64(64 - PARTS.bit_length() + 1)).astype(np.int64)
-        order = np.argsort(part, kind="stable")  # what comes later for the same key stays later
+        order = np.argsort(part, kind="stable")  # stable, so that later rows of a key stay later
         ends = np.searchsorted(part[order], np.arange(PARTS + 1))
         for number, file in enumerate(self._files):
             file.write(rows[order[ends[number] : ends[number + 1]]].tobytes())
@@ -116,12 +116,12 @@ class _Parts:
 
 
 class SnapshotFile:
-    """A snapshot in the making. Use it as a context manager: at the end its temporary files go.
+    """Snapshot under construction. Use it as a context manager, which removes its temporary files.
 
     Args:
-        directory: For temporary files: empty, and used by no other process.
-        dtype: Of the rows: the columns of `ROW`, and more perhaps.
-        now: The Hub's time: no hit is later, whatever the rows say.
+        directory: Empty directory for temporary files that no other process uses.
+        dtype: Type of the rows: the columns of `ROW`, possibly with more.
+        now: Time of the Hub in Unix seconds, which caps the times of hits.
     """
 
     def __init__(self, directory: Path, dtype: np.dtype[Any] = ROW, now: float = 0xFFFFFFFF) -> None:
@@ -140,35 +140,35 @@ class SnapshotFile:
             parts.close()
 
     def add(self, rows: Rows) -> None:
-        """Add keys; of several rows of one key the last one counts."""
+        """Add keys; the last row of each key counts."""
         if has_access_columns(rows.dtype) and len(rows) and rows["last_hit"].max() > self._latest:
             rows = rows.copy()
             rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
         self._rows.add(rows)
 
     def change(self, changes: Rows) -> None:
-        """Add what happened since, in any order."""
+        """Add later changes, in any order."""
         self._changes.add(changes)
 
     def hit(self, hits: Rows) -> None:
-        """Add tells of hits, in any order, with repetitions."""
+        """Add reported hits, in any order and with repetitions."""
         self._hits.add(hits)
 
     def carry(self, rows: Rows) -> None:
-        """Add rows of an earlier snapshot, for the heat that they have."""
+        """Add rows of an earlier snapshot, for their heat."""
         rows = with_access_columns(rows, _ACCESS).copy()
         rows["last_hit"] = np.minimum(rows["last_hit"], self._latest)
         self._before.add(rows)
 
     def write(self, path: Path, counted: tuple[float, float] | None = None) -> int:
-        """Write the snapshot, sorted, each key once.
+        """Write the snapshot, sorted and with each key once.
 
         Args:
-            path: Of the file.
-            counted: The window of the tells that are counted, see `heat.warmed`; None for a snapshot without heat.
+            path: Path of the file.
+            counted: Time window of the reports to count, see `stats.warmed`; None for a snapshot without heat.
 
         Returns:
-            How many keys it has.
+            The number of keys.
         """
         keys, dtype = 0, self._rows.dtype
         if counted is not None and not has_access_columns(dtype):
@@ -194,16 +194,16 @@ class SnapshotFile:
 
 @dataclass(frozen=True, slots=True)
 class BuiltSnapshot:
-    """A snapshot that is a file yet.
+    """Snapshot in a file, not uploaded yet.
 
     Attributes:
-        path: Of the file.
-        keys: Rows in it.
+        path: Path of the file.
+        keys: Number of rows.
         covers: See `Pointer`.
-        listed: See there.
-        full: See there.
-        garbage: Journals that are none, and were passed over.
-        heat: For how long heat is known.
+        listed: See `Pointer`.
+        full: See `Pointer`.
+        garbage: Number of invalid journals, which were skipped.
+        heat: Period for which heat is known.
     """
 
     path: Path
@@ -216,11 +216,11 @@ class BuiltSnapshot:
 
 
 def hub_time(bucket: Bucket, deadline: Deadline) -> float:
-    """What time it is at the Hub, in seconds since 1970, less `CLOCK_MARGIN_SECS`.
+    """Return the time of the Hub in Unix seconds, minus `CLOCK_MARGIN_SECS`.
 
     Raises:
-        TransportError: Its answers do not say.
-        HFBucketError: No answer.
+        TransportError: The Hub's responses have no date.
+        HFBucketError: The Hub did not answer.
     """
     date = bucket.time(deadline)
     if date is None:
@@ -237,20 +237,20 @@ def from_listing(
     *,
     store: IndexStore | None = None,
 ) -> BuiltSnapshot:
-    """Make a snapshot from a listing of the whole instance, with the heat that the one before and journals tell of.
+    """Build a snapshot from a listing of the whole instance, with heat from the previous snapshot and the journals.
 
-    Where these are not whole heat starts over, and the log says so: a listing has to help where an index is damaged.
+    If these are damaged, heat starts over and a warning is logged, because a listing has to repair a damaged index.
 
     Args:
-        bucket: The instance's.
-        directory: For the snapshot and temporary files: empty, and used by no other process.
-        page_secs: Most seconds of a page.
-        each_page: Called before each page; what it raises ends the listing.
-        each_object: Given each object of the listing, for who checks what was listed.
-        store: The instance's index, for its heat; None for none.
+        bucket: Bucket of the instance.
+        directory: Empty directory for the snapshot and temporary files that no other process uses.
+        page_secs: Maximum time for a page in seconds.
+        each_page: Called before each page; an exception ends the listing.
+        each_object: Called with each listed object, for callers that check the listing.
+        store: Index of the instance, for its heat; None for none.
 
     Raises:
-        HFBucketError: A page did not come: nothing was made.
+        HFBucketError: A page failed; no snapshot was built.
     """
     began = hub_time(bucket, Deadline.patient(page_secs))
     with SnapshotFile(directory, now=began) as file:
@@ -269,14 +269,14 @@ _Counted = tuple[float, float] | None
 def _access_for_listing(
     bucket: Bucket, store: IndexStore, file: SnapshotFile, directory: Path, *, request_secs: float, began: float
 ) -> tuple[Span, _Counted]:
-    """Give a snapshot that is made of a listing the heat of the one before, and of journals."""
+    """Add the heat of the previous snapshot and of journals to a snapshot made from a listing."""
     path = directory / "before.npy"
     journals: list[Journal] = []
     tells = HitLog()
     try:
         listing = store.list(Deadline.patient(request_secs))
         journals, why = listing.journals, listing.crowded
-    except HFBucketError as error:  # too many of them, say, which this listing is to repair
+    except HFBucketError as error:  # for example too many journals, which this listing repairs
         why = str(error)
     if why:
         _log.warning("the hits that journals report are lost, so nothing counts as idle before now: %s", why)
@@ -295,19 +295,19 @@ def _access_for_listing(
         else:
             _miss_hits(journal, reported, tells)
     span, counted = _span(tells, before, began)
-    if lost and not span.known:  # nothing may look idle because what was read is not known any more
+    if lost and not span.known:  # lost reads must not make keys look idle
         return Span(began, span.until, began), (before.until, span.until)
     return span, counted
 
 
 def _access_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: float, now: float) -> tuple[Span, bool]:
-    """Fetch the snapshot before, if it knows heat.
+    """Fetch the previous snapshot if it has heat.
 
     Returns:
-        For how long it knows it, and whether there was heat that cannot be read any more.
+        The period for which it knows heat, and whether it had heat that is unreadable now.
 
     Raises:
-        HFBucketError: The Hub did not answer: that is no reason to forget what a month of reads has told.
+        HFBucketError: The Hub did not answer, which is no reason to discard a month of heat.
     """
     lost = False
     for number in range(_TRIES):
@@ -324,7 +324,7 @@ def _access_before(bucket: Bucket, store: IndexStore, path: Path, request_secs: 
             MissingError,
             IntegrityError,
             TransportError,
-        ) as error:  # a store may say the last of what it lacks, too
+        ) as error:  # a store may also raise the last error for what it lacks
             _log.warning("the heat of the snapshot before cannot be read (try %d of %d): %s", number + 1, _TRIES, error)
         else:
             return _sane(pointer, now), False
@@ -340,7 +340,7 @@ def _take_hits(reported: JournalRows, file: SnapshotFile, tells: HitLog, began: 
 
 
 def _miss_hits(journal: Journal, why: HFBucketError, tells: HitLog) -> None:
-    """Record that a journal of hits could not be read: what it told of would else look idle."""
+    """Record that a journal of hits was unreadable; otherwise its keys would look idle."""
     hits = max(1, journal.content.size // ACCESS_JOURNAL.itemsize)
     tells.unread(hits, journal.at)
     _log.warning(
@@ -350,7 +350,7 @@ def _miss_hits(journal: Journal, why: HFBucketError, tells: HitLog) -> None:
 
 
 def _sane(pointer: Pointer, began: float) -> Span:
-    """For how long a snapshot knows heat; where its times are ahead of the Hub's clock heat starts over now."""
+    """Return the period for which a snapshot knows heat; it restarts now if its times are ahead of the Hub's clock."""
     ahead = pointer.ahead_of(began) if pointer.heat.known else ""
     if not ahead:
         return pointer.heat
@@ -359,7 +359,7 @@ def _sane(pointer: Pointer, began: float) -> Span:
 
 
 def _span(tells: HitLog, before: Span, began: float) -> tuple[Span, _Counted]:
-    """For how long heat is known after some tells, and the window of those that are counted; None where none ever was."""
+    """Return the period for which heat is known after reports, and the window of counted ones; None if none exist."""
     span = tells.span(before, began, began - ACCESS_LATE_SECS)
     return span, (before.until, span.until) if span.known else None
 
@@ -371,18 +371,18 @@ def _watched(infos: Iterable[ObjectInfo], each: Callable[[ObjectInfo], None]) ->
 
 
 def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_secs: float) -> BuiltSnapshot:
-    """Make a snapshot from the present one and the journals since.
+    """Build a snapshot from the current one and the journals since.
 
     Args:
-        bucket: The instance's.
-        store: Its index.
-        directory: For the snapshot and temporary files: empty, and used by no other process.
-        request_secs: Most seconds of a request, and of reading the journals.
+        bucket: Bucket of the instance.
+        store: Index of the instance.
+        directory: Empty directory for the snapshot and temporary files that no other process uses.
+        request_secs: Maximum time in seconds of a request, and of reading the journals.
 
     Raises:
         MissingError: There is no snapshot yet.
-        IntegrityError: The present one, or a journal, is not what the bucket says it is; or not all journals could be listed.
-        HFBucketError: Something did not arrive: nothing was made.
+        IntegrityError: The current snapshot or a journal is damaged, or not all journals could be listed.
+        HFBucketError: A read failed; no snapshot was built.
     """
     began = hub_time(bucket, Deadline.patient(request_secs))
     listing = store.list(Deadline.patient(request_secs))
@@ -409,7 +409,7 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
                     garbage += journal.at >= pointer.covers
                 elif (
                     journal.at >= pointer.covers and not journal.name.hits
-                ):  # it would be lost: the new snapshot claims to cover it
+                ):  # it would be lost, because the new snapshot claims to cover it
                     raise reported
             path = directory / "snapshot.npy"
             heat, counted = _span(tells, _sane(pointer, began), began)
@@ -420,10 +420,10 @@ def from_journals(bucket: Bucket, store: IndexStore, directory: Path, request_se
 
 
 def _present(bucket: Bucket, store: IndexStore, listing: IndexListing, began: float, request_secs: float) -> Pointer:
-    """The pointer to the snapshot that another one may be made of."""
+    """Return the pointer to a snapshot that another one may be built from."""
     if listing.pointer is None:
         raise MissingError(f"{bucket.handle}: its index has no snapshot yet: run `python -m jobs index --full`")
-    if listing.crowded:  # what was not listed would be lost: the new snapshot claims to cover it
+    if listing.crowded:  # unlisted journals would be lost, because the new snapshot claims to cover them
         raise IntegrityError(listing.crowded)
     pointer = store.read_pointer(listing.pointer, Deadline.patient(request_secs))
     if ahead := pointer.ahead_of(began):
@@ -437,18 +437,18 @@ def _blocks(source: BinaryIO, dtype: np.dtype[Any]) -> Iterator[Rows]:
 
 
 def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Path, deadline: Deadline) -> None:
-    """Read a snapshot into a file, whatever its size, and check it by the rules of the readers in engines.
+    """Read a snapshot of any size into a file, and check it like the readers in engines.
 
     Raises:
-        FormatError: It is no snapshot that this version reads.
-        IntegrityError: It is not what the pointer says.
-        HFBucketError: It did not arrive.
+        FormatError: It is not a snapshot that this version reads.
+        IntegrityError: It does not match the pointer.
+        HFBucketError: It was not read.
     """
     name = store.snapshot_path(pointer)
     info = bucket.stat([name], deadline).get(name)
     if info is None:
         raise MissingError(f"{name}: the pointer names a snapshot that is not there")
-    if info.content != pointer.content:  # before room is made for as much as anybody may write into a pointer
+    if info.content != pointer.content:  # before allocating a size that anyone may have written into the pointer
         raise IntegrityError(
             f"{name}: the pointer says {pointer.size} bytes of hash {pointer.xet_hash}, and the Hub lists "
             f"{info.content.size} of {info.content.xet_hash}"
@@ -474,11 +474,11 @@ def fetch_snapshot(bucket: Bucket, store: IndexStore, pointer: Pointer, path: Pa
 
 
 def put(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
-    """Upload a snapshot and name it; no reader looks at it before `IndexStore.publish`.
+    """Upload and name a snapshot; readers ignore it until `IndexStore.publish`.
 
     Raises:
-        IntegrityError: The store took something else than the file.
-        HFBucketError: It is not there, or its state is unknown.
+        IntegrityError: The store accepted something other than the file.
+        HFBucketError: It was not written, or its state is unknown.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(built.path.open("rb"))
@@ -501,10 +501,10 @@ def put(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
 
 
 def publish(store: IndexStore, built: BuiltSnapshot, deadline: Deadline) -> Pointer:
-    """Upload a snapshot, name it, and then point to it. What fails in between changes nothing for any reader.
+    """Upload and name a snapshot, then point to it. A failure in between changes nothing for readers.
 
     Raises:
-        HFBucketError: It is not published, or its state is unknown.
+        HFBucketError: It was not published, or its state is unknown.
     """
     pointer = put(store, built, deadline)
     store.publish(pointer, deadline)

@@ -1,15 +1,14 @@
-"""Snapshots, journals and pointers of a key index as bytes. Pure, and strict: what is not whole is refused.
+"""Byte formats of snapshots, journals and pointers of a key index; parsing rejects anything incomplete.
 
-Snapshots and journals are NumPy's own `.npy` files, version 1.0, of a structured array
-(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html): `numpy.load` reads them, on any machine, and so
-does what follows the public description of the format, a text header that names each column with its type and raw rows
-after it. Columns are found by name, so files may have more of them than a reader knows.
+Snapshots and journals are NumPy `.npy` files, version 1.0, of a structured array
+(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html). Columns are found by name, and files may have
+additional ones.
 
-- a snapshot: rows of `ROW`, sorted by digest;
-- a journal: rows of `JOURNAL`, in the order in which things happened;
-- the pointer: a JSON record (`Pointer`).
+- A snapshot holds rows of `ROW`, sorted by digest.
+- A journal holds rows of `JOURNAL`, in chronological order.
+- The pointer is a JSON record (`Pointer`).
 
-What is whole is told by the Xet hash, which every reader compares (`index_store`).
+Completeness is checked by the Xet hash, which every reader compares (`hfbucket_plugin.index.store`).
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 Data = bytes | bytearray | mmap.mmap
-"""The bytes of a file, wherever they lie."""
+"""Bytes of a file, in any kind of buffer."""
 
 VERSION: Final = 1
-"""Of the schema. A reader refuses a pointer of a higher one: columns may be added without it, and never change."""
+"""Schema version. Readers reject pointers with a higher one. Columns may be added without a new version, but never
+change."""
 
 JOURNAL: Final = np.dtype(
     [
@@ -44,39 +44,40 @@ JOURNAL: Final = np.dtype(
         ("age_ms", "<u4"), ("kind", "u1"),
     ]
 )  # fmt: skip
-"""One entry of a journal: what happened to a key (`PUT`, `DELETED`; other kinds are for others, and passed over), how many
-milliseconds before the journal was written; 0 in `size` and `xet_hash` where it was deleted."""
+"""Journal entry: the kind of change to a key (`PUT`, `DELETED`; readers skip other kinds), and its age in milliseconds
+when the journal was written; `size` and `xet_hash` are 0 for a delete."""
 
 ACCESS_JOURNAL: Final = np.dtype([*JOURNAL.descr, ("told", "<u4")])
-"""The same with entries of the kind `READ` among them (`heat`): `size` is how many hits a key had, the age that of the last one, and
-`told` the second since 1970 by the Hub's clock, as the writer knows it, at which that was told first; 0 for other kinds. An entry of the kind `LOST`, of the digest 0, says that the writer dropped `size` hits, the
-last one so long ago; readers that do not know that kind ignore it."""
+"""Journal entry with hits (`stats`). For the kind `READ`, `size` is the number of hits of the key, the age is that of
+the last one, and `told` is the Unix second of the first report, by the Hub's clock as the writer knows it; 0 for
+other kinds. An entry of the kind `LOST`, with digest 0, means that the writer dropped `size` hits, with the age of
+the last; older readers ignore it."""
 
 MAX_POINTER_BYTES: Final = 64 * 1024
 
 AHEAD_SECS: Final = 3600.0
-"""A time that is later than the Hub's clock by more is refused: who goes by it would believe it for ever."""
+"""Times further ahead of the Hub's clock, in seconds, are rejected, because readers would trust them for ever."""
 
 _CHECKED_ROWS: Final = 100_000
 
 _LAST_MOMENT: Final = 253402300799.0
-"""The end of the year 9999, in seconds since 1970."""
+"""End of the year 9999 in Unix seconds."""
 
 _MOST_ROW_BYTES: Final = 1024
-"""Of a snapshot's row, with the columns of later versions: it has 60, or 68 with heat."""
+"""Maximum bytes of a snapshot's row, including columns of later versions; now 60, or 68 with heat."""
 
 _NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,200}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _HEADER_BYTES: Final = 64 * 1024
 _PREAMBLE: Final = 10
-"""Magic, version, and the length of the header's text in 2 bytes, little-endian."""
+"""Bytes before the header's text: magic, version, and the length of the text in 2 bytes, little-endian."""
 
 _HEADER_ROOM: Final = 1024
-"""Bytes of a header that we write: a multiple of 64, as the format asks for, with room for more columns."""
+"""Size in bytes of written headers: a multiple of 64, as the format requires, with room for more columns."""
 
 
 def header_of(dtype: np.dtype[Any], rows: int) -> bytes:
-    """The first bytes of a file of so many rows, for writers that stream them: as many whatever the number of rows is."""
+    """Return the header of a file for writers that stream rows; its size does not depend on the number of rows."""
     out = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)  # type: ignore[no-untyped-call] # NumPy gives it no types
     described = {"descr": descr, "fortran_order": False, "shape": (rows,)}
@@ -87,22 +88,22 @@ def header_of(dtype: np.dtype[Any], rows: int) -> bytes:
 
 
 def to_bytes(rows: Rows) -> bytes:
-    """Rows as a file."""
+    """Return rows as the bytes of a file."""
     return header_of(rows.dtype, len(rows)) + rows.tobytes()
 
 
 class FormatError(IntegrityError):
-    """An object is, whole as it is, none of a key index; or one of a version that this one does not read."""
+    """A complete object does not belong to a key index, or has a version that is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """What the header of a file says.
+    """Header of a file.
 
     Attributes:
-        dtype: Of its rows.
-        rows: How many there are.
-        offset: Bytes before the first one.
+        dtype: Type of the rows.
+        rows: Number of rows.
+        offset: Bytes before the first row.
     """
 
     dtype: np.dtype[Any]
@@ -111,21 +112,21 @@ class FileHeader:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the whole file."""
+        """Size of the whole file in bytes."""
         return self.offset + self.rows * self.dtype.itemsize
 
 
 def read_header(file: BinaryIO, what: str) -> FileHeader:
-    """Read the header of a file, and leave it at its first row.
+    """Read the header of a file, leaving the file at its first row.
 
     Raises:
-        FormatError: It has none of ours; the message names `what`.
+        FormatError: The header is invalid; the message names `what`.
     """
     try:
         if np.lib.format.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call] # NumPy gives it no types
-            raise ValueError("it is no .npy of version 1.0")  # noqa: TRY301 - one message for all that may be wrong
+            raise ValueError("it is no .npy of version 1.0")  # noqa: TRY301 - one message for all errors
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call] # same
-    except Exception as error:  # noqa: BLE001 - garbage makes NumPy's parser raise whatever it likes
+    except Exception as error:  # noqa: BLE001 - NumPy's parser may raise anything for garbage
         raise FormatError(f"{what}: no table of a key index: {error}") from None
     if fortran or len(shape) != 1 or dtype.hasobject or dtype.names is None:
         raise FormatError(f"{what}: no table of a key index: an array of another kind")
@@ -133,7 +134,7 @@ def read_header(file: BinaryIO, what: str) -> FileHeader:
 
 
 def _rows(data: Data, wanted: np.dtype[Any], what: str) -> Rows:
-    """The rows of a file, without a copy."""
+    """Return the rows of a file without a copy."""
     header = read_header(io.BytesIO(memoryview(data)[:_HEADER_BYTES]), what)
     check_columns(header, wanted, what)
     if header.file_bytes != len(data):
@@ -142,10 +143,10 @@ def _rows(data: Data, wanted: np.dtype[Any], what: str) -> Rows:
 
 
 def check_columns(header: FileHeader, wanted: np.dtype[Any], what: str) -> None:
-    """Make sure that a file has the columns that are wanted, of their types.
+    """Check that a file has the wanted columns with their types.
 
     Raises:
-        FormatError: One is missing, or of another type.
+        FormatError: A column is missing or has another type.
     """
     for name in wanted.names or ():
         if name not in (header.dtype.names or ()) or header.dtype[name] != wanted[name]:
@@ -153,7 +154,7 @@ def check_columns(header: FileHeader, wanted: np.dtype[Any], what: str) -> None:
 
 
 def check_snapshot(header: FileHeader, pointer: Pointer, what: str) -> None:
-    """Make sure that a file is, by its header, the snapshot that a pointer names: for every reader of snapshots.
+    """Check by the header that a file is the snapshot that a pointer names.
 
     Raises:
         FormatError: It is not.
@@ -166,10 +167,10 @@ def check_snapshot(header: FileHeader, pointer: Pointer, what: str) -> None:
 
 
 def check_order(rows: Rows, what: str) -> None:
-    """Make sure that rows are as a reader's `Table` wants them, a block at a time: they may be on disk.
+    """Check the order of rows for a `Table`, in blocks, because they may be on disk.
 
     Raises:
-        FormatError: They are not in the order of their digests, or one is there twice.
+        FormatError: They are not sorted by digest, or a digest occurs twice.
     """
     try:
         for start in range(0, len(rows), _CHECKED_ROWS):
@@ -179,10 +180,10 @@ def check_order(rows: Rows, what: str) -> None:
 
 
 def snapshot_of(data: Data, what: str) -> Table:
-    """The table of a snapshot, over the very bytes.
+    """Return the table of a snapshot, backed by the given bytes.
 
     Raises:
-        FormatError: They are no snapshot.
+        FormatError: The bytes are not a snapshot.
     """
     try:
         return Table(_rows(data, ROW, what))
@@ -191,15 +192,15 @@ def snapshot_of(data: Data, what: str) -> Table:
 
 
 def changes_of(data: Data, written_at: float, what: str) -> Rows:
-    """The changes that a journal tells of; entries of kinds that are not known are left out.
+    """Return the changes in a journal, without entries of unknown kinds.
 
     Args:
-        data: The file.
-        written_at: When the Hub took it, in seconds since 1970: what its entries' ages count from.
-        what: Names it in errors.
+        data: Content of the file.
+        written_at: Upload time in Unix seconds, from which the entries' ages count.
+        what: Name of the file, for errors.
 
     Raises:
-        FormatError: It is no journal.
+        FormatError: It is not a journal.
     """
     entries = _rows(data, JOURNAL, what)
     entries = entries[(entries["kind"] == PUT) | (entries["kind"] == DELETED)]
@@ -211,17 +212,17 @@ def changes_of(data: Data, written_at: float, what: str) -> Rows:
 
 
 def hits_of(data: Data, written_at: float, writer: int, what: str, kind: int = READ) -> Rows:
-    """The hits that a journal tells of, as rows of `HIT`; none for one without the column for them.
+    """Return the hits in a journal as rows of `HIT`; empty for a journal without that column.
 
     Args:
-        data: The file.
-        written_at: When the Hub took it, in seconds since 1970.
-        writer: Who wrote it.
-        what: Names it in errors.
-        kind: `READ`; or `LOST` for the hits that its writer dropped, whose digest is 0.
+        data: Content of the file.
+        written_at: Upload time in Unix seconds.
+        writer: Writer of the journal.
+        what: Name of the file, for errors.
+        kind: `READ`, or `LOST` for hits that the writer dropped, with digest 0.
 
     Raises:
-        FormatError: It is no journal.
+        FormatError: It is not a journal.
     """
     entries = _rows(data, JOURNAL, what)
     if "told" not in (entries.dtype.names or ()) or entries.dtype["told"] != ACCESS_JOURNAL["told"]:
@@ -237,25 +238,25 @@ def hits_of(data: Data, written_at: float, writer: int, what: str, kind: int = R
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """Which snapshot is the present one.
+    """Pointer to the current snapshot. Times are in Unix seconds by the Hub's clock.
 
     Attributes:
-        snapshot: The name of its object, below `index/snapshots/`.
-        xet_hash: Of the snapshot.
-        size: Of the snapshot, in bytes.
-        keys: Rows in it.
-        covers: Seconds since 1970 by the Hub's clock: what journals told that the Hub took before then is in it.
-        listed: The same: what happened to a key before then is in it, or nobody will know of it before the next listing: what
-            later journals tell of earlier times is passed over. `listed <= covers`.
-        full: The same: when the listing began that it goes back to. Everything that happened before is in it, whether a journal
-            told of it or not. `full <= listed`.
-        version: Of the schema.
-        heat_since: Since when hits are recorded; 0 where they are not. See `heat.Span`, as for the two that follow.
-        heat_until: Tells of hits before then are counted.
-        heat_told: When the last tell was made.
-        heat_lost: How many hits recorders dropped since hits were first recorded without a gap.
-        heat_lost_at: When the last of them was; 0: none was. Hits are completely known since then only, so `heat_since`, by
-            which older versions go too, is never earlier.
+        snapshot: Name of its object, below `index/snapshots/`.
+        xet_hash: Xet hash of the snapshot.
+        size: Size of the snapshot in bytes.
+        keys: Number of rows.
+        covers: Journals uploaded before this time are included.
+        listed: Changes made before this time are included, or stay unknown until the next listing, because readers skip
+            older entries of later journals. `listed <= covers`.
+        full: Start of the listing that the snapshot goes back to. All changes before it are included, with or without a
+            journal. `full <= listed`.
+        version: Schema version.
+        heat_since: Start of the recording of hits; 0 without one. See `stats.Span` for this and the next two fields.
+        heat_until: Reports of hits before this time are counted.
+        heat_told: Time of the last report.
+        heat_lost: Number of hits that recorders dropped since hits were first recorded without a gap.
+        heat_lost_at: Time of the last dropped hit; 0 for none. Hits are completely known only since then, so
+            `heat_since`, which older versions also use, is never earlier.
     """
 
     snapshot: str
@@ -274,14 +275,14 @@ class Pointer:
 
     @property
     def heat(self) -> Span:
-        """For how long heat is known."""
+        """Return the period for which heat is known."""
         return Span(self.heat_since, self.heat_until, self.heat_told, self.heat_lost, self.heat_lost_at)
 
     def ahead_of(self, now: float) -> str:
-        """Which time of it is later than a moment by more than `AHEAD_SECS`, in words; empty where none is.
+        """Return which of its times is ahead of `now` by more than `AHEAD_SECS`, as text; empty if none is.
 
         Args:
-            now: The Hub's time, in seconds since 1970.
+            now: Time of the Hub in Unix seconds.
         """
         for name in ("covers", "listed", "full", "heat_since", "heat_until", "heat_told", "heat_lost_at"):
             at = getattr(self, name)
@@ -291,24 +292,24 @@ class Pointer:
 
     @property
     def content(self) -> ContentId:
-        """The snapshot's."""
+        """Content of the snapshot."""
         return ContentId(self.xet_hash, self.size)
 
     def to_bytes(self) -> bytes:
-        """As an object."""
+        """Return the pointer as the bytes of its object."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def parse(cls, data: Data, what: str) -> Pointer:
-        """Read an object; fields that are not known are passed over.
+        """Parse the pointer's object, ignoring unknown fields.
 
         Raises:
-            FormatError: It is no pointer, or one of a later version.
+            FormatError: It is not a pointer, or has a later version.
         """
         try:
             record = json.loads(bytes(data))
             if not isinstance(record, dict):
-                raise TypeError("no JSON record")  # noqa: TRY301 - one message for all that may be wrong
+                raise TypeError("no JSON record")  # noqa: TRY301 - one message for all errors
             version = _whole(record["version"])
             if version > VERSION:
                 raise ValueError(f"of version {version}, and this one reads {VERSION} at most: upgrade")  # noqa: TRY301

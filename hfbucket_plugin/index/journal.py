@@ -1,11 +1,11 @@
-"""What a process tells others of what it did, or read: entries that wait, and the journals that hold them. Pure; thread-safe.
+"""Pending changes and hits of a process, and the journals that report them to others; no I/O, thread-safe.
 
-A journal is an object, and objects cost calls to list: a writer's last journal therefore *grows*. Each time there is news it
-is rewritten, old entries and new ones, and takes the place of the one before, until it is full (`entries`) and the next
-one begins. So at any time there is one journal for each `entries` entries and writer, and a lost answer costs nothing.
+Journals are objects, which cost calls to list, so a writer's last journal grows: each report rewrites it with old and
+new entries in place of the previous one, until it has `entries` entries and the next one begins. A lost response costs
+nothing.
 
-What waits is bounded: while the Hub does not take journals the oldest entries are dropped, and counted. Others then learn of
-those keys by the next snapshot.
+The number of pending entries is bounded: while the Hub accepts no journals, the oldest are dropped and counted. Others
+then learn of those keys from the next snapshot.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _WRITER_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """What happened to one key.
+    """Event of one key.
 
     Attributes:
-        seq: Its number among the writer's entries, from 1.
-        at: When, in monotonic seconds.
-        digest: Of the name, 16 bytes.
-        content: What was put; None for a delete, and for hits.
-        hits: How many, of an entry that tells of hits; `at` is then the last one.
-        reported: When they were told first, in seconds since 1970 by the Hub's clock; 0 for puts and deletes.
-        lost: Whether they are hits that were dropped, of no key in particular.
+        seq: Number among the writer's entries, from 1.
+        at: Time in monotonic seconds.
+        digest: Digest of the object name, 16 bytes.
+        content: Content that was put; None for a delete and for hits.
+        hits: Number of hits, if the entry reports hits; `at` is then the last one.
+        reported: Time of the first report of hits, in Unix seconds by the Hub's clock; 0 for puts and deletes.
+        lost: Whether the entry stands for dropped hits of unknown keys.
     """
 
     seq: int
@@ -59,14 +59,14 @@ class JournalEntry:
 
 @dataclass(frozen=True, slots=True)
 class JournalDraft:
-    """A journal to be written.
+    """Journal to write.
 
     Attributes:
-        name: Of its object.
-        data: Its bytes.
-        instead_of: The name of the journal whose place it takes, if any.
-        entries: What is in it.
-        fresh: How many of them are in no journal yet.
+        name: Name of its object.
+        data: Bytes of its object.
+        instead_of: Name of the journal that it replaces, if any.
+        entries: Entries in it.
+        fresh: Number of entries that are in no journal yet.
     """
 
     name: JournalName
@@ -77,12 +77,12 @@ class JournalDraft:
 
 
 class JournalWriter:
-    """The entries of one process and instance.
+    """Journal entries of one process and instance.
 
     Args:
-        entries: Most entries of one journal.
-        waiting: Most entries that wait to be written.
-        hits: Whether hits alone are told of: in journals apart, which readers need not fetch.
+        entries: Maximum number of entries of one journal.
+        waiting: Maximum number of pending entries.
+        hits: Whether it reports only hits, in separate journals that readers need not fetch.
     """
 
     def __init__(self, entries: int, waiting: int, *, hits: bool = False) -> None:
@@ -106,10 +106,10 @@ class JournalWriter:
         return len(self._waiting)
 
     def note(self, digest: bytes, content: ContentId | None, at: float) -> tuple[int, int]:
-        """Take an entry in; see `JournalEntry`.
+        """Add an entry; see `JournalEntry`.
 
         Returns:
-            Its number, and how many entries were dropped to make room.
+            The number of the entry, and the number of entries dropped to make room.
         """
         with self._lock:
             self._seq += 1
@@ -121,16 +121,16 @@ class JournalWriter:
             return self._seq, dropped
 
     def tell(self, hits: Sequence[Hits], hub_now: float) -> None:
-        """Take in what is told of hits.
+        """Add reports of hits.
 
         Args:
-            hits: Of each key.
-            hub_now: The Hub's time, in seconds since 1970.
+            hits: Hits by key.
+            hub_now: Time of the Hub in Unix seconds.
         """
         if not hits:
             return
         with self._lock:
-            # No two tells of a key share a moment: that is how those who add them up know one from its repetition.
+            # Reports of a key never share a time, so that builders can recognize repetitions.
             self._hits_reported = max(self._hits_reported + 1, int(hub_now))
             for one in hits:
                 self._seq += 1
@@ -139,11 +139,11 @@ class JournalWriter:
                 )
 
     def draft(self, now: float, today: datetime | None = None) -> JournalDraft | None:
-        """The journal to be written next, or None when there is no news.
+        """Return the next journal to write; None without new entries.
 
         Args:
-            now: Monotonic seconds.
-            today: For its name; by default this machine's clock.
+            now: Time in monotonic seconds.
+            today: Time for its name; by default this machine's clock.
         """
         with self._lock:
             fresh = [self._after_attempts(one) for _, one in zip(range(self._most), self._waiting, strict=False)]
@@ -152,7 +152,7 @@ class JournalWriter:
             grows = len(self._growing) + len(fresh) <= self._most
             entries = [*self._growing, *fresh] if grows else fresh
             name = JournalName.make(self.writer, fresh[-1].seq, today or datetime.now(UTC), hits=self._hits)
-            if name.text <= self._last_name:  # a clock that was set back: names of a writer go on in order
+            if name.text <= self._last_name:  # the clock was set back, but the names of a writer must stay in order
                 name = replace(name, text=self._last_name[:18] + name.text[18:])
             self._last_name = name.text
             return JournalDraft(
@@ -160,26 +160,26 @@ class JournalWriter:
             )
 
     def _after_attempts(self, entry: JournalEntry) -> JournalEntry:
-        """An entry as it may be told now: not before what was told already.
+        """Return an entry with its time moved after everything already reported.
 
-        The Hub's stamp, from which ages count back, comes some time after a journal was begun: a second in one, less in the
-        next. A put and a delete of one key, told by two journals, would else change places.
+        The Hub's timestamp, from which ages count back, may lag the start of a journal by a second in one case and less
+        in the next. Otherwise a put and a delete of one key in two journals could change order.
         """
         if entry.reported or entry.at >= self._attempt_ended:
             return entry
         return replace(entry, at=self._attempt_ended)
 
     def attempted(self, now: float) -> None:
-        """Record that an attempt to write a journal has ended, well or not: it may be there.
+        """Record that an attempt to write a journal has ended; the journal may exist even after a failure.
 
         Args:
-            now: Monotonic seconds.
+            now: Time in monotonic seconds.
         """
         with self._lock:
             self._attempt_ended = max(self._attempt_ended, now)
 
     def written(self, draft: JournalDraft) -> None:
-        """Record that a journal is there."""
+        """Record that a journal was written."""
         with self._lock:
             while self._waiting and self._waiting[0].seq <= draft.name.seq:
                 self._waiting.popleft()
@@ -187,14 +187,14 @@ class JournalWriter:
             self.reported = draft.name.seq
 
     def forget_before(self, at: float, heat_until: float = math.inf) -> int:
-        """Drop what a snapshot tells of by now.
+        """Drop entries that a snapshot now includes.
 
         Args:
-            at: Puts and deletes before then, in monotonic seconds.
-            heat_until: Hits that were told before then, in seconds since 1970.
+            at: Drop puts and deletes before this time, in monotonic seconds.
+            heat_until: Drop hits reported before this time, in Unix seconds.
 
         Returns:
-            How many entries of those that waited.
+            The number of dropped entries that were pending.
         """
 
         def kept(entries: Iterable[JournalEntry]) -> Iterator[JournalEntry]:
@@ -210,7 +210,7 @@ class JournalWriter:
 
 
 def _last_of_each(entries: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """Of the puts and deletes of one key the last one, which alone counts: their times may be the same."""
+    """Return the last put or delete of each key, which alone counts; their times may be equal."""
     last = {entry.digest: entry.seq for entry in entries if not entry.reported}
     return [entry for entry in entries if entry.reported or last[entry.digest] == entry.seq]
 

@@ -1,7 +1,7 @@
-"""Tells the key index of an instance what a job put there or deleted, by a journal, as engines do.
+"""Journal of a job's puts and deletes for the key index, as engines write it.
 
-Readers would else go by what is gone until the next snapshot that is made of a listing: each such hit is a miss at the read,
-after which they ask the Hub about everything for a while. What could not be told changes nothing but that: no job fails of it.
+Without it, readers would trust deleted keys until the next snapshot made from a listing: each such hit is a miss at the
+read, after which they ask the Hub about everything for a while. A failed report has no other effect, and fails no job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _ENTRIES: Final = 50_000
-"""Most entries of a journal: 3 MB."""
+"""Maximum number of entries of a journal: 3 MB."""
 
 _WAITING: Final = 2 * _ENTRIES
 _FLUSH_ENTRIES: Final = 10_000
@@ -36,15 +36,15 @@ _LOOK_SECS: Final = 15.0
 
 
 class IndexNotifier:
-    """Collects what was done, and writes it now and then. Not thread-safe. Made by `notifying`.
+    """Collects changes and periodically writes them; created by `notifying`. Not thread-safe.
 
-    Whether the instance has an index is looked up when there is something to tell: one call.
+    Whether the instance has an index is checked with one call when there is something to report.
 
     Args:
-        bucket: The instance's.
+        bucket: Bucket of the instance.
 
     Attributes:
-        unreported: How many entries no reader will learn of.
+        unreported: Number of entries that no reader will learn of.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -56,11 +56,11 @@ class IndexNotifier:
         self.unreported = 0
 
     def did(self, name: str, content: ContentId | None) -> None:
-        """Record what became of an object.
+        """Record a change of an object.
 
         Args:
-            name: Below the instance's prefix; a nested one is none that engines ask for, and passed over.
-            content: What it has now; None where it was deleted.
+            name: Name below the instance's prefix; nested names are ignored, because engines never request them.
+            content: Current content; None for a deleted object.
         """
         if not name or "/" in name or self._indexed is False:
             return
@@ -70,7 +70,7 @@ class IndexNotifier:
             self._flush()
 
     def _flush(self) -> None:
-        """Write what waits; a failure is told at the end, if it is one still."""
+        """Write pending entries; a failure is reported at the end if it persists."""
         self._flushed = time.monotonic()
         if not len(self._journal) or not self._is_indexed():
             return
@@ -89,12 +89,12 @@ class IndexNotifier:
         if self._indexed is None:
             try:
                 self._indexed = self._store.find_pointer(Deadline.after(_LOOK_SECS), patient=False) is not None
-            except HFBucketError:  # then it may have one; a journal without readers does no harm
+            except HFBucketError:  # it may have one, and a journal without readers does no harm
                 self._indexed = True
         return self._indexed
 
     def close(self) -> None:
-        """Write the rest, and say so where that cannot be."""
+        """Write the remaining entries, and log a failure."""
         self._flush()
         if self._indexed is False:
             self.unreported = 0
@@ -112,10 +112,10 @@ class IndexNotifier:
 
 @contextlib.contextmanager
 def notifying(bucket: Bucket | None) -> Iterator[IndexNotifier | None]:
-    """A notifier for the duration of a block.
+    """Provide a notifier for the duration of a block.
 
     Args:
-        bucket: The instance's; None where the work is done elsewhere.
+        bucket: Bucket of the instance; None if the work is done elsewhere.
     """
     if bucket is None:
         yield None

@@ -1,7 +1,7 @@
-"""What this process knows of single keys better than the index does: what it did itself, and what it was told. Thread-safe.
+"""Keys about which this process knows more than the index: its own changes and recent answers of the Hub; thread-safe.
 
-Notes are looked at before the snapshot and the journals, and go when those say the same or something newer. Their number is
-bounded; the oldest go first, which costs a miss at most.
+Entries take precedence over the snapshot and the journals, and are dropped when those contain the same or newer state.
+Their number is bounded; the oldest are dropped first, which costs at most a miss.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index.table import Table
 
 MOST_NOTES: Final = 50_000
-"""About 20 MB when full."""
+"""Maximum number of entries, about 20 MB."""
 
 _TOLD: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OverlayEntry:
-    """What is known of one key.
+    """State of one key.
 
     Attributes:
-        content: What is there; None where nothing is.
-        doubtful: Whether nothing is known at all, whatever the index says: the Hub has to be asked.
-        seq: Its number among the entries of this process's journals; 0 for what it was told, and for doubts.
-        mono: When it came to be known, in monotonic seconds.
-        hub: The same by the Hub's clock, as far as that is known.
+        content: Existing content; None if the object does not exist.
+        doubtful: Whether the state is unknown, whatever the index says, so that the Hub has to be asked.
+        seq: Number among the entries of this process's journals; 0 for answers of the Hub and for doubts.
+        mono: Time of the observation in monotonic seconds.
+        hub: Time of the observation by the Hub's clock, as far as known.
     """
 
     content: ContentId | None
@@ -45,15 +45,15 @@ class OverlayEntry:
 
     @property
     def reported(self) -> bool:
-        """Whether it is what the Hub said, and nothing that this process did."""
+        """Whether it is an answer of the Hub rather than a change by this process."""
         return self.seq == _TOLD
 
 
 class LocalOverlay:
-    """Notes by digest.
+    """Entries by digest.
 
     Args:
-        most: How many there may be.
+        most: Maximum number of entries.
     """
 
     def __init__(self, most: int = MOST_NOTES) -> None:
@@ -62,7 +62,7 @@ class LocalOverlay:
         self._most = most
 
     def forked(self) -> LocalOverlay:
-        """The same for a forked child: a thread that is not there may hold the lock of these."""
+        """Return a copy for a forked child, where the lock may be held by a thread that does not run."""
         recent = LocalOverlay(self._most)
         recent._notes = self._notes.copy()
         return recent
@@ -71,19 +71,19 @@ class LocalOverlay:
         return len(self._notes)
 
     def get(self, digest: bytes) -> OverlayEntry | None:
-        """The note of a key."""
+        """Return the entry of a key."""
         return self._notes.get(digest)
 
     def did(self, digest: bytes, content: ContentId | None, seq: int, mono: float, hub: float) -> None:
-        """Record what this process put, or deleted (None)."""
+        """Record that this process put a content, or deleted the object (None)."""
         self._set(digest, OverlayEntry(content, False, seq, mono, hub))
 
     def doubt(self, digest: bytes, mono: float, hub: float) -> None:
-        """Record that what is known of a key must not be believed."""
+        """Record that the known state of a key must not be trusted."""
         self._set(digest, OverlayEntry(None, True, _TOLD, mono, hub))
 
     def reported(self, digest: bytes, content: ContentId | None, asked: float, mono: float, hub: float) -> None:
-        """Record what the Hub said of a key when it was asked, unless something was done to the key since it was asked."""
+        """Record the Hub's answer about a key, unless the key was changed after the request."""
         with self._lock:
             note = self._notes.get(digest)
             if note is not None and note.mono >= asked:
@@ -91,7 +91,7 @@ class LocalOverlay:
         self._set(digest, OverlayEntry(content, False, _TOLD, mono, hub))
 
     def drop(self, digest: bytes, asked: float) -> None:
-        """Forget a note from before a question: the index says what the Hub said."""
+        """Forget an entry from before a request, because the index agrees with the Hub's answer."""
         with self._lock:
             note = self._notes.get(digest)
             if note is not None and note.mono < asked:
@@ -105,15 +105,15 @@ class LocalOverlay:
                 self._notes.popitem(last=False)
 
     def journalled(self, seq: int) -> None:
-        """Forget what this process did up to an entry: the journals that tell of it are folded in."""
+        """Forget this process's changes up to an entry, because the view includes their journals."""
         self._drop_where((digest, note) for digest, note in self._copy() if _TOLD < note.seq <= seq)
 
     def listed(self, *, hub: float | None = None, mono: float | None = None) -> None:
-        """Forget what came to be known before a listing began: the snapshot made of it tells.
+        """Forget observations from before a listing, because the snapshot made from it includes them.
 
         Args:
-            hub: When it began, by the Hub's clock.
-            mono: Or in monotonic seconds.
+            hub: Start of the listing by the Hub's clock.
+            mono: Start of the listing in monotonic seconds.
         """
         self._drop_where(
             (digest, note)
@@ -122,7 +122,7 @@ class LocalOverlay:
         )
 
     def overruled(self, *changes: Table) -> None:
-        """Forget what was told before something newer happened to the key, as journals say."""
+        """Forget answers of the Hub that are older than a change in the journals."""
         reported = [(digest, note) for digest, note in self._copy() if note.reported]
         if not reported:
             return
@@ -136,7 +136,7 @@ class LocalOverlay:
             return list(self._notes.items())
 
     def _drop_where(self, notes: Iterable[tuple[bytes, OverlayEntry]]) -> None:
-        """Drop notes that are still the same."""
+        """Drop entries that have not changed."""
         for digest, note in notes:
             with self._lock:
                 if self._notes.get(digest) is note:

@@ -1,13 +1,13 @@
-"""The key index of an instance as an engine uses it: what is in the bucket, known without asking the Hub.
+"""Key index of an instance in an engine: the content of the bucket, known without asking the Hub.
 
-Answers come from three places, the first that knows counts: notes of single keys (`index_recent`: what this process did, or
-was told by the Hub), what journals told since the snapshot, the snapshot (`index_view`). A background thread renews them, a
-second one writes this process's journal. Look-ups never wait for either.
+Answers come from the first of three sources that knows the key: the overlay of single keys (own changes and answers of
+the Hub), the journals since the snapshot, and the snapshot. One background thread refreshes them, and another writes
+this process's journal. Lookups wait for neither.
 
-An answer may be old: another process's delete is known here after its journal, and what was deleted without the index after
-the next snapshot. Reads show it: an object that the store lacks is doubted at once, and with it, for `_DOUBT_SECS`, all other
-hits, which the Hub is asked about as without an index: so stale entries cannot add up to what disables an engine
-(`health_shield`), however many a cleanup has made.
+Answers may be stale: a delete by another process is known after its journal, and one without the index after the next
+snapshot. If the store lacks an object, its key is doubted, and for `_DOUBT_SECS` all other hits are checked with the
+Hub. Stale entries therefore cannot add up until LMCache disables the engine (`health_monitor`), however many a cleanup
+left.
 """
 
 from __future__ import annotations
@@ -51,33 +51,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DOUBT_SECS: Final = 30.0
-"""As often as LMCache's health monitor looks, and counts gets that failed."""
+"""Interval in seconds at which LMCache's health monitor checks failed gets."""
 
 _JOURNAL_SECS: Final = 30.0
 _SPREAD: Final = (0.9, 1.1)
 _FIRST_SPREAD: Final = (0.25, 1.0)
 _FIRST_LISTING_SPREAD: Final = (1.0, 1.75)
-"""Shares of a wait, between which chance decides, so that a fleet that was started together does not ask together. A listing has
-cost the calls of the whole wait already: its first wait is never shorter."""
+"""Random range of the first wait, as a fraction of the full one, so that processes started together do not call
+together. A listing has already cost the calls of the whole wait, so its first wait is never shorter."""
 
 _MOST_DOUBLINGS: Final = 5
-"""After failures in a row a refresh comes up to 32 times as late."""
+"""After consecutive failures the wait for a refresh grows up to 32-fold."""
 
 _TOO_LARGE_SECS: Final = 6 * 3600.0
-"""When a listing that did not fit is tried again: it costs the same calls."""
+"""Seconds until a listing that did not fit is repeated; it costs the same calls."""
 
 STATES: Final = ("usable", "loading", "missing", "stale", "too_large", "failed")
 
 
 class KeyIndex:
-    """The index of one instance; thread-safe.
+    """Index of one instance; thread-safe.
 
     Args:
-        bucket: The instance's.
-        settings: The instance's; `index` is not `off`.
-        instance: Its name.
-        sink: Where its state is reported.
-        clock: Seconds, monotonic; tests pass their own.
+        bucket: Bucket of the instance.
+        settings: Settings of the instance; `index` is not `off`.
+        instance: Name of the instance.
+        sink: Metrics sink for its state.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -122,12 +122,13 @@ class KeyIndex:
     # --- lookups ----------------------------------------------------------------------------------------------------
 
     def known(self, keys: Sequence[str], *, misses: bool) -> dict[str, ContentId | None]:
-        """What the index says of keys; those that it leaves out have to be asked for.
+        """Return what the index knows of keys; the Hub has to be asked about omitted ones.
 
         Args:
             keys: Key strings.
-            misses: Whether a miss may be believed here, where `index_miss` is `trust`. Where it may not, for puts, neither is
-                what the Hub once said of a key that the index does not know: nobody would tell of its end.
+            misses: Whether misses may be trusted if `index_miss` is `trust`. If not, as for puts, answers of the Hub
+                about keys that the index does not know are not trusted either, because no journal would report their
+                end.
         """
         view = self._usable_view()
         # Not the probe, which LMCache writes and reads to test the bucket itself.
@@ -161,35 +162,35 @@ class KeyIndex:
 
     def _usable_view(self) -> View | None:
         if self._pid != os.getpid() and not self._closed.is_set():
-            self.start()  # in a forked child no thread of the parent's runs
+            self.start()  # in a forked child no thread of the parent runs
         view = self._view
         if view is None or self._age(view) > self._settings.index_max_age_secs:
             return None
         return view
 
     def _age(self, view: View) -> float:
-        """Seconds since the snapshot was made, or since it was last brought up to date, whichever is longer."""
+        """Return the seconds since the snapshot was made or since it was last refreshed, whichever is longer."""
         return max(self._hub_now() - view.covers, self._clock() - self._renewed_at)
 
     def _hub_now(self) -> float:
-        """The Hub's time, as far as its answers tell it: to about a second."""
+        """Return the Hub's time as known from its responses, to about a second."""
         return self._clock() + self._hub_offset
 
-    # --- what is known of single keys ---------------------------------------------------------------------------------
+    # --- state of single keys -------------------------------------------------------------------------------------------
 
     def wrote(self, key: str, content: ContentId) -> None:
-        """Record that this process put a key; others are told by the journal."""
+        """Record a put by this process, to be reported in the journal."""
         self._did(key, content)
 
     def deleted(self, key: str) -> None:
-        """Record that this process deleted a key; others are told by the journal."""
+        """Record a delete by this process, to be reported in the journal."""
         self._did(key, None)
 
     def _did(self, key: str, content: ContentId | None) -> None:
         if is_probe(key):
             return
         digest = digests_of([encode_name(key)]).tobytes()
-        now, seq = self._clock(), 1  # without a journal, a number all the same: it was done, and not told
+        now, seq = self._clock(), 1  # numbered even without a journal: it was done, but not reported
         if self._journals:
             seq, dropped = self._journal.note(digest, content, now)
             if dropped:
@@ -199,30 +200,30 @@ class KeyIndex:
         self._recent.did(digest, content, seq, now, self._hub_now())
 
     def served(self, keys: Iterable[str]) -> None:
-        """Record that the engine was given these keys' chunks: others are told of it now and then, see `heat`."""
+        """Record that the chunks of these keys were served to the engine, to be reported periodically as hits."""
         if self._recorder is not None:
             self._recorder.read(keys)
 
     def doubt(self, key: str) -> None:
-        """Believe nothing of a key: the Hub is asked the next time."""
+        """Distrust everything known of a key: the Hub is asked the next time."""
         if not is_probe(key):
             self._recent.doubt(digests_of([encode_name(key)]).tobytes(), self._clock(), self._hub_now())
 
     def gone(self, key: str) -> None:
-        """Record that the store lacks what the index says of a key: it is doubted, and for a while every other hit is."""
+        """Record that the store lacks what the index says of a key; it and, for a while, all other hits are doubted."""
         self.doubt(key)
         self.doubt_all()
 
     def doubt_all(self) -> None:
-        """Ask the Hub about all hits, for a while."""
+        """Ask the Hub about all hits for a while."""
         self._doubt_until = self._clock() + _DOUBT_SECS
 
     def reported(self, answers: Mapping[str, ContentId | None], asked: float) -> None:
-        """Record what the Hub said of keys, where the index says something else.
+        """Record the Hub's answers that differ from the index.
 
         Args:
-            answers: Key string to content, None for a miss.
-            asked: When the question was put, in monotonic seconds: what this process did since is newer.
+            answers: Content by key string; None for a miss.
+            asked: Time of the request in monotonic seconds; later changes by this process take precedence.
         """
         view = self._usable_view()
         keys = [key for key in answers if not is_probe(key)]
@@ -233,7 +234,7 @@ class KeyIndex:
             digest, content = row.tobytes(), answers[key]
             believed = None if isinstance(answer, Absent) else answer
             if believed != content:
-                # As of when it was asked: what others did while the answer was on its way overrules it.
+                # Dated at the request: changes by others while the answer was on its way take precedence.
                 self._recent.reported(digest, content, asked, self._clock(), asked + self._hub_offset)
             else:
                 self._recent.drop(digest, asked)
@@ -241,7 +242,7 @@ class KeyIndex:
     # --- renewal --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to renew the index, and to write the journal, in the background; where no thread is left, later."""
+        """Start the background refresh and the journal writer; if no thread is available, a later call does."""
         with self._starting:
             if self._closed.is_set() or self._pid == os.getpid():
                 return
@@ -255,9 +256,9 @@ class KeyIndex:
             self._pid = os.getpid()
 
     def _start_over(self) -> None:
-        """Have no threads, and journals of its own: in a forked child, where a thread that is not there may have held any lock.
+        """Reset threads and journals in a forked child, where any lock may be held by a thread that does not run.
 
-        What waited is the parent's to tell.
+        The parent reports the pending entries.
         """
         closed = threading.Event()
         if self._closed.is_set():
@@ -285,13 +286,13 @@ class KeyIndex:
         while not self._closed.wait(wait * random.uniform(*spread)):
             try:
                 self.refresh()
-            except Exception:  # noqa: BLE001 - whatever it was, the next one must come
+            except Exception:  # noqa: BLE001 - the next refresh must follow after any error
                 _log.exception("[%s] key index: the refresh failed", self._instance)
             wait, spread = self.refresh_wait_secs, _SPREAD if wait else first
 
     @property
     def refresh_wait_secs(self) -> float:
-        """Seconds until the next refresh: by what the last one cost, by how many ask, and by how many failed."""
+        """Return the seconds until the next refresh, from the cost of the last one, the processes and the failures."""
         settings, calls = self._settings, self._source.calls
         secs = settings.index_refresh_secs
         if settings.index == "listing":
@@ -304,17 +305,17 @@ class KeyIndex:
         return float(min(longest, wait * 2 ** min(self._failures, _MOST_DOUBLINGS)))
 
     def refresh(self) -> int:
-        """Look for a new snapshot and new journals, now; a failure leaves what is known as it is.
+        """Look for a new snapshot and new journals now; a failure leaves the known state unchanged.
 
         Returns:
-            Calls to the Hub that it took, whatever came of it.
+            The number of calls to the Hub, whatever the outcome.
         """
         with self._refreshing:
             began = self._clock()
             try:
                 result = self._source.refresh(self._view)
                 self._take(result, began)
-            except Exception as error:  # noqa: BLE001 - whatever it was, it is named, and tried again
+            except Exception as error:  # noqa: BLE001 - any error is logged and the refresh repeated
                 if not isinstance(error, HFBucketError):
                     _log.debug("[%s] key index: the refresh failed", self._instance, exc_info=True)
                 self._problem = problem_of(error)
@@ -327,16 +328,16 @@ class KeyIndex:
         began -= result.took
         if result.date is not None:
             passed = time.monotonic() - result.dated  # a snapshot may have been loaded meanwhile
-            self._hub_offset = result.date + 0.5 + passed - now  # a header shows whole seconds
+            self._hub_offset = result.date + 0.5 + passed - now  # a header has whole seconds
         self._view, self._problem, self._failures, self._writers = result.view, result.problem, 0, result.writers
-        # What no reader uses any more needs no journals, and nobody would prune them.
+        # An index that no reader uses any more needs no journals, and no builder would prune them.
         self._alive = result.alive and self._hub_now() - result.covers <= self._settings.index_max_age_secs
         self._renewed_at = began
         if result.renewed:
             if self._settings.index == "listing":
                 self._recent.listed(mono=began)
             else:
-                self._recent.listed(hub=result.full)  # one of journals has what was wrong in the one before
+                self._recent.listed(hub=result.full)  # one made from journals keeps the errors of the previous one
                 self._journal.forget_before(now - (self._hub_now() - result.listed))
                 self._hits.forget_before(now, result.heat_until)
         self._recent.journalled(min(result.own_seq, self._journal.reported))
@@ -394,7 +395,7 @@ class KeyIndex:
     def _run_journal(self) -> None:
         done, next_at = True, self._clock() + self._journal_wait_secs
         while not self._closed.is_set():
-            # What could not be written is no reason to hurry, however much waits.
+            # Failed writes are not repeated sooner, however much is pending.
             pause = self._journal_due if done else self._closed
             pause.wait(self._settings.index_journal_secs * random.uniform(*_SPREAD))
             hurry = self._journal_due.is_set() and done
@@ -406,7 +407,7 @@ class KeyIndex:
                     self._look_at_hits()
                     continue
                 done = self.flush()
-            except Exception:  # noqa: BLE001 - whatever it was, the next one must come
+            except Exception:  # noqa: BLE001 - the next journal must follow after any error
                 _log.exception("[%s] key index: the journal failed", self._instance)
                 done = False
             next_at = self._clock() + self._journal_wait_secs
@@ -415,7 +416,7 @@ class KeyIndex:
 
     @property
     def _journal_wait_secs(self) -> float:
-        """Seconds between two journals: the more processes write some, the more."""
+        """Return the seconds between two journals: longer, the more processes write some."""
         secs = journal_secs(self._settings, self._writers)
         return 0.0 if secs <= self._settings.index_journal_secs else secs * random.uniform(*_SPREAD)
 
@@ -425,13 +426,13 @@ class KeyIndex:
                 self._recorder.look(self._clock())
 
     def flush(self, *, last: bool = False) -> bool:
-        """Write what there is to tell as journals, now, by one call, if there is an index that it is of use to.
+        """Write pending entries as journals now, in one call, if an index exists.
 
         Args:
-            last: Whether there will be no other, so that hits are told of before it is time.
+            last: Whether this is the last flush, so that hits are reported before they are due.
 
         Returns:
-            Whether there is nothing left that should have been written.
+            Whether everything due was written.
         """
         self._look_at_hits()
         with self._flushing:
@@ -442,7 +443,7 @@ class KeyIndex:
             return self._write()
 
     def _write(self) -> bool:
-        """Write journals if there is news; whether there is nothing left that should have been written, hits apart."""
+        """Write journals with new entries; return whether everything due was written, not counting hits."""
         now = self._clock()
         drafts = [(one, draft) for one in (self._journal, self._hits) if (draft := one.draft(now)) is not None]
         if not drafts:
@@ -463,13 +464,13 @@ class KeyIndex:
                 journal.written(draft)
                 self._sink.count(telemetry.INDEX_JOURNALS, instance=self._instance, outcome="written")
                 continue
-            done = done and journal is self._hits  # what comes of hits holds nothing up
+            done = done and journal is self._hits  # the outcome of hits delays nothing
             self._sink.count(telemetry.INDEX_JOURNALS, instance=self._instance, outcome="not_written")
             self._limited.warning("journal", f"[{self._instance}] key index: a journal was not written: {why}")
         return done
 
     def _publish_hits(self, heat: AccessRecorder, *, last: bool) -> None:
-        """Tell of hits, if it is time and the last ones are in a journal: heat may wait."""
+        """Report hits, if due and if the previous ones are in a journal; heat may wait."""
         if len(self._hits):
             return
         hits = heat.due(self._clock(), last=last)
@@ -487,10 +488,10 @@ class KeyIndex:
             if number:
                 self._sink.count(telemetry.ACCESS_HITS, number, instance=self._instance, outcome=outcome)
 
-    # --- status and the end ---------------------------------------------------------------------------------------------
+    # --- status and shutdown --------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The state of the index, for people and monitors."""
+        """Return the state of the index for reports and monitoring."""
         view = self._view
         return {
             "state": self._state,
@@ -501,16 +502,16 @@ class KeyIndex:
         }
 
     def finish(self, secs: float) -> None:
-        """Write a last journal, if there is news, hits included.
+        """Write a last journal of pending entries, including hits.
 
         Args:
-            secs: How long to wait for it at most.
+            secs: Maximum wait in seconds.
         """
         news = len(self._journal) or (self._recorder is not None and len(self._recorder))
         if not news or not self._alive or self._pid != os.getpid():
             return
         last = threading.Thread(target=self._last_flush, name=f"hfbucket-index-last-{self._instance}", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no thread is left: the next listing tells
+        with contextlib.suppress(RuntimeError):  # no thread is available: the next listing includes it
             last.start()
             last.join(max(0.0, secs))
 
@@ -521,7 +522,7 @@ class KeyIndex:
             _log.exception("[%s] key index: the last journal failed", self._instance)
 
     def close(self) -> None:
-        """Renew and write nothing any more; waits for nothing."""
+        """Stop refreshing and writing, without waiting."""
         self._closed.set()
         self._journal_due.set()
         self._store.close()

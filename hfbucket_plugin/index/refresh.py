@@ -1,4 +1,4 @@
-"""Where a reader's view of an instance comes from: published snapshots and journals, or a listing of its own."""
+"""Sources of a reader's view of an instance: published snapshots and journals, or a listing of its own."""
 
 from __future__ import annotations
 
@@ -29,75 +29,75 @@ if TYPE_CHECKING:
 _PAGE_SECS: Final = 60.0
 _READ_SECS: Final = 60.0
 _MOST_SKIPPED: Final = 31
-"""Refreshes that pass before a snapshot that could not be loaded is tried again: half an hour, with defaults."""
+"""Maximum number of refreshes that skip a snapshot that could not be loaded: half an hour, with defaults."""
 
 _RESUME_SECS: Final = 3600.0
-"""How long a listing that broke off may be gone on with: its first pages are as old."""
+"""Maximum age in seconds of an interrupted listing that may be continued, because its first pages are that old."""
 
 _ALIVE_SECS: Final = 2 * 3600.0
-"""A process that wrote no journal for this long has ended."""
+"""Seconds without a journal after which a process counts as ended."""
 
 _LOAD_SECS: Final = 300.0
-"""A snapshot of 60 MB over a slow line; lookups go on meanwhile as before."""
+"""Time limit in seconds for loading a snapshot, enough for 60 MB over a slow line; lookups continue meanwhile."""
 
 
 _WINDOW_SECS: Final = 300.0
 _READERS_CALLS: Final = 1000
 _WRITERS_CALLS: Final = 1000
-"""Calls that all processes of an instance make for refreshes, and for journals, in a window of the Hub's quota, at most: the more
-processes there are, the rarer each one asks. The smallest quota of a paid plan is 2,500."""
+"""Maximum number of calls for refreshes, and for journals, by all processes of an instance in a window of the Hub's
+quota: more processes each call less often. The smallest quota of a paid plan is 2,500."""
 
 
 def refresh_secs(settings: InstanceSettings, writers: int, calls: int) -> float:
-    """Seconds between two refreshes from snapshots.
+    """Return the seconds between two refreshes from snapshots.
 
     Args:
-        settings: The instance's.
-        writers: How many processes there are, see `writers_of`.
-        calls: Calls to the Hub of a refresh.
+        settings: Settings of the instance.
+        writers: Number of processes, see `writers_of`.
+        calls: Number of Hub calls of a refresh.
     """
     shared = _WINDOW_SECS * writers * calls / _READERS_CALLS
     return max(settings.index_refresh_secs, min(shared, settings.index_max_age_secs / 4))
 
 
 def journal_secs(settings: InstanceSettings, writers: int) -> float:
-    """Seconds between two journals of a process.
+    """Return the seconds between two journals of a process.
 
     Args:
-        settings: The instance's.
-        writers: How many processes there are, see `writers_of`.
+        settings: Settings of the instance.
+        writers: Number of processes, see `writers_of`.
     """
     return max(settings.index_journal_secs, _WINDOW_SECS * writers / _WRITERS_CALLS)
 
 
 class TooLargeError(RefusedError):
-    """The index would take more memory than it may."""
+    """The index would exceed its memory limit."""
 
 
 @dataclass(slots=True)
 class Refreshed:
-    """What a refresh found.
+    """Result of a refresh.
 
     Attributes:
-        view: The view from now on; None where there is no index.
-        alive: Whether there is one in the bucket, so that journals find readers.
-        renewed: Whether the view stands on another snapshot than before.
-        covers: See `Pointer`; of the present snapshot, whether it was loaded or not.
-        listed: The same.
-        full: The same.
-        heat_until: The same.
-        date: The Hub's time, in seconds since 1970; None where it did not say.
-        dated: When that came, in our monotonic seconds: what was read afterwards took its time.
+        view: Current view; None without an index.
+        alive: Whether the bucket has an index, so that journals have readers.
+        renewed: Whether the view is based on a new snapshot.
+        covers: `Pointer.covers` of the current snapshot, loaded or not.
+        listed: `Pointer.listed` likewise.
+        full: `Pointer.full` likewise.
+        heat_until: `Pointer.heat_until` likewise.
+        date: Time of the Hub in Unix seconds; None if its responses had no date.
+        dated: Local monotonic time in seconds at which `date` arrived; later reads took additional time.
         problem: Why there is no view, or only an older one.
-        folded: Journals that were folded in.
-        garbage: Those that are none.
-        unread: Those that did not arrive, and are tried again.
-        own_seq: Up to which number the view knows the entries of the writer that asked.
-        writers: How many processes wrote journals recently.
-        calls: Calls to the Hub.
-        took: Seconds since the listing that the view stands on was begun; 0 where this refresh began it.
+        folded: Number of journals merged into the view.
+        garbage: Number of invalid journals.
+        unread: Number of journals that failed to arrive and will be retried.
+        own_seq: Last entry of this process's writer that the view includes completely.
+        writers: Number of processes that recently wrote journals.
+        calls: Number of calls to the Hub.
+        took: Seconds since the start of the listing that the view is based on; 0 if this refresh started it.
         crowded: See `IndexListing`.
-        strangers: The same.
+        strangers: See `IndexListing`.
     """
 
     view: View | None = None
@@ -122,34 +122,34 @@ class Refreshed:
 
 
 class ViewSource(Protocol):
-    """Makes views.
+    """Source of views.
 
-    What a source knows it has seen changes together with what it hands out, at the end of a refresh: one that fails, in whatever
-    way and at whatever step, is done again by the next one.
+    A source records what it has seen only at the end of a refresh, together with its result, so a refresh that fails at
+    any step is repeated by the next one.
     """
 
     @property
     def calls(self) -> int:
-        """Calls to the Hub of the last refresh, whatever came of it."""
+        """Number of Hub calls of the last refresh, whatever its outcome."""
 
     def refresh(self, view: View | None) -> Refreshed:
-        """Look for news.
+        """Look for changes.
 
         Raises:
-            HFBucketError: Nothing is known but what was known before.
+            HFBucketError: Nothing new is known.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a `SnapshotSource` knows.
+    """State of a `SnapshotSource`.
 
     Attributes:
-        content: Of the pointer that was seen last.
-        pointer: The last one that was followed.
-        problem: Why that of `content` was not, or what there is does not fit.
-        failures: How often in a row it could not be followed.
-        skip: How many refreshes pass before that is tried again.
+        content: Content of the last seen pointer.
+        pointer: Last pointer that was followed.
+        problem: Why the pointer of `content` was not followed, or its index does not fit.
+        failures: Number of consecutive failures to follow it.
+        skip: Number of refreshes until the next attempt.
         folded: Journals that are in the view.
     """
 
@@ -163,13 +163,13 @@ class _Seen:
 
 @dataclass(slots=True)
 class SnapshotSource:
-    """Published snapshots, and journals.
+    """Source of views from published snapshots and journals.
 
     Attributes:
-        store: Where they lie.
-        writer: Of this process's own journals.
-        max_bytes: Most memory of a view.
-        loads: Whether snapshots are wanted at all; without, only whether there is one is looked for.
+        store: Store of the index.
+        writer: Writer of this process's own journals.
+        max_bytes: Maximum memory of a view in bytes.
+        loads: Whether to load snapshots; otherwise only their existence is checked.
     """
 
     store: IndexStore
@@ -180,11 +180,11 @@ class SnapshotSource:
 
     @property
     def calls(self) -> int:
-        """Calls to the Hub of the last refresh, whatever came of it."""
+        """Number of Hub calls of the last refresh, whatever its outcome."""
         return self.store.calls
 
     def refresh(self, view: View | None) -> Refreshed:
-        """One listing; the pointer and its snapshot if they are new; and the journals that are."""
+        """List once; read the pointer and its snapshot if they are new, and all new journals."""
         listing = self.store.list(Deadline.after(_PAGE_SECS))
         result = Refreshed(
             view,
@@ -218,15 +218,15 @@ class SnapshotSource:
         return result
 
     def _follow(self, listing: IndexListing, info: ObjectInfo, seen: _Seen, result: Refreshed) -> _Seen:
-        """Go to the snapshot that a pointer names; where that fails the one before stays in use.
+        """Load the snapshot of a pointer; after a failure the previous one stays in use.
 
-        What fails is tried again, less and less often: a snapshot that is broken must not be fetched every minute.
+        A failure is retried at growing intervals, so that a broken snapshot is not fetched every minute.
         """
         try:
             pointer = self.store.read_pointer(info, Deadline.after(_READ_SECS))
             _expect_present(info, pointer, listing)
             view = self.load(info, pointer, listing) if self.loads else result.view
-        except Exception as error:  # noqa: BLE001 - whatever it was, it is named and tried again
+        except Exception as error:  # noqa: BLE001 - any error is logged and the load retried
             failures = seen.failures + 1
             skip = min(_MOST_SKIPPED, 2**failures - 1)
             return replace(seen, problem=problem_of(error), failures=failures, skip=skip)
@@ -234,17 +234,17 @@ class SnapshotSource:
         return _Seen(seen.content, pointer)
 
     def load(self, info: ObjectInfo, pointer: Pointer, listing: IndexListing) -> View:
-        """Load the snapshot that a pointer names, if engines may go by it. What judges an index for people asks here too.
+        """Load the snapshot of a pointer if engines may use it. Also used to check an index for operators.
 
         Args:
-            info: The pointer's object.
-            pointer: Its content.
-            listing: What was listed.
+            info: Object of the pointer.
+            pointer: Content of the pointer.
+            listing: Listing in which it was found.
 
         Raises:
-            TooLargeError: It takes more memory than it may.
-            FormatError: It is none that engines go by.
-            HFBucketError: It did not arrive.
+            TooLargeError: It exceeds the memory limit.
+            FormatError: Engines would not use it.
+            HFBucketError: It was not read.
         """
         _expect_present(info, pointer, listing)
         size = pointer.size + 8 * pointer.keys
@@ -287,12 +287,12 @@ class SnapshotSource:
                 result.folded += 1
             folded.add((journal.path, journal.content.xet_hash))
         result.view = view.folded(*changes)
-        if not listing.crowded:  # else some of ours may not have been listed
+        if not listing.crowded:  # otherwise some own journals may be missing from the listing
             result.own_seq = self._own_seq(listing, view, folded)
         return replace(seen, folded=frozenset(folded))
 
     def _own_seq(self, listing: IndexListing, view: View, folded: Collection[tuple[str, str]]) -> int:
-        """Up to which entry all journals of ours are in the view."""
+        """Return the last entry up to which all own journals are in the view."""
         known = 0
         for journal in sorted(listing.journals, key=lambda one: one.name.seq):
             if journal.name.writer == self.writer and not journal.name.hits:
@@ -303,35 +303,35 @@ class SnapshotSource:
 
 
 def problem_of(error: Exception) -> HFBucketError:
-    """An error of a refresh, as one that names itself."""
+    """Return an error of a refresh with a descriptive message."""
     if isinstance(error, HFBucketError):
         return error
     return HFBucketError(f"the refresh failed, and is tried again: {type(error).__name__}: {error}")
 
 
 def _expect_present(info: ObjectInfo, pointer: Pointer, listing: IndexListing) -> None:
-    """Make sure that the times of a pointer are none of the future: who went by them would never find it old.
+    """Check that a pointer's times are not in the future, because they would never be found old.
 
     Raises:
-        FormatError: They are.
+        FormatError: A time is in the future.
     """
     if ahead := pointer.ahead_of(time.time() if listing.date is None else listing.date):
         raise FormatError(f"{info.path}: {ahead}: it is ignored until a builder has replaced it")
 
 
 def writers_of(listing: IndexListing) -> int:
-    """How many processes wrote journals recently: about as many as share the instance, since a process that records heat writes hourly."""
+    """Return the number of processes that recently wrote journals: about all, because heat is reported hourly."""
     since = (time.time() if listing.date is None else listing.date) - _ALIVE_SECS
     late = [journal.name for journal in listing.journals if journal.at >= since]
-    # A process has a name for its journals of puts and deletes, and another one for those of hits.
+    # A process uses one name for its journals of puts and deletes, and another for those of hits.
     return max(1, *(len({name.writer for name in late if name.hits is hits}) for hits in (False, True)))
 
 
 @dataclass(slots=True)
 class _Partial:
-    """A listing that is not at its end."""
+    """Incomplete listing."""
 
-    began: float  # by the Hub's clock; ours, where it does not tell its own
+    began: float  # by the Hub's clock; by this machine's if the Hub reports none
     asked: float  # monotonic
     parts: list[Rows] = field(default_factory=list)
     size: int = 0
@@ -341,15 +341,15 @@ class _Partial:
 
 @dataclass(slots=True)
 class ListingSource:
-    """A listing of the whole instance, made by this process.
+    """Source of views from this process's own listings of the whole instance.
 
-    One that broke off goes on where it did, with the next refresh.
+    An interrupted listing is continued by the next refresh.
 
     Attributes:
-        bucket: The instance's.
-        max_bytes: Most memory of a view.
-        closed: Set when its result is not needed any more.
-        calls: Calls to the Hub of the last refresh, whatever came of it.
+        bucket: Bucket of the instance.
+        max_bytes: Maximum memory of a view in bytes.
+        closed: Set when its result is no longer needed.
+        calls: Number of Hub calls of the last refresh, whatever its outcome.
     """
 
     bucket: Bucket
@@ -359,7 +359,7 @@ class ListingSource:
     _partial: _Partial | None = None
 
     def refresh(self, view: View | None) -> Refreshed:
-        """List everything, a page at a time, as far as other calls leave room."""
+        """List everything page by page, as far as other calls leave room."""
         del view
         self.calls = 0
         partial, self._partial = self._partial, None
@@ -372,7 +372,7 @@ class ListingSource:
             raise
         listed = partial.began - CLOCK_MARGIN_SECS
         rows = np.concatenate(partial.parts) if partial.parts else np.zeros(0, ROW)
-        partial.parts.clear()  # so that there are two of it at a time, and not three
+        partial.parts.clear()  # limits memory to two copies instead of three
         rows = last_of_each(in_order(rows))
         result.view, result.listed = View(Table(rows), listed, listed), listed
         result.calls, result.took = self.calls, time.monotonic() - partial.asked
@@ -404,10 +404,10 @@ class ListingSource:
 
 
 def listed_rows(infos: Iterable[ObjectInfo], handle: BucketHandle) -> Rows:
-    """Rows of the listed objects that an engine may ask for, in the order of the listing.
+    """Return rows of the listed objects that an engine may request, in the order of the listing.
 
-    All that lie at the first level below the prefix, whether their names parse as keys or not: what an engine asks for is
-    looked up by its name alone.
+    These are all objects at the first level below the prefix, even if their names do not parse as keys, because engines
+    look up by name alone.
     """
     entries = []
     for info in infos:

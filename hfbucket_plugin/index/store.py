@@ -85,16 +85,16 @@ JOURNALS: Final = f"{DIRECTORY}/journal"
 SNAPSHOTS: Final = f"{DIRECTORY}/snapshots"
 
 CLOCK_MARGIN_SECS: Final = 10.0
-"""How far the clock that the Hub's answers show may be ahead of the one that stamps objects, and a listing behind."""
+"""Tolerance in seconds between the Hub's response clock and its upload timestamps, and for the delay of listings."""
 
 LATE_SECS: Final = 3600.0
-"""How late a journal may tell of something; no longer than the time in which a cleanup deletes nothing that is young."""
+"""Maximum delay in seconds with which a journal may report a change; no longer than cleanups spare young objects."""
 
 MAX_JOURNALS: Final = 20_000
-"""Journals that a reader takes in: 20 calls for their listing. More mean that no builder runs."""
+"""Maximum number of journals that a reader reads, 20 listing calls. More mean that no builder runs."""
 
 MAX_STRANGE: Final = 1000
-"""Objects below `DIRECTORY` that are none of an index, which a reader lists: a page. There should be none."""
+"""Maximum number of foreign objects below `DIRECTORY` that a reader lists, one page. There should be none."""
 
 _CROWDED_SECS: Final = 3600.0
 
@@ -107,13 +107,13 @@ _JOURNAL: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class JournalName:
-    """The name of a journal.
+    """Name of a journal.
 
     Attributes:
-        text: Of the object, below `JOURNALS`.
-        writer: Who wrote it: random, one a process and instance.
-        seq: Number of its writer's last entry that is in it: all up to it are in this one or in earlier ones.
-        hits: Whether it tells of hits alone, so that readers need not fetch it.
+        text: Name of the object, below `JOURNALS`.
+        writer: Random id of its writer, one per process and instance.
+        seq: Number of the last of the writer's entries in it; all earlier ones are in this or in earlier journals.
+        hits: Whether it reports only hits, so that readers need not fetch it.
     """
 
     text: str
@@ -123,26 +123,26 @@ class JournalName:
 
     @classmethod
     def make(cls, writer: str, seq: int, now: datetime, *, hits: bool = False) -> JournalName:
-        """A name for what is written now."""
+        """Create the name of a journal written now."""
         time = now.astimezone(UTC).strftime("%Y%m%dT%H%M%S") + f"{now.microsecond // 1000:03d}"
         return cls(f"{time}-{writer}-{seq:012d}{'-hits' if hits else ''}.npy", writer, seq, hits)
 
     @classmethod
     def parse(cls, text: str) -> JournalName | None:
-        """The name of a listed object, or None where it is none."""
+        """Parse the name of a listed object; return None if it is not a journal."""
         match = _JOURNAL.fullmatch(text)
         return None if match is None else cls(text, match["writer"], int(match["seq"]), match["hits"] is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """A journal that was listed.
+    """Journal found by a listing.
 
     Attributes:
-        name: Of the object.
-        path: From the root of the bucket.
-        content: Its hash and size.
-        at: When the Hub took it, in seconds since 1970.
+        name: Name of the object.
+        path: Path from the root of the bucket.
+        content: Hash and size.
+        at: Upload time in Unix seconds.
     """
 
     name: JournalName
@@ -153,12 +153,12 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class JournalRows:
-    """What a journal tells of.
+    """Content of a journal.
 
     Attributes:
         changes: Puts and deletes, rows of `CHANGE`.
-        hits: Rows of `heat.HIT`.
-        lost: The same, of hits that its writer dropped.
+        hits: Rows of `stats.HIT`.
+        lost: Rows of `stats.HIT` for hits that the writer dropped.
     """
 
     changes: Rows
@@ -168,17 +168,17 @@ class JournalRows:
 
 @dataclass(slots=True)
 class IndexListing:
-    """What one listing found.
+    """Result of one listing.
 
     Attributes:
-        pointer: The pointer's object; None where there is none.
+        pointer: Object of the pointer; None if there is none.
         journals: All journals.
-        snapshots: The objects of all snapshots.
-        strange: Objects that lie there and are none of these.
-        date: The Hub's time when the listing ended, in seconds since 1970; None where it does not say.
-        calls: Calls to the Hub that it took.
-        crowded: Why not all journals were listed, and what to do; empty where they were.
-        strangers: That strangers make listings cost more, and what to do; empty where they do not.
+        snapshots: Objects of all snapshots.
+        strange: Foreign objects.
+        date: Time of the Hub at the end of the listing in Unix seconds; None if its responses had no date.
+        calls: Number of calls to the Hub.
+        crowded: Why not all journals were listed, and what to do; empty if they were.
+        strangers: Warning that foreign objects make listings more expensive, and what to do; empty if they do not.
     """
 
     pointer: ObjectInfo | None = None
@@ -191,7 +191,7 @@ class IndexListing:
     strangers: str = ""
 
     def see(self, info: ObjectInfo, handle: BucketHandle) -> None:
-        """Take in an object of the listing."""
+        """Add an object of the listing."""
         name = handle.relative(info.path) or ""
         directory, _, last = name.rpartition("/")
         journal = JournalName.parse(last) if directory == JOURNALS else None
@@ -209,8 +209,8 @@ class IndexStore:
     """Reads and writes the objects of an instance's index.
 
     Args:
-        bucket: The instance's.
-        name: Names the threads.
+        bucket: Bucket of the instance.
+        name: Prefix of the thread names.
     """
 
     def __init__(self, bucket: Bucket, name: str) -> None:
@@ -219,17 +219,17 @@ class IndexStore:
         self._crowded_until = float("-inf")
         self._strangers = ""
         self.calls = 0
-        """Calls to the Hub of the last listing, whatever came of it."""
+        """Number of Hub calls of the last listing, whatever its outcome."""
 
     def list(self, deadline: Deadline) -> IndexListing:
-        """List all of it: one call for 1000 objects.
+        """List the whole index, with one call per 1,000 objects.
 
-        Where more than `MAX_STRANGE` objects lie there that are none of an index, the journals alone are listed for
-        `_CROWDED_SECS`, and the pointer is looked up; where that many lie among the journals too, those are not all listed.
-        So strangers cost a call or two more, however many they are, and `IndexListing.crowded` says so.
+        With more than `MAX_STRANGE` foreign objects, only the journals are listed for `_CROWDED_SECS`, and the pointer
+        is looked up; with that many among the journals too, not all journals are listed. Any number of foreign objects
+        thus costs only a call or two more, and `IndexListing.crowded` reports it.
 
         Raises:
-            HFBucketError: A page did not come; or there are more than `MAX_JOURNALS`.
+            HFBucketError: A page failed, or there are more than `MAX_JOURNALS`.
         """
         self.calls = 0
         if time.monotonic() >= self._crowded_until:
@@ -269,7 +269,7 @@ class IndexStore:
                 )
 
     def find_pointer(self, deadline: Deadline, *, patient: bool = True) -> ObjectInfo | None:
-        """The pointer's object, by one call; None where there is no index.
+        """Look up the pointer's object with one call; return None without an index.
 
         Raises:
             HFBucketError: See `Bucket.stat`.
@@ -278,22 +278,22 @@ class IndexStore:
         return self._bucket.stat([path], deadline, patient=patient).get(path)
 
     def read_pointer(self, info: ObjectInfo, deadline: Deadline) -> Pointer:
-        """Read the pointer that was listed.
+        """Read the listed pointer.
 
         Raises:
-            FormatError: It is none.
-            HFBucketError: It did not arrive.
+            FormatError: It is not a pointer.
+            HFBucketError: It was not read.
         """
         if info.content.size > MAX_POINTER_BYTES:
             raise FormatError(f"{info.path}: {info.content.size} bytes are no pointer to a key index")
         return Pointer.parse(self._own.read_one(info.path, info.content, deadline), info.path)
 
     def read_snapshot(self, pointer: Pointer, deadline: Deadline) -> Table:
-        """Read a snapshot: its bytes become the table, without a copy.
+        """Read a snapshot into a table without a copy.
 
         Raises:
-            FormatError: It is not what the pointer says.
-            HFBucketError: It did not arrive.
+            FormatError: It does not match the pointer.
+            HFBucketError: It was not read.
         """
         path = self.snapshot_path(pointer)
         table = snapshot_of(self._own.read_one(path, pointer.content, deadline), path)
@@ -304,10 +304,10 @@ class IndexStore:
     def read_journals(
         self, journals: Sequence[Journal], deadline: Deadline
     ) -> Iterator[tuple[Journal, Rows | HFBucketError]]:
-        """Read journals, so many together as are moderate in memory.
+        """Read journals, in groups of moderate memory use.
 
         Yields:
-            Each, with the changes that it tells of, or with why there are none: `FormatError` for one that is no journal.
+            Each journal with its changes, or with the error: `FormatError` for an object that is not a journal.
         """
         for journal, reported in self.read_journal_rows(journals, deadline):
             yield journal, reported.changes if isinstance(reported, JournalRows) else reported
@@ -315,7 +315,7 @@ class IndexStore:
     def read_journal_rows(
         self, journals: Sequence[Journal], deadline: Deadline
     ) -> Iterator[tuple[Journal, JournalRows | HFBucketError]]:
-        """The same, with the hits that they tell of too, for who adds these up."""
+        """Read journals as `read_journals` does, including hits, for builders."""
         for journal in journals:
             if journal.content.size > MAX_JOURNAL_BYTES:
                 yield (
@@ -341,16 +341,16 @@ class IndexStore:
                     yield journal, error
 
     def snapshot_path(self, pointer: Pointer) -> str:
-        """The path of a snapshot in the bucket."""
+        """Return the path of a snapshot in the bucket."""
         return self._bucket.handle.join(f"{SNAPSHOTS}/{pointer.snapshot}")
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def put_journal(self, name: str, data: bytes, instead_of: str | None, deadline: Deadline) -> None:
-        """Write a journal, in place of an earlier one of the same writer's that it holds all of.
+        """Write a journal in place of an earlier one of the same writer whose entries it contains.
 
         Raises:
-            HFBucketError: It is not there, or its state is unknown; the earlier one may still be there.
+            HFBucketError: It was not written, or its state is unknown; the earlier one may still exist.
         """
         (failed,) = self.put_journals([(name, data, instead_of)], deadline)
         if failed is not None:
@@ -359,17 +359,17 @@ class IndexStore:
     def put_journals(
         self, journals: Sequence[tuple[str, bytes, str | None]], deadline: Deadline
     ) -> Sequence[HFBucketError | None]:
-        """Write journals by one call, as `put_journal` does each.
+        """Write several journals in one call, each as `put_journal`.
 
         Args:
-            journals: Of each its name, its bytes, and the name of the one that it replaces, if any.
+            journals: Name, bytes, and name of the replaced journal if any, of each journal.
             deadline: When to give up.
 
         Returns:
-            Why each was not written; None where it was.
+            For each journal the error, or None if it was written.
 
         Raises:
-            HFBucketError: None of them is there, or their state is unknown.
+            HFBucketError: None was written, or their state is unknown.
         """
         paths = [self._bucket.handle.join(f"{JOURNALS}/{name}") for name, _, _ in journals]
         files = {path: self._own.upload(data, deadline) for path, (_, data, _) in zip(paths, journals, strict=True)}
@@ -378,7 +378,7 @@ class IndexStore:
         return [
             TransportError(f"{path}: {failed[path].message}")
             if path in failed
-            else None  # what it stands for may be gone
+            else None  # the journal that it replaces may be gone
             for path in paths
         ]
 
@@ -393,19 +393,19 @@ class IndexStore:
         deadline: Deadline,
         heat: Span | None = None,
     ) -> Pointer:
-        """Upload and name a snapshot; no reader looks at it before `publish`.
+        """Upload and name a snapshot; readers ignore it until `publish`.
 
         Args:
-            data: The file. A lease on mapped memory needs none of its own.
-            keys: Rows in it.
+            data: Content of the file. A lease on mapped memory needs no copy.
+            keys: Number of rows.
             covers: See `Pointer`.
-            listed: See there.
-            full: See there.
+            listed: See `Pointer`.
+            full: See `Pointer`.
             deadline: When to give up.
-            heat: For how long heat is known.
+            heat: Period for which heat is known.
 
         Raises:
-            HFBucketError: It is not there, or its state is unknown.
+            HFBucketError: It was not written, or its state is unknown.
         """
         heat = heat or Span()
         content = self._own.upload(data, deadline)
@@ -421,13 +421,13 @@ class IndexStore:
         return pointer
 
     def publish(self, pointer: Pointer, deadline: Deadline) -> None:
-        """Point to a snapshot: from now on it is the present one.
+        """Point to a snapshot, which makes it the current one.
 
         Raises:
-            HFBucketError: Its state is unknown.
+            HFBucketError: The state of the pointer is unknown.
         """
         self._own.put(self._bucket.handle.join(POINTER), pointer.to_bytes(), deadline)
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Stop writing."""
         self._own.close()

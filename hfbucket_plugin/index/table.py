@@ -1,14 +1,12 @@
-"""The table of a key index: which keys an instance holds, with size, hash and time. Pure, immutable, sorted by digest.
+"""Table of a key index: the keys of an instance with size, hash and time, immutable and sorted by digest.
 
-A row is 60 bytes (`ROW`), packed. Besides the rows, a `Table` keeps their first digest words apart, 8 bytes a key, since
-a binary search wants them side by side: 1,000,000 keys take 68 MB. A batch of look-ups is one `numpy.searchsorted`, which
-runs in C; nothing here holds a Python object per key.
+A row has 60 packed bytes (`ROW`). A `Table` also keeps the first digest words contiguously, 8 bytes per key, for binary
+search: 1,000,000 keys take 68 MB. A batch of lookups is one `numpy.searchsorted`; there is no Python object per key.
 
-Keys are known by a digest of 128 bits of the *whole* object name (`digests_of`), every field of the key included. Two names
-share one with a probability of 2^-128 each: of 10,000,000 keys, looked up against 10^15 names that are not there, one
-false hit is expected once in 3 * 10^16 such fleets' lives. An attacker who wants to *make* two names collide needs 2^64 tries for
-any two, and 2^128 for a given one; LMCache's own chunk hashes, of 64 bits in the classic engine, give way long before. What
-is read is checked by its size, and with `verify: hash` by the hash that the index tells, as with any other answer.
+Keys are identified by a 128-bit digest of the whole object name (`digests_of`). Looking up 10^15 missing names among
+10,000,000 keys yields a false hit with a probability of about 1 in 3 * 10^16. A deliberate collision takes 2^64
+attempts for any two names and 2^128 for a given one; LMCache's own 64-bit chunk hashes in the classic engine are far
+weaker. Reads are checked by size and, with `verify: hash`, by the index's hash, as for any other answer.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 
 Rows = np.ndarray[Any, np.dtype[np.void]]
-"""A structured array: of `ROW`, of `CHANGE`, or of one of them with more columns."""
+"""Structured array of `ROW` or `CHANGE`, possibly with more columns."""
 
 DIGEST_BYTES: Final = 16
 HASH_BYTES: Final = 32
@@ -39,25 +37,26 @@ _KEY: Final = [("digest_hi", "<u8"), ("digest_lo", "<u8")]
 _WHAT: Final = [("size", "<u8"), ("xet_hash", "u1", (HASH_BYTES,))]
 
 ROW: Final = np.dtype([*_KEY, *_WHAT, ("uploaded_at", "<u4")])
-"""One key: the digest of its object's name as two words, bytes, Xet hash, and the second since 1970 at which the Hub took it
-(0: unknown). More columns may follow in files of later versions; who does not know them leaves them out."""
+"""One key: the digest of its object name as two words, size in bytes, Xet hash, and upload time in Unix seconds (0:
+unknown). Later versions may add columns; older readers ignore them."""
 
 CHANGE: Final = np.dtype([*_KEY, *_WHAT, ("at", "<f8"), ("kind", "u1")])
-"""What became of one key: `PUT` or `DELETED`, and when, in seconds since 1970 by the Hub's clock (see `index_store`)."""
+"""Change of one key: `PUT` or `DELETED`, and its time in Unix seconds by the Hub's clock (see
+`hfbucket_plugin.index.store`)."""
 
 PUT: Final = 1
 DELETED: Final = 2
 READ: Final = 3
-"""In journals only: hits of a key, which change nothing of it (`heat`)."""
+"""In journals only: hits of a key, which do not change it (`stats`)."""
 
 LOST: Final = 4
-"""In journals of hits only: hits of which nobody will know of which keys they were (`heat`)."""
+"""In journals of hits only: hits whose keys are lost (`stats`)."""
 
 
 def digests_of(names: Iterable[str]) -> NDArray[np.uint64]:
-    """The digests of object names below an instance's prefix.
+    """Return the digests of object names below an instance's prefix.
 
-    The prefix is not part of them: an instance that was copied or renamed as a whole keeps its index.
+    The prefix is not included, so that an instance that is copied or renamed as a whole keeps its index.
 
     Returns:
         Shape (names, 2): the words `digest_hi` and `digest_lo`, little-endian, of BLAKE2b with 16 bytes and the person
@@ -71,10 +70,10 @@ def digests_of(names: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def hash_bytes(xet_hash: str) -> NDArray[np.uint8]:
-    """The 32 bytes of a Xet hash of 64 hexadecimal digits, in their order.
+    """Return the 32 bytes of a Xet hash of 64 hexadecimal digits, in order.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a Xet hash.
     """
     raw = bytes.fromhex(xet_hash)
     if len(raw) != HASH_BYTES or len(xet_hash) != 2 * HASH_BYTES:
@@ -83,13 +82,13 @@ def hash_bytes(xet_hash: str) -> NDArray[np.uint8]:
 
 
 def rows_of(entries: Sequence[tuple[str, ContentId, float]]) -> Rows:
-    """Rows of listed objects.
+    """Return the rows of listed objects.
 
     Args:
-        entries: Name below the prefix, content, and seconds since 1970 at which the Hub took it (0: unknown).
+        entries: Name below the prefix, content, and upload time in Unix seconds (0: unknown), of each object.
 
     Raises:
-        ValueError: A hash is none.
+        ValueError: A hash is invalid.
     """
     rows = np.zeros(len(entries), ROW)
     digests = digests_of(name for name, _, _ in entries)
@@ -102,25 +101,25 @@ def rows_of(entries: Sequence[tuple[str, ContentId, float]]) -> Rows:
 
 
 def content_of(row: Any) -> ContentId:
-    """What a row says of its object."""
+    """Return the content of a row."""
     return ContentId(row["xet_hash"].tobytes().hex(), int(row["size"]))
 
 
 class Table:
-    """Rows in the order of their digests, each digest once; look-ups are thread-safe, since nothing ever changes.
+    """Rows sorted by digest, each digest once; immutable, so lookups are thread-safe.
 
     Args:
-        rows: Sorted, with the columns of `ROW` or `CHANGE` at least.
+        rows: Sorted rows with at least the columns of `ROW` or `CHANGE`.
 
     Raises:
-        ValueError: They are not sorted, or a digest is there twice: no table of ours.
+        ValueError: The rows are not sorted, or a digest occurs twice.
     """
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self._hi: NDArray[np.uint64] = np.ascontiguousarray(rows["digest_hi"])
         steps = self._hi[1:] > self._hi[:-1]
-        if not steps.all():  # 64 bits alike: rare, and then the second word decides
+        if not steps.all():  # rarely, the first words are equal and the second word decides
             ties = np.flatnonzero(~steps)
             before, after = rows[ties], rows[ties + 1]
             alike = before["digest_hi"] == after["digest_hi"]
@@ -132,26 +131,26 @@ class Table:
 
     @property
     def first_words(self) -> NDArray[np.uint64]:
-        """The first digest words of the rows, side by side."""
+        """First digest words of the rows, contiguous."""
         return self._hi
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Memory use in bytes."""
         return int(self.rows.nbytes + self._hi.nbytes)
 
     def find(self, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Where digests are among the rows; see `find`."""
+        """Return the positions of digests among the rows; see `find`."""
         return find(self._hi, self.rows, digests)
 
 
 def find(first_words: NDArray[np.uint64], rows: Rows, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where digests are among sorted rows; -1 for those that are not.
+    """Return the positions of digests among sorted rows; -1 for missing ones.
 
     Args:
-        first_words: The first digest words of the rows, side by side.
-        rows: The rows; they may be on disk.
-        digests: Shape (n, 2), as `digests_of` gives them.
+        first_words: First digest words of the rows, contiguous.
+        rows: Sorted rows; they may be on disk.
+        digests: Shape (n, 2), as returned by `digests_of`.
     """
     found: NDArray[np.int64] = np.full(len(digests), -1, np.int64)
     at = np.searchsorted(first_words, digests[:, 0]).astype(np.int64)
@@ -164,18 +163,19 @@ def find(first_words: NDArray[np.uint64], rows: Rows, digests: NDArray[np.uint64
         same = rows["digest_lo"][at[open_]] == digests[open_, 1]
         found[open_[same]] = at[open_[same]]
         open_ = open_[~same]
-        at[open_] += 1  # 64 bits alike
+        at[open_] += 1  # equal first words
 
 
 NO_CHANGES: Final = Table(np.zeros(0, CHANGE))
 
 
 _BLOCK_ROWS: Final = 16_384
-"""Rows of one step: NumPy holds Python's lock in some calls, and an engine must not wait for it. A step takes some milliseconds."""
+"""Rows processed in one step of some milliseconds, because NumPy holds the GIL in some calls, and an engine must not
+wait."""
 
 
 def gathered(rows: Rows, order: NDArray[np.int64]) -> Rows:
-    """Rows in some order, a block at a time."""
+    """Return rows in a given order, copied in blocks."""
     out = np.empty(len(order), rows.dtype)
     for start in range(0, len(order), _BLOCK_ROWS):
         some = slice(start, start + _BLOCK_ROWS)
@@ -184,17 +184,17 @@ def gathered(rows: Rows, order: NDArray[np.int64]) -> Rows:
 
 
 def in_order(rows: Rows) -> Rows:
-    """Rows sorted by their digests; those of one digest stay in the order in which they came."""
+    """Return rows sorted by digest; rows with the same digest keep their order."""
     ordered = gathered(rows, np.argsort(np.ascontiguousarray(rows["digest_hi"]), kind="stable"))
     tied = _tied(ordered["digest_hi"])
-    if len(tied):  # 64 bits alike: keys that are there twice, and hardly any others
+    if len(tied):  # equal first words: duplicate keys, and hardly any others
         some = ordered.take(tied)
         ordered[tied] = some.take(np.lexsort((some["digest_lo"], some["digest_hi"])))
     return ordered
 
 
 def _tied(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where sorted words are like the one before or after."""
+    """Return the positions of sorted words that equal a neighbour."""
     found: list[NDArray[np.int64]] = []
     for start in range(0, len(words), _BLOCK_ROWS):
         begin, end = max(0, start - 1), min(len(words), start + _BLOCK_ROWS + 1)
@@ -207,7 +207,7 @@ def _tied(words: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def last_of_each(rows: Rows) -> Rows:
-    """Of sorted rows the last one of each digest."""
+    """Return the last row of each digest from sorted rows."""
     lasts = [_last_in(rows, start) for start in range(0, len(rows), _BLOCK_ROWS)]
     if sum(map(len, lasts)) == len(rows):
         return rows
@@ -215,7 +215,7 @@ def last_of_each(rows: Rows) -> Rows:
 
 
 def _last_in(rows: Rows, start: int) -> NDArray[np.int64]:
-    """Where the last row of each digest is, in a block."""
+    """Return the positions of the last row of each digest in a block."""
     block = rows[start : start + _BLOCK_ROWS + 1]
     last = np.ones(len(block), bool)
     last[:-1] = (block["digest_hi"][1:] != block["digest_hi"][:-1]) | (
@@ -225,11 +225,10 @@ def _last_in(rows: Rows, start: int) -> NDArray[np.int64]:
 
 
 def newest(*changes: Rows) -> Rows:
-    """Changes of several sources as one: for each digest the newest, in the order of the digests.
+    """Merge changes of several sources: the newest of each digest, sorted by digest.
 
-    Which source comes first, and how often a change is told, makes no difference. Of changes at the very same moment a put
-    wins: a put that is believed wrongly is one miss at a read, a delete that is believed wrongly hides a chunk for longer;
-    between puts the larger hash decides.
+    The order of the sources and repetitions make no difference. Of changes at the same time a put wins, because a wrong
+    put costs one miss at a read, while a wrong delete hides a chunk for longer; between puts the larger hash decides.
     """
     rows = in_order(np.concatenate(changes)) if changes else np.zeros(0, CHANGE)
     tied = _tied(rows["digest_hi"])
@@ -240,8 +239,8 @@ def newest(*changes: Rows) -> Rows:
 
 
 def _oldest_first(rows: Rows) -> Rows:
-    """Changes by digest, the newest of each last."""
-    # bytes of the hash, last key first: any order will do, if it is the same for everyone
+    """Return changes sorted by digest, with the newest of each last."""
+    # bytes of the hash, last key first: any order that is the same everywhere
     words = np.ascontiguousarray(rows["xet_hash"]).view("<u8").reshape(-1, HASH_BYTES // 8)
     order = np.lexsort(
         (
@@ -257,7 +256,7 @@ def _oldest_first(rows: Rows) -> Rows:
 
 
 def merged(one: Table, other: Table) -> Table:
-    """Changes of two tables as one, the newest of each digest; a block at a time, without sorting all of it again."""
+    """Merge two tables of changes, keeping the newest of each digest, in blocks and without a full sort."""
     if not len(one) or not len(other):
         return one if len(one) else other
     large, small = (one, other) if len(one) >= len(other) else (other, one)
@@ -266,11 +265,11 @@ def merged(one: Table, other: Table) -> Table:
     while at < len(large) or taken < len(small):
         end = min(len(large), at + _BLOCK_ROWS)
         upto = len(small)
-        if end < len(large):  # rows whose first words are alike stay together
+        if end < len(large):  # rows with equal first words stay together
             bound = large.first_words[end]
             end = int(np.searchsorted(large.first_words, bound))
             upto = int(np.searchsorted(small.first_words, bound))
-            if end <= at:  # a whole block of one word
+            if end <= at:  # a whole block has the same word
                 end = int(np.searchsorted(large.first_words, bound, side="right"))
                 upto = int(np.searchsorted(small.first_words, bound, side="right"))
         some = newest(large.rows[at:end], small.rows[taken:upto])
@@ -280,7 +279,7 @@ def merged(one: Table, other: Table) -> Table:
 
 
 def beats(change: Any, other: Any) -> bool:
-    """Whether a change of a key is newer than another one of it, by the order of `newest`."""
+    """Return whether a change of a key is newer than another one, in the order of `newest`."""
     if change["at"] != other["at"]:
         return bool(change["at"] > other["at"])
     pair = np.stack([other, change])
@@ -288,14 +287,14 @@ def beats(change: Any, other: Any) -> bool:
 
 
 def applied(rows: Rows, changes: Rows) -> Rows:
-    """Rows after changes: what was put is there with its new content, what was deleted is not.
+    """Apply changes to rows: put objects have their new content, deleted ones are removed.
 
     Args:
-        rows: Of `ROW`, with more columns perhaps, sorted.
-        changes: Of `CHANGE`, one a digest at most (`newest`).
+        rows: Sorted rows of `ROW`, possibly with more columns.
+        changes: Rows of `CHANGE`, at most one per digest (`newest`).
 
     Returns:
-        Sorted rows, of the type of `rows`; columns that a put knows nothing of are 0 in it, unless it was there before.
+        Sorted rows of the type of `rows`; columns unknown to a put are 0 unless the key existed before.
     """
     if not len(changes):
         return rows
@@ -313,29 +312,29 @@ def applied(rows: Rows, changes: Rows) -> Rows:
 
 
 class Absent(Enum):
-    """Why a view gives no content for a key."""
+    """Reason for which a view has no content for a key."""
 
     UNKNOWN = "unknown"
-    """It is neither in the snapshot nor in what was told since."""
+    """The key is neither in the snapshot nor in later changes."""
 
     DELETED = "deleted"
-    """It was deleted since the snapshot."""
+    """The key was deleted after the snapshot."""
 
 
 _RATIO: Final = 4
-"""By how much a tier of changes is larger than the next one at least: so a change is merged a few times, however many there are."""
+"""Minimum size ratio of a tier of changes to the next, so that each change is merged only a few times."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A snapshot, and what happened since.
+    """Snapshot and later changes.
 
     Attributes:
-        base: The snapshot.
-        covers: See `Pointer`: journals that the Hub took earlier are in it.
-        listed: See there: what happened earlier is in it.
-        changes: Rows of `CHANGE`: what was folded in, the newest of each key, but for what the tiers have.
-        tiers: The same, of what was folded in recently; each is smaller than the one before. A key may be in several.
+        base: Snapshot.
+        covers: `Pointer.covers`: journals uploaded before are included.
+        listed: `Pointer.listed`: changes made before are included.
+        changes: Rows of `CHANGE`: the newest of each key, except for those in the tiers.
+        tiers: Recently added changes, likewise; each tier is smaller than the one before. A key may be in several.
     """
 
     base: Table
@@ -345,10 +344,10 @@ class View:
     tiers: tuple[Table, ...] = ()
 
     def look_up(self, digests: NDArray[np.uint64]) -> Sequence[ContentId | Absent]:
-        """What is known of keys, each by the newest that was told of it.
+        """Return what is known of keys, by the newest information.
 
         Args:
-            digests: Shape (n, 2), see `digests_of`.
+            digests: Shape (n, 2), as returned by `digests_of`.
         """
         found: list[ContentId | Absent] = []
         in_base = self.base.find(digests)
@@ -362,10 +361,10 @@ class View:
         return found
 
     def changed(self, digests: NDArray[np.uint64]) -> list[Any]:
-        """The newest change of each key, a row of `CHANGE`; None where there is none.
+        """Return the newest change of each key, a row of `CHANGE`; None without one.
 
         Args:
-            digests: Shape (n, 2), see `digests_of`.
+            digests: Shape (n, 2), as returned by `digests_of`.
         """
         found: list[Any] = [None] * len(digests)
         for table in (self.changes, *self.tiers):
@@ -378,9 +377,9 @@ class View:
         return found
 
     def folded(self, *changes: Rows) -> View:
-        """The view after more changes, in whatever order and however often they are told.
+        """Return the view after more changes, in any order and with repetitions.
 
-        Only what is new is sorted. It is merged with as much of what there is as it is not much smaller than.
+        Only new changes are sorted; they are merged with the tiers that are not much larger.
         """
         late = [rows[rows["at"] >= self.listed] for rows in changes]
         if not any(len(rows) for rows in late):
@@ -393,10 +392,10 @@ class View:
 
     @property
     def keys(self) -> int:
-        """How many keys the snapshot has; what was put and deleted since is not counted off against each other."""
+        """Number of keys in the snapshot, without later changes."""
         return len(self.base)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Memory use in bytes."""
         return self.base.nbytes + self.changes.nbytes + sum(tier.nbytes for tier in self.tiers)

@@ -1,10 +1,9 @@
-"""What an engine's process reads, counted per key until it is told of. Bounded in memory, and in what is told.
+"""Recorder of an engine's reads, counted per key until they are reported; bounded in memory and in report size.
 
-The hot path leaves keys on a heap, in one call that takes no lock; a thread that writes journals anyway counts them (`due`).
-Each time everything that waits is told of, up to a bound that is `_SURGE` times `heat_keys`. Where more waits, half of what
-is told are the keys with the most hits, so that what is hot is known soon, and half those that wait longest, so that what is
-read once in a while is known at all. What does not fit is dropped, counted, and told of too (`take_lost`): a job that deletes by
-use must know that there were reads of which nobody will hear.
+The hot path appends keys without a lock; the journal thread counts them (`due`). Each report contains all pending keys
+up to `_SURGE` times `heat_keys`. If more are pending, half of the report are the keys with the most hits, so that hot
+keys are known soon, and half those pending longest, so that occasional reads are known at all. What does not fit is
+dropped, counted and reported (`take_lost`), because a job that deletes by use must know of unreported reads.
 """
 
 from __future__ import annotations
@@ -25,35 +24,37 @@ if TYPE_CHECKING:
     from hfbucket_plugin.config.settings import InstanceSettings
 
 _FRESH_KEYS: Final = 32_768
-"""Hits on the heap between two looks at it: 1,000 a second, with defaults. Key strings: 6 MB; counting them takes 0.3 s."""
+"""Maximum number of uncounted hits: 1,000 a second, with defaults. Their key strings take 6 MB, and counting them 0.3
+s."""
 
 _WAITING_KEYS: Final = 32_768
-"""Keys that wait to be told of: 9 MB."""
+"""Maximum number of keys to report, 9 MB."""
 
 _SURGE: Final = 40
-"""How many times `heat_keys` are told of at a time under load: 8,000 with defaults, 27 other chunks a second."""
+"""Factor by which a report under load exceeds `heat_keys`: 8,000 keys with defaults, 27 distinct chunks a second."""
 
 MOST_TOLD: Final = 16_384
-"""Keys of one time, whatever the settings say."""
+"""Maximum number of keys of one report, whatever the settings."""
 
 HITS_ENTRIES: Final = 32_768
-"""Entries of a journal of hits: 2.1 MB. So many that readers have few journals to list, however much is read."""
+"""Maximum number of entries of a journal of hits, 2.1 MB: large, so that readers list few journals however much is
+read."""
 
 _SIGN_SECS: Final = 3600.0
-"""How often a recorder says that it records, if it has nothing else to tell."""
+"""Interval in seconds at which a recorder without hits reports that it records."""
 
 NO_KEY: Final = bytes(DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Hits of one key, or hits that were lost.
+    """Hits of one key, or lost hits.
 
     Attributes:
-        digest: Of its object's name; `NO_KEY` for the sign that somebody records, and for hits that were lost.
-        number: How many.
-        last: When the last one was, in monotonic seconds: never too early, and late by a journal's interval at most.
-        lost: Whether their keys are not known.
+        digest: Digest of the object name; `NO_KEY` for a sign of life, and for lost hits.
+        number: Number of hits.
+        last: Time of the last one in monotonic seconds: never too early, and late by at most a journal's interval.
+        lost: Whether their keys are unknown.
     """
 
     digest: bytes
@@ -63,12 +64,12 @@ class Hits:
 
 
 class AccessRecorder:
-    """The hits of one process and instance. `read` is for any thread, the rest for one at a time.
+    """Hits of one process and instance. `read` is thread-safe; the other methods need external synchronization.
 
     Args:
-        keys: Keys that are told of at a time; under load up to `_SURGE` times as many.
-        secs: Least seconds between two times.
-        began: Since when, in monotonic seconds: the first time is so much later.
+        keys: Number of keys in a report; under load up to `_SURGE` times as many.
+        secs: Minimum seconds between two reports.
+        began: Start in monotonic seconds; the first report is due `secs` later.
     """
 
     def __init__(self, keys: int, secs: float, began: float) -> None:
@@ -87,9 +88,9 @@ class AccessRecorder:
         return len(self._waiting) + len(self._fresh)
 
     def read(self, keys: Iterable[str]) -> None:
-        """Record that chunks were served. Takes a microsecond; what does not fit until the next look is counted as lost."""
+        """Record served chunks, in about a microsecond; hits that do not fit until the next count are lost."""
         batch = tuple(keys)
-        room = _FRESH_KEYS - self._fresh_keys  # threads that meet here may pass the bound by a batch each
+        room = _FRESH_KEYS - self._fresh_keys  # threads that meet here may each exceed the limit by a batch
         if len(batch) > room:
             with self._overflow_lock:
                 self._overflow += len(batch) - max(0, room)
@@ -99,13 +100,13 @@ class AccessRecorder:
             self._fresh.append(batch)
 
     def look(self, now: float) -> None:
-        """Count what was read since the last look; at least as often as `_FRESH_KEYS` chunks are served.
+        """Count new reads; call at least once per `_FRESH_KEYS` served chunks.
 
         Args:
-            now: Monotonic seconds.
+            now: Time in monotonic seconds.
         """
         batches = [self._fresh.popleft() for _ in range(len(self._fresh))]
-        self._fresh_keys = 0  # what comes meanwhile is bounded by the next look
+        self._fresh_keys = 0  # reads during the count are bounded by the next one
         with self._overflow_lock:
             self._lose(self._overflow, now)
             self._overflow = 0
@@ -128,11 +129,11 @@ class AccessRecorder:
             self._lost = Hits(NO_KEY, number + (0 if self._lost is None else self._lost.number), now, lost=True)
 
     def due(self, now: float, *, last: bool = False) -> list[Hits]:
-        """Count what was read, and take out what is to be told of now; nothing before it is time.
+        """Count new reads, and remove and return the hits to report; empty before they are due.
 
         Args:
-            now: Monotonic seconds.
-            last: Whether nothing will be told after it, so that it is time in any case.
+            now: Time in monotonic seconds.
+            last: Whether this is the last report, which is always due.
         """
         self.look(now)
         if now - self._reported_at < self._secs and not last:
@@ -146,12 +147,12 @@ class AccessRecorder:
         return [Hits(digest, int(number), last) for digest, (number, last) in reported.items()]
 
     def take_lost(self) -> Hits | None:
-        """Hits of which nobody will be told, since the last call, and when the last of them was; to be told with what is due."""
+        """Return the hits lost since the last call, with the time of the last one, to report with due ones."""
         lost, self._lost = self._lost, None
         return lost
 
     def take_dropped(self) -> int:
-        """How many hits were lost since the last call, for counters."""
+        """Return the number of hits lost since the last call, for metrics."""
         dropped, self._dropped = self._dropped, 0
         return dropped
 
@@ -168,11 +169,11 @@ class AccessRecorder:
 
 
 def recorder_of(settings: InstanceSettings, now: float) -> AccessRecorder | None:
-    """The recorder of an instance; None where its settings leave nothing to record, or nobody to tell.
+    """Create the recorder of an instance; return None if the settings disable recording or reporting.
 
     Args:
-        settings: The instance's.
-        now: Monotonic seconds.
+        settings: Settings of the instance.
+        now: Time in monotonic seconds.
     """
     if settings.heat == "off" or settings.index != "snapshot" or not (settings.reads and settings.writes):
         return None
@@ -180,7 +181,7 @@ def recorder_of(settings: InstanceSettings, now: float) -> AccessRecorder | None
 
 
 def why_not(settings: InstanceSettings) -> str:
-    """Why nothing is recorded though `heat` is on, where somebody should know; else empty."""
+    """Return why nothing is recorded although `heat` is on, if that deserves a warning; otherwise empty."""
     if settings.heat == "off" or not settings.reads:
         return ""
     if settings.index != "snapshot":

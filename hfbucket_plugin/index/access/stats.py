@@ -36,44 +36,45 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index.table import Rows
 
 HALF_LIFE_SECS: Final = 7 * 86400.0
-"""A week: traffic has days and weekends, and what was hot before the last one should not outweigh what is hot now."""
+"""Half-life of a hit: a week, because traffic varies over days and weekends, and older hits should not outweigh current
+ones."""
 
 LANDMARK: Final = 1704067200.0
-"""2024-01-01 UTC, in seconds since 1970. Part of the format: all values count from it, and are above 0 for that reason."""
+"""2024-01-01 UTC in Unix seconds. Part of the format: all values count from it, and are therefore above 0."""
 
 LATE_SECS: Final = 300.0
-"""How late a tell may get into the bucket to be counted: some tries of a journal."""
+"""Maximum delay in seconds of a counted report: several attempts to write a journal."""
 
 GAP_SECS: Final = 86400.0
-"""After this long without a report nothing recorded hits: a recorder without hits reports that every hour."""
+"""Seconds without a report after which nothing is assumed to have recorded hits; an idle recorder reports hourly."""
 
 COLUMNS: Final = (("last_hit", "<u4"), ("heat", "<f4"))
-"""`last_hit`: seconds since 1970 by the Hub's clock; `heat`: see above. 0 in both: no hit is known."""
+"""`last_hit`: Unix seconds by the Hub's clock; `heat`: see the module. Both are 0 if no hit is known."""
 
 WARM_ROW: Final = np.dtype([*ROW.descr, *COLUMNS])
-"""A row of a snapshot that knows heat: 68 bytes."""
+"""Row of a snapshot with heat, 68 bytes."""
 
 HIT: Final = np.dtype(
     [("digest_hi", "<u8"), ("digest_lo", "<u8"), ("hits", "<u8"), ("at", "<f8"), ("told", "<u4"), ("writer", "<u8")]
 )
-"""One tell: of which key, how many hits, when the last one was and when it was told first (seconds since 1970 by the Hub's
-clock), and by whom. The digest 0 is no key's: it says that somebody records."""
+"""One report: the key, number of hits, time of the last hit and of the first report (Unix seconds by the Hub's clock),
+and the reporter. Digest 0 is no key: it only shows that a recorder is running."""
 
 _HOUR: Final = 3600
 _MOST_HITS: Final = 1 << 40
-"""Of one tell: more is nonsense, and would swamp all others."""
+"""Maximum number of hits in a report; more is invalid, and would swamp all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """For how long heat is known.
+    """Period for which heat is known. Times are in Unix seconds by the Hub's clock.
 
     Attributes:
-        since: Since when it has been recorded without a gap, in seconds since 1970 by the Hub's clock; 0: it is not known.
-        until: Tells before then are counted, in the same seconds.
-        reported: When the last tell was made; 0: none ever.
-        lost: How many hits recorders dropped since the first that was told of without a gap.
-        lost_at: When the last of these was; 0: none was. `since` is never earlier.
+        since: Start of recording without a gap; 0 if unknown.
+        until: Reports before this time are counted.
+        reported: Time of the last report; 0 for none.
+        lost: Number of hits that recorders dropped since the first report without a gap.
+        lost_at: Time of the last dropped hit; 0 for none. `since` is never earlier.
     """
 
     since: float = 0.0
@@ -84,14 +85,14 @@ class Span:
 
     @property
     def known(self) -> bool:
-        """Whether anybody recorded it."""
+        """Whether heat was recorded."""
         return self.since > 0
 
 
 class HitLog:
-    """When tells were made: enough of it to see gaps, in memory that does not grow with their number.
+    """Times of reports, detailed enough to find gaps, in memory that does not depend on their number.
 
-    And what recorders dropped, of which there is one row for each writer and moment at most.
+    It also holds the hits that recorders dropped, at most one row per writer and time.
     """
 
     def __init__(self) -> None:
@@ -105,32 +106,32 @@ class HitLog:
         """Record hits that recorders dropped.
 
         Args:
-            lost: Of `HIT`, with repetitions.
-            now: The Hub's time.
+            lost: Rows of `HIT`, with repetitions.
+            now: Time of the Hub.
         """
         if len(lost):
             self._lost.append(lost)
             self._lost_at = max(self._lost_at, min(now, float(lost["at"].max())))
 
     def unread(self, hits: int, at: float) -> None:
-        """Record a journal of hits that could not be read: as many hits as it may tell of, and when the Hub took it."""
+        """Record an unreadable journal of hits: its maximum number of hits, and its upload time."""
         self._unread += hits
         self._lost_at = max(self._lost_at, at)
 
     def add(self, reported: NDArray[np.uint32], now: float) -> None:
-        """Record tells; those of a clock that is ahead of the Hub's are passed over."""
+        """Record reports, ignoring those from clocks ahead of the Hub's."""
         reported = reported[reported <= now + 60]
         if len(reported):
             self._hours.update(np.unique(reported // _HOUR).tolist())
             self._last = max(self._last, int(reported.max()))
 
     def span(self, before: Span, now: float, until: float) -> Span:
-        """For how long heat is known after these tells.
+        """Return the period for which heat is known after these reports.
 
         Args:
-            before: The same before them.
-            now: The Hub's time: recording begins now where it started over, since what was read before may not be known.
-            until: Tells before then are counted.
+            before: Period before these reports.
+            now: Time of the Hub: the start of recording if it starts over, because earlier reads may be unknown.
+            until: Reports before this time are counted.
         """
         until = max(before.until, until)
         span = self._whole(before, now, until)
@@ -141,7 +142,7 @@ class HitLog:
         fresh = rows["hits"][(rows["told"] >= before.until) & (rows["told"] < until)]
         number = self._unread + int(np.minimum(fresh, _MOST_HITS).sum(dtype=np.uint64))
         number += before.lost if span.since == before.since else 0
-        # As after a gap: what was read before then may not be known.
+        # As after a gap: earlier reads may be unknown.
         return replace(span, since=max(span.since, lost_at), lost=min(number, _MOST_HITS), lost_at=lost_at)
 
     def _whole(self, before: Span, now: float, until: float) -> Span:
@@ -154,10 +155,10 @@ class HitLog:
 
 
 def deduplicated(hits: Rows) -> Rows:
-    """Tells of several journals, each once: sorted by digest, then by who told and when.
+    """Return the reports of several journals, each once, sorted by digest, reporter and time.
 
     Args:
-        hits: Of `HIT`, in any order, with repetitions.
+        hits: Rows of `HIT`, in any order and with repetitions.
     """
     if not len(hits):
         return hits
@@ -174,7 +175,7 @@ def deduplicated(hits: Rows) -> Rows:
 
 
 def with_access_columns(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
-    """Rows with the columns of heat; what has none is 0 in them."""
+    """Return rows with the heat columns, 0 where missing."""
     if rows.dtype == dtype:
         return rows
     wide = np.zeros(len(rows), dtype)
@@ -185,16 +186,16 @@ def with_access_columns(rows: Rows, dtype: np.dtype[Any] = WARM_ROW) -> Rows:
 
 
 def has_access_columns(dtype: np.dtype[Any]) -> bool:
-    """Whether rows of a type have the columns of heat."""
+    """Return whether a row type has the heat columns."""
     return all(name in (dtype.names or ()) and dtype[name] == np.dtype(kind) for name, kind in COLUMNS)
 
 
 def with_earlier_access(rows: Rows, before: Rows) -> Rows:
-    """Rows with the heat that those of an earlier snapshot have; a key that it lacks has none.
+    """Copy the heat of an earlier snapshot into rows; keys that it lacks have none.
 
     Args:
-        rows: Sorted, with the columns of heat; changed in place.
-        before: Sorted, with the columns of heat.
+        rows: Sorted rows with heat columns; changed in place.
+        before: Sorted rows with heat columns.
     """
     where = Table(before).find(_digests(rows))
     known = where >= 0
@@ -204,13 +205,13 @@ def with_earlier_access(rows: Rows, before: Rows) -> Rows:
 
 
 def warmed(rows: Rows, hits: Rows, begin: float, end: float) -> Rows:
-    """Rows after hits.
+    """Add hits to rows.
 
     Args:
-        rows: Sorted, with the columns of heat; changed in place.
-        hits: Of `HIT`, each tell once (`deduplicated`). Those of keys that are not there are passed over.
-        begin: Tells since then are counted, in seconds since 1970.
-        end: Tells before then are counted.
+        rows: Sorted rows with heat columns; changed in place.
+        hits: Rows of `HIT`, each report once (`deduplicated`). Missing keys are ignored.
+        begin: Reports since this time are counted, in Unix seconds.
+        end: Reports before this time are counted, in Unix seconds.
     """
     where = Table(rows).find(_digests(hits)) if len(hits) else np.zeros(0, np.int64)
     hits, where = hits[where >= 0], where[where >= 0]
@@ -231,23 +232,23 @@ def warmed(rows: Rows, hits: Rows, begin: float, end: float) -> Rows:
 
 
 def _down(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The next float32 that is not more."""
+    """Return the largest float32 not above each value."""
     rounded = values.astype(np.float32)
     return np.where(rounded > values, np.nextafter(rounded, np.float32(-np.inf)), rounded)
 
 
 def _age_of(at: Any) -> Any:
-    """Half-lives between the landmark and a moment."""
+    """Return the half-lives between the landmark and a time."""
     return (at - LANDMARK) / HALF_LIFE_SECS
 
 
 def counts(heat: NDArray[np.float32], now: float) -> NDArray[np.float64]:
-    """How many hits values of the column stand for at a moment, decayed."""
+    """Return the number of hits that heat values stand for at a time, with decay."""
     return np.where(heat > 0, np.exp2(heat.astype(np.float64) - _age_of(now)), 0.0)
 
 
 def buckets(heat: NDArray[np.float32], now: float) -> NDArray[np.uint8]:
-    """The coarse number of values of the column: 1 for about one hit, 2 for two, 3 for four, 4 for eight, ...; 0 for fewer."""
+    """Return the buckets of heat values: 1 for about one hit, 2 for two, 3 for four, 4 for eight, ...; 0 for fewer."""
     return np.where(heat > 0, np.clip(np.floor(heat - _age_of(now) + 0.5) + 1, 0, 255), 0).astype(np.uint8)
 
 
@@ -257,6 +258,6 @@ def _digests(rows: Rows) -> NDArray[np.uint64]:
 
 
 def joined(hits: Iterable[Rows]) -> Rows:
-    """Tells of several sources as one table."""
+    """Concatenate reports of several sources."""
     parts = list(hits)
     return np.concatenate(parts) if parts else np.zeros(0, HIT)

@@ -1,7 +1,7 @@
-"""The heat that the key index of an instance knows, for jobs and warm-ups: looked up on disk, whatever the number of keys.
+"""Heat from the key index of an instance, for jobs and warm-ups, looked up on disk for any number of keys.
 
-Whether there is any is told apart with care, since who deletes goes by it: an instance without heat (no index, or nobody records) is
-one thing, and an index that cannot be read, or that nobody brings up to date any more, another (`AccessUnknownError`).
+Jobs delete by heat, so missing heat (no index, or no recorder) is distinguished from an index that is unreadable or no
+longer updated (`AccessUnknownError`).
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
     from hfbucket_plugin.index.table import Rows
 
 STALE_SECS: Final = GAP_SECS
-"""A snapshot that is older says nothing of what was read recently: its builder should run every hour."""
+"""Age in seconds from which a snapshot says nothing about recent reads; its builder should run hourly."""
 
 _BLOCK_ROWS: Final = 100_000
 _TRIES: Final = 3
-"""A builder may replace the snapshot that is about to be read."""
+"""Maximum number of attempts, because a builder may replace the snapshot before it is read."""
 
 
 class AccessUnknownError(RefusedError):
-    """The instance has an index, and what it knows of heat cannot be gone by."""
+    """The instance has an index, but its heat is not reliable."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkUse:
-    """What is known of one key's reads.
+    """Known reads of one key.
 
     Attributes:
-        last: When it was last read; None where no read is known.
-        bucket: How hot it is, see `heat.buckets`.
+        last: Time of the last read; None if no read is known.
+        bucket: Heat bucket, see `stats.buckets`.
     """
 
     last: datetime | None = None
@@ -61,13 +61,13 @@ UNREAD: Final = ChunkUse()
 
 
 class AccessTable:
-    """The heat of a snapshot that lies in a file. Made by `open_access_table`.
+    """Heat of a snapshot in a file; created by `open_access_table`.
 
     Args:
-        rows: Of the snapshot, mapped from the file.
-        first_words: Their first digest words, mapped: side by side, as a binary search wants them.
-        pointer: To it.
-        now: What buckets are told for, in seconds since 1970.
+        rows: Rows of the snapshot, mapped from the file.
+        first_words: Their first digest words, mapped and contiguous for binary search.
+        pointer: Pointer to the snapshot.
+        now: Time for which buckets are computed, in Unix seconds.
     """
 
     def __init__(self, rows: Rows, first_words: NDArray[np.uint64], pointer: Pointer, now: float) -> None:
@@ -78,22 +78,22 @@ class AccessTable:
 
     @property
     def since(self) -> datetime:
-        """Since when all hits are known: since they are recorded, or since a recorder last dropped some."""
+        """Time since which all hits are known: start of recording, or the last dropped hit."""
         return datetime.fromtimestamp(max(self.pointer.heat_since, self.pointer.heat_lost_at), UTC)
 
     @property
     def lost(self) -> int:
-        """How many hits recorders dropped."""
+        """Number of hits that recorders dropped."""
         return self.pointer.heat_lost
 
     @property
     def lost_at(self) -> datetime | None:
-        """When the last of them was; None where none was dropped."""
+        """Time of the last dropped hit; None without one."""
         at = self.pointer.heat_lost_at
         return datetime.fromtimestamp(at, UTC) if at else None
 
     def look_up(self, names: Sequence[str]) -> list[ChunkUse]:
-        """What is known of objects, by their names below the instance's prefix. For a page at a time."""
+        """Return what is known of a page of objects, by their names below the instance's prefix."""
         found = [UNREAD] * len(names)
         where = find(self._first, self._rows, digests_of(names))
         known = np.flatnonzero(where >= 0)
@@ -109,17 +109,17 @@ class AccessTable:
 def open_access_table(
     bucket: Bucket, now: datetime, request_secs: float, temp_dir: Path | None = None
 ) -> Iterator[AccessTable | None]:
-    """The heat of an instance, for the duration of a block; None where it has none: no index, or no recorder.
+    """Provide the heat of an instance for the duration of a block; None without an index or a recorder.
 
     Args:
-        bucket: The instance's.
-        now: The Hub's time.
-        request_secs: Most seconds of a request; ten times as much for the snapshot.
-        temp_dir: Where the snapshot lies meanwhile, 76 bytes a key; None for the system's directory of temporary files.
+        bucket: Bucket of the instance.
+        now: Time of the Hub.
+        request_secs: Maximum time of a request in seconds; ten times as much for the snapshot.
+        temp_dir: Directory of the snapshot meanwhile, 76 bytes per key; None for the system's temporary directory.
 
     Raises:
-        HeatUnknownError: There is an index, and it cannot be read, or it is too old to say what was read recently.
-        AccessDeniedError: And other errors that no index is to blame for, of the first look.
+        AccessUnknownError: The index is unreadable, or too old to know recent reads.
+        AccessDeniedError: And other errors of the first request that the index does not cause.
     """
     with contextlib.ExitStack() as stack:
         store = IndexStore(bucket, "heat")
@@ -143,10 +143,10 @@ def open_access_table(
 
 
 def expect_fresh(pointer: Pointer, now: datetime) -> None:
-    """Make sure that an index says what was read recently.
+    """Check that an index knows recent reads.
 
     Raises:
-        HeatUnknownError: It is not up to date, nothing was reported to it for long, or its times are ahead of the Hub's clock.
+        AccessUnknownError: It is outdated, has had no reports for long, or its times are ahead of the Hub's clock.
     """
     if ahead := pointer.ahead_of(now.timestamp()):
         raise AccessUnknownError(
@@ -187,10 +187,10 @@ def _fetched(
 
 
 def _mapped(path: Path, first: Path, latest: float) -> tuple[Rows, NDArray[np.uint64]]:
-    """The rows of a snapshot, and their first words apart, both left on the disk.
+    """Map the rows of a snapshot and their first words from disk.
 
     Raises:
-        FormatError: It has no heat, or a hit in it is later than `latest`.
+        FormatError: The snapshot has no heat, or a hit in it is later than `latest`.
     """
     with path.open("rb") as file:
         header = read_header(file, str(path))
