@@ -1,1 +1,1 @@
-"""What the command lines of the three packages share."""
+"""Shared parts of the command lines of the three packages."""

@@ -1,4 +1,4 @@
-"""Output of the commands: results on stdout, everything for people on stderr."""
+"""Output of the commands: results on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ if TYPE_CHECKING:
 
 
 def line(text: str, *, at_once: bool = False) -> None:
-    """One line of the result; `at_once` for those that take a while to come."""
+    """Print one line of the result; `at_once` flushes it, for results that arrive slowly."""
     sys.stdout.write(f"{texts.shown(text)}\n")
     if at_once:
         sys.stdout.flush()
 
 
 def json_line(value: Any) -> None:
-    """One JSON document of the result, on a line of its own."""
+    """Print one JSON document of the result on one line."""
     sys.stdout.write(f"{texts.as_json(value)}\n")
 
 
 def print_error(text: str, program: str = "hfbucket") -> None:
-    """Write one line for people to stderr.
+    """Write a one-line message to stderr.
 
     Args:
         text: The line.
-        program: Stands before it.
+        program: Program name to prefix.
     """
     sys.stderr.write(f"{program}: {texts.shown(text)}\n")
     sys.stderr.flush()
 
 
 def end(text: str, code: int) -> NoReturn:
-    """Complain, and end."""
+    """Print an error, and end the command with an exit code."""
     print_error(text)
     raise typer.Exit(code)
 
 
 @contextlib.contextmanager
 def results() -> Iterator[None]:
-    """While results are written: their reader may stop, as `head` does, and that is no error."""
+    """Accept that the reader of the results closes the pipe, as `head` does."""
     for stream in (sys.stdout, sys.stderr):
-        # Names in a bucket are any Unicode, a terminal's encoding may not be.
+        # Names in a bucket are any Unicode, which a terminal's encoding may not support.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends, and would complain.
+        # Python flushes stdout again at exit, and would report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(exit_codes.OK) from None
 
 
 def stdout_console() -> Console:
-    """Standard output. Names in a bucket are no markup, and are not to be coloured as if they were Python."""
+    """Return a console on stdout, which prints names in a bucket without markup and highlighting."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Show on stderr that something is being done, where that is a terminal."""
+    """Show a status on stderr during a `with` block, if it is a terminal."""
     errors = Console(stderr=True, markup=False, highlight=False)
     if not errors.is_terminal:
         yield
@@ -81,7 +81,7 @@ def busy(what: str) -> Iterator[None]:
 
 
 def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of texts and numbers: the first column is text, and gives way where the terminal is narrow."""
+    """Create a table of texts and numbers: the first column is text, and shrinks in a narrow terminal."""
     table = Table(title=Text(texts.shown(title)), title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
@@ -91,5 +91,5 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def at_terminal() -> bool:
-    """Whether somebody can be shown a plan, and asked."""
+    """Return whether the command runs at a terminal, so that it can show a plan and ask."""
     return sys.stdin.isatty() and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""Sorts, and sets of keys, of more than fits into memory: SQLite keeps what does not fit into its cache in temporary files."""
+"""Sorting, and sets of keys, beyond the size of memory: SQLite spills what exceeds its cache to temporary files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 def open_temporary(path: Path | str = "", cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
-    """Open a database for rows that nobody needs after a crash.
+    """Open a database for temporary rows, without durability.
 
-    SQLite keeps what does not fit into its cache below SQLITE_TMPDIR, TMPDIR or /var/tmp.
+    SQLite stores what exceeds its cache below SQLITE_TMPDIR, TMPDIR or /var/tmp.
 
     Args:
-        path: Of the database; empty for a file without a name, which goes with the connection.
-        cache_kib: Memory that it may take.
+        path: Path of the database; empty for an unnamed file, which is deleted with the connection.
+        cache_kib: Size of its cache, in KiB.
     """
     base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     base.executescript(
@@ -39,13 +39,13 @@ def open_temporary(path: Path | str = "", cache_kib: int = _CACHE_KIB) -> sqlite
 
 @contextlib.contextmanager
 def temporary_space(what: str) -> Iterator[None]:
-    """Turn errors of a temporary database into errors that name what needs the space.
+    """Convert errors of a temporary database to errors that name its purpose.
 
     Args:
-        what: Such as "a set of keys".
+        what: Purpose of the space, such as "a set of keys".
 
     Raises:
-        TempDirError: The database cannot be written or read.
+        TempDirError: If the database cannot be written or read.
     """
     try:
         yield
@@ -69,16 +69,16 @@ def sort_rows(
     """Yield items in the order of their ranks.
 
     Args:
-        items: In any order.
-        rank: Numbers and texts, as many for each item, by which it is ordered.
-        path: Of a file to sort in, which is overwritten.
-        dump: Writes an item as a line.
-        load: Reads what `dump` wrote.
-        cut: Takes the first of any items that are in order, such as a budget does: the others are not kept. None takes all.
-        page_rows: Items held in memory at a time.
+        items: Items in any order.
+        rank: Returns the sort key of an item: numbers and texts, the same count for every item.
+        path: Path of the temporary sort file, which is overwritten.
+        dump: Serializes an item as a line.
+        load: Parses the result of `dump`.
+        cut: Takes a prefix of ordered items, such as a budget does; the others are dropped. None takes all.
+        page_rows: Number of items held in memory at a time.
 
     Raises:
-        TempDirError: There is no room to sort.
+        TempDirError: If the disk has no room for sorting.
     """
     items = iter(items)
     path.write_bytes(b"")
@@ -89,7 +89,7 @@ def sort_rows(
                 width = len(page[0][0])
                 base.execute(f"CREATE TABLE rows ({', '.join(f'r{n}' for n in range(width))}, line)")
             if cut is not None:
-                # What a budget does not take of a page alone, but for the first, it does not take of the whole.
+                # What a budget drops from a page alone, except the first item, it also drops from the whole.
                 page.sort(key=lambda row: row[0])
                 del page[sum(1 for _ in cut(item for _, item in page)) + 1 :]
             base.execute("BEGIN")
@@ -100,26 +100,26 @@ def sort_rows(
             base.execute("COMMIT")
         if width:
             order = ", ".join(f"r{n}" for n in range(width))
-            lines = base.execute(f"SELECT line FROM rows ORDER BY {order}")  # noqa: S608 - names made above
+            lines = base.execute(f"SELECT line FROM rows ORDER BY {order}")  # noqa: S608 - column names generated above
             found = (load(line) for (line,) in lines)
             yield from found if cut is None else cut(found)
 
 
 _PAGE: Final = 50_000
-"""Keys that are inserted at one time: sorted, so that they touch each page of the table once."""
+"""Number of keys per insert: they are sorted, so that each page of the table is touched once."""
 
 
 class KeySet:
-    """Keys, each once, and which of them were found. Use it as a context manager: its file goes with it.
+    """Set of keys that records which of them were found. Use it as a context manager, which deletes its file.
 
-    SQLite keeps what does not fit into its cache in a file without a name, below SQLITE_TMPDIR, TMPDIR or /var/tmp. To be used from
-    one thread at a time.
+    SQLite stores what exceeds its cache in an unnamed file below SQLITE_TMPDIR, TMPDIR or /var/tmp. Use it from one
+    thread at a time.
 
     Args:
-        keys: What is in it from the start on.
+        keys: Initial keys.
 
     Raises:
-        TempDirError: There is no room for temporary files.
+        TempDirError: If the disk has no room for temporary files.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -140,10 +140,10 @@ class KeySet:
         self._closed()
 
     def first_seen(self, keys: Iterable[str]) -> Iterator[str]:
-        """Add keys, and yield those that were not in it, in their order and as they come.
+        """Add keys, and yield those that are new, in order and as they arrive.
 
         Raises:
-            TempDirError: There is no room for temporary files.
+            TempDirError: If the disk has no room for temporary files.
         """
         keys = iter(keys)
         while page := list(islice(keys, _PAGE)):
@@ -154,7 +154,7 @@ class KeySet:
         with temporary_space("a set of keys"):
             self._base.execute("BEGIN")
             self._base.execute("DELETE FROM page")
-            # Sorted by place, too: the first of equal ones stays.
+            # Also sorted by position: the first of equal keys is kept.
             self._base.executemany("INSERT OR IGNORE INTO page VALUES (?, ?)", rows)
             new = self._base.execute(
                 "SELECT place FROM page WHERE NOT EXISTS (SELECT 1 FROM keys WHERE keys.key = page.key)"
@@ -164,32 +164,32 @@ class KeySet:
         return [page[place] for (place,) in sorted(new)]
 
     def __contains__(self, key: str) -> bool:
-        """Whether it holds a key."""
+        """Return whether the set contains a key."""
         return self._base.execute("SELECT 1 FROM keys WHERE key = ?", (key.encode(),)).fetchone() is not None
 
     def __len__(self) -> int:
-        """How many keys it holds."""
+        """Return the number of keys."""
         (count,) = self._base.execute("SELECT COUNT(*) FROM keys").fetchone()
         return int(count)
 
     def find(self, key: str) -> bool:
-        """Note that a key was found; returns whether the set holds it."""
+        """Mark a key as found; return whether the set contains it."""
         return self._base.execute("UPDATE keys SET found = 1 WHERE key = ?", (key.encode(),)).rowcount > 0
 
     def forget(self) -> None:
-        """Count no key as found."""
+        """Mark all keys as not found."""
         self._base.execute("UPDATE keys SET found = 0 WHERE found")
 
     def count_absent(self) -> int:
-        """How many keys were not found."""
+        """Return the number of keys that were not found."""
         (count,) = self._base.execute("SELECT COUNT(*) FROM keys WHERE NOT found").fetchone()
         return int(count)
 
     def absent(self, most: int) -> list[str]:
-        """The first keys that were not found, in their order as bytes.
+        """Return the first keys that were not found, in byte order.
 
         Args:
-            most: How many at most.
+            most: Maximum number of keys.
         """
         rows = self._base.execute("SELECT key FROM keys WHERE NOT found ORDER BY key LIMIT ?", (most,))
         return [bytes(key).decode() for (key,) in rows]

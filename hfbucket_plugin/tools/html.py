@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each, which loads nothing and is read on a phone as well as on a screen."""
+"""HTML pages: self-contained files, readable on phones and screens."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ th { font-weight: 600; color: var(--faint) } td.number, th.number { text-align: 
 
 
 def document(title: str, parts: Iterable[str], style: str = "") -> str:
-    """A page.
+    """Return an HTML page.
 
     Args:
-        title: Above it, and in the browser's bar.
-        parts: Its HTML, what others named being escaped.
-        style: CSS beside that of all pages.
+        title: Heading, and title of the browser window.
+        parts: HTML of the body, with external names escaped.
+        style: CSS in addition to that of all pages.
     """
     return "".join(
         [
@@ -50,16 +50,16 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def text(words: object) -> str:
-    """What others named, as it may stand in HTML."""
+    """Escape external text for HTML."""
     return escape(printable(str(words)))
 
 
 def paragraph(words: object, kind: str = "") -> str:
-    """A paragraph of text.
+    """Return a paragraph of text.
 
     Args:
         words: The text.
-        kind: `faint`, `warn`, or none.
+        kind: `faint`, `warn`, or empty.
     """
     attribute = f' class="{kind}"' if kind else ""
     return f"<p{attribute}>{text(words)}</p>\n"
@@ -68,19 +68,19 @@ def paragraph(words: object, kind: str = "") -> str:
 COLOURS: Final = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44bb99", "#99ddff", "#bbcc33", "#999999",
 )  # fmt: skip
-"""Told apart by people who see colours differently, on white and on black: Paul Tol's, https://personal.sron.nl/~pault/."""
+"""Colours distinguishable with colour blindness, on white and black: Paul Tol's, https://personal.sron.nl/~pault/."""
 
 _TEXT: Final = "#123456"
-"""Stands for the page's own colour of text, dark or light; no plot uses it otherwise."""
+"""Placeholder for the page's text colour, dark or light; not used otherwise in plots."""
 
 _WIDTH_INCHES: Final = 5.0
-"""As wide as a phone, so that the text is of the same size there as in the page; on a screen it grows with the plot."""
+"""Width of a phone, so that text has the size of the page there; on a screen it grows with the plot."""
 
 _LABEL_CHARS: Final = 28
 _TICKS: Final = 8
 _SETTINGS: Final = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, and in the page's font
-    "text.parse_math": False,  # a name may hold a $
+    "svg.fonttype": "none",  # keep text as text: small, searchable, and in the page's font
+    "text.parse_math": False,  # a name may contain a $
     "font.size": 8.0,
     "text.color": _TEXT,
     "axes.edgecolor": _TEXT,
@@ -93,10 +93,10 @@ _SETTINGS: Final = {
 
 
 def expect_library() -> None:
-    """Load what draws, with its fonts: that takes seconds the first time, which a run that ends should not wait for.
+    """Load the plot library with its fonts, which takes seconds the first time, so that the end of a run does not wait.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: If the library is not installed.
     """
     try:
         import matplotlib.font_manager  # noqa: F401, PLC0415
@@ -106,13 +106,13 @@ def expect_library() -> None:
 
 
 def bytes_over_time(width_secs: float, series: Sequence[Sequence[int]]) -> str:
-    """What was copied by then, the nodes on top of each other.
+    """Plot the bytes copied over time, stacked by node.
 
     Args:
-        width_secs: Of a bin.
-        series: What was copied in each bin, in bytes; a sequence for each node, of one length.
+        width_secs: Width of a bin in seconds.
+        series: Bytes copied in each bin; one sequence per node, all of the same length.
     """
-    import numpy as np  # noqa: PLC0415 - with Matplotlib only
+    import numpy as np  # noqa: PLC0415 - installed only with Matplotlib
 
     times = [width_secs * place for place in range(len(series[0]) + 1)]
     sums = [np.concatenate([[0], np.cumsum(np.asarray(one, dtype=np.int64))]) for one in series]
@@ -124,7 +124,7 @@ def bytes_over_time(width_secs: float, series: Sequence[Sequence[int]]) -> str:
         axes.set_xlabel("seconds")
         axes.set_xlim(0, times[-1])
         axes.set_ylim(bottom=0)
-        # Ticks at powers of two: the units are.
+        # Ticks at powers of two, like the units.
         axes.set_yticks(range(0, most + 1, max(1, 1 << max(0, (most // _TICKS).bit_length()))))
         axes.yaxis.set_major_formatter(lambda value, _: size(value))
 
@@ -132,11 +132,11 @@ def bytes_over_time(width_secs: float, series: Sequence[Sequence[int]]) -> str:
 
 
 def latencies(bounds: Sequence[float], counts: Mapping[str, Sequence[int]]) -> str:
-    """How many chunks took how long.
+    """Plot a histogram of the durations of chunks.
 
     Args:
-        bounds: The upper ends of the buckets but the last, in seconds.
-        counts: Of each bucket, by series.
+        bounds: Upper limits of all buckets except the last, in seconds.
+        counts: Counts per bucket, by series.
     """
     used = [at for at in range(len(bounds) + 1) if any(one[at] for one in counts.values())] or [0]
     places = range(max(0, used[0] - 1), min(len(bounds), used[-1] + 1) + 1)
@@ -156,10 +156,10 @@ def latencies(bounds: Sequence[float], counts: Mapping[str, Sequence[int]]) -> s
 
 
 def coverage(rows: Sequence[tuple[str, float, float]]) -> str:
-    """The share of each that was there before and is there after.
+    """Plot the shares present before and after a run.
 
     Args:
-        rows: A name, and both shares from 0 to 1.
+        rows: Name, and both shares from 0 to 1.
     """
 
     def draw(axes: Any) -> None:
@@ -172,11 +172,11 @@ def coverage(rows: Sequence[tuple[str, float, float]]) -> str:
 
 
 def parts(rows: Sequence[tuple[str, Sequence[float]]], colours: Sequence[str]) -> str:
-    """What each is made up of.
+    """Plot the composition of each row.
 
     Args:
-        rows: A name, and shares from 0 to 1.
-        colours: Of the shares, of which every row has as many.
+        rows: Name, and shares from 0 to 1.
+        colours: Colours of the shares, as many as each row has.
     """
 
     def draw(axes: Any) -> None:
@@ -211,14 +211,14 @@ def _seconds(value: float) -> str:
 
 
 def _drawn(draw: Any, height_inches: float) -> str:
-    """One plot, as an element of SVG."""
-    from matplotlib import rc_context  # noqa: PLC0415 - a second to import, for those who want a page
+    """Return one plot as an SVG element."""
+    from matplotlib import rc_context  # noqa: PLC0415 - takes a second to import, and only pages need it
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     out = io.StringIO()
     with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that its own font lacks: the page's font is used
+        warnings.simplefilter("ignore")  # about glyphs missing from Matplotlib's font: the page's font is used
         figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

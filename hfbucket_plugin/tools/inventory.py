@@ -1,4 +1,4 @@
-"""What a bucket holds, by kind of object and by model."""
+"""Inventory of a bucket, by kind of object and by model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RetentionEntry:
-    """One chunk of an instance, as far as retention looks at it.
+    """Chunk of an instance, with the fields that retention needs.
 
     Attributes:
         key: Its key string.
-        xet_hash: Of its content.
-        size: Bytes.
-        uploaded_at: When the Hub took it; None where it did not say.
-        last_hit: When it was last read; None where no read is known.
-        counted_since: Since when reads are known; None where they are not at all.
+        xet_hash: Xet hash of its content.
+        size: Size in bytes.
+        uploaded_at: Upload time by the Hub's clock; None if the Hub did not say.
+        last_hit: Time of the last read; None if no read is known.
+        counted_since: Time since which reads are known; None if they are not known at all.
     """
 
     key: str
@@ -50,17 +50,17 @@ class RetentionEntry:
 
     @property
     def last_used(self) -> datetime | None:
-        """When it was last put or read, as far as that is known."""
+        """Last known put or read."""
         return _latest(self.uploaded_at, self.last_hit)
 
     @property
     def idle_since(self) -> datetime | None:
-        """The same; not before reads are known: nothing is idle merely because nobody counted."""
+        """Last known put or read, but not before reads are recorded: unrecorded time does not count as idle."""
         return _latest(self.last_used, self.counted_since)
 
     @property
     def model(self) -> str:
-        """The model whose KV it holds."""
+        """Model whose KV the chunk holds."""
         return model_of(self.key)
 
 
@@ -69,30 +69,28 @@ def _latest(one: datetime | None, other: datetime | None) -> datetime | None:
 
 
 class ObjectKind(StrEnum):
-    """What an object of an instance is. The values are shown, and stand in JSON, plans and reports."""
+    """Kind of an object of an instance. The values appear in output, JSON, plans and reports."""
 
     CLASSIC = "classic"  # a chunk with a classic key
     MP = "mp"  # a chunk with an MP key
-    PROBE = "probe"  # with which LMCache's health monitor tests a backend
-    FOREIGN = "foreign"  # no engine reads it: neither its name nor the last part of its path is like a key
-    NEIGHBOUR = (
-        "neighbour"  # of another instance: one that the configuration names, or one whose chunks are nested here
-    )
-    UNKNOWN = "unknown"  # named like a key, with fields that this version does not know: another version may read it
-    OWN = "own"  # a metadata record of ours, below `.hfbucket/`: never deleted, whatever is asked for
+    PROBE = "probe"  # written by LMCache's health monitor to test a backend
+    FOREIGN = "foreign"  # not read by any engine: neither its name nor the last part of its path resembles a key
+    NEIGHBOUR = "neighbour"  # of another instance, in the configuration or with chunks nested here
+    UNKNOWN = "unknown"  # resembles a key with fields unknown to this version: another version may read it
+    OWN = "own"  # a metadata record below `.hfbucket/`: never deleted, whatever is requested
 
     @property
     def is_chunk(self) -> bool:
-        """Whether it is a chunk of this instance."""
+        """Whether the kind is a chunk of this instance."""
         return self in (ObjectKind.CLASSIC, ObjectKind.MP)
 
     @property
     def foreign(self) -> bool:
-        """Whether `--foreign delete` names it."""
+        """Whether `--foreign delete` covers the kind."""
         return self in (ObjectKind.PROBE, ObjectKind.FOREIGN)
 
     def counted(self, number: int) -> str:
-        """A number of them, in words."""
+        """Return a number of objects of this kind in words."""
         return f"{number:,} {_WORDS[self]}"
 
 
@@ -107,13 +105,13 @@ _WORDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ListedObject:
-    """An object of a listing.
+    """Object of a listing.
 
     Attributes:
-        info: As the Hub lists it.
-        kind: What it is.
-        name: Of the object, below the instance's prefix.
-        chunk: Its key, where it has one.
+        info: The object as listed by the Hub.
+        kind: Its kind.
+        name: Its name, below the instance's prefix.
+        chunk: Its chunk entry, if it has a key.
     """
 
     info: ObjectInfo
@@ -123,7 +121,7 @@ class ListedObject:
 
     @property
     def shown_kind(self) -> ObjectKind:
-        """What commands that only look call it: a chunk, the probe, a record of this instance, or foreign."""
+        """Kind shown by read-only commands: a chunk, the probe, a record of this instance, or foreign."""
         kind = self.kind
         if kind is ObjectKind.OWN and not self.name.startswith(f"{RESERVED}/"):
             return ObjectKind.FOREIGN
@@ -131,19 +129,19 @@ class ListedObject:
 
     @property
     def entry(self) -> RetentionEntry:
-        """The object as retention looks at it: one that has no key goes by its name."""
+        """Retention entry of the object; an object without a key uses its name."""
         content = self.info.content
         key = self.chunk.text if self.chunk is not None else self.name
         return RetentionEntry(key, content.xet_hash, content.size, self.info.uploaded_at)
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a name below an instance's prefix is ours, or that of an instance nested in it."""
+    """Return whether a name below an instance's prefix is a metadata record, of this instance or one nested in it."""
     return RESERVED in name.split("/")
 
 
 def readable(name: str) -> bool:
-    """Whether an engine could read an object of this name, below any prefix: it is a key's, or like one."""
+    """Return whether an engine could read an object of this name, below any prefix: it is or resembles a key."""
     try:
         return may_be_key(decode_name(name))
     except KeyFormatError:
@@ -151,12 +149,13 @@ def readable(name: str) -> bool:
 
 
 class Classifier:
-    """Says what the objects of an instance are.
+    """Classifier of the objects of an instance.
 
     Args:
-        bucket: The instance's.
-        neighbours: The handles of all instances that the configuration names: what lies below the prefix of another
-            one is not this one's, nested though it may be.
+        bucket: Client of the instance's bucket.
+        neighbours: Handles of all instances in the configuration: objects below the prefix of another instance belong
+            to
+            that one, even if it is nested in this one.
     """
 
     def __init__(self, bucket: Bucket, neighbours: Sequence[BucketHandle] = ()) -> None:
@@ -166,7 +165,7 @@ class Classifier:
         self._nested = tuple(other for other in others if other.startswith(head) and other != head)
 
     def classify(self, info: ObjectInfo) -> ListedObject | None:
-        """Say what an object is; None where it does not lie below the instance's prefix at all."""
+        """Classify an object; return None if it does not lie below the instance's prefix."""
         name = self._bucket.handle.relative(info.path)
         if name is None:
             return None
@@ -181,7 +180,7 @@ class Classifier:
         return ListedObject(info, kind, name, chunk)
 
     def _without_key(self, path: str, name: str) -> ObjectKind:
-        """What an object is that is not a chunk of this instance. Nothing that an engine could read is foreign."""
+        """Classify an object that is not a chunk of this instance; nothing that an engine could read is foreign."""
         if self.is_neighbour(path):
             return ObjectKind.NEIGHBOUR
         nested, _, leaf = name.rpartition("/")
@@ -190,7 +189,7 @@ class Classifier:
         return ObjectKind.NEIGHBOUR if nested else ObjectKind.UNKNOWN
 
     def is_neighbour(self, path: str) -> bool:
-        """Whether a path lies below another instance that is nested in this one."""
+        """Return whether a path lies below another instance nested in this one."""
         return path.startswith(self._nested)
 
     def walk(
@@ -204,13 +203,13 @@ class Classifier:
         """Stream the objects of the instance.
 
         Args:
-            page_secs: Most seconds of a page.
-            each_page: Called before each page; raises to end the listing.
-            key_prefix: Only objects whose key starts with this. The Hub matches it, so nothing else is listed.
-            model: Leave out the chunks of other models, whose names may go on after an `@`; None for all models.
+            page_secs: Timeout of a listing page, in seconds.
+            each_page: Called before each page; what it raises ends the listing.
+            key_prefix: Prefix of the keys. The Hub applies it, so no other objects are listed.
+            model: Skip chunks of other models, whose names may continue after an `@`; None for all models.
 
         Raises:
-            HFBucketError: A page did not come: what was yielded is no complete listing.
+            HFBucketError: If a page cannot be listed: the yielded objects are incomplete.
         """
         for info in self._bucket.list_objects(self._bucket.handle.join(encode_name(key_prefix)), page_secs, each_page):
             listed = self.classify(info)
@@ -220,13 +219,13 @@ class Classifier:
 
 @dataclass(slots=True)
 class ObjectTotals:
-    """Some objects in numbers.
+    """Totals of objects.
 
     Attributes:
-        objects: How many.
-        bytes: Their sizes added up.
-        oldest: When the first of them was uploaded; None where the Hub does not say.
-        newest: When the last of them was.
+        objects: Number of objects.
+        bytes: Sum of their sizes.
+        oldest: Earliest upload time; None if the Hub does not say.
+        newest: Latest upload time.
     """
 
     objects: int = 0
@@ -243,7 +242,7 @@ class ObjectTotals:
             self.newest = max(self.newest or when, when)
 
     def record(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the fields for JSON."""
         return {
             "objects": self.objects,
             "bytes": self.bytes,
@@ -254,13 +253,13 @@ class ObjectTotals:
 
 @dataclass(frozen=True, order=True, slots=True)
 class WorkerGroup:
-    """What one worker of an engine wrote.
+    """Group of the chunks that one worker of an engine wrote.
 
     Attributes:
         model: The model.
         world_size: Number of workers.
-        worker: Which of them.
-        kind: The kind of its keys.
+        worker: Rank of the worker.
+        kind: Kind of its keys.
     """
 
     model: str
@@ -271,12 +270,12 @@ class WorkerGroup:
 
 @dataclass(slots=True)
 class InstanceSummary:
-    """An instance in numbers.
+    """Totals of an instance.
 
     Attributes:
-        groups: Its chunks, by who wrote them.
-        chunks: All of them.
-        others: What is no chunk, by kind.
+        groups: Chunks by their writer.
+        chunks: All chunks.
+        others: Other objects, by kind.
     """
 
     groups: dict[WorkerGroup, ObjectTotals] = field(default_factory=dict)
@@ -289,11 +288,11 @@ class InstanceSummary:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was found at all."""
+        """Whether the instance has no objects."""
         return not self.chunks.objects and not any(amount.objects for amount in self.others.values())
 
     def record(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the fields for JSON."""
         groups = [
             {"kind": str(group.kind), "model": group.model, "world_size": group.world_size, "worker": group.worker}
             | amount.record()
@@ -304,10 +303,10 @@ class InstanceSummary:
 
 
 def summarised(listed: Iterable[ListedObject]) -> InstanceSummary:
-    """Count a listing, object by object.
+    """Summarize a listing.
 
     Raises:
-        HFBucketError: The listing is not complete, so there is no summary.
+        HFBucketError: If the listing is incomplete.
     """
     summary = InstanceSummary()
     for one in listed:
@@ -328,7 +327,7 @@ _NAMES: Final = {ObjectKind.PROBE: "LMCache's probe", ObjectKind.OWN: f"{RESERVE
 
 
 def rows(summary: InstanceSummary, now: datetime) -> list[tuple[str, ...]]:
-    """A summary for people: the columns of `HEADER`."""
+    """Return the table rows of a summary, with the columns of `HEADER`."""
     lines = [
         (units.printable(group.model), str(group.kind), str(group.world_size), str(group.worker), *_cells(amount, now))
         for group, amount in sorted(summary.groups.items())

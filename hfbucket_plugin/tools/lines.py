@@ -1,4 +1,4 @@
-"""Lines of files that others wrote: lists of keys, reports, manifests. The one reader for all of them."""
+"""Reader of the lines of external files: lists of keys, reports, manifests."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_LINE_BYTES: Final = 1024 * 1024
-"""Longest line that is read."""
+"""Maximum length of a line in bytes."""
 
 BOM: Final = b"\xef\xbb\xbf"
 """The byte order mark that some editors put before text in UTF-8."""
 
 _BREAKING: Final = frozenset({"Cc", "Zl", "Zp", "Cs"})
-"""Categories of Unicode that no key of ours holds: control characters, separators of lines, lone surrogates."""
+"""Unicode categories that are invalid in keys: control characters, line separators, lone surrogates."""
 
 
 def open_regular(path: Path, what: str) -> BinaryIO:
     """Open a file for reading without ever blocking on it.
 
     Args:
-        path: Of the file; a link is followed.
-        what: Names the file in errors, such as `--key-file`.
+        path: Path of the file; links are followed.
+        what: Name of the file in errors, such as `--key-file`.
 
     Raises:
-        ConfigError: It cannot be opened, or is a pipe, a device or a directory.
+        ConfigError: If the file cannot be opened, or is a pipe, a device or a directory.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except (OSError, ValueError) as error:  # a name with a NUL in it
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {reason}") from None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -52,12 +52,12 @@ def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
     A line ends with `\n` or `\r\n`, and with nothing else; a byte order mark at the start of a line is dropped.
 
     Args:
-        path: Of the file.
-        what: Names the file in errors.
+        path: Path of the file.
+        what: Name of the file in errors.
 
     Raises:
-        ConfigError: The file cannot be read, a line is not UTF-8, or a line is longer than `MAX_LINE_BYTES`; the message
-            says which.
+        ConfigError: If the file cannot be read, a line is not UTF-8, or a line is longer than `MAX_LINE_BYTES`; the
+            message names the line.
     """
     number = 0
     with open_regular(path, what) as file:
@@ -71,7 +71,7 @@ def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
                 return
             if len(line) > MAX_LINE_BYTES:
                 raise ConfigError(f"{what} {str(path)!r}, line {number}: longer than {MAX_LINE_BYTES} bytes")
-            line = line.removeprefix(BOM)  # of the file, or of one that was put behind another
+            line = line.removeprefix(BOM)  # of the file, or of a file appended to it
             try:
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
             except UnicodeDecodeError:
@@ -79,14 +79,14 @@ def lines_of(path: Path, what: str) -> Iterator[tuple[int, str]]:
 
 
 def key_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
-    """Stream the lines of a file that holds a key a line, as `lines_of`; blank lines are left out.
+    """Stream the lines of a file with one key per line, like `lines_of`; blank lines are skipped.
 
     Args:
-        path: Of the file.
-        what: Names the file in errors.
+        path: Path of the file.
+        what: Name of the file in errors.
 
     Raises:
-        ConfigError: As `lines_of`; or a line holds a control character, which is named.
+        ConfigError: In the cases of `lines_of`, or if a line contains a control character; the message names it.
     """
     for number, line in lines_of(path, what):
         if not line.strip():
@@ -99,13 +99,13 @@ def key_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
 
 
 def check_characters(text: str) -> None:
-    """Make sure that a key from elsewhere holds no control character, separator of lines or lone surrogate.
+    """Refuse an external key with a control character, line separator or lone surrogate.
 
     Args:
-        text: A key, or any name that is looked for.
+        text: A key, or another name to look for.
 
     Raises:
-        ValueError: It holds one; the message names it by its number.
+        ValueError: If the text contains one; the message gives its code point.
     """
     if text.isascii() and text.isprintable():
         return

@@ -1,4 +1,4 @@
-"""Options of command lines: those that the fields of a model declare, and those that the commands share."""
+"""Command-line options: those declared by the fields of a model, and those shared by the commands."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a field of a model is given on the command line. It stands in the field's annotation; a field without one is a switch.
+    """Command-line form of a model's field, given in the field's annotation; a field without one is a switch.
 
     Attributes:
-        metavar: What stands for the value in the help; empty for a switch.
-        name: As the user writes it; None for the field's own name.
-        many: Whether it may be given several times.
-        parse: Makes the field's value of what was given, for what the field itself does not take.
-        hidden: Whether the help leaves it out.
+        metavar: Placeholder of the value in the help; empty for a switch.
+        name: Name of the option; None for the field's own name.
+        many: Whether the option is repeatable.
+        parse: Converts the given value to one that the field accepts.
+        hidden: Whether the help omits the option.
     """
 
     metavar: str = ""
@@ -45,13 +45,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One option of a command, and the field that it sets.
+    """Option of a command, and the field that it sets.
 
     Attributes:
-        name: As the user writes it.
+        name: Name of the option.
         place: Names of the fields that lead to its value in the model.
-        help: The description of the field.
-        option: What its annotation says.
+        help: Description of the field.
+        option: The field's annotation.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Flag:
 
     @property
     def variable(self) -> str:
-        """The name of the parameter."""
+        """Name of the parameter."""
         name = self.name.removeprefix("--").replace("-", "_")
         return f"{name}_" if keyword.iskeyword(name) else name
 
     def parameter(self) -> inspect.Parameter:
-        """The parameter that Typer makes an option of; it has no default, since a file may give the value."""
+        """Return the parameter for Typer; it has no default, since a file may provide the value."""
         many, metavar = self.option.many, self.option.metavar
         kind: Any = list[str] if many else str if metavar else bool
         text = f"{self.help} Repeatable." if many else self.help
@@ -79,11 +79,11 @@ class Flag:
 
 
 def flags_of(model: type[BaseModel], above: tuple[str, ...] = ()) -> tuple[Flag, ...]:
-    """The flags of a model's fields, and of the models in it.
+    """Return the flags of a model's fields, and of the models nested in it.
 
     Args:
-        model: Of the options.
-        above: Names of the fields that lead to it from the outermost model.
+        model: Model of the options.
+        above: Names of the fields that lead to the model from the outermost one.
     """
     flags: list[Flag] = []
     for name, field in model.model_fields.items():
@@ -97,7 +97,7 @@ def flags_of(model: type[BaseModel], above: tuple[str, ...] = ()) -> tuple[Flag,
 
 
 def with_flags(flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command some flags beside its own options: it is called with what they gave, by flag, as `given`."""
+    """Add flags to a command, which receives their values by flag as `given`."""
     chosen = tuple(flags)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -117,10 +117,10 @@ def with_flags(flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callabl
 
 
 def nested(given: Mapping[Flag, Any]) -> dict[str, Any]:
-    """What flags gave, as the values of their model.
+    """Return the values of flags as a nested mapping for their model.
 
     Raises:
-        ConfigError: A value cannot be parsed.
+        ConfigError: If a value cannot be parsed.
     """
     values: dict[str, Any] = {}
     for flag, value in given.items():
@@ -132,10 +132,10 @@ def nested(given: Mapping[Flag, Any]) -> dict[str, Any]:
 
 
 def request_of(model: type[M], given: Mapping[Flag, Any]) -> M:
-    """Make a model of what its flags gave.
+    """Create a model from the values of its flags.
 
     Raises:
-        ConfigError: Some values are wrong or missing; the message names each flag with its value.
+        ConfigError: If values are invalid or missing; the message names each flag with its value.
     """
     try:
         return model.model_validate(nested(given))
@@ -161,10 +161,10 @@ DEFAULT_TIMEOUT_SECS: Final = 10.0
 
 
 def number(value: float) -> float:
-    """Refuse what is not a number: older releases of Typer let `nan` through any bounds.
+    """Refuse `nan`, which older releases of Typer accept within any bounds.
 
     Raises:
-        typer.BadParameter: It is `nan`.
+        typer.BadParameter: If the value is `nan`.
     """
     if math.isnan(value):
         raise typer.BadParameter("nan is not a number")
@@ -204,7 +204,7 @@ Prefix = Annotated[
 def chosen(
     lmcache_config: Path | None, instances: Sequence[str] | None, l2_adapters: Sequence[str] | None
 ) -> list[InstanceConfig]:
-    """The instances that the options name; the command ends where they name none, or wrong ones."""
+    """Return the instances that the options name; end the command if there are none, or unknown ones."""
     try:
         return named_instances(lmcache_config, instances or (), l2_adapters or ())
     except ConfigError as error:
@@ -212,7 +212,7 @@ def chosen(
 
 
 def key_prefix(model: str | None, prefix: str | None) -> str:
-    """The start of the keys that `--model` and `--prefix` select together; empty for all."""
+    """Return the key prefix that `--model` and `--prefix` select together; empty for all."""
     if model is None:
         return prefix or ""
     if not model:
@@ -224,7 +224,7 @@ def key_prefix(model: str | None, prefix: str | None) -> str:
 
 
 def listing_code(start: str, *, failed: bool, empty: bool) -> int:
-    """The exit code of a command that lists; says so where `--model` or `--prefix` selected nothing."""
+    """Return the exit code of a listing command; report if `--model` or `--prefix` matched nothing."""
     if failed:
         return exit_codes.ERRORS
     if start and empty:

@@ -29,17 +29,17 @@ E = TypeVar("E")
 
 _LINES: Final = 1000
 _SEGMENT_BYTES: Final = 8 * 1024 * 1024
-"""A segment has 1,000 lines, or fewer long ones: only one segment is in memory at a time."""
+"""Maximum lines and bytes of a segment: only one segment is in memory at a time."""
 
 MOST_LINE_BYTES: Final = 1024 * 1024
-"""No plan has longer lines: a header that names hundreds of models has a tenth of it."""
+"""Maximum length of a line in bytes: a header with hundreds of models takes a tenth of it."""
 
 
 _READ_BYTES: Final = 256 * 1024
 
 
 class _At(io.RawIOBase):
-    """An open file from some byte on. It shares no position with other readers of that file, and does not close it."""
+    """View of an open file from an offset on. It has its own position, and does not close the file."""
 
     def __init__(self, number: int, at: int) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class _At(io.RawIOBase):
 
 
 class Segment:
-    """A run of lines of a file: where it begins, how long it is, and what it held when it was read first.
+    """Consecutive lines of a file: their offset, their length, and their digest when they were first read.
 
     Args:
-        at: Its first byte.
-        line: The number of its first line, where somebody counts them.
+        at: Offset of its first byte.
+        line: Number of its first line, if lines are counted.
     """
 
     __slots__ = ("_digest", "at", "length", "line")
@@ -72,29 +72,29 @@ class Segment:
         self._digest = hashlib.sha256()
 
     def add(self, raw: bytes) -> None:
-        """Take one more line into it."""
+        """Add a line."""
         self.length += len(raw)
         self._digest.update(raw)
 
     @property
     def digest(self) -> bytes:
-        """The SHA-256 of its lines."""
+        """Return the SHA-256 of its lines."""
         return self._digest.digest()
 
 
 class Sealed:
-    """A file of lines, held open.
+    """File of lines, held open, whose content must not change between reads.
 
     Args:
-        path: Of the file.
-        what: What it is, for errors, such as `plan`.
-        longest: Most bytes of a line.
+        path: Path of the file.
+        what: Kind of the file in errors, such as `plan`.
+        longest: Maximum length of a line in bytes.
 
     Attributes:
-        status: Its owner, mode and more.
+        status: Result of `fstat`: owner, mode and more.
 
     Raises:
-        ConfigError: It cannot be read, or is not a regular file.
+        ConfigError: If the file cannot be read, or is not a regular file.
     """
 
     def __init__(self, path: Path, what: str, longest: int = MOST_LINE_BYTES) -> None:
@@ -107,10 +107,10 @@ class Sealed:
         self.status = os.fstat(self._number)
 
     def expect_ours(self) -> None:
-        """Refuse a file that somebody else could have written.
+        """Refuse a file that another user could have written.
 
         Raises:
-            RefusedError: It belongs to another user, or others may write to it.
+            RefusedError: If the file belongs to another user, or is writable by others.
         """
         if self.status.st_uid != os.geteuid() or self.status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RefusedError(
@@ -119,14 +119,14 @@ class Sealed:
             )
 
     def raw_lines(self, start: int = 0) -> Iterator[bytes]:
-        """The lines as they are now, compared with nothing.
+        """Stream the current lines without verification.
 
         Args:
-            start: Byte at which the first line begins.
+            start: Offset of the first line.
 
         Raises:
-            ValueError: The line after the one that was given last is too long.
-            OSError: The file cannot be read.
+            ValueError: If the line after the last yielded one is too long.
+            OSError: If the file cannot be read.
         """
         with io.BufferedReader(_At(self._number, start), _READ_BYTES) as file:
             while line := file.readline(self._longest + 1):
@@ -135,11 +135,11 @@ class Sealed:
                 yield line
 
     def lines(self) -> Iterator[bytes]:
-        """All lines, for the first time.
+        """Stream all lines for the first time, and record their digests.
 
         Raises:
-            ValueError: The line after the one that was given last is too long.
-            OSError: The file cannot be read.
+            ValueError: If the line after the last yielded one is too long.
+            OSError: If the file cannot be read.
         """
         self._segments.clear()
         at = 0
@@ -151,21 +151,21 @@ class Sealed:
             yield line
 
     def lines_again(self) -> Iterator[bytes]:
-        """The same lines once more.
+        """Stream all lines again, verified against the first read.
 
         Raises:
-            RefusedError: The file was changed since it was read.
-            OSError: It cannot be read any more.
+            RefusedError: If the file has changed since it was read.
+            OSError: If the file can no longer be read.
         """
         for segment in self._segments:
             yield from io.BytesIO(self.again(segment))
 
     def again(self, segment: Segment) -> bytes:
-        """The lines of a segment, which must be what they were.
+        """Read the lines of a segment again, verified against the first read.
 
         Raises:
-            RefusedError: They were changed since.
-            OSError: They cannot be read any more.
+            RefusedError: If the lines have changed since.
+            OSError: If the lines can no longer be read.
         """
         whole = self._read(segment.at, segment.length)
         if hashlib.sha256(whole).digest() != segment.digest:
@@ -181,14 +181,14 @@ class Sealed:
 
 
 class PlanOutput:
-    """Writes the lines of a plan, JSON objects all of them. Use it as a context manager.
+    """Writer of a plan's lines, which are JSON objects. Use it as a context manager.
 
     Args:
-        path: Of the plan.
-        header: Its first line.
+        path: Path of the plan.
+        header: First line of the plan.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ class PlanOutput:
         self._out.write(json.dumps(record) + "\n")
 
     def _end(self, totals: dict[str, Any]) -> None:
-        """Write the last line: from now on the plan is there."""
+        """Write the last line, and move the plan to its path."""
         self._write({"record": "end"} | totals)
         self._out.flush()
         os.fsync(self._out.fileno())
@@ -220,15 +220,15 @@ class PlanOutput:
 
 
 class PlanReader(Generic[H, E]):
-    """Reads what `PlanOutput` wrote: a header, items, and an end without which it is not a plan.
+    """Reader of the files of `PlanOutput`: a header, items, and an end line without which the plan is invalid.
 
     Args:
-        path: Of the plan.
-        ours: Whether to refuse one that somebody else could have written.
+        path: Path of the plan.
+        ours: Whether to refuse a file that another user could have written.
 
     Raises:
-        ConfigError: It cannot be read, or is not a regular file.
-        RefusedError: It may be somebody else's.
+        ConfigError: If the file cannot be read, or is not a regular file.
+        RefusedError: If another user may have written the file.
     """
 
     def __init__(self, path: Path, *, ours: bool) -> None:
@@ -240,20 +240,20 @@ class PlanReader(Generic[H, E]):
     def read(
         self, header: Callable[[Record], H], item: Callable[[H, Record], None], end: Callable[[Record], E]
     ) -> tuple[H, E]:
-        """Read every line.
+        """Read and check every line.
 
         Args:
-            header: Reads the first line.
-            item: Checks a line between, by the header.
-            end: Reads the last line.
+            header: Parses the first line.
+            item: Checks an item's line against the header.
+            end: Parses the last line.
 
         Raises:
-            ConfigError: A line is wrong, or there is no end; the message names the line.
-            RefusedError: One of the arguments refused a line.
+            ConfigError: If a line is invalid, or the end is missing; the message names the line.
+            RefusedError: If one of the arguments refuses a line.
         """
         number, first, last = 0, None, None
         try:
-            for number, line in enumerate(self._lines.lines(), 1):  # noqa: B007 - errors name it
+            for number, line in enumerate(self._lines.lines(), 1):  # noqa: B007 - errors name the line
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError("this line is not a JSON object")  # noqa: TRY004, TRY301 - as the others
@@ -276,11 +276,11 @@ class PlanReader(Generic[H, E]):
         return first, last
 
     def items(self) -> Iterator[Record]:
-        """Read the items once more: those that were there when the plan was read, whatever its file holds now.
+        """Stream the items again, as they were when the plan was first read.
 
         Raises:
-            RefusedError: The file was changed since.
-            OSError: It cannot be read any more.
+            RefusedError: If the file has changed since.
+            OSError: If the file can no longer be read.
         """
         records = map(json.loads, self._lines.lines_again())
         next(records)
@@ -288,23 +288,23 @@ class PlanReader(Generic[H, E]):
 
 
 def default_plan_dir() -> Path:
-    """Where plans go that nobody wanted elsewhere."""
+    """Return the default directory of plans."""
     return Path(tempfile.gettempdir()) / f"lmcache-hfbucket-plans-{os.getuid()}"
 
 
 def remove_if_temporary(path: Path) -> None:
-    """Remove a plan that nobody asked to keep: one in the default directory."""
+    """Remove a temporary plan, which lies in the default directory."""
     with contextlib.suppress(OSError):
         if path.parent == default_plan_dir():
             path.unlink()
 
 
 def plan_dir(wanted: Path | None) -> Path:
-    """Where to write a plan: where that is wanted, or in a directory that only this user gets into.
+    """Return the directory for a plan: the requested one, or one that only this user can access.
 
     Raises:
-        RefusedError: Others could put plans of theirs into the default one, or what bears its name is none.
-        OSError: It cannot be made.
+        RefusedError: If other users could write to the default directory, or its path is not a directory.
+        OSError: If the directory cannot be created.
     """
     if wanted is not None:
         return wanted

@@ -1,4 +1,4 @@
-"""Chunks of prompts: token ids, hashed as LMCache itself hashes them, and where each hash stands among the prompts."""
+"""Chunks of prompts: token ids, hashed by LMCache itself, and the positions of the hashes in the prompts."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _FIELDS = frozenset({"token_ids", "model", "cache_salt"})
 _MOST_TOKEN_ID = 2**32
 
 MOST_PROMPT_BYTES: Final = 64 * 1024 * 1024
-"""Of a line: five million tokens."""
+"""Maximum length of a line in bytes: five million tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt.
+    """Prompt whose chunks are selected.
 
     Attributes:
         token_ids: Its tokens.
-        model: Only chunks of this model; None for those of any.
-        cache_salt: Only chunks with this salt, empty for none; None for those with any. MP mode only.
+        model: Model of the chunks; None for any.
+        cache_salt: Salt of the chunks, empty for none; None for any. MP mode only.
     """
 
     token_ids: list[int]
@@ -46,13 +46,13 @@ class Prompt:
 
 
 class Located(NamedTuple):
-    """A prompt, and where it stands.
+    """Prompt, and its location in the file.
 
     Attributes:
-        line: Its number, from 1.
-        start: Of its line, in bytes.
-        raw: The line, as it stands in the file.
-        prompt: What it says; None for a line that says nothing.
+        line: Line number, from 1.
+        start: Offset of the line, in bytes.
+        raw: The raw line.
+        prompt: The parsed prompt; None for a blank line.
     """
 
     line: int
@@ -65,11 +65,11 @@ def open_prompts(path: Path, option: str = "--prompts") -> Sealed:
     """Open a file of prompts.
 
     Args:
-        path: Of the file.
-        option: That names the file.
+        path: Path of the file.
+        option: Option that names the file, for errors.
 
     Raises:
-        ConfigError: It cannot be read, or is not a regular file.
+        ConfigError: If the file cannot be read, or is not a regular file.
     """
     return Sealed(path, option, MOST_PROMPT_BYTES)
 
@@ -77,17 +77,18 @@ def open_prompts(path: Path, option: str = "--prompts") -> Sealed:
 def located_prompts(
     file: Sealed, path: Path, start: int = 0, line: int = 1, option: str = "--prompts"
 ) -> Iterator[Located]:
-    """Stream the lines of a file of prompts, from one of them on.
+    """Stream the lines of a file of prompts, from a given line on.
 
     Args:
         file: The file, see `open_prompts`.
-        path: Of the file, for errors.
-        start: Of the first line, in bytes.
-        line: Its number.
-        option: That names the file.
+        path: Path of the file, for errors.
+        start: Offset of the first line, in bytes.
+        line: Number of the first line.
+        option: Option that names the file, for errors.
 
     Raises:
-        ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
+        ConfigError: If the file cannot be read, or a line is not a prompt; the message names the line, never the
+            prompt.
     """
     number = line
     try:
@@ -104,31 +105,32 @@ def located_prompts(
 
 
 def read_prompts(path: Path, option: str = "--prompts") -> Iterator[Prompt]:
-    """Stream the prompts of a file, a line of JSON each.
+    """Stream the prompts of a file, one JSON line each.
 
     Args:
-        path: Of the file.
-        option: That names it.
+        path: Path of the file.
+        option: Option that names the file, for errors.
 
     Raises:
-        ConfigError: It cannot be read, or a line is no prompt; the message says which. Never the prompt itself.
+        ConfigError: If the file cannot be read, or a line is not a prompt; the message names the line, never the
+            prompt.
     """
     file = open_prompts(path, option)
     return (one.prompt for one in located_prompts(file, path, option=option) if one.prompt is not None)
 
 
 def prompt_of(raw: bytes) -> Prompt | None:
-    """The prompt of a line; None for one that says nothing.
+    """Parse the prompt of a line; return None for a blank line.
 
     Raises:
-        ValueError: The line is not a prompt.
+        ValueError: If the line is not a prompt.
     """
-    raw = raw.removeprefix(BOM)  # of the file, or of one that was put behind another
+    raw = raw.removeprefix(BOM)  # of the file, or of a file appended to it
     if not raw.strip():
         return None
     record = json.loads(raw.decode())
     if not isinstance(record, dict):
-        raise ValueError('a prompt reads {"token_ids": [1, 2, 3]}')  # noqa: TRY004 - worded with its line by the caller
+        raise ValueError('a prompt reads {"token_ids": [1, 2, 3]}')  # noqa: TRY004 - the caller adds the line
     unknown = sorted(record.keys() - _FIELDS)
     if unknown:
         raise ValueError(f"{len(unknown)} unknown fields; known are {', '.join(sorted(_FIELDS))}")
@@ -141,22 +143,22 @@ def prompt_of(raw: bytes) -> Prompt | None:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text")
         if text is not None:
-            text.encode()  # JSON may escape halves of characters, which no key can hold
+            text.encode()  # JSON may escape lone surrogates, which are invalid in keys
     return Prompt(token_ids, model, salt)
 
 
 class Hasher(Protocol):
-    """Hashes the chunks of a prompt."""
+    """Hash function for the chunks of a prompt."""
 
     def __call__(self, token_ids: list[int]) -> list[str]:
-        """The hashes of its chunks, from its start, as keys have them."""
+        """Return the hashes of a prompt's chunks in order, as in keys."""
 
 
 def classic_hasher(config: Path) -> Hasher:
-    """What the classic engine of an LMCache YAML hashes with.
+    """Return the hasher of a classic engine, from its LMCache YAML.
 
     Raises:
-        ConfigError: LMCache cannot read the file; or the hashes need what is not there.
+        ConfigError: If LMCache cannot read the file, or a requirement of the hashes is missing.
     """
     _quieten()
     # LMCache takes seconds to import.
@@ -167,7 +169,7 @@ def classic_hasher(config: Path) -> Hasher:
         settings: Any = LMCacheEngineConfig.from_file(str(config))
         settings.update_config_from_env()  # as an engine does
         database: Any = ChunkedTokenDatabase(settings, None)
-    except Exception as error:  # noqa: BLE001 - whatever LMCache raises about the file
+    except Exception as error:  # noqa: BLE001 - LMCache may raise any error about the file
         raise ConfigError(f"--prompts: LMCache cannot hash with {str(config)!r}: {type(error).__name__}") from None
     if settings.enable_blending:
         raise ConfigError(f"--prompts: enable_blending in {str(config)!r} cuts prompts at separators, not into chunks")
@@ -180,10 +182,10 @@ def classic_hasher(config: Path) -> Hasher:
 
 
 def mp_hasher(chunk_size: int, algorithm: str) -> Hasher:
-    """What `lmcache server` hashes with.
+    """Return the hasher of `lmcache server`.
 
     Raises:
-        ConfigError: The hashes need what is not there.
+        ConfigError: If a requirement of the hashes is missing.
     """
     _quieten()
     from lmcache.v1.multiprocess.token_hasher import TokenHasher  # noqa: PLC0415 - as above
@@ -198,12 +200,12 @@ def mp_hasher(chunk_size: int, algorithm: str) -> Hasher:
 
 
 def _quieten() -> None:
-    """LMCache tells much while it is loaded, on the stream on which we tell errors."""
+    """Suppress LMCache's logs during its import: they use the stream of this command's errors."""
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
 
 
 def _refuse_fallback(algorithm: str, function: Any) -> None:
-    """LMCache warns and hashes with Python's `hash` where it does not find an algorithm: not one chunk would match."""
+    """Refuse an unknown algorithm: LMCache would warn and use Python's `hash`, and not one chunk would match."""
     if function is hash and algorithm != "builtin":
         raise ConfigError(
             f"--prompts: the hash algorithm {algorithm!r} comes with vLLM, which is not installed where this command runs"
@@ -211,19 +213,20 @@ def _refuse_fallback(algorithm: str, function: Any) -> None:
 
 
 class PromptOrder:
-    """Where chunks stand among some prompts: prompt by prompt, each from its start.
+    """Positions of chunks in prompts: prompt by prompt, each from its start.
 
-    Memory is 16 bytes for each chunk that there is, and does not grow with how many prompts share it. Hashes are told apart
-    by 64 bits: of 10,000,000 chunks of a bucket and as many of prompts one in a hundred thousand such pairs
-    would have one chunk too many copied, and none too few.
+    Memory is 16 bytes per distinct chunk, however many prompts share it. Hashes are compared by 64 bits: for 10,000,000
+    chunks of a bucket and as many of prompts, one in a hundred thousand such pairs of sets would have one chunk too
+    many
+    copied, and none too few.
 
     Args:
-        prompts: In the order of their worth.
-        hasher: Hashes them as the engines do.
+        prompts: Prompts in descending order of priority.
+        hasher: Hash function of the engines.
 
     Attributes:
-        prompts: How many there are.
-        chunks: How many chunks they have, those that several share counted once.
+        prompts: Number of prompts.
+        chunks: Number of distinct chunks of the prompts.
     """
 
     def __init__(self, prompts: Iterable[Prompt], hasher: Hasher) -> None:
@@ -243,12 +246,12 @@ class PromptOrder:
 
     @property
     def models(self) -> frozenset[str] | None:
-        """Whose chunks may be among them."""
+        """Return the models whose chunks may be included; None for all."""
         models = {model for model, _ in self._places}
         return None if None in models else frozenset(model for model in models if model is not None)
 
     def place(self, key: Key) -> int | None:
-        """Where a chunk stands; None when it is of no prompt."""
+        """Return the position of a chunk; None if it belongs to no prompt."""
         salt = getattr(key, "salt", None)
         found = [
             place
@@ -260,11 +263,11 @@ class PromptOrder:
 
 _NONE: Final = np.empty(0, dtype=np.int64)
 _PENDING: Final = 1 << 20
-"""Chunks of prompts that wait to be sorted in: 16 MiB."""
+"""Maximum number of chunks that wait to be sorted; they take 16 MiB."""
 
 
 class _Places:
-    """Where hashes were seen first, in two arrays."""
+    """First positions of hashes, in two arrays."""
 
     def __init__(self) -> None:
         self._hashes = array("Q")
@@ -272,14 +275,14 @@ class _Places:
         self._settled = 0
 
     def add(self, value: str, at: int) -> None:
-        """A hash was seen; places come in ascending order."""
+        """Add the position of a hash; positions must ascend."""
         self._hashes.append(_short(value))
         self._places.append(at)
         if len(self._hashes) - self._settled >= max(_PENDING, self._settled):
             self.settle()
 
     def settle(self) -> npt.NDArray[np.int64]:
-        """Sort by hash, and keep the first place of each; returns these."""
+        """Sort by hash, keep the first position of each hash, and return these positions."""
         hashes, first = np.unique(np.frombuffer(self._hashes, dtype=np.uint64), return_index=True)
         places = np.frombuffer(self._places, dtype=np.int64)[first]
         self._hashes, self._places = array("Q", hashes.tobytes()), array("q", places.tobytes())
@@ -287,17 +290,17 @@ class _Places:
         return places
 
     def count_by(self, first: npt.NDArray[np.int64]) -> None:
-        """Have places count only those where a hash was seen first."""
+        """Renumber positions so that they count only first occurrences of hashes."""
         places = np.searchsorted(first, np.frombuffer(self._places, dtype=np.int64)).astype(np.int64)
         self._places = array("q", places.tobytes())
 
     def find(self, value: str) -> int | None:
-        """Where a hash was seen first; None when it was not."""
+        """Return the first position of a hash; None if it is unknown."""
         short = _short(value)
         at = bisect.bisect_left(self._hashes, short)
         return self._places[at] if at < len(self._hashes) and self._hashes[at] == short else None
 
 
 def _short(value: str) -> int:
-    """64 bits that stand for a hash in this process."""
+    """Return 64 bits that represent a hash in this process."""
     return hash(value) & 0xFFFF_FFFF_FFFF_FFFF

@@ -1,7 +1,7 @@
-"""Which chunks a run is about: a choice as people state it, and the filter that it is. Pure.
+"""Selection of the chunks of a run: the user's criteria, and the filter made from them. Pure.
 
-As much of a choice as possible is asked of the Hub itself: a listing starts at the longest starts of keys that cannot
-leave out a selected chunk (`listing_prefixes`). Everything else is filtered afterwards.
+The Hub applies as much of a selection as possible: a listing uses the longest key prefixes that cannot exclude a
+selected chunk (`listing_prefixes`). The rest is filtered afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ADVICE: Final = (
 )
 
 _MOST_PREFIXES: Final = 256
-"""Beyond as many, fewer and shorter ones are listed: each costs a request at least."""
+"""Maximum number of prefixes; beyond it, fewer and shorter ones are listed, as each costs at least one request."""
 
 
 def _as_list(value: Any) -> Any:
@@ -62,14 +62,14 @@ def _as_seconds(value: Any) -> Any:
 
 
 def as_ranks(value: Any) -> Any:
-    """For pydantic: ranks of workers from `0-3,7`, or from the number that YAML makes of `3`."""
+    """Parse worker ranks for pydantic from `0-3,7`, or from the number that YAML makes of `3`."""
     if isinstance(value, bool):
         raise ValueError("ranks of workers read 0-3,7")  # noqa: TRY004 - as above
     return parse_ranks(str(value)) if isinstance(value, (str, int)) else value
 
 
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
-"""One text or several, none empty."""
+"""One or more texts, none empty."""
 
 Bytes = Annotated[int, BeforeValidator(_as_bytes), Field(gt=0)]
 """A number of bytes, or a text such as `50GiB`."""
@@ -78,14 +78,14 @@ Seconds = Annotated[float, BeforeValidator(_as_seconds), Field(gt=0)]
 """A number of seconds, or a text such as `30m`."""
 
 Length = Annotated[timedelta, BeforeValidator(_as_duration), Field(ge=timedelta(0)), PlainSerializer(format_duration)]
-"""A length of time, or a text such as `24h`."""
+"""Duration, or a text such as `24h`."""
 
 Ranks = Annotated[frozenset[int], BeforeValidator(as_ranks), PlainSerializer(format_ranks)]
 """Ranks of workers."""
 
 
 class Selection(BaseModel):
-    """Which chunks of an instance. All that is given has to hold; of several texts in one field, one has to."""
+    """Selection of an instance's chunks. All given criteria must hold; of several texts in a field, one must match."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -167,24 +167,24 @@ class Selection(BaseModel):
 
     @property
     def given(self) -> bool:
-        """Whether it says which chunks at all."""
+        """Whether any criterion is given."""
         return self.all or bool(self.prefix or self.model or self.keys_from or self.prompts)
 
     @property
     def wants_access(self) -> bool:
-        """Whether chunks are wanted in the order in which they are read most."""
+        """Whether the most read chunks are selected first."""
         return self.prompts is None and self.newest is None and (self.hottest or self.max_bytes) is not None
 
     @property
     def most(self) -> int | None:
-        """The most chunks, whichever of `newest` and `hottest` says so."""
+        """Maximum number of chunks, from `newest` or `hottest`."""
         return self.newest if self.hottest is None else self.hottest
 
     def listing_prefixes(self, kind: type[Key] | None = None) -> list[str]:
-        """Starts of keys, such that each chunk of the choice starts with one of them.
+        """Return key prefixes such that each selected chunk starts with one of them.
 
         Args:
-            kind: The only kind of key that is wanted; None for both, whose common prefixes are shorter.
+            kind: Kind of the keys; None for both, whose common prefixes are shorter.
         """
         prefixes = list(self.prefix) or [""]
         if not self.model:
@@ -201,34 +201,34 @@ class Selection(BaseModel):
         if kind is ClassicKey:
             start = f"{model}@{self.world_size}@"
             return [start] if self.workers is None else [f"{start}{worker}@" for worker in sorted(self.workers)]
-        # A rank has at least 8 digits: the world size, two digits of the worker, and four that are local.
+        # A rank has at least 8 digits: the world size, two digits of the worker, and four of the local ranks.
         start = f"{model}@{self.world_size:02x}"
         if self.workers is None:
             return [start]
         return [f"{start}{worker:02x}" for worker in sorted(self.workers) if worker < 256]  # noqa: PLR2004 - a byte
 
     def filter(self, now: datetime) -> Filter:
-        """The choice as a filter.
+        """Return the selection as a filter.
 
         Args:
-            now: What `since` counts back from.
+            now: Time from which `since` counts back.
         """
         return Filter(self, now)
 
 
 def _both(prefix: str, start: str) -> str | None:
-    """The start of the keys that start with both."""
+    """Return the prefix of the keys that start with both; None if there are none."""
     if prefix.startswith(start):
         return prefix
     return start if start.startswith(prefix) else None
 
 
 class Filter:
-    """Whether a chunk is selected, as far as its entry alone decides it.
+    """Filter of chunks by the criteria that depend on a single entry.
 
     Args:
-        selection: What is wanted.
-        now: What `since` counts back from.
+        selection: The selection.
+        now: Time from which `since` counts back.
     """
 
     def __init__(self, selection: Selection, now: datetime) -> None:
@@ -239,7 +239,7 @@ class Filter:
         self._exclude = _pattern(selection.exclude)
 
     def __call__(self, entry: ChunkEntry) -> bool:
-        """Whether a chunk is of the choice."""
+        """Return whether a chunk is selected."""
         return self._named(entry.text) and self._written_by(entry.key) and self._recent(entry.uploaded_at)
 
     def _named(self, text: str) -> bool:
@@ -268,19 +268,19 @@ def _pattern(globs: Iterable[str]) -> re.Pattern[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRef:
-    """A chunk of a bucket, as plans name it.
+    """Reference to a chunk of a bucket in plans.
 
     Attributes:
         key: Its key string.
-        path: Of its object, from the root of the bucket.
-        xet_hash: Of its content, 64 hexadecimal digits.
-        size: Bytes.
-        uploaded_at: When the Hub took it; None when it did not say.
-        gone: Whether the bucket no longer held it when it was last looked up.
-        worker: Rank of the one worker that reads it; None when all do, as where an engine has but one world, or stores
-            what all its workers share (MLA) as if it had one.
-        heat: How hot it is (`hfbucket_plugin.index.access.stats.buckets`); None where that was not asked or is not known.
-        last_hit: When it was last read; None where that is not known.
+        path: Path of its object, from the root of the bucket.
+        xet_hash: Xet hash of its content, 64 hexadecimal digits.
+        size: Size in bytes.
+        uploaded_at: Upload time by the Hub's clock; None if the Hub did not say.
+        gone: Whether the last look-up did not find it in the bucket.
+        worker: Rank of the only worker that reads it; None if all do, as where an engine has a single worker, or stores
+            data shared by all its workers (MLA) as if it had one.
+        heat: Its heat (`hfbucket_plugin.index.access.stats.buckets`); None if not requested or unknown.
+        last_hit: Time of the last read; None if unknown.
     """
 
     key: str
@@ -294,7 +294,7 @@ class ChunkRef:
     last_hit: datetime | None = None
 
     def to_line(self) -> str:
-        """The chunk as one line of JSON, its newline included."""
+        """Return the chunk as one JSON line, its newline included."""
         record: dict[str, Any] = {"key": self.key, "path": self.path, "xet_hash": self.xet_hash, "size": self.size}
         if self.uploaded_at is not None:
             record["uploaded_at"] = self.uploaded_at.isoformat()
@@ -310,10 +310,10 @@ class ChunkRef:
 
     @classmethod
     def from_line(cls, line: str) -> ChunkRef:
-        """Read what `to_line` wrote.
+        """Parse the result of `to_line`.
 
         Raises:
-            ValueError: The line is no planned chunk.
+            ValueError: If the line is not a valid chunk.
         """
         record = json.loads(line)
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _TEXTS):
@@ -334,7 +334,7 @@ class ChunkRef:
 _TEXTS: Final = ("key", "path", "xet_hash")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _MOST: Final = 2**63 - 1
-"""No file is larger, and no count is."""
+"""Upper limit of file sizes and counts."""
 
 
 def _hash(text: str) -> str:
@@ -376,12 +376,12 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def newest_first(chunk: ChunkRef) -> tuple[int, str]:
-    """The rank of a chunk in an order from newest to oldest; one without a date counts as the oldest."""
+    """Return the sort key for newest first; a chunk without a date counts as the oldest."""
     return _age(chunk.uploaded_at), chunk.key
 
 
 def hottest_first(chunk: ChunkRef) -> tuple[int, int, int, str]:
-    """The rank of a chunk in an order from most to least read, then from last to first used, then from newest to oldest."""
+    """Return the sort key for most reads first, then latest use first, then newest first."""
     used = min(_age(chunk.last_hit), _age(chunk.uploaded_at))
     return -(chunk.heat or 0), used, *newest_first(chunk)
 
@@ -393,12 +393,13 @@ def _age(moment: datetime | None) -> int:
 def within(chunks: Iterable[ChunkRef], most: int | None, max_bytes: int | None) -> Iterator[ChunkRef]:
     """Yield the first chunks that fit a budget.
 
-    The first chunk that does not fit ends it: smaller ones behind it are less wanted, or useless without it.
+    The first chunk that does not fit ends the result: smaller ones after it have lower priority, or are useless without
+    it.
 
     Args:
-        chunks: In the order in which they are wanted.
-        most: Chunks; None for no bound.
-        max_bytes: The sum of their sizes; None for no bound.
+        chunks: Chunks in descending order of priority.
+        most: Maximum number of chunks; None for no limit.
+        max_bytes: Maximum sum of their sizes; None for no limit.
     """
     size = 0
     for count, chunk in enumerate(chunks, 1):

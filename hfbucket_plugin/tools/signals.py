@@ -1,6 +1,6 @@
-"""Signals that end a command: while it starts, while it works, and while it must clean up first.
+"""Signals that end a command: during its start, during its work, and when it must clean up first.
 
-Imported before anything that takes long to import.
+Import this module before any slow import.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _ENDING: Final = (*_STOPPING, signal.SIGHUP)
 _EXIT_BASE: Final = 128
-"""What a shell adds to the number of the signal that ended a command."""
+"""Offset that a shell adds to a signal's number for the exit code."""
 
 
 def _take(numbers: Iterable[int], receive: Callable[[int, Any], Any]) -> dict[int, Any]:
@@ -46,18 +46,18 @@ def end_by_signals(code: int | None = None) -> None:
 
 
 class Stop(Protocol):
-    """Says whether the run is to stop."""
+    """Source of stop requests."""
 
     @property
     def requested(self) -> bool:
-        """Whether it is."""
+        """Whether a stop was requested."""
 
 
 class ShutdownSignal:
-    """Whether the run is to stop.
+    """Stop request by signals.
 
-    Outside of `orderly`, an order raises `Interrupted` wherever the main thread is, such as in a listing. Within it,
-    the first order only sets `requested`; a second one raises.
+    Outside of `orderly`, a request raises `Interrupted` wherever the main thread is, such as in a listing. Within it,
+    the first request only sets `requested`; a second one raises.
     """
 
     def __init__(self) -> None:
@@ -67,12 +67,12 @@ class ShutdownSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether an order came."""
+        """Whether a stop was requested."""
         return self._requested
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals, and give them back at the end. In other threads than the main one nothing is taken."""
+        """Handle signals during a `with` block, then restore the handlers. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -87,14 +87,14 @@ class ShutdownSignal:
                 signal.signal(number, handler)
 
     def take_back(self) -> None:
-        """Take the signals again, if it took them: `ray.init` puts handlers of its own."""
+        """Reinstall the signal handlers if `listening` installed them: `ray.init` installs its own."""
         if self._listening and threading.current_thread() is threading.main_thread():
             for number in _STOPPING:
                 signal.signal(number, self._ordered)
 
     @contextlib.contextmanager
     def orderly(self) -> Iterator[None]:
-        """A block that polls `requested` by itself."""
+        """Mark a block that polls `requested` itself."""
         self._orderly = True
         try:
             yield
@@ -134,10 +134,10 @@ class EndingSignals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let signals wait for the length of a `with` block.
+        """Defer signals for the length of a `with` block.
 
         Raises:
-            SystemExit: One came meanwhile.
+            SystemExit: If a signal arrived in the meantime.
         """
         self._held = True
         try:
@@ -149,10 +149,10 @@ class EndingSignals:
 
 
 class ExternalStop(ShutdownSignal):
-    """An order to stop that comes from the program that called us: its signal handlers stay as they are.
+    """Stop request from the calling program, whose signal handlers stay unchanged.
 
     Args:
-        event: The program sets it to stop in good order; None if it never does.
+        event: Event that the program sets for an orderly stop; None if it never does.
     """
 
     def __init__(self, event: threading.Event | None = None) -> None:
@@ -162,20 +162,20 @@ class ExternalStop(ShutdownSignal):
 
     @property
     def requested(self) -> bool:
-        """Whether the program wants us to stop."""
+        """Whether the program has requested a stop."""
         return self._event is not None and self._event.is_set()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Give the program its signal handlers back at the end."""
+        """Restore the program's signal handlers at the end of a `with` block."""
         try:
             yield
         finally:
             self.take_back()
 
     def take_back(self) -> None:
-        """Put the program's signal handlers back: `ray.init` replaces them."""
+        """Restore the program's signal handlers: `ray.init` replaces them."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
-                if handler is not None:  # one that is not Python's cannot be put back
+                if handler is not None:  # a handler not installed by Python cannot be restored
                     signal.signal(number, handler)

@@ -36,7 +36,7 @@ LONGEST_SECONDS: Final = 600
 Longer than the longest pause that the Hub requests (300 s), during which a holder cannot renew."""
 
 _MARGIN: Final = 0.1
-"""Fraction of the lifetime by which a holder stops early and others wait longer: clocks are known within bounds only."""
+"""Fraction of the lifetime by which a holder stops early and others wait longer, because clocks are not exact."""
 
 
 class LockHeldError(RefusedError):
