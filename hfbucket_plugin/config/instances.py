@@ -1,4 +1,4 @@
-"""Which instances a tool works on: named by the configuration that engines use too, classic or MP, as it is."""
+"""Instances that a tool works on, named by the same classic or MP configuration that engines use."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 _BUILT_IN_TYPE: Final = "hfbucket"
 OUR_MODULE: Final = "hfbucket_plugin.adapter"
-"""The `module_path` of the instances that this package serves."""
+"""`module_path` of the instances that this package serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """One instance, as a configuration names it.
+    """One instance of a configuration.
 
     Attributes:
-        name: `hfbucket.us`, or the `name` of an L2 adapter's JSON.
-        settings: Its settings.
-        mode: Which engines use the configuration, and so which kind of key their objects have.
-        engine: The rest of a classic engine's configuration; None in MP mode, whose server has no file.
+        name: `hfbucket.us`, or the `name` in an L2 adapter's JSON.
+        settings: Settings of the instance.
+        mode: Engine mode of the configuration, which determines the kind of its objects' keys.
+        engine: Rest of a classic engine's configuration; None in MP mode, whose server has no file.
     """
 
     name: str
@@ -39,22 +39,22 @@ class InstanceConfig:
     engine: EngineConfig | None = None
 
     def setting(self, name: str) -> str:
-        """A setting of the instance under the name that it has where users write it."""
+        """Return the full name of a setting as users write it."""
         return f"{KEY_ROOT}{self.name}.{name}" if self.mode == "classic" else f"adapter_params.{name}"
 
 
 def named_instances(
     lmcache_config: Path | None = None, instances: Sequence[str] = (), l2_adapters: Sequence[str] = ()
 ) -> list[InstanceConfig]:
-    """The instances that options name.
+    """Return the instances that options name.
 
     Args:
-        lmcache_config: The LMCache YAML of a classic engine.
-        instances: Names in it; none for all bucket instances that it declares.
-        l2_adapters: JSON texts as `lmcache server --l2-adapter` takes them.
+        lmcache_config: LMCache YAML of a classic engine.
+        instances: Names in the file; empty for all bucket instances that it declares.
+        l2_adapters: JSON texts as for `lmcache server --l2-adapter`.
 
     Raises:
-        ConfigError: Nothing is named, a file cannot be read, or settings are wrong.
+        ConfigError: Nothing is named, a file cannot be read, or settings are invalid.
     """
     if lmcache_config is None and not l2_adapters:
         raise ConfigError(
@@ -86,5 +86,5 @@ def _is_bucket(config: EngineConfig, plugin: str) -> bool:
 
 
 def handles_of(instances: Iterable[InstanceConfig]) -> tuple[BucketHandle, ...]:
-    """The handles of instances, each once."""
+    """Return the distinct handles of instances."""
     return tuple(dict.fromkeys(one.settings.bucket_handle for one in instances))

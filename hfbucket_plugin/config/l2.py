@@ -1,12 +1,12 @@
-"""The settings of an instance in MP mode: the JSON that `lmcache server --l2-adapter` takes, read by it and by our tools.
+"""Settings of an instance in MP mode: the JSON of `lmcache server --l2-adapter`, read by the server and by tools.
 
 ::
 
     {"type": "plugin", "module_path": "hfbucket_plugin.l2_adapter", "class_name": "HFBucketL2Adapter",
      "adapter_params": {"bucket_handle": "hf://buckets/my-org/lmcache-kv/prod", "token_env": "HF_TOKEN"}}
 
-The JSON of LMCache's built-in adapter, `{"type": "hfbucket", "bucket_handle": ...}`, names the same settings and objects,
-so tools take it too.
+The JSON of LMCache's built-in adapter, `{"type": "hfbucket", "bucket_handle": ...}`, names the same settings and
+objects, so tools accept it too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 MODULE: Final = "hfbucket_plugin.l2_adapter"
 DEFAULT_GET_SECS: Final = 9.0
-"""What a load may take, unless `get_timeout_secs` says otherwise: LMCache waits for a load as long as it lasts, so this is
-chosen like the classic engine's default, 90 % of 10 s."""
+"""Default time limit of a load in seconds. LMCache waits for a load as long as it lasts, so this equals the classic
+engine's default, 90 % of 10 s."""
 
 _MAX_CAPACITY_GB: Final = 2**30
-"""An exbibyte: its bytes are a number that all of LMCache's counters hold."""
+"""One exbibyte, whose bytes fit into all of LMCache's counters."""
 
 _LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affinity_tag", "persist_enabled"})
-"""What LMCache reads itself beside an adapter's own fields (`lmcache/v1/distributed/l2_adapters/config.py`)."""
+"""Fields that LMCache itself reads beside an adapter's own (`lmcache/v1/distributed/l2_adapters/config.py`)."""
 
 
 class L2Settings(InstanceSettings):
@@ -88,20 +88,20 @@ class L2Settings(InstanceSettings):
 
     @property
     def load_timeout_secs(self) -> float:
-        """Most seconds that a load may take."""
+        """Time limit of a load in seconds."""
         return self.get_timeout_secs if self.get_timeout_secs is not None else DEFAULT_GET_SECS
 
 
 def _refused(message: str) -> ConfigError:
-    """The error for a text that repeats values, should a token have been pasted in place of one."""
+    """Return an error without tokens, in case one was pasted in place of a value that the message repeats."""
     return ConfigError(hide_tokens(message))
 
 
 def from_params(params: Mapping[str, Any]) -> L2Settings:
-    """The settings of `adapter_params`.
+    """Parse `adapter_params`.
 
     Raises:
-        ConfigError: One message that names every wrong setting, and the nearest known name.
+        ConfigError: Settings are invalid; the message names each of them and the nearest known name.
     """
     name = params.get("name")
     instance = name if isinstance(name, str) else "hfbucket"
@@ -114,10 +114,10 @@ def from_params(params: Mapping[str, Any]) -> L2Settings:
 
 
 def from_json(text: str) -> L2Settings:
-    """The settings in the JSON of an `--l2-adapter`, ours or the built-in's.
+    """Parse the JSON of an `--l2-adapter`, of this package or of the built-in adapter.
 
     Raises:
-        ConfigError: It is no JSON object, names no adapter of a bucket, or holds wrong settings.
+        ConfigError: It is not a JSON object, names no bucket adapter, or has invalid settings.
     """
     try:
         spec = json.loads(text)

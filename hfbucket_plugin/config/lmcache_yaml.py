@@ -1,8 +1,7 @@
-"""The LMCache YAML of an engine, read by tools that run beside engines: the same file, as it is.
+"""Reader of an engine's LMCache YAML for tools that run beside engines.
 
-Values mean what they mean to LMCache: its own converters are applied, and its variables `LMCACHE_*` come before the file,
-as in an engine. LMCache is imported for that where it is needed alone, since that takes seconds: plain values, such as a number
-for a number, are what its converters make of them.
+Values have LMCache's meaning: its own converters are applied, and `LMCACHE_*` variables override the file, as in an
+engine. LMCache takes seconds to import, so it is imported only for values that its converters would change.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ VARIABLE_HEAD: Final = "LMCACHE_"
 NO_SETTINGS: Final = frozenset(
     {"LMCACHE_CONFIG_FILE", "LMCACHE_LOG_LEVEL", "LMCACHE_TRACK_USAGE", "LMCACHE_USE_EXPERIMENTAL"}
 )
-"""Variables of LMCache's that are no setting of an engine."""
+"""LMCache variables that are not engine settings."""
 
 _TEXTS: Final = frozenset(
     {"remote_serde", "remote_url", "cache_policy", "lmcache_instance_id", "pre_caching_hash_algorithm"}
 )
-"""Settings whose values are texts: a text needs no converter there."""
+"""Settings with text values, which need no converter for a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the tools need of an engine's configuration.
+    """Parts of an engine's configuration that tools need.
 
     Attributes:
-        source: The file, for errors.
-        plugins: `remote_storage_plugins`, in their order.
-        extra: `extra_config`. It may hold an inline token, so it stays out of the `repr`.
+        source: Path of the file, for errors.
+        plugins: `remote_storage_plugins`, in order.
+        extra: `extra_config`. It may hold an inline token, so it is excluded from the `repr`.
         layerwise: `use_layerwise`: LMCache's connectors then put a header before each chunk, whatever
             `save_chunk_meta` says.
-        engine: The settings of the engine itself: all but `extra_config`, as LMCache reads them. Addresses among them may hold
-            passwords, so they stay out of the `repr` too.
-        overrides: The variables `LMCACHE_*` whose values came before those of the file.
+        engine: Settings of the engine itself, all but `extra_config`, as LMCache reads them. Addresses among them may
+            hold passwords, so they are excluded from the `repr` too.
+        overrides: `LMCACHE_*` variables that override values of the file.
     """
 
     source: str
@@ -59,14 +58,14 @@ class EngineConfig:
 
     @classmethod
     def read(cls, path: Path, environ: Mapping[str, str] | None = None) -> EngineConfig:
-        """Read an LMCache YAML file, and the variables that LMCache puts before it.
+        """Read an LMCache YAML file and the variables that override it.
 
         Args:
-            path: The file.
-            environ: Where the variables `LMCACHE_*` are; the environment of the process by default.
+            path: Path of the file.
+            environ: Source of the `LMCACHE_*` variables; by default the environment of the process.
 
         Raises:
-            ConfigError: The file cannot be read, is no YAML, or is no LMCache configuration.
+            ConfigError: The file cannot be read, is not YAML, or is not an LMCache configuration.
         """
         document = read_yaml(path, "LMCache configuration")
         if not isinstance(document, dict):
@@ -82,10 +81,10 @@ class EngineConfig:
         )
 
     def instance(self, name: str) -> InstanceSettings:
-        """The settings of a bucket instance.
+        """Return the settings of a bucket instance.
 
         Raises:
-            ConfigError: The file declares no such instance, or its settings are wrong.
+            ConfigError: The file does not declare the instance, or its settings are invalid.
         """
         if name not in self.plugins:
             declared = ", ".join(self.plugins) or "none"
@@ -96,14 +95,14 @@ class EngineConfig:
         return settings.load(self.extra, name, self.plugins)
 
     def plugin_value(self, plugin: str, setting: str) -> Any:
-        """A setting of any plugin, `remote_storage_plugin.<plugin>.<setting>`, or None."""
+        """Return `remote_storage_plugin.<plugin>.<setting>` of any plugin, or None."""
         return self.extra.get(f"{settings.KEY_ROOT}{plugin}.{setting}")
 
 
 def _as_lmcache_reads(
     document: dict[str, Any], environ: Mapping[str, str], path: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A file's values as LMCache converts them, below those of its variables; and the names of those variables."""
+    """Return a file's values as LMCache converts and overrides them, and the names of the overriding variables."""
     variables = sorted(name for name in environ if name.startswith(VARIABLE_HEAD) and name not in NO_SETTINGS)
     if not variables and all(_is_plain(name, value) for name, value in document.items()):
         return document, ()
@@ -117,7 +116,7 @@ def _as_lmcache_reads(
         except (ValueError, TypeError, OverflowError):
             if name in _OURS:
                 raise ConfigError(f"{path}: {name} must be {_OURS[name]}") from None
-            read[name] = None  # as LMCache has it
+            read[name] = None  # as in LMCache
     heeded = []
     for variable in variables:
         written = variable.removeprefix(VARIABLE_HEAD).lower()
@@ -131,16 +130,16 @@ def _as_lmcache_reads(
                 raise ConfigError(
                     f"{variable} must be {_OURS[name]}; correct it or unset it: LMCache ignores it"
                 ) from None
-            continue  # as LMCache has it: the file's value stays
+            continue  # as in LMCache: the file's value stays
         heeded.append(variable)
     return read, tuple(heeded)
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether LMCache's converter of a setting makes of a value what it is already; not sure where it is not."""
+    """Return whether LMCache's converter certainly leaves a value unchanged."""
     if isinstance(value, str):
         return name in _TEXTS
-    # 0 and 1 may stand for false and true, and a whole number of seconds may be written with a point.
+    # 0 and 1 may mean false and true, and a whole number of seconds may be a float.
     return not isinstance(value, float) and not (type(value) is int and value in {0, 1})
 
 
@@ -148,20 +147,20 @@ _OURS: Final = {
     "extra_config": "a mapping of settings, or one as JSON",
     "remote_storage_plugins": 'a list of names, such as ["hfbucket"], or names with commas between them',
 }
-"""Settings without which there is no instance, and what they have to be."""
+"""Required settings of an instance, and their required values."""
 
 
 def _lmcaches_own() -> tuple[dict[str, dict[str, Any]], dict[str, str], Callable[[str], str]]:
-    """LMCache's definitions of its settings, its former names of them, and how it takes quotes off variables."""
+    """Return LMCache's definitions of its settings, their former names, and its function that unquotes variables."""
     with _quiet():
         from lmcache.v1 import config  # noqa: PLC0415 - it loads PyTorch, which takes seconds
-        from lmcache.v1.config_base import _parse_quoted_string  # noqa: PLC0415 - the very same function
-    return config._CONFIG_DEFINITIONS, config._CONFIG_ALIASES, _parse_quoted_string  # noqa: SLF001 - it has no other name
+        from lmcache.v1.config_base import _parse_quoted_string  # noqa: PLC0415 - loads PyTorch as well
+    return config._CONFIG_DEFINITIONS, config._CONFIG_ALIASES, _parse_quoted_string  # noqa: SLF001 - no public name
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """LMCache logs a line when it is imported, which is none of a tool's."""
+    """Suppress the line that LMCache logs on import, which must not appear in a tool's output."""
     if "LMCACHE_LOG_LEVEL" in os.environ:
         yield
         return
@@ -174,7 +173,7 @@ def _quiet() -> Iterator[None]:
 
 def _plugins(document: dict[str, Any], path: Path) -> tuple[str, ...]:
     plugins = document.get("remote_storage_plugins") or []
-    if isinstance(plugins, str):  # LMCache takes a comma-separated text too
+    if isinstance(plugins, str):  # LMCache accepts a comma-separated text too
         plugins = [name.strip() for name in plugins.split(",") if name.strip()]
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         raise ConfigError(f'{path}: remote_storage_plugins must be a list of names, such as ["hfbucket"]')
@@ -189,13 +188,13 @@ def _extra(document: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def rule_violations(*, save_unfull_chunk: bool, save_chunk_meta: bool, use_layerwise: bool, serde: object) -> list[str]:
-    """What is wrong with an engine, a sentence each; nothing when a bucket can serve it.
+    """Return what prevents a bucket from serving an engine, one sentence each; empty if nothing does.
 
     Args:
-        save_unfull_chunk: LMCache's setting of that name.
+        save_unfull_chunk: LMCache setting.
         save_chunk_meta: `extra_config.save_chunk_meta`.
-        use_layerwise: LMCache's setting of that name.
-        serde: `remote_serde`; None is LMCache's default, `naive`.
+        use_layerwise: LMCache setting.
+        serde: `remote_serde`; None means LMCache's default, `naive`.
     """
     wrong = {
         "save_unfull_chunk must be false: only full chunks are stored": save_unfull_chunk,

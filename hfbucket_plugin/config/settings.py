@@ -1,8 +1,8 @@
-"""The settings of one bucket instance, read from the LMCache configuration that the engine uses too.
+"""Settings of one bucket instance, read from the engine's LMCache configuration.
 
-All keys live flat under `extra_config["remote_storage_plugin.<instance>.<setting>"]`, where the instance is
-`hfbucket`, an instance-qualified name such as `hfbucket.us`, or any other name whose `module_path` names our adapter.
-Every field states its default and the reason for it; `docs/configure.md` is checked against this model by a test.
+All keys are flat in `extra_config["remote_storage_plugin.<instance>.<setting>"]`, where the instance is `hfbucket`, an
+instance-qualified name such as `hfbucket.us`, or any other name whose `module_path` names this package's adapter. Every
+field states its default and the reason for it; a test compares `docs/configure.md` with this model.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ GIB = 1024 * MIB
 MIN_INFLIGHT_BYTES = MIB
 _XORB_BYTES = 64 * MIB
 PIECE_BYTES = 2 * MIB
-"""hf_xet fetches a stream in pieces of this size, each with two round trips that overlap those of the next piece, and hands
-them over one by one: at most twice as much where the end is near. Building the `bytes` of a piece holds the GIL."""
+"""Size of the pieces in which hf_xet fetches a stream, up to twice as large near the end. Each takes two round trips
+that overlap those of the next, and is returned separately. Building the `bytes` of a piece holds the GIL."""
 
 MAX_RANGE_BYTES = 3 * PIECE_BYTES
-"""A larger object is read as several streams: one alone asks for two pieces at a time."""
+"""Size from which an object is read as several streams, because one stream requests only two pieces at a time."""
 
 
 MAX_SECS = 365 * 86_400
-"""Longest time that a setting may say: a year. Clocks, waits and hf_xet take numbers up to some bound, and fail beyond it."""
+"""Maximum of settings in seconds, a year. Clocks, waits and hf_xet fail beyond some limit."""
 
 MAX_COUNT = 10**9
 _BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
@@ -59,18 +59,18 @@ MAX_BYTES = 2**50
 
 Secs = Annotated[float, Field(gt=0, le=MAX_SECS)]
 SecsOrNone = Annotated[float, Field(ge=0, le=MAX_SECS)]
-# A field with a bound of its own takes PositiveInt: of two equal bounds, pydantic heeds one.
+# A field with its own bound uses PositiveInt, because pydantic applies only one of two equal bounds.
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 ByteCount = Annotated[int, Field(gt=0, le=MAX_BYTES)]
 
-# What a token looks like: one that was pasted into the wrong place must be refused without being repeated.
+# Format of a token: one that was pasted into the wrong place must be rejected without being repeated.
 _SHORT_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{4,})")
 _PLAIN_NAME = re.compile(r"[a-z][a-z_.]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def hide_tokens(text: str) -> str:
-    """The text without the tokens that this process knows, and without what looks like one of the Hub, short ones too."""
+    """Return a text without known tokens and without anything that looks like a Hub token, including short ones."""
     return _SHORT_TOKEN.sub("***", texts.hide(text))
 
 
@@ -78,7 +78,7 @@ def _parse_handle(value: Any) -> BucketHandle:
     if isinstance(value, BucketHandle):
         return value
     if not isinstance(value, str):
-        raise ValueError("must be a text that reads hf://buckets/<namespace>/<bucket>[/<prefix>]")  # noqa: TRY004 - pydantic words ValueError only
+        raise ValueError("must be a text that reads hf://buckets/<namespace>/<bucket>[/<prefix>]")  # noqa: TRY004 - for pydantic
     return BucketHandle.parse(value)
 
 
@@ -96,13 +96,13 @@ def _check_endpoint(value: str) -> str:
         usable = False
     if not usable or not value.isprintable() or " " in value:
         raise ValueError("must be the address of a Hub, such as https://huggingface.co")
-    if parts.username is not None or parts.query or parts.fragment:  # it is shown in errors
+    if parts.username is not None or parts.query or parts.fragment:  # errors show the address
         raise ValueError("must be an address alone: a token goes into the variable that token_env names")
     return value
 
 
 def _default_endpoint() -> str:
-    """`HF_ENDPOINT`; a variable that is set and empty, as compose files make it, is none."""
+    """Return `HF_ENDPOINT`, treating a variable that is set but empty, as in compose files, as unset."""
     return constants.ENDPOINT.strip() or "https://huggingface.co"
 
 
@@ -116,7 +116,7 @@ def _expand_home(path: Path) -> Path:
 
 
 def check_fact(value: str) -> str:
-    """Refuse what must not be recorded in a bucket.
+    """Reject a value that must not be recorded in a bucket.
 
     Raises:
         ValueError: It looks like a token, or is more than a name.
@@ -127,7 +127,7 @@ def check_fact(value: str) -> str:
 
 
 def _as_switch(value: Any) -> Any:
-    """`on` and `off`, which YAML reads as booleans where they are not quoted."""
+    """Accept `on` and `off`, which YAML parses as booleans if they are not quoted."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
@@ -362,7 +362,7 @@ class InstanceSettings(BaseModel):
     @model_validator(mode="after")
     def _misses_are_believed_no_longer_than_hits(self) -> InstanceSettings:
         if "miss_cache_ttl_secs" in self.model_fields_set and self.miss_cache_ttl_secs > self.metadata_cache_ttl_secs:
-            raise ValueError(  # pydantic turns it into the ValidationError that `load` words
+            raise ValueError(  # `load` rewords the ValidationError that pydantic makes of it
                 f"miss_cache_ttl_secs ({self.miss_cache_ttl_secs}) must not exceed metadata_cache_ttl_secs "
                 f"({self.metadata_cache_ttl_secs})"
             )
@@ -370,7 +370,7 @@ class InstanceSettings(BaseModel):
 
     @property
     def reads(self) -> bool:
-        """Whether the engine may look chunks up and read them."""
+        """Whether the engine may look up and read chunks."""
         return self.role != "write-only"
 
     @property
@@ -380,37 +380,37 @@ class InstanceSettings(BaseModel):
 
     @property
     def effective_miss_ttl_secs(self) -> float:
-        """Seconds for which a miss is believed, the cap applied."""
+        """Lifetime of a cached miss in seconds, with the cap applied."""
         return min(self.miss_cache_ttl_secs, self.metadata_cache_ttl_secs)
 
     @property
     def range_bytes(self) -> int:
-        """Bytes of one stream: a larger object is read in several, side by side."""
+        """Bytes per stream; a larger object is read in several streams concurrently."""
         return min(MAX_RANGE_BYTES, self.max_inflight_bytes)
 
     @property
     def buffer_bytes(self) -> int:
-        """What hf_xet may hold of all streams together; the rest of `max_inflight_bytes` is for pieces being copied."""
+        """Bytes that hf_xet may hold over all streams; the rest of `max_inflight_bytes` is for pieces being copied."""
         return self.max_inflight_bytes * 3 // 4
 
     @property
     def commit_bytes(self) -> int:
-        """Bytes after which a put is cut.
+        """Bytes after which a put is split into another commit.
 
-        hf_xet packs what it is fed into units of 64 MiB and keeps about four of them in memory, however long a commit is;
-        a short one takes about two and a half times its own bytes.
+        hf_xet packs its input into units of 64 MiB and keeps about four of them in memory, however long a commit is; a
+        short commit takes about two and a half times its own bytes.
         """
         return self.max_inflight_bytes * (1 if self.max_inflight_bytes < _XORB_BYTES else 4)
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Cut an inline token from every output."""
+        """Register an inline token for removal from all output."""
         if self.token is not None:
             texts.know(self.token.get_secret_value())
 
     def resolve_token(self, environ: Mapping[str, str] | None = None) -> str | None:
-        """The access token: the variable named by `token_env` if it is set and not empty, else `token`, else None.
+        """Return the access token: the variable named by `token_env` if set and not empty, else `token`, else None.
 
-        Asked again for each request, so that a rotated token is taken up without a restart.
+        Called for each request, so that a rotated token takes effect without a restart.
         """
         texts.know((os.environ if environ is None else environ).get(self.token_env))
         value = (os.environ if environ is None else environ).get(self.token_env, "").strip()
@@ -422,37 +422,37 @@ class InstanceSettings(BaseModel):
 
 _Model = TypeVar("_Model", bound=InstanceSettings)
 
-# LMCache's own keys in the same namespace: they say which class serves the instance, and are no settings of it.
+# LMCache's own keys in the same namespace, which name the class that serves the instance and are not its settings.
 _LOADER_KEYS = frozenset({"module_path", "class_name"})
 
 
 def load(extra_config: Mapping[Any, Any] | None, instance: str, declared: Iterable[str] = ()) -> InstanceSettings:
-    """Read one instance's settings.
+    """Read the settings of one instance.
 
     Args:
-        extra_config: LMCache's `extra_config`: a flat map with dotted keys.
-        instance: The plugin name, such as `hfbucket` or `hfbucket.us`.
-        declared: All names in `remote_storage_plugins`; keys of `hfbucket.us` also begin with `hfbucket.`, and are
-            told apart from settings of `hfbucket` by the declared names and by the dot they hold.
+        extra_config: LMCache's `extra_config`, a flat map with dotted keys.
+        instance: Plugin name, such as `hfbucket` or `hfbucket.us`.
+        declared: All names in `remote_storage_plugins`. Keys of `hfbucket.us` also begin with `hfbucket.`; they are
+            distinguished from settings of `hfbucket` by the declared names and by their dot.
 
     Raises:
-        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+        ConfigError: Settings are invalid; the message names the instance, each setting, and the nearest known name.
     """
     values = _own_values(extra_config or {}, instance, frozenset(declared))
     return validated(InstanceSettings, values, instance, f"{KEY_ROOT}{instance}.")
 
 
 def validated(model: type[_Model], values: Mapping[str, Any], instance: str, where: str) -> _Model:
-    """Settings from values under the names that users gave them.
+    """Validate values under the names that users gave them.
 
     Args:
         model: `InstanceSettings`, or a model with more settings.
-        values: Setting to value.
-        instance: Named in errors.
-        where: What stands before a setting's name where the user wrote it.
+        values: Values by setting.
+        instance: Name of the instance, for errors.
+        where: Text before a setting's name where the user wrote it.
 
     Raises:
-        ConfigError: One message that names the instance, every wrong setting, and the nearest known name.
+        ConfigError: Settings are invalid; the message names the instance, each setting, and the nearest known name.
     """
     rule_violations = _unknown(model, values, where)
     known = {name: value for name, value in values.items() if name in model.model_fields}
@@ -463,7 +463,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], instance: str, whe
     else:
         if not rule_violations:
             return settings
-    # Outside of the handler: the cause would print the values, a token among them.
+    # Raised outside the handler, because the chained cause would print the values, which may include a token.
     raise ConfigError(hide_tokens(f"instance {instance!r}: {'; '.join(rule_violations)}"))
 
 
@@ -481,7 +481,7 @@ def _own_values(extra_config: Mapping[Any, Any], instance: str, declared: frozen
 
 
 def _belongs_to_another(setting: str, instance: str, declared: frozenset[str]) -> bool:
-    """Whether `<instance>.<setting>` is a setting of a longer-named instance, declared or commented out."""
+    """Return whether `<instance>.<setting>` belongs to an instance with a longer name, declared or commented out."""
     qualifier, dot, last = setting.rpartition(".")
     if not dot:
         return False
@@ -495,7 +495,7 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            shown = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a token in the wrong place
+            shown = name if close or _PLAIN_NAME.fullmatch(name) else "***"  # it may be a misplaced token
             rule_violations.append(f"unknown setting {where}{shown}{texts.did_you_mean(name, known)}")
     return rule_violations
 
@@ -503,7 +503,7 @@ def _unknown(model: type[BaseModel], values: Mapping[str, Any], where: str) -> l
 def _words(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], instance: str, where: str
 ) -> list[str]:
-    """What is wrong, without the values: a token may be among them."""
+    """Return the errors as text without the values, which may include a token."""
     rule_violations = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         setting = ".".join(str(part) for part in item["loc"])
@@ -516,25 +516,25 @@ def _words(
 
 
 def _bounds(model: type[BaseModel], setting: str) -> str:
-    """The bounds of a number, in words; nothing where a setting is no number, or none of ours."""
+    """Return the bounds of a number as text; empty if the setting is unknown or not a number."""
     field = model.model_fields.get(setting)
     if field is None:
         return ""
     limits: dict[str, float] = {}
     for found in _all_metadata(field.annotation, field.metadata):
-        for part in getattr(found, "metadata", None) or [found]:  # a `Field` inside of a union keeps them together
+        for part in getattr(found, "metadata", None) or [found]:  # a `Field` inside a union keeps them together
             for name, tighter in (("gt", max), ("ge", max), ("le", min)):
                 bound = getattr(part, name, None)
                 if isinstance(bound, (int, float)):
                     limits[name] = tighter(limits.get(name, bound), bound)
-    if limits.get("ge", 0) > limits.get("gt", 0):  # it says more
+    if limits.get("ge", 0) > limits.get("gt", 0):  # the stronger bound
         limits.pop("gt", None)
     shown = [f"{words} {limits[name]:,}" for name, words in _BOUNDS.items() if name in limits]
     return f" (allowed: {', '.join(shown)})" if shown else ""
 
 
 def _all_metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:
-    """What is annotated to a type, also inside of `X | None`."""
+    """Yield the annotations of a type, also inside `X | None`."""
     yield from metadata
     for inner in getattr(annotation, "__args__", ()):
         yield from getattr(inner, "__metadata__", ())

@@ -1,8 +1,8 @@
-"""The one reader of YAML files that people write for us: bounded, strict, and with errors that quote no value.
+"""Strict, bounded reader of user-written YAML files, with errors that quote no values.
 
-PyYAML lets an exception of any type out of its constructors, recurses as deep as a document nests, takes a key twice without a
-word, and quotes the file in its errors, which may hold a token. LMCache reads its own file by itself; what it takes and this
-refuses (a key given twice, a nesting of hundreds) is a mistake there too.
+PyYAML raises exceptions of any type, recurses as deep as a document nests, silently accepts duplicate keys, and quotes
+the file, which may hold a token, in its errors. LMCache reads its own file by itself; documents that only this reader
+rejects (duplicate keys, hundreds of levels) are mistakes there too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES: Final = 1024 * 1024
-"""Longest file that is read. A configuration of a hundred instances takes less than a tenth of it."""
+"""Maximum size of a file in bytes. A configuration of a hundred instances takes less than a tenth of it."""
 
 _MAX_DEPTH: Final = 64
 _MAX_NODES: Final = 100_000
@@ -31,11 +31,11 @@ _INTEGER_BITS: Final = 64
 _PIPE_SECS: Final = 10.0
 _QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
 _SHOWN_KEY = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_.\-]{0,63}", re.IGNORECASE)
-"""Keys that an error may show. Anything else, a token in the wrong place among it, is not repeated."""
+"""Keys that an error may show. All others, which may be misplaced tokens, are not repeated."""
 
 
 class _UnfitError(Exception):
-    """A document is refused; says where."""
+    """A document is rejected; the message names the position."""
 
     def __init__(self, problem: str, line: int | None, column: int | None) -> None:
         super().__init__(problem)
@@ -46,14 +46,14 @@ def read_yaml(path: Path, what: str) -> Any:
     """Read a YAML file.
 
     Args:
-        path: The file. A pipe (`<(envsubst < template)`) is read as well.
-        what: Names the file in errors before its path, such as ``--config``.
+        path: Path of the file, or of a pipe (`<(envsubst < template)`).
+        what: Description of the file in errors, before its path, such as ``--config``.
 
     Returns:
-        The document; None where the file is empty.
+        The document; None for an empty file.
 
     Raises:
-        ConfigError: The file cannot be read, or is no document that `parse_yaml` takes.
+        ConfigError: The file cannot be read, or `parse_yaml` rejects it.
     """
     name = f"{what} {str(path)!r}"
     try:
@@ -71,17 +71,17 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse a YAML document of plain values: no tags beyond YAML's own, no key twice, bounded in depth and size.
+    """Parse a YAML document of plain values: only YAML's own tags, no duplicate keys, bounded depth and size.
 
     Args:
-        text: The document.
-        name: Names it in errors.
+        text: Document.
+        name: Name of the document, for errors.
 
     Returns:
-        The document; None where it is empty.
+        The document; None if it is empty.
 
     Raises:
-        ConfigError: It is refused. The message is one line with the line and the column, and quotes no value.
+        ConfigError: The document is rejected. The message is one line with line and column, and quotes no value.
     """
     try:
         return _parsed(text)
@@ -89,11 +89,11 @@ def parse_yaml(text: str, name: str) -> Any:
         at = "" if error.line is None else f" at line {error.line}"
         at += "" if error.column is None else f", column {error.column}"
         message = f"{name} is not valid YAML{at}: {error.problem}"
-    raise ConfigError(message)  # outside of the handler: the cause would print the file
+    raise ConfigError(message)  # outside the handler, because the chained cause would print the file
 
 
 def _read(path: Path) -> bytes:
-    """Read up to one byte more than is taken; never wait for a writer that does not come."""
+    """Read at most one byte more than the limit; never wait for a pipe's writer that does not come."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
@@ -132,7 +132,7 @@ def _parsed(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         problem = "; ".join(_QUOTED.sub("'…'", part) for part in (error.context, error.problem) if part)
         raise _unfit(problem or "it does not parse", mark) from None
-    except Exception as error:  # noqa: BLE001 - the scanner lets out ValueError and OverflowError of escapes, for one
+    except Exception as error:  # noqa: BLE001 - the scanner raises OverflowError for escapes, among others
         raise _unfit(f"it does not parse ({type(error).__name__})", loader.get_mark() if loader else None) from None
     finally:
         if loader is not None:
@@ -144,7 +144,7 @@ def _unfit(problem: str, mark: yaml.Mark | None) -> _UnfitError:
 
 
 def _expect_shallow(loader: _Loader) -> None:
-    """Refuse nesting and size before anything recurses: events are parsed with a stack of their own."""
+    """Reject excessive nesting and size before anything recurses: event parsing has its own stack."""
     depth = nodes = 0
     while loader.check_event():
         event = loader.get_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
@@ -160,7 +160,7 @@ def _expect_shallow(loader: _Loader) -> None:
 
 
 def _weigh(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> int:
-    """How many values a node stands for when its aliases are written out; refuses keys that stand there twice."""
+    """Return the number of values of a node with its aliases expanded; reject duplicate keys."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in open_nodes:
@@ -188,21 +188,21 @@ def _weigh(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader whose every failure says where it is."""
+    """Safe loader whose errors have a position."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """See `yaml.SafeLoader`.
+        """Construct an object; see `yaml.SafeLoader`.
 
         Raises:
-            _UnfitError: The value is none of its type, or out of the range that any setting has.
+            _UnfitError: The value is invalid for its type, or out of range.
         """
         try:
             value = super().construct_object(node, deep=deep)
             if isinstance(value, datetime) and value.tzinfo is not None:
-                value.astimezone(UTC)  # the year 1 before Greenwich is no time that can be compared
+                value.astimezone(UTC)  # rejects a time such as year 1 east of Greenwich, which cannot be compared
         except (_UnfitError, yaml.MarkedYAMLError):
             raise
-        except Exception:  # noqa: BLE001 - constructors let out whatever Python raises: AttributeError, KeyError …
+        except Exception:  # noqa: BLE001 - constructors raise anything: AttributeError, KeyError …
             tag = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else ""
             named = {"int": "integer", "float": "number", "timestamp": "date", "bool": "boolean"}.get(tag, "value")
             raise _unfit(f"a value is not a valid {named}", node.start_mark) from None

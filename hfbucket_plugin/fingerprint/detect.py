@@ -1,4 +1,4 @@
-"""What a configuration says of the engines that use it, for tools that compare it with fingerprints without an engine."""
+"""Fingerprints of engines, from their configuration and from LMCache's objects."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ _ALGORITHM: Final = "builtin"
 
 
 def as_configured(recorded: Fingerprint, named: InstanceConfig, hash_check: str | None = None) -> Fingerprint | None:
-    """What an engine in the place of a recorded one would be by a configuration, as far as that says.
+    """Return the fingerprint that an engine with a configuration would have in place of a recorded one.
 
     Args:
-        recorded: What the bucket says.
-        named: The instance, and the configuration that names it.
-        hash_check: What this process makes of the fixed tokens, where that is known.
+        recorded: Fingerprint in the bucket.
+        named: Instance, with the configuration that names it.
+        hash_check: This process's hash of the fixed tokens, if known.
 
     Returns:
-        Of the same space; what only an engine knows is None. None where the configuration is one of the other mode.
+        A fingerprint of the same space, with None for what only an engine knows; None if the configuration has the
+        other
+        mode.
     """
     if recorded.mode != named.mode:
         return None
@@ -65,33 +67,33 @@ def _number(value: Any) -> int | None:
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
-        return None  # LMCache has its own opinion of it
+        return None  # LMCache decides it by itself
 
 
 _limited = RateLimitedLogger(logging.getLogger(__name__), 3600.0)
 
 CHECK_TOKENS: Final = tuple(range(1, 17))
-"""What is hashed for `hash_check`: a chunk of 16 tokens, whatever the chunk size of the engine."""
+"""Tokens hashed for `hash_check`: a chunk of 16 tokens, whatever the engine's chunk size."""
 
 _SEEDED_BY: Final = "PYTHONHASHSEED"
 _BLAKE3: Final = "blake3"
 
 
 def classic(config: LMCacheEngineConfig, metadata: LMCacheMetadata, revision: str | None) -> Fingerprint:
-    """The fingerprint of a classic engine.
+    """Return the fingerprint of a classic engine.
 
-    Cheap but for the first call, which looks a hash function up. Ask again when the engine is at work: its KV groups
-    register after the connector is made.
+    Cheap except for the first call, which looks up a hash function. Call again when the engine is working, because its
+    KV groups register after the connector is made.
 
     Args:
-        config: The engine's.
-        metadata: The engine's. A scheduler has no KV: its layout is not known here.
-        revision: Of the weights; None where it is not configured.
+        config: Configuration of the engine.
+        metadata: Metadata of the engine. A scheduler has no KV cache, so its layout is unknown.
+        revision: Revision of the weights; None if not configured.
 
     Raises:
-        ValueError: LMCache says what no fingerprint can hold, such as an empty model name.
+        ValueError: LMCache reports a value that no fingerprint can hold, such as an empty model name.
     """
-    from lmcache.utils import TORCH_DTYPE_TO_STR_DTYPE  # noqa: PLC0415 - tools that read fingerprints do not need it
+    from lmcache.utils import TORCH_DTYPE_TO_STR_DTYPE  # noqa: PLC0415 - not needed by tools that read fingerprints
 
     shared = bool(metadata.use_mla and (config.extra_config or {}).get("save_only_first_rank", True))
     return Fingerprint(
@@ -115,17 +117,17 @@ def _classic_layout(metadata: LMCacheMetadata) -> ChunkLayout:
 
 
 def mp(settings: L2Settings, model: str, kv_rank: int, hash_bytes: int, layout: ChunkLayout | None) -> Fingerprint:
-    """The fingerprint of an engine behind `lmcache server`, as far as an L2 adapter can know it.
+    """Return the fingerprint of an engine behind `lmcache server`, as far as an L2 adapter can know it.
 
     Args:
-        settings: Of the adapter; what LMCache does not tell it may stand there.
-        model: As keys name it.
-        kv_rank: Of a key.
-        hash_bytes: Of a key's hash.
-        layout: Of lookups; None before the first.
+        settings: Settings of the adapter, which may contain what LMCache does not report.
+        model: Model name in keys.
+        kv_rank: `kv_rank` of a key.
+        hash_bytes: Number of bytes of a key's hash.
+        layout: Layout from lookups; None before the first.
 
     Raises:
-        ValueError: A key says what no fingerprint can hold.
+        ValueError: A key has a value that no fingerprint can hold.
     """
     return Fingerprint(
         mode="mp",
@@ -143,7 +145,7 @@ def mp(settings: L2Settings, model: str, kv_rank: int, hash_bytes: int, layout: 
 
 
 def mp_layout(descs: Mapping[int, MemoryLayoutDesc]) -> ChunkLayout | None:
-    """The layout of all object groups; None where there is none."""
+    """Return the layout of all object groups; None if there is none."""
     groups = [
         mp_group(index, shape, dtype)
         for index, desc in sorted(descs.items())
@@ -153,7 +155,7 @@ def mp_layout(descs: Mapping[int, MemoryLayoutDesc]) -> ChunkLayout | None:
 
 
 def mp_group(index: int, shape: Sequence[int], dtype: Any) -> LayerGroup:
-    """One group of an object group."""
+    """Return one group of an object group."""
     return LayerGroup(shape=tuple(shape), dtype=_name(dtype), object_group=index)
 
 
@@ -171,7 +173,7 @@ def _common() -> dict[str, Any]:
 
 
 def seed_is_pinned(environ: Mapping[str, str]) -> bool:
-    """Whether PYTHONHASHSEED is a number: else each process draws its own."""
+    """Return whether PYTHONHASHSEED is a number; otherwise each process has a random seed."""
     return environ.get(_SEEDED_BY, "").isdecimal()
 
 
@@ -187,25 +189,25 @@ def _lmcache_version() -> str | None:
 
 
 def classic_check(algorithm: str) -> str | None:
-    """What the classic engine of this process makes of `CHECK_TOKENS`; None where LMCache does not tell."""
+    """Return the classic engine's hash of `CHECK_TOKENS` in this process; None if LMCache does not provide it."""
     try:
-        from lmcache.v1.token_database import ChunkedTokenDatabase  # noqa: PLC0415 - seconds, in tools
+        from lmcache.v1.token_database import ChunkedTokenDatabase  # noqa: PLC0415 - takes seconds, which tools avoid
 
-        database: Any = object.__new__(ChunkedTokenDatabase)  # its constructor: see above
-        database.hash_func = _looked_up(algorithm, database._get_vllm_hash_func)  # noqa: SLF001 - nothing public says it
-        return f"{database._hash_tokens(list(CHECK_TOKENS)):x}"  # noqa: SLF001 - the same
-    except Exception as error:  # noqa: BLE001 - another LMCache: then this field is not compared
+        database: Any = object.__new__(ChunkedTokenDatabase)  # without its constructor: see above
+        database.hash_func = _looked_up(algorithm, database._get_vllm_hash_func)  # noqa: SLF001 - no public name exists
+        return f"{database._hash_tokens(list(CHECK_TOKENS)):x}"  # noqa: SLF001 - no public name exists
+    except Exception as error:  # noqa: BLE001 - another LMCache version: the field is then not compared
         _not_known(algorithm, error)
         return None
 
 
 def mp_check(algorithm: str) -> str | None:
-    """What `lmcache server` in this process makes of `CHECK_TOKENS`; None where LMCache does not tell."""
+    """Return the hash of `CHECK_TOKENS` by `lmcache server` in this process; None if LMCache does not provide it."""
     try:
         from lmcache.v1.multiprocess.token_hasher import TokenHasher  # noqa: PLC0415 - as above
 
         hasher: Any = object.__new__(TokenHasher)
-        hasher.hash_func = _looked_up(algorithm, hasher._get_hash_func)  # noqa: SLF001 - nothing public says it
+        hasher.hash_func = _looked_up(algorithm, hasher._get_hash_func)  # noqa: SLF001 - no public name exists
         vllm = sys.modules.get("vllm.v1.core.kv_cache_utils") if algorithm != _BLAKE3 else None
         first = getattr(vllm, "NONE_HASH", None)
         hasher.none_hash = hasher.hash_func((0, (0,), None)) if first is None else first
@@ -216,7 +218,7 @@ def mp_check(algorithm: str) -> str | None:
 
 
 def _not_known(algorithm: str, error: Exception) -> None:
-    """Say it once a while: facts are asked for with every look, by each of a thousand models of MP mode."""
+    """Log the problem at a limited rate: each look asks for facts, for up to a thousand models in MP mode."""
     words = f"LMCache's hash of {algorithm!r} is not known: {type(error).__name__}: {error}"
     _limited.warning(algorithm, f"fingerprint: {words}")
 
@@ -225,7 +227,7 @@ _functions: dict[str, Any] = {}
 
 
 def _looked_up(algorithm: str, look_up: Any) -> Any:
-    """A hash function of LMCache's, looked up once a process: LMCache logs each time that it falls back to another."""
+    """Return a hash function of LMCache, looked up once per process, because LMCache logs each fallback."""
     name = f"{look_up.__qualname__} {algorithm}"
     if name not in _functions:
         _functions[name] = look_up(algorithm)

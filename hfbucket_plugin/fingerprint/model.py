@@ -1,10 +1,10 @@
-"""What keys do not say of the KV below them: of which weights it is, cut how, hashed how, laid out how. Pure.
+"""Fingerprints: the properties of KV chunks that keys do not contain, such as weights, chunking, hashing and layout.
 
-A key names the model, the worker and a hash, and nothing else. Two fleets whose keys can be equal, and whose chunks mean
-different things, or whose keys differ although their prompts are equal, are told apart by their *fingerprints*.
+A key contains only the model, the worker and a hash. Fingerprints distinguish fleets whose keys can be equal although
+their chunks differ, or whose keys differ although their prompts are equal.
 
-Engines whose keys cannot be equal do not meet, whatever their fingerprints say: the mode, the world size, and in classic
-keys the dtype are parts of the key. They make the *space* of a fingerprint; fingerprints are compared within one space.
+Engines whose keys cannot be equal never conflict: the mode, the world size and, in classic keys, the dtype are parts of
+the key. They form the *space* of a fingerprint, and fingerprints are compared only within one space.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ class NewerError(IntegrityError):
 
 
 SCHEMA: Final = 1
-"""Of the objects. A newer one is not read: what it means is not known here."""
+"""Schema version of the objects. A newer one is not read, because its meaning is unknown."""
 
 MAX_VARIANTS: Final = 64
-"""Spaces of one model: world sizes and dtypes that it is served with."""
+"""Maximum number of spaces of one model, that is, of its world sizes and dtypes."""
 
 _Text = Annotated[str, Field(min_length=1, max_length=512)]
 _Count = Annotated[int, Field(ge=0, le=2**48)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")  # a later release may say more
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a later release may add fields
 
 
 class LayerGroup(_Model):
-    """Layers that are stored together and alike.
+    """Layers that are stored together with the same layout.
 
     Attributes:
-        shape: Of a full chunk, as LMCache allocates it: KV kinds (2, or 1 with MLA), layers, tokens, hidden size of a token.
-        dtype: As PyTorch names it, without `torch.`.
-        object_group: MP mode's object group, a part of the key; 0 in classic keys.
+        shape: Shape of a full chunk as LMCache allocates it: KV kinds (2, or 1 with MLA), layers, tokens, hidden size.
+        dtype: PyTorch's name without `torch.`.
+        object_group: Object group of MP mode, a part of the key; 0 in classic keys.
     """
 
     shape: Annotated[tuple[_Count, ...], Field(min_length=1, max_length=16)]
@@ -58,22 +58,22 @@ class LayerGroup(_Model):
 
     @property
     def kind(self) -> tuple[int, int] | None:
-        """KV kinds and tokens, which all stages of a pipeline share; None for a shape that has no such dimensions."""
+        """Return KV kinds and tokens, which all pipeline stages share; None for a shape without such dimensions."""
         return (self.shape[0], self.shape[2]) if len(self.shape) >= _LAYERED else None
 
 
 _LAYERED: Final = 4
 _MAX_GROUPS: Final = 256
 MAX_WORKERS: Final = 1024
-"""Workers of one engine whose layouts are recorded side by side; those of further ones are not compared."""
+"""Maximum number of workers of one engine with recorded layouts; further ones are not compared."""
 
 
 class ChunkLayout(_Model):
-    """How a full chunk of one worker is laid out.
+    """Layout of a full chunk of one worker.
 
     Attributes:
-        groups: In their order.
-        worker: Whose; None where all workers are known to have the same, as in MP mode.
+        groups: Layer groups, in order.
+        worker: Number of the worker; None if all workers have the same layout, as in MP mode.
     """
 
     groups: Annotated[tuple[LayerGroup, ...], Field(min_length=1, max_length=_MAX_GROUPS)]
@@ -83,11 +83,11 @@ class ChunkLayout(_Model):
         return ", ".join(map(str, self.groups))
 
     def fits(self, other: ChunkLayout) -> bool:
-        """Whether chunks of one can be chunks of the other.
+        """Return whether chunks of both layouts can be the same.
 
-        Where keys name the object group, chunks of different ones never meet: those that both know are compared. In classic
-        keys the worker is named: a worker is compared with itself. Two different workers may be stages of a pipeline, with
-        other numbers of layers, heads and groups; all that they must share is a kind of KV and the tokens of a chunk.
+        Keys of MP mode name the object group, so only groups that both know are compared. Classic keys name the worker,
+        which is compared with itself. Different workers may be pipeline stages with other numbers of layers, heads and
+        groups; they must share only the KV kind and the tokens of a chunk.
         """
         if self.worker is None and other.worker is None:
             mine, theirs = self._by_object_group(), other._by_object_group()
@@ -98,7 +98,7 @@ class ChunkLayout(_Model):
         return not kinds or not others or bool(kinds & others)
 
     def completed(self, other: ChunkLayout) -> ChunkLayout:
-        """This one, with the object groups that only the other knows; for two that fit."""
+        """Return this layout with the object groups that only the other has, if the two fit."""
         known = self._by_object_group()
         new = [group for group in other.groups if group.object_group not in known]
         if not new or self.worker is not None or other.worker is not None or len(self.groups) + len(new) > _MAX_GROUPS:
@@ -113,13 +113,13 @@ class ChunkLayout(_Model):
 
 
 class Space(NamedTuple):
-    """Whose keys can be equal.
+    """Set of engines whose keys can be equal.
 
     Attributes:
-        mode: Of the engine; the two kinds of key never meet.
-        world_size: Workers, as keys have it.
-        local_world_size: Workers of a node; in keys of MP mode only.
-        dtype: As keys spell it; in classic keys only.
+        mode: Mode of the engine; keys of the two modes are never equal.
+        world_size: Number of workers in keys.
+        local_world_size: Number of workers of a node; only in keys of MP mode.
+        dtype: Name of the dtype in keys; only in classic keys.
     """
 
     mode: str
@@ -133,25 +133,26 @@ class Space(NamedTuple):
 
 
 class Fingerprint(_Model):
-    """What one engine knows of the KV that it stores and expects. What it does not know is None, and is not compared.
+    """Known properties of the KV cache that one engine stores and expects. Unknown ones are None and not compared.
 
     Attributes:
-        mode: `classic` or `mp`: which kind of key.
-        model: The model's name, as keys have it.
-        world_size: Workers, as keys have it: 1 where all workers share what the first one stores (MLA).
-        local_world_size: Workers of a node; MP mode only.
-        dtype: Of the KV, as classic keys spell it; MP keys have none.
-        model_revision: Of the weights, as `model_revision` says.
+        mode: `classic` or `mp`: kind of key.
+        model: Model name in keys.
+        world_size: Number of workers in keys: 1 if all workers share what the first one stores (MLA).
+        local_world_size: Number of workers of a node; MP mode only.
+        dtype: Name of the KV dtype in classic keys; MP keys have none.
+        model_revision: Revision of the weights, from the setting `model_revision`.
         chunk_size: Tokens of a full chunk.
-        layout: Of a full chunk; in a record, of the worker that recorded it first.
-        layouts: In a record: of the other workers, ordered by worker. A release that does not know the field ignores it.
-        hash_algorithm: As the engine was told it.
-        hash_check: LMCache's own hash of a fixed sequence of tokens, in hexadecimal: equal where algorithm and seed are.
-        hash_bytes: Bytes of a chunk's hash; MP mode only.
+        layout: Layout of a full chunk; in a record, that of the worker that recorded it first.
+        layouts: In a record: layouts of the other workers, ordered by worker. Releases that do not know the field
+            ignore it.
+        hash_algorithm: Algorithm that the engine is configured with.
+        hash_check: LMCache's hash of a fixed sequence of tokens, in hexadecimal: equal if algorithm and seed are.
+        hash_bytes: Number of bytes of a chunk's hash; MP mode only.
         hash_seed_pinned: Whether PYTHONHASHSEED was a number.
-        lmcache_version: Of the installed LMCache.
-        written_by: Product, version and host of who recorded it.
-        recorded_at: When, by that host's clock.
+        lmcache_version: Installed version of LMCache.
+        written_by: Product, version and host of the writer.
+        recorded_at: Time of the record, by the writer's clock.
     """
 
     mode: Literal["classic", "mp"]
@@ -181,12 +182,12 @@ class Fingerprint(_Model):
 
     @property
     def space(self) -> Space:
-        """Whose keys can be equal to this engine's."""
+        """Set of engines whose keys can equal this engine's."""
         return Space(self.mode, self.world_size, self.local_world_size, self.dtype)
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for all that is compared; who wrote it, when and with what is not."""
+        """16 hexadecimal digits of everything that is compared, without writer, time and versions."""
         compared = {name: getattr(self, name) for name in ("model", *COMPARED)}
         compared["layout"] = None if self.layout is None else self.layout.model_dump(mode="json", exclude={"worker"})
         if self.layouts:
@@ -195,7 +196,7 @@ class Fingerprint(_Model):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def completed(self, other: Fingerprint) -> Self:
-        """This one, with what the other knows besides; for two without differences."""
+        """Return this fingerprint with what only the other knows, if the two do not differ."""
         missing = {
             name: value
             for name in (*COMPARED, "hash_seed_pinned")
@@ -204,7 +205,7 @@ class Fingerprint(_Model):
         return self.model_copy(update=missing | self._completed_layouts(other))
 
     def _completed_layouts(self, other: Fingerprint) -> dict[str, Any]:
-        """The layouts of both, each worker's once; none changes that is known already."""
+        """Return the layouts of both, each worker's once; known ones do not change."""
         if self.layout is None:
             return {"layout": other.layout, "layouts": other.layouts}
         first, more = self.layout, {one.worker: one for one in self.layouts}
@@ -219,27 +220,27 @@ class Fingerprint(_Model):
         return self.layouts if self.layout is None else (self.layout, *self.layouts)
 
     def layout_beside(self, layout: ChunkLayout) -> ChunkLayout | None:
-        """The layout that one is compared with: its own worker's, else that of the worker which was recorded first."""
+        """Return the layout to compare with: that of the same worker, or else that of the first recorded worker."""
         return next((one for one in self._all_layouts() if one.worker == layout.worker), self.layout)
 
     def facts(self) -> dict[str, str]:
-        """What is known, in words, by field."""
+        """Return the known properties as text, by field."""
         names = (*COMPARED, "hash_seed_pinned", "lmcache_version", "written_by", "recorded_at")
         return {name: _word(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
 
 COMPARED: Final = ("model_revision", "chunk_size", "layout", "hash_algorithm", "hash_check", "hash_bytes")
-"""The fields in which two engines of one space must not differ."""
+"""Fields in which two engines of one space must not differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One field in which two fingerprints of a space differ.
+    """Field in which two fingerprints of a space differ.
 
     Attributes:
-        field: Its name, one of `COMPARED`.
-        recorded: What the bucket says, in words.
-        here: What this engine says.
+        field: Name, one of `COMPARED`.
+        recorded: Value in the bucket, as text.
+        here: Value of this engine, as text.
     """
 
     field: str
@@ -250,16 +251,16 @@ class Difference:
         return self.words("here")
 
     def words(self, where: str) -> str:
-        """The difference in words; `where` says where the other value is."""
+        """Return the difference as text; `where` names the place of the other value."""
         what = "hash_check (the seed, PYTHONHASHSEED)" if self.field == "hash_check" else self.field
         return f"{what} is {self.recorded} in the bucket and {self.here} {where}"
 
 
 def differences(recorded: Fingerprint, here: Fingerprint) -> list[Difference]:
-    """All in which two engines differ that would use the same keys; empty for engines of different spaces or models.
+    """Return all differences between two engines that would use the same keys; empty for other spaces or models.
 
-    Only what both know is compared. Two names of one hash are told by their values: where those are known and equal, the
-    names do not matter.
+    Only properties known to both are compared. If the values of `hash_check` are known and equal, the names of the
+    algorithms do not matter.
     """
     if recorded.space != here.space or recorded.model != here.model:
         return []
@@ -271,7 +272,7 @@ def differences(recorded: Fingerprint, here: Fingerprint) -> list[Difference]:
 
 
 def _beside(name: str, recorded: Fingerprint, here: Fingerprint) -> Any:
-    """The recorded value that a field of an engine is compared with."""
+    """Return the recorded value that a field of an engine is compared with."""
     if name == "layout" and here.layout is not None:
         return recorded.layout_beside(here.layout)
     return getattr(recorded, name)
@@ -298,40 +299,40 @@ def _word(value: Any) -> str:
 
 
 def as_text(found: list[Difference], where: str = "here") -> str:
-    """Differences in one line; see `Difference.words`."""
+    """Return differences in one line; see `Difference.words`."""
     return "; ".join(one.words(where) for one in found)
 
 
 class Record(_Model):
-    """What a bucket says of one model: a fingerprint for each space.
+    """Record of one model in a bucket: a fingerprint for each space.
 
     Attributes:
-        model: The model's name.
-        variants: One for each space.
+        model: Name of the model.
+        variants: Fingerprints, one for each space.
     """
 
     model: _Text
     variants: Annotated[tuple[Fingerprint, ...], Field(max_length=MAX_VARIANTS)] = ()
 
     def of(self, space: Space) -> Fingerprint | None:
-        """The fingerprint of a space, if there is one."""
+        """Return the fingerprint of a space, if there is one."""
         return next((variant for variant in self.variants if variant.space == space), None)
 
     def having(self, fingerprint: Fingerprint) -> Record:
-        """The record with a fingerprint in the place of that of its space, or beside the others."""
+        """Return the record with a fingerprint added, or replacing that of its space."""
         others = tuple(variant for variant in self.variants if variant.space != fingerprint.space)
         return Record(model=self.model, variants=(*others, fingerprint))
 
     def to_json(self) -> bytes:
-        """The record as its object holds it."""
+        """Return the bytes of the record's object."""
         return _to_json({"schema": SCHEMA, "model": self.model, "variants": [_plain(one) for one in self.variants]})
 
     @classmethod
     def from_json(cls, data: bytes, model: str, where: str) -> Record:
-        """Read the object of a model.
+        """Parse the object of a model's record.
 
         Raises:
-            IntegrityError: It holds no record, or none of this model; `NewerError` for a newer one.
+            IntegrityError: It is not a record of this model; `NewerError` for a newer schema.
         """
         record = _read(cls, data, where)
         if record.model != model or any(one.model != model for one in record.variants):
@@ -342,25 +343,25 @@ class Record(_Model):
 
 
 class FingerprintClaim(_Model):
-    """The fingerprint of one engine, in an object of its own.
+    """Fingerprint of one engine, in an object of its own.
 
     Attributes:
-        fingerprint: The engine's.
+        fingerprint: Fingerprint of the engine.
     """
 
     fingerprint: Fingerprint
 
     @staticmethod
     def to_json(fingerprint: Fingerprint) -> bytes:
-        """The object of a fingerprint."""
+        """Return the bytes of a claim's object."""
         return _to_json({"schema": SCHEMA, "fingerprint": _plain(fingerprint)})
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Fingerprint:
-        """Read such an object.
+        """Parse a claim's object.
 
         Raises:
-            IntegrityError: It holds no fingerprint, or a newer one.
+            IntegrityError: It is not a fingerprint, or has a newer schema.
         """
         return _read(cls, data, where).fingerprint
 

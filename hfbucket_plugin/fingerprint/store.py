@@ -1,19 +1,20 @@
-"""Where fingerprints lie in a bucket, and how the first writer's comes to count.
+"""Storage of fingerprints in a bucket, and the protocol by which the first writer's becomes the record.
 
 ::
 
-    <prefix>/.hfbucket/fingerprints/<model>.json             the record: what counts, for each space of the model
-    <prefix>/.hfbucket/fingerprints/<model>/<digest>.json    a claim: what one engine is, never written again
+    <prefix>/.hfbucket/fingerprints/<model>.json             the record: the valid fingerprint of each space of the
+    model
+    <prefix>/.hfbucket/fingerprints/<model>/<digest>.json    a claim: the fingerprint of one engine, never written again
 
-`<model>` is encoded as in keys. Everything is nested, so that LMCache's built-in backend passes it by.
+`<model>` is encoded as in keys. All paths are nested, so that LMCache's built-in backend ignores them.
 
-The Hub has no conditional write. So an engine that finds no record of its space adds its claim first, and then looks which
-claim of the space the Hub took first: only that one becomes the record. A claim is there before its engine looks, so of two
-that begin at the same time both see the earlier one, whichever order their other calls have. Afterwards the record is
-read back: whatever is there counts.
+The Hub has no conditional write. An engine that finds no record of its space therefore adds its claim, and then looks
+for the claim of the space that the Hub received first: only that one becomes the record. Each claim exists before its
+engine looks, so two engines that start together both see the earlier one, in whatever order their other calls run.
+Finally the record is read back, and whatever it contains is valid.
 
-A claim that lost stays, so that operators see who else was there; and so does that of an engine which finds the record of
-another.
+Claims that lost stay, so that operators see the other engines; so does the claim of an engine that finds another's
+record.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ if TYPE_CHECKING:
 DIRECTORY: Final = f"{RESERVED}/fingerprints"
 
 MAX_CLAIMS: Final = 16
-"""Claims of one model: an engine that would add one more does not. Where the hash seed is not pinned, each start of each
-process is another fingerprint."""
+"""Maximum number of claims of one model. Without a pinned hash seed, each start of each process has another
+fingerprint."""
 
 MAX_BYTES: Final = 1024 * 1024
-"""Largest that is read: what is longer was not written by us."""
+"""Maximum size in bytes of an object to read; this package writes no longer ones."""
 
 _READ_TOGETHER: Final = 16
-"""Claims in memory at one time: anyone who may write can put a thousand of the largest size there, and engines read them."""
+"""Maximum number of claims in memory: anyone with write access can put a thousand of the largest size, and engines read
+them."""
 
 _TRIES: Final = 4
-"""To write a record so that it is there when it is read back; others write theirs meanwhile."""
+"""Number of attempts to write a record and read it back, because others may write theirs meanwhile."""
 
 _CLAIM: Final = re.compile(r"[0-9a-f]{16}\.json")
 _EARLY: Final = datetime.max.replace(tzinfo=UTC)
@@ -59,11 +61,11 @@ _EARLY: Final = datetime.max.replace(tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """The record of a model, as it lies in the bucket.
+    """Record of a model in the bucket.
 
     Attributes:
-        record: What it says.
-        content: Of its object, by which a reader knows that nothing changed.
+        record: Parsed record.
+        content: Content of its object, by which a reader detects changes.
     """
 
     record: Record
@@ -72,13 +74,13 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A claim, as it lies in the bucket.
+    """Claim in the bucket.
 
     Attributes:
-        path: Of its object.
-        uploaded_at: When the Hub took it.
-        fingerprint: What it says; None where it cannot be read.
-        why: Why not.
+        path: Path of its object.
+        uploaded_at: Upload time.
+        fingerprint: Parsed fingerprint; None if it is unreadable.
+        why: Why it is unreadable.
     """
 
     path: str
@@ -91,8 +93,8 @@ class FingerprintStore:
     """Reads and writes the fingerprints of one instance. Every call blocks its thread.
 
     Args:
-        bucket: The instance's.
-        name: Names threads.
+        bucket: Bucket of the instance.
+        name: Prefix of the thread names.
     """
 
     def __init__(self, bucket: Bucket, name: str) -> None:
@@ -100,26 +102,26 @@ class FingerprintStore:
         self._own = RecordStore(bucket, f"fingerprint-{name}")
 
     def path(self, model: str) -> str:
-        """Where the record of a model lies."""
+        """Return the path of a model's record."""
         return self._bucket.handle.join(f"{DIRECTORY}/{_encoded(model)}.json")
 
     def claim_path(self, fingerprint: Fingerprint) -> str:
-        """Where the claim of an engine lies."""
+        """Return the path of an engine's claim."""
         return self._bucket.handle.join(f"{DIRECTORY}/{_encoded(fingerprint.model)}/{fingerprint.digest}.json")
 
     # --- reading --------------------------------------------------------------------------------------------------
 
     def read(self, model: str, deadline: Deadline, known: StoredRecord | None = None) -> StoredRecord | None:
-        """The record of a model, or None when there is none.
+        """Read the record of a model; return None if there is none.
 
         Args:
-            model: Its name.
+            model: Name of the model.
             deadline: When to give up.
-            known: What was read before: it is not read again where its object is still the same.
+            known: Previous result; the object is not read again if it has not changed.
 
         Raises:
-            IntegrityError: The object holds no record.
-            HFBucketError: The Hub did not say.
+            IntegrityError: The object is not a record.
+            HFBucketError: The Hub did not answer.
         """
         path = self.path(model)
         info = self._bucket.stat([path], deadline, patient=False).get(path)
@@ -143,10 +145,10 @@ class FingerprintStore:
         ]
 
     def claims(self, model: str, deadline: Deadline) -> list[Claimed]:
-        """The claims of a model, those first that the Hub took first. No more than 1000.
+        """Return the claims of a model in upload order, at most 1,000.
 
         Raises:
-            HFBucketError: The Hub did not say which there are. One that cannot be read raises nothing.
+            HFBucketError: The listing failed. An unreadable claim does not raise.
         """
         head = self._bucket.handle.join(f"{DIRECTORY}/{_encoded(model)}/")
         infos, _ = self._bucket.list_page(head, None, deadline)
@@ -160,13 +162,13 @@ class FingerprintStore:
 
     @staticmethod
     def first_claimed(claims: Sequence[Claimed], record: Record | None) -> list[Fingerprint]:
-        """What the next engine that stores will record: the first claim of each space of which nothing is recorded.
+        """Return what the next engine that stores will record: the first claim of each space without a record.
 
-        An engine that ends while it records itself leaves such a claim.
+        Such a claim remains if an engine ends while it records itself.
 
         Args:
-            claims: Of one model, in the order of `claims`.
-            record: Of that model, if there is one.
+            claims: Claims of one model, as returned by `claims`.
+            record: Record of the model, if there is one.
         """
         first: dict[Space, Fingerprint] = {}
         for claim in claims:
@@ -175,10 +177,10 @@ class FingerprintStore:
         return [one for space, one in first.items() if record is None or record.of(space) is None]
 
     def models(self, page_secs: float) -> Iterator[str]:
-        """The models of which there is a record or a claim, each once, in the order of their names' encodings.
+        """Yield the models with a record or a claim, each once, in the order of their encoded names.
 
         Raises:
-            HFBucketError: A page did not come.
+            HFBucketError: A page failed.
         """
         head = self._bucket.handle.join(f"{DIRECTORY}/")
         seen: set[str] = set()
@@ -187,7 +189,7 @@ class FingerprintStore:
             try:
                 model = _decoded(name if is_claim else name.removesuffix(".json"))
             except KeyFormatError:
-                continue  # not one of ours
+                continue  # foreign object
             if model and model not in seen:
                 seen.add(model)
                 yield model
@@ -195,14 +197,14 @@ class FingerprintStore:
     # --- writing --------------------------------------------------------------------------------------------------
 
     def record_first(self, mine: Fingerprint, deadline: Deadline) -> StoredRecord:
-        """Record a fingerprint unless there is one of its space; see the module.
+        """Record a fingerprint unless its space has one; see the module.
 
         Returns:
-            The record that counts. Its fingerprint of the space may be another's.
+            The valid record. Its fingerprint of the space may be another engine's.
 
         Raises:
-            IntegrityError: The object of the model holds no record: it is not overwritten.
-            HFBucketError: Nothing is known about the record now.
+            IntegrityError: The object of the model is not a record; it is not overwritten.
+            HFBucketError: The state of the record is unknown.
         """
         found = self.read(mine.model, deadline)
         there = found.record.of(mine.space) if found is not None else None
@@ -230,7 +232,7 @@ class FingerprintStore:
         )
 
     def _first_claim(self, mine: Fingerprint, deadline: Deadline) -> Fingerprint:
-        """Which fingerprint of the space was claimed first."""
+        """Return the fingerprint of the space that was claimed first."""
         self.claim(mine, deadline)
         claims = self.claims(mine.model, deadline)
         of_space = [
@@ -239,13 +241,13 @@ class FingerprintStore:
         return of_space[0] if of_space else mine
 
     def claim(self, mine: Fingerprint, deadline: Deadline) -> bool:
-        """Add the claim of an engine, unless it is there, or there are too many.
+        """Add the claim of an engine, unless it exists or there are too many.
 
         Returns:
-            Whether it is there now.
+            Whether the claim exists now.
 
         Raises:
-            HFBucketError: It is not, or its state is unknown.
+            HFBucketError: It was not written, or its state is unknown.
         """
         path = self.claim_path(mine)
         head = path[: path.rindex("/") + 1]
@@ -258,10 +260,10 @@ class FingerprintStore:
         return True
 
     def write(self, record: Record, deadline: Deadline) -> None:
-        """Put a record in the place of what is there.
+        """Replace the record.
 
         Raises:
-            HFBucketError: It is not there, or its state is unknown.
+            HFBucketError: It was not written, or its state is unknown.
         """
         self._own.put(self.path(record.model), record.to_json(), deadline)
 
@@ -269,17 +271,17 @@ class FingerprintStore:
         """Delete claims.
 
         Raises:
-            HFBucketError: Some are still there, or their state is unknown.
+            HFBucketError: Some still exist, or their state is unknown.
         """
         records.remove(self._bucket, paths, deadline)
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Stop writing."""
         self._own.close()
 
 
 _DOTS: Final = {".": "%2E", "..": "%2E%2E"}
-"""`vllm serve .` serves the model `.`, whose name would be no segment of a path."""
+"""Encodings for models such as `.` (from `vllm serve .`), whose names are not valid path segments."""
 
 
 def _encoded(model: str) -> str:

@@ -1,12 +1,13 @@
-"""Whether engines are what the bucket's fingerprints say: looked up in the background, told, and enforced where that is wanted.
+"""Background comparison of engines with the bucket's fingerprints, with reports and optional enforcement.
 
-Nothing here waits in an engine's thread. A caller that uses an engine's chunks asks `EngineHandle.refusal`, which answers from what is
-known, and lets a thread of the watch look when it is time: at first, at the first use (only then an engine knows all of its
-own layout), at the first put (only who stores records), and every so often. So an instance that is not used asks nothing.
+Nothing here waits in an engine's thread. Code that uses an engine's chunks calls `EngineHandle.refusal`, which answers
+from known state and starts a look in a thread when one is due: at the start, at the first use (when the engine knows
+its whole layout), at the first put (only engines that store record themselves), and periodically. Unused instances make
+no calls.
 
-Under `enforce` only what is known to agree is served or stored. There is no time after which the unknown passes: the record
-lies in the bucket beside the chunks, so who cannot read the one could not read the others either; and an engine that stores
-before its record counts might store under the keys of another.
+Under `enforce`, chunks are served and stored only after fingerprints are known to agree; the unknown never times out.
+The record is in the bucket beside the chunks, so both are unreadable together, and an engine that stores before its
+record is valid might store under another engine's keys.
 """
 
 from __future__ import annotations
@@ -41,28 +42,28 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 
 CONFLICT: Final = "fingerprint"
 UNKNOWN: Final = "fingerprint_unknown"
-"""The outcomes of chunks that are not served or stored under `enforce`."""
+"""Outcomes of chunks that are not served or stored under `enforce`."""
 
 _BACKLOG: Final = 1024
 _MAX_CLAIMED: Final = 1024
-"""Digests that are remembered as claimed; beyond them no more traces are left."""
+"""Maximum number of remembered claimed digests; further claims are not written."""
 
 _LOOK_SECS: Final = 30.0
 _FIRST_RETRY_SECS: Final = 1.0
 _LAST_RETRY_SECS: Final = 60.0
 _SOONER: Final = 10
-"""Where it is not as it should be, it is looked at so much more often."""
+"""Factor by which looks are more frequent while something is wrong."""
 
 _TELL_AGAIN_SECS: Final = 3600.0
 
 
 class EngineHandle:
-    """One engine, or all those behind an L2 adapter whose keys could be equal.
+    """One engine, or all engines behind an L2 adapter whose keys could be equal.
 
     Args:
-        watch: Its own.
-        model: The model's name.
-        facts: What is known of it, without delay. Raises what it likes where that is no fingerprint.
+        watch: Watch that the engine belongs to.
+        model: Name of the model.
+        facts: Returns the known fingerprint without delay. Raises any exception if it is not a valid one.
     """
 
     def __init__(self, watch: FingerprintWatch, model: str, facts: Callable[[], Fingerprint]) -> None:
@@ -73,11 +74,11 @@ class EngineHandle:
         self.used = False
         self.stores = False
         self.reported = ""
-        self.write_at = float("-inf")  # before, what was refused is not tried again
-        self.revision = 0  # of its facts: what was found out about an earlier one does not hold
+        self.write_at = float("-inf")  # time before which a refused write is not retried
+        self.revision = 0  # of its facts: results for an earlier revision are invalid
 
     def refusal(self, *, storing: bool = False) -> str | None:
-        """Why its chunks may not be looked up, read, deleted or stored now, as the outcome that is counted; None: they may.
+        """Return the outcome label that forbids to look up, read, delete or store its chunks now; None if allowed.
 
         Args:
             storing: Whether to store.
@@ -85,12 +86,12 @@ class EngineHandle:
         return self._watch.refusal(self, storing=storing)
 
     def changed(self) -> None:
-        """Its facts are other ones now: what was found out does not hold any more."""
+        """Record that its facts have changed, which invalidates earlier results."""
         self._watch.changed(self)
 
 
 class _Known:
-    """What is known of one model's record."""
+    """State of one model's record."""
 
     def __init__(self) -> None:
         self.found: StoredRecord | None = None
@@ -104,15 +105,15 @@ class _Known:
 
 
 class FingerprintWatch:
-    """The fingerprints of one instance, for an engine.
+    """Fingerprints of one instance in an engine.
 
     Args:
-        bucket: The instance's.
-        settings: The instance's.
-        instance: Its name.
-        breakers: Its breakers: nothing is asked while lookups are given up.
-        sink: Where states are reported.
-        clock: Seconds, monotonic; tests pass their own.
+        bucket: Bucket of the instance.
+        settings: Settings of the instance.
+        instance: Name of the instance.
+        breakers: Circuit breakers: no requests are made while that of lookups is open.
+        sink: Metrics sink for states.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -142,15 +143,15 @@ class FingerprintWatch:
         forks.reset_in_child(self._start_over)
 
     def _start_over(self) -> None:
-        """Have no look in progress: at first, and in a forked child, where those of the parent do not go on."""
+        """Reset to no look in progress, initially and in a forked child, where the parent's do not continue."""
         self._lock = threading.Lock()
-        self._ended = threading.Condition(self._lock)  # a look has ended
+        self._ended = threading.Condition(self._lock)  # notified when a look ends
         for known in self._known.values():
             if known.busy:
                 known.busy, known.next_at = False, float("-inf")
 
     def add(self, model: str, facts: Callable[[], Fingerprint]) -> EngineHandle:
-        """Watch an engine; the record of its model is looked up soon.
+        """Watch an engine; the record of its model is read soon.
 
         Args:
             model: See `EngineHandle`.
@@ -164,13 +165,13 @@ class FingerprintWatch:
         return subject
 
     def drop(self, subject: EngineHandle) -> None:
-        """Watch an engine no more."""
+        """Stop watching an engine."""
         with self._lock:
             self._subjects.pop(subject, None)
             if all(other.model != subject.model for other in self._subjects):
                 self._known.pop(subject.model, None)
 
-    # --- in an engine's thread --------------------------------------------------------------------------------------
+    # --- in an engine's thread ----------------------------------------------------------------------------------------
 
     def refusal(self, subject: EngineHandle, *, storing: bool) -> str | None:
         """See `EngineHandle.refusal`."""
@@ -186,7 +187,7 @@ class FingerprintWatch:
         return CONFLICT if subject.state == "conflict" else UNKNOWN
 
     def _first_use(self, subject: EngineHandle, *, stores: bool) -> None:
-        """An engine that agreed as it started may know more of itself now: until that is compared, it does not agree."""
+        """Reset the agreement of an engine at its first use, because it may know more of itself than at its start."""
         agrees = not subject.used and subject.state == "agrees" and self._agrees(subject)
         with self._lock:
             if not subject.used:
@@ -201,7 +202,7 @@ class FingerprintWatch:
         known = self._known.get(subject.model)
         try:
             mine = subject.facts()
-        except Exception:  # noqa: BLE001 - told by `_judge`
+        except Exception:  # noqa: BLE001 - logged by `_judge`
             return False
         recorded = known.found.record.of(mine.space) if known is not None and known.found is not None else None
         if recorded is None or differences(recorded, mine):
@@ -209,10 +210,10 @@ class FingerprintWatch:
         return not (subject.stores and recorded.completed(mine) != recorded)
 
     def changed(self, subject: EngineHandle) -> None:
-        """See `EngineHandle.changed`.
+        """Compare an engine again after a change; see `EngineHandle.changed`.
 
-        An engine that still agrees with the record goes on agreeing while it is compared again in the background, unless it
-        stores and the record lacks something of it: nothing is stored before its record counts.
+        An engine that still agrees with the record keeps agreeing during the background comparison, unless it stores
+        and the record lacks something of it: nothing is stored before its record is valid.
         """
         agrees = subject.state == "agrees" and self._agrees(subject)
         with self._lock:
@@ -222,7 +223,7 @@ class FingerprintWatch:
         self.check_soon(subject.model)
 
     def check_soon(self, model: str) -> None:
-        """Have a model's engines compared with its record, now if nobody does. The Hub is asked only when it is time."""
+        """Start a comparison of a model's engines with its record, unless one runs. The Hub is asked only when due."""
         with self._lock:
             known = self._known.get(model)
             if known is None or self._settings.fingerprint == "off":
@@ -238,7 +239,7 @@ class FingerprintWatch:
             known.busy = True
         try:
             self._threads.submit(self._work, model, known)
-        except RuntimeError:  # closed, or no thread is left: the next caller tries again
+        except RuntimeError:  # closed, or no thread is available: the next caller retries
             known.busy = False
 
     # --- on the thread of the watch -------------------------------------------------------------------------------
@@ -246,11 +247,11 @@ class FingerprintWatch:
     def _work(self, model: str, known: _Known) -> None:
         try:
             while self._clock() >= known.next_at:
-                known.next_at = float("inf")  # a caller that needs another look meanwhile resets it
+                known.next_at = float("inf")  # reset by a caller that needs another look meanwhile
                 known.fresh_until = self._looked(model, known)
                 with self._lock:
                     known.next_at = min(known.next_at, known.fresh_until)
-        except Exception:  # noqa: BLE001 - whatever it was, the engine works without the fingerprint
+        except Exception:  # noqa: BLE001 - after any error the engine works without the fingerprint
             _log.exception("[%s] fingerprint: the look at %r failed", self._instance, model)
             known.next_at = self._clock() + _LAST_RETRY_SECS
         finally:
@@ -260,11 +261,11 @@ class FingerprintWatch:
                 again = self._clock() >= known.next_at and not self._closed
                 if not again:
                     self._ended.notify_all()
-            if again:  # wanted in the last moment
+            if again:  # requested at the last moment
                 self._look(model)
 
     def _looked(self, model: str, known: _Known) -> float:
-        """Look once, and tell until when that will do."""
+        """Look once; return the time until which the result is sufficient."""
         failed = False
         if self._clock() >= known.fresh_until:
             if wait := self._must_wait():
@@ -287,13 +288,13 @@ class FingerprintWatch:
         return known.retry_secs
 
     def _must_wait(self) -> float:
-        """Seconds until the Hub may be asked by work in the background."""
+        """Return the seconds until background work may call the Hub."""
         if wait := self._bucket.paused_secs or self._bucket.background_wait_secs:
             return min(wait, _LAST_RETRY_SECS)
         return _FIRST_RETRY_SECS if self._breakers.is_open("lookup") else 0.0
 
     def _read(self, model: str, known: _Known) -> bool:
-        """Ask the Hub for the record; whether it said anything."""
+        """Read the record from the Hub; return whether the Hub answered."""
         refresh = self._settings.fingerprint_refresh_secs
         known.soon, known.later = self._clock() + refresh / _SOONER, self._clock() + refresh
         known.bucket_is_missing = False
@@ -315,12 +316,12 @@ class FingerprintWatch:
         self._warn(f"{model} unreadable", f"cannot be read, and nothing is compared{self._so()}: {error}")
 
     def _judge(self, subject: EngineHandle, known: _Known) -> bool:
-        """Compare an engine with the record, and record it where nobody has; whether nothing failed that may soon not."""
+        """Compare an engine with the record, and record it if there is none; return False if a retry may help soon."""
         with self._lock:
             revision, used, stores = subject.revision, subject.used, subject.stores
         try:
             mine = subject.facts()
-        except Exception as error:  # noqa: BLE001 - another LMCache, or what no fingerprint can hold: the engine goes on
+        except Exception as error:  # noqa: BLE001 - another LMCache version, or an invalid value: the engine goes on
             self._settle(subject, revision, "unknown")
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._warn(f"{subject.model} facts", f"of {printable(subject.model)} cannot be made{self._so()}: {reason}")
@@ -352,7 +353,7 @@ class FingerprintWatch:
         return not differences(recorded, mine) and recorded.completed(mine) != recorded
 
     def _settle(self, subject: EngineHandle, revision: int, state: State) -> bool:
-        """Set the state of an engine, unless its facts have changed meanwhile; then it is looked at again."""
+        """Set the state of an engine, unless its facts have changed meanwhile; then look again."""
         with self._lock:
             if subject.revision != revision:
                 return False
@@ -360,10 +361,10 @@ class FingerprintWatch:
             return True
 
     def _record(self, subject: EngineHandle, mine: Fingerprint, known: _Known) -> bool:
-        """Record an engine, or what the record lacks of it. That it may not is no error of the engine's.
+        """Record an engine, or what the record lacks of it. A missing permission is not an error of the engine.
 
         Returns:
-            Whether it is there, or may not be.
+            Whether it is recorded, or may not be.
         """
         try:
             if known.bucket_is_missing and self._settings.create_bucket_if_missing:
@@ -380,10 +381,10 @@ class FingerprintWatch:
         return True
 
     def _refused(self, subject: EngineHandle, error: HFBucketError) -> bool:
-        """Whether the Hub refuses to be written to, which only an operator changes.
+        """Return whether the Hub refuses writes, which only an operator can change.
 
-        Then the next try is `fingerprint_refresh_secs` later: each is several calls, and a fleet whose token can only read
-        would use up with them what its lookups need. Under `enforce` it looks nothing up meanwhile, and waits for the operator.
+        The next attempt is then `fingerprint_refresh_secs` later: each takes several calls, and a fleet with read-only
+        tokens would use up the quota of its lookups. Under `enforce` the engine looks nothing up meanwhile.
         """
         if isinstance(error, (TransportError, ThrottledError)):
             return False
@@ -412,7 +413,7 @@ class FingerprintWatch:
         self._claim(subject, mine)
 
     def _claim(self, subject: EngineHandle, mine: Fingerprint) -> None:
-        """Leave a trace of an engine that is not what was recorded, for operators."""
+        """Write the claim of an engine that differs from the record, for operators."""
         if not self._settings.writes or mine.digest in self._claimed or len(self._claimed) >= _MAX_CLAIMED:
             return
         if self._clock() < subject.write_at:
@@ -433,7 +434,7 @@ class FingerprintWatch:
         )
 
     def _warn(self, kind: str, message: str) -> None:
-        if self._closed:  # and so is the bucket: what fails now says nothing
+        if self._closed:  # the bucket is closed too, so a failure now says nothing
             return
         self._limited.warning(kind, f"[{self._instance}] fingerprint: {message}")
 
@@ -443,10 +444,10 @@ class FingerprintWatch:
         for state in STATES:
             self._sink.gauge(telemetry.FINGERPRINT_STATE, states[state], instance=self._instance, state=state)
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- status and shutdown ------------------------------------------------------------------------------------------
 
     def status(self) -> list[str]:
-        """What is not as it should be, in words; empty when all agrees or is not known yet."""
+        """Return the problems as text; empty if all engines agree or are not compared yet."""
         with self._lock:
             subjects = list(self._subjects)
         return [
@@ -458,10 +459,10 @@ class FingerprintWatch:
         ]
 
     def finish(self, secs: float) -> None:
-        """Let a look end that may record an engine which stores: a script may end right after its first store.
+        """Let a running look end that may record an engine, because a script may end right after its first store.
 
         Args:
-            secs: How long to wait for it at most.
+            secs: Maximum wait in seconds.
         """
         with self._ended:
             self._ended.wait_for(lambda: not self._is_recording(), timeout=max(0.0, secs))
@@ -471,7 +472,7 @@ class FingerprintWatch:
         return any(known.busy for model, known in self._known.items() if model in storing)
 
     def close(self) -> None:
-        """Look at nothing any more. Does not wait."""
+        """Stop looking, without waiting."""
         self._closed = True
         self._threads.close()
         self._store.close()

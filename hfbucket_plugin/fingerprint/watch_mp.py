@@ -1,4 +1,4 @@
-"""The fingerprints of MP mode: one adapter serves engines of several models, and learns of them from keys and layouts."""
+"""Fingerprints in MP mode, where one adapter serves engines of several models, known from keys and layouts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _WORLD: Final = 0xFF00FF00
-"""Of a `kv_rank`: the world size and the local one. LMCache keeps one layout for all ranks of a model's world."""
+"""Mask of the world size and local world size in a `kv_rank`. LMCache keeps one layout for all ranks of a model's
+world."""
 
 
 MAX_ENGINES: Final = 1024
-"""Models and worlds that are watched; those used longest ago are forgotten, and looked up again when they are used."""
+"""Maximum number of watched models and worlds; the least recently used are dropped, and added again when used."""
 
 
 class _Engine:
-    """The engines of one model and world."""
+    """Engines of one model and world."""
 
     def __init__(self, watch: FingerprintWatch, settings: L2Settings, key: ObjectKey) -> None:
         self._settings = settings
@@ -46,9 +47,9 @@ class _Engine:
         return detect.mp(self._settings, key.model_name, key.kv_rank, len(key.chunk_hash), self._layout)
 
     def learn(self, layout: ChunkLayout) -> None:
-        """Merge the groups that a request names into what is known: each request names its own groups, not all of the model.
+        """Merge the groups of a request into the known layout, because each request names only its own groups.
 
-        The engine's facts change only with a group that was not known, or that is laid out in another way than before.
+        The engine's facts change only with a group that is new or has another layout than before.
         """
         merged = layout if self._layout is None else layout.completed(self._layout)
         if merged != self._layout:
@@ -56,7 +57,7 @@ class _Engine:
             self.subject.changed()
 
     def learn_group(self, index: int, memory_obj: MemoryObj) -> None:
-        """Take in the layout of an object to be stored, where lookups have not told it."""
+        """Add the layout of an object to store, if lookups have not reported it."""
         known = self._layout.groups if self._layout is not None else ()
         if any(group.object_group == index for group in known):
             return
@@ -68,14 +69,14 @@ class _Engine:
 
 
 class L2Fingerprints:
-    """Says of the keys of an L2 adapter whether they may be used.
+    """Check of an L2 adapter's keys against fingerprints.
 
-    The keys of a task are of one model and world (LMCache groups them so). Each method returns why they may not be used, as
-    the outcome that is counted, or None; see `EngineHandle.refusal`.
+    The keys of a task belong to one model and world (LMCache groups them so). Each method returns the outcome label if
+    the keys may not be used, or None; see `EngineHandle.refusal`.
 
     Args:
-        watch: Of the instance.
-        settings: Of the adapter.
+        watch: Watch of the instance.
+        settings: Settings of the adapter.
     """
 
     def __init__(self, watch: FingerprintWatch, settings: L2Settings) -> None:
@@ -87,7 +88,7 @@ class L2Fingerprints:
         self._engines: OrderedDict[tuple[str, int], _Engine] = OrderedDict()
 
     def of_lookup(self, keys: Sequence[ObjectKey], descs: Mapping[int, MemoryLayoutDesc]) -> str | None:
-        """Of keys to be looked up, with the layouts that LMCache gives with them."""
+        """Check keys to look up, with the layouts that LMCache passes with them."""
         if self._on and keys:
             with self._without_raising():
                 if (layout := detect.mp_layout(descs)) is not None:
@@ -96,7 +97,7 @@ class L2Fingerprints:
         return self._refusal(keys)
 
     def of_store(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> str | None:
-        """Of objects to be stored."""
+        """Check objects to store."""
         if self._on:
             groups = {(_world(key), key.object_group_id): (key, obj) for key, obj in zip(keys, objects, strict=True)}
             with self._without_raising():
@@ -105,15 +106,15 @@ class L2Fingerprints:
         return self._refusal(keys, storing=True)
 
     def of_load(self, keys: Sequence[ObjectKey]) -> str | None:
-        """Of keys to be read or deleted."""
+        """Check keys to read or delete."""
         return self._refusal(keys)
 
     @contextlib.contextmanager
     def _without_raising(self) -> Iterator[None]:
-        """What a layout says is a help; one that is not as it was in the LMCache that this was written for must stop nothing."""
+        """Ignore errors in layouts, which are optional: a change in LMCache must not stop the engine."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is: the layout is not known then, and not compared
+        except Exception as error:  # noqa: BLE001 - on any error the layout is unknown and not compared
             self._limited.warning(
                 "layout",
                 f"[{self._settings.name}] fingerprint: a layout is not understood: {type(error).__name__}: {error}",
@@ -129,15 +130,15 @@ class L2Fingerprints:
         return [self._engine(key) for key in {_world(key): key for key in keys}.values()]
 
     def status(self) -> list[str]:
-        """What is not as it should be, in words; see `FingerprintWatch.status`."""
+        """Return the problems as text; see `FingerprintWatch.status`."""
         return self._watch.status()
 
     def finish(self, secs: float) -> None:
-        """Let records that are being written be written; see `FingerprintWatch.finish`."""
+        """Let records in progress be written; see `FingerprintWatch.finish`."""
         self._watch.finish(secs)
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """Stop looking."""
         self._watch.close()
 
     def _engine(self, key: ObjectKey) -> _Engine:
