@@ -35,7 +35,7 @@ _LMCACHE_KEYS: Final = frozenset({"type", "eviction", "serde", "shared", "affini
 
 
 class L2Settings(InstanceSettings):
-    """What an L2 adapter of LMCache's MP mode is told: the settings of an instance, and some of its own."""
+    """Settings of an L2 adapter in LMCache's MP mode: those of an instance, and some of its own."""
 
     name: str = Field(
         "hfbucket",

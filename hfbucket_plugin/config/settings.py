@@ -132,9 +132,10 @@ def _as_switch(value: Any) -> Any:
 
 
 class InstanceSettings(BaseModel):
-    """Everything one instance is told. Immutable; a token never shows in its `repr`.
+    """Settings of one instance. Immutable; a token never shows in its `repr`.
 
-    The first block is LMCache's own reference for the backend, with its meanings and defaults; the second is ours.
+    The first block has the settings of LMCache's built-in backend, with its meanings and defaults; the second is
+    specific to this package.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)

@@ -2,8 +2,7 @@
 
 ::
 
-    <prefix>/.hfbucket/fingerprints/<model>.json             the record: the valid fingerprint of each space of the
-    model
+    <prefix>/.hfbucket/fingerprints/<model>.json             the record: a valid fingerprint for each space of the model
     <prefix>/.hfbucket/fingerprints/<model>/<digest>.json    a claim: the fingerprint of one engine, never written again
 
 `<model>` is encoded as in keys. All paths are nested, so that LMCache's built-in backend ignores them.

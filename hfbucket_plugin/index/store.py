@@ -1,48 +1,48 @@
-"""Where the key index of an instance lies in its bucket, and the protocol by which many writers and readers share it.
+"""Objects of an instance's key index, and the protocol by which many writers and readers share them.
 
 ::
 
-    <prefix>/.hfbucket/index/current.json                              the pointer: which snapshot is the present one
-    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>.npy         what one writer did since
-    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>-hits.npy    what one reader read since
-    <prefix>/.hfbucket/index/snapshots/<time>-<random>.npy             all keys, as a builder found them
+    <prefix>/.hfbucket/index/current.json                              the pointer to the current snapshot
+    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>.npy         recent changes by one writer
+    <prefix>/.hfbucket/index/journal/<time>-<writer>-<seq>-hits.npy    recent reads by one reader
+    <prefix>/.hfbucket/index/snapshots/<time>-<random>.npy             all keys, as found by a builder
 
-One listing of `index/` tells a reader everything: whether the pointer is another one than before (by its hash), and which
-journals are new. Contents are read from the store by the hashes that the listing and the pointer give; that costs no calls
-to the Hub. Everything that is read is compared with its hash, and what is not whole is as if it were not there.
+One listing of `index/` shows a reader whether the pointer has changed (by its hash) and which journals are new.
+Contents are read from the store by the hashes in the listing and the pointer, without calls to the Hub. Every read is
+verified by its hash, and a damaged object is treated as missing.
 
-**Publication.** A snapshot is an object that is never written again. The pointer is written when it is there, so a process that
-reads the pointer finds it. A builder that is killed leaves a snapshot without a pointer to it, or none.
+**Publication.** Snapshots are never overwritten. The pointer is written after its snapshot, so a process that reads the
+pointer finds the snapshot. A killed builder leaves a snapshot without a pointer, or nothing.
 
-**Time.** Everything is ordered by one clock, the Hub's, which stamps each object with `uploaded_at`. A writer does not know
-that clock: its journal says for each entry how many milliseconds *before the journal was written* it happened, and readers
-count from the journal's own stamp. That is never too early, and too late by what the journal's upload took. Clocks of
-writers matter nowhere (those in names are for people, and for the order in which a listing shows them).
+**Time.** Everything is ordered by the Hub's clock, which stamps each object with `uploaded_at`. Writers do not know
+that clock: a journal states for each entry how many milliseconds *before the journal was written* it happened, and
+readers count back from the journal's `uploaded_at`. The result is never too early, and late by the duration of the
+journal's upload. Clocks of writers do not matter; those in names are for people, and for the order of listings.
 
-**What a snapshot covers.** A builder asks the Hub for the time, and lists afterwards; the time, less a margin
-(`CLOCK_MARGIN_SECS`), becomes `covers`: journals that the Hub took earlier are in the snapshot, and readers pass over them.
-`listed` is the same for single entries: what happened earlier is in the snapshot, so older *entries* of later journals are passed
-over too. For a snapshot that was made of a listing it is when that began, and then it is so whether or not a journal tells of it.
-One that was made of its predecessor and of journals alone passes over what is told later than `LATE_SECS`: journals grow, and a
-put that is told again after another writer's delete was folded in, and its journal pruned, would bring the key back. So what
-is told later than that (its writer did not reach the Hub for so long) is known with the next listing. `full` says when
-the last one began.
+**What a snapshot covers.** A builder asks the Hub for the time and then lists. The time minus a margin
+(`CLOCK_MARGIN_SECS`) becomes `covers`: journals uploaded earlier are in the snapshot, and readers skip them. `listed`
+is the same for single entries: earlier changes are in the snapshot, so older *entries* of later journals are skipped
+too. For a snapshot made from a listing, `listed` is the start of the listing, with or without journals about earlier
+changes. A snapshot made from its predecessor and journals skips what is reported later than `LATE_SECS`. The reason is
+that journals grow: a put that is reported again, after another writer's delete was merged and its journal pruned, would
+restore the key. Changes reported later, by a writer that could not reach the Hub for that long, are known from the next
+listing. `full` is the start of the last listing.
 
-**Folding.** Of all entries for a key the latest counts, and it overrules the snapshot. That is a maximum, so it makes no
-difference in which order journals are seen, how often, or in how many pieces (`index_table.newest`).
+**Merging.** The latest entry of a key counts, and overrides the snapshot. This is a maximum, so the order, repetition
+and splitting of journals make no difference (`hfbucket_plugin.index.table.newest`).
 
-- *A put elsewhere is visible within two refreshes* of its journal's naming: a listing that began before may miss it, the next
-  one shows it. A writer replaces its last journal by a longer one, in one batch call, the new one first, and its name sorts
-  behind the old one's: a listing that goes by shows either, or both.
-- *A lost journal* (its writer died first, or could not reach the Hub for long) hides its keys from others until the next
-  snapshot that was made of a listing: what is not in the index is a miss, and a miss is always right to serve.
-- *A duplicated journal*, or one that comes late, changes nothing that was not changed before.
-- *A put and a delete of the same key* count in the order of their times. Where two writers did both within the time that a
-  journal's upload takes, readers may take them in the wrong order: the key is then missed until the next snapshot, or it is
-  found and its read is a miss, after which the reader asks the Hub. Bytes under a hash are the bytes that were put under that
-  key, whatever the order: no order of anything serves a wrong chunk.
+- *A put by another process is visible within two refreshes* after its journal is named: a listing that began before may
+  miss it, and the next one shows it. A writer replaces its last journal by a longer one in one batch call, new one
+  first, with a name that sorts after the old one's, so a listing in progress shows one of them or both.
+- *A lost journal* (its writer died first, or could not reach the Hub for long) hides its keys from others until the
+  next snapshot made from a listing. Keys that are not in the index are misses, which are always safe.
+- *A duplicate or late journal* changes nothing that was not changed before.
+- *A put and a delete of the same key* count in the order of their times. If two writers did both within the duration of
+  a journal's upload, readers may take them in the wrong order: the key is then missed until the next snapshot, or its
+  read is a miss, after which the reader asks the Hub. The bytes under a hash are the bytes that were put under that
+  key, so no order serves a wrong chunk.
 
-**Hits.** Journals of a name of their own tell of hits (`heat`). They change nothing of the above: readers do not fetch them, builders
+**Hits.** Separate journals report hits (`hfbucket_plugin.index.access.stats`). Readers do not fetch them, and builders
 add them up.
 """
 

@@ -1,22 +1,22 @@
-"""How hot keys are: what readers tell of their hits, added up per key. Pure.
+"""Heat of keys: the hits that readers report, added up per key; no I/O.
 
-A *hit* is a chunk that was served to an engine. Readers tell of hits in the journals of the key index (`index_journal`), as
-entries of a kind of their own: a key's digest, how many hits, how long ago the last one was, and when that was told first.
-A builder adds them up in two more columns of the snapshot (`COLUMNS`):
+A *hit* is a chunk that was served to an engine. Readers report hits in journals of the key index
+(`hfbucket_plugin.index.journal`), in entries with a key's digest, the number of hits, the age of the last one, and the
+time of the first report. A builder adds them up in two more columns of the snapshot (`COLUMNS`):
 
-- `last_hit`: when the last one was. That is a maximum: told twice, late or out of order makes no difference.
-- `heat`: how many there were, each worth half as much after every `HALF_LIFE_SECS`. That is a sum, so every tell has to be in
-  it once, though journals grow and tell again what they told before. Hence a tell bears the moment at which it was told
-  first, by the Hub's clock as its writer knows it, which never changes: a snapshot counts the tells of a window, which begins
-  where that of the snapshot before ended (`Span.until`), and of one that it meets in several journals one. A tell that gets
-  there after its window has closed, `LATE_SECS` later, is not counted. So heat is never more than what was told.
+- `last_hit`: time of the last hit. It is a maximum, so repeated, late or reordered reports make no difference.
+- `heat`: number of hits, each worth half as much after every `HALF_LIFE_SECS`. It is a sum, so each report must be
+  counted once, although growing journals repeat it. A report therefore keeps the time at which it was first made, by
+  the Hub's clock as its writer knows it. A snapshot counts the reports of a time window that begins where its
+  predecessor's ended (`Span.until`), and each report once if several journals contain it. A report that arrives after
+  its window has closed, `LATE_SECS` later, is not counted, so heat never exceeds what was reported.
 
-A recorder is bounded, and what it had to drop it tells of too, without the keys. Since the last such moment heat is complete,
-and not before: `Span.since` moves to it, as after a gap.
+Recorders are bounded, and also report the number of hits that they dropped, without keys. Heat is complete only since
+the last such time: `Span.since` moves to it, as after a gap.
 
-`heat` is the binary logarithm of the sum as it would be at `LANDMARK`, had the decay gone on from there (*forward decay*: Cormode,
-Shkapenyuk, Srivastava and Xu, ICDE 2009): a value changes by hits alone and not as time goes by, so a snapshot of which no key
-was read stays the same, byte for byte. `buckets` makes the coarse numbers of it that people and orders go by.
+`heat` is the binary logarithm of the sum at `LANDMARK` if the decay had continued from there (*forward decay*: Cormode,
+Shkapenyuk, Srivastava and Xu, ICDE 2009). Values change by hits and not with time, so a snapshot without new reads
+stays the same, byte for byte. `buckets` returns the coarse values that reports and sort orders use.
 """
 
 from __future__ import annotations
