@@ -378,7 +378,7 @@ def applied(config: Path, plan: Path, ranks, batches=None):
         schedule.started("n")
         outcomes = []
         while not schedule.done and batches != 0:
-            for order in schedule.orders(0.0):
+            for order in schedule.tasks(0.0):
                 ended = node.copy(order.chunks[:2] if batches else order.chunks)
                 outcomes += ended
                 if len(ended) == len(order.chunks):

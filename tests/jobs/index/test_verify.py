@@ -111,7 +111,7 @@ def test_what_is_told_while_it_goes_on_is_none(stocked):
 def test_without_an_index_nothing_can_be_compared(depot):
     depot.put(KEYS)
 
-    assert "there is no snapshot of its index yet" in verify(depot, code=3).stderr
+    assert "its index has no snapshot yet" in verify(depot, code=3).stderr
 
 
 def test_it_goes_with_nothing_that_writes(depot):

@@ -179,7 +179,7 @@ def test_groups_that_register_after_the_connection_change_the_size_of_a_chunk(ri
 
 
 def test_references_are_exact_after_a_put(hub, rig):
-    whole = rig.free()
+    whole = rig.free_chunks()
     memory_obj = rig.chunk(1)
     rig.run(rig.connector.put(key(1), memory_obj))
     assert eventually(lambda: memory_obj.get_ref_count() == 1), "the caller's own is left alone"
@@ -191,12 +191,12 @@ def test_references_are_exact_after_a_put(hub, rig):
     memory_obj.ref_count_down()
 
     rig.put([3, 4])  # through LMCache's wrapper, which drops the references and swallows the error
-    assert eventually(lambda: rig.free() == whole)
+    assert eventually(lambda: rig.free_chunks() == whole)
     assert rig.count("put", "denied") == 3
 
 
 def test_references_are_exact_after_gets_of_every_outcome(hub, bucket, rig):
-    whole = rig.free()
+    whole = rig.free_chunks()
     rig.put(range(4))
     upload(hub.endpoint, bucket, {object_path(50): b"too short"})
 
@@ -207,11 +207,11 @@ def test_references_are_exact_after_gets_of_every_outcome(hub, bucket, rig):
     hub.control.add_fault(Fault(route="reconstruction", status=500))
     assert get(rig, [2, 3]) == [None, None]
 
-    assert eventually(lambda: rig.free() == whole)
+    assert eventually(lambda: rig.free_chunks() == whole)
 
 
 def test_a_batch_of_unequal_lengths_is_refused_and_keeps_nothing(rig):
-    whole = rig.free()
+    whole = rig.free_chunks()
     memory_obj = rig.chunk(1)
 
     for keys, memory_objs in (([key(1), key(2)], [memory_obj]), ([], [memory_obj]), ([key(1)], [memory_obj] * 2)):
@@ -220,13 +220,13 @@ def test_a_batch_of_unequal_lengths_is_refused_and_keeps_nothing(rig):
 
     assert memory_obj.get_ref_count() == 1
     memory_obj.ref_count_down()
-    assert rig.free() == whole
+    assert rig.free_chunks() == whole
 
 
 def test_a_get_that_was_cancelled_gives_everything_back(hub, rigs):
     rig = rigs(blocking_secs=3)
     rig.put(range(4))
-    whole = rig.free()
+    whole = rig.free_chunks()
     waiting = hub.control.add_fault(Fault(route="xorb-data", hang=True))
 
     future = asyncio.run_coroutine_threadsafe(rig.connection.batched_get([key(n) for n in range(4)]), rig.loop)
@@ -234,13 +234,13 @@ def test_a_get_that_was_cancelled_gives_everything_back(hub, rigs):
     future.cancel()
     hub.control.clear_faults()
 
-    eventually(lambda: rig.free() == whole)
+    eventually(lambda: rig.free_chunks() == whole)
     assert get(rig, range(4)) == [rig.content(n) for n in range(4)]
 
 
 def test_gets_that_are_cancelled_at_any_moment_give_everything_back(rig):
     rig.put(range(4))
-    whole = rig.free()
+    whole = rig.free_chunks()
     get(rig, range(4))
 
     for number in range(40):
@@ -249,12 +249,12 @@ def test_gets_that_are_cancelled_at_any_moment_give_everything_back(rig):
         if not future.cancel():
             taken(future.result(0))
 
-    eventually(lambda: rig.free() == whole)
+    eventually(lambda: rig.free_chunks() == whole)
 
 
 def test_puts_that_are_cancelled_before_they_began_or_after_give_everything_back(hub, rigs):
     rig = rigs(put_timeout_secs=2)
-    whole = rig.free()
+    whole = rig.free_chunks()
     waiting = hub.control.add_fault(Fault(route="batch", hang=True))
     futures = [
         asyncio.run_coroutine_threadsafe(rig.connection.put(key(number), rig.chunk(number)), rig.loop)
@@ -266,12 +266,12 @@ def test_puts_that_are_cancelled_before_they_began_or_after_give_everything_back
         future.cancel()
     hub.control.clear_faults()
 
-    eventually(lambda: rig.free() == whole)
+    eventually(lambda: rig.free_chunks() == whole)
 
 
 def test_more_puts_than_may_wait_are_refused_and_give_everything_back(hub, rigs):
     rig = rigs(put_timeout_secs=2, max_waiting_put_bytes=3 * 16_384)
-    whole = rig.free()
+    whole = rig.free_chunks()
     hub.control.add_fault(Fault(route="paths-info", hang=True))
     memory_objs = [rig.chunk(number) for number in range(8)]
     futures = [
@@ -287,7 +287,7 @@ def test_more_puts_than_may_wait_are_refused_and_give_everything_back(hub, rigs)
     eventually(lambda: {memory_obj.get_ref_count() for memory_obj in memory_objs} == {1})
     for memory_obj in memory_objs:
         memory_obj.ref_count_down()
-    assert rig.free() == whole
+    assert rig.free_chunks() == whole
 
 
 def test_without_memory_a_get_is_a_miss_and_never_waits(rigs):
@@ -311,7 +311,7 @@ def test_without_memory_a_get_is_a_miss_and_never_waits(rigs):
 
 def test_an_allocator_that_raises_is_a_miss_and_leaks_nothing(rig, monkeypatch):
     rig.put(range(4))
-    whole = rig.free()
+    whole = rig.free_chunks()
     real, calls = rig.memory.allocate, []
 
     def allocate(*args, **kwargs):
@@ -324,7 +324,7 @@ def test_an_allocator_that_raises_is_a_miss_and_leaks_nothing(rig, monkeypatch):
         patched.setattr(rig.memory, "allocate", allocate)
         assert get(rig, range(4)) == [rig.content(0), rig.content(1), None, None]
 
-    assert rig.free() == whole
+    assert rig.free_chunks() == whole
 
 
 # --- the engine's event loop ---------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_many_calls_at_once(rig):
 def test_a_get_returns_what_arrived_before_lmcache_loses_patience(hub, rigs):
     rig = rigs(blocking_secs=1)
     rig.put(range(4))
-    whole = rig.free()
+    whole = rig.free_chunks()
     get(rig, [0])
     contents = rig.connector._store._existence.contents([key(2).to_string()], _soon())
     hub.control.add_fault(Fault(route="reconstruction", path=contents[key(2).to_string()].xet_hash, hang=True))
@@ -419,7 +419,7 @@ def test_a_get_returns_what_arrived_before_lmcache_loses_patience(hub, rigs):
 
     assert time.monotonic() - started < BOUND
     hub.control.clear_faults()
-    assert eventually(lambda: rig.free() == whole)
+    assert eventually(lambda: rig.free_chunks() == whole)
 
 
 def _soon():
@@ -465,7 +465,7 @@ def test_lookups_and_pings_do_not_wait_behind_gets_that_hang(hub, rigs):
 @pytest.mark.parametrize("route", ["paths-info", "xorb-upload", "shard-upload", "batch"])
 def test_close_is_bounded_though_the_hub_hangs(hub, rigs, route):
     rig = rigs(close_timeout_secs=0.5)
-    whole = rig.free()
+    whole = rig.free_chunks()
     waiting = hub.control.add_fault(Fault(route=route, hang=True))
     put = asyncio.run_coroutine_threadsafe(rig.connector.put(key(1), memory_obj := rig.chunk(hash(route))), rig.loop)
     eventually(lambda: hub.control.hits(waiting))
@@ -478,7 +478,7 @@ def test_close_is_bounded_though_the_hub_hangs(hub, rigs, route):
     assert isinstance(put.exception(90), (PartialFailureError, type(None)))
     eventually(lambda: memory_obj.get_ref_count() == 1)
     memory_obj.ref_count_down()
-    assert rig.free() == whole
+    assert rig.free_chunks() == whole
 
 
 def test_close_waits_for_puts_that_are_about_to_end(hub, bucket, rigs):
@@ -632,14 +632,14 @@ def test_a_hub_that_is_gone_and_comes_back(rigs, hub_factory, bucket):
 
 def test_the_health_check_passes_and_its_probe_recovers_each_time(hub, rig):
     check = RemoteBackendHealthCheck(rig.remote)
-    whole = rig.free()
+    whole = rig.free_chunks()
 
     assert check.check()
     for number in range(3):
         hub.control.reset_counters()
         assert check._put_and_get_check()
         assert requests(hub, "batch") == 1, f"round {number}: the probe is written though it is there"
-    assert rig.free() == whole
+    assert rig.free_chunks() == whole
     assert rig.run(rig.connection.list()) == ["test@1@0@0@bfloat16"]
 
 

@@ -561,7 +561,7 @@ def test_flipped_bytes_are_served_by_size_and_refused_by_hash(hub, filled, conne
 
 def test_by_size_no_chunk_is_ever_in_a_file(filled, connect, tmp_path):
     engine = connect()
-    engine.store.sweep()
+    engine.store.begin(reads=False)
 
     assert engine.get(KEYS) == list(DATA.values())
     assert engine.put({key(50): noise(SIZE, 50)}) == {}
@@ -1092,6 +1092,6 @@ def test_leftovers_of_dead_processes_are_swept_at_the_start(connect, tmp_path, c
     (left / ".lock").write_text("")
     (left / "chunk").write_text("left over")
     with caplog.at_level(logging.INFO):
-        connect().store.sweep()
+        connect().store.begin(reads=False)
 
         eventually(lambda: not left.exists())

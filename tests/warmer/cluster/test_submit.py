@@ -10,7 +10,6 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
 from hfbucket_plugin.errors import ConfigError, Interrupted
-from tests.support.buckets import SECRET
 from warmer.cli.app import app
 from warmer.cluster import submit as submitting
 from warmer.cluster.job_env import dashboard_address, refuse_secrets_in, runtime_env
@@ -18,6 +17,7 @@ from warmer.cluster.jobs_api import JobsAPI
 from warmer.cluster.submit import Log, Submission, outcome, submit
 from warmer.report.outcomes import ClusterError, NothingToDoError
 
+SECRET = "a-password-of-this-test-0123456789"
 HUB_TOKEN = "hf_" + "aB3" * 10
 NOWHERE = "http://127.0.0.1:1"
 
