@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from hfbucket_plugin.hub.bucket import Bucket
     from hfbucket_plugin.tools.signals import Stop
+    from jobs.batch.apply import ApplyResult
     from jobs.batch.model import ItemOutcome
 
 
@@ -249,8 +250,7 @@ def failure_of(error: Exception | Interrupted, stop: Stop, until: Deadline) -> t
     """Return the exit code of a job that an error ended, and why it ended.
 
     After a stop request, any error counts as an interruption: the request is raised wherever the main thread is,
-    possibly
-    inside a client that treats it as a failure.
+    possibly inside a client that treats it as a failure.
 
     Args:
         error: Error that ended the job.
@@ -267,6 +267,24 @@ def failure_of(error: Exception | Interrupted, stop: Stop, until: Deadline) -> t
     if message and until.passed and _LIMIT not in message:
         return code, f"{message}; {_LIMIT} was over"  # which may be why a request had no answer
     return code, message
+
+
+def verdict_of(end: ApplyResult, unfinished: int, noun: str, *, failures: bool) -> tuple[int, str]:
+    """Return the exit code of a job whose plan was applied, and why it failed; an empty text adds no reason.
+
+    Args:
+        end: How the application of the plan ended.
+        unfinished: Number of planned items without an outcome.
+        noun: What the items are called, in the plural.
+        failures: Whether any item failed.
+    """
+    if end.why is not None:
+        return exit_code_of(end.why), str(end.why)
+    if end.stopped and unfinished:
+        return exit_codes.INTERRUPTED, "told to stop"
+    if unfinished:
+        return exit_codes.FAILED, f"{_LIMIT} was over before all was done: {unfinished} {noun} are left"
+    return (exit_codes.FAILED if failures else exit_codes.COMPLETE), ""
 
 
 def as_text(error: Exception) -> str:

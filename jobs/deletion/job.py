@@ -35,7 +35,7 @@ from jobs.deletion.recheck import rechecking
 from jobs.deletion.report import DeletionSummary, header_record
 from jobs.lock.clock import ServerClock, ask
 from jobs.lock.lock import BucketLock
-from jobs.report import OutcomeTally, exit_code_of, failure_of
+from jobs.report import OutcomeTally, failure_of, verdict_of
 from jobs.retention.access import NOT_ASKED, AccessStats, open_access_stats
 
 if TYPE_CHECKING:
@@ -374,16 +374,9 @@ class DeletionJob:
 
     def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
-        if end.why is not None:
-            self._message = str(end.why)
-            return exit_code_of(end.why)
-        if end.stopped and unfinished:
-            self._message = "told to stop"
-            return exit_codes.INTERRUPTED
-        if unfinished:
-            self._message = f"--max-duration was over before all was done: {unfinished} objects are left"
-            return exit_codes.FAILED
-        return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
+        code, message = verdict_of(end, unfinished, "objects", failures=bool(self._tally.failures))
+        self._message = message or self._message
+        return code
 
     def _left(self, bucket: Bucket) -> Extent:
         """Return the chunks that the instance holds now, as a floor for the outdated count of an old plan.

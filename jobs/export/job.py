@@ -28,7 +28,7 @@ from jobs.export.manifest import ManifestLine
 from jobs.export.plan import CONFLICT, JOB, REPLACED, ExportHeader, ExportOrder, ExportPlanFile, ExportPlanWriter
 from jobs.export.planning import PAGE, ExportPlanning
 from jobs.export.report import NAMED_CONFLICTS, ExportSummary, conflict_record
-from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog, exit_code_of, failure_of
+from jobs.report import NAMED_FAILURES, OutcomeTally, ProgressLog, failure_of, verdict_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -345,13 +345,6 @@ class Export:
 
     def _judge(self, end: ApplyResult) -> int:
         unfinished = self._summary(exit_codes.COMPLETE).unfinished.objects
-        if end.why is not None:
-            self._message = str(end.why)
-            return exit_code_of(end.why)
-        if end.stopped and unfinished:
-            self._message = "told to stop"
-            return exit_codes.INTERRUPTED
-        if unfinished:
-            self._message = f"--max-duration was over before all was done: {unfinished} chunks are left"
-            return exit_codes.FAILED
-        return exit_codes.FAILED if self._tally.failures else exit_codes.COMPLETE
+        code, message = verdict_of(end, unfinished, "chunks", failures=bool(self._tally.failures))
+        self._message = message or self._message
+        return code
